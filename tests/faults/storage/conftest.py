@@ -1,4 +1,4 @@
-"""A real S3 server behind a fault proxy, and a job's tree in it."""
+"""Fixtures: a real S3 server behind a fault proxy, and the tree of a job in its store."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
 
 @pytest.fixture
 def proxy(s3_server: S3Endpoint) -> Iterator[S3Proxy]:
-    with S3Proxy(s3_server.host_url) as made:
-        yield made
+    with S3Proxy(s3_server.host_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def credentials(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def bucket_name(s3_server: S3Endpoint) -> str:
-    """One bucket for all tests, which use different prefixes: SeaweedFS reserves volumes for each bucket."""
+    """One bucket for all tests, each with its own prefix: SeaweedFS reserves volumes for every bucket."""
     s3_server.client().create_bucket(Bucket="faults")
     return "faults"
 
@@ -65,7 +65,7 @@ def storage(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> ProxiedT
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A staged checkpoint: small files and one that needs several parts."""
+    """A staged checkpoint with files of several sizes."""
     import random
 
     folder = tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""A job's tree in a store, through the fault proxy and directly."""
+"""The tree of a job in a store, reached through the fault proxy and directly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PODS = Path(__file__).parents[2] / "pod"
 
 @dataclass
 class ProxiedTree:
-    """The same tree twice: through the proxy, as the pod sees it, and directly."""
+    """One tree, reached in two ways: through the proxy, as the pod does, and directly."""
 
     proxied: Tree
     direct: Tree
@@ -56,20 +56,20 @@ class ProxiedTree:
 
 def states(steps: int) -> dict[int, str]:
     """State of rank 0 after each step of an uninterrupted run of toy ranks."""
-    found, chain = {}, ""
+    states_by_step, state = {}, ""
     for step in range(1, steps + 1):
-        found[step] = chain = link(chain, 0, step)
-    return found
+        states_by_step[step] = state = link(state, 0, step)
+    return states_by_step
 
 
 def logged_states(storage: ProxiedTree) -> dict[int, str]:
-    """State by step, as logged by all attempts. Steps that two attempts logged must be equal."""
-    found: dict[int, str] = {}
+    """State by step, from the logs of all attempts. If two attempts logged a step, both states must be equal."""
+    states_by_step: dict[int, str] = {}
     for stat in storage.direct.store.list("metrics/"):
         for line in (storage.direct.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
-            assert found.setdefault(value["step"], value["chain"]) == value["chain"], value
-    return found
+            assert states_by_step.setdefault(value["step"], value["chain"]) == value["chain"], value
+    return states_by_step
 
 
 def final_state(storage: ProxiedTree) -> str:
@@ -82,7 +82,7 @@ def final_state(storage: ProxiedTree) -> str:
 def toy(
     folder: Path, spec: dict[str, Any], storage: ProxiedTree, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
-    """A pod of ranks that count (tests/pod/toy_rank.py), with its root in the store behind the proxy."""
+    """A pod of toy ranks (tests/pod/toy_rank.py) that stores its checkpoints through the proxy."""
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(PODS)]), "FINETUNE_TRAINER_MODULE": "toy_rank",

@@ -21,8 +21,8 @@ from tests.support.faultproxy import Call
 from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Status
 
 
-def test_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """30 % SlowDown, 10 % 500, 10 % resets: every checkpoint is committed and undamaged in the end."""
+def test_every_checkpoint_is_committed_despite_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
+    """30 % of the requests get SlowDown, 10 % get 500, 10 % are reset."""
     rules = [
         proxy.fault(Status(503, "SlowDown"), probability=0.3),
         proxy.fault(Status(500, "InternalError"), probability=0.1),
@@ -35,16 +35,16 @@ def test_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Pat
     assert storage.verify_all(tmp_path / "check") == [10, 5]
 
 
-@pytest.mark.parametrize("word", ["optimizer.pt", "manifest.json", "_COMMITTED"])
-def test_a_lost_response_is_recognised(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str) -> None:
-    """The store executed the request and the response was lost: the retry has the same result, and the marker is recognised."""
-    with proxy.fault(LostResponse(), operation="PutObject", key=word, times=1) as lost:
+@pytest.mark.parametrize("key", ["optimizer.pt", "manifest.json", "_COMMITTED"])
+def test_a_request_whose_response_is_lost_is_retried_without_harm(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str) -> None:
+    """The store executes the request, and its response is lost. The retry has the same result; an existing marker is compared."""
+    with proxy.fault(LostResponse(), operation="PutObject", key=key, times=1) as lost:
         storage.commit(5, checkpoint)
     assert lost.hits == 1
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
-def test_a_lost_response_of_a_multipart_upload(
+def test_a_multipart_upload_whose_last_response_is_lost_is_complete(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
@@ -55,49 +55,50 @@ def test_a_lost_response_of_a_multipart_upload(
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
-@pytest.mark.parametrize("second", [1, 2])
-def test_two_incarnations_one_marker(storage: ProxiedTree, checkpoint: Path, tmp_path: Path, second: int) -> None:
-    """Two incarnations commit a step at once. Of one attempt: one commits, the other is fenced. Of two: the later one's marker stays."""
-    ends: dict[str, object] = {}
+@pytest.mark.parametrize("second_attempt", [1, 2])
+def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, checkpoint: Path, tmp_path: Path, second_attempt: int) -> None:
+    """Both commit the same step at once. In one attempt, the loser is fenced. In two attempts, the marker of the later attempt stays."""
+    results: dict[str, object] = {}
     start = threading.Barrier(2)
 
-    def live(incarnation: str, attempt: int) -> None:
+    def commit(incarnation: str, attempt: int) -> None:
         start.wait()
         try:
             storage.commit(5, checkpoint, incarnation, attempt)
-            ends[incarnation] = "committed"
+            results[incarnation] = "committed"
         except Fenced as error:
-            ends[incarnation] = error
+            results[incarnation] = error
 
-    lives = [("a1-00000001", 1), (f"a{second}-00000002", second)]
-    threads = [threading.Thread(target=live, args=one) for one in lives]
+    incarnations = [("a1-00000001", 1), (f"a{second_attempt}-00000002", second_attempt)]
+    threads = [threading.Thread(target=commit, args=incarnation) for incarnation in incarnations]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    won = [name for name, end in ends.items() if end == "committed"]
-    if second == 1:
-        assert sorted(type(end).__name__ for end in ends.values()) == ["Fenced", "str"]
+    committed = [name for name, result in results.items() if result == "committed"]
+    if second_attempt == 1:
+        assert sorted(type(result).__name__ for result in results.values()) == ["Fenced", "str"]
     found = storage.direct.marker(5)
-    assert found is not None and found.marker.path == (won[0] if second == 1 else lives[1][0]) and found.marker.path in won
+    assert found is not None and found.marker.path == (committed[0] if second_attempt == 1 else incarnations[1][0])
+    assert found.marker.path in committed
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
 @dataclass(frozen=True)
 class IgnoreConditions:
-    """The last writer wins, as if the request had no condition."""
+    """A store that ignores conditions: the last writer wins."""
 
     storage: ProxiedTree
 
     async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
-        there = call.operation
-        await asyncio.to_thread(self.storage.client.delete_object, Bucket=there.bucket, Key=there.key)
+        operation = call.operation
+        await asyncio.to_thread(self.storage.client.delete_object, Bucket=operation.bucket, Key=operation.key)
         return await call.forward()
 
 
-def test_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """The preflight detects it; two incarnations may both commit, but never overwrite each other's data."""
-    careless = proxy.fault(IgnoreConditions(storage), operation="PutObject")
+def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
+    """The preflight detects such a store. Two incarnations may both commit, but never overwrite each other's data."""
+    fault = proxy.fault(IgnoreConditions(storage), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
@@ -105,7 +106,7 @@ def test_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, c
     found = storage.direct.marker(5)
     assert found is not None and found.marker.path == "a2-00000002"
     assert storage.verify_all(tmp_path / "check") == [5]
-    careless.remove()
+    fault.remove()
     assert preflight(target).conditional_writes is True
 
 
@@ -120,15 +121,15 @@ def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTre
     assert storage.direct.committed() == []
 
 
-@pytest.mark.parametrize("word", ["trainer_state.json", "manifest.json", "_COMMITTED"])
+@pytest.mark.parametrize("key", ["trainer_state.json", "manifest.json", "_COMMITTED"])
 def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
-    storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
+    storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str, s3_server: object
 ) -> None:
-    """As after kill -9 between data and manifest, or between manifest and marker; the next start sweeps it."""
+    """The store then looks as after a kill -9 before the manifest or before the marker. The next sweep removes the objects."""
     storage.commit(5, checkpoint)
-    impatient = s3.S3Store(storage.proxied.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
-    storage.proxied.store = impatient
-    with proxy.fault(Reset(), operation="PutObject", key=word), pytest.raises(FineTuneError):
+    store_without_retries = s3.S3Store(storage.proxied.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
+    storage.proxied.store = store_without_retries
+    with proxy.fault(Reset(), operation="PutObject", key=key), pytest.raises(FineTuneError):
         storage.commit(10, checkpoint)
     assert storage.verify_all(tmp_path / "check") == [5]
     assert storage.direct.sweep().count > 0
@@ -146,19 +147,19 @@ def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
 def test_a_committed_step_is_complete_at_every_instant(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A thread verifies the bucket continuously while checkpoints are committed and removed under faults."""
+    """A thread reads all markers continuously while checkpoints are committed and removed under faults."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
-    done, looks, wrong = threading.Event(), [0], []
+    done, reads, incomplete = threading.Event(), [0], []
 
     def watch() -> None:
         while not done.is_set():
             for committed in storage.direct.committed():
                 manifest = storage.direct.manifest(committed)
-                gone = storage.direct.marker(committed.step or 0) is None  # retention was faster than this look
-                if manifest is None and not gone:
-                    wrong.append(committed)
-                looks[0] += 1
+                is_removed = storage.direct.marker(committed.step or 0) is None  # removed after `committed()` listed it
+                if manifest is None and not is_removed:
+                    incomplete.append(committed)
+                reads[0] += 1
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -170,24 +171,24 @@ def test_a_committed_step_is_complete_at_every_instant(
     finally:
         done.set()
         thread.join()
-    assert not wrong and looks[0] > 0
+    assert not incomplete and reads[0] > 0
     assert storage.verify_all(tmp_path / "check") == [5, 4, 3]
 
 
-ODD = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden", "sub folder/x", "empty"]
+UNUSUAL_NAMES = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden", "sub folder/x", "empty"]
 
 
-def test_unusual_names_and_an_empty_file(storage: ProxiedTree, tmp_path: Path) -> None:
+def test_unusual_file_names_and_empty_files_are_restored(storage: ProxiedTree, tmp_path: Path) -> None:
     """Names are the same in the folder, the manifest, the store and the restored folder."""
     folder = tmp_path / "odd"
-    for name in ODD:
+    for name in UNUSUAL_NAMES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("" if name == "empty" else name)
     manifest = storage.commit(5, folder)
-    assert sorted(entry.path for entry in manifest.files) == sorted(ODD)
+    assert sorted(entry.path for entry in manifest.files) == sorted(UNUSUAL_NAMES)
     assert storage.verify_all(tmp_path / "check") == [5]
-    back = tmp_path / "check" / "checkpoints/step-00000005/a1-00000000"
-    assert {name: (back / name).read_text() for name in ODD} == {name: "" if name == "empty" else name for name in ODD}
+    restored = tmp_path / "check" / "checkpoints/step-00000005/a1-00000000"
+    assert {name: (restored / name).read_text() for name in UNUSUAL_NAMES} == {name: "" if name == "empty" else name for name in UNUSUAL_NAMES}
     storage.proxied.remove(5)
     assert list(storage.direct.store.list("")) == []
 
@@ -195,7 +196,7 @@ def test_unusual_names_and_an_empty_file(storage: ProxiedTree, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("status", "code"), [(501, "NotImplemented"), (405, "MethodNotAllowed"), (400, "MissingContentMD5")]
 )
-def test_a_store_that_cannot_delete_several_at_once(
+def test_a_store_without_batch_deletes_gets_single_deletes(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, status: int, code: str
 ) -> None:
     refused = proxy.fault(Status(status, code), operation="DeleteObjects")
@@ -205,12 +206,12 @@ def test_a_store_that_cannot_delete_several_at_once(
     before = refused.hits
     storage.proxied.remove(5)
     assert list(storage.direct.store.list("")) == []
-    assert refused.hits == before + 1, "it is asked once"
+    assert refused.hits == before + 1, "after one refusal the store only gets single deletes"
 
 
 @dataclass(frozen=True)
 class RefuseConditions:
-    """A store that refuses the header of a conditional request."""
+    """A store that refuses requests with the header If-None-Match."""
 
     status: int
     code: str
@@ -222,10 +223,10 @@ class RefuseConditions:
 
 
 @pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
-def test_a_store_that_refuses_conditions(
+def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
-    """On a store without conditional writes a marker that exists stays; the operator prevents two writers at the same instant."""
+    """The operator prevents two writers at the same instant, so that checking for a marker before writing it suffices."""
     proxy.fault(RefuseConditions(status, code), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
@@ -235,7 +236,7 @@ def test_a_store_that_refuses_conditions(
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
-def test_the_preflight_survives_a_lost_response(storage: ProxiedTree, proxy: S3Proxy) -> None:
+def test_the_preflight_succeeds_although_a_response_is_lost(storage: ProxiedTree, proxy: S3Proxy) -> None:
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", times=1) as lost:
         assert preflight(target).conditional_writes

@@ -20,7 +20,7 @@ from proxied_tree import ProxiedTree
 
 @pytest.fixture
 def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
-    """A root whose objects are encrypted with a customer's key. A real spec refuses http:// for it; this store is on the loopback."""
+    """A root whose objects are encrypted with a customer's key. A spec must not combine such a key with http://; this test may."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
     plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     return plain.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
@@ -29,7 +29,7 @@ def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget
 def test_an_encrypted_checkpoint_is_committed_and_restored(
     target: StoreTarget, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Single objects, an object in parts, manifest and marker."""
+    """The checkpoint has single objects, an object in parts, manifest and marker."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "large").write_bytes(bytes(11 * s3.MIB))
     assert preflight(target).conditional_writes
@@ -42,7 +42,7 @@ def test_an_encrypted_checkpoint_is_committed_and_restored(
 
 
 @pytest.mark.parametrize("key", [None, bytes(reversed(range(32)))])
-def test_nothing_can_be_read_without_the_key(
+def test_an_object_cannot_be_read_without_its_key(
     target: StoreTarget, monkeypatch: pytest.MonkeyPatch, key: bytes | None
 ) -> None:
     S3Store(target).put("key", b"sealed")
@@ -58,7 +58,7 @@ def test_nothing_can_be_read_without_the_key(
 
 @pytest.mark.parametrize("kind", [EncryptionType.S3, EncryptionType.KMS])
 def test_a_store_without_keys_is_distinguished_from_a_failing_one(storage: ProxiedTree, kind: EncryptionType) -> None:
-    """This store responds with 500 after all retries; a write without encryption shows the cause."""
+    """The test store, which has no keys, responds with 500. A write without encryption succeeds and so reveals the cause."""
     plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
         preflight(plain.model_copy(update={"encryption": kind}))

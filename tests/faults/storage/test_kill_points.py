@@ -1,6 +1,6 @@
 """A whole pod is killed in the middle of a commit, at a request that the proxy holds: row 12 of docs/guides/checkpoints.md.
 
-The next attempt finds only what the store has at that moment: the incomplete step is not visible, is swept and is made again.
+The next attempt sees the store as it was at that moment: the incomplete step is not visible, and is swept and repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.s3proxy import S3Operation, S3Proxy
 
 EVERY = 5
 SCRIPT = {"every": EVERY, "pause": 0.02, "bytes": 20_000_000}
-"""The state is uploaded in three parts. Checkpoints are due faster than they are stored: some are skipped."""
+"""A checkpoint is uploaded in three parts. Checkpoints are made faster than they are stored, so that some are skipped."""
 POINTS = {
     "part of the data": ("UploadPart", "state-0"), "manifest": ("PutObject", "manifest.json"), "marker": ("PutObject", "_COMMITTED"),
 }  # fmt: skip
@@ -31,7 +31,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Hold:
-    """Hold a request for ever. `stored`: the store has executed it, and only the response is held."""
+    """Hold a request for ever. `stored`: the store executes the request, and only the response is held."""
 
     stored: bool
     reached: threading.Event = field(default_factory=threading.Event)
@@ -47,7 +47,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Scene:
-    """One job, two attempts."""
+    """One job with two attempts: the first is killed in a commit, the second resumes."""
 
     folder: Path
     spec: dict[str, Any]
@@ -55,8 +55,8 @@ class Scene:
     proxy: S3Proxy
     server: S3Endpoint
 
-    def killed_at(self, point: str, stored: bool) -> tuple[list[int], int]:
-        """The first attempt, killed in the commit of a step. Returns the steps that it committed before, newest first, and that step."""
+    def kill_first_attempt_at(self, point: str, stored: bool) -> tuple[list[int], int]:
+        """Kill the first attempt during a commit. Returns the steps that were committed before, newest first, and the interrupted step."""
         operation, key = POINTS[point]
         hold = Hold(stored)
         with toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000}) as pod:
@@ -65,11 +65,11 @@ class Scene:
                 pod.wait_until(hold.reached.is_set)
                 before = pod.report()
                 pod.kill()
-        cut = step_of(hold.keys[0].split("/checkpoints/")[1].split("/")[0])
-        assert before is not None and cut is not None
-        return [one.step for one in before.checkpoints], cut
+        interrupted = step_of(hold.keys[0].split("/checkpoints/")[1].split("/")[0])
+        assert before is not None and interrupted is not None
+        return [one.step for one in before.checkpoints], interrupted
 
-    def uploads(self) -> int:
+    def count_unfinished_uploads(self) -> int:
         """Number of unfinished multipart uploads below the job's tree."""
         prefix = self.storage.direct.store.key("")  # type: ignore[attr-defined] # an S3Store
         found = self.storage.client.list_multipart_uploads(Bucket=self.storage.bucket).get("Uploads") or []
@@ -80,14 +80,14 @@ class Scene:
         return {stat.key for stat in self.storage.direct.store.list(f"{prefix_of(step)}/")}
 
     def resume_from(self, step: int) -> None:
-        """Run the second attempt and compare both with an uninterrupted run."""
+        """Run the second attempt to its end and compare logs and result with those of an uninterrupted run."""
         last = step + 3 * EVERY
         resume = Resume(mode="auto", expect_step=step)
         script = SCRIPT | {"steps": last}
         with toy(self.folder / "two", self.spec, self.storage, self.server, script, attempt=2, resume=resume) as pod:
             assert pod.end() == 0, pod.text[-3000:]
         assert pod.termination_message().resumed_from_step == step
-        assert self.uploads() == 0
+        assert self.count_unfinished_uploads() == 0
         logged = logged_states(self.storage)
         assert {number: state for number, state in logged.items() if number <= last} == states(last)
         assert final_state(self.storage) == states(last)[last]
@@ -108,20 +108,20 @@ def scene(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3P
         )),
     ],
 )  # fmt: skip
-def test_a_pod_killed_before_its_marker_has_not_committed(scene: Scene, point: str, stored: bool) -> None:
+def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scene: Scene, point: str, stored: bool) -> None:
     """Row 12: the step is not visible, its objects and uploads are swept, and the result equals an uninterrupted run."""
-    before, cut = scene.killed_at(point, stored)
-    assert scene.storage.verify_all(scene.folder / "between") == before and cut not in before
-    left = scene.keys(cut)
-    assert left, "the objects before the held request are stored"
-    assert scene.uploads() == (1 if point == "part of the data" else 0)
+    before, interrupted = scene.kill_first_attempt_at(point, stored)
+    assert scene.storage.verify_all(scene.folder / "between") == before and interrupted not in before
+    leftovers = scene.keys(interrupted)
+    assert leftovers, "the objects before the held request are stored"
+    assert scene.count_unfinished_uploads() == (1 if point == "part of the data" else 0)
     scene.resume_from(before[0])
-    assert left.isdisjoint(scene.keys(cut))
+    assert leftovers.isdisjoint(scene.keys(interrupted))
 
 
 @pytest.mark.faults
-def test_a_pod_killed_after_its_marker_has_committed(scene: Scene) -> None:
+def test_a_step_is_committed_if_the_pod_is_killed_after_the_marker(scene: Scene) -> None:
     """Row 12: the store has the marker, and the pod is killed before it receives the response."""
-    before, cut = scene.killed_at("marker", True)
-    assert scene.storage.verify_all(scene.folder / "between") == [cut, *before]
-    scene.resume_from(cut)
+    before, interrupted = scene.kill_first_attempt_at("marker", True)
+    assert scene.storage.verify_all(scene.folder / "between") == [interrupted, *before]
+    scene.resume_from(interrupted)

@@ -1,4 +1,4 @@
-"""A pod whose store fails while it trains: training goes on, the status names the problem, no checkpoint is incomplete."""
+"""The store fails while a pod trains: training goes on, the status names the problem, and no incomplete checkpoint is visible."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
 
 
-def test_a_slow_store_skips_checkpoints(
+def test_checkpoints_are_skipped_if_the_store_is_slow(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Checkpoints of 4 MB, one every 50 ms, at 4 MB/s."""
+    """A checkpoint of 4 MB is due every 50 ms, and the store accepts 4 MB/s."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
-    most = 0
+    most_staged = 0
     with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
         staged = pod.folder / "work" / "staged"
 
         def ended() -> bool:
-            nonlocal most
-            most = max(most, len(list(staged.glob("step-*"))) if staged.exists() else 0)
+            nonlocal most_staged
+            most_staged = max(most_staged, len(list(staged.glob("step-*"))) if staged.exists() else 0)
             return pod.process is not None and pod.process.poll() is not None
 
         pod.wait_until(ended, 120)
@@ -38,14 +38,14 @@ def test_a_slow_store_skips_checkpoints(
     assert termination.exit_code == 0, pod.text[-3000:]
     steps = storage.verify_all(tmp_path / "check")
     assert steps[0] == 200 and len(steps) < 30
-    assert most <= 3, "one uploading, one queued and one being staged"
+    assert most_staged <= 3, "one uploading, one queued and one being staged"
     assert termination.resolved is not None and any("skipped" in note for note in termination.resolved.notes or [])
 
 
-def test_a_store_that_is_down_for_a_while(
+def test_training_survives_an_outage_of_the_store(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Training goes on, the last commit stays, and later checkpoints are committed."""
+    """During the outage the last commit stays; afterwards later checkpoints are committed."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 500, "every": 10}) as pod:
         pod.wait_committed(10)
         down = proxy.fault(Reset())
@@ -59,10 +59,10 @@ def test_a_store_that_is_down_for_a_while(
     assert storage.verify_all(tmp_path / "check")[0] == 500
 
 
-def test_the_final_model_is_refused(
+def test_a_missing_permission_for_the_final_model_ends_with_77(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """A permission is missing for the model only: 77 names it, and the checkpoints stay."""
+    """The permission is missing only below /model/. The message names it, and the checkpoints stay."""
     proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
     with toy(tmp_path, spec, storage, s3_server, {}) as pod:
         assert pod.end() == 77, pod.text[-3000:]
@@ -72,7 +72,7 @@ def test_the_final_model_is_refused(
     assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
-def test_credentials_that_expire_during_training(
+def test_credentials_that_expire_during_training_end_with_77(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5}) as pod:
@@ -85,7 +85,7 @@ def test_credentials_that_expire_during_training(
 
 
 @pytest.mark.faults
-def test_a_store_that_stays_down(
+def test_a_store_that_stays_unavailable_ends_with_69(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     pod = toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 5})
@@ -105,8 +105,8 @@ def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
     """Otherwise a run would train for days and lose everything at its end."""
     pod = toy(tmp_path, spec, storage, s3_server, {"steps": 10_000_000, "every": 10})
     pod.env["FINETUNE_UNSAVED_TIMEOUT_SECONDS"] = "1"
-    quick = pod.run.spec.model_copy(update={"policy": pod.run.spec.policy.model_copy(update={"stall_timeout_seconds": 2})})
-    pod.run = pod.run.model_copy(update={"spec": quick})
+    spec_with_short_timeout = pod.run.spec.model_copy(update={"policy": pod.run.spec.policy.model_copy(update={"stall_timeout_seconds": 2})})
+    pod.run = pod.run.model_copy(update={"spec": spec_with_short_timeout})
     with pod:
         pod.wait_committed(10)
         proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="checkpoints/")
@@ -117,10 +117,10 @@ def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
     assert storage.verify_all(tmp_path / "check")[0] == termination.committed_step
 
 
-def test_a_kill_while_a_checkpoint_is_uploaded(
+def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The step is never visible; the next attempt sweeps it and resumes from the one before."""
+    """The next attempt removes the incomplete data and resumes from the previous checkpoint."""
     with toy(
         tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "pause": 0.02, "bytes": 2_000_000}
     ) as pod:
@@ -140,10 +140,10 @@ def test_a_kill_while_a_checkpoint_is_uploaded(
 
 
 @pytest.mark.faults
-def test_a_store_with_many_errors(
+def test_many_store_errors_do_not_delay_training(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """30 % SlowDown, 10 % 500, 10 % resets: checkpoints are late, training is not, and retries are counted."""
+    """30 % of the requests get SlowDown, 10 % get 500, 10 % are reset. Checkpoints are committed later, and retries are counted."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
@@ -151,21 +151,21 @@ def test_a_store_with_many_errors(
             proxy.fault(Status(500, "InternalError"), probability=0.1),
             proxy.fault(Reset(), probability=0.1),
         ]
-        pod.wait_until(lambda: retries(pod) > 0)
+        pod.wait_until(lambda: storage_retries(pod) > 0)
         assert pod.end(580) == 0, pod.text[-3000:]
     assert all(rule.hits > 0 for rule in rules)
     assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
-def retries(pod: Pod) -> float:
+def storage_retries(pod: Pod) -> float:
     found = re.search(rb"^finetune_trainer_storage_retries_total (\S+)$", pod.get("/metrics") or b"", re.MULTILINE)
     return float(found[1]) if found else 0
 
 
-def test_a_stop_while_a_checkpoint_is_uploaded(
+def test_a_stop_during_an_upload_loses_no_step(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The running upload is finished, the checkpoint of the stop follows, and nothing is lost."""
+    """The running upload is finished, and the checkpoint of the stop is uploaded next."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
         pod.wait_committed(20)
         slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
@@ -177,10 +177,10 @@ def test_a_stop_while_a_checkpoint_is_uploaded(
     assert storage.verify_all(tmp_path / "check")[0] == termination.step
 
 
-def test_a_grace_period_shorter_than_the_last_save(
+def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The pod ends with 76 at once, without stopping its ranks; committed checkpoints stay."""
+    """The pod ends at once, without asking its ranks to stop. Committed checkpoints stay."""
     proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
     with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
         pod.wait_committed(20)
@@ -196,7 +196,7 @@ def test_a_grace_period_shorter_than_the_last_save(
 def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The pod of a lost node continues after its successor has finished: it commits and changes nothing, and ends at once."""
+    """The pod of a lost node continues after the next attempt has finished. Its first commit is fenced, changes nothing and ends the pod."""
     endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
     with toy(tmp_path / "one", spec, storage, s3_server, endless) as stale:
         stale.wait_committed(10)
@@ -210,40 +210,40 @@ def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
         before = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
-        assert stale.end(60) == 74, "it trains on although it is fenced out\n" + stale.text[-3000:]
+        assert stale.end(60) == 74, "the stale pod trains on although it is fenced out\n" + stale.text[-3000:]
     termination = stale.termination_message()
     assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
     after = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
-    assert {key: after.get(key) for key in before} == before, "steps that the successor skipped may be new"
+    assert {key: after.get(key) for key in before} == before, "the stale pod changed an object; only steps that the second attempt skipped may be new"
     assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
 def test_a_damaged_checkpoint_is_replaced(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The next attempt goes on from the one before, comes to the same step, and what it makes takes the damaged one's storage."""
+    """The next attempt resumes from the previous checkpoint. Its checkpoint of the same step replaces the damaged checkpoint."""
     script = {"steps": 17, "every": 5}
     with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
     newest, before = storage.direct.committed()[:2]
     assert newest.step == 15 and before.step is not None
     storage.direct.store.put(f"{newest.folder}/state-0", b"x" * 1000)
-    again = Resume(mode="auto", expect_step=15)
-    with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=again) as second:
+    resume = Resume(mode="auto", expect_step=15)
+    with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == before.step
     assert storage.verify_all(tmp_path / "check")[0] == 15
-    made = storage.direct.marker(15)
-    assert made is not None and made.marker.attempt == 2
+    replaced = storage.direct.marker(15)
+    assert replaced is not None and replaced.marker.attempt == 2
     assert {stat.key.split("/")[2] for stat in storage.direct.store.list("checkpoints/step-00000015/a")} == {
-        made.marker.path
+        replaced.marker.path
     }
 
 
-def test_an_attempt_runs_without_permission_to_delete(
+def test_an_attempt_without_permission_to_delete_succeeds(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Unfinished uploads stay, and the status says so."""
+    """Unfinished uploads are not removed, and a note in the status says so."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
     proxy.fault(Status(403, "AccessDenied"), operation="ListMultipartUploads")
     storage.direct.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")
@@ -269,10 +269,10 @@ def test_a_store_that_is_busy_at_the_start_is_retried(
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_stop_while_the_final_model_is_uploaded(
+def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
 ) -> None:
-    """The ranks have ended. The pod still ends within its grace period and reports what is saved."""
+    """The ranks have already ended. The pod ends within its grace period and reports whether all steps are saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
     script = {"steps": 20, "every": 5 if saved else 15}
     with toy(tmp_path, spec, storage, s3_server, script, grace=3) as pod:

@@ -1,4 +1,4 @@
-"""A rank is killed at a random step: the next attempt resumes from the newest checkpoint and ends with the same state."""
+"""A rank is killed at a random step. The next attempt resumes from the newest checkpoint and reaches the state of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_killed_at_a_random_step(
+def test_a_rank_killed_at_a_random_step_loses_only_steps_after_the_newest_checkpoint(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint, seed: int
 ) -> None:
-    at = random.Random(seed).randint(1, STEPS)
+    killed_step = random.Random(seed).randint(1, STEPS)
     script = {"steps": STEPS, "every": EVERY, "pause": 0.002}
-    quick = {**spec, "checkpoint": {"steps": EVERY, "keep": 0}}
-    with toy(tmp_path / "one", quick, storage, s3_server, script | {"at": {f"0:{at}": "die"}}) as first:
+    spec = {**spec, "checkpoint": {"steps": EVERY, "keep": 0}}
+    with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {f"0:{killed_step}": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
-    newest = (at - 1) // EVERY * EVERY
+    newest = (killed_step - 1) // EVERY * EVERY
     assert first.termination_message().committed_step == (newest or None), "staged checkpoints are uploaded after the kill"
     assert storage.verify_all(tmp_path / "check")[:1] == ([newest] if newest else [])
 
-    again = Resume(mode="auto", expect_step=newest)
-    with toy(tmp_path / "two", quick, storage, s3_server, script, attempt=2, resume=again) as second:
+    resume = Resume(mode="auto", expect_step=newest)
+    with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == (newest or None)
     assert logged_states(storage) == states(STEPS)

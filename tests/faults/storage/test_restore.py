@@ -1,4 +1,4 @@
-"""Restoring from damaged storage: damage is detected before anything is loaded, reported, and the step before is used."""
+"""Restoring from damaged storage: damage is detected before loading and reported, and the previous step is restored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
     return storage
 
 
-def back(storage: ProxiedTree, folder: Path, resume: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
+def restore_newest(storage: ProxiedTree, folder: Path, resume: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
     return restore(storage.proxied, resume or Resume(mode="auto", expect_step=10), facts, folder / "restored")
 
 
@@ -59,61 +59,61 @@ def remove(storage: ProxiedTree, key: str) -> None:
 
 
 def test_the_newest_checkpoint_is_restored(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
-    found = back(two, tmp_path)
+    found = restore_newest(two, tmp_path)
     assert (found.step, found.exact, found.inexact_reason, found.damaged) == (10, True, None, [])
     assert found.path is not None
     same = {p.relative_to(found.path): p.read_bytes() for p in found.path.rglob("*") if p.is_file()}
     assert same == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("hurt", [flip, cut, remove])
+@pytest.mark.parametrize("damage", [flip, cut, remove])
 @pytest.mark.parametrize("name", ["optimizer.pt", "sub/rng_state.pth", "manifest.json"])
-def test_damage_is_reported_and_the_step_before_is_restored(
-    two: ProxiedTree, tmp_path: Path, hurt: Callable[[ProxiedTree, str], None], name: str
+def test_damage_is_reported_and_the_previous_step_is_restored(
+    two: ProxiedTree, tmp_path: Path, damage: Callable[[ProxiedTree, str], None], name: str
 ) -> None:
-    hurt(two, f"{FOLDER}/{name}")
-    found = back(two, tmp_path)
+    damage(two, f"{FOLDER}/{name}")
+    found = restore_newest(two, tmp_path)
     assert found.step == 5
     assert len(found.damaged) == 1 and f"{FOLDER}/{name}" in found.damaged[0]
 
 
 def test_an_object_outside_the_manifest_is_not_downloaded(two: ProxiedTree, tmp_path: Path) -> None:
     two.direct.store.put(f"{FOLDER}/model.safetensors", b"stray")
-    found = back(two, tmp_path)
+    found = restore_newest(two, tmp_path)
     assert found.step == 10 and found.path is not None
     assert not (found.path / "model.safetensors").exists()
 
 
 def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two: ProxiedTree, tmp_path: Path) -> None:
     two.direct.store.put("checkpoints/step-00000010/_COMMITTED", b"{")
-    assert back(two, tmp_path).step == 5
+    assert restore_newest(two, tmp_path).step == 5
 
 
 def test_only_damaged_checkpoints_end_with_73(two: ProxiedTree, tmp_path: Path) -> None:
     for step in (5, 10):
         flip(two, f"checkpoints/step-{step:08d}/a1-00000000/optimizer.pt")
     with pytest.raises(NoCheckpointError) as caught:
-        back(two, tmp_path)
+        restore_newest(two, tmp_path)
     assert (caught.value.exit_code, caught.value.code) == (73, "NoLoadableCheckpoint")
     assert "step-00000010" in caught.value.message and "step-00000005" in caught.value.message
 
 
 def test_an_interrupted_download_is_retried(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", times=2) as cut_off:
-        found = back(two, tmp_path)
+        found = restore_newest(two, tmp_path)
     assert (found.step, found.damaged, cut_off.hits) == (10, [], 2)
 
 
 def test_a_byte_flipped_in_transit_is_detected(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", times=1) as flipped:
-        found = back(two, tmp_path)
+        found = restore_newest(two, tmp_path)
     assert (found.step, flipped.hits) == (5, 1)
     assert "optimizer.pt" in found.damaged[0]
 
 
 @dataclass(frozen=True)
 class RemoveFirst:
-    """Retention removes the whole step just before the object is read."""
+    """Retention of another process removes the whole step just before the object is read."""
 
     storage: ProxiedTree
     step: int
@@ -127,13 +127,13 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
     two: ProxiedTree, proxy: S3Proxy, tmp_path: Path
 ) -> None:
     proxy.fault(RemoveFirst(two, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", times=1)
-    found = back(two, tmp_path)
+    found = restore_newest(two, tmp_path)
     assert (found.step, len(found.damaged)) == (5, 1)
     assert "optimizer.pt is missing" in found.damaged[0]
     assert [committed.step for committed in two.direct.committed()] == [5]
 
 
-def test_a_wrong_clock_is_named_and_not_retried_for_ever(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_clock_is_reported_without_endless_retries(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are signed with a time twenty minutes in the future."""
     from botocore import auth
 
@@ -148,7 +148,7 @@ def test_a_wrong_clock_is_named_and_not_retried_for_ever(two: ProxiedTree, monke
 
 
 def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    """Listing has short timeouts; the download of what exists is retried longer."""
+    """Listing has short timeouts, but the download is retried longer."""
     storage.direct.store.put("rows.jsonl", b"{}")
     store = storage.proxied.store
     assert isinstance(store, S3Store)

@@ -1,7 +1,7 @@
 """Two attempts of one job run at once, each a whole pod that trains and commits: row 13 of docs/guides/checkpoints.md.
 
-The operator starts a second attempt only when a lost node's pod may still run where it cannot be reached. Then storage alone
-decides, and the later attempt's checkpoints count.
+This happens if a node is lost and its pod still runs, but cannot be reached. Then only the markers in storage decide: the later
+attempt's checkpoints count.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from tests.support.s3proxy import S3Operation, S3Proxy
 
 EVERY = 5
 SCRIPT = {"every": EVERY, "pause": 0.1}
-LOOK_SECONDS = 0.02
+READ_INTERVAL_SECONDS = 0.02
 GATE_SECONDS = 120.0
-"""Longest time for which a request is held: a test that fails lets go of it."""
+"""Longest time for which a request is held, so that a failing test ends."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Gate:
 
 
 @dataclass
-class Two:
+class TwoAttempts:
     """Two attempts of one job, each with its own proxy in front of the same store."""
 
     folder: Path
@@ -59,30 +59,30 @@ class Two:
     second: ProxiedTree
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
-    seen: dict[int, list[str]] = field(default_factory=dict)
-    """Incarnations that the marker of each step has named, in order."""
+    markers_seen: dict[int, list[str]] = field(default_factory=dict)
+    """For each step, the incarnations that its marker has named, in order."""
     start: int = 0
     """Step that the second attempt resumed from."""
 
-    def earlier(self) -> Pod:
-        """The first attempt, which would train for a long time."""
+    def start_earlier(self) -> Pod:
+        """The pod of the first attempt, which would train for a long time."""
         return toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000})
 
-    def later(self) -> Pod:
-        """The second attempt, started while the first one runs. It ends some checkpoints after the step that it resumes from."""
+    def start_later(self) -> Pod:
+        """The pod of the second attempt, for use while the first one runs. It ends twelve checkpoints after the step it resumes from."""
         self.start = max(one.step or 0 for one in self.storage.direct.committed())
         script, resume = SCRIPT | {"further": 12 * EVERY}, Resume(mode="auto", expect_step=self.start)
         return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Read all markers repeatedly."""
+    def markers_watched(self) -> Iterator[None]:
+        """Read all markers repeatedly, in a thread, and record their changes."""
         done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(LOOK_SECONDS):
+            while not done.wait(READ_INTERVAL_SECONDS):
                 for one in self.storage.direct.committed():
-                    paths = self.seen.setdefault(one.step or 0, [])
+                    paths = self.markers_seen.setdefault(one.step or 0, [])
                     if paths[-1:] != [one.marker.path]:
                         paths.append(one.marker.path)
 
@@ -94,129 +94,129 @@ class Two:
             done.set()
             thread.join()
 
-    def require_one_winner(self, earlier: Pod, later: Pod, why: str) -> None:
-        """The earlier attempt was fenced out, the later one's checkpoints count, and the result equals an uninterrupted run."""
+    def assert_later_attempt_won(self, earlier: Pod, later: Pod, reason: str) -> None:
+        """The earlier attempt was fenced out, the later attempt's checkpoints count, and the result equals an uninterrupted run."""
         assert [earlier.process and earlier.process.poll(), later.end()] == [74, 0], (
             earlier.text[-3000:] + later.text[-3000:]
         )
         termination = earlier.termination_message()
         assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
-        assert why in (termination.message or "") and "must end" in (termination.message or "")
+        assert reason in (termination.message or "") and "must end" in (termination.message or "")
         resumed = later.termination_message().resumed_from_step
         assert resumed is not None and resumed >= self.start
         last = resumed + 12 * EVERY
         for one in self.storage.direct.committed():
             assert one.marker.attempt == (1 if (one.step or 0) <= resumed else 2), one
-        for step, paths in self.seen.items():
+        for step, paths in self.markers_seen.items():
             assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
         assert last in self.storage.verify_all(self.folder / "after")
-        named = {f"{one.folder}/" for one in self.storage.direct.committed()}
+        committed_folders = {f"{one.folder}/" for one in self.storage.direct.committed()}
         data = [
             stat.key
             for stat in self.storage.direct.store.list("checkpoints/")
             if not stat.key.rpartition("/")[2].startswith("_")
         ]
-        assert all(any(key.startswith(folder) for folder in named) for key in data), "nothing of the loser is left"
+        assert all(any(key.startswith(folder) for folder in committed_folders) for key in data), "data of the fenced attempt is left"
         logged = logged_states(self.storage)
         assert {step: state for step, state in logged.items() if step <= last} == states(last)
         assert final_state(self.storage) == states(last)[last]
 
 
 @pytest.fixture
-def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[Two]:
+def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[TwoAttempts]:
     with S3Proxy(s3_server.host_url) as other:
         target = storage.direct.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
         second = ProxiedTree(Tree(S3Store(target)), storage.direct, storage.client, storage.bucket)
-        yield Two(tmp_path, spec, storage, second, (proxy, other), s3_server)
+        yield TwoAttempts(tmp_path, spec, storage, second, (proxy, other), s3_server)
 
 
-def test_two_attempts_side_by_side(two: Two) -> None:
+def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two: TwoAttempts) -> None:
     """Row 13: once the second attempt has begun, the first one commits nothing more and ends."""
-    with two.watched(), two.earlier() as earlier:
+    with two.markers_watched(), two.start_earlier() as earlier:
         earlier.wait_committed(2 * EVERY)
-        with two.later() as later:
+        with two.start_later() as later:
             earlier.end(120)
             assert later.process is not None and later.process.poll() is None, (
-                "both were alive until the first one knew"
+                "the second attempt must still run when the first one ends"
             )
             later.end()
-    two.require_one_winner(earlier, later, "a later attempt has begun")
+    two.assert_later_attempt_won(earlier, later, "a later attempt has begun")
 
 
 @dataclass
 class Race:
-    """Both attempts have passed every check before the commit of a step, and the requests for their markers are held."""
+    """Both attempts are about to write the marker of the same step; both requests are held."""
 
-    two: Two
+    two: TwoAttempts
     earlier: Pod
     step: int
     markers: tuple[Gate, Gate]
-    look: Gate
-    """The request by which the first attempt checks its data after its marker."""
+    final_check: Gate
+    """The request with which the first attempt checks its data after writing its marker."""
 
-    def mark(self, attempt: int) -> None:
+    def release_marker(self, attempt: int) -> None:
         """Release an attempt's marker and wait until it is stored."""
         self.markers[attempt - 1].opened.set()
-        wait_until(f"the marker of attempt {attempt}", lambda: self.marked() == attempt, servers=[], timeout=60)
+        wait_until(f"the marker of attempt {attempt}", lambda: self.marked_attempt() == attempt, servers=[], timeout=60)
 
-    def marked(self) -> int:
+    def marked_attempt(self) -> int:
         """Attempt that the step's marker names; 0 without a marker."""
         found = self.two.storage.direct.marker(self.step)
         return found.marker.attempt if found is not None else 0
 
-    def finish(self) -> None:
-        """Release everything of the first attempt and wait until it has ended."""
+    def finish_earlier(self) -> None:
+        """Release all requests of the first attempt and wait until its pod has ended."""
         self.markers[0].opened.set()
-        self.look.opened.set()
+        self.final_check.opened.set()
         self.earlier.end(120)
 
 
 def later_first(race: Race) -> None:
-    race.mark(2)
-    race.finish()
+    race.release_marker(2)
+    race.finish_earlier()
 
 
-def earlier_first_and_taken_back(race: Race) -> None:
-    race.mark(1)
-    race.finish()
-    assert race.marked() == 0, "its bytes were swept when the second attempt began"
-    race.mark(2)
+def earlier_first_and_removed(race: Race) -> None:
+    race.release_marker(1)
+    race.finish_earlier()
+    assert race.marked_attempt() == 0, "the data was swept when the second attempt began"
+    race.release_marker(2)
 
 
 def earlier_first_and_replaced(race: Race) -> None:
-    race.mark(1)
-    race.mark(2)
-    race.finish()
+    race.release_marker(1)
+    race.release_marker(2)
+    race.finish_earlier()
 
 
 @pytest.mark.parametrize(
-    ("order", "why"),
+    ("order", "reason"),
     [
         pytest.param(later_first, "was committed by a2-", id="later-first", marks=pytest.mark.faults),
         pytest.param(
-            earlier_first_and_taken_back, "another incarnation has removed", id="earlier-first-taken-back", marks=pytest.mark.faults
+            earlier_first_and_removed, "another incarnation has removed", id="earlier-first-removed", marks=pytest.mark.faults
         ),
         pytest.param(
             earlier_first_and_replaced, "another incarnation has removed", id="earlier-first-replaced", marks=pytest.mark.faults
         ),
     ],
 )  # fmt: skip
-def test_two_attempts_commit_the_same_step(two: Two, order: Callable[[Race], None], why: str) -> None:
-    """Row 13: both send the marker of the same step, in every order. The later attempt's marker stays."""
-    with two.watched(), two.earlier() as earlier:
+def test_the_later_attempts_marker_stays_if_two_attempts_commit_the_same_step(two: TwoAttempts, order: Callable[[Race], None], reason: str) -> None:
+    """Row 13: both attempts write the marker of the same step, in every order."""
+    with two.markers_watched(), two.start_earlier() as earlier:
         earlier.wait_committed(EVERY)
-        markers, look = (Gate(), Gate()), Gate()
+        markers, final_check = (Gate(), Gate()), Gate()
         two.proxies[0].fault(markers[0], operation="PutObject", key="checkpoints/.*_COMMITTED", times=1)
         earlier.wait_until(lambda: bool(markers[0].keys))
         step = step_of(markers[0].keys[0].split("/")[-2])
         assert step is not None
-        two.proxies[0].fault(look, operation="HeadObject", key=f"{prefix_of(step)}/a1-.*/manifest.json", times=1)
+        two.proxies[0].fault(final_check, operation="HeadObject", key=f"{prefix_of(step)}/a1-.*/manifest.json", times=1)
         two.proxies[1].fault(markers[1], operation="PutObject", key=f"{prefix_of(step)}/_COMMITTED", times=1)
-        with two.later() as later:
+        with two.start_later() as later:
             later.wait_until(lambda: bool(markers[1].keys))
-            race = Race(two, earlier, step, markers, look)
+            race = Race(two, earlier, step, markers, final_check)
             order(race)
-            assert race.marked() == 2
+            assert race.marked_attempt() == 2
             later.end()
-    two.require_one_winner(earlier, later, why)
-    assert two.seen[step][-1].startswith("a2-")
+    two.assert_later_attempt_won(earlier, later, reason)
+    assert two.markers_seen[step][-1].startswith("a2-")

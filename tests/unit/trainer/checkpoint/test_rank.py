@@ -1,4 +1,4 @@
-"""The callbacks in a rank: when checkpoints are made, logged, skipped and reported, and where a stop takes effect."""
+"""The callbacks of a rank: when checkpoints are saved, skipped and reported, when steps are logged, and when a stop takes effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa
 
 
 class Run:
-    """A Trainer's loop, reduced to the order in which it calls callbacks."""
+    """A Trainer's loop that only calls the callbacks, in the right order."""
 
     def __init__(self, folder: Path, *, steps_per_epoch: int = 10, **arguments: Any) -> None:
         (folder / "work").mkdir()
@@ -25,14 +25,14 @@ class Run:
         self.agreement = StopAgreement(self.channel, SingleRankStore(), poll_seconds=0.001)
         self.stager = subject.Stager(self.channel, self.agreement, "a1-00000000")
         self.reporter = subject.Reporter(self.channel)
-        given = {
+        defaults = {
             "logging_steps": 100,
             "save_strategy": "steps",
             "save_steps": 100,
             "eval_strategy": "no",
             "report_to": [],
         }
-        self.args = TrainingArguments(output_dir=str(folder / "work/output"), use_cpu=True, **(given | arguments))
+        self.args = TrainingArguments(output_dir=str(folder / "work/output"), use_cpu=True, **(defaults | arguments))
         Path(self.args.output_dir).mkdir()
         self.state, self.control = TrainerState(max_steps=1000), TrainerControl()
         self.state.train_batch_size = 1
@@ -53,14 +53,14 @@ class Run:
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         for callback in (self.reporter, self.stager):
             callback.on_step_end(self.args, self.state, self.control, model=self.model)
-        self._flow()
+        self._log_and_save()
 
     def epoch_end(self) -> None:
         self.control = TrainerControl()
         self.stager.on_epoch_end(self.args, self.state, self.control, model=self.model)
-        self._flow()
+        self._log_and_save()
 
-    def _flow(self) -> None:
+    def _log_and_save(self) -> None:
         if self.control.should_log:
             self.logged.append(self.state.global_step)
         if self.control.should_save:
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_reported_and_adds_no_log_line(run: Run) -> None:
     assert [beat["step"] for beat in run.sent("heartbeat")] == [1, 2, 3]
 
 
-def test_a_stop_saves_one_step_later_and_ends(run: Run) -> None:
+def test_a_stop_request_saves_and_ends_after_the_next_step(run: Run) -> None:
     run.step()
     run.ask_to_stop()
     with pytest.raises(Stopped) as stopped:
@@ -108,7 +108,7 @@ def test_the_last_step_is_logged_even_if_its_window_is_short(run: Run) -> None:
     assert run.logged == [2, 3]
 
 
-def test_the_current_window_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> None:
     run = Run(tmp_path)
     sums = {"tokens": torch.tensor(7), "nll": torch.tensor(0.3)}
     trainer = SimpleNamespace(
@@ -123,7 +123,7 @@ def test_the_current_window_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     later = SimpleNamespace(args=run.args, _globalstep_last_logged=2, _tr_loss=torch.tensor(0.0), _sums={"train": {}})
     again = subject.Stager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
     again.on_trainer_created(later)
-    run.agreement.start = lambda step: None  # type: ignore[method-assign] # it is started already
+    run.agreement.start = lambda step: None  # type: ignore[method-assign] # the thread runs already
     again.on_train_begin(run.args, run.state, run.control)
     assert later._globalstep_last_logged == 0
     assert later._tr_loss.item() == trainer._tr_loss.item() and later._tr_loss.dtype == torch.float32
@@ -134,7 +134,7 @@ def test_the_current_window_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     ("loss", "weight", "code"),
     [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
 )
-def test_a_state_that_is_not_finite_is_never_saved(run: Run, loss: str, weight: float, code: str) -> None:
+def test_a_state_with_non_finite_values_is_never_saved(run: Run, loss: str, weight: float, code: str) -> None:
     run.stager.on_trainer_created(
         SimpleNamespace(
             args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(float(loss)), _sums={"train": {}}
@@ -147,7 +147,7 @@ def test_a_state_that_is_not_finite_is_never_saved(run: Run, loss: str, weight: 
 
 
 def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
-    """The last update may have made them non-finite although the loss before it was finite."""
+    """The last update may have made weights non-finite although the loss before that update was finite."""
     sums = {"train": {"tokens": torch.tensor(7)}}
     run.stager.on_trainer_created(
         SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums)
@@ -162,8 +162,8 @@ def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
     assert (caught.value.code, run.saved) == ("WeightsNotFinite", [1])
 
 
-def test_a_checkpoint_at_an_epochs_end_comes_after_the_evaluation(tmp_path: Path) -> None:
-    """Otherwise a resumed run would skip the evaluation, with other losses and another early stop."""
+def test_a_checkpoint_at_an_epochs_end_is_saved_after_the_evaluation(tmp_path: Path) -> None:
+    """Otherwise a resumed run would skip the evaluation, and early stopping could decide differently."""
     run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step(save=True)
     run.step(save=True)
@@ -199,24 +199,24 @@ def test_a_stop_at_an_epochs_end_without_evaluation_is_immediate(tmp_path: Path)
         run.step()
 
 
-def full(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(subject, "free_bytes", lambda work: free)
 
 
 def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    full(monkeypatch, subject.DISK_RESERVE_BYTES)
+    set_free_bytes(monkeypatch, subject.DISK_RESERVE_BYTES)
     run.step(save=True)
     run.step()
     assert run.saved == []
     (message,) = run.sent("skipped")
     assert (message["step"], message["reason"]) == (1, "StagingDiskFull")
-    full(monkeypatch, 10 * subject.DISK_RESERVE_BYTES)
+    set_free_bytes(monkeypatch, 10 * subject.DISK_RESERVE_BYTES)
     run.step(save=True)
     assert run.saved == [3]
 
 
 def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    full(monkeypatch, 0)
+    set_free_bytes(monkeypatch, 0)
     run.step()
     run.ask_to_stop()
     with pytest.raises(Stopped):
@@ -225,7 +225,7 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: 
 
 
 def test_the_size_of_the_first_checkpoint_is_estimated(run: Run) -> None:
-    """Trained weights and two moments each."""
+    """Each trained weight counts with its own size and two moments."""
     assert subject._estimated_size(run.model) == 6 * (4 + 8)
     run.model.bias.requires_grad = False
     assert subject._estimated_size(run.model) == 4 * (4 + 8)

@@ -32,8 +32,8 @@ def run(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
     return rates
 
 
-def resumed(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
-    """Ten steps at 1e-3, saved as the Trainer does, and loaded by another attempt."""
+def resume(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
+    """Train ten steps at 1e-3, save as the Trainer does, and load the state in another attempt."""
     before = make(1e-3)
     run(*before, 10)
     torch.save([one.state_dict() for one in before], tmp_path / "state")
@@ -48,24 +48,24 @@ def resumed(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("rate", [5e-4, 2e-3])
-def test_a_new_rate_applies_from_the_first_step(tmp_path: Path, rate: float) -> None:
+def test_a_new_rate_applies_from_the_first_resumed_step(tmp_path: Path, rate: float) -> None:
     uninterrupted = run(*make(rate), 20)
-    found = run(*resumed(tmp_path, rate), 10)
-    assert found == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
+    resumed_rates = run(*resume(tmp_path, rate), 10)
+    assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
 
 
 def test_the_same_rate_gives_the_same_bits(tmp_path: Path) -> None:
-    assert run(*resumed(tmp_path, 1e-3), 10) == run(*make(1e-3), 20)[10:]
+    assert run(*resume(tmp_path, 1e-3), 10) == run(*make(1e-3), 20)[10:]
 
 
 def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
-    optimizer, _ = resumed(tmp_path, 1e-3, weight_decay=0.25, betas=(0.5, 0.75))
+    optimizer, _ = resume(tmp_path, 1e-3, weight_decay=0.25, betas=(0.5, 0.75))
     assert [(one["weight_decay"], one["betas"]) for one in optimizer.param_groups] == [(0.25, (0.5, 0.75))] * 2
     assert [float(one["step"]) for one in optimizer.state.values()] == [10.0, 10.0]
 
 
 def test_a_scheduler_without_base_rates_keeps_what_it_loads() -> None:
-    """A scheduler such as ReduceLROnPlateau: its rates are part of its state, and no other rate exists to restore."""
+    """The rates of such a scheduler (ReduceLROnPlateau, for example) are part of its state, so that there is no other rate to restore."""
     optimizer, _ = make(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 

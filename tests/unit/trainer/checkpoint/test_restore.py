@@ -1,4 +1,4 @@
-"""Which checkpoint an attempt resumes from, which are refused or not exact, and what commit and sweep do; in a folder."""
+"""Which checkpoint an attempt resumes from, which ones are refused or inexact, and what commit and sweep change. The store is a folder."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def other(tmp_path: Path) -> Tree:
     return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
-def resume(job: Tree, folder: Path, how: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
-    return restore(job, how or Resume(mode="auto", expect_step=10), facts, folder / "restored")
+def resume(job: Tree, folder: Path, options: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
+    return restore(job, options or Resume(mode="auto", expect_step=10), facts, folder / "restored")
 
 
 def test_a_job_with_progress_but_without_checkpoints_fails(job: Tree, tmp_path: Path) -> None:
@@ -57,19 +57,19 @@ def test_a_job_with_progress_but_without_checkpoints_fails(job: Tree, tmp_path: 
     assert resume(job, tmp_path, Resume(mode="auto")).step == 0
 
 
-def test_never_and_rollback(two: Tree, other: Tree, tmp_path: Path) -> None:
+def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two: Tree, other: Tree, tmp_path: Path) -> None:
     assert resume(other, tmp_path, Resume(mode="never", expect_step=0)).step == 0
     assert resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_named_by_its_uri(two: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
+def test_a_checkpoint_is_restored_by_its_uri(two: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
     named = uri.format(root=two.store.uri)
     assert resume(other, tmp_path, Resume(mode=named)).step == 5
 
 
-def test_a_checkpoint_on_a_web_server(two: Tree, tmp_path: Path, server: Web) -> None:
-    """It is read with the CA bundle of the job's own storage, and no error message shows the query."""
+def test_a_checkpoint_is_restored_from_a_web_server(two: Tree, tmp_path: Path, server: Web) -> None:
+    """The request uses the CA bundle of the job's own storage, and no error message shows the query."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
@@ -79,9 +79,9 @@ def test_a_checkpoint_on_a_web_server(two: Tree, tmp_path: Path, server: Web) ->
     assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
     assert found.path is not None and (found.path / "weights").read_text() == "w"
     (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
-    for place, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
+    for step, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
         with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-            resume(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-000000{place}{secret}"))
+            resume(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-000000{step}{secret}"))
         assert caught.value.code == code and "hidden" not in str(caught.value)
 
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_on_a_web_server(two: Tree, tmp_path: Path, server: Web) ->
 def test_own_progress_takes_precedence_over_the_configured_start(
     two: Tree, other: Tree, tmp_path: Path, mode: str
 ) -> None:
-    """A queue restarts the same attempt, or the operator missed a commit."""
+    """This happens if a queue restarts the same attempt, or if the operator missed a commit."""
     folder = tmp_path / "staged"
     files = other.upload(prefix_of(150), "a1-00000000", folder)
     other.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
@@ -104,7 +104,7 @@ def test_own_progress_takes_precedence_over_the_configured_start(
     ("uri", "code"),
     [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
 )
-def test_a_uri_that_names_no_checkpoint(two: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
+def test_a_uri_without_a_checkpoint_is_refused(two: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
         resume(other, tmp_path, Resume(mode=uri.format(root=two.store.uri)))
     assert caught.value.code == code
@@ -145,18 +145,18 @@ def test_a_checkpoint_of_a_different_run_is_refused(
         ({"other_inputs": {"contents of ConfigMaps": "b"}}, "made with other contents of ConfigMaps"),
     ],
 )
-def test_an_inexact_resume_says_why(two: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
+def test_an_inexact_resume_reports_the_reason(two: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
     found = resume(two, tmp_path, facts=FACTS.model_copy(update=change))
     assert found.step == 10 and found.exact is False and word in (found.inexact_reason or "")
 
 
 def test_skipped_checkpoints_are_not_ancestors(two: Tree, tmp_path: Path) -> None:
-    """Skipped are those after a rollback's step, and damaged ones."""
+    """Checkpoints later than a rollback's step and damaged checkpoints are skipped."""
     rolled = resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
     two.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
     damaged = resume(two, tmp_path)
-    assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take it for a checkpoint"
+    assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
     assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
     whole = resume(two, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
     assert [one.step for one in whole.ancestors] == [5]
@@ -195,9 +195,9 @@ class DelayedStore(FolderStore):
 @pytest.fixture
 def delayed(two: Tree) -> DelayedStore:
     assert isinstance(two.store, FolderStore)
-    made = DelayedStore(two.store.root, two.store.uri)
-    two.store = made
-    return made
+    store = DelayedStore(two.store.root, two.store.uri)
+    two.store = store
+    return store
 
 
 @pytest.mark.parametrize(("unlisted", "unread"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
@@ -263,7 +263,7 @@ def begin(tree: Tree, attempt: int) -> None:
 
 
 def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two: Tree, tmp_path: Path) -> None:
-    """Its earlier checkpoints are replaced when the next attempt reaches their steps."""
+    """The checkpoints of the earlier attempt are replaced when the next attempt reaches their steps."""
     commit(two, tmp_path, 20)
     begin(two, 2)
     with pytest.raises(Fenced, match="a later attempt has begun"):
@@ -279,15 +279,15 @@ def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two: Tree, 
 def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
     two: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its last check and its marker the next attempt begins and sweeps."""
+    """The next attempt begins and sweeps after the last check of the commit and before its marker."""
     create = two.store.create
 
-    def late(key: str, data: bytes) -> Created:
+    def create_after_sweep(key: str, data: bytes) -> Created:
         begin(two, 2)
         assert two.sweep().count == 2
         return create(key, data)
 
-    monkeypatch.setattr(two.store, "create", late)
+    monkeypatch.setattr(two.store, "create", create_after_sweep)
     with pytest.raises(Fenced, match="has removed"):
         commit(two, tmp_path, 20)
     assert [one.step for one in two.committed()] == [10, 5]
@@ -312,7 +312,7 @@ def test_a_sweep_keeps_data_next_to_a_damaged_marker(two: Tree, tmp_path: Path, 
     assert [one.step for one in two.committed()] == [10, 5]
 
 
-def test_only_damaged_markers_do_not_lead_to_a_start_from_zero(job: Tree, tmp_path: Path) -> None:
+def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Tree, tmp_path: Path) -> None:
     job.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
     with pytest.raises(NoCheckpointError, match="had reached step 7") as caught:
         resume(job, tmp_path, Resume(mode="auto"))
@@ -320,24 +320,24 @@ def test_only_damaged_markers_do_not_lead_to_a_start_from_zero(job: Tree, tmp_pa
 
 
 def test_a_marker_that_becomes_readable_later_is_recognised(two: Tree, delayed: DelayedStore, tmp_path: Path) -> None:
-    """The response to its creation is lost, and the store does not show it at once."""
+    """The response to the creation of the marker is lost, and the store shows the marker with a delay."""
     reads: list[str] = []
     create, get = delayed.create, delayed.get
 
-    def lost(key: str, data: bytes) -> Created:
+    def create_with_lost_response(key: str, data: bytes) -> Created:
         return create(key, data) and Created.EXISTS
 
-    def late(key: str) -> bytes | None:
+    def get_with_delay(key: str) -> bytes | None:
         reads.append(key)
         return get(key) if len(reads) > 2 else None
 
-    delayed.create, delayed.get = lost, late  # type: ignore[method-assign] # that is what the fault is
+    delayed.create, delayed.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
     files = two.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
     two.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
     assert len(reads) == 3 and [one.step for one in two.committed()] == [15, 10, 5]
 
 
-def test_a_sweep_removes_only_what_no_marker_names(two: Tree, tmp_path: Path) -> None:
+def test_a_sweep_removes_only_data_without_a_marker(two: Tree, tmp_path: Path) -> None:
     before = {stat.key for stat in two.store.list("checkpoints/")}
     two.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
     two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")

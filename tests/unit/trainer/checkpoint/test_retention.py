@@ -1,4 +1,4 @@
-"""Which checkpoints are removed: examples, and rules that hold for every history."""
+"""Which checkpoints are removed: examples, and rules that hold for every list of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = No
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "keep", "options", "gone"),
+    ("checkpoints", "keep", "options", "removed"),
     [
         (kept(1, 2, 3, 4, 5), 0, {}, []),
         (kept(1, 2, 3, 4, 5), 3, {}, [1, 2]),
@@ -25,8 +25,8 @@ def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = No
         ([], 3, {}, []),
     ],
 )
-def test_examples(checkpoints: list[Kept], keep: int, options: dict[str, object], gone: list[int]) -> None:
-    assert steps_to_remove(checkpoints, keep, **options) == gone  # type: ignore[arg-type] # options of the examples
+def test_steps_to_remove_in_examples(checkpoints: list[Kept], keep: int, options: dict[str, object], removed: list[int]) -> None:
+    assert steps_to_remove(checkpoints, keep, **options) == removed  # type: ignore[arg-type] # options of the examples
 
 
 HISTORY = st.lists(
@@ -37,13 +37,13 @@ HISTORY = st.lists(
 
 
 @given(HISTORY, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
-def test_rules(checkpoints: list[Kept], keep: int, pinned: set[int], finished: bool) -> None:
-    gone = set(steps_to_remove(checkpoints, keep, pinned=pinned, finished=finished))
+def test_kept_steps_are_never_removed(checkpoints: list[Kept], keep: int, pinned: set[int], finished: bool) -> None:
+    removed = set(steps_to_remove(checkpoints, keep, pinned=pinned, finished=finished))
     newest = sorted((one.step for one in checkpoints), reverse=True)
     healthy = sorted((one.step for one in checkpoints if one.healthy), reverse=True)
-    assert not gone & set(newest[:keep])
-    assert not gone & pinned
-    assert best_step(checkpoints) not in gone
+    assert not removed & set(newest[:keep])
+    assert not removed & pinned
+    assert best_step(checkpoints) not in removed
     if not finished:
-        assert not gone & set(healthy[:2])
-    assert gone <= set(newest)
+        assert not removed & set(healthy[:2])
+    assert removed <= set(newest)

@@ -41,10 +41,10 @@ class ThreadStore:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_all_ranks_agree(tmp_path: Path, seed: int) -> None:
-    """With ranks that synchronise at every step, and with ranks that do not."""
+def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
+    """The seed decides whether the ranks synchronise at every step."""
     draw = random.Random(seed)
-    ranks, asked, together = draw.choice([1, 2, 3, 5]), draw.randrange(5), draw.random() < 0.5
+    ranks, requested_rank, in_step = draw.choice([1, 2, 3, 5]), draw.randrange(5), draw.random() < 0.5
     barrier = threading.Barrier(ranks)
     shared, stops = ThreadStore(), [0] * ranks
     pauses = [draw.uniform(0, 0.002) for _ in range(ranks)]
@@ -56,13 +56,13 @@ def test_all_ranks_agree(tmp_path: Path, seed: int) -> None:
         agreement.start(0)
         step = 0
         while True:
-            if together:
+            if in_step:
                 barrier.wait(20)
             time.sleep(pauses[rank])
             step += 1
             if agreement.reached(step):
                 break
-            if rank == asked % ranks and step == 1 + seed % 7:
+            if rank == requested_rank % ranks and step == 1 + seed % 7:
                 (work / STOP_FILE).write_text("")
         stops[rank] = step
 
@@ -74,19 +74,19 @@ def test_all_ranks_agree(tmp_path: Path, seed: int) -> None:
     assert len(set(stops)) == 1 and stops[0] > 1 + seed % 7
 
 
-def test_a_lost_store_ends_the_wait(tmp_path: Path) -> None:
+def test_a_lost_store_ends_the_wait_for_the_agreed_step(tmp_path: Path) -> None:
     shared = ThreadStore()
     agreement = StopAgreement(Channel.recording(tmp_path, rank=0, world_size=2), shared, poll_seconds=0.003)
     agreement.start(0)
     (tmp_path / STOP_FILE).write_text("")
 
-    def break_it() -> None:
+    def break_store() -> None:
         with shared._changed:
             shared._changed.wait_for(lambda: shared.has("at-0"), 20)
             shared.broken = True
             shared._changed.notify_all()
 
-    breaker = threading.Thread(target=break_it)
+    breaker = threading.Thread(target=break_store)
     breaker.start()
     with pytest.raises(ConnectionError):
         for step in range(1, 10**9):

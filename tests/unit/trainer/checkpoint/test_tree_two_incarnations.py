@@ -1,4 +1,4 @@
-"""Two incarnations write below one root at once: whatever the order of their requests, no marker names missing data."""
+"""Two incarnations write below one root at once: in every order of their requests, no marker names missing data."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from finetune_trainer.storage.folder import FolderStore
 FACTS = RunFacts()
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """The default hook."""
 
 
 class SlowStore(FolderStore):
-    """A store that delays deletions until `arrive` and has hooks before deletions, markers and manifests."""
+    """A store that delays deletions until `apply_deletions`, with hooks before deletions, markers and manifests."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
-        self.holds = False
-        self.held: list[str] = []
-        self.before_delete = self.before_marker = self.before_manifest = nothing
+        self.delays_deletions = False
+        self.delayed_keys: list[str] = []
+        self.before_delete = self.before_marker = self.before_manifest = do_nothing
 
     def delete(self, keys: Iterable[str]) -> None:
-        if self.holds:
-            self.held += keys
+        if self.delays_deletions:
+            self.delayed_keys += keys
             return
-        happens, self.before_delete = self.before_delete, nothing  # once
-        happens()
+        hook, self.before_delete = self.before_delete, do_nothing  # the hook runs once
+        hook()
         super().delete(keys)
 
-    def arrive(self) -> None:
+    def apply_deletions(self) -> None:
         """Carry out the delayed deletions."""
-        self.holds = False
-        self.delete(self.held)
+        self.delays_deletions = False
+        self.delete(self.delayed_keys)
 
     def create(self, key: str, data: bytes) -> Created:
         self.before_marker()
@@ -70,12 +70,12 @@ def commit(tree: Tree, staged: Path, step: int, attempt: int, pod_uid: str = "00
 
 
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
-    """The old attempt has passed its last check when the delete arrives: the sweep removes the marker."""
+    """The old attempt has passed its last check when the store deletes the data. The sweep then removes the marker."""
     tree, key = Tree(store), f"{prefix_of(10)}/_COMMITTED"
     commit(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)
     assert marker is not None
-    store.delete([key])  # only the marker is missing; it is created during the sweep
+    store.delete([key])  # the marker is created again during the sweep
     store.before_delete = lambda: store.put(key, marker)
     assert tree.sweep().problem is None
     assert (tree.marker(10), list(store.list("checkpoints/"))) == (None, [])
@@ -84,48 +84,48 @@ def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store
 def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Path) -> None:
     tree = Tree(store)
 
-    def swept_meanwhile() -> None:
-        store.holds = True
+    def begin_and_sweep() -> None:
+        store.delays_deletions = True
         tree.begin_attempt(2, b"{}")
         tree.sweep()
-        store.arrive()
+        store.apply_deletions()
 
-    store.before_marker = swept_meanwhile
+    store.before_marker = begin_and_sweep
     with pytest.raises(Fenced, match="another incarnation has removed"):
         commit(tree, tmp_path / "staged", 10, 1)
     assert restore(tree, Resume(mode="auto"), FACTS, tmp_path / "out").step == 0
 
 
-def test_a_commit_notices_that_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
-    """A queue starts the same attempt again; the sweep lists the data before its manifest is written."""
+def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
+    """A queue starts the same attempt again. Its sweep lists the data before the manifest is written."""
     tree = Tree(store)
 
-    def sweep_begins() -> None:
-        store.holds = True
+    def start_sweep() -> None:
+        store.delays_deletions = True
         tree.sweep()
-        store.holds = False
+        store.delays_deletions = False
 
-    store.before_manifest = sweep_begins
-    store.before_marker = store.arrive
+    store.before_manifest = start_sweep
+    store.before_marker = store.apply_deletions
     with pytest.raises(Fenced, match="another incarnation has removed"):
         commit(tree, tmp_path / "staged", 10, 1)
     assert tree.committed() == []
 
 
-@pytest.mark.parametrize("asked", ["stat", "list"])
+@pytest.mark.parametrize("method", ["stat", "list"])
 def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
-    store: SlowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+    store: SlowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     tree = Tree(store)
-    answer = getattr(store, asked)
+    original = getattr(store, method)
 
-    def down(key: str) -> Stat | None:
+    def fail_after_marker(key: str) -> Stat | None:
         if tree.marker(10) is not None and not key.startswith("run/"):
             raise StorageError("StorageFailed", "503")
-        found: Stat | None = answer(key)
+        found: Stat | None = original(key)
         return found
 
-    monkeypatch.setattr(store, asked, down)
+    monkeypatch.setattr(store, method, fail_after_marker)
     commit(tree, tmp_path / "staged", 10, 1)
     monkeypatch.undo()
     assert [one.step for one in tree.committed()] == [10]

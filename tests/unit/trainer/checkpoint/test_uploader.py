@@ -1,4 +1,4 @@
-"""Background uploads: one runs, one is queued, a newer one replaces it, the checkpoint of a stop is never dropped."""
+"""Background uploads: one upload runs, one checkpoint is queued, a newer one replaces it, the checkpoint of a graceful stop is never dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class GatedStore(FolderStore):
-    """A folder whose uploads wait for a gate."""
+    """A folder store whose uploads wait until `gate` is set. `refuse` may raise an error for a key."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
@@ -37,7 +37,7 @@ class GatedStore(FolderStore):
             super().delete([key])
 
 
-class Fixture:
+class UploaderBench:
     """An uploader with a gated store."""
 
     def __init__(self, folder: Path, *, final_timeout: float = 60, **policy: object) -> None:
@@ -66,14 +66,14 @@ class Fixture:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Fixture]:
-    made = Fixture(tmp_path, keep=0)
-    yield made
-    made.drain()
-    made.uploader.close()
+def bench(tmp_path: Path) -> Iterator[UploaderBench]:
+    bench = UploaderBench(tmp_path, keep=0)
+    yield bench
+    bench.drain()
+    bench.uploader.close()
 
 
-def test_a_newer_checkpoint_replaces_the_queued_one(bench: Fixture) -> None:
+def test_a_newer_checkpoint_replaces_the_queued_one(bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.offer(1)
     assert bench.store.entered.wait(10)
@@ -86,7 +86,7 @@ def test_a_newer_checkpoint_replaces_the_queued_one(bench: Fixture) -> None:
     assert not (bench.folder / "staged-2").exists()
 
 
-def test_the_stop_checkpoint_is_never_dropped(bench: Fixture) -> None:
+def test_the_stop_checkpoint_is_never_dropped(bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.offer(1)
     assert bench.store.entered.wait(10)
@@ -97,8 +97,8 @@ def test_the_stop_checkpoint_is_never_dropped(bench: Fixture) -> None:
     assert bench.steps() == [3, 1]
 
 
-def test_a_fenced_commit_ends_the_attempt(bench: Fixture) -> None:
-    """A later attempt has begun: this incarnation is stale and must not train on."""
+def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:
+    """A later attempt has begun, so that this incarnation must not train on."""
     bench.tree.begin_attempt(2, b"{}")
     bench.offer(1)
     bench.drain()
@@ -118,8 +118,8 @@ class Clock:
         return self.now
 
 
-def test_a_store_that_takes_no_checkpoint_for_too_long_ends_the_attempt(
-    bench: Fixture, monkeypatch: pytest.MonkeyPatch
+def test_the_attempt_ends_if_no_checkpoint_is_stored_for_too_long(
+    bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
 
@@ -134,7 +134,7 @@ def test_a_store_that_takes_no_checkpoint_for_too_long_ends_the_attempt(
     clock.now += 499
     assert bench.uploader.unsaved_error(600, None) is None
     clock.now += 2
-    assert bench.uploader.unsaved_error(600, 700) is None, "not before the job's own stall timeout"
+    assert bench.uploader.unsaved_error(600, 700) is None, "the limit is at least the job's stall timeout"
     assert bench.uploader.unsaved_error(200, None) is not None
     error = bench.uploader.unsaved_error(600, None)
     assert error is not None and (error.exit_code, error.code) == (69, "CheckpointsNotSaved")
@@ -146,8 +146,8 @@ def test_a_store_that_takes_no_checkpoint_for_too_long_ends_the_attempt(
     assert bench.uploader.unsaved_error(600, None) is None, "step 3 is committed"
 
 
-def test_a_step_that_is_committed_already_does_not_count_as_unsaved(
-    bench: Fixture, monkeypatch: pytest.MonkeyPatch
+def test_an_already_committed_step_does_not_count_as_unsaved(
+    bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
     for _ in range(2):
@@ -157,7 +157,7 @@ def test_a_step_that_is_committed_already_does_not_count_as_unsaved(
     assert bench.uploader.unsaved_error(600, None) is None
 
 
-def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     bench.uploader.record_unsaved()
     clock.now += 1000
@@ -168,7 +168,7 @@ def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: Fixture, m
     assert bench.uploader.unsaved_error(60, None) is not None
 
 
-def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: Fixture) -> None:
+def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.offer(8)
     bench.offer(None)
@@ -180,7 +180,7 @@ def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: Fixture) -
     assert [one.healthy for one in checkpoints_for_status(bench.tree, bench.tree.committed())] == [True]
 
 
-def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: Fixture) -> None:
+def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: UploaderBench) -> None:
     bench.offer(1)
     bench.drain()
     assert [one.healthy for one in bench.tree.committed()] == [False]
@@ -193,7 +193,7 @@ def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: Fixture) 
 
 
 def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
-    bench = Fixture(tmp_path, keep=1, pinned=(2,))
+    bench = UploaderBench(tmp_path, keep=1, pinned=(2,))
     for step in range(1, 7):
         bench.offer(step, evalLoss=0.5 if step == 3 else 1.0)
         bench.drain()
@@ -204,8 +204,8 @@ def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
     bench.uploader.close()
 
 
-def test_a_missing_permission_to_delete_is_a_note(tmp_path: Path) -> None:
-    bench = Fixture(tmp_path, keep=1)
+def test_a_missing_permission_to_delete_adds_a_note(tmp_path: Path) -> None:
+    bench = UploaderBench(tmp_path, keep=1)
 
     def refuse(key: str) -> None:
         if key.startswith("delete checkpoints/") and not key.endswith(".json"):
@@ -221,7 +221,7 @@ def test_a_missing_permission_to_delete_is_a_note(tmp_path: Path) -> None:
     bench.uploader.close()
 
 
-def test_a_checkpoint_that_cannot_be_stored_is_a_problem_but_not_the_end(bench: Fixture) -> None:
+def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(bench: UploaderBench) -> None:
     def refuse(key: str) -> None:
         raise StorageError("StorageFailed", "gone")
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_a_problem_but_not_the_end(bench: 
     assert bench.run_state.report().health.healthy
 
 
-def test_the_checkpoint_of_a_stop_is_retried(bench: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checkpoint_of_a_stop_is_retried(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """No later checkpoint follows: a short outage of the store must not lose it."""
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
     tries: list[str] = []
@@ -254,8 +254,8 @@ def test_the_checkpoint_of_a_stop_is_retried(bench: Fixture, monkeypatch: pytest
     assert len(tries) == 5 and bench.steps() == [1]
 
 
-def test_the_checkpoint_of_a_stop_is_given_up_when_the_uploader_closes(tmp_path: Path) -> None:
-    bench = Fixture(tmp_path)
+def test_closing_the_uploader_abandons_the_graceful_stop_checkpoint(tmp_path: Path) -> None:
+    bench = UploaderBench(tmp_path)
 
     def refuse(key: str) -> None:
         raise StorageError("EndpointUnreachable", "gone")
@@ -268,12 +268,12 @@ def test_the_checkpoint_of_a_stop_is_given_up_when_the_uploader_closes(tmp_path:
     assert bench.uploader.drain(20) and bench.steps() == []
 
 
-def test_skipped_checkpoints_are_replaced_or_removed_and_are_no_progress(tmp_path: Path) -> None:
-    """Another attempt committed steps 10 to 30. This one resumes from 10 and repeats the later ones."""
+def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progress(tmp_path: Path) -> None:
+    """Another attempt committed steps 10 to 30. This attempt resumes from 10 and repeats the later steps."""
     folder = tmp_path / "staged"
     folder.mkdir()
     (folder / "weights").write_text("old")
-    bench = Fixture(tmp_path / "bench", keep=1, pinned=(25,))
+    bench = UploaderBench(tmp_path / "bench", keep=1, pinned=(25,))
     for step in (10, 20, 25, 27, 30):
         files = bench.tree.upload(prefix_of(step), "a0-00000000", folder)
         bench.tree.commit(prefix_of(step), Manifest(step=step, incarnation="a0-00000000", files=files))
@@ -297,7 +297,7 @@ def test_skipped_checkpoints_are_replaced_or_removed_and_are_no_progress(tmp_pat
     bench.uploader.close()
 
 
-def test_the_data_of_a_committed_checkpoint_is_never_written_again(bench: Fixture) -> None:
+def test_the_data_of_a_committed_checkpoint_is_never_written_again(bench: UploaderBench) -> None:
     bench.offer(5)
     bench.drain()
     (bench.folder / "staged-5").mkdir()
@@ -309,7 +309,7 @@ def test_the_data_of_a_committed_checkpoint_is_never_written_again(bench: Fixtur
     assert bench.store.get(f"{found.folder}/weights") == b"5"
 
 
-def test_the_evaluation_is_part_of_output_and_manifest(bench: Fixture) -> None:
+def test_the_evaluation_is_part_of_output_and_manifest(bench: UploaderBench) -> None:
     measured = {"testRows": 3, "testLoss": 1.25}
     bench.offer(None, extra={"evaluation": measured, "notes": []})
     bench.drain()
@@ -320,7 +320,7 @@ def test_the_evaluation_is_part_of_output_and_manifest(bench: Fixture) -> None:
 
 
 def test_a_final_model_that_cannot_be_stored_ends_the_attempt(tmp_path: Path) -> None:
-    bench = Fixture(tmp_path, final_timeout=0)
+    bench = UploaderBench(tmp_path, final_timeout=0)
 
     def refuse(key: str) -> None:
         raise StorageError("StorageFailed", "gone")
@@ -333,7 +333,7 @@ def test_a_final_model_that_cannot_be_stored_ends_the_attempt(tmp_path: Path) ->
 
 
 def test_the_final_model_is_retried_while_the_store_is_unavailable(
-    bench: Fixture, monkeypatch: pytest.MonkeyPatch
+    bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.01)
     tries: list[str] = []
@@ -349,7 +349,7 @@ def test_the_final_model_is_retried_while_the_store_is_unavailable(
     assert bench.uploader.failure is None and bench.uploader.output is not None
 
 
-def test_a_final_model_without_permission_to_write_is_not_retried(bench: Fixture) -> None:
+def test_a_final_model_without_permission_to_write_is_not_retried(bench: UploaderBench) -> None:
     tries: list[str] = []
 
     def refuse(key: str) -> None:
@@ -362,7 +362,7 @@ def test_a_final_model_without_permission_to_write_is_not_retried(bench: Fixture
     assert len(tries) == 1 and bench.uploader.failure is not None and bench.uploader.failure.exit_code == 77
 
 
-def test_two_pods_make_one_checkpoint(tmp_path: Path) -> None:
+def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
     store = GatedStore(tmp_path / "root")
     pods = [
         Uploader(Tree(store), RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
@@ -383,7 +383,7 @@ def test_two_pods_make_one_checkpoint(tmp_path: Path) -> None:
     assert not list(store.list(f"{prefix_of(5)}/a1-00000000/.parts"))
 
 
-def test_pods_that_wrote_one_file_differently_make_no_checkpoint(tmp_path: Path) -> None:
+def test_no_checkpoint_is_committed_if_pods_wrote_one_file_differently(tmp_path: Path) -> None:
     store, states = GatedStore(tmp_path / "root"), [RunState(), RunState()]
     pods = [
         Uploader(Tree(store), states[node], RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
@@ -421,7 +421,7 @@ def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) 
 
 
 def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> None:
-    """Otherwise rank 0's pod would wait for half an hour and commit nothing meanwhile."""
+    """Otherwise rank 0's pod would wait for this part for half an hour, and commit nothing during that time."""
     store, run_state = GatedStore(tmp_path / "root"), RunState()
     pods = [
         Uploader(Tree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
@@ -445,7 +445,7 @@ def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> Non
 
 
 def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
-    """A pod reports a skipped part on another thread than the one that receives its ranks' messages."""
+    """A pod reports a skipped part on a separate thread, so that the thread for the ranks' messages does not wait for the store."""
     store = GatedStore(tmp_path / "root")
     reported = threading.Event()
     put = store.put
@@ -455,7 +455,7 @@ def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
         assert store.gate.wait(20)
         put(key, data)
 
-    store.put = slow  # type: ignore[method-assign] # that is what the fault is
+    store.put = slow  # type: ignore[method-assign] # the fault to test
     second = Uploader(Tree(store), RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=1, nodes=2)
     store.gate.clear()
     for step in (1, 2, 3):
@@ -465,13 +465,13 @@ def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
         second.offer(Staged(step, folder, "a1-00000000"))
         if step == 1:
             assert store.entered.wait(10)
-    assert reported.wait(10), "the report is sent although the store is slow"
+    assert reported.wait(10), "the report must be sent although the store is slow"
     store.gate.set()
     assert second.drain(20)
     second.close()
 
 
-def test_a_skipped_part_makes_no_checkpoint(tmp_path: Path) -> None:
+def test_no_checkpoint_is_committed_if_a_pod_skips_its_part(tmp_path: Path) -> None:
     store = GatedStore(tmp_path / "root")
     Tree(store).report_part(prefix_of(5), "a1-00000000", 1, None)
     run_state = RunState()
@@ -488,10 +488,10 @@ def test_a_skipped_part_makes_no_checkpoint(tmp_path: Path) -> None:
 
 def test_before_commit_is_called_except_for_the_checkpoint_of_a_stop(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "root", "file:///root")
-    tree, at = Tree(store), []
+    tree, steps_before_commit = Tree(store), []
     uploader = Uploader(
         tree, RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1,
-        before_commit=lambda: at.append([one.step for one in tree.committed()]),
+        before_commit=lambda: steps_before_commit.append([one.step for one in tree.committed()]),
     )  # fmt: skip
     for step, graceful in ((5, False), (8, True), (None, False)):
         folder = tmp_path / f"staged-{step}"
@@ -501,5 +501,5 @@ def test_before_commit_is_called_except_for_the_checkpoint_of_a_stop(tmp_path: P
         uploader.offer(Staged(step, folder, "a1-00000000", graceful, facts))
         assert uploader.drain(20)
     uploader.close()
-    assert at == [[], [8, 5]]
+    assert steps_before_commit == [[], [8, 5]]
     assert uploader.output is not None

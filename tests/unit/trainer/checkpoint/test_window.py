@@ -1,4 +1,4 @@
-"""The current logging window: each rank writes and restores its sums, which are shared out if the number of ranks changes."""
+"""The current logging window: each rank saves and restores its sums. If the number of ranks changes, the sums are shared out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trainer(loss: float = 0.0, *, since: int = 0, **fields: Any) -> Any:
 
 
 def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
-    """A third is not exact in decimal or binary: it must not be rounded a second time."""
+    """One third is not exact in binary or decimal: writing and reading must not round it again."""
     third = torch.tensor(1.0) / 3
     first = trainer(
         since=20, _sums={"train": {"nll": third, "trained": torch.tensor(11)}}, _metrics={"train": {"a": [third, 2]}}

@@ -1,4 +1,4 @@
-"""The sources of a pod's credentials, and the renewal of expiring ones, from what each request was signed with."""
+"""The sources of a pod's credentials and their renewal, checked by the access keys that sign the requests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finetune_trainer.storage.s3 import S3Store
 
 
 class Issuer:
-    """A token service, a pod identity agent and an S3 server in one. The credentials that it issues expire within a minute."""
+    """A token service, a pod identity agent and an S3 server in one process. Issued credentials expire after a minute."""
 
     def __init__(self) -> None:
         self.issued = 0
         self.signed: list[tuple[str, str]] = []
         """Access key and session token of each S3 request."""
-        self.shown: list[str] = []
-        """What the clients presented to get credentials."""
+        self.presented_tokens: list[str] = []
+        """Tokens or request bodies that clients presented to get credentials."""
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,15 +31,15 @@ class Issuer:
 
             def do_GET(self) -> None:
                 if self.path == "/agent":
-                    issuer.shown.append(self.headers["Authorization"])
+                    issuer.presented_tokens.append(self.headers["Authorization"])
                     self._answer(issuer.as_json())
                 else:
-                    issuer.take(dict(self.headers))
+                    issuer.record_signature(dict(self.headers))
                     self._answer(b"body")
 
             def do_POST(self) -> None:
                 text = self.rfile.read(int(self.headers["Content-Length"])).decode()
-                issuer.shown.append(text)
+                issuer.presented_tokens.append(text)
                 self._answer(issuer.as_xml())
 
             def _answer(self, body: bytes) -> None:
@@ -72,7 +72,7 @@ class Issuer:
             "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
         ).encode()
 
-    def take(self, headers: dict[str, str]) -> None:
+    def record_signature(self, headers: dict[str, str]) -> None:
         key = re.search(r"Credential=([^/]+)/", headers["Authorization"])
         assert key is not None
         self.signed.append((key[1], headers.get("X-Amz-Security-Token", "")))
@@ -80,10 +80,10 @@ class Issuer:
 
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
-    made = Issuer()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    issuer = Issuer()
+    yield issuer
+    issuer.http.shutdown()
+    issuer.http.server_close()
 
 
 def sign_requests(issuer: Issuer, times: int, **target: str) -> list[tuple[str, str]]:
@@ -94,7 +94,7 @@ def sign_requests(issuer: Issuer, times: int, **target: str) -> list[tuple[str, 
     return issuer.signed
 
 
-def test_a_secret_with_a_session_token(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_session_token_of_a_secret_is_sent(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "session")
     assert sign_requests(issuer, 1) == [("AKIDENTIFIER", "session")]
 
@@ -105,11 +105,11 @@ def test_each_connection_has_its_own_keys(issuer: Issuer, monkeypatch: pytest.Mo
     assert sign_requests(issuer, 1, credentials_prefix="MODEL_") == [("MODELKEY", "")]
 
 
-def test_a_web_identity_is_renewed_before_it_ends(
+def test_a_web_identity_is_renewed_before_it_expires(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The ServiceAccount's token is read again each time, because the kubelet replaces it."""
-    without_keys(monkeypatch)
+    """The ServiceAccount's token is read again for each renewal, because the kubelet replaces the file."""
+    unset_keys(monkeypatch)
     token = tmp_path / "token"
     token.write_text("first")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
@@ -121,20 +121,20 @@ def test_a_web_identity_is_renewed_before_it_ends(
     store.get("key")
     keys = [key for key, _ in issuer.signed]
     assert len(set(keys)) == 2 and issuer.signed == [(key, f"T{key}") for key in keys]
-    assert "WebIdentityToken=first" in issuer.shown[0] and "WebIdentityToken=second" in issuer.shown[-1]
+    assert "WebIdentityToken=first" in issuer.presented_tokens[0] and "WebIdentityToken=second" in issuer.presented_tokens[-1]
 
 
-def test_a_pod_identity_is_renewed_before_it_ends(
+def test_a_pod_identity_is_renewed_before_it_expires(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    without_keys(monkeypatch)
+    unset_keys(monkeypatch)
     (tmp_path / "token").write_text("pod-token")
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{issuer.url}/agent")
     monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "token"))
     keys = [key for key, _ in sign_requests(issuer, 2)]
-    assert len(set(keys)) == 2 and set(issuer.shown) == {"pod-token"}
+    assert len(set(keys)) == 2 and set(issuer.presented_tokens) == {"pod-token"}
 
 
-def without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def unset_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

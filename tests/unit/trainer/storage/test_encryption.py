@@ -37,8 +37,8 @@ class Body(io.BytesIO):
         yield self.read()
 
 
-class Wire:
-    """A store whose requests are answered here; `sent` holds their encryption headers by operation."""
+class StubbedStore:
+    """A store whose requests get stub responses. `sent` holds their encryption headers by operation."""
 
     def __init__(self, **target: Any) -> None:
         self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), attempts=1)
@@ -49,17 +49,17 @@ class Wire:
         operation = event_name.rpartition(".")[2]
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
         self.sent[operation] = {name: value for name, value in headers.items() if "encryption" in name}
-        answers = {
+        bodies = {
             "CreateMultipartUpload": b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>",
             "CompleteMultipartUpload": b'<R><ETag>"t"</ETag></R>',
             "GetObject": BODY,
         }
-        data = answers.get(operation, b"")
+        data = bodies.get(operation, b"")
         assert operation != "UploadPart" or parse_qs(urlsplit(request.url).query)["uploadId"] == ["7"]
         return AWSResponse(request.url, 200, {"content-length": str(len(BODY)), "etag": '"t"'}, Body(data))
 
-    def everything(self, folder: Path) -> None:
-        """Make every kind of request that carries an object."""
+    def send_all_operations(self, folder: Path) -> None:
+        """Send every kind of request that transfers an object."""
         large = folder / "large"
         large.write_bytes(b"\0" * (11 * s3.MIB))
         self.store.put("small", BODY)
@@ -80,12 +80,12 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_encryption_headers_by_default(tmp_path: Path) -> None:
-    wire = Wire()
-    wire.everything(tmp_path)
-    assert set(wire.sent) == {
+    stubbed = StubbedStore()
+    stubbed.send_all_operations(tmp_path)
+    assert set(stubbed.sent) == {
         "PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "GetObject", "HeadObject"
     }  # fmt: skip
-    assert not any(wire.sent.values())
+    assert not any(stubbed.sent.values())
 
 
 @pytest.mark.parametrize(
@@ -99,37 +99,37 @@ def test_no_encryption_headers_by_default(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_keys_of_the_store_are_requested_when_an_object_is_created(
+def test_encryption_by_the_store_is_requested_when_an_object_is_created(
     tmp_path: Path, target: dict[str, str], headers: dict[str, str]
 ) -> None:
-    wire = Wire(**target)
-    wire.everything(tmp_path)
+    stubbed = StubbedStore(**target)
+    stubbed.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload"):
-        assert wire.sent.pop(operation) == headers
-    assert not any(wire.sent.values()), "S3 refuses these headers on parts and on reads"
+        assert stubbed.sent.pop(operation) == headers
+    assert not any(stubbed.sent.values()), "S3 refuses these headers on parts and on reads"
 
 
 def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode() + "\n")
-    wire = Wire(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
-    wire.everything(tmp_path)
+    stubbed = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
+    stubbed.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "GetObject", "HeadObject"):
-        assert wire.sent[operation] == CUSTOMER_KEY_HEADERS, operation
+        assert stubbed.sent[operation] == CUSTOMER_KEY_HEADERS, operation
 
 
 def test_each_connection_has_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(b"x" * 32).decode())
     monkeypatch.setenv("MODEL_AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
-    wire = Wire(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
-    wire.store.get("small")
-    assert wire.sent["GetObject"] == CUSTOMER_KEY_HEADERS
+    stubbed = StubbedStore(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
+    stubbed.store.get("small")
+    assert stubbed.sent["GetObject"] == CUSTOMER_KEY_HEADERS
 
 
 @pytest.mark.parametrize("text", ["", "not base64!", base64.b64encode(b"too short").decode(), "very-secret-word"])
 def test_an_invalid_key_is_reported_and_never_shown(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", text)
     with pytest.raises(ConfigError) as caught:
-        Wire(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
+        StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
     assert (caught.value.code, caught.value.exit_code) == ("CustomerKeyInvalid", 64)
     assert "storage.encryption.customerKeySecretRef" in caught.value.message
     assert not text or text not in f"{caught.value} {caught.value.hint}"
@@ -141,23 +141,23 @@ def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, mon
     from finetune_trainer.checkpoint.tree import Tree
 
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
-    wire, opened = Wire(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
+    stubbed, opened = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
 
-    def note(target: StoreTarget) -> S3Store:
+    def record_target(target: StoreTarget) -> S3Store:
         opened.append(target)
-        return wire.store
+        return stubbed.store
 
-    monkeypatch.setattr("finetune_trainer.checkpoint.restore.open_store", note)
+    monkeypatch.setattr("finetune_trainer.checkpoint.restore.open_store", record_target)
     uri = "s3://other/team/job/uid/checkpoints/step-00000005"
     with pytest.raises(FineTuneError, match="no committed checkpoint"):
-        restore(Tree(wire.store), Resume(mode=uri), RunFacts(), tmp_path)
-    assert opened == [wire.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
+        restore(Tree(stubbed.store), Resume(mode=uri), RunFacts(), tmp_path)
+    assert opened == [stubbed.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
 
 
 def failure_of(status: int, code: str, message: str = "", operation: str = "PutObject", **target: Any) -> FineTuneError:
     store = S3Store(StoreTarget(uri="s3://bucket/root", **target))
-    answer: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return explain(ClientError(answer, operation), store.connection)
+    response: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return explain(ClientError(response, operation), store.connection)
 
 
 def test_a_missing_permission_on_the_key_service_is_named() -> None:
@@ -180,7 +180,7 @@ def test_a_missing_permission_on_the_key_service_is_named() -> None:
         (400, "InvalidArgument", "GetObject", {"endpoint": "http://store.example"}),
     ],
 )
-def test_a_store_that_refuses_encryption_is_a_wrong_setting(
+def test_a_store_that_refuses_encryption_is_reported_as_a_wrong_setting(
     status: int, code: str, operation: str, target: dict[str, str]
 ) -> None:
     error = failure_of(status, code, operation=operation, **target)

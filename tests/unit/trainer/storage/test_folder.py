@@ -1,4 +1,4 @@
-"""A folder as a store, on file systems that are full, read-only, without hard links, or of another user."""
+"""A folder as a store, on file systems that are full, read-only, without hard links, or not readable for this user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "root", f"file://{tmp_path}/root")
 
 
-def failing(number: int) -> Any:
+def failing_with(number: int) -> Any:
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -33,32 +33,32 @@ def failing(number: int) -> Any:
 def test_only_one_writer_creates_an_object_without_hard_links(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(Path, "hardlink_to", failing(number))
-    found: list[Created] = []
+    monkeypatch.setattr(Path, "hardlink_to", failing_with(number))
+    results: list[Created] = []
     start = threading.Barrier(8)
 
     def create(data: bytes) -> None:
         start.wait()
-        found.append(store.create("a/_COMMITTED", data))
+        results.append(store.create("a/_COMMITTED", data))
 
     threads = [threading.Thread(target=create, args=(b"%d" % number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(one.value for one in found) == ["exists"] * 7 + ["new"]
+    assert sorted(one.value for one in results) == ["exists"] * 7 + ["new"]
     assert [stat.key for stat in store.list("")] == ["a/_COMMITTED"]
     assert preflight(StoreTarget(uri=store.uri)).conditional_writes
 
 
-def test_a_read_only_volume_is_a_wrong_setting(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", failing(errno.EROFS))
+def test_a_read_only_volume_is_reported_as_a_wrong_setting(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", failing_with(errno.EROFS))
     with pytest.raises(FineTuneError) as caught:
         preflight(StoreTarget(uri=store.uri))
     assert (caught.value.exit_code, caught.value.code) == (67, "StorageReadOnly")
 
 
-def test_a_full_local_disk_is_not_blamed_on_the_store(store: FolderStore, tmp_path: Path) -> None:
+def test_a_full_local_disk_is_not_reported_as_a_failure_of_the_store(store: FolderStore, tmp_path: Path) -> None:
     store.put("weights", b"x" * 100_000)
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(FineTuneError) as caught:
@@ -68,15 +68,15 @@ def test_a_full_local_disk_is_not_blamed_on_the_store(store: FolderStore, tmp_pa
     )  # fmt: skip
 
 
-def test_a_full_volume_is_a_storage_failure(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+def test_a_full_volume_is_reported_as_a_storage_failure(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing_with(errno.ENOSPC))
     with pytest.raises(FineTuneError) as caught:
         store.put("weights", b"x")
     assert (caught.value.exit_code, caught.value.code) == (69, "StorageFull")
     assert list(store.list("")) == []
 
 
-def test_an_unreadable_folder_is_an_error_and_not_empty(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_an_unreadable_folder_raises_an_error(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run must not start from zero because its checkpoints belong to another user."""
     store.put("checkpoints/step-00000005/_COMMITTED", b"{}")
     scan = os.scandir
@@ -118,14 +118,14 @@ def test_partial_files_of_killed_writers_are_neither_listed_nor_kept_by_a_sweep(
     assert not partial.exists() and store.get("checkpoints/step-5/weights") == b"w"
 
 
-UNUSUAL = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", "empty", ".hidden", "sub folder/x"]
+UNUSUAL_NAMES = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", "empty", ".hidden", "sub folder/x"]
 
 
-def test_unusual_names_and_empty_files(store: FolderStore, tmp_path: Path) -> None:
-    for name in UNUSUAL:
+def test_objects_with_unusual_names_and_empty_objects_are_stored(store: FolderStore, tmp_path: Path) -> None:
+    for name in UNUSUAL_NAMES:
         store.put(name, b"")
-    assert sorted(stat.key for stat in store.list("")) == sorted(UNUSUAL)
-    assert [store.download(name, tmp_path / "back" / name) is not None for name in UNUSUAL] == [True] * len(UNUSUAL)
+    assert sorted(stat.key for stat in store.list("")) == sorted(UNUSUAL_NAMES)
+    assert [store.download(name, tmp_path / "back" / name) is not None for name in UNUSUAL_NAMES] == [True] * len(UNUSUAL_NAMES)
 
 
 def test_a_symbolic_link_in_a_checkpoint_is_staged_as_its_target(tmp_path: Path) -> None:

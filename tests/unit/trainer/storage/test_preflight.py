@@ -16,7 +16,7 @@ from finetune_trainer.storage.preflight import preflight
 from stub_s3 import answering
 
 
-def refused(endpoint: str | None, **change: object) -> FineTuneError:
+def preflight_error(endpoint: str | None, **change: object) -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
         preflight(StoreTarget.model_validate({"uri": "s3://bucket/root", "endpoint": endpoint} | change))
     shown = f"{caught.value} {caught.value.hint}"
@@ -25,7 +25,7 @@ def refused(endpoint: str | None, **change: object) -> FineTuneError:
 
 
 @pytest.mark.parametrize(
-    ("status", "answer", "only", "exit_code", "code", "said"),
+    ("status", "response_code", "method", "exit_code", "code", "text"),
     [
         (404, "NoSuchBucket", None, 67, "BucketNotFound", "bucket"),
         (301, "PermanentRedirect", None, 67, "RegionWrong", "us-east-1"),
@@ -40,43 +40,43 @@ def refused(endpoint: str | None, **change: object) -> FineTuneError:
     ],
 )
 def test_an_error_response_has_a_named_failure(
-    status: int, answer: str, only: str | None, exit_code: int, code: str, said: str
+    status: int, response_code: str, method: str | None, exit_code: int, code: str, text: str
 ) -> None:
-    with answering(status, answer, only=only) as endpoint:
-        error = refused(endpoint)
+    with answering(status, response_code, only=method) as endpoint:
+        error = preflight_error(endpoint)
     assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, FailureClass.STORAGE)
-    assert said in f"{error.message} {error.hint}"
+    assert text in f"{error.message} {error.hint}"
 
 
-def test_a_port_without_a_server() -> None:
+def test_a_port_without_a_server_is_reported_as_unreachable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        error = refused(f"http://127.0.0.1:{taken.getsockname()[1]}")
+        error = preflight_error(f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert (error.exit_code, error.code) == (69, "EndpointUnreachable")
 
 
-def test_an_unknown_host() -> None:
-    error = refused("http://store.invalid:9000")
+def test_an_unknown_host_is_reported_as_unreachable() -> None:
+    error = preflight_error("http://store.invalid:9000")
     assert (error.exit_code, error.code) == (69, "EndpointUnreachable")
     assert "store.invalid" in error.message
 
 
-def test_a_host_name_with_the_bucket_that_is_unknown() -> None:
+def test_an_unknown_host_name_with_the_bucket_is_reported_as_wrong_addressing() -> None:
     with answering(200, "none") as endpoint:
         named = endpoint.replace("127.0.0.1", "localhost")
-        error = refused(named, addressing_style=AddressingStyle.VIRTUAL, uri="s3://no-such-host-name-here/x")
+        error = preflight_error(named, addressing_style=AddressingStyle.VIRTUAL, uri="s3://no-such-host-name-here/x")
     assert (error.exit_code, error.code) == (67, "AddressingWrong")
     assert "addressingStyle: path" in (error.hint or "")
 
 
-def test_tls_to_a_port_without_tls() -> None:
+def test_tls_to_a_port_without_tls_is_reported_as_a_wrong_endpoint() -> None:
     with answering(200, "none") as endpoint:
-        error = refused(endpoint.replace("http://", "https://"))
+        error = preflight_error(endpoint.replace("http://", "https://"))
     assert (error.exit_code, error.code) == (67, "TlsFailed")
     assert "http://" in (error.hint or "")
 
 
-def test_an_untrusted_certificate(tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_reported(tmp_path: Path) -> None:
     from self_signed import certificate
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -97,21 +97,21 @@ def test_an_untrusted_certificate(tmp_path: Path) -> None:
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        error = refused(f"https://127.0.0.1:{listener.getsockname()[1]}")
-        trusted = refused(f"https://127.0.0.1:{listener.getsockname()[1]}", ca_bundle=str(tmp_path / "cert.pem"))
+        error = preflight_error(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        trusted = preflight_error(f"https://127.0.0.1:{listener.getsockname()[1]}", ca_bundle=str(tmp_path / "cert.pem"))
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
     assert (error.exit_code, error.code) == (67, "TlsFailed")
     assert "caBundleRef" in (error.hint or "")
-    assert trusted.code == "EndpointUnreachable", "with the bundle TLS works; this server sends no response"
+    assert trusted.code == "EndpointUnreachable", "with the CA bundle TLS works, but this server sends no response"
 
 
-def test_missing_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with answering(200, "none") as endpoint:
-        error = refused(endpoint)
+        error = preflight_error(endpoint)
     assert (error.exit_code, error.code) == (77, "CredentialsMissing")
     assert "credentialsSecretRef" in (error.hint or "")
 

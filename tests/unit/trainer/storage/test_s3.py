@@ -1,4 +1,4 @@
-"""S3: the size of parts, and responses that must not be taken for success."""
+"""S3: the size of parts, and responses that must not count as success."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Body(io.BytesIO):
 
 
 def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Store:
-    """A store whose requests `respond` answers, by operation."""
+    """A store whose requests get the response of `respond(operation, request)`."""
     store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1"), attempts=1)
 
     def send(request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
@@ -48,15 +48,15 @@ def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Stor
         (5 * 1024 * 1024 * MIB, 583 * MIB),
     ],
 )  # fmt: skip
-def test_part_size_for_file_sizes(size: int, part: int) -> None:
+def test_the_part_size_keeps_the_number_of_parts_below_the_limit(size: int, part: int) -> None:
     config = _transfer(size)
     assert config.multipart_chunksize == part
     assert -(-size // part) <= MAX_PARTS and PART_BYTES <= part <= MAX_PART_BYTES
-    assert config.preferred_transfer_client == "classic", "boto3's other client ignores an endpoint"
+    assert config.preferred_transfer_client == "classic", "boto3's CRT client ignores a custom endpoint"
 
 
 @pytest.mark.parametrize(("code", "kind"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
-def test_a_key_that_is_not_deleted_is_an_error(code: str, kind: type[FineTuneError]) -> None:
+def test_a_refused_deletion_of_one_key_raises_an_error(code: str, kind: type[FineTuneError]) -> None:
     """DeleteObjects responds with 200 and lists the keys that it did not delete."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
@@ -90,7 +90,7 @@ def test_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_
     assert caught.value.code == code
 
 
-def test_a_download_of_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
+def test_a_download_fails_if_the_object_changes(tmp_path: Path) -> None:
     """The ranges of two versions of an object must not be joined."""
     tags = iter(['"old"', '"old"', '"new"'])
 
@@ -106,10 +106,10 @@ def test_a_download_of_an_object_that_changes_is_an_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stored", [11 * MIB, 11 * MIB - 1], ids=["complete", "another-size"])
-def test_a_lost_completion_counts_only_with_the_right_size(
+def test_an_upload_without_a_response_succeeds_only_if_the_stored_size_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int
 ) -> None:
-    """The response to CompleteMultipartUpload is lost; its repetition finds no upload."""
+    """The response to CompleteMultipartUpload is lost, and the retry gets NoSuchUpload."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:

@@ -18,7 +18,7 @@ ROOT = "s3://bucket/root/team/job/uid"
 
 
 @pytest.mark.parametrize(
-    ("uri", "found"),
+    ("uri", "address"),
     [
         (ROOT, Address(ROOT)),
         (f"{ROOT}/", Address(ROOT)),
@@ -38,29 +38,29 @@ ROOT = "s3://bucket/root/team/job/uid"
         ("https://host/uid?sig", Address("https://host/uid?sig")),
     ],
 )
-def test_address(uri: str, found: Address) -> None:
-    assert parse_address(uri) == found
+def test_parse_address(uri: str, address: Address) -> None:
+    assert parse_address(uri) == address
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> str:
-    return filled(tmp_path, tmp_path / "root")
+    return fill_tree(tmp_path, tmp_path / "root")
 
 
-def filled(tmp_path: Path, place: Path) -> str:
-    """A tree with two checkpoints and a model."""
-    tree = Tree(open_store(StoreTarget(uri=f"file://{place}")))
+def fill_tree(tmp_path: Path, folder: Path) -> str:
+    """Commit two checkpoints and a model below `folder`; returns the URI."""
+    tree = Tree(open_store(StoreTarget(uri=f"file://{folder}")))
     for step in (5, 10, None):
-        folder = tmp_path / f"staged-{step}"
-        (folder / "sub").mkdir(parents=True)
-        (folder / "sub" / "weights").write_text(f"weights of {step}")
-        files = tree.upload(prefix_of(step), "a1-00000000", folder)
+        staged = tmp_path / f"staged-{step}"
+        (staged / "sub").mkdir(parents=True)
+        (staged / "sub" / "weights").write_text(f"weights of {step}")
+        files = tree.upload(prefix_of(step), "a1-00000000", staged)
         tree.commit(prefix_of(step), Manifest(step=step or 10, incarnation="a1-00000000", files=files))
     tree.mark_healthy(5)
-    return f"file://{place}"
+    return f"file://{folder}"
 
 
-def test_list(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_prints_steps_and_model(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", root]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[:5] for line in lines[:2]] == [
@@ -70,7 +70,7 @@ def test_list(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2].split()[0] == "model" and lines[2].endswith(f"{root}/model/a1-00000000")
 
 
-def test_verify_names_what_is_damaged(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_the_damaged_file(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", root]) == 0
     assert capsys.readouterr().out.count("complete and undamaged") == 3
     Path(root.removeprefix("file://"), "checkpoints/step-00000005/a1-00000000/sub/weights").write_text("weights of 6")
@@ -79,7 +79,7 @@ def test_verify_names_what_is_damaged(root: str, capsys: pytest.CaptureFixture[s
     assert main(["verify", f"{root}/checkpoints/step-00000010"]) == 0
 
 
-def test_download(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_download_writes_the_model_or_the_named_step(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["download", root, "--to", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a/sub/weights").read_text() == "weights of None"
     assert main(["download", f"{root}/checkpoints/step-00000005/a1-00000000", "--to", str(tmp_path / "b")]) == 0
@@ -93,7 +93,7 @@ def test_a_damaged_download_is_not_left_on_disk(root: str, tmp_path: Path, capsy
     assert not (tmp_path / "a/sub/weights").exists()
 
 
-def test_an_address_without_anything_committed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_without_a_commit_ends_with_66(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", f"file://{tmp_path}/nothing"]) == 66
     assert "NothingCommitted" in capsys.readouterr().err
 
@@ -102,21 +102,21 @@ SECRET = "?signature=hidden/word"
 
 
 @pytest.fixture
-def ask(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The command about a place below a root that is served over https; returns exit code and all that was said."""
-    filled(tmp_path, server.folder / "root")
+def run_web(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the command for a path below a root that is served over https; returns exit code and output."""
+    fill_tree(tmp_path, server.folder / "root")
 
-    def run(command: str, place: str, *more: str) -> tuple[int, str]:
-        code = main([command, f"{server.url}/root{place}{SECRET}", "--ca-bundle", server.ca, *more])
-        said = "".join(capsys.readouterr())
-        assert "hidden" not in said
-        return code, said
+    def run(command: str, path: str, *more: str) -> tuple[int, str]:
+        code = main([command, f"{server.url}/root{path}{SECRET}", "--ca-bundle", server.ca, *more])
+        output = "".join(capsys.readouterr())
+        assert "hidden" not in output
+        return code, output
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("place", "weights"),
+    ("path", "weights"),
     [
         ("/checkpoints/step-00000005", "weights of 5"),
         ("/checkpoints/step-00000010/a1-00000000", "weights of 10"),
@@ -124,39 +124,39 @@ def ask(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call
         ("/model/a1-00000000", "weights of None"),
     ],
 )
-def test_what_is_served_over_https_is_verified_and_downloaded(
-    ask: Callable[..., tuple[int, str]],
+def test_a_checkpoint_or_model_on_a_web_server_is_verified_and_downloaded(
+    run_web: Callable[..., tuple[int, str]],
     server: Web,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    place: str,
+    path: str,
     weights: str,
 ) -> None:
-    code, said = ask("verify", place)
-    assert code == 0 and said.count("complete and undamaged") == 1
+    code, output = run_web("verify", path)
+    assert code == 0 and output.count("complete and undamaged") == 1
     monkeypatch.chdir(tmp_path)
-    assert ask("download", place)[0] == 0
-    assert (tmp_path / place.rpartition("/")[2] / "sub/weights").read_text() == weights
-    folder = server.folder / "root" / place.lstrip("/")
+    assert run_web("download", path)[0] == 0
+    assert (tmp_path / path.rpartition("/")[2] / "sub/weights").read_text() == weights
+    folder = server.folder / "root" / path.lstrip("/")
     (next(folder.rglob("weights"))).write_text("weights of 6")
-    code, said = ask("verify", place)
-    assert code == 65 and "sub/weights is damaged" in said
+    code, output = run_web("verify", path)
+    assert code == 65 and "sub/weights is damaged" in output
     next(folder.rglob("weights")).unlink()
-    assert "sub/weights is missing" in ask("download", place)[1]
+    assert "sub/weights is missing" in run_web("download", path)[1]
 
 
-def test_a_step_that_is_named_is_shown_and_a_job_is_not(ask: Callable[..., tuple[int, str]]) -> None:
-    code, said = ask("list", "/checkpoints/step-00000005")
-    assert code == 0 and said.splitlines()[1].split()[:5] == ["step", "5", "1", "12", "yes"]
-    code, said = ask("verify", "/checkpoints/step-00000006")
-    assert code == 66 and "nothing is committed at https://" in said and "step-00000006" in said
+def test_on_a_web_server_one_step_can_be_listed_but_not_a_whole_job(run_web: Callable[..., tuple[int, str]]) -> None:
+    code, output = run_web("list", "/checkpoints/step-00000005")
+    assert code == 0 and output.splitlines()[1].split()[:5] == ["step", "5", "1", "12", "yes"]
+    code, output = run_web("verify", "/checkpoints/step-00000006")
+    assert code == 66 and "nothing is committed at https://" in output and "step-00000006" in output
     for command in ("list", "verify", "download"):
-        for place in ("", "/checkpoints"):
-            code, said = ask(command, place)
-            assert code == 67 and "StorageNotListable" in said and "/root/checkpoints/step-00000100" in said
-            assert len(said.splitlines()) == 1
+        for path in ("", "/checkpoints"):
+            code, output = run_web(command, path)
+            assert code == 67 and "StorageNotListable" in output and "/root/checkpoints/step-00000100" in output
+            assert len(output.splitlines()) == 1
 
 
-def test_options_of_another_store_are_refused(ask: Callable[..., tuple[int, str]]) -> None:
+def test_options_of_another_store_are_refused(run_web: Callable[..., tuple[int, str]]) -> None:
     with pytest.raises(SystemExit):
-        ask("verify", "/model", "--endpoint", "https://s3.example.com")
+        run_web("verify", "/model", "--endpoint", "https://s3.example.com")

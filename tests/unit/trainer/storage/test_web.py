@@ -1,4 +1,4 @@
-"""A web server as a read-only store: retries, refusals, and that no message shows the query. The server is a real one."""
+"""A web server as a read-only store: retries and refusals. No message may show the query. The tests run a real server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from web_server import Fault, Web
 
 SECRET = "?X-Amz-Signature=hidden-word"
 BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
-"""Three times what is read at once."""
+"""Three times the bytes of one read."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def store(server: Web) -> WebStore:
     return opened
 
 
-def fails(store: WebStore, target: Path, key: str = "weights") -> FineTuneError:
+def download_error(store: WebStore, target: Path, key: str = "weights") -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
         store.download(key, target)
     assert "hidden-word" not in str(caught.value)
@@ -42,22 +42,22 @@ def fails(store: WebStore, target: Path, key: str = "weights") -> FineTuneError:
     return caught.value
 
 
-def test_download_returns_the_hash(store: WebStore, server: Web, tmp_path: Path) -> None:
-    moved: list[int] = []
-    found = store.download("weights", tmp_path / "deep/weights", count=moved.append)
-    assert found == hashlib.sha256(BODY).hexdigest() and sum(moved) == len(BODY)
+def test_a_download_returns_the_sha256_of_the_object(store: WebStore, server: Web, tmp_path: Path) -> None:
+    chunk_sizes: list[int] = []
+    found = store.download("weights", tmp_path / "deep/weights", count=chunk_sizes.append)
+    assert found == hashlib.sha256(BODY).hexdigest() and sum(chunk_sizes) == len(BODY)
     assert (tmp_path / "deep/weights").read_bytes() == BODY == store.get("weights")
     assert store.stat("weights") == Stat("weights", len(BODY), found[:12])
     assert server.requests[0] == f"GET /a%20b/weights{SECRET}" and store.uri == f"{server.url}/a b"
     assert store.retries == 0
 
 
-def test_a_missing_object_is_none(store: WebStore, tmp_path: Path) -> None:
+def test_a_missing_object_gives_none(store: WebStore, tmp_path: Path) -> None:
     found = store.get("nothing"), store.stat("nothing"), store.download("nothing", tmp_path / "nothing")
     assert found == (None, None, None) and not (tmp_path / "nothing").exists()
 
 
-def test_stat_uses_get_where_head_is_refused(store: WebStore, server: Web) -> None:
+def test_stat_uses_get_if_head_is_refused(store: WebStore, server: Web) -> None:
     server.faults = [Fault(403)]
     found = store.stat("weights")
     assert found is not None and found.size == len(BODY)
@@ -76,7 +76,7 @@ def test_a_server_that_stays_busy_fails_after_all_tries(
     store: WebStore, server: Web, pauses: list[float], tmp_path: Path
 ) -> None:
     server.faults = [Fault(503)] * ATTEMPTS
-    error = fails(store, tmp_path / "weights")
+    error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", ATTEMPTS - 1)
     assert error.message == f"{server.url}/a b/weights answers 503"
 
@@ -95,8 +95,8 @@ def test_the_retry_after_header_is_followed(
 def test_an_interrupted_download_continues(store: WebStore, server: Web, tmp_path: Path) -> None:
     server.faults = [Fault(cut=READ_BYTES + 5), Fault(cut=7)]
     assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
-    rest = [line.partition("hidden-word ")[2] for line in server.requests]
-    assert rest == ["", f"bytes={READ_BYTES + 5}-", f"bytes={READ_BYTES + 12}-"]
+    ranges = [line.partition("hidden-word ")[2] for line in server.requests]
+    assert ranges == ["", f"bytes={READ_BYTES + 5}-", f"bytes={READ_BYTES + 12}-"]
     assert (tmp_path / "weights").read_bytes() == BODY
 
 
@@ -104,24 +104,24 @@ def test_an_interrupted_download_continues(store: WebStore, server: Web, tmp_pat
 def test_an_interrupted_download_that_cannot_continue_restarts(
     store: WebStore, server: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
-    now = BODY[::-1] if change == "another body" else BODY
+    new_body = BODY[::-1] if change == "another body" else BODY
     server.ranges = change != "no ranges"
     server.faults = [Fault(cut=READ_BYTES + 5)]
     if change == "another range":
         server.faults.append(Fault(206, {"Content-Range": "bytes 5-9/10"}))
 
-    def later(_: float) -> None:
-        (server.folder / "a b/weights").write_bytes(now)
+    def replace_object(_: float) -> None:
+        (server.folder / "a b/weights").write_bytes(new_body)
 
-    monkeypatch.setattr("finetune_trainer.storage.web.time.sleep", later)
-    assert store.download("weights", tmp_path / "weights") == hashlib.sha256(now).hexdigest()
-    assert (tmp_path / "weights").read_bytes() == now
+    monkeypatch.setattr("finetune_trainer.storage.web.time.sleep", replace_object)
+    assert store.download("weights", tmp_path / "weights") == hashlib.sha256(new_body).hexdigest()
+    assert (tmp_path / "weights").read_bytes() == new_body
 
 
-def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: Web, tmp_path: Path) -> None:
+def test_a_download_that_is_always_interrupted_download_error(store: WebStore, server: Web, tmp_path: Path) -> None:
     server.ranges = False
     server.faults = [Fault(cut=10)] * ATTEMPTS
-    error = fails(store, tmp_path / "weights")
+    error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (69, "DownloadBroken")
     assert f"ended after 10 of {len(BODY)} bytes" in error.message
 
@@ -131,7 +131,7 @@ def test_a_refusal_is_not_retried(
     store: WebStore, server: Web, pauses: list[float], tmp_path: Path, status: int
 ) -> None:
     server.faults = [Fault(status)]
-    error = fails(store, tmp_path / "weights")
+    error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (77, "PermissionDenied", [])
 
 
@@ -139,14 +139,14 @@ def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: Web, tm
     server.faults = [Fault(302, {"Location": f"{server.url}/a%20b/weights"})]
     assert store.get("weights") == BODY
     server.faults = [Fault(302, {"Location": "http://elsewhere.example/weights?token=hidden-word"})]
-    error = fails(store, tmp_path / "weights")
+    error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (67, "RedirectRefused") and "http://elsewhere.example" in error.message
     server.faults = [Fault(302, {"Location": f"/a%20b/weights{SECRET}"})] * 40
-    assert "redirected endlessly" in fails(store, tmp_path / "weights").message
+    assert "redirected endlessly" in download_error(store, tmp_path / "weights").message
 
 
 def test_an_untrusted_certificate_is_not_retried(server: Web, pauses: list[float], tmp_path: Path) -> None:
-    error = fails(WebStore(StoreTarget(uri=server.url + SECRET)), tmp_path / "weights")
+    error = download_error(WebStore(StoreTarget(uri=server.url + SECRET)), tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (69, "EndpointUnreachable", [])
     assert "SSLCertVerificationError" in error.message and "caBundleRef" in (error.hint or "")
 
@@ -158,23 +158,23 @@ def test_an_invalid_ca_bundle_is_named(tmp_path: Path, server: Web, monkeypatch:
             WebStore(StoreTarget(uri=server.url, ca_bundle=str(tmp_path / bundle)))
         assert (caught.value.exit_code, caught.value.code) == (67, "TlsFailed")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
-    assert "REQUESTS_CA_BUNDLE" in str(fails(WebStore(StoreTarget(uri=server.url)), tmp_path / "weights"))
+    assert "REQUESTS_CA_BUNDLE" in str(download_error(WebStore(StoreTarget(uri=server.url)), tmp_path / "weights"))
 
 
-def test_a_port_without_a_server(pauses: list[float], tmp_path: Path, server: Web) -> None:
+def test_a_port_without_a_server_is_retried(pauses: list[float], tmp_path: Path, server: Web) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        error = fails(WebStore(StoreTarget(uri=f"https://{place}/x{SECRET}"), attempts=3), tmp_path / "weights")
-    assert error.message == f"{place} could not be reached (ConnectionRefusedError)" and pauses == [1.0, 2.0]
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        error = download_error(WebStore(StoreTarget(uri=f"https://{address}/x{SECRET}"), attempts=3), tmp_path / "weights")
+    assert error.message == f"{address} could not be reached (ConnectionRefusedError)" and pauses == [1.0, 2.0]
 
 
 def test_the_proxy_of_the_environment_is_used(server: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[str] = []
+    proxied: list[str] = []
 
     class Proxy(BaseHTTPRequestHandler):
         def do_CONNECT(self) -> None:
-            asked.append(self.path)
+            proxied.append(self.path)
             self.send_error(407)
 
         def log_message(self, format: str, *args: object) -> None:
@@ -186,11 +186,11 @@ def test_the_proxy_of_the_environment_is_used(server: Web, monkeypatch: pytest.M
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     try:
-        error = fails(WebStore(StoreTarget(uri="https://files.example/x"), attempts=1), tmp_path / "weights")
+        error = download_error(WebStore(StoreTarget(uri="https://files.example/x"), attempts=1), tmp_path / "weights")
     finally:
         proxy.shutdown()
         proxy.server_close()
-    assert asked == ["files.example:443"] and "proxy" in (error.hint or "")
+    assert proxied == ["files.example:443"] and "proxy" in (error.hint or "")
 
 
 def test_the_query_is_never_logged(
@@ -204,12 +204,12 @@ def test_the_query_is_never_logged(
 
 
 def test_listing_and_writing_are_refused(store: WebStore, tmp_path: Path) -> None:
-    for ask in (
+    for write in (
         lambda: store.put("x", b""), lambda: store.create("x", b""), lambda: store.put_file(tmp_path, "x"),
         lambda: store.delete(["x"]), lambda: store.sweep("x"),
     ):  # fmt: skip
         with pytest.raises(FineTuneError, match="it has no conditional creation") as caught:
-            ask()
+            write()
         assert (caught.value.exit_code, caught.value.code) == (67, "StorageReadOnly")
         assert "s3://bucket/prefix" in (caught.value.hint or "") and "hidden-word" not in str(caught.value)
     with pytest.raises(FineTuneError, match="cannot be listed") as caught:
@@ -243,5 +243,5 @@ def test_a_job_cannot_write_to_a_web_server() -> None:
 def test_the_image_contains_requests() -> None:
     lock = Path(__file__).parents[4] / "requirements/trainer.lock"
     assert any(line.startswith("requests==") for line in lock.read_text().splitlines()), (
-        "tiktoken no longer depends on it: add it to trainer.in"
+        "tiktoken no longer depends on requests: add requests to trainer.in"
     )

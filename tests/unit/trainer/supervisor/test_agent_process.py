@@ -1,4 +1,4 @@
-"""The environment of agent and ranks."""
+"""The environment variables of agent and ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RUN: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=1
 def test_ranks_get_no_storage_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("KEPT", "seen")
-    found = _rank_environment(RUN, Settings.from_env(work=str(tmp_path)), "socket")
-    assert found["KEPT"] == "seen" and not [name for name in found if "AWS_" in name and "ACCESS_KEY" in name]
+    environment = _rank_environment(RUN, Settings.from_env(work=str(tmp_path)), "socket")
+    assert environment["KEPT"] == "seen" and not [name for name in environment if "AWS_" in name and "ACCESS_KEY" in name]
 
 
-def test_future_warnings_of_libraries_are_not_logged_unless_asked_for(
+def test_future_warnings_of_libraries_are_hidden_unless_the_user_sets_pythonwarnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONWARNINGS", raising=False)

@@ -1,4 +1,4 @@
-"""The exit code of a pod, from what happened to it."""
+"""The exit code of a pod follows from the facts of its attempt."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from finetune_api.status import Output
 from finetune_trainer.failure import RankFailure, failure_from_exit_code
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, decide_exit, is_state_saved, stop_deadline
 
-OWN = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
-NOTICED = RankFailure(PeerError("PeerLost", "m"), rank=0, origin=False)
+DIVERGED = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
+PEER_LOST = RankFailure(PeerError("PeerLost", "m"), rank=0, origin=False)
 STALLED = PeerError("Stalled", "m")
 
 
 @pytest.mark.parametrize(
-    ("facts", "saved", "code", "named"),
+    ("facts", "saved", "code", "error_code"),
     [
         (AttemptFacts(output=Output(uri="u"), error=STALLED, stop_requested_at=1.0), False, 0, None),
         (AttemptFacts(stop_requested_at=1.0), True, 75, None),
         (AttemptFacts(stop_requested_at=1.0), False, 76, None),
-        (AttemptFacts(stop_requested_at=1.0, rank_failures=[NOTICED]), True, 75, None),
-        (AttemptFacts(stop_requested_at=1.0, rank_failures=[NOTICED, OWN]), True, 72, "LossNotFinite"),
+        (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST]), True, 75, None),
+        (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST, DIVERGED]), True, 72, "LossNotFinite"),
         (AttemptFacts(stop_requested_at=1.0, error=StorageError("Gone", "m")), True, 69, "Gone"),
-        (AttemptFacts(error=DataError("Empty", "m"), rank_failures=[OWN]), False, 65, "Empty"),
-        (AttemptFacts(error=STALLED, rank_failures=[OWN]), False, 72, "LossNotFinite"),
-        (AttemptFacts(error=STALLED, rank_failures=[NOTICED]), False, 74, "Stalled"),
-        (AttemptFacts(rank_failures=[NOTICED, OWN], agent_code=1), False, 72, "LossNotFinite"),
+        (AttemptFacts(error=DataError("Empty", "m"), rank_failures=[DIVERGED]), False, 65, "Empty"),
+        (AttemptFacts(error=STALLED, rank_failures=[DIVERGED]), False, 72, "LossNotFinite"),
+        (AttemptFacts(error=STALLED, rank_failures=[PEER_LOST]), False, 74, "Stalled"),
+        (AttemptFacts(rank_failures=[PEER_LOST, DIVERGED], agent_code=1), False, 72, "LossNotFinite"),
         (AttemptFacts(agent_code=0), False, 70, "NoArtefact"),
         (AttemptFacts(agent_code=-9), False, 74, "AgentKilled"),
         (AttemptFacts(agent_code=1), False, 74, "AgentFailed"),
@@ -36,17 +36,17 @@ STALLED = PeerError("Stalled", "m")
         "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed",
     ],
 )  # fmt: skip
-def test_exit_code(facts: AttemptFacts, saved: bool, code: int, named: str | None) -> None:
+def test_exit_code_for_facts(facts: AttemptFacts, saved: bool, code: int, error_code: str | None) -> None:
     decided = decide_exit(facts, [], is_saved=saved, node_rank=0)
-    assert (decided.code, decided.failure.error.code if decided.failure else None) == (code, named)
+    assert (decided.code, decided.failure.error.code if decided.failure else None) == (code, error_code)
 
 
 def test_an_exit_code_explains_only_ranks_that_reported_nothing() -> None:
     killed = failure_from_exit_code(1, -9)
-    silent = decide_exit(AttemptFacts(rank_failures=[NOTICED]), [killed], is_saved=False, node_rank=0)
+    silent = decide_exit(AttemptFacts(rank_failures=[PEER_LOST]), [killed], is_saved=False, node_rank=0)
     assert silent.failure is not None and silent.failure.error.code == "RankKilled"
-    reported = decide_exit(AttemptFacts(rank_failures=[OWN]), [killed], is_saved=False, node_rank=0)
-    assert reported.failure is OWN
+    reported = decide_exit(AttemptFacts(rank_failures=[DIVERGED]), [killed], is_saved=False, node_rank=0)
+    assert reported.failure is DIVERGED
 
 
 def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:
@@ -69,12 +69,12 @@ def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:
     ],
     ids=["no-new-step", "committed", "not-committed", "uploaded", "not-uploaded", "rank-did-not-stop", "too-late"],
 )
-def test_whether_a_stop_loses_steps(
+def test_a_stop_is_saved_only_if_every_step_is_stored(
     step: int, committed: int, uploaded: int, node_rank: int, stopped: set[int], too_late: bool, saved: bool
 ) -> None:
     facts = AttemptFacts(start_step=5, stopped_ranks=stopped, deadline_passed=too_late)
-    found = is_state_saved(facts, step=step, committed_step=committed, uploaded_step=uploaded, node_rank=node_rank)
-    assert found == saved
+    result = is_state_saved(facts, step=step, committed_step=committed, uploaded_step=uploaded, node_rank=node_rank)
+    assert result == saved
 
 
 @pytest.mark.parametrize(("grace", "deadline"), [(10, 109.0), (30, 127.0), (300, 395.0)])

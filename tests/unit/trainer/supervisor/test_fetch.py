@@ -1,4 +1,4 @@
-"""Sources on the web: every failure is named, and the signature of a URL is never shown. The server is a real one."""
+"""Sources on a web server: every failure has a name, and no message shows the signature of a URL. The tests run a real server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fetcher(tmp_path: Path, server: Web) -> Fetcher:
     return Fetcher(run, tmp_path / "work")
 
 
-def refused(fetcher: Fetcher, url: str) -> FineTuneError:
+def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
         fetcher.data(url + SECRET, "dataset.train", "train")
     assert "hidden-word" not in str(caught.value) and "dataset.train" in caught.value.message
@@ -41,7 +41,7 @@ def refused(fetcher: Fetcher, url: str) -> FineTuneError:
 
 
 @pytest.mark.parametrize(
-    ("faults", "exit_code", "code", "said"),
+    ("faults", "exit_code", "code", "text"),
     [
         ([Fault(404)], 66, "DatasetNotFound", "answers 404"),
         ([Fault(410)], 66, "DatasetNotFound", "answers 410"),
@@ -51,16 +51,16 @@ def refused(fetcher: Fetcher, url: str) -> FineTuneError:
     ],
 )
 def test_an_error_response_has_a_named_failure(
-    fetcher: Fetcher, server: Web, faults: list[Fault], exit_code: int, code: str, said: str
+    fetcher: Fetcher, server: Web, faults: list[Fault], exit_code: int, code: str, text: str
 ) -> None:
     server.ranges, server.faults = False, faults
-    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
-    wanted = FailureClass.STORAGE if exit_code == 69 else FailureClass.DATA
-    assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, wanted) and said in error.message
+    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
+    failure_class = FailureClass.STORAGE if exit_code == 69 else FailureClass.DATA
+    assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, failure_class) and text in error.message
 
 
 @pytest.mark.parametrize(
-    ("breaks", "code", "said"),
+    ("interruption", "code", "text"),
     [
         (http.client.IncompleteRead(b""), "DownloadBroken", "IncompleteRead"),
         (ssl.SSLEOFError("cut"), "EndpointUnreachable", "SSLEOFError"),
@@ -70,47 +70,47 @@ def test_an_error_response_has_a_named_failure(
     ],
 )
 def test_an_interrupted_download_has_a_named_failure(
-    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch, breaks: Exception, code: str, said: str
+    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch, interruption: Exception, code: str, text: str
 ) -> None:
     from urllib3 import HTTPResponse
     from urllib3.exceptions import ProtocolError, ReadTimeoutError, SSLError
 
     def stream(*_: object, **__: object) -> Iterator[bytes]:
         yield b"01234"
-        if isinstance(breaks, ssl.SSLError):
-            raise SSLError(breaks) from breaks
-        if isinstance(breaks, TimeoutError):
-            raise ReadTimeoutError(None, None, "Read timed out.") from breaks  # type: ignore[arg-type] # as it is without a pool
-        if isinstance(breaks, http.client.HTTPException | ConnectionError):
-            raise ProtocolError("Connection broken", breaks) from breaks
-        raise breaks
+        if isinstance(interruption, ssl.SSLError):
+            raise SSLError(interruption) from interruption
+        if isinstance(interruption, TimeoutError):
+            raise ReadTimeoutError(None, None, "Read timed out.") from interruption  # type: ignore[arg-type] # urllib3 accepts None here
+        if isinstance(interruption, http.client.HTTPException | ConnectionError):
+            raise ProtocolError("Connection broken", interruption) from interruption
+        raise interruption
 
     monkeypatch.setattr(HTTPResponse, "stream", stream)
     server.ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * ATTEMPTS
-    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
-    assert (error.exit_code, error.code) == (69, code) and said in error.message
+    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (69, code) and text in error.message
 
 
-def test_an_untrusted_certificate(fetcher: Fetcher, server: Web) -> None:
-    fetcher.run.storage = StoreTarget(uri="s3://bucket/root")  # type: ignore[misc] # not frozen here
-    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+def test_an_untrusted_certificate_is_reported(fetcher: Fetcher, server: Web) -> None:
+    fetcher.run.storage = StoreTarget(uri="s3://bucket/root")  # type: ignore[misc] # this fake run is not frozen
+    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, "EndpointUnreachable") and "SSLCertVerificationError" in error.message
 
 
 @pytest.mark.parametrize(
     "url", ["https://host:port/rows.jsonl", "https://host:99999/x", "https://[half/x", "https://bad..host/x"]
 )
-def test_an_invalid_url(fetcher: Fetcher, url: str) -> None:
-    error = refused(fetcher, url)
+def test_an_invalid_url_is_refused(fetcher: Fetcher, url: str) -> None:
+    error = fetch_error(fetcher, url)
     assert (error.exit_code, error.code) == (64, "SourceInvalid") and "host" in str(error)
 
 
 def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: Web, tmp_path: Path) -> None:
-    moved: list[int] = []
-    fetcher.count = moved.append
+    chunk_sizes: list[int] = []
+    fetcher.count = chunk_sizes.append
     server.faults = [Fault(503)]
     (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET}", "dataset.train", "train")
-    assert (file.name, file.read_bytes(), sum(moved)) == ("rows.jsonl", b"0123456789", 10)
+    assert (file.name, file.read_bytes(), sum(chunk_sizes)) == ("rows.jsonl", b"0123456789", 10)
     assert server.requests == [f"GET /sets/rows.jsonl{SECRET}"] * 2
 
 
@@ -118,13 +118,13 @@ def test_a_file_larger_than_the_disk_is_not_downloaded(
     fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: 0)
-    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (64, "LocalDiskTooSmall")
 
 
 @pytest.fixture
 def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
-    """The root of a committed checkpoint and a committed model."""
+    """URL of a root with a committed checkpoint and a committed model."""
     tree = Tree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
     for step in (100, None):
         staged = tmp_path / f"staged-{step}"
@@ -153,7 +153,7 @@ def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, served: str
         ("weights.gguf", "ModelInvalid", "a web server has no listing"),
     ],
 )
-def test_the_failure_of_a_model_does_not_show_the_signature(
+def test_the_error_message_for_a_model_does_not_show_the_signature(
     fetcher: Fetcher, served: str, server: Web, path: str, code: str, message: str
 ) -> None:
     (server.folder / "root/model/a1-00000000/sub/weights").write_text("weights of Nome")

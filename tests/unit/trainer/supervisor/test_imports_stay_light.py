@@ -1,4 +1,4 @@
-"""The supervisor, with fetching and checking, never imports torch or other heavy packages."""
+"""The supervisor imports neither torch nor another heavy package, not even for fetching and checking inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ print(",".join(name for name in {heavy!r} if name in sys.modules))
 """
 
 
-def test_the_supervisor_imports_nothing_heavy() -> None:
+def test_the_supervisor_imports_no_heavy_package() -> None:
     program = PROGRAM.format(heavy=HEAVY)
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

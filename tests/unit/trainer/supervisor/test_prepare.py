@@ -1,4 +1,4 @@
-"""Preparing a pod: claiming storage, and what a resumed run is compared by."""
+"""Preparing a pod: claiming storage, and the hashes of inputs that a resumed run compares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Inputs:
-    """Inputs of every kind, with a ConfigMap as the kubelet mounts it."""
+    """Inputs of every kind, with a ConfigMap in the layout of the kubelet."""
     for name, text in (
         ("tokenizer/tokenizer.json", "{}"), ("reference/config.json", "{}"), ("valid.jsonl", "{}"), ("adapter/adapter_config.json", "{}"),
         ("test.jsonl", "{}"), ("maps/mine/..2026/ds.json", "{}"),
@@ -59,14 +59,14 @@ def test_a_configmap_that_is_mounted_again_with_the_same_contents_is_equal(input
 
 
 def test_missing_inputs_are_not_compared(tmp_path: Path) -> None:
-    bare = Inputs(
+    inputs = Inputs(
         model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path / "none"
     )
-    assert other_inputs_of(bare) == {}
+    assert other_inputs_of(inputs) == {}
 
 
 class RecordingStore(FolderStore):
-    """A folder that records what is written and deleted."""
+    """A folder store that records all writes and deletions."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
@@ -85,10 +85,10 @@ class RecordingStore(FolderStore):
 @pytest.fixture
 def store(tmp_path: Path) -> RecordingStore:
     """A root with the leftovers of a killed incarnation."""
-    made = RecordingStore(tmp_path / "root")
-    made.put("checkpoints/step-00000005/a1-00000000/weights", b"never committed")
-    made.changes.clear()
-    return made
+    store = RecordingStore(tmp_path / "root")
+    store.put("checkpoints/step-00000005/a1-00000000/weights", b"never committed")
+    store.changes.clear()
+    return store
 
 
 def preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
@@ -107,7 +107,7 @@ def test_leftovers_are_removed_only_after_earlier_attempts_are_fenced_out(
     ]  # fmt: skip
 
 
-def test_an_attempt_that_starts_after_its_successor_changes_nothing(store: RecordingStore, tmp_path: Path) -> None:
+def test_an_attempt_that_starts_after_a_later_one_changes_nothing_in_storage(store: RecordingStore, tmp_path: Path) -> None:
     Tree(store).begin_attempt(3, b"{}")
     store.changes.clear()
     with pytest.raises(Fenced):

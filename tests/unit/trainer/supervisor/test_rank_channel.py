@@ -1,4 +1,4 @@
-"""The channel between ranks and their supervisor: every message arrives, and invalid ones do no harm."""
+"""The channel between ranks and their supervisor: every valid message arrives, and invalid ones are ignored."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Recorder:
 
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
-    made = Recorder()
-    yield made
-    made.channel.close()
+    recorder = Recorder()
+    yield recorder
+    recorder.channel.close()
 
 
 def rank(recorder: Recorder, work: Path) -> Channel:
@@ -44,7 +44,7 @@ def rank(recorder: Recorder, work: Path) -> Channel:
 
 
 def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: Path) -> None:
-    """The final model must not be lost because its report is long."""
+    """A long report about the final model must not be lost."""
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
     rank(recorder, tmp_path).finished(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()
@@ -53,7 +53,7 @@ def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: 
 
 
 def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_path: Path) -> None:
-    """Each of these characters takes twelve bytes in a message."""
+    """Each of these characters takes twelve bytes in JSON."""
     text = "\N{FIRE}" * 8000
     assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
     rank(recorder, tmp_path).failed(DataError("RowBroken", text))

@@ -1,4 +1,4 @@
-"""Messages of ranks: what each changes, and that one unreadable field does not discard the rest."""
+"""The effect of each kind of rank message. An unreadable field does not discard the other fields."""
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
     assert (known.error.exit_code, known.error.failure_class) == (65, "Data")
 
 
-def test_a_stop_of_another_pod_stops_this_one(pod: Pod) -> None:
+def test_a_stop_request_of_another_pod_also_stops_this_pod(pod: Pod) -> None:
     pod.receive("stopping", local_rank=1, step=12)
     assert pod.facts.stop_requested_at is not None and pod.state.current_stage is Stage.STOPPING

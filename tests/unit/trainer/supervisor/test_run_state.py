@@ -19,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_progress_has_percent_and_time_left(clock: Clock) -> None:
+def test_progress_has_percentage_and_remaining_time(clock: Clock) -> None:
     state = RunState()
     state.merge_progress(Progress(step=0, total_steps=500, epoch=0.0))
     for step in range(1, 121):
@@ -68,8 +68,8 @@ def test_time_is_measured_per_stage(clock: Clock) -> None:
 
 
 def test_the_newest_five_checkpoints_and_the_best_are_reported() -> None:
-    found = [Checkpoint(step=step, uri="u", eval_loss=abs(step - 2)) for step in range(9, 0, -1)]
-    assert [one.step for one in newest_and_best(found)] == [9, 8, 7, 6, 5, 2]
+    checkpoints = [Checkpoint(step=step, uri="u", eval_loss=abs(step - 2)) for step in range(9, 0, -1)]
+    assert [one.step for one in newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59, "59s"), (200, "3m20s"), (4320, "1h12m"), (-3, "0s")])

@@ -1,4 +1,4 @@
-"""The pod's HTTP server: it starts at once, on IPv4 and IPv6, and serves progress and metrics."""
+"""The pod's HTTP server starts without delay, listens on IPv4 and IPv6, and serves progress and metrics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         raise AssertionError("a slow name server would delay the pod's start")
 
     monkeypatch.setattr(socket, "getfqdn", resolve)
-    made = Server(RunState(), 0)
-    yield made
-    made.close()
+    server = Server(RunState(), 0)
+    yield server
+    server.close()
 
 
 def has_loopback(family: socket.AddressFamily, address: str) -> bool:
@@ -32,7 +32,7 @@ def has_loopback(family: socket.AddressFamily, address: str) -> bool:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
-def test_it_responds_on_ipv4_and_ipv6(server: Server, host: str) -> None:
+def test_the_server_responds_on_ipv4_and_ipv6(server: Server, host: str) -> None:
     if host == "[::1]" and not has_loopback(socket.AF_INET6, "::1"):
         pytest.skip("this machine has no IPv6 loopback")
     with urllib.request.urlopen(f"http://{host}:{server.port}/healthz", timeout=20) as response:

@@ -24,7 +24,7 @@ def test_the_default_timeout_follows_the_median_step(clock: Clock) -> None:
     state = RunState()
     watch = StallWatch(state, None)
     clock.now += 10_000
-    assert watch.stall_error() is None, "nothing is watched before the first steps"
+    assert watch.stall_error() is None, "a stall cannot be detected before the first steps"
     state.enter_stage(Stage.TRAINING)
     for step in (1, 2):
         clock.now += 60
@@ -60,7 +60,7 @@ def test_a_configured_timeout_also_limits_the_first_step(clock: Clock) -> None:
     state = RunState()
     watch = StallWatch(state, 60)
     clock.now += 10_000
-    assert watch.stall_error() is None, "loading may take any time"
+    assert watch.stall_error() is None, "the loading stage has no time limit"
     state.enter_stage(Stage.TRAINING)
     state.record_activity()
     clock.now += 61

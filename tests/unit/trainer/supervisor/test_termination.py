@@ -20,12 +20,12 @@ KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
 
 
 def message_of(decided: Exit, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
-    """What an operator of the same release reads."""
+    """The termination message as the operator parses it."""
     state = RunState()
     state.merge_progress(Progress(step=step))
     state.add_checkpoint(Checkpoint(step=5, uri="s3://b/step-5"))
-    made = termination_message(decided, state.report(), output=output, start_step=0, node_name="node-1")
-    return TerminationMessage.model_validate_json(made.to_json())
+    message = termination_message(decided, state.report(), output=output, start_step=0, node_name="node-1")
+    return TerminationMessage.model_validate_json(message.to_json())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
@@ -57,10 +57,10 @@ def test_success_has_the_output_and_no_failure() -> None:
     assert found.output is not None and found.output.uri == "s3://b/model"
 
 
-def test_a_message_fits_into_what_the_kubelet_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_cut_to_the_size_that_the_kubelet_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failure = failure_from_message({"exitCode": 70, "code": "TrainerCrashed", "message": "\N{SNOWMAN}" * 5000, "hint": "h" * 5000})
     message = message_of(Exit(70, failure))
     write_termination_message(message, tmp_path / "termination")
     assert len((tmp_path / "termination").read_bytes()) <= MAX_TERMINATION_BYTES
     write_termination_message(message, tmp_path / "missing" / "termination")
-    assert TerminationMessage.model_validate_json(capsys.readouterr().out).code == "TrainerCrashed", "a local run prints it"
+    assert TerminationMessage.model_validate_json(capsys.readouterr().out).code == "TrainerCrashed", "without a termination log the message is printed"
