@@ -155,7 +155,7 @@ class Bench:
                     show(f"burst {number + 1}/{self._size.rounds}: {variant.name}")
                     rounds[variant.name].append(await self._run_burst(operator, variant, f"{variant.name}-{number}"))
                     show(f"  {rounds[variant.name][-1]}")
-        medians = {name: medians_of(found) for name, found in rounds.items()}
+        medians = {name: medians_of(results) for name, results in rounds.items()}
         keys = ("jobsExist", "podsExist", "allDone", "cpuMsPerJobToPods", "cpuMsPerJobToEnd")
         ratios = {
             name: {key: round(medians["ours"][key] / medians[name][key], 2) for key in keys if medians[name][key]}
@@ -297,7 +297,7 @@ def _has_step(body: Object) -> bool:
 def medians_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Median of each number over the rounds."""
     plain = [key for key, value in rounds[0].items() if isinstance(value, int | float)]
-    return {key: round(statistics.median(found[key] for found in rounds), 3) for key in plain}
+    return {key: round(statistics.median(result[key] for result in rounds), 3) for key in plain}
 
 
 def per_job(seconds: float, count: int) -> float:
@@ -334,11 +334,11 @@ def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict
     return verdicts
 
 
-def write(found: dict[str, Any]) -> Path:
+def write(measured: dict[str, Any]) -> Path:
     """Write the measured parts; parts that were not measured keep the figures of earlier runs. Each part has its size, load and commit."""
     path = record.RESULTS / "operator_load.json"
     known = json.loads(path.read_text())["figures"] if path.exists() else {}
-    figures = {part: known[part] for part in PARTS if part in known} | found
+    figures = {part: known[part] for part in PARTS if part in known} | measured
     verdicts = check_budgets(figures, json.loads(BUDGETS.read_text()))
     return record.write("operator_load", figures | {"budgets": verdicts}, method=record.method(__doc__))
 
@@ -365,11 +365,11 @@ def main() -> int:
     verdicts = check_budgets(figures, json.loads(BUDGETS.read_text()))
     for verdict in verdicts:
         print(f"{verdict['verdict']:18} {verdict['figure']:38} {verdict['measured']:>10} (limit {verdict['limit']}): {verdict['why']}")
-    found = {part: value | about for part, value in figures.items()}
+    measured = {part: value | about for part, value in figures.items()}
     if options.output:
-        options.output.write_text(json.dumps(found | {"budgets": verdicts}, indent=1))
+        options.output.write_text(json.dumps(measured | {"budgets": verdicts}, indent=1))
     else:
-        print(f"written: {write(found).relative_to(ROOT)}")
+        print(f"written: {write(measured).relative_to(ROOT)}")
     return int(any(verdict["verdict"] == "EXCEEDED" for verdict in verdicts) and not options.lenient)
 
 

@@ -64,16 +64,16 @@ def measure(workspace: Workspace, kills: int, seed: int) -> dict[str, object]:
         with workspace.pod(
             f"attempt-{attempt}", spec, target, "finetune_trainer.train", attempt=attempt, newest=newest
         ) as pod:
-            found = first_new_step(pod, newest)
+            stage_seconds = first_new_step(pod, newest)
             if attempt > 2:
                 total.append(time.monotonic() - killed_at)
-                for stage, seconds in found.items():
+                for stage, seconds in stage_seconds.items():
                     stages[stage].append(seconds)
             killed_at, seconds, newest = kill_rank(pod, newest, rng)
             if attempt > 1:
                 detect.append(seconds)
         print(f"kill {attempt}: step {newest}, {total[-1] if total else 0:.2f} s to the first new step", flush=True)
-    medians = {stage: round(statistics.median(found), 3) for stage, found in stages.items()}
+    medians = {stage: round(statistics.median(seconds), 3) for stage, seconds in stages.items()}
     return {
         "kills": kills,
         "totalSeconds": summarize(total),

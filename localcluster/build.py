@@ -40,10 +40,10 @@ class Program:
         if self.versioned_by is None:
             return "1"
         text = (self.folder / "go.mod").read_text()
-        found = re.search(rf"^\s*(?:require )?{re.escape(self.versioned_by)} v(\S+)", text, re.M)
-        if found is None:
+        match = re.search(rf"^\s*(?:require )?{re.escape(self.versioned_by)} v(\S+)", text, re.M)
+        if match is None:
             raise BuildFailed(f"{self.folder}/go.mod requires no {self.versioned_by}")
-        return found.group(1)
+        return match.group(1)
 
     @property
     def binary(self) -> Path:
@@ -113,6 +113,6 @@ def check_go() -> None:
     if shutil.which("go") is None:
         raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is missing (`go` is not on the PATH): install it")
     text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout
-    found = re.search(r"go(\d+)\.(\d+)", text)
-    if found is None or (int(found[1]), int(found[2])) < GO:
+    match = re.search(r"go(\d+)\.(\d+)", text)
+    if match is None or (int(match[1]), int(match[2])) < GO:
         raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is needed, found: {text.strip() or 'none'}")

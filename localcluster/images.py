@@ -111,10 +111,10 @@ def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
 
 def check_disk(recipe: Recipe) -> None:
     """Raise MissingRequirement if the disk has too little space for a first build."""
-    free = _free_gb()
-    if free < recipe.needs_gb:
+    free_gb = _free_gb()
+    if free_gb < recipe.needs_gb:
         raise MissingRequirement(
-            f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, {paths.cache()} has {free} GB free: "
+            f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, {paths.cache()} has {free_gb} GB free: "
             f"free disk space, or set XDG_CACHE_HOME to a folder on a larger disk"
         )
 

@@ -30,11 +30,11 @@ NOTHING = Leftovers((), (), (), (), ())
 
 def namespaces_of(state_dir: Path) -> frozenset[str]:
     """List the namespaces of a running cluster's processes, except the namespaces of this process."""
-    found = set()
+    namespaces = set()
     for pid in processes.owned_by(state_dir):
         if pid_in_namespace(pid) is not None:
-            found.update(_namespaces(pid))
-    return frozenset(found - _namespaces(os.getpid()))
+            namespaces.update(_namespaces(pid))
+    return frozenset(namespaces - _namespaces(os.getpid()))
 
 
 def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers:
@@ -56,11 +56,11 @@ def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers
 
 
 def _namespaces(pid: int) -> set[str]:
-    found = set()
+    namespaces = set()
     for kind in KINDS:
         with contextlib.suppress(OSError):  # the process has ended or is a zombie
-            found.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
-    return found
+            namespaces.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
+    return namespaces
 
 
 def _command(pid: int) -> str:

@@ -86,16 +86,16 @@ def tail(log: Path, lines: int = 3) -> str:
 def owned_by(owner: Path) -> list[int]:
     """List the pids of all live processes of `owner`, including their children, except this process."""
     marker = f"{OWNER}={owner}".encode()
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             if marker in (entry / "environ").read_bytes().split(b"\0") and start_time(int(entry.name)) is not None:
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except OSError:
             continue  # the process has ended or belongs to another user
-    return found
+    return pids
 
 
 def start_time(pid: int) -> str | None:

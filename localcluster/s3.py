@@ -86,8 +86,8 @@ def find_program(name: str, package: str) -> Path:
     for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
         if os.access(folder / name, os.X_OK):
             return folder / name
-    if found := shutil.which(name):
-        return Path(found)
+    if path := shutil.which(name):
+        return Path(path)
     raise MissingRequirement(f"`{name}` is missing: install {package} (`make setup` does)")
 
 

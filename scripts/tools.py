@@ -53,8 +53,8 @@ KIND = Tool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 def installed_kind() -> Path | None:
     """Path of kind on the PATH, or None."""
-    found = shutil.which("kind")
-    return Path(found) if found else None
+    path = shutil.which("kind")
+    return Path(path) if path else None
 
 
 if __name__ == "__main__":

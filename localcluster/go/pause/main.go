@@ -1,6 +1,6 @@
-// The process that holds a pod's namespaces, and the helper of the tests that look at how pods end.
+// Process that keeps a pod's namespaces alive (the image of the pod sandbox).
 //
-// Without an argument it sleeps until it is told to stop, and reaps what is orphaned into the pod.
+// It runs until SIGTERM or SIGINT, and reaps orphaned processes of the pod.
 package main
 
 import (

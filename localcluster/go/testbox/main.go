@@ -1,17 +1,17 @@
-// What the pods of the local cluster's own tests run: one static program that ends in every way a container can end.
+// Program of the pods in the local cluster's tests. Its commands cover every way in which a container can end.
 //
 // Usage: testbox COMMAND [ARGUMENTS]; commands may be chained with "--".
 //
 //	exit N                end with that exit code
 //	print N MS            print "line 1" to "line N", one every MS milliseconds
-//	sleep SECONDS         sleep, deaf to SIGTERM
-//	graceful CODE         wait for SIGTERM, say so, end with CODE
-//	allocate MIB          touch that much memory, then sleep for ever
+//	sleep SECONDS         sleep and ignore SIGTERM
+//	graceful CODE         wait for SIGTERM, print a line, exit with CODE
+//	allocate MIB          allocate MIB of memory, then sleep for ever
 //	say FILE TEXT         write TEXT to FILE
-//	lookup NAME SECONDS   resolve NAME, trying for so long; print its addresses
-//	serve PORT            answer every HTTP request with this host's name, for ever
-//	get URL SECONDS       fetch URL, trying for so long; print the body
-//	api PATH SECONDS      the same from the API server, as the pod's service account; print the HTTP status
+//	lookup NAME SECONDS   resolve NAME, retry for SECONDS; print the addresses
+//	serve PORT            answer every HTTP request with the host name
+//	get URL SECONDS       fetch URL, retry for SECONDS; print the body
+//	api PATH SECONDS      fetch PATH from the API server as the pod's service account; print the HTTP status
 package main
 
 import (
@@ -43,7 +43,7 @@ func fail(format string, arguments ...any) {
 	os.Exit(3)
 }
 
-// retry calls try every 100 ms until it succeeds or the time is over.
+// retry calls try every 100 ms until try succeeds or the time is over.
 func retry(seconds string, try func() (string, error)) {
 	deadline := time.Now().Add(time.Duration(number(seconds)) * time.Second)
 	for {

@@ -30,28 +30,28 @@ def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any
     }
 
 
-def phase(found: Object) -> str:
+def phase(obj: Object) -> str:
     """The pod's phase."""
-    return str(found["status"].get("phase"))
+    return str(obj["status"].get("phase"))
 
 
-def terminated(found: Object) -> Object:
+def terminated(obj: Object) -> Object:
     """The terminated state of the pod's container; empty while the container has not ended."""
-    states = found["status"].get("containerStatuses") or [{}]
+    states = obj["status"].get("containerStatuses") or [{}]
     ended: Object = states[0].get("state", {}).get("terminated", {})
     return ended
 
 
-def waiting_reason(found: Object) -> str | None:
+def waiting_reason(obj: Object) -> str | None:
     """The reason why the pod's container is waiting."""
-    states = found["status"].get("containerStatuses") or [{}]
+    states = obj["status"].get("containerStatuses") or [{}]
     reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
     return reason
 
 
-def is_true(found: Object, condition: str) -> bool:
+def is_true(obj: Object, condition: str) -> bool:
     """Whether an object has a condition with status True."""
-    return any(c["type"] == condition and c["status"] == "True" for c in found["status"].get("conditions", []))
+    return any(c["type"] == condition and c["status"] == "True" for c in obj["status"].get("conditions", []))
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Lab:
 
     def get(self, kind: str, name: str) -> Object:
         """Read an object."""
-        found: Object = self.cluster.endpoint.get(f"{self._path(kind)}/{name}")
-        return found
+        obj: Object = self.cluster.endpoint.get(f"{self._path(kind)}/{name}")
+        return obj
 
     def delete(self, kind: str, name: str) -> None:
         """Delete an object with the grace period from its spec."""
@@ -78,10 +78,10 @@ class Lab:
     def wait(self, kind: str, name: str, until: Callable[[Object], object], seconds: float = 40) -> Object:
         """Wait until `until` is true for the object. Returns the object. Errors: AssertionError with its status after `seconds`."""
         deadline = time.monotonic() + seconds
-        while not until(found := self.get(kind, name)):
-            assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {found['status']}"
+        while not until(obj := self.get(kind, name)):
+            assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {obj['status']}"
             time.sleep(0.1)
-        return found
+        return obj
 
     def run(self, manifest: Object, seconds: float = 40) -> Object:
         """Create a pod and wait until its container has ended. Returns the pod."""

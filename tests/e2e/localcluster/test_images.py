@@ -30,9 +30,9 @@ def test_new_pods_run_the_changed_image(lab: Lab, tmp_path: Path) -> None:
     image_ids = []
     for number in ("1", "2"):
         assert lab.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
-        found = lab.run(pod(f"p{number}", "exit", number, **on_n1))
-        assert terminated(found)["exitCode"] == int(number)
-        image_ids.append(found["status"]["containerStatuses"][0]["imageID"])
+        finished = lab.run(pod(f"p{number}", "exit", number, **on_n1))
+        assert terminated(finished)["exitCode"] == int(number)
+        image_ids.append(finished["status"]["containerStatuses"][0]["imageID"])
         assert untagged(containerd.images()) == []
     assert image_ids[0] != image_ids[1]
 

@@ -27,7 +27,7 @@ def cluster(node_cluster: NodeCluster) -> NodeCluster:
     return node_cluster
 
 
-def _run_stubborn_pods(cluster: NodeCluster) -> None:
+def _run_pods_that_ignore_sigterm(cluster: NodeCluster) -> None:
     """Run a pod that ignores SIGTERM on each node."""
     lab = Lab(cluster, "default")
     for node in ("n1", "n2"):
@@ -69,7 +69,7 @@ def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
 @pytest.mark.slow
 def test_up_after_kill_9_of_the_first_process_removes_the_old_cluster(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
-    _run_stubborn_pods(cluster.up())
+    _run_pods_that_ignore_sigterm(cluster.up())
     namespaces = leftovers.namespaces_of(cluster.state_dir)
     before = leftovers.find(cluster.state_dir, namespaces)
     old_pids = [int(line.split()[0]) for line in before.processes]
@@ -86,7 +86,7 @@ def test_up_after_kill_9_of_the_first_process_removes_the_old_cluster(cluster: N
 
 def test_down_leaves_nothing(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
-    _run_stubborn_pods(cluster.up())
+    _run_pods_that_ignore_sigterm(cluster.up())
     namespaces = leftovers.namespaces_of(cluster.state_dir)
     before = leftovers.find(cluster.state_dir, namespaces)
     assert len(before.namespaces) >= 5  # network and mount namespaces of two nodes, and a PID namespace

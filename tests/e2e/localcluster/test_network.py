@@ -46,8 +46,8 @@ def test_pods_of_an_indexed_job_resolve_each_other_across_nodes(lab: Lab) -> Non
     assert sorted(p["spec"]["nodeName"] for p in pods) == ["n1", "n2"]
     by_index = {p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]: p for p in pods}
     addresses = [by_index[index]["status"]["podIP"] for index in ("0", "1")]
-    for found in pods:
-        assert lab.kubectl("logs", found["metadata"]["name"]).split("\n") == [*addresses, addresses[0]]
+    for job_pod in pods:
+        assert lab.kubectl("logs", job_pod["metadata"]["name"]).split("\n") == [*addresses, addresses[0]]
 
 
 def test_service_is_reachable_from_the_other_node(lab: Lab) -> None:

@@ -33,9 +33,9 @@ def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(lab: La
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.cluster.stop_kubelet(n2)
     lab.wait("node", n2, lambda n: not is_true(n, "Ready"), seconds=60)
-    found = lab.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
-    assert is_true(found, "DisruptionTarget")
-    assert phase(found) == "Running"  # without a kubelet, nothing updates the pod's status
+    evicted = lab.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
+    assert is_true(evicted, "DisruptionTarget")
+    assert phase(evicted) == "Running"  # without a kubelet, nothing updates the pod's status
     lab.cluster.start_node(n2)
     lab.wait("node", n2, lambda n: is_true(n, "Ready"))
 
@@ -54,8 +54,8 @@ def test_drain_evicts_pods_and_new_pods_stay_pending(lab: Lab, n2: str) -> None:
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.kubectl("drain", n2, "--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")
     lab.create(pod("late", "exit", "0", **ON_N2))
-    found = lab.wait("pod", "late", lambda p: p["status"].get("conditions"))
-    assert (phase(found), found["status"]["conditions"][0]["reason"]) == ("Pending", "Unschedulable")
+    pending = lab.wait("pod", "late", lambda p: p["status"].get("conditions"))
+    assert (phase(pending), pending["status"]["conditions"][0]["reason"]) == ("Pending", "Unschedulable")
     lab.kubectl("uncordon", n2)
     assert terminated(lab.wait("pod", "late", terminated))["exitCode"] == 0
 
@@ -67,7 +67,7 @@ def test_scheduler_respects_the_number_of_gpus(lab: Lab) -> None:
     lab.create(pod("a", "graceful", "0", container=gpus(3), **ON_N2))
     lab.wait("pod", "a", lambda p: phase(p) == "Running")
     lab.create(pod("b", "exit", "0", container=gpus(2), **ON_N2))
-    found = lab.wait("pod", "b", lambda p: p["status"].get("conditions"))
-    assert "Insufficient nvidia.com/gpu" in found["status"]["conditions"][0]["message"]
+    pending = lab.wait("pod", "b", lambda p: p["status"].get("conditions"))
+    assert "Insufficient nvidia.com/gpu" in pending["status"]["conditions"][0]["message"]
     lab.delete("pod", "a")
     assert terminated(lab.wait("pod", "b", terminated))["exitCode"] == 0

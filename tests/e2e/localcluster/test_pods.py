@@ -14,8 +14,8 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.parametrize(("code", "expected"), [(0, "Succeeded"), (64, "Failed"), (137, "Failed")])
 def test_exit_code_is_in_the_pod_status(lab: Lab, code: int, expected: str) -> None:
-    found = lab.run(pod("p", "exit", str(code)))
-    assert terminated(found)["exitCode"] == code
+    finished = lab.run(pod("p", "exit", str(code)))
+    assert terminated(finished)["exitCode"] == code
     assert lab.wait("pod", "p", lambda p: phase(p) == expected)
 
 
@@ -54,8 +54,8 @@ def _remove_finalizer(lab: Lab, name: str) -> None:
 
 
 def test_termination_message_from_the_file(lab: Lab) -> None:
-    found = lab.run(pod("p", "say", "/dev/termination-log", '{"code":65}', "--", "exit", "65"))
-    assert terminated(found)["message"] == '{"code":65}'
+    finished = lab.run(pod("p", "say", "/dev/termination-log", '{"code":65}', "--", "exit", "65"))
+    assert terminated(finished)["message"] == '{"code":65}'
 
 
 def test_termination_message_falls_back_to_the_log(lab: Lab) -> None:
@@ -87,8 +87,8 @@ def test_exec_and_port_forward(lab: Lab) -> None:
 
 def test_missing_image_is_the_waiting_reason(lab: Lab) -> None:
     lab.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
-    found = lab.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
-    assert phase(found) == "Pending"
+    created = lab.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
+    assert phase(created) == "Pending"
 
 
 def test_restricted_pods_run(lab: Lab) -> None:

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def blocks() -> list[tuple[str, dict[str, Any]]]:
-    """Each YAML block of the README and the quickstart, with its page."""
-    found = []
+    """Read the YAML blocks of the README and the quickstart. Returns (page, block) pairs."""
+    yaml_blocks = []
     for page in ("README.md", "docs/guides/quickstart.md"):
         texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
-        found += [(page, yaml.safe_load(text)) for text in texts]
-    return found
+        yaml_blocks += [(page, yaml.safe_load(text)) for text in texts]
+    return yaml_blocks
 
 
 JOBS = [body for _, body in blocks() if body.get("kind") == KIND]
