@@ -116,9 +116,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            lap = program(run, inputs, folder)
+            measurements = program(run, inputs, folder)
             if round_number:
-                seconds[name].append(lap.loop_seconds)
+                seconds[name].append(measurements.loop_seconds)
             if gpu and name == "ours":
                 memory = max(memory, torch.cuda.max_memory_allocated())
     (summary,) = (folder / "work" / "tokens").glob("*/summary.json")

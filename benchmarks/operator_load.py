@@ -56,7 +56,7 @@ FINISHED_NAMESPACE, PODS_PER_FINISHED_JOB = "left", 2
 
 
 @dataclass(frozen=True)
-class Size:
+class LoadOptions:
     """Size of the measurement."""
 
     parts: tuple[str, ...]
@@ -106,10 +106,10 @@ BARE = Variant("bare", "/apis/batch/v1", "jobs", bare_job, condition_true("Compl
 OURS = Variant("ours", FTJ, names.PLURAL, finetunejob, condition_true("Succeeded"))
 
 
-class Bench:
+class LoadBenchmark:
     """The measurements on one control plane."""
 
-    def __init__(self, size: Size, folder: Path, endpoint: Endpoint, plane: FastControlPlane, client: Client) -> None:
+    def __init__(self, size: LoadOptions, folder: Path, endpoint: Endpoint, plane: FastControlPlane, client: Client) -> None:
         self._size, self._folder, self._endpoint, self._plane, self._client = size, folder, endpoint, plane, client
         self._progress = ProgressServer()
 
@@ -125,7 +125,7 @@ class Bench:
                     await self._write_finished_jobs(operator)
                 for name, part in parts.items():
                     if name in self._size.parts:
-                        show(name)
+                        print_progress(name)
                         figures[name] = await part(operator)
         return figures
 
@@ -152,9 +152,9 @@ class Bench:
         async with LagSampler(operator) as lag:
             for number in range(self._size.rounds):
                 for variant in variants:
-                    show(f"burst {number + 1}/{self._size.rounds}: {variant.name}")
+                    print_progress(f"burst {number + 1}/{self._size.rounds}: {variant.name}")
                     rounds[variant.name].append(await self._run_burst(operator, variant, f"{variant.name}-{number}"))
-                    show(f"  {rounds[variant.name][-1]}")
+                    print_progress(f"  {rounds[variant.name][-1]}")
         medians = {name: medians_of(results) for name, results in rounds.items()}
         keys = ("jobsExist", "podsExist", "allDone", "cpuMsPerJobToPods", "cpuMsPerJobToEnd")
         ratios = {
@@ -205,7 +205,7 @@ class Bench:
             "cpuMsPerJobToPods": per_job(sum(to_pods.values()), count), "cpuSecondsToPods": to_pods,
             "cpuMsPerJobToEnd": per_job(sum(to_end.values()), count), "cpuSecondsToEnd": to_end,
             "writesPerJobToPods": round(writes(requests_to_pods) / count, 2),
-            "writesPerJobToEnd": round(writes(requests_to_end) / count, 2), "requestsPerJob": shares(requests_to_end, count),
+            "writesPerJobToEnd": round(writes(requests_to_end) / count, 2), "requestsPerJob": requests_per_job(requests_to_end, count),
         }  # fmt: skip
 
     async def _create_namespace(self, namespace: str) -> None:
@@ -222,7 +222,7 @@ class Bench:
     # -- idle, restart, steady -----------------------------------------------------------------------------------------
 
     async def _write_finished_jobs(self, operator: Operator) -> None:
-        show(f"{self._size.finished} finished jobs")
+        print_progress(f"{self._size.finished} finished jobs")
         for namespace in ("model", FINISHED_NAMESPACE):
             await self._create_namespace(namespace)
         collection = f"{FTJ}/namespaces/model/{names.PLURAL}"
@@ -305,12 +305,12 @@ def per_job(seconds: float, count: int) -> float:
     return round(1000 * seconds / count, 2)
 
 
-def shares(requests: Counter[str], count: int) -> dict[str, float]:
+def requests_per_job(requests: Counter[str], count: int) -> dict[str, float]:
     """Requests per job, by verb and resource."""
     return {label: round(number / count, 2) for label, number in sorted(requests.items()) if number}
 
 
-def show(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print the progress of the benchmark."""
     sys.stderr.write(f"{text}\n")
 
@@ -343,20 +343,20 @@ def write(measured: dict[str, Any]) -> Path:
     return record.write("operator_load", figures | {"budgets": verdicts}, method=record.method(__doc__))
 
 
-async def measure(size: Size) -> dict[str, Any]:
+async def measure(size: LoadOptions) -> dict[str, Any]:
     """Start a control plane, measure, and stop the control plane."""
     with tempfile.TemporaryDirectory(prefix="operator-load-") as name:
         folder = Path(name)
         plane = FastControlPlane(folder / "state")
         with plane as endpoint:
             async with Client(endpoint) as client:
-                return await Bench(size, folder, endpoint, plane, client).run()
+                return await LoadBenchmark(size, folder, endpoint, plane, client).run()
 
 
 def main() -> int:
     """Run the benchmark. Returns 1 if a budget is exceeded, else 0."""
     options = arguments()
-    size = Size(
+    size = LoadOptions(
         tuple(options.parts.split(",")), options.jobs, options.finished, options.rounds, options.clients,
         options.idle_seconds, options.steady_seconds, options.timeout,
     )  # fmt: skip

@@ -34,7 +34,7 @@ TOLERANCE = 1e-6
 
 
 @dataclass
-class Lap:
+class RunMeasurements:
     """Measurements of one run: seconds of the training loop and of the whole run, losses, and the shares of time spent waiting for data."""
 
     loop_seconds: float = 0.0
@@ -45,38 +45,38 @@ class Lap:
     began_at: float = 0.0
 
 
-def clock(lap: Lap) -> Any:
+def timing_callback(measurements: RunMeasurements) -> Any:
     """Create a callback that times the training loop and records the losses."""
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
+    class TimingCallback(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if not lap.began_at:
-                lap.began_at = time.perf_counter()
+            if not measurements.began_at:
+                measurements.began_at = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            lap.loop_seconds = time.perf_counter() - lap.began_at
+            measurements.loop_seconds = time.perf_counter() - measurements.began_at
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                lap.losses[state.global_step] = logs["loss"]
-                lap.data_wait_shares += [logs["data_wait_share"]] if "data_wait_share" in logs else []
+                measurements.losses[state.global_step] = logs["loss"]
+                measurements.data_wait_shares += [logs["data_wait_share"]] if "data_wait_share" in logs else []
 
-    return Clock()
+    return TimingCallback()
 
 
 class Hooks:
     """The hooks of a rank without a supervisor, and the callback that measures the run."""
 
-    def __init__(self, lap: Lap) -> None:
-        self._lap = lap
+    def __init__(self, measurements: RunMeasurements) -> None:
+        self._measurements = measurements
         self.trainer_arguments: dict[str, Any] = {}
 
     def callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
         """Return the rank's callbacks for checkpoints and reporting, followed by the measuring callback."""
         from finetune_trainer.checkpoint import rank
 
-        return [*rank.callbacks(run, channel, inputs), clock(self._lap)]
+        return [*rank.callbacks(run, channel, inputs), timing_callback(self._measurements)]
 
     def resume_path(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
@@ -85,21 +85,21 @@ class Hooks:
         """Do nothing: the artefact is not uploaded."""
 
 
-Program = Callable[[Any, Any, Path], Lap]
+Program = Callable[[Any, Any, Path], RunMeasurements]
 
 
-def ours(run: Any, inputs: Any, folder: Path) -> Lap:
+def ours(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run this trainer once."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
 
-    lap = Lap()
+    measurements = RunMeasurements()
     channel = Channel.recording(folder / "work")
-    train.Session(run, channel, inputs, Hooks(lap)).execute()
-    return lap
+    train.Session(run, channel, inputs, Hooks(measurements)).execute()
+    return measurements
 
 
-def bare(run: Any, inputs: Any, folder: Path) -> Lap:
+def bare(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run a plain TRL script once, with the same arguments and tokens."""
     from datasets import Dataset
     from finetune_trainer.arguments import shared_arguments
@@ -110,7 +110,7 @@ def bare(run: Any, inputs: Any, folder: Path) -> Lap:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    lap = Lap()
+    measurements = RunMeasurements()
     hardware, dataset = detect(run, 0), run.spec.dataset
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
@@ -141,21 +141,21 @@ def bare(run: Any, inputs: Any, folder: Path) -> Lap:
         args=args,
         train_dataset=Dataset.load_from_disk(str(tokens)),
         processing_class=tokenizer,
-        callbacks=[clock(lap)],
+        callbacks=[timing_callback(measurements)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(str(folder / "bare"))
-    return lap
+    return measurements
 
 
-def timed(program: Program, run: Any, inputs: Any, folder: Path) -> Lap:
+def timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run once and measure the whole duration."""
     gc.collect()
     began = time.perf_counter()
-    lap = program(run, inputs, folder)
-    lap.run_seconds = time.perf_counter() - began
-    return lap
+    measurements = program(run, inputs, folder)
+    measurements.run_seconds = time.perf_counter() - began
+    return measurements
 
 
 def measure(
@@ -178,14 +178,14 @@ def measure(
         "training": {"maxSteps": steps, "batchSizePerDevice": batch, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
     }  # fmt: skip
     run, inputs = make_run(folder, model, spec, rows)
-    pairs: list[tuple[Lap, Lap]] = []
+    pairs: list[tuple[RunMeasurements, RunMeasurements]] = []
     with quiet():
         for round_number in range(rounds + 1):
             order: tuple[Program, Program] = (ours, bare) if round_number % 2 == 0 else (bare, ours)
-            laps = {program: timed(program, run, inputs, folder) for program in order}
-            if any(abs(laps[ours].losses[step] - loss) > TOLERANCE for step, loss in laps[bare].losses.items()):
-                raise SystemExit(f"the trainings differ: {laps[ours].losses} and {laps[bare].losses}")
-            pairs += [(laps[ours], laps[bare])] if round_number else []
+            measured = {program: timed(program, run, inputs, folder) for program in order}
+            if any(abs(measured[ours].losses[step] - loss) > TOLERANCE for step, loss in measured[bare].losses.items()):
+                raise SystemExit(f"the trainings differ: {measured[ours].losses} and {measured[bare].losses}")
+            pairs += [(measured[ours], measured[bare])] if round_number else []
     shutil.rmtree(folder)
     return {
         "step": _compared([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {

@@ -86,7 +86,7 @@ class DemoCluster(ABC):
         return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # show the jobs", "make down"]
 
 
-class Local(DemoCluster):
+class LocalDemoCluster(DemoCluster):
     """The local cluster; needs Linux and root. A cluster that was already running is used and not stopped."""
 
     name = "local"
@@ -132,7 +132,7 @@ class Local(DemoCluster):
         return [f"export KUBECONFIG={self.kubeconfig}", f"{kubectl} get finetunejobs -A", "make down"]
 
 
-class WithKubectl(DemoCluster):
+class KubectlCluster(DemoCluster):
     """A cluster that the demo accesses with the kubectl on the PATH."""
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
@@ -140,7 +140,7 @@ class WithKubectl(DemoCluster):
         return subprocess.run(command, check=True, capture_output=True, text=True, input=stdin).stdout
 
 
-class Kind(WithKubectl):
+class KindCluster(KubectlCluster):
     """kind in Docker. Docker builds the images; S3 runs in a pod, which this machine reaches through a port-forward."""
 
     name = "kind"
@@ -238,7 +238,7 @@ def _s3_archive(folder: Path) -> Path:
     return archive
 
 
-class Current(WithKubectl):
+class CurrentCluster(KubectlCluster):
     """The cluster of the user's kubeconfig, with images from a registry and an external S3 server."""
 
     name = "current"
@@ -308,7 +308,7 @@ class Current(WithKubectl):
         return S3Endpoint(host, cluster_url, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
 
 
-CLUSTERS: dict[str, Any] = {"kind": Kind, "local": Local, "current": Current}
+CLUSTERS: dict[str, Any] = {"kind": KindCluster, "local": LocalDemoCluster, "current": CurrentCluster}
 
 
 def is_docker_running() -> bool:
@@ -325,7 +325,7 @@ def choose(wanted: str, *, keep: bool) -> DemoCluster:
     if wanted and wanted not in CLUSTERS:
         raise NoCluster(f"CLUSTER={wanted} is not known: write kind, local or current, or do not set it")
     if not wanted:
-        wanted = _best()
+        wanted = best_available_cluster()
     if wanted == "kind" and not is_docker_running():
         raise NoCluster(
             "CLUSTER=kind needs Docker, and `docker info` fails: start Docker, or use CLUSTER=local"
@@ -350,7 +350,8 @@ def check_local() -> None:
         )
 
 
-def _best() -> str:
+def best_available_cluster() -> str:
+    """Return the name of the cluster to use if the user has not chosen one. Errors: NoCluster."""
     if is_docker_running():
         return "kind"
     if sys.platform == "linux" and os.geteuid() == 0:

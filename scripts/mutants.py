@@ -60,7 +60,7 @@ class Mutant:
     is_killed: bool
 
 
-def cosmic_ray() -> Path:
+def install_cosmic_ray() -> Path:
     """Install cosmic-ray if necessary. Returns the folder of its programs."""
     folder = cache() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
@@ -85,7 +85,7 @@ def run(name: str, checkout: Path, timeout: float) -> list[Mutant]:
     module, tests = MODULES[name]
     command = f"{ROOT}/.venv/bin/python -m pytest -q -x -p no:cacheprovider -p no:xdist {tests}"
     (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=timeout, command=command))
-    programs, session = cosmic_ray(), "mutants.sqlite"
+    programs, session = install_cosmic_ray(), "mutants.sqlite"
 
     def call(program: str, *arguments: str) -> str:
         done = subprocess.run([programs / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)

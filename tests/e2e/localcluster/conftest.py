@@ -6,7 +6,7 @@ import pytest
 
 from localcluster import NodeCluster, build
 from localcluster.oci import Image, write_layout
-from tests.e2e.localcluster.pods import TESTBOX, Lab
+from tests.e2e.localcluster.pods import TESTBOX, NamespaceApi
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +18,12 @@ def testbox(node_cluster: NodeCluster) -> str:
 
 
 @pytest.fixture
-def lab(node_cluster: NodeCluster, namespace: str, testbox: str) -> Lab:
+def api(node_cluster: NodeCluster, namespace: str, testbox: str) -> NamespaceApi:
     """API calls in a new namespace."""
     assert testbox == TESTBOX
-    return Lab(node_cluster, namespace)
+    return NamespaceApi(node_cluster, namespace)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests that stop the shared cluster after all other tests."""
-    items.sort(key=lambda item: item.path.name == "test_life.py")
+    items.sort(key=lambda item: item.path.name == "test_cleanup.py")

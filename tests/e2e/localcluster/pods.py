@@ -55,7 +55,7 @@ def is_true(obj: Object, condition: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Lab:
+class NamespaceApi:
     """API calls in one namespace of a cluster."""
 
     cluster: NodeCluster

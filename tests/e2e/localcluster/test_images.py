@@ -10,7 +10,7 @@ from localcluster import build
 from localcluster.errors import ImageNotFound
 from localcluster.oci import Image, write_layout
 from localcluster.store import untagged
-from tests.e2e.localcluster.pods import Lab, pod, terminated
+from tests.e2e.localcluster.pods import NamespaceApi, pod, terminated
 
 pytestmark = pytest.mark.e2e
 TAG = "localhost/changing:dev"
@@ -24,28 +24,28 @@ def _version(folder: Path, number: str) -> Path:
     return write_layout(folder / f"layout-{number}", image)
 
 
-def test_new_pods_run_the_changed_image(lab: Lab, tmp_path: Path) -> None:
+def test_new_pods_run_the_changed_image(api: NamespaceApi, tmp_path: Path) -> None:
     on_n1 = {"container": {"image": TAG}, "nodeSelector": {"kubernetes.io/hostname": "n1"}}
-    containerd = lab.cluster.containerd(lab.cluster.plan.node("n1"))
+    containerd = api.cluster.containerd(api.cluster.plan.node("n1"))
     image_ids = []
     for number in ("1", "2"):
-        assert lab.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
-        finished = lab.run(pod(f"p{number}", "exit", number, **on_n1))
+        assert api.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
+        finished = api.run(pod(f"p{number}", "exit", number, **on_n1))
         assert terminated(finished)["exitCode"] == int(number)
         image_ids.append(finished["status"]["containerStatuses"][0]["imageID"])
         assert untagged(containerd.images()) == []
     assert image_ids[0] != image_ids[1]
 
 
-def test_loading_an_image_again_reads_no_layers(lab: Lab, tmp_path: Path) -> None:
+def test_loading_an_image_again_reads_no_layers(api: NamespaceApi, tmp_path: Path) -> None:
     layout = _version(tmp_path, "3")
-    lab.cluster.load_image(layout, nodes=["n1"])
+    api.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
             blob.unlink()  # so that reading the layer would fail
-    assert lab.cluster.load_image(layout, nodes=["n1"]) == TAG
+    assert api.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 
-def test_image_that_was_never_built_is_an_error(lab: Lab) -> None:
+def test_image_that_was_never_built_is_an_error(api: NamespaceApi) -> None:
     with pytest.raises(ImageNotFound, match="run `localcluster images build`"):
-        lab.cluster.load_image("localhost/never:dev")
+        api.cluster.load_image("localhost/never:dev")

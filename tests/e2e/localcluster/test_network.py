@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from localcluster.s3 import is_ready
-from tests.e2e.localcluster.pods import Lab, is_true, phase, pod, terminated
+from tests.e2e.localcluster.pods import NamespaceApi, is_true, phase, pod, terminated
 
 pytestmark = pytest.mark.e2e
 ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
@@ -37,44 +37,44 @@ def _headless() -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "pair"}, "spec": spec}
 
 
-def test_pods_of_an_indexed_job_resolve_each_other_across_nodes(lab: Lab) -> None:
-    lab.create(_headless())
-    full_name = f"pair-0.pair.{lab.namespace}.svc.cluster.local"
-    lab.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full_name, "20"))
-    lab.wait("job", "pair", lambda job: is_true(job, "Complete"), seconds=60)
-    pods = lab.cluster.endpoint.get(f"/api/v1/namespaces/{lab.namespace}/pods")["items"]
+def test_pods_of_an_indexed_job_resolve_each_other_across_nodes(api: NamespaceApi) -> None:
+    api.create(_headless())
+    full_name = f"pair-0.pair.{api.namespace}.svc.cluster.local"
+    api.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full_name, "20"))
+    api.wait("job", "pair", lambda job: is_true(job, "Complete"), seconds=60)
+    pods = api.cluster.endpoint.get(f"/api/v1/namespaces/{api.namespace}/pods")["items"]
     assert sorted(p["spec"]["nodeName"] for p in pods) == ["n1", "n2"]
     by_index = {p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]: p for p in pods}
     addresses = [by_index[index]["status"]["podIP"] for index in ("0", "1")]
     for job_pod in pods:
-        assert lab.kubectl("logs", job_pod["metadata"]["name"]).split("\n") == [*addresses, addresses[0]]
+        assert api.kubectl("logs", job_pod["metadata"]["name"]).split("\n") == [*addresses, addresses[0]]
 
 
-def test_service_is_reachable_from_the_other_node(lab: Lab) -> None:
+def test_service_is_reachable_from_the_other_node(api: NamespaceApi) -> None:
     server = pod("server", "serve", "8000", **{"nodeSelector": {"kubernetes.io/hostname": "n1"}})
     server["metadata"]["labels"] = {"app": "server"}
-    lab.create(server)
+    api.create(server)
     spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": 8000}]}
-    lab.create({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": spec})
-    lab.wait("pod", "server", lambda p: phase(p) == "Running")
-    assert terminated(lab.run(pod("client", "get", "http://web", "20", **ON_N2)))["exitCode"] == 0
-    assert lab.kubectl("logs", "client") == "server"
+    api.create({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": spec})
+    api.wait("pod", "server", lambda p: phase(p) == "Running")
+    assert terminated(api.run(pod("client", "get", "http://web", "20", **ON_N2)))["exitCode"] == 0
+    assert api.kubectl("logs", "client") == "server"
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
-def test_service_account_can_reach_the_api_server(lab: Lab, node: str) -> None:
+def test_service_account_can_reach_the_api_server(api: NamespaceApi, node: str) -> None:
     selector = {"kubernetes.io/hostname": node}
     manifest = pod("p", "api", "/api", "20", automountServiceAccountToken=True, nodeSelector=selector)
-    assert terminated(lab.run(manifest))["exitCode"] == 0
-    assert lab.kubectl("logs", "p") == "200 OK"
+    assert terminated(api.run(manifest))["exitCode"] == 0
+    assert api.kubectl("logs", "p") == "200 OK"
 
 
-def test_service_account_without_rights_is_forbidden(lab: Lab) -> None:
-    lab.run(pod("p", "api", "/api/v1/nodes", "20", automountServiceAccountToken=True))
-    assert lab.kubectl("logs", "p") == "403 Forbidden"
+def test_service_account_without_rights_is_forbidden(api: NamespaceApi) -> None:
+    api.run(pod("p", "api", "/api/v1/nodes", "20", automountServiceAccountToken=True))
+    assert api.kubectl("logs", "p") == "403 Forbidden"
 
 
-def test_s3_is_reachable_from_this_machine_and_from_pods(lab: Lab) -> None:
-    assert is_ready(lab.cluster.s3)
-    status = f"{lab.cluster.s3.cluster_url}/status"
-    assert terminated(lab.run(pod("p", "get", status, "20", **ON_N2)))["exitCode"] == 0
+def test_s3_is_reachable_from_this_machine_and_from_pods(api: NamespaceApi) -> None:
+    assert is_ready(api.cluster.s3)
+    status = f"{api.cluster.s3.cluster_url}/status"
+    assert terminated(api.run(pod("p", "get", status, "20", **ON_N2)))["exitCode"] == 0

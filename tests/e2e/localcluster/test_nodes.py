@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from localcluster import NodeCluster
-from tests.e2e.localcluster.pods import Lab, is_true, phase, pod, terminated
+from tests.e2e.localcluster.pods import NamespaceApi, is_true, phase, pod, terminated
 
 pytestmark = pytest.mark.e2e
 ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
@@ -27,47 +27,47 @@ def _tolerations(seconds: int) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(lab: Lab, n2: str) -> None:
+def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(api: NamespaceApi, n2: str) -> None:
     manifest = pod("p", "graceful", "0", tolerations=_tolerations(1), terminationGracePeriodSeconds=5, **ON_N2)
-    lab.create(manifest)
-    lab.wait("pod", "p", lambda p: phase(p) == "Running")
-    lab.cluster.stop_kubelet(n2)
-    lab.wait("node", n2, lambda n: not is_true(n, "Ready"), seconds=60)
-    evicted = lab.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
+    api.create(manifest)
+    api.wait("pod", "p", lambda p: phase(p) == "Running")
+    api.cluster.stop_kubelet(n2)
+    api.wait("node", n2, lambda n: not is_true(n, "Ready"), seconds=60)
+    evicted = api.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
     assert is_true(evicted, "DisruptionTarget")
     assert phase(evicted) == "Running"  # without a kubelet, nothing updates the pod's status
-    lab.cluster.start_node(n2)
-    lab.wait("node", n2, lambda n: is_true(n, "Ready"))
+    api.cluster.start_node(n2)
+    api.wait("node", n2, lambda n: is_true(n, "Ready"))
 
 
-def test_power_cut_ends_all_containers(lab: Lab, n2: str) -> None:
-    lab.create(pod("p", "sleep", "600", **ON_N2))
-    lab.wait("pod", "p", lambda p: phase(p) == "Running")
-    lab.cluster.power_off(n2)
-    lab.cluster.start_node(n2)
-    assert terminated(lab.wait("pod", "p", terminated))["exitCode"] in (137, 255)
-    assert terminated(lab.run(pod("again", "exit", "0", **ON_N2)))["exitCode"] == 0
+def test_power_cut_ends_all_containers(api: NamespaceApi, n2: str) -> None:
+    api.create(pod("p", "sleep", "600", **ON_N2))
+    api.wait("pod", "p", lambda p: phase(p) == "Running")
+    api.cluster.power_off(n2)
+    api.cluster.start_node(n2)
+    assert terminated(api.wait("pod", "p", terminated))["exitCode"] in (137, 255)
+    assert terminated(api.run(pod("again", "exit", "0", **ON_N2)))["exitCode"] == 0
 
 
-def test_drain_evicts_pods_and_new_pods_stay_pending(lab: Lab, n2: str) -> None:
-    lab.create(pod("p", "graceful", "75", **ON_N2))
-    lab.wait("pod", "p", lambda p: phase(p) == "Running")
-    lab.kubectl("drain", n2, "--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")
-    lab.create(pod("late", "exit", "0", **ON_N2))
-    pending = lab.wait("pod", "late", lambda p: p["status"].get("conditions"))
+def test_drain_evicts_pods_and_new_pods_stay_pending(api: NamespaceApi, n2: str) -> None:
+    api.create(pod("p", "graceful", "75", **ON_N2))
+    api.wait("pod", "p", lambda p: phase(p) == "Running")
+    api.kubectl("drain", n2, "--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")
+    api.create(pod("late", "exit", "0", **ON_N2))
+    pending = api.wait("pod", "late", lambda p: p["status"].get("conditions"))
     assert (phase(pending), pending["status"]["conditions"][0]["reason"]) == ("Pending", "Unschedulable")
-    lab.kubectl("uncordon", n2)
-    assert terminated(lab.wait("pod", "late", terminated))["exitCode"] == 0
+    api.kubectl("uncordon", n2)
+    assert terminated(api.wait("pod", "late", terminated))["exitCode"] == 0
 
 
-def test_scheduler_respects_the_number_of_gpus(lab: Lab) -> None:
+def test_scheduler_respects_the_number_of_gpus(api: NamespaceApi) -> None:
     def gpus(number: int) -> dict[str, object]:
         return {"resources": {"limits": {"nvidia.com/gpu": str(number)}}}
 
-    lab.create(pod("a", "graceful", "0", container=gpus(3), **ON_N2))
-    lab.wait("pod", "a", lambda p: phase(p) == "Running")
-    lab.create(pod("b", "exit", "0", container=gpus(2), **ON_N2))
-    pending = lab.wait("pod", "b", lambda p: p["status"].get("conditions"))
+    api.create(pod("a", "graceful", "0", container=gpus(3), **ON_N2))
+    api.wait("pod", "a", lambda p: phase(p) == "Running")
+    api.create(pod("b", "exit", "0", container=gpus(2), **ON_N2))
+    pending = api.wait("pod", "b", lambda p: p["status"].get("conditions"))
     assert "Insufficient nvidia.com/gpu" in pending["status"]["conditions"][0]["message"]
-    lab.delete("pod", "a")
-    assert terminated(lab.wait("pod", "b", terminated))["exitCode"] == 0
+    api.delete("pod", "a")
+    assert terminated(api.wait("pod", "b", terminated))["exitCode"] == 0

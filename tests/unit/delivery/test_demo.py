@@ -24,7 +24,7 @@ from rich.console import Console
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """A machine with an empty PATH and without the demo's environment variables."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in demo_clusters.Current.needs:
+    for name in demo_clusters.CurrentCluster.needs:
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
 

@@ -10,21 +10,21 @@ import pytest
 LOCKS = ("operator", "trainer", "cli")
 
 
-def pins(path: Path) -> dict[str, str]:
+def locked_versions(path: Path) -> dict[str, str]:
     """Versions by package in a lock file."""
     return dict(re.findall(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", path.read_text("utf-8"), re.M))
 
 
 def test_operator_image_has_no_torch(root: Path) -> None:
-    versions = pins(root / "requirements/operator.lock")
+    versions = locked_versions(root / "requirements/operator.lock")
     assert {"kopf", "kubernetes", "pydantic"} <= set(versions)
     assert not {"torch", "transformers", "numpy", "boto3"} & set(versions)
 
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_images_and_test_environment_have_the_same_package_versions(root: Path, name: str) -> None:
-    tested = pins(root / "requirements/dev.lock")
-    versions = pins(root / f"requirements/{name}.lock")
+    tested = locked_versions(root / "requirements/dev.lock")
+    versions = locked_versions(root / f"requirements/{name}.lock")
     assert versions
     assert {package: tested.get(package) for package in versions} == versions
 

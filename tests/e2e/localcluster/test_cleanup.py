@@ -16,7 +16,7 @@ from localcluster import LocalClusterError, NodeCluster, leftovers, processes
 from localcluster.errors import ClusterBusy, ClusterDiffers
 from localcluster.leftovers import NOTHING, Leftovers
 from localcluster.machine import Machine
-from tests.e2e.localcluster.pods import Lab, phase, pod
+from tests.e2e.localcluster.pods import NamespaceApi, phase, pod
 
 pytestmark = pytest.mark.e2e
 
@@ -29,11 +29,11 @@ def cluster(node_cluster: NodeCluster) -> NodeCluster:
 
 def _run_pods_that_ignore_sigterm(cluster: NodeCluster) -> None:
     """Run a pod that ignores SIGTERM on each node."""
-    lab = Lab(cluster, "default")
+    api = NamespaceApi(cluster, "default")
     for node in ("n1", "n2"):
-        lab.create(pod(f"p-{node}", "sleep", "600", nodeSelector={"kubernetes.io/hostname": node}))
+        api.create(pod(f"p-{node}", "sleep", "600", nodeSelector={"kubernetes.io/hostname": node}))
     for node in ("n1", "n2"):
-        lab.wait("pod", f"p-{node}", lambda p: phase(p) == "Running")
+        api.wait("pod", f"p-{node}", lambda p: phase(p) == "Running")
 
 
 def _wait(is_true: Callable[[], bool], seconds: float = 30) -> None:
