@@ -47,8 +47,8 @@ SHAPES = {
         "num_key_value_heads": 8,
     },
 }
-VOCABULARY = {"tiny": 448, "1b": 128256, "8b": 128256}
-TIED = {"tiny": False, "1b": True, "8b": False}
+VOCABULARY_SIZES = {"tiny": 448, "1b": 128256, "8b": 128256}
+TIED_EMBEDDINGS = {"tiny": False, "1b": True, "8b": False}
 
 
 def make_model(folder: Path, shape: str, length: int) -> Path:
@@ -61,7 +61,7 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[shape], vocab_size=VOCABULARY[shape], tie_word_embeddings=TIED[shape], max_position_embeddings=max(length, 512),
+        **SHAPES[shape], vocab_size=VOCABULARY_SIZES[shape], tie_word_embeddings=TIED_EMBEDDINGS[shape], max_position_embeddings=max(length, 512),
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -70,7 +70,7 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
     return folder
 
 
-def rows(length: int, sequences: int) -> list[dict[str, str]]:
+def make_rows(length: int, sequences: int) -> list[dict[str, str]]:
     """Random rows of different lengths, enough for `sequences` full sequences."""
     source = random.Random(0)
     words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "optimizer": options.optimizer, "gradientCheckpointing": options.checkpointing,
         },
     }  # fmt: skip
-    run, inputs = make_run(folder, model, spec, rows(options.length, 2 * options.batch * options.steps))
+    run, inputs = make_run(folder, model, spec, make_rows(options.length, 2 * options.batch * options.steps))
     device = detect(run, 0).name
     if gpu == (device == "cpu"):
         raise SystemExit(f"--device {options.device} is not available: the runs would use {device}")

@@ -91,7 +91,7 @@ def bare_job(name: str) -> Object:
 def same_pod(job: Object) -> Variant:
     """Copies of `job`, a Job that the operator created, with another value of the label by which the operator selects its Jobs."""
     by_hand = {names.Label.MANAGED_BY.value: "hand"}
-    return Variant("same-pod", BARE.root, BARE.plural, lambda name: finished_jobs.copied_job(job, name, by_hand), BARE.done)
+    return Variant("same-pod", BARE.root, BARE.plural, lambda name: finished_jobs.copy_job(job, name, by_hand), BARE.done)
 
 
 def finetunejob(name: str) -> Object:
@@ -230,7 +230,7 @@ class LoadBenchmark:
             await self._client.send("POST", collection, finetunejob("model"))
             with self._plane.scheduling():
                 await done.wait(1, self._size.timeout_seconds)
-        finished_job = await finished_jobs.read_one(self._client, "model")
+        finished_job = await finished_jobs.read_finished_job(self._client, "model")
         operator.stop()
         await finished_jobs.write_copies(
             self._client, FINISHED_NAMESPACE, finished_job, self._size.finished, PODS_PER_FINISHED_JOB, self._size.clients

@@ -149,7 +149,7 @@ def bare(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     return measurements
 
 
-def timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
+def run_timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run once and measure the whole duration."""
     gc.collect()
     began = time.perf_counter()
@@ -182,17 +182,17 @@ def measure(
     with quiet():
         for round_number in range(rounds + 1):
             order: tuple[Program, Program] = (ours, bare) if round_number % 2 == 0 else (bare, ours)
-            measured = {program: timed(program, run, inputs, folder) for program in order}
+            measured = {program: run_timed(program, run, inputs, folder) for program in order}
             if any(abs(measured[ours].losses[step] - loss) > TOLERANCE for step, loss in measured[bare].losses.items()):
                 raise SystemExit(f"the trainings differ: {measured[ours].losses} and {measured[bare].losses}")
             pairs += [(measured[ours], measured[bare])] if round_number else []
     shutil.rmtree(folder)
     return {
-        "step": _compared([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {
+        "step": _ratios([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {
             "oursMs": round(1000 * statistics.median(a.loop_seconds for a, _ in pairs) / steps, 2),
             "bareMs": round(1000 * statistics.median(b.loop_seconds for _, b in pairs) / steps, 2),
         },
-        "run": _compared([(a.run_seconds, b.run_seconds) for a, b in pairs]) | {
+        "run": _ratios([(a.run_seconds, b.run_seconds) for a, b in pairs]) | {
             "oursSeconds": round(statistics.median(a.run_seconds for a, _ in pairs), 2),
             "bareSeconds": round(statistics.median(b.run_seconds for _, b in pairs), 2),
         },
@@ -202,7 +202,7 @@ def measure(
     }  # fmt: skip
 
 
-def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def _ratios(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """Return the duration of this trainer divided by that of the plain TRL script: for each pair of runs, and the median."""
     ratios = [a / b for a, b in pairs]
     return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios]}

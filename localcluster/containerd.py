@@ -44,7 +44,7 @@ disabled_plugins = {json.dumps(unused)}
 """
 
 
-def network(node: Node) -> str:
+def cni_configuration(node: Node) -> str:
     """The CNI configuration: pods are attached to a bridge of the node and routed to the other nodes, without masquerading."""
     prefix = node.pod_cidr.rpartition(".")[0]
     return json.dumps(
@@ -65,11 +65,11 @@ def network(node: Node) -> str:
     )
 
 
-def write(node: Node) -> Path:
+def write_configuration(node: Node) -> Path:
     """Write the containerd and CNI configuration of a node. Returns the path of config.toml."""
     (node.folder / "cni").mkdir(parents=True, exist_ok=True)
     node.store.mkdir(parents=True, exist_ok=True)
-    (node.folder / "cni" / "10-bridge.conflist").write_text(network(node))
+    (node.folder / "cni" / "10-bridge.conflist").write_text(cni_configuration(node))
     (node.folder / "containerd-without-cri.toml").write_text(configuration(node, cri=False))
     path = node.folder / "containerd.toml"
     path.write_text(configuration(node, cri=True))

@@ -53,7 +53,7 @@ class ControlPlane:
 
     def up(self) -> Endpoint:
         """Start the control plane unless it is running in this folder."""
-        with locked(self.state_dir):
+        with lock_state_folder(self.state_dir):
             if running := self.running():
                 return running
             kube = build.ensure(build.KUBE, self._step)
@@ -82,7 +82,7 @@ class ControlPlane:
         etcd, api_server, controllers = PROCESSES
         port, etcd_port, peer_port = free_ports(3)
         addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
-        token = prepare(self.state_dir, kube, addresses, [])
+        token = write_credentials(self.state_dir, kube, addresses, [])
         servers = [
             self._spawn(etcd, components.etcd(kube, self.state_dir, addresses)),
             self._spawn(api_server, components.api_server(kube, self.state_dir, addresses)),
@@ -109,7 +109,7 @@ class ControlPlane:
     def down(self) -> None:
         """Stop the control plane and remove its state folder, if the folder exists."""
         if self.state_dir.exists():
-            with locked(self.state_dir):
+            with lock_state_folder(self.state_dir):
                 self._clean()
             shutil.rmtree(self.state_dir, ignore_errors=True)
 
@@ -130,7 +130,7 @@ class ControlPlane:
 
 
 @contextlib.contextmanager
-def locked(state_dir: Path) -> Iterator[None]:
+def lock_state_folder(state_dir: Path) -> Iterator[None]:
     """Lock a state folder, so that only one command at a time uses it. Errors: ClusterBusy if another command holds the lock."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with (state_dir / "lock").open("w") as lock:
@@ -141,7 +141,7 @@ def locked(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def prepare(folder: Path, kube: Path, addresses: ControlPlaneAddresses, nodes: list[User]) -> str:
+def write_credentials(folder: Path, kube: Path, addresses: ControlPlaneAddresses, nodes: list[User]) -> str:
     """Write the keys, tokens and the components' kubeconfig into `folder`. Returns the administrator's token."""
     admin = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
     (folder / "certs").mkdir(exist_ok=True)

@@ -71,32 +71,32 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltImage:
     """An image and its OCI layout."""
 
     tag: str
     layout: Path
 
 
-def build(which: Sequence[ImageName], step: Step = silent) -> list[Built]:
+def build(which: Sequence[ImageName], step: Step = silent) -> list[BuiltImage]:
     """Build the images; unchanged layers come from the cache. Errors: MissingRequirement (packages, root, disk space), BuildFailed."""
     wanted = [ImageName.OPERATOR, ImageName.TRAINER, ImageName.S3] if ImageName.ALL in which else list(dict.fromkeys(which))
     built = []
     for image in wanted:
         if image is ImageName.S3:
             with step("build localhost/seaweedfs:dev"):
-                built.append(Built(s3_pod.TAG, s3_pod.layout()))
+                built.append(BuiltImage(s3_pod.TAG, s3_pod.layout()))
         else:
             built.append(build_recipe(RECIPES[image], paths.CHECKOUT, step))
     return built
 
 
-def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
+def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> BuiltImage:
     """Build one image from the folder `context` and export it. Errors: as `build`."""
     check_packages(IMAGE_PACKAGES)
     if os.geteuid() != 0:
         raise MissingRequirement("building images needs root: run it as root, or build with docker and use kind")
-    with one_builder():
+    with lock_builds():
         if not recipe.layout.exists():
             check_disk(recipe)
         base = ensure_base(step)
@@ -106,7 +106,7 @@ def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
             _export(recipe)
         if _free_gb() < MIN_FREE_GB:
             buildah("rmi", "--prune")
-    return Built(recipe.tag, recipe.layout)
+    return BuiltImage(recipe.tag, recipe.layout)
 
 
 def check_disk(recipe: Recipe) -> None:
@@ -125,32 +125,32 @@ def _free_gb() -> int:
 
 
 @contextlib.contextmanager
-def one_builder() -> Iterator[None]:
+def lock_builds() -> Iterator[None]:
     """Hold the build lock of the machine, so that builds run one after the other."""
-    store().mkdir(parents=True, exist_ok=True)
-    with (store() / "lock").open("w") as lock:
+    layer_folder().mkdir(parents=True, exist_ok=True)
+    with (layer_folder() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def store() -> Path:
+def layer_folder() -> Path:
     """Folder in which buildah stores layers."""
     return paths.cache() / "buildah"
 
 
 def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run buildah with the layer folder `store()`. Returns its standard output. Errors: BuildFailed, also after `timeout` seconds."""
+    """Run buildah with its layers in `layer_folder()`. Returns its standard output. Errors: BuildFailed, also after `timeout` seconds."""
     command = ["buildah", *_storage(), *(str(a) for a in arguments)]
     return _run(command, f"buildah {arguments[0]}", timeout)
 
 
 def _storage() -> list[str]:
-    return ["--root", str(store() / "root"), "--runroot", str(store() / "run"), "--storage-driver", "overlay"]
+    return ["--root", str(layer_folder() / "root"), "--runroot", str(layer_folder() / "run"), "--storage-driver", "overlay"]
 
 
 def _run(command: list[str], what: str, timeout: float | None = None) -> str:
     # Not /tmp, which may be small: buildah writes gigabytes of temporary files.
-    scratch = store() / "tmp"
+    scratch = layer_folder() / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(scratch)}
     try:
@@ -158,7 +158,7 @@ def _run(command: list[str], what: str, timeout: float | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise BuildFailed(f"{what} took longer than {timeout:.0f} s") from None
     if done.returncode != 0:
-        log = store() / "last-failure.log"
+        log = layer_folder() / "last-failure.log"
         log.write_text(done.stdout + done.stderr)
         end = " | ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-4:])
         raise BuildFailed(f"{what} failed ({done.returncode}): {end} (log: {log})")
@@ -181,7 +181,7 @@ def ensure_base(step: Step = silent) -> str:
 
 
 def _debootstrap() -> None:
-    with tempfile.TemporaryDirectory(dir=store()) as scratch:
+    with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
         root = Path(scratch) / "root"
         _run(
             ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
@@ -200,7 +200,7 @@ def _debootstrap() -> None:
 
 
 def _run_build(recipe: Recipe, context: Path, base: str) -> None:
-    with tempfile.TemporaryDirectory(dir=store()) as scratch:
+    with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
         shutil.copy2(find_program("uv", "the Python package uv"), scratch)
         arguments = [f"--build-arg={argument}" for argument in (f"BASE={base}", *recipe.arguments)]
         buildah(
@@ -230,7 +230,7 @@ def _export(recipe: Recipe) -> None:
     """Export the image to its layout. skopeo skips existing blobs; blobs of older images are removed afterwards."""
     recipe.layout.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout / "index.json").unlink(missing_ok=True)
-    source = f"containers-storage:[overlay@{store() / 'root'}+{store() / 'run'}]{recipe.tag}"
+    source = f"containers-storage:[overlay@{layer_folder() / 'root'}+{layer_folder() / 'run'}]{recipe.tag}"
     command = [
         "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
         source, f"oci:{recipe.layout}:{recipe.tag}",

@@ -26,33 +26,33 @@ from localcluster.layout import Node, Plan
 CONTROL = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
-PRIVATE = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
+PRIVATE_FOLDERS = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
 """Folders whose paths are hard-coded in the components. Each node gets private ones on tmpfs."""
 SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
 """Sysctls that the kubelet would change for the whole machine. Plain files are mounted over them, so that the machine keeps its values."""
 
 
-def call(*argv: str) -> None:
+def run_setup_command(*argv: str) -> None:
     """Run a setup command. If it fails, this process ends."""
     subprocess.run(argv, check=True)
 
 
 def mount_private(folder: Path, dns: str) -> None:
     """Mount the node's private folders, the files that replace sysctls, and a resolv.conf with only the cluster's DNS server."""
-    for path in PRIVATE:
+    for path in PRIVATE_FOLDERS:
         Path(path).mkdir(parents=True, exist_ok=True)
-        call("mount", "-t", "tmpfs", "tmpfs", path)
+        run_setup_command("mount", "-t", "tmpfs", "tmpfs", path)
     Path("/run/finetune").mkdir()
     files = folder / "sysctl"
     files.mkdir(parents=True, exist_ok=True)
     for name, value in SYSCTLS.items():
         file = files / name.replace("/", ".")
         file.write_text(value + "\n")
-        call("mount", "--bind", str(file), f"/proc/sys/{name}")
+        run_setup_command("mount", "--bind", str(file), f"/proc/sys/{name}")
     resolver = files / "resolv.conf"
     resolver.write_text(f"nameserver {dns}\noptions timeout:1 attempts:1\n")
     if Path("/etc/resolv.conf").exists():
-        call("mount", "--bind", str(resolver), "/etc/resolv.conf")
+        run_setup_command("mount", "--bind", str(resolver), "/etc/resolv.conf")
 
 
 def write_sysctl(name: str, value: str) -> None:
@@ -63,18 +63,18 @@ def write_sysctl(name: str, value: str) -> None:
 def set_up_first_node(plan: Plan) -> None:
     """Create the bridge that connects all nodes and this machine, and give it the first node's address."""
     first = plan.nodes[0]
-    call("ip", "link", "set", "lo", "up")
-    call("ip", "link", "add", "lan0", "type", "bridge")
-    call("ip", "addr", "add", f"{first.address}/24", "dev", "lan0")
-    call("ip", "link", "set", "lan0", "up")
+    run_setup_command("ip", "link", "set", "lo", "up")
+    run_setup_command("ip", "link", "add", "lan0", "type", "bridge")
+    run_setup_command("ip", "addr", "add", f"{first.address}/24", "dev", "lan0")
+    run_setup_command("ip", "link", "set", "lan0", "up")
     for other in plan.nodes[1:]:
-        call("ip", "route", "add", other.pod_cidr, "via", other.address)
-    finish_network("lan0")
+        run_setup_command("ip", "route", "add", other.pod_cidr, "via", other.address)
+    enable_forwarding("lan0")
 
 
-def finish_network(device: str) -> None:
+def enable_forwarding(device: str) -> None:
     """Enable forwarding, and route service addresses from the node's own processes to `device`."""
-    call("ip", "route", "add", SERVICE_CIDR, "dev", device)
+    run_setup_command("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
     with contextlib.suppress(FileNotFoundError):  # without bridge filtering, a pod cannot reach a service backend on its own node
         write_sysctl("net/bridge/bridge-nf-call-iptables", "1")
@@ -82,13 +82,13 @@ def finish_network(device: str) -> None:
 
 def set_up_other_node(node: Node, plan: Plan) -> None:
     """Set up a node other than the first one, from inside its namespaces, after its veth device was created."""
-    call("ip", "link", "set", "lo", "up")
-    call("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
-    call("ip", "link", "set", "eth0", "up")
+    run_setup_command("ip", "link", "set", "lo", "up")
+    run_setup_command("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
+    run_setup_command("ip", "link", "set", "eth0", "up")
     for other in plan.nodes:
         if other != node:
-            call("ip", "route", "add", other.pod_cidr, "via", other.address)
-    finish_network("eth0")
+            run_setup_command("ip", "route", "add", other.pod_cidr, "via", other.address)
+    enable_forwarding("eth0")
     mount_private(node.folder, plan.api_address)
 
 
@@ -113,8 +113,8 @@ def fork_node(node: Node, plan: Plan) -> int:
     for end in (created_write, connected_read, ready_write):
         os.close(end)
     os.read(created_read, 1)
-    call("ip", "link", "add", node.name, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
-    call("ip", "link", "set", node.name, "master", "lan0", "up")
+    run_setup_command("ip", "link", "add", node.name, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+    run_setup_command("ip", "link", "set", node.name, "master", "lan0", "up")
     os.write(connected_write, b"1")
     if os.read(ready_read, 1) != b"1":
         raise RuntimeError(f"the network of {node.name} could not be set up")
@@ -128,7 +128,7 @@ def unshare(flags: int) -> None:
         raise OSError(ctypes.get_errno(), "unshare")
 
 
-def enter(pid: int) -> None:
+def enter_namespaces(pid: int) -> None:
     """Join the mount and network namespaces of `pid`. Called between fork and exec."""
     for kind in ("mnt", "net"):
         handle = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
@@ -162,7 +162,7 @@ class ComponentManager:
         with Path(log).open("ab") as out:
             process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=(lambda: enter(holder)) if holder else None,
+                preexec_fn=(lambda: enter_namespaces(holder)) if holder else None,
             )
         process.returncode = 0  # so that Popen does not wait for the process: `reap` collects its exit code
         self.components[name] = Component(process.pid)
@@ -218,10 +218,10 @@ def serve(manager: ComponentManager) -> None:
                     manager.reap()
                 else:
                     with contextlib.suppress(OSError):  # the client has closed the connection
-                        serve_one(listener, manager)
+                        serve_connection(listener, manager)
 
 
-def serve_one(listener: socket.socket, manager: ComponentManager) -> None:
+def serve_connection(listener: socket.socket, manager: ComponentManager) -> None:
     connection, _ = listener.accept()
     with connection, connection.makefile("rw") as stream:
         connection.settimeout(5)

@@ -20,7 +20,16 @@ from localcluster import build, cgroups, components, containerd, paths, processe
 from localcluster.api import ApiError, Endpoint
 from localcluster.components import ControlPlaneAddresses, User
 from localcluster.control_plane import NODE_MODE as MODE
-from localcluster.control_plane import PLAN, PROCESSES, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
+from localcluster.control_plane import (
+    PLAN,
+    PROCESSES,
+    STATE,
+    lock_state_folder,
+    read_endpoint,
+    wait_for_api,
+    write_credentials,
+    write_state,
+)
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
 from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_block, node_stores
 from localcluster.machine import Machine, not_running, take_lock
@@ -66,7 +75,7 @@ class NodeCluster:
 
     def up(self) -> NodeCluster:
         """Start the cluster unless it is running in this folder. Returns when nodes, DNS and S3 work."""
-        with locked(self.state_dir):
+        with lock_state_folder(self.state_dir):
             if not self._is_running():
                 requirements.check_node()
                 self._machine.end()
@@ -117,7 +126,7 @@ class NodeCluster:
         first = plan.nodes[0]
         addresses = ControlPlaneAddresses("0.0.0.0", plan.api_address, API_PORT, 2379, 2380)  # noqa: S104 - in its own namespace
         users = [User(secrets.token_hex(20), f"system:node:{node.name}", "system:nodes") for node in plan.nodes]
-        token = prepare(self.state_dir, kube, addresses, users)
+        token = write_credentials(self.state_dir, kube, addresses, users)
         self._machine.start_component("etcd", first, components.etcd(kube, self.state_dir, addresses))
         self._machine.start_component("kube-apiserver", first, components.api_server(kube, self.state_dir, addresses))
         for node in plan.nodes:
@@ -135,7 +144,7 @@ class NodeCluster:
     def _start_containerd(self, node: Node) -> None:
         """Start containerd. Before that, remove the containers of an earlier cluster from the store: the kubelet must not see them."""
         has_old_store = node.store.exists()
-        containerd.write(node)
+        containerd.write_configuration(node)
         name = f"containerd-{node.name}"
         if has_old_store:
             without_cri = node.folder / "containerd-without-cri.toml"
@@ -188,7 +197,7 @@ class NodeCluster:
 
     def down(self) -> None:
         """Stop the cluster. The nodes' images are kept for the next cluster."""
-        with locked(self.state_dir):
+        with lock_state_folder(self.state_dir):
             self._machine.end()
             self._clean()
 

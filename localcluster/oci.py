@@ -40,13 +40,13 @@ def write_layout(folder: Path, image: Image) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     blobs = unfinished / "blobs" / "sha256"
     blobs.mkdir(parents=True)
-    layer = _layer(blobs, image.files)
-    config = _json(blobs, {
+    layer = _write_layer_blob(blobs, image.files)
+    config = _write_json_blob(blobs, {
         "architecture": ARCHITECTURE, "os": "linux",
         "config": {"Entrypoint": list(image.entrypoint), "User": image.user, "WorkingDir": "/"},
         "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
     }, _CONFIG)
-    manifest = _json(
+    manifest = _write_json_blob(
         blobs, {"schemaVersion": 2, "mediaType": _MANIFEST, "config": config, "layers": [layer]}, _MANIFEST
     )
     index = {"schemaVersion": 2, "manifests": [{**manifest, "annotations": {REF_NAME: image.tag}}]}
@@ -73,7 +73,7 @@ def manifest_of(layout: Path, tag: str | None = None) -> tuple[str, dict[str, An
     return matching[-1]
 
 
-def _layer(blobs: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+def _write_layer_blob(blobs: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     unnamed = blobs / "layer"
     with tarfile.open(unnamed, "w") as archive:
         for name, source in sorted(files.items()):
@@ -91,7 +91,7 @@ def _layer(blobs: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     return {"mediaType": _LAYER, "digest": f"sha256:{digest}", "size": size}
 
 
-def _json(blobs: Path, content: Any, media_type: str) -> dict[str, Any]:
+def _write_json_blob(blobs: Path, content: Any, media_type: str) -> dict[str, Any]:
     data = json.dumps(content, sort_keys=True).encode()
     digest = hashlib.sha256(data).hexdigest()
     (blobs / digest).write_bytes(data)

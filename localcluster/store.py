@@ -65,8 +65,8 @@ class Containerd:
 
     def _import(self, layout: Path, name: str, entry: dict[str, Any]) -> None:
         """Hard-link large blobs and send the other blobs as an archive."""
-        blobs = self._missing(layout, entry)
-        remaining = [digest for digest in blobs if not self._link(layout, digest)]
+        blobs = self._missing_blobs(layout, entry)
+        remaining = [digest for digest in blobs if not self._hard_link(layout, digest)]
         with tempfile.TemporaryFile() as archive:
             _write_archive(archive, layout, name, entry, remaining)
             archive.seek(0)
@@ -75,21 +75,21 @@ class Containerd:
     def _remove_untagged(self) -> None:
         """Remove images whose tag now names a newer image. The kubelet still lists them by hash, which would keep gigabytes on the disk."""
         images = self.images()
-        for name in untagged(images):
+        for name in untagged_names(images):
             self.ctr("images", "rm", name)
 
-    def _missing(self, layout: Path, entry: dict[str, Any]) -> list[str]:
-        manifest = json.loads(blob(layout, entry["digest"]).read_text())
+    def _missing_blobs(self, layout: Path, entry: dict[str, Any]) -> list[str]:
+        manifest = json.loads(blob_path(layout, entry["digest"]).read_text())
         existing = set(self.ctr("content", "ls", "-q").split())
         wanted = [entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
         return [digest for digest in dict.fromkeys(wanted) if digest not in existing]
 
-    def _link(self, layout: Path, digest: str) -> bool:
+    def _hard_link(self, layout: Path, digest: str) -> bool:
         """Hard-link a blob into the content store and register it. Returns False for a small blob or one on another file system."""
-        source = blob(layout, digest)
+        source = blob_path(layout, digest)
         if source.stat().st_size < 1 << 20:
             return False
-        target = blob(self.root / "io.containerd.content.v1.content", digest)
+        target = blob_path(self.root / "io.containerd.content.v1.content", digest)
         try:
             os.link(source, target)
         except FileExistsError:
@@ -110,13 +110,13 @@ class Containerd:
             self.ctr("containers", "rm", container)
 
 
-def untagged(images: dict[str, str]) -> list[str]:
+def untagged_names(images: dict[str, str]) -> list[str]:
     """List the images whose only name is their hash; `images` maps names to digests."""
     tagged = {digest for name, digest in images.items() if not name.startswith("sha256:")}
     return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged]
 
 
-def blob(layout: Path, digest: str) -> Path:
+def blob_path(layout: Path, digest: str) -> Path:
     """Path of a blob in a layout or a content store."""
     return layout / "blobs" / digest.replace(":", "/")
 
@@ -132,4 +132,4 @@ def _write_archive(out: BinaryIO, layout: Path, name: str, entry: dict[str, Any]
             header.size = len(data)
             archive.addfile(header, io.BytesIO(data))
         for digest in digests:
-            archive.add(blob(layout, digest), arcname=f"blobs/{digest.replace(':', '/')}")
+            archive.add(blob_path(layout, digest), arcname=f"blobs/{digest.replace(':', '/')}")

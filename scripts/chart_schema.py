@@ -62,16 +62,16 @@ class SettingsSchema:
 
     def field(self, name: str) -> Schema:
         """Schema of one top-level field, with all `$ref` resolved."""
-        return self._resolved(self._properties[name])
+        return self._resolve_references(self._properties[name])
 
     def other_fields(self) -> dict[str, Schema]:
         """Schemas of the fields that users set below `settings`."""
         return {name: self.field(name) for name in self._properties if name not in SETTINGS_BY_CHART}
 
-    def _resolved(self, node: Any) -> Any:
+    def _resolve_references(self, node: Any) -> Any:
         """Return the schema without references, generated titles and null. A values file needs no null, because unset keys are absent."""
         if isinstance(node, list):
-            return [self._resolved(item) for item in node]
+            return [self._resolve_references(item) for item in node]
         if not isinstance(node, dict):
             return node
         if "$ref" in node:
@@ -81,9 +81,9 @@ class SettingsSchema:
             if _is_superfluous(key, value):
                 continue
             resolved[key] = (
-                {name: self._resolved(sub) for name, sub in value.items()}
+                {name: self._resolve_references(sub) for name, sub in value.items()}
                 if key == "properties"
-                else self._resolved(value)
+                else self._resolve_references(value)
             )
         return _without_null(resolved)
 

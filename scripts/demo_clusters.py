@@ -186,7 +186,7 @@ class KindCluster(KubectlCluster):
             with shown(f"load {image}"):
                 self._kind("load", "docker-image", image, "--name", KIND_NAME)
         with shown("start S3"), tempfile.TemporaryDirectory() as folder:
-            self._kind("load", "image-archive", str(_s3_archive(Path(folder))), "--name", KIND_NAME)
+            self._kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_NAME)
             access_key, secret_key = new_keys()
             objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.objects(access_key, secret_key)}
             self.kubectl("apply", "-f", "-", stdin=json.dumps(objects))
@@ -225,7 +225,7 @@ class KindCluster(KubectlCluster):
         return self._s3
 
 
-def _s3_archive(folder: Path) -> Path:
+def _write_s3_archive(folder: Path) -> Path:
     """Write the S3 image as an archive. An annotation makes containerd import it under the name that the pod uses."""
     layout = shutil.copytree(s3_pod.layout(), folder / "layout")
     index = json.loads((layout / "index.json").read_text())

@@ -102,7 +102,7 @@ def _event(item: Any) -> Event:
 
 def follow(job: Readable, console: Console, *, timeout: float) -> Snapshot:
     """Show the job until it has finished. Returns its last snapshot. Errors: TimeoutError after `timeout` seconds."""
-    return _live(job, console, timeout) if console.is_terminal else _lines(job, console, timeout)
+    return _follow_live(job, console, timeout) if console.is_terminal else _follow_as_lines(job, console, timeout)
 
 
 def _snapshots(job: Readable, timeout: float) -> Iterator[Snapshot]:
@@ -117,7 +117,7 @@ def _snapshots(job: Readable, timeout: float) -> Iterator[Snapshot]:
         time.sleep(POLL_SECONDS)
 
 
-def _live(job: Readable, console: Console, timeout: float) -> Snapshot:
+def _follow_live(job: Readable, console: Console, timeout: float) -> Snapshot:
     started = time.monotonic()
     with Live(console=console, refresh_per_second=8) as live:
         for snapshot in _snapshots(job, timeout):
@@ -125,7 +125,7 @@ def _live(job: Readable, console: Console, timeout: float) -> Snapshot:
     return snapshot
 
 
-def _lines(job: Readable, console: Console, timeout: float) -> Snapshot:
+def _follow_as_lines(job: Readable, console: Console, timeout: float) -> Snapshot:
     """Print one line for each change of phase, each event, and each fifth of the steps."""
     printed: set[str] = set()
     for snapshot in _snapshots(job, timeout):
@@ -150,14 +150,14 @@ def panel(snapshot: Snapshot, seconds: float) -> RenderableType:
     attempt = f"attempt {status.attempt}" if status.attempt else ""
     workers = f"{status.workers.display} pods ready" if status.workers else ""
     head.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{seconds:.0f} s[/]")
-    parts: list[RenderableType] = [head, _bar(status), _numbers(status)]
+    parts: list[RenderableType] = [head, _progress_bar(status), _metrics_text(status)]
     if snapshot.events:
         parts.append(Text())
         parts += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENTS:]]
     return Panel(Group(*parts), title="FineTuneJob", title_align="left", border_style="blue")
 
 
-def _bar(status: FineTuneJobStatus) -> RenderableType:
+def _progress_bar(status: FineTuneJobStatus) -> RenderableType:
     progress = status.progress
     step, total = (progress.step or 0, progress.total_steps or 0) if progress else (0, 0)
     row = Table.grid(padding=(0, 1))
@@ -166,7 +166,7 @@ def _bar(status: FineTuneJobStatus) -> RenderableType:
     return row
 
 
-def _numbers(status: FineTuneJobStatus) -> RenderableType:
+def _metrics_text(status: FineTuneJobStatus) -> RenderableType:
     texts = []
     if status.metrics and status.metrics.train_loss is not None:
         texts.append(f"loss {status.metrics.train_loss:.3f}")

@@ -99,14 +99,14 @@ def run_all(steps: Sequence[Step], log: Path, console: Console, *, max_parallel:
     futures: dict[Future[None], Step] = {}
     pool = ThreadPoolExecutor(max_parallel)
     try:
-        with _shown(steps, console) as refresh:
+        with _show_progress(steps, console) as refresh:
             while pending or futures:
                 for step in [step for step in pending if done.issuperset(step.after)]:
                     pending.remove(step)
-                    futures[pool.submit(_timed, step, commands)] = step
+                    futures[pool.submit(_run_timed, step, commands)] = step
                 finished, _ = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    _collect(futures.pop(future), future, console)
+                    _report_end(futures.pop(future), future, console)
                 done.update(step.name for step in steps if step.ended)
                 refresh()
     finally:
@@ -114,13 +114,13 @@ def run_all(steps: Sequence[Step], log: Path, console: Console, *, max_parallel:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _timed(step: Step, commands: Commands) -> None:
+def _run_timed(step: Step, commands: Commands) -> None:
     step.started = time.monotonic()
     step.run(commands)
     step.ended = time.monotonic()
 
 
-def _collect(step: Step, future: Future[None], console: Console) -> None:
+def _report_end(step: Step, future: Future[None], console: Console) -> None:
     error = future.exception()
     if isinstance(error, StepFailed):
         raise StepFailed(f"{step.name}: {error}") from None
@@ -130,7 +130,7 @@ def _collect(step: Step, future: Future[None], console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _shown(steps: Sequence[Step], console: Console):  # type: ignore[no-untyped-def]  # yields a function
+def _show_progress(steps: Sequence[Step], console: Console):  # type: ignore[no-untyped-def]  # yields a function
     """On a terminal, show the running steps and their durations below the printed lines. Yields a function that refreshes the display."""
     if not console.is_terminal:
         yield lambda: None

@@ -16,25 +16,25 @@ from tools import HELM
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(*arguments: str) -> list[str]:
+def python_command(*arguments: str) -> list[str]:
     """Command line of a Python program in this environment."""
     return [sys.executable, *arguments]
 
 
 def model_step() -> Step:
     """Step that creates the demo's model."""
-    return Step("SmolLM2-135M as safetensors", lambda command: command(python(str(ROOT / "scripts/smollm2.py"))))
+    return Step("SmolLM2-135M as safetensors", lambda command: command(python_command(str(ROOT / "scripts/smollm2.py"))))
 
 
 def local_steps() -> list[Step]:
     """Steps for the local cluster: Debian packages, programs and images."""
     packages = "Debian packages of the local cluster"
     return [
-        Step(packages, lambda command: command(python("-m", "localcluster", "packages", "--install"))),
-        Step("Kubernetes, from its Go modules", lambda command: command(python("-m", "localcluster", "build"))),
+        Step(packages, lambda command: command(python_command("-m", "localcluster", "packages", "--install"))),
+        Step("Kubernetes, from its Go modules", lambda command: command(python_command("-m", "localcluster", "build"))),
         Step(
             "images of operator, trainer and S3",
-            lambda command: command(python("-m", "localcluster", "images", "build", "all")),
+            lambda command: command(python_command("-m", "localcluster", "images", "build", "all")),
             after=(packages,),
         ),
     ]

@@ -29,7 +29,7 @@ class FinishedJob:
     pod: Object
 
 
-async def read_one(client: Client, namespace: str) -> FinishedJob:
+async def read_finished_job(client: Client, namespace: str) -> FinishedJob:
     """Read the first finished job of a namespace, with its Job and one of its pods."""
     job = (await client.list(f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"))[0]
     name = job["metadata"]["name"]
@@ -53,27 +53,27 @@ async def write_copies(client: Client, namespace: str, template: FinishedJob, co
 
 async def _write_copy(client: Client, namespace: str, template: FinishedJob, name: str, pods: int) -> None:
     finetunejobs, jobs = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}", f"/apis/batch/v1/namespaces/{namespace}/jobs"
-    created = await client.send("POST", finetunejobs, copied(template.job, name))
+    created = await client.send("POST", finetunejobs, copy_object(template.job, name))
     await client.send("PUT", f"{finetunejobs}/{name}/status", created | {"status": template.job["status"]})
     job_name = names.attempt_job_name(name, 1)
     labels = {names.Label.NAME.value: name, names.Label.UID.value: created["metadata"]["uid"]}
-    attempt = copied_job(template.attempt, job_name, labels)
+    attempt = copy_job(template.attempt, job_name, labels)
     attempt["spec"]["suspend"] = True
-    attempt["metadata"]["ownerReferences"] = [_owner(created, names.API_VERSION, names.KIND)]
+    attempt["metadata"]["ownerReferences"] = [_owner_reference(created, names.API_VERSION, names.KIND)]
     job = await client.send("POST", jobs, attempt)
     # Patch instead of replace: the Job controller writes the condition Suspended at the same time.
     await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": template.attempt["status"]}, MERGE)
     for index in range(pods):
-        pod = copied(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
+        pod = copy_object(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
         pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
-        pod["metadata"]["ownerReferences"] = [_owner(job, "batch/v1", "Job")]
+        pod["metadata"]["ownerReferences"] = [_owner_reference(job, "batch/v1", "Job")]
         pod.pop("status", None)
         await client.send("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
 
 
-def copied_job(body: Object, name: str, labels: dict[str, str]) -> Object:
+def copy_job(body: Object, name: str, labels: dict[str, str]) -> Object:
     """Copy a Job under another name, without the fields that the server sets. `labels` are set on the Job and on its pod template."""
-    copy = copied(body, name, labels)
+    copy = copy_object(body, name, labels)
     copy.pop("status", None)
     copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}
     pod_metadata = copy["spec"]["template"]["metadata"]
@@ -81,7 +81,7 @@ def copied_job(body: Object, name: str, labels: dict[str, str]) -> Object:
     return copy
 
 
-def copied(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
+def copy_object(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
     """Copy an object under another name, without the fields that the server sets."""
     copy: Object = json.loads(json.dumps(body))
     meta = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_FIELDS, "namespace", "generateName")}
@@ -89,6 +89,6 @@ def copied(body: Object, name: str, labels: dict[str, str] | None = None) -> Obj
     return copy
 
 
-def _owner(body: Object, version: str, kind: str) -> dict[str, Any]:
+def _owner_reference(body: Object, version: str, kind: str) -> dict[str, Any]:
     meta = body["metadata"]
     return {"apiVersion": version, "kind": kind, "name": meta["name"], "uid": meta["uid"], "controller": True}

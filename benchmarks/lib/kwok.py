@@ -64,7 +64,7 @@ spec:
           restartCount: 0
           state: {{running: {{startedAt: {{{{ $now | Quote }}}}}}}}
 """
-END = """\
+END_STAGE = """\
 ---
 apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
@@ -95,7 +95,7 @@ spec:
               startedAt: {{{{ $now | Quote }}}}
               finishedAt: {{{{ $now | Quote }}}}
 """
-DELETE = """\
+DELETE_STAGE = """\
 ---
 apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
@@ -148,7 +148,7 @@ class Kwok:
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "kwok.yaml"
-        config.write_text((STAGES + END + DELETE).format(steady=STEADY_NAMESPACE))
+        config.write_text((STAGES + END_STAGE + DELETE_STAGE).format(steady=STEADY_NAMESPACE))
         argv = [
             program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config, "--manage-all-nodes",
             "--node-lease-duration-seconds", "40",

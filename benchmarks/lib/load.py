@@ -61,14 +61,14 @@ class Client:
         sent: dict[str, float] = {}
         remaining = iter(bodies)
 
-        async def work() -> None:
+        async def create_remaining() -> None:
             for body in remaining:
                 sent[body["metadata"]["name"]] = time.monotonic()
                 await self.send("POST", path, body)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
-                group.create_task(work())
+                group.create_task(create_remaining())
         return sent
 
     async def events(self, path: str, *, version: str, meta_only: bool) -> AsyncIterator[Object]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from localcluster import ControlPlane, build, components
 from localcluster.processes import Server
 
-LIMITS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
+CLIENT_LIMITS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
 """With the defaults (20 and 30 requests per second), the benchmark would measure only these limits."""
-EXTRA = {
-    "kube-controller-manager": [*LIMITS, "--concurrent-job-syncs=20"],
-    "kube-scheduler": list(LIMITS),
+EXTRA_FLAGS = {
+    "kube-controller-manager": [*CLIENT_LIMITS, "--concurrent-job-syncs=20"],
+    "kube-scheduler": list(CLIENT_LIMITS),
     "kube-apiserver": ["--max-requests-inflight=2000", "--max-mutating-requests-inflight=1000"],
 }
-TICK = os.sysconf("SC_CLK_TCK")
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -30,7 +30,7 @@ class FastControlPlane(ControlPlane):
         self.pids: dict[str, int] = {}
 
     def _spawn(self, name: str, argv: list[str]) -> Server:
-        server = super()._spawn(name, [*argv, *EXTRA.get(name, [])])
+        server = super()._spawn(name, [*argv, *EXTRA_FLAGS.get(name, [])])
         self.pids[name] = server.process.pid
         return server
 
@@ -67,7 +67,7 @@ def cpu_seconds(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return 0.0
-    return sum(int(value) for value in fields[11:15]) / TICK
+    return sum(int(value) for value in fields[11:15]) / TICKS_PER_SECOND
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:

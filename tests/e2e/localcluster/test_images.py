@@ -9,7 +9,7 @@ import pytest
 from localcluster import build
 from localcluster.errors import ImageNotFound
 from localcluster.oci import Image, write_layout
-from localcluster.store import untagged
+from localcluster.store import untagged_names
 from tests.e2e.localcluster.pods import NamespaceApi, pod, terminated
 
 pytestmark = pytest.mark.e2e
@@ -33,7 +33,7 @@ def test_new_pods_run_the_changed_image(api: NamespaceApi, tmp_path: Path) -> No
         finished = api.run(pod(f"p{number}", "exit", number, **on_n1))
         assert terminated(finished)["exitCode"] == int(number)
         image_ids.append(finished["status"]["containerStatuses"][0]["imageID"])
-        assert untagged(containerd.images()) == []
+        assert untagged_names(containerd.images()) == []
     assert image_ids[0] != image_ids[1]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from localcluster import ApiError, ControlPlane, Endpoint, build, processes
-from localcluster.control_plane import locked
+from localcluster.control_plane import lock_state_folder
 from localcluster.errors import ClusterBusy
 
 pytestmark = pytest.mark.integration
@@ -90,7 +90,7 @@ def test_node_options_are_refused_for_a_control_plane(tmp_path: Path) -> None:
 
 
 def test_second_command_in_the_same_state_folder_is_refused(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(ClusterBusy, match="another localcluster command is running"):
+    with lock_state_folder(tmp_path), pytest.raises(ClusterBusy, match="another localcluster command is running"):
         ControlPlane(tmp_path).up()
 
 

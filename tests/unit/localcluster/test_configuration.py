@@ -112,7 +112,7 @@ def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None
 
 
 def test_pods_of_a_node_get_addresses_from_its_range(plan: Plan) -> None:
-    bridge = json.loads(containerd.network(plan.nodes[1]))["plugins"][0]
+    bridge = json.loads(containerd.cni_configuration(plan.nodes[1]))["plugins"][0]
     assert bridge["ipam"]["ranges"] == [[{"subnet": "10.222.2.0/24", "rangeStart": "10.222.2.10"}]]
 
 
@@ -125,10 +125,10 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
     assert (name, entry) == manifest_of(layout_b)
     for path in (layout_a / "blobs" / "sha256").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-    manifest = json.loads(store.blob(layout_a, entry["digest"]).read_text())
-    with tarfile.open(store.blob(layout_a, manifest["layers"][0]["digest"])) as layer:
+    manifest = json.loads(store.blob_path(layout_a, entry["digest"]).read_text())
+    with tarfile.open(store.blob_path(layout_a, manifest["layers"][0]["digest"])) as layer:
         assert [(m.name, oct(m.mode)) for m in layer] == [("bin/x", "0o755"), ("tmp", "0o1777")]
-    assert json.loads(store.blob(layout_a, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
+    assert json.loads(store.blob_path(layout_a, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
 
 
 def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_images_whose_only_name_is_their_hash_are_found() -> None:
     images = {"localhost/a:dev": "sha256:2", "sha256:x": "sha256:1", "sha256:y": "sha256:2"}
-    assert store.untagged(images) == ["sha256:x"]
+    assert store.untagged_names(images) == ["sha256:x"]
 
 
 def test_path_of_a_program_contains_its_version_and_source_hash() -> None:
