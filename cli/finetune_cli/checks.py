@@ -160,7 +160,7 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
 
 
 def invalid_name(name: str) -> str:
-    """Return why a text cannot be the name of a FineTuneJob; an empty string if it can."""
+    """Return why a text is not a valid name of a FineTuneJob; an empty string for a valid name."""
     if not name:
         return "this required field is missing"
     if len(name) > MAX_NAME_LENGTH:

@@ -80,7 +80,7 @@ class Cluster:
         )
 
     def table(self, name: str | None, *, all_namespaces: bool) -> Object:
-        """Return the server's table of FineTuneJobs, which has the columns of `kubectl get`."""
+        """Return the FineTuneJobs as the server's table, with the columns of `kubectl get`."""
         return self.call(
             "GET", self._job_path(name) if name else self._jobs_path(all_namespaces), accept=TABLE_CONTENT_TYPE
         )
@@ -284,7 +284,10 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
 
 
 def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
-    """Load the kubeconfig into a configuration and return the namespace of its context. Raises ConfigException or ClusterError."""
+    """Load the kubeconfig into `configuration` and return the namespace of the context.
+
+    Raises ConfigException or ClusterError.
+    """
     from kubernetes import config
 
     with _captured_log_errors() as log_errors:
@@ -371,7 +374,7 @@ def index_of(pod: Object) -> int:
 
 
 def event_time(event: Object) -> str:
-    """Return when an event was last seen, as text that sorts by time."""
+    """Return the time of the last occurrence of an event, as text. Texts sort by time."""
     series = event.get("series") or {}
     times = (
         series.get("lastObservedTime"),

@@ -15,7 +15,7 @@ def main() -> None:
 
 
 def kubectl_complete() -> None:
-    """Run `kubectl_complete-finetune`, which kubectl calls for shell completion of its plugin."""
+    """Run `kubectl_complete-finetune`: kubectl calls this program for shell completion of the plugin."""
     _run("kubectl_complete")
 
 

@@ -34,7 +34,7 @@ def fields() -> tuple[Field, ...]:
 
 @functools.cache
 def fields_by_path() -> dict[str, Field]:
-    """Return every field by its path, which starts with `spec` or `status`."""
+    """Return every field by path. Paths start with `spec` or `status`."""
     return {field.path: field for field in fields()}
 
 

@@ -27,7 +27,7 @@ class UnwritableFile(CommandError):
 
 
 def display_name(path: Path) -> str:
-    """Return a path as messages show it."""
+    """Return the name of a path for messages."""
     return "standard input" if str(path) == STDIN else str(path)
 
 

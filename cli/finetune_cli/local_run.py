@@ -60,7 +60,7 @@ class LocalRun:
 
 
 def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], claims: list[str]) -> LocalRun:
-    """Read a manifest, adapt it to this machine and write its run configuration.
+    """Read a manifest, adapt the spec to this machine and write the run configuration.
 
     Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
     """
@@ -139,7 +139,7 @@ def _write_run(
 
 
 def last_started_attempt(job_folder: Path) -> int:
-    """Return the newest attempt that the trainer recorded in storage; 0 if there is none."""
+    """Return the highest attempt number that the trainer recorded in storage; 0 without attempts."""
     numbers = (names.attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
     return max((number for number in numbers if number is not None), default=0)
 
@@ -164,7 +164,7 @@ def _check_same_job(run_file: Path, spec: FineTuneJobSpec, job_folder: Path, nam
 
 
 def train(run: LocalRun, python: str | None) -> int:
-    """Run the trainer until it ends and return the exit code of the command."""
+    """Run the trainer to its end and return the exit code for `finetune run`."""
     interpreter = python or sys.executable
     _require_trainer(interpreter)
     output.notes(run.notes)

@@ -29,7 +29,7 @@ class LocalRunError(CommandError):
 
 @dataclass(frozen=True)
 class LocalMachine:
-    """Folders and GPUs of the user's machine. `config_maps` and `claims`: local folders that replace them, by name."""
+    """Folders and GPUs of the user's machine. `config_maps`, `claims`: local folders that replace ConfigMaps and volume claims, by name."""
 
     output_folder: Path
     manifest_folder: Path
@@ -115,7 +115,7 @@ def _path_in_folder(folders: dict[str, Path], name: str, inner: str, path: str, 
 
 
 def require_s3_credentials(spec: dict[str, Any]) -> None:
-    """Raise LocalRunError if a source is in S3 and this machine has no credentials. The trainer would fail later, after its start."""
+    """Raise LocalRunError if a source is in S3 and this machine has no credentials. Without this check the trainer would fail after its start."""
     mixture = get_value(spec, "dataset.mixture") or []
     sources = {path: get_value(spec, path) for path in SOURCE_FIELDS}
     sources |= {

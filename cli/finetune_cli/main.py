@@ -158,7 +158,7 @@ def _print_failure(error: Exception) -> int:
 
 
 def _print_bug(error: Exception) -> None:
-    """Report a bug of this program by file and line. The exception's text is left out, because it may hold a secret."""
+    """Report a bug of this program by file and line. The exception's text is not printed, because that text may hold a secret."""
     import traceback
 
     from finetune_cli import output

@@ -40,7 +40,7 @@ class Manifest:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Return the spec; an empty dict if it is missing. Raises CommandError if it is not a mapping."""
+        """Return the spec; an empty dict without a spec. Raises CommandError if the spec is not a mapping."""
         spec = self.value.get("spec") or {}
         if not isinstance(spec, dict):
             raise CommandError(
@@ -61,7 +61,7 @@ def read(path: Path) -> list[Manifest]:
 
 
 def read_all(paths: Iterable[Path]) -> tuple[list[Manifest], list[Mistake]]:
-    """Read every object of several files. Returns the objects, and a mistake for each file that cannot be read."""
+    """Read every object of several files. Returns the objects, and a mistake for each unreadable file."""
     manifests: list[Manifest] = []
     mistakes: list[Mistake] = []
     for path in paths:

@@ -16,7 +16,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class AssignedValue:
-    """A value of the spec with its origin. `key` is the key as the user wrote it; empty for a default."""
+    """A value of the spec with its origin. `key`: the option as the user wrote it; empty for a default."""
 
     value: Any
     origin: Origin

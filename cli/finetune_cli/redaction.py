@@ -13,7 +13,7 @@ TOKEN = re.compile(
 )
 """Patterns of tokens. Without the minimum lengths, names of models, columns and folders would match."""
 SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|credential|_key\b|-key\b|_uri\b)", re.IGNORECASE)
-"""Names of options and variables that usually hold secrets."""
+"""Pattern for names of options and variables that usually hold secrets."""
 USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 QUERY = re.compile(r"(?<=[?&])((?:[a-z]+[-_])*(?:token|key|secret|password|sig|signature)=)[^&\s'\"]+", re.IGNORECASE)
 

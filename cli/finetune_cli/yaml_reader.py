@@ -80,7 +80,7 @@ def read_trees(text: str) -> list[Tree]:
 
 
 def _quoted_line(text: str, mark: Any) -> str:
-    """Return the faulty line in quotes, to append to a message; an empty string if it is unknown, empty, or may hold a secret."""
+    """Return the invalid line as the end of a message; an empty string if the line is unknown, empty, or may hold a secret."""
     lines = text.splitlines()
     line = lines[mark.line].strip() if mark and mark.line < len(lines) else ""
     if SECRET_NAME.search(line):
@@ -163,7 +163,7 @@ class _Reader:
         return result
 
     def _merged_mappings(self, node: Any) -> Iterator[Any]:
-        """Yield the mappings that `<<` refers to."""
+        """Yield the mappings that are merged with `<<`."""
         for key_node, value_node in node.value:
             if not _is_merge(key_node):
                 continue

@@ -53,7 +53,7 @@ def diff(
 
 
 def _resolved(spec: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a spec with its defaults filled in. Raises Exit if it is invalid."""
+    """Return a spec with all defaults filled in. Raises Exit for an invalid spec."""
     from finetune_api.defaults import resolve
     from finetune_api.spec import FineTuneJobSpec
     from pydantic import ValidationError

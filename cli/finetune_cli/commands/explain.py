@@ -85,7 +85,7 @@ def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
 
 
 def _describe(field: Field) -> str:
-    """Return the description of a field, preceded by a mark if this version does not support it."""
+    """Return the description of a field. Fields that this version does not support are marked as such."""
     from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
 
     for row in UNSUPPORTED_FIELDS:

@@ -85,7 +85,7 @@ def _value_or_prompt(value: str | None, question: str, interactive: bool, option
 
 
 def _check(text: str) -> None:
-    """Refuse a manifest with errors. Fields that are not supported yet are left to `validate`. Raises Exit."""
+    """Print the errors of a manifest and raise Exit. Fields that are not supported yet are no error here; `validate` reports them."""
     import dataclasses
 
     from finetune_api.names import Reason

@@ -18,7 +18,7 @@ def suspend(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Save a checkpoint of a job and release its GPUs. `finetune resume` continues from there.
+    """Save a checkpoint of a job and release its GPUs. `finetune resume` continues from that checkpoint.
 
     Example: finetune suspend support-bot
     """

@@ -1,4 +1,4 @@
-"""`finetune purge`: deletes everything that a job has in storage."""
+"""`finetune purge`: deletes all objects of a job in storage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def purge(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Delete everything that a finished or deleted job has in storage: checkpoints, model, metrics. Asks twice.
+    """Delete all objects of a finished or deleted job in storage: checkpoints, model, metrics. Asks twice.
 
     Example: finetune purge old-bot
 

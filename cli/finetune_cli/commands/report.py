@@ -41,7 +41,7 @@ def report(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Write an archive for a bug report: the job, its pods, events and the ends of its logs, with secrets redacted.
+    """Write an archive for a bug report: the job, its pods and events, and the last lines of the logs, with secrets redacted.
 
     Example: finetune report support-bot
     """

@@ -33,7 +33,7 @@ def run_command(
         ),
     ] = None,
 ) -> None:
-    """Train on this machine and show the progress. The results have the same layout as in S3. Run it again to resume.
+    """Train on this machine and show the progress. The results have the same layout as in S3. Run the command again to resume.
 
     Exit code 2 if the job failed.
 

@@ -50,7 +50,7 @@ def complete_words(*words: str) -> Callable[[str], list[str]]:
 
 
 def check_format(output_format: str | None, *allowed: str) -> None:
-    """Refuse an output format that the command does not have. Raises Exit."""
+    """Raise Exit for an output format that the command does not support."""
     if output_format is not None and output_format not in allowed:
         raise output.fail(f"-o {output_format}: unknown output format; write one of {', '.join(allowed)}")
 

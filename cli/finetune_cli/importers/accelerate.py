@@ -49,7 +49,7 @@ RESHARD_KEY = "fsdp_reshard_after_forward"
 
 
 def is_accelerate(document: Document) -> bool:
-    """Return whether a document is an accelerate configuration: it has the key distributed_type."""
+    """Return whether a document is an accelerate configuration, that is, has the key `distributed_type`."""
     return "distributed_type" in peek(document)
 
 

@@ -35,7 +35,7 @@ class Flags:
 
 
 def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> Flags:
-    """Split a command line into flags and values: `--a v` or `--a=v`. A flag for which `takes_value` is false has no value."""
+    """Split a command line into flags and values: `--a v` or `--a=v`. Flags without a value are those for which `takes_value` is false."""
     flags = Flags()
     remaining = list(words)
     while remaining:

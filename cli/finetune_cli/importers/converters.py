@@ -133,7 +133,7 @@ def run_name(value: Any) -> str:
 
 
 def text_matching(check: Callable[[str], bool], problem: str, allowed: str) -> Convert:
-    """Return a converter for a string that a predicate accepts."""
+    """Return a converter for a string for which `check` returns true."""
 
     def convert(value: Any) -> str:
         string = text(value)
@@ -177,7 +177,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def any_value(value: Any) -> Any:
-    """Accept any value, for options whose value is not used."""
+    """Accept any value. For options without effect and options with a structured value."""
     return value
 
 

@@ -27,7 +27,7 @@ def is_deepspeed(document: Document) -> bool:
 
 
 def read_deepspeed(draft: Draft, document: Document) -> None:
-    """Set the fields that a FineTuneJob has for options of the file, and store the whole file in a ConfigMap.
+    """Set each field that corresponds to an option of the file, and store the whole file in a ConfigMap.
 
     An option that contradicts another file is a mistake.
     """
@@ -94,7 +94,7 @@ def assign_consistently(draft: Draft, path: str, key: str, value: Any, origin: O
 
 
 def _add_config_map(draft: Draft, document: Document) -> None:
-    """Store the whole file in a ConfigMap of the manifest and refer to it."""
+    """Store the whole file in a ConfigMap of the manifest, and set the reference to the ConfigMap."""
     path = "distributed.deepspeed.configRef"
     if any(override.startswith(path) for override in draft.request.overrides):
         return

@@ -1,4 +1,4 @@
-"""Input documents of an import: parses them as YAML or JSON and lists their options with file and line."""
+"""Parses the input documents of an import as YAML or JSON and lists the options with file and line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_cli.yaml_reader import InvalidYaml, Tree, read_trees
 
 
 def parse(document: Document) -> Tree:
-    """Parse a document that holds one YAML or JSON mapping. Raises InvalidInput."""
+    """Parse a document of one YAML or JSON mapping. Raises InvalidInput for any other content."""
     try:
         trees = read_trees(document.text)
     except InvalidYaml as error:
@@ -44,14 +44,14 @@ def _location(document: Document, line: int) -> str:
 
 
 def entries(document: Document, tree: Tree, opaque: frozenset[str] = frozenset()) -> Iterator[Entry]:
-    """Yield every leaf of a tree as an entry with its file and line."""
+    """Yield an entry, with file and line, for each value of a tree that is not a mapping."""
     for path, value in tree.leaves(opaque):
         line = tree.lines.get(path)
         yield Entry(path, value, Origin(f"{document.name}:{line}" if line else document.name))
 
 
 def parse_json(document: Document) -> dict[str, Any]:
-    """Parse a document that holds one JSON object. Raises InvalidInput."""
+    """Parse a document of one JSON object. Raises InvalidInput for any other content."""
     try:
         value = json.loads(document.text)
     except json.JSONDecodeError as error:

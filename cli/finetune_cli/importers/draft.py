@@ -25,7 +25,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One option of a tool: its key, the field of the spec that it sets, and how its value is converted.
+    """One option of a tool: `key` in the file, `path` of the field in the spec, and `convert` for the value.
 
     `manual`: the tool's `combine` function sets the field; `path` is only documentation.
     `no_effect`: why the importer ignores the option. Its use gives a warning.
@@ -72,7 +72,7 @@ class Request:
 
     files: tuple[Path, ...]
     tool_arguments: tuple[str, ...] = ()
-    """The other tool's own command line, which follows `--`."""
+    """The other tool's command line: the arguments after `--`."""
     source: str | None = None
     name: str | None = None
     namespace: str | None = None
@@ -93,13 +93,13 @@ class Document:
 
     @property
     def name(self) -> str:
-        """Return the file name as messages show it."""
+        """Return the file name for messages."""
         return "standard input" if str(self.path) == "-" else self.path.name or str(self.path)
 
 
 @dataclass
 class Draft:
-    """A FineTuneJob while it is built from files."""
+    """The values of a FineTuneJob during the import, with mistakes, warnings and notes."""
 
     request: Request
     rows: tuple[Row, ...]
@@ -159,7 +159,7 @@ class Draft:
             self.values[path] = AssignedValue(value, source)
 
     def assign_default(self, path: str, value: Any, reason: str = "default of the tool") -> None:
-        """Set a field that the user did not set, unless it already has a value."""
+        """Set a field if it has no value yet."""
         if not self.has_value(path) and path not in self.paths_without_default:
             self.values[path] = AssignedValue(value, Origin(reason, written_by_user=False))
 
@@ -191,7 +191,7 @@ class Draft:
             self.warnings.append(message)
 
     def warn_no_effect(self, key: str, reason: str) -> None:
-        """Warn that an option of the user changes nothing."""
+        """Warn that an option of the user has no effect."""
         given = self.given[key]
         self.add_warning(f"{given.origin.location}: {given.key} has no effect: {reason}")
 
@@ -201,7 +201,7 @@ class Draft:
             self.notes.append(message)
 
     def store_secret(self, key: str, value: str) -> dict[str, str]:
-        """Add a value to the Secret and return the reference to it for the spec."""
+        """Add a value to the Secret and return the spec's reference to this key of the Secret."""
         self.secrets[key] = value
         self.hide(value)
         return {"name": self.secret_name, "key": key}
@@ -233,4 +233,4 @@ class Importer:
     combine: Callable[[Draft], None]
     """Sets the fields whose value depends on several options."""
     normalise_key: Callable[[str], str] = lambda key: key
-    """Normalises the spelling of a key before it is looked up in the table."""
+    """Normalises the spelling of a key for the lookup in the table."""

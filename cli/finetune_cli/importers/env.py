@@ -1,4 +1,4 @@
-"""`env`: the importer for a trainer that is configured by a `.env` file and its command line.
+"""`env`: the importer for a trainer that is configured with a `.env` file and command line flags.
 
 Keys of the file and flags of the command line are two spellings of the same options; flags override the file. The tool ignores some
 of its documented options (ratios, accumulation, result folder); the importer applies them as documented.
@@ -335,7 +335,7 @@ def _set_split(draft: Draft) -> None:
 
 
 def _complete_ratios(given: dict[str, float]) -> dict[str, float]:
-    """Return all three ratios. A missing ratio is the remainder; if only the training ratio is given, the other two get half of it each."""
+    """Return all three ratios. A missing ratio is the remainder; if only the training ratio is given, each of the other two gets half of the remainder."""
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given:
         return ratios
@@ -459,7 +459,7 @@ def _set_cache(draft: Draft) -> None:
 
 
 def _set_metrics(draft: Draft) -> None:
-    """Set the metrics. METRICS lists them; TRACK_METRICS is either a list or a boolean."""
+    """Set the metrics from METRICS (a list) and TRACK_METRICS (a list or a boolean)."""
     metrics: list[Any] = list(draft.get("METRICS") or [])
     track = draft.given.get("TRACK_METRICS")
     if track is not None and str(track.value).lower() not in ("true", "false"):

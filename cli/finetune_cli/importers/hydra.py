@@ -114,7 +114,7 @@ SHIPPED_CONFIG: dict[str, Any] = {
     "training_config.save_steps": 100, "training_config.max_completion_length": 2048, "training_config.max_seq_length": 4096,
     "training_config.gradient_checkpointing": True, "training_config.report_to": "tensorboard", "dataset.path": None, "dataset.format": "standard",
 }  # fmt: skip
-"""Content of the tool's own configuration files. Overrides without a file apply to it."""
+"""Content of the tool's own configuration files: the base of overrides if no file is given."""
 
 
 KNOWN = frozenset(normalise_key(row.key) for row in ROWS)
@@ -302,7 +302,10 @@ def _set_objective(draft: Draft) -> None:
 
 
 def _set_completion_length(draft: Draft) -> None:
-    """Set the maximum completion length. If it is not below the sequence length, prompt and completion get half of that length each."""
+    """Set the maximum completion length.
+
+    If the length leaves no tokens for the prompt, the completion gets half of the sequence length.
+    """
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
     completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
     half_length = max(1, sequence_length // 2)

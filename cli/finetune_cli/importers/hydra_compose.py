@@ -59,7 +59,7 @@ def split_hydra_flags(draft: Draft, words: list[str]) -> tuple[list[str], str]:
 
 
 def has_dashed_flags(words: Iterable[str]) -> bool:
-    """Return whether the words contain a dashed flag that is not one of Hydra's own flags: the tool's older command line."""
+    """Return whether the words are the tool's older command line: they contain dashed flags other than Hydra's."""
     names = (word.partition("=")[0] for word in words)
     return any(name.startswith("--") and name not in (*CONFIG_NAME, *CONFIG_FOLDER) for name in names)
 
@@ -276,7 +276,7 @@ def _apply(composed: Any, words: list[str]) -> Any:
 
 
 def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], locations: dict[str, str]) -> Any:
-    """Compose a folder of groups and record the location of every key. Raises InvalidInput if Hydra refuses it."""
+    """Compose a folder of groups and record the location of every key. Raises InvalidInput if Hydra cannot compose the folder."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -308,7 +308,7 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
         # Hydra's parsers raise OSError and ValueError for files that are not configurations.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InvalidInput(
-            [Mistake(folder.name, "", f"Hydra cannot compose it: {lines[0]}", " ".join(lines[1:4]))]
+            [Mistake(folder.name, "", f"Hydra cannot compose the folder: {lines[0]}", " ".join(lines[1:4]))]
         ) from None
     finally:
         GlobalHydra.instance().clear()

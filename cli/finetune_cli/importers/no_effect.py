@@ -1,4 +1,4 @@
-"""Removes options that have no effect, with a warning if the user wrote them.
+"""Removes fields that would have no effect, with a warning for each field that the user set.
 
 A FineTuneJob with a field that would have no effect is refused. Most files of other tools list every option, so without this step most
 of them could not be imported.

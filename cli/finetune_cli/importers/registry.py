@@ -1,4 +1,4 @@
-"""All importers, by the name that `--from` takes. To add a tool, add its importer here."""
+"""All importers by name (the value of `--from`). To add a tool, add its importer here."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Imported:
 
 
 def run_import(request: Request, importers: dict[str, Importer]) -> Imported:
-    """Import the files of a request. Raises InvalidInput with all mistakes, in which secrets are redacted."""
+    """Import the files of a request. Raises InvalidInput with all mistakes; secrets in their texts are redacted."""
     _check_namespace(request)
     documents = load(request.files)
     importer = choose_importer(documents, request, importers)
@@ -95,7 +95,7 @@ def _apply_defaults(importer: Importer, draft: Draft) -> None:
 
 
 def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
-    """Return why this job cannot use a default of the tool; None if it can."""
+    """Return the reason why this job cannot use a default of the tool; None if the default is usable."""
     if default.needs_gpu and draft.value("resources.gpusPerNode") == 0:
         return "the job uses no GPU"
     optimizer = default.value if default.path == "training.optimizer" else None
@@ -164,7 +164,7 @@ def load(files: Iterable[Path]) -> tuple[Document, ...]:
 
 
 def choose_importer(documents: tuple[Document, ...], request: Request, importers: dict[str, Importer]) -> Importer:
-    """Return the importer that `--from` names, or the only one that recognises the files. Raises InvalidInput."""
+    """Return the importer given with `--from`, or the only importer that recognises the files. Raises InvalidInput."""
     known = ", ".join(importers)
     if request.source is not None:
         if request.source not in importers:
@@ -402,7 +402,7 @@ def nest(values: dict[str, AssignedValue]) -> dict[str, Any]:
 
 
 def _check_spec(draft: Draft) -> dict[str, Any]:
-    """Check the spec with the API's models and rules, and return it nested."""
+    """Check the values of the draft with the API's models and rules, and return them as a nested spec."""
     values = dict(draft.values)
     reported: list[FieldError] = []
     for _ in range(3):

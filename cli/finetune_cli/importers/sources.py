@@ -54,7 +54,7 @@ def assign_tokenizer(draft: Draft, key: str, model_key: str) -> None:
 
 
 def assign_config_map(draft: Draft, key: str, path: str, purpose: str, option: str) -> None:
-    """Refer to a ConfigMap for a local file, and warn with the command that creates the ConfigMap."""
+    """Set a reference to a ConfigMap that replaces a local file, and warn with the command that creates the ConfigMap."""
     if key not in draft.given or any(
         override == path or override.startswith(path + ".") for override in draft.request.overrides
     ):

@@ -359,7 +359,7 @@ def _record_line(
 
 
 def _closing_quotes(value: str) -> str:
-    """Return the quotes that end a multi-line string, if one begins here."""
+    """Return the closing quotes of a multi-line string that begins in `value`; an empty string without such a string."""
     for quotes in ('"""', "'''"):
         if value.startswith(quotes) and value.count(quotes) == 1:
             return quotes
@@ -541,7 +541,7 @@ def _set_trackers(draft: Draft) -> None:
 
 
 def _set_secret_variables(draft: Draft, key: str, values: dict[str, str]) -> None:
-    """Set environment variables of the trainer that refer to the Secret."""
+    """Store values in the Secret, and set environment variables of the trainer that refer to the Secret's keys."""
     variables = list(draft.value("placement.env") or [])
     for name, value in values.items():
         if value:

@@ -1,4 +1,4 @@
-"""`yaml`: the importer for a nested YAML file with seven sections, dotted overrides on its command line, and an optional DeepSpeed JSON."""
+"""`yaml`: the importer for a YAML file with seven sections, dotted overrides (`--training.epochs 2`) and an optional DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -409,7 +409,7 @@ def _set_distributed(draft: Draft) -> None:
 
 
 def assume_two_gpus(draft: Draft, strategy: str) -> None:
-    """Set two GPUs per node for FSDP, because it needs several ranks. In other tools the launcher sets the number, not the file."""
+    """Set two GPUs per node, because FSDP needs several ranks. The files of other tools give no number: their launcher sets it."""
     if not any(
         draft.has_value(path) for path in ("resources.gpusPerNode", "resources.nodes", "resources.processesPerNode")
     ):
@@ -441,7 +441,7 @@ def _set_deepspeed(draft: Draft, key: str, stage: int | None) -> None:
 
 
 def _find_deepspeed_file(draft: Draft) -> Document | None:
-    """Return the DeepSpeed file named in the configuration. A path is relative to the configuration; None if there is no file."""
+    """Return the DeepSpeed file named in the configuration, with a path relative to the configuration; None without such a file."""
     config_path = draft.get("distributed.deepspeed_config")
     if not config_path or any(
         override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides

@@ -31,7 +31,7 @@ class Imports:
     applied: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
-        """Import and apply a source, and the one after it, and wait for its end."""
+        """Import and apply this source and the next source, then wait until the job of this source ends."""
         index = self.names.index(name)
         for one in self.names[index : index + 2]:
             if one not in self.applied:

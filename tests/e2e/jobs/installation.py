@@ -33,7 +33,7 @@ SECRET = demo.SECRET
 SMALL_RESOURCES = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
 """Default resources of a pod, so that all jobs of a test fit on two cores."""
 JOB_TIMEOUT_SECONDS = 240
-"""Longest time of a tiny job on two busy cores."""
+"""Maximum duration of a tiny job on two busy cores."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Installation:
     def install(self, **more: Any) -> str:
         """Install the chart with the demo's values, overridden by `more`. Returns Helm's notes."""
         self.api.patch("namespaces", None, demo.RELEASE, restricted(demo.RELEASE), patch="apply")
-        values = demo.values(ChartInputs(self.cluster.s3)) | more  # type: ignore[arg-type]  # it reads only these attributes of a cluster
+        values = demo.values(ChartInputs(self.cluster.s3)) | more  # type: ignore[arg-type]  # demo.values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
         chart = str(ROOT / "helm/finetune-operator")

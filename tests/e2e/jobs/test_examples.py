@@ -29,7 +29,7 @@ class Examples:
     applied: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
-        """Apply an example, and the one after it, and wait for its end."""
+        """Apply this example and the next example, then wait until this example ends."""
         index = NAMES.index(name)
         for one in NAMES[index : index + 2]:
             if one not in self.applied:

@@ -37,7 +37,7 @@ class Release:
 
     def install(self, installation: Installation) -> None:
         """Run `helm upgrade --install` and wait until the new operator pod is ready."""
-        values = demo.values(self.images)  # type: ignore[arg-type]  # of a cluster it needs these fields only
+        values = demo.values(self.images)  # type: ignore[arg-type]  # demo.values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
         installation.helm(
@@ -99,7 +99,7 @@ JOBS = {
 
 
 def bring_into_every_phase(job_namespace: JobNamespace) -> None:
-    """Apply all jobs and wait until each is in the phase that its name says."""
+    """Apply all jobs and wait until each job is in the phase of its name."""
     job_namespace.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
     job_namespace.wait_finished("done")
     job_namespace.wait_finished("failed", Phase.FAILED)

@@ -106,7 +106,7 @@ def test_group_options_and_overrides_are_applied(folder: Path) -> None:
 
 def test_missing_group_option_is_refused(folder: Path) -> None:
     (mistake,) = import_(folder, words="training=nope").mistakes
-    assert mistake.startswith("configs: Hydra cannot compose it: ")
+    assert mistake.startswith("configs: Hydra cannot compose the folder: ")
     assert "training/nope" in mistake
 
 
@@ -251,7 +251,7 @@ def test_config_name_selects_the_primary_file(write: Write, folder: Path) -> Non
     ("text", "expected"),
     [
         ("defaults: hello\ndataset: {path: x}\n", "config.yaml:1: defaults: this is not a list; write `- group: option` lines"),
-        ("defaults:\n  - dataset: missing\n", "configs: Hydra cannot compose it: In 'config': Could not find 'dataset/missing'; "
+        ("defaults:\n  - dataset: missing\n", "configs: Hydra cannot compose the folder: In 'config': Could not find 'dataset/missing'; "
                                                "Available options in 'dataset': default pairs"),
         ("dataset: [1]\ntraining: x\n", "config.yaml:1: dataset: this is not a group of options; write name: value below it"),
         ('dataset: {path: "${dataset.path}"}\ntraining: {model: org/m}\n', "config.yaml:1: dataset.path: Recursive interpolation detected"),
