@@ -1,4 +1,4 @@
-"""An API server of a few lines, and an operator process that talks to it."""
+"""A minimal fake API server, and an operator process that uses it."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Server:
         return self.objects[kind.plural, name]
 
     async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
-        """Pods by their labels; no objects of other kinds."""
+        """List pods by their labels; for other kinds the list is empty."""
         self._receive("list", kind)
-        wanted = {term.partition("=")[0]: term.partition("=")[2] for term in labels.split(",")}
+        selected_labels = {term.partition("=")[0]: term.partition("=")[2] for term in labels.split(",")}
         pods = [body for (plural, _), body in self.objects.items() if plural == POD.plural == kind.plural]
-        return Listing([one for one in pods if wanted.items() <= one["metadata"].get("labels", {}).items()], 1)
+        return Listing([body for body in pods if selected_labels.items() <= body["metadata"].get("labels", {}).items()], 1)
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
         self._receive("create", kind)
@@ -77,25 +77,25 @@ class Server:
             missing = NotFound("update", kind, name, 404, "NotFound", "")
             missing.object_missing = True
             raise missing
-        known = self.objects[kind.plural, name]
-        if known["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
+        stored_object = self.objects[kind.plural, name]
+        if stored_object["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, name, 409, "Conflict", "")
         if self.rejects_status(body["status"]):
             raise Invalid("update", kind, name, 422, "Invalid", "status.progress.step: Invalid value")
-        return self.put(kind, {**known, "status": body["status"]})
+        return self.put(kind, {**stored_object, "status": body["status"]})
 
     async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
         self._receive("patch", kind)
-        known = self.objects[kind.plural, name]
-        meta = {**known["metadata"], **body.get("metadata", {})}
-        return self.put(kind, {**known, **body, "metadata": meta})
+        stored_object = self.objects[kind.plural, name]
+        meta = {**stored_object["metadata"], **body.get("metadata", {})}
+        return self.put(kind, {**stored_object, **body, "metadata": meta})
 
     async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace: int | None = None) -> bool:
         self._receive("delete", kind)
         return self.objects.pop((kind.plural, name), None) is not None
 
     def count(self, verb: str, kind: Kind) -> int:
-        """Requests so far."""
+        """Number of such requests so far."""
         return self.requests.count((verb, kind.plural))
 
     @property
@@ -110,24 +110,24 @@ class Server:
 
     def condition(self, kind: str) -> Object:
         """A condition of the FineTuneJob."""
-        return next(one for one in self.finetunejob["status"]["conditions"] if one["type"] == kind)
+        return next(entry for entry in self.finetunejob["status"]["conditions"] if entry["type"] == kind)
 
     def event_counts(self) -> dict[str, int]:
-        """How often each event was emitted, by reason."""
-        found = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
-        return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in found}
+        """Number of times that each event was emitted, by reason."""
+        event_bodies = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
+        return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in event_bodies}
 
 
 def new_server() -> Server:
     """A server with one new FineTuneJob."""
-    found = Server()
+    server = Server()
     meta = {"name": "run", "namespace": "team", "uid": UID, "generation": 1}
-    found.put(FINETUNEJOB, {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": SPEC})
-    return found
+    server.put(FINETUNEJOB, {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": SPEC})
+    return server
 
 
 class Process:
-    """An operator that was just started: it knows the FineTuneJob, and nothing else."""
+    """An operator process that has just started: its cache has only the FineTuneJob."""
 
     def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
         self.server, self.cache, self.queue = server, Cache(), WorkQueue()
@@ -160,7 +160,7 @@ class Process:
         working.cancel()
 
     async def start_burst_of_new_jobs(self) -> None:
-        """Take many new jobs from the queue."""
+        """Take so many new jobs from the queue that a burst starts."""
         others = [Key("team", f"other{number}") for number in range(BURST_COUNT)]
         for key in others:
             self.queue.add_high_priority(key)
@@ -168,18 +168,18 @@ class Process:
             self.queue.done((await self.queue.take())[0])
 
     def start_burst_of_transitions(self) -> None:
-        """See many transitions of other jobs."""
+        """Record so many transitions of other jobs that a burst starts."""
         for _ in range(BURST_COUNT):
             self.reconciler._writer._throttle._transitions.record(asyncio.get_running_loop().time())
 
     def finish_pod_and_job(self, job: JobView) -> None:
-        """The pod succeeds and its Job completes."""
+        """Let the pod succeed and its Job complete."""
         self.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
         self.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
 
 
 async def start_attempt(server: Server) -> tuple[Process, JobView]:
-    """A process whose job has a Job and a written status."""
+    """Return a process whose FineTuneJob has a Job and a written status, and that Job."""
     process = Process(server)
     for _ in range(2):
         await process.reconcile()

@@ -39,12 +39,12 @@ CONFIG = parse(
 
 
 def at(seconds: float) -> datetime:
-    """That many seconds after T0."""
+    """The time `seconds` after T0."""
     return T0 + timedelta(seconds=seconds)
 
 
 def iso(seconds: float) -> str:
-    """That time as the API server writes it."""
+    """The time `seconds` after T0, in the API server's format."""
     return at(seconds).isoformat().replace("+00:00", "Z")
 
 
@@ -102,10 +102,10 @@ def ended(view: PodView, code: int, termination_message: TerminationMessage | No
 
 
 def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> Accepted:
-    """The resolved spec; fails if it is refused."""
-    found = accept(written or SPEC, config)
-    assert isinstance(found, Accepted), found
-    return found
+    """Accept a spec and return the verdict; fails if the spec is refused."""
+    verdict = accept(written or SPEC, config)
+    assert isinstance(verdict, Accepted), verdict
+    return verdict
 
 
 def facts(
@@ -114,9 +114,9 @@ def facts(
     blocking: BlockingCondition | None = None, config: OperatorConfig = CONFIG, **fields: Any,
 ) -> Facts:  # fmt: skip
     """Facts about a FineTuneJob named `run`."""
-    mine = finetunejob(written, known, **fields)
+    finetune_job = finetunejob(written, known, **fields)
     received = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
-    return Facts(mine, accept(mine.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking)
+    return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking)
 
 
 def report(**fields: Any) -> ProgressReport:

@@ -16,9 +16,9 @@ from tests.unit.operator.samples import CONFIG, T0, accepted, at, ended, facts, 
 
 
 def refused(written: dict[str, Any], config: OperatorConfig = CONFIG) -> Refused:
-    found = accept(written, config)
-    assert isinstance(found, Refused), found
-    return found
+    acceptance = accept(written, config)
+    assert isinstance(acceptance, Refused), acceptance
+    return acceptance
 
 
 def message(code: str, **fields: Any) -> TerminationMessage:
@@ -31,9 +31,9 @@ WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "sto
 
 
 def resolved(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> Accepted:
-    found = accept(written, parse({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
-    assert isinstance(found, Accepted), found
-    return found
+    acceptance = accept(written, parse({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
+    assert isinstance(acceptance, Accepted), acceptance
+    return acceptance
 
 
 def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
@@ -44,24 +44,24 @@ def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
 
 
 def test_defaults_are_filled_in_and_listed() -> None:
-    found = accepted()
-    assert found.spec.training.learning_rate == 2e-4
-    assert found.defaults["training.learningRate"] == 2e-4
-    assert found.spec.resources.memory == "4Gi"
-    assert found.pool is None
+    acceptance = accepted()
+    assert acceptance.spec.training.learning_rate == 2e-4
+    assert acceptance.defaults["training.learningRate"] == 2e-4
+    assert acceptance.spec.resources.memory == "4Gi"
+    assert acceptance.pool is None
 
 
 def test_all_problems_are_listed_at_once_with_their_fields() -> None:
-    found = refused(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
-    assert found.is_final
-    assert found.reason is Reason.REJECTED
-    assert found.message.index("spec.") == 0
-    assert "spec.model.source" in found.message
-    assert "spec.dataset.validation" in found.message
+    acceptance = refused(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
+    assert acceptance.is_final
+    assert acceptance.reason is Reason.REJECTED
+    assert acceptance.message.index("spec.") == 0
+    assert "spec.model.source" in acceptance.message
+    assert "spec.dataset.validation" in acceptance.message
 
 
 @pytest.mark.parametrize(
-    ("written", "reason", "words", "final"),
+    ("written", "reason", "expected_text", "final"),
     [
         (spec(resources={"nodePool": "a100"}), Reason.UNKNOWN_NODE_POOL, "pools are: h100 (8 x nvidia.com/gpu), mig", False),
         (spec(resources={"gpusPerNode": 9}), Reason.POOL_TOO_SMALL, "gpusPerNode is 9, and a node of pool h100 has 8", False),
@@ -74,17 +74,17 @@ def test_all_problems_are_listed_at_once_with_their_fields() -> None:
     ],
 )  # fmt: skip
 def test_refusal_has_its_reason_and_message_and_is_final_only_if_another_spec_helps(
-    written: dict[str, Any], reason: Reason, words: str, final: bool
+    written: dict[str, Any], reason: Reason, expected_text: str, final: bool
 ) -> None:
-    found = refused(written)
-    assert (found.reason, found.is_final) == (reason, final)
-    assert words in found.message
+    acceptance = refused(written)
+    assert (acceptance.reason, acceptance.is_final) == (reason, final)
+    assert expected_text in acceptance.message
 
 
 def test_unknown_pool_message_describes_the_configured_pools() -> None:
     pool = NodePool(name="h200", gpus_per_node=8, gpu_memory="141Gi", description="for large models")
-    found = refused(spec(resources={"nodePool": "none"}), CONFIG.model_copy(update={"node_pools": (pool,)}))
-    assert found.message.endswith("pools are: h200 (8 x nvidia.com/gpu of 141Gi: for large models)")
+    acceptance = refused(spec(resources={"nodePool": "none"}), CONFIG.model_copy(update={"node_pools": (pool,)}))
+    assert acceptance.message.endswith("pools are: h200 (8 x nvidia.com/gpu of 141Gi: for large models)")
 
 
 @pytest.mark.parametrize(
@@ -98,28 +98,28 @@ def test_unknown_pool_message_describes_the_configured_pools() -> None:
     ],
 )
 def test_pool_is_chosen_by_name_then_by_resource(resources: dict[str, Any], pool: str | None) -> None:
-    found = accepted(spec(resources=resources))
-    assert (found.pool.name if found.pool else None) == pool
+    acceptance = accepted(spec(resources=resources))
+    assert (acceptance.pool.name if acceptance.pool else None) == pool
 
 
-@pytest.mark.parametrize("today", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
-def test_default_store_of_the_first_attempt_is_kept_with_its_connection(today: dict[str, Any]) -> None:
-    began = resolved(WITHOUT_STORAGE, STORE)
-    found = resolved(WITHOUT_STORAGE, today, began.defaults)
-    assert (found.spec.storage, found.defaults) == (began.spec.storage, began.defaults)
+@pytest.mark.parametrize("new_storage", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
+def test_default_store_of_the_first_attempt_is_kept_with_its_connection(new_storage: dict[str, Any]) -> None:
+    first = resolved(WITHOUT_STORAGE, STORE)
+    acceptance = resolved(WITHOUT_STORAGE, new_storage, first.defaults)
+    assert (acceptance.spec.storage, acceptance.defaults) == (first.spec.storage, first.defaults)
 
 
 def test_connection_to_the_same_store_follows_the_configuration() -> None:
-    began = resolved(WITHOUT_STORAGE, STORE)
-    today = {**STORE, "credentialsSecretRef": {"name": "two"}, "caBundleRef": {"name": "ca", "key": "ca.crt"}}
-    found = resolved(WITHOUT_STORAGE, today, began.defaults)
-    assert found.spec.storage == resolved(WITHOUT_STORAGE, today).spec.storage
+    first = resolved(WITHOUT_STORAGE, STORE)
+    new_storage = {**STORE, "credentialsSecretRef": {"name": "two"}, "caBundleRef": {"name": "ca", "key": "ca.crt"}}
+    acceptance = resolved(WITHOUT_STORAGE, new_storage, first.defaults)
+    assert acceptance.spec.storage == resolved(WITHOUT_STORAGE, new_storage).spec.storage
 
 
-def test_store_in_the_spec_wins_over_the_first_attempts_defaults() -> None:
-    hers = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
-    began = resolved(hers, STORE)
-    assert resolved(hers, {"uri": "s3://two/models"}, began.defaults).spec == began.spec
+def test_store_in_the_spec_takes_precedence_over_the_first_attempts_defaults() -> None:
+    written = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
+    first = resolved(written, STORE)
+    assert resolved(written, {"uri": "s3://two/models"}, first.defaults).spec == first.spec
 
 
 @pytest.mark.parametrize("kept", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])
@@ -128,16 +128,16 @@ def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
-    """After it ran out of memory, the adaptation starts from the batch it ran with, not from an empty spec."""
+    """When the attempt runs out of memory, the adaptation starts from the attempt's own batch, not from an empty spec."""
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
     begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
-    rung = {
+    adaptation = {
         "time": "2026-11-21T12:00:00Z",
         "reason": "OutOfMemory",
         "change": "",
         "set": {"training.batchSizePerDevice": 2},
     }
-    known = status(attempt=1, attempts=[begun], adaptations=[rung])
+    known = status(attempt=1, attempts=[begun], adaptations=[adaptation])
     plan = decide(
         facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), 71)], now=at(61))
     )
@@ -147,12 +147,12 @@ def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> N
 
 def test_spec_too_long_for_an_annotation_is_refused_with_its_size() -> None:
     env = [{"name": f"V{n}", "value": "x" * 4000} for n in range(20)]
-    found = refused(spec(placement={"env": env}))
-    assert "bytes" in found.message
+    acceptance = refused(spec(placement={"env": env}))
+    assert "bytes" in acceptance.message
 
 
 def test_size_limit_counts_bytes_and_not_characters() -> None:
-    """A system prompt in Chinese takes three bytes a character."""
+    """Each character of a Chinese system prompt takes three bytes."""
     for letter, fits in (("m", True), ("\u6a21", False)):
         env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
         assert isinstance(accept(spec(placement={"env": env}), CONFIG), Accepted) is fits
@@ -163,14 +163,14 @@ def test_sample_spec_is_accepted() -> None:
 
 
 def test_pool_without_the_named_resource_is_refused_with_the_list_of_pools() -> None:
-    found = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
-    assert isinstance(found, Refused) and found.reason is Reason.POOL_LACKS_RESOURCE
+    acceptance = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
+    assert isinstance(acceptance, Refused) and acceptance.reason is Reason.POOL_LACKS_RESOURCE
     assert (
-        "amd.com/gpu, and nodes of pool h100 have nvidia.com/gpu; pools are: h100 (8 x nvidia.com/gpu" in found.message
+        "amd.com/gpu, and nodes of pool h100 have nvidia.com/gpu; pools are: h100 (8 x nvidia.com/gpu" in acceptance.message
     )
 
 
-def test_new_rules_do_not_end_a_job_that_has_started() -> None:
+def test_new_rules_do_not_end_a_job_that_already_started() -> None:
     written = spec(training={"optimizer": "adafactor", "adamBeta1": 0.9})
     new, begun = accept(written, CONFIG), accept(written, CONFIG, FirstAttempt({"training.epochs": 3}))
     assert isinstance(new, Refused) and new.is_final
@@ -179,5 +179,5 @@ def test_new_rules_do_not_end_a_job_that_has_started() -> None:
 
 
 def test_stricter_rules_for_storage_do_not_end_a_job_that_has_started() -> None:
-    found = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
-    assert isinstance(found, Refused) and not found.is_final
+    acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
+    assert isinstance(acceptance, Refused) and not acceptance.is_final

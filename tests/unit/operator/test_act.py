@@ -1,4 +1,4 @@
-"""Carrying out a plan: what is compared with the API server before an attempt starts, what is adopted, who causes a rejection."""
+"""Carrying out a plan: the comparison with the API server before an attempt, existing objects, and causes of rejected Jobs."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def server() -> Server:
 
 
 def second_attempt(**fields: Any) -> tuple[Facts, Plan]:
-    found = facts(known=SECOND, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
-    plan = decide(found)
+    observed = facts(known=SECOND, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
+    plan = decide(observed)
     assert plan.create_attempt == 2
-    return found, plan
+    return observed, plan
 
 
-async def carry_out(server: Server, found: Facts, plan: Plan) -> ActionResult:
-    return await Actor(cast("Kube", server), CONFIG).act(found, plan)
+async def carry_out(server: Server, observed: Facts, plan: Plan) -> ActionResult:
+    return await Actor(cast("Kube", server), CONFIG).act(observed, plan)
 
 
 # Before a later attempt
 
 
-async def test_second_attempt_is_created_if_the_server_agrees(server: Server) -> None:
+async def test_second_attempt_is_created_if_the_facts_match_the_server(server: Server) -> None:
     result = await carry_out(server, *second_attempt())
     assert result.created_job is not None and result.created_job.name == "run-2"
 
@@ -63,7 +63,7 @@ async def test_second_attempt_is_created_if_the_server_agrees(server: Server) ->
     ],
     ids=["other uid", "other generation", "deleting", "suspended", "cancelled", "other attempt"],
 )
-async def test_second_attempt_is_not_created_if_the_server_disagrees(server: Server, changed: dict[str, Object]) -> None:
+async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: Server, changed: dict[str, Object]) -> None:
     """The watch has not delivered the change yet."""
     body = server.finetunejob
     server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed.items()}})
@@ -80,7 +80,7 @@ def pod_body(phase: str, uid: str = UID, attempt: int = 1) -> Object:
 
 @pytest.mark.parametrize("phase", ["Pending", "Running"])
 async def test_second_attempt_waits_for_a_pod_that_the_cache_lacks(server: Server, phase: str) -> None:
-    """Its Job is gone, so that only the label leads to it."""
+    """The pod's Job is gone, so the operator can find the pod only by its label."""
     server.put(POD, pod_body(phase))
     with pytest.raises(StaleFacts, match="run-1-0-x"):
         await carry_out(server, *second_attempt())
@@ -97,12 +97,12 @@ async def test_second_attempt_does_not_wait_for_other_pods(server: Server, body:
 
 
 def first_attempt(written: Object | None = None) -> tuple[Facts, Plan]:
-    found = facts(written=written)
-    return found, decide(found)
+    observed = facts(written=written)
+    return observed, decide(observed)
 
 
-async def existing_job(server: Server, uid: str) -> None:
-    """A Job with the first attempt's name whose controller has this uid."""
+async def put_existing_job(server: Server, uid: str) -> None:
+    """Store a Job with the first attempt's name whose controller has this uid."""
     result = await carry_out(server, *first_attempt())
     assert result.created_job is not None
     body = server.objects[JOB.plural, "run-1"]
@@ -110,15 +110,15 @@ async def existing_job(server: Server, uid: str) -> None:
     server.put(JOB, {**body, "metadata": {**body["metadata"], "ownerReferences": owners}})
 
 
-async def test_own_job_that_exists_is_adopted(server: Server) -> None:
-    """The answer to the first create was lost."""
-    await existing_job(server, UID)
+async def test_existing_own_job_is_adopted(server: Server) -> None:
+    """The response to the first create was lost, so the operator creates the Job again."""
+    await put_existing_job(server, UID)
     result = await carry_out(server, *first_attempt())
     assert result.created_job is not None and result.blocking is None
 
 
 async def test_job_of_another_owner_is_not_adopted(server: Server) -> None:
-    await existing_job(server, "another")
+    await put_existing_job(server, "another")
     result = await carry_out(server, *first_attempt())
     assert result.created_job is None
     assert result.blocking is not None and result.blocking.reason is Reason.CHILDREN_CONFLICT
@@ -148,13 +148,13 @@ def reject_jobs(message: str, code: int) -> Any:
     return before
 
 
-def accepted_before(written: Object, found: Facts) -> Facts:
-    """The facts with a spec that acceptance would refuse today."""
-    return replace(found, job=finetunejob(written, found.job.status))
+def accepted_before(written: Object, observed: Facts) -> Facts:
+    """The facts with a spec that the current acceptance check would refuse."""
+    return replace(observed, job=finetunejob(written, observed.job.status))
 
 
 @pytest.mark.parametrize("code", [400, 422])
-async def test_job_with_wrong_platform_values_waits(server: Server, code: int) -> None:
+async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server: Server, code: int) -> None:
     """Only the platform team can correct the chart's values; the user's job must not fail."""
     server.before = reject_jobs(PLATFORM_ERROR, code)
     process = Process(server)
@@ -167,7 +167,7 @@ async def test_job_with_wrong_platform_values_waits(server: Server, code: int) -
     assert process.queue.seconds_until_due() is not None
 
 
-async def test_first_job_with_a_wrong_value_of_the_user_is_rejected(server: Server) -> None:
+async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(server: Server) -> None:
     server.before = reject_jobs(USER_ERROR, 422)
     found, plan = first_attempt()
     with pytest.raises(SpecRejected) as caught:
@@ -176,8 +176,8 @@ async def test_first_job_with_a_wrong_value_of_the_user_is_rejected(server: Serv
     assert "spec.placement.labels" in caught.value.refused.message
 
 
-async def test_later_job_with_a_wrong_value_of_the_user_waits(server: Server) -> None:
-    """The first attempt was created from the same spec: something else has changed."""
+async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> None:
+    """The first attempt was created from the same spec, so the spec is not the cause."""
     server.before = reject_jobs(USER_ERROR, 422)
     found, plan = second_attempt()
     result = await carry_out(server, accepted_before(LABELLED, found), plan)

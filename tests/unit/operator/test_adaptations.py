@@ -1,4 +1,4 @@
-"""What the next attempt changes after memory ran out or the loss diverged."""
+"""The changes for the next attempt after memory ran out or the loss diverged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROLLED_BACK = Adaptation(
 
 
 def all_changes(**groups: Any) -> list[str]:
-    """All changes in order, until none is left."""
+    """Return all changes in order, until the adaptations are exhausted."""
     current, changes = accepted(spec(**groups)).spec, []
     while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
         changes.append(change.change)
@@ -49,20 +49,20 @@ CHECKPOINTS = [
 @given(batch=st.integers(1, 512), accumulation=st.integers(1, 512))
 def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumulation: int) -> None:
     current = accepted(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
-    seen = batch
+    previous_batch = batch
     for _ in range(12):
         change = adapt_to_out_of_memory(current, T0)
         if isinstance(change, AdaptationsExhausted):
             break
         current = apply_adaptations(current, [change])
-        now, more = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
-        assert now is not None and more is not None
-        assert now * more == batch * accumulation
-        assert now <= seen / 2 or now == seen
-        seen = now
+        new_batch, accumulation_steps = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
+        assert new_batch is not None and accumulation_steps is not None
+        assert new_batch * accumulation_steps == batch * accumulation
+        assert new_batch <= previous_batch / 2 or new_batch == previous_batch
+        previous_batch = new_batch
     else:
-        raise AssertionError("the ladder has no end")
-    assert seen == 1 or accumulation * batch > 65536
+        raise AssertionError("the adaptations have no end")
+    assert previous_batch == 1 or accumulation * batch > 65536
     assert current.training.gradient_checkpointing == "enabled"
 
 
@@ -88,36 +88,36 @@ def test_policy_fail_allows_no_adaptation() -> None:
     assert isinstance(
         adapt_to_out_of_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), AdaptationsExhausted
     )
-    found = adapt_to_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
-    assert isinstance(found, AdaptationsExhausted)
+    change = adapt_to_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
+    assert isinstance(change, AdaptationsExhausted)
 
 
 def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_rate() -> None:
     base = accepted(spec(training={"learningRate": 0.01})).spec
-    marks = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
+    checkpoints = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
     done: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        change = adapt_to_divergence(apply_adaptations(base, done), done, marks, T0, attempt)
+        change = adapt_to_divergence(apply_adaptations(base, done), done, checkpoints, T0, attempt)
         assert isinstance(change, Adaptation)
         done.append(change)
-    assert [one.set for one in done] == [
+    assert [adaptation.set for adaptation in done] == [
         {},
         {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
         {"training.learningRate": 0.0025, "resume.maxStep": 10, "resume.firstAttempt": 4},
     ]
-    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, marks, T0), AdaptationsExhausted)
+    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, checkpoints, T0), AdaptationsExhausted)
 
 
-def test_unproven_checkpoints_are_no_rollback_targets() -> None:
-    """The loss after such a checkpoint was not finite: it may hold the weights that led there."""
+def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
+    """The loss after such a checkpoint was not finite, so the checkpoint may contain the weights that caused it."""
     base = accepted().spec
-    marks = [
+    checkpoints = [
         Checkpoint(step=step, uri=f"u{step}", healthy=healthy)
         for step, healthy in ((10, True), (20, False), (30, True), (40, False))
     ]
-    replay = adapt_to_divergence(base, [], marks, T0)
+    replay = adapt_to_divergence(base, [], checkpoints, T0)
     assert isinstance(replay, Adaptation) and "step 30" in replay.change
-    rollback = adapt_to_divergence(base, [replay], marks, T0, 2)
+    rollback = adapt_to_divergence(base, [replay], checkpoints, T0, 2)
     assert isinstance(rollback, Adaptation) and rollback.set is not None
     assert rollback.set["resume.maxStep"] == 10
 
@@ -133,7 +133,7 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "start"),
+    ("committed", "start"),
     [
         ([], 20),
         ([(10, 1), (20, 1), (30, 2)], 20),
@@ -144,16 +144,16 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
         ([(30, 0)], 20),
     ],
 )
-def test_rollback_excludes_older_attempts_checkpoints_and_no_newer_ones(
-    made: list[tuple[int, int]], start: int | None
+def test_rollback_excludes_checkpoints_of_older_attempts_only(
+    committed: list[tuple[int, int]], start: int | None
 ) -> None:
-    """`made`: (step, attempt) of every checkpoint; attempt 0: its uri names no attempt."""
+    """`made`: (step, attempt) of every checkpoint; attempt 0: the URI does not name an attempt."""
     uris = {
-        attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in made
+        attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed
     }
-    marks = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in made]
-    assert max_start_step([ROLLED_BACK], marks) == start
-    assert max_start_step([], marks) is None
+    checkpoints = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in committed]
+    assert max_start_step([ROLLED_BACK], checkpoints) == start
+    assert max_start_step([], checkpoints) is None
 
 
 def test_adaptation_that_the_rules_refuse_is_skipped() -> None:
@@ -178,11 +178,11 @@ def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
     written = spec(checkpoint={"keep": 2})
     known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS)
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
-    found = facts(written=written, known=known, jobs=[job()], pods=[pod()], last_report=received)
-    left = make_report(found, decide(found), ActionResult()).checkpoints
+    observed = facts(written=written, known=known, jobs=[job()], pods=[pod()], last_report=received)
+    kept_checkpoints = make_report(observed, decide(observed), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        change = adapt_to_divergence(accepted(written).spec, adaptations, left, T0, attempt)
+        change = adapt_to_divergence(accepted(written).spec, adaptations, kept_checkpoints, T0, attempt)
         assert not isinstance(change, AdaptationsExhausted)
         adaptations.append(change)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400

@@ -1,4 +1,4 @@
-"""What keeps pods from running: their status, events, injected containers, gates."""
+"""Reasons why pods do not run: their status, events, injected containers and scheduling gates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from finetune_operator.views import PodView, read_pod
 from tests.unit.operator.samples import UID, pod
 
 
-def seen(phase: str, trainer: dict[str, Any], *, beside: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
+def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """A pod read from JSON, with the states of its trainer, of an injected container that sorts before it, and of an init container."""
+    """Parse a pod with these states of the trainer, of an injected container listed before it (`injected`), and of an init container."""
     labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
-    states = [{"name": "istio-proxy", "imageID": "proxy", "state": beside}] if beside else []
+    states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
     states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
     body = {
         "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
@@ -31,23 +31,23 @@ def seen(phase: str, trainer: dict[str, Any], *, beside: dict[str, Any] | None =
             "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
         },
     }  # fmt: skip
-    found = read_pod(body)
-    assert found is not None
-    return found
+    view = read_pod(body)
+    assert view is not None
+    return view
 
 
-RUNS = {"running": {"startedAt": "2026-11-21T12:00:00Z"}}
+RUNNING_STATE = {"running": {"startedAt": "2026-11-21T12:00:00Z"}}
 
 INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
 
 
 def test_pod_status_shows_the_blocking_condition() -> None:
-    pulling = replace(pod(), phase="Pending", waiting_reason="ImagePullBackOff", waiting_message="no such image")
-    placed = replace(pod(index=1), phase="Pending", unschedulable="0/1 nodes")
-    assert blocking_condition_of_pods([placed, pulling]) == BlockingCondition(
+    pulling_pod = replace(pod(), phase="Pending", waiting_reason="ImagePullBackOff", waiting_message="no such image")
+    unschedulable_pod = replace(pod(index=1), phase="Pending", unschedulable="0/1 nodes")
+    assert blocking_condition_of_pods([unschedulable_pod, pulling_pod]) == BlockingCondition(
         Reason.IMAGE_PULL_FAILED, "ImagePullBackOff: no such image"
     )
-    assert blocking_condition_of_pods([placed]) == BlockingCondition(Reason.UNSCHEDULABLE, "0/1 nodes")
+    assert blocking_condition_of_pods([unschedulable_pod]) == BlockingCondition(Reason.UNSCHEDULABLE, "0/1 nodes")
     assert blocking_condition_of_pods([pod()]) is None
 
 
@@ -68,23 +68,23 @@ def test_warning_events_show_the_blocking_condition(reason: str, note: str, foun
 
 
 def test_injected_container_that_keeps_the_pod_running_is_named() -> None:
-    found = blocking_condition_of_pods([seen("Running", {"terminated": {"exitCode": 0}}, beside=RUNS)])
-    assert found is not None
-    assert "ended with exit code 0, and another container of the pod still runs" in found.message
-    assert blocking_condition_of_pods([seen("Running", RUNS, beside=RUNS)]) is None
+    blocking = blocking_condition_of_pods([parse_pod("Running", {"terminated": {"exitCode": 0}}, injected=RUNNING_STATE)])
+    assert blocking is not None
+    assert "ended with exit code 0, and another container of the pod still runs" in blocking.message
+    assert blocking_condition_of_pods([parse_pod("Running", RUNNING_STATE, injected=RUNNING_STATE)]) is None
 
 
 def test_missing_image_of_an_init_container_is_shown() -> None:
-    found = blocking_condition_of_pods(
-        [seen("Pending", INITIALIZING, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})]
+    blocking = blocking_condition_of_pods(
+        [parse_pod("Pending", INITIALIZING, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})]
     )
-    assert found is not None
-    assert (found.reason, found.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
-    assert blocking_condition_of_pods([seen("Pending", INITIALIZING, init=RUNS)]) is None
+    assert blocking is not None
+    assert (blocking.reason, blocking.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
+    assert blocking_condition_of_pods([parse_pod("Pending", INITIALIZING, init=RUNNING_STATE)]) is None
 
 
 def test_scheduling_gate_is_named() -> None:
     gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
-    found = blocking_condition_of_pods([seen("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
-    assert found is not None
-    assert (found.reason, found.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")
+    blocking = blocking_condition_of_pods([parse_pod("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
+    assert blocking is not None
+    assert (blocking.reason, blocking.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")

@@ -1,4 +1,4 @@
-"""Reads of events about missing pods: when they are needed, and how often they happen."""
+"""Reads of events about missing pods: when they happen, and how they are rate limited."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def server() -> Server:
     return new_server()
 
 
-async def stuck_pod(server: Server, scheduled: int) -> Process:
-    """A new process that sees an old pod which got its node `scheduled` seconds ago and does not run."""
+async def process_with_stuck_pod(server: Server, scheduled: int) -> Process:
+    """Return a new process with an old pod that was scheduled `scheduled` seconds ago and does not run."""
     _, job = await start_attempt(server)
     process, now = Process(server), server.clock.now()
     process.cache.put_job(job)
@@ -32,15 +32,15 @@ async def stuck_pod(server: Server, scheduled: int) -> Process:
 
 @pytest.mark.parametrize(("scheduled", "reads"), [(1, 0), (60, 1)])
 async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: Server, scheduled: int, reads: int) -> None:
-    """A pod may wait an hour for its node, which says nothing about its volumes."""
-    process = await stuck_pod(server, scheduled)
+    """A pod that waited an hour for a node may still mount its volumes without a problem."""
+    process = await process_with_stuck_pod(server, scheduled)
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == reads
 
 
 async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
     """The server scans all events of the namespace for each read."""
-    process = await stuck_pod(server, 60)
+    process = await process_with_stuck_pod(server, 60)
     limiter, now = process.reconciler._blocking._limiter, asyncio.get_running_loop().time()
     limiter.record_read(now - 0.2, now)
     await process.reconcile()
@@ -54,7 +54,7 @@ async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
 
 
 async def test_failed_read_uses_up_its_reservation(server: Server) -> None:
-    process = await stuck_pod(server, 60)
+    process = await process_with_stuck_pod(server, 60)
 
     def fail(verb: str, kind: Kind) -> None:
         if kind is CORE_EVENT:

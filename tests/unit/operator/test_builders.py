@@ -1,6 +1,6 @@
 """The Job, the Service and run.json of an attempt, compared with golden files.
 
-After an intended change: `GOLDEN=write pytest tests/unit/operator/test_builders.py`, and read the difference.
+After an intended change: `GOLDEN=write pytest tests/unit/operator/test_builders.py`, then review the diff.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ EVERYTHING = spec(
 
 def built(written: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
     found = accepted(written)
-    mine = finetunejob(written)
+    finetune_job = finetunejob(written)
     values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 0, "max_step": None, **options}
-    run = build_run_config(mine, found.spec, attempt, **values)
-    return run, build_job(mine, run, found.pool, CONFIG)
+    run = build_run_config(finetune_job, found.spec, attempt, **values)
+    return run, build_job(finetune_job, run, found.pool, CONFIG)
 
 
-def golden(name: str, value: Object) -> None:
+def assert_matches_golden_file(name: str, value: Object) -> None:
     path = GOLDEN / f"{name}.yaml"
     text = yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120)
     if os.environ.get("GOLDEN") == "write":
@@ -81,19 +81,19 @@ def without_run(body: Object) -> Object:
 @pytest.mark.parametrize(("name", "written"), [("small", spec()), ("everything", EVERYTHING)])
 def test_job_matches_its_golden_file(name: str, written: Object) -> None:
     _, body = built(written)
-    golden(f"job-{name}", without_run(body))
+    assert_matches_golden_file(f"job-{name}", without_run(body))
 
 
 def test_run_config_matches_its_golden_file() -> None:
     run, _ = built(EVERYTHING)
-    golden("run-everything", run.to_wire())
+    assert_matches_golden_file("run-everything", run.to_wire())
 
 
 def test_service_matches_its_golden_file() -> None:
-    golden("service", build_service(job()))
+    assert_matches_golden_file("service", build_service(job()))
 
 
-def test_job_contains_its_run_configuration_and_the_hash_of_it() -> None:
+def test_job_contains_its_run_configuration_and_its_hash() -> None:
     run, body = built(EVERYTHING)
     text = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     assert RunConfig.model_validate(json.loads(text)) == run
@@ -119,7 +119,7 @@ def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "attempt", "committed", "max_step", "mode", "expected"),
+    ("requested", "attempt", "committed", "max_step", "mode", "expected"),
     [
         ("auto", 1, 0, None, "auto", 0),
         ("never", 1, 0, None, "never", 0),
@@ -135,13 +135,13 @@ def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> Non
     ],
 )
 def test_resume_settings_of_an_attempt(
-    asked: str, attempt: int, committed: int, max_step: int | None, mode: str, expected: int
+    requested: str, attempt: int, committed: int, max_step: int | None, mode: str, expected: int
 ) -> None:
-    run, _ = built(spec(checkpoint={"resume": asked}), attempt, committed_step=committed, max_step=max_step)
+    run, _ = built(spec(checkpoint={"resume": requested}), attempt, committed_step=committed, max_step=max_step)
     assert (run.resume.mode, run.resume.expect_step, run.resume.max_step) == (mode, expected, max_step)
 
 
-def test_only_several_pods_need_a_dns_name() -> None:
+def test_only_attempts_with_several_pods_use_dns_names() -> None:
     alone, body = built(spec())
     assert (alone.world.master_address, alone.world.master_port) == ("127.0.0.1", 0)
     assert "subdomain" not in body["spec"]["template"]["spec"]
@@ -152,16 +152,16 @@ def test_only_several_pods_need_a_dns_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "took", "grace"),
+    ("written", "save_seconds", "grace"),
     [(None, None, 300), (None, 99.0, 300), (None, 200.5, 602), (None, 1e6, 86400), (120, 200.5, 120)],
 )
-def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | None, took: float | None, grace: int) -> None:
+def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | None, save_seconds: float | None, grace: int) -> None:
     policy = {} if written is None else {"terminationGracePeriodSeconds": written}
     body = finetunejob(spec(policy=policy))
-    slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=took)
+    slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=save_seconds)
     quick = Checkpoint(step=20, uri="s3://r/20", save_seconds=5000.0)
-    mine = replace(body, status=body.status.model_copy(update={"checkpoints": [slow, quick] if took else []}))
-    found = accepted(spec(policy=policy))
-    run = build_run_config(mine, found.spec, 2, defaults=found.defaults, committed_step=40, max_step=None)
+    finetune_job = replace(body, status=body.status.model_copy(update={"checkpoints": [slow, quick] if save_seconds else []}))
+    acceptance = accepted(spec(policy=policy))
+    run = build_run_config(finetune_job, acceptance.spec, 2, defaults=acceptance.defaults, committed_step=40, max_step=None)
     assert run.grace_seconds == grace
-    assert build_job(mine, run, found.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace
+    assert build_job(finetune_job, run, acceptance.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace

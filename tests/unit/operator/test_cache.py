@@ -11,7 +11,7 @@ RUN = Key("team", "run")
 
 
 def full_list(*finetunejobs: str, version: int, namespaces: frozenset[str] = frozenset()) -> FullList:
-    """A full list that shows these FineTuneJobs, no Jobs and no pods."""
+    """A full list of these FineTuneJobs, without Jobs and pods."""
     return FullList(frozenset(finetunejobs), frozenset(), frozenset(), version, namespaces)
 
 
@@ -44,7 +44,7 @@ def test_pods_of_the_current_attempt_are_not_dropped() -> None:
     assert sorted(p.attempt for p in cache.get(RUN).pods.values()) == [1, 2]
 
 
-def test_deleted_pods_do_not_outlive_the_finetunejob_and_its_jobs() -> None:
+def test_deleted_pods_are_dropped_with_the_finetunejob_and_its_jobs() -> None:
     cache = Cache()
     cache.put_finetunejob(finetunejob())
     cache.put_job(job())
@@ -56,14 +56,14 @@ def test_deleted_pods_do_not_outlive_the_finetunejob_and_its_jobs() -> None:
     assert cache.get(RUN).pods == {}
 
 
-def test_deleting_a_finetunejob_spares_one_of_the_same_name() -> None:
+def test_deleting_a_finetunejob_keeps_a_new_one_of_the_same_name() -> None:
     cache = Cache()
     cache.put_finetunejob(finetunejob(uid="new", version=9))
     cache.drop_finetunejob(RUN, UID)
     assert cache.keys() == [RUN]
 
 
-def test_full_list_prunes_deleted_objects_and_spares_newer_ones() -> None:
+def test_full_list_prunes_deleted_objects_and_keeps_newer_ones() -> None:
     cache = Cache()
     cache.put_finetunejob(finetunejob(version=3))
     cache.put_pod(pod(version=4))
@@ -90,7 +90,7 @@ def test_other_namespaces_are_not_pruned() -> None:
     assert cache.keys() == [RUN]
 
 
-def test_update_without_news_is_not_a_change() -> None:
+def test_update_without_relevant_change_is_not_a_change() -> None:
     cache = Cache()
     assert cache.put_finetunejob(finetunejob(version=3)) == CacheUpdate(RUN, changed=True, is_new=True)
     assert not cache.put_finetunejob(finetunejob(version=3)).changed

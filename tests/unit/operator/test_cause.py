@@ -19,11 +19,11 @@ def message(code: str, **fields: Any) -> TerminationMessage:
     return TerminationMessage(code=code, message=f"{code} happened", **fields)
 
 
-def seen(phase: str, trainer: dict[str, Any], *, beside: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
+def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """A pod read from JSON, with the states of its trainer, of an injected container that sorts before it, and of an init container."""
+    """Parse a pod with these states of the trainer, of an injected container listed before it (`injected`), and of an init container."""
     labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
-    states = [{"name": "istio-proxy", "imageID": "proxy", "state": beside}] if beside else []
+    states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
     states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
     body = {
         "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
@@ -33,9 +33,9 @@ def seen(phase: str, trainer: dict[str, Any], *, beside: dict[str, Any] | None =
             "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
         },
     }  # fmt: skip
-    found = read_pod(body)
-    assert found is not None
-    return found
+    view = read_pod(body)
+    assert view is not None
+    return view
 
 
 INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
@@ -55,20 +55,20 @@ INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
     ],
 )  # fmt: skip
 def test_exit_code_decides_reason_and_retry_policy(code: int, reason: Reason, retry: RetryPolicy) -> None:
-    found = pod_cause(ended(pod(), code))
-    assert found is not None
-    assert (found.reason, found.retry, found.failure.exit_code) == (reason, retry, code)
+    cause = pod_cause(ended(pod(), code))
+    assert cause is not None
+    assert (cause.reason, cause.retry, cause.failure.exit_code) == (reason, retry, code)
 
 
-def test_class_in_the_termination_message_wins_over_the_exit_codes_class() -> None:
-    found = pod_cause(ended(pod(), 77, message("Gated", class_=FailureClass.MODEL, hint="ask for access")))
-    assert found is not None
-    assert (found.reason, found.failure.class_, found.failure.hint) == (
+def test_class_in_the_termination_message_takes_precedence_over_the_exit_codes_class() -> None:
+    cause = pod_cause(ended(pod(), 77, message("Gated", class_=FailureClass.MODEL, hint="ask for access")))
+    assert cause is not None
+    assert (cause.reason, cause.failure.class_, cause.failure.hint) == (
         Reason.MODEL_ERROR, FailureClass.MODEL, "ask for access",
     )  # fmt: skip
 
 
-def test_running_or_succeeded_pod_is_no_cause() -> None:
+def test_running_or_succeeded_pod_is_not_a_cause() -> None:
     assert pod_cause(pod()) is None
     assert pod_cause(ended(pod(), 0)) is None
 
@@ -84,22 +84,22 @@ def test_running_or_succeeded_pod_is_no_cause() -> None:
     ],
 )
 def test_disruption_does_not_count_as_a_retry(disruption: str, code: int | None, reason: Reason) -> None:
-    taken = replace(pod(), disruption=disruption, phase="Failed")
-    found = pod_cause(ended(taken, code) if code is not None else taken)
-    assert found is not None
-    assert (found.reason, found.retry) == (reason, RetryPolicy.FREE)
+    disrupted_pod = replace(pod(), disruption=disruption, phase="Failed")
+    cause = pod_cause(ended(disrupted_pod, code) if code is not None else disrupted_pod)
+    assert cause is not None
+    assert (cause.reason, cause.retry) == (reason, RetryPolicy.FREE)
 
 
 def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
-    found = pod_cause(replace(ended(pod(), 65), disruption="EvictionByEvictionAPI"))
-    assert found is not None
-    assert found.reason is Reason.DATA_ERROR
+    cause = pod_cause(replace(ended(pod(), 65), disruption="EvictionByEvictionAPI"))
+    assert cause is not None
+    assert cause.reason is Reason.DATA_ERROR
 
 
 def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
-    found = pod_cause(ended(pod(), 137, reason="OOMKilled"))
-    assert found is not None
-    assert (found.reason, found.retry, found.failure.code) == (
+    cause = pod_cause(ended(pod(), 137, reason="OOMKilled"))
+    assert cause is not None
+    assert (cause.reason, cause.retry, cause.failure.code) == (
         Reason.OUT_OF_MEMORY,
         RetryPolicy.ADAPT_MEMORY,
         "OOMKilled",
@@ -107,29 +107,29 @@ def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
 
 
 def test_pod_killed_while_being_deleted_is_preempted() -> None:
-    found = pod_cause(replace(ended(pod(), 137), deletion_timestamp=T0))
-    assert found is not None
-    assert (found.reason, found.retry) == (Reason.PREEMPTED, RetryPolicy.FREE)
+    cause = pod_cause(replace(ended(pod(), 137), deletion_timestamp=T0))
+    assert cause is not None
+    assert (cause.reason, cause.retry) == (Reason.PREEMPTED, RetryPolicy.FREE)
 
 
 def test_pod_rejected_by_its_node_counts_as_a_retry() -> None:
-    found = pod_cause(replace(pod(), phase="Failed", reason="OutOfnvidia.com/gpu", message="no"))
-    assert found is not None
-    assert (found.retry, found.failure.code) == (RetryPolicy.COUNTED, "OutOfnvidia.com/gpu")
+    cause = pod_cause(replace(pod(), phase="Failed", reason="OutOfnvidia.com/gpu", message="no"))
+    assert cause is not None
+    assert (cause.retry, cause.failure.code) == (RetryPolicy.COUNTED, "OutOfnvidia.com/gpu")
 
 
 @pytest.mark.parametrize(
-    ("codes", "counts"),
+    ("codes", "expected"),
     [
         ([74, 65], 65), ([71, 70], 71), ([75, 74], 74), ([75, 70, 74], 70), ([72, 65], 65), ([69, 72], 69),
     ],
 )  # fmt: skip
-def test_failure_with_the_lowest_precedence_is_the_cause(codes: list[int], counts: int) -> None:
+def test_failure_with_the_lowest_precedence_is_the_cause(codes: list[int], expected: int) -> None:
     pods = [ended(pod(index=n), code, message("X")) for n, code in enumerate(codes)]
-    assert cause_of(None, pods).failure.exit_code == counts
+    assert cause_of(None, pods).failure.exit_code == expected
 
 
-def test_earliest_rank_that_failed_by_itself_is_the_cause() -> None:
+def test_first_rank_that_failed_itself_is_the_cause() -> None:
     pods = [
         ended(pod(index=0), 70, message("Noticed", origin=False, time_ns=1, rank=0)),
         ended(pod(index=1), 70, message("Late", origin=True, time_ns=30, rank=1)),
@@ -145,46 +145,46 @@ def test_disruption_is_the_cause_of_peer_failures() -> None:
 
 def test_condition_of_the_job_is_the_cause_if_no_pod_is_known() -> None:
     failed = job(failed_at=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
-    found = cause_of(failed, [])
-    assert (found.failure.code, found.retry) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
+    cause = cause_of(failed, [])
+    assert (cause.failure.code, cause.retry) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
     assert cause_of(None, []).failure.code == "PodsLost"
 
 
 def test_last_log_line_replaces_a_missing_termination_message_without_secrets() -> None:
     text = "Traceback\nAWS_SECRET_ACCESS_KEY=wJalrXUtnFEMIK7MDENG failed\n"
-    found = pod_cause(ended(pod(), 1, message=text))
-    assert found is not None
-    assert found.failure.message == "AWS_SECRET_ACCESS_KEY=[redacted] failed"
+    cause = pod_cause(ended(pod(), 1, message=text))
+    assert cause is not None
+    assert cause.failure.message == "AWS_SECRET_ACCESS_KEY=[redacted] failed"
 
 
-def test_exit_of_the_trainer_counts_and_not_that_of_an_injected_container() -> None:
-    over = seen("Failed", {"terminated": {"exitCode": 65}}, beside={"terminated": {"exitCode": 0}})
-    assert over.image_id == "trainer"
-    cause = pod_cause(over)
+def test_exit_code_of_an_injected_container_is_ignored() -> None:
+    failed_pod = parse_pod("Failed", {"terminated": {"exitCode": 65}}, injected={"terminated": {"exitCode": 0}})
+    assert failed_pod.image_id == "trainer"
+    cause = pod_cause(failed_pod)
     assert cause is not None
     assert (cause.failure.exit_code, cause.retry) == (65, RetryPolicy.NEVER)
 
 
 def test_failed_init_container_is_named() -> None:
     failed = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
-    cause = cause_of(None, [seen("Failed", INITIALIZING, init=failed)])
+    cause = cause_of(None, [parse_pod("Failed", INITIALIZING, init=failed)])
     assert (cause.failure.code, cause.retry) == ("InitContainerFailed", RetryPolicy.COUNTED)
     assert cause.failure.message == "init container setup ended with exit code 3: no route to the vault"
 
 
 @pytest.mark.parametrize("code", [75, 76, 137, 143])
-def test_pod_evicted_for_its_own_use_counts_as_a_retry(code: int) -> None:
-    words = "Pod ephemeral local storage usage exceeds the total limit of containers 20Gi."
-    evicted = replace(ended(pod(), code), reason="Evicted", message=words)
+def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) -> None:
+    kubelet_message = "Pod ephemeral local storage usage exceeds the total limit of containers 20Gi."
+    evicted = replace(ended(pod(), code), reason="Evicted", message=kubelet_message)
     cause = pod_cause(evicted)
     assert cause is not None
     assert (cause.failure.class_, cause.failure.code, cause.failure.message) == (
         FailureClass.INFRASTRUCTURE,
         "Evicted",
-        words,
+        kubelet_message,
     )
     assert cause.retry is RetryPolicy.COUNTED
     assert "resources.ephemeralStorage" in (cause.failure.hint or "")
-    free = pod_cause(replace(evicted, disruption="TerminationByKubelet"))
-    assert free is not None
-    assert free.retry is RetryPolicy.FREE
+    disruption = pod_cause(replace(evicted, disruption="TerminationByKubelet"))
+    assert disruption is not None
+    assert disruption.retry is RetryPolicy.FREE

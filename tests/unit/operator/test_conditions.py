@@ -21,12 +21,12 @@ RUNNING = {
 }
 
 
-def status_of(found: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute(found, decide(found), result or ActionResult())
+def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute(observed, decide(observed), result or ActionResult())
 
 
-def values(found: FineTuneJobStatus) -> dict[str, str]:
-    return {one.type.value: one.status for one in found.conditions}
+def values(new_status: FineTuneJobStatus) -> dict[str, str]:
+    return {condition.type.value: condition.status for condition in new_status.conditions}
 
 
 def test_conditions_of_a_new_job() -> None:
@@ -50,8 +50,8 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
     health = {"healthy": problem is None, "checkpointProblem": problem}
     checkpoints = [{"step": 5, "uri": "s3://b/5"}]
     reported = report(health=health, checkpoints=checkpoints, latestCheckpoint="s3://b/5")
-    found = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported))
-    condition = found.condition(Condition.CHECKPOINTS_HEALTHY)
+    new_status = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported))
+    condition = new_status.condition(Condition.CHECKPOINTS_HEALTHY)
     assert condition is not None
     assert (condition.status, condition.reason) == (value, reason)
     assert problem is None or condition.message == problem
@@ -66,8 +66,8 @@ def test_start_timeout_sets_stalled_and_does_not_finish_the_job() -> None:
     assert "Stalled" not in values(early)
 
 
-def test_start_timeout_of_pods_that_stop_being_ready_counts_from_then_and_is_scheduled() -> None:
-    """The status write that records the missing pods causes no event, so the wake-up must be set by the same reconcile."""
+def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
+    """The status write that records the unready pods causes no watch event, so the same reconcile must schedule the next one."""
     written = spec(policy={"startTimeoutSeconds": 60})
     ready = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
     lost = facts(written=written, known=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
@@ -84,19 +84,19 @@ def test_transition_time_changes_only_with_the_status() -> None:
     second = status_of(facts(known=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
     third = status_of(facts(known=second, jobs=[job()], pods=[pod()], now=at(30)))
 
-    def changed_at(found: FineTuneJobStatus) -> datetime | None:
-        condition = found.condition(Condition.PODS_READY)
+    def changed_at(new_status: FineTuneJobStatus) -> datetime | None:
+        condition = new_status.condition(Condition.PODS_READY)
         return condition.last_transition_time if condition else None
 
     assert (changed_at(first), changed_at(second), changed_at(third)) == (at(10), at(10), at(30))
 
 
-def test_missing_pool_is_not_accepted_and_leaves_the_running_attempt_alone() -> None:
+def test_missing_pool_is_refused_and_the_running_attempt_continues() -> None:
     written = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
     pods = [pod(), pod(index=1)]
-    found = facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(50))
-    assert decide(found).termination is None
-    shown = status_of(found)
+    observed = facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(50))
+    assert decide(observed).termination is None
+    shown = status_of(observed)
     assert shown.workers is not None and shown.workers.display == "2/2"
     assert values(shown)["Accepted"] == "False"
     late = decide(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(101)))

@@ -16,53 +16,53 @@ from tests.unit.operator.samples import at, condition, facts, iso, job, pod, rep
 BEGUN = {"number": 1, "startTime": iso(0)}
 
 
-def stalled(found: Facts, acted: ActionResult | None = None) -> bool:
-    new = make_report(found, decide(found), acted or ActionResult())
-    return any(one.type == Condition.STALLED and one.status == "True" for one in new.conditions)
+def stalled(observed: Facts, result: ActionResult | None = None) -> bool:
+    new = make_report(observed, decide(observed), result or ActionResult())
+    return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new.conditions)
 
 
-def silent(ready_since: float) -> FineTuneJobStatus:
+def unready_status(ready_since: float) -> FineTuneJobStatus:
     return status(
         attempt=1, attempts=[{**BEGUN, "lastStep": 500}], progress={"step": 500, "updateTime": iso(100)},
         conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, ready_since)],
     )  # fmt: skip
 
 
-def test_pods_that_were_ready_until_now_are_not_late() -> None:
+def test_start_timeout_begins_when_ready_pods_become_unready() -> None:
     begun = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)]
     )
-    found = facts(known=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
-    assert not stalled(found)
+    observed = facts(known=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
+    assert not stalled(observed)
     lost = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)]
     )
     assert stalled(facts(known=lost, jobs=[job()], pods=[pod(is_ready=False)], now=at(9001)))
 
 
-def test_pod_that_was_silent_before_the_operator_restarted_stalls() -> None:
-    found = facts(known=silent(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
-    plan = decide(found)
+def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() -> None:
+    observed = facts(known=unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
+    plan = decide(observed)
     assert plan.termination is not None and plan.termination.reason is Reason.STALLED
 
 
 @pytest.mark.parametrize(
     ("known", "ready"),
     [
-        (silent(200), True),
-        (silent(500), False),
+        (unready_status(200), True),
+        (unready_status(500), False),
         (status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
-        (silent(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso(150)}]).attempts}), False),
+        (unready_status(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso(150)}]).attempts}), False),
     ],
-    ids=["ready", "not yet", "never reported", "an earlier attempt reported"],
+    ids=["pod is ready", "unready for less than the timeout", "never reported", "an earlier attempt reported"],
 )  # fmt: skip
 def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: bool) -> None:
     plan = decide(facts(known=known, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
     assert plan.termination is None and plan.reconcile_at is not None
 
 
-def test_pod_that_replaced_a_requeued_one_gets_the_whole_stall_timeout() -> None:
-    """The queue suspended the Job at 120 s and admitted it again at 7200 s: the reporting pod is gone, and its replacement is new."""
+def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
+    """The queue suspended the Job at 120 s and admitted it readmitted_job at 7200 s: a new pod replaced the pod that reported."""
     known = status(
         attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
         conditions=[
@@ -70,13 +70,13 @@ def test_pod_that_replaced_a_requeued_one_gets_the_whole_stall_timeout() -> None
             condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 120),
         ],
     )  # fmt: skip
-    again = job(queue="q", started_at=at(7200))
-    waits = pod(uid="new", phase="Pending", is_ready=False, created_at=at(7200))
-    runs = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
+    readmitted_job = job(queue="q", started_at=at(7200))
+    pending_pod = pod(uid="new", phase="Pending", is_ready=False, created_at=at(7200))
+    running_pod = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
     queued = spec(placement={"queueName": "q"})
-    for new, now, ends in ((waits, 9000, False), (runs, 7400, False), (runs, 7899, False), (runs, 7905, True)):
-        found = facts(written=queued, known=known, jobs=[again], pods=[new], now=at(now))
-        assert (decide(found).termination is not None) is ends, (new.phase, now)
+    for new, now, ends in ((pending_pod, 9000, False), (running_pod, 7400, False), (running_pod, 7899, False), (running_pod, 7905, True)):
+        observed = facts(written=queued, known=known, jobs=[readmitted_job], pods=[new], now=at(now))
+        assert (decide(observed).termination is not None) is ends, (new.phase, now)
 
 
 def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started() -> None:
@@ -103,7 +103,7 @@ def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
     assert not stalled(facts(known=known, now=at(1900)))
 
 
-def test_taken_name_shows_as_stalled_after_the_start_timeout() -> None:
+def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
     known = status(
         conditions=[
             condition(Condition.ACCEPTED, "True", "Accepted", 0),
@@ -137,8 +137,8 @@ def test_backoff_does_not_count_as_waiting() -> None:
     known, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
     refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
-        found = facts(written=spec(policy={"startTimeoutSeconds": 60}), known=known, now=at(now))
-        assert stalled(found, refused) is late
+        observed = facts(written=spec(policy={"startTimeoutSeconds": 60}), known=known, now=at(now))
+        assert stalled(observed, refused) is late
 
 
 def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
@@ -149,34 +149,37 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
     progress = {"step": 7, "updateTime": at(590).isoformat()}
     known = status(attempt=1, attempts=[BEGUN], progress=progress, conditions=conditions)
     new = pod(uid="new", created_at=at(5000), phase="Pending", is_ready=False, ip="")
-    found = facts(
+    observed = facts(
         written=spec(placement={"queueName": "q"}), known=known, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
         now=at(5001),
     )  # fmt: skip
-    assert decide(found).termination is None
+    assert decide(observed).termination is None
 
 
-def test_pod_of_a_lost_node_is_lost_and_not_stalled() -> None:
-    """The pod is evicted after 340 s. Its 300 s of grace and the margin of 60 s exceed the stall timeout."""
+def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
+    """The pod is evicted after 340 s. With its grace period of 300 s and the margin of 60 s, it is lost after the stall timeout."""
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption="DeletionByTaintManager")
     for now, reason in ((650, None), (701, Reason.NODE_LOST)):
-        found = facts(known=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
-        termination = decide(found).termination
+        observed = facts(known=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
+        termination = decide(observed).termination
         assert (termination.reason if termination else None) is reason
 
 
-def test_flapping_readiness_of_an_unreachable_pod_is_no_stall() -> None:
-    """The operator could not reach the pod for an hour, as a network policy can cause; the kubelet found the pod ready until now."""
+def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() -> None:
+    """A network policy has kept the operator from reading reports for an hour. The kubelet reported the pod as ready until just now.
+
+    One failed readiness probe must not count as a stall.
+    """
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)
     known = status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
-    found = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
-    assert decide(found).termination is None
-    known = make_report(found, decide(found), ActionResult())
+    observed = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
+    assert decide(observed).termination is None
+    known = make_report(observed, decide(observed), ActionResult())
     later = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
     wake = decide(later).reconcile_at
     assert wake is not None and wake == at(3600 + 600 + 1)

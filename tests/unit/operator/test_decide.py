@@ -59,7 +59,7 @@ def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_cancel_wins_over_suspend(state: str) -> None:
+def test_cancel_takes_precedence_over_suspend(state: str) -> None:
     both, alone = plan_of(state, cancel=True, suspend=True), plan_of(state, cancel=True)
     assert (both.finish, both.termination and both.termination.reason) == (
         alone.finish,
@@ -70,15 +70,15 @@ def test_cancel_wins_over_suspend(state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_finished_job_never_starts_again(state: str) -> None:
     known, jobs, pods = STATES[state]
-    when = "2026-11-21T12:01:00Z"
-    truth = {
+    finish_time = "2026-11-21T12:01:00Z"
+    finished_condition = {
         "type": Condition.FINISHED,
         "status": "True",
         "reason": "Succeeded",
         "message": "",
-        "lastTransitionTime": when,
+        "lastTransitionTime": finish_time,
     }
-    finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [truth]})
+    finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [finished_condition]})
     for stop_request in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
         plan = decide(facts(written=spec(**stop_request), known=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
@@ -121,7 +121,7 @@ PASSED_LIMITS = {
         known=RECOVERING, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
-"""Time limits that have passed and after which there is nothing to do."""
+"""Time limits that have passed and after which no action is due."""
 
 
 @pytest.mark.parametrize("case", PASSED_LIMITS)
@@ -134,7 +134,7 @@ def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
-    """Pods list all checkpoints that exist, and status keeps the newest ten attempts only."""
+    """Pods list all existing checkpoints, but the status keeps only the newest ten attempts."""
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
@@ -153,7 +153,7 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() ->
     assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (True, 600)
 
 
-# How an attempt's end is judged
+# Progress and outcome of an ended attempt
 
 
 def uri(step: int, attempt: int) -> str:
@@ -161,7 +161,7 @@ def uri(step: int, attempt: int) -> str:
 
 
 @pytest.mark.parametrize(("step", "progressed"), [(500, False), (501, True)])
-def test_repeating_the_newest_step_is_no_progress(step: int, progressed: bool) -> None:
+def test_committing_an_already_committed_step_is_not_progress(step: int, progressed: bool) -> None:
     first = {**BEGUN, "endTime": T, "reason": "InternalError", "committedStep": 500}
     known = status(attempt=2, attempts=[first, {"number": 2, "startTime": T}])
     message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": uri(step, 2)}]})
@@ -171,16 +171,16 @@ def test_repeating_the_newest_step_is_no_progress(step: int, progressed: bool) -
 
 
 @pytest.mark.parametrize(("codes", "outcome"), [([0, 0], Outcome.SUCCEEDED), ([0], None), ([0, 75], None)])
-def test_gang_whose_job_is_gone_succeeded_only_if_every_rank_did(codes: list[int], outcome: Outcome | None) -> None:
+def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: list[int], outcome: Outcome | None) -> None:
     pods = [replace(ended(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
-    found = facts(written=spec(resources={"nodes": 2, "gpusPerNode": 0}), known=RUNNING, pods=pods, now=at(90))
-    plan = decide(found)
+    observed = facts(written=spec(resources={"nodes": 2, "gpusPerNode": 0}), known=RUNNING, pods=pods, now=at(90))
+    plan = decide(observed)
     assert (plan.finish and plan.finish.outcome) == outcome
 
 
 @pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
-def test_fatal_exit_ends_the_job_although_the_attempt_was_being_ended(reason: Reason) -> None:
-    """The data error of a pod that was told to stop would return with the next attempt."""
+def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
+    """The next attempt would fail with the same data error."""
     known = status(attempt=1, attempts=[{**BEGUN, "reason": reason}])
     over = replace(ended(pod(), 65), is_deleted=True)
     plan = decide(facts(written=spec(suspend=reason is Reason.SUSPENDED), known=known, pods=[over], now=at(90)))
@@ -188,15 +188,15 @@ def test_fatal_exit_ends_the_job_although_the_attempt_was_being_ended(reason: Re
     assert (plan.finish.outcome, plan.finish.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
 
 
-def test_job_that_is_being_ended_is_deleted_although_it_has_failed_meanwhile() -> None:
-    """Otherwise the failure that the deletion caused would count instead of the recorded reason."""
+def test_terminating_job_that_failed_meanwhile_is_still_deleted() -> None:
+    """Otherwise the failure that the deletion caused would replace the recorded reason."""
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
     failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
     plan = decide(facts(written=spec(suspend=True), known=known, jobs=[failed], pods=[ended(pod(), 75)], now=at(61)))
     assert (plan.situation, plan.delete_jobs) == (Situation.TERMINATING, (failed,))
 
 
-def test_job_that_completed_while_it_was_being_ended_succeeds() -> None:
+def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
     plan = decide(
         facts(
@@ -210,13 +210,13 @@ def test_job_that_completed_while_it_was_being_ended_succeeds() -> None:
     ("now", "situation"), [(-3600, Situation.STARTING), (59, Situation.STARTING), (60, Situation.BACKING_OFF)]
 )
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
-    """The attempt ended at 60 s, and its backoff takes 10 s. Without this rule a clock an hour back would add an hour."""
+    """The attempt ended at 60 s, and its backoff takes 10 s. Without this rule, a clock set back by an hour would add an hour."""
     known, jobs, pods = STATES["recovering"]
     assert decide(facts(known=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
 
 def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
-    """Its name and labels are those of the first attempt; only its owner reference shows that another object owns it."""
+    """The Job has the name and labels of the first attempt; only its owner reference shows another owner."""
     foreign = job(is_owned=False)
     plan = decide(facts(jobs=[foreign]))
     assert (plan.situation, plan.delete_jobs) == (Situation.BLOCKED, ())
@@ -224,24 +224,24 @@ def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
 
 
 @pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])
-def test_job_without_our_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
-    """It has the FineTuneJob's uid in a copied label only."""
+def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
+    """The Job has the FineTuneJob's uid only in a copied label."""
     foreign = job(is_owned=False)
-    found = facts(written=spec(**stop_request), jobs=[foreign])
-    assert found.owned_jobs == ()
-    assert decide(found).delete_jobs == ()
+    observed = facts(written=spec(**stop_request), jobs=[foreign])
+    assert observed.owned_jobs == ()
+    assert decide(observed).delete_jobs == ()
 
 
 def test_orphaned_pods_are_deleted_at_the_ttl_like_their_job() -> None:
     done = [condition(Condition.FINISHED, "True", "Succeeded", 100)]
     known = status(attempt=1, phase=Phase.SUCCEEDED, conditions=done, completionTime=at(100).isoformat())
     written = spec(policy={"ttlSecondsAfterFinished": 60})
-    left, runs = ended(pod(), 0), pod(uid="runs", index=1)
-    early = decide(facts(written=written, known=known, pods=[left, runs], now=at(120)))
-    assert (early.situation, early.delete_pods, early.is_clean) == (Situation.FINISHED, (runs,), False)
-    due = decide(facts(written=written, known=known, pods=[left], now=at(161)))
-    assert (due.delete_pods, due.is_clean) == ((left,), False)
-    with_job = decide(facts(written=written, known=known, jobs=[job(completed_at=at(90))], pods=[left], now=at(161)))
+    ended_pod, running_pod = ended(pod(), 0), pod(uid="runs", index=1)
+    early = decide(facts(written=written, known=known, pods=[ended_pod, running_pod], now=at(120)))
+    assert (early.situation, early.delete_pods, early.is_clean) == (Situation.FINISHED, (running_pod,), False)
+    due = decide(facts(written=written, known=known, pods=[ended_pod], now=at(161)))
+    assert (due.delete_pods, due.is_clean) == ((ended_pod,), False)
+    with_job = decide(facts(written=written, known=known, jobs=[job(completed_at=at(90))], pods=[ended_pod], now=at(161)))
     assert (with_job.delete_pods, len(with_job.delete_jobs)) == ((), 1)
 
 
@@ -249,4 +249,4 @@ def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missi
     known = status(attempt=2, attempts=[{**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
     plan = decide(facts(written=written, known=known, jobs=[job(1)], now=at(90)))
-    assert [one.name for one in plan.delete_jobs] == ["run-1"]
+    assert [job.name for job in plan.delete_jobs] == ["run-1"]

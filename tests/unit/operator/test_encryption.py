@@ -1,4 +1,4 @@
-"""Server-side encryption: run.json has the type of encryption; the customer's key is only in the environment of the container."""
+"""Server-side encryption: run.json contains the type of encryption; the customer's key is only an environment variable of the container."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CUSTOMER = {"type": "customerKey", "customerKeySecretRef": SECRET}
 
 
 def variables(body: dict[str, Any]) -> dict[str, Any]:
-    return {one["name"]: one for one in body["spec"]["template"]["spec"]["containers"][0]["env"]}
+    return {variable["name"]: variable for variable in body["spec"]["template"]["spec"]["containers"][0]["env"]}
 
 
 def test_kms_key_id_is_part_of_the_run_configuration() -> None:
@@ -27,9 +27,9 @@ def test_kms_key_id_is_part_of_the_run_configuration() -> None:
 
 
 def test_customer_key_is_a_variable_from_its_secret() -> None:
-    sealed = {"encryption": CUSTOMER}
-    model = {"source": "s3://bucket/model", "storage": sealed}
-    run, body = built(spec(storage={"uri": "s3://results/team"} | sealed, model=model))
+    storage = {"encryption": CUSTOMER}
+    model = {"source": "s3://bucket/model", "storage": storage}
+    run, body = built(spec(storage={"uri": "s3://results/team"} | storage, model=model))
     assert run.model_store is not None
     assert run.storage.customer_key_variable == "AWS_SSE_CUSTOMER_KEY"
     assert run.model_store.customer_key_variable == "MODEL_AWS_SSE_CUSTOMER_KEY"

@@ -1,4 +1,4 @@
-"""Facts about running time and checkpoints, also when the operator was away or a queue replaced the pods."""
+"""Facts about running time and checkpoints, also after a time without an operator, or after a queue replaced the pods."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def test_running_time_begins_when_the_queue_admits_the_job() -> None:
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
-    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
-    assert found.running_since == at(100)
-    plan = decide(found)
+    observed = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    assert observed.running_since == at(100)
+    plan = decide(observed)
     assert plan.termination is not None and plan.termination.reason is Reason.DEADLINE_EXCEEDED
 
 
 def test_attempt_missing_in_status_runs_since_its_job_was_created() -> None:
-    found = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
-    assert (found.attempt_record, found.running_since) == (None, at(7))
+    observed = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
+    assert (observed.attempt_record, observed.running_since) == (None, at(7))
     over = facts(jobs=[job(created_at=at(7), failed_at=at(40), failed_reason="x")], pods=[ended(pod(), 70)], now=at(41))
     assert make_report(over, decide(over), ActionResult()).active_seconds == 33
 
@@ -41,33 +41,33 @@ def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
     assert (running.attempt_record, running.running_since) == (None, at(60))
 
 
-def test_attempt_that_failed_while_the_operator_was_away_has_used_its_time() -> None:
+def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> None:
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     over = job(queue="q", started_at=at(100), failed_at=at(1700), failed_reason="x")
-    found = facts(written=QUEUED, known=known, jobs=[over], pods=[ended(pod(), 70)], now=at(3700))
-    assert make_report(found, decide(found), ActionResult()).active_seconds == 1600
+    observed = facts(written=QUEUED, known=known, jobs=[over], pods=[ended(pod(), 70)], now=at(3700))
+    assert make_report(observed, decide(observed), ActionResult()).active_seconds == 1600
 
 
 def test_requeued_job_runs_since_its_last_admission() -> None:
-    """A suspended Job keeps its start time until the Job controller has handled that the queue resumed it."""
+    """A resumed Job keeps its old start time until the Job controller has processed the resume."""
     for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
         taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
         known = status(attempt=1, attempts=[BEGUN], activeSeconds=1700, conditions=[taken])
         for one in (job(queue="q", started_at=at(100), suspended_since=at(1800)), job(queue="q", started_at=at(7200))):
-            found = facts(written=QUEUED, known=known, jobs=[one], now=at(7202))
-            assert decide(found).termination is None
-            assert found.running_since in (None, at(7200), at(7201))
+            observed = facts(written=QUEUED, known=known, jobs=[one], now=at(7202))
+            assert decide(observed).termination is None
+            assert observed.running_since in (None, at(7200), at(7201))
 
 
 def test_no_attempt_starts_after_the_deadline() -> None:
     over = job(failed_at=at(300), failed_reason="BackoffLimitExceeded")
-    found = facts(
+    observed = facts(
         written=spec(policy={"activeDeadlineSeconds": 100}), known=status(attempt=1, attempts=[BEGUN]), jobs=[over],
         pods=[ended(pod(), 70)], now=at(301),
     )  # fmt: skip
-    plan = decide(found)
+    plan = decide(observed)
     assert plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED
 
 
@@ -76,46 +76,46 @@ def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
     taken = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
-    found = facts(written=QUEUED, known=known, jobs=[taken], now=at(5000))
-    plan = decide(found)
+    observed = facts(written=QUEUED, known=known, jobs=[taken], now=at(5000))
+    plan = decide(observed)
     assert plan.termination is None
-    assert make_report(found, plan, ActionResult()).active_seconds == 900
+    assert make_report(observed, plan, ActionResult()).active_seconds == 900
 
 
-def test_readmission_while_the_operator_was_away_restarts_the_reservation() -> None:
+def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> None:
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
-    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
-    new = make_report(found, decide(found), ActionResult())
-    quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
+    observed = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
+    new = make_report(observed, decide(observed), ActionResult())
+    quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert quota.last_transition_time == at(4000)
     gone = facts(written=QUEUED, known=new, now=at(4200))
     assert decide(gone).finish is None
 
 
-def test_job_deleted_while_the_operator_was_away_ran_until_its_last_report() -> None:
-    """The user suspended the job, and the operator came back hours later: the deadline has not passed in between."""
+def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
+    """The user suspended the job, and the operator restarted hours later. The time between does not count towards the deadline."""
     begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
     known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
-    found = facts(written=written, known=known, now=at(9000))
-    plan = decide(found)
+    observed = facts(written=written, known=known, now=at(9000))
+    plan = decide(observed)
     assert plan.finish is None
     assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.time) == (
         Reason.SUSPENDED,
         at(500),
     )
-    assert make_report(found, plan, ActionResult()).active_seconds == 500
+    assert make_report(observed, plan, ActionResult()).active_seconds == 500
 
 
 def test_deleted_job_ran_until_its_pods_ended() -> None:
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
     over = ended(pod(is_deleted=True), 75)  # at 60 s
-    found = facts(
+    observed = facts(
         written=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), known=known, pods=[over], now=at(9000)
     )
-    plan = decide(found)
+    plan = decide(observed)
     assert plan.finish is None
     assert plan.attempt_end is not None and plan.attempt_end.time == at(60)
 
@@ -128,17 +128,17 @@ def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
     preempted = replace(ended(pod(), 75, message), is_deleted=True)
     replacement = ended(pod(uid="new", created_at=at(300)), 75, TerminationMessage(code="Code"))
     known = status(attempt=1, attempts=[BEGUN])
-    found = facts(
+    observed = facts(
         written=QUEUED,
         known=known,
         jobs=[job(queue="q", failed_at=at(400))],
         pods=[preempted, replacement],
         now=at(400),
     )
-    plan = decide(found)
+    plan = decide(observed)
     assert plan.attempt_end is not None
     assert (plan.attempt_end.committed_step, plan.attempt_end.progressed) == (20, True)
-    assert [one.step for one in make_report(found, plan, ActionResult()).checkpoints] == [10, 20]
+    assert [checkpoint.step for checkpoint in make_report(observed, plan, ActionResult()).checkpoints] == [10, 20]
 
 
 def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> None:
@@ -148,5 +148,5 @@ def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> 
     preempted = replace(ended(pod(), 75, message), is_deleted=True)
     newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
     known = status(attempt=1, attempts=[BEGUN], checkpoints=newer)
-    found = facts(known=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
-    assert [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints] == [20, 30]
+    observed = facts(known=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
+    assert [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints] == [20, 30]

@@ -1,4 +1,4 @@
-"""A gang without a queue whose pods found nodes only in part: it must not hold them for ever."""
+"""A gang without a queue must not hold its nodes forever if some of its pods find no node."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ KNOWN = status(attempt=1, attempts=[BEGUN], conditions=[UNREADY])
 GANG = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
 
 
-def waiting(placed: int, *, made: int = 3, now: float = 601, **job_fields: Any) -> Facts:
-    """A gang of three; `made` of its pods exist and `placed` of these have a node."""
+def waiting(placed: int, *, created: int = 3, now: float = 601, **job_fields: Any) -> Facts:
+    """A gang of three pods, of which `created` exist and `placed` have a node."""
     pods = [
         pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed else "")
-        for index in range(made)
+        for index in range(created)
     ]
     return facts(written=GANG, known=KNOWN, jobs=[job(nodes=3, **job_fields)], pods=pods, now=at(now))
 
 
-@pytest.mark.parametrize(("placed", "made"), [(1, 3), (2, 3), (1, 1), (2, 2)])
-def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, made: int) -> None:
-    """Also where a quota refuses the missing pods."""
-    plan = decide(waiting(placed, made=made))
+@pytest.mark.parametrize(("placed", "created"), [(1, 3), (2, 3), (1, 1), (2, 2)])
+def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: int) -> None:
+    """The missing pods may be unschedulable, or a quota may refuse them."""
+    plan = decide(waiting(placed, created=created))
     assert plan.termination is not None
     assert plan.termination.reason is Reason.GANG_INCOMPLETE
     assert f"{placed} of 3 pods have a node" in plan.termination.message
-    assert decide(waiting(placed, made=made, now=599)).termination is None
+    assert decide(waiting(placed, created=created, now=599)).termination is None
 
 
-@pytest.mark.parametrize(("placed", "made"), [(0, 3), (3, 3), (0, 0)])
-def test_gang_without_any_node_or_with_all_keeps_waiting(placed: int, made: int) -> None:
+@pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
+def test_gang_without_any_node_or_with_all_keeps_waiting(placed: int, created: int) -> None:
     """An autoscaler may be adding nodes, or an image is being pulled."""
-    plan = decide(waiting(placed, made=made))
+    plan = decide(waiting(placed, created=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
@@ -56,21 +56,21 @@ def test_gang_of_a_queue_keeps_waiting() -> None:
 
 def test_gang_of_a_spec_that_cannot_be_read_keeps_waiting() -> None:
     """Its start timeout may be longer, and no next attempt could start."""
-    found = waiting(1, now=1e6)
-    unreadable = replace(found.job, spec={**GANG, "newer": {"field": 1}})
-    plan = decide(replace(found, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
+    observed = waiting(1, now=1e6)
+    unreadable = replace(observed.job, spec={**GANG, "newer": {"field": 1}})
+    plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
 def test_single_pod_keeps_waiting() -> None:
-    found = facts(written=spec(policy={"startTimeoutSeconds": 600}), known=KNOWN, jobs=[job(nodes=1)], now=at(601))
-    assert decide(found).termination is None
+    observed = facts(written=spec(policy={"startTimeoutSeconds": 600}), known=KNOWN, jobs=[job(nodes=1)], now=at(601))
+    assert decide(observed).termination is None
 
 
-def test_gang_with_a_finished_pod_is_left_to_its_job() -> None:
-    found = waiting(2)
-    pods = (replace(ended(found.pods[0], 0), is_deleted=True), *found.pods[1:])
-    assert decide(replace(found, pods=pods)).termination is None
+def test_gang_with_a_finished_pod_is_not_terminated() -> None:
+    observed = waiting(2)
+    pods = (replace(ended(observed.pods[0], 0), is_deleted=True), *observed.pods[1:])
+    assert decide(replace(observed, pods=pods)).termination is None
 
 
 def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:

@@ -22,7 +22,7 @@ def test_event_of_a_cached_version_is_not_parsed_again() -> None:
     assert cache.get(RUN).finetunejob is None
 
 
-def test_objects_without_our_labels_are_ignored() -> None:
+def test_objects_without_the_operators_labels_are_ignored() -> None:
     cache = Cache()
     foreign = {"metadata": {"namespace": "team", "name": "run-1", "uid": "u", "labels": {}}}
     assert cache_job(cache, "ADDED", foreign) is None

@@ -1,4 +1,4 @@
-"""What `/healthz` and `/readyz` answer for a process that is alive and does no work."""
+"""Responses of `/healthz` and `/readyz` for a process that runs but makes no progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = Key("team", "run")
 
 
 class Process:
-    """The parts of a process that the health checks look at."""
+    """The objects of a process that the health checks read."""
 
     def __init__(self) -> None:
         self.monitor = WatchMonitor([kind.path(None) for kind in (FINETUNEJOB, JOB, POD)], lambda *_: None)
@@ -35,7 +35,7 @@ class Process:
         self.health = Health(CONFIG, self.monitor, self.queue, self.is_synced)
 
 
-def test_process_is_ready_while_its_caches_are_filled_and_it_does_not_stop() -> None:
+def test_process_is_ready_between_the_first_list_and_its_shutdown() -> None:
     async def scenario() -> list[str]:
         process = Process()
         problems = [process.health.readiness_problem()]
@@ -47,7 +47,7 @@ def test_process_is_ready_while_its_caches_are_filled_and_it_does_not_stop() -> 
     assert run(scenario()) == ["the caches are not filled yet", "", "the operator is stopping"]
 
 
-def test_stalled_watch_is_unhealthy_although_the_other_watches_go_on() -> None:
+def test_one_stalled_watch_makes_the_process_unhealthy() -> None:
     def start_watches(process: Process, *kinds: Kind) -> None:
         for kind in kinds:
             process.monitor.record(f"/clusters/one{kind.path(None)}", 200, 0.1, is_watch=True)
@@ -71,7 +71,7 @@ def test_stalled_watch_is_unhealthy_although_the_other_watches_go_on() -> None:
     assert run(scenario()) == [*[""] * 12, "the watch of /api/v1/pods is stalled: no request for 660 s", ""]
 
 
-def test_job_that_no_worker_takes_is_unhealthy_counted_from_the_start_of_the_workers() -> None:
+def test_job_that_waits_too_long_after_the_start_of_the_workers_makes_the_process_unhealthy() -> None:
     async def scenario() -> list[str]:
         process = Process()
         process.queue.add(KEY)
@@ -90,7 +90,7 @@ def test_job_that_no_worker_takes_is_unhealthy_counted_from_the_start_of_the_wor
     assert run(scenario()) == ["", "", "a job has waited for 101 s", "", ""]
 
 
-def test_worker_that_never_finishes_is_unhealthy() -> None:
+def test_worker_that_never_finishes_makes_the_process_unhealthy() -> None:
     async def scenario() -> str:
         process = Process()
         process.health.on_workers_started()

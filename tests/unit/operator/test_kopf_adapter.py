@@ -1,4 +1,4 @@
-"""Each piece that works around kopf. When one of these tests fails after an upgrade of kopf, the piece may be unnecessary."""
+"""The workarounds for kopf. If a test fails after an upgrade of kopf, its workaround may have become unnecessary."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def session_of(token: str) -> TracedSession:
     return TracedSession(info, WatchMonitor([], lambda *_: None))
 
 
-def test_retries_never_end_and_start_anew_for_each_request() -> None:
+def test_backoff_never_ends_and_restarts_for_each_request() -> None:
     backoff = EndlessBackoff()
     for _ in range(2):
         assert list(itertools.islice(backoff, 1000))[:9] == [1, 1, 2, 3, 5, 8, 13, 21, 30]
 
 
-def test_settings_use_the_pieces_of_this_module() -> None:
-    found = operator_settings(CONFIG)
-    assert isinstance(found.networking.error_backoffs, EndlessBackoff)
-    assert found.watching.label_selectors["", "v1", "pods"] == "app.kubernetes.io/managed-by=finetune-operator"
+def test_settings_use_the_endless_backoff_and_the_label_selector() -> None:
+    kopf_settings = operator_settings(CONFIG)
+    assert isinstance(kopf_settings.networking.error_backoffs, EndlessBackoff)
+    assert kopf_settings.watching.label_selectors["", "v1", "pods"] == "app.kubernetes.io/managed-by=finetune-operator"
 
 
 def test_inactivity_timeout_is_disabled() -> None:
-    """It may cancel the watching task while it hands an event on: that watch then ends without an error."""
+    """The timeout may cancel the watching task while it passes an event on. The watch then ends without an error."""
     watching = operator_settings(CONFIG).watching
     assert watching.inactivity_timeout > 365 * 86400
     assert (watching.server_timeout, watching.client_timeout) == (60, 75)
 
 
-def test_storages_copy_and_change_nothing() -> None:
+def test_storages_neither_copy_nor_change_objects() -> None:
     persistence = operator_settings(CONFIG).persistence
     body = kopf.Body({"metadata": {"name": "a"}, "spec": {"large": "x" * 1000}})
     patch = kopf.Patch()
@@ -59,13 +59,13 @@ def test_storages_copy_and_change_nothing() -> None:
 
 
 def test_equal_credentials_make_equal_sessions() -> None:
-    """Otherwise kopf would retry credentials that the server has rejected, for ever."""
+    """Otherwise kopf would forever retry credentials that the server has rejected."""
     assert session_of("a") == session_of("a") != session_of("b")
     assert hash(session_of("a")) == hash(session_of("a"))
 
 
 async def test_each_context_of_kopf_gets_its_own_session() -> None:
-    """When kopf closes the session of one context, the watches of the others go on, so that the process can end."""
+    """When kopf closes the session of one context, the watches of the other contexts continue, so that the process can end."""
     credentials = session_of("a")
     first, second = credentials.aiohttp_session, credentials.aiohttp_session
     await first.close()
@@ -117,6 +117,6 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
     ],
 )
 def test_first_retries_are_logged_as_warnings(name: str, message: str, level: str) -> None:
-    found = logging.LogRecord(name, logging.ERROR, "file", 1, message, None, None)
-    assert RetryLogFilter().filter(found)
-    assert found.levelname == level
+    log_record = logging.LogRecord(name, logging.ERROR, "file", 1, message, None, None)
+    assert RetryLogFilter().filter(log_record)
+    assert log_record.levelname == level

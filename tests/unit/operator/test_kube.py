@@ -1,4 +1,4 @@
-"""The API client against a small HTTP server: which requests are retried, and which error each status becomes."""
+"""The API client against a small HTTP server: retried requests, and the error class of each status."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Server:
     """Sends the given answers in order and repeats the last one. None closes the connection without an answer."""
 
     answers: list[tuple[int, Object, dict[str, str]] | None] = field(default_factory=list)
-    seen: list[tuple[str, str, Any]] = field(default_factory=list)
+    requests: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def answer(self, code: int, body: Object | None = None, **headers: str) -> None:
         found = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -44,7 +44,7 @@ class Server:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         text = await request.text()
-        self.seen.append((request.method, request.path_qs, json.loads(text) if text else None))
+        self.requests.append((request.method, request.path_qs, json.loads(text) if text else None))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if answer is None:
             assert request.transport is not None
@@ -69,9 +69,9 @@ async def kube(server: Server) -> AsyncIterator[Kube]:
     await site.start()
     configuration = Configuration()
     configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    found = Kube(configuration, ApiSettings(timeout_seconds=5))
-    yield found
-    await found.close()
+    client = Kube(configuration, ApiSettings(timeout_seconds=5))
+    yield client
+    await client.close()
     await runner.cleanup()
 
 
@@ -93,7 +93,7 @@ async def test_error_class_follows_status_and_reason(
     with pytest.raises(error) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert (caught.value.code, caught.value.reason, caught.value.message) == (code, reason, "message")
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
 TERMINATING: Object = {
@@ -120,7 +120,7 @@ async def test_terminating_namespace_has_its_own_error(
     server.answer(code, status(reason) | {"details": details})
     with pytest.raises(NamespaceTerminating):
         await kube.create(JOB, "team", JOB_BODY)
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ RESOURCES: Object = {"resources": [{"name": "finetunejobs/status"}, {"name": "fi
 
 
 @pytest.mark.parametrize(
-    ("answers", "known"),
+    ("answers", "is_served"),
     [
         ([(200, {"groups": [{"name": "batch"}]})], False),
         ([(200, GROUPS), (404, {})], False),
@@ -156,13 +156,13 @@ RESOURCES: Object = {"resources": [{"name": "finetunejobs/status"}, {"name": "fi
     ids=["no group", "no version", "no kind", "all present"],
 )
 async def test_kind_is_served_when_discovery_names_it(
-    server: Server, kube: Kube, answers: list[tuple[int, Object]], known: bool
+    server: Server, kube: Kube, answers: list[tuple[int, Object]], is_served: bool
 ) -> None:
     for code, body in answers:
         server.answer(code, body)
-    assert await kube.is_served(FINETUNEJOB) is known
+    assert await kube.is_served(FINETUNEJOB) is is_served
     paths = ["/apis", "/apis/finetune-operator.io/v1alpha1"]
-    assert [path for _, path, _ in server.seen] == paths[: len(answers)]
+    assert [path for _, path, _ in server.requests] == paths[: len(answers)]
 
 
 async def test_reads_are_retried(server: Server, kube: Kube) -> None:
@@ -171,7 +171,7 @@ async def test_reads_are_retried(server: Server, kube: Kube) -> None:
     server.answer(429, Retry_After="0")
     server.answer(200, {"found": True})
     assert await kube.get(JOB, "team", "run-1") == {"found": True}
-    assert len(server.seen) == 4
+    assert len(server.requests) == 4
 
 
 @pytest.mark.parametrize("answer", [None, (500, {}, {}), (504, {}, {})])
@@ -179,20 +179,20 @@ async def test_create_is_never_retried(server: Server, kube: Kube, answer: Any) 
     server.answers = [answer]
     with pytest.raises(OutcomeUnknown):
         await kube.create(JOB, "team", JOB_BODY)
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
-async def test_throttled_create_is_known_not_to_have_happened(server: Server, kube: Kube) -> None:
+async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(server: Server, kube: Kube) -> None:
     server.answer(429, status("TooManyRequests"), Retry_After="7")
     with pytest.raises(Unavailable) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert caught.value.retry_after == 7
 
 
-async def test_delete_spares_an_object_of_the_same_name_with_another_uid(server: Server, kube: Kube) -> None:
+async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: Server, kube: Kube) -> None:
     server.answer(409, status("Conflict"))
     assert await kube.delete(POD, "team", "p", uid="u-1", grace=0) is False
-    method, path, body = server.seen[0]
+    method, path, body = server.requests[0]
     assert (method, path) == ("DELETE", "/api/v1/namespaces/team/pods/p")
     assert body == {"preconditions": {"uid": "u-1"}, "propagationPolicy": "Foreground", "gracePeriodSeconds": 0}
 
@@ -202,23 +202,23 @@ async def test_list_reads_all_pages(server: Server, kube: Kube) -> None:
     server.answer(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
     listing = await kube.list(FINETUNEJOB, labels="a=b")
     assert (listing.items, listing.version) == ([{"n": 1}, {"n": 2}], 5)
-    assert server.seen[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
+    assert server.requests[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
 
 
-async def test_list_restarts_without_pages_when_its_continue_token_expires(server: Server, kube: Kube) -> None:
+async def test_list_restarts_as_one_page_when_its_continue_token_expires(server: Server, kube: Kube) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
     server.answer(410, status("Expired"))
     server.answer(200, {"items": [{"n": 2}, {"n": 3}], "metadata": {"resourceVersion": "9"}})
     listing = await kube.list(FINETUNEJOB, labels="a=b")
     assert (listing.items, listing.version) == ([{"n": 2}, {"n": 3}], 9)
-    assert server.seen[2][1].endswith("finetunejobs?labelSelector=a%3Db")
+    assert server.requests[2][1].endswith("finetunejobs?labelSelector=a%3Db")
 
 
 async def test_list_that_expires_without_a_continue_token_fails(server: Server, kube: Kube) -> None:
     server.answer(410, status("Expired"))
     with pytest.raises(Expired):
         await kube.list(FINETUNEJOB)
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
 async def test_create_returns_admission_warnings(server: Server, kube: Kube) -> None:
@@ -226,7 +226,7 @@ async def test_create_returns_admission_warnings(server: Server, kube: Kube) -> 
     assert (await kube.create(JOB, "team", JOB_BODY)).warnings == ('would violate "restricted"',)
 
 
-async def test_every_write_except_the_lease_asks_whether_it_may_write(server: Server, kube: Kube) -> None:
+async def test_every_write_except_of_the_lease_checks_leadership(server: Server, kube: Kube) -> None:
     def refuse() -> None:
         raise RuntimeError("no longer")
 
@@ -240,7 +240,7 @@ async def test_every_write_except_the_lease_asks_whether_it_may_write(server: Se
     ):
         with pytest.raises(RuntimeError, match="no longer"):
             await write
-    assert len(server.seen) == 2
+    assert len(server.requests) == 2
 
 
 async def test_each_try_of_a_request_is_observed(server: Server, kube: Kube) -> None:

@@ -1,4 +1,4 @@
-"""Leader election: one leader, independent of other replicas' clocks, and no write after the Lease may be lost."""
+"""Leader election: at most one leader, independent of the replicas' clocks, and no writes after the Lease may be lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = LeaderElection(enabled=True, lease_duration_seconds=15, renew_deadlin
 
 
 class Server:
-    """An API server with one Lease. `is_down` makes each request fail; a write is answered `answer_delay_seconds` after it took effect."""
+    """An API server with one Lease. `is_down` makes each request fail; a write returns `answer_delay_seconds` after it took effect."""
 
     def __init__(self) -> None:
         self.lease: Object | None = None
@@ -83,18 +83,18 @@ def test_second_replica_waits_while_the_first_renews() -> None:
         server = Server()
         first, second = elector(server, "first"), elector(server, "second")
         await first.acquire()
-        keeping = asyncio.create_task(first.renew_until_lost())
+        renewing = asyncio.create_task(first.renew_until_lost())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(300):
                 await second.acquire()
         assert server.holder == "first"
         first.ensure_leading()
-        keeping.cancel()
+        renewing.cancel()
 
     run(scenario())
 
 
-def test_silent_leader_is_replaced_after_the_lease_duration() -> None:
+def test_leader_that_does_not_renew_is_replaced_after_the_lease_duration() -> None:
     async def scenario() -> float:
         server = Server()
         await elector(server, "first").acquire()
@@ -123,7 +123,7 @@ def test_times_in_the_lease_do_not_matter() -> None:
     assert run(scenario()) > 15
 
 
-def test_leader_that_cannot_renew_stops_before_another_may_lead() -> None:
+def test_leader_that_cannot_renew_stops_before_another_replica_leads() -> None:
     async def scenario() -> float:
         server = Server()
         first = elector(server, "first")
@@ -136,7 +136,7 @@ def test_leader_that_cannot_renew_stops_before_another_may_lead() -> None:
     assert 10 < run(scenario()) < 15
 
 
-def test_leader_that_was_frozen_must_not_write() -> None:
+def test_leader_that_was_paused_must_not_write() -> None:
     async def scenario() -> None:
         first = elector(Server(), "first")
         await first.acquire()
@@ -196,7 +196,7 @@ def test_released_lease_can_be_acquired_at_once() -> None:
     assert run(scenario()) < 1
 
 
-def test_renewal_counts_from_the_request_when_the_answer_is_slow() -> None:
+def test_renewal_time_is_the_start_of_the_request() -> None:
     """Other replicas see the renewed Lease when the server stores it, not when its answer arrives."""
 
     async def scenario() -> None:
@@ -220,7 +220,7 @@ def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
         server = Server()
         first, second = elector(server, old), elector(server, new)
         await first.acquire()
-        await second.acquire()  # after the lease duration: the first one was frozen
+        await second.acquire()  # after the lease duration: the first replica was paused
         await first.release()
         assert server.lease is not None
         return server.holder, server.lease["spec"]["leaseTransitions"]
@@ -244,7 +244,7 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
     assert 31 < run(scenario()) <= 31 + 2
 
 
-def test_renewal_that_conflicts_is_tried_again() -> None:
+def test_conflicting_renewal_is_retried() -> None:
     async def scenario() -> None:
         server = Server()
         first = elector(server, "first")
@@ -276,10 +276,10 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
             first.ensure_leading()
             events.append(f"work from {now():.0f} s")
 
-        parts = [asyncio.create_task(part) for part in Leadership(first, resync, start_work).coroutines().values()]
+        coroutines = [asyncio.create_task(coroutine) for coroutine in Leadership(first, resync, start_work).coroutines().values()]
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60):
-                await asyncio.gather(*parts)
+                await asyncio.gather(*coroutines)
         return events
 
     assert run(scenario()) == ["resync from 0 s", "work from 11 s"]
@@ -289,8 +289,8 @@ def test_resync_ends_when_the_lease_is_lost() -> None:
     async def scenario() -> float:
         server = Server()
         first = elector(server, "first")
-        parts = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).coroutines()
-        tasks = [asyncio.create_task(part) for part in parts.values()]
+        coroutines = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).coroutines()
+        tasks = [asyncio.create_task(coroutine) for coroutine in coroutines.values()]
         await asyncio.sleep(1)
         server.is_down = True
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Log lines and the fields they carry."""
+"""Log lines and their context fields."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Serv
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": SPEC})
     process.refresh()
     await process.reconcile()
-    found = process.reconciler._observer.states[KEY].acceptance
-    assert isinstance(found, Refused) and found.reason is Reason.SPEC_CHANGED
+    acceptance = process.reconciler._observer.states[KEY].acceptance
+    assert isinstance(acceptance, Refused) and acceptance.reason is Reason.SPEC_CHANGED
 
 
 async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Server) -> None:
@@ -70,9 +70,9 @@ async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(ser
     server.put(FINETUNEJOB, {**server.finetunejob, "status": {"observedGeneration": -1}})
     process.refresh()
     await process.reconcile()
-    found = process.reconciler._observer.states[KEY].acceptance
-    assert isinstance(found, Accepted)
-    assert found.spec.model.source == SPEC["model"]["source"]
+    acceptance = process.reconciler._observer.states[KEY].acceptance
+    assert isinstance(acceptance, Accepted)
+    assert acceptance.spec.model.source == SPEC["model"]["source"]
 
 
 @pytest.mark.parametrize("read", [CORE_EVENT, POD, JOB], ids=["events", "pods", "Job"])

@@ -1,4 +1,4 @@
-"""The phase of a job, and the reason beside it in `kubectl get`."""
+"""The phase of a job, and the reason next to it in `kubectl get`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RUNNING = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts": [START
 PREEMPTED = {**STARTED, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}
 
 
-def status_of(found: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute(found, decide(found), result or ActionResult())
+def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute(observed, decide(observed), result or ActionResult())
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_phase_follows_the_stage_that_the_pod_reports(stage: str, step: int, att
         known["attempts"] = [PREEMPTED, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
     reported = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
     pods = [pod(attempt, uid="pod-1-0")]
-    found = status_of(facts(known=status(**known), jobs=[job(attempt)], pods=pods, last_report=reported))
-    assert found.phase == phase
+    new_status = status_of(facts(known=status(**known), jobs=[job(attempt)], pods=pods, last_report=reported))
+    assert new_status.phase == phase
 
 
 def test_phase_stays_running_after_a_restart_of_the_operator() -> None:
     known = {**RUNNING, "attempts": [{**STARTED, "lastStep": 4}]}
-    found = status_of(facts(known=status(**known), jobs=[job()], pods=[pod()]))
-    assert found.phase is Phase.RUNNING
+    new_status = status_of(facts(known=status(**known), jobs=[job()], pods=[pod()]))
+    assert new_status.phase is Phase.RUNNING
 
 
 PULLING = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
@@ -98,6 +98,6 @@ REASONS: dict[str, tuple[Facts, ActionResult | None, str]] = {
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_reason_tells_why_a_job_waits_or_failed(case: str) -> None:
+def test_reason_shows_why_a_job_waits_or_failed(case: str) -> None:
     found, result, reason = REASONS[case]
     assert status_of(found, result).reason == reason

@@ -44,12 +44,12 @@ def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **grou
         ({"nodeSelector": {"a b": "c"}}, ("spec.placement.nodeSelector.a b", "'a b'")),
     ],
 )  # fmt: skip
-def test_contradiction_is_refused_with_both_values(placement: dict[str, Any], values: tuple[str, ...]) -> None:
-    found = verdict(placement)
-    assert isinstance(found, Refused), found
-    assert (found.reason, found.is_final) == (Reason.REJECTED, True)
+def test_contradicting_value_is_refused_and_both_values_are_named(placement: dict[str, Any], values: tuple[str, ...]) -> None:
+    acceptance = verdict(placement)
+    assert isinstance(acceptance, Refused), acceptance
+    assert (acceptance.reason, acceptance.is_final) == (Reason.REJECTED, True)
     for value in values:
-        assert value in found.message
+        assert value in acceptance.message
 
 
 @pytest.mark.parametrize(
@@ -64,42 +64,42 @@ def test_contradiction_is_refused_with_both_values(placement: dict[str, Any], va
         {"annotations": {"mesh": "off", "note": "any text: at all"}},
     ],
 )
-def test_values_beside_or_equal_to_the_platforms_are_accepted(placement: dict[str, Any]) -> None:
+def test_values_that_do_not_contradict_the_platforms_are_accepted(placement: dict[str, Any]) -> None:
     assert isinstance(verdict(placement), Accepted)
 
 
 def test_pool_that_changed_since_the_first_attempt_does_not_end_the_job() -> None:
-    found = verdict({"nodeSelector": {"gpu": "a100"}}, FirstAttempt())
-    assert isinstance(found, Accepted)
-    assert any("pool h100 selects nodes with 'h100'" in note for note in found.notes)
+    acceptance = verdict({"nodeSelector": {"gpu": "a100"}}, FirstAttempt())
+    assert isinstance(acceptance, Accepted)
+    assert any("pool h100 selects nodes with 'h100'" in note for note in acceptance.notes)
 
 
 @pytest.mark.parametrize("name", ["cpu", "memory", "ephemeralStorage", "sharedMemory"])
 @pytest.mark.parametrize("value", ["32 GB", "lots", "-1Gi"])
 def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None:
-    found = accept(spec(resources={name: value}), CONFIG)
-    assert isinstance(found, Refused), found
-    assert found.reason is Reason.REJECTED
-    assert f"spec.resources.{name}" in found.message and value in found.message
+    acceptance = accept(spec(resources={name: value}), CONFIG)
+    assert isinstance(acceptance, Refused), acceptance
+    assert acceptance.reason is Reason.REJECTED
+    assert f"spec.resources.{name}" in acceptance.message and value in acceptance.message
 
 
 @pytest.mark.parametrize(("gpus", "nodes", "fits"), [(8, 1, True), (9, 1, False), (8, 2, True), (7, 3, False)])
 def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
-    """All 8 GPUs of a node, and as many nodes as the pool has."""
+    """A job may use all 8 GPUs of a node, and both nodes of the pool."""
     pools = [{"name": "h100", "default": True, "gpusPerNode": 8, "maxNodes": 2}]
     config: OperatorConfig = parse({"trainer": {"image": "t"}, "nodePools": pools}, "test")
-    found = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
-    assert isinstance(found, Accepted) is fits
-    assert fits or (isinstance(found, Refused) and found.reason is Reason.POOL_TOO_SMALL)
+    acceptance = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
+    assert isinstance(acceptance, Accepted) is fits
+    assert fits or (isinstance(acceptance, Refused) and acceptance.reason is Reason.POOL_TOO_SMALL)
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
-    """The user cannot correct it."""
+    """The user cannot correct the operator's configuration."""
     config = parse({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
     written = {name: group for name, group in spec().items() if name != "storage"}
-    found = accept(written, config)
-    assert isinstance(found, Refused)
-    assert (found.reason, found.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
+    acceptance = accept(written, config)
+    assert isinstance(acceptance, Refused)
+    assert (acceptance.reason, acceptance.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
     assert isinstance(accept(spec(), config), Accepted)
 
 

@@ -1,4 +1,4 @@
-"""What pods report is bounded and cleaned: one wrong value neither enters the status nor takes the rest of the report with it."""
+"""Values from pods are bounded and cleaned. A wrong value does not reach the status, and all other values of the report are kept."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def field(found: ProgressReport, path: str) -> Any:
-    value: Any = found.to_wire()
+def field(parsed: ProgressReport, path: str) -> Any:
+    value: Any = parsed.to_wire()
     for part in path.split("."):
         value = value[int(part)] if part.isdigit() else value.get(part)
     return value
@@ -95,20 +95,20 @@ def test_good_report_is_unchanged() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: Any) -> None:
-    found = read(changed(path, value))
-    assert found is not None
-    assert field(found, path) == kept
-    assert found.attempt == 1 and found.uid == UID
-    others = [one for one in ("progress.totalSteps", "health.healthy") if field(found, one) is None]
-    assert others == []
+    parsed = read(changed(path, value))
+    assert parsed is not None
+    assert field(parsed, path) == kept
+    assert parsed.attempt == 1 and parsed.uid == UID
+    missing = [other for other in ("progress.totalSteps", "health.healthy") if field(parsed, other) is None]
+    assert missing == []
 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
 def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
     """The API server does not store the year 1."""
-    found = read(GOOD | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
-    assert found is not None
-    assert (found.progress.step, found.progress.update_time) == (3, None)
+    parsed = read(GOOD | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
+    assert parsed is not None
+    assert (parsed.progress.step, parsed.progress.update_time) == (3, None)
 
 
 @pytest.mark.parametrize("key", ["specSha256", "\x00specSha256", "spec_sha256", "spec_sha256\x1b"], ids=ascii)
@@ -116,9 +116,9 @@ def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
 def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key: str) -> None:
     """With another hash of the spec the next attempt would wait for ever with reason SpecChanged."""
     without = {name: one for name, one in GOOD.items() if name != "resolved"}
-    found = read(without | {group: {"strategy": "ddp", key: "0" * 64}})
-    assert found is not None
-    assert (found.resolved.strategy, found.resolved.spec_sha256) == ("ddp", None)
+    parsed = read(without | {group: {"strategy": "ddp", key: "0" * 64}})
+    assert parsed is not None
+    assert (parsed.resolved.strategy, parsed.resolved.spec_sha256) == ("ddp", None)
 
 
 @pytest.mark.parametrize(
@@ -127,21 +127,21 @@ def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key
     ids=["step too large", "negative step", "control character", "no step", "no object"],
 )
 def test_checkpoint_without_a_usable_step_and_uri_is_dropped(checkpoint: Any) -> None:
-    found = read(GOOD | {"checkpoints": [checkpoint, *GOOD["checkpoints"], checkpoint]})
-    assert found is not None
-    assert [(one.step, one.uri) for one in found.checkpoints] == [(2, "s3://b/2")]
+    parsed = read(GOOD | {"checkpoints": [checkpoint, *GOOD["checkpoints"], checkpoint]})
+    assert parsed is not None
+    assert [(checkpoint.step, checkpoint.uri) for checkpoint in parsed.checkpoints] == [(2, "s3://b/2")]
 
 
 def test_only_the_newest_of_many_checkpoints_are_kept() -> None:
-    found = read(GOOD | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
-    assert found is not None
-    assert [one.step for one in found.checkpoints] == list(range(400, 500))
+    parsed = read(GOOD | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
+    assert parsed is not None
+    assert [checkpoint.step for checkpoint in parsed.checkpoints] == list(range(400, 500))
 
 
 def test_unknown_stage_does_not_discard_the_report() -> None:
-    found = read(changed("stage", "merging"))
-    assert found is not None
-    assert (found.stage, found.progress.step) == ("starting", 3)
+    parsed = read(changed("stage", "merging"))
+    assert parsed is not None
+    assert (parsed.stage, parsed.progress.step) == ("starting", 3)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_unknown_stage_does_not_discard_the_report() -> None:
     [b"", b"[]", b"{", b"7", b"[" * 60_000, b'{"a":' * 10_000, b'{"uid": "\xff"}', json.dumps({"uid": UID}).encode()],
     ids=["empty", "list", "cut", "number", "deep list", "deep object", "not UTF-8", "without attempt"],
 )
-def test_what_is_no_report_is_none(data: bytes) -> None:
+def test_data_that_is_not_a_report_is_none(data: bytes) -> None:
     assert read_progress_report(data, NOW) is None
 
 
@@ -162,9 +162,9 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*GOOD, "timings", "resumedFromStep"]), JSON))
 def test_any_json_is_read_without_an_error(changes: dict[str, Any]) -> None:
-    found = read({**GOOD, **changes, "uid": UID, "attempt": 1})
-    assert found is not None
-    assert json.dumps(found.to_wire(), allow_nan=False)
+    parsed = read({**GOOD, **changes, "uid": UID, "attempt": 1})
+    assert parsed is not None
+    assert json.dumps(parsed.to_wire(), allow_nan=False)
 
 
 # Termination messages
@@ -195,7 +195,7 @@ def test_termination_message_is_bounded_and_cleaned(value: dict[str, Any], expec
 
 
 @pytest.mark.parametrize("text", ["", "Killed", "[1]", "[" * 4096, "{" * 4096])
-def test_other_texts_are_no_termination_message(text: str) -> None:
+def test_other_texts_are_not_a_termination_message(text: str) -> None:
     assert read_termination_message(text) is None
 
 

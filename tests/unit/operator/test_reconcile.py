@@ -1,4 +1,4 @@
-"""The sequence of a reconcile: what follows from an error, what is repeated, and what is not."""
+"""A whole reconcile: its reaction to errors, and the actions that it repeats or must not repeat."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ async def test_worker_yields_to_the_event_loop_between_reconciles_without_reques
     assert yields >= len(keys)
 
 
-async def test_unknown_error_code_is_one_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_unknown_error_code_is_logged_in_one_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(verb: str, kind: Kind) -> None:
         raise KubeError(verb, kind, "run-1", 401, "Unauthorized", "Unauthorized")
 
     server.before = refuse
     process = Process(server)
     assert await process.reconciler.reconcile_one(KEY) == "unavailable"
-    assert [one for one in caplog.records if one.exc_info] == []
+    assert [record for record in caplog.records if record.exc_info] == []
     assert "401 Unauthorized" in caplog.text
 
 
@@ -100,7 +100,7 @@ DOWN = 'Internal error occurred: failed calling webhook "validate.example.com": 
 async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     server: Server, error: type[KubeError], code: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A policy may answer with any code; an administrator can change it, and the spec is not the cause."""
+    """An admission policy may use any status code. An administrator can change the policy; the spec is not the cause."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", JOB):
@@ -117,7 +117,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     server.before = lambda verb, kind: None
     await process.reconcile()
     assert (JOB.plural, "run-1") in server.objects
-    assert [one for one in caplog.records if one.exc_info] == []
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
 async def test_missing_service_of_a_gang_is_a_blocking_condition(
     server: Server, name_taken: bool, reason: Reason, message: str
 ) -> None:
-    """Without the Service the pods cannot find each other; the attempt is recorded all the same."""
+    """Without the Service, the pods cannot resolve each other's names. The attempt is recorded anyway."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", SERVICE):
@@ -157,8 +157,8 @@ def configured(image: str, **storage: Any) -> OperatorConfig:
     return parse({"storage": storage, "trainer": {"image": image}, "retry": {"baseSeconds": 0.01}}, "test")
 
 
-async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first(server: Server) -> None:
-    """The operator's configuration may change between two attempts; the next attempt takes only image and store access from it."""
+async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attempt(server: Server) -> None:
+    """The operator's configuration may change between two attempts; the next attempt uses only its image and store access."""
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
     secret = {"credentialsSecretRef": {"name": "old"}}
     first = Process(server, configured("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))

@@ -24,24 +24,24 @@ RUNNING = {
 }
 
 
-def status_of(found: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute(found, decide(found), result or ActionResult())
+def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute(observed, decide(observed), result or ActionResult())
 
 
 def running_with(known: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:
-    """The status of a job whose pod reports this."""
-    found = facts(known=known or status(**RUNNING), jobs=[job()], pods=[pod()], last_report=report(**reported))
-    return status_of(found)
+    """The status of a job whose pod reports these values."""
+    observed = facts(known=known or status(**RUNNING), jobs=[job()], pods=[pod()], last_report=report(**reported))
+    return status_of(observed)
 
 
 def test_first_status_of_a_new_job() -> None:
-    found = status_of(facts(), ActionResult(created_job=job()))
-    assert (found.phase, found.attempt, found.restarts, found.observed_generation) == (Phase.STARTING, 1, 0, 1)
-    assert found.workers is not None and found.workers.display == "0/1"
-    assert found.progress is not None and (found.progress.display, found.progress.eta) == ("-", "-")
-    assert found.resolved is not None
-    assert (found.resolved.world_size, found.resolved.effective_batch, found.resolved.model_name) == (1, 16, "tiny")
-    assert found.resolved.defaults is not None and found.resolved.defaults["training.learningRate"] == 2e-4
+    new_status = status_of(facts(), ActionResult(created_job=job()))
+    assert (new_status.phase, new_status.attempt, new_status.restarts, new_status.observed_generation) == (Phase.STARTING, 1, 0, 1)
+    assert new_status.workers is not None and new_status.workers.display == "0/1"
+    assert new_status.progress is not None and (new_status.progress.display, new_status.progress.eta) == ("-", "-")
+    assert new_status.resolved is not None
+    assert (new_status.resolved.world_size, new_status.resolved.effective_batch, new_status.resolved.model_name) == (1, 16, "tiny")
+    assert new_status.resolved.defaults is not None and new_status.resolved.defaults["training.learningRate"] == 2e-4
 
 
 def test_same_facts_give_the_same_status() -> None:
@@ -53,7 +53,7 @@ def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
     over = {"known": status(**RUNNING), "jobs": [job(completed_at=at(90))], "pods": [ended(pod(), 0)]}
     done = status_of(facts(**over, now=at(95)))
     edited = status_of(facts(**(over | {"known": done}), now=at(99), generation=2))
-    assert (edited.observed_generation, {one.observed_generation for one in edited.conditions}) == (2, {2})
+    assert (edited.observed_generation, {condition.observed_generation for condition in edited.conditions}) == (2, {2})
     expected = done.to_wire() | {"observedGeneration": 2, "conditions": edited.to_wire()["conditions"]}
     assert edited.to_wire() == expected
 
@@ -62,9 +62,9 @@ def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
 
 
 def test_progress_is_shown_as_text() -> None:
-    found = running_with(progress={"step": 120, "totalSteps": 500, "secondsRemaining": 4320})
-    assert found.progress is not None
-    assert (found.progress.display, found.progress.percent, found.progress.eta) == ("120/500 (24%)", 24, "1h12m")
+    new_status = running_with(progress={"step": 120, "totalSteps": 500, "secondsRemaining": 4320})
+    assert new_status.progress is not None
+    assert (new_status.progress.display, new_status.progress.percent, new_status.progress.eta) == ("120/500 (24%)", 24, "1h12m")
 
 
 def test_progress_alone_is_not_written_promptly() -> None:
@@ -80,9 +80,9 @@ def test_progress_alone_is_not_written_promptly() -> None:
 
 def test_status_keeps_the_newest_five_checkpoints_and_the_best() -> None:
     listed = [{"step": s, "uri": f"s3://b/{s}", "evalLoss": abs(s - 20) + 1.0} for s in range(10, 100, 10)]
-    found = running_with(checkpoints=listed, latestCheckpoint="s3://b/90")
-    assert [one.step for one in found.checkpoints] == [20, 50, 60, 70, 80, 90]
-    assert (found.latest_checkpoint, found.latest_checkpoint_step) == ("s3://b/90", 90)
+    new_status = running_with(checkpoints=listed, latestCheckpoint="s3://b/90")
+    assert [checkpoint.step for checkpoint in new_status.checkpoints] == [20, 50, 60, 70, 80, 90]
+    assert (new_status.latest_checkpoint, new_status.latest_checkpoint_step) == ("s3://b/90", 90)
 
 
 @pytest.mark.parametrize(
@@ -101,23 +101,23 @@ def test_step_of_a_latest_checkpoint_that_is_not_listed_comes_from_its_uri(uri: 
 
 
 def resumed(
-    known_step: int | None, resumed_from: int, *, made_by: int | None = None, second: dict[str, Any] | None = None
+    known_step: int | None, resumed_from: int, *, committed_by: int | None = None, second: dict[str, Any] | None = None
 ) -> Attempt:
-    """Attempt 1 after attempt 2 reported the step that it resumed from; `second` is what status knows of attempt 2."""
+    """Return attempt 1 after attempt 2 has reported from which step it resumed; `second` has the known fields of attempt 2."""
     first = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted", "lastStep": known_step}
     attempts = [first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second or {})}]
-    uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{made_by}-1f3c9a2b" if made_by else "s3://b/x"
-    listed = [{"step": resumed_from, "uri": uri}] if made_by else []
+    uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
+    listed = [{"step": resumed_from, "uri": uri}] if committed_by else []
     reported = report(attempt=2, resumedFromStep=resumed_from, progress={"step": resumed_from + 1}, checkpoints=listed)
     pods = [pod(2, uid="pod-1-0")]
-    found = facts(known=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=reported)
-    return status_of(found).attempts[0]
+    observed = facts(known=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=reported)
+    return status_of(observed).attempts[0]
 
 
-@pytest.mark.parametrize("made_by", [None, 1], ids=["maker unknown", "made by attempt 1"])
-def test_last_step_of_an_attempt_that_ended_unobserved_comes_from_where_the_next_one_resumed(made_by: int | None) -> None:
-    """The operator was away while attempt 1 trained from step 80 to 190."""
-    first = resumed(80, 190, made_by=made_by)
+@pytest.mark.parametrize("committed_by", [None, 1], ids=["unknown attempt", "attempt 1"])
+def test_last_step_of_an_unobserved_attempt_is_the_step_from_which_the_next_attempt_resumed(committed_by: int | None) -> None:
+    """The operator did not run while attempt 1 trained from step 80 to 190."""
+    first = resumed(80, 190, committed_by=committed_by)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
 
@@ -126,12 +126,12 @@ def test_last_step_of_an_attempt_that_was_never_observed_is_corrected() -> None:
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
 
-def test_correction_stays_when_the_next_attempt_goes_on() -> None:
+def test_corrected_last_step_is_kept_while_the_next_attempt_trains() -> None:
     first = {"number": 1, "lastStep": 190, "committedStep": 190, "stepsLost": 0, "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted"}
     known = status(attempt=2, attempts=[first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
     reported = report(attempt=2, resumedFromStep=190, progress={"step": 250})
-    found = status_of(facts(known=known, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
-    assert (found.last_step, found.committed_step, found.steps_lost) == (190, 190, 0)
+    new_status = status_of(facts(known=known, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
+    assert (new_status.last_step, new_status.committed_step, new_status.steps_lost) == (190, 190, 0)
 
 
 def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
@@ -140,27 +140,27 @@ def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made_by", "second"),
+    ("committed_by", "second"),
     [(2, {}), (2, {"lastStep": 300, "resumedFromStep": 80}), (None, {"lastStep": 300, "resumedFromStep": 80})],
-    ids=["own checkpoint", "own checkpoint after a restart of its pods", "restart of its pods, maker unknown"],
+    ids=["own checkpoint", "own checkpoint after a restart of its pods", "restart of its pods, unknown attempt"],
 )
-def test_resume_from_its_own_checkpoint_says_nothing_about_the_previous_attempt(
-    made_by: int | None, second: dict[str, Any]
+def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
+    committed_by: int | None, second: dict[str, Any]
 ) -> None:
     """A queue may replace the pods of attempt 2, which then resume from a checkpoint of attempt 2."""
-    first = resumed(80, 290, made_by=made_by, second=second)
+    first = resumed(80, 290, committed_by=committed_by, second=second)
     assert (first.last_step, first.committed_step) == (80, None)
 
 
-def test_success_is_known_from_the_termination_message_alone() -> None:
+def test_termination_message_alone_is_enough_to_report_success() -> None:
     message = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model", "kind": "adapter"}, "latestCheckpoint": "s3://b/500"}
     )
     over = [ended(pod(), 0, message)]
-    found = status_of(facts(known=status(**RUNNING), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
-    assert (found.phase, found.duration, found.completion_time) == (Phase.SUCCEEDED, "1m30s", at(90))
-    assert found.output is not None and found.output.uri == "s3://b/model"
-    assert found.progress is not None and found.progress.step == 500
+    new_status = status_of(facts(known=status(**RUNNING), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
+    assert (new_status.phase, new_status.duration, new_status.completion_time) == (Phase.SUCCEEDED, "1m30s", at(90))
+    assert new_status.output is not None and new_status.output.uri == "s3://b/model"
+    assert new_status.progress is not None and new_status.progress.step == 500
 
 
 def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
@@ -169,10 +169,10 @@ def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
     assert failed.terminated is not None
     failed = replace(failed, terminated=replace(failed.terminated, message=message.model_dump_json(by_alias=True)))
     blocking = BlockingCondition(Reason.QUEUED, "q" * 9999)
-    found = status_of(facts(known=status(**RUNNING), jobs=[job(failed_at=at(60))], pods=[failed], blocking=blocking))
-    assert len(str(found.to_wire())) < 20_000
+    new_status = status_of(facts(known=status(**RUNNING), jobs=[job(failed_at=at(60))], pods=[failed], blocking=blocking))
+    assert len(str(new_status.to_wire())) < 20_000
 
 
-def test_image_of_the_spec_wins_over_the_configured_one() -> None:
-    found = status_of(facts(written=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
-    assert found.resolved is not None and found.resolved.image == "mine:1"
+def test_image_of_the_spec_takes_precedence_over_the_configured_one() -> None:
+    new_status = status_of(facts(written=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
+    assert new_status.resolved is not None and new_status.resolved.image == "mine:1"

@@ -25,10 +25,10 @@ CHECKPOINTS = [
 
 def kept(reported_steps: list[int], known_steps: list[int]) -> list[int]:
     """Steps in status after a pod reported some, where the status had others."""
-    known = status(attempt=1, attempts=[BEGUN], checkpoints=[one for one in CHECKPOINTS if one["step"] in known_steps])
-    received = report(checkpoints=[one for one in CHECKPOINTS if one["step"] in reported_steps], progress={"step": 510})
-    found = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)
-    return [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints]
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
+    received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
+    observed = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)
+    return [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints]
 
 
 def test_quota_reserved_has_the_time_of_admission() -> None:
@@ -36,21 +36,21 @@ def test_quota_reserved_has_the_time_of_admission() -> None:
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
-    found = facts(written=queued, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
-    new = make_report(found, decide(found), ActionResult())
-    assert [one.last_transition_time for one in new.conditions if one.type is Condition.QUOTA_RESERVED] == [at(100)]
+    observed = facts(written=queued, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    new = make_report(observed, decide(observed), ActionResult())
+    assert [condition.last_transition_time for condition in new.conditions if condition.type is Condition.QUOTA_RESERVED] == [at(100)]
     lost = facts(written=queued, known=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
     assert make_report(lost, decide(lost), ActionResult()).active_seconds == 3700
 
 
-def test_checkpoints_that_retention_removed_leave_the_status() -> None:
+def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> None:
     assert kept([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
 
 
 def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
     known = status(attempt=1, attempts=[BEGUN], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
-    found = facts(known=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
-    assert make_report(found, decide(found), ActionResult()).checkpoints[0].save_seconds == 400.0
+    observed = facts(known=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
+    assert make_report(observed, decide(observed), ActionResult()).checkpoints[0].save_seconds == 400.0
 
 
 def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
@@ -64,10 +64,10 @@ def test_termination_message_removes_checkpoints_that_retention_removed_last() -
         {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}
     )
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
-    found = facts(
+    observed = facts(
         known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0, message)], last_report=received, now=at(61)
     )
-    assert [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints] == [500]
+    assert [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints] == [500]
 
 
 def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
@@ -85,7 +85,7 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     assert Reason.PREEMPTED not in reasons
     assert Reason.QUEUED not in reasons
     assert Reason.SUSPENDED in reasons
-    quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
+    quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert (quota.status, quota.message) == ("False", "no Job requests quota")
     again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
     plan = decide(again)
@@ -94,10 +94,10 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
 
 
 def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:
-    found = facts(written=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
-    plan = decide(found)
+    observed = facts(written=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
+    plan = decide(observed)
     assert plan.situation is Situation.SUSPENDED
-    new = make_report(found, plan, ActionResult())
+    new = make_report(observed, plan, ActionResult())
     assert new.phase is Phase.SUSPENDED
-    statuses = {one.type: one.status for one in new.conditions}
+    statuses = {condition.type: condition.status for condition in new.conditions}
     assert (statuses[Condition.SUSPENDED], statuses[Condition.ACCEPTED]) == ("True", "False")

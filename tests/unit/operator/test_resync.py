@@ -1,4 +1,4 @@
-"""Full lists: what they remove from the cache, restarted lists, and a server whose data went back."""
+"""Full lists: removal of deleted objects from the cache, restarted lists, and a server that was restored from a backup."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
         server = Lists(Listing([body("a", 3), body("b", 4)], 5))
-        found = resyncer(server, cache)
-        await found.run_once()
+        resync = resyncer(server, cache)
+        await resync.run_once()
         server.pages_of_finetunejobs = (Listing([body("b", 4)], 9),)
-        await found.run_once()
+        await resync.run_once()
         return cache.keys()
 
     assert run(scenario()) == [Key("team", "b")]
@@ -63,10 +63,10 @@ def test_objects_of_a_list_that_restarted_do_not_count_as_listed() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
         server = Lists(Listing([body("a", 3), body("b", 4)], 5))
-        found = resyncer(server, cache)
-        await found.run_once()
+        resync = resyncer(server, cache)
+        await resync.run_once()
         server.pages_of_finetunejobs = (Listing([body("a", 3)], 6), Listing([body("b", 4)], 9, is_first_page=True))
-        await found.run_once()
+        await resync.run_once()
         return cache.keys()
 
     assert run(scenario()) == [Key("team", "b")]
@@ -76,26 +76,29 @@ def test_all_pages_of_a_list_count_as_listed() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
         server = Lists(Listing([body("a", 3)], 5), Listing([body("b", 4)], 5, is_first_page=False))
-        found = resyncer(server, cache)
-        await found.run_once()
-        await found.run_once()
+        resync = resyncer(server, cache)
+        await resync.run_once()
+        await resync.run_once()
         return cache.keys()
 
     assert run(scenario()) == [Key("team", "a"), Key("team", "b")]
 
 
 def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
-    """Its resourceVersions start again at the backup's: with an empty cache, the operator sees its events again."""
+    """After a restore, resourceVersions are lower than the cached ones, so the cache would reject every new event as old.
+
+    The operator exits and restarts with an empty cache.
+    """
 
     async def scenario() -> None:
         server = Lists(Listing([], 20))
-        found = resyncer(server, Cache())
+        resync = resyncer(server, Cache())
         for version in (20, 30):
             server.pages_of_finetunejobs = (Listing([], version),)
-            await found.run_once()
+            await resync.run_once()
         server.pages_of_finetunejobs = (Listing([], 12),)
         with pytest.raises(StartError, match="went back from 30 to 12"):
-            await found.run_once()
+            await resync.run_once()
 
     run(scenario())
 
@@ -110,9 +113,9 @@ def test_missing_crd_is_a_start_error() -> None:
 
 def test_first_full_list_sets_is_synced() -> None:
     async def scenario() -> list[bool]:
-        found = resyncer(Lists(Listing([], 20)), Cache())
-        before = found.is_synced.is_set()
-        await found.run_once()
-        return [before, found.is_synced.is_set()]
+        resync = resyncer(Lists(Listing([], 20)), Cache())
+        before = resync.is_synced.is_set()
+        await resync.run_once()
+        return [before, resync.is_synced.is_set()]
 
     assert run(scenario()) == [False, True]

@@ -23,21 +23,21 @@ def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
 
 
 @pytest.mark.parametrize(
-    ("used", "retries", "progressed", "stops", "counted"),
+    ("used", "retries", "progressed", "gives_up", "counted"),
     [(0, 3, False, False, True), (2, 3, False, False, True), (3, 3, False, True, None), (3, 3, True, False, False), (0, 0, False, True, None)],
 )  # fmt: skip
 def test_job_fails_when_attempts_without_progress_exceed_the_retries(
-    used: int, retries: int, progressed: bool, stops: bool, counted: bool | None
+    used: int, retries: int, progressed: bool, gives_up: bool, counted: bool | None
 ) -> None:
-    found = retry_or_give_up(
+    decision = retry_or_give_up(
         CAUSE, accepted(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=used),
         progressed=progressed, now=T0,
     )  # fmt: skip
-    assert isinstance(found, GiveUp) == stops
-    if isinstance(found, Retry):
-        assert found.counted == counted
+    assert isinstance(decision, GiveUp) == gives_up
+    if isinstance(decision, Retry):
+        assert decision.counted == counted
     else:
-        assert found.reason is Reason.RETRIES_EXHAUSTED
+        assert decision.reason is Reason.RETRIES_EXHAUSTED
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rig's own watch: one that ended in silence once made a healthy operator look as if it had stopped."""
+"""The watch of the test rig. A watch that ends unnoticed makes a healthy operator look stuck."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.integration.operator.rig import Store
 EVENT = json.dumps({"type": "ADDED", "object": {"metadata": {"name": "run"}}})
 
 
-class Watched:
-    """Answers one watch after another."""
+class WatchServer:
+    """A server that sends the given responses to successive watch requests."""
 
     def __init__(self, *answers: tuple[int, str]) -> None:
         self.answers = list(answers)
@@ -41,9 +41,9 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
     [(429, "storage is (re)initializing"), (500, ""), (200, EVENT[:20]), (200, "")],
     ids=["refused", "failed", "cut in a line", "ended"],
 )
-async def test_a_watch_is_begun_again(session: aiohttp.ClientSession, first: tuple[int, str]) -> None:
-    watched = Watched(first, (200, EVENT), (200, EVENT))
-    runner = web.ServerRunner(web.Server(watched.handle))
+async def test_ended_watch_is_restarted(session: aiohttp.ClientSession, first: tuple[int, str]) -> None:
+    watch_server = WatchServer(first, (200, EVENT), (200, EVENT))
+    runner = web.ServerRunner(web.Server(watch_server.handle))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     endpoint = SimpleNamespace(server=f"http://127.0.0.1:{runner.addresses[0][1]}")

@@ -1,4 +1,4 @@
-"""Progress reports over HTTP: which are accepted, how often they are read, and when they are dropped."""
+"""Progress reports over HTTP: acceptance, read interval, and when a report is dropped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = Key("team", "run")
 REPORT = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3, "totalSteps": 9}}
 
 
-class Pod:
+class FakeProgressServer:
     """The HTTP server of a pod: answers with `body`, or redirects, and counts requests."""
 
     def __init__(self) -> None:
@@ -42,13 +42,13 @@ class Pod:
         return web.Response(text=self.body) if self.body is not None else web.Response(status=503)
 
     async def wait_for_requests(self, count: int) -> None:
-        """Wait until so many requests have arrived."""
+        """Wait until `count` requests have arrived."""
         async with asyncio.timeout(10), self._changed:
             await self._changed.wait_for(lambda: self.requests >= count)
 
 
 @contextlib.asynccontextmanager
-async def serve(pod: Pod) -> AsyncIterator[Pod]:
+async def serve(pod: FakeProgressServer) -> AsyncIterator[FakeProgressServer]:
     app = web.Application()
     app.router.add_get("/{path}", pod.handle)
     runner = web.AppRunner(app, shutdown_timeout=0)
@@ -61,8 +61,8 @@ async def serve(pod: Pod) -> AsyncIterator[Pod]:
 
 
 @pytest.fixture
-async def pod() -> AsyncIterator[Pod]:
-    async with serve(Pod()) as found:
+async def pod() -> AsyncIterator[FakeProgressServer]:
+    async with serve(FakeProgressServer()) as found:
         yield found
 
 
@@ -98,11 +98,11 @@ async def scraper(reports: Reports) -> AsyncIterator[Scraper]:
         await task
 
 
-def target(pod: Pod, **fields: Any) -> Target:
+def target(pod: FakeProgressServer, **fields: Any) -> Target:
     return Target(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
 
 
-async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, target(pod))
     await reports.wait()
     received = scraper.last_report(KEY, UID, 1)
@@ -120,8 +120,8 @@ async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Scr
     ],
     ids=["503", "empty", "text", "list", "other job", "other attempt", "too long"],
 )  # fmt: skip
-async def test_answer_that_is_no_report_of_this_attempt_is_ignored(
-    scraper: Scraper, reports: Reports, pod: Pod, body: str | None
+async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
+    scraper: Scraper, reports: Reports, pod: FakeProgressServer, body: str | None
 ) -> None:
     pod.body = body
     scraper.watch(KEY, target(pod))
@@ -132,7 +132,7 @@ async def test_answer_that_is_no_report_of_this_attempt_is_ignored(
     await reports.wait()
 
 
-async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, target(pod))
     await reports.wait()
     scraper.stop(KEY)
@@ -143,34 +143,34 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scra
     assert scraper._reports == {}
 
 
-async def test_pod_that_does_not_answer_delays_no_other_pod(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
     """The first request stays open for the whole test: with a concurrency of 1 the second pod would never be read."""
-    async with serve(Pod()) as silent:
-        silent.may_answer.clear()
-        scraper.watch(Key("team", "silent"), target(silent))
-        await silent.wait_for_requests(1)
+    async with serve(FakeProgressServer()) as blocked_server:
+        blocked_server.may_answer.clear()
+        scraper.watch(Key("team", "silent"), target(blocked_server))
+        await blocked_server.wait_for_requests(1)
         scraper.watch(KEY, target(pod))
         await reports.wait()
         assert set(reports.keys) == {KEY}
-        assert silent.requests == 1
+        assert blocked_server.requests == 1
 
 
-async def test_no_more_pods_are_read_at_once_than_configured(scraper: Scraper, reports: Reports, pod: Pod) -> None:
-    async with serve(Pod()) as silent:
-        silent.may_answer.clear()
+async def test_number_of_concurrent_reads_is_limited(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
+    async with serve(FakeProgressServer()) as blocked_server:
+        blocked_server.may_answer.clear()
         for name in ("a", "b"):
-            scraper.watch(Key("team", name), target(silent))
-        await silent.wait_for_requests(2)
+            scraper.watch(Key("team", name), target(blocked_server))
+        await blocked_server.wait_for_requests(2)
         scraper.watch(KEY, target(pod))
         for _ in range(20):
             await asyncio.sleep(0)
         assert (pod.requests, reports.keys) == (0, [])
-        silent.may_answer.set()
+        blocked_server.may_answer.set()
         await pod.wait_for_requests(1)
 
 
-async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: Scraper, pod: Pod) -> None:
-    """Readiness that comes and goes must not double the requests each time."""
+async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: Scraper, pod: FakeProgressServer) -> None:
+    """A flapping readiness probe must not double the requests each time."""
     for _ in range(20):
         scraper.watch(KEY, target(pod))
         scraper.stop(KEY)
@@ -180,7 +180,7 @@ async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscript
     assert len(scraper._heap) <= 1
 
 
-async def test_redirects_are_not_followed(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+async def test_redirects_are_not_followed(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
     pod.redirects = True
     scraper.watch(KEY, target(pod))
     await pod.wait_for_requests(3)

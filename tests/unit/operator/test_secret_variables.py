@@ -1,4 +1,4 @@
-"""Secret keys that a spec names become variables of the trainer by reference. The Job does not contain their values."""
+"""Secret keys that a spec names become environment variables of the trainer by reference: the Job does not contain their values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.unit.operator.test_builders import built
 
 
 def variables(**groups: Any) -> dict[str, Any]:
-    """Variables of the container by name; fields that acceptance does not support yet are set after it."""
+    """Variables of the container, by name. `groups` are set after acceptance, because it refuses unsupported fields."""
     run, _ = built(spec())
     written = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
     run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.to_wire()})
     job = build_job(finetunejob(spec()), run, accepted(spec()).pool, CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    found = [one["name"] for one in container["env"]]
+    found = [variable["name"] for variable in container["env"]]
     assert sorted(set(found)) == sorted(found)
-    return {one["name"]: one.get("valueFrom", {}).get("secretKeyRef") or one.get("value") for one in container["env"]}
+    return {variable["name"]: variable.get("valueFrom", {}).get("secretKeyRef") or variable.get("value") for variable in container["env"]}
 
 
 KEY = {"name": "keys", "key": "mine"}
@@ -44,12 +44,12 @@ def test_secret_key_is_a_reference_and_not_a_value(name: str, groups: dict[str, 
     assert name not in variables()
 
 
-def test_users_variable_wins_over_a_trackers_key() -> None:
+def test_users_variable_replaces_a_trackers_key() -> None:
     placement = {"env": [{"name": names.WANDB_KEY, "value": "own"}]}
     assert variables(placement=placement, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
 
 
 def test_users_variable_never_replaces_the_hub_token() -> None:
     placement = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
-    found = variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
-    assert found[names.Env.HF_TOKEN.value] == KEY
+    environment = variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
+    assert environment[names.Env.HF_TOKEN.value] == KEY

@@ -1,4 +1,4 @@
-"""The operator's configuration file: which files are refused, and with which message."""
+"""The operator's configuration file: refused files and their error messages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pool(**fields: Any) -> dict[str, Any]:
 def test_wrong_platform_value_is_reported_in_one_line_with_its_key(
     config: dict[str, Any], key: str, problem: str
 ) -> None:
-    """The same values are refused by Helm: tests/unit/delivery/test_chart.py."""
+    """Helm refuses the same values: see tests/unit/delivery/test_chart.py."""
     with pytest.raises(SettingsError) as caught:
         parse(config, "config.yaml")
     (line,) = str(caught.value).splitlines()

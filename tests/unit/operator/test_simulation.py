@@ -1,7 +1,7 @@
-"""Random sequences of events: what the user, the pods, the cluster, a queue and a crashing operator may do to one job.
+"""Random sequences of events of one job: events of the user, the pods, the cluster, a queue and a crashing operator.
 
-The pure functions `decide` and `report` run on a simulated cluster (`world.py`). The invariants are checked after every event. In the
-end no more events happen, and the job must reach a stable state.
+The pure functions `decide` and `report` run on a simulated cluster (`world.py`). The invariants are checked after every event. After the
+last event, the job must reach a stable state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.unit.operator.samples import CONFIG, UID, accepted
-from tests.unit.operator.world import FOREIGN, SimulatedCluster, effective
+from tests.unit.operator.world import FOREIGN, SimulatedCluster, effective_batch
 
 CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
 PAUSES = st.sampled_from([0, 30, 650])
@@ -66,7 +66,7 @@ class JobEvents(RuleBasedStateMachine):
         self._check_deadline(facts, plan)
         if crash == "before act":
             return plan
-        acted = ActionResult()
+        result = ActionResult()
         if plan.termination is None:
             for one in plan.delete_jobs:
                 if one.uid in world.jobs:
@@ -78,17 +78,17 @@ class JobEvents(RuleBasedStateMachine):
                 return plan
             if plan.create_attempt is not None:
                 self._check_new_attempt(facts)
-                acted = ActionResult(created_job=world.create(plan.create_attempt, facts.max_start_step))
+                result = ActionResult(created_job=world.create(plan.create_attempt, facts.max_start_step))
         if crash == "before write":
             return plan
-        new = report(facts, plan, acted)
+        new = report(facts, plan, result)
         written = read_status(new.to_wire())
         assert written.to_wire() == new.to_wire()
         world.status = written
         return plan
 
     def _check_that_only_owned_objects_are_deleted(self, facts: Facts, plan: Plan) -> None:
-        assert all(one.is_owned and one.owner_uid == UID for one in plan.delete_jobs)
+        assert all(job.is_owned and job.owner_uid == UID for job in plan.delete_jobs)
         assert all(p.owner_uid == UID for p in (*plan.delete_pods, *plan.force_delete_pods))
         late = CONFIG.lost_node_seconds
         assert all(p.deletion_timestamp and between(p.deletion_timestamp, facts.now) > late for p in plan.force_delete_pods), plan.force_delete_pods
@@ -105,13 +105,13 @@ class JobEvents(RuleBasedStateMachine):
         """The attempt keeps the effective batch and continues from the known checkpoints."""
         assert not facts.is_finished
         first: FineTuneJobSpec = accepted(self.world.written()).spec
-        assert effective(facts.spec) == effective(first)
-        rollbacks = [one.set for one in facts.job.status.adaptations if one.set and MAX_STEP in one.set]
+        assert effective_batch(facts.spec) == effective_batch(first)
+        rollbacks = [adaptation.set for adaptation in facts.job.status.adaptations if adaptation.set and MAX_STEP in adaptation.set]
         assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(rollbacks)
         if not rollbacks:
             assert facts.max_start_step is None
             return
-        since = [step for step, maker in self.world.reported if maker >= rollbacks[-1][FIRST_ATTEMPT]]
+        since = [step for step, attempt in self.world.reported if attempt >= rollbacks[-1][FIRST_ATTEMPT]]
         wanted = max([rollbacks[-1][MAX_STEP], *since])
         assert facts.max_start_step is None or facts.max_start_step >= wanted, (facts.max_start_step, wanted)
         if facts.attempt == rollbacks[-1][FIRST_ATTEMPT]:
@@ -126,7 +126,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(sure=st.sampled_from([False, False, False, True]))
     def cancel(self, sure: bool) -> None:
-        """Seldom: a sequence that ends early tests little."""
+        """Cancel rarely, because a sequence that ends early tests little."""
         self.world.cancel = self.world.cancel or sure
         self.world.generation += 1
 
@@ -156,9 +156,9 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3))
     def pod_is_deleted(self, which: int) -> None:
-        there = [p for p in self.world.pods.values() if not p.is_deleted and p.deletion_timestamp is None]
-        if there:
-            self.world.delete([there[which % len(there)]])
+        existing = [p for p in self.world.pods.values() if not p.is_deleted and p.deletion_timestamp is None]
+        if existing:
+            self.world.delete([existing[which % len(existing)]])
 
     @rule(steps=st.integers(1, 30))
     def gang_trains(self, steps: int) -> None:
@@ -170,7 +170,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
     def job_trains(self, steps: int, code: int | None) -> None:
-        """The common sequence up to training, which random events alone would seldom reach."""
+        """The common sequence up to training, which random events alone would rarely reach."""
         self.world.jobs.pop(FOREIGN.uid, None)
         self.suspend(False)
         for _ in range(4):
@@ -210,7 +210,7 @@ class JobEvents(RuleBasedStateMachine):
         self.world.pass_time(seconds)
 
     @rule()
-    def job_is_deleted_by_somebody(self) -> None:
+    def another_client_deletes_the_job(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             self.world.jobs[one.uid] = replace(one, is_deleting=True)
             self.world.may_count.add(one.attempt)
@@ -224,13 +224,13 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule()
     def operator_restarts(self) -> None:
-        """The operator restarts: it never reads how the deleted pods ended."""
+        """Restart the operator: it has no record of pods that were deleted before."""
         self.world.may_count |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
         self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.is_deleted}
         self.world.last_report = None
 
     @rule()
-    def a_foreign_job_takes_the_name(self) -> None:
+    def foreign_job_takes_the_name(self) -> None:
         if not any(one.name == FOREIGN.name for one in self.world.jobs.values()):
             self.world.jobs[FOREIGN.uid] = FOREIGN
 
@@ -242,7 +242,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def at_most_one_active_job(self) -> None:
-        active = [one for one in self.world.jobs.values() if one.is_owned and not one.is_finished]
+        active = [job for job in self.world.jobs.values() if job.is_owned and not job.is_finished]
         assert len(active) <= 1, active
 
     @invariant()
@@ -263,20 +263,20 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def finished_job_starts_no_attempt(self) -> None:
-        """A finished job starts no attempt, whatever happens to it or its Jobs."""
+        """A finished job starts no attempt after any event."""
         if self.final is None:
             self.attempts = len(self.world.created)
         assert len(self.world.created) == self.attempts
 
     @invariant()
     def preemption_does_not_count(self) -> None:
-        counted = {one.number for one in self.world.status.attempts if one.counted}
+        counted = {attempt.number for attempt in self.world.status.attempts if attempt.counted}
         assert counted <= self.world.may_count, self.world.status.to_wire()
 
     @invariant()
     def no_attempt_stalls(self) -> None:
-        """Simulated pods answer unless a queue suspended them or their node is lost, and lost nodes are evicted before the stall timeout."""
-        assert Reason.STALLED not in {one.reason for one in self.world.status.attempts}, self.world.status.to_wire()
+        """No attempt stalls: simulated pods answer, and pods on lost nodes are evicted before the stall timeout."""
+        assert Reason.STALLED not in {attempt.reason for attempt in self.world.status.attempts}, self.world.status.to_wire()
 
     @invariant()
     def only_running_time_counts(self) -> None:
@@ -285,9 +285,9 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def adaptations_have_an_end(self) -> None:
-        changes = [one.set or {} for one in self.world.status.adaptations]
-        assert len([one for one in changes if RATE in one]) <= ROLLBACKS
-        diverged = [one for one in self.world.status.adaptations if one.reason == Reason.DIVERGED]
+        changes = [adaptation.set or {} for adaptation in self.world.status.adaptations]
+        assert len([change for change in changes if RATE in change]) <= ROLLBACKS
+        diverged = [adaptation for adaptation in self.world.status.adaptations if adaptation.reason == Reason.DIVERGED]
         assert len(diverged) <= ROLLBACKS + 1
 
     def teardown(self) -> None:
@@ -296,7 +296,7 @@ class JobEvents(RuleBasedStateMachine):
         world.jobs.pop(FOREIGN.uid, None)
         if world.suspend or world.cancel:
             self._reconcile_until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
-            assert not [one for one in world.jobs.values() if not one.is_finished]
+            assert not [job for job in world.jobs.values() if not job.is_finished]
             assert not [p for p in world.pods.values() if not p.is_finished]
         world.suspend = False
         self._reconcile_until(Situation.FINISHED, pods_end=True)
@@ -336,7 +336,7 @@ class JobEvents(RuleBasedStateMachine):
 
 
 class GangEvents(JobEvents):
-    """The same with three pods."""
+    """One job with three pods, and all events that may happen to it."""
 
     pods = 3
 

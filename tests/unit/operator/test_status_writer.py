@@ -1,4 +1,4 @@
-"""Status writes: how many there are, which of them are deferred, and what happens to events when the process dies."""
+"""Status writes: their number, their deferral, and events when the process dies before the write."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def server() -> Server:
     return new_server()
 
 
-class PowerCut(BaseException):
-    """The process ends here."""
+class ProcessDied(BaseException):
+    """Raised to simulate the death of the process."""
 
 
 # Events
 
 
-async def test_event_is_neither_lost_nor_doubled_when_the_process_dies_before_the_write(server: Server) -> None:
+async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write(server: Server) -> None:
     def cut(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("update", FINETUNEJOB):
-            raise PowerCut
+            raise ProcessDied
 
     server.before = cut
-    with pytest.raises(PowerCut):
+    with pytest.raises(ProcessDied):
         await Process(server).reconcile()
     assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
     server.before = lambda verb, kind: None
@@ -113,7 +113,7 @@ async def test_first_status_is_written_when_the_burst_of_new_jobs_ends(
     assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
 
 
-async def test_first_status_is_written_at_the_limit_although_the_burst_goes_on(
+async def test_first_status_is_written_at_the_limit_during_a_long_burst(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_writer, "FIRST_STATUS_DEFER_SECONDS", 0.0)
@@ -135,7 +135,7 @@ async def test_spec_change_during_a_burst_is_handled_at_once(server: Server) -> 
 
 
 async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) -> None:
-    """No event follows that write by itself, so the wake-up must be set when it is made."""
+    """The write causes no later watch event, so the same reconcile must schedule the timeout."""
     server.finetunejob["spec"] = {**SPEC, "policy": {"startTimeoutSeconds": 60}}
     process = Process(server)
     await process.start_burst_of_new_jobs()
@@ -153,7 +153,7 @@ async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) 
 
 
 async def test_end_of_pods_and_end_of_their_job_are_one_write(server: Server) -> None:
-    """A Job reports its end a moment after its pods ended; meanwhile no events about missing pods are read."""
+    """A Job reports its end shortly after its pods ended. In between, the operator reads no events about missing pods."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
@@ -196,13 +196,13 @@ async def test_deferred_transition_is_written_together_with_the_next_one(server:
     assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1, Reason.SUCCEEDED: 1}
 
 
-@pytest.mark.parametrize("wish", ["suspend", "cancel"])
-async def test_suspend_and_cancel_are_written_at_once_during_a_burst(server: Server, wish: str) -> None:
+@pytest.mark.parametrize("stop_request", ["suspend", "cancel"])
+async def test_suspend_and_cancel_are_written_at_once_during_a_burst(server: Server, stop_request: str) -> None:
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
     process.start_burst_of_transitions()
-    server.write_spec({**SPEC, wish: True})
+    server.write_spec({**SPEC, stop_request: True})
     process.refresh()
     written = server.count("update", FINETUNEJOB)
     await process.reconcile()
@@ -254,7 +254,7 @@ async def test_progress_before_the_first_step_is_deferred_during_a_burst(
 async def test_progress_interval_starts_when_the_report_was_received(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If it started at the write, one late write would delay all later ones."""
+    """If the interval started at the write, one late write would delay all later writes."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
@@ -273,14 +273,14 @@ def has_progress(status: Object) -> bool:
 
 
 def report_step(process: Process, job: JobView, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
-    """The pod runs and reports a step."""
+    """Let the pod run and report a step."""
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7}, **reported), process.server.clock.now(), "pod-1-0")
     monkeypatch.setattr(process.scraper, "last_report", lambda key, uid, attempt: received if attempt == 1 else None)
 
 
 async def finish_deletion(process: Process, job: JobView) -> None:
-    """The Job is deleted, and its pod ends."""
+    """Let the pod of the deleted Job end, and reconcile."""
     assert (JOB.plural, job.name) not in process.server.objects
     process.cache.mark_pod_deleted(ended(pod(version=9, created_at=job.created_at), 75))
     for _ in range(3):
@@ -288,15 +288,15 @@ async def finish_deletion(process: Process, job: JobView) -> None:
         await process.reconcile()
 
 
-@pytest.mark.parametrize(("wish", "phase"), [({"suspend": True}, "Suspended"), ({"cancel": True}, "Cancelled")])
-async def test_suspend_and_cancel_act_although_the_status_is_rejected(
-    server: Server, monkeypatch: pytest.MonkeyPatch, wish: Object, phase: str
+@pytest.mark.parametrize(("stop_request", "phase"), [({"suspend": True}, "Suspended"), ({"cancel": True}, "Cancelled")])
+async def test_suspend_and_cancel_work_although_the_status_is_rejected(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stop_request: Object, phase: str
 ) -> None:
     server.rejects_status = has_progress
     process, job = await start_attempt(server)
     report_step(process, job, monkeypatch)
     await process.reconcile()
-    server.write_spec({**SPEC, **wish})
+    server.write_spec({**SPEC, **stop_request})
     process.refresh()
     for _ in range(2):
         await process.reconcile()
@@ -306,7 +306,7 @@ async def test_suspend_and_cancel_act_although_the_status_is_rejected(
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
 
 
-async def test_deadline_acts_although_the_status_is_rejected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadline_works_although_the_status_is_rejected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.rejects_status = has_progress
     server.finetunejob["spec"] = {**SPEC, "policy": {"activeDeadlineSeconds": 600}}
     process, job = await start_attempt(server)
@@ -320,7 +320,7 @@ async def test_deadline_acts_although_the_status_is_rejected(server: Server, mon
     assert server.finetunejob["status"]["failure"]["code"] == Reason.DEADLINE_EXCEEDED
 
 
-async def test_rejected_progress_leaves_the_stored_status_as_it_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rejected_progress_does_not_change_the_stored_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
@@ -332,7 +332,7 @@ async def test_rejected_progress_leaves_the_stored_status_as_it_is(server: Serve
         await process.reconcile()
         versions.append(server.finetunejob["metadata"]["resourceVersion"])
     assert len(set(versions)) == 1
-    changed = [one for one in ("phase", "attempts", "progress") if server.finetunejob["status"].get(one) != stored["status"].get(one)]
+    changed = [name for name in ("phase", "attempts", "progress") if server.finetunejob["status"].get(name) != stored["status"].get(name)]
     assert changed == []
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
 

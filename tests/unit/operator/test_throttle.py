@@ -1,4 +1,4 @@
-"""When a changed status is written, and when an expensive read may happen."""
+"""Deferred status writes and rate limited reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_operator.throttle import (
 
 
 def start_burst(throttle: StatusThrottle, now: float) -> None:
-    """See enough transitions of other jobs for a burst."""
+    """Record enough transitions of other jobs for a burst."""
     for _ in range(BURST_COUNT):
         throttle.transition_delay(PendingChanges(), pods_ended=False, now=now)
 
@@ -119,7 +119,7 @@ def test_write_resets_all_pending_changes() -> None:
     assert throttle.progress_delay(pending, 60.0) == 9.0
 
 
-def test_delay_of_a_first_status_counts_from_when_it_was_deferred() -> None:
+def test_limit_of_a_deferred_first_status_counts_from_its_first_deferral() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(created_at=50.0)
     start_burst(throttle, 48.0 + MAX_DEFER_SECONDS)
     assert throttle.transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 1) == 1.0
@@ -128,12 +128,12 @@ def test_delay_of_a_first_status_counts_from_when_it_was_deferred() -> None:
 
 def test_reads_pause_in_proportion_to_the_duration_of_the_last_read() -> None:
     limiter = RateLimiter()
-    assert [limiter.reserve(one, 10.0) for one in "abc"] == [10.0, 10.0, 10.0]
-    for one in "abc":
-        limiter.release(one)
+    assert [limiter.reserve(caller, 10.0) for caller in "abc"] == [10.0, 10.0, 10.0]
+    for caller in "abc":
+        limiter.release(caller)
     limiter.record_read(19.9, 20.0)
     expected = [20.0 + 0.1 * READ_TIME_SHARE * number for number in (1, 2, 3)]
-    assert [limiter.reserve(one, 20.0) for one in "abc"] == pytest.approx(expected)
+    assert [limiter.reserve(caller, 20.0) for caller in "abc"] == pytest.approx(expected)
 
 
 def test_released_reservations_delay_no_other_caller() -> None:

@@ -28,7 +28,7 @@ def test_deadline_counts_earlier_running_time(
 
 
 @pytest.mark.parametrize(
-    ("stage", "since_step", "heard", "ready", "stalls"),
+    ("stage", "since_step", "report_age", "ready", "stalls"),
     [
         ("training", 601.0, 0, True, True),
         ("training", 599.0, 0, True, False),
@@ -38,12 +38,12 @@ def test_deadline_counts_earlier_running_time(
         ("training", 1.0, 700, False, True),
     ],
 )
-def test_attempt_stalls_without_steps_or_without_answers_while_not_ready(
-    stage: str, since_step: float, heard: int, ready: bool, stalls: bool
+def test_attempt_stalls_without_steps_or_without_reports_while_its_pod_is_not_ready(
+    stage: str, since_step: float, report_age: int, ready: bool, stalls: bool
 ) -> None:
     received = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
-    found = timeouts.stall_message(accepted().spec, received, T0, [replace(pod(), is_ready=ready)], at(heard))
-    assert bool(found) == stalls
+    message = timeouts.stall_message(accepted().spec, received, T0, [replace(pod(), is_ready=ready)], at(report_age))
+    assert bool(message) == stalls
 
 
 def test_stall_limit_follows_the_step_time_unless_the_spec_sets_it() -> None:
@@ -59,14 +59,14 @@ def test_next_reconcile_is_within_an_hour() -> None:
 
 
 def test_ready_pod_does_not_stall_because_its_last_report_is_old() -> None:
-    """A network policy between operator and pod must not end the attempt."""
+    """A network policy that separates the operator from the pod must not end the attempt."""
     received = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
     assert timeouts.stall_message(accepted().spec, received, T0, [pod()], at(580)) == ""
 
 
-@pytest.mark.parametrize(("sign", "late"), [(3.0, False), (690.0, True), (None, True)])
-def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(sign: float | None, late: bool) -> None:
-    received = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": sign, "medianStepSeconds": 1.0})
+@pytest.mark.parametrize(("heartbeat_age", "late"), [(3.0, False), (690.0, True), (None, True)])
+def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float | None, late: bool) -> None:
+    received = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age, "medianStepSeconds": 1.0})
     assert bool(timeouts.stall_message(accepted().spec, received, T0, [pod()], at(5))) is (
-        late and (sign is None or sign + 5 > 600)
+        late and (heartbeat_age is None or heartbeat_age + 5 > 600)
     )

@@ -1,4 +1,4 @@
-"""Specs of another version: a newer CRD beside an older operator, or an older CRD that removed a field. No such job fails."""
+"""Version skew: the CRD is newer than the operator, or an older CRD removed a field. The job waits and does not fail."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RUNNING = status(attempt=1, attempts=[BEGUN], phase="Running")
 NEWER = {
     "unknown field": {"training": {"momentum": 0.9}},
     "unknown group": {"prepare": {"strategy": "auto"}},
-    "unknown enum word": {"policy": {"onDivergence": "Restart"}},
-    "unknown word in a list": {"placement": {"tolerations": [{"key": "a"}, {"key": "b", "operator": "Gt"}]}},
+    "unknown enum value": {"policy": {"onDivergence": "Restart"}},
+    "unknown value in a list": {"placement": {"tolerations": [{"key": "a"}, {"key": "b", "operator": "Gt"}]}},
     "wider bounds": {"policy": {"retries": 100000}},
     "another type": {"training": {"epochs": "many"}},
     "required field is missing": {"placement": {"env": [{"value": "x"}, {"name": "A", "value": "b"}]}},
@@ -40,10 +40,10 @@ def newer(name: str, **groups: Any) -> Object:
 def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempts: int) -> None:
     over = {**BEGUN, "endTime": at(1).isoformat(), "reason": "Suspended"}
     known = status(attempt=2, attempts=[over]) if attempts else None
-    found = facts(written=newer(name), known=known, now=at(5000))
-    plan = decide(found)
+    observed = facts(written=newer(name), known=known, now=at(5000))
+    plan = decide(observed)
     assert (plan.situation, plan.create_attempt, plan.finish) == (Situation.REFUSED, None, None)
-    new = make_report(found, plan, ActionResult())
+    new = make_report(observed, plan, ActionResult())
     accepted = new.condition(Condition.ACCEPTED)
     assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
     assert next(iter(NEWER[name])) in accepted.message
@@ -52,8 +52,8 @@ def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attem
 
 def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
     over = {**BEGUN, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
-    found = facts(written=newer("unknown field", suspend=True), known=status(attempt=2, attempts=[over]), now=at(5000))
-    assert make_report(found, decide(found), ActionResult()).phase is Phase.SUSPENDED
+    observed = facts(written=newer("unknown field", suspend=True), known=status(attempt=2, attempts=[over]), now=at(5000))
+    assert make_report(observed, decide(observed), ActionResult()).phase is Phase.SUSPENDED
 
 
 def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
@@ -61,7 +61,7 @@ def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
     assert plan.finish is not None and plan.finish.reason is Reason.CANCELLED
 
 
-# What runs
+# Running attempts
 
 
 def running(written: Object, now: float = 60, **fields: Any) -> Facts:
@@ -72,10 +72,10 @@ def running(written: Object, now: float = 60, **fields: Any) -> Facts:
 @pytest.mark.parametrize("lost", ["resources", "training"])
 def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     """The number of pods comes from the Job, also when `resources` cannot be read."""
-    found = running({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
-    plan = decide(found)
+    observed = running({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
+    plan = decide(observed)
     assert (plan.situation, plan.termination, plan.delete_jobs) == (Situation.ACTIVE, None, ())
-    new = make_report(found, plan, ActionResult())
+    new = make_report(observed, plan, ActionResult())
     assert new.workers is not None and new.workers.display == "4/4"
     assert new.phase is Phase.RUNNING or new.phase is Phase.STARTING
 
@@ -94,14 +94,14 @@ def test_running_attempt_with_an_unreadable_spec_can_be_stopped(groups: Object, 
 
 
 def test_running_attempt_with_an_unreadable_spec_is_not_stalled() -> None:
-    said = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
-    stalled = running(spec(), last_report=said)
+    received = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
+    stalled = running(spec(), last_report=received)
     assert (decide(stalled).termination is not None) is True
-    assert decide(running(newer("unknown field"), last_report=said)).termination is None
+    assert decide(running(newer("unknown field"), last_report=received)).termination is None
 
 
 @pytest.mark.parametrize("code", [70, 71, 72, 74])
-def test_failure_under_an_unreadable_spec_is_not_counted_and_changes_nothing(code: int) -> None:
+def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code: int) -> None:
     known = status(attempt=1, attempts=[BEGUN], retriesUsed=3)
     written = newer("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
     plan = decide(facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), code)], now=at(61)))
@@ -114,8 +114,8 @@ def test_failure_under_an_unreadable_spec_is_not_counted_and_changes_nothing(cod
 
 def started_from(written: Object) -> FineTuneJobStatus:
     """The status after the first attempt of this spec."""
-    found = facts(written=written)
-    new = make_report(found, decide(found), ActionResult(created_job=job()))
+    observed = facts(written=written)
+    new = make_report(observed, decide(observed), ActionResult(created_job=job()))
     assert new.resolved is not None and new.resolved.spec_sha256 == spec_sha256(written)
     return new
 
@@ -125,7 +125,7 @@ def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
     after = accept(spec(), CONFIG, first_attempt(before))
     assert isinstance(after, Refused)
     assert (after.reason, after.is_final) == (Reason.SPEC_CHANGED, False)
-    attempts = [one.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for one in before.attempts]
+    attempts = [attempt.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for attempt in before.attempts]
     ended_status = before.model_copy(update={"attempts": attempts, "attempt": 2})
     waits = Facts(finetunejob(spec(), ended_status), after, at(100), CONFIG)
     plan = decide(waits)
@@ -144,6 +144,6 @@ def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
     assert isinstance(accept(spec(**changed), CONFIG, first_attempt(started_from(spec()))), Accepted)
 
 
-def test_job_without_a_recorded_hash_goes_on() -> None:
-    """An operator of version 0.1.0 started it."""
+def test_job_without_a_recorded_hash_continues() -> None:
+    """Version 0.1.0 of the operator recorded no hash."""
     assert isinstance(accept(spec(), CONFIG, FirstAttempt({"training.epochs": 3})), Accepted)

@@ -1,4 +1,4 @@
-"""Views of Kubernetes objects: what is read, and what is skipped."""
+"""Views of Kubernetes objects: parsed fields, and objects and fields that are skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ META = {
 }  # fmt: skip
 
 
-def test_a_pod_is_read() -> None:
+def test_pod_is_parsed() -> None:
     body: dict[str, Any] = {
         "metadata": META | {"deletionTimestamp": "2026-11-21T12:05:00Z"},
         "spec": {"nodeName": "n1"},
@@ -38,24 +38,24 @@ def test_a_pod_is_read() -> None:
             }}}],
         },
     }  # fmt: skip
-    found = read_pod(body)
-    assert found is not None
-    assert (found.attempt, found.index, found.job_uid, found.node, found.ip) == (2, 3, "job-2", "n1", "10.0.0.9")
-    assert (found.disruption, found.is_finished, found.is_ready) == ("PreemptionByScheduler", True, False)
-    assert found.terminated is not None
-    assert found.terminated.exit_code == 75
-    assert found.deletion_timestamp == datetime(2026, 11, 21, 12, 5, tzinfo=UTC)
+    view = read_pod(body)
+    assert view is not None
+    assert (view.attempt, view.index, view.job_uid, view.node, view.ip) == (2, 3, "job-2", "n1", "10.0.0.9")
+    assert (view.disruption, view.is_finished, view.is_ready) == ("PreemptionByScheduler", True, False)
+    assert view.terminated is not None
+    assert view.terminated.exit_code == 75
+    assert view.deletion_timestamp == datetime(2026, 11, 21, 12, 5, tzinfo=UTC)
 
 
-def test_what_is_not_ours_is_not_read() -> None:
+def test_objects_without_the_operators_labels_are_skipped() -> None:
     assert read_pod({"metadata": META | {"labels": {}}}) is None
     assert read_job({"metadata": META | {"labels": {"app.kubernetes.io/managed-by": "finetune-operator"}}}) is None
 
 
-WORDS = st.text("abT1:-", max_size=8)
+SHORT_TEXTS = st.text("abT1:-", max_size=8)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | WORDS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | SHORT_TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SHORT_TEXTS, inner, max_size=3),
     max_leaves=12,
 )
 FIELDS = st.sampled_from(
@@ -68,21 +68,21 @@ def test_reading_a_corrupt_status_never_raises(raw: dict[str, Any]) -> None:
     read_status(raw)
 
 
-def test_a_corrupt_field_does_not_take_the_others_with_it() -> None:
-    found = read_status({"attempt": 4, "phase": "Odd", "progress": 7, "restarts": 3})
-    assert (found.attempt, found.restarts, found.phase, found.progress) == (4, 3, None, None)
+def test_corrupt_field_is_dropped_and_all_others_are_kept() -> None:
+    new_status = read_status({"attempt": 4, "phase": "Odd", "progress": 7, "restarts": 3})
+    assert (new_status.attempt, new_status.restarts, new_status.phase, new_status.progress) == (4, 3, None, None)
 
 
-def test_a_foreign_condition_does_not_take_ours_with_it() -> None:
-    ours = {"type": "Finished", "status": "True"}
-    found = read_status({"attempt": 4, "conditions": [ours, {"type": "Theirs", "status": "True"}]})
-    assert [c.type for c in found.conditions] == ["Finished"]
+def test_unknown_condition_is_dropped_and_known_ones_are_kept() -> None:
+    known_condition = {"type": "Finished", "status": "True"}
+    new_status = read_status({"attempt": 4, "conditions": [known_condition, {"type": "Theirs", "status": "True"}]})
+    assert [c.type for c in new_status.conditions] == ["Finished"]
 
 
-def test_a_finetunejob_is_read() -> None:
+def test_finetunejob_is_parsed() -> None:
     meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "12", "generation": 3}
-    found = read_finetunejob({"metadata": meta, "spec": {"suspend": True}})
-    assert (found.version, found.generation, found.is_deleting, found.status.observed_generation) == (12, 3, False, -1)
+    view = read_finetunejob({"metadata": meta, "spec": {"suspend": True}})
+    assert (view.version, view.generation, view.is_deleting, view.status.observed_generation) == (12, 3, False, -1)
 
 
 def test_pods_compare_by_value() -> None:

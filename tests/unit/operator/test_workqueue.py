@@ -11,7 +11,7 @@ A, B = Key("team", "a"), Key("team", "b")
 
 
 class Clock:
-    """A clock that the test moves."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -25,7 +25,7 @@ def clock() -> Clock:
     return Clock()
 
 
-async def test_key_that_waits_is_queued_once(clock: Clock) -> None:
+async def test_key_that_is_added_twice_is_queued_once(clock: Clock) -> None:
     queue = WorkQueue(clock)
     queue.add(A)
     queue.add(A)
@@ -34,7 +34,7 @@ async def test_key_that_waits_is_queued_once(clock: Clock) -> None:
     assert len(queue) == 0
 
 
-async def test_key_added_during_its_work_is_queued_once_after_it(clock: Clock) -> None:
+async def test_key_added_while_it_is_processed_is_queued_once_afterwards(clock: Clock) -> None:
     queue = WorkQueue(clock)
     queue.add(A)
     await queue.take()
@@ -61,7 +61,7 @@ async def test_high_priority_keys_come_first_without_starving_the_others(clock: 
     assert taken == [*new[:HIGH_PRIORITY_IN_A_ROW], old[0], *new[HIGH_PRIORITY_IN_A_ROW:], *old[1:]]
 
 
-async def test_high_priority_key_added_during_its_work_is_queued_after_it(clock: Clock) -> None:
+async def test_high_priority_key_added_while_it_is_processed_is_queued_afterwards(clock: Clock) -> None:
     queue = WorkQueue(clock)
     queue.add(A)
     await queue.take()
@@ -85,7 +85,7 @@ async def test_cleared_queue_is_idle_when_its_workers_are_done(clock: Clock) -> 
     assert queue.seconds_until_due() is None
 
 
-async def test_earliest_of_several_delays_counts(clock: Clock) -> None:
+async def test_earliest_of_several_delays_is_used(clock: Clock) -> None:
     queue = WorkQueue(clock)
     queue.add_after(A, 50)
     queue.add_after(A, 10)
@@ -108,7 +108,7 @@ async def test_backoff_doubles_up_to_five_minutes_and_can_be_reset(clock: Clock)
     assert queue.add_after_failure(A) == 0.005
 
 
-async def test_age_of_the_oldest_key_covers_waiting_and_work(clock: Clock) -> None:
+async def test_age_of_the_oldest_key_includes_waiting_and_processing(clock: Clock) -> None:
     queue = WorkQueue(clock)
     assert queue.oldest_seconds() == 0
     queue.add(A)

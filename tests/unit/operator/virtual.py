@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer: minutes of waiting take no time, and nothing sleeps."""
+"""An event loop whose clock jumps to the next timer, so that tests wait minutes of virtual time without sleeping."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-class _Jumping(selectors.SelectSelector):
-    """Instead of waiting, tells the loop how long it would have waited."""
+class _VirtualSelector(selectors.SelectSelector):
+    """Returns at once and adds the timeout to the virtual time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waited = 0.0
+        self.virtual_seconds = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if not ready and timeout is None:
-            raise RuntimeError("everything waits for something that never comes")
+            raise RuntimeError("deadlock: no timer is set and no file is ready")
         if not ready:
-            self.waited += timeout or 0.0
+            self.virtual_seconds += timeout or 0.0
         return ready
 
 
@@ -28,15 +28,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """A loop with virtual time."""
 
     def __init__(self) -> None:
-        self._jumping = _Jumping()
-        super().__init__(self._jumping)
+        self._selector = _VirtualSelector()
+        super().__init__(self._selector)
 
     def time(self) -> float:
-        """Seconds since the loop was made, as if it had waited."""
-        return self._jumping.waited
+        """Virtual seconds since the loop was created."""
+        return self._selector.virtual_seconds
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end in virtual time."""
+    """Run the coroutine in virtual time and return its result."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(coroutine)

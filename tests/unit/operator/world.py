@@ -1,7 +1,8 @@
 """A simulated cluster of plain values: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
 
-Each changes the objects that the operator sees as the real one does. The simulation also keeps what the operator cannot know: how
-long the pods running_seconds, which checkpoints are in storage, and which attempts may count against the retries.
+Each simulated component changes the objects that the operator observes in the same way as the real component. The simulation also
+records facts that the operator cannot observe: how long the job has used its running time (`running_seconds`), which checkpoints are
+in storage, and which attempts may count against the retries.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CHECKPOINT_EVERY = 10
 
 @dataclass
 class SimulatedCluster:
-    """The state of the cluster and of one FineTuneJob."""
+    """The state of the cluster and of job FineTuneJob."""
 
     nodes: int = 1
     queue: str | None = None
@@ -60,7 +61,7 @@ class SimulatedCluster:
     runs: dict[str, int | None] = field(default_factory=dict)
     """Newest step that an attempt may start from, by the uid of its Job."""
     starts: dict[str, int] = field(default_factory=dict)
-    """Step that each pod started from, by uid."""
+    """Step from which each pod started, by uid."""
     steps: dict[str, int] = field(default_factory=dict)
     """Step that each pod has reached, by uid."""
     reported: set[tuple[int, int]] = field(default_factory=set)
@@ -80,18 +81,18 @@ class SimulatedCluster:
         return spec(**groups, suspend=self.suspend, cancel=self.cancel)
 
     def facts(self) -> Facts:
-        """Return what the operator knows."""
+        """Return the facts that the operator observes."""
         written = self.written()
-        mine = finetunejob(written, self.status, generation=self.generation)
-        found = Facts(
-            mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
+        finetune_job = finetunejob(written, self.status, generation=self.generation)
+        observed = Facts(
+            finetune_job, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
         )
-        same = self.last_report is not None and self.last_report.report.attempt == found.attempt
-        return replace(found, last_report=self.last_report) if same else found
+        same = self.last_report is not None and self.last_report.report.attempt == observed.attempt
+        return replace(observed, last_report=self.last_report) if same else observed
 
     def owned_jobs(self) -> list[JobView]:
         """Jobs that the FineTuneJob owns."""
-        return [one for one in self.jobs.values() if one.is_owned]
+        return [job for job in self.jobs.values() if job.is_owned]
 
     def pods_of(self, job: JobView) -> list[PodView]:
         """Pods of a Job whose objects exist."""
@@ -100,59 +101,59 @@ class SimulatedCluster:
     def create(self, attempt: int, max_step: int | None) -> JobView | None:
         """Create the Job as the API server does; returns None if an object of another owner has the name."""
         name = attempt_job_name("run", attempt)
-        found = next((one for one in self.jobs.values() if one.name == name), None)
-        if found is not None:
-            return found if found.is_owned else None
+        existing = next((job for job in self.jobs.values() if job.name == name), None)
+        if existing is not None:
+            return existing if existing.is_owned else None
         self.serial += 1
-        held = {"is_suspended": True, "queue": self.queue, "started_at": None} if self.queue else {"started_at": self.now}
-        made = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created_at=self.now, **held)
-        self.jobs[made.uid] = made
-        self.runs[made.uid] = max_step
+        start_fields = {"is_suspended": True, "queue": self.queue, "started_at": None} if self.queue else {"started_at": self.now}
+        created_job = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created_at=self.now, **start_fields)
+        self.jobs[created_job.uid] = created_job
+        self.runs[created_job.uid] = max_step
         self.created.append(attempt)
-        return made
+        return created_job
 
     # Job controller, garbage collector, kubelet
 
     def controllers(self) -> None:
-        """The Job controller and the garbage collector, until nothing changes."""
-        for one in list(self.jobs.values()):
-            pods = self.pods_of(one)
-            if one.is_deleting:
+        """Let the Job controller and the garbage collector run once over all Jobs."""
+        for job in list(self.jobs.values()):
+            pods = self.pods_of(job)
+            if job.is_deleting:
                 self.delete(pods)
                 if not pods:
-                    del self.jobs[one.uid]
-            elif one.is_owned and not one.is_finished:
-                self._run_job(one, pods)
+                    del self.jobs[job.uid]
+            elif job.is_owned and not job.is_finished:
+                self._run_job(job, pods)
 
-    def _run_job(self, one: JobView, pods: list[PodView]) -> None:
-        if one.is_suspended:
-            self._hold_job(one, pods)
-        mine = [p for p in self.pods.values() if p.job_uid == one.uid and p.uid not in self.ended_by_suspension]
-        if any(p.is_finished and p.phase != "Succeeded" for p in mine):
+    def _run_job(self, job: JobView, pods: list[PodView]) -> None:
+        if job.is_suspended:
+            self._hold_job(job, pods)
+        job_pods = [p for p in self.pods.values() if p.job_uid == job.uid and p.uid not in self.ended_by_suspension]
+        if any(p.is_finished and p.phase != "Succeeded" for p in job_pods):
             self.delete([p for p in pods if not p.is_finished])
             if all(p.is_finished for p in pods):
-                self.jobs[one.uid] = replace(one, failed_at=self.now, failed_reason="BackoffLimitExceeded")
-        elif one.is_suspended:
+                self.jobs[job.uid] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
+        elif job.is_suspended:
             return
-        elif missing := set(range(self.nodes)) - {p.index for p in mine} - {p.index for p in pods if not p.is_finished}:
+        elif missing := set(range(self.nodes)) - {p.index for p in job_pods} - {p.index for p in pods if not p.is_finished}:
             for index in missing:
-                self._make_pod(one, index)
-        elif all(p.phase == "Succeeded" for p in mine):
-            self.jobs[one.uid] = replace(one, completed_at=self.now)
+                self._make_pod(job, index)
+        elif all(p.phase == "Succeeded" for p in job_pods):
+            self.jobs[job.uid] = replace(job, completed_at=self.now)
 
-    def _hold_job(self, one: JobView, pods: list[PodView]) -> None:
-        """Delete the pods of a suspended Job. They do not make it fail, unless its podFailurePolicy does."""
+    def _hold_job(self, job: JobView, pods: list[PodView]) -> None:
+        """Delete the pods of a suspended Job. The Job does not fail because of them, unless its podFailurePolicy says so."""
         self.delete([p for p in pods if not p.is_finished])
         for p in self.pods.values():
             final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
-            if p.job_uid == one.uid and p.phase != "Succeeded" and not final:
+            if p.job_uid == job.uid and p.phase != "Succeeded" and not final:
                 self.ended_by_suspension.add(p.uid)
 
-    def _make_pod(self, one: JobView, index: int) -> None:
+    def _make_pod(self, job: JobView, index: int) -> None:
         self.serial += 1
         uid = f"pod-{self.serial}"
         self.pods[uid] = make_pod(
-            one.attempt, index, uid=uid, job_uid=one.uid, created_at=self.now, phase="Pending", is_ready=False
+            job.attempt, index, uid=uid, job_uid=job.uid, created_at=self.now, phase="Pending", is_ready=False
         )
 
     def delete(self, pods: list[PodView]) -> None:
@@ -176,16 +177,16 @@ class SimulatedCluster:
 
     def running(self) -> list[PodView]:
         """Running pods on nodes that are not lost."""
-        found = [p for p in self.pods.values() if p.phase == "Running" and not p.is_deleted]
-        return [p for p in found if p.uid not in self.lost]
+        running = [p for p in self.pods.values() if p.phase == "Running" and not p.is_deleted]
+        return [p for p in running if p.uid not in self.lost]
 
     def end(self, p: PodView, code: int) -> None:
-        """End the container; unless it was killed it writes its termination message."""
+        """End the container. It writes its termination message unless it is killed."""
         if p.is_finished:
             return
         message = self._termination_message(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
         if message is not None and p.index == 0:
-            self.reported |= {(one.step, self.attempt_of(one)) for one in message.checkpoints}
+            self.reported |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
         ended_pod = end_pod(p, code, message)
         assert ended_pod.terminated is not None
         self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, finished_at=self.now))
@@ -195,7 +196,7 @@ class SimulatedCluster:
     # Nodes
 
     def lose(self, p: PodView) -> None:
-        """Lose the pod's node. The operator has scraped the pod just before, as it does every few seconds."""
+        """Lose the pod's node. The operator scrapes the pod just before, because it does so every few seconds."""
         self.report_progress()
         self.lost[p.uid] = self.now
         self.pods[p.uid] = replace(p, is_ready=False)
@@ -220,45 +221,45 @@ class SimulatedCluster:
 
     def admit(self) -> None:
         """Admit all Jobs that wait for quota."""
-        for one in self.owned_jobs():
-            if one.is_suspended and not one.is_finished and not one.is_deleting and not [p for p in self.pods_of(one) if not p.is_finished]:
-                self.jobs[one.uid] = replace(one, is_suspended=False, suspended_since=None, started_at=self.now)
+        for job in self.owned_jobs():
+            if job.is_suspended and not job.is_finished and not job.is_deleting and not [p for p in self.pods_of(job) if not p.is_finished]:
+                self.jobs[job.uid] = replace(job, is_suspended=False, suspended_since=None, started_at=self.now)
 
     def preempt(self) -> None:
         """Suspend the Job and clear its start time, as Kueue does when it gives the quota to another workload."""
-        for one in self.owned_jobs():
-            if one.queue and not one.is_suspended and not one.is_finished and not one.is_deleting:
-                self.jobs[one.uid] = replace(one, is_suspended=True, suspended_since=self.now, started_at=None)
+        for job in self.owned_jobs():
+            if job.queue and not job.is_suspended and not job.is_finished and not job.is_deleting:
+                self.jobs[job.uid] = replace(job, is_suspended=True, suspended_since=self.now, started_at=None)
 
     # The trainer
 
     def train(self, steps: int) -> None:
         """Advance the complete gangs by `steps` and commit their checkpoints."""
-        for one in self.owned_jobs():
-            gang = [p for p in self.running() if p.job_uid == one.uid and p.deletion_timestamp is None]
-            if one.is_finished or one.is_suspended or len({p.index for p in gang}) < self.nodes:
+        for job in self.owned_jobs():
+            gang = [p for p in self.running() if p.job_uid == job.uid and p.deletion_timestamp is None]
+            if job.is_finished or job.is_suspended or len({p.index for p in gang}) < self.nodes:
                 continue
             leader = next(p for p in gang if p.index == 0)
             before = self.steps.setdefault(leader.uid, self._start(leader))
             self.steps[leader.uid] = before + steps
             for step in range(before + 1, before + steps + 1):
                 if step % CHECKPOINT_EVERY == 0:
-                    self._commit(step, one.attempt)
+                    self._commit(step, job.attempt)
 
     def _commit(self, step: int, attempt: int) -> None:
-        """Commit a checkpoint and apply retention. Checkpoints newer than this step, which a rollback left, stay."""
+        """Commit a checkpoint and apply retention. Newer checkpoints that a rollback skipped stay."""
         self.committed[step] = attempt
-        for old in sorted(one for one in self.committed if one <= step)[: -self.keep]:
+        for old in sorted(other for other in self.committed if other <= step)[: -self.keep]:
             del self.committed[old]
 
     def _start(self, leader: PodView) -> int:
-        """Return the step that a pod of rank 0 starts from: the newest committed one that its run configuration allows."""
+        """Return the step that a pod of rank 0 starts from: the newest committed step that its run configuration allows."""
         limit = self.runs[leader.job_uid]
         self.starts[leader.uid] = max([step for step in self.committed if limit is None or step <= limit], default=0)
         return self.starts[leader.uid]
 
     def report_progress(self) -> None:
-        """The operator scrapes rank 0."""
+        """Let the operator scrape rank 0."""
         for p in self.running():
             if p.index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
                 step, start, known = self.steps[p.uid], self.starts[p.uid], self._checkpoints()
@@ -267,7 +268,7 @@ class SimulatedCluster:
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
                 )
                 self.last_report = ReceivedReport(received, self.now, p.uid)
-                self.reported |= {(one.step, self.attempt_of(one)) for one in known}
+                self.reported |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in known}
 
     def _termination_message(self, p: PodView) -> TerminationMessage:
         if p.uid not in self.steps:
@@ -282,22 +283,22 @@ class SimulatedCluster:
         ]
 
     @staticmethod
-    def attempt_of(one: Checkpoint) -> int:
+    def attempt_of(checkpoint: Checkpoint) -> int:
         """Return the attempt that committed a checkpoint."""
-        return int(one.uri.rpartition("/a")[2].partition("-")[0])
+        return int(checkpoint.uri.rpartition("/a")[2].partition("-")[0])
 
     # Time
 
     def pass_time(self, seconds: int) -> None:
-        """Advance the time; an attempt that is admitted or has pods uses running time."""
-        admitted = [one for one in self.owned_jobs() if not one.is_suspended and not one.is_finished]
+        """Advance the time. An attempt uses running time while it is admitted or has pods."""
+        admitted = [job for job in self.owned_jobs() if not job.is_suspended and not job.is_finished]
         if admitted or not all(p.is_finished for p in self.pods.values()):
             self.running_seconds += seconds
         self.now += timedelta(seconds=seconds)
         self.evict()
 
 
-def effective(found: FineTuneJobSpec) -> int:
-    """Rows per optimizer step on one rank."""
-    training = found.training
+def effective_batch(spec: FineTuneJobSpec) -> int:
+    """Rows per optimizer step on job rank."""
+    training = spec.training
     return (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1)
