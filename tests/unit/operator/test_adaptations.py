@@ -147,7 +147,7 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
 def test_rollback_excludes_checkpoints_of_older_attempts_only(
     committed: list[tuple[int, int]], start: int | None
 ) -> None:
-    """`made`: (step, attempt) of every checkpoint; attempt 0: the URI does not name an attempt."""
+    """`committed`: (step, attempt) of every checkpoint; attempt 0: the URI does not name an attempt."""
     uris = {
         attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed
     }
