@@ -18,9 +18,9 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
   return result;
 }
 
-time_t time(time_t *where) {
+time_t time(time_t *result) {
   struct timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
-  if (where) *where = now.tv_sec;
+  if (result) *result = now.tv_sec;
   return now.tv_sec;
 }

@@ -1,4 +1,4 @@
-"""The rig of the long fault matrix: rows that take long or need their own control plane."""
+"""Fixtures for the rows of the fault matrix that take long or need their own control plane."""
 
 from __future__ import annotations
 

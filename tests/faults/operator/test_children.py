@@ -1,4 +1,4 @@
-"""Every way in which a pod can end or not start, lost nodes, and Jobs and Services that somebody else changes."""
+"""All ways in which a pod can end or fail to start, lost nodes, and Jobs and Services that other clients change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_deleted_service_is_created_again(rig: Rig) -> None:
 @pytest.mark.row(23)
 @pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "finetune-operator.io/attempt"])
 def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
-    """The watch does not show a Job without its label, but the Job still runs, and no other may run at the same time."""
+    """The watch does not deliver a Job without its label. The Job still runs, so the operator must not create a second one."""
     proxy = rig.proxy()
     rig.operator(through=proxy, config={"resyncSeconds": 1})
     rig.submit()
@@ -52,8 +52,8 @@ def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> Non
     rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: None}}})
     rig.submit("other", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "other")
-    begun = len(proxy.exchanges)
-    proxy.wait_for(lambda e: e.number > begun and e.operation == "list pods", timeout=20)
+    last_exchange = len(proxy.exchanges)
+    proxy.wait_for(lambda e: e.number > last_exchange and e.operation == "list pods", timeout=20)
     assert count_created(proxy, "jobs") == 1
     assert rig.api.find("pods", rig.namespace, pod.name) is not None
     rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: _label_of(label)}}})
@@ -89,8 +89,8 @@ def test_each_end_of_a_pod_has_its_own_reason_and_is_retried(rig: Rig, case: str
     body = rig.wait_attempt(2)
     assert attempt_reasons(body)[0] == (1, reason)
     rig.wait_event(reason)
-    charged = reason not in (Reason.PREEMPTED, Reason.OUT_OF_MEMORY)
-    assert body["status"].get("retriesUsed", 0) == (1 if charged else 0)
+    is_counted = reason not in (Reason.PREEMPTED, Reason.OUT_OF_MEMORY)
+    assert body["status"].get("retriesUsed", 0) == (1 if is_counted else 0)
 
 
 @pytest.mark.row(24)
@@ -101,18 +101,18 @@ def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, 
     rig.operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.end_pod(pod, failure(code, code="Because", message="it cannot be", hint="write it otherwise"))
+    rig.kubelet.end_pod(pod, failure(code, code="SomeError", message="the message", hint="the hint"))
     body = rig.wait_finished()
     assert len(body["status"]["attempts"]) == 1
-    found = body["status"]["failure"]
-    assert (found["class"], found["code"], found["exitCode"]) == (failure_class, "Because", code)
-    assert (found["message"], found["hint"]) == ("it cannot be", "write it otherwise")
+    reported = body["status"]["failure"]
+    assert (reported["class"], reported["code"], reported["exitCode"]) == (failure_class, "SomeError", code)
+    assert (reported["message"], reported["hint"]) == ("the message", "the hint")
     assert condition_is_true(body, Condition.STALLED)
 
 
 @pytest.mark.row(24)
 @pytest.mark.parametrize(
-    ("plan", "reason", "words"),
+    ("plan", "reason", "expected_text"),
     [
         (Plan(start=Start.UNSCHEDULABLE, message="0/9 nodes are available"), Reason.UNSCHEDULABLE, "0/9 nodes"),
         (Plan(start=Start.CONTAINER_WAITING, message="no such image"), Reason.IMAGE_PULL_FAILED, "no such image"),
@@ -123,14 +123,14 @@ def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, 
     ],
     ids=["unschedulable", "image", "secret"],
 )  # fmt: skip
-def test_pods_that_do_not_start_show_the_reason_and_start_when_it_is_fixed(
-    rig: Rig, plan: Plan, reason: Reason, words: str
+def test_pods_that_do_not_start_show_the_reason_until_the_problem_is_solved(
+    rig: Rig, plan: Plan, reason: Reason, expected_text: str
 ) -> None:
     rig.kubelet.set_plan(rig.namespace, plan)
     rig.operator()
     rig.submit(policy={"startTimeoutSeconds": 2})
     body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == reason)
-    assert words in condition(body, Condition.PODS_READY)["message"]
+    assert expected_text in condition(body, Condition.PODS_READY)["message"]
     rig.wait(lambda b: condition_is_true(b, Condition.STALLED))
     rig.wait_event(reason)
     rig.kubelet.set_plan(rig.namespace, Plan())
@@ -183,8 +183,8 @@ def test_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
         assert attempt_reasons(body)[0] == (1, Reason.NODE_LOST)
         assert body["status"].get("retriesUsed", 0) == 0
         assert rig.api.find("pods", rig.namespace, pod.name) is None
-        again = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
-        assert again.node != pod.node
+        new_pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
+        assert new_pod.node != pod.node
     finally:
         rig.kubelet.revive_node(pod.node)
 

@@ -95,7 +95,7 @@ def with_lease(rig: Rig) -> dict[str, Any]:
 
 
 UNUSED_BY_DESIGN = {
-    ("finetunejobs/finalizers", "update"): "asked for by OwnerReferencesPermissionEnforcement, never called",
+    ("finetunejobs/finalizers", "update"): "required by the admission plugin OwnerReferencesPermissionEnforcement, never called",
 }
 """Granted verbs that no request uses, and why they are granted."""
 
@@ -113,9 +113,9 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
     rig.submit("last")
     rig.wait_attempt(1, "last", timeout=40)
     refused = sorted({e.operation for e in proxy.exchanges if e.server_status == 403})
-    assert refused == [], "the operator asked for more than the chart grants"
+    assert refused == [], "the operator sent requests that the chart does not permit"
     unused = granted(documents) - used(proxy) - set(UNUSED_BY_DESIGN)
-    assert sorted(unused) == [], "the chart grants what the operator never uses"
+    assert sorted(unused) == [], "the chart grants permissions that the operator never uses"
 
 
 def everything(rig: Rig, proxy: ApiProxy) -> None:
@@ -149,7 +149,7 @@ def everything(rig: Rig, proxy: ApiProxy) -> None:
 
 
 def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
-    """(resource, verb) of the chart's rules."""
+    """(resource, verb) of all the chart's rules."""
     return {
         (resource, verb)
         for document in documents if document["kind"] in ("Role", "ClusterRole")
@@ -158,7 +158,7 @@ def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
 
 
 def used(proxy: ApiProxy) -> set[tuple[str, str]]:
-    """(resource, verb) of the requests that were made."""
+    """(resource, verb) of all requests that the operator sent."""
     found = set()
     for exchange in proxy.exchanges:
         verb, _, resource = exchange.operation.partition(" ")
@@ -181,9 +181,9 @@ READS = ("get", "list", "watch")
 @pytest.mark.row(40)
 def test_user_roles_cover_finetunejobs_without_their_status(rig: Rig) -> None:
     roles = [d for d in rendered(rig.namespace) if d["kind"] == "ClusterRole"]
-    people = [d for d in roles if any("aggregate-to" in label for label in d["metadata"]["labels"])]
-    assert len(people) == 2
-    for role in people:
+    user_roles = [d for d in roles if any("aggregate-to" in label for label in d["metadata"]["labels"])]
+    assert len(user_roles) == 2
+    for role in user_roles:
         rig.api.patch("clusterroles", None, role["metadata"]["name"], role, patch="apply")
     for role_name, verb in (("view", "watch"), ("edit", "patch"), ("admin", "patch")):
         rig.api.wait("clusterroles", None, role_name, lambda body, verb=verb: grants(body, verb))
@@ -211,8 +211,8 @@ def grants(role: dict[str, Any], verb: str) -> bool:
 
 def may(rig: Rig, user: str, verb: str, part: str = "", namespace: str = "") -> bool:
     """Whether the API server authorizes a user for FineTuneJobs."""
-    asked = {"namespace": namespace or rig.namespace, "verb": verb, "group": GROUP, "resource": FTJ, "subresource": part}
-    body = {"spec": {"user": user, "resourceAttributes": asked}}
+    attributes = {"namespace": namespace or rig.namespace, "verb": verb, "group": GROUP, "resource": FTJ, "subresource": part}
+    body = {"spec": {"user": user, "resourceAttributes": attributes}}
     answer = rig.api.request("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", body)
     return bool(answer.body["status"]["allowed"])
 
@@ -234,7 +234,7 @@ def test_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
     made = [e.server_status for e in proxy.exchanges if path in e.path and e.operation == "create jobs"]
     assert made.count(201) == 1
     assert set(made) <= {201, 403, 404}
-    assert len(made) <= 6, "it does not knock again and again at a door that closes"
+    assert len(made) <= 6, "the operator retried too often in a terminating namespace"
 
 
 @pytest.mark.row(37)
@@ -284,7 +284,7 @@ def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
 
 @pytest.mark.row(38)
 def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
-    """Control for the test above: the label is in force, and a pod that violates the profile is refused."""
+    """Control for the test above: the label is in force, because a pod that violates the profile is refused."""
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
     rig.operator()

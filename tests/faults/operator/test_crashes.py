@@ -1,4 +1,4 @@
-"""The operator is killed at every kill point, in every phase of a job, and is away while the cluster changes."""
+"""The operator is killed at every kill point and in every phase of a job, and the cluster changes while it is down."""
 
 from __future__ import annotations
 
@@ -15,63 +15,63 @@ from tests.support.rig import FTJ, Rig, attempt_reasons, condition, condition_is
 pytestmark = pytest.mark.faults
 
 
-def nothing(rig: Rig) -> None:
-    """Create nothing: the job does not exist yet."""
+def create_nothing(rig: Rig) -> None:
+    """Create nothing: the scenario itself creates the job."""
 
 
-def running(rig: Rig) -> None:
+def start_job(rig: Rig) -> None:
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
 
 
-def suspended(rig: Rig) -> None:
+def create_suspended_job(rig: Rig) -> None:
     rig.submit(suspend=True)
     rig.wait_phase(Phase.SUSPENDED)
 
 
-def creates(rig: Rig) -> None:
+def create_job(rig: Rig) -> None:
     rig.submit()
 
 
-def creates_two(rig: Rig) -> None:
+def create_job_with_two_pods(rig: Rig) -> None:
     rig.submit(resources={"nodes": 2})
 
 
-def fails(rig: Rig) -> None:
+def fail_pod(rig: Rig) -> None:
     rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], failure(70, message="broken"))
 
 
-def succeeds(rig: Rig) -> None:
+def complete_pod(rig: Rig) -> None:
     rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
 
 
-def suspends(rig: Rig) -> None:
+def suspend_job(rig: Rig) -> None:
     rig.patch_spec(suspend=True)
 
 
-def resumes(rig: Rig) -> None:
+def resume_job(rig: Rig) -> None:
     rig.patch_spec(suspend=False)
 
 
-def cancels(rig: Rig) -> None:
+def cancel_job(rig: Rig) -> None:
     rig.patch_spec(cancel=True)
 
 
 STATUS = (Point.BEFORE_STATUS_WRITE, Point.AFTER_STATUS_WRITE)
 CREATION = (Point.BEFORE_JOB_CREATE, Point.AFTER_JOB_CREATE, *STATUS)
 DELETION = (Point.BEFORE_JOB_DELETE, Point.AFTER_JOB_DELETE, *STATUS)
-MOMENTS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[Point, ...]]] = {
-    "create": (nothing, creates, CREATION),
-    "create two": (nothing, creates_two, (Point.BEFORE_SERVICE_CREATE, Point.AFTER_SERVICE_CREATE)),
-    "fail": (running, fails, CREATION),
-    "succeed": (running, succeeds, STATUS),
-    "suspend": (running, suspends, DELETION),
-    "resume": (suspended, resumes, CREATION),
-    "cancel": (running, cancels, DELETION),
+SCENARIOS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[Point, ...]]] = {
+    "create": (create_nothing, create_job, CREATION),
+    "create two": (create_nothing, create_job_with_two_pods, (Point.BEFORE_SERVICE_CREATE, Point.AFTER_SERVICE_CREATE)),
+    "fail": (start_job, fail_pod, CREATION),
+    "succeed": (start_job, complete_pod, STATUS),
+    "suspend": (start_job, suspend_job, DELETION),
+    "resume": (create_suspended_job, resume_job, CREATION),
+    "cancel": (start_job, cancel_job, DELETION),
 }
-"""State of the job, the change that follows, and the kill points that the operator passes."""
-ENDS: dict[str, list[tuple[int, str]]] = {
+"""By scenario: a function that prepares the job, a function that changes it, and the kill points that the operator then reaches."""
+EXPECTED_ATTEMPTS: dict[str, list[tuple[int, str]]] = {
     "create": [(1, Reason.SUCCEEDED)],
     "create two": [(1, Reason.SUCCEEDED)],
     "fail": [(1, Reason.INTERNAL_ERROR), (2, Reason.SUCCEEDED)],
@@ -80,7 +80,7 @@ ENDS: dict[str, list[tuple[int, str]]] = {
     "resume": [(1, Reason.SUCCEEDED)],
     "cancel": [(1, Reason.CANCELLED)],
 }
-STORIES: dict[str, list[str]] = {
+EXPECTED_EVENTS: dict[str, list[str]] = {
     "create": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "create two": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "fail": [
@@ -92,12 +92,12 @@ STORIES: dict[str, list[str]] = {
     "resume": [Reason.ACCEPTED, Reason.SUSPENDED, Reason.RESUMED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "cancel": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.CANCELLED],
 }  # fmt: skip
-"""Events that must exist wherever the operator was killed."""
+"""Events that must exist after a kill at any point."""
 
 
 def test_every_kill_point_is_covered() -> None:
-    """Forced removal happens only on lost nodes, which another test covers."""
-    died_at = {point for _, _, points in MOMENTS.values() for point in points}
+    """Forced deletion happens only on lost nodes; the next test covers it."""
+    died_at = {point for _, _, points in SCENARIOS.values() for point in points}
     assert died_at == set(Point) - {Point.AFTER_POD_DELETE}
 
 
@@ -120,7 +120,7 @@ def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
 @pytest.mark.row(21)
 def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
     rig.operator()
-    running(rig)
+    start_job(rig)
     first = rig.kubelet.pods(rig.namespace, "job")[0]
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
     body = rig.wait_attempt(2)
@@ -129,35 +129,35 @@ def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
 
 
 @pytest.mark.row(2)
-@pytest.mark.parametrize(("moment", "point"), [(m, p) for m, (_, _, points) in MOMENTS.items() for p in points])
-def test_job_continues_after_a_kill_at_each_point(rig: Rig, moment: str, point: str) -> None:
-    prepare, happen, _ = MOMENTS[moment]
+@pytest.mark.parametrize(("scenario", "point"), [(m, p) for m, (_, _, points) in SCENARIOS.items() for p in points])
+def test_job_continues_after_a_kill_at_each_point(rig: Rig, scenario: str, point: str) -> None:
+    prepare_job, change_job, _ = SCENARIOS[scenario]
     first = rig.operator()
-    prepare(rig)
+    prepare_job(rig)
     first.stop()
-    dying = rig.operator(crash_at=point)
-    happen(rig)
-    assert dying.wait_end() == -9
+    operator = rig.operator(crash_at=point)
+    change_job(rig)
+    assert operator.wait_end() == -9
     rig.operator()
-    if moment in ("create", "create two", "fail", "resume"):
-        attempt, count = 2 if moment == "fail" else 1, 2 if moment == "create two" else 1
+    if scenario in ("create", "create two", "fail", "resume"):
+        attempt, count = 2 if scenario == "fail" else 1, 2 if scenario == "create two" else 1
         for pod in rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt, count=count):
             rig.kubelet.end_pod(pod, success())
-    body = rig.wait_phase(Phase.SUSPENDED) if moment == "suspend" else rig.wait_finished()
-    assert attempt_reasons(body) == ENDS[moment]
-    assert body["status"].get("retriesUsed", 0) == (1 if moment == "fail" else 0)
-    assert len(rig.job_names()) <= len(ENDS[moment])
-    seen = rig.event_notes()
-    assert len(seen) == len(set(seen)), "told twice"
-    assert Counter(STORIES[moment]) - Counter(reason for reason, _ in seen) == Counter(), "never told"
+    body = rig.wait_phase(Phase.SUSPENDED) if scenario == "suspend" else rig.wait_finished()
+    assert attempt_reasons(body) == EXPECTED_ATTEMPTS[scenario]
+    assert body["status"].get("retriesUsed", 0) == (1 if scenario == "fail" else 0)
+    assert len(rig.job_names()) <= len(EXPECTED_ATTEMPTS[scenario])
+    events = rig.event_notes()
+    assert len(events) == len(set(events)), "an event was emitted twice"
+    assert Counter(EXPECTED_EVENTS[scenario]) - Counter(reason for reason, _ in events) == Counter(), "an event is missing"
 
 
 @pytest.mark.row(5)
-def test_end_of_an_attempt_during_an_absence_is_read_from_its_pods(rig: Rig) -> None:
+def test_end_of_an_attempt_while_the_operator_is_down_is_read_from_its_pods(rig: Rig) -> None:
     operator = rig.operator()
-    running(rig)
+    start_job(rig)
     operator.stop()
-    succeeds(rig)
+    complete_pod(rig)
     rig.api.wait("jobs", rig.namespace, "job-1", lambda body: condition_is_true(body, "Complete"))
     rig.operator()
     body = rig.wait_finished()
@@ -166,11 +166,11 @@ def test_end_of_an_attempt_during_an_absence_is_read_from_its_pods(rig: Rig) -> 
 
 
 @pytest.mark.row(5)
-def test_unobserved_end_of_an_attempt_is_reported_as_such(rig: Rig) -> None:
+def test_unobserved_end_of_an_attempt_is_reported_as_unobserved(rig: Rig) -> None:
     operator = rig.operator()
-    running(rig)
+    start_job(rig)
     operator.stop()
-    succeeds(rig)
+    complete_pod(rig)
     rig.api.wait("jobs", rig.namespace, "job-1", lambda body: condition_is_true(body, "Complete"))
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
     rig.api.wait_gone("jobs", rig.namespace, "job-1")
@@ -184,7 +184,7 @@ def test_unobserved_end_of_an_attempt_is_reported_as_such(rig: Rig) -> None:
 
 
 @pytest.mark.row(28)
-def test_deadline_that_passes_during_an_absence_ends_the_job(rig: Rig) -> None:
+def test_deadline_that_passes_while_the_operator_is_down_ends_the_job(rig: Rig) -> None:
     operator = rig.operator()
     rig.submit(policy={"activeDeadlineSeconds": 4})
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -206,7 +206,7 @@ def _seconds_since(time: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(time.replace("Z", "+00:00"))).total_seconds()
 
 
-def test_job_cancelled_during_an_absence_never_starts(rig: Rig) -> None:
+def test_job_cancelled_while_the_operator_is_down_never_starts(rig: Rig) -> None:
     rig.submit()
     rig.patch_spec(cancel=True)
     proxy = rig.proxy()
@@ -217,10 +217,10 @@ def test_job_cancelled_during_an_absence_never_starts(rig: Rig) -> None:
 
 
 def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
-    """The status is emptied; the names of the Jobs contain the attempt number."""
+    """After the status is emptied, the operator reads the attempt number from the names of the Jobs."""
     operator = rig.operator()
-    running(rig)
-    fails(rig)
+    start_job(rig)
+    fail_pod(rig)
     rig.kubelet.wait_running(rig.namespace, "job", attempt=2)
     rig.wait_attempt(2)
     operator.stop()

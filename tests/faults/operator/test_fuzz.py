@@ -57,11 +57,11 @@ CHOICES: dict[str, list[Any]] = {
 SEEDS = 120
 
 
-def some_spec(chance: random.Random) -> dict[str, Any]:
+def random_spec(rng: random.Random) -> dict[str, Any]:
     spec = dict(MINIMAL)
     for group, options in CHOICES.items():
-        if chance.random() < 0.5:
-            spec = merged(spec, {group: chance.choice(options)})
+        if rng.random() < 0.5:
+            spec = merged(spec, {group: rng.choice(options)})
     return spec
 
 
@@ -69,14 +69,14 @@ def some_spec(chance: random.Random) -> dict[str, Any]:
 def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
     accepted, refused = 0, set()
     for seed in range(SEEDS):
-        spec = some_spec(random.Random(seed))
+        spec = random_spec(random.Random(seed))
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": f"job-{seed}"}, "spec": spec}
         try:
-            made = rig.api.create(FTJ, rig.namespace, body, dryRun="All", fieldValidation="Strict")
+            created = rig.api.create(FTJ, rig.namespace, body, dryRun="All", fieldValidation="Strict")
         except ApiError as error:
             refused.add(error.message)
             continue
-        job = read_finetunejob(made)
+        job = read_finetunejob(created)
         verdict = accept(job.spec, CONFIG)
         if not isinstance(verdict, Accepted):
             refused.add(verdict.message)
@@ -94,29 +94,29 @@ def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
 def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "x", Label.ATTEMPT.value: "1"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
-    chance = random.Random(49)
+    rng = random.Random(49)
     foreign = []
     for number in range(12):
-        mine = {k: chance.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
-        mine[Label.MANAGED_BY.value] = names.MANAGER
+        random_labels = {k: rng.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
+        random_labels[Label.MANAGED_BY.value] = names.MANAGER
         meta = {
-            "name": f"job-{number + 100}", "labels": mine, "annotations": {Annotation.RUN_CONFIG_SHA256.value: "?" * number},
+            "name": f"job-{number + 100}", "labels": random_labels, "annotations": {Annotation.RUN_CONFIG_SHA256.value: "?" * number},
             "ownerReferences": [
                 {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "job", "uid": f"none-{number}",
-                 "controller": chance.choice([True, False])}
+                 "controller": rng.choice([True, False])}
             ] if number % 3 == 0 else [],
         }  # fmt: skip
-        made = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
-        foreign.append((made["metadata"]["name"], made["metadata"]["uid"]))
-        pod = {"metadata": {"name": f"pod-{number}", "labels": mine}}
+        created = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
+        foreign.append((created["metadata"]["name"], created["metadata"]["uid"]))
+        pod = {"metadata": {"name": f"pod-{number}", "labels": random_labels}}
         rig.api.create("pods", rig.namespace, pod | {"spec": template["spec"]})
     pods = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()
     rig.wait_attempt(1)
-    ours = next(p for p in rig.kubelet.wait_running(rig.namespace, "job", count=1) if p.name.startswith("job-1-"))
-    rig.kubelet.end_pod(ours, success())
+    own_pod = next(p for p in rig.kubelet.wait_running(rig.namespace, "job", count=1) if p.name.startswith("job-1-"))
+    rig.kubelet.end_pod(own_pod, success())
     assert condition_is_true(rig.wait_finished(), Condition.SUCCEEDED)
     assert attempt_reasons(rig.get())[0][0] == 1
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
@@ -135,7 +135,7 @@ def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
     try:
         rig.api.request("PATCH", path, {"status": damage})
     except ApiError as error:
-        assert error.code == 422, "the schema itself keeps nonsense out: even better"
+        assert error.code == 422, "the CRD schema must refuse the damaged status, if anything does"
     rig.operator()
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED

@@ -1,4 +1,4 @@
-"""What kubectl shows: the columns of `get`, the descriptions of `explain`, and the conditions that `wait` needs."""
+"""Output of kubectl: the columns of `get`, the descriptions of `explain`, and the conditions for `wait`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.rig import FTJ, Rig
 
 pytestmark = pytest.mark.faults
 NARROW = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Age"]
-NOT_YET = {"Loss", "Checkpoint", "Duration"}
-"""Columns that stay empty until there is a value: a number, a URI and a duration."""
+MAY_BE_EMPTY = {"Loss", "Checkpoint", "Duration"}
+"""Columns that are empty while they have no value: a number, a URI and a duration."""
 WIDE = ["Model", "Method", "Checkpoint", "Duration", "Reason"]
 
 
@@ -34,7 +34,7 @@ def table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str,
 
 
 @pytest.mark.row(55)
-def test_table_has_no_empty_cells_without_a_reason(rig: Rig) -> None:
+def test_only_columns_without_a_value_are_empty(rig: Rig) -> None:
     rig.operator()
     rig.submit("asleep", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "asleep")
@@ -65,16 +65,16 @@ def test_table_has_no_empty_cells_without_a_reason(rig: Rig) -> None:
         "asleep": "Suspended", "broken": "Failed", "done": "Succeeded", "waiting": "Starting",
     }  # fmt: skip
     blank = {(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")}
-    assert {title for _, title in blank} <= NOT_YET
+    assert {title for _, title in blank} <= MAY_BE_EMPTY
 
 
 @pytest.mark.row(55)
 def test_every_field_has_a_description(rig: Rig) -> None:
-    found = rig.api.request("GET", f"/openapi/v3/apis/{names.API_VERSION}").body
-    schemas = found["components"]["schemas"].values()
-    kind = next(one for one in schemas if {"spec", "status"} <= set(one.get("properties") or {}))
-    silent = list(_undescribed(kind["properties"]["spec"], "spec")) + list(_undescribed(kind["properties"]["status"], "status"))
-    assert silent == []
+    document = rig.api.request("GET", f"/openapi/v3/apis/{names.API_VERSION}").body
+    schemas = document["components"]["schemas"].values()
+    kind = next(schema for schema in schemas if {"spec", "status"} <= set(schema.get("properties") or {}))
+    undescribed = list(_undescribed(kind["properties"]["spec"], "spec")) + list(_undescribed(kind["properties"]["status"], "status"))
+    assert undescribed == []
 
 
 def _undescribed(schema: dict[str, Any], path: str) -> Any:

@@ -23,7 +23,7 @@ NO_RESYNC = {"resyncSeconds": 3600}
 
 
 @pytest.mark.row(9)
-def test_fewer_requests_are_sent_after_429(rig: Rig) -> None:
+def test_retry_after_of_a_429_limits_the_requests(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     for number in range(10):
@@ -33,10 +33,10 @@ def test_fewer_requests_are_sent_after_429(rig: Rig) -> None:
     with proxy.fault(Status(429, retry_after=3)):
         proxy.clear_exchanges()
         rig.kubelet.set_plan(rig.namespace, Plan(when_running=success()))
-        begun = time.monotonic()
-        proxy.wait_for(lambda e: e.started > begun + 20, timeout=60)
+        start = time.monotonic()
+        proxy.wait_for(lambda e: e.started > start + 20, timeout=60)
         refused = len(proxy.exchanges)
-    # 10 jobs and 3 watches, each with a retry every 3 s at most, and the requests that were already sent
+    # 10 jobs and 3 watches, each with at most one retry per 3 s, and the requests that were already in flight
     assert refused <= 13 * (20 / 3 + 3)
     for number in range(10):
         assert attempt_reasons(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
@@ -54,8 +54,8 @@ def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
     with proxy.fault(Status(503)):
         for resource in WATCHED:
             proxy.command_watches(resource, Disconnect())
-        begun = time.monotonic()
-        proxy.wait_for(lambda e: e.started > begun + 65 and e.operation.startswith("watch"), timeout=120)
+        start = time.monotonic()
+        proxy.wait_for(lambda e: e.started > start + 65 and e.operation.startswith("watch"), timeout=120)
         rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
         assert operator.is_running
     assert attempt_reasons(rig.wait_finished(timeout=90)) == [(1, Reason.SUCCEEDED)]
@@ -84,15 +84,15 @@ def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
 def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) -> None:
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config={"resyncSeconds": 3})
-    for name in ("kept", "ghost"):
+    for name in ("kept", "deleted"):
         rig.submit(name)
         rig.kubelet.wait_running(rig.namespace, name)
         rig.wait_attempt(1, name)
     for resource in WATCHED:
         proxy.command_watches(resource, Stall())
-    rig.api.delete(FTJ, rig.namespace, "ghost")
-    rig.api.wait_gone(FTJ, rig.namespace, "ghost")
-    rig.api.wait_gone("jobs", rig.namespace, "ghost-1", timeout=60)
+    rig.api.delete(FTJ, rig.namespace, "deleted")
+    rig.api.wait_gone(FTJ, rig.namespace, "deleted")
+    rig.api.wait_gone("jobs", rig.namespace, "deleted-1", timeout=60)
     rig.api.wait_list("nodes", None, lambda items: sum(_phases(operator.metrics()).values()) == 1, timeout=60)
     proxy.clear_exchanges()
     for resource in WATCHED:
@@ -100,19 +100,19 @@ def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) ->
     rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "kept")[0], success())
     rig.wait_finished("kept")
     rig.api.wait_list("nodes", None, lambda items: _phases(operator.metrics()) == {"Succeeded": 1}, timeout=60)
-    assert [e.path for e in proxy.exchanges if e.method != "GET" and "ghost" in e.path] == []
-    rig.submit("ghost")
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "ghost")[0], success())
-    assert attempt_reasons(rig.wait_finished("ghost")) == [(1, Reason.SUCCEEDED)]
+    assert [e.path for e in proxy.exchanges if e.method != "GET" and "deleted" in e.path] == []
+    rig.submit("deleted")
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "deleted")[0], success())
+    assert attempt_reasons(rig.wait_finished("deleted")) == [(1, Reason.SUCCEEDED)]
 
 
 def _phases(metrics: dict[str, float]) -> dict[str, int]:
-    """Jobs by phase from the metrics."""
-    found = {}
+    """Number of jobs by phase, from the metrics."""
+    jobs_by_phase = {}
     for name, value in metrics.items():
         if name.startswith("finetune_operator_jobs{") and value:
-            found[name.partition('phase="')[2].partition('"')[0]] = int(value)
-    return found
+            jobs_by_phase[name.partition('phase="')[2].partition('"')[0]] = int(value)
+    return jobs_by_phase
 
 
 @pytest.mark.row(14)
@@ -131,7 +131,7 @@ def test_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
 @pytest.mark.row(15)
 @pytest.mark.parametrize("resource", WATCHED)
 def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
-    """Its Deployment starts it again; a process with a stalled watch must not go on."""
+    """A process with a broken watch must end, so that its Deployment restarts it."""
     rig.allowed_log_lines += ["watch", "Watch", "multitasker"]
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config=NO_RESYNC)
@@ -211,10 +211,10 @@ def test_missing_crd_ends_the_process_with_a_message(tmp_path: Path) -> None:
         with FakeKubelet(endpoint) as kubelet:
             api.create("namespaces", None, {"metadata": {"name": "work"}})
             rig = Rig(Cluster(endpoint, api, kubelet), "work", tmp_path)
-            early = rig.operator(ready=False)
-            assert early.wait_end() == 1
-            assert "install the CRD first" in early.log
-            assert "Traceback" not in early.log
+            operator_without_crd = rig.operator(ready=False)
+            assert operator_without_crd.wait_end() == 1
+            assert "install the CRD first" in operator_without_crd.log
+            assert "Traceback" not in operator_without_crd.log
             install_crd(api)
             rig.operator()
             rig.submit()
@@ -241,7 +241,7 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
         assert operator.wait_end(10) > 0
         rig.operator()
     rig.kubelet.end_pod(rig.kubelet.wait_running("work", "new")[0], success())
-    # Only now can the garbage collector see that the owner is deleted.
+    # The garbage collector can notice the deleted owner only after the CRD is served again.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
     for each in rig.operators:
@@ -249,7 +249,7 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
 
 
 def test_everything_works_through_a_proxy_without_faults(rig: Rig) -> None:
-    """Control: the failures of the other tests come from the faults, not from the proxy."""
+    """Control test: without faults, the proxy changes nothing."""
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()

@@ -20,7 +20,7 @@ LEASE = "finetune-operator"
 
 
 def replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
-    """An operator with its own proxy, which shows its writes."""
+    """Start an operator with its own proxy, which records its writes."""
     election = {
         "enabled": True, "leaseName": LEASE, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
         "renewDeadlineSeconds": 2, "retryPeriodSeconds": 0.5,
@@ -34,8 +34,8 @@ def holder(rig: Rig) -> str:
     return str((found or {}).get("spec", {}).get("holderIdentity") or "")
 
 
-def work(proxy: ApiProxy) -> list[str]:
-    """Writes to anything but the Lease."""
+def writes_except_lease(proxy: ApiProxy) -> list[str]:
+    """All writes except those of the Lease."""
     return [label for label in proxy.writes() if not label.endswith(" leases")]
 
 
@@ -50,7 +50,7 @@ def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
     rig.submit("one")
     rig.wait_attempt(1, "one")
     standby, second = replica(rig)
-    assert work(second) == []
+    assert writes_except_lease(second) == []
     leader.kill()
     rig.submit("two")
     rig.wait_attempt(1, "two", timeout=40)
@@ -58,8 +58,8 @@ def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
     finish(rig, "two")
     assert (count_created(first, "jobs"), count_created(second, "jobs")) == (1, 1)
     last = max(e.started for e in first.exchanges)
-    taken = [e.started for e in second.exchanges if e.operation.startswith(("create", "update")) and e.client_status < 400]
-    assert last < min(taken)
+    takeover_writes = [e.started for e in second.exchanges if e.operation.startswith(("create", "update")) and e.client_status < 400]
+    assert last < min(takeover_writes)
     assert standby.is_running
 
 
@@ -77,10 +77,10 @@ def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     rig.wait_finished("one", timeout=40)
     rig.submit("two")
     rig.wait_attempt(1, "two")
-    asleep = work(first)
+    writes_before = writes_except_lease(first)
     leader.signal(signal.SIGCONT)
     assert leader.wait_end() == 1
-    assert work(first) == asleep
+    assert writes_except_lease(first) == writes_before
     assert holder(rig) != before
     assert count_created(second, "jobs") == 1
 
@@ -136,7 +136,7 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
 
 
 def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
-    """Each serves its own namespace with its own configuration, and neither is affected by the other."""
+    """Each operator serves its own namespace with its own configuration, and the other operator does not affect it."""
     sides = []
     for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
         proxy = side.proxy()

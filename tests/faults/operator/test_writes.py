@@ -1,4 +1,4 @@
-"""How much the operator writes, and what it never writes: idle cost, throttling, event series, secrets."""
+"""The operator's writes: none while idle, throttled progress, event series, and no secrets."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_finished_jobs_cause_no_requests(rig: Rig) -> None:
         rig.submit(f"job-{number}")
     for number in range(30):
         rig.wait_finished(f"job-{number}", timeout=60)
-    begun = time.monotonic()
-    proxy.wait_for(lambda e: e.started > begun + 15 and e.operation.startswith("list"), timeout=60)
-    later = [e for e in proxy.exchanges if e.started > begun + 2]
+    start = time.monotonic()
+    proxy.wait_for(lambda e: e.started > start + 15 and e.operation.startswith("list"), timeout=60)
+    later = [e for e in proxy.exchanges if e.started > start + 2]
     assert {e.operation for e in later if e.method != "GET"} == set()
     assert {e.operation for e in later if not e.operation.startswith("watch")} == {
         f"list {FTJ}", "list jobs", "list pods",
@@ -45,15 +45,15 @@ def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> 
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.kubelet.set_progress(rig.namespace, "job", progress={"step": 1, "totalSteps": 10_000})
     rig.wait_phase(Phase.RUNNING)
-    before, begun = count_status_writes(proxy), time.monotonic()
-    asked = rig.kubelet.progress_requests[rig.namespace, "job"]
+    before, start = count_status_writes(proxy), time.monotonic()
+    requests_before = rig.kubelet.progress_requests[rig.namespace, "job"]
     step = 1
-    while time.monotonic() < begun + 13:
+    while time.monotonic() < start + 13:
         step += 1
         rig.kubelet.set_progress(rig.namespace, "job", progress={"step": step, "totalSteps": 10_000})
         rig.kubelet.wait_progress_request(rig.namespace, "job")
-    elapsed = time.monotonic() - begun
-    assert rig.kubelet.progress_requests[rig.namespace, "job"] - asked > 50
+    elapsed = time.monotonic() - start
+    assert rig.kubelet.progress_requests[rig.namespace, "job"] - requests_before > 50
     assert 1 <= count_status_writes(proxy) - before <= elapsed / 4 + 1
     rig.kubelet.end_pod(pod, success())
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
@@ -122,13 +122,13 @@ def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, SHIFT_SOURCE, "-ldl"], check=True)
     except FileNotFoundError:
-        pytest.skip("no C compiler: the library that moves a process's clock cannot be built")
+        pytest.skip("no C compiler: the library that shifts the clock cannot be built")
     return library
 
 
 @pytest.mark.row(29)
 @pytest.mark.parametrize("hours", [2, -2])
-def test_deadline_and_ttl_are_right_although_the_operator_s_clock_is_wrong(rig: Rig, clock_shift: Path, hours: int) -> None:
+def test_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig, clock_shift: Path, hours: int) -> None:
     proxy = rig.proxy()
     env = {"LD_PRELOAD": str(clock_shift), "CLOCK_SHIFT": str(hours * 3600)}
     rig.operator(through=proxy, env=env)
@@ -149,16 +149,16 @@ def test_deadline_and_ttl_are_right_although_the_operator_s_clock_is_wrong(rig: 
     assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
     assert attempt_reasons(rig.get("early")) == [(1, "")]
     assert condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
-    assert len(proxy.exchanges) < 400, "a wrong clock makes no hot loop"
+    assert len(proxy.exchanges) < 400, "a wrong clock causes a busy loop"
 
 
 def _now(rig: Rig) -> float:
     """Current time of the API server, in seconds."""
-    made = rig.api.create("events", rig.namespace, {
+    created = rig.api.create("events", rig.namespace, {
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
     })  # fmt: skip
-    return _later(made["metadata"]["creationTimestamp"], 0) + 1
+    return _later(created["metadata"]["creationTimestamp"], 0) + 1
 
 
 def _later(time_: str, seconds: float) -> float:

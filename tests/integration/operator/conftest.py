@@ -25,16 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def served(control_plane: Endpoint) -> Iterator[Endpoint]:
-    """The control plane with the CRD and one node that stays Ready."""
+    """The control plane with the CRD and a node that stays Ready."""
     install(control_plane, CRD)
-    heart = Heartbeat(control_plane)
+    heartbeat = Heartbeat(control_plane)
     yield control_plane
-    heart.close()
+    heartbeat.close()
 
 
 @pytest.fixture(scope="session")
 def progress() -> Iterator[Progress]:
-    """The HTTP server in place of those of all pods."""
+    """One HTTP server that replaces the progress servers of all pods."""
     found = Progress()
     yield found
     found.close()
@@ -63,7 +63,7 @@ def config(progress: Progress) -> dict[str, object]:
 def operator(
     served: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
-    """A running operator, for one module only: tests of other folders run their own operators on the same server."""
+    """A running operator, one per module, because tests in other folders run their own operators on the same API server."""
     found = Operator(tmp_path_factory.mktemp("operator"), served.kubeconfig, config)
     found.start()
     yield found
@@ -75,7 +75,7 @@ def operator(
 
 @pytest.fixture
 async def idle(served: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """A namespace without an operator; the test starts one."""
+    """A namespace without an operator; the test starts its own."""
     async with rig(served, _namespace(request), progress) as found:
         yield found
 
@@ -87,5 +87,5 @@ async def world(operator: Operator, idle: Rig) -> Rig:
 
 
 def _namespace(request: pytest.FixtureRequest) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))
-    return f"{words[:40].strip('-')}-{next(numbers)}"
+    test_name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))
+    return f"{test_name[:40].strip('-')}-{next(numbers)}"

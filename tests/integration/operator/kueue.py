@@ -1,7 +1,7 @@
-"""A stand-in for Kueue: does to a Job what Kueue's job reconciler does, and decides by priority as its scheduler does; nothing else.
+"""A substitute for Kueue: changes Jobs like Kueue's job reconciler, and selects them by priority like Kueue's scheduler.
 
-Kueue itself cannot be installed where these tests run. Each step names the function of Kueue's source (v0.14 to v0.19) that it follows:
-a batch/v1 Job with a queue label is created suspended; admission starts it, eviction suspends it again.
+These tests run where Kueue cannot be installed. Each step names the function of Kueue's source (v0.14 to v0.19) that it imitates.
+A batch/v1 Job with a queue label is created suspended; admission starts the Job, and eviction suspends it again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ WORKLOAD_CLASS = "kueue.x-k8s.io/priority-class"
 
 
 class Queue:
-    """One LocalQueue, admitting and evicting by hand, or by priority with `schedule`."""
+    """One LocalQueue. `admit` and `evict` act on a given Job; `schedule` chooses the Job by priority."""
 
     def __init__(self, world: Rig):
         self._world = world
 
     async def waiting(self, name: str) -> Object:
-        """Wait for a Job that asks for quota: labelled and suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
+        """Wait for a Job that requests quota, which is labelled and suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
         job = await self._world.job(name)
         assert job["metadata"]["labels"][Label.QUEUE]
         assert job["spec"]["suspend"] is True
@@ -35,9 +35,9 @@ class Queue:
         await self._world.kube.patch(JOB, self._world.namespace, name, {"spec": spec})
 
     async def evict(self, name: str) -> None:
-        """Stop a Job: suspend it, forget its start, give back its own node selectors (`Job.Stop`, `Job.RestorePodSetsInfo`).
+        """Stop a Job: suspend it, clear its start time, restore its own node selectors (`Job.Stop`, `Job.RestorePodSetsInfo`).
 
-        Between these, the Job controller has to have suspended it: Kueue comes back until the update is accepted, this waits.
+        The Job controller must suspend the Job before its start time can be cleared. Kueue retries the update; this method waits.
         """
         kube, namespace = self._world.kube, self._world.namespace
         await kube.patch(JOB, namespace, name, {"spec": {"suspend": True}})
@@ -47,37 +47,37 @@ class Queue:
         await kube.patch(JOB, namespace, name, {"spec": {"template": {"spec": {"nodeSelector": None}}}})
 
     async def schedule(self) -> str | None:
-        """One cycle with a quota of one Job; the Job that was admitted, if any.
+        """Run one cycle with a quota of one Job. Returns the name of the admitted Job, or None.
 
-        The highest priority comes first, then the oldest (`baseCompareFunc` of the cluster queue). If another holds the quota it is
-        evicted, provided that its priority is lower (`withinClusterQueue: LowerPriority`), and the quota is free when none of its
-        pods is left (`Job.IsActive`).
+        The highest priority comes first, then the oldest (`baseCompareFunc` of the cluster queue). A Job that holds the quota
+        is evicted if its priority is lower (`withinClusterQueue: LowerPriority`). The quota is free when all its pods are gone
+        (`Job.IsActive`).
         """
         jobs = [
-            one
-            for one in self._world.jobs.items.values()
-            if Label.QUEUE in one["metadata"]["labels"] and not _over(one)
+            job
+            for job in self._world.jobs.items.values()
+            if Label.QUEUE in job["metadata"]["labels"] and not _is_finished(job)
         ]
-        ranks = {one["metadata"]["name"]: await self._priority(one) for one in jobs}
-        held = [one["metadata"]["name"] for one in jobs if not one["spec"]["suspend"]]
+        priorities = {job["metadata"]["name"]: await self._priority(job) for job in jobs}
+        admitted = [job["metadata"]["name"] for job in jobs if not job["spec"]["suspend"]]
         waiting = sorted(
-            (one for one in jobs if one["spec"]["suspend"] and one["metadata"]["name"] not in held),
-            key=lambda one: (-ranks[one["metadata"]["name"]], one["metadata"]["creationTimestamp"]),
+            (job for job in jobs if job["spec"]["suspend"] and job["metadata"]["name"] not in admitted),
+            key=lambda job: (-priorities[job["metadata"]["name"]], job["metadata"]["creationTimestamp"]),
         )
         if not waiting:
             return None
         first = waiting[0]["metadata"]["name"]
-        if held and ranks[held[0]] >= ranks[first]:
+        if admitted and priorities[admitted[0]] >= priorities[first]:
             return None
-        for name in held:
+        for name in admitted:
             await self.evict(name)
         await self.admit(first, {})
         return str(first)
 
     async def _priority(self, job: Object) -> int:
-        """A Job's: of its own label's class, else of its pods' (`jobframework.ExtractPriority`), else 0 (`DefaultPriority`)."""
+        """Priority of a Job: from its label, else from its pods' priority class (`jobframework.ExtractPriority`), else 0 (`DefaultPriority`)."""
         assert WORKLOAD_CLASS not in job["metadata"]["labels"], (
-            "there is no such class here: Kueue would refuse the Job"
+            "the WorkloadPriorityClass does not exist: Kueue would refuse the Job"
         )
         name = job["spec"]["template"]["spec"].get("priorityClassName")
         return int((await self._world.kube.get(PRIORITY_CLASS, "", name))["value"]) if name else 0
@@ -88,7 +88,7 @@ class Queue:
         return not status.get("active") and any(c["type"] == "Suspended" and c["status"] == "True" for c in conditions)
 
 
-def _over(job: Object) -> bool:
-    """Whether it holds no quota any more (`Job.Finished`)."""
+def _is_finished(job: Object) -> bool:
+    """Whether the Job is finished and holds no quota (`Job.Finished`)."""
     conditions = job.get("status", {}).get("conditions", [])
     return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in conditions)

@@ -1,10 +1,10 @@
-"""The rig of the control loop's tests: the operator as a process, a real API server, and a kubelet that the test plays.
+"""The rig of the operator's integration tests: the operator as a process, a real API server, and a fake kubelet.
 
-The kubelet runs pods, writes how they end and finishes deletions, as a real one does.
+The fake kubelet runs pods, writes their exit codes and finishes deletions, like a real kubelet.
 
-The rig watches FineTuneJobs, Jobs and pods separately, and the order of events between two watches is not defined: a Job may be seen
-before the status that was written first. Tests therefore wait for each fact that they assert, and requests of the kubelet are repeated
-when a busy API server does not answer in time.
+The rig watches FineTuneJobs, Jobs and pods separately, and the order of events between two watches is not defined: the rig may
+receive a Job before a status that was written earlier. Tests therefore wait for each fact that they assert, and the kubelet repeats
+requests that a busy API server does not answer in time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CORE_NODE = Kind("v1", "Node", "nodes")
 RETRY_SECONDS = 0.1
 """Seconds between two tries of a watch or a request."""
 TIMEOUT_SECONDS = 120.0
-"""Seconds after which a test fails with everything that it saw; no assertion depends on them."""
+"""Seconds after which a waiting test fails and prints all objects; no assertion depends on this value."""
 SPEC: Object = {
     "model": {"source": "org/tiny"},
     "dataset": {"train": "s3://data/train.jsonl"},
@@ -52,7 +52,7 @@ SPEC: Object = {
 
 
 class Progress:
-    """One HTTP server in place of those of all pods: it answers with the reports that `put` received."""
+    """One HTTP server that replaces the progress servers of all pods. It serves the reports that `put` received."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
@@ -77,7 +77,7 @@ class Progress:
 
     @property
     def url(self) -> str:
-        """For the operator's `scrape.url`."""
+        """URL template for the operator's `scrape.url`."""
         return f"http://127.0.0.1:{self._server.server_port}/{{namespace}}/{{pod}}"
 
     def put(self, pod: Object, report: Object) -> None:
@@ -87,7 +87,7 @@ class Progress:
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
 
     def silence(self, pod: Object) -> None:
-        """Stop answering for this pod."""
+        """Stop serving the report of this pod."""
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
     def close(self) -> None:
@@ -154,10 +154,10 @@ class Store:
         self.items: dict[str, Object] = {}
         self.history: list[tuple[str, Object]] = []
         self.errors: list[str] = []
-        """Errors after which the watch was started again."""
+        """Errors after which the watch was restarted."""
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Watch until cancelled. A watch that ends or fails is started again: a server refuses watches while it fills its cache."""
+        """Watch until cancelled. A watch that ends or fails is restarted, because a server refuses watches while it fills its cache."""
         while True:
             try:
                 await self._watch(session)
@@ -210,23 +210,23 @@ class Rig:
         """Change the spec of a FineTuneJob."""
         return await self.kube.patch(FINETUNEJOB, self.namespace, name, {"spec": spec})
 
-    async def until(self, what: str, condition: Callable[[], Any]) -> Any:
-        """Wait until `condition` is true and return its value. Fails with everything that was seen."""
+    async def until(self, expected: str, condition: Callable[[], Any]) -> Any:
+        """Wait until `condition` is true and return its value. On a timeout, fail and print all objects."""
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS), self.changed:
                 while not (value := condition()):
                     await self.changed.wait()
                 return value
         except TimeoutError:
-            raise AssertionError(f"not within {TIMEOUT_SECONDS:.0f} s: {what}\n{self.describe()}") from None
+            raise AssertionError(f"not within {TIMEOUT_SECONDS:.0f} s: {expected}\n{self.describe()}") from None
 
     async def phase(self, phase: str, name: str = "run") -> Object:
         """Wait for a phase and return the status."""
         return (await self.until(f"phase {phase}", lambda: self._in_phase(name, phase)))["status"]
 
     def _in_phase(self, name: str, phase: str) -> Object | None:
-        found = self.ftjs.items.get(name)
-        return found if found and (found.get("status") or {}).get("phase") == phase else None
+        body = self.ftjs.items.get(name)
+        return body if body and (body.get("status") or {}).get("phase") == phase else None
 
     async def job(self, name: str) -> Object:
         """Wait until a Job exists."""
@@ -237,12 +237,12 @@ class Rig:
 
         def ended() -> Object | None:
             records = self.status(name).get("attempts", [])
-            return next((one for one in records if one["number"] == number and one.get("endTime")), None)
+            return next((record for record in records if record["number"] == number and record.get("endTime")), None)
 
         return await self.until(f"the end of attempt {number}", ended)
 
     async def no_jobs_and_pods(self) -> None:
-        """Wait until neither Jobs nor pods are left."""
+        """Wait until no Jobs and pods exist."""
         await self.until("no Jobs and pods", lambda: not self.jobs.items and not self.pods.items)
 
     async def pod(self, job: str, index: int = 0, state: str = "") -> Object:
@@ -266,7 +266,7 @@ class Rig:
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
     def describe(self) -> str:
-        """Everything that was seen, as text for a failed test."""
+        """Return all received objects as text, for the message of a failed test."""
         lines = [f"{task.get_name()} ended: {task.exception()!r}" for task in self.tasks if task.done()]
         lines += [error for store in (self.ftjs, self.jobs, self.pods) for error in store.errors]
         for ftj in self.ftjs.items.values():
@@ -287,56 +287,56 @@ class Rig:
 
 
 class Kubelet:
-    """Runs the pods of one namespace; with `auto`, every pod runs and becomes ready as soon as it exists."""
+    """Runs the pods of one namespace. If `auto` is set, each new pod runs and becomes ready at once."""
 
     def __init__(self, rig: Rig):
         self._rig = rig
         self.auto = True
         self.stops = True
-        """Whether deleted pods end; False: their node is lost."""
+        """Whether deleted pods end; False simulates a lost node."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
         self.stop_message = TerminationMessage(code="Stopped", message="saved on request", step=0)
-        self._seen: set[tuple[str, str]] = set()
+        self._handled: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
         """Run and stop pods until cancelled."""
         while True:
             async with self._rig.changed:
-                todo = await self._todo()
+                todo = await self._pending_steps()
                 while not todo:
                     await self._rig.changed.wait()
-                    todo = await self._todo()
+                    todo = await self._pending_steps()
             for step, pod in todo:
                 with contextlib.suppress(NotFound):
                     await step(pod)
 
-    async def _todo(self) -> list[tuple[Callable[[Object], Awaitable[None]], Object]]:
+    async def _pending_steps(self) -> list[tuple[Callable[[Object], Awaitable[None]], Object]]:
         steps: list[tuple[Callable[[Object], Awaitable[None]], Object]] = []
         for pod in list(self._rig.pods.items.values()):
             uid = pod["metadata"]["uid"]
             deleting = "deletionTimestamp" in pod["metadata"]
-            if deleting and self.stops and self._first(uid, "stop"):
+            if deleting and self.stops and self._is_first(uid, "stop"):
                 steps.append((self._stop, pod))
-            elif not deleting and self.auto and self._first(uid, "run"):
+            elif not deleting and self.auto and self._is_first(uid, "run"):
                 steps.append((self.start, pod))
         return steps
 
-    def _first(self, uid: str, what: str) -> bool:
-        if (uid, what) in self._seen:
+    def _is_first(self, uid: str, action: str) -> bool:
+        if (uid, action) in self._handled:
             return False
-        self._seen.add((uid, what))
+        self._handled.add((uid, action))
         return True
 
     async def start(self, pod: Object, *, ready: bool = True) -> None:
         """Bind the pod to the node and run it."""
         name = pod["metadata"]["name"]
-        self._seen.add((pod["metadata"]["uid"], "run"))
+        self._handled.add((pod["metadata"]["uid"], "run"))
         binding = {
             "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name},
             "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
         }  # fmt: skip
         kind = Kind("v1", "Binding", f"pods/{name}/binding")
-        with contextlib.suppress(Conflict, AlreadyExists):  # it is bound
+        with contextlib.suppress(Conflict, AlreadyExists):  # the pod is already bound
             await _repeat(lambda: self._rig.kube.create(kind, self._rig.namespace, binding))
         await self.write(pod, {
             "phase": "Running", "podIP": "127.0.0.1", "startTime": _now(),
@@ -347,7 +347,7 @@ class Kubelet:
     async def end(
         self, pod: Object, code: int, message: TerminationMessage | None = None, *, reason: str = "", raw: str = ""
     ) -> None:
-        """The container ends with this exit code and termination message."""
+        """End the container with this exit code and termination message."""
         text = raw or (message.to_json() if message else "")
         terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": text}
         terminated |= {"finishedAt": _now(), "startedAt": _now()}
@@ -358,7 +358,7 @@ class Kubelet:
         })  # fmt: skip
 
     async def succeed(self, pod: Object, step: int = 100) -> None:
-        """The pod succeeds and reports the final artefact."""
+        """Let the pod succeed and report the final artefact."""
         output = {"uri": f"s3://models/test/model/{pod['metadata']['uid'][:8]}", "sha256": "ab" * 32, "kind": "adapter"}
         message = TerminationMessage.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
         await self.end(pod, 0, message)
@@ -381,7 +381,7 @@ class Kubelet:
 
 
 async def _repeat(request: Callable[[], Awaitable[T]]) -> T:
-    """Send a request until the server answers: a test must not fail because a busy server answered too late."""
+    """Repeat a request until the server answers, so that a slow server does not fail the test."""
     while True:
         try:
             return await request()
@@ -409,7 +409,7 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
     kube = await Kube.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     await kube.create(Kind("v1", "Namespace", "namespaces"), "", body)
-    found = Rig(endpoint, kube, namespace, progress)
+    world = Rig(endpoint, kube, namespace, progress)
     context = ssl.create_default_context(cafile=str(endpoint.ca))
     headers = {"Authorization": f"Bearer {endpoint.token}"}
     connector = aiohttp.TCPConnector(ssl=context)
@@ -417,13 +417,13 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
     async with aiohttp.ClientSession(
         connector=connector, headers=headers, timeout=timeout, read_bufsize=2**21
     ) as session:
-        parts = {"jobs": found.jobs, "pods": found.pods, "ftjs": found.ftjs}
-        tasks = [asyncio.create_task(one.run(session), name=f"the watch of {name}") for name, one in parts.items()]
-        found.tasks = tasks = [*tasks, asyncio.create_task(found.kubelet.run(), name="the kubelet")]
+        stores = {"jobs": world.jobs, "pods": world.pods, "ftjs": world.ftjs}
+        tasks = [asyncio.create_task(store.run(session), name=f"the watch of {name}") for name, store in stores.items()]
+        world.tasks = tasks = [*tasks, asyncio.create_task(world.kubelet.run(), name="the kubelet")]
         try:
-            yield found
+            yield world
         finally:
-            for body in list(found.ftjs.items.values()):
+            for body in list(world.ftjs.items.values()):
                 meta = body["metadata"]
                 await kube.delete(FINETUNEJOB, namespace, meta["name"], uid=meta["uid"], foreground=False)
             for task in tasks:
@@ -433,23 +433,23 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
 
 
 class Heartbeat:
-    """Keeps the one node Ready, as its kubelet does; otherwise the controllers would evict every pod."""
+    """Keeps the node Ready like a kubelet; otherwise the controllers would evict all pods."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
         self._end = threading.Event()
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}
         endpoint.request("POST", "/api/v1/nodes", node)
-        self._beat()
+        self._send_heartbeat()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._end.wait(5):
-            with contextlib.suppress(Exception):  # a busy server: the next beat comes in time
-                self._beat()
+            with contextlib.suppress(Exception):  # a busy server may refuse one heartbeat; the next one is early enough
+                self._send_heartbeat()
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         now = _now()
         ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now}
         status = {"status": {"conditions": [{**ready, "lastTransitionTime": now}]}}

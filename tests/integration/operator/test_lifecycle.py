@@ -35,8 +35,8 @@ def checkpoint(step: int, attempt: int = 1) -> dict[str, Any]:
 
 async def event_reasons(world: Rig, name: str = "run") -> list[str]:
     events = (await world.kube.list(EVENT, world.namespace)).items
-    mine = [e for e in events if e["regarding"]["kind"] == "FineTuneJob" and e["regarding"]["name"] == name]
-    return [e["reason"] for e in sorted(mine, key=lambda e: e["eventTime"])]
+    job_events = [e for e in events if e["regarding"]["kind"] == "FineTuneJob" and e["regarding"]["name"] == name]
+    return [e["reason"] for e in sorted(job_events, key=lambda e: e["eventTime"])]
 
 
 async def wait_for_event(world: Rig, reason: str) -> None:
@@ -99,7 +99,7 @@ async def test_cancelled_job_is_finished_and_has_no_failure(world: Rig) -> None:
     await world.no_jobs_and_pods()
 
 
-async def test_data_error_fails_the_job_with_the_trainer_s_message(world: Rig) -> None:
+async def test_data_error_fails_the_job_with_the_trainers_message(world: Rig) -> None:
     await world.create()
     pod = await world.pod("run-1", 0, "Running")
     message = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="fix it", rank=0)
@@ -172,9 +172,9 @@ async def test_out_of_memory_halves_the_batch_and_keeps_the_effective_batch(worl
     assert status["retriesUsed"] == 0
 
 
-async def test_divergence_is_repeated_then_rolled_back_then_fails(world: Rig) -> None:
+async def test_diverged_run_is_replayed_then_rolled_back_then_fails(world: Rig) -> None:
     await world.create(training={"learningRate": 0.001})
-    marks = [checkpoint(step) for step in (10, 20, 30)]
+    checkpoints = [checkpoint(step) for step in (10, 20, 30)]
     rates, limits = [], []
     for number in (1, 2, 3, 4):
         job = await world.job(f"run-{number}")
@@ -182,7 +182,7 @@ async def test_divergence_is_repeated_then_rolled_back_then_fails(world: Rig) ->
         rates.append(run.spec.training.learning_rate)
         limits.append(run.resume.max_step)
         pod = await world.pod(f"run-{number}", 0, "Running")
-        message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
         await world.kubelet.end(pod, ExitCode.DIVERGED, message)
     status = await world.phase("Failed")
     assert rates == [0.001, 0.001, 0.0005, 0.00025]
@@ -191,16 +191,16 @@ async def test_divergence_is_repeated_then_rolled_back_then_fails(world: Rig) ->
 
 
 async def test_attempt_after_a_rollback_starts_from_its_newest_checkpoint(world: Rig) -> None:
-    """A rollback is for one attempt: a later preemption does not repeat it."""
+    """A rollback applies to one attempt: a later preemption does not repeat the rollback."""
     await world.create(training={"learningRate": 0.001})
-    marks = [checkpoint(step) for step in (10, 20, 30)]
+    checkpoints = [checkpoint(step) for step in (10, 20, 30)]
     for number in (1, 2):
         pod = await world.pod(f"run-{number}", 0, "Running")
-        message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
         await world.kubelet.end(pod, ExitCode.DIVERGED, message)
     assert run_config(await world.job("run-3")).resume.max_step == 20
-    far = [*marks, checkpoint(60, attempt=3)]
-    saved = {"code": "StoppedSaved", "checkpoints": far, "committedStep": 60, "checkpoint": far[-1]["uri"], "step": 60}
+    later_checkpoints = [*checkpoints, checkpoint(60, attempt=3)]
+    saved = {"code": "StoppedSaved", "checkpoints": later_checkpoints, "committedStep": 60, "checkpoint": later_checkpoints[-1]["uri"], "step": 60}
     stopped = TerminationMessage.model_validate({**saved, "resumedFromStep": 20})
     await world.kubelet.end(await world.pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stopped)
     resume = run_config(await world.job("run-4")).resume
@@ -221,9 +221,9 @@ async def test_ttl_deletes_jobs_and_pods_and_keeps_the_finetunejob(world: Rig) -
     await world.create(policy={"ttlSecondsAfterFinished": 1})
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
     await world.phase("Succeeded")
-    await world.until("the Job to go", lambda: not world.jobs.items and not world.pods.items)
+    await world.until("deletion of the Job", lambda: not world.jobs.items and not world.pods.items)
     await world.patch({"policy": {"ttlSecondsAfterFinished": 5}})
-    await world.until("seen", lambda: world.status()["observedGeneration"] == 2)
+    await world.until("observedGeneration 2", lambda: world.status()["observedGeneration"] == 2)
     assert {c["observedGeneration"] for c in world.status()["conditions"]} == {2}
     assert world.status()["phase"] == "Succeeded"
 
@@ -321,7 +321,7 @@ async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> Non
     assert (await world.phase("Succeeded", "two"))["workers"]["total"] == 2
 
 
-async def test_job_deleted_by_somebody_else_counts_as_an_attempt(world: Rig) -> None:
+async def test_job_deleted_by_another_client_counts_as_a_retry(world: Rig) -> None:
     await world.create()
     await world.train("run-1")
     await world.phase("Running")
@@ -338,14 +338,14 @@ async def test_job_of_another_owner_with_the_same_name_blocks_the_attempt(world:
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run-1", "namespace": world.namespace},
         "spec": {"suspend": True, "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}}},
     }  # fmt: skip
-    made = (await world.kube.create(JOB, world.namespace, foreign)).body
+    created = (await world.kube.create(JOB, world.namespace, foreign)).body
     await world.create()
     await world.until("conflict", lambda: world.condition("Reconciling").get("reason") == "ChildrenConflict")
     assert world.status()["phase"] == "Pending"
-    assert world.jobs.items["run-1"]["metadata"]["uid"] == made["metadata"]["uid"]
+    assert world.jobs.items["run-1"]["metadata"]["uid"] == created["metadata"]["uid"]
 
 
-async def test_unschedulable_pod_shows_the_scheduler_s_message(world: Rig) -> None:
+async def test_unschedulable_pod_shows_the_schedulers_message(world: Rig) -> None:
     world.kubelet.auto = False
     await world.create()
     pod = await world.pod("run-1")
@@ -357,7 +357,7 @@ async def test_unschedulable_pod_shows_the_scheduler_s_message(world: Rig) -> No
     await wait_for_event(world, "Unschedulable")
 
 
-async def test_quota_refusal_shows_the_message_of_admission(world: Rig) -> None:
+async def test_quota_refusal_shows_the_api_servers_message(world: Rig) -> None:
     quota = {
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": world.namespace},
         "spec": {"hard": {"pods": "0"}},
@@ -370,7 +370,7 @@ async def test_quota_refusal_shows_the_message_of_admission(world: Rig) -> None:
 
 
 async def refusal(world: Rig) -> KubeError:
-    """The API server's refusal of a Job, once a new policy is in force."""
+    """Create Jobs until a new policy is in force; return the API server's refusal."""
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}
     for number in itertools.count():
         body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"probe-{number}"}}
@@ -382,18 +382,18 @@ async def refusal(world: Rig) -> KubeError:
     raise AssertionError("unreachable")
 
 
-async def test_job_refused_by_an_admission_policy_waits_and_quotes_it(world: Rig) -> None:
-    """The policy answers 422, as for an invalid object, but the object is valid."""
+async def test_job_refused_by_an_admission_policy_waits_and_quotes_the_policy(world: Rig) -> None:
+    """The API server answers 422, as for an invalid object, although the object is valid."""
     name = f"costs-{world.namespace}"
     only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]
     policy = {"failurePolicy": "Fail", "matchConstraints": {**only_here, "resourceRules": rules}}
     policy["validations"] = [{"expression": "false", "message": "every Job names its cost centre"}]
     binding = {"policyName": name, "validationActions": ["Deny"]}
-    made = []
+    created = []
     for kind, spec in ((POLICY, policy), (POLICY_BINDING, binding)):
         body = {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": {"name": name}, "spec": spec}
-        made.append((kind, (await world.kube.create(kind, "", body)).body["metadata"]["uid"]))
+        created.append((kind, (await world.kube.create(kind, "", body)).body["metadata"]["uid"]))
     try:
         assert isinstance(await refusal(world), Invalid)
         await world.create()
@@ -401,13 +401,13 @@ async def test_job_refused_by_an_admission_policy_waits_and_quotes_it(world: Rig
         assert "every Job names its cost centre" in world.condition("PodsReady")["message"]
         assert world.condition("Accepted")["status"] == "True"
     finally:
-        for kind, uid in made:
+        for kind, uid in created:
             await world.kube.delete(kind, "", name, uid=uid)
     await world.job("run-1")
 
 
 async def test_deleting_the_finetunejob_deletes_its_jobs_and_pods(world: Rig) -> None:
-    made = await world.create()
+    created = await world.create()
     await world.pod("run-1", 0, "Running")
-    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=made["metadata"]["uid"], foreground=False)
+    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=created["metadata"]["uid"], foreground=False)
     await world.until("nothing left", lambda: not world.jobs.items and not world.pods.items and not world.ftjs.items)

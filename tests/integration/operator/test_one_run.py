@@ -1,4 +1,4 @@
-"""A whole run: a FineTuneJob becomes a Job, its pod trains, and the status shows it."""
+"""A whole run: the operator creates a Job, its pod trains, and the status shows progress and success."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ async def test_job_runs_from_apply_to_success(world: Rig) -> None:
     status = await world.phase("Succeeded")
     assert status["output"]["uri"].startswith("s3://models/test/model/")
     assert status["progress"]["display"] == "100/100 (100%)"
-    truths = {c["type"]: c["status"] for c in status["conditions"]}
-    assert truths == {
+    statuses = {c["type"]: c["status"] for c in status["conditions"]}
+    assert statuses == {
         "Accepted": "True", "PodsReady": "False", "Suspended": "False", "CheckpointsHealthy": "Unknown",
         "Succeeded": "True", "Finished": "True",
     }  # fmt: skip

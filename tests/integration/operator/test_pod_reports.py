@@ -1,4 +1,4 @@
-"""A pod that reports values which the API server would reject: the job can still be suspended, cancelled and ended by its deadline."""
+"""A pod reports values that the API server would reject. Suspend, cancel and the deadline must still work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.operator.rig import Rig
 
-HOSTILE: dict[str, Any] = {
+IMPOSSIBLE_VALUES: dict[str, Any] = {
     "progress": {"step": 2**63, "totalSteps": 100, "updateTime": "0001-01-01T00:00:00Z"},
     "metrics": {"trainLoss": float("nan"), "gradNorm": 1.0},
     "detail": "\x1b[2Jcleared",
@@ -30,11 +30,11 @@ HOSTILE: dict[str, Any] = {
 )
 async def test_job_whose_pod_reports_impossible_values_can_be_controlled(world: Rig, change: dict[str, Any], phase: str) -> None:
     await world.create()
-    await world.train("run-1", **HOSTILE)
+    await world.train("run-1", **IMPOSSIBLE_VALUES)
     status = await world.until("the checkpoint", lambda: world.status() if world.status().get("checkpoints") else None)
     assert status["progress"] == {"totalSteps": 100, "display": "-", "eta": "-"}
     assert status["metrics"] == {"gradNorm": 1}
-    assert [one["step"] for one in status["checkpoints"]] == [30]
+    assert [entry["step"] for entry in status["checkpoints"]] == [30]
     assert "time" not in status["checkpoints"][0]
     assert world.condition("CheckpointsHealthy")["reason"] == "StagingDiskFull"
     assert "\\u001b" not in json.dumps(status)

@@ -47,7 +47,7 @@ async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> 
 async def test_deadline_does_not_count_time_in_the_queue(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
     await world.phase("Queued")
-    await asyncio.sleep(2.5)  # the deadline's length, spent in the queue: nothing may come of it
+    await asyncio.sleep(2.5)  # longer than the deadline: time in the queue must not count
     assert world.status()["phase"] == "Queued"
     await Queue(world).admit("run-1", {})
     status = await world.phase("Failed")

@@ -1,4 +1,4 @@
-"""The rig of the fault tests, for the rows that are quick enough for every test run."""
+"""Fixtures for the rows of the fault matrix that are quick enough for every test run."""
 
 import pytest
 

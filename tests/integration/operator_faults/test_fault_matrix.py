@@ -50,10 +50,10 @@ def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes
 
 @pytest.mark.row(2)
 @pytest.mark.parametrize("point", ["before_status_write", "after_job_create"])
-def test_kill_during_the_start_of_a_job_changes_nothing(rig: Rig, point: str) -> None:
-    dying = rig.operator(crash_at=point)
+def test_kill_while_a_job_starts_does_not_change_the_result(rig: Rig, point: str) -> None:
+    operator = rig.operator(crash_at=point)
     rig.submit()
-    assert dying.wait_end() == -9
+    assert operator.wait_end() == -9
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
@@ -61,12 +61,12 @@ def test_kill_during_the_start_of_a_job_changes_nothing(rig: Rig, point: str) ->
     assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
     assert rig.job_names() == ["job-1"]
     rig.wait_event(Reason.SUCCEEDED)
-    seen = rig.event_notes()
-    assert len(seen) == len(set(seen))
+    events = rig.event_notes()
+    assert len(events) == len(set(events))
 
 
 @pytest.mark.row(3, 6)
-def test_last_wish_during_an_absence_applies(rig: Rig) -> None:
+def test_last_spec_change_while_the_operator_is_down_applies(rig: Rig) -> None:
     rig.submit("new")
     rig.submit("flipped")
     for value in (True, False, True):
@@ -80,7 +80,7 @@ def test_last_wish_during_an_absence_applies(rig: Rig) -> None:
 
 
 @pytest.mark.row(4)
-def test_job_is_deleted_without_the_operator(rig: Rig) -> None:
+def test_job_is_deleted_while_the_operator_is_down(rig: Rig) -> None:
     operator = rig.operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -143,7 +143,7 @@ def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
 
 
 @pytest.mark.row(18)
-def test_stale_cache_leads_to_no_second_job(rig: Rig) -> None:
+def test_stale_cache_does_not_create_a_second_job(rig: Rig) -> None:
     proxy = rig.proxy()
     with active_rules(
         proxy.fault(DelayEvents(1.5), verb="watch", resource="jobs"),
@@ -162,7 +162,7 @@ def test_stale_cache_leads_to_no_second_job(rig: Rig) -> None:
 
 
 @pytest.mark.row(20)
-def test_foreign_jobs_are_left_alone(rig: Rig) -> None:
+def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "another"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
 
@@ -171,7 +171,7 @@ def test_foreign_jobs_are_left_alone(rig: Rig) -> None:
         spec = {"suspend": True, "template": template}
         return str(rig.api.create("jobs", rig.namespace, body | {"spec": spec})["metadata"]["uid"])
 
-    stranger, blocker = foreign("stranger", 7), foreign("job-1", 1)
+    unrelated_uid, blocking_uid = foreign("unrelated", 7), foreign("job-1", 1)
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()
@@ -179,10 +179,10 @@ def test_foreign_jobs_are_left_alone(rig: Rig) -> None:
     assert body["status"]["phase"] == Phase.PENDING
     assert "job-1" in condition(body, Condition.PODS_READY)["message"]
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
-    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Background", preconditions={"uid": blocker})
+    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Background", preconditions={"uid": blocking_uid})
     rig.wait_attempt(1)
-    assert rig.api.get("jobs", rig.namespace, "stranger")["metadata"]["uid"] == stranger
-    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != blocker
+    assert rig.api.get("jobs", rig.namespace, "unrelated")["metadata"]["uid"] == unrelated_uid
+    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != blocking_uid
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
 
 
@@ -201,7 +201,7 @@ def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
 
 
 @pytest.mark.row(27)
-def test_exhausted_retries_finish_the_job_for_good(rig: Rig) -> None:
+def test_exhausted_retries_finish_the_job_permanently(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.kubelet.set_plan(rig.namespace, Plan(when_running=failure(70, message="it breaks each time")))
     rig.operator(through=proxy)
