@@ -1,4 +1,4 @@
-"""The load benchmark runs at a small size, which shows only that it works; its figures come from full runs."""
+"""A small run of the load benchmark. It shows only that the benchmark works; full runs provide the figures."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
-def test_small_run_measures_everything_with_a_budget(tmp_path: Path) -> None:
+def test_small_run_measures_all_figures_with_a_budget(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     argv = [sys.executable, "benchmarks/operator_load.py", "--jobs", "10", "--rounds", "1", "--clients", "4"]
     argv += ["--finished", "5", "--idle-seconds", "2", "--steady-seconds", "6", "--timeout", "60"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*argv, "--lenient", "--output", str(figures)], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(figures.read_text())
+    assert process.returncode == 0, process.stderr[-3000:]
+    results = json.loads(figures.read_text())
     budgets = json.loads((ROOT / "benchmarks" / "budgets" / "operator_load.json").read_text())
-    assert [one["figure"] for one in found["budgets"]] == list(budgets)
-    assert len(done.stdout.splitlines()) == len(budgets)
-    ours = found["burst"]["ours"]
-    assert 1 <= ours["writesPerJobToPods"] <= 3
-    assert 1 <= ours["writesPerJobToEnd"] <= 8
-    assert found["idle"]["writes"] == 0
-    assert found["restart"]["pods"] == 10
-    assert found["steady"]["runningJobs"] == 10
+    assert [budget["figure"] for budget in results["budgets"]] == list(budgets)
+    assert len(process.stdout.splitlines()) == len(budgets)
+    operator_figures = results["burst"]["ours"]
+    assert 1 <= operator_figures["writesPerJobToPods"] <= 3
+    assert 1 <= operator_figures["writesPerJobToEnd"] <= 8
+    assert results["idle"]["writes"] == 0
+    assert results["restart"]["pods"] == 10
+    assert results["steady"]["runningJobs"] == 10

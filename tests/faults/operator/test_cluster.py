@@ -24,7 +24,7 @@ CHART = CHECKOUT / "helm" / "finetune-operator"
 
 
 def helm() -> Path:
-    """Helm as `make tools` builds it, or from the PATH."""
+    """Path of Helm: $HELM, the PATH, or the build of `make tools`."""
     found = os.environ.get("HELM") or shutil.which("helm")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator" / "tools"
     built = sorted(base.glob("helm-*/helm"))
@@ -46,7 +46,7 @@ def plural(kind: str) -> str:
     return f"{kind.lower()}s"
 
 
-def identity(rig: Rig, documents: list[dict[str, Any]]) -> str:
+def apply_rbac(rig: Rig, documents: list[dict[str, Any]]) -> str:
     """Apply the chart's ServiceAccount and RBAC rules, and return a token of the account."""
     for document in documents:
         kind, meta = document["kind"], document["metadata"]
@@ -66,13 +66,13 @@ def namespaced(rig: Rig) -> list[dict[str, Any]]:
 def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig) -> None:
     rig.allowed_log_lines.append("forbidden")
     documents = namespaced(rig)
-    token = identity(rig, documents)
+    token = apply_rbac(rig, documents)
     role = next(d for d in documents if d["kind"] == "Role" and not d["metadata"]["name"].endswith("-lease"))
-    cut = json.loads(json.dumps(role))
-    for rule in cut["rules"]:
+    reduced_role = json.loads(json.dumps(role))
+    for rule in reduced_role["rules"]:
         if "jobs" in rule["resources"]:
             rule["verbs"] = [verb for verb in rule["verbs"] if verb != "create"]
-    put_role(rig, cut)
+    put_role(rig, reduced_role)
     operator = rig.operator(through=rig.proxy(), token=token, config=with_lease(rig))
     rig.submit()
     body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY)
@@ -103,11 +103,11 @@ UNUSED_BY_DESIGN = {
 @pytest.mark.row(39)
 def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
     documents = namespaced(rig)
-    token = identity(rig, documents)
+    token = apply_rbac(rig, documents)
     proxy = rig.proxy()
     config = with_lease(rig) | {"resyncSeconds": 2}
     first = rig.operator(through=proxy, token=token, config=config)
-    everything(rig, proxy)
+    use_all_permissions(rig, proxy)
     first.stop()
     rig.operator(through=proxy, token=token, config=config)
     rig.submit("last")
@@ -118,7 +118,7 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
     assert sorted(unused) == [], "the chart grants permissions that the operator never uses"
 
 
-def everything(rig: Rig, proxy: ApiProxy) -> None:
+def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
     """Let the operator send every kind of request."""
     rig.submit("two", resources={"nodes": 2})
     for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
@@ -191,16 +191,16 @@ def test_user_roles_cover_finetunejobs_without_their_status(rig: Rig) -> None:
         reference = {"kind": "ClusterRole", "name": role_name, "apiGroup": "rbac.authorization.k8s.io"}
         binding = {"metadata": {"name": role_name}, "roleRef": reference, "subjects": [subject]}
         rig.api.create("rolebindings", rig.namespace, binding)
-    rig.api.wait_list("nodes", None, lambda items: may(rig, "adminer", "create"), timeout=20)
+    rig.api.wait_list("nodes", None, lambda items: is_allowed(rig, "adminer", "create"), timeout=20)
     allowed = {
-        user: [verb for verb in (*READS, *CHANGES) if may(rig, user, verb)]
+        user: [verb for verb in (*READS, *CHANGES) if is_allowed(rig, user, verb)]
         for user in ("viewer", "editer", "adminer", "stranger")
     }
-    everything = [*READS, *CHANGES]
-    assert allowed == {"viewer": list(READS), "editer": everything, "adminer": everything, "stranger": []}
-    assert [user for user in allowed if may(rig, user, "update", "status")] == []
-    assert [user for user in allowed if may(rig, user, "get", "status")] == ["viewer", "editer", "adminer"]
-    assert not may(rig, "editer", "create", namespace="default")
+    all_verbs = [*READS, *CHANGES]
+    assert allowed == {"viewer": list(READS), "editer": all_verbs, "adminer": all_verbs, "stranger": []}
+    assert [user for user in allowed if is_allowed(rig, user, "update", "status")] == []
+    assert [user for user in allowed if is_allowed(rig, user, "get", "status")] == ["viewer", "editer", "adminer"]
+    assert not is_allowed(rig, "editer", "create", namespace="default")
 
 
 def grants(role: dict[str, Any], verb: str) -> bool:
@@ -209,7 +209,7 @@ def grants(role: dict[str, Any], verb: str) -> bool:
     return any(FTJ in rule.get("resources", []) and verb in rule["verbs"] for rule in rules)
 
 
-def may(rig: Rig, user: str, verb: str, part: str = "", namespace: str = "") -> bool:
+def is_allowed(rig: Rig, user: str, verb: str, part: str = "", namespace: str = "") -> bool:
     """Whether the API server authorizes a user for FineTuneJobs."""
     attributes = {"namespace": namespace or rig.namespace, "verb": verb, "group": GROUP, "resource": FTJ, "subresource": part}
     body = {"spec": {"user": user, "resourceAttributes": attributes}}

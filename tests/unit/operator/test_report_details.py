@@ -23,7 +23,7 @@ CHECKPOINTS = [
 ]  # fmt: skip
 
 
-def kept(reported_steps: list[int], known_steps: list[int]) -> list[int]:
+def steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
     """Steps in status after a pod reported some, where the status had others."""
     known = status(attempt=1, attempts=[BEGUN], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
@@ -44,7 +44,7 @@ def test_quota_reserved_has_the_time_of_admission() -> None:
 
 
 def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> None:
-    assert kept([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
+    assert steps_in_status([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
 
 
 def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
@@ -54,8 +54,8 @@ def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> Non
 
 
 def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
-    assert kept([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
-    assert kept([], [100, 200]) == [100, 200]
+    assert steps_in_status([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
+    assert steps_in_status([], [100, 200]) == [100, 200]
 
 
 def test_termination_message_removes_checkpoints_that_retention_removed_last() -> None:
