@@ -234,11 +234,11 @@ def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_that_are_equal_after_cutting_are_dropped(model: Path, tmp_path: Path) -> None:
-    same = [
+    equal_pairs = [
         {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
         *PAIRS[1:],
     ]
-    outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
+    outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=4), equal_pairs)
     assert "train: 1 rows were left out because their two answers are equal after they were cut" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
 

@@ -59,13 +59,13 @@ assert is_scipy_available()
 
 
 def test_scipy_can_still_be_imported_after_preloading_without_it(tmp_path: Path) -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PRELOAD, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("event", "code", "name"), [("exit", 70, "RankCrashed"), ("die", 74, "RankKilled")])

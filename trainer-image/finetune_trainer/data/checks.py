@@ -53,15 +53,15 @@ Rows = Sequence[tuple[RawRow, Example]]
 def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Example]]], int]:
     """Remove every row whose example equals an earlier example of any source. Returns the sources and the number of removed rows."""
     seen: set[bytes] = set()
-    kept: list[list[tuple[RawRow, Example]]] = []
+    unique_rows: list[list[tuple[RawRow, Example]]] = []
     for rows in sources:
-        kept.append([])
+        unique_rows.append([])
         for raw, example in rows:
             key = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
             if key not in seen:
                 seen.add(key)
-                kept[-1].append((raw, example))
-    return kept, sum(map(len, sources)) - sum(map(len, kept))
+                unique_rows[-1].append((raw, example))
+    return unique_rows, sum(map(len, sources)) - sum(map(len, unique_rows))
 
 
 def json_error(example: Example) -> RowError | None:

@@ -45,10 +45,10 @@ def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) ->
             raise DataError(error.code, f"{rows[0].file.name}, format {form.name}: {error.message}", hint=error.hint)
 
 
-def is_alpaca_instead(sample: Sequence[RawRow], given: DatasetFormat, columns: Columns) -> bool:
+def is_alpaca_instead(sample: Sequence[RawRow], spec_format: DatasetFormat, columns: Columns) -> bool:
     """Whether the spec says `qa` and names columns, but all rows have the columns of `alpaca` and none of the named columns."""
     named_columns = [name for name in (columns.question, columns.answer) if name is not None]
-    if given is not DatasetFormat.QA or not named_columns or not sample:
+    if spec_format is not DatasetFormat.QA or not named_columns or not sample:
         return False
     rows = [row.value.keys() for row in sample[:SAMPLE_ROWS]]
     return all({"instruction", "output"} <= row and not row & set(named_columns) for row in rows)

@@ -183,7 +183,7 @@ class _Reader:
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
         self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
 
-    def read(self, paths: list[Path], given: DatasetFormat | None, columns: Columns | None) -> Rows:
+    def read(self, paths: list[Path], spec_format: DatasetFormat | None, columns: Columns | None) -> Rows:
         """The examples of one source. Errors: ConfigError, DataError."""
         bad_rows: list[tuple[RawRow, RowError]] = []
         files = data_files(paths)
@@ -194,7 +194,7 @@ class _Reader:
         names = ", ".join(file.name for file in files)
         if not sample and not bad_rows:
             raise DataError("DatasetEmpty", f"{names}: no rows", hint="give a file with at least one row")
-        form, columns = self._choose_format(sample, given, columns or Columns())
+        form, columns = self._choose_format(sample, spec_format, columns or Columns())
         examples = self._examples(chain(sample, stream), form, columns, bad_rows)
         self._tolerate(bad_rows, len(examples) + len(bad_rows))
         if not examples:
@@ -203,18 +203,18 @@ class _Reader:
         return examples
 
     def _choose_format(
-        self, sample: list[RawRow], given: DatasetFormat | None, columns: Columns
+        self, sample: list[RawRow], spec_format: DatasetFormat | None, columns: Columns
     ) -> tuple[Format, Columns]:
         """Return the format of the rows and the column names to use. Errors: ConfigError FormatMismatch; DataError."""
-        if given is not None and is_alpaca_instead(sample, given, columns):
+        if spec_format is not None and is_alpaca_instead(sample, spec_format, columns):
             form = format_named(DatasetFormat.ALPACA)
             named = " or ".join(f"`{name}`" for name in (columns.question, columns.answer) if name)
             self.summary.notes.append(
                 f"no row has {named} of dataset.columns, and all rows have `instruction` and `output`: they are read as alpaca"
             )
             columns = columns.model_copy(update={"question": None, "answer": None})
-        elif given is not None:
-            form = format_named(given)
+        elif spec_format is not None:
+            form = format_named(spec_format)
         elif self.trainer is TrainerType.GRPO and all(isinstance(row.value.get("prompt"), list) for row in sample):
             form = format_named(DatasetFormat.PROMPT_ONLY)
         else:

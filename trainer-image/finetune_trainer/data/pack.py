@@ -24,7 +24,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         at = bisect_left(spaces, length)
         if at == len(spaces):
             bins.append([row])
-            left, target = capacity - length, len(bins) - 1
+            remaining_space, target = capacity - length, len(bins) - 1
         else:
             space = spaces[at]
             target = bins_by_space[space].pop()
@@ -32,11 +32,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 del bins_by_space[space]
                 spaces.pop(at)
             bins[target].append(row)
-            left = space - length
-        if left > 0:
-            if left not in bins_by_space:
-                insort(spaces, left)
-            bins_by_space.setdefault(left, []).append(target)
+            remaining_space = space - length
+        if remaining_space > 0:
+            if remaining_space not in bins_by_space:
+                insort(spaces, remaining_space)
+            bins_by_space.setdefault(remaining_space, []).append(target)
     return bins
 
 

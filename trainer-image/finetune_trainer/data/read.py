@@ -68,13 +68,13 @@ def row_failure(row: RawRow, error: RowError) -> DataError:
     return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip)
 
 
-def file_format_of(file: Path, given: FileFormat) -> FileFormat:
+def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
     """The format in the spec, else the format by the file's name, else by its first bytes. Errors: FileFormatUnknown."""
-    if given is not FileFormat.AUTO:
-        return given
-    known = FILE_FORMATS.get(_suffix(file))
-    if known is not None:
-        return known
+    if spec_format is not FileFormat.AUTO:
+        return spec_format
+    format_by_name = FILE_FORMATS.get(_suffix(file))
+    if format_by_name is not None:
+        return format_by_name
     with _open(file) as stream:
         head = stream.read(4096)
     if head.startswith(b"PAR1"):
@@ -106,8 +106,8 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
         ) from None  # fmt: skip
 
 
-def _read_file(file: Path, given: FileFormat) -> Iterator[RawRow | tuple[RawRow, RowError]]:
-    match file_format_of(file, given):
+def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[RawRow, RowError]]:
+    match file_format_of(file, file_format):
         case FileFormat.JSONL:
             return _jsonl(file)
         case FileFormat.JSON:

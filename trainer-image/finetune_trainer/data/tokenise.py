@@ -237,11 +237,11 @@ class _BoundaryTokens:
 
     def apply(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
         """Return ids and labels with the beginning and end tokens of the options."""
-        wanted = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
+        adds_bos = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
         leading = 0
         while self.bos is not None and leading < len(ids) and ids[leading] == self.bos:
             leading += 1
-        count = (1 if leading else 0) if wanted is None else int(wanted)
+        count = (1 if leading else 0) if adds_bos is None else int(adds_bos)
         if self.bos is not None and leading != count:
             ids, labels = [self.bos] * count + ids[leading:], [IGNORED_LABEL] * count + labels[leading:]
         if self.eos is not None and not self._has_end(ids, is_templated):

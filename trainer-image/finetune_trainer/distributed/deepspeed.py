@@ -131,8 +131,8 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     spec = run.spec.distributed.deepspeed
     merge = FileMerge(run)
     has_file = spec is not None and spec.config_ref is not None
-    given = read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD) if has_file else {}
-    config = _checked(given, merge)
+    file_config = read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD) if has_file else {}
+    config = _checked(file_config, merge)
     result = Options(DEFAULT_STAGE, config)
     _batches(config, merge, run, result, world_size)
     _precision(config, merge, hardware)
@@ -145,9 +145,9 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     return result
 
 
-def _checked(given: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
+def _checked(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
     """Check the file and copy it without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
-    config: dict[str, Any] = _without_nulls(given)
+    config: dict[str, Any] = _without_nulls(file_config)
     disabled = [
         key for key in REFUSED_SECTIONS if isinstance(config.get(key), dict) and config[key].get("enabled") is False
     ]
@@ -180,7 +180,7 @@ def _refuse(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
 def _without_nulls(value: Any) -> Any:
     """Copy the value without nulls. A null means DeepSpeed's default."""
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return copy.deepcopy(value)
 
 
@@ -432,7 +432,7 @@ def validate_with_deepspeed(config: dict[str, Any]) -> None:
     except Exception as error:
         message = str(error)
         if isinstance(error, ValidationError):
-            message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            message = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             message = f"{error.title}: {message}"
         raise ConfigError(
             "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed refuses the file: {' '.join(message.split())[:500]}",

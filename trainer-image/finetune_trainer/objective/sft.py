@@ -96,12 +96,12 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
             return 1
         rows = len(inputs["input_ids"]) if documents is None else len(documents) - 1
-        kept = max(0, min(rows, state.remainder - self.accelerator.process_index * rows))
+        counted_rows = max(0, min(rows, state.remainder - self.accelerator.process_index * rows))
         mask = torch.zeros_like(label_mask)
         if documents is None:
-            mask[:kept] = 1
+            mask[:counted_rows] = 1
         else:
-            mask[:, : int(documents[kept])] = 1
+            mask[:, : int(documents[counted_rows])] = 1
         return mask
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:

@@ -211,12 +211,12 @@ def _same_kind(
     if all(isinstance(part, str) for part in (prompt, *answers.values())):
         return (_with_leading_system_prompt(prompt, options, system), *answers.values())
     answer_turns = {name: _as_turns(answer, "assistant") for name, answer in answers.items()}
-    turns, rest = _as_turns(prompt, "user"), list(answer_turns.values())
+    turns, answers_after_prompt = _as_turns(prompt, "user"), list(answer_turns.values())
     if not is_separate:
-        turns, *rest = _remove_prompt_from_answers(
+        turns, *answers_after_prompt = _remove_prompt_from_answers(
             turns, ignores_system_prompts=_replaces_system_prompts(options, system), **answer_turns
         )
-    return (with_system_prompt(turns, options.system_prompt, system), *rest)
+    return (with_system_prompt(turns, options.system_prompt, system), *answers_after_prompt)
 
 
 def _remove_prompt_from_answers(

@@ -60,8 +60,8 @@ def _parse_turn(message: Any, number: int) -> Turn:
             f"message {number} has neither `role` nor `from`; it has {', '.join(message)}",
             "write `role`",
         )
-    known = ROLES.get(str(role).strip().lower())
-    if known is None:
+    template_role = ROLES.get(str(role).strip().lower())
+    if template_role is None:
         raise RowError(
             "UnknownRole", f"message {number} has the unknown role {role!r}", f"write one of {', '.join(ROLES)}"
         )
@@ -75,7 +75,7 @@ def _parse_turn(message: Any, number: int) -> Turn:
     content = next((message[key] for key in ("content", "value", "text") if key in message), None)
     if content is None and "tool_calls" not in extra:
         raise RowError("DatasetRowInvalid", f"message {number} ({role}) has no content", "write `content`")
-    return Turn(known, _parse_content(content, number), _parse_weight(message.get("weight"), number), extra)
+    return Turn(template_role, _parse_content(content, number), _parse_weight(message.get("weight"), number), extra)
 
 
 def _parse_content(content: Any, number: int) -> str:
@@ -144,5 +144,5 @@ def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_colu
     prompt = from_spec if from_spec is not None else from_column
     if prompt is None:
         return turns
-    rest = turns[1:] if turns and turns[0].role == "system" else turns
-    return (Turn("system", prompt), *rest)
+    other_turns = turns[1:] if turns and turns[0].role == "system" else turns
+    return (Turn("system", prompt), *other_turns)
