@@ -57,7 +57,7 @@ SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName"
 
 
 def describe(info: FieldInfo) -> str:
-    """Description of a field as `kubectl explain` shows it: meaning, values, default, example."""
+    """Return the description of a field for `kubectl explain`: meaning, values, default, example."""
     text = (info.description or "").strip()
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     text += explain_values(info.annotation)
@@ -71,7 +71,7 @@ def describe(info: FieldInfo) -> str:
 
 
 def explain_values(annotation: Any) -> str:
-    """Sentences that explain every value of the enumeration in a field's type; empty for other types."""
+    """Return sentences that explain every value of an enumeration; an empty string for other types."""
     enum = _enum_in(annotation)
     if enum is None:
         return ""
@@ -82,7 +82,7 @@ def explain_values(annotation: Any) -> str:
 def _enum_in(annotation: Any) -> type[Enum] | None:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return annotation
-    return next((found for one in get_args(annotation) if (found := _enum_in(one))), None)
+    return next((enum for argument in get_args(annotation) if (enum := _enum_in(argument))), None)
 
 
 def _plain(value: Any) -> str:
@@ -90,7 +90,7 @@ def _plain(value: Any) -> str:
 
 
 def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
-    """Structural schema of the model at `path`."""
+    """Return the structural schema of the model at `path`."""
     properties: Schema = {}
     required: list[str] = []
     for name, info in model.model_fields.items():
@@ -119,7 +119,7 @@ def _rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
-    """Schema of an annotated type. `metadata` contains the constraints from outer annotations."""
+    """Return the schema of an annotated type. `metadata` contains the constraints from outer annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *more = get_args(annotation)
@@ -173,7 +173,7 @@ def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Sch
 
 
 def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of every constraint in Field, StringConstraints or single annotations."""
+    """Yield (name, value) of every constraint in Field, StringConstraints or single annotations."""
     for item in metadata:
         parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
         for part in parts:
@@ -187,18 +187,18 @@ def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _bounds(metadata: list[Any]) -> Schema:
-    """Bounds of a number.
+    """Return the bounds of a number.
 
-    A fractional bound becomes a CEL rule: the API server truncates a fractional `maximum` to an integer when the value is written
-    without a decimal point, so that `0` violates `maximum: 0.5, exclusiveMaximum: true`.
+    A fractional bound becomes a CEL rule. Reason: if a value is written without a decimal point, the API server truncates a fractional
+    `maximum` to an integer, so `0` would violate `maximum: 0.5, exclusiveMaximum: true`.
     """
     schema: Schema = {}
     for name, value in constraints(metadata):
         if name == "enum":
             schema["enum"] = value
         elif isinstance(value, float) and not value.is_integer():
-            sign, words = COMPARISONS[name]
-            rule = {"rule": f"self {sign} {value}", "message": f"should be {words} {value}"}
+            operator, phrase = COMPARISONS[name]
+            rule = {"rule": f"self {operator} {value}", "message": f"should be {phrase} {value}"}
             schema.setdefault("x-kubernetes-validations", []).append(rule)
         else:
             side = "minimum" if name in ("ge", "gt") else "maximum"
@@ -209,7 +209,7 @@ def _bounds(metadata: list[Any]) -> Schema:
 
 
 def _int_or_string(metadata: list[Any]) -> Schema:
-    """Schema of a quantity. `pattern` applies to strings only and `minimum` to integers only."""
+    """Return the schema of a quantity. `pattern` applies to strings only and `minimum` to integers only."""
     extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
     return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 
@@ -219,18 +219,19 @@ COMPARISONS = {
 }  # fmt: skip
 
 
-def _length(metadata: list[Any], what: str) -> Schema:
-    found = dict(constraints(metadata))
-    return {f"{side}{what}": found[f"{side}_length"] for side in ("min", "max") if f"{side}_length" in found}
+def _length(metadata: list[Any], unit: str) -> Schema:
+    """Return the bounds of a length, such as `maxItems`. `unit` is Items, Properties or Length."""
+    values = dict(constraints(metadata))
+    return {f"{side}{unit}": values[f"{side}_length"] for side in ("min", "max") if f"{side}_length" in values}
 
 
 def _pattern(metadata: list[Any]) -> Schema:
-    found = dict(constraints(metadata))
-    return {"pattern": found["pattern"]} if "pattern" in found else {}
+    values = dict(constraints(metadata))
+    return {"pattern": values["pattern"]} if "pattern" in values else {}
 
 
-def immutability(spec: Schema) -> None:
-    """Add the rules that make a created job immutable. Rules of a group are inside the group, so removing the group does not bypass them."""
+def add_immutability_rules(spec: Schema) -> None:
+    """Add the rules that make a created job immutable. A group's rules are part of the group's schema, and removing the group is forbidden, too."""
     policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
     policy["default"], placement["default"] = {}, {}
     _forbid_change(spec, "spec", [wire for wire in spec["properties"] if wire not in MUTABLE])
@@ -249,10 +250,10 @@ def immutability(spec: Schema) -> None:
 
 
 def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
-    """Add a rule to each field that forbids another value, and one to the group that forbids adding or removing fields.
+    """Add a rule to each field that forbids changing its value, and a rule to the group that forbids adding or removing fields.
 
-    Rules also run at every status write, so they are cheap: a rule on a field does not run while the field is absent, and the rule
-    on the group compares only which fields exist.
+    The API server also runs these rules at every status write, so they must be cheap: a field's rule does not run while the field is
+    absent, and the group's rule compares only which fields exist.
     """
     sentence = "cannot change after creation: create a new FineTuneJob"
     for wire in wires:
@@ -272,12 +273,12 @@ def _add(schema: Schema, rule: str, **messages: str) -> None:
 def crd() -> Schema:
     """The CustomResourceDefinition."""
     spec = model_schema(FineTuneJobSpec, ("spec",))
-    immutability(spec)
+    add_immutability_rules(spec)
     status = model_schema(FineTuneJobStatus, ("status",))
     status["properties"]["observedGeneration"]["default"] = -1
     status["default"] = {"observedGeneration": -1}
-    # Only the operator writes the status, always as a whole. With an atomic map the API server does not track the owner of each field;
-    # that record would be as long as the status and cost a quarter of each write.
+    # Only the operator writes the status, always as a whole. With an atomic map the API server does not record the owner of each field.
+    # That record would be as long as the status and take a quarter of the time of each write.
     status["x-kubernetes-map-type"] = "atomic"
     root = {
         "type": "object",
@@ -290,7 +291,7 @@ def crd() -> Schema:
         "x-kubernetes-validations": [
             {
                 "rule": f"self.metadata.name.matches('{names.NAME_PATTERN}')",
-                "message": "metadata.name must start with a letter and hold only a-z, 0-9 and '-': it becomes the name of Jobs and host names",
+                "message": "metadata.name must start with a letter and contain only a-z, 0-9 and '-': it becomes the name of Jobs and host names",
             },
             {
                 "rule": f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH}",
@@ -323,11 +324,11 @@ def _column(name: str, kind: str, path: str, priority: int, description: str) ->
     return column | ({"priority": priority} if priority else {})
 
 
-HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails when they differ.\n"
+HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails if this file is out of date.\n"
 
 
 def crd_yaml() -> str:
-    """The CRD as YAML that means the same in YAML 1.1 and 1.2: kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
+    """Return the CRD as YAML that YAML 1.1 and 1.2 read alike. kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -343,13 +344,13 @@ AMBIGUOUS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "nul
 
 
 def _quoted(value: Any) -> Any:
-    """A copy in which words are quoted that YAML 1.1 reads as booleans or null."""
+    """Return a copy that quotes the strings that YAML 1.1 reads as booleans or null."""
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, dict):
         return {key: _quoted(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_quoted(one) for one in value]
+        return [_quoted(item) for item in value]
     return SingleQuotedScalarString(value) if isinstance(value, str) and value.lower() in AMBIGUOUS else value
 
 

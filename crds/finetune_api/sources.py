@@ -1,6 +1,6 @@
 """Sources of models and data: notations, parser and errors.
 
-`hf://org/name[@revision]`, bare `org/name` or `name` meaning the same, `s3://bucket/key`, `pvc://claim/path`,
+`hf://org/name[@revision]` or the same without `hf://`, `s3://bucket/key`, `pvc://claim/path`,
 `configmap://name/key`, `https://host/path`, `file:///path`.
 """
 
@@ -79,13 +79,13 @@ class HttpsSource:
         return self.url
 
     @property
-    def committed(self) -> bool:
-        """Whether the path is that of a job's checkpoint or final model: only these folders can be read from a web server."""
+    def is_job_result(self) -> bool:
+        """Whether the path leads to a job's checkpoint or final model. Only these folders can be read from a web server."""
         return bool(_CHECKPOINT.search(self._path) or _MODEL.search(self._path))
 
     @property
-    def checkpoint(self) -> bool:
-        """Whether the path is that of a job's checkpoint."""
+    def is_checkpoint(self) -> bool:
+        """Whether the path leads to a job's checkpoint."""
         return bool(_CHECKPOINT.search(self._path))
 
     @property
@@ -95,7 +95,7 @@ class HttpsSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """An absolute path in the trainer image or, in local runs, on this machine."""
+    """An absolute path in the trainer image or, in local runs, on the user's machine."""
 
     path: str
 
@@ -107,9 +107,9 @@ Source = HubSource | S3Source | PvcSource | ConfigMapSource | HttpsSource | File
 
 
 def parse(text: str, *, path: str = "model.source") -> Source:
-    """Parse a source. `path` is the spec field that errors name.
+    """Parse a source. `path` is the spec field for error messages.
 
-    Errors: ConfigError `SourceInvalid`, which says what was found and what to write.
+    Errors: ConfigError `SourceInvalid`.
     """
     if text != text.strip() or not text:
         raise _source_error(path, text, "it is empty or has spaces around it", NOTATIONS)
@@ -161,7 +161,7 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
             path,
             text,
             "it looks like a local path, which pods cannot read",
-            f"file://{absolute} if the image holds it, else s3://bucket/key",
+            f"file://{absolute} if the image contains it, else s3://bucket/key",
         )
     if is_data_file_name(text):
         raise _source_error(
@@ -207,14 +207,14 @@ def _s3(rest: str, path: str, text: str) -> S3Source:
 
 
 MAX_MODEL_NAME_LENGTH = 28
-"""With a model name of this length the wide table of `kubectl get` stays below 200 characters."""
+"""Up to this length of the model name, the table of `kubectl get -o wide` stays below 200 characters per line."""
 
 
 def model_name(source: str) -> str:
-    """Short name of a model source for tables, at most `MAX_MODEL_NAME_LENGTH` characters.
+    """Return the short name of a model source for tables, at most `MAX_MODEL_NAME_LENGTH` characters.
 
-    It is the repository's name without its owner, or the last folder of a path. A job's result (`.../<job>/<uid>/model` or
-    `.../checkpoints/step-<n>`) gets the name of the job.
+    The short name is the repository's name without the owner, or the last folder of a path. For a job's result
+    (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`) the short name is the name of the job.
     """
     text = redact_source(source).rstrip("/")
     if "://" not in text or text.startswith("hf://"):
@@ -226,7 +226,7 @@ def model_name(source: str) -> str:
 
 
 def redact_source(text: str) -> str:
-    """A source without secrets, for messages: a URL's query may be a signature, and the part before @ a password."""
+    """Return a source without secrets, for messages. A URL's query may be a signature, and the part before @ may be a password."""
     if not re.match(r"\s*https?://", text, re.IGNORECASE):
         return text
     return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])
@@ -242,16 +242,16 @@ def _web(scheme: str, text: str, path: str) -> HttpsSource:
     _require(is_complete, path, text, "the host or the file is missing", "https://host/path/file.jsonl")
     if parts.username or parts.password:
         raise ConfigError(
-            "SourceInvalid", f"{path}: the URL for {parts.hostname} contains a user or password, which everybody who may read the job could see",
+            "SourceInvalid", f"{path}: the URL for {parts.hostname} contains a user or password, which every user who can read the job could see",
             hint="put the file into S3, or serve it without a password in the URL",
         )  # fmt: skip
     return HttpsSource(text)
 
 
-def _require(holds: bool, path: str, text: str, why: str, write: str) -> None:
-    if not holds:
-        raise _source_error(path, text, why, write)
+def _require(is_valid: bool, path: str, text: str, problem: str, suggestion: str) -> None:
+    if not is_valid:
+        raise _source_error(path, text, problem, suggestion)
 
 
-def _source_error(path: str, text: str, why: str, write: str) -> ConfigError:
-    return ConfigError("SourceInvalid", f"{path} is {redact_source(text)!r}: {why}", hint=f"write {write}")
+def _source_error(path: str, text: str, problem: str, suggestion: str) -> ConfigError:
+    return ConfigError("SourceInvalid", f"{path} is {redact_source(text)!r}: {problem}", hint=f"write {suggestion}")

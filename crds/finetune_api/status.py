@@ -1,7 +1,7 @@
-"""The status of a FineTuneJob: only what the operator has observed. People, kubectl, GitOps tools and the CLI read it.
+"""The status of a FineTuneJob: the state that the operator has observed. Users, kubectl, GitOps tools and the CLI read it.
 
-A field marked `prompt` is written as soon as it changes. Changes of the other fields (progress, metrics, checkpoints) may wait
-for the operator's next periodic write.
+The operator writes a change of a field marked `prompt` at once. Changes of other fields (progress, metrics, checkpoints) may wait
+for the next periodic write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_api.spec.enums import OutputKind
 
 
 def rfc3339(moment: datetime) -> str:
-    """Kubernetes' time format: UTC, whole seconds, `Z`."""
+    """Return a time in the format of Kubernetes: UTC, whole seconds, `Z`."""
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -133,11 +133,11 @@ class Output(ReportModel):
     sha256: str | None = status_field("sha256 (hex) of the artefact's manifest.")
     kind: OutputKind | None = status_field("What the artefact is.", example="adapter")
     merged_uri: str | None = status_field("Folder of the base model with the adapter merged in, if requested.")
-    published_uri: str | None = status_field("Copy below output.dir, if requested.")
-    report_uri: str | None = status_field("Report of the run.")
+    published_uri: str | None = status_field("Folder of the copy below output.dir, if requested.")
+    report_uri: str | None = status_field("Folder of the report of the run.")
     evaluation: dict[str, Any] | None = status_field(
         "Metrics measured after training, by name. For a test set: testRows, testLoss (nats per token), testTokenAccuracy "
-        "and, if the rows contain what they need, testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
+        "and, depending on the data format, testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
     )
 
 
@@ -145,12 +145,12 @@ class Failure(ReportModel):
     """Why the job, or its last attempt, failed."""
 
     class_: Annotated[FailureClass, Field(alias="class", description="Kind of the failure.")]
-    code: str = status_field("Stable word for this failure, for programs.", default="", example="DatasetEmpty")
-    message: str = status_field("What was found and why it cannot work.", default="")
-    hint: str | None = status_field("What to write or do instead.")
-    node: str | None = status_field("Node on which it failed.", example="gpu-node-3")
+    code: str = status_field("Stable code of this failure, for programs.", default="", example="DatasetEmpty")
+    message: str = status_field("What failed and why.", default="")
+    hint: str | None = status_field("What the user or the platform team can do.")
+    node: str | None = status_field("Node of the failed rank.", example="gpu-node-3")
     rank: int | None = status_field("Global rank that failed.", example=3)
-    step: int | None = status_field("Optimizer step at which it failed.", example=450)
+    step: int | None = status_field("Optimizer step at which the job failed.", example=450)
     exit_code: int | None = status_field("Exit code of the trainer container.", example=65)
 
 
@@ -175,7 +175,7 @@ class Workers(ReportModel):
 
 
 class Resolved(ReportModel):
-    """The configuration that the run really uses: defaults, and what the operator and the trainer found out."""
+    """The configuration that the run really uses, with defaults and with values that the operator and the trainer determined."""
 
     world_size: int | None = status_field("Number of ranks.", example=8)
     effective_batch: int | None = status_field(
@@ -203,10 +203,10 @@ class Resolved(ReportModel):
     node_pool: str | None = status_field("Node pool in use.", example="h100")
     config_sha256: str | None = status_field("sha256 (hex) of the current attempt's run.json.")
     spec_sha256: str | None = status_field(
-        "sha256 (hex) of the spec that the first attempt started from, without the fields that may change later."
+        "sha256 (hex) of the spec of the first attempt, without the fields that may change after creation."
     )
     resume_exact: bool | None = status_field(
-        "Whether a resumed run gives bit by bit the same result as an uninterrupted one.", example=True
+        "Whether a resumed run gives bit for bit the same result as an uninterrupted run.", example=True
     )
     resume_note: str | None = status_field("Why a resumed run is not exact, if it is not.")
     storage: dict[str, Any] | None = status_field("Capabilities of the storage, tested at start.")
@@ -226,7 +226,7 @@ class FineTuneJobStatus(ReportModel):
         default=-1, example=1, prompt=Prompt.VALUE,
     )  # fmt: skip
     phase: Phase | None = status_field(
-        "One word for people. Programs read conditions.", example="Running", prompt=Prompt.VALUE
+        "State of the job in one word, for people. Programs should read conditions.", example="Running", prompt=Prompt.VALUE
     )
     reason: str | None = status_field(
         "One word: why the job waits, or why it failed. `-` if the phase says everything.",
@@ -271,22 +271,22 @@ class FineTuneJobStatus(ReportModel):
     duration: str | None = status_field("Time from start to end as text.", example="2h3m")
 
     def condition(self, kind: ConditionType) -> Condition | None:
-        """The condition of that type, or None."""
-        return next((one for one in self.conditions if one.type == kind), None)
+        """Return the condition of type `kind`, or None."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)
 
     def holds(self, kind: ConditionType) -> bool:
-        """Whether a condition is True."""
-        found = self.condition(kind)
-        return found is not None and found.status == "True"
+        """Whether the condition of type `kind` is True."""
+        condition = self.condition(kind)
+        return condition is not None and condition.status == "True"
 
     def prompt_part(self) -> dict[str, Any]:
-        """The fields whose change is written at once, as JSON values; two statuses with equal parts differ only in what may wait."""
+        """Return the prompt fields as JSON values. If they are equal in two statuses, the write of the newer status may wait."""
         present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, Prompt.PRESENCE)}
         return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
 
     @property
     def steps_done(self) -> int:
-        """Last optimizer step that was reported; 0 if none was."""
+        """Return the last reported optimizer step; 0 before the first report."""
         return (self.progress.step if self.progress else None) or 0
 
 
@@ -298,16 +298,16 @@ def _fields_marked(model: type[BaseModel], mark: Prompt) -> Iterator[str]:
 
 @cache
 def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
-    """Fields marked `Prompt.VALUE` in the form of pydantic's `include`.
+    """Return the fields marked `Prompt.VALUE`, in the form of pydantic's `include`.
 
-    Of a list whose items mark fields themselves, only those fields of each item count.
+    If the items of a list have marked fields themselves, only these fields of each item are included.
     """
     include: dict[str, Any] = {}
     for name in _fields_marked(model, Prompt.VALUE):
         items = [
-            one
-            for one in get_args(model.model_fields[name].annotation)
-            if isinstance(one, type) and issubclass(one, BaseModel)
+            argument
+            for argument in get_args(model.model_fields[name].annotation)
+            if isinstance(argument, type) and issubclass(argument, BaseModel)
         ]
         inner = _prompt_fields(items[0]) if items else {}
         include[name] = {"__all__": inner} if inner else True
@@ -336,7 +336,7 @@ class Stage(StrEnum):
     UPLOADING = "uploading"
     """The final artefact is being uploaded."""
     STOPPING = "stopping"
-    """The pod was told to stop and saves what it has."""
+    """The pod has been asked to stop and saves a checkpoint."""
     DONE = "done"
     """The final artefact is committed."""
     FAILED = "failed"

@@ -1,7 +1,7 @@
-"""Cross-field rules: combinations of fields that cannot work. The CRD (CEL), the operator, the CLI and the trainer share this list.
+"""Cross-field rules: each refuses combinations of fields that cannot work. The CRD (CEL), the operator, the CLI and the trainer share them.
 
-Each module covers one part of the spec; problems are reported in the order of the modules. The trainer checks what needs the model
-or the data before its first step.
+Each module covers one part of the spec; problems are reported in the order of the modules. Checks that need the model or the data
+are not here: the trainer runs them before its first step.
 """
 
 # ruff: noqa: I001  the order of these imports is the order in which problems are reported

@@ -1,8 +1,8 @@
 """The type of a rule, and functions that run rules.
 
-A rule is a function that yields the problems of a spec, registered under a code. Rules expect the spec as the user wrote it, before
-defaults are filled in (`without_defaults` removes them again). An option that would have no effect is a problem. If CEL can express
-a rule, the expression is part of its registration.
+A rule is a function that yields the problems of a spec; it is registered under a code. Rules expect the spec as the user wrote it,
+before defaults are filled in (`without_defaults` removes the defaults again). An option without effect is a problem, too. If CEL can
+express a rule, the registration contains the CEL expression.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ExecutionTarget(StrEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a spec: the field's path, what was found and why it cannot work, and what to write instead."""
+    """One problem of a spec: the field's path, the error, and a hint what to write instead."""
 
     path: str
     code: str
@@ -39,12 +39,12 @@ class Problem:
 
 
 Findings = Iterator[tuple[str, str, str]]
-"""(path, what is wrong, what to write) of each problem."""
+"""(path, message, hint) of each problem."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A named rule; `cel` is empty if CEL cannot express it."""
+    """A registered rule. `cel` is empty if CEL cannot express the rule."""
 
     code: str
     find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]
@@ -58,7 +58,7 @@ RULES: list[Rule] = []
 def rule(
     code: str, *, cel: str = "", message: str = ""
 ) -> Callable[[Callable[[FineTuneJobSpec, ExecutionTarget], Findings]], Callable[..., Findings]]:
-    """Register a rule. `message` is the API server's answer when `cel` is false."""
+    """Register a rule. `message` is the API server's error message if `cel` is false."""
 
     def register(find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]) -> Callable[..., Findings]:
         RULES.append(Rule(code, find, cel, message))
@@ -68,18 +68,18 @@ def rule(
 
 
 def check(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
-    """All problems of a spec, in the order of the rules."""
-    return [Problem(path, one.code, message, hint) for one in RULES for path, message, hint in one.find(spec, target)]
+    """Return all problems of a spec, in the order of the rules."""
+    return [Problem(path, entry.code, message, hint) for entry in RULES for path, message, hint in entry.find(spec, target)]
 
 
 def new_problems(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
-    """Problems of `after` that `before` does not have. Problems of an accepted spec do not forbid a change of it."""
+    """Return the problems that `after` has and `before` has not. Problems that an accepted spec already has do not forbid a change."""
     known = {(problem.code, problem.path) for problem in check(before)}
     return [problem for problem in check(after) if (problem.code, problem.path) not in known]
 
 
 def without_defaults(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
-    """A resolved spec without the values at the filled-in paths, in the form that rules expect."""
+    """Return a copy of a resolved spec without the values at the paths `filled`: the form that rules expect."""
     value = spec.to_wire()
     for path in filled:
         *groups, name = path.split(".")
@@ -93,19 +93,19 @@ def without_defaults(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJo
 def _without_empty(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    inner = {key: _without_empty(one) for key, one in value.items()}
-    return {key: one for key, one in inner.items() if one != {}}
+    cleaned = {key: _without_empty(inner) for key, inner in value.items()}
+    return {key: inner for key, inner in cleaned.items() if inner != {}}
 
 
 def raise_first_finding(code: str, findings: Findings) -> None:
-    """Raise the first finding, if there is one. Errors: ConfigError with that code."""
+    """Raise the first finding, if any. Errors: ConfigError with `code`."""
     for _, message, hint in findings:
         raise ConfigError(code, message, hint=hint)
 
 
 def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
-    """Raise the first problem of the rules with these codes, if there is one. Errors: ConfigError with the rule's code."""
-    for one in RULES:
-        if one.code in codes:
-            for path, message, hint in one.find(spec, ExecutionTarget.CLUSTER):
-                raise ConfigError(one.code, f"{path}: {message}", hint=hint)
+    """Raise the first problem that the rules with these codes find, if any. Errors: ConfigError with the rule's code."""
+    for entry in RULES:
+        if entry.code in codes:
+            for path, message, hint in entry.find(spec, ExecutionTarget.CLUSTER):
+                raise ConfigError(entry.code, f"{path}: {message}", hint=hint)

@@ -27,15 +27,15 @@ def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         yield (
             "dataset.split",
             f"{text} = {total:g}, and the parts must sum to 1",
-            "change one of them, or leave train out: it takes the rest",
+            "change one of them, or remove train: then all remaining rows are for training",
         )
     elif split.train is None and total >= 1:
-        yield "dataset.split", f"{text} = {total:g} leaves nothing for training", "make them smaller"
+        yield "dataset.split", f"{text} = {total:g} leaves nothing for training", "write smaller fractions"
     for name in ("validation", "test"):
         if parts.get(name) and getattr(spec.dataset, name) is not None:
             yield (
                 f"dataset.split.{name}",
-                f"{parts[name]:g}, but dataset.{name} is given, too",
+                f"{parts[name]:g}, but dataset.{name} is given as well",
                 "remove one of the two",
             )
 
@@ -64,27 +64,27 @@ def data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             )
         if dataset.use_chat_template is False:
             yield "dataset.chatTemplate", "it has no effect with `useChatTemplate: false`", "remove one of the two"
-    only = dataset.response_only
-    if only is not None and (only.question_marker or only.answer_marker):
-        if only.enabled is False:
+    options = dataset.response_only
+    if options is not None and (options.question_marker or options.answer_marker):
+        if options.enabled is False:
             yield (
                 "dataset.responseOnly",
                 "the markers have no effect with `enabled: false`",
                 "remove them, or enable it",
             )
-        if not (only.question_marker and only.answer_marker):
+        if not (options.question_marker and options.answer_marker):
             yield (
                 "dataset.responseOnly",
-                "with one marker alone the end of an answer is unknown",
-                "give both questionMarker and answerMarker, or neither: then the turns of the chat template are used",
+                "with only one marker the end of an answer cannot be found",
+                "write both questionMarker and answerMarker, or neither: without markers the turns of the chat template are used",
             )
 
 
 @rule("ResponseOnlyWithoutTurns")
 def response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    only, form = spec.dataset.response_only, spec.dataset.format
-    without = form in FORMATS_WITHOUT_TURNS
-    if only is not None and only.enabled and without and not (only.question_marker or only.answer_marker):
+    options, form = spec.dataset.response_only, spec.dataset.format
+    has_no_turns = form in FORMATS_WITHOUT_TURNS
+    if options is not None and options.enabled and has_no_turns and not (options.question_marker or options.answer_marker):
         yield (
             "dataset.responseOnly.enabled",
             f"true, but format {form} has no turns, so answers cannot be found",

@@ -1,4 +1,4 @@
-"""Values derived from a spec, from what the user wrote and the defaults; rules and defaults share them."""
+"""Values derived from the user's spec and the constant defaults. Rules and defaults share these functions."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from finetune_api.spec.enums import (
 
 
 def constant_default(group: type[Group], field: str) -> Any:
-    """The constant default of a field, or None."""
+    """Return the constant default of a field, or None."""
     extra = group.model_fields[field].json_schema_extra
     return extra.get(DEFAULT) if isinstance(extra, dict) else None
 
 
 def value_or_default(group: Group, field: str) -> Any:
-    """The value that the user wrote, else the field's constant default."""
+    """Return the value that the user wrote, else the field's constant default."""
     value = getattr(group, field)
     return constant_default(type(group), field) if value is None else value
 
 
 def method_type_of(spec: FineTuneJobSpec) -> MethodType:
-    """The method, as written or by default."""
+    """Return `method.type`, as written or by default."""
     return MethodType(value_or_default(spec.method, "type"))
 
 
 def trainer_type_of(spec: FineTuneJobSpec) -> TrainerType:
-    """The objective, as written or by default."""
+    """Return `trainer.type` (the objective), as written or by default."""
     return TrainerType(value_or_default(spec.trainer, "type"))
 
 
 def given_bits(spec: FineTuneJobSpec) -> int | None:
-    """Bits per weight of the base that the user wrote, or None."""
+    """Return `model.quantization.bits` if the user wrote it, else None."""
     return spec.model.quantization.bits if spec.model.quantization else None
 
 
 def trains_base_weights(spec: FineTuneJobSpec) -> bool:
-    """Whether weights of the base model itself are trained, not an adapter."""
+    """Whether the method trains weights of the base model itself and no adapter."""
     return method_type_of(spec) in BASE_WEIGHT_METHODS
 
 
 def base_bits(spec: FineTuneJobSpec) -> int | None:
-    """Bits per weight that the base is loaded in, as written or implied by the method; None: not quantised."""
+    """Return the bits per weight of the loaded base model, as written or implied by the method; None: not quantised."""
     return given_bits(spec) or (4 if method_type_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
 
 
 def uses_loftq(spec: FineTuneJobSpec) -> bool:
-    """Whether adapters are initialised with LoftQ, as written or implied."""
+    """Whether the adapter is initialised with LoftQ, because of `init: loftq` or because `loftq` is given."""
     lora = spec.method.lora
     return lora is not None and (lora.loftq is not None or lora.init is LoraInit.LOFTQ)
 
@@ -70,17 +70,17 @@ OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def ranks_per_node(spec: FineTuneJobSpec) -> int:
-    """Ranks per pod, as written or by default."""
+    """Return the ranks per pod, as written or by default."""
     return spec.resources.processes_per_node or gpus_per_node(spec) or 1
 
 
 def gpus_per_node(spec: FineTuneJobSpec) -> int:
-    """GPUs per pod, as written or by default."""
+    """Return the GPUs per pod, as written or by default."""
     return int(value_or_default(spec.resources, "gpus_per_node"))
 
 
 def world_size(spec: FineTuneJobSpec) -> int:
-    """Number of ranks, as written or by default."""
+    """Return the number of ranks of all pods, as written or by default."""
     return int(value_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
 
 
@@ -91,7 +91,7 @@ def has_validation_set(spec: FineTuneJobSpec) -> bool:
 
 
 def has_test_set(spec: FineTuneJobSpec) -> bool:
-    """Whether there is a test set, which is held out until training is over."""
+    """Whether there is a test set. It is not used until training has ended."""
     split = spec.dataset.split
     return spec.dataset.test is not None or bool(split and split.test)
 

@@ -73,7 +73,7 @@ def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     if given and quantization.bits is None:
         yield (
             "model.quantization.bits",
-            "without it nothing is quantised, and the other fields of the group have no effect",
+            "without bits nothing is quantised, and the other fields of model.quantization have no effect",
             "write `bits: 4`, or remove model.quantization",
         )
     elif quantization.bits == 8 and given:
@@ -171,7 +171,7 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
             "method.lora.init",
             f"{lora.init} moves a part of the base into the adapter, and the final adapter is converted back for the original base; "
             f"the conversion does not support {' and '.join(conflicts)}",
-            "remove it, or the other",
+            "remove init, or the conflicting options",
         )
     if lora.init is LoraInit.EVA and spec.dataset.packing:
         yield (
@@ -201,13 +201,13 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
 
 
 def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
-    """Options that cannot be combined with an initialisation that moves a part of the base into the adapter.
+    """Yield the options that conflict with an initialisation that moves a part of the base into the adapter.
 
     The final adapter is the difference of two low-rank updates. It cannot contain other trained weights, it needs unquantised
     weights and the plain LoRA scale, and a second adapter with the same initialisation would remove the same part again.
     """
     lora, method, objective = spec.method.lora, method_type_of(spec), trainer_type_of(spec)
-    assert lora is not None, "the caller has read its init"
+    assert lora is not None, "the caller has checked method.lora.init"
     if given_bits(spec):
         yield "model.quantization.bits"
     if method is not MethodType.LORA:
@@ -229,7 +229,7 @@ def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
 
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
-    """Whether the objective compares with the model before training. With adapters, that is a second, frozen adapter."""
+    """Whether the objective needs the model before training as a reference. With adapters, the reference is a second, frozen adapter."""
     match trainer_type_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
@@ -252,7 +252,7 @@ def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 
 @rule("NewTokensUntrained")
 def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """The method must train the embeddings of new tokens, and the strategy must allow to add rows to them."""
+    """The method must train the embeddings of new tokens, and the strategy must allow adding rows to the embeddings."""
     tokens, method = spec.model.new_tokens or [], method_type_of(spec)
     if not tokens:
         return
@@ -282,7 +282,7 @@ def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if strategy is Strategy.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
         yield (
             path,
-            "the embeddings must be enlarged, and with ZeRO stage 3 no rank holds them whole",
+            "the embeddings must be enlarged, and with ZeRO stage 3 no rank holds the whole embeddings",
             "write zeroStage 2, or fsdp with method full",
         )
 
@@ -291,7 +291,8 @@ def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Half-precision weights cannot be trained with loss scaling.
 
-    DeepSpeed is exempt, since it keeps its own 32-bit copy; so is spectrum on a quantised base, since it trains 32-bit weights there.
+    DeepSpeed is exempt, because it keeps a 32-bit copy of the weights. Spectrum on a quantised base is exempt, because it trains 32-bit
+    weights there.
     """
     trains_weights = method_type_of(spec) is MethodType.FULL or (
         method_type_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
@@ -318,7 +319,7 @@ def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             wire = type(spectrum).model_fields[name].alias or name
             yield (
                 f"method.spectrum.{wire}",
-                "it is an option of the scan, and with `layers` there is no scan",
+                "it only has an effect on the scan of the layers, and with `layers` there is no scan",
                 "remove one of the two",
             )
 

@@ -76,8 +76,8 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         elif reward.builtin is not None:
             yield from invalid_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
     names = [
-        one.name or (one.builtin and one.builtin.value) or one.function or "reward"
-        for one in spec.trainer.rewards or []
+        reward.name or (reward.builtin and reward.builtin.value) or reward.function or "reward"
+        for reward in spec.trainer.rewards or []
     ]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -168,7 +168,7 @@ def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Minimum rows per device: kto compares the rows of one batch with each other."""
+    """Return the minimum rows per device: 2 for kto, which compares the rows of one batch with each other."""
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 
@@ -196,23 +196,23 @@ def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
 def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_type_of(spec) is not TrainerType.GRPO:
         return
-    wanted = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
+    generations_per_prompt = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
     rows = (
         int(value_or_default(spec.training, "batch_size_per_device"))
         * int(value_or_default(spec.training, "gradient_accumulation_steps"))
         * world_size(spec)
     )
-    if rows % wanted:
+    if rows % generations_per_prompt:
         yield (
             "trainer.grpo.numGenerations",
-            f"{wanted} does not divide the {rows} completions of one optimizer step (batchSizePerDevice x gradientAccumulationSteps x ranks)",
-            "change one of these so that it does",
+            f"{generations_per_prompt} does not divide the {rows} completions of one optimizer step (batchSizePerDevice x gradientAccumulationSteps x ranks)",
+            "change one of these values so that numGenerations divides the completions",
         )
     batch = (
         spec.evaluation.batch_size_per_device or int(value_or_default(spec.training, "batch_size_per_device"))
     ) * world_size(spec)
     generates = evaluates_during_training(spec) or has_test_set(spec)
-    if generates and not any(batch % size == 0 for size in range(2, wanted + 1)):
+    if generates and not any(batch % size == 0 for size in range(2, generations_per_prompt + 1)):
         yield (
             "evaluation.batchSizePerDevice",
             f"{batch} answers of all ranks together cannot be divided into groups of two or more",

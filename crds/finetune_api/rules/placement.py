@@ -39,10 +39,10 @@ def volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     names = [volume.name for volume in spec.placement.volumes or []]
     for i, mount in enumerate(spec.placement.volume_mounts or []):
         if mount.name not in names:
-            there = f"placement.volumes contains {', '.join(names)}" if names else "there are no placement.volumes"
+            known_volumes = f"placement.volumes contains {', '.join(names)}" if names else "there are no placement.volumes"
             yield (
                 f"placement.volumeMounts[{i}].name",
-                f"{mount.name} is not the name of a volume: {there}",
+                f"{mount.name} is not the name of a volume: {known_volumes}",
                 "add the volume to placement.volumes, or write the name of one",
             )
 
@@ -51,9 +51,9 @@ def volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 def unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     placement = spec.placement
     keys = {
-        "env[{}].name": [one.name for one in placement.env or []],
-        "volumes[{}].name": [one.name for one in placement.volumes or []],
-        "volumeMounts[{}].mountPath": [one.mount_path for one in placement.volume_mounts or []],
+        "env[{}].name": [variable.name for variable in placement.env or []],
+        "volumes[{}].name": [volume.name for volume in placement.volumes or []],
+        "volumeMounts[{}].mountPath": [mount.mount_path for mount in placement.volume_mounts or []],
     }
     for path, values in keys.items():
         for i, value in enumerate(values):

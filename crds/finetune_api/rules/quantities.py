@@ -16,6 +16,6 @@ def quantity_invalid(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
         ("ephemeralStorage", resources.ephemeral_storage, SIZE),
         ("sharedMemory", resources.shared_memory, SIZE),
     ):
-        found = None if value is None else quantity_problem(value, kind)
-        if found is not None:
-            yield f"resources.{name}", *found
+        problem = None if value is None else quantity_problem(value, kind)
+        if problem is not None:
+            yield f"resources.{name}", *problem

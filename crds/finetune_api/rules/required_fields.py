@@ -53,26 +53,26 @@ def sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
         if isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
-            yield (path, *_no_listing(text, path))
+            yield (path, *_unreadable_folder_problem(text, path))
 
 
 def _is_readable_folder(source: HttpsSource, path: str) -> bool:
-    return source.checkpoint if path == "checkpoint.resume" else source.committed
+    return source.is_checkpoint if path == "checkpoint.resume" else source.is_job_result
 
 
-def _no_listing(text: str, path: str) -> tuple[str, str]:
-    """Why a folder on a web server cannot be read, and what to write instead."""
-    step = "https://host/jobs/checkpoints/step-00000100"
+def _unreadable_folder_problem(text: str, path: str) -> tuple[str, str]:
+    """Return (message, hint) for a folder that cannot be read from a web server."""
+    example = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
-        return f"{redact_source(text)!r} does not name a checkpoint", f"write {step}"
+        return f"{redact_source(text)!r} does not name a checkpoint", f"write {example}"
     return (
         f"a web server cannot list the files in {redact_source(text)!r}",
-        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or the result of a job: https://host/jobs/model or {step}",
+        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or the result of a job: https://host/jobs/model or {example}",
     )
 
 
 def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
-    """(path, text) of every source in the spec."""
+    """Return (path, text) of every source in the spec."""
     fields: list[tuple[str, str | None]] = [
         ("model.source", spec.model.source),
         ("model.tokenizer", spec.model.tokenizer),

@@ -27,7 +27,7 @@ def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if hub.repository is not None or hub.private is not None:
             yield (
                 "output.hub",
-                "nothing is pushed without `push: true`, so its fields have no effect",
+                "nothing is pushed without `push: true`, so the fields of output.hub have no effect",
                 "write `push: true`, or remove output.hub",
             )
         return
@@ -69,20 +69,20 @@ def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 @rule("TrackerAndOptions")
 def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    named = spec.tracking.report_to or []
+    trackers_to_use = spec.tracking.report_to or []
     for tracker, group in (
         (Tracker.WANDB, spec.tracking.wandb),
         (Tracker.MLFLOW, spec.tracking.mlflow),
         (Tracker.MONGODB, spec.tracking.mongodb),
     ):
-        if group is not None and tracker not in named:
+        if group is not None and tracker not in trackers_to_use:
             yield (
                 f"tracking.{tracker}",
                 f"it is only read when tracking.reportTo names {tracker}",
                 f"write `reportTo: [{tracker}]`, or remove it",
             )
     if (
-        Tracker.WANDB in named
+        Tracker.WANDB in trackers_to_use
         and (spec.tracking.wandb is None or spec.tracking.wandb.api_key_secret_ref is None)
         and target is ExecutionTarget.CLUSTER
     ):
@@ -91,21 +91,21 @@ def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             "reportTo names wandb, and there is no key",
             "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`",
         )
-    if Tracker.MLFLOW in named and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):
+    if Tracker.MLFLOW in trackers_to_use and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):
         yield (
             "tracking.mlflow.trackingUri",
             "reportTo names mlflow, and no server is given",
             "write for example `mlflow: {trackingUri: 'http://mlflow.mlops:5000'}`",
         )
-    if Tracker.MONGODB in named and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
+    if Tracker.MONGODB in trackers_to_use and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
         yield (
             "tracking.mongodb.uriSecretRef",
             "reportTo names mongodb, and no connection is given",
             "write `mongodb: {uriSecretRef: {name: mongo, key: uri}}`",
         )
-    for i, one in enumerate(named):
-        if one in named[:i]:
-            yield f"tracking.reportTo[{i}]", f"{one} is named twice", "name it once"
+    for i, tracker in enumerate(trackers_to_use):
+        if tracker in trackers_to_use[:i]:
+            yield f"tracking.reportTo[{i}]", f"{tracker} is named twice", "name it once"
 
 
 @rule("JudgeMissing")

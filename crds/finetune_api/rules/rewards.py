@@ -19,12 +19,12 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
     BuiltinReward.LENGTH: {"unit": ("tokens", "words", "characters"), "minimum": "number", "maximum": "number"},
     BuiltinReward.JSON_SCHEMA: {"schema": "json", "parsed": "number"},
 }  # fmt: skip
-"""Parameters of each built-in reward: the type of the value, or the allowed words."""
+"""Parameters of each built-in reward, with the type of the value or the allowed values."""
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
 
 
 def invalid_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Problems of the parameters of one built-in reward: (path, what was found, what to write)."""
+    """Yield (path, message, hint) for each invalid parameter of a built-in reward."""
     known = REWARD_PARAMETERS[builtin]
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -35,13 +35,13 @@ def invalid_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, st
     if builtin is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given):
         yield path, "neither minimum nor maximum is given", "write at least one of them"
     for name, text in given.items():
-        hint = _hint_for_unreadable(known[name], text) if name in known else None
+        hint = _hint_for_invalid_value(known[name], text) if name in known else None
         if hint is not None:
             yield f"{path}.{name}", f"it is {text[:200]!r}", hint
 
 
-def _hint_for_unreadable(kind: tuple[str, ...] | str, text: str) -> str | None:
-    """What to write instead of a value that does not have its type; None if the value is right."""
+def _hint_for_invalid_value(kind: tuple[str, ...] | str, text: str) -> str | None:
+    """Return a hint what to write if `text` does not have the parameter's type; None if the value is valid."""
     if isinstance(kind, tuple):
         return None if text in kind else f"write one of {', '.join(kind)}"
     try:

@@ -24,7 +24,7 @@ def encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     }
     for path, connection in connections.items():
         if connection is not None:
-            yield from _encryption_of(connection, path)
+            yield from _encryption_problems(connection, path)
     if spec.storage.encryption is not None and (spec.storage.uri or "s3://").partition("://")[0] != "s3":
         yield (
             "storage.encryption",
@@ -33,23 +33,23 @@ def encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         )
 
 
-def _encryption_of(connection: StorageConnection, path: str) -> Findings:
-    wanted = connection.encryption
-    if wanted is None:
+def _encryption_problems(connection: StorageConnection, path: str) -> Findings:
+    encryption = connection.encryption
+    if encryption is None:
         return
-    if wanted.kms_key_id is not None and wanted.type is not EncryptionType.KMS:
+    if encryption.kms_key_id is not None and encryption.type is not EncryptionType.KMS:
         yield (
             f"{path}.encryption.kmsKeyId",
-            f"it requires type kms, and type is {wanted.type}",
+            f"it requires type kms, and type is {encryption.type}",
             "write `type: kms`, or remove kmsKeyId",
         )
-    if (wanted.customer_key_secret_ref is not None) != (wanted.type is EncryptionType.CUSTOMER_KEY):
+    if (encryption.customer_key_secret_ref is not None) != (encryption.type is EncryptionType.CUSTOMER_KEY):
         yield (
             f"{path}.encryption.customerKeySecretRef",
-            f"type is {wanted.type}, and the Secret with the key is {'given' if wanted.customer_key_secret_ref else 'missing'}",
+            f"type is {encryption.type}, and the Secret with the key is {'given' if encryption.customer_key_secret_ref else 'missing'}",
             "write `{type: customerKey, customerKeySecretRef: {name: s3-customer-key, key: key}}`, or another type without it",
         )
-    if wanted.type is EncryptionType.CUSTOMER_KEY and (connection.endpoint or "").startswith("http://"):
+    if encryption.type is EncryptionType.CUSTOMER_KEY and (connection.endpoint or "").startswith("http://"):
         yield (
             f"{path}.endpoint",
             f"{connection.endpoint} is not encrypted, and every request contains the customer's key",

@@ -1,4 +1,4 @@
-"""Rules for ranks and distributed strategies, and what each strategy cannot train."""
+"""Rules for ranks and distributed strategies, and the options that each strategy does not support."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if target is ExecutionTarget.CLUSTER and gpus > 0 and ranks not in (None, gpus):
         yield (
             "resources.processesPerNode",
-            f"{ranks}, but resources.gpusPerNode is {gpus}: every rank needs a GPU of its own, and a GPU without a rank is idle",
+            f"{ranks}, but resources.gpusPerNode is {gpus}: every rank needs its own GPU, and a GPU without a rank stays idle",
             f"write {gpus}, or remove it",
         )
 
@@ -78,7 +78,7 @@ def strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
 
 
 def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
-    """Problems of a spec that is trained with FSDP."""
+    """Yield the problems that a spec has with FSDP."""
     method, bits = method_type_of(spec), base_bits(spec)
     if method in PROMPT_METHODS:
         yield (
@@ -104,12 +104,13 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
             f"method.lora.init {spec.method.lora.init} needs whole adapters when the result is saved, and with FSDP each rank holds only a slice",
             "remove it, or write `distributed: {strategy: ddp}`",
         )
-    # The loss reads the head's weight without calling its forward, so with an adapter FSDP does not sum the head's gradients over ranks.
+    # The loss reads the head's weight without calling the head's forward. With an adapter, FSDP then does not sum the head's gradients
+    # over the ranks.
     for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:
         if name.rsplit(".", 1)[-1] in OUTPUT_HEADS and trainer_type_of(spec) is not TrainerType.REWARD:
             yield (
                 "method.lora.modulesToSave",
-                f"it contains the head {name}, of which each rank would train its slice on its own rows only",
+                f"it contains the head {name}: each rank would train its slice of the head only on its own rows",
                 "remove it, or write `distributed: {strategy: ddp}`",
             )
     if spec.training.optimizer not in (None, *OPTIMIZERS_FOR_SHARDED_WEIGHTS):
@@ -121,11 +122,11 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
 
 
 OPTIMIZERS_FOR_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Optimizers that can update FSDP's weight slices: torch's own."""
+"""Optimizers that can update FSDP's weight slices: the optimizers of torch itself."""
 
 
 def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
-    """Problems of a spec that is trained with DeepSpeed, at any ZeRO stage."""
+    """Yield the problems that a spec has with DeepSpeed at any ZeRO stage."""
     if spec.training.optimizer == "adagrad":
         yield (
             "training.optimizer",
@@ -135,7 +136,7 @@ def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
 
 
 def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
-    """Problems of a spec that is trained with ZeRO stage 3, where no rank holds whole weights."""
+    """Yield the problems that a spec has with ZeRO stage 3, where no rank holds whole weights."""
     method, lora = method_type_of(spec), spec.method.lora
     hint = "write zeroStage 2, or use fsdp"
     if base_bits(spec):
@@ -155,7 +156,7 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
     if method is MethodType.IA3 and trainer_type_of(spec) is TrainerType.KTO:
         yield (
             "method.type",
-            "ZeRO stage 3 prefetches parameters in the order of the previous step, and kto uses those of ia3 in a changing order",
+            "ZeRO stage 3 prefetches parameters in the order of the previous step, and kto uses the parameters of ia3 in a changing order",
             "write zeroStage 2, or method lora",
         )
     if lora is not None and lora.init in INITS_NEEDING_WHOLE_WEIGHTS:

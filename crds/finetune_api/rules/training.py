@@ -40,7 +40,7 @@ OPTIMIZERS = (
     "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adamw_torch_4bit", "adamw_torch_8bit",
     "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam",
 )  # fmt: skip
-"""Accepted optimizer names; the trainer's tests compare them with transformers' own list."""
+"""Accepted optimizer names. The trainer's tests compare them with the list of transformers."""
 
 
 @rule("OptimizerUnknown")
@@ -76,22 +76,22 @@ def precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 @rule("DeviceOfAnotherMachine")
 def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    wanted = spec.training.device
+    requested = spec.training.device
     if target is ExecutionTarget.LOCAL:
         return
-    if wanted is Device.MPS:
+    if requested is Device.MPS:
         yield (
             "training.device",
             "mps only exists on Apple machines, not on cluster nodes",
             "remove it, or use `finetune run --local`",
         )
-    if wanted is Device.CPU and gpus_per_node(spec) > 0:
+    if requested is Device.CPU and gpus_per_node(spec) > 0:
         yield (
             "training.device",
             f"cpu, but resources.gpusPerNode is {gpus_per_node(spec)}: the GPUs would stay idle",
             "write `resources: {gpusPerNode: 0}`",
         )
-    if wanted is Device.CUDA and gpus_per_node(spec) == 0:
+    if requested is Device.CUDA and gpus_per_node(spec) == 0:
         yield "training.device", "cuda, but resources.gpusPerNode is 0", "write gpusPerNode 1 or more, or `device: cpu`"
 
 
@@ -143,11 +143,11 @@ def steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             "remove one of the two",
         )
     if spec.training.checkpoint_every_n_layers not in (None, 1):
-        yield from _no_layer_recomputed(spec)
+        yield from _recomputation_disabled(spec)
 
 
-def _no_layer_recomputed(spec: FineTuneJobSpec) -> Findings:
-    """checkpointEveryNLayers is set, but no activations are recomputed, as requested or by default."""
+def _recomputation_disabled(spec: FineTuneJobSpec) -> Findings:
+    """Yield a problem if checkpointEveryNLayers is set, but activations are not recomputed."""
     path, mode = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
     if mode is GradientCheckpointing.DISABLED:
         yield path, "it has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
@@ -162,7 +162,7 @@ def _no_layer_recomputed(spec: FineTuneJobSpec) -> Findings:
 
 
 def adam_fields(optimizer: str) -> tuple[str, ...]:
-    """The Adam options of `spec.training` that an optimizer reads. The trainer's tests compare them with transformers' own code."""
+    """Return the Adam options of `spec.training` that an optimizer reads. The trainer's tests compare them with transformers' code."""
     if "adam" in optimizer or "ademamix" in optimizer:
         return ("adam_beta1", "adam_beta2", "adam_epsilon")
     return ("adam_beta1", "adam_beta2") if "lion" in optimizer else ()

@@ -1,4 +1,4 @@
-"""Warnings: a spec that is valid, but probably not what the user intends. Unlike a rule, a warning refuses nothing.
+"""Warnings about a valid spec that probably does not do what the user intends. Unlike a rule, a warning does not refuse the spec.
 
 `finetune validate` prints warnings, and `status.resolved.notes` lists them.
 """
@@ -18,7 +18,7 @@ LEARNING_RATE_RANGES = {
     "prompts": (1e-5, 1.0),
     "preferences": (1e-8, 1e-3),
 }
-"""Usual learning rates: smaller ones hardly change the model, larger ones usually diverge. The defaults lie inside."""
+"""Usual learning rates (lowest, highest). A lower rate hardly changes the model, a higher rate usually makes training diverge."""
 PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO, TrainerType.GRPO)
 
 
@@ -31,19 +31,19 @@ def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
     rate = spec.training.learning_rate
     if rate is None:
         return
-    low, high = LEARNING_RATE_RANGES[_range_of(spec)]
+    low, high = LEARNING_RATE_RANGES[_range_name(spec)]
     if not low <= rate <= high:
         size, effect = (
             ("small", "hardly changes the model") if rate < low else ("large", "usually makes training diverge")
         )
-        used = f"trainer {trainer_type_of(spec)} with method {method_type_of(spec)}"
-        message = f"{rate:g} is unusually {size} for {used}, and {effect}"
+        setup = f"trainer {trainer_type_of(spec)} with method {method_type_of(spec)}"
+        message = f"{rate:g} is unusually {size} for {setup}, and {effect}"
         yield Problem(
             "training.learningRate", "LearningRateUnusual", message, f"usual values are from {low:g} to {high:g}"
         )
 
 
-def _range_of(spec: FineTuneJobSpec) -> str:
+def _range_name(spec: FineTuneJobSpec) -> str:
     if trainer_type_of(spec) in PREFERENCE_OBJECTIVES:
         return "preferences"
     if method_type_of(spec) in BASE_WEIGHT_METHODS:

@@ -19,7 +19,7 @@ from finetune_api.spec.training import Checkpoint, Distributed, Training
 
 
 class FineTuneJobSpec(Group):
-    """`spec`: what a user asks for."""
+    """`spec`: the job that the user requests."""
 
     model: Model = Field(
         default_factory=Model,
@@ -89,18 +89,18 @@ class FineTuneJobSpec(Group):
     )
     cancel: bool = Field(
         default=False,
-        description="True: save a checkpoint and end the job. It cannot be undone. Default: false. Example: `true`.",
+        description="True: save a checkpoint and end the job. This cannot be undone. Default: false. Example: `true`.",
     )
 
     def value(self, path: str) -> Any:
-        """The value at a dotted path of wire names, or None."""
+        """Return the value at a dotted path of JSON names, or None."""
         value: Any = self.to_wire()
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
-        """A copy with other values at dotted paths of wire names. Errors: pydantic's ValidationError."""
+        """Return a copy with new values at dotted paths of JSON names. Errors: pydantic's ValidationError."""
         wire = self.to_wire()
         for path, value in values.items():
             *groups, name = path.split(".")
@@ -120,7 +120,7 @@ def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
 
 
 def _whole_numbers(value: Any) -> Any:
-    """A copy in which `2.0` is 2: the API server accepts both spellings for an integer."""
+    """Return a copy in which `2.0` is 2, because the API server accepts both spellings for an integer."""
     if isinstance(value, Mapping):
         return {key: _whole_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`spec.storage`, `spec.resources`, `spec.placement` and `spec.policy`: what running on a cluster needs."""
+"""`spec.storage`, `spec.resources`, `spec.placement` and `spec.policy`: how the job runs on the cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StorageRoot(StorageConnection):
         *StorageConnection.cel,
         CelRule(
             "!has(self.uri) || !self.uri.split('/').exists(part, part == '..')",
-            "storage.uri must not contain `..`: write the path without it",
+            "storage.uri must not contain `..`: write the path without `..`",
             "StorageUriInvalid",
         ),
     )
@@ -54,7 +54,7 @@ class Resources(Group):
     )
     gpu_resource: LabelKey | None = option(
         "Kubernetes resource name of a GPU, for MIG slices and other vendors.",
-        default_text="that of the node pool, else nvidia.com/gpu",
+        default_text="the resource of the node pool, else nvidia.com/gpu",
         example="nvidia.com/mig-1g.10gb",
     )
     node_pool: Word | None = option(
@@ -108,8 +108,8 @@ class NodeAffinityTerm(Group):
 
     key: LabelKey = Field(description="Label of the node. Required. Example: `topology.kubernetes.io/zone`.")
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field(
-        description="Comparison. `In`: the label has one of the values. `NotIn`: it has none of them. `Exists`: the label exists. "
-        "`DoesNotExist`: it does not. `Gt`: it is an integer above the value. `Lt`: below the value. Required. Example: `In`."
+        description="Comparison. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
+        "`DoesNotExist`: the label does not exist. `Gt`: the label is an integer above the value. `Lt`: the label is an integer below the value. Required. Example: `In`."
     )
     values: Annotated[list[Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = option(
         "Values to compare with.", default_text="none", example=["eu-1a"]
@@ -243,21 +243,21 @@ class Policy(Group):
     """`spec.policy`: time limits and what happens after a failure."""
 
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Maximum running time of all attempts together, in seconds; then the job fails. Queued and suspended time does not count.",
+        "Maximum running time of all attempts together, in seconds. After this time the job fails. Queued and suspended time does not count.",
         default_text="none: no limit",
         example=86400,
     )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31536000)] | None = option(
-        "Seconds after the end at which Jobs and Pods are deleted. The FineTuneJob is never deleted.",
-        default_text="none: they are kept",
+        "Seconds after the job's end until its Jobs and Pods are deleted. The FineTuneJob is never deleted.",
+        default_text="none: Jobs and Pods are kept",
         example=3600,
     )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = option(
         "Consecutive attempts without progress before the job fails.", default=3, example=5
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = option(
-        "Seconds that a stopping pod has to save its state. If this is not set and checkpoints take long, the operator raises it to "
-        "three times the duration of the newest checkpoint.",
+        "Seconds that a stopping pod has to save its state. If this field is not set and checkpoints take long, the operator raises "
+        "the value to three times the duration of the newest checkpoint.",
         default=300,
         example=600,
     )

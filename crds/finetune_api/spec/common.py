@@ -22,7 +22,7 @@ StringMap = Annotated[dict[Word, Annotated[str, StringConstraints(max_length=409
 
 
 def one_of(*allowed: int) -> AfterValidator:
-    """A validator that accepts only these integers; the CRD repeats them as `enum`."""
+    """Return a validator that accepts only these integers. The CRD has the same values as `enum`."""
 
     def check(value: int) -> int:
         if value not in allowed:
@@ -115,8 +115,8 @@ class StorageConnection(Group):
         example={"name": "s3-credentials"},
     )
     ca_bundle_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with PEM certificates to trust for the endpoint. For `https://` sources they are trusted in addition to "
-        "the image's certificates.",
+        "ConfigMap key with PEM certificates to trust for the endpoint. For `https://` sources these certificates are trusted in "
+        "addition to the image's certificates.",
         default_text="the image's certificates",
         example={"name": "ca", "key": "ca.crt"},
     )

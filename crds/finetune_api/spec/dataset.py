@@ -76,9 +76,9 @@ class Mcq(Group):
 
 
 class Checks(Group):
-    """`dataset.checks`: checks of the data before training; status.resolved.notes reports what they find."""
+    """`dataset.checks`: checks of the data before training. status.resolved.notes contains the results."""
 
-    deduplicate: bool | None = option("Leave out rows that equal an earlier row.", default=False, example=True)
+    deduplicate: bool | None = option("Skip rows that are equal to an earlier row.", default=False, example=True)
     validate_json: bool | None = option(
         "Treat an answer that is not valid JSON as a bad row.", default=False, example=True
     )
@@ -232,7 +232,7 @@ class Dataset(Group):
     )
     bad_rows: BadRows | None = option("What happens to a row that cannot be used.", default="fail", example="skip")
     max_bad_row_ratio: Ratio | None = option(
-        "Maximum fraction of skipped rows; more end the job. Only with `badRows: skip`.", default=0.05, example=0.01
+        "Maximum fraction of skipped rows. If more rows are skipped, the job ends. Only with `badRows: skip`.", default=0.05, example=0.01
     )
     mcq: Mcq | None = option(
         "Options of the multiple-choice format.",

@@ -1,4 +1,4 @@
-"""Every enumeration of the spec. The sentence below a member explains the word; the CRD's descriptions and the reference repeat it."""
+"""Every enumeration of the spec. The docstring below a member explains the value. The CRD's descriptions and the reference pages contain this docstring."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class AddressingStyle(StrEnum):
 
 
 class EncryptionType(StrEnum):
-    """Who holds the key that objects are encrypted with at rest."""
+    """Who holds the key for the encryption of stored objects."""
 
     S3 = "s3"
     """The store holds the key (SSE-S3)."""
     KMS = "kms"
     """The store's key management service holds the key (SSE-KMS)."""
     CUSTOMER_KEY = "customerKey"
-    """You hold the key (SSE-C). The store keeps no copy: without the key nothing can be read."""
+    """You hold the key (SSE-C). The store keeps no copy of the key: if you lose the key, the objects cannot be read."""
 
 
 class Dtype(StrEnum):
@@ -100,9 +100,9 @@ class LoraBias(StrEnum):
 
 class LoraInit(StrEnum):
     DEFAULT = "default"
-    """A is random (Kaiming uniform), B is zero."""
+    """Matrix A is random (Kaiming uniform), matrix B is zero."""
     GAUSSIAN = "gaussian"
-    """A is random (normal distribution), B is zero."""
+    """Matrix A is random (normal distribution), matrix B is zero."""
     PISSA = "pissa"
     """The principal singular vectors of the base weights."""
     OLORA = "olora"
@@ -163,9 +163,9 @@ class DpoLoss(StrEnum):
     BCO_PAIR = "bcoPair"
     """Binary classifier optimisation."""
     APO_ZERO = "apoZero"
-    """Anchored preference optimisation: raises preferred and lowers rejected answers."""
+    """Anchored preference optimisation: raises the likelihood of the preferred answer and lowers that of the rejected answer."""
     APO_DOWN = "apoDown"
-    """Anchored preference optimisation: lowers both, rejected answers more."""
+    """Anchored preference optimisation: lowers the likelihood of both answers, that of the rejected answer more."""
     SFT = "sft"
     """Supervised loss on the preferred answer."""
 
@@ -191,9 +191,9 @@ class BuiltinReward(StrEnum):
     EXACT_MATCH = "exactMatch"
     """1 if the completion equals the row's answer column, else 0."""
     LENGTH = "length"
-    """1 if the completion's length lies between parameters.minimum and parameters.maximum, else less."""
+    """1 if the completion's length lies between parameters.minimum and parameters.maximum. Outside, the value falls linearly to 0 at length 0 and at twice the maximum."""
     JSON_SCHEMA = "jsonSchema"
-    """1 if the completion is JSON that fits parameters.schema; parameters.parsed if it is other JSON; else 0."""
+    """1 if the completion is JSON that fits parameters.schema; parameters.parsed if the completion is other JSON; else 0."""
 
 
 class DatasetFormat(StrEnum):
@@ -334,12 +334,12 @@ class FsdpStateDict(StrEnum):
     SHARDED = "sharded"
     """One file per rank."""
     LOCAL = "local"
-    """Refused: FSDP version 2 does not have it."""
+    """Refused: FSDP version 2 does not support local state dicts."""
 
 
 class When(StrEnum):
     STEPS = "steps"
-    """Every so many optimizer steps."""
+    """Every `steps` optimizer steps."""
     EPOCH = "epoch"
     """After each pass over the data."""
     NO = "no"

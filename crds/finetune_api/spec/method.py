@@ -22,7 +22,7 @@ class Adapter(Group):
 
 
 class Loftq(Group):
-    """`method.lora.loftq`: parameters of the LoftQ initialisation; giving them implies `init: loftq`."""
+    """`method.lora.loftq`: parameters of the LoftQ initialisation. They imply `init: loftq`."""
 
     bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = option(
         "Bits per weight of the quantised base whose error the adapter approximates: 2, 4 or 8.", default=4, example=4
@@ -37,7 +37,7 @@ class Lora(Group):
 
     rank: Annotated[int, Field(ge=1, le=4096)] | None = option("Rank of the weight update.", default=16, example=64)
     alpha: Annotated[float, Field(gt=0, le=65536)] | None = option(
-        "Scale of the weight update: it is multiplied by alpha / rank.", default=32, example=128
+        "The weight update is multiplied by alpha / rank.", default=32, example=128
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = option(
         "Dropout probability at the adapter's input.", default=0.05, example=0.1
@@ -63,11 +63,11 @@ class Lora(Group):
         example=True,
     )
     plus_ratio: Annotated[float, Field(ge=1, le=1024)] | None = option(
-        "LoRA+: learning rate of the B matrices divided by that of the A matrices; 1 turns it off.", default=1, example=16
+        "LoRA+: learning rate of the B matrices divided by that of the A matrices; 1 turns LoRA+ off.", default=1, example=16
     )
     init: LoraInit | None = option("Initial values of the adapter.", default="default", example="pissa")
     loftq: Loftq | None = option(
-        "Parameters of the LoftQ initialisation; giving them implies `init: loftq`.",
+        "Parameters of the LoftQ initialisation. They imply `init: loftq`.",
         default_text="none",
         example={"bits": 4},
     )

@@ -56,7 +56,7 @@ class Model(Group):
     )
     dtype: Dtype | None = option("Data type that the weights are loaded in.", default="auto", example="bfloat16")
     attention: Attention | None = option(
-        "Attention implementation. If it is not available, sdpa is used and status.resolved.attention says so.",
+        "Attention implementation. If the implementation is not available, sdpa is used. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )

@@ -12,7 +12,7 @@ from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, T
 
 
 class Dpo(Group):
-    """`trainer.dpo`: direct preference optimisation; kto and orpo read beta, kto also referenceModel."""
+    """`trainer.dpo`: options of dpo. kto also reads beta and referenceModel, orpo also reads beta."""
 
     beta: Annotated[float, Field(gt=0, le=100)] | None = option(
         "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
@@ -67,8 +67,8 @@ class Reward(Group):
         "ConfigMap key with a Python file.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
     )
     function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = option(
-        "Function in that file. It gets prompts, completions and the row's columns as keyword arguments and returns a list of "
-        "numbers.",
+        "Function in the file of configMapRef. Its keyword arguments are prompts, completions and the row's columns; it returns a "
+        "list of numbers.",
         default_text="reward",
         example="score_answer",
     )

@@ -126,7 +126,7 @@ class Deepspeed(Group):
         example={"name": "deepspeed", "key": "zero2.json"},
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = option(
-        "What ZeRO shards. 1: optimizer state; 2: gradients, too; 3: parameters, too; 0: nothing.",
+        "What ZeRO shards. 0: nothing. 1: optimizer state. 2: also gradients. 3: also parameters.",
         default_text="the stage in the JSON, else 2",
         example=3,
     )

@@ -1,4 +1,4 @@
-"""The CRD on a real API server, and requests to it."""
+"""Fixtures and helpers: the CRD installed on a real API server, and requests to the server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _encode(body: Any) -> bytes | None:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     status: int
     body: Any
     headers: Message
@@ -43,50 +43,50 @@ class Answer:
 
 def call(
     api: Endpoint, method: str, path: str, body: Any = None, *, kind: str = "application/json", **query: str
-) -> Answer:
-    """Send one request. `body` is JSON-like or text. The answer has headers, since warnings are sent there."""
+) -> Response:
+    """Send one request. `body` is JSON-like or text. The response includes the headers, which contain warnings."""
     url = api.server + path + (f"?{urlencode(query)}" if query else "")
     request = urllib.request.Request(url, method=method, data=_encode(body))
     request.add_header("Authorization", f"Bearer {api.token}")
     request.add_header("Content-Type", kind)
     context = ssl.create_default_context(cafile=str(api.ca))
     try:
-        with urllib.request.urlopen(request, context=context, timeout=20) as answer:
-            return Answer(answer.status, json.loads(answer.read()), answer.headers)
+        with urllib.request.urlopen(request, context=context, timeout=20) as response:
+            return Response(response.status, json.loads(response.read()), response.headers)
     except urllib.error.HTTPError as error:
-        return Answer(error.code, json.loads(error.read()), error.headers)
+        return Response(error.code, json.loads(error.read()), error.headers)
 
 
 @pytest.fixture(scope="module")
-def api(control_plane: Endpoint, crd_installed: Answer) -> Endpoint:
+def api(control_plane: Endpoint, crd_installed: Response) -> Endpoint:
     return control_plane
 
 
 @pytest.fixture(scope="module")
-def crd_installed(control_plane: Endpoint) -> Answer:
+def crd_installed(control_plane: Endpoint) -> Response:
     crd = YAML(typ="safe").load((ROOT / "crds" / "finetunejobs.yaml").read_text())
     path = f"{CRD_PATH}/{crd['metadata']['name']}"
-    answer = call(
+    response = call(
         control_plane, "PATCH", path, crd, kind="application/apply-patch+yaml", fieldManager="test", force="true"
     )
-    assert answer.status in (200, 201), answer.message
+    assert response.status in (200, 201), response.message
     watch = {"fieldSelector": f"metadata.name={crd['metadata']['name']}", "watch": "true", "timeoutSeconds": "30"}
     request = urllib.request.Request(f"{control_plane.server}{CRD_PATH}?{urlencode(watch)}")
     request.add_header("Authorization", f"Bearer {control_plane.token}")
     context = ssl.create_default_context(cafile=str(control_plane.ca))
-    with urllib.request.urlopen(request, context=context, timeout=40) as lines:
-        for line in lines:
-            conditions = json.loads(line)["object"].get("status", {}).get("conditions") or []
+    with urllib.request.urlopen(request, context=context, timeout=40) as events:
+        for event in events:
+            conditions = json.loads(event)["object"].get("status", {}).get("conditions") or []
             if {c["type"]: c["status"] for c in conditions}.get("Established") == "True":
                 break
         else:
             pytest.fail("the CRD was not established within 30 s")
-    return answer
+    return response
 
 
 def manifest(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
 
 
-def dry_run(api: Endpoint, spec: dict[str, Any], name: str = "job") -> Answer:
+def dry_run(api: Endpoint, spec: dict[str, Any], name: str = "job") -> Response:
     return call(api, "POST", JOBS_PATH, manifest(name, spec), dryRun="All", fieldValidation="Strict")

@@ -10,23 +10,23 @@ from finetune_api.base import CelRule
 from finetune_api.rules import RULES
 
 from localcluster.api import Endpoint
-from tests.integration.api.conftest import CRD_PATH, JOBS_PATH, MINIMAL, Answer, call, dry_run, manifest
+from tests.integration.api.conftest import CRD_PATH, JOBS_PATH, MINIMAL, Response, call, dry_run, manifest
 from tests.support.cel_cases import SPEC_RULES, group_rules
 
 pytestmark = pytest.mark.integration
 
-def test_crd_is_accepted_without_a_warning_and_is_structural(control_plane: Endpoint, crd_installed: Answer) -> None:
+def test_crd_is_accepted_without_a_warning_and_is_structural(control_plane: Endpoint, crd_installed: Response) -> None:
     assert crd_installed.headers.get_all("Warning") is None
-    found = call(control_plane, "GET", f"{CRD_PATH}/{names.PLURAL}.{names.GROUP}").body
-    conditions = {one["type"]: one["status"] for one in found["status"]["conditions"]}
+    installed = call(control_plane, "GET", f"{CRD_PATH}/{names.PLURAL}.{names.GROUP}").body
+    conditions = {condition["type"]: condition["status"] for condition in installed["status"]["conditions"]}
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
 
-def test_smallest_job_gets_only_switches_empty_groups_and_an_unobserved_status(api: Endpoint) -> None:
-    answer = dry_run(api, MINIMAL)
-    assert answer.status == 201, answer.message
-    assert answer.body["spec"] == MINIMAL | {"suspend": False, "cancel": False, "policy": {}, "placement": {}}
-    assert answer.body["status"] == {"observedGeneration": -1}
+def test_api_server_adds_only_suspend_cancel_empty_groups_and_an_unobserved_status_to_the_smallest_job(api: Endpoint) -> None:
+    response = dry_run(api, MINIMAL)
+    assert response.status == 201, response.message
+    assert response.body["spec"] == MINIMAL | {"suspend": False, "cancel": False, "policy": {}, "placement": {}}
+    assert response.body["status"] == {"observedGeneration": -1}
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_smallest_job_gets_only_switches_empty_groups_and_an_unobserved_status(a
         ({"training": {"learnRate": 1}}, ['unknown field "spec.training.learnRate"']),
     ],
 )
-def test_a_bad_value_is_refused_with_its_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
-    answer = dry_run(api, MINIMAL | change)
-    assert answer.status in (400, 422)
-    assert [word for word in words if word not in answer.message] == []
+def test_error_of_an_invalid_value_names_the_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
+    response = dry_run(api, MINIMAL | change)
+    assert response.status in (400, 422)
+    assert [word for word in words if word not in response.message] == []
 
 
 @pytest.mark.parametrize(
@@ -51,38 +51,38 @@ def test_a_bad_value_is_refused_with_its_field(api: Endpoint, change: dict[str, 
     [("memory", "32GB"), ("memory", "-4Gi"), ("memory", 4), ("sharedMemory", "10%"), ("ephemeralStorage", "4"), ("cpu", "4 cores"), ("cpu", 0)],
 )
 def test_server_refuses_an_invalid_quantity(api: Endpoint, name: str, value: str | int) -> None:
-    answer = dry_run(api, MINIMAL | {"resources": {name: value}})
-    assert (answer.status, f"spec.resources.{name}" in answer.message) == (422, True), answer.message
+    response = dry_run(api, MINIMAL | {"resources": {name: value}})
+    assert (response.status, f"spec.resources.{name}" in response.message) == (422, True), response.message
 
 
 @pytest.mark.parametrize("resources", [{"memory": "1.5Gi", "cpu": "500m"}, {"memory": 8_000_000_000, "cpu": 4}, {"sharedMemory": "1e9"}])
 def test_server_accepts_a_valid_quantity(api: Endpoint, resources: dict[str, str | int]) -> None:
-    answer = dry_run(api, MINIMAL | {"resources": resources})
-    assert answer.status == 201, answer.message
+    response = dry_run(api, MINIMAL | {"resources": resources})
+    assert response.status == 201, response.message
 
 
 GROUP_CASES = list(group_rules())
 
 
 @pytest.mark.parametrize(("rule", "spec"), GROUP_CASES, ids=[f"{rule.code}-{rule.message[:20]}" for rule, _ in GROUP_CASES])
-def test_the_api_server_refuses_what_a_rule_inside_a_group_forbids(api: Endpoint, rule: CelRule, spec: dict[str, Any]) -> None:
-    answer = dry_run(api, spec)
-    assert answer.status == 422
-    assert rule.message in answer.message
+def test_api_server_refuses_specs_that_break_a_rule_inside_a_group(api: Endpoint, rule: CelRule, spec: dict[str, Any]) -> None:
+    response = dry_run(api, spec)
+    assert response.status == 422
+    assert rule.message in response.message
 
 
 @pytest.mark.parametrize("code", sorted(SPEC_RULES))
-def test_the_api_server_refuses_what_a_rule_over_several_groups_forbids(api: Endpoint, code: str) -> None:
-    answer = dry_run(api, MINIMAL | SPEC_RULES[code])
-    assert answer.status == 422
-    assert next(rule.message for rule in RULES if rule.code == code) in answer.message
+def test_api_server_refuses_specs_that_break_a_rule_across_groups(api: Endpoint, code: str) -> None:
+    response = dry_run(api, MINIMAL | SPEC_RULES[code])
+    assert response.status == 422
+    assert next(rule.message for rule in RULES if rule.code == code) in response.message
 
 
 @pytest.mark.parametrize("name", ["a.b", "1job", "a" * 41, "job-"])
-def test_name_that_is_not_a_host_name_is_refused(api: Endpoint, name: str) -> None:
-    answer = dry_run(api, MINIMAL, name)
-    assert answer.status == 422
-    assert "metadata.name" in answer.message
+def test_job_name_that_is_not_a_valid_host_name_is_refused(api: Endpoint, name: str) -> None:
+    response = dry_run(api, MINIMAL, name)
+    assert response.status == 422
+    assert "metadata.name" in response.message
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
@@ -103,21 +103,21 @@ def created(api: Endpoint) -> str:
         "policy": {"retries": 2, "activeDeadlineSeconds": 60},
         "placement": {"queueName": "q"},
     }
-    answer = call(api, "POST", JOBS_PATH, manifest("immutable", spec))
-    assert answer.status == 201, answer.message
+    response = call(api, "POST", JOBS_PATH, manifest("immutable", spec))
+    assert response.status == 201, response.message
     return "immutable"
 
 
-def patch(api: Endpoint, name: str, spec: dict[str, Any], *, dry: bool = True) -> Answer:
+def patch(api: Endpoint, name: str, spec: dict[str, Any], *, dry: bool = True) -> Response:
     query = {"dryRun": "All"} if dry else {}
     return call(api, "PATCH", f"{JOBS_PATH}/{name}", {"spec": spec}, kind="application/merge-patch+json", **query)
 
 
-@pytest.mark.parametrize(("change", "words"), CHANGES, ids=[words[:40] for _, words in CHANGES])
-def test_created_job_is_immutable(api: Endpoint, created: str, change: dict[str, Any], words: str) -> None:
-    answer = patch(api, created, change)
-    assert answer.status == 422, answer.body
-    assert words in answer.message
+@pytest.mark.parametrize(("change", "refusal"), CHANGES, ids=[refusal[:40] for _, refusal in CHANGES])
+def test_fields_of_a_created_job_cannot_change(api: Endpoint, created: str, change: dict[str, Any], refusal: str) -> None:
+    response = patch(api, created, change)
+    assert response.status == 422, response.body
+    assert refusal in response.message
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,16 @@ def test_created_job_is_immutable(api: Endpoint, created: str, change: dict[str,
         {"policy": {"ttlSecondsAfterFinished": 9}},
     ],
 )
-def test_suspend_cancel_and_limits_can_change(api: Endpoint, created: str, change: dict[str, Any]) -> None:
-    answer = patch(api, created, change)
-    assert answer.status == 200, answer.message
+def test_suspend_cancel_and_time_limits_can_change(api: Endpoint, created: str, change: dict[str, Any]) -> None:
+    response = patch(api, created, change)
+    assert response.status == 200, response.message
 
 
 def test_queue_can_change_while_suspended_and_cancel_is_final(api: Endpoint) -> None:
-    name = "steered"
+    name = "changeable"
     assert call(api, "POST", JOBS_PATH, manifest(name, MINIMAL | {"suspend": True})).status == 201
     assert patch(api, name, {"placement": {"queueName": "other"}}, dry=False).status == 200
     assert patch(api, name, {"cancel": True}, dry=False).status == 200
-    answer = patch(api, name, {"cancel": False})
-    assert answer.status == 422
-    assert "spec.cancel cannot be taken back" in answer.message
+    response = patch(api, name, {"cancel": False})
+    assert response.status == 422
+    assert "spec.cancel cannot be taken back" in response.message

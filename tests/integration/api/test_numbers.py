@@ -1,4 +1,4 @@
-"""Every numeric field of the spec on the real API server: default, bounds and spellings. The models refuse the same values."""
+"""Default, bounds and spellings of every numeric field of the spec: API server and models accept and refuse the same values."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from finetune_api.spec import FineTuneJobSpec, load_spec
 from pydantic import BaseModel, ValidationError
 
 from localcluster.api import Endpoint
-from tests.integration.api.conftest import JOBS_PATH, Answer, call, manifest
+from tests.integration.api.conftest import JOBS_PATH, Response, call, manifest
 
 pytestmark = pytest.mark.integration
 BASE: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
-BESIDE: dict[str, dict[str, Any]] = {
+REQUIRED_SIBLINGS: dict[str, dict[str, Any]] = {
     "dataset.maxBadRowRatio": {"dataset": {"train": "s3://bucket/train.jsonl", "badRows": "skip"}},
 }
-ITEMS: dict[str, dict[str, Any]] = {
+REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
     "trainer.rewards": {"builtin": "thinkFormat"}, "dataset.mixture": {"source": "s3://bucket/a"},
 }  # fmt: skip
-"""What an item of a list needs besides the number."""
+"""Other required fields of a list item, by path of the list."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A numeric field. `path` is dotted; `[]` stands after a list."""
+    """A numeric field. `path` is dotted, with `[]` after the name of a list."""
 
     path: str
     integer: bool
@@ -38,7 +38,7 @@ class Number:
     default: Any
 
     def accepted(self) -> list[str]:
-        """Spellings of values that are accepted."""
+        """Return the spellings of accepted values."""
         values = [*self.bounds.get("enum", []), *([] if self.default is None else [self.default])]
         values += [self.bounds[name] for name in ("ge", "le") if name in self.bounds]
         step = 1 if self.integer else 1e-9
@@ -47,7 +47,7 @@ class Number:
         return [text for value in values for text in spellings(value)]
 
     def refused(self) -> list[str]:
-        """Spellings of values that are refused."""
+        """Return the spellings of refused values."""
         values = [self.bounds[name] for name in ("gt", "lt") if name in self.bounds]
         values += [self.bounds[name] - 1 for name in ("ge", "gt") if name in self.bounds]
         values += [self.bounds[name] + 1 for name in ("le", "lt") if name in self.bounds]
@@ -56,7 +56,7 @@ class Number:
 
 
 def spellings(value: float) -> list[str]:
-    """Integer, decimal and exponent spelling of a number, as far as it has them."""
+    """Return the decimal and exponent spellings of a number and, for a whole number, the integer spelling."""
     texts = [repr(value), f"{value:.17e}"]
     if value == int(value):
         texts += [str(int(value)), f"{int(value)}.0", f"{int(value)}e0"]
@@ -76,7 +76,7 @@ def _numbers(annotation: Any, metadata: list[Any], path: str, default: Any) -> I
     elif get_origin(annotation) is list:
         yield from _numbers(get_args(annotation)[0], [], f"{path}[]", None)
     elif get_args(annotation):
-        options = [one for one in get_args(annotation) if one is not type(None)]
+        options = [argument for argument in get_args(annotation) if argument is not type(None)]
         if len(options) == 1:
             yield from _numbers(options[0], metadata, path, default)
     elif issubclass(annotation, BaseModel):
@@ -89,19 +89,19 @@ NUMBERS = tuple(numbers(FineTuneJobSpec))
 
 
 def spec_with(values: dict[str, str]) -> str:
-    """JSON of a spec with spelled numbers at dotted paths."""
+    """Return a spec as JSON text with these number spellings at dotted paths."""
     spec = json.loads(json.dumps(BASE))
     for path, text in values.items():
-        for group, extra in BESIDE.get(path, {}).items():
+        for group, extra in REQUIRED_SIBLINGS.get(path, {}).items():
             spec[group] = spec.get(group, {}) | extra
         if path.startswith("dataset.mixture"):
             spec["dataset"].pop("train", None)
         *groups, name = path.split(".")
-        target, seen = spec, []
+        target, list_path = spec, []
         for group in groups:
-            seen.append(group.removesuffix("[]"))
+            list_path.append(group.removesuffix("[]"))
             if group.endswith("[]"):
-                target = target.setdefault(seen[-1], [dict(ITEMS.get(".".join(seen), {}))])[0]
+                target = target.setdefault(list_path[-1], [dict(REQUIRED_IN_ITEM.get(".".join(list_path), {}))])[0]
             else:
                 target = target.setdefault(group, {})
         if name.endswith("[]"):
@@ -111,55 +111,55 @@ def spec_with(values: dict[str, str]) -> str:
     return re.sub(r'"@([^@"]+)@"', r"\1", json.dumps(spec))
 
 
-def dry_run(api: Endpoint, spec: str) -> Answer:
+def dry_run(api: Endpoint, spec: str) -> Response:
     body = json.dumps(manifest("numbers", {})).replace('"spec": {}', f'"spec": {spec}')
     return call(api, "POST", JOBS_PATH, body, dryRun="All", fieldValidation="Strict")
 
 
-def rounds(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """One spelling of every field at a time, until each has had all of its own; later rounds only contain fields that have more."""
+def one_spelling_per_field(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    """Yield sets with one spelling per field until every spelling was used. Later sets contain only the fields with more spellings."""
     for i in range(max(map(len, texts.values()))):
-        yield {path: some[i] for path, some in texts.items() if i < len(some)}
+        yield {path: spelled[i] for path, spelled in texts.items() if i < len(spelled)}
 
 
-def alone(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
-    """Fields that a rule forbids next to others, in groups of their own."""
-    apart = {"training.warmupSteps", "dataset.mixture[].weight"}
+def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
+    """Return two sets of fields. The second contains the fields that a rule forbids next to fields of the first set."""
+    exclusive = {"training.warmupSteps", "dataset.mixture[].weight"}
     return [
-        {path: texts for path, texts in paths.items() if path not in apart},
-        {path: texts for path, texts in paths.items() if path in apart},
+        {path: texts for path, texts in paths.items() if path not in exclusive},
+        {path: texts for path, texts in paths.items() if path in exclusive},
     ]
 
 
-def test_the_table_contains_every_kind_of_number() -> None:
-    paths = {one.path for one in NUMBERS}
+def test_numeric_fields_of_groups_lists_and_list_items_are_found() -> None:
+    paths = {number.path for number in NUMBERS}
     assert {"training.learningRate", "trainer.dpo.labelSmoothing", "trainer.rewards[].weight", "checkpoint.pinned[]"} <= paths
     assert len(paths) > 50
-    assert all(one.bounds for one in NUMBERS)
+    assert all(number.bounds for number in NUMBERS)
 
 
-@pytest.mark.parametrize("group", [0, 1], ids=["together", "apart"])
+@pytest.mark.parametrize("group", [0, 1], ids=["combinable", "exclusive"])
 def test_default_and_bounds_are_accepted_in_every_spelling(api: Endpoint, group: int) -> None:
-    texts = alone({one.path: one.accepted() for one in NUMBERS})[group]
-    for values in rounds(texts):
+    texts = split_exclusive_fields({number.path: number.accepted() for number in NUMBERS})[group]
+    for values in one_spelling_per_field(texts):
         spec = spec_with(values)
-        answer = dry_run(api, spec)
-        assert answer.status == 201, answer.message
+        response = dry_run(api, spec)
+        assert response.status == 201, response.message
         FineTuneJobSpec.model_validate_json(spec)
         load_spec(json.loads(spec))
 
 
 def test_values_outside_the_bounds_are_refused_in_every_spelling(api: Endpoint) -> None:
     by_schema, by_rule = {}, {}
-    for one in NUMBERS:
-        fractional = any(isinstance(bound, float) and not bound.is_integer() for bound in one.bounds.values() if not isinstance(bound, list))
-        (by_rule if fractional else by_schema)[one.path] = one.refused()
+    for number in NUMBERS:
+        fractional = any(isinstance(bound, float) and not bound.is_integer() for bound in number.bounds.values() if not isinstance(bound, list))
+        (by_rule if fractional else by_schema)[number.path] = number.refused()
     for texts in (by_schema, by_rule):
-        for values in rounds(texts):
+        for values in one_spelling_per_field(texts):
             spec = spec_with(values)
-            answer = dry_run(api, spec)
-            assert answer.status == 422, (values, answer.body)
-            named = {cause["field"].removeprefix("spec.").replace("[0]", "[]") for cause in answer.body["details"]["causes"]}
+            response = dry_run(api, spec)
+            assert response.status == 422, (values, response.body)
+            named = {cause["field"].removeprefix("spec.").replace("[0]", "[]") for cause in response.body["details"]["causes"]}
             assert named >= set(values), sorted(set(values) - named)
             with pytest.raises(ValidationError) as error:
                 FineTuneJobSpec.model_validate_json(spec)

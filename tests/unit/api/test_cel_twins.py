@@ -15,12 +15,12 @@ CASES = list(group_rules())
 
 
 @pytest.mark.parametrize(("rule", "spec"), CASES, ids=[f"{rule.code}-{rule.message[:20]}" for rule, _ in CASES])
-def test_cel_rule_of_a_group_is_also_checked_offline(rule: CelRule, spec: dict[str, Any]) -> None:
+def test_offline_rules_refuse_specs_that_break_the_cel_rule_of_a_group(rule: CelRule, spec: dict[str, Any]) -> None:
     assert rule.code in {problem.code for problem in check(load_spec(spec))}
 
 
 @pytest.mark.parametrize("code", sorted(SPEC_RULES))
-def test_cel_rule_of_the_spec_is_also_checked_offline(code: str) -> None:
+def test_offline_rules_refuse_specs_that_break_a_cel_rule_across_groups(code: str) -> None:
     assert code in {problem.code for problem in check(load_spec(MINIMAL | SPEC_RULES[code]))}
 
 

@@ -1,4 +1,4 @@
-"""What programs of neighbouring releases understand of each other: the skew matrix of the contract."""
+"""Programs of neighbouring releases read each other's data: the version skew matrix of the contract."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
 RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json").read_text())
-"""Every field of trainer 0.1.0's RunConfig; the leaves are None or the words of an enumeration."""
+"""Every field of trainer 0.1.0's RunConfig; the leaves are None or the values of an enumeration."""
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -34,7 +34,7 @@ def run_config(**changes: Any) -> RunConfig:
     )  # fmt: skip
 
 
-def put(value: Any, path: str, new: Any) -> None:
+def set_at_path(value: Any, path: str, new: Any) -> None:
     *groups, name = path.split(".")
     for group in groups:
         value = value[int(group)] if isinstance(value, list) else value.setdefault(group, {})
@@ -42,16 +42,16 @@ def put(value: Any, path: str, new: Any) -> None:
 
 
 def written_by_newer(path: str, value: Any, *marks: str, **changes: Any) -> bytes:
-    """run.json of a newer operator with one more value; `marks` are further entries of `defaults`."""
+    """Return the run.json of a newer operator, with `value` at `path` and `marks` as additional entries of `defaults`."""
     raw = json.loads(run_config(**changes).to_bytes())
-    put(raw, path, value)
+    set_at_path(raw, path, value)
     raw["defaults"] += marks
     return json.dumps(raw).encode()
 
 
 DEFAULT, IGNORED = Origin.DEFAULT, None
 SKEW = [
-    # field of a newer writer, value, entries of `defaults`, name in the refusal (None: ignored)
+    # path in run.json, value, additional entries of `defaults`, expected text of the refusal (None: the value is ignored)
     ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize"], IGNORED),
     ("spec.training.effectiveBatchSize", 64, [], "spec.training.effectiveBatchSize"),
     ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#plan training.effectiveBatchSize"], "effectiveBatchSize"),
@@ -76,7 +76,7 @@ SKEW = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value", "marks", "refusal"), SKEW, ids=[f"{one[0]}-{one[2]}" for one in SKEW])
+@pytest.mark.parametrize(("path", "value", "marks", "refusal"), SKEW, ids=[f"{case[0]}-{case[2]}" for case in SKEW])
 def test_trainer_reads_run_config_of_a_newer_operator(path: str, value: Any, marks: list[str], refusal: str | None) -> None:
     changes = GRPO if "rewards" in path else {}
     data = written_by_newer(path, value, *marks, **changes)
@@ -94,7 +94,7 @@ def known_part(path: str, value: Any, known: dict[str, Any]) -> dict[str, Any]:
     return {"training": known["training"] | {"optimizer": value}} if path.endswith("optimizer") else {}
 
 
-def test_every_unknown_field_is_named_at_once() -> None:
+def test_refusal_names_all_unknown_fields() -> None:
     raw = json.loads(run_config().to_bytes())
     raw["spec"]["training"] |= {"first": 1, "second": 2}
     with pytest.raises(TooOldError, match=r"spec\.training\.second.*spec\.training\.first|first.*second"):
@@ -121,13 +121,13 @@ def test_trainer_reads_run_config_of_operator_0_1_0() -> None:
 
 
 def unknown_to_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
-    """Paths in a run.json that trainer 0.1.0 refuses."""
+    """Return the paths in a run.json that trainer 0.1.0 refuses."""
     if isinstance(value, list):
-        return [found for item in value for found in unknown_to_0_1_0(item, known, f"{path}[]")]
+        return [refused for item in value for refused in unknown_to_0_1_0(item, known, f"{path}[]")]
     if isinstance(value, dict) and isinstance(known, dict):
         new = [f"{path}.{name}" for name in value if name not in known]
         return new + [
-            found for name in value if name in known for found in unknown_to_0_1_0(value[name], known[name], f"{path}.{name}")
+            refused for name in value if name in known for refused in unknown_to_0_1_0(value[name], known[name], f"{path}.{name}")
         ]  # fmt: skip
     return [f"{path}: {value}"] if isinstance(known, list) and value not in known else []
 
@@ -143,11 +143,11 @@ def unknown_to_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
     ],
     ids=["smallest", "grpo", "dpo", "qlora", "spectrum"],
 )
-def test_trainer_0_1_0_reads_run_config_where_nothing_new_is_used(changes: dict[str, Any]) -> None:
+def test_trainer_0_1_0_reads_run_config_without_new_fields(changes: dict[str, Any]) -> None:
     assert unknown_to_0_1_0(json.loads(run_config(**changes).to_bytes()), RELEASE_0_1_0) == []
 
 
-def test_a_new_field_is_left_out_with_its_default_and_raises_the_minimum_version_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_field_is_left_out_if_it_has_its_default_and_raises_the_minimum_version_if_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_api.pod.fields_with_since", lambda model: {"training.seed": "0.2.0"})
     with_default = json.loads(run_config().to_bytes())
     assert "seed" not in with_default["spec"]["training"]
@@ -180,9 +180,9 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_operator_reads_what_it_knows_of_a_newer_spec(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
-    spec, found = read_spec(MINIMAL | change)
-    assert found == unknown
+def test_operator_reads_the_known_fields_of_a_newer_spec_and_names_the_unknown_ones(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
+    spec, unknown_paths = read_spec(MINIMAL | change)
+    assert unknown_paths == unknown
     assert spec.model.source == "org/name"
     if "evaluation" in change:
         assert spec.evaluation.metrics == ["accuracy", "f1"]
@@ -206,7 +206,7 @@ def test_invalid_value_in_a_spec_is_a_validation_error() -> None:
 REPORT: dict[str, Any] = {"attempt": 1, "uid": "u-1", "stage": "training", "progress": {"step": 5}, "metrics": {"trainLoss": 1.5}}
 
 
-def test_unknown_word_in_a_report_drops_only_its_field() -> None:
+def test_unknown_enumeration_value_in_a_report_drops_only_its_field() -> None:
     report = ProgressReport.model_validate_json(json.dumps(REPORT | {"stage": "benchmarking", "mood": "good"}))
     assert (report.stage, report.progress.step, report.metrics.train_loss) == ("starting", 5, 1.5)
 
@@ -219,7 +219,7 @@ def test_unreadable_number_in_a_report_drops_only_its_field() -> None:
 def test_unreadable_item_in_a_report_drops_only_the_item() -> None:
     checkpoints = [{"step": 1, "uri": "s3://b/1"}, {"step": 2}, {"step": 3, "uri": "s3://b/3"}]
     report = ProgressReport.model_validate_json(json.dumps(REPORT | {"checkpoints": checkpoints}))
-    assert [one.step for one in report.checkpoints] == [1, 3]
+    assert [checkpoint.step for checkpoint in report.checkpoints] == [1, 3]
 
 
 def test_a_report_without_a_required_field_is_refused() -> None:
@@ -227,7 +227,7 @@ def test_a_report_without_a_required_field_is_refused() -> None:
         ProgressReport.model_validate({"uid": "u-1"})
 
 
-def test_unknown_word_in_a_termination_message_drops_only_its_field() -> None:
+def test_unknown_enumeration_value_in_a_termination_message_drops_only_its_field() -> None:
     text = json.dumps({"class": "Quota", "code": "X", "message": "m", "output": {"kind": "distilled", "uri": "s3://b/m"}})
     message = TerminationMessage.model_validate_json(text)
     assert (message.class_, message.code, message.message) == (None, "X", "m")
@@ -238,17 +238,17 @@ def test_unknown_word_in_a_termination_message_drops_only_its_field() -> None:
 def test_unknown_condition_in_a_status_drops_only_that_condition() -> None:
     conditions = [{"type": "Prepared", "status": "True"}, {"type": "Finished", "status": "True"}]
     status = FineTuneJobStatus.model_validate({"phase": "Preparing", "attempt": 2, "conditions": conditions})
-    assert (status.phase, status.attempt, [one.type for one in status.conditions]) == (None, 2, ["Finished"])
+    assert (status.phase, status.attempt, [condition.type for condition in status.conditions]) == (None, 2, ["Finished"])
 
 
 def test_the_heartbeat_is_written_and_read_under_its_old_name_too() -> None:
-    written = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceHeartbeat": 4.0}}).to_wire()
-    assert written["health"]["secondsSinceSign"] == 4.0
+    report = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceHeartbeat": 4.0}}).to_wire()
+    assert report["health"]["secondsSinceSign"] == 4.0
     old = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceSign": 3.0}})
     assert old.health.seconds_since_heartbeat == 3.0
 
 
-def test_too_old_is_an_error_with_its_own_exit_code() -> None:
+def test_too_old_error_has_exit_code_79() -> None:
     assert issubclass(TooOldError, FineTuneError)
     assert TooOldError("TrainerTooOld", "m").exit_code == 79
 

@@ -18,8 +18,8 @@ def resolved(change: dict[str, Any] | None = None, platform: PlatformDefaults | 
 
 
 def test_defaults_of_the_smallest_job() -> None:
-    found = resolved()
-    spec = found.spec
+    resolution = resolved()
+    spec = resolution.spec
     assert (spec.method.type, spec.method.lora.rank, spec.method.lora.alpha, spec.method.lora.dropout) == (
         "lora",
         16,
@@ -40,9 +40,9 @@ def test_defaults_of_the_smallest_job() -> None:
         "auto",
     )
     assert (spec.tracking.logging_steps, spec.policy.retries, spec.resources.gpus_per_node) == (10, 3, 1)
-    assert found.defaults["training.learningRate"] == 2e-4
-    assert "model.source" not in found.defaults
-    assert found.notes == []
+    assert resolution.defaults["training.learningRate"] == 2e-4
+    assert "model.source" not in resolution.defaults
+    assert resolution.notes == []
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ def test_resolving_a_resolved_spec_changes_nothing() -> None:
 
 
 def test_max_steps_takes_precedence_over_epochs_with_a_note() -> None:
-    found = resolved({"training": {"maxSteps": 40, "epochs": 2}})
-    assert found.notes == ["training.epochs 2 has no effect, because training.maxSteps is 40"]
+    resolution = resolved({"training": {"maxSteps": 40, "epochs": 2}})
+    assert resolution.notes == ["training.epochs 2 has no effect, because training.maxSteps is 40"]
 
 
-def test_another_endpoint_does_not_get_the_default_credentials() -> None:
+def test_default_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
     default = StorageRoot(
         uri="s3://models/x", endpoint="https://s3.internal", region="eu", credentials_secret_ref={"name": "s3"}
     )
     platform = PlatformDefaults(storage=default)
     assert resolved(None, platform).spec.storage == default
-    own = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
-    assert own.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}
+    storage = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
+    assert storage.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}

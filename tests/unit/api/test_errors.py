@@ -7,13 +7,13 @@ from finetune_api.errors import ERROR_OF_CODE, DataError
 from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS
 
 
-def test_every_failing_exit_code_has_a_class_and_every_class_a_reason() -> None:
-    plain = {names.ExitCode.OK, names.ExitCode.KILLED, names.ExitCode.TERMINATED}
-    assert set(EXIT_POLICIES) == set(names.ExitCode) - plain
+def test_every_failing_exit_code_has_a_policy_and_every_failure_class_a_reason() -> None:
+    without_policy = {names.ExitCode.OK, names.ExitCode.KILLED, names.ExitCode.TERMINATED}
+    assert set(EXIT_POLICIES) == set(names.ExitCode) - without_policy
     assert set(REASON_OF_CLASS) == set(names.FailureClass)
 
 
-def test_every_failing_exit_code_except_stops_has_an_error_class() -> None:
+def test_every_failing_exit_code_except_stops_on_request_has_an_error_class() -> None:
     codes = set(ERROR_OF_CODE)
     stops = {names.ExitCode.PREEMPTED_SAVED, names.ExitCode.PREEMPTED_UNSAVED}
     assert codes == set(EXIT_POLICIES) - stops

@@ -35,9 +35,9 @@ def test_termination_message_fits_into_4096_bytes() -> None:
     )  # fmt: skip
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
-    found = TerminationMessage.model_validate_json(text)
-    assert (found.class_, found.code, found.checkpoints) == ("Data", "DatasetRowInvalid", [])
-    assert found.message and found.message.endswith(" ...")
+    parsed = TerminationMessage.model_validate_json(text)
+    assert (parsed.class_, parsed.code, parsed.checkpoints) == ("Data", "DatasetRowInvalid", [])
+    assert parsed.message and parsed.message.endswith(" ...")
 
 
 def test_termination_message_with_half_a_character_is_valid_utf8() -> None:

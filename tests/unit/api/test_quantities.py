@@ -1,4 +1,4 @@
-"""Quantities of `spec.resources`: what is accepted, and what to write instead of anything else."""
+"""Quantities of `spec.resources`: accepted values, and the suggestion for refused values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from finetune_api.quantities import CPU, SIZE, QuantityKind, quantity_problem
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(SIZE, one) for one in ("32Gi", "1.5Gi", "500M", "32G", "1e9", "8000000000", 8_000_000_000)]
-    + [(CPU, one) for one in (4, "4", "0.5", "500m", "1000m")],
+    [(SIZE, value) for value in ("32Gi", "1.5Gi", "500M", "32G", "1e9", "8000000000", 8_000_000_000)]
+    + [(CPU, value) for value in (4, "4", "0.5", "500m", "1000m")],
 )
-def test_quantity_is_accepted_here_and_by_the_crd(kind: QuantityKind, value: str | int) -> None:
+def test_models_and_crd_accept_a_valid_quantity(kind: QuantityKind, value: str | int) -> None:
     assert quantity_problem(value, kind) is None
     assert re.match(kind.pattern, value) if isinstance(value, str) else value >= kind.minimum
 
@@ -35,7 +35,7 @@ def test_quantity_is_accepted_here_and_by_the_crd(kind: QuantityKind, value: str
         (CPU, 0, "'0' is not a number of CPUs", "write a number of CPUs, for example 4"),
     ],
 )
-def test_quantity_is_refused_here_and_by_the_crd(kind: QuantityKind, value: str | int, message: str, hint: str) -> None:
+def test_models_and_crd_refuse_an_invalid_quantity(kind: QuantityKind, value: str | int, message: str, hint: str) -> None:
     assert quantity_problem(value, kind) == (message, hint)
     assert not re.match(kind.pattern, value) if isinstance(value, str) else value < kind.minimum
 

@@ -439,11 +439,11 @@ def test_problem_names_the_field_and_what_to_write(code: str, change: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "place", ["model", "model/a1-1f3c9a2b", "checkpoints/step-00000100/", "checkpoints/step-00000100/a12-1f3c9a2b"]
+    "folder", ["model", "model/a1-1f3c9a2b", "checkpoints/step-00000100/", "checkpoints/step-00000100/a12-1f3c9a2b"]
 )
-def test_checkpoint_or_model_of_a_job_on_a_web_server_is_a_valid_source(place: str) -> None:
-    uri = f"https://host/jobs/{place}?signature=a/b"
-    change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in place else {})
+def test_checkpoint_or_model_of_a_job_on_a_web_server_is_a_valid_source(folder: str) -> None:
+    uri = f"https://host/jobs/{folder}?signature=a/b"
+    change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in folder else {})
     assert [problem for problem in check(spec(change)) if problem.code == "SourceInvalid"] == []
 
 
@@ -483,12 +483,12 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         ADAPTER,
         ZERO3,
     ):
-        asked = spec(change)
-        resolution = resolve(asked)
+        user_spec = spec(change)
+        resolution = resolve(user_spec)
         written = without_defaults(resolution.spec, resolution.defaults)
-        given = {key: value for key, value in asked.to_wire().items() if value not in ({}, False)}
+        given = {key: value for key, value in user_spec.to_wire().items() if value not in ({}, False)}
         assert {key: value for key, value in written.to_wire().items() if value not in ({}, False)} == given
-        assert check(written) == check(asked) == []
+        assert check(written) == check(user_spec) == []
     broken = resolve(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: it is 1"):
         enforce_rules(without_defaults(broken.spec, broken.defaults), "BatchTooSmall")
@@ -520,7 +520,7 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         {"training": {"groupByLength": False}, "dataset": {"packing": True}},
     ],
 )
-def test_a_good_spec_has_no_problems(change: dict[str, Any]) -> None:
+def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
     assert check(spec(change)) == []
 
 
@@ -568,7 +568,7 @@ def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, ref
     assert ("evaluation.batchSizePerDevice" in paths) == refused
 
 
-def test_device_that_clusters_lack_is_allowed_in_local_runs() -> None:
+def test_apple_gpu_is_allowed_in_local_runs() -> None:
     assert check(spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
 
 
@@ -585,6 +585,6 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_new_problems_are_only_those_that_the_change_causes() -> None:
     before = spec({"method": {"type": "full", "promptLength": 4}})
     after = before.with_values({"method.lora": {"rank": 4}})
-    assert [one.path for one in check(before)] == ["method.promptLength"]
-    assert [one.path for one in new_problems(before, after)] == ["method.lora"]
+    assert [problem.path for problem in check(before)] == ["method.promptLength"]
+    assert [problem.path for problem in new_problems(before, after)] == ["method.lora"]
     assert new_problems(after, before) == []

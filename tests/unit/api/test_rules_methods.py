@@ -36,11 +36,11 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
         ({}, {"method": {"type": "dora"}}, "method.type dora"),
     ],
 )
-def test_initialisation_that_changes_the_base_is_refused_with(
+def test_initialisation_that_changes_the_base_is_refused_with_conflicting_options(
     init: str, lora: dict[str, Any], groups: dict[str, Any], named: str
 ) -> None:
     found = problems({"init": init, **lora}, **groups)
-    assert [(one.code, one.path) for one in found] == [("LoraInitialisation", "method.lora.init")]
+    assert [(problem.code, problem.path) for problem in found] == [("LoraInitialisation", "method.lora.init")]
     assert f"{init} moves a part of the base" in found[0].message and named in found[0].message
 
 
@@ -80,18 +80,18 @@ def test_bias_training_is_refused_with_a_reference_adapter() -> None:
 
 
 def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
-    def found(dtype: str, precision: str, **groups: Any) -> list[str]:
+    def problem_codes(dtype: str, precision: str, **groups: Any) -> list[str]:
         model = {"source": "org/name", "dtype": dtype, **groups.pop("model", {})}
-        whole = {
+        other_groups = {
             "dataset": {"train": "s3://bucket/train.jsonl"},
             "model": model,
             "training": {"mixedPrecision": precision},
         }
-        return [one.code for one in check(FineTuneJobSpec.model_validate({**whole, **groups}))]
+        return [problem.code for problem in check(FineTuneJobSpec.model_validate({**other_groups, **groups}))]
 
-    full, spectrum, four = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
+    full, spectrum, four_bits = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
     deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO}
-    assert found("float16", "fp16", method=full) == found("float16", "fp16", method=spectrum) == ["HalfWeights"]
-    assert found("float16", "bf16", method=full) == found("float32", "fp16", method=full) == []
-    assert found("float16", "fp16", method=full, **deepspeed) == []
-    assert found("float16", "fp16", method=spectrum, model=four) == found("float16", "fp16") == []
+    assert problem_codes("float16", "fp16", method=full) == problem_codes("float16", "fp16", method=spectrum) == ["HalfWeights"]
+    assert problem_codes("float16", "bf16", method=full) == problem_codes("float32", "fp16", method=full) == []
+    assert problem_codes("float16", "fp16", method=full, **deepspeed) == []
+    assert problem_codes("float16", "fp16", method=spectrum, model=four_bits) == problem_codes("float16", "fp16") == []

@@ -30,12 +30,12 @@ def schema_of(part: str) -> dict[str, Any]:
 
 
 def test_description_of_every_spec_field_contains_its_default_or_required() -> None:
-    without = [
+    undocumented = [
         path
         for path, value in fields(schema_of("spec"), "spec")
         if not any(word in value["description"] for word in ("Default", "Required"))
     ]
-    assert without == []
+    assert undocumented == []
 
 
 def test_every_field_of_the_status_is_described() -> None:
@@ -52,9 +52,9 @@ def test_the_schema_is_structural() -> None:
         assert "type" in value or "x-kubernetes-int-or-string" in value, path
 
 
-def test_schema_sets_no_defaults_except_switches_and_two_groups() -> None:
-    found = {path: value["default"] for path, value in fields(schema_of("spec"), "spec") if "default" in value}
-    assert found == {"spec.suspend": False, "spec.cancel": False, "spec.policy": {}, "spec.placement": {}}
+def test_schema_sets_defaults_only_for_suspend_cancel_policy_and_placement() -> None:
+    defaults = {path: value["default"] for path, value in fields(schema_of("spec"), "spec") if "default" in value}
+    assert defaults == {"spec.suspend": False, "spec.cancel": False, "spec.policy": {}, "spec.placement": {}}
 
 
 def test_checked_in_crd_is_up_to_date_and_below_200_kb() -> None:
@@ -69,9 +69,9 @@ def test_no_field_has_both_a_constant_default_and_a_default_text() -> None:
     def walk(model: Any) -> Iterator[tuple[str, Any]]:
         for name, info in model.model_fields.items():
             yield f"{model.__name__}.{name}", info
-            for one in [info.annotation, *getattr(info.annotation, "__args__", ())]:
-                if hasattr(one, "model_fields"):
-                    yield from walk(one)
+            for nested in [info.annotation, *getattr(info.annotation, "__args__", ())]:
+                if hasattr(nested, "model_fields"):
+                    yield from walk(nested)
 
     for path, info in walk(FineTuneJobSpec):
         extra = info.json_schema_extra or {}

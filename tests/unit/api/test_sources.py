@@ -68,7 +68,7 @@ def test_every_notation_is_parsed(text: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "write"),
+    ("text", "suggestion"),
     [
         ("", "org/name"),
         (" org/name", "org/name"),
@@ -86,12 +86,12 @@ def test_every_notation_is_parsed(text: str, expected: object) -> None:
         ("gs://bucket/x", "s3://bucket/key"),
     ],
 )
-def test_error_of_an_invalid_source_says_what_to_write(text: str, write: str) -> None:
+def test_error_of_an_invalid_source_contains_a_suggestion(text: str, suggestion: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(text, path="dataset.train")
     assert error.value.code == "SourceInvalid"
     assert error.value.message.startswith("dataset.train")
-    assert write in (error.value.hint or "")
+    assert suggestion in (error.value.hint or "")
 
 
 def test_error_of_a_url_with_password_does_not_contain_the_password() -> None:

@@ -1,4 +1,4 @@
-"""Reading a spec."""
+"""`load_spec` reads a spec as strictly as the API server does."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_loading_refuses_booleans_and_strings_as_numbers(change: dict[str, Any])
 
 
 @pytest.mark.parametrize("endpoint", ["https://s3.example.com", "http://10.0.0.7:8333/", "http://[fd00::7]:8333"])
-def test_an_endpoint_is_scheme_and_host(endpoint: str) -> None:
+def test_endpoint_with_scheme_and_host_is_accepted(endpoint: str) -> None:
     assert load_spec(MINIMAL | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
 
 
 @pytest.mark.parametrize("endpoint", ["https://key:secret@s3.example.com", "https://s3.example.com/bucket", "s3.example.com"])
-def test_an_endpoint_has_no_credentials_and_no_path(endpoint: str) -> None:
+def test_endpoint_with_credentials_or_a_path_or_without_scheme_is_refused(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="storage.endpoint"):
         load_spec(MINIMAL | {"storage": {"endpoint": endpoint}})
 
@@ -46,6 +46,6 @@ def test_loading_accepts_every_spelling_of_an_integer() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 16])
-def test_quantisation_has_4_or_8_bits(bits: int) -> None:
+def test_quantisation_to_other_than_4_or_8_bits_is_refused(bits: int) -> None:
     with pytest.raises(ValidationError, match="should be 4 or 8"):
         load_spec(MINIMAL | {"model": {"source": "a/b", "quantization": {"bits": bits}}})

@@ -1,4 +1,4 @@
-"""Which changes of a status are written at once, and how wide the table of `kubectl get` becomes."""
+"""Fields of the status whose change is written at once, and the width of the table of `kubectl get`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def prompt_part(**changes: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_the_prompt_part_contains(change: dict[str, Any]) -> None:
+def test_change_of_a_prompt_field_changes_the_prompt_part(change: dict[str, Any]) -> None:
     assert prompt_part(**change) != prompt_part()
 
 
@@ -73,11 +73,11 @@ def test_the_prompt_part_contains(change: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_the_prompt_part_does_not_contain(change: dict[str, Any]) -> None:
+def test_change_of_another_field_does_not_change_the_prompt_part(change: dict[str, Any]) -> None:
     assert prompt_part(**change) == prompt_part()
 
 
-def test_of_the_latest_checkpoint_only_its_presence_is_prompt() -> None:
+def test_only_the_presence_of_the_latest_checkpoint_is_part_of_the_prompt_part() -> None:
     assert prompt_part(latestCheckpoint="s3://b/1") == prompt_part(latestCheckpoint="s3://b/2")
 
 
@@ -94,7 +94,7 @@ LONGEST = {
     "ETA": len("12h34m"),
     "Workers": len("16/16"),
     "Restarts": len("12"),
-    "Reason": max(len(one) for one in (Reason.UNSCHEDULABLE, Reason.RETRIES_EXHAUSTED, Reason.STORAGE_NOT_CONFIGURED)),
+    "Reason": max(len(reason) for reason in (Reason.UNSCHEDULABLE, Reason.RETRIES_EXHAUSTED, Reason.STORAGE_NOT_CONFIGURED)),
     "Age": len("2d13h"),
     "Model": MAX_MODEL_NAME_LENGTH,
     "Method": max(map(len, MethodType)),

@@ -1,4 +1,4 @@
-"""Warnings about a valid spec, and their place in `status.resolved.notes`."""
+"""Warnings about a valid spec. They are part of `status.resolved.notes`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_learning_rate_outside_the_usual_range_gives_a_warning(
     method: str, trainer: str, rate: float, is_unusual: bool
 ) -> None:
     job = spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate})
-    assert [one.code for one in warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
+    assert [warning.code for warning in warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
 
 
 def test_default_learning_rates_give_no_warning() -> None:
-    for rate, kind in ((LEARNING_RATE_ADAPTER, "adapters"), (LEARNING_RATE_FULL, "base weights")):
-        low, high = LEARNING_RATE_RANGES[kind]
+    for rate, range_name in ((LEARNING_RATE_ADAPTER, "adapters"), (LEARNING_RATE_FULL, "base weights")):
+        low, high = LEARNING_RATE_RANGES[range_name]
         assert low <= rate <= high
     for objective, facts in OBJECTIVES.items():
         job = spec(trainer={"type": objective}, training={"learningRate": facts.learning_rate or LEARNING_RATE_ADAPTER})
@@ -49,14 +49,14 @@ def test_default_learning_rates_give_no_warning() -> None:
 
 
 def test_epochs_next_to_max_steps_give_a_warning() -> None:
-    (found,) = warnings(spec(training={"epochs": 2, "maxSteps": 40}))
-    assert str(found) == (
+    (warning,) = warnings(spec(training={"epochs": 2, "maxSteps": 40}))
+    assert str(warning) == (
         "spec.training.epochs: 2 has no effect, because training.maxSteps is 40; remove training.epochs or training.maxSteps"
     )
     assert warnings(spec(training={"maxSteps": 40})) == []
 
 
-def test_warnings_are_notes_of_the_resolution() -> None:
+def test_notes_of_a_resolution_contain_the_warnings() -> None:
     job = spec(training={"epochs": 2, "maxSteps": 40, "learningRate": 5})
     notes = resolve(job).notes
     assert (

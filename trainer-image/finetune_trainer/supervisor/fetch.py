@@ -212,7 +212,7 @@ class Fetcher:
 
     def _committed_model(self, source: HttpsSource, path: str, target: Path) -> Fetched:
         """Download a model or checkpoint that a job committed. The files are known from its manifest, because a web server has no listing."""
-        if not source.committed:
+        if not source.is_job_result:
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing, so only what a job committed can be read",
                 hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub repository as org/name, or s3://bucket/prefix",
