@@ -216,7 +216,7 @@ class Facts:
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
             # The status does not list the attempt yet.
-            return self.admitted_at if self.spec.placement.queue_name else job.created_at
+            return self.admitted_at if self.spec.placement.queue_name or job.queue else job.created_at
         if record is None or record.start_time is None or record.end_time is not None:
             return None
         quota = self.condition(Condition.QUOTA_RESERVED)

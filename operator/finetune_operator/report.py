@@ -41,6 +41,8 @@ from finetune_operator.text import clean, duration
 KEPT_ATTEMPTS = 10
 KEPT_CHECKPOINTS = 5
 KEPT_ADAPTATIONS = 20
+REJECTED_FIELD = re.compile(r"\bstatus\.(\w+)(?:\[(\d+)\])?[^\s:]*: (?:Unsupported|Invalid|Required|Too)")
+"""A field or list item of the status in a 422 answer, as in `status.phase: Unsupported value: "Preparing"`."""
 STEP_IN_URI = re.compile(r"/step-(\d{8,})(?:/|$)")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -130,6 +132,17 @@ def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTun
         completion_time=new.completion_time,
         duration=new.duration,
     )
+
+
+def without_rejected_fields(status: FineTuneJobStatus, message: str) -> FineTuneJobStatus:
+    """The status without the fields and list items that the API server's answer names, such as a phase that an older CRD lacks."""
+    value = status.to_wire()
+    for field, index in sorted(set(REJECTED_FIELD.findall(message)), key=lambda one: int(one[1] or -1), reverse=True):
+        if not index:
+            value.pop(field, None)
+        elif int(index) < len(value.get(field, [])):
+            del value[field][int(index)]
+    return FineTuneJobStatus.model_validate(value)
 
 
 def _reduced_attempts(new: list[Attempt], stored: list[Attempt]) -> list[Attempt]:
@@ -401,14 +414,14 @@ def _from_spec(view: StatusInput, acceptance: Accepted) -> Resolved:
     training = spec.training
     return Resolved(
         method=spec.method.type,
-        model_name=model_name(spec.model.source) if spec.model.source else None,
+        model_name=" ".join(clean(model_name(spec.model.source)).split()) if spec.model.source else None,
         world_size=ranks,
         effective_batch=(training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1) * ranks,
         image=spec.placement.image or view.facts.config.trainer.image,
         node_pool=acceptance.pool.name if acceptance.pool else None,
         defaults=dict(acceptance.defaults) or None,
         spec_sha256=acceptance.spec_sha256 or None,
-        notes=list(acceptance.notes) or None,
+        notes=[clean(note) for note in acceptance.notes] or None,
     )
 
 

@@ -21,7 +21,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.timeouts import seconds_between
-from finetune_operator.report import reduced_status, report
+from finetune_operator.report import reduced_status, report, without_rejected_fields
 from finetune_operator.throttle import MAX_DEFER_SECONDS, StatusThrottle
 from finetune_operator.views import JobObject, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
@@ -85,7 +85,12 @@ class StatusWriter:
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server rejects the stored status, too: %s", error)
-            return await self._replace(job, reduced_status(new, FineTuneJobStatus()))
+        minimal = reduced_status(new, FineTuneJobStatus())
+        try:
+            return await self._replace(job, minimal)
+        except Invalid as error:
+            # An older CRD does not know every phase and condition.
+            return await self._replace(job, without_rejected_fields(minimal, error.message))
 
     async def _replace(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
         body = status_body(job, status.to_wire())

@@ -37,6 +37,7 @@ class Server:
     clock: ServerClock = field(default_factory=ServerClock)
     before: Callable[[str, Kind], None] = lambda verb, kind: None
     rejects_status: Callable[[Object], bool] = lambda status: False
+    rejection: str = "status.progress.step: Invalid value"
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
@@ -81,7 +82,7 @@ class Server:
         if stored_object["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, name, 409, "Conflict", "")
         if self.rejects_status(body["status"]):
-            raise Invalid("update", kind, name, 422, "Invalid", "status.progress.step: Invalid value")
+            raise Invalid("update", kind, name, 422, "Invalid", self.rejection)
         return self.put(kind, {**stored_object, "status": body["status"]})
 
     async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:

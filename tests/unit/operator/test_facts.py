@@ -41,6 +41,14 @@ def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
     assert (running.attempt_record, running.running_since) == (None, at(60))
 
 
+def test_queued_job_whose_spec_cannot_be_read_does_not_run() -> None:
+    """Otherwise its deadline would pass while it waits in the queue."""
+    unreadable = {**QUEUED, "training": ["a newer form"]}
+    waiting = facts(written=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))
+    assert (waiting.spec_is_readable, waiting.running_since) == (False, None)
+    assert decide(waiting).termination is None
+
+
 def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> None:
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]

@@ -44,6 +44,11 @@ def test_first_status_of_a_new_job() -> None:
     assert new_status.resolved.defaults is not None and new_status.resolved.defaults["training.learningRate"] == 2e-4
 
 
+def test_texts_of_the_spec_are_shown_without_control_characters() -> None:
+    found = status_of(facts(written=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
+    assert found.resolved is not None and found.resolved.model_name == "a ]0;x b"
+
+
 def test_same_facts_give_the_same_status() -> None:
     first = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
     assert status_of(facts(known=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()

@@ -306,6 +306,23 @@ async def test_suspend_and_cancel_work_although_the_status_is_rejected(
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
 
 
+async def test_suspend_acts_although_an_older_crd_lacks_the_phases_and_a_condition(server: Server) -> None:
+    process, job = await start_attempt(server)
+    server.rejects_status = lambda status: status.get("phase", "").startswith("Suspend") or status["conditions"][0]["type"] == "Accepted"
+    server.rejection = (
+        'FineTuneJob "run" is invalid: [status.conditions[0].type: Unsupported value: "Accepted": supported values: "Finished", '
+        'status.phase: Unsupported value: "Suspending": supported values: "Running"]'
+    )
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    server.write_spec({**SPEC, "suspend": True})
+    process.refresh()
+    for _ in range(2):
+        await process.reconcile()
+    await finish_deletion(process, job)
+    assert server.condition("Suspended")["status"] == "True"
+    assert "phase" not in server.finetunejob["status"]
+
+
 async def test_deadline_works_although_the_status_is_rejected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.rejects_status = has_progress
     server.finetunejob["spec"] = {**SPEC, "policy": {"activeDeadlineSeconds": 600}}
