@@ -39,7 +39,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
         "metadata": {
             "name": names.attempt_job_name(job.name, run.attempt),
             "namespace": job.namespace,
-            "labels": {**(spec.placement.labels or {}), **labels, **({Label.QUEUE.value: queue} if queue else {})},
+            "labels": {**_job_labels(spec), **labels, **({Label.QUEUE.value: queue} if queue else {})},
             "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: digest},
             "ownerReferences": [_owner(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
@@ -89,6 +89,11 @@ def build_service(job: JobView) -> Object:
             ],
         },
     }
+
+
+def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
+    """The user's labels for the Job. Release 0.1.0 accepted a queue's label here and set it on pods only: on the Job, it would queue it."""
+    return {key: value for key, value in (spec.placement.labels or {}).items() if key != Label.QUEUE}
 
 
 def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
