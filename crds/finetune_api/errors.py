@@ -108,7 +108,7 @@ class CredentialsError(FineTuneError):
 
 
 class InstallationBrokenError(FineTuneError):
-    """78: the image or the node lacks a compiler, library or driver; retrying cannot help."""
+    """78: the trainer image lacks a compiler or library; retrying cannot help."""
 
     exit_code = ExitCode.INSTALLATION_BROKEN
 

@@ -132,7 +132,7 @@ EXIT_POLICIES: dict[int, ExitPolicy] = {
         ),
         ExitPolicy(
             ExitCode.INSTALLATION_BROKEN, FailureClass.INFRASTRUCTURE, RetryPolicy.NEVER, Precedence.INPUT,
-            Reason.INSTALLATION_BROKEN, "InstallationBroken", "use a trainer image and node driver that fit together",
+            Reason.INSTALLATION_BROKEN, "InstallationBroken", "use a trainer image that contains what the message names",
         ),
         ExitPolicy(
             ExitCode.TOO_OLD, FailureClass.INFRASTRUCTURE, RetryPolicy.WAIT, Precedence.INPUT, Reason.TRAINER_TOO_OLD,

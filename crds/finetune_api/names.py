@@ -189,7 +189,7 @@ class ExitCode(IntEnum):
     CREDENTIALS = 77
     """Credentials or permissions are missing or wrong."""
     INSTALLATION_BROKEN = 78
-    """The image or the node lacks a compiler, library or driver that the run needs."""
+    """The trainer image lacks a compiler or library that the run needs."""
     TOO_OLD = 79
     """The trainer image is older than a field that the user set: the job waits for a newer image."""
     GATE_FAILED = 80
@@ -380,7 +380,7 @@ class Reason(StrEnum):
     INTERNAL_ERROR = "InternalError"
     """Unclassified."""
     INSTALLATION_BROKEN = "InstallationBroken"
-    """The image or the node lacks a compiler, library or driver that the run needs."""
+    """The trainer image lacks a compiler or library that the run needs."""
     TRAINER_TOO_OLD = "TrainerTooOld"
     """The trainer image does not know a field that the user set; the job waits for a newer image."""
     GATE_FAILED = "GateFailed"

@@ -60,9 +60,12 @@ IMAGE_PACKAGES = (
 """Packages that the trainer image installs. A module that only a user's own code needs is not listed."""
 INSTALLATION_MESSAGES = (
     "cannot open shared object file", "failed to find c compiler", "ninja is required to load c++ extensions", "cuda_home",
+)  # fmt: skip
+"""Messages of libraries about a missing compiler or shared library, in lower case."""
+NODE_DRIVER_MESSAGES = (
     "cuda driver version is insufficient", "found no nvidia driver", "the nvidia driver on your system is too old",
 )  # fmt: skip
-"""Messages of libraries about a missing compiler, shared library or driver, in lower case."""
+"""Messages about the GPU driver, in lower case. The node provides it, so another attempt may find a node where it fits."""
 
 
 def local_disk_full() -> StorageError:
@@ -81,8 +84,13 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     if name not in PEER_TYPES and _is_installation_broken(error):
         return InstallationBrokenError(
             "InstallationBroken",
-            f"the trainer image or the node lacks something that this job needs: {name}: {_first_line(error)}",
+            f"the trainer image lacks something that this job needs: {name}: {_first_line(error)}",
         ), True
+    if any(message in text for message in NODE_DRIVER_MESSAGES):
+        return PeerError(
+            "NodeDriverUnusable", f"the GPU driver of the node does not fit the image: {_first_line(error)}",
+            hint="update the driver of the node, or choose another node pool",
+        ), True  # fmt: skip
     if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in text for message in MEMORY_MESSAGES):
         return _memory_exhausted(error), True
     if name in PEER_TYPES or (
@@ -105,7 +113,7 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
 
 
 def _is_installation_broken(error: BaseException) -> bool:
-    """Whether a compiler, a package of the image, a shared library or a driver is missing. Another attempt would fail in the same way."""
+    """Whether a compiler, a package of the image or a shared library is missing. Another attempt would fail in the same way."""
     if isinstance(error, FileNotFoundError) and _is_build_tool(str(error.filename)):
         return True
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:

@@ -73,7 +73,7 @@ class OutOfMemoryError(RuntimeError):
         (ModuleNotFoundError("No module named 'my_rewards'", name="my_rewards"), "TrainerCrashed", 70, True),
         (ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (OSError("libnccl.so.2: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
-        (RuntimeError("CUDA driver version is insufficient for CUDA runtime version"), "InstallationBroken", 78, True),
+        (RuntimeError("CUDA driver version is insufficient for CUDA runtime version"), "NodeDriverUnusable", 74, True),
         (
             DistStoreError("NCCL error: remote process exited. Last error: libnccl-net.so: cannot open shared object file"),
             "PeerLost",
