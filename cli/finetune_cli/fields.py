@@ -85,7 +85,7 @@ def group_example(path: str) -> str:
     inner = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
     examples = [(name, example_of(f"{path}.{name}")) for name in inner if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
-    # One field of a group is enough. List items and references need all required fields; these come first in the schema.
+    # The example of a group shows one field. References show all fields, and list items the first two: required fields come first in the schema.
     shown_pairs = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
     name = "" if pattern.endswith("[]") else f"{path.rpartition('.')[2]}: "
     return f"{name}{{{', '.join(shown_pairs)}}}" if shown_pairs else ""

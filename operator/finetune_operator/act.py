@@ -68,7 +68,7 @@ class Actor:
         current, blocking = facts.current_job, None
         if current is not None and facts.nodes > 1 and not current.is_finished and not current.is_deleting:
             blocking = await self._ensure_service(current)
-        return ActionResult(blocking=blocking, deleted_count=deleted)
+        return ActionResult(blocking_condition=blocking, deleted_count=deleted)
 
     async def _create(self, facts: Facts, attempt: int, deleted: int) -> ActionResult:
         """Create the Job of an attempt and its Service."""
@@ -86,17 +86,17 @@ class Actor:
                 job_body = await self._kube.get(JOB, facts.job.namespace, name)
             except NotFound:
                 if is_admission_refusal(error.message):
-                    return ActionResult(blocking=_blocked_by_refusal(error), deleted_count=deleted)
+                    return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted)
                 raise error from None
         except Invalid as error:
-            return ActionResult(blocking=_blocked_by_invalid_job(facts, attempt, error), deleted_count=deleted)
+            return ActionResult(blocking_condition=_blocked_by_invalid_job(facts, attempt, error), deleted_count=deleted)
         except Forbidden as error:
-            return ActionResult(blocking=_blocked_by_refusal(error), deleted_count=deleted)
+            return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted)
         reach(Point.AFTER_JOB_CREATE)
         view = read_job(job_body)
         if view is None or not view.is_owned or view.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to another object"
-            return ActionResult(blocking=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted)
+            return ActionResult(blocking_condition=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted)
         blocking = await self._ensure_service(view) if facts.nodes > 1 else None
         return ActionResult(view, blocking, deleted_count=deleted, warnings=warnings)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_operator.facts import Facts
-from finetune_operator.job_state import BlockingRead
+from finetune_operator.job_state import EventReadState
 from finetune_operator.kube import Forbidden, Kube
 from finetune_operator.objects import CORE_EVENT
 from finetune_operator.policies.blocking import blocking_condition_of_events, blocking_condition_of_pods
@@ -45,12 +45,12 @@ class BlockingConditionReader:
         self._kube = kube
         self._limiter = RateLimiter()
 
-    async def read(self, key: Key, facts: Facts, state: BlockingRead) -> bool:
+    async def read(self, key: Key, facts: Facts, state: EventReadState) -> bool:
         """Update `state.condition` if a read is due; returns whether it changed. Errors: KubeError except Forbidden."""
         missing = missing_pods(facts)
         if missing is None:
             changed = state.condition is not None
-            state.condition, state.due, state.interval = None, None, BlockingRead.interval
+            state.condition, state.due, state.interval = None, None, EventReadState.interval
             self._limiter.release(key)
             return changed
         now = asyncio.get_running_loop().time()
@@ -72,7 +72,7 @@ class BlockingConditionReader:
         state.condition = condition
         return changed
 
-    def _is_due(self, key: Key, missing: MissingPods, state: BlockingRead, facts: Facts, now: float) -> bool:
+    def _is_due(self, key: Key, missing: MissingPods, state: EventReadState, facts: Facts, now: float) -> bool:
         if state.due is None:
             state.due = now + max(0.0, missing.grace_seconds - seconds_between(missing.since, facts.now))
         if now >= state.due and key not in self._limiter:

@@ -96,9 +96,9 @@ def _pods_ready(view: StatusInput) -> Condition:
         return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
     if ready >= total:
         return _condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
-    if view.blocking is not None:
-        message = f"waiting for {total - ready} of {total} pods: {view.blocking.message}"
-        return _condition(Kind.PODS_READY, "False", view.blocking.reason, message)
+    if view.blocking_condition is not None:
+        message = f"waiting for {total - ready} of {total} pods: {view.blocking_condition.message}"
+        return _condition(Kind.PODS_READY, "False", view.blocking_condition.reason, message)
     return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready} of {total} pods are ready")
 
 
@@ -174,8 +174,8 @@ def _current_activity(view: StatusInput) -> tuple[Reason, str]:
     if plan.situation is Situation.BACKING_OFF:
         start = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
         return Reason.RETRYING, f"attempt {facts.attempt} starts at {start}"
-    if view.blocking is not None:
-        return view.blocking.reason, view.blocking.message
+    if view.blocking_condition is not None:
+        return view.blocking_condition.reason, view.blocking_condition.message
     if view.is_queued:
         return Reason.QUEUED, "waiting for quota in the queue"
     return Reason.PROGRESSING, f"attempt {facts.attempt}: {_stage(view)}"
@@ -200,10 +200,10 @@ def _stalled(view: StatusInput) -> Condition | None:
     limit = start_timeout_seconds(facts)
     if since is None or seconds_between(since, facts.now) < limit:
         return None
-    starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.blocking is not None
+    starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.blocking_condition is not None
     running = plan.situation is Situation.ACTIVE and plan.termination is None and not view.is_queued
     if not (plan.refused is not None or starting or (running and view.ready_pods < facts.nodes)):
         return None
-    why = plan.refused.message if plan.refused else view.blocking.message if view.blocking else "the pods are not ready"
+    why = plan.refused.message if plan.refused else view.blocking_condition.message if view.blocking_condition else "the pods are not ready"
     message = f"policy.startTimeoutSeconds {limit} passed: {why}"
     return _condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)

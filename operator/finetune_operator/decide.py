@@ -80,7 +80,7 @@ def _plan_before_attempt(facts: Facts) -> Plan:
     if foreign is not None:
         message = f"Job {foreign.name} belongs to another object (uid {foreign.owner_uid or 'unknown'})"
         blocking = BlockingCondition(Reason.CHILDREN_CONFLICT, message)
-        return Plan(Situation.BLOCKED, blocking=blocking, reconcile_at=timeout)
+        return Plan(Situation.BLOCKED, blocking_condition=blocking, reconcile_at=timeout)
     begin, end = backoff_interval(facts)
     # After the clock was set back, `now` is before `begin`. The backoff then ends at once: it would otherwise last longer.
     if begin is not None and end is not None and begin <= facts.now < end:
@@ -104,7 +104,7 @@ def _end_earlier_attempts(facts: Facts) -> Plan | None:
         delete_jobs=tuple(job for job in jobs if not job.is_deleting),
         delete_pods=tuple(pod for pod in pods if not pod.deletion_timestamp),
         force_delete_pods=_pods_of_lost_nodes(facts, facts.owned_pods),
-        blocking=BlockingCondition(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
+        blocking_condition=BlockingCondition(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
         reconcile_at=timeouts.next_reconcile_at(facts.now, force_delete_at(facts, facts.owned_pods), start_timeout_at(facts)),
     )
 
@@ -132,7 +132,7 @@ def _plan_with_job(facts: Facts, current: JobView) -> Plan:
     ]
     return Plan(
         Situation.ACTIVE,
-        blocking=None if all_ready or current.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking),
+        blocking_condition=None if all_ready or current.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking_condition),
         scrape_pod=rank0 if rank0 is not None and rank0.ip else None,
         reconcile_at=timeouts.next_reconcile_at(facts.now, *time_limits),
         delete_jobs=_superseded_jobs(facts),

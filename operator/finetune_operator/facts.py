@@ -51,7 +51,7 @@ class Facts:
     """All pods whose label names the FineTuneJob, including deleted pods that are still cached."""
     last_report: ReceivedReport | None = None
     """The newest progress report of the current attempt."""
-    blocking: BlockingCondition | None = None
+    blocking_condition: BlockingCondition | None = None
     """The blocking condition that events about the current Job or its pods report."""
     spec: FineTuneJobSpec = field(init=False)
     """The resolved and adapted spec; of a refused spec, the fields that can be read."""

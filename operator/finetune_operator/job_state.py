@@ -18,7 +18,7 @@ SPEC_NOT_NEEDED = Accepted(FineTuneJobSpec())
 
 
 @dataclass
-class BlockingRead:
+class EventReadState:
     """The blocking condition that events about the missing pods of a job show, and when the events are read next."""
 
     condition: BlockingCondition | None = None
@@ -36,7 +36,7 @@ class JobState:
     spec: Object = field(default_factory=dict)
     """Spec of the generation `generation` that `acceptance` was computed from."""
     acceptance: Accepted | Refused = SPEC_NOT_NEEDED
-    blocking: BlockingRead = field(default_factory=BlockingRead)
+    event_read: EventReadState = field(default_factory=EventReadState)
     pending: PendingChanges = field(default_factory=PendingChanges)
     first_status_due: float | None = None
     """Loop time until which the job's first status write may be deferred during a burst."""

@@ -55,7 +55,7 @@ class Observer:
             config=self._config,
             jobs=tuple(entry.jobs.values()),
             pods=tuple(entry.pods.values()),
-            blocking=state.blocking.condition,
+            blocking_condition=state.event_read.condition,
         )
         received = self._scraper.last_report(key, job.uid, facts.attempt)
         return replace(facts, last_report=received) if received else facts
@@ -109,7 +109,7 @@ class Observer:
         return True
 
     async def _read_blocking(self, key: Key, facts: Facts) -> bool:
-        return await self._blocking.read(key, facts, self.states[key].blocking)
+        return await self._blocking.read(key, facts, self.states[key].event_read)
 
     def drop(self, key: Key) -> JobState | None:
         """Drop the state of a job that no longer exists, and return it."""

@@ -106,8 +106,8 @@ def reason(view: StatusInput, conditions: list[Condition]) -> str:
     if view.termination_reason is not None:
         is_requested = view.termination_reason in (Reason.SUSPENDED, Reason.CANCELLED)
         return NO_VALUE if is_requested else view.termination_reason
-    if view.blocking is not None and view.blocking.reason is not Reason.PROGRESSING:
-        return view.blocking.reason
+    if view.blocking_condition is not None and view.blocking_condition.reason is not Reason.PROGRESSING:
+        return view.blocking_condition.reason
     if view.is_queued:
         return Reason.QUEUED
     if is_recovering(view.old) and phase(view) is Phase.RECOVERING:

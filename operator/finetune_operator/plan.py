@@ -98,7 +98,7 @@ class Plan:
     termination: Termination | None = None
     attempt_end: AttemptEnd | None = None
     finish: Finish | None = None
-    blocking: BlockingCondition | None = None
+    blocking_condition: BlockingCondition | None = None
     scrape_pod: PodView | None = None
     """The pod whose progress is read from now on."""
     reconcile_at: datetime | None = None
@@ -113,7 +113,7 @@ class ActionResult:
     """The result of carrying out a plan."""
 
     created_job: JobView | None = None
-    blocking: BlockingCondition | None = None
+    blocking_condition: BlockingCondition | None = None
     """Why the Job or its Service could not be created."""
     deleted_count: int = 0
     warnings: tuple[str, ...] = ()

@@ -141,10 +141,10 @@ class Reconciler:
         self._schedule_scrape(key, facts, plan)
         if plan.termination is not None or plan.attempt_end is not None or plan.finish is not None:
             self._queue.add(key)
-        elif result.blocking is not None:
+        elif result.blocking_condition is not None:
             blocked = seconds_between(waiting_since(facts), facts.now)
             self._queue.add_after(key, blocked_retry_seconds(blocked))
-        due = self._observer.states[key].blocking.due
+        due = self._observer.states[key].event_read.due
         if due is not None:
             self._queue.add_after(key, max(MIN_WAKE_SECONDS, due - asyncio.get_running_loop().time()))
         if plan.reconcile_at is not None:

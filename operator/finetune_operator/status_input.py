@@ -50,9 +50,9 @@ class StatusInput:
         return sum(pod.is_ready for pod in self.facts.active_pods)
 
     @property
-    def blocking(self) -> BlockingCondition | None:
+    def blocking_condition(self) -> BlockingCondition | None:
         """Why pods are missing."""
-        return self.result.blocking or self.plan.blocking
+        return self.result.blocking_condition or self.plan.blocking_condition
 
     @property
     def termination_reason(self) -> Reason | None:

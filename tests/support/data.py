@@ -1,4 +1,4 @@
-"""Helpers for tests of the data stages: runs over files, loaded examples, and tokenised rows."""
+"""Helpers for tests of the data stages: create a run with a data file, load its examples, and tokenise its rows."""
 
 from __future__ import annotations
 

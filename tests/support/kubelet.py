@@ -444,14 +444,14 @@ class FakeKubelet:
         namespace, name, *rest = request.path.strip("/").split("/")
         with self._changed:
             pod = next((p for p in self._pods.values() if p.namespace == namespace and p.name == name), None)
-            set_report = self._reports.get((namespace, pod.job)) if pod else None
+            configured_report = self._reports.get((namespace, pod.job)) if pod else None
             if pod:
                 self.progress_requests[namespace, pod.job] = self.progress_requests.get((namespace, pod.job), 0) + 1
             self._changed.notify_all()
         if pod is None or pod.phase != "Running" or f"/{rest[0] if rest else ''}" != names.Path.PROGRESS:
             raise web.HTTPNotFound
         uid = pod.body["metadata"]["labels"].get(Label.UID, "")
-        report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (set_report or {})
+        report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (configured_report or {})
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     # -- requests ------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def make_tiny_model(
 
 
 def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
-    """The same backbone with a head of one output: a reward model."""
+    """Write a tiny reward model: the backbone of `make_tiny_model` with a head of one output."""
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 

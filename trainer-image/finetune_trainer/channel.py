@@ -9,7 +9,7 @@ How a rank uses it (see `finetune_trainer.rank`, which calls `train.preload()` i
     channel = Channel.from_env()
     inputs = channel.wait_inputs()           # after the heavy imports
     channel.stage(Stage.LOADING)
-    channel.resolved(Resolved(device="cpu", trainable_parameters=1))
+    channel.report_resolved(Resolved(device="cpu", trainable_parameters=1))
     raise DataError("NoTrainableToken", ...)  # any FineTuneError: `rank.main` reports it and exits with its code
 
 Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.callbacks`. Models passed to
@@ -124,7 +124,7 @@ class Channel:
         """Report the newest metrics. The supervisor merges them into earlier reports. The caller leaves out non-finite values."""
         self._send_if_possible("metrics", value=metrics.to_wire())
 
-    def resolved(self, resolved: Resolved) -> None:
+    def report_resolved(self, resolved: Resolved) -> None:
         """Report the effective configuration of the run. The supervisor merges it into earlier reports."""
         self._send_reliably("resolved", value=resolved.to_wire())
 

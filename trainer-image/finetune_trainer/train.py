@@ -219,7 +219,7 @@ class Session:
         if args.use_liger_kernel:
             verification.require_kernels(base)
         self.objective.verify_trainer(trainer)
-        self.channel.resolved(
+        self.channel.report_resolved(
             Resolved(
                 world_size=self.channel.world_size,
                 effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.channel.world_size,

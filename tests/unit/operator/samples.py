@@ -111,12 +111,12 @@ def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> 
 def facts(
     *, written: Object | None = None, known: FineTuneJobStatus | None = None, jobs: Sequence[JobView] = (),
     pods: Sequence[PodView] = (), now: datetime = T0, last_report: ProgressReport | None = None, reported_at: datetime | None = None,
-    blocking: BlockingCondition | None = None, config: OperatorConfig = CONFIG, **fields: Any,
+    blocking_condition: BlockingCondition | None = None, config: OperatorConfig = CONFIG, **fields: Any,
 ) -> Facts:  # fmt: skip
     """Facts about a FineTuneJob named `run`."""
     finetune_job = finetunejob(written, known, **fields)
     received = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
-    return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking)
+    return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking_condition)
 
 
 def report(**fields: Any) -> ProgressReport:

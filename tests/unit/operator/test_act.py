@@ -114,14 +114,14 @@ async def test_existing_own_job_is_adopted(server: Server) -> None:
     """The response to the first create was lost, so the operator creates the Job again."""
     await put_existing_job(server, UID)
     result = await carry_out(server, *first_attempt())
-    assert result.created_job is not None and result.blocking is None
+    assert result.created_job is not None and result.blocking_condition is None
 
 
 async def test_job_of_another_owner_is_not_adopted(server: Server) -> None:
     await put_existing_job(server, "another")
     result = await carry_out(server, *first_attempt())
     assert result.created_job is None
-    assert result.blocking is not None and result.blocking.reason is Reason.CHILDREN_CONFLICT
+    assert result.blocking_condition is not None and result.blocking_condition.reason is Reason.CHILDREN_CONFLICT
 
 
 @pytest.mark.parametrize(("owner", "adopted"), [("uid-run-1", True), ("another", False)])
@@ -129,8 +129,8 @@ async def test_service_is_adopted_only_if_the_job_owns_it(server: Server, owner:
     server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team", "ownerReferences": [{"uid": owner}]}})
     result = await carry_out(server, *first_attempt(spec(resources={"nodes": 2, "gpusPerNode": 0})))
     assert result.created_job is not None
-    assert (result.blocking is None) is adopted
-    assert adopted or (result.blocking is not None and result.blocking.reason is Reason.CHILDREN_CONFLICT)
+    assert (result.blocking_condition is None) is adopted
+    assert adopted or (result.blocking_condition is not None and result.blocking_condition.reason is Reason.CHILDREN_CONFLICT)
 
 
 # Jobs that the API server rejects
@@ -181,7 +181,7 @@ async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> No
     server.before = reject_jobs(USER_ERROR, 422)
     found, plan = second_attempt()
     result = await carry_out(server, accepted_before(LABELLED, found), plan)
-    assert result.blocking is not None and result.blocking.reason is Reason.JOB_REJECTED
+    assert result.blocking_condition is not None and result.blocking_condition.reason is Reason.JOB_REJECTED
 
 
 async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_later_ones(

@@ -47,7 +47,7 @@ async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == 0
     assert 0 < (process.queue.seconds_until_due() or 0) <= 0.2 * READ_TIME_SHARE + 0.1
-    process.reconciler._observer.states[KEY].blocking.due = 0.0
+    process.reconciler._observer.states[KEY].event_read.due = 0.0
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == 1
     assert KEY not in limiter

@@ -97,7 +97,7 @@ def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
             condition(Condition.PODS_READY, "False", "QuotaExceeded", 0),
         ]
     )
-    refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     assert not stalled(facts(known=known, now=at(1700)), refused)
     assert stalled(facts(known=known, now=at(1900)), refused)
     assert not stalled(facts(known=known, now=at(1900)))
@@ -125,7 +125,7 @@ def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
 )
 def test_suspended_time_does_not_count_as_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
     conditions = [condition(Condition.PODS_READY, "False", ready, 0), suspended]
-    refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     assert not stalled(facts(known=status(conditions=conditions), now=at(now)), refused)
 
 
@@ -135,7 +135,7 @@ def test_backoff_does_not_count_as_waiting() -> None:
     ]  # fmt: skip
     ready = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
     known, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
-    refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
         observed = facts(written=spec(policy={"startTimeoutSeconds": 60}), known=known, now=at(now))
         assert stalled(observed, refused) is late

@@ -1,4 +1,4 @@
-"""Suspend, cancel, finished jobs and the ends of attempts, in every state of a job."""
+"""Decisions for suspend, cancellation, finished jobs and ended attempts, in every state of a job."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
     foreign = job(is_owned=False)
     plan = decide(facts(jobs=[foreign]))
     assert (plan.situation, plan.delete_jobs) == (Situation.BLOCKED, ())
-    assert plan.blocking is not None and plan.blocking.reason is Reason.CHILDREN_CONFLICT
+    assert plan.blocking_condition is not None and plan.blocking_condition.reason is Reason.CHILDREN_CONFLICT
 
 
 @pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])

@@ -80,7 +80,7 @@ REASONS: dict[str, tuple[Facts, ActionResult | None, str]] = {
     "queued": (facts(written=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), None, "Queued"),
     "image": (facts(known=status(**RUNNING), jobs=[job()], pods=[PULLING]), None, "ImagePullFailed"),
     "no node": (facts(known=status(**RUNNING), jobs=[job()], pods=[UNSCHEDULABLE]), None, "Unschedulable"),
-    "quota": (facts(), ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "no")), "QuotaExceeded"),
+    "quota": (facts(), ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "no")), "QuotaExceeded"),
     "unknown pool": (facts(written=spec(resources={"nodePool": "x", "gpusPerNode": 1})), None, "UnknownNodePool"),
     "being suspended": (facts(written=spec(suspend=True), known=status(**RUNNING), jobs=[job()], pods=[pod()]), None, "-"),
     "deadline": (facts(written=DEADLINE, known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)), None, "DeadlineExceeded"),

@@ -174,7 +174,7 @@ def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
     assert failed.terminated is not None
     failed = replace(failed, terminated=replace(failed.terminated, message=message.model_dump_json(by_alias=True)))
     blocking = BlockingCondition(Reason.QUEUED, "q" * 9999)
-    new_status = status_of(facts(known=status(**RUNNING), jobs=[job(failed_at=at(60))], pods=[failed], blocking=blocking))
+    new_status = status_of(facts(known=status(**RUNNING), jobs=[job(failed_at=at(60))], pods=[failed], blocking_condition=blocking))
     assert len(str(new_status.to_wire())) < 20_000
 
 

@@ -64,7 +64,7 @@ class Fenced(PeerError):
 
 
 class Tree:
-    """Reads and commits below one root. Safe to use from several threads."""
+    """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

@@ -65,7 +65,7 @@ class Staged:
     incarnation: str
     graceful: bool = False
     """Saved because of a stop request: no later checkpoint follows."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    rank0_report: dict[str, Any] = field(default_factory=dict)
     """Fields of rank 0's report: epoch, samples, tokens, evalLoss, outputKind, extra."""
 
 
@@ -383,7 +383,7 @@ class Uploader:
             self._reporter.add_note(f"{action} failed: {error.code}")
 
     def _manifest(self, staged: Staged, entries: list[FileEntry]) -> Manifest:
-        reported = staged.facts
+        reported = staged.rank0_report
         return Manifest(
             job=self._job,
             attempt=self._attempt,

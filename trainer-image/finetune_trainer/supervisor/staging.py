@@ -48,9 +48,9 @@ class Staging:
             return
         finally:  # no later step reads this folder: `best` keeps the best weights
             shutil.rmtree(source, ignore_errors=True)
-        facts = reported.get(0, message)
+        rank0_report = reported.get(0, message)
         self.uploader.offer(
-            Staged(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), facts=facts)
+            Staged(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), rank0_report=rank0_report)
         )
 
     def skip_checkpoint(self, reason: str, sentence: str) -> None:
