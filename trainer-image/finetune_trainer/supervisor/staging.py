@@ -71,7 +71,7 @@ class Staging:
             raise StorageError(
                 "StagingFailed", f"the final model cannot be staged on the pod's disk: {error.strerror or error}"
             ) from error
-        self.uploader.offer(Staged(None, target, incarnation, facts=message | {"step": self._state.step}))
+        self.uploader.offer(Staged(None, target, incarnation, rank0_report=message | {"step": self._state.step}))
 
 
 def hard_link_tree(source: Path, target: Path) -> None:
