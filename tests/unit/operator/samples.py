@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_api.names import Condition
+from finetune_api.names import CONTAINER, MANAGER, Condition, Label
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.facts import Facts, ReceivedReport
@@ -15,7 +15,7 @@ from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import Accepted, accept
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.settings import OperatorConfig, parse
-from finetune_operator.views import JobObject, JobView, PodView, Terminated
+from finetune_operator.views import JobObject, JobView, PodView, Terminated, read_pod
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 UID = "11111111-1111-4111-8111-111111111111"
@@ -122,3 +122,22 @@ def facts(
 def report(**fields: Any) -> ProgressReport:
     """A progress report of rank 0's pod, from wire names."""
     return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
+
+
+def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
+         conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
+    """Parse a pod with these states of the trainer, of an injected container listed before it (`injected`), and of an init container."""
+    labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
+    states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
+    states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
+    body = {
+        "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
+        "spec": {"schedulingGates": [{"name": gate} for gate in gates or []]},
+        "status": {
+            "phase": phase, "containerStatuses": states, "conditions": conditions or [],
+            "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
+        },
+    }  # fmt: skip
+    view = read_pod(body)
+    assert view is not None
+    return view

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from finetune_api.names import CONTAINER, MANAGER, Label, Reason
+from finetune_api.names import Reason
 from finetune_operator.policies.blocking import (
     BlockingCondition,
     blocking_condition_of_events,
     blocking_condition_of_pods,
 )
-from finetune_operator.views import PodView, read_pod
 
-from tests.unit.operator.samples import UID, pod
-
-
-def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
-         conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """Parse a pod with these states of the trainer, of an injected container listed before it (`injected`), and of an init container."""
-    labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
-    states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
-    states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
-    body = {
-        "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
-        "spec": {"schedulingGates": [{"name": gate} for gate in gates or []]},
-        "status": {
-            "phase": phase, "containerStatuses": states, "conditions": conditions or [],
-            "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
-        },
-    }  # fmt: skip
-    view = read_pod(body)
-    assert view is not None
-    return view
-
+from tests.unit.operator.samples import parse_pod, pod
 
 RUNNING_STATE = {"running": {"startedAt": "2026-11-21T12:00:00Z"}}
 

@@ -7,35 +7,15 @@ from typing import Any
 
 import pytest
 from finetune_api.exits import RetryPolicy
-from finetune_api.names import CONTAINER, MANAGER, FailureClass, Label, Reason
+from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_operator.policies.cause import cause_of, pod_cause
-from finetune_operator.views import PodView, read_pod
 
-from tests.unit.operator.samples import T0, UID, at, ended, job, pod
+from tests.unit.operator.samples import T0, at, ended, job, parse_pod, pod
 
 
 def message(code: str, **fields: Any) -> TerminationMessage:
     return TerminationMessage(code=code, message=f"{code} happened", **fields)
-
-
-def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
-         conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """Parse a pod with these states of the trainer, of an injected container listed before it (`injected`), and of an init container."""
-    labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
-    states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
-    states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
-    body = {
-        "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
-        "spec": {"schedulingGates": [{"name": gate} for gate in gates or []]},
-        "status": {
-            "phase": phase, "containerStatuses": states, "conditions": conditions or [],
-            "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
-        },
-    }  # fmt: skip
-    view = read_pod(body)
-    assert view is not None
-    return view
 
 
 INITIALIZING = {"waiting": {"reason": "PodInitializing"}}

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.status import Checkpoint, Metrics, Progress, Resolved, Stage
-from finetune_trainer.supervisor import run_state as subject
 from finetune_trainer.supervisor.run_state import RunState, format_duration, newest_and_best
 
-
-class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(subject.time, "monotonic", lambda: self.now)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+from tests.unit.trainer.supervisor.conftest import Clock
 
 
 def test_progress_has_percentage_and_remaining_time(clock: Clock) -> None:

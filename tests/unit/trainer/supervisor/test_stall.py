@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.status import Stage
-from finetune_trainer.supervisor import run_state as subject
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stall import StallWatch
 
-
-class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(subject.time, "monotonic", lambda: self.now)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+from tests.unit.trainer.supervisor.conftest import Clock
 
 
 def test_the_default_timeout_follows_the_median_step(clock: Clock) -> None:

@@ -1,0 +1,17 @@
+"""A virtual clock for the tests of the supervisor."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_trainer.supervisor import run_state as subject
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(subject.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
