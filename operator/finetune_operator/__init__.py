@@ -1,1 +1,1 @@
-"""The control loop: creates Jobs for each FineTuneJob, and writes the progress of their pods to its status."""
+"""The control loop: creates Jobs for each FineTuneJob, and writes the progress of their pods to the status of the FineTuneJob."""

@@ -21,7 +21,7 @@ USAGE_ERROR = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 after SIGTERM, 1 if one of its tasks failed, 2 if the operator cannot start."""
+    """Run the operator. Returns the exit code: 0 after SIGTERM, 1 if a task of the operator failed, 2 if the operator cannot start."""
     options = _parse_options(arguments)
     try:
         config = _load_config(options.config)
@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _tune_garbage_collector() -> None:
     """Exclude imported modules from garbage collection, and collect old objects less often.
 
-    Thousands of cached objects live long. With the default thresholds, a collection of all of them blocks the event loop in the middle
-    of each burst. Young objects are collected in small portions, because a burst leaves many reference cycles
-    (docs/decisions/0030-operator-core.md has the measurements).
+    The cache holds thousands of long-lived objects. With the default thresholds, each burst of events triggers a full collection, which
+    blocks the event loop. A burst leaves many reference cycles, so young objects are still collected, in small portions.
+    Measurements: docs/decisions/0030-operator-core.md.
     """
     gc.collect()
     gc.freeze()
@@ -66,7 +66,7 @@ def _parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune-operator", description="The control loop of FineTuneJobs.")
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
-        help=f"configuration (YAML or JSON); default: ${CONFIG_VARIABLE}, else {settings.CONFIG_PATH} if it exists",
+        help=f"configuration file (YAML or JSON); default: the file that ${CONFIG_VARIABLE} names, or {settings.CONFIG_PATH} if it exists",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true", help="read the configuration, report whether it is valid, and exit"
@@ -75,7 +75,7 @@ def _parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _load_config(path: Path | None) -> settings.OperatorConfig:
-    """Read the file named by the option, else by the environment variable, else the mounted file; else use the defaults."""
+    """Read the file that `--config` names. If `--config` is not given, use the environment variable, the mounted file or the defaults."""
     if path is not None:
         return settings.load(path)
     if variable := os.environ.get(CONFIG_VARIABLE):

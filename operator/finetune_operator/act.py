@@ -1,5 +1,5 @@
-"""Carries out a plan. Every step can be repeated: names are deterministic, deletes have a uid as precondition, and an existing
-object is used only if this FineTuneJob owns it.
+"""Carries out a plan. Every step can be repeated: names are deterministic, and each delete request has the object's uid as precondition.
+An existing object is used only if this FineTuneJob owns it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class StaleFacts(Exception):
-    """The facts differ from the API server's state; the reconcile is repeated when the cache has caught up."""
+    """The facts differ from the state on the API server. The reconcile is repeated after the cache has received the newer state."""
 
 
 class SpecRejected(Exception):
@@ -48,10 +48,10 @@ class Actor:
         self._kube = kube
         self._config = config
         self._service_seen_at: dict[str, float] = {}
-        """Loop time at which a Job's Service was last seen, by uid of the Job."""
+        """When the operator last found or created a Job's Service (event loop time), by uid of the Job."""
 
     async def act(self, facts: Facts, plan: Plan) -> ActionResult:
-        """Delete the plan's objects, then create the Job of its attempt. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
+        """Delete the plan's objects, then create the Job that it requests. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
         deleted = 0
         for job in plan.delete_jobs:
             reach(Point.BEFORE_JOB_DELETE)
@@ -103,12 +103,12 @@ class Actor:
     async def _ensure_facts_are_current(self, facts: Facts, attempt: int) -> None:
         """Compare the facts with the API server before creating any attempt after the first. Errors: StaleFacts.
 
-        The cache may lag behind. Without this check, the operator could start an attempt that the user has just suspended, or
-        start it while pods of an earlier attempt still run, even if the Job of these pods is gone.
+        The cache may be older than the API server's state. Without this check, the operator could start an attempt although the user has
+        just suspended the job, or while pods of an earlier attempt still run. Such pods can outlive their Job.
         """
         live = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
         if live.uid != facts.job.uid or live.status.attempt != attempt or live.is_deleting:
-            raise StaleFacts(f"attempt {attempt} is not the current one on the API server ({live.status.attempt})")
+            raise StaleFacts(f"the current attempt on the API server is {live.status.attempt}, not {attempt}")
         if live.generation != facts.job.generation or _stop_requests(live.spec) != _stop_requests(facts.job.spec):
             raise StaleFacts("the spec on the API server has changed")
         listing = await self._kube.list(POD, facts.job.namespace, labels=f"{Label.UID}={facts.job.uid}")
@@ -117,9 +117,9 @@ class Actor:
             raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running)}")
 
     async def _ensure_service(self, job: JobView) -> BlockingCondition | None:
-        """Create the Job's Service if it is missing. Returns why it cannot be created; None: the Service exists.
+        """Create the Job's Service if it is missing. Return a blocking condition if the Service cannot be created.
 
-        The operator does not watch Services, so it repeats this once per resync interval.
+        The operator does not watch Services, so it checks once per resync interval that the Service exists.
         """
         now = asyncio.get_running_loop().time()
         if now - self._service_seen_at.get(job.uid, float("-inf")) < self._config.resync_seconds:
@@ -164,8 +164,8 @@ def _stop_requests(spec: Object) -> tuple[bool, bool]:
 def _blocked_by_invalid_job(facts: Facts, attempt: int, error: Invalid) -> BlockingCondition:
     """Return the blocking condition for a Job that the API server found invalid.
 
-    Errors: SpecRejected if a value that the user wrote makes the Job of the first attempt invalid. For a later attempt the spec is
-    not the cause: the first attempt was created from the same spec.
+    Errors: SpecRejected if a value that the user wrote makes the Job of the first attempt invalid. If the Job of a later attempt is
+    invalid, the spec is not the cause, because the API server accepted the Job of the first attempt.
     """
     if is_admission_refusal(error.message):
         return _blocked_by_refusal(error)

@@ -16,7 +16,10 @@ from finetune_operator.policies.retry import TERMINATION_RETRY, Cause, GiveUp, R
 
 
 def plan_of_ended_attempt(facts: Facts, cause: Cause | None, ended_at: datetime) -> Plan:
-    """Return the plan that records the end of the attempt (`cause` None: success) and what follows, in one status write."""
+    """Return the plan that records the end of the attempt and the decision about the next attempt in one status write.
+
+    `cause` is None if the attempt succeeded.
+    """
     message = rank0_termination_message(facts)
     committed = newest_step_committed_by_attempt(facts, message)
     if cause is None:
@@ -54,7 +57,7 @@ def _finish_or_retry(facts: Facts, cause: Cause, progressed: bool, ended_at: dat
     if isinstance(decision, GiveUp):
         return Finish(Outcome.FAILED, decision.reason, decision.failure)
     if limit is not None and facts.running_seconds(ended_at) >= limit:
-        # The deadline passed while the operator did not run: the next attempt would have no time left.
+        # The deadline passed while the operator did not run, so the next attempt would have no time left.
         return deadline_exceeded
     return decision
 
@@ -66,11 +69,11 @@ def all_ranks_succeeded(facts: Facts) -> bool:
 
 
 def cause_of_missing_job(facts: Facts) -> Cause:
-    """Return why the current attempt ended, if its Job no longer exists."""
+    """Return why the current attempt ended. Its Job no longer exists."""
     from_pods = cause_of(None, facts.newest_pods)
     reason, record = facts.termination_reason, facts.attempt_record
     if reason is None or record is None or from_pods.retry is RetryPolicy.NEVER:
-        # A pod's fatal error takes precedence over the operator's reason for ending the attempt: each further attempt would fail, too.
+        # A pod's fatal error would recur in each further attempt. It takes precedence over the operator's reason for ending the attempt.
         return from_pods
     message = record.message or str(reason)
     failure = Failure(
@@ -83,17 +86,17 @@ def cause_of_missing_job(facts: Facts) -> Cause:
 
 
 def rank0_termination_message(facts: Facts) -> TerminationMessage | None:
-    """The newest termination message of a pod of rank 0; None: no pod wrote one."""
+    """The newest termination message of a pod of rank 0, or None if no such pod wrote a message."""
     pods = sorted((p for p in facts.attempt_pods if p.index == 0), key=lambda p: p.created_at, reverse=True)
     return next((message for pod in pods if (message := pod.termination_message) is not None), None)
 
 
 def newest_step_committed_by_attempt(facts: Facts, message: TerminationMessage | None) -> int | None:
-    """Newest step that the current attempt committed; None: no committed step is known.
+    """Newest step that the current attempt committed, or None if no committed step is known.
 
-    Pods list all checkpoints that exist, including those of earlier attempts. `message` is rank 0's termination message.
+    Pods report all checkpoints that exist, including those of earlier attempts. `message` is rank 0's termination message.
     """
-    # A checkpoint that an already replaced pod of this attempt reported may be listed only in the status.
+    # If a pod of this attempt was replaced, the status may be the only record of the checkpoints that the replaced pod reported.
     steps = [known.step for known in facts.job.status.checkpoints if attempt_of_uri(known.uri) == facts.attempt]
     for source in facts.reported_checkpoints:
         steps += facts.steps_of_this_attempt(source.checkpoints, source.resumed_from_step)

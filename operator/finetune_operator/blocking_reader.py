@@ -1,8 +1,8 @@
 """Reads events about a Job or a pod to find out why pods are missing.
 
-A pod without a node carries the scheduler's message in its own status, and a pod with a node carries the kubelet's message about images
-and references. Only two problems are reported by events alone: a Job whose pods cannot be created, and volumes that are not mounted.
-For each read, the API server scans all events of a namespace: reads are rate limited, and the interval between them doubles.
+The status of a pod without a node contains the scheduler's message. The status of a pod with a node contains the kubelet's message about
+images and missing Secrets or ConfigMaps. Two problems appear only in events: the Job controller cannot create the pods, or the kubelet
+cannot mount a volume. For each read, the API server scans all events of a namespace. So reads are rate limited, and the interval doubles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 NO_PODS_SECONDS, NOT_RUNNING_SECONDS = 10.0, 20.0
-"""Events are read when a Job has lacked pods, or a pod with a node has not started, for this many seconds."""
+"""Events are read after NO_PODS_SECONDS if a Job lacks pods, and after NOT_RUNNING_SECONDS if a pod has a node but does not start."""
 MAX_READ_INTERVAL = 300.0
 
 
@@ -35,7 +35,7 @@ class MissingPods:
     uid: str
     since: datetime
     grace_seconds: float
-    """Seconds after `since` in which missing pods are normal."""
+    """For this many seconds after `since`, missing pods are normal and no events are read."""
 
 
 class BlockingConditionReader:
@@ -46,7 +46,7 @@ class BlockingConditionReader:
         self._limiter = RateLimiter()
 
     async def read(self, key: Key, facts: Facts, state: EventReadState) -> bool:
-        """Update `state.condition` if a read is due; returns whether it changed. Errors: KubeError except Forbidden."""
+        """Update `state.condition` if a read is due. Returns whether the condition changed. Errors: KubeError except Forbidden."""
         missing = missing_pods(facts)
         if missing is None:
             changed = state.condition is not None
@@ -80,12 +80,12 @@ class BlockingConditionReader:
         return now >= state.due
 
     def release(self, key: Key) -> None:
-        """Drop the job's reservation for a read."""
+        """Give up the job's reservation in the rate limiter."""
         self._limiter.release(key)
 
 
 def missing_pods(facts: Facts) -> MissingPods | None:
-    """Return the object whose events are to be read; None: all pods exist and start, or the Job needs none now."""
+    """Return the object whose events explain missing pods. None if all pods exist and start, or if the Job needs no pods now."""
     current = facts.current_job
     if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:
         return None
@@ -98,7 +98,7 @@ def missing_pods(facts: Facts) -> MissingPods | None:
 
 
 def all_pods_ended(facts: Facts) -> bool:
-    """Whether the pods of all ranks ended and still exist, while their Job does not report its end yet."""
+    """Whether the pods of all ranks have ended and still exist, but the Job controller has not finished the Job yet."""
     current, pods = facts.current_job, facts.newest_pods
     running = current is not None and not current.is_suspended and not current.is_finished
     return running and len(pods) == facts.nodes and all(pod.is_finished and not pod.is_deleted for pod in pods)

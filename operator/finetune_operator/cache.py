@@ -1,9 +1,9 @@
-"""The last known state of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. It may lag behind the cluster.
+"""Cache of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. The cache may be older than the cluster's state.
 
-An older version of an object never replaces a newer one, so events may arrive twice or out of order. An update without a relevant
-change causes no reconcile: the operator receives each of its own writes as an event, and a Job's counters change with each pod.
-A deleted pod stays in the cache, marked as deleted, until its attempt is recorded: its exit code and termination message are often
-the only evidence of how the attempt ended.
+An older version of an object never replaces a newer version, so events may arrive twice or out of order. An update without a relevant
+change causes no reconcile. Such updates are frequent: the operator's own writes return as events, and each pod changes the Job's counters.
+A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. Its exit code and termination message are
+often the only evidence of how the attempt ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_operator.workqueue import Key
 
 @dataclass
 class CacheEntry:
-    """A FineTuneJob and its Jobs and pods, the latter two by uid."""
+    """A FineTuneJob, its Jobs by uid, and its pods by uid."""
 
     finetunejob: JobObject | None = None
     jobs: dict[str, JobView] = field(default_factory=dict)
@@ -25,12 +25,12 @@ class CacheEntry:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all of the objects are deleted."""
+        """Whether the entry holds no object, or only deleted pods."""
         return self.finetunejob is None and not self.jobs and all(pod.is_deleted for pod in self.pods.values())
 
 
 class CacheUpdate(NamedTuple):
-    """Result of an update: the FineTuneJob, whether anything relevant changed, and whether the FineTuneJob was not cached before."""
+    """Result of a cache update. `changed`: a relevant field changed. `is_new`: the FineTuneJob was not in the cache before."""
 
     key: Key
     changed: bool
@@ -39,29 +39,29 @@ class CacheUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class FullList:
-    """Uids of all objects in one full list of each kind, and the lowest resourceVersion of these lists."""
+    """Uids from one full list of each kind. `version` is the lowest resourceVersion of these lists."""
 
     finetunejobs: frozenset[str]
     jobs: frozenset[str]
     pods: frozenset[str]
     version: int
     namespaces: frozenset[str] = frozenset()
-    """Namespaces that were listed; empty: all."""
+    """Namespaces that were listed. An empty set means all namespaces."""
 
     def proves_deleted(self, view: JobObject | JobView | PodView, uids: frozenset[str]) -> bool:
-        """Whether this object is deleted: it is missing from `uids`, although the list is newer than the cached object."""
+        """Whether this object must have been deleted: the list is newer than the cached object, but `uids` does not contain the object."""
         was_listed = not self.namespaces or view.namespace in self.namespaces
         return was_listed and view.version <= self.version and view.uid not in uids
 
 
 class Cache:
-    """All entries by FineTuneJob. For one event loop."""
+    """Cache entries by FineTuneJob. Not thread-safe: all callers run in one event loop."""
 
     def __init__(self) -> None:
         self._entries: dict[Key, CacheEntry] = {}
 
     def get(self, key: Key) -> CacheEntry:
-        """The entry of a FineTuneJob; an empty entry if nothing is cached."""
+        """The entry of a FineTuneJob, or an empty entry if nothing is cached."""
         return self._entries.get(key) or CacheEntry()
 
     def keys(self) -> list[Key]:
@@ -73,7 +73,7 @@ class Cache:
         return [entry.finetunejob for entry in self._entries.values() if entry.finetunejob is not None]
 
     def has_version(self, key: Key, uid: str, resource_version: str) -> bool:
-        """Whether this version of a FineTuneJob is already cached. Its body then need not be parsed again."""
+        """Whether this version of a FineTuneJob is already cached. If it is, the caller need not parse the body again."""
         cached = self.get(key).finetunejob
         return cached is not None and (cached.uid, cached.resource_version) == (uid, resource_version)
 
@@ -90,7 +90,7 @@ class Cache:
         return CacheUpdate(key, changed=True, is_new=cached is None)
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
-        """Remove a deleted FineTuneJob. A FineTuneJob with the same name but another uid stays cached."""
+        """Remove the FineTuneJob with this uid. A new FineTuneJob with the same name stays cached."""
         entry = self._entry(key)
         if entry.finetunejob is not None and entry.finetunejob.uid == uid:
             entry.finetunejob = None
@@ -107,7 +107,7 @@ class Cache:
         return CacheUpdate(key, changed=cached is None or replace(cached, version=view.version) != view)
 
     def drop_job(self, view: JobView) -> Key:
-        """Remove a deleted Job. Returns its FineTuneJob."""
+        """Remove a deleted Job. Returns the key of its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
         self._entry(key).jobs.pop(view.uid, None)
         self._remove_if_empty(key)
@@ -124,7 +124,7 @@ class Cache:
         return CacheUpdate(key, changed=cached is None or replace(cached, version=view.version) != view)
 
     def mark_pod_deleted(self, view: PodView) -> Key:
-        """Keep the newest known state of a deleted pod, marked as deleted. Returns its FineTuneJob."""
+        """Mark a pod as deleted and keep its newest known state. Returns the key of its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
         entry = self._entry(key)
         cached = entry.pods.get(view.uid)
@@ -133,13 +133,13 @@ class Cache:
         return key
 
     def drop_deleted_pods(self, key: Key, *, before_attempt: int) -> None:
-        """Remove the deleted pods of earlier attempts, whose end is recorded in status."""
+        """Remove the deleted pods of earlier attempts: the end of these attempts is recorded in the status."""
         pods = self._entry(key).pods
         for uid in [uid for uid, pod in pods.items() if pod.is_deleted and pod.attempt < before_attempt]:
             del pods[uid]
 
     def prune(self, listed: FullList) -> set[Key]:
-        """Remove each object that the full lists prove deleted. Returns the FineTuneJobs that changed."""
+        """Remove each object that was deleted according to the full lists. Returns the FineTuneJobs that changed."""
         changed: set[Key] = set()
         for key, entry in list(self._entries.items()):
             cached = entry.finetunejob

@@ -1,4 +1,4 @@
-"""Computes the conditions of a FineTuneJob, which programs, GitOps tools (kstatus) and people read."""
+"""Computes the conditions of a FineTuneJob. GitOps tools (kstatus), other programs and people read them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REASON_OF_OUTCOME = {
     Outcome.CANCELLED: Reason.CANCELLED,
 }
 CHECKPOINT_PROBLEMS = {reason.value: reason for reason in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
-"""Checkpoint problems in the trainer's report that have their own reason; all others get CheckpointNotStored."""
+"""Checkpoint problems that have their own reason. For all other problems in the trainer's report, the reason is CheckpointNotStored."""
 
 
 def conditions(view: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
@@ -44,10 +44,10 @@ def with_generation(conditions: Iterable[Condition], generation: int) -> list[Co
 
 
 def _with_transition_time(new: Condition, old: Condition | None, view: StatusInput) -> Condition:
-    """Return the condition with the time at which its status last changed."""
+    """Return the condition with `lastTransitionTime` set: when the status of the condition last changed."""
     unchanged_since = old.last_transition_time if old is not None and old.status == new.status else None
     known = [time for time in (unchanged_since, new.last_transition_time) if time is not None]
-    # The later time is right: while the operator did not run, the status may have changed and changed back.
+    # While the operator did not run, the condition may have changed and changed back. So the later of the two times is correct.
     return _copy_with(new, max(known, default=view.facts.now), view.facts.job.generation)
 
 
@@ -151,7 +151,7 @@ def _why_not_succeeded(finish: Finish) -> str:
 
 
 def _reconciling(view: StatusInput) -> Condition | None:
-    """Present for kstatus while the job is neither finished nor suspended."""
+    """Return the Reconciling condition of kstatus, or None if the job is finished or suspended."""
     if view.plan.finish is not None or view.is_suspended:
         return None
     reason, message = _current_activity(view)
@@ -190,7 +190,7 @@ def _stage(view: StatusInput) -> str:
 
 
 def _stalled(view: StatusInput) -> Condition | None:
-    """Present for kstatus when the job failed, or when only a person can resolve the problem."""
+    """Return the Stalled condition of kstatus if the job failed or has waited for its pods longer than the start timeout."""
     plan, facts = view.plan, view.facts
     if plan.finish is not None:
         if plan.finish.outcome is not Outcome.FAILED:

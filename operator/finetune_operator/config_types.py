@@ -1,8 +1,8 @@
-"""Types of configuration values that end up in pods: quantities, labels, tolerations, environment variables.
+"""Types of configuration values that are copied into pods: quantities, labels, tolerations, environment variables.
 
-The API server would reject a wrong value only when the operator creates a Job, so every FineTuneJob would fail because of a mistake in
-the platform's configuration. Therefore each type checks Kubernetes' rules when the configuration is loaded. Each type also carries
-these rules as a JSON schema, so that `helm install` rejects the value.
+Each type checks Kubernetes' rules when the configuration is loaded. Otherwise the API server would reject a wrong value only when the
+operator creates a Job, and every FineTuneJob would be blocked. Each type also contains these rules as a JSON schema, so that
+`helm install` rejects a wrong value.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ LABEL_VALUE_PATTERN = rf"^({LABEL_NAME})?$"
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?$"
 RESERVED_KEYS = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
-"""Labels and annotations that the operator or the Job controller sets itself: they would silently replace configured values."""
+"""Keys of labels and annotations that the operator or the Job controller sets. A configured value for such a key would be lost."""
 RESERVED_ENV = r"^FINETUNE_"
 
-KEY_RULE = "letters, digits, '-', '_' and '.', at most 63 of them, optionally after a DNS name and '/'"
+KEY_RULE = "at most 63 letters, digits, '-', '_' and '.'; a DNS name and '/' may precede them"
 LABEL_VALUE_RULE = "at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
 
 
@@ -65,7 +65,7 @@ def _check_env(variables: dict[str, str]) -> dict[str, str]:
     for name in variables:
         if not re.fullmatch(ENV_NAME_PATTERN, name):
             raise ValueError(
-                f"{name!r} is not a name of an environment variable: write letters, digits and '_', and no digit first"
+                f"{name!r} is not a name of an environment variable: write letters, digits and '_', and start with a letter or '_'"
             )
         if re.match(RESERVED_ENV, name):
             raise ValueError(f"{name} is set by the operator: remove it")
@@ -74,9 +74,9 @@ def _check_env(variables: dict[str, str]) -> dict[str, str]:
 
 def _check_toleration(toleration: Toleration) -> Toleration:
     if toleration.operator == "Exists" and toleration.value:
-        raise ValueError("operator Exists compares no value: remove value, or set operator to Equal")
+        raise ValueError("operator Exists does not compare values: remove value, or set operator to Equal")
     if not toleration.key and toleration.operator != "Exists":
-        raise ValueError("a toleration without key matches all taints and needs operator Exists")
+        raise ValueError("a toleration without key needs operator Exists; it then matches all taints")
     if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
         raise ValueError("tolerationSeconds needs effect NoExecute")
     if toleration.value and not re.fullmatch(LABEL_VALUE_PATTERN, toleration.value):
@@ -85,7 +85,7 @@ def _check_toleration(toleration: Toleration) -> Toleration:
 
 
 def _map_schema(key_pattern: str, value: Schema, reserved: str = "") -> Schema:
-    # `propertyNames` is not used, because Helm 4.3 reports its errors at a wrong location.
+    # Helm 4.3 reports the errors of `propertyNames` at a wrong location, so the schema uses `patternProperties`.
     allowed: Schema = {key_pattern: {"type": "string"} | value}
     forbidden: Schema = {reserved: False} if reserved else {}
     return {"type": "object", "patternProperties": allowed | forbidden, "additionalProperties": False}
@@ -110,7 +110,7 @@ TOLERATION_RULES: list[Schema] = [
 ]
 
 DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_length=253)]
-"""Name of an object, such as a Secret."""
+"""Name of a Kubernetes object, such as a Secret."""
 NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
 PlatformQuantity = Annotated[str | int, BeforeValidator(_check_quantity), WithJsonSchema(QUANTITY_SCHEMA)]
 NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels), WithJsonSchema(LABELS_SCHEMA)]

@@ -1,4 +1,4 @@
-"""When the time limits of a job pass: start timeout, stall timeout, backoff, and the deletion of pods on lost nodes."""
+"""Computes when the time limits of a job pass: start timeout, stall timeout, backoff, and the deletion of pods on lost nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from finetune_operator.policies.verdict import Refused
 from finetune_operator.views import PodView
 
 DEFAULT_START_TIMEOUT_SECONDS = 1800
-"""`policy.startTimeoutSeconds` of a spec without defaults filled in."""
+"""Default of `policy.startTimeoutSeconds`, for a spec in which the defaults are not filled in yet."""
 REPEAT_FORCE_DELETE_SECONDS = 30.0
-"""Interval between two forced deletions of a pod that a finalizer keeps."""
+"""Seconds between two forced deletions of a pod. A finalizer can keep the pod after a forced deletion."""
 
 
 def start_timeout_seconds(facts: Facts) -> int:
@@ -25,16 +25,16 @@ def start_timeout_seconds(facts: Facts) -> int:
 
 
 def start_timeout_at(facts: Facts) -> datetime | None:
-    """When a job that waits for its pods counts as stalled; None: the job does not wait for pods."""
+    """When a job that waits for its pods starts to count as stalled. None if the job does not wait for pods."""
     begin = waiting_since(facts)
     return later(begin, start_timeout_seconds(facts)) if begin else None
 
 
 def waiting_since(facts: Facts) -> datetime | None:
-    """When the job began to wait for its pods or for the Job that creates them; None: it does not wait (queued, suspended)."""
+    """When the job began to wait for its pods or for the Job that creates them. None if the job does not wait (queued, suspended)."""
     ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
-        # If the status still shows ready pods, they stopped being ready just now.
+        # If the status still shows all pods as ready, then they became unready just now.
         unready_since = facts.now if ready and ready.status == "True" else ready.last_transition_time if ready else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
     accepted = facts.condition(Condition.ACCEPTED)
@@ -50,20 +50,20 @@ def waiting_since(facts: Facts) -> datetime | None:
 
 
 def backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
-    """Begin and end of the backoff after the last attempt; None: no attempt has ended."""
+    """Return the begin and the end of the backoff after the last attempt, or (None, None) if no attempt has ended."""
     attempts = facts.job.status.attempts
     ended = attempts[-1].end_time if attempts else None
     return ended, later(ended, backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended else None
 
 
 def stall_message(facts: Facts) -> str:
-    """Why the running attempt counts as stalled; empty: it is not stalled."""
+    """Return why the running attempt counts as stalled, or an empty string if the attempt is not stalled."""
     report, reported_at = _last_report(facts)
     return timeouts.stall_message(facts.spec, report, reported_at, facts.active_pods, facts.now, _unready_since(facts))
 
 
 def stall_check_at(facts: Facts) -> datetime | None:
-    """When the running attempt may count as stalled, if nothing changes until then."""
+    """Return the time at which the attempt may count as stalled if no new report arrives before."""
     report, reported_at = _last_report(facts)
     unready_since = _unready_since(facts)
     silent_since = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
@@ -72,16 +72,16 @@ def stall_check_at(facts: Facts) -> datetime | None:
 
 
 def _last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
-    """The last report of the attempt's active pods and its time. The report is None if this process has not received it."""
+    """Return the last report of the attempt's active pods and its time. If this process has no report, the status provides the time."""
     received = facts.live_report
     return (received.report, received.time) if received else (None, _last_report_time_from_status(facts))
 
 
 def _last_report_time_from_status(facts: Facts) -> datetime | None:
-    """Time of the last report of the active pods according to the status; used after a restart of the operator.
+    """Return the time of the active pods' last report according to the status. Used after a restart of the operator.
 
-    None if the pods are ready, do not run, or have never trained. If a queue replaced the pod within the attempt, the time is the
-    start of the new pod. The report's time comes from the node's clock; a clock that is ahead can only delay the stall timeout.
+    None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is the
+    start of the new pod. The node's clock sets a report's time. If that clock is ahead, the stall timeout is only delayed.
     """
     record, progress, ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
     rank0 = facts.rank0
@@ -94,15 +94,15 @@ def _last_report_time_from_status(facts: Facts) -> datetime | None:
 
 
 def _unready_since(facts: Facts) -> datetime | None:
-    """When the pods stopped being ready, by the status; now if it still shows them as ready; None without that condition."""
+    """Return when the pods became unready according to the status. If the status shows them as ready, return the current time."""
     ready = facts.condition(Condition.PODS_READY)
     return facts.now if ready is not None and ready.status == "True" else ready.last_transition_time if ready else None
 
 
 def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
-    """When the first pod that is being deleted counts as lost with its node.
+    """Return when the next pod must be force-deleted. A pod counts as lost with its node if its deletion takes too long.
 
-    If such a pod already counts as lost, this is the time of the next forced deletion, because a finalizer may keep the pod.
+    If a pod counts as lost now, this reconcile force-deletes it. The next one follows after `REPEAT_FORCE_DELETE_SECONDS`.
     """
     deleting = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
     if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):

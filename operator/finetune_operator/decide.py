@@ -1,9 +1,9 @@
-"""From facts to a plan. A pure function: no clock, no network, no state; the same facts always give the same plan.
+"""Computes the plan for a job from the facts. `decide` is a pure function: the same facts always produce the same plan.
 
-The checks come in this order: whether the job is finished; whether the current attempt has a Job, and must be ended; whether the
-attempt has ended, and what follows; whether the next attempt may start. One reconcile makes one of these decisions. Two of them are
-written to the status before they are carried out, so that a restarted operator continues with them: the reason for ending an attempt
-(`termination`) and the number of the next attempt (`attempt_end`).
+The checks have this order. Is the job finished? Does the current attempt have a Job, and must the attempt be ended? Has the attempt
+ended, and does another attempt follow? May the next attempt start? One reconcile makes one of these decisions. Two decisions are written
+to the status before they are carried out: why an attempt is ended (`termination`), and the number of the next attempt (`attempt_end`).
+A restarted operator reads them from the status and continues.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def decide(facts: Facts) -> Plan:
 
 
 def _clean_up_finished(facts: Facts) -> Plan:
-    """Delete the Jobs and pods that still run; after the TTL, delete all of them."""
+    """Delete the running Jobs and pods of a finished job. After the TTL, delete its finished Jobs and pods as well."""
     expires_at = timeouts.ttl_expires_at(facts.ttl_seconds_after_finished, facts.job.status.completion_time)
     expired = expires_at is not None and facts.now >= expires_at
     jobs = tuple(job for job in facts.owned_jobs if not job.is_deleting and (expired or not job.is_finished))
-    # Deleting a Job deletes its pods. Pods that were orphaned from their Job are deleted one by one.
+    # The deletion of a Job also deletes its pods. Orphaned pods have no Job, so each of them is deleted separately.
     orphans = [pod for pod in _orphaned_pods(facts) if not (pod.is_deleted or pod.deletion_timestamp)]
     pods = tuple(pod for pod in orphans if expired or not pod.is_finished)
     return Plan(
@@ -62,7 +62,7 @@ def _clean_up_finished(facts: Facts) -> Plan:
 
 
 def _plan_before_attempt(facts: Facts) -> Plan:
-    """The current attempt has no Job yet."""
+    """Return the plan for a job whose current attempt has no Job yet."""
     if facts.cancel_requested:
         return Plan(Situation.FINISHED, finish=Finish(Outcome.CANCELLED, Reason.CANCELLED))
     refused = facts.acceptance if isinstance(facts.acceptance, Refused) else None
@@ -82,7 +82,7 @@ def _plan_before_attempt(facts: Facts) -> Plan:
         blocking = BlockingCondition(Reason.CHILDREN_CONFLICT, message)
         return Plan(Situation.BLOCKED, blocking_condition=blocking, reconcile_at=timeout)
     begin, end = backoff_interval(facts)
-    # After the clock was set back, `now` is before `begin`. The backoff then ends at once: it would otherwise last longer.
+    # If the clock was set back, `now` is before `begin` and the backoff would last too long. The backoff then ends at once.
     if begin is not None and end is not None and begin <= facts.now < end:
         return Plan(Situation.BACKING_OFF, reconcile_at=timeouts.next_reconcile_at(facts.now, end))
     return Plan(Situation.STARTING, create_attempt=facts.attempt, delete_jobs=_superseded_jobs(facts))
@@ -94,7 +94,7 @@ def _reject(refused: Refused) -> Plan:
 
 
 def _end_earlier_attempts(facts: Facts) -> Plan | None:
-    """Delete unfinished Jobs and pods of earlier attempts: at most one attempt runs at any time. None: all are gone or finished."""
+    """Delete unfinished Jobs and pods of earlier attempts, because only one attempt may run. None if no such Job or pod exists."""
     jobs = tuple(job for job in facts.owned_jobs if not job.is_finished or job.is_deleting)
     pods = tuple(pod for pod in _orphaned_pods(facts) if not pod.is_finished)
     if not jobs and not pods:
@@ -110,7 +110,7 @@ def _end_earlier_attempts(facts: Facts) -> Plan | None:
 
 
 def _plan_with_job(facts: Facts, current: JobView) -> Plan:
-    """The current attempt has a Job."""
+    """Return the plan for a job whose current attempt has a Job."""
     if current.completed_at is not None:
         return plan_of_ended_attempt(facts, None, current.completed_at)
     if facts.termination_reason is not None or current.is_deleting:
@@ -140,7 +140,7 @@ def _plan_with_job(facts: Facts, current: JobView) -> Plan:
 
 
 def _termination(facts: Facts) -> Termination | None:
-    """Return why the running attempt must be ended; None: it may continue."""
+    """Return why the running attempt must be ended, or None if the attempt may continue."""
     if facts.cancel_requested:
         return Termination(Reason.CANCELLED, "spec.cancel is true")
     if facts.suspend_requested:
@@ -152,7 +152,7 @@ def _termination(facts: Facts) -> Termination | None:
     if lost:
         return Termination(Reason.NODE_LOST, f"pod {lost[0].name} does not end: node {lost[0].node or 'unknown'} is lost")
     if not facts.spec_is_readable:
-        # The start timeout and the stall timeout are part of the spec, and the next attempt would wait for another operator.
+        # The start timeout and the stall timeout are unknown, because they are part of the spec. No other attempt could start either.
         return None
     incomplete = _incomplete_gang(facts)
     if incomplete:
@@ -162,10 +162,10 @@ def _termination(facts: Facts) -> Termination | None:
 
 
 def _incomplete_gang(facts: Facts) -> str:
-    """Return why the attempt must release its nodes; empty: it keeps them.
+    """Return why the attempt must release its nodes, or an empty string if the attempt keeps its nodes.
 
-    Two gangs that each hold some of the nodes wait for each other forever; a queue such as Kueue prevents this. If no pod has a
-    node, the attempt keeps waiting: it blocks no other job, and an autoscaler may be adding nodes.
+    If two gangs each hold some of the nodes, they wait for each other forever, unless a queue such as Kueue schedules them. If no pod has
+    a node, the attempt keeps waiting: the attempt blocks no other job, and an autoscaler may be adding nodes.
     """
     job, timeout_at = facts.current_job, start_timeout_at(facts)
     if job is None or job.queue or facts.nodes < 2 or timeout_at is None or facts.now < timeout_at:
@@ -178,9 +178,9 @@ def _incomplete_gang(facts: Facts) -> str:
 
 
 def _terminate(facts: Facts, current: JobView) -> Plan:
-    """Delete the Job of the attempt. Status has the reason, unless another client deleted the Job."""
+    """Return a plan that deletes the attempt's Job. If another client is deleting the Job, first record that as the reason."""
     if facts.termination_reason is None:
-        termination = Termination(Reason.PREEMPTED, "the Job of this attempt was deleted, and not by the operator")
+        termination = Termination(Reason.PREEMPTED, "the Job of this attempt was deleted by another client than the operator")
         return Plan(Situation.TERMINATING, termination=termination)
     return Plan(
         Situation.TERMINATING,
@@ -191,7 +191,7 @@ def _terminate(facts: Facts, current: JobView) -> Plan:
 
 
 def _plan_without_job(facts: Facts) -> Plan:
-    """The attempt had a Job that no longer exists: delete the pods that still run, then record the end of the attempt."""
+    """Return the plan for an attempt whose Job was deleted: delete the running pods, then record the end of the attempt."""
     running = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
     if running:
         return Plan(
@@ -209,12 +209,12 @@ def _pods_of_lost_nodes(facts: Facts, pods: tuple[PodView, ...]) -> tuple[PodVie
 
 
 def _orphaned_pods(facts: Facts) -> list[PodView]:
-    """Pods of this job whose Job no longer exists or no longer owns them."""
+    """Return the FineTuneJob's pods that no existing Job owns."""
     uids = {job.uid for job in facts.owned_jobs}
     return [pod for pod in facts.owned_pods if pod.job_uid not in uids]
 
 
 def _superseded_jobs(facts: Facts) -> tuple[JobView, ...]:
-    """Finished Jobs of earlier attempts except the newest, which is kept so that its pods' logs can be read."""
+    """Return the finished Jobs of earlier attempts, except the newest. The newest Job is kept so that users can read its pods' logs."""
     earlier = sorted((job for job in facts.owned_jobs if job.attempt < facts.attempt), key=lambda job: job.attempt)
     return tuple(job for job in earlier[:-1] if job.is_finished and not job.is_deleting)

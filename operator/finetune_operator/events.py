@@ -1,11 +1,10 @@
-"""Kubernetes events about transitions, for `kubectl describe`. They are emitted just before the status is written.
+"""Emits Kubernetes events about changes of the status, for `kubectl describe`.
 
-`transitions` compares two statuses and is pure. `Recorder` posts events, never fails a reconcile, and counts repeats in a series. The
-API server does not allow changes of an event's message, so the event's name contains a hash of the message.
+`transitions` is a pure function that compares two statuses. `Recorder` posts events and counts repeated events in a series. Its errors
+never fail a reconcile. The API server does not allow changes of an event's message, so the event's name contains a hash of the message.
 
-Events are emitted before the status is written, because only the written status shows which events were emitted. A process that
-restarts in between detects the same transition and emits the same event with the same name and resourceVersion: no event is lost or
-emitted twice.
+Events are emitted before the status is written. If the operator restarts before the status write, it detects the same transition and
+emits an event with the same name and resourceVersion again. So no event is lost, and no event is counted twice.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 Type = Literal["Normal", "Warning"]
 MAX_NOTE_CHARACTERS = 1000
-"""Characters of an event's message; the API server allows 1024 bytes."""
+"""Maximum length of an event's message in characters. The API server allows 1024 bytes."""
 POST_TIMEOUT_SECONDS = 5.0
-"""Longest time for one event: the status write waits for it."""
+"""Timeout for posting one event. The status write waits until the event is posted."""
 FINISH = "Finish"
-"""The action of a job's last event, which the rate limit never drops."""
+"""Action of a job's last event. The rate limit never drops this event."""
 BURST, REFILL_SECONDS = 25, 60.0
-"""Token bucket per job: its size in events, and the seconds after which one token is added."""
+"""Size of a job's token bucket, and seconds until one token is added to the bucket."""
 MAX_BUCKETS = 4096
-"""With more token buckets than this, the full ones are dropped."""
+"""If there are more token buckets than this, the full buckets are dropped."""
 BLOCKING_REASONS = frozenset({
     Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING, Reason.QUOTA_EXCEEDED,
     Reason.FORBIDDEN_BY_POLICY, Reason.CHILDREN_CONFLICT,
@@ -49,7 +48,7 @@ BLOCKING_REASONS = frozenset({
 
 @dataclass(frozen=True)
 class EventDraft:
-    """An event that is to be emitted."""
+    """An event that will be emitted."""
 
     reason: Reason
     note: str
@@ -58,13 +57,13 @@ class EventDraft:
 
 
 def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[EventDraft]:
-    """Return the events that the change from `old` to `new` causes, in the order in which they happen in a run."""
+    """Return the events for the change from `old` to `new`, in the order in which these events occur in a run."""
     return [*_acceptance(old, new), *_attempts(old, new), *_waiting(old, new), *_training(old, new), *_end(old, new)]
 
 
 @dataclass(frozen=True)
 class ConditionState:
-    """A condition that may be absent."""
+    """Status, reason and message of a condition. All are empty if the condition is absent."""
 
     status: str = ""
     reason: str = ""
@@ -162,7 +161,7 @@ def _is_finished(status: FineTuneJobStatus) -> bool:
 
 
 def build_event(job: JobObject, draft: EventDraft, instance: str, now: datetime) -> Object:
-    """The object of one event; equal events of the same job have equal names."""
+    """Return the Kubernetes object of one event. Equal events of the same job have equal names."""
     text = clean(draft.note, MAX_NOTE_CHARACTERS)
     digest = hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()
     return {
@@ -196,13 +195,13 @@ def _micro_time(moment: datetime) -> str:
 
 @dataclass
 class TokenBucket:
-    """Limits the events of one job."""
+    """Limits the rate of one job's events."""
 
     tokens: float
     refilled_at: float
 
     def take(self, now: float) -> bool:
-        """Take a token. Returns False if there is none."""
+        """Take a token. Returns False if the bucket has no token."""
         self.tokens = min(BURST, self.tokens + (now - self.refilled_at) / REFILL_SECONDS)
         self.refilled_at = now
         if self.tokens < 1:
@@ -212,17 +211,17 @@ class TokenBucket:
 
 
 class Recorder:
-    """Posts events. Events beyond the rate limit of their job are dropped and logged."""
+    """Posts events. If a job's events exceed its rate limit, they are dropped and logged."""
 
     def __init__(self, kube: Kube, instance: str):
         self._kube = kube
         self._instance = instance
         self._buckets: dict[str, TokenBucket] = {}
         self._uncommitted: dict[str, set[str]] = {}
-        """Names of the events whose status is not written yet, by uid of the job."""
+        """Names of the events posted since the job's last status write, by uid of the job."""
 
     async def emit(self, job: JobObject, drafts: list[EventDraft]) -> None:
-        """Post the events of the status that is written next. Until `commit`, an event is posted once. Errors are logged, not raised."""
+        """Post the events for the next status write. Until `commit`, each event is posted only once. Errors are logged, not raised."""
         posted = self._uncommitted.setdefault(job.uid, set())
         for draft in drafts:
             event = build_event(job, draft, self._instance, self._kube.clock.now())
@@ -236,11 +235,11 @@ class Recorder:
                 async with asyncio.timeout(POST_TIMEOUT_SECONDS):
                     await self._post(event)
             except (KubeError, TimeoutError) as error:
-                # A terminating namespace or a missing permission must not hold up the reconcile.
+                # A terminating namespace or a missing permission must not fail the reconcile.
                 logger.info("event not posted: %s", error or "timeout")
 
     def commit(self, uid: str) -> None:
-        """Record that the status was written: the next equal event is a repeat and is counted."""
+        """Record that the status was written. From now on, an equal event is a repeat, and the series counts it."""
         self._uncommitted.pop(uid, None)
 
     async def _post(self, event: Object) -> None:

@@ -1,4 +1,4 @@
-"""Everything that is known about one FineTuneJob at one moment. `decide` and `report` read nothing else."""
+"""The facts: all data about one FineTuneJob at one moment. `decide` and `report` read only the facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune_operator.views import JobObject, JobView, PodView
 
 @dataclass(frozen=True)
 class ReceivedReport:
-    """A progress report of rank 0's pod, and when it was received."""
+    """A progress report of rank 0's pod, and the time at which the operator received the report."""
 
     report: ProgressReport
     time: datetime
@@ -31,7 +31,7 @@ class ReceivedReport:
 
 @dataclass(frozen=True)
 class ReportedCheckpoints:
-    """The committed checkpoints that rank 0's pod listed at one moment, and the step that the pod started from."""
+    """The committed checkpoints in one report of rank 0's pod, and the step from which that pod resumed."""
 
     checkpoints: tuple[Checkpoint, ...]
     resumed_from_step: int | None
@@ -46,21 +46,21 @@ class Facts:
     now: datetime
     config: OperatorConfig
     jobs: tuple[JobView, ...] = ()
-    """All Jobs whose label names the FineTuneJob; other objects may own some of them."""
+    """All Jobs whose label names the FineTuneJob. Other objects may own some of these Jobs."""
     pods: tuple[PodView, ...] = ()
     """All pods whose label names the FineTuneJob, including deleted pods that are still cached."""
     last_report: ReceivedReport | None = None
     """The newest progress report of the current attempt."""
     blocking_condition: BlockingCondition | None = None
-    """The blocking condition that events about the current Job or its pods report."""
+    """The blocking condition found in events about the current Job or its pods."""
     spec: FineTuneJobSpec = field(init=False)
-    """The resolved and adapted spec; of a refused spec, the fields that can be read."""
+    """The resolved and adapted spec. If the spec was refused, only the readable fields are set."""
 
     def __post_init__(self) -> None:
         spec, adaptations = self.acceptance.spec or FineTuneJobSpec(), self.job.status.adaptations
         object.__setattr__(self, "spec", apply_adaptations(spec, adaptations) if adaptations else spec)
 
-    # The spec. Fields that stop a job are read from the raw spec, so that they work even if the whole spec cannot be parsed.
+    # The spec. Fields that stop a job (suspend, cancel, deadline) are read from the raw spec. So they work even if the spec cannot be parsed.
 
     @property
     def suspend_requested(self) -> bool:
@@ -89,7 +89,7 @@ class Facts:
 
     @property
     def spec_is_readable(self) -> bool:
-        """Whether this version of the operator can read the user's spec."""
+        """Whether the operator can use the stored spec. False for OperatorTooOld (unknown field or value) and SpecChanged."""
         refusal_reason = self.acceptance.reason if isinstance(self.acceptance, Refused) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
 
@@ -107,7 +107,7 @@ class Facts:
 
     @property
     def attempt(self) -> int:
-        """Number of the current attempt; 1 before the first one."""
+        """Number of the current attempt, or 1 before the first attempt."""
         return max([self.job.status.attempt or 1, *(job.attempt for job in self.owned_jobs)])
 
     @property
@@ -123,18 +123,18 @@ class Facts:
 
     @property
     def nodes(self) -> int:
-        """Number of pods of the current Job; without a Job, of the spec."""
+        """Number of pods of the current Job. If there is no Job, the number of nodes in the spec."""
         job = self.current_job
         return job.nodes if job is not None and job.nodes else self.spec.resources.nodes or 1
 
     @property
     def attempt_pods(self) -> tuple[PodView, ...]:
-        """Pods of the current attempt, including deleted ones."""
+        """Pods of the current attempt, including deleted pods."""
         return tuple(pod for pod in self.owned_pods if pod.attempt == self.attempt)
 
     @property
     def active_pods(self) -> tuple[PodView, ...]:
-        """The newest unfinished pod of each rank of the current attempt; a queue may have replaced earlier pods."""
+        """The newest unfinished pod of each rank of the current attempt. If a queue replaced a pod, a rank has several pods."""
         return _newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
 
     @property
@@ -144,14 +144,14 @@ class Facts:
 
     @property
     def rank0(self) -> PodView | None:
-        """The active pod of rank 0, which serves the progress of the attempt."""
+        """The active pod of rank 0. This pod serves the attempt's progress over HTTP."""
         return next((pod for pod in self.active_pods if pod.index == 0), None)
 
     # Reports
 
     @property
     def live_report(self) -> ReceivedReport | None:
-        """The last report, if the pod that sent it is still active; a queue may have replaced the pod within the attempt."""
+        """The last report if its pod is still active. None if, for example, a queue has replaced the pod within the attempt."""
         rank0 = self.rank0
         is_live = self.last_report is not None and rank0 is not None and rank0.uid == self.last_report.pod_uid
         return self.last_report if is_live else None
@@ -160,9 +160,9 @@ class Facts:
     def reported_checkpoints(self) -> tuple[ReportedCheckpoints, ...]:
         """Lists of checkpoints from rank 0's pods of the current attempt, oldest first.
 
-        A queue may replace the pods within one attempt. The termination message of a replaced pod may be the only source for
-        the checkpoints that this pod committed last. It is ignored once the status lists these checkpoints, because retention
-        may have removed some of them since.
+        A queue may replace the pods within one attempt. Then the termination message of a replaced pod may be the only list of the last
+        checkpoints that the pod committed. Once the status lists these checkpoints, the message is ignored, because the retention policy
+        may have removed some of the checkpoints.
         """
         pods = sorted((pod for pod in self.attempt_pods if pod.index == 0), key=lambda pod: pod.created_at)
         received = self.last_report
@@ -178,18 +178,18 @@ class Facts:
         return tuple(ReportedCheckpoints(tuple(source.checkpoints), source.resumed_from_step) for source in sources)
 
     def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
-        """Whether the message lists a step of the current attempt that is newer than all of its steps in status."""
+        """Whether the message lists a newer step of the current attempt than the status does."""
         listed = self.steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
         return max(listed, default=0) > max(self.steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
 
     # Status
 
     def condition(self, kind: Condition) -> StatusCondition | None:
-        """A condition of the status."""
+        """Return the status condition of this type."""
         return self.job.status.condition(kind)
 
     def is_true(self, kind: Condition) -> bool:
-        """Whether a condition of the status is True."""
+        """Whether the status condition of this type is True."""
         return self.job.status.holds(kind)
 
     @property
@@ -199,7 +199,7 @@ class Facts:
 
     @property
     def termination_reason(self) -> Reason | None:
-        """Why the operator ends the current attempt, as recorded in status; None: the attempt may continue."""
+        """Why the operator ends the current attempt, as recorded in the status. None if the attempt may continue."""
         record = self.attempt_record
         if record is None or record.end_time is not None or not record.reason:
             return None
@@ -212,7 +212,7 @@ class Facts:
 
     @property
     def running_since(self) -> datetime | None:
-        """When the current period of running time began; None while queued, suspended or between attempts."""
+        """When the current period of running time began. None while the job is queued, suspended or between attempts."""
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
             # The status does not list the attempt yet.
@@ -230,26 +230,26 @@ class Facts:
 
     @property
     def admitted_at(self) -> datetime | None:
-        """When the queue admitted the Job; None: the queue holds it, or the Job controller has not resumed it yet."""
+        """When the queue admitted the Job. None while the Job waits for the queue or for the Job controller to resume it."""
         job = self.current_job
         return None if job is None or job.is_suspended or job.suspended_since is not None else job.started_at
 
     @property
     def earlier_running_seconds(self) -> float:
-        """Running time before the current period, in seconds."""
+        """Running time of the job before the current period, in seconds."""
         return float(self.job.status.active_seconds or 0)
 
     def running_seconds(self, until: datetime) -> float:
-        """Running time of all attempts until `until`; it ends earlier if a queue has suspended the Job."""
+        """Running time of all attempts until `until`, in seconds. If a queue has suspended the Job, the time since then does not count."""
         suspended_since = self.current_job.suspended_since if self.current_job else None
         end = min(until, suspended_since) if suspended_since else until
         return self.earlier_running_seconds + seconds_between(self.running_since, end)
 
     @property
     def last_seen_at(self) -> datetime:
-        """Newest time at which the current attempt, whose Job is gone, is known to have run.
+        """The last time at which the current attempt is known to have run. Used after the attempt's Job was deleted.
 
-        Usually now. If the operator did not run when the Job was deleted, the pods or the status show an earlier time.
+        Usually this is the current time. If the Job was deleted while the operator did not run, the pods or the status show an earlier time.
         """
         ends = [_end_of(pod) for pod in self.newest_pods]
         if None in ends:
@@ -267,37 +267,38 @@ class Facts:
 
     @property
     def newest_committed_step(self) -> int:
-        """Newest committed step of all attempts; 0: no committed step is known."""
+        """Newest committed step of all attempts, or 0 if no committed step is known."""
         status = self.job.status
         steps = [checkpoint.step for checkpoint in status.checkpoints]
         steps += [attempt.committed_step for attempt in status.attempts if attempt.committed_step is not None]
         return max([*steps, 0])
 
     def steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
-        """Steps of those checkpoints that the current attempt committed.
+        """Return the steps of the given checkpoints that the current attempt committed.
 
-        A checkpoint's URI names its attempt. If it does not, a step after `start`, from which the current attempt started, counts.
+        A checkpoint's URI usually names its attempt. If it names none, the checkpoint counts if its step is after `start`. `start` is the
+        step from which the current attempt started.
         """
         steps = [(checkpoint.step, attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
         return [step for step, attempt in steps if (step > (start or 0) if attempt is None else attempt == self.attempt)]
 
     @property
     def newest_step_of_earlier_attempts(self) -> int:
-        """Newest committed step of earlier attempts: the current attempt makes progress when it commits a newer step."""
+        """Newest committed step of earlier attempts. The current attempt has made progress if it commits a newer step."""
         status = self.job.status
         steps = [attempt.committed_step for attempt in status.attempts if attempt.number < self.attempt]
-        # The status keeps only the newest ten attempts; checkpoints of older attempts count as well.
+        # `status.attempts` has only the newest ten attempts, but `status.checkpoints` may contain checkpoints of older attempts.
         steps += [c.step for c in status.checkpoints if (attempt_of_uri(c.uri) or self.attempt) < self.attempt]
         return max([step for step in steps if step is not None] + [0])
 
     @property
     def max_start_step(self) -> int | None:
-        """Newest step that the next attempt may start from, after a rollback; None: no limit."""
+        """Newest step that the next attempt may start from after a rollback. None means no limit."""
         return max_start_step(self.job.status.adaptations, self.job.status.checkpoints)
 
     @property
     def next_start_step(self) -> int:
-        """Step that the next attempt is expected to start from."""
+        """The step from which the next attempt is expected to start."""
         limit = self.max_start_step
         return self.newest_committed_step if limit is None else min(limit, self.newest_committed_step)
 
@@ -308,5 +309,5 @@ def _newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
 
 
 def _end_of(pod: PodView) -> datetime | None:
-    """When a pod ended or should have ended; None: unknown."""
+    """Return when a pod ended or should have ended, or None if the time is unknown."""
     return (pod.terminated.finished_at if pod.terminated else None) or pod.deletion_timestamp

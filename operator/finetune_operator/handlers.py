@@ -1,6 +1,6 @@
-"""kopf's handlers: each event updates the cache, and a change adds the job to the work queue. Nothing else happens here.
+"""The handlers that kopf calls: each event updates the cache, and a relevant change adds the job to the work queue.
 
-Only `on.login` and `on.event` are used: kopf sets no finalizer, writes no annotation and keeps no state on any object.
+The operator uses only `on.login` and `on.event`, so kopf sets no finalizer, writes no annotation and keeps no state on any object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DELETED = "DELETED"
 
 
 def create_registry(kube: Kube, cache: Cache, queue: WorkQueue, monitor: WatchMonitor) -> kopf.OperatorRegistry:
-    """Return handlers that update `cache` and `queue`; `monitor` sees all requests that kopf sends."""
+    """Return handlers that update `cache` and `queue`. `monitor` observes all requests that kopf sends."""
     registry = kopf.OperatorRegistry()
 
     def enqueue(update: CacheUpdate | None) -> None:
@@ -53,7 +53,7 @@ def create_registry(kube: Kube, cache: Cache, queue: WorkQueue, monitor: WatchMo
 
 
 def cache_finetunejob(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate:
-    """Apply a watch event of a FineTuneJob to the cache; `event_type` is None for an object from a list."""
+    """Apply a watch event of a FineTuneJob to the cache. `event_type` is None for an object from a list."""
     meta = body["metadata"]
     key = Key(meta["namespace"], meta["name"])
     if event_type == DELETED:
@@ -65,7 +65,7 @@ def cache_finetunejob(cache: Cache, event_type: str | None, body: Object) -> Cac
 
 
 def cache_job(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate | None:
-    """Apply a watch event of a Job to the cache; None if the operator did not create the Job."""
+    """Apply a watch event of a Job to the cache. Returns None if the operator did not create the Job."""
     view = read_job(body)
     if view is None:
         return None
@@ -73,7 +73,7 @@ def cache_job(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate
 
 
 def cache_pod(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate | None:
-    """Apply a watch event of a pod to the cache; None if the pod belongs to no Job of the operator."""
+    """Apply a watch event of a pod to the cache. Returns None if the pod belongs to no Job of the operator."""
     view = read_pod(body)
     if view is None:
         return None

@@ -1,4 +1,4 @@
-"""Checks for `/healthz` and `/readyz`. A process counts as healthy only while its watches and workers make progress."""
+"""Health checks for `/healthz` and `/readyz`. The process is healthy only if its watches and workers make progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_operator.workqueue import WorkQueue
 
 
 class Health:
-    """Checks of one process. Each check returns a description of the problem; empty: no problem."""
+    """Health checks of this process. Each check returns a description of the problem, or an empty string."""
 
     def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, is_synced: asyncio.Event):
         self._monitor, self._queue, self._is_synced = monitor, queue, is_synced
@@ -20,25 +20,25 @@ class Health:
         self._is_stopping = False
 
     def on_workers_started(self) -> None:
-        """Start to report jobs that wait too long. On a standby no worker takes jobs, so long waiting times are normal there."""
+        """Start to report jobs that wait too long for a worker. A standby replica has no workers, so its jobs wait indefinitely."""
         self._queue.restart_wait_times()
         self._is_working = True
 
     def on_stopping(self) -> None:
-        """Report the process as not ready: it is about to end, and its workers take no more jobs."""
+        """Report the process as not ready, because it is stopping, and stop reporting jobs that wait too long."""
         self._is_working = False
         self._is_stopping = True
 
     def liveness_problem(self) -> str:
-        """Why the process should be restarted: a stalled watch, or a job that waits too long for a worker."""
+        """Return why the process should be restarted: a stalled watch, or a job that waits too long for a worker."""
         stalled = self._monitor.stalled_watch(self._stalled_watch_seconds)
         if stalled or not self._is_working:
             return stalled
         oldest = self._queue.oldest_seconds()
-        return f"a job has waited for {oldest:.0f} s" if oldest > self._stuck_seconds else ""
+        return f"a job has waited {oldest:.0f} s for a worker" if oldest > self._stuck_seconds else ""
 
     def readiness_problem(self) -> str:
-        """Why the process is not ready: the caches are not filled, or it is about to end."""
+        """Return why the process is not ready: its cache is not filled, or the process is stopping."""
         if self._is_stopping:
             return "the operator is stopping"
-        return "" if self._is_synced.is_set() else "the caches are not filled yet"
+        return "" if self._is_synced.is_set() else "the cache of Kubernetes objects is not filled yet"

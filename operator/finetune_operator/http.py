@@ -27,7 +27,7 @@ class Server:
         self.port = settings.port
 
     async def start(self) -> None:
-        """Listen. Errors: OSError if the port is in use."""
+        """Start the HTTP server. Errors: OSError if the port is in use."""
         app = web.Application()
         app.router.add_get("/healthz", self._get_healthz)
         app.router.add_get("/readyz", self._get_readyz)
@@ -40,7 +40,7 @@ class Server:
         logger.info("serving /healthz, /readyz and /metrics on port %d", self.port)
 
     async def stop(self) -> None:
-        """Stop listening."""
+        """Stop the HTTP server."""
         if self._runner is not None:
             await self._runner.cleanup()
 

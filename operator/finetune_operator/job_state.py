@@ -1,4 +1,4 @@
-"""In-process state of a job between two reconciles. Correctness never depends on it: a restarted operator begins with an empty state."""
+"""In-process state of a job between two reconciles. A restarted operator starts without this state, so correctness does not depend on it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.throttle import PendingChanges
 
 FIRST_EVENT_READ_SECONDS = 15.0
-"""Seconds between the first two reads of events about missing pods; the interval doubles."""
+"""Seconds between the first two reads of events about missing pods. The interval doubles after each read."""
 SPEC_NOT_NEEDED = Accepted(FineTuneJobSpec())
-"""Saves memory: replaces the resolved spec of a finished job, which later reconciles do not use."""
+"""Placeholder for the resolved spec of a finished job. Later reconciles do not use that spec, so the placeholder saves memory."""
 
 
 @dataclass
 class EventReadState:
-    """The blocking condition that events about the missing pods of a job show, and when the events are read next."""
+    """The blocking condition found in events about a job's missing pods, and the time of the next read of these events."""
 
     condition: BlockingCondition | None = None
     due: float | None = None
-    """Time of the next read, in loop time; None: no pod is missing."""
+    """Event loop time of the next read, or None if no pod is missing."""
     interval: float = FIRST_EVENT_READ_SECONDS
 
 
@@ -34,11 +34,11 @@ class JobState:
     uid: str = ""
     generation: int = 0
     spec: Object = field(default_factory=dict)
-    """Spec of the generation `generation` that `acceptance` was computed from."""
+    """The spec from which `acceptance` was computed; its `metadata.generation` was `generation`."""
     acceptance: Accepted | Refused = SPEC_NOT_NEEDED
     event_read: EventReadState = field(default_factory=EventReadState)
     pending: PendingChanges = field(default_factory=PendingChanges)
     first_status_due: float | None = None
-    """Loop time until which the job's first status write may be deferred during a burst."""
+    """The job's first status write may be deferred until this event loop time during a burst."""
     status_rejection: str = ""
-    """The last message with which the API server rejected this job's status. A repeated message is not reported again."""
+    """The API server's last error message that rejected this job's status. If the same message is repeated, it is not logged again."""

@@ -1,7 +1,7 @@
-"""Points in the code at which a test can kill the operator, to prove that it recovers from a crash there.
+"""Points in the code at which a test can kill the operator. Such a test proves that the operator recovers from a crash at that point.
 
-The points are active only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts. When the process reaches the point
-whose name the file contains, it removes the file and kills itself with SIGKILL. Without the variable, a point costs one comparison.
+The points are active only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts. The file contains the name of a point. When
+the process reaches that point, it removes the file and kills itself with SIGKILL. Without the variable, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ VARIABLE = "FINETUNE_TEST_KILL_FILE"
 
 
 class Point(StrEnum):
-    """A point between two effects that are visible outside the process."""
+    """A point between two requests to the API server that change objects."""
 
     BEFORE_STATUS_WRITE = "before_status_write"
-    """The events are emitted, and the status is not written yet."""
+    """The events have been emitted, but the status has not been written yet."""
     AFTER_STATUS_WRITE = "after_status_write"
     BEFORE_JOB_CREATE = "before_job_create"
     AFTER_JOB_CREATE = "after_job_create"

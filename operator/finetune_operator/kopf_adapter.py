@@ -1,18 +1,18 @@
-"""Everything that works around kopf: its settings, state storages, HTTP session, retries, watches and log lines.
+"""Adapts kopf to this operator: its settings, state storages, HTTP session, retries, watches and log lines.
 
-kopf lists and watches the resources and calls the handlers in `handlers.py`, as in any operator built with kopf. Each item below is
-needed because of a behaviour of kopf 1.45 or of a measurement, and a test fails without it:
+kopf lists and watches the resources and calls the handlers in `handlers.py`, as in any operator built with kopf. Each item below works
+around a behaviour of kopf 1.45. Without the item, a test fails:
 
 * `EndlessBackoff`: `networking.error_backoffs` is finite by default (https://github.com/nolar/kopf/pull/788).
 * `NoDiffBaseStorage`, `NoProgressStorage`: the default storages copy each object at each event
   (https://github.com/nolar/kopf/issues/702).
-* `TracedSession`: all contexts share a custom session (https://github.com/nolar/kopf/pull/1230), and the first context
-  that ends closes it.
+* `TracedSession`: all contexts share a custom session (https://github.com/nolar/kopf/pull/1230). The first context that ends
+  closes the session for all others.
 * `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch permanently;
   `WatchMonitor` detects stalled watches instead.
-* `run`: kopf reads the API server's discovery document once at startup when `scanning.disabled` is set.
-* `RetryLogFilter`: kopf logs each request that it is going to retry as an error.
-* kopf does not report objects that were deleted between two lists: `resync.py` compares full lists with the cache.
+* `run`: if `scanning.disabled` is set, kopf reads the API server's discovery document only once, at startup.
+* `RetryLogFilter`: kopf logs an error before each retry of a request.
+* `resync.py` compares full lists with the cache, because kopf does not report objects that were deleted between two lists.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from finetune_operator.objects import FINETUNEJOB, SELECTOR
 from finetune_operator.settings import OperatorConfig
 
 LOGIN_PERIOD = timedelta(minutes=10)
-"""Time after which kopf asks for credentials again, because service account tokens rotate."""
+"""kopf asks for new credentials after this time, because service account tokens rotate."""
 WATCH_SECONDS = 60
 """Duration of one watch request (`timeoutSeconds`). kopf then starts the next one at the last resourceVersion."""
 WATCH_TIMEOUT_SECONDS = 75
-"""Client-side timeout of one watch request: longer than `WATCH_SECONDS`, so that it ends only dead connections."""
+"""Client-side timeout of one watch request. It is longer than `WATCH_SECONDS`, so this timeout ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
 SHUTDOWN_SECONDS = 25
-"""Time for kopf's own shutdown: less than the pod's termination grace period of 30 seconds."""
+"""Time limit for kopf's shutdown. The pod's termination grace period is 30 seconds."""
 DISCOVERY_PERIOD_SECONDS = 0.2
 STALLED_WATCH_SECONDS = 4.0 * WATCH_TIMEOUT_SECONDS
 """A watch counts as stalled after this many seconds without a new request. The longest pause of `EndlessBackoff` is much shorter."""
 OTHER_RESOURCE = "discovery"
-"""Value of the metric label `resource` for requests to all other URLs than the watched collections."""
+"""Value of the metric label `resource` for requests to URLs other than the watched collections."""
 
 
 class EndlessBackoff:
-    """Pauses between retries, in seconds, without end: the API server may be unavailable for an hour during an upgrade.
+    """An infinite sequence of pauses between retries, in seconds.
 
-    After kopf's default of eight retries, the watching task and the operator would end. This is a class, not a generator, because
-    kopf iterates over the same object for each request.
+    The API server may be unavailable for an hour during an upgrade. By default kopf gives up after eight retries, and the operator ends.
+    This is a class, not a generator, because kopf iterates over the same object for each request.
     """
 
     def __iter__(self) -> Iterator[float]:
@@ -64,9 +64,8 @@ class EndlessBackoff:
 class NoDiffBaseStorage(kopf.DiffBaseStorage):
     """Stores no last-handled state.
 
-    By default kopf builds a deep copy of each object at each event to find out what changed, even if only `on.event` handlers exist.
-    Each Job contains a run configuration of several kilobytes, so the copy took half of the time of an event. The operator does not
-    use the result.
+    By default kopf makes a deep copy of the object at each event, to compute the difference to the last-handled state. `on.event` handlers
+    do not use the difference. Each Job contains a run configuration of several kilobytes, so the copy took half of the time of an event.
     """
 
     def build(self, **_: Any) -> kopf.BodyEssence:
@@ -80,7 +79,7 @@ class NoDiffBaseStorage(kopf.DiffBaseStorage):
 
 
 class NoProgressStorage(kopf.ProgressStorage):
-    """Stores no handler progress: `on.event` handlers are never retried and have none."""
+    """Stores no handler progress. kopf never retries `on.event` handlers, so they have no progress."""
 
     def fetch(self, **_: Any) -> None:
         return None
@@ -99,7 +98,7 @@ class NoProgressStorage(kopf.ProgressStorage):
 
 
 def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
-    """Settings with which kopf only lists and watches, with label selectors, and writes nothing to the cluster."""
+    """Return kopf's settings. With them, kopf lists and watches with label selectors, and writes nothing to the cluster."""
     result = kopf.OperatorSettings()
     result.persistence.diffbase_storage = NoDiffBaseStorage()
     result.persistence.progress_storage = NoProgressStorage()
@@ -114,8 +113,8 @@ def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
     result.watching.chunk_size = PAGE_SIZE
     result.watching.server_timeout = WATCH_SECONDS
     result.watching.client_timeout = WATCH_TIMEOUT_SECONDS
-    # The inactivity timeout cancels the watching task at any await. If the task is passing an event on instead of reading the next
-    # one, the task ends permanently and without an error. `client_timeout` ends dead connections instead.
+    # The inactivity timeout can cancel the watching task at any await. If the task is handing over an event at that moment, the watch
+    # ends permanently and without an error. `client_timeout` ends dead connections instead.
     result.watching.inactivity_timeout = TEN_YEARS_SECONDS
     result.watching.label_selectors["batch", "v1", "jobs"] = SELECTOR
     result.watching.label_selectors["", "v1", "pods"] = SELECTOR
@@ -129,9 +128,9 @@ async def run(
     monitor: WatchMonitor,
     is_stopping: Callable[[], bool],
 ) -> None:
-    """Run kopf until the process is asked to stop. First wait until the API server serves the custom resource.
+    """Wait until the API server serves the custom resource, then run kopf until the process is asked to stop.
 
-    With `scanning.disabled`, kopf reads the discovery document only once: it would never watch a CRD that is not served yet.
+    With `scanning.disabled`, kopf reads the discovery document only once. If the CRD is not served at that time, kopf never watches it.
     """
     while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- the API server sends no event for this
         await asyncio.sleep(DISCOVERY_PERIOD_SECONDS)
@@ -168,11 +167,11 @@ async def login(kube: Kube, monitor: WatchMonitor) -> TracedSession:
 
 
 class TracedSession(kopf.AiohttpSession):
-    """Credentials that create a new HTTP session for each of kopf's contexts, with the tracing of `WatchMonitor`.
+    """Credentials that create a new HTTP session for each of kopf's contexts. `WatchMonitor` traces the requests of each session.
 
-    kopf closes the session when a context ends. If all contexts shared one session, as `kopf.AiohttpSession` intends, the remaining
-    watches would wait for new credentials forever after the end of the first context, and the process would not exit.
-    Two objects are equal if their credentials are equal: otherwise kopf would retry credentials that the server has rejected.
+    When a context ends, kopf closes its session. `kopf.AiohttpSession` would share one session among all contexts. After the end of the
+    first context, the remaining watches would wait for new credentials forever, and the process would not exit.
+    Two objects are equal if their credentials are equal. Otherwise kopf would retry credentials that the server has rejected.
     """
 
     _source: tuple[kopf.ConnectionInfo, WatchMonitor]
@@ -191,7 +190,7 @@ class TracedSession(kopf.AiohttpSession):
 
     @property
     def aiohttp_session(self) -> aiohttp.ClientSession:
-        """A new session with the same arguments that kopf itself uses for a `ConnectionInfo`."""
+        """Create a session with the arguments that kopf itself uses for a `ConnectionInfo`."""
         info, monitor = self._source
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
@@ -202,36 +201,36 @@ class TracedSession(kopf.AiohttpSession):
 
     @aiohttp_session.setter
     def aiohttp_session(self, _: aiohttp.ClientSession) -> None:
-        """Ignore the value that the base class's constructor sets."""
+        """Ignore the value: the constructor of the base class assigns one."""
 
 
 class WatchMonitor:
-    """Counts kopf's requests and detects stalled watches of the given collections (URL paths). For one event loop.
+    """Counts kopf's requests and detects stalled watches of the given collections (URL paths).
 
-    The API server ends each watch after `WATCH_SECONDS`, even one without events, and kopf then starts the next one. A watch without
-    a new request is stalled: its events are lost. Full re-lists would hide this, because they also deliver the changes, but late.
+    The API server ends each watch request after `WATCH_SECONDS`, and kopf then sends the next request. If kopf sends no new request, the
+    watch is stalled and its events are lost. Full re-lists also deliver the changes, but late, so they could mask a stalled watch.
     """
 
     def __init__(self, paths: Iterable[str], observer: RequestObserver):
         self._observer = observer
         self._paths = tuple(paths)
         self._last_started: dict[str, float] = {}
-        """Loop time of the last successful start of a watch, by path."""
+        """Event loop time of the last successful watch request, by path."""
 
     def start(self) -> None:
-        """Start to detect stalled watches, just before kopf starts to watch."""
+        """Start to detect stalled watches. Call this just before kopf starts to watch."""
         self._last_started = dict.fromkeys(self._paths, asyncio.get_running_loop().time())
 
     def stalled_watch(self, limit_seconds: float) -> str:
-        """Describe a watch that has been stalled for longer than `limit_seconds`; empty: no watch is stalled."""
+        """Describe a watch that has been stalled for longer than `limit_seconds`. Returns an empty string if no watch is stalled."""
         now = asyncio.get_running_loop().time()
         path, since = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
         age = now - since
         return f"the watch of {path} is stalled: no request for {age:.0f} s" if age > limit_seconds else ""
 
     def record(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
-        """Record one answered request. `status` is 0 without an answer; `seconds` end at the response's headers."""
-        # The API server's URL may contain a path prefix, as with Rancher: only the end is compared.
+        """Record one request. `status` is 0 if there was no answer. `seconds` is the time until the response's headers arrived."""
+        # The API server's URL may contain a path prefix (as with Rancher), so only the end of the path is compared.
         collection = next((known for known in self._paths if path.endswith(known)), "")
         verb = "get" if not collection else "watch" if is_watch else "list"
         self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE, status, seconds)
@@ -239,7 +238,7 @@ class WatchMonitor:
             self._last_started[collection] = asyncio.get_running_loop().time()
 
     def trace_config(self) -> aiohttp.TraceConfig:
-        """Hooks for an aiohttp session that call `record` for each request."""
+        """Return tracing hooks for an aiohttp session. The hooks call `record` for each request."""
         config = aiohttp.TraceConfig()
         config.on_request_start.append(self._on_start)
         config.on_request_end.append(self._on_end)
@@ -274,7 +273,7 @@ class WatchMonitor:
 class RetryLogFilter(logging.Filter):
     """Lowers the log level of kopf's messages about the first retries of a request.
 
-    kopf logs each retry as an error. Retries are common, for example of a throttled request (429) or of one in flight at shutdown.
+    kopf logs each retry as an error. But retries are common, for example after a throttled request (429) or during shutdown.
     """
 
     FIRST_RETRIES = 5
@@ -283,7 +282,7 @@ class RetryLogFilter(logging.Filter):
     )
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep each record; change its level to WARNING if it announces one of the first retries."""
+        """Change the level of a record to WARNING if the record is about one of the first retries. Keep all records."""
         match = self._RETRIED.match(record.getMessage()) if record.name.startswith("kopf") else None
         if match is not None and int(match.group(1)) <= self.FIRST_RETRIES:
             record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
@@ -291,8 +290,8 @@ class RetryLogFilter(logging.Filter):
 
 
 def configure_logging() -> None:
-    """Adjust kopf's log messages. Call this after the root logger has its handlers."""
+    """Change the levels of kopf's log messages. Call this after the root logger has its handlers."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(RetryLogFilter())
-    # kopf logs each event of each object at INFO; the reconciler logs what it does because of it.
+    # kopf logs each event of each object at INFO. The reconciler logs its own actions, so kopf's lines are not needed.
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)

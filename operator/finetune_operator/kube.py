@@ -1,10 +1,10 @@
-"""Client of the Kubernetes API server: plain dicts in and out, typed errors, and a timeout for each request.
+"""Client of the Kubernetes API server. Objects are plain dicts, errors are typed, and each request has a timeout.
 
-It uses the asyncio part of the official client for kubeconfig, rotating tokens, TLS and proxies, but not the client's generated
-models: they lose fields that a newer server sends.
+The asyncio part of the official client handles kubeconfig, rotating tokens, TLS and proxies. Its generated models are not used, because
+they drop fields that a newer server sends.
 
-Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. A create is not
-retried: if its outcome is unknown, the caller reads the object by name.
+Only this module retries requests. It retries reads, writes that contain a resourceVersion, and deletes that contain a uid. It does not
+retry creates: if the outcome of a create is unknown, the caller reads the object by name.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ logger = logging.getLogger(__name__)
 
 USER_AGENT = names.MANAGER
 MAX_TRIES = 5
-"""Number of times that a request is sent, including the first."""
+"""Maximum number of tries of one request, including the first try."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 MAX_MESSAGE_CHARACTERS = 2048
-"""Error messages are cut to this length, because the message about a rejected Job contains the whole Job."""
+"""Maximum length of an error message. The message about a rejected Job contains the whole Job, so longer messages are cut."""
 PAGE_SIZE = 200
-"""Objects per page of a list. A page of this size has some megabytes, and parsing it blocks the event loop."""
+"""Objects per page of a list. A page of this size has a few megabytes. Larger pages would block the event loop longer during parsing."""
 CLOCK_PERIOD_SECONDS = 10.0
-"""Time between two comparisons with the server's clock."""
+"""Seconds between two comparisons of the local clock with the server's clock."""
 CLOCK_TOLERANCE_SECONDS = 2.0
-"""Difference between the two clocks that is ignored, because the server's `Date` header has whole seconds."""
+"""A smaller difference between the two clocks is ignored, because the server's `Date` header has whole seconds."""
 
 
 class KubeError(Exception):
-    """A request failed. `code` is the HTTP status, 0 without an answer."""
+    """A request failed. `code` is the HTTP status, or 0 if there was no answer."""
 
     def __init__(self, verb: str, kind: Kind, name: str, code: int, reason: str, message: str):
         super().__init__(f"{verb} {kind.plural} {name}: {code} {reason}: {message}")
         self.verb, self.kind, self.name, self.code, self.reason, self.message = verb, kind, name, code, reason, message
         self.retry_after: float | None = None
         self.object_missing = False
-        """Whether a 404 is about this object: the kind and the namespace exist."""
+        """Whether a 404 means that this object does not exist, although its kind and its namespace exist."""
 
 
 class NotFound(KubeError):
@@ -63,11 +63,11 @@ class NotFound(KubeError):
 
 
 class AlreadyExists(KubeError):
-    """409 on a create: an object of this name exists."""
+    """409 on a create: an object with this name already exists."""
 
 
 class Conflict(KubeError):
-    """409 on any other request: the object has changed since it was read, or has another uid."""
+    """409 on a request other than a create: the object has changed since it was read, or it has another uid."""
 
 
 class Invalid(KubeError):
@@ -75,11 +75,11 @@ class Invalid(KubeError):
 
 
 class Forbidden(KubeError):
-    """403: a missing permission, a quota or an admission policy; the message names it."""
+    """403: a permission is missing, or a quota or an admission policy refuses the request. The message names the cause."""
 
 
 class NamespaceTerminating(KubeError):
-    """The namespace is being deleted or does not exist: nothing can be created in it."""
+    """The namespace is being deleted or does not exist, so no object can be created in it."""
 
 
 class Expired(KubeError):
@@ -91,7 +91,7 @@ class Unavailable(KubeError):
 
 
 class OutcomeUnknown(KubeError):
-    """No answer to a create: the object may exist or not."""
+    """The server did not answer a create request, so it is unknown whether the object exists."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,18 @@ class Created:
 
 
 class Listing(NamedTuple):
-    """A list, or one page of it."""
+    """A list of objects, or one page of such a list."""
 
     items: list[Object]
     version: int
     """resourceVersion of the list."""
     is_first_page: bool = True
-    """Whether a list starts with this page. If it is not the first call's, the list had expired: discard objects of earlier pages."""
+    """Whether this page starts a list. If a later page is a first page again, the list restarted: discard the earlier pages."""
 
 
 @dataclass
 class ServerClock:
-    """The API server's clock. Deadlines are computed from times that the server set, so they must not depend on the local clock."""
+    """The API server's clock. The server sets the times from which deadlines are computed, so the local clock must not be used."""
 
     offset: timedelta = timedelta()
     compared_at: float = field(default=float("-inf"))
@@ -137,7 +137,7 @@ class ServerClock:
 
 
 RequestObserver = Callable[[str, str, int, float], None]
-"""Called after each request with verb, plural, status code (0: no answer) and duration in seconds."""
+"""A function that is called after each request. Arguments: verb, plural, status code (0: no answer), duration in seconds."""
 
 
 class Kube:
@@ -146,7 +146,7 @@ class Kube:
     def __init__(self, configuration: Configuration, settings: ApiSettings, observer: RequestObserver | None = None):
         configuration.connection_pool_maxsize = settings.connections
         configuration.retries = None
-        # The proxy variables are read once, here. With `trust_env` the client reads them, and ~/.netrc in a thread, for each request.
+        # The proxy variables are read only once, here. With `trust_env`, the client would read them and ~/.netrc for each request.
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.proxy = configuration.proxy or _proxy_of(configuration.host)
         self.configuration = configuration
@@ -155,13 +155,13 @@ class Kube:
         self._timeout = settings.timeout_seconds
         self._observer = observer or (lambda verb, plural, code, seconds: None)
         self.ensure_may_write: Callable[[], None] = lambda: None
-        """Called before each write except those of Leases; raises if this replica may no longer write."""
+        """Called before each write, except writes of Leases. It raises an error if this replica may no longer write."""
 
     @classmethod
     async def connect(
         cls, settings: ApiSettings, observer: RequestObserver | None = None, *, kubeconfig: Path | None = None
     ) -> Kube:
-        """Connect with `kubeconfig`, else with the pod's ServiceAccount, else with $KUBECONFIG or ~/.kube/config.
+        """Connect with the first of these that exists: `kubeconfig`, the pod's ServiceAccount, $KUBECONFIG, ~/.kube/config.
 
         Errors: kubernetes.aio.config.ConfigException if none of these exists.
         """
@@ -180,7 +180,7 @@ class Kube:
         await self._rest.close()
 
     async def is_served(self, kind: Kind) -> bool:
-        """Whether the discovery document contains this kind. A new CRD is listed there shortly after its collection can be read."""
+        """Whether the discovery document lists this kind. For a new CRD, this becomes true shortly after its objects can be read."""
         group = kind.api_version.partition("/")[0]
         groups = (await self._send_with_retries("get", kind, "", "GET", "/apis")).body.get("groups") or []
         if group not in [served.get("name") for served in groups]:
@@ -198,7 +198,7 @@ class Kube:
         return (await self._send_with_retries("get", kind, name, "GET", kind.path(namespace, name))).body
 
     async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
-        """All objects of a kind, in one namespace or in the cluster."""
+        """Return all objects of a kind in one namespace or in the whole cluster."""
         items: list[Object] = []
         version = 0
         async for page in self.pages(kind, namespace, labels=labels, fields=fields):
@@ -211,8 +211,8 @@ class Kube:
     ) -> AsyncIterator[Listing]:
         """Like `list`, but page by page, so that the caller need not hold all objects. All pages show the same resourceVersion.
 
-        If the continue token expires between two pages (the server compacts its history every five minutes), the list restarts with
-        another first page. The restarted list has only one page, as in client-go's pager: it has no continue token that could expire.
+        The server compacts its history every five minutes. If the continue token expires between two pages, the list restarts with
+        another first page. The restarted list has only one page, as in client-go's pager, so no continue token can expire again.
         """
         query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": labels} if labels else {})
         query |= {"fieldSelector": fields} if fields else {}
@@ -241,9 +241,9 @@ class Kube:
         return await self._send("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
 
     async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
-        """Replace an object or its `subresource`; `body` has the resourceVersion with which the object was read.
+        """Replace an object or its `subresource`. `body` contains the resourceVersion with which the object was read.
 
-        Errors: Conflict if the object has changed since, NotFound, ...
+        Errors: Conflict if the object has changed since that read, NotFound, ...
         """
         name = body["metadata"]["name"]
         path = kind.path(namespace, name, subresource)
@@ -253,13 +253,13 @@ class Kube:
     async def patch(
         self, kind: Kind, namespace: str, name: str, body: Object, *, subresource: str | None = None
     ) -> Object:
-        """Merge-patch an object or its `subresource`, without retries, since the patch has no precondition."""
+        """Merge-patch an object or its `subresource`. The request is not retried, because a patch has no precondition."""
         return (await self._send("patch", kind, name, "PATCH", kind.path(namespace, name, subresource), body=body)).body
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace: int | None = None
     ) -> bool:
-        """Delete the object with this uid. Returns False if it does not exist; an object of the same name with another uid stays.
+        """Delete the object with this name and uid. Returns False if no such object exists.
 
         `grace` is the termination grace period in seconds.
         """
@@ -279,7 +279,7 @@ class Kube:
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> Created:  # fmt: skip
-        """Send a request that may be retried; retry it with growing pauses while the server is unavailable."""
+        """Send a request, and retry it with growing pauses while the server is unavailable."""
         pause = FIRST_PAUSE_SECONDS
         for tries_left in reversed(range(MAX_TRIES)):
             try:
@@ -296,7 +296,7 @@ class Kube:
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> Created:  # fmt: skip
-        """Send one request. Errors: a KubeError for each status from 400, and if there is no answer."""
+        """Send one request. Errors: KubeError if the status is 400 or higher, or if there is no answer."""
         if method != "GET" and kind is not LEASE:
             self.ensure_may_write()
         url = self.configuration.host + path + (f"?{urlencode(query)}" if query else "")
@@ -332,7 +332,7 @@ class Kube:
 
 
 def _proxy_of(url: str) -> str | None:
-    """The proxy for this URL according to HTTPS_PROXY, NO_PROXY and similar environment variables."""
+    """Return the proxy for this URL according to HTTPS_PROXY, NO_PROXY and similar environment variables."""
     parts = urlsplit(url)
     if not parts.hostname or proxy_bypass(parts.hostname):
         return None
@@ -381,7 +381,7 @@ def _error_from_status(
         case 429:
             error = Unavailable
         case _ if code >= 500:
-            # A 5xx on a create may come from a proxy after the server has created the object.
+            # A proxy may answer a create with a 5xx although the server has created the object.
             error = OutcomeUnknown if verb == "create" else Unavailable
     answer = error(verb, kind, name, code, reason, message)
     answer.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name

@@ -1,7 +1,7 @@
-"""Leader election with a Lease, by client-go's rules: exactly one replica is active.
+"""Leader election with a Lease, by the rules of client-go: at most one replica is active.
 
-A replica measures the age of the leader's last renewal with its own clock, from when it observed the renewal. It never uses the times
-in the Lease, so the replicas' clocks may differ. A leader that cannot renew the Lease in time stops writing, and its process ends.
+A replica uses its own clock to measure the time since it observed the leader's last renewal. It never uses the times in the Lease, so the
+replicas' clocks may differ. If the leader cannot renew the Lease in time, it stops writing, and its process ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
-    """Another replica may be the leader by now, so this replica must not write any more."""
+    """Another replica may have become the leader, so this replica must not write to the API server any more."""
 
 
 class LeaderElector:
@@ -71,8 +71,8 @@ class LeaderElector:
             logger.info("the Lease was not released: %s", error)
 
     async def _try_acquire_or_renew(self) -> bool:
-        """Acquire or renew the Lease once. Returns whether this replica holds it."""
-        # The time of renewal is the start of the request: other replicas may see the new Lease long before the response arrives.
+        """Try once to acquire or renew the Lease. Returns whether this replica holds the Lease."""
+        # Other replicas may see the new Lease long before the response arrives. So the start of the request counts as time of renewal.
         started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._settings.renew_deadline_seconds):
@@ -136,14 +136,14 @@ class LeaderElector:
             self._observed_at = asyncio.get_running_loop().time()
 
     def _is_expired(self) -> bool:
-        """Whether the Lease has not changed for its whole duration, by the local clock."""
+        """Whether the Lease has been unchanged for longer than its duration, by the local clock."""
         return asyncio.get_running_loop().time() - self._observed_at > self._settings.lease_duration_seconds
 
 
 class Leadership:
-    """Acquires the Lease, calls `prepare`, then `start_work`, and renews the Lease all the time.
+    """Acquires the Lease, calls `prepare` and then `start_work`, and renews the Lease until the process ends.
 
-    Without `elector` the replica is always the leader, and `prepare` is not called: the process has just filled its cache.
+    If `elector` is None, the replica is always the leader. `prepare` is then not called, because the process has just filled its cache.
     """
 
     def __init__(
@@ -153,9 +153,9 @@ class Leadership:
         self._is_acquired = asyncio.Event()
 
     def coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Two coroutines by name, which run concurrently until the process ends. Errors: LeaseLost, and errors of `prepare`.
+        """Return two coroutines by name. Both run until the process ends. Errors: LeaseLost, and errors of `prepare`.
 
-        They are separate because `prepare` lists all objects. With thousands of objects, this takes longer than the renew deadline.
+        With thousands of objects, `prepare` takes longer than the renew deadline, so another coroutine renews the Lease at the same time.
         """
         return {"lease": self._hold_lease(), "leader": self._lead()}
 

@@ -1,4 +1,4 @@
-"""Log lines as text for people or as JSON for log collectors. Each line names the job that is being reconciled."""
+"""Formats log lines as text for people or as JSON for log collectors. Each line names the job that is being reconciled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finetune_operator.settings import LogFormat, LogSettings
 job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
 """`namespace/name` of the job that is being reconciled."""
 attempt: contextvars.ContextVar[int] = contextvars.ContextVar("attempt", default=0)
-"""Current attempt of that job; 0: none."""
+"""Number of the current attempt of the job that is being reconciled, or 0 before the first attempt."""
 reconcile: contextvars.ContextVar[int] = contextvars.ContextVar("reconcile", default=0)
-"""Number of this reconciliation since the process started."""
+"""Number of the current reconcile, counted since the process started."""
 
 
 def context() -> dict[str, Any]:
-    """Context fields of the current log line, without empty ones."""
+    """Return the context fields of the current log line, without empty fields."""
     fields = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile.get()}
     return {name: value for name, value in fields.items() if value}
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the operator. Label values are bounded: verbs, kinds, reasons and phases, never job names."""
+"""Prometheus metrics of the operator. Labels are verbs, kinds, reasons and phases, but not job names, so the number of series is bounded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.api_requests = Counter(
             f"{PREFIX}_api_requests_total",
-            "Requests to the API server, including watches; code 0: no answer.",
+            "Requests to the API server, including watches. Code 0 means no answer.",
             ["verb", "resource", "code"],
             registry=self.registry,
         )
@@ -66,12 +66,12 @@ class Metrics:
         )
         self.steps_done = Counter(
             f"{PREFIX}_steps_total",
-            "Optimizer steps of ended attempts, repeated ones included.",
+            "Optimizer steps of ended attempts, including repeated steps.",
             registry=self.registry,
         )
         self.steps_lost = Counter(
             f"{PREFIX}_steps_lost_total",
-            "Optimizer steps that had to be repeated; goodput is 1 - lost / done.",
+            "Optimizer steps that had to be repeated. Goodput is 1 - steps_lost_total / steps_total.",
             registry=self.registry,
         )
         self.loop_lag = Gauge(f"{PREFIX}_event_loop_lag_seconds", "Delay of the event loop.", registry=self.registry)

@@ -32,12 +32,12 @@ class Observer:
         self.states: dict[Key, JobState] = {}
 
     async def observe(self, key: Key) -> Facts | None:
-        """Return the facts about a job; None: the job does not exist. Errors: KubeError."""
+        """Return the facts about a job, or None if the job does not exist. Errors: KubeError."""
         facts = self._from_cache(key)
         for read in (self._read_job, self._read_pods, self._read_blocking):
             if facts is None or facts.is_finished or facts.job.is_deleting:
                 return facts
-            # The cache may change during each read: afterwards the job may be deleted or replaced.
+            # The cache may change during each read. For example, the job may be deleted or replaced.
             if await read(key, facts):
                 facts = self._from_cache(key)
         return facts
@@ -65,10 +65,10 @@ class Observer:
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
         finished = job.status.holds(Kind.FINISHED)
-        # A CRD that prunes fields changes the spec but not the generation.
+        # If a CRD prunes fields, the spec changes but the generation does not.
         changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
-        # An operator that ended after it created the first Job has not recorded the attempt. The rules for new jobs do not apply.
+        # If the operator ended just after it created the first Job, the status lacks the attempt. But this job is not a new job.
         first = first_attempt(job.status) or (FirstAttempt() if has_job else None)
         refused_as_new = isinstance(state.acceptance, Refused) and state.acceptance.is_final and first is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
@@ -77,7 +77,7 @@ class Observer:
         return state
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:
-        """Read the Job of a running attempt if it is not cached; returns whether a request was sent."""
+        """Read the Job of a running attempt if the cache lacks that Job. Returns whether a request was sent."""
         record = facts.attempt_record
         is_running = record is not None and record.start_time is not None and record.end_time is None
         if facts.current_job is not None or not is_running:
@@ -92,7 +92,7 @@ class Observer:
         return True
 
     async def _read_pods(self, key: Key, facts: Facts) -> bool:
-        """Read the pods of a finished Job if the cache does not show how they ended; returns whether a request was sent."""
+        """Read the pods of a finished Job if the cache does not show how they ended. Returns whether a request was sent."""
         if not pods_lag_behind_job(facts):
             return False
         selector = f"{Label.UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
@@ -112,18 +112,18 @@ class Observer:
         return await self._blocking.read(key, facts, self.states[key].event_read)
 
     def drop(self, key: Key) -> JobState | None:
-        """Drop the state of a job that no longer exists, and return it."""
+        """Drop the in-process state of a deleted job, and return that state."""
         self._blocking.release(key)
         return self.states.pop(key, None)
 
     def release_finished(self, key: Key) -> None:
-        """Release the memory and the reservation that a finished job no longer needs."""
+        """Release a finished job's resolved spec and its reservation in the rate limiter, because neither is needed any more."""
         self._blocking.release(key)
         self.states[key].acceptance = SPEC_NOT_NEEDED
 
 
 def pods_lag_behind_job(facts: Facts) -> bool:
-    """Whether the Job is finished and the cache does not show the end of all its pods yet."""
+    """Whether the Job is finished, but the cache does not yet show the end of all pods of the Job."""
     current = facts.current_job
     if current is None or not current.is_finished:
         return False

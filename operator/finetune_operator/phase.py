@@ -1,4 +1,4 @@
-"""Computes `status.phase` and `status.reason`: one word each, for people. Programs read conditions."""
+"""Computes `status.phase` and `status.reason`. Both are single words for people. Programs read conditions instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_operator.plan import Outcome, Situation
 from finetune_operator.status_input import StatusInput
 
 NO_VALUE = "-"
-"""Shown in a column of `kubectl get` without a value: an empty cell could also mean an error."""
+"""Text for a column of `kubectl get` that has no value. An empty cell could also mean an error."""
 PHASE_OF_STAGE: dict[Stage, Phase] = {
     Stage.STARTING: Phase.STARTING,
     Stage.DOWNLOADING: Phase.STARTING,
@@ -37,13 +37,13 @@ PHASE_OF_TERMINATION = {
     Reason.CANCELLED: Phase.CANCELLING,
     Reason.DEADLINE_EXCEEDED: Phase.CANCELLING,
 }
-"""Phase while the operator ends an attempt, by termination reason; for all other reasons the phase is Recovering."""
+"""Phase while the operator ends an attempt, by termination reason. For all other reasons the phase is Recovering."""
 CODE = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
-"""A failure code that fits into a table column. Codes come from pods and can contain anything."""
+"""Matches a failure code that fits into a table column. Pods report the codes, so a code can contain any text."""
 
 
 def phase(view: StatusInput) -> Phase:
-    """The phase of the job."""
+    """Compute the phase of the job."""
     plan, facts = view.plan, view.facts
     if plan.finish is not None:
         return PHASE_OF_OUTCOME[plan.finish.outcome]
@@ -73,7 +73,7 @@ def is_recovering(status: FineTuneJobStatus) -> bool:
 
 
 def phase_of_pods(view: StatusInput, recovering: bool) -> Phase:
-    """The phase that the pods of a running attempt report."""
+    """Compute the phase of a running attempt from the reports of its pods."""
     facts, received = view.facts, view.facts.live_report
     if received is None:
         record = facts.attempt_record
@@ -93,7 +93,7 @@ def _is_last_step(progress: Progress) -> bool:
 
 
 def reason(view: StatusInput, conditions: list[Condition]) -> str:
-    """One word: why the job waits, is being ended, recovers or failed; `-` if no reason adds to the phase."""
+    """Return in one word why the job waits, is being ended, recovers or has failed. Return `-` if the phase needs no reason."""
     plan = view.plan
     if plan.finish is not None:
         return _reason_of_failure(view) if plan.finish.outcome is Outcome.FAILED else NO_VALUE
@@ -116,7 +116,7 @@ def reason(view: StatusInput, conditions: list[Condition]) -> str:
 
 
 def _reason_of_failure(view: StatusInput) -> str:
-    """The failure's code, because it is more specific than the condition's reason; the reason if the code does not fit a table."""
+    """Return the failure's code, because the code is more specific than the reason. If the code does not fit, return the reason."""
     finish = view.plan.finish
     assert finish is not None  # noqa: S101 -- the caller checks
     code = finish.failure.code if finish.failure else ""
@@ -124,7 +124,7 @@ def _reason_of_failure(view: StatusInput) -> str:
 
 
 def _reason_of_conditions(conditions: list[Condition]) -> str:
-    """The reason of the first condition that shows a problem of a running attempt."""
+    """Return the reason of the first condition that shows a problem of a running attempt."""
     for condition in conditions:
         is_problem = (condition.type, condition.status) in ((Kind.STALLED, "True"), (Kind.CHECKPOINTS_HEALTHY, "False"))
         if is_problem:

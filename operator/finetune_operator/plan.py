@@ -1,4 +1,4 @@
-"""The plan that `decide` makes for one reconcile of a job, and the result of carrying it out."""
+"""Data types: the plan that `decide` makes for one reconcile of a job, and the result of carrying out the plan."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from finetune_operator.views import JobView, PodView
 
 
 class Situation(StrEnum):
-    """The state of a job."""
+    """The situation of a job, as `decide` determined it."""
 
     DELETING = "deleting"
     """The FineTuneJob is being deleted. The garbage collector deletes its Jobs and pods."""
     REFUSED = "refused"
-    """The spec cannot be run, or cannot be run yet."""
+    """The operator cannot run the spec, or cannot run it yet."""
     SUSPENDED = "suspended"
-    """The user suspended the job and none of its pods is left."""
+    """The user suspended the job, and all of its pods have ended."""
     BLOCKED = "blocked"
-    """The next attempt waits until Jobs and pods of earlier attempts, or a Job of another owner, are gone."""
+    """The next attempt waits until the Jobs and pods of earlier attempts are gone, or until a Job of another owner is gone."""
     BACKING_OFF = "backing off"
-    """The next attempt waits for the end of the backoff."""
+    """The next attempt waits until the backoff ends."""
     STARTING = "starting"
-    """The Job of an attempt is created now."""
+    """This reconcile creates the Job of an attempt."""
     ACTIVE = "active"
     """The Job of an attempt exists and may run."""
     TERMINATING = "terminating"
     """The Job of the attempt is being deleted."""
     ENDED = "ended"
-    """The attempt has ended. Its end and the next attempt, or the end of the job, are recorded now."""
+    """The attempt has ended. This reconcile records its end, and either the next attempt or the end of the job."""
     FINISHED = "finished"
-    """The job starts no further attempt."""
+    """The job is finished and starts no further attempt."""
 
 
 class Outcome(StrEnum):
@@ -85,27 +85,27 @@ class Termination:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actions of this reconcile, and the input for the status."""
+    """The actions of this reconcile, and values from which the status is computed."""
 
     situation: Situation
     create_attempt: int | None = None
-    """Number of the attempt whose Job is created."""
+    """Number of the attempt whose Job this reconcile creates, or None."""
     delete_jobs: tuple[JobView, ...] = ()
     delete_pods: tuple[PodView, ...] = ()
-    """Pods without a Job, which are deleted with their grace period."""
+    """Pods without a Job. They are deleted with their grace period."""
     force_delete_pods: tuple[PodView, ...] = ()
-    """Pods of lost nodes, whose objects are removed without waiting for the kubelet."""
+    """Pods of lost nodes. Their objects are deleted at once, because the kubelet does not answer."""
     termination: Termination | None = None
     attempt_end: AttemptEnd | None = None
     finish: Finish | None = None
     blocking_condition: BlockingCondition | None = None
     scrape_pod: PodView | None = None
-    """The pod whose progress is read from now on."""
+    """The pod whose progress report the scraper reads."""
     reconcile_at: datetime | None = None
-    """When a time limit makes another reconcile necessary."""
+    """When the job must be reconciled again because a time limit passes."""
     refused: Refused | None = None
     is_clean: bool = False
-    """Whether the job is finished and none of its Jobs and pods needs to be deleted now."""
+    """Whether the job is finished and no Job or pod of it must be deleted now."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,6 @@ class ActionResult:
 
     created_job: JobView | None = None
     blocking_condition: BlockingCondition | None = None
-    """Why the Job or its Service could not be created."""
+    """Why the operator could not create the Job or its Service."""
     deleted_count: int = 0
     warnings: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Parses progress reports and termination messages of pods. All values are bounded and cleaned before they are used.
+"""Parses progress reports and termination messages of pods. All values are limited and cleaned before the operator uses them.
 
-User code may run in the pod, so a report can contain anything. Values that are impossible, or that the API server would not store, are
-dropped; all other values are kept. Otherwise a single bad number would make the server reject every status write. Then
-`spec.suspend`, `spec.cancel` and the deadline would have no effect, because they depend on the status.
+User code may run in the pod, so a report can contain any value. Impossible values, and values that the API server would not store, are
+dropped. Otherwise a single bad number would make the API server reject every status write. Then `spec.suspend`, `spec.cancel` and the
+deadline would have no effect, because they depend on the status.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pydantic_core import from_json
 from finetune_operator.text import clean
 
 MAX_NUMBER = 2**53 - 1
-"""Largest integer that every JSON reader keeps exact; steps, bytes and tokens are far below."""
+"""Largest integer that every JSON parser reads exactly. Real numbers of steps, bytes and tokens are far smaller."""
 MAX_NANOSECONDS = 2**63 - 1
 MAX_SECONDS = 1e9
-"""Longest duration, about 30 years: times computed from it must not overflow."""
+"""Longest accepted duration, about 30 years. Longer durations could overflow in computations of times."""
 MAX_TEXT, MAX_URI = 1024, 1024
 TEXT_LIMITS = {"code": 64, "detail": 256}
-"""Longest text of fields that are shown in one line, in characters."""
+"""Maximum length in characters of fields that are shown in one line."""
 MAX_ITEMS = 100
-"""Longest list or object; of a longer list the last items are kept, because they are the newest checkpoints."""
+"""Maximum number of items in a list or object. A longer list keeps its last items, because they are the newest checkpoints."""
 MAX_DEPTH = 6
 FIRST_TIME, LAST_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 CLOCK_SKEW = timedelta(days=1)
-"""Largest accepted lead of a node's clock over the operator's clock."""
+"""A node's clock may be ahead of the operator's clock by at most this much."""
 TIME_FIELDS = frozenset({"time", "updateTime"})
 SIGNED_FIELDS = frozenset({"trainLoss", "evalLoss", "bestEvalLoss", "evaluation"})
-"""Numbers that may be negative; all other numbers in a report must not be."""
+"""Fields with numbers that may be negative. Negative numbers in all other fields are dropped."""
 OPERATOR_FIELDS = frozenset({"method", "modelName", "image", "imageDigest", "nodePool", "defaults", "specSha256"})
 """Fields of `resolved` that only the operator fills in."""
 
@@ -42,13 +42,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_progress_report(data: bytes, now: datetime) -> ProgressReport | None:
-    """Return a pod's progress report, bounded and cleaned; None if `data` is not a report."""
+    """Parse, limit and clean a pod's progress report. Return None if `data` is not a report."""
     return _read(ProgressReport, data, now + CLOCK_SKEW)
 
 
 @lru_cache(maxsize=256)
 def read_termination_message(text: str) -> TerminationMessage | None:
-    """Return the trainer's termination message, bounded and cleaned; None if `text` is something else. Results are cached."""
+    """Parse, limit and clean the trainer's termination message. Return None if `text` has another format. Results are cached."""
     return _read(TerminationMessage, text.encode(errors="replace"), LAST_TIME)
 
 
@@ -70,7 +70,7 @@ def _read(model: type[Model], data: bytes, last_time: datetime) -> Model | None:
 
 
 def _bounded(value: Any, last_time: datetime, name: str = "", depth: int = 0, signed: bool = False) -> Any:
-    """Return the value without parts that are out of bounds; None if no part is left. `name` is the name of the nearest field."""
+    """Return the value without parts that are out of bounds, or None if no part is left. `name` is the field that contains the value."""
     signed = signed or name in SIGNED_FIELDS
     if name in TIME_FIELDS:
         return _time(value, last_time) if isinstance(value, str) else None
@@ -86,7 +86,7 @@ def _bounded(value: Any, last_time: datetime, name: str = "", depth: int = 0, si
         items = [_bounded(item, last_time, name, depth + 1, signed) for item in value[-MAX_ITEMS:]]
         return [item for item in items if item is not None]
     entries = [(clean(key, 128), entry) for key, entry in list(value.items())[:MAX_ITEMS]]
-    # The models also accept `update_time`, so the wire name of the cleaned key decides which bounds apply.
+    # The models accept `updateTime` and `update_time`, so the key is converted to camelCase before the bounds are chosen.
     bounded = {key: _bounded(entry, last_time, to_camel(key), depth + 1, signed) for key, entry in entries}
     return {key: entry for key, entry in bounded.items() if entry is not None}
 
@@ -101,7 +101,7 @@ def _is_plausible(value: int | float, name: str, signed: bool) -> bool:
 
 def _text(value: str, name: str, signed: bool) -> str | None:
     try:
-        # pydantic converts a text such as "1e400" to a number.
+        # Pydantic converts a text such as "1e400" to a number, so such a text must be within the bounds for numbers.
         if not _is_plausible(float(value), name, signed):
             return None
     except ValueError:

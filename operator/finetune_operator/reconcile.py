@@ -1,7 +1,7 @@
 """Reconciles one job at a time, in four steps: 1. observe, 2. decide, 3. act, 4. report.
 
-The result depends only on the facts, not on the events that led to them. A failed reconcile is repeated after a growing pause. After
-a reconcile that wrote a decision to the status, the next one starts at once and carries the decision out.
+The result depends only on the facts, not on the events that led to them. A failed reconcile is repeated after a growing pause. If a
+reconcile writes a decision to the status, the next reconcile starts at once and carries out the decision.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from finetune_operator.workqueue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 MIN_WAKE_SECONDS = 0.05
-"""Shortest delay until a scheduled reconcile: a time in the past must not cause a busy loop."""
+"""Shortest delay until a scheduled reconcile. Without it, a scheduled time in the past would cause a busy loop."""
 
 
 class Reconciler:
-    """Reconciles jobs. One instance serves all workers of the process: the queue gives a key to only one worker at a time."""
+    """Reconciles jobs. All workers share one instance, because the queue gives a key to only one worker at a time."""
 
     def __init__(
         self, *, kube: Kube, cache: Cache, queue: WorkQueue, recorder: Recorder, scraper: Scraper, metrics: Metrics,
@@ -65,11 +65,11 @@ class Reconciler:
             finally:
                 self._queue.done(key)
                 self._metrics.reconcile_seconds.labels(outcome).observe(loop.time() - started)
-            # A reconcile that sends no request does not yield to the event loop, and a thousand keys may be queued.
+            # A reconcile without a request never yields to the event loop. With a thousand queued keys, other tasks would not run.
             await asyncio.sleep(0)
 
     async def reconcile_one(self, key: Key) -> str:
-        """Reconcile once and queue the key again after an error; returns the result as the metric's label."""
+        """Reconcile once. After an error, queue the key again. Returns the value of the metric label `result`."""
         self._count += 1
         logs.job.set(str(key))
         logs.attempt.set(0)
@@ -88,14 +88,14 @@ class Reconciler:
             self._queue.add_after_failure(key)
             return "stale"
         except NamespaceTerminating as error:
-            # The FineTuneJob is deleted with its namespace; the watch reports its deletion.
+            # The FineTuneJob will be deleted together with its namespace. The watch then reports the deletion.
             logger.info("the namespace is terminating; no Job is created: %s", error)
             self._scraper.stop(key)
         except KubeError as error:
             logger.warning("retrying in %.1f s: %s", self._queue.add_after_failure(key), error)
             return "unavailable"
         except Exception:
-            # A defect that one job triggers must not stop the other jobs.
+            # If one job triggers a bug in the operator, the other jobs must continue.
             logger.exception("retrying in %.1f s", self._queue.add_after_failure(key))
             return "error"
         self._queue.reset_failures(key)
@@ -111,7 +111,7 @@ class Reconciler:
         logs.attempt.set(facts.job.status.attempt or 0)
         # 2. Decide
         plan = decide(facts)
-        # 3. Act, unless the decision to end the attempt must be written first
+        # 3. Act. But if the plan ends the attempt, the decision must be written to the status first.
         result = ActionResult()
         if plan.termination is None:
             try:
@@ -128,7 +128,7 @@ class Reconciler:
         self._schedule(key, facts, plan, result)
 
     def _record_created(self, key: Key, result: ActionResult) -> bool:
-        """Cache the created Job; returns whether the first status is deferred because other FineTuneJobs wait for their Jobs."""
+        """Cache the created Job. Returns True if the first status is deferred because other FineTuneJobs still wait for their Jobs."""
         assert result.created_job is not None  # noqa: S101 -- the caller checks
         self._cache.put_job(result.created_job)
         logger.info("created Job %s", result.created_job.name)
@@ -137,7 +137,7 @@ class Reconciler:
         return self._writer.defer_first_status(key, self._observer.states[key])
 
     def _schedule(self, key: Key, facts: Facts, plan: Plan, result: ActionResult) -> None:
-        """Start or stop scraping, and queue the next reconcile."""
+        """Start or stop reading the job's progress reports, and queue the next reconcile."""
         self._schedule_scrape(key, facts, plan)
         if plan.termination is not None or plan.attempt_end is not None or plan.finish is not None:
             self._queue.add(key)
@@ -167,7 +167,7 @@ class Reconciler:
             self._cache.drop_deleted_pods(key, before_attempt=facts.attempt)
 
     def _drop_deleted(self, key: Key) -> None:
-        """Drop a deleted job from the cache before the watch reports its deletion."""
+        """Drop a deleted job from the cache. The watch has not reported the deletion yet."""
         state = self._observer.states.get(key)
         if state is not None:
             self._cache.drop_finetunejob(key, state.uid)

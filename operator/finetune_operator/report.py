@@ -1,6 +1,6 @@
-"""Computes the status from facts, a plan and the result of its actions. Pure; the caller compares and writes it.
+"""Computes the new status from the facts, the plan and the result of the plan's actions. These functions are pure.
 
-The status contains only observed values, never expected ones. `pod_reports` has already bounded and cleaned all values from pods.
+The status contains only observed values, no expected values. `pod_reports` has already limited and cleaned all values from pods.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ KEPT_ATTEMPTS = 10
 KEPT_CHECKPOINTS = 5
 KEPT_ADAPTATIONS = 20
 REJECTED_FIELD = re.compile(r"\bstatus\.(\w+)(?:\[(\d+)\])?[^\s:]*: (?:Unsupported|Invalid|Required|Too)")
-"""A field or list item of the status in a 422 answer, as in `status.phase: Unsupported value: "Preparing"`."""
+"""Matches a status field or list item in a 422 response, for example `status.phase: Unsupported value: "Preparing"`."""
 STEP_IN_URI = re.compile(r"/step-(\d{8,})(?:/|$)")
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def merge(first: Model, *newer: Model | None) -> Model:
-    """Return `first` with the fields that are not None in `newer` values; later values take precedence."""
+    """Return a copy of `first` with all fields that are set in `newer`. Later arguments take precedence."""
     fields = {name: value for source in newer if source is not None for name, value in source if value is not None}
     return first.model_copy(update=fields)
 
@@ -91,7 +91,7 @@ def report(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
 
 
 def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
-    """Return the status of a finished job whose spec was edited: only the generation changes."""
+    """Return the status with a new generation. In a finished job, an edit of the spec changes only `observedGeneration`."""
     updated = FineTuneJobStatus(
         observed_generation=generation, conditions=with_generation(status.conditions, generation)
     )
@@ -101,9 +101,9 @@ def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobS
 
 
 def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Return the fields of `new` that later decisions need; fields that come from pods keep their `stored` values.
+    """Return a reduced status: fields that later decisions need come from `new`, and fields that pods report come from `stored`.
 
-    It is written if the API server rejects `new`, so that suspend, cancel and the deadline still work.
+    If the API server rejects `new`, the reduced status is written. So suspend, cancel and the deadline still work.
     """
     resolved = new.resolved or Resolved()
     return FineTuneJobStatus(
@@ -170,7 +170,7 @@ def _reduced_failure(failure: Failure | None) -> Failure | None:
 
 @dataclass(frozen=True)
 class Counters:
-    """Attempt number, retries, adaptations and running time."""
+    """Status fields about attempts: their number, retries, adaptations and running time."""
 
     attempt: int | None
     restarts: int
@@ -200,7 +200,7 @@ def _counters(view: StatusInput) -> Counters:
 
 
 def _active_seconds(view: StatusInput) -> int | None:
-    """Running time of all attempts in seconds; updated when a period of running time ends."""
+    """Running time of all attempts in seconds. Updated when a period of running time ends."""
     facts, end = view.facts, view.plan.attempt_end
     quota_lost = view.is_queued and facts.is_true(Kind.QUOTA_RESERVED)
     if facts.running_since is None or (end is None and not quota_lost):
@@ -209,7 +209,7 @@ def _active_seconds(view: StatusInput) -> int | None:
 
 
 def _attempts(view: StatusInput) -> list[Attempt]:
-    """The newest attempts, with an updated record of the current attempt."""
+    """Return the records of the newest attempts, with an updated record of the current attempt."""
     attempts = {attempt.number: attempt for attempt in view.old.attempts}
     number, job, plan = view.facts.attempt, view.current_job, view.plan
     known = attempts.get(number)
@@ -232,7 +232,7 @@ def _attempts(view: StatusInput) -> list[Attempt]:
 
 
 def _reported_attempt(view: StatusInput, known: Attempt) -> Attempt | None:
-    """The fields of the current attempt that the pod reports."""
+    """Return those fields of the current attempt's record that the pod reports."""
     received = view.last_report
     if received is None:
         return None
@@ -262,10 +262,10 @@ def _ended_attempt(end: AttemptEnd, number: int) -> Attempt:
 
 
 def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) -> Attempt:
-    """Complete the record of the previous attempt with the step from which the current attempt resumed.
+    """Complete the previous attempt's record with the step from which the current attempt resumed.
 
-    If the previous attempt ended while the operator did not run, its last steps are not in the status. If the current attempt resumed
-    from a later step, the previous attempt must have committed that step.
+    If the previous attempt ended while the operator did not run, the status lacks the last steps of that attempt. If the current attempt
+    resumed from a later step than the status shows, the previous attempt must have committed that step.
     """
     resumed = current.resumed_from_step
     if resumed is not None and resumed > (previous.last_step or 0) and _committed_by(previous, resumed, view):
@@ -282,8 +282,8 @@ def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) ->
 def _committed_by(attempt: Attempt, step: int, view: StatusInput) -> bool:
     """Whether `attempt` committed the checkpoint of `step`.
 
-    If no checkpoint's URI names its attempt, only the first report of the current attempt proves this: later, a queue may have
-    replaced the current attempt's pods, and the new pods resume from the current attempt's own checkpoints.
+    A checkpoint's URI usually names its attempt. If no URI does, only the first report of the current attempt can prove this. Later, a queue
+    may have replaced the current attempt's pods, and the new pods resume from the current attempt's own checkpoints.
     """
     reported = [checkpoint for source in view.facts.reported_checkpoints for checkpoint in source.checkpoints]
     attempts = {attempt_of_uri(c.uri) for c in [*view.old.checkpoints, *reported] if c.step == step} - {None}
@@ -303,7 +303,7 @@ def _workers(view: StatusInput) -> Workers:
 
 
 def _progress(view: StatusInput) -> Progress:
-    """Progress from the last report and, at the end, the termination message; values missing there keep their old values."""
+    """Return the progress from the last report and, after the end, from the termination message. Missing fields keep their old values."""
     received, message = view.last_report, view.termination_message
     merged = merge(
         view.old.progress or Progress(), received.progress if received else None, message.progress if message else None
@@ -316,7 +316,7 @@ def _progress(view: StatusInput) -> Progress:
 
 
 def _display_fields(progress: Progress, view: StatusInput) -> Progress:
-    """Progress as text for people."""
+    """Return the progress fields that contain text for people."""
     step, total = progress.step, progress.total_steps
     is_training = view.plan.situation is Situation.ACTIVE and not view.is_queued and bool(view.facts.active_pods)
     remaining = progress.seconds_remaining
@@ -339,7 +339,7 @@ def _metrics(view: StatusInput) -> Metrics:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The newest committed checkpoints, the best one, and the URI and step of the newest."""
+    """`kept`: the newest committed checkpoints and the best one. `latest`, `latest_step`: URI and step of the newest checkpoint."""
 
     kept: list[Checkpoint]
     latest: str | None
@@ -347,7 +347,7 @@ class Checkpoints:
 
 
 def _checkpoints(view: StatusInput) -> Checkpoints:
-    # By step: after a rollback, an attempt commits a step again and replaces the earlier checkpoint of that step.
+    # After a rollback, an attempt commits a step a second time and replaces the earlier checkpoint of that step. So the key is the step.
     by_step = {checkpoint.step: checkpoint for checkpoint in view.old.checkpoints}
     for source in view.facts.reported_checkpoints:
         by_step = {step: known for step, known in by_step.items() if not _is_removed(known, source.checkpoints)}
@@ -363,14 +363,14 @@ def _checkpoints(view: StatusInput) -> Checkpoints:
 
 
 def _merge_checkpoint(known: Checkpoint | None, reported: Checkpoint) -> Checkpoint:
-    """The reported checkpoint with the fields that only its own attempt reported, such as the duration of its upload."""
+    """Add the known fields to the reported checkpoint. Only the attempt that saved it reports some fields, such as the upload duration."""
     return reported if known is None or known.uri != reported.uri else merge(known, reported)
 
 
 def _is_removed(checkpoint: Checkpoint, listed: Sequence[Checkpoint]) -> bool:
-    """Whether retention removed the checkpoint: the pod lists newer checkpoints, but not this one.
+    """Whether the retention policy removed the checkpoint: the pod lists newer checkpoints, but not this checkpoint.
 
-    A checkpoint that a rollback skipped is newer than all listed ones, and stays.
+    If a rollback skipped the checkpoint, it is newer than all listed checkpoints. It then still exists.
     """
     steps = {other.step for other in listed}
     return bool(steps) and checkpoint.step not in steps and checkpoint.step < max(steps)
@@ -393,9 +393,9 @@ def _step_of(uri: str | None, kept: list[Checkpoint]) -> int | None:
 
 
 def _resolved(view: StatusInput) -> Resolved:
-    """The configuration of the run, from the spec, the pods and the trainer's report; later sources take precedence."""
+    """Merge the run's configuration from the spec, the pods and the trainer's report. Later sources in this list take precedence."""
     facts, received, message = view.facts, view.last_report, view.termination_message
-    # A running attempt keeps the values it started with, even if the operator's configuration has changed since.
+    # A running attempt keeps the values of its start, even if the operator's configuration changes later.
     is_running = facts.current_job is not None and facts.attempt_record is not None
     from_spec = _from_spec(view, facts.acceptance) if isinstance(facts.acceptance, Accepted) and not is_running else None
     job = view.current_job
@@ -434,7 +434,7 @@ def _output(view: StatusInput) -> Output | None:
 
 
 def _failure(view: StatusInput) -> Failure | None:
-    """The failure of the job; before the job ends, the failure of the last attempt until the next attempt trains."""
+    """Return the failure of a finished job. In an unfinished job, return the last attempt's failure until the next attempt trains."""
     plan = view.plan
     if plan.finish is not None:
         return _final_failure(plan.finish)

@@ -1,7 +1,7 @@
 """Builds the Indexed Job of one attempt and its Service.
 
-The Job contains the run configuration, so that one write creates an attempt. The pods meet Pod Security `restricted`. Labels and
-annotations of the FineTuneJob are not copied: tools such as Argo CD would treat the Job as an object of theirs and prune it.
+The Job contains the run configuration, so one write creates an attempt. The pods meet Pod Security `restricted`. The FineTuneJob's
+labels and annotations are not copied to the Job. With them, a tool such as Argo CD would treat the Job as one of its own and prune it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 
 
 def build_service(job: JobView) -> Object:
-    """Return the headless Service of an attempt with several pods. It resolves the name of rank 0's pod before that pod is ready."""
+    """Return the headless Service of an attempt with several pods. Through it, DNS resolves rank 0's pod before the pod is ready."""
     labels = {
         Label.MANAGED_BY.value: names.MANAGER,
         Label.NAME.value: job.job_name,
@@ -76,7 +76,7 @@ def build_service(job: JobView) -> Object:
             "name": job.name,
             "namespace": job.namespace,
             "labels": labels,
-            # `blockOwnerDeletion: true` would need permission to update finalizers of Jobs. The Job's pods are deleted before the Job anyway.
+            # `blockOwnerDeletion: true` would need permission to update the finalizers of Jobs.
             "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
         },
         "spec": {
@@ -92,7 +92,7 @@ def build_service(job: JobView) -> Object:
 
 
 def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
-    """The user's labels for the Job. Release 0.1.0 accepted a queue's label here and set it on pods only: on the Job, it would queue it."""
+    """The user's labels for the Job, without the label that names a queue: it would queue the Job. Release 0.1.0 accepted that label."""
     return {key: value for key, value in (spec.placement.labels or {}).items() if key != Label.QUEUE}
 
 
@@ -113,9 +113,9 @@ def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:
 
 
 def _failure_rules() -> list[Object]:
-    """Rules for disruptions and for the exit codes that fail the Job at once. `backoffLimit: 0` covers all other failures.
+    """Rules that fail the Job at once after a disruption or certain exit codes. `backoffLimit: 0` covers all other failures.
 
-    A rule for all other codes would fail a suspended Job whose pods exit with 75.
+    A rule for all other exit codes would also match code 75, with which the pods of a suspended Job exit, and would fail that Job.
     """
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -216,7 +216,7 @@ def _sized(volume: Object, size: str | int | None) -> Object:
 
 
 def _resources(spec: FineTuneJobSpec) -> Object:
-    """Requests and limits. CPU has no limit, which would throttle data loading; memory and disk requests equal their limits."""
+    """Requests and limits. CPU has no limit, because a limit would throttle data loading. Memory and disk requests equal their limits."""
     wanted = spec.resources
     requests: Object = {} if wanted.cpu is None else {"cpu": str(wanted.cpu)}
     limits: Object = {}
@@ -230,7 +230,7 @@ def _resources(spec: FineTuneJobSpec) -> Object:
 
 
 def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
-    """Environment of the trainer. The user's variables come last and cannot replace variables that the operator sets."""
+    """Environment of the trainer. The user's variables come last. They cannot replace the operator's reserved variables."""
     spec = run.spec
     operator: list[Object] = [
         {"name": Env.RUN_SHA256.value, "value": digest},
@@ -262,7 +262,7 @@ def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
 
 
 def _tracker_and_hub_keys(spec: FineTuneJobSpec) -> list[Object]:
-    """Credentials of experiment trackers and of the model hub, in the variables that their client libraries read."""
+    """Credentials for experiment trackers and the model hub, as the environment variables that the client libraries read."""
     wandb, mongodb, hub = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub
     references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
@@ -289,7 +289,7 @@ def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
 
 
 def _customer_key(connection_name: str, connection: StorageConnection | None) -> list[Object]:
-    """The key for server-side encryption with a customer's key (SSE-C), from its Secret."""
+    """The variable with the customer's key for server-side encryption (SSE-C), read from a Secret."""
     reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
     if reference is None:
         return []
@@ -311,7 +311,7 @@ def _field_ref(path: str) -> Object:
 
 
 def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang: str | None) -> Object:
-    """Scheduling fields of the pod. `gang` is the name of a Job with several pods, which prefer the same zone and different hosts."""
+    """Scheduling fields of the pod. `gang` is the Job's name if the Job has several pods: they prefer the same zone, but different hosts."""
     placement = spec.placement
     result: Object = {}
     selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}

@@ -1,4 +1,4 @@
-"""Volumes and mounts for the ConfigMaps, volume claims and CA bundles that a spec names."""
+"""Builds volumes and mounts for the ConfigMaps, volume claims and CA bundles that a spec names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from finetune_operator.objects import Object
 
 CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
-"""Path of the CA bundle below CA_MOUNT, by name of the connection that uses it."""
+"""Path of each storage connection's CA bundle, relative to CA_MOUNT."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def build_mounts(spec: FineTuneJobSpec) -> Mounts:
 
 
 def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
-    """References to CA bundles, by name of the connection."""
+    """References to CA bundles, by name of the storage connection."""
     connections = {"storage": spec.storage, "model": spec.model.storage, "dataset": spec.dataset.storage}
     return {name: storage.ca_bundle_ref for name, storage in connections.items() if storage and storage.ca_bundle_ref}
 
@@ -61,7 +61,7 @@ def _config_maps(spec: FineTuneJobSpec) -> set[str]:
 
 
 def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
-    """Names of the volume claims, and whether the job writes to them."""
+    """Names of the volume claims. The value is True if the job writes to the volume."""
     result: dict[str, bool] = {}
     for source, writable in _sources(spec):
         if isinstance(source, PvcSource):
@@ -70,7 +70,7 @@ def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
 
 
 def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
-    """All sources of the spec, and whether the job writes to them."""
+    """Yield each source of the spec and whether the job writes to that source."""
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     data = spec.dataset
@@ -98,7 +98,7 @@ def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
 
 
 def _references(value: Any) -> Iterator[ConfigMapKeyRef]:
-    """All references to a key of a ConfigMap in `value`."""
+    """Yield all references in `value` to a key of a ConfigMap."""
     if isinstance(value, ConfigMapKeyRef):
         yield value
     elif isinstance(value, BaseModel):

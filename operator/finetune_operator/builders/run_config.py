@@ -1,4 +1,4 @@
-"""Builds `run.json` of one attempt: the resolved and adapted spec, the ranks, the stores, and the checkpoint to resume from."""
+"""Builds the file `run.json` of one attempt: the resolved and adapted spec, the ranks, the stores, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from finetune_operator.views import JobObject
 LOOPBACK = "127.0.0.1"
 DEFAULT_GRACE, MAX_GRACE = 300, 86400
 GRACE_SAVES = 3
-"""Grace period as a multiple of the duration of the newest save. A stopping pod finishes a running upload and then saves again, and the
-store may have become slower."""
+"""The grace period is this multiple of the newest save's duration. A stopping pod first finishes a running upload, then saves once more.
+The multiple includes a margin, because the store may have become slower."""
 
 
 def build_run_config(
@@ -35,9 +35,9 @@ def build_run_config(
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
-    `spec` is resolved, with all adaptations applied. `committed_step` is the newest step that is known to be in storage (0: none),
-    `max_step` the newest step that the attempt may start from (None: no limit). `before_adaptation` has the original values of adapted
-    fields, by path.
+    `spec` is resolved, and all adaptations are applied. `committed_step` is the newest step that is known to be in storage, or 0.
+    `max_step` is the newest step that the attempt may start from; None means no limit. `before_adaptation` holds the original values
+    of adapted fields, by path.
     """
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
@@ -61,7 +61,7 @@ def build_run_config(
 
 
 def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
-    """Seconds to save after SIGTERM: the user's value, otherwise enough time to save a checkpoint as large as the newest one."""
+    """Return the grace period after SIGTERM, in seconds: the user's value, or enough time to save a checkpoint like the newest one."""
     grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE
     if "policy.terminationGracePeriodSeconds" not in defaults:
         return grace
@@ -86,7 +86,7 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
-    """Later attempts continue from the job's own checkpoints. If a rollback excludes all of them, they start like the first attempt."""
+    """Attempts after the first continue from the job's own checkpoints. If a rollback excludes all checkpoints, they start like the first."""
     requested = spec.checkpoint.resume or "auto"
     expected = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected or requested == "never") else requested
@@ -111,13 +111,13 @@ def _target(uri: str, connection: StorageConnection, connection_name: str, prefi
 
 
 def customer_key_variable(connection_name: str) -> str:
-    """Name of the variable with a connection's customer encryption key. Unlike credentials, connections never share a key."""
+    """Name of the variable that holds a connection's customer encryption key. Connections can share credentials, but not this key."""
     prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[connection_name]
     return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 
 
 def _separate_store(spec: FineTuneJobSpec, connection: StorageConnection | None, connection_name: str, prefix: str) -> StoreTarget | None:
-    """The store of the model or the dataset if it has its own connection; its URI is that of the source."""
+    """Return the store of the model or the dataset if `connection` is set. The store's URI is the URI of the source."""
     if connection is None:
         return None
     source = spec.model.source if connection_name == "model" else spec.dataset.train

@@ -330,7 +330,7 @@ async def test_job_deleted_by_another_client_counts_as_a_retry(world: Rig) -> No
     await world.job("run-2")
     attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["counted"]) == ("Preempted", True)
-    assert "was deleted, and not by the operator" in attempt["message"]
+    assert "was deleted by another client" in attempt["message"]
 
 
 async def test_job_of_another_owner_with_the_same_name_blocks_the_attempt(world: Rig) -> None:

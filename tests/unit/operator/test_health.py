@@ -44,7 +44,7 @@ def test_process_is_ready_between_the_first_list_and_its_shutdown() -> None:
         process.health.on_stopping()
         return [*problems, process.health.readiness_problem()]
 
-    assert run(scenario()) == ["the caches are not filled yet", "", "the operator is stopping"]
+    assert run(scenario()) == ["the cache of Kubernetes objects is not filled yet", "", "the operator is stopping"]
 
 
 def test_one_stalled_watch_makes_the_process_unhealthy() -> None:
@@ -87,7 +87,7 @@ def test_job_that_waits_too_long_after_the_start_of_the_workers_makes_the_proces
         process.queue.done(KEY)
         return [*problems, process.health.liveness_problem()]
 
-    assert run(scenario()) == ["", "", "a job has waited for 101 s", "", ""]
+    assert run(scenario()) == ["", "", "a job has waited 101 s for a worker", "", ""]
 
 
 def test_worker_that_never_finishes_makes_the_process_unhealthy() -> None:
@@ -99,7 +99,7 @@ def test_worker_that_never_finishes_makes_the_process_unhealthy() -> None:
         await asyncio.sleep(102)
         return process.health.liveness_problem()
 
-    assert run(scenario()) == "a job has waited for 102 s"
+    assert run(scenario()) == "a job has waited 102 s for a worker"
 
 
 async def test_problems_are_served_with_status_503() -> None:
@@ -116,7 +116,7 @@ async def test_problems_are_served_with_status_503() -> None:
     try:
         async with aiohttp.ClientSession() as session:
             assert await get(session, "/healthz") == (200, "ok\n")
-            assert await get(session, "/readyz") == (503, "the caches are not filled yet\n")
+            assert await get(session, "/readyz") == (503, "the cache of Kubernetes objects is not filled yet\n")
             process.is_synced.set()
             assert await get(session, "/readyz") == (200, "ok\n")
     finally:

@@ -45,7 +45,7 @@ def pool(**fields: Any) -> dict[str, Any]:
         (
             pool(tolerations=[{"key": "a", "operator": "Exists", "value": "b"}]),
             "nodePools.0.tolerations.0",
-            "compares no value",
+            "does not compare values",
         ),
         (pool(tolerations=[{"effect": "NoSchedule"}]), "nodePools.0.tolerations.0", "needs operator Exists"),
         (
