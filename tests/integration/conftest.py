@@ -11,7 +11,7 @@ from localcluster import ControlPlane, Endpoint, S3Endpoint, S3Process
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """etcd, kube-apiserver and kube-controller-manager, with an administrator's kubeconfig. Each test creates its own namespaces."""
+    """A control plane and its administrator's kubeconfig: etcd, kube-apiserver, kube-controller-manager. Tests create their own namespaces."""
     with ControlPlane(tmp_path_factory.mktemp("control-plane") / "state") as endpoint:
         yield endpoint
 

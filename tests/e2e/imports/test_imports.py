@@ -1,4 +1,4 @@
-"""One configuration of each source is imported by the CLI, applied unchanged, and trained on the real cluster."""
+"""The CLI imports one configuration file of each source. The imported job is applied unchanged and trains on the real cluster."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.pod.cli.sources import SOURCES, options, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 QUICK = ("env", "hydra")
-"""Trained in `make test`; the others are in `make test-faults`, and two of them in the pod tests."""
+"""Sources that `make test` trains. `make test-faults` trains the others."""
 BUCKET = "datasets"
 
 
 @dataclass
 class Imports:
-    """Imported jobs, two at a time: while one trains, the next one starts."""
+    """Imports sources and runs their jobs, two at a time: while one job trains, the next job starts."""
 
     job_namespace: JobNamespace
     folder: Path
@@ -31,7 +31,7 @@ class Imports:
     applied: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
-        """Import and apply this source and the next source, then wait until the job of this source ends."""
+        """Import and apply the jobs of this source and of the next source. Wait until the job of this source ends."""
         index = self.names.index(name)
         for one in self.names[index : index + 2]:
             if one not in self.applied:
@@ -59,7 +59,7 @@ class Imports:
 def imports(
     shared_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Imports:
-    """The sources whose tests this session runs, in one namespace."""
+    """Imports the sources whose tests this session runs. All jobs share one namespace."""
     selected = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}  # type: ignore[attr-defined]  # all are parametrised
     return Imports(shared_namespace, tmp_path_factory.mktemp("imports"), [name for name in SOURCES if name in selected])
 
@@ -84,7 +84,7 @@ def test_imported_job_trains(imports: Imports, name: str) -> None:
 
 
 def check_token_from_secret(job_namespace: JobNamespace, name: str) -> None:
-    """Check that the pod gets the token of the imported file from the Secret that the import wrote."""
+    """Check that the pod reads its Hugging Face token from the Secret that the import wrote."""
     (pod,) = job_namespace.pods(name)
     (container,) = [one for one in pod["spec"]["containers"] if one["name"] == CONTAINER]
     (variable,) = [one for one in container["env"] if one["name"] == Env.HF_TOKEN.value]

@@ -1,6 +1,6 @@
 """A cluster with the operator installed from the chart, S3 with a model and data, and helpers for tests.
 
-The model that the examples name is replaced by a tiny one: these tests check everything except the quality of the training.
+A tiny model replaces the model of the examples, because these tests do not check the quality of the training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ JOB_TIMEOUT_SECONDS = 240
 
 @dataclass(frozen=True)
 class ChartInputs:
-    """The S3 endpoint and the images that the chart's values contain."""
+    """S3 endpoint and images for the chart's values."""
 
     s3: S3Endpoint
     operator_image: str = OPERATOR_IMAGE
@@ -99,7 +99,7 @@ class Installation:
         return created
 
     def manifest(self, uri: str) -> dict[str, str]:
-        """The sha256 of each file in a committed folder, by path."""
+        """The sha256 of each file in a committed folder, by path, as listed in its manifest.json."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         body = json.loads(self.store.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read())
         return {one["path"]: one["sha256"] for one in body["files"]}
@@ -140,7 +140,7 @@ class JobNamespace:
         description: str,
         timeout: float = JOB_TIMEOUT_SECONDS,
     ) -> FineTuneJobStatus:
-        """Wait until `until` is true for the status. Errors: AssertionError with the status and the pods' logs after `timeout` seconds."""
+        """Wait until `until(status)` is true. After `timeout` seconds, raise AssertionError with the status and the pods' logs."""
         try:
             found = self.installation.api.wait(
                 PLURAL,
@@ -155,7 +155,7 @@ class JobNamespace:
         return parse_status(found)
 
     def wait_finished(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
-        """Wait until the job is finished. Errors: AssertionError if its phase is not `phase`."""
+        """Wait until the job is finished. Raise AssertionError if the job's phase is not `phase`."""
         status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "finished")
         assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._pod_logs(name)}"
         return status
@@ -182,12 +182,12 @@ class JobNamespace:
 
 
 def parse_status(body: Object) -> FineTuneJobStatus:
-    """Parse the status of a FineTuneJob. Before the operator has written one, return a status with observed generation -1."""
+    """Parse the status of a FineTuneJob. If it has no status yet, return a status with observedGeneration -1."""
     return FineTuneJobStatus.model_validate(body.get("status") or {"observedGeneration": -1})
 
 
 def job(name: str, **spec: Any) -> Object:
-    """A FineTuneJob on CPUs with the uploaded model. `spec`: groups that are added or replace the default ones."""
+    """A FineTuneJob on CPUs with the uploaded model. Each group in `spec` is added or replaces a default group."""
     groups: Object = {
         "model": {"source": MODEL},
         "dataset": {"train": "s3://datasets/captain.jsonl"},

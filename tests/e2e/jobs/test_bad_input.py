@@ -16,7 +16,7 @@ from tests.e2e.jobs.installation import MODEL, Installation, JobNamespace, job
 
 DATA = "s3://datasets"
 SOON = timedelta(seconds=20)
-"""Promised time from the start to the end of a pod whose storage, model or data are invalid."""
+"""A pod with invalid storage, model or data must end within this time after its start."""
 STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
 
@@ -40,7 +40,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class InvalidInput:
-    """A spec and the expected failure. All of `expected_text` must occur in the message or the hint."""
+    """A spec and the failure that it must cause. The message or the hint must contain each string in `expected_text`."""
 
     spec: dict[str, Any]
     exit_code: ExitCode
@@ -50,12 +50,12 @@ class InvalidInput:
 
 
 def data(name: str) -> dict[str, Any]:
-    """A spec with one of the files above as the data set."""
+    """Spec groups with this file of the bucket as the data set."""
     return {"dataset": {"train": f"{DATA}/{name}", "format": "messages"}}
 
 
 def storage(installation: Installation, **more: Any) -> dict[str, Any]:
-    """The default storage with changes."""
+    """Spec groups with the default storage, changed by `more`."""
     return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **STORE} | more}
 
 
@@ -99,7 +99,7 @@ CASES: dict[str, Callable[[Installation], InvalidInput]] = {
 
 @pytest.fixture(scope="module")
 def failing_jobs(installation: Installation, shared_namespace: JobNamespace) -> JobNamespace:
-    """A namespace in which all cases run at once."""
+    """A namespace with the jobs of all cases, which run at the same time."""
     for key, body in FILES.items():
         installation.store.put_object(Bucket="datasets", Key=key, Body=body)
     shared_namespace.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
@@ -133,7 +133,7 @@ def test_failure_is_not_retried(failing_jobs: JobNamespace, name: str) -> None:
 @pytest.mark.slow  # the duration is only meaningful if no other test uses the cores
 @pytest.mark.parametrize("name", CASES)
 def test_pod_fails_within_the_promised_time(failing_jobs: JobNamespace, name: str) -> None:
-    """Measured with the kubelet's timestamps, while all cases run on the same cores."""
+    """The kubelet's timestamps give the duration. The pods of all cases share the same cores."""
     failing_jobs.wait_finished(name, Phase.FAILED)
     (pod,) = failing_jobs.pods(name)
     (state,) = pod["status"]["containerStatuses"]

@@ -34,7 +34,7 @@ class RunningCluster(DemoCluster):
         """The cluster runs already."""
 
     def down(self) -> None:
-        """The cluster keeps running."""
+        """Do nothing, because other tests still use the cluster."""
 
     @property
     def kubeconfig(self) -> Path:
@@ -50,7 +50,7 @@ class RunningCluster(DemoCluster):
 
 @pytest.fixture
 def borrowed_installation(installation: Installation) -> Iterator[Installation]:
-    """The installation; afterwards it gets the tests' values again."""
+    """The installation. After the test, the chart is installed again with the values of the other tests."""
     yield installation
     installation.install()
 
@@ -76,7 +76,7 @@ def test_demo_runs_to_its_end(
 
 
 def test_second_cluster_is_refused_in_one_line(installation: Installation) -> None:
-    """Only one cluster with nodes can run on a machine: the demo says so and does not touch the tests' cluster."""
+    """Only one cluster with nodes can run on a machine. The demo prints this error and does not change the tests' cluster."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
     done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Every example succeeds with a committed model of the right kind."""
+"""Every example succeeds and commits a model or an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.e2e.jobs.installation import ROOT, JobNamespace
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 KINDS = {"full": OutputKind.MODEL}
-"""Kind of the result by example; all others are adapters."""
+"""Output kind of the examples that do not produce an adapter."""
 WORLD = {"full": 2, "two-pods": 2}
 WEIGHTS = {OutputKind.MODEL: "model.safetensors", OutputKind.ADAPTER: "adapter_model.safetensors"}
 
@@ -23,7 +23,7 @@ NAMES = [path.stem for path in EXAMPLES]
 
 @dataclass
 class Examples:
-    """Runs the examples, two at a time: while one trains, the next one starts."""
+    """Runs two examples at a time: while one trains, the next example starts."""
 
     job_namespace: JobNamespace
     applied: set[str] = field(default_factory=set)
@@ -40,16 +40,16 @@ class Examples:
 
 @pytest.fixture(scope="module")
 def examples(shared_namespace: JobNamespace) -> Examples:
-    """The examples, in one namespace."""
+    """Runs all examples in one namespace."""
     return Examples(shared_namespace)
 
 
 def expected_steps(name: str) -> int:
-    """Optimizer steps that an example must take."""
+    """Expected number of optimizer steps of an example."""
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
     ]
-    # The example `full` sets no maxSteps: 18 rows in one epoch, with 2 ranks of 2 rows per step, are 5 steps.
+    # The example `full` sets no maxSteps. It trains one epoch of 18 rows, and each step trains 4 rows (2 ranks with 2 rows).
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 

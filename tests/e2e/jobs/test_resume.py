@@ -61,7 +61,7 @@ def last_rank_pid(job_namespace: JobNamespace, pod: str) -> int:
 
 
 def supervisor_host_pid(uid: str) -> int:
-    """Process id on this machine of a pod's supervisor. It is PID 1 of its container, which cannot be killed from inside."""
+    """Process id of a pod's supervisor on the host. It is PID 1 of its container and ignores SIGKILL from inside."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, groups = (folder / "cmdline").read_bytes(), (folder / "cgroup").read_text()
@@ -101,7 +101,7 @@ INTERRUPTIONS: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str,
 
 
 SLOW = ("rank-killed", "supervisor-killed", "pod-deleted")
-"""Only in `make test-faults`: the quick run kills ranks and supervisors as local processes (tests/pod) and deletes one pod of two here."""
+"""Interruptions that only `make test-faults` runs. `make test` kills local ranks and supervisors (tests/pod) and deletes one of two pods here."""
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_recreated_job_waits_for_the_pods_of_the_deleted_job_of_that_name(shared
 
 @pytest.fixture
 def n2(installation: Installation) -> Iterator[str]:
-    """The second node, without the operator's pod. It is started again after the test."""
+    """The second node, on which the operator does not run. After the test, the node is started again."""
     kubectl = installation.cluster.kubectl
     kubectl("cordon", "n2")
     for pod in installation.api.list("pods", demo.RELEASE):

@@ -76,7 +76,7 @@ class NamespaceApi:
         self.cluster.endpoint.request("DELETE", f"{self._path(kind)}/{name}")
 
     def wait(self, kind: str, name: str, until: Callable[[Object], object], seconds: float = 40) -> Object:
-        """Wait until `until` is true for the object. Returns the object. Errors: AssertionError with its status after `seconds`."""
+        """Wait until `until(object)` is true, and return the object. After `seconds`, raise AssertionError with the status."""
         deadline = time.monotonic() + seconds
         while not until(obj := self.get(kind, name)):
             assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {obj['status']}"
@@ -89,7 +89,7 @@ class NamespaceApi:
         return self.wait("pod", manifest["metadata"]["name"], terminated, seconds)
 
     def kubectl(self, *arguments: str) -> str:
-        """Run kubectl in this namespace. Returns its output without the last line break."""
+        """Run kubectl in this namespace and return its output without the last line break."""
         return self.cluster.kubectl("-n", self.namespace, *arguments).rstrip("\n")
 
     def _path(self, kind: str) -> str:

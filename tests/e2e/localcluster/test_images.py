@@ -17,7 +17,7 @@ TAG = "localhost/changing:dev"
 
 
 def _version(folder: Path, number: str) -> Path:
-    """Write an image layout with testbox and a file that differs by version and is large enough to be hard-linked."""
+    """Write an image layout with testbox and a file that differs by version. Its layer is large enough to be hard-linked."""
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
     image = Image(TAG, {"/testbox": build.ensure("testbox"), "/extra": extra}, ["/testbox"])
@@ -42,7 +42,7 @@ def test_loading_an_image_again_reads_no_layers(api: NamespaceApi, tmp_path: Pat
     api.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
-            blob.unlink()  # so that reading the layer would fail
+            blob.unlink()  # makes load_image fail if it reads the layer
     assert api.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 

@@ -15,7 +15,7 @@ ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 @pytest.fixture
 def n2(node_cluster: NodeCluster) -> Iterator[str]:
-    """The second node. After the test it is started and uncordoned."""
+    """The second node. After the test, the node is started and uncordoned."""
     yield "n2"
     node_cluster.start_node("n2")
     node_cluster.kubectl("uncordon", "n2")

@@ -1,4 +1,4 @@
-"""Upgrade from release 0.1.0 to this checkout and roll back again, with jobs in every phase: nothing restarts, nothing fails.
+"""Upgrade from release 0.1.0 to this checkout and roll back again, with jobs in every phase: no job restarts or fails.
 
 The old release is read from the repository's history: its chart, CRD, operator image and trainer image.
 """
@@ -30,7 +30,7 @@ CPU = {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}
 
 @dataclass(frozen=True)
 class Release:
-    """A chart with the images that belong to it."""
+    """A chart and its images."""
 
     chart: Path
     images: ChartInputs
@@ -68,14 +68,14 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def new_release(installation: Installation) -> Iterator[Release]:
-    """This checkout's release; installed again afterwards for the tests that follow."""
+    """The release of this checkout. It is installed again after the test, because later tests need it."""
     release = Release(ROOT / CHART, ChartInputs(installation.cluster.s3))
     yield release
     release.install(installation)
 
 
 def long_job(name: str, resources: dict[str, Any], **more: Any) -> Object:
-    """A job that runs long enough to be upgraded in the middle, with frequent checkpoints."""
+    """A job with frequent checkpoints that still trains when the operator is upgraded."""
     return job(
         name,
         resources=resources,
@@ -129,11 +129,11 @@ def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
-    """Install the other release while the jobs are in their phases, and check that every job then ends as without the upgrade."""
+    """Install the other release while each job is in its phase. Check that every job ends as it would without the upgrade."""
     before = snapshot(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
     release.install(job_namespace.installation)
-    # A change of the spec shows that the new operator has read each job: it must write the new generation.
+    # Change each spec. When the status contains the new generation, the new operator has read the job.
     for name in JOBS:
         job_namespace.installation.api.patch(
             PLURAL, job_namespace.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}}

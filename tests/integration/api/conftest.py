@@ -44,7 +44,7 @@ class Response:
 def call(
     api: Endpoint, method: str, path: str, body: Any = None, *, kind: str = "application/json", **query: str
 ) -> Response:
-    """Send one request. `body` is JSON-like or text. The response includes the headers, which contain warnings."""
+    """Send one request. `body` is JSON-like or text. The response includes the headers, because they contain the API server's warnings."""
     url = api.server + path + (f"?{urlencode(query)}" if query else "")
     request = urllib.request.Request(url, method=method, data=_encode(body))
     request.add_header("Authorization", f"Bearer {api.token}")

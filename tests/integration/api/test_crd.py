@@ -1,4 +1,4 @@
-"""The CRD on a real API server: no warnings, structural, bounds, CEL rules and immutability."""
+"""The CRD on a real API server: it is structural and causes no warnings; bounds, CEL rules and immutability are enforced."""
 
 from __future__ import annotations
 

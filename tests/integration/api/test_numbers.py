@@ -25,7 +25,7 @@ REQUIRED_SIBLINGS: dict[str, dict[str, Any]] = {
 REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
     "trainer.rewards": {"builtin": "thinkFormat"}, "dataset.mixture": {"source": "s3://bucket/a"},
 }  # fmt: skip
-"""Other required fields of a list item, by path of the list."""
+"""For each list, a required field of its items."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ NUMBERS = tuple(numbers(FineTuneJobSpec))
 
 
 def spec_with(values: dict[str, str]) -> str:
-    """Return a spec as JSON text with these number spellings at dotted paths."""
+    """Return a spec as JSON text. `values`: the spelling of each number, by dotted path."""
     spec = json.loads(json.dumps(BASE))
     for path, text in values.items():
         for group, extra in REQUIRED_SIBLINGS.get(path, {}).items():
@@ -117,13 +117,13 @@ def dry_run(api: Endpoint, spec: str) -> Response:
 
 
 def one_spelling_per_field(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """Yield sets with one spelling per field until every spelling was used. Later sets contain only the fields with more spellings."""
+    """Yield sets with one spelling per field until every spelling was used. Later sets omit the fields without further spellings."""
     for i in range(max(map(len, texts.values()))):
         yield {path: spelled[i] for path, spelled in texts.items() if i < len(spelled)}
 
 
 def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
-    """Return two sets of fields. The second contains the fields that a rule forbids next to fields of the first set."""
+    """Split the fields into two sets. A rule forbids each field of the second set next to a field of the first set."""
     exclusive = {"training.warmupSteps", "dataset.mixture[].weight"}
     return [
         {path: texts for path, texts in paths.items() if path not in exclusive},

@@ -119,11 +119,11 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "`purge`": (("purge", "done", "--use-secret", "--yes-purge", "done"),),
     "`report`": (("report", "bot", "-o", "ARCHIVE"),),
 }
-"""For each row of the table, commands that together use every right in the row."""
+"""For each row of the table: commands that together need every right in the row."""
 
 
 def table() -> dict[str, set[str]]:
-    """Return the table of the guide: for the commands of each row, the rights that they need, as `resource:verb`."""
+    """Return the rights that the guide's table lists for the commands of each row, as `resource:verb`."""
     text = GUIDE.read_text(encoding="utf-8")
     rights_by_commands = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
@@ -169,7 +169,7 @@ def test_command_uses_the_documented_rights(
 
 
 def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
-    """Create a running job with a pod, and a finished job whose storage is empty and has a Secret."""
+    """Create a running job with a pod. Create a finished job with empty storage, and the Secret for this storage."""
     job(status=RUNNING)
     storage = {"uri": "file:///empty/storage", "credentialsSecretRef": {"name": "s3"}}
     job("done", status=DONE, storage=storage)
@@ -183,7 +183,7 @@ def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
 
 
 def rights(method: str, path: str, query: dict[str, str]) -> set[str]:
-    """Return the rights that a request needs as `resource:verb`; server-side apply may need to create the object."""
+    """Return the rights that a request needs, as `resource:verb`. Server-side apply also needs `create`."""
     match = re.match(
         r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+))?$", path
     )

@@ -82,7 +82,7 @@ def build_first_job(created: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_secret_variables(job: dict[str, Any], api: KubeApi, namespace: str) -> dict[str, str]:
-    """Return the container's variables that refer to Secrets, with their values as the kubelet resolves them."""
+    """Return the container's environment variables that refer to Secrets, with the values that the kubelet would set."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
     values = {}
     for variable in container["env"]:

@@ -58,7 +58,7 @@ def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def no_ambient_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the credentials of the environment."""
+    """Remove S3 credentials from the environment."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def users_cluster(tmp_path: Path) -> Any:
-    """A separate API server, because the demo creates cluster-scoped objects."""
+    """The user's cluster: a separate API server, because the demo creates cluster-scoped objects."""
     with ControlPlane(tmp_path / "state") as endpoint:
         yield endpoint
 
@@ -33,7 +33,7 @@ def users_cluster(tmp_path: Path) -> Any:
 def current(
     users_cluster: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> demo_clusters.DemoCluster:
-    """The demo's `current` cluster, with kubectl on the PATH."""
+    """The demo's cluster `current` (the cluster of the user's kubeconfig). kubectl is on the PATH."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     kubectl.write_text(f'#!/bin/sh\nexec {build.ensure(build.KUBE)} kubectl "$@"\n')
@@ -56,7 +56,7 @@ def test_demo_creates_and_removes_its_namespaces(
 ) -> None:
     before = namespaces(users_cluster)
     current.up()
-    current.up()  # as when the demo runs again after a run with KEEP=1
+    current.up()  # a run of the demo after a run with KEEP=1 calls up() again
     install_crd(KubeApi(users_cluster))
     assert namespaces(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
     demo.uninstall(current)

@@ -1,4 +1,4 @@
-"""Several control planes can run at the same time, and leave no process or file when they end."""
+"""Several control planes can run at the same time. When they end, no process or file remains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder. Its cluster is killed after the test, even if the test fails."""
+    """A state folder. After the test, even if it failed, the cluster in this folder is killed."""
     yield tmp_path / "c"
     processes.end_all(tmp_path / "c")
 

@@ -75,14 +75,14 @@ def operator(
 
 @pytest.fixture
 async def idle(served: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """A namespace without an operator; the test starts its own."""
+    """A namespace without an operator; the test starts its own operator."""
     async with rig(served, _namespace(request), progress) as found:
         yield found
 
 
 @pytest.fixture
 async def world(operator: Operator, idle: Rig) -> Rig:
-    """A namespace that the operator of this folder serves."""
+    """A namespace whose jobs the operator of this module reconciles."""
     return idle
 
 

@@ -1,7 +1,7 @@
 """A substitute for Kueue: changes Jobs like Kueue's job reconciler, and selects them by priority like Kueue's scheduler.
 
-These tests run where Kueue cannot be installed. Each step names the function of Kueue's source (v0.14 to v0.19) that it imitates.
-A batch/v1 Job with a queue label is created suspended; admission starts the Job, and eviction suspends it again.
+These tests run where Kueue cannot be installed. Each method names the function of Kueue (v0.14 to v0.19) that it imitates.
+A batch/v1 Job with a queue label is suspended when it is created. Admission starts the Job, and eviction suspends the Job again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.integration.operator.rig import Rig
 
 PRIORITY_CLASS = Kind("scheduling.k8s.io/v1", "PriorityClass", "priorityclasses")
 WORKLOAD_CLASS = "kueue.x-k8s.io/priority-class"
-"""Label of a Job that names a WorkloadPriorityClass (`constants.WorkloadPriorityClassLabel`)."""
+"""Label of a Job; its value is the name of a WorkloadPriorityClass (`constants.WorkloadPriorityClassLabel`)."""
 
 
 class Queue:
@@ -23,21 +23,21 @@ class Queue:
         self._world = world
 
     async def waiting(self, name: str) -> Object:
-        """Wait for a Job that requests quota, which is labelled and suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
+        """Wait for a Job that requests quota: it has a queue label and is suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
         job = await self._world.job(name)
         assert job["metadata"]["labels"][Label.QUEUE]
         assert job["spec"]["suspend"] is True
         return job
 
     async def admit(self, name: str, selector: dict[str, str]) -> None:
-        """Start a Job: node selectors of the flavour and `suspend: false`, in one update (`Job.RunWithPodSetsInfo`)."""
+        """Start a Job: set the flavour's node selectors and `suspend: false` in one update (`Job.RunWithPodSetsInfo`)."""
         spec = {"suspend": False, "template": {"spec": {"nodeSelector": selector}}}
         await self._world.kube.patch(JOB, self._world.namespace, name, {"spec": spec})
 
     async def evict(self, name: str) -> None:
-        """Stop a Job: suspend it, clear its start time, restore its own node selectors (`Job.Stop`, `Job.RestorePodSetsInfo`).
+        """Stop a Job: suspend it, clear its start time, restore its original node selectors (`Job.Stop`, `Job.RestorePodSetsInfo`).
 
-        The Job controller must suspend the Job before its start time can be cleared. Kueue retries the update; this method waits.
+        The start time can only be cleared after the Job controller has suspended the Job. Kueue retries the update; this method waits.
         """
         kube, namespace = self._world.kube, self._world.namespace
         await kube.patch(JOB, namespace, name, {"spec": {"suspend": True}})
@@ -49,9 +49,9 @@ class Queue:
     async def schedule(self) -> str | None:
         """Run one cycle with a quota of one Job. Returns the name of the admitted Job, or None.
 
-        The highest priority comes first, then the oldest (`baseCompareFunc` of the cluster queue). A Job that holds the quota
-        is evicted if its priority is lower (`withinClusterQueue: LowerPriority`). The quota is free when all its pods are gone
-        (`Job.IsActive`).
+        The Job with the highest priority is first; of equal priorities, the oldest Job (`baseCompareFunc` of the cluster queue). If the
+        Job that holds the quota has a lower priority, it is evicted (`withinClusterQueue: LowerPriority`). An evicted Job releases the
+        quota when all its pods are gone (`Job.IsActive`).
         """
         jobs = [
             job
@@ -75,7 +75,7 @@ class Queue:
         return str(first)
 
     async def _priority(self, job: Object) -> int:
-        """Priority of a Job: from its label, else from its pods' priority class (`jobframework.ExtractPriority`), else 0 (`DefaultPriority`)."""
+        """Priority of a Job: the value of its pods' PriorityClass (`jobframework.ExtractPriority`), or 0 (`DefaultPriority`)."""
         assert WORKLOAD_CLASS not in job["metadata"]["labels"], (
             "the WorkloadPriorityClass does not exist: Kueue would refuse the Job"
         )

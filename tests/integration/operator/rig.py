@@ -1,10 +1,10 @@
-"""The rig of the operator's integration tests: the operator as a process, a real API server, and a fake kubelet.
+"""Test environment of the operator's integration tests: the operator as a process, a real API server, and a fake kubelet.
 
 The fake kubelet runs pods, writes their exit codes and finishes deletions, like a real kubelet.
 
-The rig watches FineTuneJobs, Jobs and pods separately, and the order of events between two watches is not defined: the rig may
-receive a Job before a status that was written earlier. Tests therefore wait for each fact that they assert, and the kubelet repeats
-requests that a busy API server does not answer in time.
+FineTuneJobs, Jobs and pods have separate watches, and the order of events between two watches is not defined: a test may
+receive a Job before a status that was written earlier. Tests therefore wait for each fact that they assert. The fake kubelet
+repeats requests that a busy API server does not answer in time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 NODE = "test-node"
 CORE_NODE = Kind("v1", "Node", "nodes")
 RETRY_SECONDS = 0.1
-"""Seconds between two tries of a watch or a request."""
+"""Seconds before a failed watch or request is repeated."""
 TIMEOUT_SECONDS = 120.0
 """Seconds after which a waiting test fails and prints all objects; no assertion depends on this value."""
 SPEC: Object = {
@@ -69,7 +69,7 @@ class Progress:
                 self.wfile.write(body)
 
             def log_message(self, *_: Any) -> None:
-                """Log nothing: the output of a test is for failures."""
+                """Log nothing, so that the output of a test contains only failures."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -81,7 +81,7 @@ class Progress:
         return f"http://127.0.0.1:{self._server.server_port}/{{namespace}}/{{pod}}"
 
     def put(self, pod: Object, report: Object) -> None:
-        """Set the report of a pod; uid and attempt are filled in."""
+        """Set the report of a pod. The pod's labels provide the uid and the attempt."""
         meta = pod["metadata"]
         full = {"uid": meta["labels"][Label.UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
@@ -139,7 +139,7 @@ class Operator:
             raise
 
     def port(self) -> int:
-        """Port of the HTTP server, from the log."""
+        """Port of the HTTP server, read from the log."""
         for line in self.log.read_text().splitlines():
             if "/metrics on port" in line:
                 port = int(line.split("on port ")[1].split()[0])
@@ -147,17 +147,17 @@ class Operator:
 
 
 class Store:
-    """A watch on one kind in one namespace; `changed` is notified on every event."""
+    """A watch on one kind in one namespace. Every event notifies `Rig.changed`."""
 
     def __init__(self, rig: Rig, kind: Kind):
         self._rig, self._kind = rig, kind
         self.items: dict[str, Object] = {}
         self.history: list[tuple[str, Object]] = []
         self.errors: list[str] = []
-        """Errors after which the watch was restarted."""
+        """Errors that interrupted the watch."""
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Watch until cancelled. A watch that ends or fails is restarted, because a server refuses watches while it fills its cache."""
+        """Watch until cancelled. Restart a watch that ends or fails: an API server refuses watches while it fills its cache."""
         while True:
             try:
                 await self._watch(session)
@@ -188,7 +188,7 @@ class Store:
 
 
 class Rig:
-    """The namespace of one test: its objects, its kubelet, and methods that wait for a state."""
+    """The namespace of one test: its objects, a fake kubelet, and methods that wait for a state."""
 
     def __init__(self, endpoint: Endpoint, kube: Kube, namespace: str, progress: Progress):
         self.endpoint, self.kube, self.namespace, self.progress = endpoint, kube, namespace, progress
@@ -196,10 +196,10 @@ class Rig:
         self.jobs, self.pods, self.ftjs = Store(self, JOB), Store(self, POD), Store(self, FINETUNEJOB)
         self.kubelet = Kubelet(self)
         self.tasks: list[asyncio.Task[None]] = []
-        """Tasks that serve the namespace; if one ended, `describe` shows why."""
+        """Tasks of the watches and the kubelet. `describe` shows why a task has ended."""
 
     async def create(self, name: str = "run", **groups: Any) -> Object:
-        """Create a FineTuneJob; `groups` are merged into the groups of SPEC."""
+        """Create a FineTuneJob. Each of `groups` is merged into the group of that name in SPEC."""
         spec = json.loads(json.dumps(SPEC))
         for group, value in groups.items():
             spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
@@ -233,7 +233,7 @@ class Rig:
         return await self.until(f"Job {name}", lambda: self.jobs.items.get(name))
 
     async def ended_attempt(self, number: int, name: str = "run") -> Object:
-        """Wait until the status shows the end of an attempt, and return its record."""
+        """Wait until the attempt's record in the status has an end time, and return the record."""
 
         def ended() -> Object | None:
             records = self.status(name).get("attempts", [])
@@ -246,7 +246,7 @@ class Rig:
         await self.until("no Jobs and pods", lambda: not self.jobs.items and not self.pods.items)
 
     async def pod(self, job: str, index: int = 0, state: str = "") -> Object:
-        """Wait for a pod of a Job, by index, and for its phase if `state` is given."""
+        """Wait for the pod of a Job with this index and, if `state` is given, for this phase of the pod."""
         return await self.until(f"pod {index} of {job} {state}", lambda: self._pod(job, index, state))
 
     def _pod(self, job: str, index: int, state: str) -> Object | None:
@@ -278,7 +278,7 @@ class Rig:
         return "\n".join(lines)
 
     async def train(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
-        """Let pod 0 of a Job report that it trains."""
+        """Serve a report that pod 0 of a Job trains."""
         pod = await self.pod(job, 0, "Running")
         shown = {"step": step, "totalSteps": total, "secondsRemaining": 60}
         value = {"stage": "training", "progress": shown, "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5}}
@@ -293,7 +293,7 @@ class Kubelet:
         self._rig = rig
         self.auto = True
         self.stops = True
-        """Whether deleted pods end; False simulates a lost node."""
+        """If False, deleted pods do not end, as on a lost node."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
         self.stop_message = TerminationMessage(code="Stopped", message="saved on request", step=0)
         self._handled: set[tuple[str, str]] = set()
@@ -381,7 +381,7 @@ class Kubelet:
 
 
 async def _repeat(request: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a request until the server answers, so that a slow server does not fail the test."""
+    """Repeat a request until the API server answers, so that a slow server does not fail the test."""
     while True:
         try:
             return await request()
@@ -405,7 +405,7 @@ def _now() -> str:
 
 @contextlib.asynccontextmanager
 async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
-    """Create a namespace and run the tasks that serve it."""
+    """Create a namespace, and run its watches and its kubelet."""
     kube = await Kube.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     await kube.create(Kind("v1", "Namespace", "namespaces"), "", body)
@@ -433,7 +433,7 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
 
 
 class Heartbeat:
-    """Keeps the node Ready like a kubelet; otherwise the controllers would evict all pods."""
+    """Keeps the node Ready, like a kubelet. Otherwise the node controller would evict all pods."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint

@@ -370,7 +370,7 @@ async def test_quota_refusal_shows_the_api_servers_message(world: Rig) -> None:
 
 
 async def refusal(world: Rig) -> KubeError:
-    """Create Jobs until a new policy is in force; return the API server's refusal."""
+    """Create Jobs until the API server refuses one because of a new policy. Return the refusal."""
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}
     for number in itertools.count():
         body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"probe-{number}"}}
@@ -383,7 +383,7 @@ async def refusal(world: Rig) -> KubeError:
 
 
 async def test_job_refused_by_an_admission_policy_waits_and_quotes_the_policy(world: Rig) -> None:
-    """The API server answers 422, as for an invalid object, although the object is valid."""
+    """The API server answers 422, as for an invalid Job, although the Job is valid."""
     name = f"costs-{world.namespace}"
     only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]

@@ -1,4 +1,4 @@
-"""A pod reports values that the API server would reject. Suspend, cancel and the deadline must still work."""
+"""While a pod reports values that the API server would reject, suspend, cancel and the deadline still work."""
 
 from __future__ import annotations
 

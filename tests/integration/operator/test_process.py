@@ -21,7 +21,7 @@ async def fetch(operator: Operator, path: str) -> tuple[int, str]:
 
 
 async def metrics(operator: Operator, expected: str) -> str:
-    """Return the metrics once they contain `expected`. The operator counts a status write after it is already visible to the test."""
+    """Read the metrics until they contain `expected`. A test can see a status write before the operator counts the write."""
     async with asyncio.timeout(30):
         while expected not in (text := (await fetch(operator, "/metrics"))[1]):
             continue

@@ -1,4 +1,4 @@
-"""Jobs with a queue: queued, admitted, evicted without counting as a retry, and admitted again."""
+"""Jobs with a queue wait for admission. An evicted job is admitted again, and the eviction is not counted as a retry."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> 
 async def test_deadline_does_not_count_time_in_the_queue(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
     await world.phase("Queued")
-    await asyncio.sleep(2.5)  # longer than the deadline: time in the queue must not count
+    await asyncio.sleep(2.5)  # longer than activeDeadlineSeconds, which does not include the time in the queue
     assert world.status()["phase"] == "Queued"
     await Queue(world).admit("run-1", {})
     status = await world.phase("Failed")
@@ -64,7 +64,7 @@ async def test_queued_job_can_be_suspended(world: Rig) -> None:
 
 
 async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterwards(world: Rig) -> None:
-    """Kueue reads the priority from the pods' priority class, so `placement.priorityClassName` suffices."""
+    """Kueue reads the priority from the pods' PriorityClass, so `placement.priorityClassName` is enough."""
     queue, urgent = Queue(world), f"urgent-{world.namespace}"[:63].rstrip("-")
     body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": urgent}, "value": 1000}
     await world.kube.create(PRIORITY_CLASS, "", body)

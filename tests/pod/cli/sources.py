@@ -1,4 +1,4 @@
-"""One configuration file for every importer, for a tiny model on a CPU, and rows in the format that it needs."""
+"""For every importer: a configuration file that trains a tiny model on a CPU, and rows in the format that the file needs."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ SOURCES = {
 
 
 def rows(shape: str) -> str:
-    """Questions and answers as rows of one shape."""
+    """Questions and answers as rows in one of the formats in SHAPES."""
     return "".join(json.dumps(SHAPES[shape]).replace("{}", str(i)) + "\n" for i in range(ROWS))
 
 
 def options(name: str, model: str, data: str) -> list[str]:
-    """Options of `finetune import`: local model and data, a CPU, and no feature that this version does not support."""
+    """Options of `finetune import`: local model and data, a CPU, and no groups that contain unsupported fields."""
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",
         "--set", "tracking.reportTo=null",

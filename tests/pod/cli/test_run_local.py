@@ -107,7 +107,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
 
 
 QUICK = ("yaml",)
-"""Sources that `make test` trains. `make test-faults` trains the others, because each run starts the trainer anew."""
+"""Sources that `make test` trains. `make test-faults` trains the others, because each run starts a new trainer process."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""TrainingArguments of GPU runs, checked without a GPU, and the imports of a run."""
+"""TrainingArguments of GPU runs (checked without a GPU), and the modules that a run imports."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _env(root: Path) -> dict[str, str]:
 
 
 def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
-    """Return whether Liger kernels stay enabled for a model type, and the notes."""
+    """Return whether Liger kernels stay enabled for a model type, and the notes for the user."""
     from types import SimpleNamespace
 
     from finetune_trainer.arguments import choose_kernels
@@ -114,7 +114,7 @@ def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str
 
 
 def test_kernels_without_an_implementation_are_refused_or_disabled(tmp_path: Path) -> None:
-    """The library silently skips a model type that it does not support."""
+    """liger-kernel silently skips a model type that it does not support."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     tuned = {"trainer": {"backend": "unsloth"}}
     assert liger(tmp_path / "a", tuned, "llama") == (True, [])

@@ -1,4 +1,4 @@
-"""The run does not train on the test set, measures its metrics once on the published weights, and reports them."""
+"""A run does not train on the test set. It measures the test metrics once, on the published weights, and reports them."""
 
 from __future__ import annotations
 

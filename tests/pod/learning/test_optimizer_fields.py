@@ -1,4 +1,4 @@
-"""The API's rules know the settings of Adam that transformers passes to each optimizer."""
+"""For each optimizer, the API's rules list the Adam settings that transformers passes to it."""
 
 from __future__ import annotations
 
