@@ -1,4 +1,4 @@
-"""Prefixes in the session's S3 server, for pods and tests."""
+"""A bucket in the session's S3 server, and a separate prefix for each test."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Bucket:
         return {"AWS_ACCESS_KEY_ID": self.endpoint.access_key, "AWS_SECRET_ACCESS_KEY": self.endpoint.secret_key}
 
     def target(self, **change: Any) -> StoreTarget:
-        """The storage target of the job's tree."""
+        """The storage target with the job's prefix."""
         values = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
         return StoreTarget.model_validate(values)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Keys below the job's tree, relative to it."""
+        """Keys below the job's prefix, relative to the prefix."""
         base = f"{self.root}/team/job/{UID}/"
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=base + prefix)
         return [item["Key"][len(base) :] for page in pages for item in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
-        """Read an object of the job's tree."""
+        """Read an object below the job's prefix."""
         answer = self.client.get_object(Bucket=self.name, Key=f"{self.root}/team/job/{UID}/{key}")
         return bytes(answer["Body"].read())
 

@@ -1,4 +1,4 @@
-"""A pod without Kubernetes: the supervisor as a local process, with its run configuration, HTTP server and termination message."""
+"""A pod without Kubernetes: a supervisor as a local process. It reads a run configuration and writes a termination message."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_config(
     spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
     resume: Resume | None = None, master_port: int = 0, grace: int = 60,
 ) -> RunConfig:  # fmt: skip
-    """A run configuration like that of the operator."""
+    """Build the run configuration that the operator would write for this spec."""
     root = storage.uri.rsplit("/", 3)[0]
     parsed_spec = FineTuneJobSpec.model_validate(
         merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
@@ -71,7 +71,7 @@ def run_config(
 
 @dataclass
 class Pod:
-    """One supervisor process. `end()` waits for it; leaving the `with` block kills it."""
+    """One supervisor process. `end()` waits until the process ends; the end of the `with` block kills it."""
 
     run: RunConfig
     folder: Path
@@ -149,7 +149,7 @@ class Pod:
         return TerminationMessage.model_validate_json((self.folder / "termination-message").read_text())
 
     def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
-        """Wait until a condition holds. Fail with the log if the pod ends or the timeout expires first."""
+        """Wait until `holds()` is true. If the pod ends or the timeout expires before, fail with the pod's log."""
         deadline = time.monotonic() + timeout
         while not holds():
             assert self.process is not None

@@ -18,9 +18,9 @@ from localcluster.s3 import S3Endpoint
 
 STEPS, EVERY = 40, 8
 TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
-"""Suffixes of the names of logged values that measure time or memory, which differ between equal runs."""
+"""Name suffixes of logged values that measure time or memory. These values differ between equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
-"""Logged values by step and kind of line."""
+"""Logged values, by step and kind of log line (`loss` or `eval_loss`)."""
 Rows = dict[tuple[int, int], list[list[str]]]
 """Hashes of the rows of each micro-batch, by step and rank."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,15 +43,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
     "zero": {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "tracking": {"loggingSteps": 3}},
 }  # fmt: skip
-"""Variants of the run: 36 rows, 4 per step on one rank, so that an epoch has 9 steps. In `early` no evaluation is
-enough better than the first, and the third ends the run."""
+"""Variants of the run. An epoch has 9 steps: 36 rows, 4 rows per step on one rank. In `early` no evaluation improves enough
+on the first one, so the third evaluation ends the run."""
 LAST_STEP = {"early": 3 * EVERY}
 """Last step of the variants that end before `STEPS`."""
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The record of a run in one or several attempts."""
+    """Log lines, trained rows and final weights of a run with one or several attempts."""
 
     lines: Lines
     rows: Rows
@@ -59,7 +59,7 @@ class RecordedRun:
 
 
 def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
-    """A spec with dropout, shuffling, accumulation, and checkpoints in the middle of epochs and of logging windows."""
+    """A spec with dropout, shuffling and accumulation. Checkpoints are in the middle of epochs and of logging windows."""
     spec = {
         "model": {"source": f"file://{model}"},
         "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},
@@ -79,7 +79,7 @@ def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dic
 def traced_pod(
     run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", breaks: str = "", node_rank: int = 0
 ) -> Pod:
-    """A pod with the real training, which records the rows of each step."""
+    """A pod that runs the real training and records the rows of each step."""
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
         **({"TRACE_HOLD": hold} if hold else {}), **({"TRACE_BREAK": breaks} if breaks else {}),
@@ -88,12 +88,12 @@ def traced_pod(
 
 
 def record_run(bucket: Bucket, pods: Iterable[Pod], termination: TerminationMessage) -> RecordedRun:
-    """Record a run from its pods and its bucket."""
+    """Build the record of a run from the files of its pods and its bucket."""
     return RecordedRun(lines(bucket), rows_learned(pods), weights(bucket, termination))
 
 
 def lines(bucket: Bucket, attempt: str = "") -> Lines:
-    """Logged values of one attempt (`a2-`) or of all attempts. If several attempts logged a step, their values must be equal."""
+    """Logged values of one attempt (`a2-`) or of all attempts. Attempts that logged the same step must have logged equal values."""
     lines_by_step: Lines = {}
     for key in bucket.keys(f"metrics/{attempt}"):
         for text in bucket.read(key).decode().splitlines():
@@ -109,14 +109,14 @@ def lines(bucket: Bucket, attempt: str = "") -> Lines:
 
 
 def rows_learned(pods: Iterable[Pod]) -> Rows:
-    """The rows of each rank and step. If several attempts trained a step, their rows must be equal."""
+    """The rows of each rank and step. Attempts that trained the same step must have trained equal rows."""
     rows_by_step: Rows = {}
     for pod in pods:
         for file in sorted((pod.folder / "work").glob("rows-*.jsonl")):
             rank = int(file.stem.removeprefix("rows-"))
             for text in file.read_text().splitlines(keepends=True):
                 if not text.endswith("\n"):
-                    continue  # the rank was killed while it wrote this line, so the step is not complete
+                    continue  # the rank was killed while it wrote this line, before the step was complete
                 entry = json.loads(text)
                 hashes = entry["rows"]
                 assert rows_by_step.setdefault((entry["step"], rank), hashes) == hashes, (
@@ -142,7 +142,7 @@ def committed(bucket: Bucket) -> list[int]:
 def run_uninterrupted(
     server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
 ) -> RecordedRun:
-    """The record of a run without faults. Each such run is executed once and shared by all tests."""
+    """The record of a run without interruptions. All tests share one run per variant, method and number of ranks."""
     bucket = new_bucket(server)
     run = run_config(spec_of(model, rows, method, variant), bucket.target(), processes=processes)
     with traced_pod(run, folder / f"uninterrupted-{variant}-{method}-{processes}", bucket) as pod:

@@ -1,4 +1,7 @@
-"""A pod with invalid input or storage ends before training. Exit code and failure class tell who must act: user, storage or cluster."""
+"""A pod with invalid input or storage ends before training.
+
+The exit code and the failure class tell whether the user, the storage administrator or the cluster administrator must act.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from pod_harness import ROWS, Pod, merged, run_config, write_rows
 def failed(
     bucket: Bucket, folder: Path, spec: dict[str, Any], *, env: dict[str, str] | None = None, **target: Any
 ) -> TerminationMessage:
-    """The termination message of a pod that must fail before training."""
+    """Run a pod that must fail before training, and return its termination message."""
     run = run_config(spec, bucket.target(**target))
     with Pod(run, folder / "pod", bucket.env | (env or {})) as pod:
         code = pod.end()

@@ -1,4 +1,4 @@
-"""Training in a pod whose disk is full: a small file system, or a limit of the pod on a larger file system."""
+"""Training in a pod whose disk is full, because the file system is small or because the pod has a disk limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 4 * DISK_RESERVE_BYTES
 
 @pytest.fixture(params=["file system", "limit"])
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The work folder and the pod's environment, with a small file system or with a limit on a larger file system."""
+    """The work folder and the pod's environment. Either the folder is a small file system, or the environment sets a disk limit."""
     if request.param == "limit":
         work = tmp_path / "one" / "work"
         work.mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
-    """Two checkpoints are skipped. After space is freed, the next checkpoint is committed, and a resumed run equals an uninterrupted run."""
+    """Two checkpoints are skipped. After space is freed, the next checkpoint is committed. The resumed run equals an uninterrupted run."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = spec_of(model, rows, "lora", "windows")
     work, limit = disk

@@ -23,9 +23,9 @@ from localcluster.s3 import S3Endpoint
 WAITING_POINTS = {
     "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
 }  # fmt: skip
-"""For each variant, the point at which the run waits and the newest committed step then: last steps of an epoch or of the run."""
+"""For each variant: the waiting point (at the end of an epoch or of the run), and the newest committed step at this point."""
 SPEC_OF_VARIANT = {"end": "plain", "early-end": "early"}
-"""Variants with the spec of another variant, but with another waiting point."""
+"""Variants that use the spec of another variant, but have their own waiting point."""
 DEFAULT_WAITING_POINT = ("accumulation:19", 16)
 """Default waiting point: in the middle of an epoch, a logging window and an effective batch, and between two checkpoints."""
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
 def test_a_stop_in_the_middle_of_an_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """The run completes the evaluation and one more step before it stops. The validation loss is measured only once."""
+    """A run that is stopped during an evaluation completes the evaluation and one more step. The next attempt does not repeat the evaluation."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
     spec = spec_of(model, rows, "lora", "best")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold="evaluation:16") as first:
@@ -131,7 +131,7 @@ def test_repeated_kills(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, seed: int,
 ) -> None:  # fmt: skip
-    """Kill a run five times at random steps, mostly before a new checkpoint."""
+    """Kill five attempts of a run at random steps. Some attempts are killed before they commit a checkpoint."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec, draw = spec_of(model, rows, "lora", "windows"), random.Random(seed)
     pods: list[Pod] = []

@@ -38,7 +38,7 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, step: int, logged: str,
 ) -> None:  # fmt: skip
-    """Lines are logged at steps 20 and 25, and a checkpoint is due at step 24. In both cases the run ends without that checkpoint."""
+    """Steps 20 and 25 are logged, and step 24 would be saved. In both cases the run ends before it saves this checkpoint."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec = spec_of(model, rows, "lora", "windows")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks=f"nan:{step}") as first:
@@ -57,7 +57,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,
 ) -> None:  # fmt: skip
-    """The states of optimizer and scheduler contain the old learning rate, but the operator's new learning rate is used."""
+    """The operator sets a new learning rate. It overrides the old rate in the saved states of optimizer and scheduler."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
     spec = spec_of(model, rows, method, variant)
     run = run_config(spec, bucket.target(), processes=processes)
@@ -80,7 +80,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
 def test_a_smaller_micro_batch_trains_the_same(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps: close, but not exact."""
+    """A micro-batch of 2 rows runs out of memory. The next attempt trains 1 row and accumulates twice as often. Losses are close, not equal."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = spec_of(model, rows, "full")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks="memory:19") as first:
@@ -97,7 +97,9 @@ def test_a_smaller_micro_batch_trains_the_same(
 
 @pytest.mark.slow
 def test_a_rank_with_less_memory_than_the_others(bucket: Bucket, model: Path, tmp_path: Path) -> None:
-    """Row 23 of docs/guides/checkpoints.md: rank 1 of two has memory for one row. The operator adapts twice and keeps the effective batch.
+
+    """Row 23 of docs/guides/checkpoints.md: the second rank has memory for one row. The operator reduces the micro-batch twice.
+
 
     The number of rows is a multiple of the effective batch. Otherwise the padding of each epoch's last batch would depend on the
     micro-batch size.
@@ -145,7 +147,7 @@ def next_attempt(run: RunConfig, adaptation: Adaptation, expect: int) -> RunConf
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_another_number_of_ranks_trains_the_same(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
-    """Row 25 of docs/guides/checkpoints.md: four ranks, then two, then one train the same rows at each step. fsdp is refused on one rank."""
+    """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step. fsdp is refused on one rank."""
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
     with resized(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:
@@ -172,7 +174,10 @@ def test_another_number_of_ranks_trains_the_same(bucket: Bucket, model: Path, ro
 
 @pytest.mark.slow
 def test_a_deepspeed_checkpoint_is_refused_on_another_number_of_ranks(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """Row 25 of docs/guides/checkpoints.md: one rank refuses a DeepSpeed checkpoint of two ranks, with or without DeepSpeed, and keeps it."""
+    """Row 25 of docs/guides/checkpoints.md: a run on one rank, with or without DeepSpeed, refuses a DeepSpeed checkpoint of two ranks.
+
+    The checkpoint is not deleted.
+    """
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     stopped(resized(2, spec, "deepspeed", bucket, tmp_path / "two", hold=9))
     committed_before = committed(bucket)
@@ -188,7 +193,7 @@ def resized(
     ranks: int, spec: dict[str, Any], strategy: str, bucket: Bucket, folder: Path, *, attempt: int = 1, expect: int = 0,
     hold: int = 0,
 ) -> Pod:  # fmt: skip
-    """A pod with `ranks` ranks that trains four rows per step. `hold`: the step before which the pod waits for a stop."""
+    """A pod with `ranks` ranks that trains four rows per step. `hold`: the pod waits for a stop request before this step."""
     change = {"distributed": {"strategy": strategy}, "training": {"gradientAccumulationSteps": 4 // ranks}}
     resume = Resume(mode="auto", expect_step=expect)
     run = run_config(merged(spec, change), bucket.target(), processes=ranks, attempt=attempt, resume=resume)
@@ -205,7 +210,7 @@ def stopped(pod: Pod) -> Pod:
 
 
 def assert_resumed_inexactly(termination: TerminationMessage, step: int, before: str) -> None:
-    """Check that the pod resumed from `step` and reported the number of ranks that wrote the checkpoint."""
+    """Check that the pod resumed from `step`, and that its note on the inexact resume contains `before`."""
     assert termination.resumed_from_step == step and termination.resolved is not None
     assert termination.resolved.resume_exact is False and before in (termination.resolved.resume_note or "")
 
@@ -219,7 +224,7 @@ def assert_refused(pod: Pod, code: int, *reasons: str) -> None:
 
 
 def require_close(bucket: Bucket, pods: list[Pod], expected_run: RecordedRun) -> None:
-    """Check that losses and gradient norms are close to the expected values, and that learning rates and rows of each step are equal."""
+    """Compare with the expected run: losses and gradient norms must be close, learning rates and rows of each step must be equal."""
     expected_rows = by_step(expected_run.rows)
     for pod in pods:
         logged = lines(bucket, f"a{pod.run.attempt}-")

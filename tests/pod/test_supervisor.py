@@ -94,7 +94,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any
     with toy(tmp_path, spec, script, processes=2) as pod:
         code, termination = ended(pod)
     assert (code, termination.code, termination.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
-    if termination.rank == 0:  # rank 1 was killed before its own failure, so only the failure that rank 0 noticed is reported
+    if termination.rank == 0:  # rank 1 was killed before it reported its failure, so only the report of rank 0 exists
         assert termination.origin is False
 
 
@@ -144,7 +144,7 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[s
 
 
 def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """A SIGTERM during the supervisor's imports has the same effect as a later SIGTERM."""
+    """A SIGTERM that arrives during the supervisor's imports has the same effect as a later SIGTERM."""
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         assert pod.process is not None
         caught = Path(f"/proc/{pod.process.pid}/status")
@@ -181,7 +181,7 @@ def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path
 
 
 def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """The progress report shows the problem, training continues, and later checkpoints are committed."""
+    """The progress report shows the problem, and training continues. When staging works again, checkpoints are committed."""
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_committed(5)
         staged = pod.folder / "work" / "staged"

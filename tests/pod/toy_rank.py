@@ -77,7 +77,7 @@ def save(channel: Channel, inputs: Inputs, step: int, chain: str, stopping: bool
 
 
 def run_scripted_event(rank: int | str, step: int) -> None:
-    """Run the event of the script for this rank and step, if any."""
+    """Run the event that the script contains for this rank and step. Without such an event, do nothing."""
     match SCRIPT.get("at", {}).get(f"{rank}:{step}"):
         case None:
             return

@@ -26,7 +26,7 @@ HOLD = "TRACE_HOLD"
 BREAK = "TRACE_BREAK"
 preload = train.preload
 agreements: list[StopAgreement] = []
-"""The stop agreement of this rank; empty until the agreement starts."""
+"""Contains the stop agreement of this rank after the agreement has started."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
@@ -112,14 +112,14 @@ def loss_or_failure(loss: Any, model: Any, step: int) -> Any:
 
 
 def hash_rows(batch: dict[str, Any]) -> list[str]:
-    """Return a limited_rank hash of each sequence without its padding."""
+    """Return a short hash of each sequence without its padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     rows = [row if mask is None else row[mask[number].bool()] for number, row in enumerate(ids)]
     return [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:12] for row in rows]
 
 
 def hold(channel: Channel, phase: str, step: int) -> None:
-    """Wait until the gang has agreed on the step to stop at, if TRACE_HOLD names this point."""
+    """If TRACE_HOLD names this point, wait until the ranks have agreed on the step after which they stop."""
     if os.environ.get(HOLD) != f"{phase}:{step}":
         return
     (channel.work / "held").touch()

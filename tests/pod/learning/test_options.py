@@ -1,4 +1,4 @@
-"""Options of methods, models and objectives that other tests do not cover have their documented effect."""
+"""Documented effects of options of methods, models and objectives that other tests do not cover."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_sampling_from_one_candidate_gives_equal_completions(
     reward = {"builtin": "length", "parameters": {"unit": "characters", "minimum": "500"}}
 
     def share_of_groups_with_equal_rewards(**options: float) -> float:
-        """Train one step on 8 questions with 4 answers each, and return the share of groups whose answers have equal rewards."""
+        """Train one step on 8 questions with 4 answers each. Return the share of questions whose answers all have the same reward."""
         trainer = {
             "type": "grpo",
             "maxCompletionLength": 8,

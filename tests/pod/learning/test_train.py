@@ -1,4 +1,4 @@
-"""Options of `spec.training`, `checkpoint` and `evaluation` have their documented effect, and failing runs end with a named error."""
+"""Documented effects of the options of `spec.training`, `checkpoint` and `evaluation`, and the error codes of failing runs."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path)
 
 def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> None:
     epochs = run_training(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
-    assert len(epochs.losses) == 8  # 1.5 epochs of ten rows, two rows per step, rounded up
+    assert len(epochs.losses) == 8  # 1.5 epochs of 5 steps (ten rows, two rows per step), rounded up
     assert len(run_training(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
 
 
@@ -229,7 +229,7 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
     assert all(torch.equal(load_file(carried)[key], best_weights[key]) for key in best_weights)
 
-    # A second attempt, whose disk has only the newest checkpoint, publishes the same weights.
+    # The disk of the second attempt contains only the newest checkpoint. The attempt publishes the same weights.
     moved = tmp_path / "again" / "restored"
     shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
     shutil.rmtree(tmp_path / "out")
@@ -382,5 +382,5 @@ def test_eva_starts_with_orthonormal_directions(model: Path, tmp_path: Path) -> 
         key: value for key, value in load_file(outcome.folder / "adapter_model.safetensors").items() if "lora_A" in key
     }
     assert len(weights) == 14
-    for value in weights.values():  # randomly initialised directions are not orthonormal
+    for value in weights.values():  # rows of a random initialisation would not be orthonormal
         assert torch.allclose(value @ value.T, torch.eye(4), atol=1e-3)

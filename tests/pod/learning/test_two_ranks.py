@@ -1,4 +1,4 @@
-"""New tokens, LoftQ and the test set give the same numbers on two ranks as on one, with every strategy."""
+"""With every strategy, training with new tokens or LoftQ and the test metrics give the same numbers on two ranks as on one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
     for row in [*TEN, TEN[0]]
 ]
-"""Eleven rows, three of which are the test set. On two ranks the last test batch repeats a row, which must not count twice."""
+"""Eleven rows; the test set consists of three. On two ranks the last test batch repeats a row, and the row must count only once."""
 BASE: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
 }  # fmt: skip
@@ -48,7 +48,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """The same runs on one rank, with the same effective batch."""
+    """The runs of CELLS on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
         name: run_training(tmp_path_factory.mktemp(name), model, merged(merged(BASE, method), batch), ROWS)

@@ -44,7 +44,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
-    """Load model and tokenizer as a user does: for an adapter, the base model's embedding is resized first."""
+    """Load model and tokenizer as a user does. For an adapter, resize the base model's embedding first."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,7 +71,7 @@ def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: 
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load(outcome, model)
     assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
-    if name != "qlora":  # the adapter of qlora corrects the 4-bit base model
+    if name != "qlora":  # a qlora adapter fits the 4-bit base model, and this base model has full precision
         for row in ROWS[:2]:
             assert answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
 

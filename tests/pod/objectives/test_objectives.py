@@ -38,7 +38,7 @@ def logged(outcome: Outcome, key: str) -> list[float]:
 
 
 def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
-    """Log-probability of an answer."""
+    """Log-probability of an answer to a prompt."""
     head = tokenizer.apply_chat_template([user(prompt)], add_generation_prompt=True, tokenize=False)
     start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
     ids = torch.tensor([tokenizer(head + answer + "<|im_end|>", add_special_tokens=False)["input_ids"]])
@@ -48,7 +48,7 @@ def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
 
 
 def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
-    """Load (tuned model, base model, tokenizer) as a user does."""
+    """Load and return (tuned model, base model, tokenizer) as a user does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert outcome.folder is not None
@@ -113,7 +113,7 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
 
 
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
-    # Four of ten answers of a random model contain an "e".
+    # Of the answers of an untrained model, 40 % contain an "e".
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
     outcome = run_training(tmp_path, model, grpo(merged(steps, FULL), [WITH_E], numGenerations=8), PROMPTS)
     rewards = logged(outcome, "rewards/regex/mean")
@@ -179,7 +179,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
     outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
-    # Before the first step the model equals the reference, so every log ratio is 0 and the loss is known.
+    # Before the first step the model equals the reference model. Therefore every log ratio is 0, and the loss is known.
     half = math.log(2)
     first_losses = {
         "sigmoid": half, "hinge": 1.0, "ipo": 25.0, "ncaPair": 2 * half, "bcoPair": 2 * half, "apoZero": 1.0, "apoDown": 1.0, "robust": half,
@@ -306,7 +306,7 @@ def test_grpo_trains_on_text_prompts_and_without_a_chat_template(model: Path, tm
 
 
 def test_rewards_receive_prompts_and_columns_unchanged(model: Path, tmp_path: Path) -> None:
-    """The values of a column may differ in type or be absent, and no message gets the keys of other messages."""
+    """Values of a column may have different types or be absent. A key of one message is not added to other messages."""
     seen = tmp_path / "seen"
     code = f"""
 def reward(completions, prompts, note, **columns):
@@ -391,7 +391,7 @@ def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Pat
 
 
 def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
-    """Only the head may be missing. Any other missing weight would be initialised at random."""
+    """Only the weights of the head may be missing. transformers would initialise other missing weights at random."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "part"

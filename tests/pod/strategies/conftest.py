@@ -1,3 +1,3 @@
-"""Resets the state of the libraries, because runs of all strategies share this process."""
+"""Prepares the libraries, because runs of all strategies share this process."""
 
 from tests.support.models import libraries  # noqa: F401  a fixture

@@ -1,4 +1,4 @@
-"""Device, number formats and attention are chosen from the spec and the machine, or refused with a suggestion."""
+"""The trainer chooses device, dtypes and attention from the spec and the hardware. It refuses impossible specs with a suggestion."""
 
 from __future__ import annotations
 

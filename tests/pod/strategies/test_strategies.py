@@ -1,4 +1,4 @@
-"""Every strategy on two ranks: equal losses, complete artefacts, exact resume, and the right strategy is active."""
+"""Every strategy on two ranks: the losses equal those of one rank, artefacts are complete, resume is exact, the strategy is active."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name in RESUMED:
         checkpoint = folder / f"{indices[name]:03d}" / "out" / "checkpoint-2"
         cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
-    # No training row has the characters of these answers: the validation loss first falls (the model learns the format), then rises.
+    # These answers consist of characters that no training row contains. The validation loss first falls, because the model
+    # learns the format, and then rises.
     unlearnable_rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
     best_spec = {
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
@@ -236,7 +237,7 @@ def test_losses_and_artefact_equal_those_of_ddp(name: str, ddp_name: str, result
 def one_process(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Any]:
-    """One rank with the same four rows per step."""
+    """Method and outcome of a run on one rank that trains the same four rows per step."""
     method = str(request.param)
     spec = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
     return method, run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN)

@@ -1,4 +1,4 @@
-"""If a library silently uses another strategy, attention or quantisation, the run ends before its first step."""
+"""If a library uses another strategy, attention or quantisation than requested, the run ends before its first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(engine: Any = None) -> Any:
-    """A Trainer whose model no strategy has wrapped."""
+    """A Trainer with a model that is not wrapped by DDP, FSDP or DeepSpeed."""
     network = torch.nn.Linear(4, 4)
     return SimpleNamespace(
         model=network, model_wrapped=network, is_deepspeed_enabled=engine is not None, deepspeed=engine
@@ -74,7 +74,7 @@ def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.
 def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(
     stage: int, ranks: int, tmp_path: Path
 ) -> None:
-    """In the last case, stage and ranks are correct, but the parameters are not sharded."""
+    """In the last case, stage and number of ranks are correct, but the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
         make_strategy("zero", tmp_path, 2).verify(trainer(engine))

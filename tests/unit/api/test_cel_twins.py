@@ -26,7 +26,7 @@ def test_offline_rules_refuse_specs_that_break_a_cel_rule_across_groups(code: st
 
 def test_every_cel_rule_has_a_case() -> None:
     assert {rule.code for rule in RULES if rule.cel} == set(SPEC_RULES)
-    assert len(CASES) == len({rule for group in nested_groups(FineTuneJobSpec) for rule in group.cel}) + 1  # one rule is inherited by spec.storage
+    assert len(CASES) == len({rule for group in nested_groups(FineTuneJobSpec) for rule in group.cel}) + 1  # spec.storage inherits one rule
 
 
 def test_smallest_spec_has_no_problems() -> None:

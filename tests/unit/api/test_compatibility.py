@@ -1,4 +1,4 @@
-"""Programs of neighbouring releases read each other's data: the version skew matrix of the contract."""
+"""Operator and trainer of neighbouring releases read each other's data, as in the version skew matrix of the contract."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def set_at_path(value: Any, path: str, new: Any) -> None:
 
 
 def written_by_newer(path: str, value: Any, *marks: str, **changes: Any) -> bytes:
-    """Return the run.json of a newer operator, with `value` at `path` and `marks` as additional entries of `defaults`."""
+    """Return the run.json of a newer operator. It contains `value` at `path`, and `marks` as additional entries of `defaults`."""
     raw = json.loads(run_config(**changes).to_bytes())
     set_at_path(raw, path, value)
     raw["defaults"] += marks

@@ -1,4 +1,4 @@
-"""The table of objectives is complete, and the rules and defaults follow it."""
+"""The table of objectives is complete, and the rules and defaults agree with it."""
 
 from __future__ import annotations
 

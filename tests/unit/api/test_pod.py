@@ -1,4 +1,4 @@
-"""The contract between operator and pod."""
+"""The data that operator and pods exchange: run configuration and termination message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every cross-field rule: specs that break it, the field that the problem names, and specs without problems."""
+"""For every cross-field rule: specs that break the rule, the field that the problem names, and specs without problems."""
 
 from __future__ import annotations
 

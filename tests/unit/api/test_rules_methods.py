@@ -1,4 +1,4 @@
-"""Options that can and cannot be combined with adapter initialisations that change the base."""
+"""Options that can or cannot be combined with adapter initialisations that change the base weights."""
 
 from __future__ import annotations
 

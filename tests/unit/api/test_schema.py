@@ -88,7 +88,7 @@ def test_description_of_every_spec_field_contains_an_example() -> None:
 
 
 def test_example_differs_from_the_default() -> None:
-    """An example that repeats the default does not show how to change it."""
+    """An example that repeats the default does not show how to change the field."""
     allowed = {"spec.method.lora.taskType", "spec.model.modality", "spec.method.lora.loftq.bits", "spec.method.lora.loftq.iterations"}
     same = []
     for path, value in fields(schema_of("spec"), "spec"):

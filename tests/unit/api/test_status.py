@@ -1,4 +1,4 @@
-"""Fields of the status whose change is written at once, and the width of the table of `kubectl get`."""
+"""Status fields that the operator writes without delay, and the width of the table of `kubectl get`."""
 
 from __future__ import annotations
 

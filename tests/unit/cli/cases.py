@@ -81,21 +81,21 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
-"""Number of configuration files and of command lines on each tool's page. All other code blocks of the pages are data or code."""
+"""For each tool's page: the number of configuration files, and the number of command lines. Its other code blocks are data or code."""
 CONTRACT: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
 }  # fmt: skip
-"""Names of the contract's samples for each tool: accepted ones, then refused ones."""
+"""For each tool, the names of the contract's samples: the accepted samples, and the refused samples."""
 AS_COMMANDS = {
     "env-C": "env-command-line-over-file", "yaml-C": "yaml-overrides", "yaml-D": "yaml-deepspeed-beside", "yaml-R4": "yaml-overrides-refused",
     "hydra-C": "hydra-overrides", "hydra-D": "hydra-flags", "hydra-R3": "hydra-unknown-key", "hydra-R4": "hydra-sweep",
 }  # fmt: skip
-"""Samples of the contract that are command lines, with the names of their cases."""
+"""Names of the cases of those samples of the contract that are command lines."""
 
 
 def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
-    """Return the cases by name: files, source (None: recognised by content), and the other tool's command line."""
+    """Return the cases by name: files, source (None: recognised by content), and arguments of the other tool."""
     by_name: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
     for folder in ("samples", "blocks"):
         for path in sorted((HERE / folder).iterdir()):

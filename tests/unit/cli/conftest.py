@@ -54,7 +54,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def kubeconfig_of_server(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
-    """Return a function that starts a server with one fixed response to every request, and returns its kubeconfig."""
+    """Return a function that starts a server and returns a kubeconfig. The server sends the same response to every request."""
     servers: list[ThreadingHTTPServer] = []
 
     def serve(status: int, body: bytes) -> str:

@@ -21,7 +21,7 @@ NOT_YET = "this release does not implement it"
 
 @dataclass
 class Outcome:
-    """The outcome of an import: a spec with warnings and notes, or mistakes."""
+    """The outcome of an import: a spec with warnings and notes, or a list of mistakes."""
 
     spec: dict[str, Any] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ def import_(
     name: str | None = None,
     **more: Any,
 ) -> Outcome:
-    """Import files as the command does."""
+    """Import files as `finetune import` does."""
     request = Request(
         files,
         tuple(shlex.split(words) if isinstance(words, str) else words),

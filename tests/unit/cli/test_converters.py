@@ -1,4 +1,4 @@
-"""Converters of values in files of other tools: the bounds of numbers."""
+"""Bounds of numbers in the converters for values from files of other tools."""
 
 from __future__ import annotations
 

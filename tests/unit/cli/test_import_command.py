@@ -1,4 +1,4 @@
-"""`finetune import` as a command: its own options and output."""
+"""Options and output of `finetune import`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ BASE = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=instru
 
 @pytest.fixture
 def env(write: Write) -> Any:
-    """Return a function that imports a .env text after the required keys."""
+    """Return a function that imports a .env file: the required keys, then `text`."""
 
     def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.env", base + text), words=words, source="env", **more)

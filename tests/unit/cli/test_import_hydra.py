@@ -24,7 +24,7 @@ training_config:
 
 @pytest.fixture
 def hydra(write: Write) -> Any:
-    """Return a function that imports a composed file with overrides."""
+    """Return a function that imports a configuration file that Hydra has composed, with overrides."""
 
     def run(words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.yaml", base), words=words, source="hydra", **more)

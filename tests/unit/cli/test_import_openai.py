@@ -15,7 +15,7 @@ JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
 
 @pytest.fixture
 def api(write: Write) -> Any:
-    """Return a function that imports a job of the API."""
+    """Return a function that imports a fine-tuning job in the JSON form of the OpenAI API."""
 
     def run(job: dict[str, Any], *files: Any, **more: Any) -> Outcome:
         more.setdefault("model_map", {"gpt-4o-mini": "org/small"})

@@ -1,4 +1,4 @@
-"""Import of every sample in the contract and every block on the tools' pages: the result equals the reviewed one in `expected/`."""
+"""Import every sample in the contract and every code block on the tools' pages. The results equal the reviewed results in `expected/`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ BASE = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\n'
 
 @pytest.fixture
 def toml(write: Write) -> Any:
-    """Return a function that imports a TOML text after the required keys."""
+    """Return a function that imports a TOML file: the required keys, then `text`."""
 
     def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.toml", base + text), words=words, source="toml", **more)

@@ -15,7 +15,7 @@ BASE = "model: {base_model: org/m}\ndataset: {train_path: s3://data/t.json}\n"
 
 @pytest.fixture
 def yaml(write: Write) -> Any:
-    """Return a function that imports a YAML text after the required keys."""
+    """Return a function that imports a YAML file: the required keys, then `text`."""
 
     def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.yaml", base + text), words=words, source="yaml", **more)

@@ -13,7 +13,7 @@ from finetune_cli.job_storage import JobStorage, StorageError, list_committed, r
 
 
 def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
-    """Write a committed folder as the trainer does."""
+    """Write files and their manifest to a folder of the storage, as the trainer does when it commits the folder."""
     files_folder = root / folder / incarnation
     files_folder.mkdir(parents=True)
     for name, data in files.items():
@@ -30,7 +30,7 @@ def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> JobStorage:
-    """Return the storage of a job: a healthy checkpoint (step 10), a committed one (20), an uncommitted one (30), and the model."""
+    """Return the storage of a job with the model and three checkpoints: step 10 is healthy, 20 is committed, 30 is not committed."""
     root = tmp_path / "tree"
     commit(root, "checkpoints/step-00000010", {"a.bin": b"one"})
     (root / "checkpoints/step-00000010/_HEALTHY").write_text("")

@@ -1,4 +1,4 @@
-"""`--set` and the options of `finetune import` that stand for one field."""
+"""`--set`, and the options of `finetune import` that set one field of the spec."""
 
 from __future__ import annotations
 

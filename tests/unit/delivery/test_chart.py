@@ -53,7 +53,7 @@ def test_default_values_render_the_expected_objects(render: Render) -> None:
     kinds = sorted(item["kind"] for item in render())
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
-        + ["ClusterRole", "ClusterRole"]  # aggregated to the roles view and edit
+        + ["ClusterRole", "ClusterRole"]  # aggregated into the cluster roles `view` and `edit`
         + ["Role", "RoleBinding", "ServiceAccount"]
     )
 
@@ -124,7 +124,7 @@ def permissions(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
-    """No wildcard, no access to Secrets, no update of a spec or a Job."""
+    """The operator has no wildcard permission, and it cannot read Secrets or change a spec or a Job."""
     objects = render(rbac={"aggregate": False})
     assert permissions(only_object(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
@@ -219,7 +219,7 @@ WRONG_PLATFORM_VALUES = {
 
 
 def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any) -> None:
-    """Helm applies Kubernetes' rules to these values. tests/unit/operator/test_settings.py tests the same rules in the operator."""
+    """The chart's schema contains Kubernetes' rules for these values. tests/unit/operator/test_settings.py tests the operator's rules."""
     done = template(WRONG_PLATFORM_VALUES)
     assert done.returncode != 0
     for error in [
@@ -238,7 +238,7 @@ def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any
 
 
 def test_correct_platform_values_are_accepted(render: Render) -> None:
-    """The values of the previous test, corrected."""
+    """Corrected values of the previous test."""
     tolerations = [
         {"operator": "Exists"},
         {"key": "gpu", "value": ""},

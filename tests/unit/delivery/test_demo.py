@@ -1,4 +1,4 @@
-"""How the demo chooses its cluster, and what it shows of the resource."""
+"""The demo chooses a cluster, and shows the status of the FineTuneJob."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_kind_builds_the_dockerfiles_of_the_project(machine: pytest.MonkeyPatch,
 
 @dataclass
 class FakeJob:
-    """A job that returns the given snapshots in order, and then repeats the last snapshot."""
+    """A job whose `read` returns the given snapshots in order and then repeats the last snapshot."""
 
     snapshots: list[Snapshot]
 

@@ -1,4 +1,4 @@
-"""The YAML of the README and the quickstart is valid as written."""
+"""Users can copy the YAML of the README and the quickstart without changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images install locked packages without download addresses, and the operator's image contains no torch."""
+"""The images install the packages of lock files that contain no download addresses. The operator's image does not contain torch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def test_help_lists_each_target(root: Path) -> None:
 
 
 def test_documented_make_targets_exist(root: Path) -> None:
-    """Commands in code blocks and between backticks."""
+    """Checks the `make` commands in code blocks and between backticks."""
     for path in [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "examples").glob("*.md")]:
         named = set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]*)", path.read_text("utf-8"), re.M))
         assert named <= targets(root), path

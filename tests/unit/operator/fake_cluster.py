@@ -29,7 +29,7 @@ KEY = Key("team", "run")
 
 @dataclass
 class Server:
-    """Objects by kind and name; `before` is called with verb and kind before a request has any effect, and may raise."""
+    """Stores objects by kind and name. Each request first calls `before(verb, kind)`, which may raise an error."""
 
     objects: dict[tuple[str, str], Object] = field(default_factory=dict)
     versions: Any = field(default_factory=lambda: itertools.count(2))
@@ -96,12 +96,12 @@ class Server:
         return self.objects.pop((kind.plural, name), None) is not None
 
     def count(self, verb: str, kind: Kind) -> int:
-        """Number of such requests so far."""
+        """Number of requests with this verb and kind so far."""
         return self.requests.count((verb, kind.plural))
 
     @property
     def finetunejob(self) -> Object:
-        """The FineTuneJob as stored."""
+        """The stored FineTuneJob."""
         return self.objects[FINETUNEJOB.plural, "run"]
 
     def write_spec(self, spec: Object) -> None:
@@ -128,7 +128,7 @@ def new_server() -> Server:
 
 
 class Process:
-    """An operator process that has just started: its cache has only the FineTuneJob."""
+    """An operator process that has just started. Its cache contains only the FineTuneJob."""
 
     def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
         self.server, self.cache, self.queue = server, Cache(), WorkQueue()
@@ -152,7 +152,7 @@ class Process:
         await self.reconciler.reconcile(KEY)
 
     async def work(self) -> None:
-        """Run one worker until nothing is queued."""
+        """Run one worker until the queue is empty."""
         self.queue.add(KEY)
         working = asyncio.create_task(self.reconciler.work())
         async with asyncio.timeout(10):
@@ -161,7 +161,7 @@ class Process:
         working.cancel()
 
     async def start_burst_of_new_jobs(self) -> None:
-        """Take so many new jobs from the queue that a burst starts."""
+        """Start a burst: take BURST_COUNT new jobs from the queue."""
         others = [Key("team", f"other{number}") for number in range(BURST_COUNT)]
         for key in others:
             self.queue.add_high_priority(key)
@@ -169,7 +169,7 @@ class Process:
             self.queue.done((await self.queue.take())[0])
 
     def start_burst_of_transitions(self) -> None:
-        """Record so many transitions of other jobs that a burst starts."""
+        """Start a burst: record BURST_COUNT transitions of other jobs."""
         for _ in range(BURST_COUNT):
             self.reconciler._writer._throttle._transitions.record(asyncio.get_running_loop().time())
 
@@ -180,7 +180,7 @@ class Process:
 
 
 async def start_attempt(server: Server) -> tuple[Process, JobView]:
-    """Return a process whose FineTuneJob has a Job and a written status, and that Job."""
+    """Reconcile until the first attempt has a Job and the status is written. Return the process and the Job."""
     process = Process(server)
     for _ in range(2):
         await process.reconcile()

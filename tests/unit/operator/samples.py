@@ -1,4 +1,4 @@
-"""Views and facts for tests, with defaults for everything that a test does not set."""
+"""Functions that create views and facts for tests. Fields that a test does not set have defaults."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[
 
 
 def spec(**groups: Any) -> Object:
-    """SPEC with groups merged in."""
+    """A copy of SPEC; each of `groups` is merged into the group of that name."""
     value = dict(SPEC)
     for name, group in groups.items():
         value[name] = {**value.get(name, {}), **group} if isinstance(group, dict) else group
@@ -62,7 +62,7 @@ def spec(**groups: Any) -> Object:
 
 
 def status(**fields: Any) -> FineTuneJobStatus:
-    """A status, from wire names."""
+    """A status. The fields have the names of the JSON."""
     return FineTuneJobStatus.model_validate(fields)
 
 
@@ -95,14 +95,14 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
 
 
 def ended(view: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
-    """The pod after its container ended."""
+    """The pod after its container has ended."""
     text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
     return replace(view, phase=phase, is_ready=False, terminated=Terminated(code, reason, text, at(60)))
 
 
 def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> Accepted:
-    """Accept a spec and return the verdict; fails if the spec is refused."""
+    """Accept a spec and return the verdict. A refused spec fails the test."""
     verdict = accept(written or SPEC, config)
     assert isinstance(verdict, Accepted), verdict
     return verdict
@@ -120,13 +120,13 @@ def facts(
 
 
 def report(**fields: Any) -> ProgressReport:
-    """A progress report of rank 0's pod, from wire names."""
+    """A progress report of rank 0's pod. The fields have the names of the JSON."""
     return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
 
 
 def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """Parse a pod with these states of the trainer, of an injected container listed before it (`injected`), and of an init container."""
+    """Parse a pod with these container states: `trainer`, `injected` (a sidecar listed before the trainer), `init` (an init container)."""
     labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
     states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
     states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})

@@ -1,4 +1,4 @@
-"""Whether a spec is accepted, and which defaults a job keeps."""
+"""Accepting and refusing specs, and the defaults that an accepted job keeps."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
-    """When the attempt runs out of memory, the adaptation starts from the attempt's own batch, not from an empty spec."""
+    """When the attempt runs out of memory, the adaptation starts from the attempt's batch size, not from an empty spec."""
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
     begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
     adaptation = {
@@ -152,7 +152,7 @@ def test_spec_too_long_for_an_annotation_is_refused_with_its_size() -> None:
 
 
 def test_size_limit_counts_bytes_and_not_characters() -> None:
-    """Each character of a Chinese system prompt takes three bytes."""
+    """A Chinese character has three bytes in UTF-8."""
     for letter, fits in (("m", True), ("\u6a21", False)):
         env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
         assert isinstance(accept(spec(placement={"env": env}), CONFIG), Accepted) is fits

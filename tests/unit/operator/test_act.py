@@ -1,4 +1,4 @@
-"""Carrying out a plan: the comparison with the API server before an attempt, existing objects, and causes of rejected Jobs."""
+"""Carrying out a plan: checks against the API server before an attempt, existing objects, and causes of rejected Jobs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_second_attempt_is_created_if_the_facts_match_the_server(server: S
     ids=["other uid", "other generation", "deleting", "suspended", "cancelled", "other attempt"],
 )
 async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: Server, changed: dict[str, Object]) -> None:
-    """The watch has not delivered the change yet."""
+    """The API server has stored a change that the watch has not delivered yet."""
     body = server.finetunejob
     server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed.items()}})
     with pytest.raises(StaleFacts):
@@ -149,7 +149,7 @@ def reject_jobs(message: str, code: int) -> Any:
 
 
 def accepted_before(written: Object, observed: Facts) -> Facts:
-    """The facts with a spec that the current acceptance check would refuse."""
+    """Replace the spec in the facts by one that the acceptance check would refuse now."""
     return replace(observed, job=finetunejob(written, observed.job.status))
 
 
@@ -177,7 +177,7 @@ async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(s
 
 
 async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> None:
-    """The first attempt was created from the same spec, so the spec is not the cause."""
+    """The API server accepted the Job of the first attempt with the same spec, so the spec is not the cause."""
     server.before = reject_jobs(USER_ERROR, 422)
     found, plan = second_attempt()
     result = await carry_out(server, accepted_before(LABELLED, found), plan)

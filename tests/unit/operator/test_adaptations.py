@@ -1,4 +1,4 @@
-"""The changes for the next attempt after memory ran out or the loss diverged."""
+"""Changes to the next attempt after an attempt ran out of memory or its loss diverged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROLLED_BACK = Adaptation(
 
 
 def all_changes(**groups: Any) -> list[str]:
-    """Return all changes in order, until the adaptations are exhausted."""
+    """Return all changes in order, until no further adaptation is possible."""
     current, changes = accepted(spec(**groups)).spec, []
     while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
         changes.append(change.change)
@@ -109,7 +109,7 @@ def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_ra
 
 
 def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
-    """The loss after such a checkpoint was not finite, so the checkpoint may contain the weights that caused it."""
+    """The loss after an unhealthy checkpoint was not finite. The weights in this checkpoint may be the cause."""
     base = accepted().spec
     checkpoints = [
         Checkpoint(step=step, uri=f"u{step}", healthy=healthy)
@@ -147,7 +147,7 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
 def test_rollback_excludes_checkpoints_of_older_attempts_only(
     committed: list[tuple[int, int]], start: int | None
 ) -> None:
-    """`committed`: (step, attempt) of every checkpoint; attempt 0: the URI does not name an attempt."""
+    """`committed`: (step, attempt) of every checkpoint. Attempt 0 means that the URI does not contain an attempt."""
     uris = {
         attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed
     }

@@ -1,4 +1,4 @@
-"""Reasons why pods do not run: their status, events, injected containers and scheduling gates."""
+"""The reason why pods do not run, found in their status, events, injected containers and scheduling gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads of events about missing pods: when they happen, and how they are rate limited."""
+"""The operator reads events about missing or stuck pods, and a rate limiter limits these reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def server() -> Server:
 
 
 async def process_with_stuck_pod(server: Server, scheduled: int) -> Process:
-    """Return a new process with an old pod that was scheduled `scheduled` seconds ago and does not run."""
+    """Return a new process and its cache with a Pending pod: created an hour ago, scheduled `scheduled` seconds ago."""
     _, job = await start_attempt(server)
     process, now = Process(server), server.clock.now()
     process.cache.put_job(job)
@@ -32,14 +32,14 @@ async def process_with_stuck_pod(server: Server, scheduled: int) -> Process:
 
 @pytest.mark.parametrize(("scheduled", "reads"), [(1, 0), (60, 1)])
 async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: Server, scheduled: int, reads: int) -> None:
-    """A pod that waited an hour for a node may still mount its volumes without a problem."""
+    """A pod that waited an hour for a node needs the usual time to mount its volumes."""
     process = await process_with_stuck_pod(server, scheduled)
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == reads
 
 
 async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
-    """The server scans all events of the namespace for each read."""
+    """Each read is expensive, because the API server scans all events of the namespace."""
     process = await process_with_stuck_pod(server, 60)
     limiter, now = process.reconciler._blocking._limiter, asyncio.get_running_loop().time()
     limiter.record_read(now - 0.2, now)

@@ -110,7 +110,7 @@ def test_builders_are_deterministic() -> None:
 
 
 def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> None:
-    """Kueue reads its priority class from a label of the Job."""
+    """For example, Kueue reads the name of the WorkloadPriorityClass from a label of the Job."""
     labels, annotations = {"kueue.x-k8s.io/priority-class": "high"}, {"note": "x"}
     _, body = built(spec(placement={"labels": labels, "annotations": annotations}))
     for metadata in (body["metadata"], body["spec"]["template"]["metadata"]):

@@ -1,4 +1,4 @@
-"""The cache: versions, deleted pods, pruning after full lists, and which updates count as changes."""
+"""The cache: object versions, deleted pods, pruning after full lists, and the updates that count as changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RUN = Key("team", "run")
 
 
 def full_list(*finetunejobs: str, version: int, namespaces: frozenset[str] = frozenset()) -> FullList:
-    """A full list of these FineTuneJobs, without Jobs and pods."""
+    """A full list that contains these FineTuneJobs, no Jobs and no pods."""
     return FullList(frozenset(finetunejobs), frozenset(), frozenset(), version, namespaces)
 
 

@@ -1,4 +1,4 @@
-"""Why an attempt ended, from its pods and its Job."""
+"""The operator derives the cause of an attempt's end from the attempt's pods and Job."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_start_timeout_sets_stalled_and_does_not_finish_the_job() -> None:
 
 
 def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
-    """The status write that records the unready pods causes no watch event, so the same reconcile must schedule the next one."""
+    """A status write causes no watch event. The reconcile that records the unready pods must therefore schedule the next reconcile."""
     written = spec(policy={"startTimeoutSeconds": 60})
     ready = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
     lost = facts(written=written, known=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))

@@ -62,7 +62,7 @@ def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: 
 
 
 def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
-    """The queue suspended the Job at 120 s and admitted it readmitted_job at 7200 s: a new pod replaced the pod that reported."""
+    """The queue suspended the Job at 120 s and admitted it again at 7200 s. The Job then created a new pod."""
     known = status(
         attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
         conditions=[
@@ -157,7 +157,7 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
 
 
 def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
-    """The pod is evicted after 340 s. With its grace period of 300 s and the margin of 60 s, it is lost after the stall timeout."""
+    """The pod is evicted at 340 s. It is lost at 700 s (grace period 300 s, margin 60 s). The stall timeout ends earlier."""
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )

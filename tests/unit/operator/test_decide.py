@@ -27,7 +27,7 @@ STATES = {
     "running": (RUNNING, [job()], [pod()]),
     "recovering": (RECOVERING, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [ended(pod(), 70)]),
 }
-"""(status, Jobs, pods) of a job in that state."""
+"""For each state of a job: its status, Jobs and pods."""
 
 
 def plan_of(state: str, **stop_request: bool) -> Plan:
@@ -105,23 +105,23 @@ PASSED_LIMITS = {
     "start timeout": facts(
         known=status(attempt=1, attempts=[BEGUN], conditions=[NOT_READY]), jobs=[job()], pods=[UNSCHEDULABLE], now=at(3600)
     ),
-    "start timeout of a pool that is not there": facts(
+    "start timeout while the node pool does not exist": facts(
         written=spec(resources={"nodePool": "a100", "gpusPerNode": 1}), known=status(conditions=[REFUSED]), now=at(3600)
     ),
-    "stall timeout of a pod that only the operator cannot reach": facts(
+    "stall timeout of a pod that the operator cannot reach but the kubelet reports as ready": facts(
         known=RUNNING, jobs=[job()], pods=[pod()], now=at(3600), last_report=report(stage="evaluating"), reported_at=at(0)
     ),
-    "grace of a pod that a finalizer holds": facts(
+    "grace period of a pod with a finalizer": facts(
         known=SUSPENDING, jobs=[job(is_deleting=True)], pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
-    "grace of a pod that a finalizer holds, its Job gone": facts(
+    "grace period of a pod with a finalizer, without its Job": facts(
         known=SUSPENDING, pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
-    "grace of an orphan that a finalizer holds": facts(
+    "grace period of an orphaned pod with a finalizer": facts(
         known=RECOVERING, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
-"""Time limits that have passed and after which no action is due."""
+"""Facts in which a time limit has passed, but the operator has nothing to do."""
 
 
 @pytest.mark.parametrize("case", PASSED_LIMITS)
@@ -134,7 +134,7 @@ def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
-    """Pods list all existing checkpoints, but the status keeps only the newest ten attempts."""
+    """A pod lists all existing checkpoints, also those of attempts that the status no longer contains."""
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
