@@ -180,7 +180,7 @@ def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: 
 
 @pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
 def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
-    """The next attempt would fail with the same data error."""
+    """A data error ends the job, because the next attempt would have the same error."""
     known = status(attempt=1, attempts=[{**BEGUN, "reason": reason}])
     over = replace(ended(pod(), 65), is_deleted=True)
     plan = decide(facts(written=spec(suspend=reason is Reason.SUSPENDED), known=known, pods=[over], now=at(90)))
@@ -189,7 +189,7 @@ def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
 
 
 def test_terminating_job_that_failed_meanwhile_is_still_deleted() -> None:
-    """Otherwise the failure that the deletion caused would replace the recorded reason."""
+    """The operator's termination caused this failure. It must not replace the recorded reason `Suspended`."""
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
     failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
     plan = decide(facts(written=spec(suspend=True), known=known, jobs=[failed], pods=[ended(pod(), 75)], now=at(61)))
@@ -210,13 +210,13 @@ def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
     ("now", "situation"), [(-3600, Situation.STARTING), (59, Situation.STARTING), (60, Situation.BACKING_OFF)]
 )
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
-    """The attempt ended at 60 s, and its backoff takes 10 s. Without this rule, a clock set back by an hour would add an hour."""
+    """The attempt ended at 60 s, and its backoff takes 10 s. A clock that is set back by an hour must not add an hour to the backoff."""
     known, jobs, pods = STATES["recovering"]
     assert decide(facts(known=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
 
 def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
-    """The Job has the name and labels of the first attempt; only its owner reference shows another owner."""
+    """The Job has the name and labels of the first attempt, but its owner reference names another owner."""
     foreign = job(is_owned=False)
     plan = decide(facts(jobs=[foreign]))
     assert (plan.situation, plan.delete_jobs) == (Situation.BLOCKED, ())
@@ -225,7 +225,7 @@ def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
 
 @pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])
 def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
-    """The Job has the FineTuneJob's uid only in a copied label."""
+    """The Job has a label with the FineTuneJob's uid, but no owner reference to the FineTuneJob."""
     foreign = job(is_owned=False)
     observed = facts(written=spec(**stop_request), jobs=[foreign])
     assert observed.owned_jobs == ()

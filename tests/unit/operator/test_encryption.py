@@ -1,4 +1,4 @@
-"""Server-side encryption: run.json contains the type of encryption; the customer's key is only an environment variable of the container."""
+"""Server-side encryption: run.json contains the type of encryption. The customer's key is only in an environment variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events: which transitions emit one, and how an event is named."""
+"""The transitions of the status that emit events, and the names of the Event objects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUNNING = {
 
 
 def step(known: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
-    """The next status, and the reasons of the events in between."""
+    """Return the next status, and the reasons of the events that this change of the status emits."""
     found = facts(known=known, **observed)
     new = compute(found, decide(found), result or ActionResult())
     return new, [note.reason.value for note in transitions(known, new)]

@@ -1,4 +1,4 @@
-"""Facts about running time and checkpoints, also after a time without an operator, or after a queue replaced the pods."""
+"""Facts about running time and checkpoints, also if the operator was down or a queue has replaced the pods."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
 
 
 def test_queued_job_whose_spec_cannot_be_read_does_not_run() -> None:
-    """Otherwise its deadline would pass while it waits in the queue."""
+    """The deadline of the job must not pass while the job waits in the queue."""
     unreadable = {**QUEUED, "training": ["a newer form"]}
     waiting = facts(written=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))
     assert (waiting.spec_is_readable, waiting.running_since) == (False, None)
@@ -59,7 +59,7 @@ def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> 
 
 
 def test_requeued_job_runs_since_its_last_admission() -> None:
-    """A resumed Job keeps its old start time until the Job controller has processed the resume."""
+    """A resumed Job has its old start time until the Job controller has processed the resume."""
     for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
         taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
         known = status(attempt=1, attempts=[BEGUN], activeSeconds=1700, conditions=[taken])
@@ -103,7 +103,7 @@ def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> N
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
-    """The user suspended the job, and the operator restarted hours later. The time between does not count towards the deadline."""
+    """The user suspended the job, and the operator restarted hours later. These hours do not count towards the deadline."""
     begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
     known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
@@ -129,7 +129,7 @@ def test_deleted_job_ran_until_its_pods_ended() -> None:
 
 
 def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
-    """The operator restarted before it scraped step 20: only the termination message of the preempted pod lists it."""
+    """The operator restarted before it scraped step 20. Only the termination message of the preempted pod lists this checkpoint."""
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})

@@ -1,4 +1,4 @@
-"""A gang without a queue must not hold its nodes forever if some of its pods find no node."""
+"""If some pods of a gang find no node, the other pods must not occupy their nodes forever. Gangs in a queue are not affected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GANG = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
 
 
 def waiting(placed: int, *, created: int = 3, now: float = 601, **job_fields: Any) -> Facts:
-    """A gang of three pods, of which `created` exist and `placed` have a node."""
+    """A gang of three pods: `created` pods exist, and `placed` of them have a node."""
     pods = [
         pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed else "")
         for index in range(created)
@@ -35,7 +35,7 @@ def waiting(placed: int, *, created: int = 3, now: float = 601, **job_fields: An
 
 @pytest.mark.parametrize(("placed", "created"), [(1, 3), (2, 3), (1, 1), (2, 2)])
 def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: int) -> None:
-    """The missing pods may be unschedulable, or a quota may refuse them."""
+    """Pods without a node may be unschedulable. Pods that do not exist may exceed a quota."""
     plan = decide(waiting(placed, created=created))
     assert plan.termination is not None
     assert plan.termination.reason is Reason.GANG_INCOMPLETE
@@ -45,7 +45,7 @@ def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
 def test_gang_without_any_node_or_with_all_keeps_waiting(placed: int, created: int) -> None:
-    """An autoscaler may be adding nodes, or an image is being pulled."""
+    """While no pod has a node, an autoscaler may be adding nodes. When all have a node, they may be pulling the image."""
     plan = decide(waiting(placed, created=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
@@ -55,7 +55,7 @@ def test_gang_of_a_queue_keeps_waiting() -> None:
 
 
 def test_gang_of_a_spec_that_cannot_be_read_keeps_waiting() -> None:
-    """Its start timeout may be longer, and no next attempt could start."""
+    """The spec may contain a longer start timeout, and the operator could not start a next attempt."""
     observed = waiting(1, now=1e6)
     unreadable = replace(observed.job, spec={**GANG, "newer": {"field": 1}})
     plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))

@@ -26,7 +26,7 @@ KEY = Key("team", "run")
 
 
 class Process:
-    """The objects of a process that the health checks read."""
+    """The objects of an operator process that the health checks read."""
 
     def __init__(self) -> None:
         self.monitor = WatchMonitor([kind.path(None) for kind in (FINETUNEJOB, JOB, POD)], lambda *_: None)
@@ -55,9 +55,9 @@ def test_one_stalled_watch_makes_the_process_unhealthy() -> None:
     async def scenario() -> list[str]:
         process = Process()
         await asyncio.sleep(5000)
-        problems = [process.health.liveness_problem()]  # kopf does not watch yet: the first lists may take long
+        problems = [process.health.liveness_problem()]  # kopf has not started its watches, because the first lists may take long
         process.monitor.start()
-        for _ in range(20):  # without events, each watch is restarted after a minute
+        for _ in range(20):  # kopf restarts a watch without events after a minute
             await asyncio.sleep(60)
             start_watches(process, FINETUNEJOB, JOB, POD)
         problems.append(process.health.liveness_problem())

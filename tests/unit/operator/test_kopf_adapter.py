@@ -1,4 +1,4 @@
-"""The workarounds for kopf. If a test fails after an upgrade of kopf, its workaround may have become unnecessary."""
+"""The workarounds for kopf. If a test fails after an upgrade of kopf, the tested workaround may have become unnecessary."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_settings_use_the_endless_backoff_and_the_label_selector() -> None:
 
 
 def test_inactivity_timeout_is_disabled() -> None:
-    """The timeout may cancel the watching task while it passes an event on. The watch then ends without an error."""
+    """The timeout may cancel the task of a watch while the task handles an event. The watch then ends without an error."""
     watching = operator_settings(CONFIG).watching
     assert watching.inactivity_timeout > 365 * 86400
     assert (watching.server_timeout, watching.client_timeout) == (60, 75)
@@ -59,13 +59,13 @@ def test_storages_neither_copy_nor_change_objects() -> None:
 
 
 def test_equal_credentials_make_equal_sessions() -> None:
-    """Otherwise kopf would forever retry credentials that the server has rejected."""
+    """If equal credentials made unequal sessions, kopf would retry credentials that the server has rejected, without end."""
     assert session_of("a") == session_of("a") != session_of("b")
     assert hash(session_of("a")) == hash(session_of("a"))
 
 
 async def test_each_context_of_kopf_gets_its_own_session() -> None:
-    """When kopf closes the session of one context, the watches of the other contexts continue, so that the process can end."""
+    """When kopf closes the session of one context, the watches of the other contexts continue until the process ends."""
     credentials = session_of("a")
     first, second = credentials.aiohttp_session, credentials.aiohttp_session
     await first.close()

@@ -33,7 +33,7 @@ JOB_BODY: Object = {"metadata": {"name": "run-1", "namespace": "team", "resource
 
 @dataclass
 class Server:
-    """Sends the given answers in order and repeats the last one. None closes the connection without an answer."""
+    """Sends the given responses in order and then repeats the last response. None closes the connection without a response."""
 
     answers: list[tuple[int, Object, dict[str, str]] | None] = field(default_factory=list)
     requests: list[tuple[str, str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Leader election: at most one leader, independent of the replicas' clocks, and no writes after the Lease may be lost."""
+"""Leader election: there is at most one leader, even if the clocks differ. A leader stops writing before its Lease can expire."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = LeaderElection(enabled=True, lease_duration_seconds=15, renew_deadlin
 
 
 class Server:
-    """An API server with one Lease. `is_down` makes each request fail; a write returns `answer_delay_seconds` after it took effect."""
+    """An API server with one Lease. While `is_down` is set, each request fails. Responses to writes are delayed by `answer_delay_seconds`."""
 
     def __init__(self) -> None:
         self.lease: Object | None = None
@@ -197,7 +197,7 @@ def test_released_lease_can_be_acquired_at_once() -> None:
 
 
 def test_renewal_time_is_the_start_of_the_request() -> None:
-    """Other replicas see the renewed Lease when the server stores it, not when its answer arrives."""
+    """Other replicas see the renewed Lease as soon as the server stores it, before the response arrives."""
 
     async def scenario() -> None:
         server = Server()
@@ -207,7 +207,7 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
         assert now() == 6
         await asyncio.sleep(3.5)
         first.ensure_leading()
-        await asyncio.sleep(1)  # 10.5 s after the request, 4.5 s after the answer
+        await asyncio.sleep(1)  # 10.5 s after the request, 4.5 s after the response
         with pytest.raises(LeaseLost):
             first.ensure_leading()
 
@@ -220,7 +220,7 @@ def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
         server = Server()
         first, second = elector(server, old), elector(server, new)
         await first.acquire()
-        await second.acquire()  # after the lease duration: the first replica was paused
+        await second.acquire()  # the Lease has expired, because the first replica was paused
         await first.release()
         assert server.lease is not None
         return server.holder, server.lease["spec"]["leaseTransitions"]
@@ -260,7 +260,7 @@ def test_conflicting_renewal_is_retried() -> None:
 
 
 def test_lease_is_renewed_during_a_long_first_resync() -> None:
-    """A resync of 11 s is longer than the renew deadline of 10 s."""
+    """The resync takes 11 s, and the renew deadline is 10 s."""
 
     async def scenario() -> list[str]:
         server = Server()

@@ -36,7 +36,7 @@ async def test_spec_is_checked_once_per_generation(server: Server, monkeypatch: 
 
 
 async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Server) -> None:
-    """Pruning changes the spec and leaves the generation."""
+    """The API server removes the field from the spec, but does not change the generation."""
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**SPEC, "training": {"seed": 7}}})
     process = Process(server)
     await process.reconcile()

@@ -1,4 +1,4 @@
-"""The phase of a job, and the reason next to it in `kubectl get`."""
+"""The phase of a job and the reason that `kubectl get` prints next to the phase."""
 
 from __future__ import annotations
 

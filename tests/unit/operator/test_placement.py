@@ -85,7 +85,7 @@ def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None
 
 @pytest.mark.parametrize(("gpus", "nodes", "fits"), [(8, 1, True), (9, 1, False), (8, 2, True), (7, 3, False)])
 def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
-    """A job may use all 8 GPUs of a node, and both nodes of the pool."""
+    """The pool has two nodes with 8 GPUs each."""
     pools = [{"name": "h100", "default": True, "gpusPerNode": 8, "maxNodes": 2}]
     config: OperatorConfig = parse({"trainer": {"image": "t"}, "nodePools": pools}, "test")
     acceptance = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
@@ -94,7 +94,7 @@ def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
-    """The user cannot correct the operator's configuration."""
+    """The job waits instead of failing, because the user cannot correct the operator's configuration."""
     config = parse({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
     written = {name: group for name, group in spec().items() if name != "storage"}
     acceptance = accept(written, config)

@@ -1,4 +1,4 @@
-"""Values from pods are bounded and cleaned. A wrong value does not reach the status, and all other values of the report are kept."""
+"""The operator limits and cleans the values in a pod's report. It drops a wrong value and keeps all other values of the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(value: Any) -> ProgressReport | None:
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """GOOD with another value at a dotted path."""
+    """Return a copy of GOOD with `value` at a dotted path."""
     result = json.loads(json.dumps(GOOD))
     *parents, name = [int(part) if part.isdigit() else part for part in path.split(".")]
     inner = result
@@ -105,7 +105,7 @@ def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
 def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
-    """The API server does not store the year 1."""
+    """The API server rejects a time in the year 1."""
     parsed = read(GOOD | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
     assert parsed is not None
     assert (parsed.progress.step, parsed.progress.update_time) == (3, None)
@@ -114,7 +114,7 @@ def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
 @pytest.mark.parametrize("key", ["specSha256", "\x00specSha256", "spec_sha256", "spec_sha256\x1b"], ids=ascii)
 @pytest.mark.parametrize("group", ["resolved", "\x07resolved"], ids=ascii)
 def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key: str) -> None:
-    """With another hash of the spec the next attempt would wait for ever with reason SpecChanged."""
+    """A wrong hash of the spec in the status would block the next attempt forever with reason SpecChanged."""
     without = {name: one for name, one in GOOD.items() if name != "resolved"}
     parsed = read(without | {group: {"strategy": "ddp", key: "0" * 64}})
     assert parsed is not None

@@ -1,4 +1,4 @@
-"""A whole reconcile: its reaction to errors, and the actions that it repeats or must not repeat."""
+"""Complete reconciles: errors of the API server, and actions that the operator must or must not repeat."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ DOWN = 'Internal error occurred: failed calling webhook "validate.example.com": 
 async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     server: Server, error: type[KubeError], code: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An admission policy may use any status code. An administrator can change the policy; the spec is not the cause."""
+    """An admission policy may use any status code. The job waits, because the policy is the cause and not the spec."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", JOB):
@@ -128,7 +128,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
 async def test_missing_service_of_a_gang_is_a_blocking_condition(
     server: Server, name_taken: bool, reason: Reason, message: str
 ) -> None:
-    """Without the Service, the pods cannot resolve each other's names. The attempt is recorded anyway."""
+    """The pods need the Service to resolve each other's names. The attempt is recorded although the Service is missing."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", SERVICE):
@@ -158,7 +158,7 @@ def configured(image: str, **storage: Any) -> OperatorConfig:
 
 
 async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attempt(server: Server) -> None:
-    """The operator's configuration may change between two attempts; the next attempt uses only its image and store access."""
+    """The operator's configuration may change between two attempts. Only the new image and the new storage credentials are used."""
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
     secret = {"credentialsSecretRef": {"name": "old"}}
     first = Process(server, configured("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))

@@ -1,4 +1,4 @@
-"""The status that follows from facts and a plan."""
+"""Computing the status from facts and a plan."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_step_of_a_latest_checkpoint_that_is_not_listed_comes_from_its_uri(uri: 
 def resumed(
     known_step: int | None, resumed_from: int, *, committed_by: int | None = None, second: dict[str, Any] | None = None
 ) -> Attempt:
-    """Return attempt 1 after attempt 2 has reported from which step it resumed; `second` has the known fields of attempt 2."""
+    """Return attempt 1 after attempt 2 has reported `resumed_from`. `second`: fields of attempt 2 that the status contained before."""
     first = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted", "lastStep": known_step}
     attempts = [first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second or {})}]
     uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
@@ -121,7 +121,7 @@ def resumed(
 
 @pytest.mark.parametrize("committed_by", [None, 1], ids=["unknown attempt", "attempt 1"])
 def test_last_step_of_an_unobserved_attempt_is_the_step_from_which_the_next_attempt_resumed(committed_by: int | None) -> None:
-    """The operator did not run while attempt 1 trained from step 80 to 190."""
+    """While the operator did not run, attempt 1 trained from step 80 to step 190."""
     first = resumed(80, 190, committed_by=committed_by)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
@@ -147,12 +147,12 @@ def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
 @pytest.mark.parametrize(
     ("committed_by", "second"),
     [(2, {}), (2, {"lastStep": 300, "resumedFromStep": 80}), (None, {"lastStep": 300, "resumedFromStep": 80})],
-    ids=["own checkpoint", "own checkpoint after a restart of its pods", "restart of its pods, unknown attempt"],
+    ids=["own checkpoint", "own checkpoint after its pods were replaced", "unknown attempt after its pods were replaced"],
 )
 def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
     committed_by: int | None, second: dict[str, Any]
 ) -> None:
-    """A queue may replace the pods of attempt 2, which then resume from a checkpoint of attempt 2."""
+    """A queue may replace the pods of attempt 2. The new pods then resume from a checkpoint of attempt 2."""
     first = resumed(80, 290, committed_by=committed_by, second=second)
     assert (first.last_step, first.committed_step) == (80, None)
 

@@ -1,4 +1,4 @@
-"""What the status says about checkpoints, quota and suspension."""
+"""Checkpoints, quota and suspension in the status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKPOINTS = [
 
 
 def steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
-    """Steps in status after a pod reported some, where the status had others."""
+    """Return the checkpoint steps in the status after a pod has reported `reported_steps`. Before, the status had `known_steps`."""
     known = status(attempt=1, attempts=[BEGUN], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
     observed = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)

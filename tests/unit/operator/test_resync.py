@@ -1,4 +1,4 @@
-"""Full lists: removal of deleted objects from the cache, restarted lists, and a server that was restored from a backup."""
+"""Full lists: removal of deleted objects from the cache, restarted lists, and API servers that were restored from a backup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.operator.virtual import run
 
 
 class Lists:
-    """An API server that answers lists with the given pages, and with empty lists of the same version for other kinds."""
+    """An API server that lists FineTuneJobs in the given pages. Lists of other kinds are empty and have the same version."""
 
     def __init__(self, *pages: Listing) -> None:
         self.pages_of_finetunejobs = pages
@@ -85,7 +85,9 @@ def test_all_pages_of_a_list_count_as_listed() -> None:
 
 
 def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
-    """After a restore, resourceVersions are lower than the cached ones, so the cache would reject every new event as old.
+
+    """After a restore, new resourceVersions are lower than the cached versions. The cache would drop every new event as old.
+
 
     The operator exits and restarts with an empty cache.
     """

@@ -1,4 +1,4 @@
-"""The watch of the test rig. A watch that ends unnoticed makes a healthy operator look stuck."""
+"""The watches in tests/integration/operator/rig.py. If a watch ended without a restart, a healthy operator would seem to be stuck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress reports over HTTP: acceptance, read interval, and when a report is dropped."""
+"""Progress reports over HTTP: accepted and rejected reports, read intervals, and dropped reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPORT = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3,
 
 
 class FakeProgressServer:
-    """The HTTP server of a pod: answers with `body`, or redirects, and counts requests."""
+    """The HTTP server of a pod. It counts requests, and responds with `body` or with a redirect."""
 
     def __init__(self) -> None:
         self.body: str | None = json.dumps(REPORT)
@@ -67,7 +67,7 @@ async def pod() -> AsyncIterator[FakeProgressServer]:
 
 
 class Reports:
-    """Records the keys that the scraper calls back with."""
+    """The scraper's callback: records the keys of the jobs with a new report."""
 
     def __init__(self) -> None:
         self.keys: list[Key] = []
@@ -144,7 +144,7 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scra
 
 
 async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
-    """The first request stays open for the whole test: with a concurrency of 1 the second pod would never be read."""
+    """The first request stays open for the whole test. If the scraper read one pod at a time, it would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         scraper.watch(Key("team", "silent"), target(blocked_server))
@@ -170,7 +170,7 @@ async def test_number_of_concurrent_reads_is_limited(scraper: Scraper, reports: 
 
 
 async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: Scraper, pod: FakeProgressServer) -> None:
-    """A flapping readiness probe must not double the requests each time."""
+    """A flapping readiness probe must not double the number of requests."""
     for _ in range(20):
         scraper.watch(KEY, target(pod))
         scraper.stop(KEY)

@@ -1,4 +1,4 @@
-"""Secret keys that a spec names become environment variables of the trainer by reference: the Job does not contain their values."""
+"""Secret keys in a spec become environment variables of the trainer. The Job refers to the Secrets and does not contain the values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.operator.test_builders import built
 
 
 def variables(**groups: Any) -> dict[str, Any]:
-    """Variables of the container, by name. `groups` are set after acceptance, because it refuses unsupported fields."""
+    """Environment variables of the container, by name. `groups` are added after `accept`, because `accept` refuses unsupported fields."""
     run, _ = built(spec())
     written = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
     run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.to_wire()})

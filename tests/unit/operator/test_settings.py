@@ -10,7 +10,7 @@ from finetune_operator.settings import SettingsError, load, parse
 
 
 def pool(**fields: Any) -> dict[str, Any]:
-    """A configuration with one node pool that has these fields."""
+    """A configuration with one node pool, which has these fields."""
     return {"nodePools": [{"name": "h100", **fields}]}
 
 

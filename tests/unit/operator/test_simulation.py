@@ -1,4 +1,4 @@
-"""Random sequences of events of one job: events of the user, the pods, the cluster, a queue and a crashing operator.
+"""Random sequences of events for one job. The user, the pods, the cluster, a queue and a crashing operator cause the events.
 
 The pure functions `decide` and `report` run on a simulated cluster (`world.py`). The invariants are checked after every event. After the
 last event, the job must reach a stable state.
@@ -28,7 +28,7 @@ CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 7
 PAUSES = st.sampled_from([0, 30, 650])
 DEADLINE, TTL = 3000, 600
 ROUNDING = 1.0
-"""Tolerance for the running time of an attempt: the status has whole seconds."""
+"""Tolerance in seconds for the running time of an attempt, because the status contains whole seconds."""
 
 
 class JobEvents(RuleBasedStateMachine):
@@ -102,7 +102,7 @@ class JobEvents(RuleBasedStateMachine):
         assert plan.termination is not None or between(job.started_at, facts.now) < DEADLINE
 
     def _check_new_attempt(self, facts: Facts) -> None:
-        """The attempt keeps the effective batch and continues from the known checkpoints."""
+        """Check that a new attempt keeps the effective batch and continues from the known checkpoints."""
         assert not facts.is_finished
         first: FineTuneJobSpec = accepted(self.world.written()).spec
         assert effective_batch(facts.spec) == effective_batch(first)
@@ -126,7 +126,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(sure=st.sampled_from([False, False, False, True]))
     def cancel(self, sure: bool) -> None:
-        """Cancel rarely, because a sequence that ends early tests little."""
+        """Cancel rarely, because a cancelled job ends the sequence of events early."""
         self.world.cancel = self.world.cancel or sure
         self.world.generation += 1
 
@@ -170,7 +170,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
     def job_trains(self, steps: int, code: int | None) -> None:
-        """The common sequence up to training, which random events alone would rarely reach."""
+        """Start the job and train. Random events alone would rarely reach this state."""
         self.world.jobs.pop(FOREIGN.uid, None)
         self.suspend(False)
         for _ in range(4):
@@ -224,7 +224,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule()
     def operator_restarts(self) -> None:
-        """Restart the operator: it has no record of pods that were deleted before."""
+        """Restart the operator. It does not know pods that were deleted before the restart."""
         self.world.may_count |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
         self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.is_deleted}
         self.world.last_report = None
@@ -263,7 +263,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def finished_job_starts_no_attempt(self) -> None:
-        """A finished job starts no attempt after any event."""
+        """No event starts another attempt of a finished job."""
         if self.final is None:
             self.attempts = len(self.world.created)
         assert len(self.world.created) == self.attempts
@@ -275,7 +275,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def no_attempt_stalls(self) -> None:
-        """No attempt stalls: simulated pods answer, and pods on lost nodes are evicted before the stall timeout."""
+        """No attempt stalls, because simulated pods respond, and pods on lost nodes are evicted before the stall timeout."""
         assert Reason.STALLED not in {attempt.reason for attempt in self.world.status.attempts}, self.world.status.to_wire()
 
     @invariant()
@@ -291,7 +291,7 @@ class JobEvents(RuleBasedStateMachine):
         assert len(diverged) <= ROLLBACKS + 1
 
     def teardown(self) -> None:
-        """Without further events the job is suspended or finished as requested, and then another reconcile changes nothing."""
+        """Reconcile until the job is suspended or finished, as requested. Then check that another reconcile changes nothing."""
         world = self.world
         world.jobs.pop(FOREIGN.uid, None)
         if world.suspend or world.cancel:
@@ -307,7 +307,7 @@ class JobEvents(RuleBasedStateMachine):
         assert world.status.to_wire() == before
 
     def _check_cleanup(self) -> None:
-        """After the TTL all Jobs and pods are deleted, and no new ones are created."""
+        """Check that all Jobs and pods are deleted after the TTL, and that the operator creates no new Jobs."""
         world = self.world
         world.ttl = TTL
         world.pass_time(TTL)

@@ -1,4 +1,4 @@
-"""Status writes: their number, their deferral, and events when the process dies before the write."""
+"""The number of status writes, deferred status writes, and events of a process that dies before a status write."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ async def test_spec_change_during_a_burst_is_handled_at_once(server: Server) -> 
 
 
 async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) -> None:
-    """The write causes no later watch event, so the same reconcile must schedule the timeout."""
+    """The status write causes no watch event. The reconcile that writes the status must therefore schedule the timeout."""
     server.finetunejob["spec"] = {**SPEC, "policy": {"startTimeoutSeconds": 60}}
     process = Process(server)
     await process.start_burst_of_new_jobs()
@@ -153,7 +153,7 @@ async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) 
 
 
 async def test_end_of_pods_and_end_of_their_job_are_one_write(server: Server) -> None:
-    """A Job reports its end shortly after its pods ended. In between, the operator reads no events about missing pods."""
+    """A Job reports its end shortly after its pods have ended. Meanwhile the operator must not read events about missing pods."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
@@ -254,7 +254,7 @@ async def test_progress_before_the_first_step_is_deferred_during_a_burst(
 async def test_progress_interval_starts_when_the_report_was_received(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the interval started at the write, one late write would delay all later writes."""
+    """The interval starts when the report arrives. If it started at the write, one late write would delay all later writes."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
@@ -273,14 +273,14 @@ def has_progress(status: Object) -> bool:
 
 
 def report_step(process: Process, job: JobView, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
-    """Let the pod run and report a step."""
+    """Put a running pod into the cache and let the scraper return its report of step 7."""
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7}, **reported), process.server.clock.now(), "pod-1-0")
     monkeypatch.setattr(process.scraper, "last_report", lambda key, uid, attempt: received if attempt == 1 else None)
 
 
 async def finish_deletion(process: Process, job: JobView) -> None:
-    """Let the pod of the deleted Job end, and reconcile."""
+    """End the pod of the deleted Job, and reconcile."""
     assert (JOB.plural, job.name) not in process.server.objects
     process.cache.mark_pod_deleted(ended(pod(version=9, created_at=job.created_at), 75))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Text for people: without secrets and control characters, and cut to size."""
+"""Text for users contains no secrets and no control characters, and its length is limited."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_secrets_and_control_characters_are_not_shown(text: str, shown: str) -> 
 
 
 def test_secret_patterns_repeat_no_group() -> None:
-    """Pods choose the text, and the event loop waits: with a repeated group, 4 KiB of `a_a_a_...` took 0.7 seconds."""
+    """A pod could block the event loop with its text: with a repeated group in a pattern, 4 KiB of `a_a_a_...` took 0.7 seconds."""
     for pattern in SECRET_PATTERNS:
         assert not re.search(r"\)[*+]", pattern.pattern)
 

@@ -20,7 +20,7 @@ from finetune_operator.throttle import (
 
 
 def start_burst(throttle: StatusThrottle, now: float) -> None:
-    """Record enough transitions of other jobs for a burst."""
+    """Start a burst: record BURST_COUNT transitions of other jobs."""
     for _ in range(BURST_COUNT):
         throttle.transition_delay(PendingChanges(), pods_ended=False, now=now)
 

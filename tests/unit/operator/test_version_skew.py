@@ -1,4 +1,4 @@
-"""Version skew: the CRD is newer than the operator, or an older CRD removed a field. The job waits and does not fail."""
+"""If the CRD is newer than the operator, or an older CRD has removed a field, the job waits and does not fail."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def running(written: Object, now: float = 60, **fields: Any) -> Facts:
 
 @pytest.mark.parametrize("lost", ["resources", "training"])
 def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
-    """The number of pods comes from the Job, also when `resources` cannot be read."""
+    """The operator reads the number of pods from the Job, because it may be unable to read `resources`."""
     observed = running({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
     plan = decide(observed)
     assert (plan.situation, plan.termination, plan.delete_jobs) == (Situation.ACTIVE, None, ())
@@ -113,7 +113,7 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
 
 
 def started_from(written: Object) -> FineTuneJobStatus:
-    """The status after the first attempt of this spec."""
+    """The status after the operator has created the first Job from this spec."""
     observed = facts(written=written)
     new = make_report(observed, decide(observed), ActionResult(created_job=job()))
     assert new.resolved is not None and new.resolved.spec_sha256 == spec_sha256(written)

@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer, so that tests wait minutes of virtual time without sleeping."""
+"""An event loop whose clock jumps to the next timer, so that minutes of virtual time pass without sleeping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _VirtualSelector(selectors.SelectSelector):
-    """Returns at once and adds the timeout to the virtual time."""
+    """A selector that does not wait: it adds the timeout to the virtual time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """A simulated cluster of plain values: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
 
 Each simulated component changes the objects that the operator observes in the same way as the real component. The simulation also
-records facts that the operator cannot observe: how long the job has used its running time (`running_seconds`), which checkpoints are
-in storage, and which attempts may count against the retries.
+records facts that the operator cannot observe: the running time of the job (`running_seconds`), the checkpoints in storage, and the
+attempts that may count against the retries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECKPOINT_EVERY = 10
 
 @dataclass
 class SimulatedCluster:
-    """The state of the cluster and of job FineTuneJob."""
+    """The state of a cluster with one FineTuneJob."""
 
     nodes: int = 1
     queue: str | None = None
@@ -53,13 +53,13 @@ class SimulatedCluster:
     serial: int = 0
     created: list[int] = field(default_factory=list)
     lost: dict[str, datetime] = field(default_factory=dict)
-    """uid of each pod on a lost node, and since when the node is lost."""
+    """Time of the loss of the node, by the uid of the pod on this node."""
     ended_by_suspension: set[str] = field(default_factory=set)
-    """uids of pods that ended because their Job was suspended: the Job controller does not count them as failed."""
+    """uids of pods that ended because their Job was suspended. The Job controller does not count them as failed."""
     committed: dict[int, int] = field(default_factory=dict)
-    """Committed steps, each with the attempt that committed it."""
+    """The attempt that committed the checkpoint, by step."""
     runs: dict[str, int | None] = field(default_factory=dict)
-    """Newest step that an attempt may start from, by the uid of its Job."""
+    """Newest step from which an attempt may start, by the uid of its Job."""
     starts: dict[str, int] = field(default_factory=dict)
     """Step from which each pod started, by uid."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class SimulatedCluster:
         return [p for p in self.pods.values() if p.job_uid == job.uid and not p.is_deleted]
 
     def create(self, attempt: int, max_step: int | None) -> JobView | None:
-        """Create the Job as the API server does; returns None if an object of another owner has the name."""
+        """Create the Job as the API server does, and return it. If an object of another owner has the name, return None."""
         name = attempt_job_name("run", attempt)
         existing = next((job for job in self.jobs.values() if job.name == name), None)
         if existing is not None:
@@ -142,7 +142,7 @@ class SimulatedCluster:
             self.jobs[job.uid] = replace(job, completed_at=self.now)
 
     def _hold_job(self, job: JobView, pods: list[PodView]) -> None:
-        """Delete the pods of a suspended Job. The Job does not fail because of them, unless its podFailurePolicy says so."""
+        """Delete the pods of a suspended Job. The Job fails only if its podFailurePolicy contains the exit code of such a pod."""
         self.delete([p for p in pods if not p.is_finished])
         for p in self.pods.values():
             final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
@@ -181,7 +181,7 @@ class SimulatedCluster:
         return [p for p in running if p.uid not in self.lost]
 
     def end(self, p: PodView, code: int) -> None:
-        """End the container. It writes its termination message unless it is killed."""
+        """End the container. A container that is not killed writes its termination message."""
         if p.is_finished:
             return
         message = self._termination_message(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
@@ -196,7 +196,7 @@ class SimulatedCluster:
     # Nodes
 
     def lose(self, p: PodView) -> None:
-        """Lose the pod's node. The operator scrapes the pod just before, because it does so every few seconds."""
+        """Lose the pod's node. The operator scrapes every few seconds, so it still reads the pod's last report."""
         self.report_progress()
         self.lost[p.uid] = self.now
         self.pods[p.uid] = replace(p, is_ready=False)
@@ -210,7 +210,7 @@ class SimulatedCluster:
                 self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
-        """The kubelets of lost nodes answer again and end the pods that were deleted."""
+        """Reconnect the lost nodes. Their kubelets end the pods that were deleted."""
         for uid in list(self.lost):
             p = self.pods.get(uid)
             if p is not None and not p.is_finished and p.deletion_timestamp is None:
@@ -234,7 +234,7 @@ class SimulatedCluster:
     # The trainer
 
     def train(self, steps: int) -> None:
-        """Advance the complete gangs by `steps` and commit their checkpoints."""
+        """Advance each gang whose pods all run by `steps`, and commit its checkpoints."""
         for job in self.owned_jobs():
             gang = [p for p in self.running() if p.job_uid == job.uid and p.deletion_timestamp is None]
             if job.is_finished or job.is_suspended or len({p.index for p in gang}) < self.nodes:
@@ -247,13 +247,13 @@ class SimulatedCluster:
                     self._commit(step, job.attempt)
 
     def _commit(self, step: int, attempt: int) -> None:
-        """Commit a checkpoint and apply retention. Newer checkpoints that a rollback skipped stay."""
+        """Commit a checkpoint, and apply the retention to checkpoints up to this step. A rollback may have skipped newer checkpoints."""
         self.committed[step] = attempt
         for old in sorted(other for other in self.committed if other <= step)[: -self.keep]:
             del self.committed[old]
 
     def _start(self, leader: PodView) -> int:
-        """Return the step that a pod of rank 0 starts from: the newest committed step that its run configuration allows."""
+        """Return the start step of a rank 0 pod: the newest committed step that its run configuration allows."""
         limit = self.runs[leader.job_uid]
         self.starts[leader.uid] = max([step for step in self.committed if limit is None or step <= limit], default=0)
         return self.starts[leader.uid]
@@ -290,7 +290,7 @@ class SimulatedCluster:
     # Time
 
     def pass_time(self, seconds: int) -> None:
-        """Advance the time. An attempt uses running time while it is admitted or has pods."""
+        """Advance the time. While an attempt is admitted or has pods, this time also counts as running time."""
         admitted = [job for job in self.owned_jobs() if not job.is_suspended and not job.is_finished]
         if admitted or not all(p.is_finished for p in self.pods.values()):
             self.running_seconds += seconds
@@ -299,6 +299,6 @@ class SimulatedCluster:
 
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
-    """Rows per optimizer step on job rank."""
+    """Rows per optimizer step and rank."""
     training = spec.training
     return (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1)

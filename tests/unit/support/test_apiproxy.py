@@ -1,4 +1,4 @@
-"""The API fault proxy in front of a small test server: parsed requests, faults, and commands to watches."""
+"""The API fault proxy: requests that it parses, faults that it injects, and commands that control watches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ JOBS = "/apis/batch/v1/namespaces/ns/jobs"
 
 
 class Server:
-    """A server that records created names and sends the lines of the queue `watch` as events."""
+    """A server that records the names of created objects. It sends the lines of the queue `watch` as watch events."""
 
     def __init__(self) -> None:
         self.created: list[str] = []

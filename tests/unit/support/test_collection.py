@@ -1,4 +1,4 @@
-"""Test ids depend neither on the current time nor on the process: otherwise two xdist workers collect different tests."""
+"""Test ids must not depend on the current time or on the process. Otherwise two xdist workers collect different tests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ time.time = lambda: now() + 1.5
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
-"""Collects tests with a clock that is 1.5 seconds ahead."""
+"""A program that collects tests with a clock that is 1.5 seconds ahead."""
 
 
 def ids_in_another_process(paths: list[str], config: pytest.Config) -> list[str]:
-    """Ids that a process with another clock and another hash seed collects from these files, with the same -m and -k."""
+    """Collect tests from these files with the same -m and -k in a process with another clock and hash seed. Return their ids."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", config.option.markexpr]
     done = subprocess.run(
@@ -33,7 +33,7 @@ def ids_in_another_process(paths: list[str], config: pytest.Config) -> list[str]
 
 
 def test_second_process_collects_the_same_tests_later(request: pytest.FixtureRequest) -> None:
-    """Collect again only the files of tests/unit that this run has collected, so that a run of one file stays quick."""
+    """A second process collects the files of tests/unit that this run has collected. A run with one file therefore stays quick."""
     ids = [item.nodeid for item in request.session.items if item.nodeid.startswith("tests/unit/")]
     paths = list(dict.fromkeys(node_id.partition("::")[0] for node_id in ids))
     assert ids_in_another_process(paths, request.config) == ids

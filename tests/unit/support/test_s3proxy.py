@@ -1,4 +1,4 @@
-"""The S3 fault proxy forwards requests unchanged without a fault, and each fault has its documented effect."""
+"""Without a fault, the S3 fault proxy forwards requests unchanged. Each fault has its documented effect."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextlib.contextmanager
 def answering(status: int, code: str, *, only: str | None = None, message: str = "no") -> Iterator[str]:
-    """Serve an S3 error for one HTTP method (`only`; default: all methods) and an empty listing for the others. Yields the URL."""
+    """Serve an S3 error for the HTTP method `only` (default: all methods), and an empty listing for other methods. Yields the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:

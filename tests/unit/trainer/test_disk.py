@@ -1,4 +1,4 @@
-"""Free space of the pod: the minimum of the file system's free space and the unused part of the pod's limit."""
+"""The free space of a pod is the minimum of the file system's free space and the unused part of the pod's limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A work folder with 3 MiB in two folders, one of them under two names."""
+    """A work folder with 3 MiB in two files. The second file also has a hard link, which must not count."""
     folder = tmp_path / "work"
     (folder / "output").mkdir(parents=True)
     (folder / "one").write_bytes(b"1" * MIB)

@@ -1,4 +1,4 @@
-"""Guards of the Trainer that all objectives share."""
+"""GuardedTrainer: the checks that all objectives share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402 - the module ne
 from transformers import Trainer, TrainingArguments  # noqa: E402 - the module needs torch
 
 LAST_STEP = 4
-"""The epoch has nine steps, so the run ends in the middle of it."""
+"""The run ends in the middle of an epoch, because an epoch has nine steps."""
 
 
 class Linear(torch.nn.Module):
@@ -30,7 +30,7 @@ class Linear(torch.nn.Module):
 
 
 class PlainGuardedTrainer(GuardedTrainer):
-    """Without a distributed strategy."""
+    """A GuardedTrainer without a distributed strategy."""
 
     def create_accelerator_and_postprocess(self) -> None:
         Trainer.create_accelerator_and_postprocess(self)
@@ -54,14 +54,14 @@ def test_resuming_at_the_last_step_trains_no_further(tmp_path: Path) -> None:
 
 
 def test_transformers_without_the_guard_does_one_step_too_many(tmp_path: Path) -> None:
-    """If this test fails, transformers checks for the last step before it trains, and `GuardedTrainer.run_epoch` can be removed."""
+    """If this test fails, transformers itself checks for the last step before it trains. `GuardedTrainer.run_epoch` can then be removed."""
     train(Trainer, tmp_path)
     step, _ = train(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
     assert step == LAST_STEP + 1
 
 
 def rename_weight(checkpoint: Path, name: str | None) -> None:
-    """Store the model's only weight under another name; None: store no weight that the model knows."""
+    """Add a copy of the model's only weight with another name. If `name` is None, remove the weight instead."""
     weights = load_file(checkpoint / "model.safetensors")
     if name is not None:
         weights[name] = weights["weight"].clone()
@@ -103,7 +103,7 @@ def test_a_logged_value_that_is_not_finite_ends_the_run(key: str, code: str, val
 
 
 def test_the_gradient_norm_of_fp16_may_be_infinite() -> None:
-    """The gradient scaler skips such a step and lowers its scale."""
+    """If the gradients are infinite, the gradient scaler skips the step and lowers its scale."""
     args, state, control = SimpleNamespace(fp16=True), SimpleNamespace(global_step=3), SimpleNamespace()
     FiniteGuard().on_log(args, state, control, logs={"loss": 1.0, "grad_norm": float("inf")})  # type: ignore[arg-type]
     with pytest.raises(DivergedError):
@@ -114,7 +114,7 @@ FETCH_SECONDS, COUNT_SECONDS, COMPUTE_SECONDS, TOKENS_PER_STEP = 0.25, 3.0, 1.75
 
 
 class ClockedTrainer(PlainGuardedTrainer):
-    """Advances a virtual clock when a row is fetched, when the tokens of all ranks are counted, and when a step is computed."""
+    """Advances a virtual clock for each fetched row, for each count of the tokens of all ranks, and for each computed step."""
 
     now = 100.0
 

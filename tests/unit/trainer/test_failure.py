@@ -1,4 +1,4 @@
-"""Exceptions and exit codes are converted to named failures, and the root cause is selected among the failures of several ranks."""
+"""Exceptions and exit codes become failures with a code. If several ranks fail, the root cause is selected."""
 
 from __future__ import annotations
 

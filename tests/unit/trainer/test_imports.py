@@ -1,4 +1,4 @@
-"""Which heavy libraries a job imports."""
+"""The heavy libraries that a job imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.learning import make_run
 
 
 def test_every_optimizer_of_bitsandbytes_imports_it(tmp_path: Path) -> None:
-    """It is hidden from jobs that do not need it, so that such an optimizer would fail as if it were not installed."""
+    """bitsandbytes is hidden from jobs that do not need it. An optimizer that needs it would then fail."""
     for optimizer in trainer_optimizer._BITSANDBYTES_OPTIMIZERS:
         run, _ = make_run(tmp_path, tmp_path / "model", {"training": {"optimizer": str(optimizer.value)}})
         assert imports.needs_bitsandbytes(run), optimizer

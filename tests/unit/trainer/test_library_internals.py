@@ -1,4 +1,4 @@
-"""Each private attribute of a library in `library_internals` exists in the installed version and behaves as the trainer expects."""
+"""The private attributes of libraries that `library_internals` uses exist and behave as the trainer expects."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> Non
         tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, label_names=["x"]
     )
     trainer.train()
-    # Two checkpoints; loading the best weights reports their keys.
+    # The run saves two checkpoints. Loading the best weights checks the loaded keys once.
     assert trainer.calls == {
         "run_epoch": 2, "load_checkpoint_weights": 0, "check_loaded_keys": 1, "load_optimizer_and_scheduler": 0,
         "save_optimizer_and_scheduler": 2, "load_best_model": 1, "save_files": 2,
@@ -160,7 +160,7 @@ def test_a_new_accelerator_state_reports_fsdp_on_cpu() -> None:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    AcceleratorState._reset_state(True)  # created by runs of earlier tests in this process
+    AcceleratorState._reset_state(True)  # earlier tests in this process have set the state
     Accelerator(cpu=True)
     try:
         plugin = SimpleNamespace()
@@ -206,7 +206,7 @@ def test_trl_generates_completions_through_the_overridden_method() -> None:
 
 @pytest.fixture
 def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An SFT trainer after two steps that logged nothing."""
+    """An SFT trainer after two steps without a log line."""
     from trl.trainer.sft_trainer import SFTTrainer
 
     built: list[Any] = []
@@ -224,7 +224,7 @@ def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_trl_keeps_metrics_and_a_token_count_under_the_expected_names(trained_sft: Any) -> None:
     internals.metric_lists(trained_sft)["mine"] = [2.0, 4.0]
     assert trained_sft._metrics["train"]["mine"] == [2.0, 4.0]
-    assert internals.trained_tokens(trained_sft) == 0  # the trainer's own loss counts the tokens
+    assert internals.trained_tokens(trained_sft) == 0  # TRL counts no tokens, because the trainer's own loss function counts them
     internals.set_trained_tokens(trained_sft, 7)
     assert internals.trained_tokens(trained_sft) == 7
 

@@ -1,4 +1,4 @@
-"""The run configuration of a pod: its checksum, and a file of another release."""
+"""The run configuration of a pod: its checksum, and files of another release."""
 
 from __future__ import annotations
 

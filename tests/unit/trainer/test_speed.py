@@ -1,4 +1,4 @@
-"""FLOPs per token, utilisation and throughput, compared with published figures and with counted parameters."""
+"""FLOPs per token, utilisation and throughput. The tests compare them with published figures and with counted parameters."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.support.learning import run_training
 from tests.support.tiny import make_tiny_model
 
 LLAMA_3_8B = Shape(matrix_parameters=7_504_924_672, layers=32, heads=32, head_size=128)
-"""8.03 billion parameters without the embedding table of 128,256 x 4,096."""
+"""Llama 3 8B: 8.03 billion parameters, minus the embedding table of 128,256 x 4,096."""
 VOCABULARY, HIDDEN, MLP, LAYERS = 48, 16, 32, 2
 TABLE = VOCABULARY * HIDDEN
 LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP + 2 * HIDDEN
-"""Attention, the three matrices of the MLP, two norms."""
+"""Parameters of a layer: attention, the three matrices of the MLP, two norms."""
 BODY = LAYERS * LAYER + HIDDEN
-"""All layers and the norm before the head."""
+"""Parameters of all layers and of the norm before the head."""
 
 
 def test_published_throughputs_give_the_published_utilisation() -> None:
-    # A LoRA run of an 8B model at 4096 tokens, reported at 12,473 tokens/s and 402 TFLOP/s with causal attention.
+    # Published for a LoRA run of an 8B model with 4096 tokens and causal attention: 12,473 tokens/s, 402 TFLOP/s.
     lora = 12_473 * flops_per_token(LLAMA_3_8B, 4096, frozen_base=True)
     assert lora / 1e12 == pytest.approx(402, rel=0.05)
-    # Full training at 8192 tokens, 5,762 tokens/s: 33.7 % of 989 TFLOP/s when attention is counted as not causal.
+    # Published for full training with 8192 tokens: 5,762 tokens/s, 33.7 % of 989 TFLOP/s. Attention is counted as not causal.
     full = 5_762 * flops_per_token(LLAMA_3_8B, 8192, frozen_base=False, causal=False)
     assert full / 989e12 == pytest.approx(0.337, abs=0.003)
 
@@ -117,7 +117,7 @@ def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
     model = llama(tied=tied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
-    learned = 3 * HIDDEN * MLP + TABLE  # the embedding lookup is no matrix product
+    learned = 3 * HIDDEN * MLP + TABLE  # the embedding lookup is not a matrix product
     assert matrix_and_trained_parameters(model) == (BODY + TABLE, learned)
     flops = flops_per_token(Shape.of(model), 0, frozen_base=True, trained=trained_parameters(model))
     assert flops == 4 * (BODY + TABLE) + 2 * learned

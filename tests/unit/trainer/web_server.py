@@ -1,4 +1,4 @@
-"""A real https server on the loopback interface that serves a folder, with faults."""
+"""An https server on the loopback interface. It serves a folder and can send faulty responses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Web:
     url: str
     ca: str
     faults: list[Fault] = field(default_factory=list)
-    """Responses to the next requests; afterwards the folder's files are served."""
+    """Faulty responses to the next requests. Later requests get the files of the folder."""
     ranges: bool = True
     requests: list[str] = field(default_factory=list)
     """`METHOD /path?query RANGE` of each request."""
@@ -47,7 +47,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serving(folder: Path, keys: Path) -> Iterator[Web]:
-    """Serve a folder; certificate and key are written to `keys`."""
+    """Serve a folder over https. The certificate and its key are written to `keys`."""
     chain = certificate(keys)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*chain)

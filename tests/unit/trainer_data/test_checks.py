@@ -15,7 +15,7 @@ U, A = Turn("user", "hi"), Turn("assistant", "ho")
 
 @pytest.mark.timeout(30)
 def test_scan_of_a_long_row_without_spaces_takes_linear_time(tmp_path: Path) -> None:
-    """A search that begins anew at every dot needs minutes for such a row."""
+    """For a row with many dots, a search that restarts at every dot would take minutes."""
     dots = "a.b-c." * 50_000
     rows = [{"text": dots}, {"text": f"{dots}@{dots}"}, {"text": "to a.b@mail.example.org."}, {"text": "a@b"}]
     run, inputs = run_for(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)

@@ -90,7 +90,7 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "a further question after a question": (
         "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
     ),
-    "system prompts that a column replaces": (
+    "a system column replaces system prompts": (
         "dpo", {"system": "be", "prompt": [SYSTEM_BECOME, TURNS[0]], "chosen": [SYSTEM_BE, *TURNS], "rejected": "no"},
         Preference((Turn("system", "be"), U), *ANSWER_TURNS)
     ),
@@ -115,7 +115,7 @@ MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "dpo", {"prompt": [SYSTEM_BE, TURNS[0]], "chosen": [SYSTEM_BECOME, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
     ),
     "judged": ("kto", {"prompt": "hi", "completion": [QUESTION_AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
-    "a completion with the prompt further on": (
+    "a completion that repeats the prompt in the middle": (
         "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, ANSWER_NO, *TURNS]},
         "PromptMismatch", "`completion` begins",
     ),

@@ -1,4 +1,4 @@
-"""Loading of all sources: bad rows, mixtures, splits, and formats that the objective cannot use."""
+"""Loading rows from all sources: bad rows, mixtures, splits, and formats that the objective cannot use."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
 
 
 def test_all_copies_of_a_row_in_a_mixture_are_in_the_same_split(tmp_path: Path) -> None:
-    """A mixture repeats a small source. All copies of a row must be in the same split."""
+    """A mixture repeats the rows of a small source. All copies of a row must be in the same split."""
     loaded = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
     train, validation, test = ({row.text for _, row in part} for part in (loaded.train, loaded.validation, loaded.test))
     assert (len(loaded.train), len(validation), len(test)) == (12, 4, 4)
     assert not train & validation and not train & test and not validation & test
     assert (
         sum(row.text in {repeated["text"] for repeated in text_rows(4)} for _, row in loaded.train) == 11
-    )  # weight 9 of 10
+    )  # this source has 9/10 of the total weight
 
 
 def test_deduplication_keeps_the_weights_of_a_mixture(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoding in several processes."""
+"""Encoding rows in several processes."""
 
 from __future__ import annotations
 

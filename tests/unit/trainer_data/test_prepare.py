@@ -1,4 +1,4 @@
-"""Token sequences and their cache."""
+"""Token sequences of the data sets, and their cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_prompt_and_completion_are_joined_without_a_template(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("first", ["text", "messages"])
 def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_path: Path) -> None:
-    """All tokens of text without turns are trained on, but not the questions of a conversation, in either order of the sources."""
+    """The run trains on all tokens of plain text, but not on the questions of a conversation. The order of the sources has no effect."""
     tok = tokenizer(tmp_path)
     plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
     sources = [plain, joined, TEN[:1]] if first == "text" else [TEN[:1], joined, plain]
@@ -101,7 +101,7 @@ def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", ["validation", "test"])
 def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_path: Path) -> None:
-    """Only the contents of the validation or test file change, not its name."""
+    """The content of the validation or test file changes, but not its name."""
     tok = tokenizer(tmp_path)
     run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN)
     files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN[:2]) for name in ("validation", "test")}

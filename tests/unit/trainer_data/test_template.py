@@ -1,4 +1,4 @@
-"""Rendering: which characters of a conversation are trained on."""
+"""Rendering conversations with chat templates, and the characters that the run trains on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THINKING_TEMPLATE = (
     "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""A template like those of reasoning models: only the last answer is rendered with a think block."""
+"""Chat template as in reasoning models: only the last assistant message gets an empty think block."""
 TWO_ANSWERS = (
     Turn("system", "be"),
     Turn("user", "one"),
@@ -30,7 +30,7 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""Renders a header that the generation prompt lacks. Its generation markers exclude the end token of the turn."""
+"""Template whose generation prompt lacks the assistant header. Its generation markers exclude the end-of-turn token."""
 MARKED_IN_PIECES = MARKED.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )

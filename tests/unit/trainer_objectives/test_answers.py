@@ -1,4 +1,4 @@
-"""Answers to prompts as token ids: length limits, and the prompt that two answers share."""
+"""Prompts and answers as token ids: length limits, and the shared prompt of two answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fit(
 
 
 LONG = EncodedAnswers([1, 2, 3], [[4, 5, 6, 7], [8]])
-"""Seven tokens with the longer answer."""
+"""A row that has seven tokens with its longer answer."""
 
 
 def test_answers_beyond_the_sequence_are_cut_and_counted() -> None:
@@ -33,7 +33,7 @@ def test_answers_beyond_the_sequence_are_cut_and_counted() -> None:
 
 
 def test_a_reward_model_drops_rows_whose_answer_would_be_cut() -> None:
-    """A reward model reads the score at the end of the answer."""
+    """A reward model computes its score at the last token of the answer."""
     fitted, counts = fit(LONG, TrainerType.REWARD)
     assert fitted is None
     assert (counts.cut, counts.left_out) == (0, 1)
@@ -60,7 +60,7 @@ def test_pairs_that_are_equal_after_cutting_are_dropped() -> None:
 
 
 def test_tokens_merged_across_the_end_of_the_prompt_belong_to_the_answers() -> None:
-    """The prompts of both answers are [1, 2] and a token that depends on the answer's first character."""
+    """The third token contains the end of the prompt and the first character of the answer, so it differs between the answers."""
     encoded = [([1, 2, 10], [4]), ([1, 2, 11], [5, 6])]
     assert with_shared_prompt(encoded, None) == EncodedAnswers([1, 2], [[10, 4], [11, 5, 6]])
 

@@ -1,4 +1,4 @@
-"""Every value of `trainer.type` has an objective in the module of that name."""
+"""For every value of `trainer.type`, the module of that name contains an objective."""
 
 from __future__ import annotations
 

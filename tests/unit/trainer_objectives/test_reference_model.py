@@ -1,4 +1,4 @@
-"""The reference model equals the trained model before the first step, so the first loss is known."""
+"""Before the first step the reference model equals the trained model. Therefore the first loss is known."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def same_matmul_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable a CPU kernel that multiplies frozen 4-bit weights in another order, which changes the loss."""
+    """Disable a CPU kernel that changes the loss, because it multiplies frozen 4-bit weights in another order."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
@@ -48,7 +48,7 @@ def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tm
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
 def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path: Path) -> None:
-    """The KL divergence from the reference is logged. A reference without the row of the new token could not read the prompts."""
+    """The run logs the KL divergence from the reference model. The prompts contain a new token, so the reference model needs its row."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
     spec = {**METHODS.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
@@ -57,7 +57,7 @@ def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path:
 
 @pytest.fixture(scope="module")
 def model_with_spare_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokenizer has one token more than the embedding has rows, as some multimodal models do."""
+    """A model whose tokenizer has one token more than the embedding has rows, as in some multimodal models."""
     from transformers import AutoTokenizer
 
     path = make_tiny_model(tmp_path_factory.mktemp("model_with_spare_token") / "raw")

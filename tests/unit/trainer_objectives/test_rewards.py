@@ -1,4 +1,4 @@
-"""The scores of the built-in rewards, and the errors for invalid rewards before a model is loaded."""
+"""Scores of the built-in rewards, and errors for invalid rewards before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callbacks of a rank: when checkpoints are saved, skipped and reported, when steps are logged, and when a stop takes effect."""
+"""Callbacks of a rank: they save, skip and report checkpoints, report log lines, and stop the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa
 
 
 class Run:
-    """A Trainer's loop that only calls the callbacks, in the right order."""
+    """A training loop without training: it calls the callbacks in the order of the Trainer."""
 
     def __init__(self, folder: Path, *, steps_per_epoch: int = 10, **arguments: Any) -> None:
         (folder / "work").mkdir()
@@ -47,7 +47,7 @@ class Run:
         self.agreement._thread.join(10)
 
     def step(self, *, save: bool = False, log: bool = False) -> None:
-        """One optimizer step; `save`, `log`: whether the Trainer itself saves or logs at this step."""
+        """Run one optimizer step. `save`, `log`: whether the Trainer's own settings request a checkpoint or a log line at this step."""
         self.control = TrainerControl(should_save=save, should_log=log)
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
@@ -147,7 +147,7 @@ def test_a_state_with_non_finite_values_is_never_saved(run: Run, loss: str, weig
 
 
 def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
-    """The last update may have made weights non-finite although the loss before that update was finite."""
+    """The last update may have made weights non-finite, although the logged loss before this update was finite."""
     sums = {"train": {"tokens": torch.tensor(7)}}
     run.stager.on_trainer_created(
         SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums)
@@ -163,7 +163,7 @@ def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
 
 
 def test_a_checkpoint_at_an_epochs_end_is_saved_after_the_evaluation(tmp_path: Path) -> None:
-    """Otherwise a resumed run would skip the evaluation, and early stopping could decide differently."""
+    """A run that resumed from an earlier checkpoint would skip the evaluation, and early stopping could decide differently."""
     run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step(save=True)
     run.step(save=True)
@@ -180,7 +180,7 @@ def test_a_stop_is_not_caught_by_except_exception(run: Run) -> None:
 
 
 def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> None:
-    """A resumed run starts with the next epoch and would never measure this one's validation loss."""
+    """A resumed run starts with the next epoch. Without the wait, the validation loss of this epoch would never be measured."""
     run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step()
     run.ask_to_stop()
@@ -225,7 +225,7 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: 
 
 
 def test_the_size_of_the_first_checkpoint_is_estimated(run: Run) -> None:
-    """Each trained weight counts with its own size and two moments."""
+    """A checkpoint contains each trained weight and two moments of the optimizer for this weight."""
     assert subject._estimated_size(run.model) == 6 * (4 + 8)
     run.model.bias.requires_grad = False
     assert subject._estimated_size(run.model) == 4 * (4 + 8)

@@ -1,4 +1,4 @@
-"""Loading the optimizer's state from a checkpoint keeps the learning rate and settings of this attempt."""
+"""When the optimizer's state is loaded from a checkpoint, the learning rate and the settings of this attempt stay in effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup  # noqa: E402 - likewis
 
 
 def make(rate: float, **settings: Any) -> tuple[Any, Any]:
-    """An optimizer with two groups, the second with a sixteenth of the rate, and its scheduler."""
+    """An optimizer and its scheduler. The optimizer has two groups; the rate of the second group is a sixteenth of `rate`."""
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 16}]
     optimizer = torch.optim.AdamW(groups, lr=rate, **settings)
@@ -33,7 +33,7 @@ def run(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
 
 
 def resume(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
-    """Train ten steps at 1e-3, save as the Trainer does, and load the state in another attempt."""
+    """Train ten steps at 1e-3, save the state as the Trainer does, and load it in another attempt with `rate`."""
     before = make(1e-3)
     run(*before, 10)
     torch.save([one.state_dict() for one in before], tmp_path / "state")
@@ -65,7 +65,7 @@ def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_without_base_rates_keeps_what_it_loads() -> None:
-    """The rates of such a scheduler (ReduceLROnPlateau, for example) are part of its state, so that there is no other rate to restore."""
+    """The state of a scheduler such as ReduceLROnPlateau contains its rates. Therefore no other rate can be restored."""
     optimizer, _ = make(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 

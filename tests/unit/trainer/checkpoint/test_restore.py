@@ -1,4 +1,4 @@
-"""Which checkpoint an attempt resumes from, which ones are refused or inexact, and what commit and sweep change. The store is a folder."""
+"""The choice of the checkpoint to resume from, refused and inexact resumes, and the effects of commit and sweep on a folder store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def job(tmp_path: Path) -> Tree:
 
 @pytest.fixture
 def two(job: Tree, tmp_path: Path) -> Tree:
-    """Steps 5 and 10 are committed."""
+    """Storage of a job with committed checkpoints of steps 5 and 10."""
     folder = tmp_path / "staged"
     folder.mkdir()
     (folder / "weights").write_text("w")
@@ -43,7 +43,7 @@ def two(job: Tree, tmp_path: Path) -> Tree:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Tree:
-    """The empty tree of another job."""
+    """The empty storage of another job."""
     return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_restored_by_its_uri(two: Tree, other: Tree, tmp_path: P
 
 
 def test_a_checkpoint_is_restored_from_a_web_server(two: Tree, tmp_path: Path, server: Web) -> None:
-    """The request uses the CA bundle of the job's own storage, and no error message shows the query."""
+    """The request uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_restored_from_a_web_server(two: Tree, tmp_path: Path, s
 def test_own_progress_takes_precedence_over_the_configured_start(
     two: Tree, other: Tree, tmp_path: Path, mode: str
 ) -> None:
-    """This happens if a queue restarts the same attempt, or if the operator missed a commit."""
+    """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than expected."""
     folder = tmp_path / "staged"
     files = other.upload(prefix_of(150), "a1-00000000", folder)
     other.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
@@ -151,7 +151,7 @@ def test_an_inexact_resume_reports_the_reason(two: Tree, tmp_path: Path, change:
 
 
 def test_skipped_checkpoints_are_not_ancestors(two: Tree, tmp_path: Path) -> None:
-    """Checkpoints later than a rollback's step and damaged checkpoints are skipped."""
+    """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
     rolled = resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
     two.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
@@ -174,7 +174,7 @@ def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two: Tree, tmp_
 
 
 class DelayedStore(FolderStore):
-    """A store whose listings or reads do not show new objects yet."""
+    """A store whose listings or reads do not contain the new objects in `unlisted` or `unread`."""
 
     unlisted: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
@@ -229,7 +229,7 @@ def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two
 
 
 def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two: Tree, tmp_path: Path) -> None:
-    """When the step is repeated, the new checkpoint replaces the old one and is not healthy yet."""
+    """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
     two.mark_healthy(10)
     (old,) = resume(two, tmp_path, Resume(mode="auto", max_step=9)).skipped
     files = two.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
@@ -249,7 +249,7 @@ def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two: Tree, tmp_path
 
 
 def commit(tree: Tree, folder: Path, step: int, attempt: int = 1) -> Manifest:
-    """Commit a checkpoint of an attempt."""
+    """Upload and commit a checkpoint of this step and attempt."""
     incarnation = f"a{attempt}-00000000"
     files = tree.upload(prefix_of(step), incarnation, folder / "staged")
     manifest = Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
@@ -263,7 +263,7 @@ def begin(tree: Tree, attempt: int) -> None:
 
 
 def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two: Tree, tmp_path: Path) -> None:
-    """The checkpoints of the earlier attempt are replaced when the next attempt reaches their steps."""
+    """When the next attempt reaches the step of an earlier attempt's checkpoint, it replaces this checkpoint."""
     commit(two, tmp_path, 20)
     begin(two, 2)
     with pytest.raises(Fenced, match="a later attempt has begun"):
@@ -279,7 +279,7 @@ def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two: Tree, 
 def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
     two: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next attempt begins and sweeps after the last check of the commit and before its marker."""
+    """The next attempt begins and sweeps between the last check of the commit and the creation of the marker."""
     create = two.store.create
 
     def create_after_sweep(key: str, data: bytes) -> Created:
@@ -320,7 +320,7 @@ def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Tree,
 
 
 def test_a_marker_that_becomes_readable_later_is_recognised(two: Tree, delayed: DelayedStore, tmp_path: Path) -> None:
-    """The response to the creation of the marker is lost, and the store shows the marker with a delay."""
+    """The response to the request that creates the marker is lost, and the marker can be read only after a delay."""
     reads: list[str] = []
     create, get = delayed.create, delayed.get
 

@@ -1,4 +1,4 @@
-"""Which checkpoints are removed: examples, and rules that hold for every list of checkpoints."""
+"""The retention of checkpoints: examples, and rules that hold for every list of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks stop at the same step, whichever rank received the request and however unevenly they run."""
+"""All ranks stop at the same step. Any rank may receive the stop request, and the ranks may have different speeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_trainer.checkpoint.stop import StopAgreement
 
 
 class ThreadStore:
-    """A gang store for threads of one process."""
+    """An in-memory store through which the ranks of a gang communicate. The ranks are threads of this process."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -42,7 +42,7 @@ class ThreadStore:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
-    """The seed decides whether the ranks synchronise at every step."""
+    """The seed selects the number and speed of the ranks, and whether they synchronise at every step."""
     draw = random.Random(seed)
     ranks, requested_rank, in_step = draw.choice([1, 2, 3, 5]), draw.randrange(5), draw.random() < 0.5
     barrier = threading.Barrier(ranks)

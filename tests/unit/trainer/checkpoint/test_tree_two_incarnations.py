@@ -1,4 +1,4 @@
-"""Two incarnations write below one root at once: in every order of their requests, no marker names missing data."""
+"""Two incarnations write below one root at the same time. In every order of their requests, the data of each marker exists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def do_nothing() -> None:
 
 
 class SlowStore(FolderStore):
-    """A store that delays deletions until `apply_deletions`, with hooks before deletions, markers and manifests."""
+    """A store that can delay deletions until `apply_deletions`. Hooks run before deletions, and before a marker or manifest is written."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
@@ -34,7 +34,7 @@ class SlowStore(FolderStore):
         if self.delays_deletions:
             self.delayed_keys += keys
             return
-        hook, self.before_delete = self.before_delete, do_nothing  # the hook runs once
+        hook, self.before_delete = self.before_delete, do_nothing  # run the hook only once
         hook()
         super().delete(keys)
 
@@ -55,7 +55,7 @@ class SlowStore(FolderStore):
 
 @pytest.fixture
 def store(tmp_path: Path) -> SlowStore:
-    """An empty store, and a staged checkpoint."""
+    """Create an empty store, and the files of a staged checkpoint."""
     (tmp_path / "staged").mkdir()
     (tmp_path / "staged" / "weights").write_bytes(b"abc")
     return SlowStore(tmp_path / "root")
@@ -70,12 +70,12 @@ def commit(tree: Tree, staged: Path, step: int, attempt: int, pod_uid: str = "00
 
 
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
-    """The old attempt has passed its last check when the store deletes the data. The sweep then removes the marker."""
+    """The old attempt passes its last check before the sweep deletes the data, and then creates the marker. The sweep removes it."""
     tree, key = Tree(store), f"{prefix_of(10)}/_COMMITTED"
     commit(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)
     assert marker is not None
-    store.delete([key])  # the marker is created again during the sweep
+    store.delete([key])  # the hook below creates the marker again during the sweep
     store.before_delete = lambda: store.put(key, marker)
     assert tree.sweep().problem is None
     assert (tree.marker(10), list(store.list("checkpoints/"))) == (None, [])
@@ -97,7 +97,7 @@ def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Pa
 
 
 def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
-    """A queue starts the same attempt again. Its sweep lists the data before the manifest is written."""
+    """A queue starts the same attempt again. The sweep of the new pods lists the data before the old pods have written the manifest."""
     tree = Tree(store)
 
     def start_sweep() -> None:

@@ -1,4 +1,7 @@
-"""Background uploads: one upload runs, one checkpoint is queued, a newer one replaces it, the checkpoint of a graceful stop is never dropped."""
+"""Background uploads: one upload runs and one checkpoint is queued.
+
+A newer checkpoint replaces the queued one. The checkpoint of a graceful stop is never dropped.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class GatedStore(FolderStore):
-    """A folder store whose uploads wait until `gate` is set. `refuse` may raise an error for a key."""
+    """A folder store whose uploads wait until `gate` is set. Each upload calls `refuse(key)`, which may raise an error."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
@@ -38,7 +41,7 @@ class GatedStore(FolderStore):
 
 
 class UploaderBench:
-    """An uploader with a gated store."""
+    """An uploader with a GatedStore, and functions that offer checkpoints and wait for uploads."""
 
     def __init__(self, folder: Path, *, final_timeout: float = 60, **policy: object) -> None:
         self.folder = folder
@@ -98,7 +101,7 @@ def test_the_stop_checkpoint_is_never_dropped(bench: UploaderBench) -> None:
 
 
 def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:
-    """A later attempt has begun, so that this incarnation must not train on."""
+    """This incarnation must stop training, because a later attempt has begun."""
     bench.tree.begin_attempt(2, b"{}")
     bench.offer(1)
     bench.drain()
@@ -239,7 +242,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(ben
 
 
 def test_the_checkpoint_of_a_stop_is_retried(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No later checkpoint follows: a short outage of the store must not lose it."""
+    """No later checkpoint follows the checkpoint of a stop. A short outage of the store must not lose it."""
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
     tries: list[str] = []
 
@@ -421,7 +424,7 @@ def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) 
 
 
 def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> None:
-    """Otherwise rank 0's pod would wait for this part for half an hour, and commit nothing during that time."""
+    """Without the report, rank 0's pod would wait for this part for half an hour and commit no checkpoint in this time."""
     store, run_state = GatedStore(tmp_path / "root"), RunState()
     pods = [
         Uploader(Tree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
@@ -445,7 +448,7 @@ def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> Non
 
 
 def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
-    """A pod reports a skipped part on a separate thread, so that the thread for the ranks' messages does not wait for the store."""
+    """A pod reports a skipped part on a separate thread. The thread that handles the ranks' messages must not wait for the store."""
     store = GatedStore(tmp_path / "root")
     reported = threading.Event()
     put = store.put

@@ -20,7 +20,7 @@ GPU: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=Fal
 def deepspeed_options(
     tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU, **options: Any
 ) -> deepspeed.Options:
-    """DeepSpeed options of a run whose JSON is `file` (None: no file)."""
+    """DeepSpeed options of a run with the DeepSpeed JSON `file` (None: no JSON)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
     job_spec = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
     maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
@@ -29,7 +29,7 @@ def deepspeed_options(
 
 
 def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.Options:
-    """FSDP options of a run whose accelerate file is `file` (None: no file)."""
+    """FSDP options of a run with the accelerate file `file` (None: no accelerate file)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
     job_spec = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
     run, inputs = make_run(
@@ -170,7 +170,7 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     spec: dict[str, Any], before: tuple[int, int], now: tuple[int, int], file: tuple[int | None, int | None],
     expected: tuple[int, int], note: str, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The effective batch of the file does not change, and the adapted values break no rule of the API."""
+    """An adaptation does not change the effective batch of the file. The adapted values obey the API's rules."""
     paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
     training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), now, strict=True))
     group = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}

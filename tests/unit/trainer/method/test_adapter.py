@@ -1,4 +1,4 @@
-"""Continuing an adapter: the model has every weight of the file, and every trained weight comes from the file."""
+"""Further training of a saved adapter: every weight in the file is loaded, and every trained weight comes from the file."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def continue_adapter(tmp_path: Path, folder: Path, spec: dict[str, Any] | None =
 
 
 def rewrite_weights(folder: Path, by: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Replace the weights in the file."""
+    """Replace the weights in the adapter's file by `by(weights)`."""
     save_file(by(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def rewrite_config(folder: Path, **options: Any) -> None:
-    """Change options in the configuration."""
+    """Change options in the adapter's configuration file."""
     value = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(value | options))
 
@@ -74,7 +74,7 @@ def test_a_fitting_adapter_keeps_its_weights(options: dict[str, Any], tmp_path: 
 
 
 def saved_vb_lora(folder: Path) -> Path:
-    """A saved VB-LoRA adapter: every layer refers to one vector bank, which the file holds once."""
+    """Save a VB-LoRA adapter. All layers share one vector bank, which the file contains once."""
     from peft import VBLoRAConfig, get_peft_model
 
     sizes = {"r": 2, "vector_length": 4, "num_vectors": 8, "topk": 2}

@@ -27,7 +27,7 @@ def llama(*, tied: bool = False) -> Any:
 
 
 def lora_with_saved_module(folder: Path, *, tied: bool, fsdp: bool, saved: str = "embed_tokens") -> TrainableModel:
-    """LoRA on a small model, with one module that is trained in full."""
+    """A small model with LoRA adapters; one of its modules is trained in full."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved]}}})
     trainable: TrainableModel = method_of(run, inputs, fsdp=fsdp).make_trainable(llama(tied=tied))
     return trainable

@@ -1,4 +1,4 @@
-"""EVA's search for principal directions always ends, with an initialised adapter or with an error that names a correction."""
+"""EVA's search for principal directions always ends. The result is an initialised adapter, or an error with a correction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initialisations of LoRA adapters; those that a model does not support are refused before training."""
+"""Initialisations of LoRA adapters. If a model does not support an initialisation, the run is refused before training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gpt2() -> Any:
 
 
 def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
-    """Apply adapters with these options of `method.lora`."""
+    """Apply LoRA adapters with these options of `method.lora` to the model."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": options}})
     return method_of(run, inputs).apply(model)
 

@@ -1,4 +1,4 @@
-"""Number formats of trained weights."""
+"""Dtypes of trained weights."""
 
 from __future__ import annotations
 

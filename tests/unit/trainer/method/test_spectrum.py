@@ -1,4 +1,4 @@
-"""Spectrum keeps the scan of a model in the work folder."""
+"""Spectrum caches the scan of a model in the work folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.learning import make_run
 
 
 class Layers(torch.nn.Module):
-    """A model with two layers of one linear module each."""
+    """A model with two layers. Each layer has one linear module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Layers(torch.nn.Module):
 
 
 def test_a_scan_that_version_0_1_0_left_in_the_work_folder_is_ignored(tmp_path: Path) -> None:
-    """Its entries have other fields. A local run reuses its work folder after an update."""
+    """A local run uses the same work folder after an update. The scan of version 0.1.0 has other fields."""
     run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "spectrum"}})
     old = [{"name": f"layers.{layer}.proj", "layer": layer, "kind": "proj", "snr": "1.0"} for layer in range(2)]
     (tmp_path / "spectrum-marchenkoPastur-tiny.json").write_text(json.dumps(old))

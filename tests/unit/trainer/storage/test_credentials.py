@@ -1,4 +1,4 @@
-"""The sources of a pod's credentials and their renewal, checked by the access keys that sign the requests."""
+"""Sources and renewal of a pod's credentials. The tests check which access key signs each request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Issuer:
         self.signed: list[tuple[str, str]] = []
         """Access key and session token of each S3 request."""
         self.presented_tokens: list[str] = []
-        """Tokens or request bodies that clients presented to get credentials."""
+        """Tokens or request bodies that clients sent to get credentials."""
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -108,7 +108,7 @@ def test_each_connection_has_its_own_keys(issuer: Issuer, monkeypatch: pytest.Mo
 def test_a_web_identity_is_renewed_before_it_expires(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The ServiceAccount's token is read again for each renewal, because the kubelet replaces the file."""
+    """The kubelet replaces the file with the ServiceAccount's token. Each renewal therefore reads the file again."""
     unset_keys(monkeypatch)
     token = tmp_path / "token"
     token.write_text("first")

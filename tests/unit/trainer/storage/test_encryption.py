@@ -31,14 +31,14 @@ BODY = b"body"
 
 
 class Body(io.BytesIO):
-    """The body of a response, as urllib3 returns it."""
+    """The body of a response, with the `stream` method of urllib3."""
 
     def stream(self, *_: object) -> Iterator[bytes]:
         yield self.read()
 
 
 class StubbedStore:
-    """A store whose requests get stub responses. `sent` holds their encryption headers by operation."""
+    """A store with stub responses. `sent` contains the encryption headers of the requests, by operation."""
 
     def __init__(self, **target: Any) -> None:
         self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), attempts=1)

@@ -1,4 +1,4 @@
-"""A folder as a store, on file systems that are full, read-only, without hard links, or not readable for this user."""
+"""A folder as a store. The file system may be full, read-only, without hard links, or unreadable for this user."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_full_volume_is_reported_as_a_storage_failure(store: FolderStore, monk
 
 
 def test_listing_an_unreadable_folder_raises_an_error(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run must not start from zero because its checkpoints belong to another user."""
+    """If the run cannot read its checkpoints, because they belong to another user, it must not start from step 0."""
     store.put("checkpoints/step-00000005/_COMMITTED", b"{}")
     scan = os.scandir
 
@@ -129,7 +129,7 @@ def test_objects_with_unusual_names_and_empty_objects_are_stored(store: FolderSt
 
 
 def test_a_symbolic_link_in_a_checkpoint_is_staged_as_its_target(tmp_path: Path) -> None:
-    """A relative link would be broken in the staging folder, and its file would be missing from the checkpoint."""
+    """A relative link would be broken in the staging folder. The checkpoint would then lack the file."""
     folder = tmp_path / "checkpoint"
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_text("w")

@@ -1,4 +1,4 @@
-"""Every wrong setting of a store is named before training starts."""
+"""Every wrong setting of a store causes an error that names the setting, before training starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S3: the size of parts, and responses that must not count as success."""
+"""S3: the size of upload parts, and responses that must not count as success."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Response = tuple[int, dict[str, str], bytes]
 
 
 class Body(io.BytesIO):
-    """The body of a response, as urllib3 returns it."""
+    """The body of a response, with the `stream` method of urllib3."""
 
     def stream(self, *_: object) -> Iterator[bytes]:
         yield self.read()
 
 
 def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Store:
-    """A store whose requests get the response of `respond(operation, request)`."""
+    """A store that gets the response `respond(operation, request)` to each request."""
     store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1"), attempts=1)
 
     def send(request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
@@ -57,7 +57,7 @@ def test_the_part_size_keeps_the_number_of_parts_below_the_limit(size: int, part
 
 @pytest.mark.parametrize(("code", "kind"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
 def test_a_refused_deletion_of_one_key_raises_an_error(code: str, kind: type[FineTuneError]) -> None:
-    """DeleteObjects responds with 200 and lists the keys that it did not delete."""
+    """The response of DeleteObjects has status 200 and lists the keys that were not deleted."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         return 200, {}, f"<DeleteResult><Error><Key>root/b</Key><Code>{code}</Code></Error></DeleteResult>".encode()
@@ -78,7 +78,7 @@ def test_a_refused_deletion_of_one_key_raises_an_error(code: str, kind: type[Fin
     ],
 )
 def test_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_permissions(get: tuple[int, str], code: str) -> None:
-    """A HEAD response has no body, so its 403 does not name the reason."""
+    """A HEAD response has no body. A 403 to HEAD therefore does not tell the reason."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         if operation == "HeadObject":
@@ -91,7 +91,7 @@ def test_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_
 
 
 def test_a_download_fails_if_the_object_changes(tmp_path: Path) -> None:
-    """The ranges of two versions of an object must not be joined."""
+    """A download must not combine ranges of two versions of an object."""
     tags = iter(['"old"', '"old"', '"new"'])
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
@@ -109,7 +109,7 @@ def test_a_download_fails_if_the_object_changes(tmp_path: Path) -> None:
 def test_an_upload_without_a_response_succeeds_only_if_the_stored_size_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int
 ) -> None:
-    """The response to CompleteMultipartUpload is lost, and the retry gets NoSuchUpload."""
+    """The response to CompleteMultipartUpload is lost. The response to the retry is NoSuchUpload."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:

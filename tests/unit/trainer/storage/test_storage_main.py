@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> str:
 
 
 def fill_tree(tmp_path: Path, folder: Path) -> str:
-    """Commit two checkpoints and a model below `folder`; returns the URI."""
+    """Commit two checkpoints and a model below `folder`, and return the URI."""
     tree = Tree(open_store(StoreTarget(uri=f"file://{folder}")))
     for step in (5, 10, None):
         staged = tmp_path / f"staged-{step}"
@@ -103,7 +103,7 @@ SECRET = "?signature=hidden/word"
 
 @pytest.fixture
 def run_web(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run the command for a path below a root that is served over https; returns exit code and output."""
+    """Return a function that runs a command with an https URL of the storage and returns the exit code and the output."""
     fill_tree(tmp_path, server.folder / "root")
 
     def run(command: str, path: str, *more: str) -> tuple[int, str]:

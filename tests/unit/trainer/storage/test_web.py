@@ -1,4 +1,4 @@
-"""A web server as a read-only store: retries and refusals. No message may show the query. The tests run a real server."""
+"""A web server as a read-only store: retries and refusals. No message may contain the query of a URL. The tests run a real server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from web_server import Fault, Web
 
 SECRET = "?X-Amz-Signature=hidden-word"
 BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
-"""Three times the bytes of one read."""
+"""A file of three times READ_BYTES."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The exit code of a pod follows from the facts of its attempt."""
+"""The supervisor decides the exit code of the pod from the facts of the attempt."""
 
 from __future__ import annotations
 

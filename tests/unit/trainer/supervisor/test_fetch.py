@@ -1,4 +1,4 @@
-"""Sources on a web server: every failure has a name, and no message shows the signature of a URL. The tests run a real server."""
+"""Sources on a web server: every failure has a code, and no message contains the signature of a URL. The tests run a real server."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_file_larger_than_the_disk_is_not_downloaded(
 
 @pytest.fixture
 def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
-    """URL of a root with a committed checkpoint and a committed model."""
+    """URL of a storage root that contains a committed checkpoint and a committed model."""
     tree = Tree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
     for step in (100, None):
         staged = tmp_path / f"staged-{step}"

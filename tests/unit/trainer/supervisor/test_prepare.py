@@ -19,7 +19,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Inputs:
-    """Inputs of every kind, with a ConfigMap in the layout of the kubelet."""
+    """Inputs of every kind. The ConfigMap has the folders and links that a kubelet creates."""
     for name, text in (
         ("tokenizer/tokenizer.json", "{}"), ("reference/config.json", "{}"), ("valid.jsonl", "{}"), ("adapter/adapter_config.json", "{}"),
         ("test.jsonl", "{}"), ("maps/mine/..2026/ds.json", "{}"),
@@ -84,7 +84,7 @@ class RecordingStore(FolderStore):
 
 @pytest.fixture
 def store(tmp_path: Path) -> RecordingStore:
-    """A root with the leftovers of a killed incarnation."""
+    """A storage root with uncommitted files of a killed incarnation."""
     store = RecordingStore(tmp_path / "root")
     store.put("checkpoints/step-00000005/a1-00000000/weights", b"never committed")
     store.changes.clear()
@@ -100,7 +100,7 @@ def preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
 def test_leftovers_are_removed_only_after_earlier_attempts_are_fenced_out(
     store: RecordingStore, tmp_path: Path
 ) -> None:
-    """An earlier attempt that still runs could otherwise commit data that the sweep is about to remove."""
+    """Claim before the sweep: an earlier attempt that still runs could commit data while the sweep removes it."""
     preparation(tmp_path, 2).claim_storage(Tree(store))
     assert store.changes == [
         "put run/attempt-2/run.json", "delete checkpoints/step-00000005/a1-00000000/weights"

@@ -1,4 +1,4 @@
-"""The channel between ranks and their supervisor: every valid message arrives, and invalid ones are ignored."""
+"""The channel between ranks and supervisor: every valid message arrives, and invalid messages are ignored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune_trainer.supervisor.rank_channel import RankChannel
 
 
 class Recorder:
-    """The supervisor's end of a channel that records what it receives."""
+    """The supervisor's end of a channel. It records the messages that it receives."""
 
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def rank(recorder: Recorder, work: Path) -> Channel:
 
 
 def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: Path) -> None:
-    """A long report about the final model must not be lost."""
+    """The report about the final model may be larger than a datagram."""
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
     rank(recorder, tmp_path).finished(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()
@@ -53,7 +53,7 @@ def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: 
 
 
 def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_path: Path) -> None:
-    """Each of these characters takes twelve bytes in JSON."""
+    """Each character of the message has twelve bytes in JSON."""
     text = "\N{FIRE}" * 8000
     assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
     rank(recorder, tmp_path).failed(DataError("RowBroken", text))

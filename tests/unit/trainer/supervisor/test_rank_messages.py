@@ -1,4 +1,4 @@
-"""The effect of each kind of rank message. An unreadable field does not discard the other fields."""
+"""The effect of each kind of rank message. If one field is unreadable, the other fields are still used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stall is detected from missing heartbeats, in the stages where heartbeats are due."""
+"""Missing heartbeats are a stall, but only in stages in which ranks send heartbeats."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
 
 
 def message_of(decided: Exit, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
-    """The termination message as the operator parses it."""
+    """The termination message after it was written and parsed, as the operator gets it."""
     state = RunState()
     state.merge_progress(Progress(step=step))
     state.add_checkpoint(Checkpoint(step=5, uri="s3://b/step-5"))
