@@ -1,4 +1,4 @@
-"""`finetune-trainer`, the entry point of the image: `supervise` is a pod's PID 1, `agent` starts its ranks, `train` is one rank.
+"""Entry point of the trainer image: `supervise` runs as PID 1 of a pod, `agent` starts the pod's ranks, `train` runs one rank.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
@@ -49,7 +49,7 @@ def _supervise(command: str, arguments: list[str]) -> int:
 
 
 def _record_early_stop_requests() -> list[float]:
-    """Record the time of each SIGTERM that arrives during the imports: without a handler, the kernel would discard it for PID 1."""
+    """Record the time of each SIGTERM that arrives during the imports. Without a handler, the kernel discards signals to PID 1."""
     requests: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: requests.append(time.monotonic()))

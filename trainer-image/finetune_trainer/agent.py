@@ -1,10 +1,9 @@
 """The agent runs the ranks of one pod with the launcher of torchelastic.
 
-`torchrun` exits with 1 for every failure. The agent therefore writes the exit code of each failed rank to a file
-(`agent_result`), which the supervisor reads. The agent restarts nothing: one attempt is one gang, and the operator starts
-the next attempt.
+The agent writes the exit code of each failed rank to a file for the supervisor (`agent_result`), because `torchrun` exits with
+1 for every failure. The agent does not restart ranks: a failed rank ends the attempt, and the operator starts the next attempt.
 
-A single rank needs no rendezvous. The agent starts it directly and does not import torch, which saves seconds.
+A single rank needs no rendezvous: the agent starts it directly and saves the seconds of importing torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from finetune_trainer.processes import die_with_parent
 RENDEZVOUS_SECONDS = 1800
 MONITOR_SECONDS = 0.05
 SHUTDOWN_SECONDS = 5
-"""After one rank has failed, the other ranks receive SIGTERM, and SIGKILL after this time."""
+"""Seconds between SIGTERM and SIGKILL for the remaining ranks after one rank has failed."""
 COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
 
 

@@ -4,7 +4,7 @@ A rank sends stages, progress, metrics, staged checkpoints and failures. Sending
 and metrics are dropped when the supervisor is busy; failures, staged checkpoints and the final model wait a bounded time. The
 supervisor writes two files for its ranks: `inputs.json` (all inputs are downloaded) and `stop` (save a checkpoint and end).
 
-How a rank uses it (see `finetune_trainer.rank`, which calls `train.preload()` if there is one, then `train.main`):
+Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists, then `train.main`):
 
     channel = Channel.from_env()
     inputs = channel.wait_inputs()           # after the heavy imports
@@ -41,10 +41,10 @@ from finetune_trainer.inputs import Inputs
 SOCKET = "FINETUNE_CHANNEL"
 """Environment variable with the path of the supervisor's socket. Only supervisor and ranks use it."""
 STOP_FILE = "stop"
-"""File in the work folder that exists once the pod was asked to stop. It holds the deadline in seconds since 1970."""
+"""The supervisor creates this file in the work folder when the pod must stop. It holds the deadline in seconds since 1970."""
 POLL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 20.0
-"""How long to retry a message that must arrive while the supervisor is busy."""
+"""While the supervisor is busy, messages that must not be dropped are retried for this time."""
 MAX_MESSAGE_BYTES = 60_000
 SPILL_SUFFIX = ".json"
 Sender = Callable[[dict[str, Any], float], bool]
@@ -52,7 +52,7 @@ Sender = Callable[[dict[str, Any], float], bool]
 
 
 class Channel:
-    """One rank's end of the channel. `rank`, `local_rank`, `world_size` and `node_rank` are torchrun's."""
+    """One rank's end of the channel. `rank`, `local_rank`, `world_size` and `node_rank` are the values from torchrun."""
 
     def __init__(
         self, send: Sender, work: Path, *, rank: int = 0, local_rank: int = 0, world_size: int = 1, node_rank: int = 0
@@ -61,7 +61,7 @@ class Channel:
         self.work = work
         self.rank, self.local_rank, self.world_size, self.node_rank = rank, local_rank, world_size, node_rank
         self.sent: list[dict[str, Any]] = []
-        """The messages of a recording channel."""
+        """All messages so far; only a channel from `recording()` fills this list."""
 
     @classmethod
     def from_env(cls) -> Channel:
@@ -74,7 +74,7 @@ class Channel:
 
     @classmethod
     def recording(cls, work: Path, **world: int) -> Channel:
-        """A channel without a supervisor, for tests: it keeps its messages in `sent`."""
+        """Create a channel for tests: it has no supervisor and keeps its messages in `sent`."""
         channel = cls(_discard, work, **world)
 
         def record(message: dict[str, Any], _timeout: float) -> bool:
@@ -99,7 +99,7 @@ class Channel:
         return inputs
 
     def stop_deadline(self) -> float | None:
-        """Time (seconds since 1970) by which the state must be saved; None while no stop was requested."""
+        """Time (seconds since 1970) by which the state must be saved; None if no stop was requested."""
         try:
             text = (self.work / STOP_FILE).read_text()
         except FileNotFoundError:
@@ -137,7 +137,7 @@ class Channel:
         self._send_if_possible("heartbeat", step=step)
 
     def alive(self) -> None:
-        """Send a heartbeat during a step: in an evaluation or a long gradient accumulation."""
+        """Send a heartbeat within a long step or an evaluation."""
         self._send_if_possible("alive")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ class Channel:
         self._send_reliably("finished", folder=str(folder), outputKind=kind.value, extra=extra)
 
     def message(self, kind: str, **fields: Any) -> None:
-        """Send any other message that must arrive."""
+        """Send a message of another kind; it is retried while the supervisor is busy."""
         self._send_reliably(kind, **fields)
 
     def _send_if_possible(self, kind: str, **fields: Any) -> None:
@@ -195,7 +195,7 @@ def _discard(_message: dict[str, Any], _timeout: float) -> bool:
 
 
 def socket_sender(address: str) -> Sender:
-    """A sender over the datagram socket at `address`. A missing supervisor is not an error: this rank ends with its supervisor."""
+    """Create a sender for the datagram socket at `address`. It drops messages if the supervisor has ended, because this rank ends too."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     connection.setblocking(False)
 
@@ -222,7 +222,7 @@ def socket_sender(address: str) -> Sender:
 
 
 def _spill(data: bytes, folder: Path) -> bytes:
-    """Write a message that is too large for a datagram to a file next to the socket; the sent message names the file."""
+    """Write a message that is too large for a datagram to a file next to the socket. Return a message that names the file."""
     name = f"{uuid.uuid4().hex}{SPILL_SUFFIX}"
     (folder / f".{name}").write_bytes(data)
     (folder / f".{name}").rename(folder / name)
@@ -230,7 +230,7 @@ def _spill(data: bytes, folder: Path) -> bytes:
 
 
 def read_spilled(message: dict[str, Any], folder: Path) -> Any:
-    """Return the message, or its contents from the file if it was too large for a datagram. Errors: OSError, ValueError for a bad file."""
+    """If the message only names a file (see `_spill`), return the file's contents and delete the file. Errors: OSError, ValueError."""
     name = message.get("spilled")
     if not (isinstance(name, str) and name.endswith(SPILL_SUFFIX)):
         return message

@@ -13,7 +13,7 @@ from finetune_api.names import Env
 def free_bytes(work: Path) -> int:
     """Bytes that may still be written below the work folder; negative if the limit is exceeded already.
 
-    The kubelet evicts a pod that exceeds its limit, however much space the node's disk has left.
+    The kubelet evicts a pod that exceeds its limit, even if the node's disk has free space.
     """
     existing = work
     while not existing.exists():
@@ -24,7 +24,7 @@ def free_bytes(work: Path) -> int:
 
 
 def _used_bytes(folder: Path) -> int:
-    """Bytes on disk below a folder. A file with several hard links counts once, as in the kubelet."""
+    """Bytes on disk below a folder. A file with several hard links counts once, as the kubelet counts it."""
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:

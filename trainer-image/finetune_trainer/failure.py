@@ -1,7 +1,7 @@
-"""Classifies exceptions of ranks and exit codes of workers as named failures, and finds the root cause of several.
+"""Maps exceptions and exit codes of ranks to named failures, and chooses the root cause among several failures.
 
-A rank that only lost its peer reports `origin` False; a failure with `origin` True takes precedence. A failure that the user
-can fix takes precedence over one that they cannot.
+A rank that fails only because it lost a peer reports `origin` False; failures with `origin` True take precedence. Failures that
+the user can fix take precedence over failures that the user cannot fix.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class RankFailure:
 
 
 DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed writing file")
-"""Messages of libraries that write weights to a full disk: their exceptions carry no errno."""
+"""Messages of libraries that cannot write weights because the disk is full. Their exceptions have no errno."""
 SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
-"""Paths of shared memory in error messages of torch and of the system. Full shared memory is not a full disk."""
+"""Paths of shared memory in error messages. They distinguish full shared memory from a full disk."""
 
 BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "nvcc", "ninja")
 IMAGE_PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "deepspeed", "liger_kernel", "numpy", "peft", "safetensors", "tokenizers", "torch",
     "transformers", "triton", "trl",
 )  # fmt: skip
-"""Packages that the trainer image installs. A module that only a user's own code needs is not listed."""
+"""Packages that the trainer image installs. If one is missing, the image is broken; other missing modules are the user's own."""
 INSTALLATION_MESSAGES = (
     "cannot open shared object file", "failed to find c compiler", "ninja is required to load c++ extensions", "cuda_home",
 )  # fmt: skip
@@ -65,11 +65,11 @@ INSTALLATION_MESSAGES = (
 NODE_DRIVER_MESSAGES = (
     "cuda driver version is insufficient", "found no nvidia driver", "the nvidia driver on your system is too old",
 )  # fmt: skip
-"""Messages about the GPU driver, in lower case. The node provides it, so another attempt may find a node where it fits."""
+"""Messages about the GPU driver, in lower case. The driver belongs to the node, so an attempt on another node may succeed."""
 
 
 def local_disk_full() -> StorageError:
-    """The failure for a full disk of the pod (69)."""
+    """The failure for a full disk of the pod (exit code 69)."""
     return StorageError(
         "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
     )  # fmt: skip
@@ -80,7 +80,7 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
-    # A collective's message may name optional libraries of NCCL that are absent.
+    # Errors of collectives are excluded, because their messages may name optional NCCL libraries that are not installed.
     if name not in PEER_TYPES and _is_installation_broken(error):
         return InstallationBrokenError(
             "InstallationBroken",
@@ -122,7 +122,7 @@ def _is_installation_broken(error: BaseException) -> bool:
 
 
 def _is_build_tool(path: str) -> bool:
-    """Whether the path of a missing file is that of a build tool. A data set may also be named `cc`."""
+    """Whether a missing file is a build tool. The folder is compared too, because a data set may be named `cc`."""
     folder, _, name = path.rpartition("/")
     return name in BUILD_TOOLS and folder.rpartition("/")[2] in ("", "bin")
 
@@ -139,7 +139,7 @@ def _memory_exhausted(error: BaseException) -> MemoryExhaustedError:
 
 
 def _shared_memory_full() -> PeerError:
-    """The failure for full shared memory: 74, as for the SIGBUS that it also causes. After 71 the operator would lower the batch size in vain."""
+    """The failure for full shared memory: exit code 74, as for SIGBUS. After 71 the operator would lower the batch size, to no effect."""
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
     )
@@ -151,7 +151,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def failure_from_message(message: dict[str, Any]) -> RankFailure:
-    """The failure that a rank reported. An unreadable field gets a default value, so that the other fields still name the cause."""
+    """The failure that a rank reported. An unreadable field gets a default value, so that the other fields can still be used."""
     code = _int_or(message.get("exitCode"), ExitCode.INTERNAL)
     kind = ERROR_OF_CODE.get(code, InternalError)
     reported_class = message.get("failureClass")
@@ -180,7 +180,7 @@ def _int_or(value: Any, default: Default) -> int | Default:
 
 
 def printable(text: str) -> str:
-    """Replace characters that UTF-8 cannot encode: messages of libraries may hold unpaired surrogates."""
+    """Replace characters that UTF-8 cannot encode, because messages of libraries may contain unpaired surrogates."""
     return text.encode(errors="replace").decode()
 
 
@@ -217,8 +217,7 @@ def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneErr
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """Choose the failure to report.
 
-    The order: a rank's own failure before the loss of a peer, then by precedence, a reported failure before an exit code, the
-    earliest failure.
+    The first of these criteria that differs decides: `origin` True, precedence of the exit code, reported by the rank, earliest.
     """
     ordered = sorted(
         failures,

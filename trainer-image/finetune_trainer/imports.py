@@ -1,9 +1,9 @@
-"""Imports the heavy libraries that a job needs, and hides those it does not need.
+"""Imports the heavy libraries that a job needs, and hides libraries that the job does not need.
 
-Ranks import while the supervisor downloads. Two packages take seconds to import, and other libraries import them whenever they
-are installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). If a job does
-not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden
-only while transformers is imported: transformers imports it for object detection losses, which takes half a second.
+Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft
+imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved. If a job does not need such a
+package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden only while
+transformers is imported, because transformers would spend half a second on importing it for object detection losses.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ENVIRONMENT = {
 }
 """Variables that the libraries read on import. A rank never accesses a hub: the supervisor has fetched everything."""
 BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
-"""Names of the optimizers of bitsandbytes, and of two more in 8 bits, which torchao has."""
+"""Names of optimizers of bitsandbytes. The pattern also matches two 8-bit optimizers of torchao."""
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:
-    """Whether the base is quantised, or bitsandbytes has the optimizer."""
+    """Whether the job needs bitsandbytes for a quantised base model, for its optimizer or for unsloth."""
     spec = run.spec
     by_optimizer = BITSANDBYTES_OPTIMIZER.search(spec.training.optimizer or "") is not None
     return base_bits(spec) is not None or by_optimizer or spec.trainer.backend is Backend.UNSLOTH
@@ -43,12 +43,12 @@ def needs_deepspeed(run: RunConfig) -> bool:
 
 
 def preload(run: RunConfig, objective_module: str) -> None:
-    """Import everything that the job needs, `objective_module` last, and hide what it does not need."""
+    """Hide the libraries that the job does not need, and import the others and `objective_module`."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     threads = run.spec.dataset.num_proc
     if threads is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # read once, by the tokenizers' thread pool
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # the thread pool of tokenizers reads this once
     for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
         if not needed:
             _hide(name)
@@ -61,7 +61,7 @@ def preload(run: RunConfig, objective_module: str) -> None:
 
 @contextmanager
 def _hidden(name: str) -> Iterator[None]:
-    """Hide `name` while transformers is imported for the first time, unless it is imported already."""
+    """Hide the package `name` during the first import of transformers, unless the package is imported already."""
     if "transformers" in sys.modules or name in sys.modules:
         yield
         return
@@ -73,6 +73,6 @@ def _hidden(name: str) -> Iterator[None]:
 
 
 def _hide(name: str) -> None:
-    """Make `name` look as if it were not installed, unless it is imported already (several jobs in one process: tests)."""
+    """Make the package `name` appear as not installed, unless it is imported already (in tests with several jobs per process)."""
     if sys.modules.get(name) is None:
         sys.modules[name] = None  # type: ignore[assignment]  # the documented way to block an import

@@ -17,7 +17,7 @@ FILE_NAME = "inputs.json"
 
 
 class RestoredCheckpoint(WireModel):
-    """A committed checkpoint, downloaded and found to match its manifest."""
+    """A committed checkpoint that was downloaded and matches its manifest."""
 
     path: Path = Field(description="Local folder, as the Trainer wrote it: a plain HF or PEFT folder.")
     step: int = Field(ge=1, description="Optimizer steps done at the checkpoint.")
@@ -29,7 +29,7 @@ class Inputs(WireModel):
     """Local paths of everything a rank reads, and the folder it may write to."""
 
     model: Path = Field(description="Folder of the base model.")
-    tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; absent if the model's folder holds it.")
+    tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; None if the model's folder holds the tokenizer.")
     adapter: Path | None = Field(
         default=None, description="Folder of the adapter to continue training (method.adapter)."
     )
@@ -38,7 +38,7 @@ class Inputs(WireModel):
     mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
     validation: list[Path] = Field(default_factory=list, description="Validation files.")
     test: list[Path] = Field(default_factory=list, description="Test files.")
-    model_revision: str = Field(description="Commit of a hub model, else a fingerprint of its files.")
+    model_revision: str = Field(description="Commit of a hub model, or a fingerprint of the files of another model.")
     dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")
     restore: RestoredCheckpoint | None = Field(default=None, description="The checkpoint to resume from.")
     output_dir: Path = Field(description="Scratch folder for the Trainer (its output_dir) on local disk.")
@@ -53,7 +53,7 @@ class Inputs(WireModel):
 
     @staticmethod
     def read(work: Path) -> Inputs | None:
-        """The inputs, or None while they are not written yet."""
+        """Return the inputs, or None if the file does not exist yet."""
         try:
             text = (work / FILE_NAME).read_text()
         except FileNotFoundError:

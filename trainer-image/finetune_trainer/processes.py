@@ -1,7 +1,7 @@
 """Child processes: start them, list all descendants, kill and reap them.
 
-When the agent dies, its ranks keep running, and would train to the end and commit. The supervisor is therefore the subreaper
-of all its descendants (PID 1 always is) and kills every descendant.
+If the agent dies, its ranks keep running and could even commit checkpoints. The supervisor therefore becomes the subreaper of its
+descendants (as PID 1 always is), so that it can kill all of them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def adopt_orphans() -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. The child must call it."""
+    """Let the kernel kill this process when its parent ends. To be called in the child process."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class Child:
-    """A direct child in a process group of its own."""
+    """A direct child process in its own process group."""
 
     def __init__(self, command: list[str], env: dict[str, str], *, cwd: Path | None = None) -> None:
         self._process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """Exit code (negative: the signal's number), or None while it runs. Reaps an ended child."""
+        """Return the exit code (negative: the signal's number), or None while the child runs. Reap an ended child."""
         return self._process.poll()
 
     def stop(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to its process group."""
+        """Send a signal to the child's process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 

@@ -22,11 +22,11 @@ from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 
 TRAINER = "FINETUNE_TRAINER_MODULE"
-"""Environment variable that names the module to train with instead of `finetune_trainer.train`. For tests of the supervisor."""
+"""Environment variable for tests: the module to run instead of `finetune_trainer.train`."""
 
 
 def main() -> int:
-    """Run this rank and end the process. Exit handlers are skipped, because those of libraries may wait for a lost rank for ever."""
+    """Run this rank and end the process. Exit handlers are skipped, because some libraries' handlers wait forever for a lost rank."""
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -1,4 +1,4 @@
-"""Reads the settings of one pod from its environment, and the run configuration, whose checksum is verified."""
+"""Reads the settings of one pod from its environment, and reads and verifies the run configuration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from finetune_api.names import Env, incarnation
 from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
-"""How long to retry the upload of the final model while the store is unavailable. Without it the whole run would be lost."""
+"""How long to retry the upload of the final model while the store is unavailable. Then the attempt fails."""
 FINAL_UPLOAD_TIMEOUT_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
 """The variable's name in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
-"""How long a run may go on without a committed checkpoint while checkpoints are due. See `Uploader.unsaved_error`."""
+"""How long a run may continue if its due checkpoints cannot be committed. See `Uploader.unsaved_error`."""
 
 
 @dataclass(frozen=True)

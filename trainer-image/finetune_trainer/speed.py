@@ -1,13 +1,14 @@
 """Throughput of a run: tokens per second, model FLOPs utilisation (MFU), time spent waiting for data.
 
-FLOPs per token, where N is the number of parameters in matrix products (without the embedding lookup, with the head; of experts
-only those that a token is routed to), T the number of those that are trained, and A the FLOPs of the attention over the tokens that
-a token attends to (causal: half of the document on average):
+FLOPs per token. N: parameters in matrix products; the head counts, the embedding lookup does not. Of experts, only those that a
+token is routed to count. T: trained parameters among N. A: FLOPs of the attention per token; a token attends to all tokens of its
+document, or with causal attention to half of them on average.
 
-    full          3 * (2N + A)     forward, and twice that backward
+    full          3 * (2N + A)     the backward pass costs twice the forward pass
     spectrum      4N + 2T + 3A     no gradients of frozen weights
-    adapters      4N + 2T + 3A     T: modulesToSave
-    recomputing   the additional forward pass of gradient checkpointing does not count: it is not part of the model's FLOPs
+    adapters      4N + 2T + 3A     T: only modulesToSave
+
+The additional forward pass of gradient checkpointing is not counted, because it is not part of the model's FLOPs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ PEAK_BF16 = {
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
-"""Peak FLOP/s of dense bf16 (or fp16) matrix products, by words of the device's name, from the vendors' data sheets."""
+"""Peak FLOP/s of dense bf16 (or fp16) matrix products, by a part of the device's name, from the vendors' data sheets."""
 SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
-"""Words in the names of slower devices that also contain a name of `PEAK_BF16`: MIG slices, workstation and laptop GPUs."""
+"""Words in the names of slower devices (MIG slices, workstation and laptop GPUs), to distinguish them from those in `PEAK_BF16`."""
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields of a model's configuration that hold the number of experts in a layer."""
@@ -54,12 +55,12 @@ class Shape:
 
 
 def trained_parameters(model: Any) -> int:
-    """Number of trained values in matrix products of the base model, without those of adapters."""
+    """Number of trained parameters in matrix products of the base model, without adapters."""
     return sum(numbers for parameter, numbers in _matrices(model) if parameter.requires_grad)
 
 
 def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
-    """Each parameter of the base model that takes part in matrix products, and how many of its values one token is multiplied with."""
+    """Yield the parameters of the base model in matrix products, each with the number of its values that one token uses."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
     lookup_ids = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
@@ -72,7 +73,7 @@ def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
-    """Named parameters, without the originals that PEFT has replaced by a trained copy (`modules_to_save`) unless their id is in `kept_ids`."""
+    """Yield named parameters, but not those that PEFT replaced by a trained copy (`modules_to_save`), except ids in `kept_ids`."""
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         copy = name.replace("original_module.", "modules_to_save.default.")
@@ -110,7 +111,7 @@ class Meter:
         """Seconds spent waiting for data since the last log line."""
 
     def start(self, tokens: int, now: float | None = None) -> None:
-        """Start measuring after `tokens` tokens."""
+        """Start a new measurement when `tokens` tokens have been processed."""
         self._since, self.waited = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:

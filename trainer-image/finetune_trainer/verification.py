@@ -1,4 +1,4 @@
-"""Checks before the first step that the libraries use the requested features: they often fall back to others without an error."""
+"""Checks before the first step that the libraries use the requested features. They often fall back to others without an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.model import quantization_config
 
 
 def require_attention(base: Any, hardware: Hardware) -> str:
-    """The active attention implementation. Errors: InternalError AttentionSwapped if it is not the chosen one."""
+    """Return the active attention implementation. Errors: InternalError AttentionSwapped if another implementation was chosen."""
     active = attention_implementation(base)
     if active != hardware.attention:
         raise InternalError("AttentionSwapped", f"attention {hardware.attention} was requested, {active} is active")
@@ -21,7 +21,7 @@ def require_attention(base: Any, hardware: Hardware) -> str:
 
 
 def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
-    """Errors: InternalError QuantizationNotActive if the run requests 4-bit or 8-bit weights, and no layer has any."""
+    """Errors: InternalError QuantizationNotActive if the run requests 4-bit or 8-bit weights, but no layer has such weights."""
     requested = quantization_config(run, hardware)
     if requested is None:
         return
@@ -34,14 +34,14 @@ def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
         for layer in layers
     ):
         bits = 4 if is_4bit else 8
-        raise InternalError("QuantizationNotActive", f"{bits}-bit weights were requested, and no layer has any")
+        raise InternalError("QuantizationNotActive", f"{bits}-bit weights were requested, but no layer has such weights")
 
 
 def require_kernels(base: Any) -> None:
-    """Errors: InternalError KernelsNotActive if no layer uses a liger kernel: the library skips unknown models without a message."""
+    """Errors: InternalError KernelsNotActive if no layer uses a liger kernel. The library silently skips unknown models."""
     modules = (getattr(module.forward, "__module__", "") for module in base.modules())
     if not any(name.startswith("liger_kernel") for name in modules):
         raise InternalError(
-            "KernelsNotActive", f"liger kernels were requested, and no layer of {type(base).__name__} uses one",
+            "KernelsNotActive", f"liger kernels were requested, but no layer of {type(base).__name__} uses a liger kernel",
             hint="set model.ligerKernels: false",
         )  # fmt: skip

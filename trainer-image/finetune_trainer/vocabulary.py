@@ -1,7 +1,7 @@
 """Adds new tokens (`model.newTokens`) to the tokenizer and to the model's embeddings.
 
-A new row starts as the mean of all rows, in the embeddings and in the head. The new token then has an average probability, which
-random rows would make far too high or too low. The method decides whether the rows are trained.
+In the embeddings and in the head, a new row starts as the mean of all older rows, so that the new token has an average
+probability. With random rows, its probability would be far too high or too low. The method decides whether the rows are trained.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune_api.sources import redact_source
 
 
 def add_tokens(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
-    """Add tokens that are never split, whatever text surrounds them; returns their ids. Errors: ConfigError TokenKnown."""
+    """Add tokens that the tokenizer never splits; returns their ids. Errors: ConfigError TokenKnown."""
     if not new_tokens:
         return []
     from transformers import AddedToken
@@ -39,8 +39,8 @@ def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]
 def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -> None:
     """Add embedding rows for the new tokens. Without new tokens, check that the model has a row for every token in the data.
 
-    A tokenizer may hold more tokens than the model has rows (for images, for example), if none of them is in the data sets `parts`
-    or is the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
+    A tokenizer may have more tokens than the model has rows (for example image tokens), if the additional tokens do not occur in
+    the data sets `parts` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
     """
     ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
     embeddings = model.get_input_embeddings().weight
@@ -82,7 +82,7 @@ def _set_to_mean(model: Any, ids: list[int]) -> None:
 
 
 def embedding_names(model: Any) -> list[str]:
-    """Last parts of the module names of the embeddings and, if its weight is not tied to them, of the head."""
+    """Short module names of the embeddings and the head. The head is left out if its weight is tied to the embeddings."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     short_names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     untied = {id(module.weight): short_names[id(module)] for module in reversed(modules) if module is not None}

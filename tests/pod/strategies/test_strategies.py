@@ -327,7 +327,7 @@ def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Resul
 def test_the_json_sets_options_that_the_spec_does_not_set(results: dict[str, Result]) -> None:
     result = results["zero3 json"]
     message = "\n".join(result.notes)
-    assert "gradient_clipping 0.25 of the file wins over the default training.maxGradNorm 1.0" in message
+    assert "gradient_clipping 0.25 of the file replaces the default training.maxGradNorm 1.0" in message
     assert "ZeRO stage 3" in message
     assert result.losses != results["zero3 full"].losses
 

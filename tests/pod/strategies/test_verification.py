@@ -117,7 +117,7 @@ def test_an_unquantised_base_is_refused_if_bits_were_asked_for(
     with pytest.raises(FineTuneError) as caught:
         run_training(tmp_path, model, spec)
     assert caught.value.code == "QuantizationNotActive"
-    assert caught.value.message == f"{bits}-bit weights were requested, and no layer has any"
+    assert caught.value.message == f"{bits}-bit weights were requested, but no layer has such weights"
 
 
 def test_an_adapter_without_trainable_weights_is_refused(

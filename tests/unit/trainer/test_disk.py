@@ -55,5 +55,5 @@ def test_a_download_beyond_the_limit_is_refused_before_it_starts(work: Path, mon
     monkeypatch.setattr(fetch, "free_bytes", lambda folder: 5_000_000_000 + RESERVE_BYTES if folder == work else 0)
     fetcher = Fetcher(None, work)  # type: ignore[arg-type] # the run is not used
     fetcher._require_space(5_000_000_000, "model.source")
-    with pytest.raises(ConfigError, match=r"model.source has 6\.00 GB, and the pod's disk has 5\.07 GB left"):
+    with pytest.raises(ConfigError, match=r"model.source has 6\.00 GB, but the pod's disk has only 5\.07 GB left"):
         fetcher._require_space(6_000_000_000, "model.source")

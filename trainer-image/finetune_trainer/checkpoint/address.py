@@ -1,6 +1,6 @@
-"""Parses the URI of a job, of one checkpoint or of the final model, and downloads what is committed there.
+"""Parses the URI of a job, of one checkpoint or of the final model, and downloads the committed files.
 
-The marker of a step or of the model has a known key, and is read without a listing.
+For one checkpoint or the model no listing is needed, because the URI determines the key of its marker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_trainer.storage.web import split_query
 
 @dataclass(frozen=True)
 class Address:
-    """The root of a job (with the query of a web address), and the step or the model if the URI names one."""
+    """A parsed URI. `root` includes the query of a web address. `step` or `model` is set if the URI names a checkpoint or the model."""
 
     root: str
     step: int | None = None
@@ -71,7 +71,7 @@ def _committed_step(tree: Tree, step: int | None) -> Committed | None:
 def download_committed(
     tree: Tree, committed: Committed, folder: Path, *, count: Counter | None = None, check_space: Counter | None = None
 ) -> str | None:
-    """Download into a folder and verify; returns the first problem, or None. First calls `check_space` with the size in bytes."""
+    """Call `check_space` with the size in bytes, then download and verify the files. Return the first problem, or None."""
     manifest = tree.manifest(committed)
     if manifest is None:
         return f"{tree.uri(join(committed.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"

@@ -31,7 +31,7 @@ class FileEntry(LenientModel):
 
 
 class RunFacts(LenientModel):
-    """Facts that `restore.check_compatible` compares when another attempt resumes from a checkpoint of the run."""
+    """Facts about the run that made a checkpoint. `restore.check_compatible` compares them with the run that resumes."""
 
     model_revision: str = ""
     dataset_digest: str = ""
@@ -45,11 +45,11 @@ class RunFacts(LenientModel):
     effective_batch: int = 1
     learning_rate: float | None = None
     settings: dict[str, str] = Field(
-        default_factory=dict, description="A hash of each group of the spec that influences the numbers of the run."
+        default_factory=dict, description="A hash of each group of the spec that influences the computed numbers."
     )
     other_inputs: dict[str, str] = Field(
         default_factory=dict,
-        alias="beside",  # the name that version 0.1.0 wrote
+        alias="beside",  # the stored name since version 0.1.0
         description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, ConfigMaps.",
     )
     config_sha256: str = ""
@@ -108,7 +108,7 @@ class Part(LenientModel):
 
     node: int
     dropped: bool = Field(
-        default=False, description="This pod skipped the checkpoint, which can therefore never be complete."
+        default=False, description="This pod skipped the checkpoint, so no pod can commit it."
     )
     files: list[FileEntry] = Field(default_factory=list)
 
@@ -128,7 +128,7 @@ def entries_of(folder: Path) -> list[FileEntry]:
 
 
 def step_of(folder: str) -> int | None:
-    """Return the step in the name of a checkpoint's folder; None for another name."""
+    """Return the step in the name of a checkpoint's folder; None if the name is not that of a checkpoint."""
     match = _STEP.match(folder)
     return int(match[1]) if match else None
 

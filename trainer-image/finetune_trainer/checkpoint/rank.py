@@ -1,6 +1,6 @@
 """Callbacks of the HF Trainer in each rank: report progress, stage checkpoints, stop at the agreed step.
 
-They come last in the Trainer's list of callbacks. A checkpoint includes the sums of the current logging window (`window`), so
+The Trainer must call them after all other callbacks. A checkpoint includes the sums of the current logging window (`window`), so
 that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the
 checkpoint is saved.
 """
@@ -30,16 +30,16 @@ from finetune_trainer.inputs import Inputs
 
 INCARNATION = "incarnation"
 START_SECONDS = 1800.0
-"""How long to wait for the other pods, which may still be downloading."""
+"""How long to wait for other pods that still download their inputs."""
 HEARTBEAT_SECONDS = 1.0
 """Shortest time between two heartbeats within a step or an evaluation."""
 DISK_RESERVE_BYTES = 32 * 1024 * 1024
 OPTIMIZER_BYTES = 8
-"""Bytes of optimizer state per trained parameter (Adam's two moments). For the estimated size of the first checkpoint."""
+"""Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
 
 
 def callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
-    """Return the callbacks for this run. They must come after all others, in this order."""
+    """Return the callbacks for this run. The Trainer must call them after all other callbacks, in this order."""
     shared: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
     agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, shared)
@@ -70,7 +70,7 @@ def _incarnation(channel: Channel, shared: GangStore) -> str:
 def agree_on_start(channel: Channel, shared: GangStore, step: int) -> None:
     """Check that all pods start from the same step. Each pod restores its checkpoint by itself.
 
-    Errors: PeerError `StartsDiffer`, for example if one pod's download was damaged and this pod fell back to an older checkpoint.
+    Errors: PeerError `StartsDiffer`, for example if one pod's download was damaged and that pod restored an older checkpoint.
     """
     shared.set(f"start-{channel.rank}", str(step))
     keys = [f"start-{rank}" for rank in range(channel.world_size)]
@@ -157,16 +157,16 @@ class Stager(TrainerCallback):
         self._resumed = resumed
         self._window: Window | None = None
         self._open_tokens = 0
-        """Tokens of the current logging window. The Trainer's state counts them only at the next log line."""
+        """Tokens of the current logging window. The Trainer adds them to its state only at the next log line."""
         self._stopping = False
         self._postponed = False
-        """A checkpoint is due, but is saved only after the evaluation or log line at the epoch's end."""
+        """Whether a due checkpoint waits for the evaluation or log line at the end of the epoch."""
         self._last_size = 0
         """Size of the last checkpoint on this pod's disk."""
         self._save_started = 0.0
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep the Trainer, because transformers does not pass its running sums to callbacks."""
+        """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks."""
         self._window = Window(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -212,7 +212,7 @@ class Stager(TrainerCallback):
         self._open_tokens = 0
         if self._window is not None:
             tokens = self._window.require_finite(model, state.global_step)
-            self._open_tokens = 0 if control.should_log else tokens  # a log line at this step counts these tokens
+            self._open_tokens = 0 if control.should_log else tokens  # the log line at this step adds the tokens to the state
 
     def _has_disk_space(self, args: TrainingArguments, model: Any) -> bool:
         """Whether the disks of all ranks can hold another checkpoint. The result is the same on all ranks."""
@@ -249,7 +249,7 @@ def _estimated_size(model: Any) -> int:
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether this save must wait for the evaluation or log line at the epoch's end, which a resumed run would otherwise skip."""
+    """Whether this save must wait for the evaluation or log line at the end of the epoch, so that a resumed run does not skip them."""
     due = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 
@@ -263,7 +263,7 @@ def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
 
 
 def best_eval(state: TrainerState) -> tuple[float | None, int | None]:
-    """The lowest validation loss of the whole run and its step. The history is part of the checkpoint."""
+    """The lowest validation loss of the run and its step. The log history in the checkpoint includes earlier attempts."""
     losses = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
     return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(None, None))
 

@@ -1,7 +1,7 @@
-"""Loads the state of optimizer and scheduler from a checkpoint without its settings, such as the learning rate.
+"""Loads the states of optimizer and scheduler from a checkpoint, but keeps the current settings, such as the learning rate.
 
-Optimizers and schedulers save their settings with their state, and loading restores both. After a rollback with a smaller
-learning rate, or in a job that resumes from another job's checkpoint, the old settings would silently replace the new ones.
+Optimizers and schedulers save their settings with their state, and loading restores both. Without this module, the old settings
+would silently replace the new ones after a rollback with a smaller learning rate, or when resuming from another job's checkpoint.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ SETTINGS = ("betas", "eps", "weight_decay")
 
 
 def load_states_keeping_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
-    """Run `load`, which replaces state and settings of both, then restore the settings that differ.
+    """Run `load`, then restore the current settings. (`load` replaces states and settings of optimizer and scheduler.)
 
-    A scheduler without base rates (such as ReduceLROnPlateau) keeps all that it loads.
+    A scheduler without base rates (such as ReduceLROnPlateau) keeps the loaded settings.
     """
     base_rates = list(getattr(scheduler, "base_lrs", ()))
     settings = [{name: group[name] for name in SETTINGS if name in group} for group in _groups(optimizer)]

@@ -2,8 +2,8 @@
 
 Every byte is hashed during the download, and the hash is compared with the manifest. A damaged checkpoint is reported, and the
 previous checkpoint is tried. If the job had made progress and no checkpoint can be loaded, the pod ends with 73 instead of
-starting from zero. A checkpoint that is not marked healthy (the pod ended before the next logging window) is used too: a
-checkpoint is only saved if its own loss was finite. With `resume.maxStep` set, later checkpoints are skipped (rollback).
+starting from zero. A checkpoint is used even if it is not marked healthy: the pod may have ended before it could set the mark,
+and a checkpoint is only saved if its own loss is finite. After a rollback, checkpoints later than `resume.maxStep` are skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGE_FILE_BYTES = 32 << 20
 
 @dataclass
 class Restored:
-    """The restored checkpoint (None: start from zero) and the committed checkpoints that were skipped."""
+    """The result of a restore. `committed` is None if the run starts from zero."""
 
     committed: Committed | None = None
     manifest: Manifest | None = None
@@ -44,13 +44,13 @@ class Restored:
     inexact_reason: str | None = None
     """Why the resumed run differs from an uninterrupted run; None if `exact`."""
     changed_inputs: list[str] = field(default_factory=list)
-    """Inputs besides model and training data that differ from those of the checkpoint, such as `validation data`."""
+    """Inputs other than model and training data that have changed since the checkpoint, such as `validation data`."""
     damaged: list[str] = field(default_factory=list)
     """One sentence for each damaged checkpoint, with the object's address."""
     ancestors: list[Committed] = field(default_factory=list)
-    """The job's own checkpoints up to the restored one."""
+    """The job's own checkpoints up to the restored step."""
     skipped: list[Committed] = field(default_factory=list)
-    """The job's own checkpoints that this attempt does not continue: damaged, or later than the step of a rollback."""
+    """The job's own checkpoints after the restored step: damaged, or later than the step of a rollback."""
 
     @property
     def step(self) -> int:
@@ -64,19 +64,19 @@ def restore(
 ) -> Restored:  # fmt: skip
     """Find, check and download the checkpoint to resume from.
 
-    `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. The job's own checkpoints
-    take precedence over a URI in `checkpoint.resume`, which only sets the start of the job. The operator may not know of them: a
-    queue that reclaims its quota starts the same attempt again.
+    `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. A URI in `checkpoint.resume`
+    is only used while the job has no checkpoints of its own. The operator may not know of the job's checkpoints: after a queue
+    has reclaimed its quota, the same attempt starts again.
 
     Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and no checkpoint can be loaded; ConfigError
-    `CheckpointIncompatible`, which names the difference, if the newest undamaged checkpoint is of a different run.
+    `CheckpointIncompatible`, with the difference, if the newest undamaged checkpoint belongs to a different run.
     """
     own, unreadable = tree.list_committed_and_damaged()
     result = Restored(skipped=own)
     if resume.max_step is None:
         candidates = own
     else:
-        # Checkpoints that another incarnation of this attempt committed after the rollback belong to this attempt.
+        # Checkpoints of this attempt remain candidates: another incarnation committed them after the rollback.
         candidates = [one for one in own if (one.step or 0) <= resume.max_step or one.marker.attempt == attempt]
         unreadable = [step for step in unreadable if step <= resume.max_step]
     result.damaged += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
@@ -90,7 +90,7 @@ def restore(
             return result
         result.damaged.append(problem)
     if candidates or unreadable or resume.expect_step > 0:
-        reasons = "; ".join(result.damaged) or "storage holds none"
+        reasons = "; ".join(result.damaged) or "storage holds no checkpoint"
         reached = resume.expect_step or max([*(one.step or 0 for one in candidates), *unreadable])
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"the job had reached step {reached}, and no checkpoint can be loaded: {reasons}",
@@ -125,7 +125,7 @@ def _restore_named(
     uri: str, facts: RunFacts, target: Path, tree: Tree, wanted: Callable[[str], bool], count: Counter | None,
     result: Restored,
 ) -> Restored:  # fmt: skip
-    """Restore the checkpoint that `checkpoint.resume` names: the folder of a step, or of one incarnation of a step."""
+    """Restore the checkpoint at the URI in `checkpoint.resume`. The URI names the folder of a step or of one incarnation of a step."""
     root, folder, step = _parse_checkpoint_uri(uri)
     own_store = getattr(tree.store, "target", None)
     if own_store and root.startswith("s3://"):
@@ -149,7 +149,7 @@ def _restore_named(
 
 
 def _parse_checkpoint_uri(uri: str) -> tuple[str, str, int]:
-    """Split the URI into root (with the query of a web address), incarnation's folder (empty if not named) and step."""
+    """Return root (with the query of a web address), the incarnation's folder (empty if the URI does not name it) and step."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 0, -1):
@@ -194,7 +194,7 @@ def fetch_verified(
     small = [entry for entry in entries if entry.size <= LARGE_FILE_BYTES]
     with ThreadPoolExecutor(THREADS) as pool:
         problems = [problem for problem in pool.map(fetch, small) if problem]
-    # One file at a time: several ranges of each file are downloaded in parallel and held in memory.
+    # Large files are downloaded one at a time, because each download holds several ranges of the file in memory.
     problems += [problem for problem in map(fetch, large) if problem]
     return problems[0] if problems else None
 
@@ -215,7 +215,7 @@ MUST_MATCH = {
 
 
 INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter")
-"""If one of these inputs changes, the resumed run would learn something different."""
+"""Inputs whose contents must be the same as when the checkpoint was made."""
 
 
 def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
@@ -249,12 +249,12 @@ def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
         raise ConfigError(
             "CheckpointIncompatible",
             f"{uri} was made by {found.strategy}, this run uses {now.strategy}: fsdp stores the optimizer's state in another form",
-            hint="use the same strategy, or start from its weights: write its folder in model.source or method.adapter.source",
+            hint="use the same strategy, or start from the checkpoint's weights: write its folder in model.source or method.adapter.source",
         )  # fmt: skip
 
 
 def changed_inputs(found: RunFacts, now: RunFacts) -> list[str]:
-    """Inputs whose contents differ from those of the checkpoint. An input that only one of the two has is not compared."""
+    """Inputs whose contents have changed since the checkpoint. An added or removed input is not compared."""
     return [name for name, value in now.other_inputs.items() if found.other_inputs.get(name, value) != value]
 
 

@@ -1,7 +1,7 @@
-"""Chooses the committed checkpoints to remove. Pure.
+"""Chooses the committed checkpoints to remove. A pure function.
 
-While a run goes on, the two newest healthy checkpoints always stay, even if `keep` is 1. The best checkpoint and the pinned
-checkpoints are kept in addition.
+While a run goes on, the two newest healthy checkpoints are never removed, even if `keep` is 1. The best checkpoint and the
+pinned checkpoints are kept in addition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MIN_HEALTHY = 2
 
 @dataclass(frozen=True)
 class Kept:
-    """A committed checkpoint, as far as retention is concerned."""
+    """The facts about a committed checkpoint that decide whether it is kept."""
 
     step: int
     healthy: bool
@@ -31,7 +31,7 @@ def best_step(checkpoints: Iterable[Kept]) -> int | None:
 def steps_to_remove(
     checkpoints: Sequence[Kept], keep: int, *, pinned: Iterable[int] = (), finished: bool = False
 ) -> list[int]:
-    """Steps to remove, oldest first. `keep` 0 keeps all. `finished`: the rule of the two newest healthy checkpoints no longer applies."""
+    """Steps to remove, oldest first. `keep` 0 keeps all. If `finished`, the two newest healthy checkpoints may be removed too."""
     if keep == 0:
         return []
     steps = sorted((one.step for one in checkpoints), reverse=True)

@@ -1,8 +1,9 @@
 """All ranks of a gang stop at the same step, although only one pod receives the signal.
 
 A thread in each rank watches the local stop file and a key in the gang's TCPStore. When a stop is requested, each rank
-publishes its current step; all ranks stop one step after the highest published step. A rank that completes another step after publishing waits until
-the agreed step is known, so that no rank runs past that step. The training loop itself only compares two integers per step.
+publishes its current step; all ranks stop one step after the highest published step. After publishing, a rank waits at the end
+of its step until the agreed step is known, so that no rank runs past that step. Before a stop request, the training loop only
+compares two variables per step.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from finetune_trainer.channel import Channel
 
 POLL_SECONDS = 0.1
 ANSWER_SECONDS = 60.0
-"""How long a rank that has published its step waits for the other ranks. If a rank is lost, the run ends anyway."""
+"""How long a rank that has published its step waits for the steps of the other ranks."""
 REQUEST = "request"
 
 
 class Stopped(BaseException):  # noqa: N818 - not an error: `except Exception` in a library must not swallow it
-    """Training ends at this step because of a stop request; the state is staged."""
+    """Raised to end training at this step because of a stop request."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step}")
@@ -105,12 +106,12 @@ class StopAgreement:
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step.
 
-        Blocks only from the moment this rank has published its step until the agreed step is known. Raises the store's error if
-        the other ranks do not publish their steps.
+        Blocks after this rank has published its step, until the agreed step is known. Raises the store's error if the other
+        ranks do not publish their steps.
         """
         if not self._published and self._stop is None:
             self._step = step
-            if not self._published:  # checked again: either this thread sees the flag, or the watcher sees the step
+            if not self._published:  # check again: either this thread sees the flag, or the watcher sees the new step
                 return False
         with self._agreed:
             self._agreed.wait_for(lambda: self._stop is not None or self._failed is not None)
@@ -132,13 +133,13 @@ class StopAgreement:
                     continue
                 self._agree()
                 return
-        except Exception as error:  # rank 0's pod, which hosts the store, is lost: wake the training thread
+        except Exception as error:  # rank 0's pod is lost, and the store with it: wake the training thread
             with self._agreed:
                 self._failed = error if self._published else None
                 self._agreed.notify_all()
 
     def _agree(self) -> None:
-        # Set the flag before reading the step: a step that ends in between is then either published, or its rank waits.
+        # Set the flag before reading the step. If a step ends in between, it is published, or this rank waits in `reached`.
         self._published = True
         self._shared.set(f"at-{self._channel.rank}", str(self._step))
         keys = [f"at-{rank}" for rank in range(self._channel.world_size)]

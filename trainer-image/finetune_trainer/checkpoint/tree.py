@@ -1,9 +1,9 @@
-"""The job's tree in storage: reads and commits checkpoints and the final model.
+"""Reads and commits the checkpoints and the final model of a job in storage.
 
-Each incarnation writes below a folder of its own, so that the files of two incarnations never mix. A commit writes the data and
-then the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
-exists. If the store answers that a marker exists, that marker is read. If it names our manifest, only the response to our request
-was lost, and the commit succeeded. If it names another manifest, this incarnation is fenced out and must end.
+Each incarnation writes to its own folder, so that the files of two incarnations never mix. A commit writes the data and then
+the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
+exists. If a marker exists already, it is read. If it names our manifest, our request succeeded and only its response was lost.
+If it names another manifest, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARTS = ".parts"
 UPLOAD_INCOMPLETE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
 MARKER_READS = 10
-"""How often to read a marker that exists but is not readable yet: some stores show new objects with a delay."""
+"""How many times to try to read an existing marker: in some stores, new objects are readable only after a delay."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Committed:
 
     @property
     def folder(self) -> str:
-        """Key of the folder with its files."""
+        """Key of the folder that holds the files."""
         return join(prefix_of(self.step), self.marker.path)
 
 
 @dataclass(frozen=True)
 class Swept:
-    """The result of a sweep: how many objects and unfinished uploads were removed, and why others were not."""
+    """The number of objects and unfinished uploads that a sweep removed, and its first error."""
 
     count: int
     problem: FineTuneError | None = None
 
 
 class Fenced(PeerError):
-    """Another incarnation has taken over: this incarnation is stale and must end."""
+    """This incarnation must end, because another incarnation has replaced it."""
 
 
 class Tree:
@@ -123,7 +123,7 @@ class Tree:
     # ---- writing ----
 
     def upload(self, prefix: str, incarnation: str, folder: Path, *, count: Counter | None = None) -> list[FileEntry]:
-        """Upload the files of a folder below the incarnation; returns their entries."""
+        """Upload the files of a local folder to the incarnation's folder; returns their entries."""
         entries = entries_of(folder)
         for entry in entries:
             self.store.put_file(folder / entry.path, join(prefix, incarnation, entry.path), count=count)
@@ -173,8 +173,8 @@ class Tree:
     def commit(self, prefix: str, manifest: Manifest, *, replaces: Marker | None = None) -> Marker:
         """Write the manifest, check every object, create the marker.
 
-        An existing marker is replaced if it equals `replaces` (a checkpoint that this attempt skipped at its start), cannot be
-        read, or belongs to an earlier attempt (which may still run on a node that the operator cannot reach).
+        An existing marker is replaced if it equals `replaces` (a checkpoint that this attempt skipped at its start), if it is not
+        valid, or if it belongs to an earlier attempt. (A node that the operator cannot reach may still run an earlier attempt.)
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if a later attempt has
         begun, or if another incarnation of this attempt has committed the step.
         """
@@ -199,7 +199,7 @@ class Tree:
         return marker
 
     def begin_attempt(self, attempt: int, run: bytes) -> None:
-        """Store the attempt's run configuration. From now on earlier attempts are fenced out: they can commit nothing."""
+        """Store the attempt's run configuration. Afterwards, earlier attempts can no longer commit."""
         self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
 
     def require_newest_attempt(self, attempt: int) -> None:
@@ -208,17 +208,17 @@ class Tree:
             raise Fenced("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
 
     def is_superseded(self, attempt: int) -> bool:
-        """Whether a later attempt has begun. `begin_attempt` makes the first write of an attempt."""
+        """Whether a later attempt has begun, that is, has stored its run configuration."""
         begun = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
         return any(number is not None and number > attempt for number in begun)
 
     def _remove_marker(self, prefix: str, marker: Marker) -> None:
-        """Remove this marker, whose data was removed. If another marker has replaced it, that marker stays."""
+        """Remove a marker whose data was removed, unless another marker has replaced it."""
         if self._marker(prefix) == marker:
             self.store.delete([join(prefix, Storage.COMMITTED)])
 
     def _create_marker(self, prefix: str, marker: Marker, replaces: Marker | None) -> None:
-        """Create the marker, or replace one as `commit` describes. Errors: Fenced; StorageError `MarkerUnreadable`."""
+        """Create the marker, or replace an existing marker (see `commit`). Errors: Fenced; StorageError `MarkerUnreadable`."""
         key = join(prefix, Storage.COMMITTED)
         for _ in range(MARKER_READS):
             if self.store.create(key, marker.to_bytes()) is Created.NEW:
@@ -284,7 +284,7 @@ class Tree:
     def sweep(self) -> Swept:
         """Remove the leftovers of killed incarnations: data that no marker names, and unfinished uploads.
 
-        Call this only while no other incarnation can commit. Objects that cannot be removed are reported; they only cost space.
+        Call this only while no other incarnation can commit. Errors are returned, because leftovers only cost space.
         """
         count, problem = 0, None
         for sweep in (self._sweep_uploads, self._sweep_data):
@@ -309,10 +309,10 @@ class Tree:
         return sum(map(len, unreferenced.values()))
 
     def _remove_marker_of_swept_data(self, prefix: str, swept: list[str]) -> None:
-        """Remove a marker that a stale incarnation created after this sweep's listing and before its deletion.
+        """Remove a marker that a stale incarnation created while this sweep removed the data.
 
         The stale incarnation checks its data after creating the marker. This sweep checks the marker after deleting the data.
-        So in either order, one of them detects the conflict.
+        At least one of the two therefore detects the conflict.
         """
         marker = self._marker(prefix)
         if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept):
@@ -330,13 +330,13 @@ class Tree:
         return keys
 
     def _unreferenced(self, prefix: str, keys: list[str]) -> list[str]:
-        """Keys that do not belong to the committed checkpoint. The marker is read directly: some stores list new objects with a delay."""
+        """Keys that do not belong to the committed checkpoint. The marker is read even if it is not listed: some listings lag behind."""
         marker_key = join(prefix, Storage.COMMITTED)
         data = self.store.get(marker_key)
         if data is None:
             return keys if marker_key not in keys else []  # a marker that is listed but not readable yet may be valid
         marker = Marker.parse(data)
         if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
-            return []  # a damaged marker: only a person can tell which data belongs to it
+            return []  # marker or manifest is damaged: the checkpoint's data is unknown, so nothing is removed
         own = (marker_key, join(prefix, Storage.HEALTHY))
         return [key for key in keys if key not in own and not key.startswith(join(prefix, marker.path) + "/")]

@@ -1,8 +1,8 @@
 """Uploads staged checkpoints and commits them while training goes on.
 
 One upload runs at a time, and at most one checkpoint is queued. A newer checkpoint replaces the queued checkpoint, and a note
-reports this. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as healthy and removes
-old ones.
+in the status reports this. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as
+healthy and removes old checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from finetune_trainer.storage.base import join
 log = logging.getLogger(__name__)
 PART_TIMEOUT_SECONDS = 1800.0
 RETRY_PAUSE_SECONDS = 1.0
-"""Pause before another try to upload the final model or the checkpoint of a graceful stop."""
+"""Pause between two tries to upload the final model or the checkpoint of a graceful stop."""
 UNSAVED_INTERVALS = 3
 """A run may go on for this many checkpoint intervals without a commit, even if the timeout is shorter."""
 
@@ -45,7 +45,7 @@ class CheckpointReporter(Protocol):
 
     @property
     def checkpoint_problem(self) -> str | None:
-        """Reason and sentence of the last checkpoint that was not stored; None after the next commit."""
+        """Why the last checkpoint could not be stored (reason and message); None once a checkpoint is committed."""
 
     def increment_counter(self, name: str, by: float = 1) -> None: ...
     def add_note(self, text: str) -> None: ...
@@ -64,7 +64,7 @@ class Staged:
     folder: Path
     incarnation: str
     graceful: bool = False
-    """Saved because of a stop request: no later checkpoint follows."""
+    """Whether the checkpoint was saved because of a stop request. No later checkpoint follows."""
     rank0_report: dict[str, Any] = field(default_factory=dict)
     """Fields of rank 0's report: epoch, samples, tokens, evalLoss, outputKind, extra."""
 
@@ -97,7 +97,7 @@ class Uploader:
         self._closing = False
         self._committed: dict[int, Kept] = {}
         self._skipped: dict[int | None, Marker] = {}
-        """Markers of steps that this attempt does not continue. If this attempt repeats such a step, its checkpoint replaces the old one."""
+        """Markers of checkpoints after the restored step. If this attempt repeats such a step, its checkpoint replaces the old one."""
         self._own_step = 0
         """Newest step that this incarnation has committed."""
         self._unsaved_since: float | None = None
@@ -117,7 +117,7 @@ class Uploader:
 
     @property
     def failure(self) -> FineTuneError | None:
-        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None while it works."""
+        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None if it has not."""
         return self._failure
 
     @property
@@ -126,16 +126,16 @@ class Uploader:
         return max(self._committed, default=0)
 
     def adopt_committed(self, checkpoints: list[Checkpoint]) -> None:
-        """Take over checkpoints of earlier attempts that this attempt continues."""
+        """Add the checkpoints of earlier attempts up to the restored step."""
         for checkpoint in checkpoints:
             self._committed[checkpoint.step] = Kept(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
             self._reporter.add_checkpoint(checkpoint)
 
     def set_skipped(self, committed: Iterable[Committed]) -> None:
-        """Set the checkpoints that this attempt does not continue: damaged, or later than the step of a rollback.
+        """Set the checkpoints after the restored step: damaged, or later than the step of a rollback.
 
-        They do not count as progress, and a later commit does not mark them healthy. When this attempt repeats the step of a
-        skipped checkpoint, the new checkpoint replaces it; when this attempt passes the step, it is removed.
+        They do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
+        attempt commits the same step, or removed when this attempt commits a later step.
         """
         self._skipped |= {one.step: one.marker for one in committed}
 
@@ -190,7 +190,7 @@ class Uploader:
             "checkpoints are made faster than storage accepts them: step %s was replaced by step %s before its upload began", dropped.step, newer
         )  # fmt: skip
         self._reporter.add_note("checkpoints are made faster than storage accepts them: some were skipped")
-        if self._node > 0:  # on a thread of its own: `offer` must not delay the thread that receives the ranks' messages
+        if self._node > 0:  # in its own thread, because `offer` must not delay the thread that receives the ranks' messages
             threading.Thread(
                 target=self._report_skipped_part, args=(dropped,), name="skipped-part", daemon=True
             ).start()
@@ -258,7 +258,7 @@ class Uploader:
             shutil.rmtree(staged.folder, ignore_errors=True)
 
     def _try_to_store(self, staged: Staged, started: float) -> bool:
-        """Upload and commit once. Returns False if it failed and must be retried: no later checkpoint follows, and there is time."""
+        """Upload and commit once. Returns False if this failed and must be retried, because no later checkpoint follows."""
         if staged.step is not None and staged.step <= self._own_step:
             self._record_saved()
             return True  # the data of a committed checkpoint is never written again
@@ -277,7 +277,7 @@ class Uploader:
             self._changed.wait_for(lambda: self._closing, RETRY_PAUSE_SECONDS)
 
     def _record_failure(self, staged: Staged, error: FineTuneError) -> None:
-        """Record that an upload failed. For a checkpoint this is a problem in the status; for the final model it ends the attempt."""
+        """Record that an upload failed. A failed checkpoint is reported in the status; a failed final model ends the attempt."""
         log.error("step %s could not be stored: %s", staged.step, error)
         self._reporter.increment_counter("checkpoint_failures")
         if staged.step is None:
@@ -319,13 +319,13 @@ class Uploader:
             self._record_commit(staged, manifest, uri, marker.manifest_sha256, seconds)
 
     def _must_not_wait(self) -> bool:
-        """Whether to stop waiting for other pods' files, because a stop's checkpoint is queued or the gang has failed."""
+        """Whether to stop waiting for other pods' files: a graceful stop's checkpoint is queued, or the time of `limit_part_wait` is over."""
         if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
             return True
         return self._queued is not None and self._queued.graceful
 
     def _record_saved(self) -> None:
-        """Record that a checkpoint is saved. A queued checkpoint remains unsaved."""
+        """Record that a checkpoint is saved. A queued checkpoint still counts as unsaved."""
         with self._changed:
             self._unsaved_since = self._queued_since if self._queued is not None else None
 
@@ -405,7 +405,7 @@ class Uploader:
 
 
 def checkpoints_for_status(tree: Tree, committed: Iterable[Committed]) -> list[Checkpoint]:
-    """Committed checkpoints as the status shows them. A checkpoint with a damaged manifest has no size."""
+    """Convert committed checkpoints to entries of the job's status. A checkpoint with a damaged manifest has no size."""
     checkpoints = []
     for one in committed:
         manifest = tree.manifest(one)

@@ -2,8 +2,8 @@
 
 A logged loss is a mean over `tracking.loggingSteps` steps, and a checkpoint may fall within such a window. transformers starts
 a new sum when it resumes, so that a resumed run would log a mean over fewer steps than an uninterrupted run. Each rank
-therefore writes its sums to the checkpoint and restores them, and both runs log the same values. The same sums also show, before
-a log line, whether the state to be saved is finite.
+therefore writes its sums to the checkpoint and restores them, and both runs log the same values. Before a checkpoint is saved,
+the sums also show whether the loss is finite.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from finetune_trainer.library_internals import (
 FILE = "window-{rank}.json"
 TRAIN = "train"
 STORED_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
-"""Names of sums in the file, where they differ: version 0.1.0 wrote and reads these, and a window may span both versions."""
+"""Names in the file for sums that have been renamed since version 0.1.0. One run may use both versions."""
 NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
@@ -44,13 +44,13 @@ class Sums(LenientModel):
         default_factory=dict, description="Sums of the sft trainer of this package, by name."
     )
     values: dict[str, list[float | int]] = Field(
-        default_factory=dict, description="TRL's lists, averaged at a log line."
+        default_factory=dict, description="TRL's lists of metric values. A log line shows their means."
     )
-    tokens: int = Field(default=0, description="TRL's own token count, over the whole run.")
+    tokens: int = Field(default=0, description="TRL's token count since the start of the run.")
 
 
 class Window:
-    """One rank's current window. transformers and TRL keep its sums in attributes of the trainer."""
+    """The sums of one rank's current logging window. transformers and TRL keep them in attributes of the trainer."""
 
     def __init__(self, trainer: Any, rank: int, world_size: int) -> None:
         self._trainer, self._rank, self._world_size = trainer, rank, world_size
@@ -68,7 +68,7 @@ class Window:
         (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
     def read(self, folder: Path) -> None:
-        """Restore the sums of a checkpoint. Without such a file (a checkpoint of an earlier version) the window starts empty."""
+        """Restore the sums from a checkpoint. If the checkpoint (of an earlier version) has no sums, the window starts empty."""
         files = sorted(folder.glob(FILE.format(rank="*")))
         all_sums = [Sums.model_validate(json.loads(file.read_text())) for file in files]
         if not all_sums:
@@ -76,7 +76,7 @@ class Window:
         own = folder / FILE.format(rank=self._rank)
         if len(all_sums) == self._world_size and own in files:
             self._set(all_sums[files.index(own)])
-        else:  # another number of ranks: share out the sums of all ranks, so that means and totals stay the same
+        else:  # the number of ranks has changed: redistribute the sums, so that means and totals stay the same
             self._set(_share_of(all_sums, first=self._rank == 0))
 
     def _set(self, sums: Sums) -> None:
@@ -131,7 +131,7 @@ def _number(value: Any) -> float | int:
 
 
 def _norm(model: Any) -> float:
-    """Norm of this rank's part of the trained weights; not finite if any weight is not."""
+    """Norm of this rank's part of the trained weights; not finite if any weight is not finite."""
     if model is None:
         return 0.0
     trained = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]

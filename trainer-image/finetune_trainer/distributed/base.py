@@ -1,7 +1,7 @@
-"""The interface of a strategy. It is chosen before the model is loaded, and verified after the model is wrapped.
+"""The interface of a distributed strategy: it is chosen before the model is loaded, and verified after the model is wrapped.
 
 Libraries often fall back without an error (FSDP to DDP, two ranks to two independent runs). `verify` therefore reads the active
-strategy from the wrapped model, and ends the run if another strategy was chosen.
+strategy from the wrapped model, and ends the run if it is not the chosen strategy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TORCHRUN_VARIABLES = (
 
 
 class DistributedStrategy:
-    """The strategy of one rank. The base class is a single rank without a process group."""
+    """The strategy of one rank. The base class is for a single rank without a process group."""
 
     name = "single"
     shards_weights = False
@@ -42,11 +42,11 @@ class DistributedStrategy:
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """Mixins of the Trainer's class. They override the objective's class."""
+        """Mixins for the Trainer class. Their methods override those of the objective's class."""
         return ()
 
     def prepare_process(self) -> None:
-        """Prepare the process before the first use of accelerate. A single rank gets no process group."""
+        """Prepare the process before the first use of accelerate. Here: prevent a process group for a single rank."""
         if self.world_size == 1:
             for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)
@@ -59,7 +59,7 @@ class DistributedStrategy:
         """Called by the Trainer after it has created its accelerator."""
 
     def verify(self, trainer: Any) -> str:
-        """Name of the active strategy. Called when training begins. Errors: InternalError StrategyNotActive."""
+        """Return the name of the active strategy. Called when training begins. Errors: InternalError StrategyNotActive."""
         active = active_strategy(trainer)
         if active != self.name:
             raise InternalError(
@@ -75,7 +75,7 @@ class Ddp(DistributedStrategy):
     name = "ddp"
 
     def training_arguments(self) -> dict[str, Any]:
-        """Fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused ones."""
+        """Fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused parameters."""
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 
@@ -85,7 +85,7 @@ def connect_trainer_class(kind: type, strategy: DistributedStrategy, **attribute
 
 
 def active_strategy(trainer: Any) -> str:
-    """Detect the strategy from the wrapped model: deepspeed, fsdp, ddp, single, or `independent` (ranks without any connection)."""
+    """Detect the strategy from the wrapped model: deepspeed, fsdp, ddp, single, or `independent` (several ranks without a process group)."""
     from torch import distributed
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel

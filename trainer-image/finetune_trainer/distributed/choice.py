@@ -11,7 +11,7 @@ from finetune_trainer.inputs import Inputs
 
 
 def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """Choose the strategy of a run. Errors: ConfigError for combinations that cannot run, and if a configuration file contradicts the spec."""
+    """Choose the strategy of a run. Errors: ConfigError if a combination cannot run or a configuration file contradicts the spec."""
     requested = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
     match requested:
         case Strategy.FSDP:
@@ -25,7 +25,7 @@ def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) 
 
 
 def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """Return FSDP, or DDP for noShard: FSDP version 2 has no unsharded mode, and that mode of version 1 was DDP."""
+    """Return FSDP. For noShard return DDP: FSDP version 2 has no such mode, and noShard of version 1 did the same as DDP."""
     from finetune_trainer.distributed import fsdp
 
     chosen = fsdp.options(run, inputs, hardware, world_size)

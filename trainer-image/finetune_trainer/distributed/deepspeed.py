@@ -1,9 +1,10 @@
 """DeepSpeed ZeRO: stage 1 shards the optimizer, stage 2 also gradients, stage 3 also parameters; stage 0 is plain data parallelism.
 
-A user's JSON keeps all options of DeepSpeed itself. Options that the spec also has (batch, clipping, learning rate, precision,
-stage, offload) must agree, or be `auto` in the JSON. The JSON's optimizer is replaced by torch's AdamW and its scheduler by that of
-transformers: DeepSpeed would compile its own optimizers on first use, and the image has no compiler. DeepSpeed ignores unknown keys at
-the top level, and fails with a traceback if a value has the wrong type. This module refuses both with an error that names the key.
+Options that only DeepSpeed has are taken from the user's JSON. Options that the spec also has (batch, clipping, learning rate,
+precision, stage, offload) must be equal in both, or `auto` in the JSON. An Adam optimizer in the JSON is replaced by torch's AdamW,
+because DeepSpeed would compile its own optimizers on first use, and the image has no C++ or CUDA compiler. A scheduler in the JSON
+is replaced by a scheduler of transformers. DeepSpeed ignores unknown keys at the top level, and fails with a traceback if a value
+has the wrong type. For such keys and values, this module raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ REFUSED_SECTIONS = {
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
     _REMOVED,
 )  # fmt: skip
-"""Sections that are refused with the reason, unless the file itself disables them."""
+"""Refused sections and the reason. A section that the file disables (`enabled: false`) is not refused."""
 REFUSED_IN_ZERO = {
     "cpu_offload": "the key is called offload_optimizer", "cpu_offload_param": "the key is called offload_param",
     "cpu_offload_use_pin_memory": "the key is called pin_memory, in offload_optimizer and offload_param",
@@ -72,7 +73,7 @@ REFUSED_IN_ZERO = {
 ROWS, ROWS_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
-"""Upper limit of both fields in the API."""
+"""Upper limit of batchSizePerDevice and gradientAccumulationSteps in the API."""
 BATCH = ValueType(
     f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda value: COUNT.accepts(value) and value <= MAX_BATCH_VALUE
 )
@@ -105,7 +106,7 @@ TORCH_ADAMW = ("adamw_torch", FUSED_ADAMW)
 OFFLOADS = (
     ("offload_optimizer", "offloadOptimizer", "offload_optimizer"), ("offload_param", "offloadParameters", "offload_parameters"),
 )  # fmt: skip
-"""For each offload: section of zero_optimization, field of the spec, its Python attribute."""
+"""For each offload: section of zero_optimization, field of the spec, Python attribute of the field."""
 DEEPSPEED_SCHEDULERS = {
     "WarmupLR": Scheduler.CONSTANT_WITH_WARMUP, "WarmupDecayLR": Scheduler.LINEAR, "WarmupCosineLR": Scheduler.COSINE,
 }  # fmt: skip
@@ -125,8 +126,8 @@ class Options:
 def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
     """The options of a run, from the spec and the user's JSON.
 
-    Errors: ConfigError ConfigsDisagree (with all conflicts), ConfigFileInvalid, OffloadNeedsStage3, the codes of rules that the
-    values of the file break; NotFoundError ConfigMapMissing.
+    Errors: ConfigError ConfigsDisagree (with all conflicts), ConfigFileInvalid, OffloadNeedsStage3, or the code of an API rule
+    that a value of the file breaks; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.distributed.deepspeed
     merge = FileMerge(run)
@@ -185,7 +186,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _check_read_keys(group: str, section: Any, kinds: dict[str, ValueType], *, allows_auto: bool = True) -> None:
-    """Check the keys of a section that this module reads; DeepSpeed checks the others."""
+    """Check those keys of a section that this module reads. DeepSpeed checks the other keys."""
     check_keys(
         FILE_FIELD,
         group,
@@ -213,9 +214,9 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
 
 
 def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
-    """Return micro-batch and accumulation steps. If the operator reduced the spec's micro-batch, the file's value is reduced too.
+    """Return micro-batch and accumulation steps.
 
-    The effective batch stays the same.
+    If the operator reduced the spec's micro-batch, the file's value is reduced too. The effective batch stays the same.
     """
     training = run.spec.training
     requested = training.batch_size_per_device
@@ -230,11 +231,11 @@ def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) ->
     merge.file_values |= {ROWS_PATH: rows, ACCUMULATION_PATH: steps}
     reduced = _reduced_rows(rows, steps, rows * requested / before, merge, run)
     if (rows, steps) != (before, spec_steps):
-        change = f"{ROWS_PATH} went from {before} to {requested}"
+        change = f"the operator changed {ROWS_PATH} from {before} to {requested}"
         if reduced == rows:
-            note = f"{ROWS} {rows} of the file stays although {change}: no smaller divisor of {rows} is allowed"
+            note = f"{ROWS} of the file stays {rows}, although {change}: no smaller divisor of {rows} is allowed"
         else:
-            note = f"{ROWS} {rows} of the file becomes {reduced}, as {change}, and {ACCUMULATION} {steps} becomes {steps * rows // reduced}"
+            note = f"{change}; {ROWS} of the file therefore changes from {rows} to {reduced}, and {ACCUMULATION} from {steps} to {steps * rows // reduced}"
         merge.notes.append(note)
     steps = steps * rows // reduced
     merge.file_values |= {ROWS_PATH: reduced, ACCUMULATION_PATH: steps}
@@ -242,9 +243,10 @@ def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) ->
 
 
 def _reduced_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
-    """The largest divisor of the micro-batch that is at most `limit`, else the smallest divisor; `rows` if no divisor is allowed.
+    """Return the largest allowed divisor of the micro-batch `rows` that is at most `limit`.
 
-    Divisors that break a rule of the API are skipped: after running out of memory, a job must not fail because of an adapted value.
+    If all allowed divisors are above the limit, return the smallest; if there are none, return `rows`. A divisor is not allowed if
+    it breaks a rule of the API: after an out-of-memory error, the job must not fail because of the adapted value.
     """
     divisors = [
         part
@@ -269,7 +271,7 @@ def _precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> 
 
 
 def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
-    """Replace the JSON's Adam by torch's AdamW with the JSON's values."""
+    """Replace the Adam optimizer of the JSON by torch's AdamW with the same parameters."""
     section = config.pop("optimizer", None)
     if section is None:
         return
@@ -281,7 +283,7 @@ def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
     )
     if kind.lower() not in ("adam", "adamw") or parameters.get("adam_w_mode", True) is False:
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: optimizer {kind} is compiled by DeepSpeed on first use, but the image has no compiler",
+            "ConfigFileInvalid", f"{FILE_FIELD}: optimizer {kind} is compiled by DeepSpeed on first use, but the image has no C++ or CUDA compiler",
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
     check_keys(FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
@@ -302,7 +304,7 @@ def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
 
 
 def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
-    """Replace the JSON's warm-up schedule by the scheduler of transformers."""
+    """Replace the warm-up schedule of the JSON by the equivalent scheduler of transformers."""
     section = config.pop("scheduler", None)
     if section is None:
         return
@@ -344,7 +346,7 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
 
 
 def _warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Options) -> None:
-    """Use the file's warm-up steps. They replace a warm-up ratio of the spec that is only a default."""
+    """Use the file's warm-up steps. They replace the warm-up ratio of the spec if that is a default."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO):
         return
@@ -370,7 +372,7 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
-                f"{FILE_FIELD}: {key}.device nvme is compiled on first use, but the image has no compiler",
+                f"{FILE_FIELD}: {key}.device nvme needs code that DeepSpeed compiles on first use, but the image has no C++ compiler",
                 hint="write cpu",
             )
         file_value = None if key not in zero else section.get("device", "none") != "none"
@@ -394,7 +396,7 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # torch's optimizer is used even if its state is offloaded to host memory: DeepSpeed would compile its own.
+    # These keys make DeepSpeed accept torch's optimizer when it is offloaded. DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
         merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
@@ -425,7 +427,7 @@ def validate_with_deepspeed(config: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     trial = copy.deepcopy(config)
-    # DeepSpeed computes this key from the other two batch keys; here it would assume one rank.
+    # DeepSpeed derives train_batch_size from the other two batch keys. It would assume one rank, as no process group exists yet.
     del trial["train_batch_size"]
     try:
         DeepSpeedConfig(trial)
@@ -484,7 +486,7 @@ class Deepspeed(DistributedStrategy):
         return {**self.chosen.training, "deepspeed": copy.deepcopy(self.chosen.config)}
 
     def verify(self, trainer: Any) -> str:
-        """Also compare the engine's stage and ranks, and count the sharded parameters. Errors: InternalError StrategyNotActive."""
+        """Check also the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
         name = super().verify(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
@@ -508,7 +510,7 @@ def _best_weights_mixin() -> type:
     from finetune_trainer.library_internals import OpenTrainer
 
     class BestWeightsFromFolder(OpenTrainer):
-        """Loads the best weights from a plain folder; transformers would load DeepSpeed's own checkpoint, which may be deleted."""
+        """Loads the best weights from a plain folder. transformers would load DeepSpeed's own checkpoint, but it may be deleted."""
 
         def load_best_model(self) -> None:
             is_reader = self.accelerator.is_main_process

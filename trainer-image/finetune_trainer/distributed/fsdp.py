@@ -1,9 +1,9 @@
 """Fully sharded data parallel (FSDP), version 2: every rank holds a shard of each parameter, gradient and optimizer state.
 
-This module works around three limits of the libraries. On CPU (tests, small runs) accelerate never enables FSDP, and two ranks would
-silently run DDP; `library_internals.enable_fsdp_on_cpu` enables it. Checkpoints hold the model or the adapter in the same plain folder
-that a single rank writes; only the optimizer's state is sharded. accelerate leaves integers unsharded with only a warning;
-`finetune_trainer.model` therefore stores 4-bit weights as floats if `shards_weights` is set.
+This module works around three limits of the libraries:
+On CPU (tests, small runs) accelerate does not enable FSDP; two ranks would silently run DDP. `enable_fsdp_on_cpu` enables FSDP.
+transformers cannot combine unsharded weights with a sharded optimizer state. `ShardedCheckpoints` saves both in one checkpoint.
+accelerate does not shard integers and only warns. `finetune_trainer.model` stores 4-bit weights as floats for `shards_weights`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARDING = {
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
     "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
 }  # fmt: skip
-"""`sharding` for each value in accelerate's file. For FSDP version 2 the value is a boolean: whether to reshard after the forward pass."""
+"""The spec's `sharding` for each value in accelerate's file. With FSDP version 2 the file has a boolean: reshard after the forward pass."""
 STATE_DICT = {
     "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
 }  # fmt: skip
@@ -76,7 +76,7 @@ FSDP_KEYS = {
     "min_num_params": SIZE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
     **dict.fromkeys(VERSION_1_KEYS, ANYTHING),
 }  # fmt: skip
-"""Type of each key of fsdp_config, without its prefix. Values for `SHARDING` and `STATE_DICT` are checked when they are read."""
+"""Type of each key of fsdp_config, without its prefix. `_look_up` checks the values for `SHARDING` and `STATE_DICT`."""
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Options:
 def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
     """The settings of a run, from the spec and the user's accelerate file.
 
-    Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, the codes of rules that
-    the values of the file break, StateDictUnavailable.
+    Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, StateDictUnavailable, or the code of an API rule that a value of the
+    file breaks.
     """
     spec = run.spec.distributed.fsdp
     result = Options()
@@ -115,7 +115,7 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
 
 
 def _merge_file(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
-    """Merge the user's accelerate file into `result`. Every key has an effect, is named in a note, or is refused."""
+    """Merge the user's accelerate file into `result`. A note lists the keys that have no effect; unknown keys are refused."""
     merge = FileMerge(run)
     inner = _fsdp_group(file)
     kind = file.get("distributed_type", "FSDP")
@@ -189,8 +189,10 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: R
 
 
 def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
-    """Return the wrap policy, which decides the modules that are sharded as one unit. Errors: ConfigError ConfigFileInvalid for keys of
-    another policy."""
+    """Return the wrap policy: it decides which modules are sharded as one unit.
+
+    Errors: ConfigError ConfigFileInvalid for keys of another policy.
+    """
     policy = str(inner.get("auto_wrap_policy", BY_LAYER)).upper()
     named, least = inner.get("transformer_layer_cls_to_wrap") or (), int(inner.get("min_num_params") or 0)
     layers = [name.strip() for name in (named.split(",") if isinstance(named, str) else named) if name.strip()]
@@ -252,9 +254,9 @@ class Fsdp(DistributedStrategy):
         return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
     def on_accelerator_created(self, trainer: Any) -> None:
-        """On CPU, enable FSDP, which accelerate enables on GPUs only. If training computes in 16 bits, reduce gradients in 32 bits.
+        """Enable FSDP on CPU (accelerate enables it on GPUs only). If training computes in 16 bits, reduce gradients in 32 bits.
 
-        accelerate would also sum the gradients and round the loss in 16 bits; DDP sums them in 32.
+        By default, accelerate would sum the gradients and round the loss in 16 bits. DDP sums gradients in 32 bits.
         Errors: ConfigError ConfigFileInvalid for layer classes that the model does not have.
         """
         self._require_layers(trainer.model)
@@ -286,7 +288,7 @@ class Fsdp(DistributedStrategy):
             )  # fmt: skip
 
     def verify(self, trainer: Any) -> str:
-        """Also check that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
+        """Check also that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())
@@ -312,9 +314,9 @@ def _sharded_checkpoints_mixin() -> type:
     from finetune_trainer.library_internals import OpenTrainer
 
     class ShardedCheckpoints(OpenTrainer):
-        """Checkpoints with the weights or the adapter in one plain folder, and the optimizer's state sharded unless the spec says otherwise.
+        """Saves the weights or the adapter in one plain folder, and the optimizer's state in shards unless the spec requests `full`.
 
-        transformers 5.23 writes either complete safetensors and complete states, or shards, which no library loads as a model.
+        transformers 5.23 saves either both unsharded or both in shards, and no library loads sharded weights as a model.
         """
 
         strategy: Fsdp
@@ -359,7 +361,7 @@ def _sharded_checkpoints_mixin() -> type:
 
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
-            """Set the layout of the optimizer's state for one call. accelerate reads one setting of the plugin for model and optimizer."""
+            """Set the layout of the optimizer's state for one call, because accelerate has one setting for model and optimizer."""
             sharded = self.strategy.chosen.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:
                 sharded = not (Path(checkpoint) / "optimizer.bin").exists()

@@ -1,9 +1,9 @@
 """Merges a user's DeepSpeed or accelerate file from a ConfigMap with the fields of the spec.
 
-If the user set a value in both, the values must be equal; every difference is reported with both values. If the spec's value is a
-default, the file's value is used and must satisfy the same rules. The operator may have adapted the spec (a smaller micro-batch after
-running out of memory, a lower learning rate after a rollback), but not the file. The file's values are therefore compared with the
-spec's values before the adaptation, and then adapted by the same factor.
+If the user set a value in file and spec, the two must be equal; every difference is reported with both values. If the spec's value
+is a default, the file's value is used and must satisfy the same rules. The operator may have adapted the spec (a smaller micro-batch
+after an out-of-memory error, a lower learning rate after a rollback), but not the file. The file's values are therefore compared
+with the spec's values before the adaptation, and then adapted by the same factor.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_keys(
 ) -> None:
     """Refuse unknown keys and wrong values in a group of a file (empty group: the top level). null is always accepted.
 
-    `allows_auto`: whether `auto` is accepted, except in place of a mapping.
+    With `allows_auto`, `auto` is accepted as the value of every key that is not a mapping.
     Errors: ConfigError ConfigFileInvalid with every wrong key and value.
     """
     unknown = [f"{_key_path(group, key)}{_suggestion(key, types)}" for key in keys if key not in types]
@@ -138,9 +138,9 @@ class FileMerge:
     """Values that the file sets instead of the spec, by spec path."""
 
     def merge(self, key: str, file_value: Any, path: str, spec_value: Any, shown: str | None = None) -> Any:
-        """Return the file's value `file_value` of `key`, or the spec's value `spec_value` at `path` if the file does not set it.
+        """Return `file_value`, the file's value of `key`, or `spec_value`, the spec's value at `path`, if the file has no value.
 
-        If the user set both and the values differ, that is a conflict. `shown`: `file_value` as the file spells it.
+        Record a conflict if the user set both and the values differ. `shown`: `file_value` as the file spells it.
         """
         before = self.before_adaptation(path, spec_value)
         if not self._file_wins(key, file_value, path, before, shown):
@@ -151,7 +151,7 @@ class FileMerge:
         return self.file_values[path]
 
     def _file_wins(self, key: str, file_value: Any, path: str, before: Any, shown: str | None = None) -> bool:
-        """Whether the file's value replaces the spec's value `before`. Records a note if it does, or a conflict."""
+        """Whether the file's value replaces the spec's value `before`. Record a note if it does, or a conflict if the user set both."""
         if file_value is None or file_value == AUTO or _equal(file_value, before):
             return False
         text = _as_text(file_value) if shown is None else shown
@@ -159,7 +159,7 @@ class FileMerge:
             self.conflicts.append(f"{key} is {text}, {path} is {_as_text(before)}")
             return False
         if before is not None:
-            self.notes.append(f"{key} {text} of the file wins over the default {path} {_as_text(before)}")
+            self.notes.append(f"{key} {text} of the file replaces the default {path} {_as_text(before)}")
         return True
 
     def before_adaptation(self, path: str, spec_value: Any) -> Any:
@@ -177,7 +177,8 @@ class FileMerge:
             return spec_value
         value = file_value * spec_value / before
         self.notes.append(
-            f"{key} {_as_text(file_value)} of the file becomes {value:.10g}, as {path} went from {_as_text(before)} to {_as_text(spec_value)}"
+            f"the operator changed {path} from {_as_text(before)} to {_as_text(spec_value)}; {key} of the file therefore changes from "
+            f"{_as_text(file_value)} to {value:.10g}"
         )
         return value
 
@@ -217,12 +218,12 @@ class FileMerge:
         return self._spec_as_written().with_values(self.file_values)
 
     def allows(self, values: Mapping[str, Any]) -> bool:
-        """Whether the merged spec with these values (by spec path) breaks no further rule. Errors: pydantic's ValidationError."""
+        """Whether these values (by spec path) break no further rule in the merged spec. Errors: pydantic's ValidationError."""
         spec = self.merged_spec()
         return not new_problems(spec, spec.with_values(values))
 
     def _spec_as_written(self) -> FineTuneJobSpec:
-        """The spec without defaults, but with the defaults that the operator has adapted."""
+        """The spec without its defaults, except defaults that the operator has adapted."""
         adapted = self.run.before_adaptation or {}
         return without_defaults(self.run.spec, [path for path in self.run.defaults if path not in adapted])
 

@@ -11,9 +11,9 @@ from finetune_api.errors import NoCheckpointError
 
 
 def load_into_fsdp(model: Any, folder: Path, is_reader: bool) -> None:
-    """Load the weights into an FSDP model. Only the rank with `is_reader` reads the folder; the others receive the weights from it.
+    """Load the weights into an FSDP model. Only the rank with `is_reader` reads the folder; it sends the weights to the other ranks.
 
-    Errors: NoCheckpointError CheckpointForeign if the folder holds other weights than this run trains.
+    Errors: NoCheckpointError CheckpointForeign if the weights in the folder are not those that this run trains.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -26,7 +26,7 @@ def load_into_fsdp(model: Any, folder: Path, is_reader: bool) -> None:
 def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
     """Load the weights into a DeepSpeed model: gather each parameter, set it on the reading rank, and shard it again.
 
-    Optimizer states do not change, so the weights may be saved but not trained further. Errors: as `load_into_fsdp`.
+    The optimizer states do not change, so the model can be saved but not trained afterwards. Errors: as `load_into_fsdp`.
     """
     import deepspeed
 
@@ -44,9 +44,9 @@ def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
 
 
 def _read_state(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
-    """Return tensors by their name in the model on the reading rank, and an empty dictionary on the others.
+    """Return the tensors by their names in the model. Ranks that do not read the folder get an empty dictionary.
 
-    Every rank raises an error if the names in the folder and in the model differ. Errors: NoCheckpointError CheckpointForeign.
+    Every rank raises NoCheckpointError CheckpointForeign if the names in the folder and in the model differ.
     """
     names = saved_names(model)
     state: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def _read_state(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
     if int(mismatch_count):
         raise NoCheckpointError(
             "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(mismatched[:4]) if mismatched else ''}",
-            hint="resume with the method, targets and model that it was made with",
+            hint="resume with the method, targets and model of the run that made the checkpoint",
         )  # fmt: skip
     return state
 

@@ -1,5 +1,5 @@
 """Stores behind one small interface: S3, a folder or mounted volume claim, and a web server (to read only).
 
 `base` is the interface; `s3`, `folder` and `web` implement it; `roots` opens a store from a `StoreTarget`; `preflight` checks a
-store before training; `errors` names the failures of S3. `python -m finetune_trainer.storage` is the command for people.
+store before training; `errors` converts exceptions of S3. Users call `python -m finetune_trainer.storage` from the command line.
 """

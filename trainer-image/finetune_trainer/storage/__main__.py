@@ -1,9 +1,9 @@
 """`python -m finetune_trainer.storage list|verify|download <uri>`: list, verify or download the checkpoints and the model of a job.
 
 The URI names a job (`s3://bucket/root/<namespace>/<name>/<uid>`), one checkpoint (`.../checkpoints/step-00000100`) or the final
-model (`.../model`). Credentials come from the usual AWS_ variables, and so does the key of objects that are encrypted with a
-customer's key (AWS_SSE_CUSTOMER_KEY). Endpoint and region come from options or from AWS_ variables. An `https://` URI must name
-one checkpoint or the model; its query, such as a signature, is sent with every request.
+model (`.../model`). Credentials come from the usual AWS_ variables. AWS_SSE_CUSTOMER_KEY holds the customer's key if objects are
+encrypted with one. Endpoint and region come from options or from AWS_ variables. An `https://` URI must name one checkpoint or
+the model; its query, such as a signature, is sent with every request.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def verify(tree: Tree, where: Address) -> None:
 
 
 def download(tree: Tree, where: Address, target: Path) -> None:
-    """Download what is committed at the address; for a whole job the model, or without a model the newest checkpoint. Errors: DataError `CheckpointDamaged`."""
+    """Download the committed checkpoint or model. For the URI of a job: the model, or the newest checkpoint if there is no model.
+
+    Errors: DataError `CheckpointDamaged`.
+    """
     committed = list(find_committed(tree, where))
     chosen = next((one for one in committed if one.step is None), committed[0])
     problem = download_committed(tree, chosen, target)
@@ -60,7 +63,7 @@ def download(tree: Tree, where: Address, target: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, or that of the failure."""
+    """Entry point; returns 0 or the exit code of the failure."""
     parser = argparse.ArgumentParser(prog="python -m finetune_trainer.storage", description=__doc__)
     parser.add_argument("command", choices=["list", "verify", "download"])
     parser.add_argument("uri")
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ca-bundle", help="file with PEM certificates to trust")
     options = parser.parse_args(arguments)
     if options.uri.startswith("https://") and (options.endpoint or options.region or options.addressing_style):
-        parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// URI contains its server")
+        parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// URI contains the address of its server")
     where = parse_address(options.uri)
     target = StoreTarget(
         uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,

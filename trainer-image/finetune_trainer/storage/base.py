@@ -1,7 +1,7 @@
 """The interface of a store: whole objects, conditional creation, listings.
 
-Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors, whose exit codes show who
-can fix the failure (`storage.errors`). For a missing object, methods return None and raise no error.
+Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors; their exit code shows who can
+fix the failure (`storage.errors`). For a missing object, methods return None and raise no error.
 """
 
 from __future__ import annotations
@@ -79,5 +79,5 @@ def sha256_file(path: Path) -> str:
 
 
 def join(*parts: str) -> str:
-    """A key from its parts; empty parts are left out."""
+    """Join the parts of a key; empty parts are left out."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))

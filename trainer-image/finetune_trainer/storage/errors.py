@@ -1,6 +1,6 @@
 """Converts exceptions of botocore to named failures. Each message says who can fix the failure, and how.
 
-The missing permission follows from the operation, and the field of the spec to correct follows from the connection. No message contains a
+The operation determines the missing permission, and the connection determines the spec field to correct. No message contains a
 credential: S3's own messages are never copied, because some repeat the signed request.
 """
 
@@ -38,9 +38,9 @@ class Connection:
     region: str
     addressing: str
     prefix: str = ""
-    """Prefix of the variables with the credentials. Each of the three connections has its own."""
+    """Prefix of the environment variables with the credentials: empty, `MODEL_` or `DATASET_`."""
     encryption: str | None = None
-    """Encryption at rest that every request specifies."""
+    """Type of encryption at rest that requests specify."""
 
     @property
     def host(self) -> str:
@@ -90,7 +90,7 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
 
 
 LOCAL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errno values that only local files have, never a network connection."""
+"""Errno values of local file errors. Network errors never have them."""
 
 
 def of_local_disk(error: OSError) -> StorageError:
@@ -107,7 +107,7 @@ def unreachable(connection: Connection, text: str = "") -> StorageError:
         reason = "its name cannot be resolved, or no server listens there"
     return StorageError(
         "EndpointUnreachable", f"S3 at {connection.host} could not be reached: {reason}",
-        hint=f"check {connection.field}.endpoint and the network policy, and that the store is running",
+        hint=f"check {connection.field}.endpoint, the network policy and whether the store is running",
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def _failure_of_response(error: Exception, connection: Connection, operation: st
 def _encryption_failure(
     code: str, status: int, message: str, connection: Connection, location: str, operation: str
 ) -> FineTuneError | None:
-    """The failure if the response concerns encryption: a missing permission, a wrong key, or an unsupported kind. Else None."""
+    """Return the failure for a response about encryption: missing permission, wrong key or unsupported kind. Otherwise None."""
     if status == 403 and (permission := _KMS_PERMISSION.search(message)):
         return CredentialsError(
             "PermissionDenied", f"{location} refuses {permission[0]}: the key service does not allow these credentials to use the key",
@@ -166,7 +166,7 @@ def _encryption_failure(
     if operation in ("HeadObject", "GetObject") and status == 400 and unreadable:
         return StorageSetupError(
             "EncryptionRefused", f"{location} cannot return an object with the given encryption: it is encrypted with a customer's "
-            "key that was not given, with another customer's key, or without one",
+            "key that was not given, with another customer's key, or without a customer's key",
             hint=f"correct {connection.field}.encryption",
         )  # fmt: skip
     is_encryption_code = code.startswith("KMS.") or code in _ENCRYPTION_CODES
@@ -231,7 +231,7 @@ def _known_failure(
     ):
         if status == 301 and connection.endpoint and "endpoint" in message.lower():
             return StorageSetupError(
-                "AddressingWrong", f"{location} must be addressed differently than {connection.addressing}",
+                "AddressingWrong", f"{location} does not support {connection.addressing} addressing at this endpoint",
                 hint=f"write {group}.addressingStyle: {'path' if connection.addressing == 'virtual' else 'virtual'}, or the bucket's own endpoint",
             )  # fmt: skip
         return StorageSetupError(
@@ -249,7 +249,7 @@ def _known_failure(
     if code == "InvalidBucketName" or (code == "400" and "bucket" in message.lower()):
         return StorageSetupError(
             "AddressingWrong",
-            f"{location}: the store takes another part of the address for the bucket's name",
+            f"{location}: the store reads the bucket's name from another part of the address",
             hint=f"try {group}.addressingStyle: path",
         )
     if status == 400 and ("HTTPS" in message or "HTTP request" in message or code == "400"):

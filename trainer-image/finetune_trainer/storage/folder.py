@@ -130,7 +130,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _writing(self, key: str) -> Iterator[Path]:
-        """Provide a hidden file next to `key`. It is removed at the end unless it was renamed."""
+        """Provide a hidden file next to `key`, and remove it at the end unless it was renamed."""
         target = self.root / key
         partial = target.parent / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
         with self._errors(f"write {key}"):
@@ -167,7 +167,7 @@ class FolderStore:
 
 
 def _files(base: Path) -> Iterator[Path]:
-    """Files below a folder, except hidden partial files. A folder that cannot be read raises an error: it must not seem empty."""
+    """Files below a folder, except hidden partial files. An unreadable folder raises an error, because it must not appear empty."""
 
     def raise_if_unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -178,7 +178,7 @@ def _files(base: Path) -> Iterator[Path]:
 
 
 def _create_in_place(target: Path, data: bytes) -> Created:
-    """Create a file without hard links unless it exists. A reader may see an empty file for a moment."""
+    """Create a file unless it exists, on file systems without hard links. A reader may see an empty file for a moment."""
     try:
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:

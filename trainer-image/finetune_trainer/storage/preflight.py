@@ -1,7 +1,7 @@
 """Checks within seconds, before any download, that the job can write, read and list in its store.
 
-A wrong bucket, region, addressing style, TLS setting, credential, permission or clock has its own failure (`storage.errors`).
-Support for conditional writes and deletion is tested and reported, but not required.
+There are separate errors for a wrong bucket, region, addressing style, TLS setting, credential, permission or clock
+(`storage.errors`). Support for conditional writes and deletion is tested and reported, but not required.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
     """Try every kind of request that checkpoints need, with a small object.
 
     Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
-    ConfigError `StorageUriInvalid` (64) for a web server, which can only be read.
+    ConfigError `StorageUriInvalid` (64) for a web server, because it is read-only.
     """
     if target.uri.startswith("https://"):
         raise ConfigError(
@@ -81,7 +81,7 @@ def _try_all(store: Store, write: bool) -> Abilities:
 
 
 def _more_precise(error: StorageError, store: Store) -> FineTuneError:
-    """Find a more precise failure: addressing, if only the host name with the bucket fails; encryption, if plain objects are accepted."""
+    """Return AddressingWrong if only the host name with the bucket fails, EncryptionRefused if only encryption fails, else `error`."""
     if error.code == "StorageFailed" and isinstance(store, S3Store) and _encryption_fails(store):
         return StorageSetupError(
             "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts objects, but not with the requested "
@@ -103,7 +103,7 @@ def _more_precise(error: StorageError, store: Store) -> FineTuneError:
 
 
 def _encryption_fails(store: S3Store) -> bool:
-    """Whether the store accepts an object without encryption. Many stores that have no keys respond with 500 to encryption."""
+    """Whether only encryption fails: the store accepts an unencrypted object. Many stores without keys respond with status 500."""
     if store.target.encryption is None:
         return False
     plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)

@@ -1,7 +1,7 @@
 """S3 and compatible stores, through boto3 with its classic transfer client.
 
 boto3's CRT client is off because it ignores a custom endpoint, and its default checksums are off because some compatible stores
-refuse them. Requests are retried more often than botocore's three times, because a lost checkpoint costs more than a delay.
+refuse them. Requests are retried more often than botocore's default, because a lost checkpoint costs more than a delay.
 Conditional creation uses If-None-Match. If the response to a creation is lost, the retry finds that the object exists, and the
 caller compares the object with its own data.
 """
@@ -35,7 +35,7 @@ FORBIDDEN = 403
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
 CONCURRENCY = 10
-"""Parts or ranges that are transferred in parallel. Together with the range that is being hashed, a download holds at most 88 MiB in memory."""
+"""Parts or ranges that are transferred in parallel. A download holds these ranges and one more in memory: at most 88 MiB."""
 ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
@@ -52,7 +52,7 @@ BATCHES_UNSUPPORTED = (
     "InvalidArgument",
     "InvalidRequest",
 )
-"""Error codes of stores that do not support DeleteObjects, or not the signature of its body."""
+"""Error codes of stores that do not support DeleteObjects or the checksum of its body."""
 
 
 class S3Store:
@@ -255,7 +255,7 @@ class S3Store:
         return Stat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def _with_reason(self, error: Exception, key: str) -> Exception:
-        """Repeat a refused HEAD as GET and return its error. A HEAD response has no body to tell wrong keys from missing permissions."""
+        """Repeat a refused HEAD as GET and return the GET's error. Only the GET's response has a body that states the reason."""
         if status_of(error)[0] != FORBIDDEN:
             return error
         try:
@@ -296,7 +296,7 @@ def connection_of(target: StoreTarget, bucket: str) -> Connection:
 
 @dataclass(frozen=True)
 class EncryptionArguments:
-    """Additional arguments of writing and of reading requests. Reading requests need them only for a customer's key."""
+    """Additional arguments for write and read requests. Read requests need them only for a customer's key."""
 
     write: dict[str, Any]
     read: dict[str, Any]
@@ -329,7 +329,7 @@ def _customer_key(target: StoreTarget, connection: Connection) -> bytes:
         raise ConfigError(
             "CustomerKeyInvalid",
             f"the Secret of {connection.field}.encryption.customerKeySecretRef does not hold {CUSTOMER_KEY_BYTES} bytes in base64",
-            hint="create one with `openssl rand -base64 32`",
+            hint="create a key with `openssl rand -base64 32`",
         )
     return key
 

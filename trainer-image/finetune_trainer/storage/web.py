@@ -1,9 +1,9 @@
 """A web server as a read-only store: `https://host/path`, through requests.
 
 A web server has no listing and no conditional creation, so that only a checkpoint or model with a known address can be read.
-This module retries requests itself, for two reasons: one limit covers connecting, the response and an interrupted body, and the
-adapter of requests would log whole URLs, whose query may be a signature. The query of the root is sent with every request and
-never appears in a message.
+This module retries requests itself, so that one limit covers failed connections, busy servers and interrupted bodies, and because
+the adapter of requests would log the query of a URL, which may contain a signature. The query of the root is sent with every
+request and never appears in a message.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ ATTEMPTS = 5
 TIMEOUT_SECONDS = 30.0
 """Time limit for connecting, and between two chunks of a response."""
 PAUSE_SECONDS = 1.0
-"""Pause before the first retry. It doubles with each further retry."""
+"""Pause before the first retry. The pause doubles with each further retry."""
 LONGEST_PAUSE_SECONDS = 60.0
-"""Upper limit for a pause, also if the server's Retry-After is longer."""
+"""Upper limit for a pause, even if the server's Retry-After is longer."""
 READ_BYTES = 256 * 1024
 BUSY = (429, 500, 502, 503, 504)
 HEAD_REFUSED = (403, 405, 501)
@@ -85,7 +85,7 @@ class WebStore:
     ) -> str | None:
         """Download an object. The key "" is the root itself.
 
-        `check_space` is called with the size in bytes, if the server reports it, before anything is written.
+        Before the first write, `check_space` is called with the size in bytes (0 if the server does not report the size).
         """
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class WebStore:
                 digest = self._download(key, _Download(writer, count, check_space))
             if digest is None:
                 target.unlink()
-        except OSError as error:  # only errors of local files: those of the connection are FineTuneErrors
+        except OSError as error:  # an error of a local file; connection errors are FineTuneErrors
             raise of_local_disk(error) from error
         return digest
 
@@ -146,11 +146,11 @@ class WebStore:
 
     @contextlib.contextmanager
     def _request(self, method: str, key: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
-        """Send a request and provide the response, whose body is not read yet. Requests share no cookies."""
+        """Send a request and provide the response before its body is read. Requests share no cookies."""
         from finetune_trainer.storage.session import session_on
 
         url = (f"{self.uri}/{quote(key)}" if key else self._address) + self._query
-        # identity: receive the stored bytes, without compression for the transfer
+        # identity: the server must send the stored bytes and not compress them for the transfer
         own = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
         session = session_on(self._adapter)
         response = session.request(method, url, headers=own | (headers or {}), stream=True, timeout=self._timeout)
@@ -253,7 +253,7 @@ class WebStore:
         untrusted = isinstance(cause, ssl.SSLCertVerificationError)
         return StorageError(
             "EndpointUnreachable", f"{urlsplit(self.uri).netloc} could not be reached ({type(cause).__name__})",
-            hint="its certificate is not signed by a CA that this pod trusts, or is for another name: write the CA's certificate in caBundleRef"
+            hint="the server's certificate is not signed by a CA that this pod trusts, or is for another name: write the CA's certificate in caBundleRef"
             if untrusted else "check the address, the network policy and the proxy",
         )  # fmt: skip
 
@@ -286,7 +286,7 @@ class _Download:
         return {"Range": f"bytes={self.size}-", "If-Range": f'"{self._etag}"'} if self.size and self._etag else {}
 
     def start_response(self, response: requests.Response) -> None:
-        """Prepare for the body of a response, which holds the missing bytes or the whole object."""
+        """Prepare for the body of a response. The body holds the missing bytes or the whole object."""
         if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
             self.restart()
             raise _RetryableError(
@@ -330,7 +330,7 @@ def _require_valid_url(uri: str) -> None:
         raise ConfigError("SourceInvalid", f"{redact_source(uri)} is not a valid URL", hint=READ_HINT)
     if has_credentials:
         raise ConfigError(
-            "SourceInvalid", f"{redact_source(uri)} contains a user or password, which everyone who can read the job would see",
+            "SourceInvalid", f"{redact_source(uri)} contains a user or password; everyone who can read the job could see them",
             hint="remove user and password from the URL",
         )  # fmt: skip
 
@@ -376,7 +376,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _strong_etag(response: requests.Response) -> str:
-    """The ETag if it is strong, that is, identifies the exact bytes; else an empty string."""
+    """Return the ETag if it is strong (identifies the exact bytes), else an empty string."""
     tag = str(response.headers.get("ETag", ""))
     return tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else ""
 

@@ -1,4 +1,4 @@
-"""Starts the agent, which runs this pod's ranks, without storage credentials in its environment."""
+"""Starts the agent, which runs this pod's ranks. The agent's environment has no storage credentials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
 
 
 def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
-    """The environment of agent and ranks. It has no storage credentials: ranks never access storage."""
+    """The environment of agent and ranks. It has no storage credentials, because ranks never access storage."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith(tuple(CREDENTIALS))}
     cpus = len(os.sched_getaffinity(0))
     return {

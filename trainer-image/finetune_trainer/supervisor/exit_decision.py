@@ -1,7 +1,7 @@
-"""Decides the exit code of a pod from recorded facts. Pure: no processes, no storage, no clock.
+"""Decides the exit code of a pod from recorded facts only, without access to processes, storage or clock.
 
-The order: a committed final artefact is success whatever happened afterwards; a requested stop ends with 75 or 76; otherwise
-the root cause of the failures decides.
+A committed final artefact is success, whatever happened afterwards. After a requested stop, the pod exits with 75 or 76. In all
+other cases the root cause of the failures decides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRACE_MARGIN = 0.1
 
 @dataclass
 class AttemptFacts:
-    """Facts about this pod's attempt so far that decide the exit code."""
+    """Facts about this pod's attempt that decide the exit code."""
 
     error: FineTuneError | None = None
     """The supervisor's own failure: preparation, storage or a stall."""
@@ -43,7 +43,7 @@ class AttemptFacts:
 
 @dataclass(frozen=True)
 class Exit:
-    """An exit code, and the failure behind it; no failure for success and for a requested stop."""
+    """An exit code and the failure that caused it. Success and a requested stop have no failure."""
 
     code: int
     failure: RankFailure | None = None
@@ -64,7 +64,7 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
-    """75 if the trained steps are saved, else 76. If a rank failed by itself before the stop, its failure decides."""
+    """Return the failure of a rank that failed by itself. Without one, return 75 if the trained steps are saved, else 76."""
     rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
     if rank_failure is not None:
         return Exit(int(rank_failure.error.exit_code), rank_failure)
@@ -72,7 +72,7 @@ def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
 
 
 def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
-    """The supervisor's own failure, else that of the ranks. If the supervisor's failure is a PeerError, a rank's own failure explains it."""
+    """Return the supervisor's failure; without one, the ranks' failure. A rank's own failure replaces a PeerError of the supervisor."""
     if facts.error is None:
         reported_ranks = {failure.rank for failure in facts.rank_failures}
         silent = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]

@@ -41,7 +41,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py",
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
 SMALL_FILE_BYTES = 8 * 1024 * 1024
 EDGE_BYTES = 1024 * 1024
-"""Bytes that the fingerprint of a larger file reads at its beginning and at its end."""
+"""Bytes at the beginning and at the end of a larger file that its fingerprint includes."""
 RESERVE_BYTES = 64 * 1024 * 1024
 
 
@@ -144,7 +144,7 @@ class Fetcher:
             objects = self._list_with_short_timeouts(source, kind)
             if not objects:
                 raise self._missing(
-                    kind, path, str(source), "does not exist: there is no object with this key and none below it"
+                    kind, path, str(source), "does not exist: there is no object at this key or below it"
                 )
             self._require_space(sum(stat.size for stat in objects), path)
             root = "" if [stat.key for stat in objects] == [source.key] else source.key
@@ -195,7 +195,7 @@ class Fetcher:
             raise
 
     def _web_file(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> Fetched:
-        """Download one file of a web server under its own name."""
+        """Download one file of a web server and keep the file's name."""
         file = target / (PurePosixPath(unquote(urlsplit(source.url).path)).name or "data")
         store = self._web_store(source.url, kind)
         try:
@@ -211,10 +211,10 @@ class Fetcher:
         return Fetched(file, [file])
 
     def _committed_model(self, source: HttpsSource, path: str, target: Path) -> Fetched:
-        """Download a model or checkpoint that a job committed. The files are known from its manifest, because a web server has no listing."""
+        """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server has no listing."""
         if not source.is_job_result:
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing, so only what a job committed can be read",
+                "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing; only models and checkpoints of a job can be read",
                 hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub repository as org/name, or s3://bucket/prefix",
                 failure_class=MODEL.failure_class,
             )  # fmt: skip
@@ -257,7 +257,7 @@ class Fetcher:
         except hub.GatedRepoError as error:
             raise NotFoundError(
                 f"{kind.code}Gated", f"{path} is {repository}, which is gated: its owner must grant access first",
-                hint="accept its terms on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
+                hint="accept the terms of the repository on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
             ) from error  # fmt: skip
         except hub.RevisionNotFoundError as error:
             raise self._missing(kind, path, repository, "has no such revision") from error
@@ -282,7 +282,7 @@ class Fetcher:
         available = free_bytes(self.work)
         if size + RESERVE_BYTES > available:
             raise ConfigError(
-                "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {available / 1e9:.2f} GB left",
+                "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, but the pod's disk has only {available / 1e9:.2f} GB left",
                 hint="raise resources.ephemeralStorage",
             )  # fmt: skip
 
@@ -292,8 +292,8 @@ _REQUIRED_ONE_OF = ("config.json", "adapter_config.json", "tokenizer_config.json
 
 def _hub_unreachable(kind: SourceKind, path: str, repository: str, error: Exception) -> StorageError:
     return StorageError(
-        "HubUnreachable", f"{path} is {repository}, and the model hub could not be reached ({type(error).__name__})",
-        hint="check the pod's access to the internet, or copy it to S3 and write s3://bucket/prefix",
+        "HubUnreachable", f"{path} is {repository}, but the model hub could not be reached ({type(error).__name__})",
+        hint="check the pod's access to the internet, or copy the repository to S3 and write s3://bucket/prefix",
         failure_class=kind.failure_class,
     )  # fmt: skip
 
@@ -311,7 +311,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A sha256 that identifies a model: the contents of all small files, the size and both ends of all large files."""
+    """Return a sha256 that identifies a model. It covers the small files, and the size, beginning and end of the large files."""
     digest = hashlib.sha256()
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         size = path.stat().st_size
@@ -327,5 +327,5 @@ def fingerprint(folder: Path) -> str:
 
 
 def digest_of(files: list[Path], sha256: Callable[[Path], str]) -> str:
-    """sha256 over the contents of files in their order."""
+    """Return one sha256 over the sha256 of each file, in the given order."""
     return hashlib.sha256("\n".join(sha256(file) for file in files).encode()).hexdigest()

@@ -27,7 +27,7 @@ class MetricLog:
         self._lines.append(json.dumps({"step": step, **values}))
 
     def upload(self, store: Store) -> None:
-        """Replace the object with all lines so far. A failure only adds a note: a run must not fail because of its metrics."""
+        """Upload all lines so far, replacing the stored object. A failure adds a note, because metrics must not end a run."""
         if not self._lines:
             return
         try:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 BUSY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 COMPARED_GROUPS = ("model", "method", "trainer", "dataset", "training", "evaluation")
-"""Groups of the spec that influence the numbers of a run."""
+"""Groups of the spec that influence the computed numbers of a run."""
 NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Preparation:
         self._bytes = 0
 
     def preflight(self) -> None:
-        """Check that the job's storage can be used. Errors: 67, 69, 77."""
+        """Check that the job's storage can be used. Errors: exit codes 67, 69, 77."""
         self._timed("preflight", self._preflight)
 
     def _preflight(self) -> None:
@@ -73,7 +73,7 @@ class Preparation:
         return send()
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
-        """Download all inputs to the local disk and check the rows. Errors: 64, 65, 66, 67, 69, 77."""
+        """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77."""
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._timed("fetch", self._fetch)
         self._state.enter_stage(Stage.CHECKING)
@@ -83,8 +83,8 @@ class Preparation:
     def claim_storage(self, tree: Tree) -> None:
         """Fence out earlier attempts, then remove the leftovers of killed incarnations. Only rank 0's pod does this.
 
-        The order matters. After `begin_attempt`, an earlier attempt that still runs can commit nothing, so that the sweep
-        cannot remove data which that attempt is about to commit. Errors: Fenced if a later attempt has begun.
+        The order matters: after `begin_attempt`, no earlier attempt can commit. Otherwise the sweep could remove data that an
+        earlier attempt is about to commit. Errors: Fenced if a later attempt has begun.
         """
         if self._node_rank > 0:
             return
@@ -93,7 +93,7 @@ class Preparation:
         sweep(tree, self._state)
 
     def restore(self, tree: Tree, facts: RunFacts) -> Restored:
-        """Download the checkpoint to resume from. Errors: 64 `CheckpointIncompatible`, 73."""
+        """Download the checkpoint to resume from. Errors: exit codes 64 (`CheckpointIncompatible`), 73."""
         self._state.enter_stage(Stage.RESTORING)
         restored = self._timed(
             "restore",
@@ -144,7 +144,7 @@ class Preparation:
         )
 
     def _check(self, inputs: Inputs) -> None:
-        from finetune_trainer.data import check_files  # this module imports neither torch nor transformers
+        from finetune_trainer.data import check_files  # imports neither torch nor transformers
 
         summary = check_files(self._run, inputs)
         for note in summary.notes:
@@ -171,7 +171,7 @@ class Preparation:
 
 
 def sweep(tree: Tree, run_state: RunState) -> None:
-    """Remove the leftovers of killed incarnations. They only cost space, so that a failure adds a note and does not end the attempt."""
+    """Remove the leftovers of killed incarnations. A failure only adds a note, because the leftovers only cost space."""
     swept = tree.sweep()
     if swept.count:
         log.info("removed %d objects of unfinished uploads", swept.count)
@@ -181,7 +181,7 @@ def sweep(tree: Tree, run_state: RunState) -> None:
 
 
 def with_restored(inputs: Inputs, restored: Restored) -> Inputs:
-    """The inputs with the checkpoint to resume from, if there is one."""
+    """Add the checkpoint to resume from, if there is one, to the inputs."""
     if restored.manifest is None or restored.path is None:
         return inputs
     checkpoint = RestoredCheckpoint(
@@ -191,7 +191,7 @@ def with_restored(inputs: Inputs, restored: Restored) -> Inputs:
 
 
 def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
-    """The facts of this run that are compared when another attempt resumes from its checkpoint."""
+    """The facts that this run stores in its checkpoints. They are compared when another attempt resumes from a checkpoint."""
     training = run.spec.training
     micro, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
     return RunFacts(
@@ -224,7 +224,7 @@ def setting_hashes_of(run: RunConfig) -> dict[str, str]:
 
 
 def other_inputs_of(inputs: Inputs) -> dict[str, str]:
-    """A hash of each input besides base model and training data, by the name that messages use."""
+    """A hash of each input other than base model and training data. The keys are the inputs' names in messages."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
     hashes = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
     files = {
@@ -241,7 +241,7 @@ def _mounted_files(folder: Path) -> list[Path]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that influence the numbers of a run, without importing them."""
+    """Versions of the packages that influence the computed numbers of a run. The packages are not imported."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}

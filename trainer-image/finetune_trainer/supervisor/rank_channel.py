@@ -19,10 +19,10 @@ RECEIVE_BUFFER_BYTES = 4 * 1024 * 1024
 
 
 class RankChannel:
-    """Receives messages of ranks and calls `on_message` with each, in order, on a thread of its own."""
+    """Receives messages of ranks in its own thread, and calls `on_message` with each message in order."""
 
     def __init__(self, on_message: Callable[[dict[str, Any]], None]) -> None:
-        # A temporary folder, because the path of a Unix socket has at most 107 characters, and the work folder's path may be longer.
+        # The work folder cannot hold the socket: its path may be longer than the 107 characters that a Unix socket allows.
         self._folder = Path(tempfile.mkdtemp(prefix="finetune-"))
         self.address = str(self._folder / "socket")
         self._on_message = on_message

@@ -1,6 +1,6 @@
 """Applies the messages of ranks to the state of the run.
 
-`finetune_api.base.ReportModel` skips an unreadable field, so that the other fields of the message still count.
+`finetune_api.base.ReportModel` skips an unreadable field, so that the other fields of the message are still used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The state of one pod's run, updated from the messages of its ranks and from the uploader.
 
-`/progress`, `/metrics` and the termination message show this state. The class is thread-safe. It also computes the percentage,
-the remaining time and the display texts from what ranks report.
+`/progress`, `/metrics` and the termination message show this state. `RunState` is thread-safe. From the ranks' reports it also
+computes the percentage, the remaining time and the display texts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RunState:
     # ---- updates ----
 
     def enter_stage(self, stage: Stage, detail: str | None = None) -> None:
-        """Enter a stage, or replace the detail of the current one. Time in the previous stage is added to the timings."""
+        """Enter a stage, or replace the detail of the current stage. Time in the previous stage is added to the timings."""
         with self._lock:
             if stage != self._stage:
                 now = time.monotonic()
@@ -148,12 +148,12 @@ class RunState:
 
     @property
     def last_save_seconds(self) -> float | None:
-        """How long the upload of the last checkpoint took until its commit."""
+        """Seconds from the start of the last checkpoint's upload to its commit."""
         return self._health.last_save_seconds
 
     @property
     def checkpoint_problem(self) -> str | None:
-        """Reason and sentence of the last checkpoint that was not stored; None after the next commit."""
+        """Why the last checkpoint could not be stored (reason and message); None once a checkpoint is committed."""
         return self._health.checkpoint_problem
 
     def seconds_since_step(self) -> float | None:

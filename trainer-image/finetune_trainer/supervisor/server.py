@@ -1,8 +1,8 @@
 """The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet.
 
-On the loopback interface the server also accepts the Kubeflow progress protocol (`POST .../status`): a user's own script with a
-current transformers then reports progress without extra code. Only the standard library is used, because the server must respond
-within a second of the pod's start.
+On the loopback interface the server also accepts the Kubeflow progress protocol (`POST .../status`), so that a user's own script
+with a recent transformers reports progress without extra code. Only the standard library is used, because the server must
+respond within a second of the pod's start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KUBEFLOW_METRICS = {
 
 
 class Server:
-    """Serves the state of the run until it is closed. Port 0 chooses a free port; the attribute `port` is the chosen one."""
+    """Serves the state of the run until `close()`. Port 0 chooses a free port; the attribute `port` holds the chosen port."""
 
     def __init__(self, run_state: RunState, port: int, *, host: str = "") -> None:
         self._http = _Http((host, port), run_state)
@@ -56,7 +56,7 @@ class _Http(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Bind without resolving this host's name. http.server resolves it, and a slow name server would delay the pod's start."""
+        """Bind without resolving this host's name, as http.server would: a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -107,11 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: probes and scrapes would fill the pod's log."""
+        """Do not log requests, because probes and scrapes would fill the pod's log."""
 
 
 def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
-    """Apply a report of the Kubeflow progress protocol, which has percentage and remaining time, but no steps.
+    """Apply a report of the Kubeflow progress protocol. It has percentage and remaining time, but no steps.
 
     Errors: KeyError, TypeError, ValueError if the report does not follow the protocol.
     """
@@ -131,19 +131,19 @@ def format_metrics(run_state: RunState) -> str:
     report = run_state.report()
     gauges: dict[str, tuple[str, float | None]] = {
         "step": ("Optimizer steps done.", report.progress.step),
-        "steps_total": ("Optimizer steps in all.", report.progress.total_steps),
-        "epoch": ("Passes over the data done.", report.progress.epoch),
+        "steps_total": ("Total optimizer steps of the run.", report.progress.total_steps),
+        "epoch": ("Completed passes over the data.", report.progress.epoch),
         "tokens_seen": ("Tokens trained on.", report.progress.tokens_seen),
         "tokens_per_second": ("Recent throughput in tokens per second.", report.progress.tokens_per_second),
         "train_loss": ("Training loss.", report.metrics.train_loss),
         "eval_loss": ("Validation loss.", report.metrics.eval_loss),
         "learning_rate": ("Learning rate.", report.metrics.learning_rate),
         "grad_norm": ("Gradient norm before clipping.", report.metrics.grad_norm),
-        "step_seconds_median": ("Median seconds of recent steps.", report.health.median_step_seconds),
+        "step_seconds_median": ("Median duration of recent steps in seconds.", report.health.median_step_seconds),
         "seconds_since_step": ("Seconds since the newest step.", report.health.seconds_since_step),
-        "checkpoint_seconds": ("Seconds the last checkpoint took until committed.", report.health.last_save_seconds),
+        "checkpoint_seconds": ("Seconds from the start of the last checkpoint's upload to its commit.", report.health.last_save_seconds),
         "healthy": (
-            "0 if a loss was not finite or a checkpoint could not be stored, else 1.",
+            "0 if the last checkpoint was skipped, is damaged or could not be stored, else 1.",
             float(report.health.healthy),
         ),
         "checkpoint_step": (
@@ -158,7 +158,7 @@ def format_metrics(run_state: RunState) -> str:
     for name, value in sorted(run_state.counters.items()):
         lines += [f"# TYPE {PREFIX}_{name}_total counter", f"{PREFIX}_{name}_total {value:g}"]
     lines += [
-        f"# HELP {PREFIX}_stage What the pod is doing.",
+        f"# HELP {PREFIX}_stage Current stage of the pod.",
         f"# TYPE {PREFIX}_stage gauge",
         f'{PREFIX}_stage{{stage="{report.stage}"}} 1',
     ]

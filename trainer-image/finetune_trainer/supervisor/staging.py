@@ -18,7 +18,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class Staging:
-    """The staging folder of one pod. `uploader` is None until the pod is prepared. Until then no checkpoint is staged."""
+    """The staging folder of one pod. Until the pod is prepared, `uploader` is None and no checkpoint is staged."""
 
     def __init__(self, work: Path, run_state: RunState, *, ranks: int) -> None:
         self._folder = work / "staged"
@@ -29,7 +29,7 @@ class Staging:
         self.uploader: Uploader | None = None
 
     def add_rank_files(self, message: dict[str, Any]) -> None:
-        """Record that one rank's files of a checkpoint are complete. Once the files of all ranks of this pod are, offer it for upload."""
+        """Record that one rank's files of a checkpoint are complete. After the last rank of this pod, offer the checkpoint for upload."""
         step, local_rank = int(message["step"]), int(message["localRank"])
         reported = self._reported.setdefault(step, {})
         reported[local_rank] = message
@@ -46,7 +46,7 @@ class Staging:
         except OSError as error:
             self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
             return
-        finally:  # no later step reads this folder: `best` keeps the best weights
+        finally:  # the Trainer does not need this folder: the module `best` keeps the best weights
             shutil.rmtree(source, ignore_errors=True)
         rank0_report = reported.get(0, message)
         self.uploader.offer(
@@ -54,7 +54,7 @@ class Staging:
         )
 
     def skip_checkpoint(self, reason: str, sentence: str) -> None:
-        """Record that a checkpoint was due and could not be staged."""
+        """Record that a checkpoint was due but could not be staged."""
         self._state.increment_counter("checkpoints_skipped")
         self._state.record_checkpoint_problem(reason, sentence)
         if self.uploader is not None:

@@ -1,9 +1,9 @@
-"""Detects a run that makes no more progress. Without this check it would occupy its GPUs for ever, without an error.
+"""Detects a run that makes no more progress. Without this check, a stalled run would occupy its GPUs forever, without an error.
 
 While a pod trains, evaluates or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
-stall timeout. The timeout is `policy.stallTimeoutSeconds`; the default is twenty times the median step and at least ten
-minutes, and applies from the first measured step. Loading and tokenising are not watched: their duration is unknown, and collectives have
-time limits of their own. Before the attempt ends, every rank writes the stacks of its threads to the log.
+stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
+minutes; it applies from the first measured step. Loading and tokenising are not watched, because their duration is unknown and
+collectives have their own time limits. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StallWatch:
 
 
 def dump_rank_stacks(pids: list[int]) -> None:
-    """Signal the ranks among these processes to write the stacks of their threads, and give them a second to do so."""
+    """Signal the ranks among these processes to write the stacks of their threads, and wait a second."""
     for pid in pids:
         with contextlib.suppress(OSError):
             if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):

@@ -54,7 +54,7 @@ MIN_CLEANUP_SECONDS = 0.05
 class Supervisor:
     """Supervises one pod. `run()` returns its exit code.
 
-    Besides the main thread there are three: the preparation, the channel that receives the ranks' messages, and the uploader.
+    Besides the main thread, there are threads for the HTTP server, the preparation, the ranks' messages and the uploads.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -78,12 +78,12 @@ class Supervisor:
         with self._failures("SupervisorFailed"):
             # 1. Answer HTTP, within a second of the pod's start.
             self._server = self._start_server()
-            # 2. Read the run configuration, and remove what an earlier container of this pod left on its disk.
+            # 2. Read the run configuration, and remove the files of an earlier container of this pod.
             run, sha256 = self._read_run_config()
             self._clean_work_folder()
             # 3. Receive messages of ranks.
             self._channel = self._open_channel(run)
-            # 4. In a thread, while the ranks import: check storage, fence out earlier attempts, fetch, check, restore.
+            # 4. While the ranks import, a thread checks storage, fetches and checks the inputs and restores the checkpoint.
             threading.Thread(target=self._prepare, args=(run, sha256), name="prepare", daemon=True).start()
             # 5. Start the ranks and watch them until they end or the attempt must end.
             agent = start_agent(run, self._settings, self._channel.address)
@@ -154,7 +154,7 @@ class Supervisor:
 
         return RankChannel(apply)
 
-    # ---- 4: prepare (a thread of its own) ----
+    # ---- 4: prepare (in its own thread) ----
 
     def _prepare(self, run: RunConfig, sha256: str) -> None:
         with self._failures("PreparationFailed"):
@@ -183,14 +183,14 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(checkpoints_for_status(tree, restored.ancestors))
-            model_marker = tree.marker(None)  # here its manifest is unreadable: otherwise `_prepare` would have ended the attempt
+            model_marker = tree.marker(None)  # its manifest is unreadable: otherwise `_prepare` would have ended the attempt
             uploader.set_skipped([*restored.skipped, *([model_marker] if model_marker else [])])
         self._uploader = uploader
         assert self._staging is not None
         self._staging.uploader = uploader
 
     def _upload_metric_log(self) -> None:
-        """Called before each commit, because an attempt that resumes from the checkpoint does not log the earlier steps again."""
+        """Upload the log lines before each commit: an attempt that resumes from the checkpoint does not log earlier steps again."""
         if self._tree is not None and self._metric_log is not None and self._settings.node_rank == 0:
             self._metric_log.upload(self._tree.store)
 
@@ -198,7 +198,7 @@ class Supervisor:
         grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
         if save_seconds is not None and save_seconds > grace_seconds:
             self._state.add_note(
-                f"a checkpoint takes {save_seconds:.0f} s to commit, longer than the grace period of {grace_seconds} s: a stop would lose "
+                f"a checkpoint takes {save_seconds:.0f} s to commit. This is longer than the grace period of {grace_seconds} s, so a stop would lose "
                 "the newest steps; raise policy.terminationGracePeriodSeconds"
             )
 
@@ -245,7 +245,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _failures(self, code: str) -> Iterator[None]:
-        """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with this code."""
+        """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with `code`."""
         try:
             yield
         except FineTuneError as error:
@@ -302,7 +302,7 @@ class Supervisor:
         self._clean_up(self._upload_metric_log)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
-        """Wait; returns whether all uploads ended in time. A stop request that arrives meanwhile sets its own deadline."""
+        """Wait for the uploads; returns whether all ended in time. A stop request during the wait limits it to the grace period."""
         seconds = FINAL_UPLOAD_SECONDS if self._facts.finished else UPLOAD_AFTER_FAILURE_SECONDS
         end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
         while not self._facts.deadline_passed:
@@ -315,7 +315,7 @@ class Supervisor:
         return uploader.drain(0)
 
     def _clean_up(self, work: Callable[[], None]) -> None:
-        """Run optional work in a thread. Stop waiting for it in time to write the termination message."""
+        """Run optional work in a thread. Wait only as long as there is still time to write the termination message."""
         deadline = self._deadline()
         seconds = CLEANUP_SECONDS if deadline is None else min(CLEANUP_SECONDS, deadline - time.monotonic())
         thread = threading.Thread(target=work, name="clean-up", daemon=True)
@@ -323,7 +323,7 @@ class Supervisor:
         thread.join(max(MIN_CLEANUP_SECONDS, seconds))
 
     def _sweep_unless_superseded(self) -> None:
-        """Remove dropped and failed uploads, unless a later attempt already runs (if the operator could not reach this pod)."""
+        """Remove dropped and failed uploads, unless a later attempt has begun because the operator could not reach this pod."""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep(self._tree, self._state)
 
@@ -351,7 +351,7 @@ class Supervisor:
 
 
 def committed_output(tree: Tree) -> Output | None:
-    """The final artefact, if an earlier incarnation has committed it but ended before reporting it; else None."""
+    """Return the committed final artefact, or None. An earlier incarnation may have committed it and ended before its report."""
     committed = tree.marker(None)
     manifest = tree.manifest(committed) if committed else None
     if committed is None or manifest is None:

@@ -46,7 +46,7 @@ def termination_message(
 
 
 def write_termination_message(message: TerminationMessage, path: Path) -> None:
-    """Write the message to the container's termination log, or print it if there is no such file (local runs)."""
+    """Write the message to the container's termination log, or print the message if the log cannot be written (local runs)."""
     if message.message:
         log.error("%s: %s%s", message.code, message.message, f" ({message.hint})" if message.hint else "")
     try:

@@ -93,7 +93,7 @@ def test_file_values_replace_defaults_with_a_note(tmp_path: Path) -> None:
         "lr_scheduler_type": "linear", "warmup_steps": 3,
     }  # fmt: skip
     assert "optimizer" not in resolved.config and "scheduler" not in resolved.config
-    assert "gradient_clipping 0.5 of the file wins over the default training.maxGradNorm 1.0" in resolved.notes
+    assert "gradient_clipping 0.5 of the file replaces the default training.maxGradNorm 1.0" in resolved.notes
 
 
 ADAPTED = {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 1, "training.learningRate": 5e-3}
@@ -139,12 +139,12 @@ def test_values_only_in_the_file_are_adapted_by_the_same_factor(tmp_path: Path) 
     assert resolved.training["learning_rate"] == pytest.approx(5e-5)
     assert resolved.config["train_batch_size"] == 48
     assert (
-        "train_micro_batch_size_per_gpu 8 of the file becomes 4, as training.batchSizePerDevice went from 2 to 1, "
-        "and gradient_accumulation_steps 3 becomes 6" in resolved.notes
+        "the operator changed training.batchSizePerDevice from 2 to 1; train_micro_batch_size_per_gpu of the file therefore changes "
+        "from 8 to 4, and gradient_accumulation_steps from 3 to 6" in resolved.notes
     )
     assert (
-        "optimizer.params.lr 0.0001 of the file becomes 5e-05, as training.learningRate went from 0.005 to 0.0025"
-        in resolved.notes
+        "the operator changed training.learningRate from 0.005 to 0.0025; optimizer.params.lr of the file therefore changes from "
+        "0.0001 to 5e-05" in resolved.notes
     )
 
 
@@ -155,15 +155,15 @@ GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters
 @pytest.mark.parametrize(
     ("spec", "before", "now", "file", "expected", "note"),
     [
-        ({}, (4, 4), (2, 8), (1, None), (1, 4), "1 of the file stays"),
-        ({}, (4, 4), (2, 8), (5, None), (1, 20), "5 of the file becomes 1"),
-        ({}, (4, 4), (2, 8), (9, 2), (3, 6), "9 of the file becomes 3"),
-        ({}, (4, 4), (1, 16), (12, None), (3, 16), "12 of the file becomes 3"),
-        ({}, (4, 4), (2, 8), (None, 3), (2, 6), "4 of the file becomes 2"),
-        ({}, (4, 4), (2, 8), (2, 65536), (2, 65536), "2 of the file stays"),
-        (KTO, (4, 4), (2, 8), (2, None), (2, 4), "2 of the file stays"),
-        (KTO, (8, 4), (2, 16), (6, None), (2, 12), "6 of the file becomes 2"),
-        (merged(GRPO, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "2 of the file becomes 1"),
+        ({}, (4, 4), (2, 8), (1, None), (1, 4), "of the file stays 1, although"),
+        ({}, (4, 4), (2, 8), (5, None), (1, 20), "of the file therefore changes from 5 to 1"),
+        ({}, (4, 4), (2, 8), (9, 2), (3, 6), "of the file therefore changes from 9 to 3"),
+        ({}, (4, 4), (1, 16), (12, None), (3, 16), "of the file therefore changes from 12 to 3"),
+        ({}, (4, 4), (2, 8), (None, 3), (2, 6), "of the file therefore changes from 4 to 2"),
+        ({}, (4, 4), (2, 8), (2, 65536), (2, 65536), "of the file stays 2, although"),
+        (KTO, (4, 4), (2, 8), (2, None), (2, 4), "of the file stays 2, although"),
+        (KTO, (8, 4), (2, 16), (6, None), (2, 12), "of the file therefore changes from 6 to 2"),
+        (merged(GRPO, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "of the file therefore changes from 2 to 1"),
     ],
 )  # fmt: skip
 def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
