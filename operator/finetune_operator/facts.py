@@ -89,7 +89,10 @@ class Facts:
 
     @property
     def spec_is_readable(self) -> bool:
-        """Whether the operator can use the stored spec. False for OperatorTooOld (unknown field or value) and SpecChanged."""
+        """Whether the operator can use the stored spec.
+
+        False for OperatorTooOld (unknown field or value) and SpecChanged (an older CRD may have removed a field).
+        """
         refusal_reason = self.acceptance.reason if isinstance(self.acceptance, Refused) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
 

@@ -1,7 +1,7 @@
-"""Full lists of all resources: they fill the cache at startup, and remove objects whose deletion the watches did not report.
+"""Lists all resources to fill the cache at startup, and to remove objects from the cache if the watches did not report their deletion.
 
-kopf does not report a deletion that happens between the end of a watch and the following list, so the deleted object would stay in the
-cache forever (kopf 1.45, observed with a pod that was deleted before its watch ended with 410).
+kopf 1.45 does not report a deletion that happens between the end of a watch and the next list. So the deleted object would stay in the
+cache forever. This was observed with a pod that was deleted before its watch ended with 410.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from finetune_operator.workqueue import WorkQueue
 logger = logging.getLogger(__name__)
 
 OBJECTS_PER_STEP = 20
-"""Objects that are parsed before the event loop runs other tasks."""
+"""After this many parsed objects, the event loop runs other tasks."""
 
 
 class _KindList(NamedTuple):
-    """Uids in the full lists of one kind, and the lowest resourceVersion of these lists."""
+    """Uids from the full lists of one kind. `version` is the lowest resourceVersion of these lists."""
 
     uids: set[str]
     version: int
@@ -43,17 +43,17 @@ class Resyncer:
         """Set after the first full list."""
 
     async def run_periodically(self, period_seconds: float) -> None:
-        """Resync periodically until cancelled, starting one period after the first full list."""
+        """List all objects periodically until cancelled. The first run starts one period after the first full list."""
         await self.is_synced.wait()
         while True:
             await asyncio.sleep(period_seconds)
             try:
                 await self.run_once()
             except KubeError as error:
-                logger.warning("the resync failed, the next one is in %.0f s: %s", period_seconds, error)
+                logger.warning("the resync failed and is repeated in %.0f s: %s", period_seconds, error)
 
     async def run_once(self) -> None:
-        """List all objects once. Errors: StartError if the CRD is missing or the server's resourceVersion went back; KubeError."""
+        """List all objects once. Errors: KubeError; StartError if the CRD is missing or the server's resourceVersion decreased."""
         # Two concurrent resyncs could finish in the wrong order. The older lists would then look like a restored backup.
         async with self._lock:
             await self._list_all()
@@ -70,9 +70,9 @@ class Resyncer:
             namespaces=frozenset(self._namespaces),
         )
         if listed.version < self._last_version:
-            # etcd was restored from a backup: the cache would reject each new event as older than its objects.
+            # etcd was restored from a backup. The cached objects have higher versions, so the cache would reject each new event as old.
             raise StartError(
-                f"the API server's resourceVersion went back from {self._last_version} to {listed.version}: "
+                f"the API server's resourceVersion decreased from {self._last_version} to {listed.version}: "
                 "the operator must restart with an empty cache"
             )
         self._last_version = listed.version
@@ -81,7 +81,7 @@ class Resyncer:
         self.is_synced.set()
 
     async def _list(self, kind: Kind, labels: str, store: Callable[[Cache, None, Object], Any]) -> _KindList:
-        """Store all objects of a kind in the cache, in small steps, so that thousands of objects do not block the event loop."""
+        """Store all objects of a kind in the cache. Small steps are used, so that thousands of objects do not block the event loop."""
         uids: set[str] = set()
         versions: list[int] = []
         try:

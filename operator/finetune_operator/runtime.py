@@ -1,7 +1,7 @@
-"""The process: its concurrent tasks, and when they end.
+"""Runs the concurrent tasks of the operator process, and stops them.
 
-Each replica watches, so that the cache of a standby is up to date, but only the leader reconciles. If one task ends, the process ends:
-an operator with a missing task would look healthy and not do its work.
+Each replica watches, so the cache of a standby replica is up to date. But only the leader reconciles. If one task ends, the process ends:
+without that task, the operator would not do its work, but it would look healthy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
-"""Time for running reconciliations to finish when the process is asked to stop."""
+"""When the process is asked to stop, running reconciles have this many seconds to finish."""
 LAG_PERIOD_SECONDS = 1.0
 
 
@@ -66,7 +66,7 @@ class Runtime:
 
     async def run(self) -> int:
         """Run until the process is asked to stop. Returns the exit code: 0 if it was asked to stop, 1 if a task failed."""
-        # kopf installs its own signal handlers later. A signal before that ends the process at once.
+        # kopf installs its own signal handlers later. Until then, these handlers stop the process.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
         try:
@@ -83,7 +83,7 @@ class Runtime:
         return await self._run_tasks()
 
     async def _fill_cache(self) -> int | None:
-        """Fill the cache before all other tasks start. Returns an exit code if this failed or the process was asked to stop."""
+        """Fill the cache before all other tasks start. Returns an exit code if this fails or if the process is asked to stop."""
         resync = asyncio.create_task(self._resyncer.run_once())
         stop = asyncio.create_task(self._stop_requested.wait())
         await asyncio.wait([resync, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -108,7 +108,7 @@ class Runtime:
         }
         coroutines |= {f"worker-{number}": self._work() for number in range(self._config.workers)}
         tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in coroutines.items()]
-        # When kopf ends, it cancels all tasks created after its start. The operator's tasks must therefore start before kopf.
+        # When kopf ends, it cancels all tasks that were created after kopf started. So the operator's tasks must start before kopf.
         await asyncio.sleep(0)
         watching = asyncio.create_task(self._watch(), name="watches")
         done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -116,14 +116,14 @@ class Runtime:
         for name, error in errors.items():
             if error is not None:
                 _log_failure(name, error)
-        # After a lost Lease, another replica may already write: running reconciliations must not continue.
+        # If the Lease is lost, another replica may already write. Then running reconciles must not continue.
         if not any(isinstance(error, LeaseLost) for error in errors.values()):
             await self._drain()
         await self._stop([watching, *tasks])
         return 0 if watching in done and watching.exception() is None else 1
 
     async def _drain(self) -> None:
-        """Let running reconciliations finish, and start no new ones."""
+        """Let running reconciles finish, but start no further reconcile."""
         self._health.on_stopping()
         self._is_working.clear()
         with contextlib.suppress(TimeoutError):
@@ -144,7 +144,7 @@ class Runtime:
         await kopf_adapter.run(registry, self._config, self._kube, self._monitor, self._stop_requested.is_set)
 
     def _start_working(self) -> None:
-        """Start the workers: this replica is the leader and its cache is up to date."""
+        """Start the workers. Called when this replica is the leader and its cache is up to date."""
         self._metrics.leader.set(1)
         self._health.on_workers_started()
         self._is_working.set()
@@ -174,7 +174,7 @@ def _own_namespace() -> str:
 
 
 def _log_failure(task: str, error: BaseException) -> None:
-    """Log why the process ends: in one line for an expected error, otherwise with a traceback."""
+    """Log why the process ends. An expected error is logged in one line, any other error with a traceback."""
     if isinstance(error, StartError | LeaseLost | KubeError):
         logger.error("%s: %s", task, error)
     else:

@@ -1,7 +1,7 @@
-"""Reads progress reports from rank 0's pods over HTTP in the background, so that an unresponsive pod never blocks a worker.
+"""Reads progress reports from rank 0's pods over HTTP, in the background. So an unresponsive pod never blocks a worker.
 
-A target is read from the time its pod runs until it is dropped. A report is accepted only if it names the expected uid and
-attempt, because IP addresses are reused.
+A pod is read from the time at which it runs until the job no longer needs its reports. IP addresses are reused, so a report is accepted
+only if it contains the expected uid and attempt.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from finetune_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 1024
-"""Longest response that is read."""
+"""Maximum size of a response in bytes. Longer responses are ignored."""
 FAILURES_PER_DOUBLING = 5
-"""Failed reads in a row after which the interval doubles."""
+"""The interval doubles after this many failed reads in a row."""
 MAX_INTERVAL_FACTOR = 4
-"""Longest interval for a pod that does not answer, in normal intervals: each try occupies a connection until its timeout."""
+"""If a pod does not answer, the interval grows up to this many normal intervals, because each try uses a connection until its timeout."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The address of a pod, and the identity that its report must name."""
+    """URL of a pod's progress report, and the uid and attempt that this report must contain."""
 
     uid: str
     attempt: int
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(eq=False)
 class Subscription:
-    """A target between `watch` and `stop`. Watching another target creates a new subscription; the old heap entry is then skipped."""
+    """A target between `watch` and `stop`. A new target gets a new subscription, and the heap entry of the old subscription is skipped."""
 
     number: int
     key: Key
@@ -56,7 +56,7 @@ class Subscription:
 
 
 class Scraper:
-    """Reads all targets in turn. `on_report` is called with the job's key after each report."""
+    """Reads the progress reports of all targets. After each report, it calls `on_report` with the job's key."""
 
     def __init__(self, settings: ScrapeSettings, now: Callable[[], datetime], on_report: Callable[[Key], None]):
         self._settings = settings
@@ -65,12 +65,12 @@ class Scraper:
         self._subscriptions: dict[Key, Subscription] = {}
         self._reports: dict[Key, tuple[Target, ReceivedReport]] = {}
         self._heap: list[tuple[float, int, Subscription]] = []
-        """Subscriptions by due time; stopped and replaced ones are skipped."""
+        """Subscriptions by due time. Stopped and replaced subscriptions stay in the heap, but are skipped."""
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
 
     def progress_url(self, namespace: str, pod: str, ip: str) -> str:
-        """URL of a pod's progress report."""
+        """Return the URL of a pod's progress report."""
         host = f"[{ip}]" if ":" in ip else ip
         return self._settings.url.format(
             ip=host, port=PROGRESS_PORT, path=Path.PROGRESS.value, namespace=namespace, pod=pod
@@ -85,23 +85,23 @@ class Scraper:
         self._read_after(0, subscription)
 
     def stop(self, key: Key) -> None:
-        """Stop reading, and keep the last report."""
+        """Stop reading the job's pod, but keep the last report."""
         self._subscriptions.pop(key, None)
 
     def drop(self, key: Key) -> None:
-        """Stop reading, and drop the last report."""
+        """Stop reading the job's pod, and drop the last report."""
         self.stop(key)
         self._reports.pop(key, None)
 
     def last_report(self, key: Key, uid: str, attempt: int) -> ReceivedReport | None:
-        """The last report of this attempt; None: no report was received."""
+        """Return the last report of this attempt, or None if no report was received."""
         found = self._reports.get(key)
         if found is None or found[0].uid != uid or found[0].attempt != attempt:
             return None
         return found[1]
 
     async def run(self) -> None:
-        """Read until cancelled."""
+        """Read the reports of all targets until cancelled."""
         timeout = aiohttp.ClientTimeout(total=self._settings.timeout_seconds)
         connector = aiohttp.TCPConnector(limit=self._settings.concurrency, force_close=False)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:

@@ -1,7 +1,7 @@
 """The operator's configuration: one file, read once at startup. If any key or value is wrong, the operator does not start.
 
-The chart mounts it at `/etc/finetune-operator/config.yaml`. Keys are camelCase. Each value has a default that suits a small cluster, so
-an empty or missing file is a valid configuration.
+The chart mounts the file at `/etc/finetune-operator/config.yaml`. Keys are camelCase. Each value has a default for a small cluster, so an
+empty or missing file is a valid configuration.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
 class StartError(Exception):
-    """The operator cannot start; the message names the missing or wrong part in one line."""
+    """The operator cannot start. The message names the cause in one line."""
 
 
 class SettingsError(StartError):
-    """The configuration file is invalid; the message names the file, each wrong key, and why its value is wrong."""
+    """The configuration file is invalid. The message names the file, each wrong key, and why the key or its value is wrong."""
 
 
 class PullPolicy(StrEnum):
@@ -56,7 +56,7 @@ class LogFormat(StrEnum):
 
 
 class LogLevel(StrEnum):
-    """Lowest level of the log lines that are written."""
+    """Log lines below this level are not written."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -70,10 +70,10 @@ class TrainerSettings(WireModel):
     image: str = Field(default="localhost/finetune-trainer:dev", min_length=1, description="Image of the trainer.")
     image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
     image_pull_secrets: tuple[DnsName, ...] = Field(
-        default=(), description="Names of pull Secrets, which must exist in each job's namespace."
+        default=(), description="Names of pull Secrets. They must exist in each job's namespace."
     )
     service_account_name: DnsName | None = Field(
-        default=None, description="ServiceAccount of the pods; default: `default`. Its token is never mounted."
+        default=None, description="ServiceAccount of the pods; default: `default`. Its token is not mounted."
     )
     env: EnvVariables = Field(default={}, description="Environment variables of each trainer container.")
     labels: PodLabels = Field(default={}, description="Labels of each trainer pod.")
@@ -84,7 +84,7 @@ class TrainerSettings(WireModel):
 
 
 class ResourceSettings(WireModel):
-    """`resources`: resources of pods whose job and node pool do not set them."""
+    """`resources`: resources of pods if neither the job nor the node pool sets them."""
 
     cpu: PlatformQuantity = Field(default="1", description="CPU request.")
     memory: PlatformQuantity = Field(default="4Gi", description="Memory request and limit, including /dev/shm.")
@@ -93,7 +93,7 @@ class ResourceSettings(WireModel):
 
 
 class PoolResources(WireModel):
-    """`nodePools[].resources`: resources of pods in one pool; absent values are taken from `resources`."""
+    """`nodePools[].resources`: resources of pods in one pool. Absent values are taken from `resources`."""
 
     cpu: PlatformQuantity | None = None
     memory: PlatformQuantity | None = None
@@ -102,7 +102,7 @@ class PoolResources(WireModel):
 
 
 class NodePool(WireModel):
-    """`nodePools[]`: nodes of one kind, under a name that users write into `resources.nodePool`."""
+    """`nodePools[]`: a group of equal nodes. Users select the pool with its name in `resources.nodePool`."""
 
     name: DnsName = Field(description="Name of the pool.")
     description: str = Field(default="", description="Description for users, shown when a job names an unknown pool.")
@@ -116,12 +116,12 @@ class NodePool(WireModel):
         default=0, ge=0, le=64, description="GPUs of each node; 0: the pool is for CPU training."
     )
     gpu_memory: PlatformQuantity | None = Field(default=None, description="Memory of one GPU, shown in lists of pools.")
-    max_nodes: int | None = Field(default=None, ge=1, description="Largest number of nodes; default: not known.")
+    max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes in the pool; default: no limit.")
     resources: PoolResources = Field(default=PoolResources(), description="Resources of pods in this pool.")
 
 
 class LeaderElection(WireModel):
-    """`leaderElection`: one active replica, chosen with a Lease."""
+    """`leaderElection`: how the replicas elect one active replica with a Lease."""
 
     enabled: bool = Field(default=False, description="Whether to elect a leader; required with several replicas.")
     lease_name: DnsName = Field(default="finetune-operator", description="Name of the Lease.")
@@ -129,12 +129,12 @@ class LeaderElection(WireModel):
         default=None, description="Namespace of the Lease; default: the operator's own."
     )
     lease_duration_seconds: Seconds = Field(
-        default=15, description="Time without renewal after which another replica takes over."
+        default=15, description="If the leader does not renew the Lease for this time, another replica becomes the leader."
     )
     renew_deadline_seconds: Seconds = Field(
-        default=10, description="Time without renewal after which the leader stops."
+        default=10, description="If the leader cannot renew the Lease for this time, the leader stops."
     )
-    retry_period_seconds: Seconds = Field(default=2, description="Time between two renewals.")
+    retry_period_seconds: Seconds = Field(default=2, description="Time between two renewals of the Lease.")
 
     @model_validator(mode="after")
     def _check_order(self) -> LeaderElection:
@@ -149,7 +149,7 @@ class ScrapeSettings(WireModel):
     """`scrape`: how the operator reads the progress report of rank 0's pod."""
 
     interval_seconds: Seconds = Field(default=15, description="Time between two requests to the same pod.")
-    starting_interval_seconds: Seconds = Field(default=3, description="The same before the first training step.")
+    starting_interval_seconds: Seconds = Field(default=3, description="Time between two requests before the first training step.")
     timeout_seconds: Seconds = Field(default=3, description="Timeout of one request.")
     concurrency: int = Field(default=32, ge=1, le=1024, description="Concurrent requests.")
     url: str = Field(
@@ -159,7 +159,7 @@ class ScrapeSettings(WireModel):
 
 
 class RetrySettings(WireModel):
-    """`retry`: the pause before the next attempt, which doubles with each attempt without progress."""
+    """`retry`: the pause before the next attempt. The pause doubles with each attempt without progress."""
 
     base_seconds: Seconds = Field(default=10, description="First pause.")
     max_seconds: Seconds = Field(default=600, description="Longest pause.")
@@ -183,29 +183,29 @@ class LogSettings(WireModel):
     """`log`: log lines on standard error."""
 
     format: LogFormat = Field(default=LogFormat.TEXT, description="text for people, json for log collectors.")
-    level: LogLevel = Field(default=LogLevel.INFO, description="Lowest level that is written.")
+    level: LogLevel = Field(default=LogLevel.INFO, description="Log lines below this level are not written.")
 
 
 class OperatorConfig(WireModel):
     """The whole configuration file."""
 
     namespaces: tuple[NamespaceName, ...] = Field(
-        default=(), description="Namespaces to serve; empty: the whole cluster."
+        default=(), description="Namespaces whose jobs the operator runs; empty: all namespaces."
     )
     trainer: TrainerSettings = TrainerSettings()
     storage: StorageRoot = Field(
-        default=StorageRoot(), description="Default storage for jobs that do not set spec.storage; same fields."
+        default=StorageRoot(), description="Default storage for jobs that do not set spec.storage. The fields are those of spec.storage."
     )
     resources: ResourceSettings = ResourceSettings()
     node_pools: tuple[NodePool, ...] = ()
     workers: int = Field(default=16, ge=1, le=256, description="Jobs that are reconciled concurrently.")
-    resync_seconds: Seconds = Field(default=300, description="Time between two full lists.")
-    progress_seconds: Seconds = Field(default=15, description="Shortest time between two progress writes of one job.")
+    resync_seconds: Seconds = Field(default=300, description="Time between two full lists of all watched objects.")
+    progress_seconds: Seconds = Field(default=15, description="Minimum time between two writes of a job's progress to its status.")
     lost_node_seconds: Seconds = Field(
-        default=60, description="Time after a deleted pod's grace period until its node counts as lost."
+        default=60, description="If a deleted pod still exists this long after its grace period, its node counts as lost."
     )
     stuck_seconds: Seconds = Field(
-        default=300, description="/healthz fails when a job has waited this long for a worker."
+        default=300, description="If a job has waited this long for a worker, /healthz fails."
     )
     leader_election: LeaderElection = LeaderElection()
     scrape: ScrapeSettings = ScrapeSettings()
@@ -219,24 +219,24 @@ class OperatorConfig(WireModel):
         names = [pool.name for pool in self.node_pools]
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
-            raise ValueError(f"nodePools holds {', '.join(duplicates)} more than once: names must differ")
+            raise ValueError(f"nodePools contains {', '.join(duplicates)} more than once: use different names")
         defaults = [pool.name for pool in self.node_pools if pool.default]
         if len(defaults) > 1:
-            raise ValueError(f"nodePools marks {' and '.join(defaults)} as default: mark one")
+            raise ValueError(f"nodePools marks {' and '.join(defaults)} as default: mark only one pool")
         return self
 
     def pool(self, name: str) -> NodePool | None:
-        """Pool by name."""
+        """Return the pool with this name, or None if no such pool exists."""
         return next((pool for pool in self.node_pools if pool.name == name), None)
 
     @property
     def default_pool(self) -> NodePool | None:
-        """Pool of GPU jobs that do not name one."""
+        """The pool for GPU jobs that do not name a pool."""
         return next((pool for pool in self.node_pools if pool.default), None)
 
 
 def parse(value: Any, origin: str) -> OperatorConfig:
-    """Validate a parsed file. Errors: SettingsError with `origin`, each wrong key and its problem."""
+    """Validate a parsed file. Errors: SettingsError, whose message contains `origin`, each wrong key and the problem of the key."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
     except ValidationError as error:

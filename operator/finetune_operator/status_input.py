@@ -1,4 +1,4 @@
-"""The input of a status: the facts, the plan, and the result of the plan's actions."""
+"""Data type: the input from which the status is computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_operator.views import JobView
 
 @dataclass(frozen=True)
 class StatusInput:
-    """Facts, plan and result, and values that several status fields are computed from."""
+    """The facts, the plan and the result of the plan's actions. The properties are used by several status fields."""
 
     facts: Facts
     plan: Plan
@@ -29,18 +29,18 @@ class StatusInput:
 
     @property
     def current_job(self) -> JobView | None:
-        """The Job of the current attempt, also if this reconcile created it."""
+        """The Job of the current attempt. This reconcile may have created the Job."""
         return self.result.created_job or self.facts.current_job
 
     @property
     def is_queued(self) -> bool:
-        """Whether a queue holds the Job."""
+        """Whether the Job waits in a queue: a Job with `spec.suspend` true."""
         job = self.current_job
         return job is not None and job.is_suspended and not job.is_finished
 
     @property
     def is_suspended(self) -> bool:
-        """Whether the user suspended the job and no pod is left."""
+        """Whether the user suspended the job and all pods have ended."""
         between_attempts = self.plan.situation is Situation.ENDED and self.plan.finish is None
         return self.facts.suspend_requested and (self.plan.situation is Situation.SUSPENDED or between_attempts)
 
@@ -56,15 +56,15 @@ class StatusInput:
 
     @property
     def termination_reason(self) -> Reason | None:
-        """Why the operator is ending the attempt; None: the attempt continues."""
+        """Why the operator is ending the attempt, or None if the attempt continues."""
         return self.plan.termination.reason if self.plan.termination else self.facts.termination_reason
 
     @property
     def last_report(self) -> ProgressReport | None:
-        """The last progress report of the attempt, also of a pod that a queue has replaced."""
+        """The last progress report of the attempt. A queue may have replaced the pod that sent the report."""
         return self.facts.last_report.report if self.facts.last_report else None
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """Rank 0's termination message, once the attempt has ended."""
+        """Rank 0's termination message if the attempt has ended."""
         return self.plan.attempt_end.termination_message if self.plan.attempt_end else None

@@ -1,5 +1,5 @@
-"""Step 4 of a reconcile: emits events and writes the status if it changed. There is at most one write per reconcile; a write that is
-not urgent is deferred."""
+"""Step 4 of a reconcile: emits events, and writes the status if the status changed. There is at most one write per reconcile. During a
+burst of changes, writes that are not urgent are deferred."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from finetune_operator.workqueue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 FIRST_STATUS_DEFER_SECONDS, FIRST_STATUS_RECHECK_SECONDS = MAX_DEFER_SECONDS, 1.0
-"""Longest delay of a job's first status write during a burst of new jobs, and the seconds between two checks."""
+"""Maximum delay of a job's first status write during a burst of new jobs, and seconds between two checks whether the burst continues."""
 START_EVENTS = (Reason.ACCEPTED, Reason.ATTEMPT_STARTED)
-"""Events that may be deferred together with the first status of a job."""
+"""These events may be deferred together with the first status of a job."""
 
 
 class StatusWriter:
-    """Writes statuses. One instance per process, because a burst is detected over all jobs."""
+    """Writes statuses. All jobs share one instance, because bursts are detected across jobs."""
 
     def __init__(
         self, *, kube: Kube, cache: Cache, queue: WorkQueue, recorder: Recorder, metrics: Metrics, progress_seconds: float
@@ -45,9 +45,9 @@ class StatusWriter:
         self._throttle = StatusThrottle(progress_seconds)
 
     async def write(self, key: Key, facts: Facts, plan: Plan, result: ActionResult, state: JobState) -> None:
-        """Write the status that follows from the facts, or queue the job for the time when it may be written.
+        """Compute the new status and write it. If the write is deferred, queue the job for a later reconcile instead.
 
-        Errors: Conflict if the job changed since it was observed, other KubeErrors.
+        Errors: Conflict if the FineTuneJob has changed since it was observed; other KubeErrors.
         """
         old, new = facts.job.status, report(facts, plan, result)
         before, after = old.to_wire(), new.to_wire()
@@ -64,7 +64,7 @@ class StatusWriter:
         reach(Point.BEFORE_STATUS_WRITE)
         written = await self._replace_status(facts.job, new, state)
         reach(Point.AFTER_STATUS_WRITE)
-        # The next interval starts when the progress was received, not at the write: otherwise one late write would delay all later writes.
+        # The next interval starts when the progress was received. If it started at the write, one late write would delay all later writes.
         received_ago = seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0
         self._throttle.record_write(state.pending, now - received_ago)
         self._cache.put_finetunejob(written)
@@ -72,7 +72,7 @@ class StatusWriter:
         self._record_metrics(facts, old, new, plan)
 
     async def _replace_status(self, job: JobObject, new: FineTuneJobStatus, state: JobState) -> JobObject:
-        """Write the status. If the API server rejects it, write it without values from pods, so that suspend, cancel and deadlines work."""
+        """Write the status. If the API server rejects the status, omit values from pods. So suspend, cancel and deadlines still work."""
         try:
             return await self._replace(job, new)
         except Invalid as error:
@@ -84,12 +84,12 @@ class StatusWriter:
             return await self._replace(job, reduced)
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
-            logger.warning("the API server rejects the stored status, too: %s", error)
+            logger.warning("the API server also rejects the values of the stored status: %s", error)
         minimal = reduced_status(new, FineTuneJobStatus())
         try:
             return await self._replace(job, minimal)
         except Invalid as error:
-            # An older CRD does not know every phase and condition.
+            # If the CRD is older than the operator, it does not know all phases and conditions.
             return await self._replace(job, without_rejected_fields(minimal, error.message))
 
     async def _replace(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
@@ -100,14 +100,14 @@ class StatusWriter:
         if error.message == state.status_rejection:
             return
         state.status_rejection = error.message
-        logger.warning("the API server rejects the status; it is written without the values that pods reported: %s", error)
-        text = f"the API server rejects the status; it is written without the values that pods reported: {error.message}"
+        logger.warning("the API server rejects the status; the operator writes it without the values from the pods: %s", error)
+        text = f"the API server rejects the status; the operator writes it without the values from the pods: {error.message}"
         await self._recorder.emit(job, [EventDraft(Reason.STATUS_REJECTED, text, "Warning", "Report")])
 
     def _delay(
         self, facts: Facts, plan: Plan, new: FineTuneJobStatus, drafts: list[EventDraft], state: JobState, *, is_transition: bool
     ) -> float:
-        """Seconds to wait before the write; zero or less: write now."""
+        """Return the seconds to wait before the write. If the result is not positive, the status must be written now."""
         now = asyncio.get_running_loop().time()
         if not is_transition:
             return self._throttle.progress_delay(state.pending, now, 0.0 if new.steps_done else MAX_DEFER_SECONDS)
@@ -116,7 +116,7 @@ class StatusWriter:
         return 0.0
 
     def defer_first_status(self, key: Key, state: JobState) -> bool:
-        """Defer the first status of a new job while other FineTuneJobs wait for their Jobs. Returns False if none waits."""
+        """Defer the first status of a new job if other FineTuneJobs wait for their Jobs. Returns False if no other FineTuneJob waits."""
         if self._queue.is_burst:
             now = asyncio.get_running_loop().time()
             state.first_status_due = now + FIRST_STATUS_DEFER_SECONDS
@@ -129,7 +129,7 @@ class StatusWriter:
         return True
 
     def is_first_status_deferred(self, key: Key, state: JobState | None) -> bool:
-        """Whether this reconcile can be skipped: the job's first status is deferred, and the burst continues or no pod exists yet."""
+        """Whether this reconcile can be skipped. The job's first status must be deferred, and the burst must continue or no pod must exist."""
         if state is None or state.first_status_due is None:
             return False
         now, entry = asyncio.get_running_loop().time(), self._cache.get(key)
@@ -143,7 +143,7 @@ class StatusWriter:
         return True
 
     def drop(self, uid: str) -> None:
-        """Drop the state of a job that no longer exists."""
+        """Drop the state of a deleted job."""
         self._recorder.commit(uid)
 
     def _record_metrics(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
@@ -168,10 +168,10 @@ class StatusWriter:
 
 
 def may_defer(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, drafts: list[EventDraft]) -> bool:
-    """Whether a transition may be deferred and written together with the next one.
+    """Whether a transition may be deferred and written together with the next transition.
 
-    This holds if no attempt ends, no event beyond those of the start is due, and no step is done. Running time is written at once,
-    because the deadline is computed from it.
+    A transition may be deferred if no attempt ends, all new events are in `START_EVENTS`, and no step is done. A change of the running time
+    is written at once, because the deadline is computed from the running time.
     """
     needs_event = any(draft.reason not in START_EVENTS for draft in drafts)
     ends = plan.situation is not Situation.ACTIVE or plan.termination or old.active_seconds != new.active_seconds
@@ -179,7 +179,7 @@ def may_defer(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, drafts
 
 
 def status_body(job: JobObject, status: Object) -> Object:
-    """The request body of a status write; the server rejects the write if the job's resourceVersion has changed."""
+    """Return the request body of a status write. The server rejects the write if the job's resourceVersion has changed."""
     return {
         "apiVersion": FINETUNEJOB.api_version,
         "kind": FINETUNEJOB.kind,

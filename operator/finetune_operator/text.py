@@ -1,11 +1,11 @@
-"""Makes text from users and other programs safe to show: removes secrets and control characters, and limits the length."""
+"""Makes text from users and other programs safe to show. Masks secrets, removes control characters and limits the length."""
 
 from __future__ import annotations
 
 import re
 
 MAX_MESSAGE = 1024
-"""Longest message in status, in characters. All objects of a cluster share etcd, whose size is limited."""
+"""Maximum length of a message in the status, in characters. The size of etcd is limited, and all objects of a cluster share it."""
 REDACTED = "[redacted]"
 
 SECRET_PATTERNS = (
@@ -19,11 +19,11 @@ SECRET_PATTERNS = (
     ),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
 )
-"""Secrets in text. No pattern repeats a group, so that the time stays proportional to the length of a text from a pod."""
+"""Patterns for secrets in text. No pattern repeats a group, so the matching time grows only linearly with the length of the text."""
 
 
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Return the text with secrets masked and at most `limit` characters. All users who may read the job can see it."""
+    """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
     for pattern in SECRET_PATTERNS:
         text = pattern.sub(_mask, text)

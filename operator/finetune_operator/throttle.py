@@ -1,7 +1,7 @@
-"""Decides when a changed status is written, and how often an expensive read may happen.
+"""Decides when a changed status is written, and limits the rate of expensive reads.
 
-A status with the end of an attempt, or with an event, is written at once. Changes without an event, and the first status of a new job,
-may be deferred while many jobs change at the same time. One later write then contains several changes.
+If an attempt ends or the change causes an event, the status is written at once. While many jobs change at the same time, other changes and
+the first status of a new job may be deferred. One later write then contains several changes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 BURST_COUNT, BURST_SECONDS = 10, 2.0
-"""This many occurrences within this many seconds are a burst."""
+"""`BURST_COUNT` occurrences within `BURST_SECONDS` seconds are a burst."""
 MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 5.0
-"""Longest delay of a transition during a burst, and the seconds between two checks whether the burst continues."""
+"""Maximum delay of a transition during a burst, and seconds between two checks whether the burst continues."""
 JOB_END_SECONDS = 5.0
-"""Seconds to wait after the end of all pods for the end of their Job, before the status shows that no pod is ready."""
+"""After all pods have ended, wait this many seconds for the end of their Job. Then the status shows that no pod is ready."""
 
 READ_TIME_SHARE, MAX_READ_PAUSE = 20, 10.0
-"""The pause after a read is this many times the read's duration, at most this many seconds: reads take 1/20 of the time."""
+"""The pause after a read is READ_TIME_SHARE times the read's duration, but at most MAX_READ_PAUSE seconds."""
 MAX_READ_DELAY = 120.0
-"""Longest delay of a reservation in seconds, however many callers wait."""
+"""Maximum delay of a reservation in seconds. It does not depend on the number of waiting callers."""
 
 
 class BurstDetector:
-    """Detects many occurrences in a short time. Times are in seconds, from any clock."""
+    """Detects many occurrences in a short time. All times are in seconds of the same clock."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=BURST_COUNT)
@@ -40,29 +40,29 @@ class BurstDetector:
 
 @dataclass
 class PendingChanges:
-    """Changes of one job that its stored status does not show yet; times of the event loop."""
+    """Changes of one job that its stored status does not show yet. All times are event loop times."""
 
     created_at: float | None = None
     """When the first status of a new job was deferred."""
     transition_at: float | None = None
-    """When the oldest unwritten transition was first seen."""
+    """When the operator first saw the oldest unwritten transition."""
     pods_ended_at: float | None = None
-    """When all pods were first seen to have ended while their Job had not."""
+    """When the operator first saw that all pods had ended but their Job had not."""
     progress_at: float = float("-inf")
-    """When the operator received the progress that was written last."""
+    """When the operator received the progress in the last status write."""
 
 
 class StatusThrottle:
-    """Computes how long a status write is deferred. One instance per process, because a burst is detected over all jobs."""
+    """Computes how long a status write is deferred. All jobs share one instance, because bursts are detected across jobs."""
 
     def __init__(self, progress_seconds: float):
         self._progress_seconds = progress_seconds
         self._transitions = BurstDetector()
 
     def progress_delay(self, pending: PendingChanges, now: float, burst_seconds: float = 0.0) -> float:
-        """Seconds until a status without a transition may be written; zero or less: now.
+        """Return the seconds until a status without a transition may be written. If the result is not positive, it may be written now.
 
-        During a burst it may be deferred `burst_seconds` beyond the normal interval.
+        During a burst, the write may be deferred for `burst_seconds` beyond the normal interval.
         """
         pending.transition_at, pending.pods_ended_at = None, None
         due = pending.progress_at + self._progress_seconds
@@ -71,7 +71,7 @@ class StatusThrottle:
         return min(RECHECK_SECONDS, due + burst_seconds - now)
 
     def transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float) -> float:
-        """Seconds until a status with a transition that may be deferred is written; zero: now."""
+        """Return the seconds until a status with a deferrable transition must be written. If the result is 0, it must be written now."""
         if pending.transition_at is None:
             pending.transition_at = now if pending.created_at is None else pending.created_at
             self._transitions.record(now)
@@ -85,13 +85,13 @@ class StatusThrottle:
 
     @staticmethod
     def record_write(pending: PendingChanges, progress_at: float) -> None:
-        """Record that all changes are written, with progress that was received at `progress_at`."""
+        """Clear the pending changes after a status write. `progress_at`: when the operator received the progress in that write."""
         pending.created_at, pending.transition_at, pending.pods_ended_at = None, None, None
         pending.progress_at = progress_at
 
 
 class RateLimiter:
-    """Spreads expensive reads over time, so that the reads take at most 1/`READ_TIME_SHARE` of the time."""
+    """Spreads expensive reads over time. Usually the reads take at most 1/`READ_TIME_SHARE` of the time."""
 
     def __init__(self) -> None:
         self._pause = 0.0
@@ -99,20 +99,20 @@ class RateLimiter:
         self._reserved: set[Hashable] = set()
 
     def __contains__(self, caller: Hashable) -> bool:
-        """Whether the caller holds a reservation that it has not used yet."""
+        """Whether the caller has a reservation."""
         return caller in self._reserved
 
     def reserve(self, caller: Hashable, now: float) -> float:
-        """Reserve a read and return its time: after all other reservations, or within `MAX_READ_DELAY` if there are too many."""
+        """Reserve a read after all other reservations, and return the time of the read. The delay is always below `MAX_READ_DELAY`."""
         offset = max(0.0, self._next_free - now) + len(self._reserved) * self._pause
         self._reserved.add(caller)
         return now + offset % MAX_READ_DELAY
 
     def release(self, caller: Hashable) -> None:
-        """Drop the caller's reservation, used or not."""
+        """Drop the caller's reservation if one exists."""
         self._reserved.discard(caller)
 
     def record_read(self, started: float, now: float) -> None:
-        """Record the duration of a read, which determines the next pause."""
+        """Record the duration of a read. The next pause depends on this duration."""
         self._pause = min(READ_TIME_SHARE * (now - started), MAX_READ_PAUSE)
         self._next_free = now + self._pause

@@ -1,7 +1,7 @@
-"""Small frozen views of the objects that the operator watches, read from their JSON.
+"""Small immutable views of the objects that the operator watches, read from their JSON.
 
-The cache holds thousands of objects. It must not keep a Job's template, which contains the whole run configuration, or a pod's managed
-fields, which are longer than its status. Reading never raises: an object that cannot be read becomes None.
+The cache holds thousands of objects, so it keeps only these views. A Job's template contains the whole run configuration, and a pod's
+managed fields are longer than its status. If an object cannot be read, the result is None and no error is raised.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 INITIALIZING = "PodInitializing"
 GATED = "SchedulingGated"
 MAX_TEXT = 2048
-"""Longest message that is kept, in characters."""
+"""Maximum length of a message in characters. Longer messages are cut."""
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A batch/v1 Job with the operator's labels, or owned by a FineTuneJob."""
+    """A batch/v1 Job that has the operator's labels or is owned by a FineTuneJob."""
 
     namespace: str
     name: str
@@ -46,7 +46,7 @@ class JobView:
     created_at: datetime
     is_deleting: bool = False
     is_suspended: bool = False
-    """`spec.suspend` of the Job: a queue holds it."""
+    """`spec.suspend` of the Job. If it is true, the Job waits in a queue."""
     suspended_since: datetime | None = None
     """Transition time of the Job's Suspended condition. The condition disappears shortly after the queue has resumed the Job."""
     queue: str | None = None
@@ -56,12 +56,12 @@ class JobView:
     failed_reason: str = ""
     failed_message: str = ""
     nodes: int = 0
-    """Number of pods (`spec.completions`); 0: unknown."""
+    """Number of pods (`spec.completions`), or 0 if the number is unknown."""
     config_sha256: str = ""
 
     @property
     def is_finished(self) -> bool:
-        """Whether the Job succeeded or failed; the Job controller reports this after the last pod has ended."""
+        """Whether the Job succeeded or failed. The Job controller reports this after the last pod has ended."""
         return self.completed_at is not None or self.failed_at is not None
 
 
@@ -84,7 +84,7 @@ class PodView:
     uid: str
     version: int
     job_uid: str
-    """uid of the Job that owns the pod; empty: none."""
+    """uid of the Job that owns the pod, or an empty string."""
     owner_uid: str
     """uid of the FineTuneJob, from the label."""
     job_name: str
@@ -96,13 +96,13 @@ class PodView:
     ip: str = ""
     node: str = ""
     deletion_timestamp: datetime | None = None
-    """`metadata.deletionTimestamp`: when the pod's grace period ends; None: the pod is not being deleted."""
+    """`metadata.deletionTimestamp`: when the pod's grace period ends. None if the pod is not being deleted."""
     reason: str = ""
     message: str = ""
     scheduled_at: datetime | None = None
     """When the scheduler assigned the pod to its node."""
     unschedulable: str = ""
-    """The scheduler's message if no node fits; empty otherwise."""
+    """The scheduler's message if no node fits, or an empty string."""
     waiting_reason: str = ""
     waiting_message: str = ""
     running_since: datetime | None = None
@@ -111,10 +111,10 @@ class PodView:
     disruption_message: str = ""
     terminated: Terminated | None = None
     init_failed: str = ""
-    """How an init container failed, as a sentence. Only admission webhooks add init containers to trainer pods."""
+    """A message about a failed init container. Only admission webhooks add init containers to trainer pods."""
     image_id: str = ""
     is_deleted: bool = False
-    """Whether the object is deleted and this is its last known state."""
+    """Whether the pod was deleted. The other fields then contain its last known state."""
 
     @property
     def is_finished(self) -> bool:
@@ -123,13 +123,13 @@ class PodView:
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """The termination message of the trainer; None if the container wrote none."""
+        """The termination message of the trainer, or None if the container wrote no such message."""
         return read_termination_message(self.terminated.message) if self.terminated else None
 
 
 @dataclass(frozen=True)
 class JobObject:
-    """A FineTuneJob: the metadata that the operator uses, the spec as written, and the status."""
+    """A FineTuneJob: the metadata that the operator uses, the spec as the user wrote it, and the status."""
 
     namespace: str
     name: str
@@ -144,7 +144,7 @@ class JobObject:
 
 
 def parse_time(text: Any) -> datetime | None:
-    """Return the time of a Kubernetes timestamp; None if `text` is not a timestamp."""
+    """Parse a Kubernetes timestamp. Return None if `text` is not a timestamp."""
     if not isinstance(text, str):
         return None
     try:
@@ -155,11 +155,11 @@ def parse_time(text: Any) -> datetime | None:
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """Read a status. Fields and list items that cannot be read are dropped; all others are kept."""
+    """Read a status. Fields and list items that cannot be read are dropped. All other values are kept."""
     try:
         return FineTuneJobStatus.model_validate(raw if isinstance(raw, dict) else {})
     except ValidationError as error:
-        logger.warning("a status cannot be read and counts as empty: %s", error)
+        logger.warning("the status of a FineTuneJob cannot be read and is treated as empty: %s", error)
         return FineTuneJobStatus()
 
 
@@ -181,7 +181,7 @@ def read_finetunejob(body: Object) -> JobObject:
 
 
 def read_job(body: Object) -> JobView | None:
-    """Return the view of a Job that has the operator's labels or is controlled by a FineTuneJob; None for other Jobs."""
+    """Return the view of a Job. None if the Job neither has the operator's labels nor is controlled by a FineTuneJob."""
     meta = body["metadata"]
     labels = meta.get("labels") or {}
     identity = _identity_from_labels(labels) or _identity_from_owner(meta)
@@ -217,7 +217,7 @@ def read_job(body: Object) -> JobView | None:
 
 
 def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
-    """Name of the FineTuneJob and number of the attempt, from the labels."""
+    """Read the name of the FineTuneJob and the number of the attempt from the labels."""
     attempt = _number(labels.get(Label.ATTEMPT))
     if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
         return None
@@ -225,7 +225,10 @@ def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
 
 
 def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
-    """The same from the controller and the Job's name: if a label is removed from a running Job, no second Job may be created."""
+    """Read the FineTuneJob's name and the attempt from the controller and the Job's name. Used if a Job has lost its labels.
+
+    Without this, the operator would create a second Job for the same attempt.
+    """
     owners = meta.get("ownerReferences") or []
     owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
     name, _, number = str(meta["name"]).rpartition("-")
@@ -233,7 +236,7 @@ def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
 
 
 def read_pod(body: Object) -> PodView | None:
-    """Return the view of a pod; None if it lacks the operator's labels."""
+    """Return the view of a pod, or None if the pod lacks the operator's labels."""
     meta = body["metadata"]
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     attempt = _number(labels.get(Label.ATTEMPT))
@@ -279,13 +282,13 @@ def read_pod(body: Object) -> PodView | None:
 
 
 def _trainer_status(status: Object) -> Object:
-    """Status of the trainer container. Admission webhooks may add containers, and the kubelet sorts the list by name."""
+    """Return the status of the trainer container. It need not be the first, because admission webhooks may add containers."""
     containers: list[Object] = status.get("containerStatuses") or [{}]
     return next((container for container in containers if container.get("name") == CONTAINER), containers[0])
 
 
 def _waiting_state(status: Object, state: Object) -> Object:
-    """The waiting state of the trainer container; while init containers run, the first waiting state among them."""
+    """Return the waiting state of the trainer container. While init containers run, return their first waiting state."""
     own: Object = state.get("waiting") or {}
     if own.get("reason") != INITIALIZING:
         return own
@@ -304,13 +307,13 @@ def _init_failed(status: Object) -> str:
 
 
 def _unschedulable_message(body: Object, scheduled: Object) -> str:
-    """The scheduler's message, followed by the names of the pod's scheduling gates."""
+    """Return the scheduler's message, followed by the names of the pod's scheduling gates."""
     gates = [str(gate.get("name")) for gate in (body.get("spec") or {}).get("schedulingGates") or []]
     return str(scheduled.get("message", "")) + (f" ({', '.join(gates)})" if gates else "")
 
 
 def as_deleted(pod: PodView) -> PodView:
-    """Return the last known state of a pod whose object is deleted."""
+    """Return the last known state of a pod, marked as deleted."""
     return replace(pod, is_deleted=True, is_ready=False)
 
 

@@ -1,10 +1,10 @@
-"""A work queue with the semantics of client-go: one worker per key at a time, and no addition is lost.
+"""A work queue with the semantics of client-go: only one worker handles a key at a time, and no added key is lost.
 
-Adding a queued key changes nothing. A key that is added while a worker handles it is handled once more afterwards. The pause after a
-failure doubles with each failure in a row. If `add_after` is called several times for a key, the earliest time is used.
+If a key is already queued, adding it again changes nothing. If a key is added while a worker handles it, it is queued again afterwards.
+The pause after a failure doubles with each failure in a row. If `add_after` is called several times for a key, the earliest time is used.
 
-High-priority keys come first, so that a burst of new jobs starts all pods before statuses are updated. After several high-priority keys
-in a row, one key with normal priority is taken.
+Workers take high-priority keys first. So in a burst of new jobs, all Jobs are created before statuses are updated. After several
+high-priority keys in a row, a worker takes one key with normal priority.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_operator.throttle import BurstDetector
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
 HIGH_PRIORITY_IN_A_ROW = 7
-"""High-priority keys that are taken in a row before one key with normal priority."""
+"""After this many high-priority keys in a row, a worker takes one key with normal priority."""
 
 
 class Key(NamedTuple):
@@ -33,7 +33,7 @@ class Key(NamedTuple):
 
 
 class WorkQueue:
-    """Keys to reconcile, for one event loop. `clock` returns seconds from any starting point."""
+    """Queue of keys to reconcile. Not thread-safe: all callers run in one event loop. `clock` returns a monotonic time in seconds."""
 
     def __init__(self, clock: Callable[[], float] | None = None):
         self._clock = clock or asyncio.get_running_loop().time
@@ -68,7 +68,7 @@ class WorkQueue:
             self.add(key)
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Queue `key` after a delay, unless it is due earlier already."""
+        """Queue `key` after a delay. If `key` is already due earlier, the call changes nothing."""
         if seconds <= 0:
             self.add(key)
             return
@@ -79,7 +79,7 @@ class WorkQueue:
             self._changed.set()
 
     def add_after_failure(self, key: Key) -> float:
-        """Queue `key` after a pause that doubles with each failure in a row; returns the pause in seconds."""
+        """Queue `key` after a pause that doubles with each failure in a row. Returns the pause in seconds."""
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         pause = float(min(FIRST_BACKOFF * 2 ** min(count, 32), LONGEST_BACKOFF))
@@ -91,7 +91,7 @@ class WorkQueue:
         self._failures.pop(key, None)
 
     async def take(self) -> tuple[Key, float]:
-        """Wait for a key; returns it with the seconds it was queued. The worker must call `done` afterwards."""
+        """Wait for a key. Returns the key and the seconds for which it was queued. The worker must call `done` afterwards."""
         while True:
             self._queue_due_keys()
             if len(self):
@@ -119,14 +119,14 @@ class WorkQueue:
         return self._high_priority.popleft()
 
     def done(self, key: Key) -> None:
-        """Mark the work on `key` as done. If the key was added meanwhile, queue it again."""
+        """Record that the worker has handled `key`. If the key was added during this time, queue it again."""
         del self._working_since[key]
         if key in self._added_while_working:
             self._added_while_working.discard(key)
             self.add(key)
 
     def clear(self) -> None:
-        """Drop all queued keys before the process ends; the next process reconciles every job at its start."""
+        """Drop all queued keys before the process ends. The next process reconciles every job at its start."""
         self._ready.clear()
         self._high_priority.clear()
         self._waiting_since.clear()
@@ -134,19 +134,19 @@ class WorkQueue:
         self._due.clear()
 
     def restart_wait_times(self) -> None:
-        """Restart the waiting time of all queued keys, which `oldest_seconds` and `take` report."""
+        """Restart the waiting times that `oldest_seconds` and `take` report for queued keys."""
         now = self._clock()
         self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
     def oldest_seconds(self) -> float:
-        """Seconds for which the oldest key has been queued or in work; 0.0 if there is none."""
+        """Return for how many seconds the oldest key has been queued or handled. 0 if there is no such key."""
         now = self._clock()
         times = [*self._waiting_since.values(), *self._working_since.values()]
         return now - min(times) if times else 0.0
 
     @property
     def is_burst(self) -> bool:
-        """Whether many high-priority keys were taken within the last seconds."""
+        """Whether workers took many high-priority keys within the last `BURST_SECONDS`."""
         return self._burst.is_active(self._clock())
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ class WorkQueue:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no key is queued and no key is in work."""
+        """Whether no key is queued and no worker handles a key."""
         return not len(self) and not self._working_since
 
     def _queue_due_keys(self) -> None:
@@ -168,7 +168,7 @@ class WorkQueue:
             self._changed.set()
 
     def seconds_until_due(self) -> float | None:
-        """Seconds until the next delayed key is due; None: no key is delayed."""
+        """Return the seconds until the next delayed key is due, or None if no key is delayed."""
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return max(0.0, self._heap[0][0] - self._clock()) if self._heap else None

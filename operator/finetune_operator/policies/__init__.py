@@ -1,1 +1,1 @@
-"""Policies of the operator, one per module. All are pure functions, without requests to the API server."""
+"""Policies of the operator, one per module. All are pure functions that send no requests to the API server."""

@@ -1,10 +1,10 @@
-"""Decides whether a spec can be run as written, and lists all problems at once, each with its field.
+"""Decides whether the operator can run a spec. All problems are listed at once, each with its field.
 
-A problem that only another spec can solve is final: the job fails. A problem that the platform team can solve (a node pool, the
-default storage, an outdated operator) makes the job wait.
+If only a different spec can solve the problem, the job fails. If the platform team can solve the problem (a node pool, the default
+storage, an outdated operator), the job waits.
 
-Defaults are filled in once per job. If a new configuration or version of the operator changed the batch, the learning rate or the
-store between two attempts, the next attempt would be a different run or would not find the checkpoints.
+Defaults are filled in once per job, because a new configuration or version of the operator can have other defaults. If the batch or the
+learning rate changed between two attempts, the next attempt would be a different run. If the store changed, it would lack the checkpoints.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ __all__ = ["Accepted", "FirstAttempt", "Refused", "accept", "first_attempt"]
 logger = logging.getLogger(__name__)
 
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
-"""Largest resolved spec in bytes. The remaining fields of the run configuration must fit into the same annotation."""
+"""Maximum size of the resolved spec in bytes. The same annotation must also have room for the other fields of the run configuration."""
 CLUSTER_GROUPS = ("resources", "placement", "policy")
-"""Groups whose defaults are filled in again for each attempt: they decide where and how long it runs, not what is trained."""
+"""Groups whose defaults are filled in again for each attempt. They determine where and how long an attempt runs, but not the training."""
 STORE_IDENTITY = ("storage.uri", "storage.endpoint")
-"""Fields that identify the store; the other fields of `storage` only configure the connection."""
+"""Fields that identify the store. The other fields of `storage` only configure the connection."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FirstAttempt:
 
 
 def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
-    """Return the record of the first attempt; None before the first attempt."""
+    """Return the record of the first attempt, or None before the first attempt."""
     if not status.attempts:
         return None
     resolved = status.resolved
@@ -83,7 +83,7 @@ def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = Non
     refused = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
     if refused is not None:
         return replace(refused, spec=resolution.spec)
-    # New rules of a newer operator do not end a job that an older operator started: the user cannot change its spec.
+    # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
     newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *conflicts)]
     return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
 
@@ -99,13 +99,13 @@ def _field_error(item: Any) -> str:
 
 
 def _refuse_other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> Refused | None:
-    """Make the job wait if another version of the CRD accepted its spec or has changed its spec."""
+    """Make the job wait if the spec has unknown fields, or if an older CRD has removed fields of the spec."""
     if unknown:
         return _operator_too_old(f"spec.{path}" for path in unknown)
     if first is not None and first.spec_sha256 not in (None, digest):
         message = (
             "the immutable spec has changed since the first attempt: "
-            "an older CRD has removed the fields that it does not know"
+            "an older version of the CRD was installed, which removed unknown fields from the spec"
         )
         hint = "create a new FineTuneJob whose checkpoint.resume names the newest checkpoint"
         return Refused(Reason.SPEC_CHANGED, message, hint, is_final=False)
@@ -119,7 +119,7 @@ def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> Refus
 
 
 def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> Refused | None:
-    """Refuse a storage URI that is missing or cannot be parsed. A bad URI in the operator's configuration makes the job wait."""
+    """Refuse a storage URI that is missing or cannot be parsed. If the bad URI is in the operator's configuration, the job waits."""
     uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
     if uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
@@ -138,13 +138,13 @@ def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> Refused 
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size <= MAX_SPEC_BYTES:
         return None
-    message = f"the spec with its defaults has {size} bytes, and at most {MAX_SPEC_BYTES} fit into a pod's annotation"
-    hint = "put templates and long lists into ConfigMaps and refer to them"
+    message = f"the spec with its defaults has {size} bytes, but at most {MAX_SPEC_BYTES} bytes fit into a pod's annotation"
+    hint = "put templates and long lists into ConfigMaps, and refer to the ConfigMaps in the spec"
     return Refused(Reason.REJECTED, message, hint, is_final=first is None)
 
 
 def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> Resolution:
-    """Fill in the defaults. The defaults of the first attempt take precedence over the current ones."""
+    """Fill in the defaults. The defaults of the first attempt take precedence over the current defaults."""
     resolution, kept = resolve(spec, platform=platform), first.defaults
     store_differs = any(resolution.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
     if store_differs and any(path in kept for path in STORE_IDENTITY):
@@ -161,7 +161,7 @@ def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAtte
 
 
 def _with_defaults(resolution: Resolution, values: Mapping[str, Any]) -> Resolution:
-    """Return the resolution with its defaults replaced by `values`, by path."""
+    """Return the resolution with other defaults. `values` contains the new defaults by path."""
     try:
         return replace(resolution, spec=resolution.spec.with_values(values), defaults={**resolution.defaults, **values})
     except ValidationError as error:
@@ -170,7 +170,7 @@ def _with_defaults(resolution: Resolution, values: Mapping[str, Any]) -> Resolut
 
 
 def _platform_defaults(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
-    """Defaults from the operator's configuration. The defaults of the pool take precedence."""
+    """Return the defaults from the operator's configuration. The defaults of the pool take precedence."""
     pool_resources = pool.resources if pool else None
 
     def value(name: str) -> str:

@@ -1,12 +1,13 @@
 """Chooses the changes for the next attempt after memory ran out or the loss diverged.
 
-Out of memory: the effective batch never changes. The new micro-batch is the largest divisor of the old one that is at most half of it,
-and gradient accumulation grows by the same factor, until the micro-batch is the smallest one that the objective can use. The
-evaluation batch becomes at most as large as the training batch. The last change enables activation checkpointing. If memory runs out
-again, the job fails with a message that names the final values. A change that violates a rule of the spec is skipped.
+Out of memory: the effective batch never changes. The new micro-batch is the largest divisor of the old micro-batch that is at most half
+of it, but not below the objective's minimum. Gradient accumulation is multiplied by the same factor. The evaluation batch is reduced to
+at most the training batch. If the micro-batch cannot be reduced further, activation checkpointing is enabled. If memory runs out again
+after that, the job fails, and the failure message contains the final values. A change that violates a rule of the spec is skipped.
 
-Divergence: the first further attempt replays the run unchanged from the newest healthy checkpoint, because a hardware fault does
-not repeat. The next two attempts each start from an earlier healthy checkpoint with half the learning rate. After that, the job fails.
+Divergence: the next attempt replays the run unchanged from the newest healthy checkpoint, because a hardware fault probably does not
+repeat. If the loss diverges again, each of the next two attempts starts from an earlier healthy checkpoint with half the learning rate.
+If the loss still diverges, the job fails.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ EVALUATION_BATCH = "evaluation.batchSizePerDevice"
 CHECKPOINTING = "training.gradientCheckpointing"
 RATE = "training.learningRate"
 MAX_STEP = "resume.maxStep"
-"""Step of the newest checkpoint that an attempt may start from. Stored with the adaptations, although it is not a field of the spec."""
+"""Step of the newest checkpoint that an attempt may start from. This is not a field of the spec, but is stored with the adaptations."""
 FIRST_ATTEMPT = "resume.firstAttempt"
 """Number of the first attempt after the rollback. Checkpoints of this and later attempts are not affected by the rollback."""
 MAX_ACCUMULATION = 65536
-"""Upper bound of training.gradientAccumulationSteps in the API."""
+"""Maximum of `training.gradientAccumulationSteps` in the CRD."""
 ROLLBACKS = 2
 RATE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
 class AdaptationsExhausted:
-    """No further change can help."""
+    """No further adaptation is possible, so the job fails."""
 
     message: str
     hint: str
 
 
 def apply_adaptations(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
-    """Return the resolved spec with all adaptations applied; a later value replaces an earlier one."""
+    """Return the resolved spec with all adaptations applied. A later adaptation replaces an earlier value of the same field."""
     try:
         return spec.with_values(_spec_values(adaptations))
     except ValidationError as error:
@@ -60,19 +61,19 @@ def apply_adaptations(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) 
 
 
 def original_values(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Return the resolved spec's own values at the paths that adaptations have changed."""
+    """Return the original values of the adapted fields, by path. `spec` is resolved, without adaptations."""
     return {path: spec.value(path) for path in _spec_values(adaptations)}
 
 
 def _spec_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Newest value of each adapted field of the spec, by path."""
+    """Return the newest value of each adapted field of the spec, by path."""
     return {
         path: value for path, value in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
     }
 
 
 def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Newest value of each adapted field and of the rollback fields, by path."""
+    """Return the newest value of each adapted field and of the rollback fields, by path."""
     result: dict[str, Any] = {}
     for adaptation in adaptations:
         result |= adaptation.set or {}
@@ -80,7 +81,7 @@ def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
 
 
 def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | AdaptationsExhausted:
-    """Return the next change after memory ran out with `spec` (resolved, with earlier adaptations applied)."""
+    """Return the next change after an attempt with `spec` ran out of memory. `spec` is resolved and has all earlier adaptations."""
     batch = spec.training.batch_size_per_device or 1
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
@@ -91,13 +92,13 @@ def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation |
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
     return AdaptationsExhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
-        f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: nothing is left to reduce",
+        f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: no further reduction is possible",
         "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength",
     )
 
 
 def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
-    """Possible next changes, the most effective first."""
+    """Yield the possible next changes. The most effective change comes first."""
     evaluates = evaluates_during_training(spec) or has_test_set(spec)
     rows = (spec.evaluation.batch_size_per_device or 0) if evaluates else 0
     micro_batch = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
@@ -114,7 +115,7 @@ def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> I
 
 
 def _display_path(path: str) -> str:
-    """Return the field's name for messages: fields of `training` are shown without their group."""
+    """Return the field's name for messages: without the prefix `training.`."""
     return path.removeprefix("training.")
 
 
@@ -122,7 +123,7 @@ def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
 ) -> Adaptation | AdaptationsExhausted:  # fmt: skip
-    """Return the next change after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
+    """Return the next change after the loss of `attempt` was not finite. `spec` has all earlier adaptations."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]
@@ -134,9 +135,9 @@ def adapt_to_divergence(
         return AdaptationsExhausted(
             f"the loss was not finite again after one replay and {ROLLBACKS} rollbacks, "
             f"at last with learningRate {spec.training.learning_rate:g}",
-            "look at the rows around the step named here; lower training.learningRate or training.maxGradNorm",
+            "check the dataset rows that were used around the failed step; lower training.learningRate or training.maxGradNorm",
         )
-    # The run has diverged twice after the newest healthy checkpoint: each rollback goes one checkpoint further back.
+    # The run diverged twice after the newest healthy checkpoint. So the first rollback skips it, and each later rollback skips one more.
     rollback_step = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
     rate = spec.training.learning_rate or 0.0
     lower_rate = rate * RATE_FACTOR
@@ -146,10 +147,10 @@ def adapt_to_divergence(
 
 
 def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
-    """Return the newest step that the next attempt may start from; None: no limit.
+    """Return the newest step that the next attempt may start from, or None if there is no limit.
 
     After a rollback, an attempt must not continue from later checkpoints of the attempts before the rollback. It may continue from
-    checkpoints of the attempts after the rollback; once these are newer than all others, the limit is no longer needed.
+    checkpoints of the attempts after the rollback. If these checkpoints are newer than all others, the limit is no longer needed.
     """
     values = adapted_values(adaptations)
     limit, first_attempt = values.get(MAX_STEP), values.get(FIRST_ATTEMPT)

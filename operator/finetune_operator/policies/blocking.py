@@ -1,4 +1,4 @@
-"""Finds the reason why the pods of an attempt do not run, from messages of the scheduler, the kubelet and admission."""
+"""Finds out why the pods of an attempt do not run, from messages of the scheduler, the kubelet and admission controllers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
 @dataclass(frozen=True)
 class BlockingCondition:
-    """A condition that the cluster, the platform team or the user must resolve before the pods can run."""
+    """Why the pods cannot run now. The cluster, the platform team or the user must resolve the condition."""
 
     reason: Reason
     message: str
 
 
 def blocking_condition_of_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
-    """Return the most important blocking condition that the pods' own status shows; None: nothing blocks the pods."""
+    """Return the most important blocking condition in the status of the pods, or None if the pods are not blocked."""
     conditions = [found for pod in pods if not pod.is_finished and (found := _blocking_condition_of_pod(pod)) is not None]
     order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
     return min(conditions, key=lambda condition: order.index(condition.reason), default=None)
@@ -44,7 +44,7 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
         return BlockingCondition(Reason.CONFIG_MISSING, detail)
     if pod.terminated is not None and pod.phase == "Running":
         message = (
-            f"the trainer in pod {pod.name} ended with exit code {pod.terminated.exit_code}, and another container of the pod still runs: "
+            f"the trainer in pod {pod.name} ended with exit code {pod.terminated.exit_code}, but another container of the pod still runs: "
             "make that container a native sidecar, or disable its injection in placement.annotations"
         )
         return BlockingCondition(Reason.PODS_NOT_READY, message)
@@ -52,7 +52,7 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
 
 
 def blocking_condition_of_events(events: Sequence[Object]) -> BlockingCondition | None:
-    """Return the blocking condition that Warning events show: a quota or policy refuses the pods, or a volume cannot be mounted."""
+    """Find a blocking condition in Warning events: a quota or a policy refuses the pods, or the kubelet cannot mount a volume."""
     newest_first = sorted(events, key=_event_time, reverse=True)
     for event in newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
@@ -77,5 +77,5 @@ def is_admission_refusal(message: str) -> bool:
 
 
 def reason_of_refusal(message: str) -> Reason:
-    """Return from the API server's message whether a quota or an admission policy refused the object."""
+    """Return the reason for the API server's error message: a quota or an admission policy refused the object."""
     return Reason.QUOTA_EXCEEDED if "quota" in message.lower() else Reason.FORBIDDEN_BY_POLICY

@@ -1,7 +1,7 @@
-"""Finds the cause of an attempt's end. If several pods failed, one failure is the cause, and the others are consequences of it.
+"""Finds out why an attempt ended. If several pods failed, one failure is the cause, and the other failures are its consequences.
 
-The failure with the lowest `Precedence` is the cause. Among failures of the same precedence, the failure of a
-rank itself comes before the report of a rank that noticed the failure of another rank; then the earliest failure comes first.
+The failure with the lowest `Precedence` is the cause. If several failures have the same precedence, a rank's own failure takes
+precedence over the report of a rank that lost contact to another rank. If this does not decide, the earliest failure is the cause.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
 
 NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
-"""Reasons of the DisruptionTarget condition that show a lost node."""
+"""Reasons of the DisruptionTarget condition if the pod's node is lost."""
 OOM_KILLED = "OOMKilled"
 EVICTED = "Evicted"
 NO_TIME_NS = 2**63
-"""Time in nanoseconds that sorts a failure without a time after all others."""
+"""A failure without a time gets this time in nanoseconds, so that it is sorted last."""
 
 
 def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
-    """Return why the attempt ended, from its pods or, if no pod explains it, from the conditions of its Job."""
+    """Return why the attempt ended: the cause in its pods or, if no pod failed, the cause in the conditions of its Job."""
     failures = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
     if failures:
         return min(failures, key=lambda pair: _sort_key(*pair))[0]
@@ -43,14 +43,14 @@ def _sort_key(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
 
 
 def pod_cause(pod: PodView) -> Cause | None:
-    """Return why this pod failed; None if it has not ended or did not fail."""
+    """Return why this pod failed, or None if the pod has not ended or has not failed."""
     if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
     policy = EXIT_POLICIES.get(code) if code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
         return _cause_of_memory_limit(pod)
-    # An eviction can cause an unclassified crash, a stop or a lost peer; a disruption can cause a stop or a lost peer.
+    # An eviction can cause an unknown exit code, a stop or a lost peer. A disruption can cause a stop or a lost peer.
     if pod.reason == EVICTED and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
         return _cause_of_eviction(pod)
     if policy is not None and not (pod.disruption and policy.precedence >= Precedence.PEER):
@@ -82,9 +82,7 @@ def _cause_of_memory_limit(pod: PodView) -> Cause:
 
 
 def _cause_of_eviction(pod: PodView) -> Cause:
-    """The kubelet evicted the pod because it used too much disk or memory. For an eviction in favour of other pods, the kubelet sets
-    the DisruptionTarget condition.
-    """
+    """Return the cause of an eviction: the pod used too much disk or memory. Other evictions have the DisruptionTarget condition."""
     failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED, pod.message or "the node evicted the pod")
     hint = "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume"
     return _cause_with_policy(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), PodEnd.EXCEEDED_LIMIT)
@@ -99,7 +97,7 @@ def _cause_of_disruption(pod: PodView) -> Cause:
 
 def _cause_of_unknown_exit(pod: PodView, code: int) -> Cause:
     if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deletion_timestamp is not None:
-        message = "the pod was deleted and did not save in time"
+        message = "the pod was deleted, and the trainer was killed before it had saved a checkpoint"
         failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
         return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)
     reported = pod.termination_message or TerminationMessage()
@@ -110,7 +108,7 @@ def _cause_of_unknown_exit(pod: PodView, code: int) -> Cause:
 
 
 def _cause_without_exit_code(pod: PodView) -> Cause:
-    """The kubelet rejected the pod, an init container failed, or the pod was deleted."""
+    """Return the cause if no container has an exit code: the kubelet rejected the pod, an init container failed, or the pod was deleted."""
     if pod.init_failed:
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
         return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
@@ -144,7 +142,7 @@ def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str,
 
 
 def _last_log_line(pod: PodView) -> str:
-    """The last log line of a container without a termination message. The kubelet then stores the end of the log as the message."""
+    """Return the last log line if the trainer wrote no termination message. The kubelet then stores the end of the log as the message."""
     text = pod.terminated.message if pod.terminated else ""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines and not text.startswith("{") else ""

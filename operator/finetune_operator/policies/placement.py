@@ -1,4 +1,4 @@
-"""Chooses the node pool of a job, and finds placement values that contradict the pool, the platform or Kubernetes' syntax."""
+"""Chooses a job's node pool, and finds placement values that conflict with the pool, the operator's configuration or Kubernetes' syntax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
-    """Return the pool that `resources.nodePool` names; without it, the default pool for GPUs; None if no pool applies."""
+    """Return the pool that `resources.nodePool` names. If a GPU job names no pool, return a default. None if no pool applies."""
     resources = spec.resources
     gpus = 1 if resources.gpus_per_node is None else resources.gpus_per_node
     if resources.node_pool is not None:
@@ -35,22 +35,22 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
         if pool is None:
             return None
     if gpus and resources.gpu_resource is not None and resources.gpu_resource != pool.gpu_resource:
-        message = f"spec.resources.gpuResource is {resources.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
+        message = f"spec.resources.gpuResource is {resources.gpu_resource}, but nodes of pool {pool.name} have {pool.gpu_resource}"
         hint = "remove gpuResource, or name a pool with this resource"
         return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_list_pools(config)}", hint, is_final=False)
     if gpus > pool.gpus_per_node:
-        message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
-        hint = "ask for fewer, or use more nodes"
+        message = f"spec.resources.gpusPerNode is {gpus}, but a node of pool {pool.name} has {pool.gpus_per_node}"
+        hint = "lower gpusPerNode, and raise resources.nodes if the job needs more GPUs"
         return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", hint, is_final=False)
     nodes = resources.nodes or 1
     if pool.max_nodes is not None and nodes > pool.max_nodes:
-        message = f"spec.resources.nodes is {nodes}, and pool {pool.name} has at most {pool.max_nodes} nodes"
-        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", "ask for fewer nodes", is_final=False)
+        message = f"spec.resources.nodes is {nodes}, but pool {pool.name} has at most {pool.max_nodes} nodes"
+        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", "lower resources.nodes", is_final=False)
     return pool
 
 
 def _pool_with_resource(config: OperatorConfig, resource: str | None) -> NodePool | None:
-    """The default pool, or the first pool with the resource that the job names."""
+    """Return the default pool. If the job names a GPU resource that this pool lacks, return the first pool with the resource."""
     default = config.default_pool
     if resource is None or (default and default.gpu_resource == resource):
         return default
@@ -60,7 +60,7 @@ def _pool_with_resource(config: OperatorConfig, resource: str | None) -> NodePoo
 def _list_pools(config: OperatorConfig) -> str:
     if not config.node_pools:
         return "the operator's configuration has no pools"
-    return f"pools are: {', '.join(_describe(pool) for pool in config.node_pools)}"
+    return f"the pools are: {', '.join(_describe(pool) for pool in config.node_pools)}"
 
 
 def _describe(pool: NodePool) -> str:
@@ -70,14 +70,14 @@ def _describe(pool: NodePool) -> str:
 
 
 def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig) -> Iterator[str]:
-    """One sentence for each value of the user that contradicts the pool, the platform or Kubernetes' syntax."""
+    """Yield a message for each placement value that conflicts with the pool, the operator's configuration or Kubernetes' syntax."""
     placement, trainer = spec.placement, config.trainer
     yield from _selector_problems(placement.node_selector or {}, pool)
     for number, toleration in enumerate(placement.tolerations or []):
         for other in pool.tolerations if pool else ():
             if _contradict(toleration, other):
                 given, expected = toleration.to_wire(), other.to_wire()
-                yield f"spec.placement.tolerations[{number}] is {given}, and pool {pool.name if pool else ''} sets {expected}"
+                yield f"spec.placement.tolerations[{number}] is {given}, but pool {pool.name if pool else ''} sets {expected}"
     yield from _metadata_problems("labels", placement.labels or {}, trainer.labels, RESERVED_LABELS)
     yield from _metadata_problems("annotations", placement.annotations or {}, trainer.annotations, RESERVED_ANNOTATIONS)
 
@@ -86,7 +86,7 @@ def _selector_problems(selector: Mapping[str, str], pool: NodePool | None) -> It
     for key, value in selector.items():
         yield from _syntax_problems(f"spec.placement.nodeSelector.{key}", key, value)
         if pool is not None and pool.node_selector.get(key, value) != value:
-            yield f"spec.placement.nodeSelector.{key} is {value!r}, and pool {pool.name} selects nodes with {pool.node_selector[key]!r}"
+            yield f"spec.placement.nodeSelector.{key} is {value!r}, but pool {pool.name} selects nodes with {pool.node_selector[key]!r}"
 
 
 def _metadata_problems(
@@ -96,9 +96,9 @@ def _metadata_problems(
         path = f"spec.placement.{field}.{key}"
         if key.startswith(RESERVED_PREFIXES) or key in reserved:
             hint = "write placement.queueName" if key == Label.QUEUE else "remove it"
-            yield f"{path} is {value!r}, and the operator sets this key itself: {hint}"
+            yield f"{path} is {value!r}, but the operator sets this key itself: {hint}"
         elif platform.get(key, value) != value:
-            yield f"{path} is {value!r}, and the operator's configuration sets {platform[key]!r}"
+            yield f"{path} is {value!r}, but the operator's configuration sets {platform[key]!r}"
         else:
             yield from _syntax_problems(path, key, value if field == "labels" else "")
 
@@ -111,6 +111,6 @@ def _syntax_problems(path: str, key: str, value: str) -> Iterator[str]:
 
 
 def _contradict(given: Toleration, platform: Toleration) -> bool:
-    """Whether both match the same taint but differ in other fields."""
+    """Whether both tolerations match the same taint but differ in other fields."""
     same_effect = given.effect is None or platform.effect is None or given.effect == platform.effect
     return given.key == platform.key and same_effect and given != platform

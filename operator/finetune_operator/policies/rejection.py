@@ -13,7 +13,7 @@ from typing import Any
 from finetune_operator.objects import Object
 
 FIELD_ERROR = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
-"""One field error of a 422 answer, as in `spec.template.labels: Invalid value: "a b": ...`."""
+"""Matches one field error in a 422 response, for example `spec.template.labels: Invalid value: "a b": ...`."""
 CONTAINER = r"spec\.template\.spec\.containers\[0\]"
 USER_FIELDS = tuple(
     (re.compile(pattern), fields)
@@ -37,11 +37,11 @@ USER_FIELDS = tuple(
         (r"(spec\.template\.)?(metadata\.)?annotations\b", ("placement.annotations",)),
     )
 )
-"""Pattern of a field of the Job, and the fields of the FineTuneJob's spec from which its value is built."""
+"""Patterns for fields of the Job. Each pattern has the fields of the FineTuneJob's spec from which the Job's field is built."""
 
 
 def rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
-    """Return the spec fields, set by the user, that the API server's 422 response to the Job blames; empty if none."""
+    """Return the spec fields that the user set and that caused the API server's 422 response to the Job."""
     paths: list[str] = []
     for error in FIELD_ERROR.finditer(message):
         for pattern, fields in USER_FIELDS:
@@ -51,7 +51,7 @@ def rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
 
 
 def _is_set_to(raw_spec: Object, field: str, value: str | None) -> bool:
-    """Whether the user set this field and, if the error names a value, whether the field contains it."""
+    """Whether the user set this field. If the error names a value, the field must also contain that value."""
     set_value: Any = raw_spec
     for name in field.split("."):
         set_value = set_value.get(name) if isinstance(set_value, dict) else None

@@ -1,7 +1,7 @@
-"""All retry rules: whether another attempt follows a failed one, whether the failed attempt counts, and the delay before the next.
+"""All retry rules: whether another attempt follows a failed attempt, whether the failed attempt counts, and how long the delay is.
 
-`finetune_api.exits` defines the policy of each exit code of the trainer. This module adds the policies for attempts that end without
-such an exit code (an evicted pod, a Job that the operator terminated), the budget `policy.retries`, and the delays.
+`finetune_api.exits` defines the retry policy for each exit code of the trainer. This module defines the retry policies for attempts
+without such an exit code (for example after an eviction), the budget `policy.retries`, and the delays.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from finetune_operator.policies.adaptations import AdaptationsExhausted, adapt_t
 from finetune_operator.settings import RetrySettings
 
 DEFAULT_RETRIES = 3
-"""`policy.retries` of a spec without defaults filled in."""
+"""Default of `policy.retries`, for a spec in which the defaults are not filled in yet."""
 NO_BACKOFF_REASONS = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
-"""Reasons after which the next attempt starts without delay: the user suspended the job, or the next attempt uses other values."""
+"""After an end with one of these reasons, the next attempt starts without delay. The user suspended the job, or values were adapted."""
 ALWAYS_BACKOFF_REASONS = (Reason.GANG_INCOMPLETE, Reason.TRAINER_TOO_OLD)
-"""Reasons of uncounted attempts after which even the first further attempt is delayed."""
+"""Usually there is no delay after the first uncounted attempt. After an end with one of these reasons, there is always a delay."""
 SHORTEST_BLOCKED_RETRY_SECONDS, LONGEST_BLOCKED_RETRY_SECONDS = 15.0, 300.0
 
 
 class EndPolicy(NamedTuple):
-    """Retry policy and precedence of the end of an attempt without an exit code of the trainer."""
+    """Retry policy and precedence of a pod's end without an exit code of the trainer."""
 
     retry: RetryPolicy
     precedence: Precedence
 
 
 class PodEnd(Enum):
-    """The ends of a pod that the exit policy table does not cover."""
+    """How a pod can end without one of the trainer's exit codes."""
 
     OUT_OF_HOST_MEMORY = EndPolicy(RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC)
     """The kernel killed the container at its memory limit."""
     EXCEEDED_LIMIT = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
-    """The kubelet evicted the pod because the pod used too much disk or memory; the next attempt probably does so, too."""
+    """The kubelet evicted the pod because the pod used too much disk or memory. The next attempt will probably exceed the limit as well."""
     DISRUPTED = EndPolicy(RetryPolicy.FREE, Precedence.CLUSTER)
     """The cluster removed the pod because of a preemption, or because its node was drained or lost."""
     DELETED_UNSAVED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
-    """The pod was deleted and its container was killed before it had saved."""
+    """The pod was deleted, and its container was killed before it had saved a checkpoint."""
     DELETED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
     """The pod was deleted before any container ended."""
     UNKNOWN_EXIT = EndPolicy(RetryPolicy.COUNTED, Precedence.UNKNOWN)
@@ -55,7 +55,7 @@ class PodEnd(Enum):
     NOT_STARTED = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
     """The kubelet rejected the pod, or an init container failed."""
     UNKNOWN = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
-    """No known pod explains the end of the attempt."""
+    """The attempt failed, but the operator found no failed pod of the attempt."""
 
 
 TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
@@ -63,7 +63,7 @@ TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
     # Here Reason.PREEMPTED means that another client deleted the Job. That client may delete the Job of every attempt.
     Reason.PREEMPTED: RetryPolicy.COUNTED,
 }
-"""Retry policy of an attempt whose Job was deleted, by termination reason; all other reasons are FREE."""
+"""Retry policy of an attempt whose Job was deleted, by termination reason. For all other reasons the policy is FREE."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Retry:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Start no further attempt: the job fails."""
+    """Start no further attempt. The job fails."""
 
     reason: Reason
     failure: Failure
@@ -100,9 +100,9 @@ def retry_or_give_up(
 ) -> Retry | GiveUp:  # fmt: skip
     """Decide whether another attempt follows after `attempt` failed.
 
-    `spec` is resolved, with earlier adaptations applied. `progressed`: the attempt committed a newer step than all earlier ones.
-    While the operator cannot read the spec (`spec_is_readable` False), it neither adapts values nor counts attempts: the next
-    attempt must wait for a newer operator in any case.
+    `spec` is resolved and has all earlier adaptations. `progressed`: the attempt committed a newer step than all earlier attempts.
+    If `spec_is_readable` is False, the next attempt must wait for a newer operator. Until then the operator neither adapts values nor
+    counts attempts.
     """
     match cause.retry:
         case RetryPolicy.NEVER:
@@ -128,26 +128,26 @@ def _counted(cause: Cause, spec: FineTuneJobSpec, retries_used: int, progressed:
         return Retry(progressed=True)
     allowed = spec.policy.retries if spec.policy.retries is not None else DEFAULT_RETRIES
     if retries_used >= allowed:
-        message = f"{retries_used + 1} attempts in a row made no progress, policy.retries allows {allowed}; the last: "
+        message = f"{retries_used + 1} attempts in a row made no progress, but policy.retries is {allowed}; last failure: "
         failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
         return GiveUp(Reason.RETRIES_EXHAUSTED, failure)
     return Retry(counted=True)
 
 
 def deadline_failure(limit_seconds: int) -> Failure:
-    """The failure of a job that has reached its deadline."""
+    """Return the failure of a job that exceeded `policy.activeDeadlineSeconds`."""
     return Failure(
         class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"policy.activeDeadlineSeconds {limit_seconds} passed",
-        hint="the newest checkpoint is kept; raise the deadline in a new FineTuneJob that resumes from it",
+        hint="the newest checkpoint is kept: create a new FineTuneJob with a longer deadline that resumes from this checkpoint",
     )  # fmt: skip
 
 
 def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: str = "") -> float:
-    """Seconds to wait after the last of `attempts` before the next one starts.
+    """Return the seconds between the end of the last of `attempts` and the start of the next attempt.
 
-    The delay doubles with each attempt in a row without progress. There is no delay after the first attempt that the cluster ended.
-    After GangIncomplete, the delay is multiplied by a random factor from 0.5 to 1.5, so that two gangs that blocked each other do
-    not start at the same time again. The factor depends on `seed` (the job's uid) and the attempt's number.
+    The delay doubles with each attempt in a row without progress. If the last attempt is not counted, for example after a preemption, the
+    delay starts one attempt later. After GangIncomplete, the delay is multiplied by a random factor from 0.5 to 1.5. Otherwise two gangs
+    that blocked each other would start at the same time again. The factor depends on `seed` (the job's uid) and the attempt's number.
     """
     attempts_without_progress = 0
     for attempt in reversed(attempts):
@@ -169,5 +169,5 @@ def _progressed(attempt: Attempt) -> bool:
 
 
 def blocked_retry_seconds(blocked_seconds: float) -> float:
-    """Seconds until the operator repeats a refused create for a job that has been blocked for `blocked_seconds`."""
+    """Return the seconds until the operator repeats a refused create request. The job has been blocked for `blocked_seconds`."""
     return min(max(blocked_seconds / 2, SHORTEST_BLOCKED_RETRY_SECONDS), LONGEST_BLOCKED_RETRY_SECONDS)

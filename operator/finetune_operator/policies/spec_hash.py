@@ -1,4 +1,4 @@
-"""The hash of a spec's immutable fields. A changed hash shows that an older CRD has removed fields; no rule of the API prevents that."""
+"""Computes the hash of a spec's immutable fields. If an older CRD is installed, the API server removes unknown fields. The hash detects this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MUTABLE_FIELDS = (
 
 
 def spec_sha256(raw: Mapping[str, Any]) -> str:
-    """Hash of a spec's immutable fields. Empty groups are ignored, because the CRD may add them."""
+    """Return the hash of a spec's immutable fields. Empty groups are ignored, because the API server may add them as defaults."""
     text = json.dumps(_immutable_fields(raw, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Time limits. All are computed from times that the API server wrote, so restarts of the operator and a wrong local clock do not affect them."""
+"""Computes time limits from times that the API server wrote. So neither a restart of the operator nor a wrong local clock affects them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from finetune_api.status import Stage
 from finetune_operator.views import PodView
 
 SHORTEST_STALL_SECONDS = 600.0
-"""Shortest stall timeout that is derived from a run's step time."""
+"""Minimum of the default stall timeout. The default depends on the step time of the run."""
 STALL_STEPS = 20
-"""Default stall timeout as a multiple of the median step time."""
+"""The default stall timeout is this many times the median step time."""
 REPORT_VALID_SECONDS = 120.0
-"""Age up to which a progress report describes the pod; when it is older, only the pod's readiness counts."""
+"""If a progress report is older than this, the report is ignored, and only the readiness of the pods counts."""
 LONGEST_WAKE = timedelta(hours=1)
-"""Longest time between two reconciles of a job that waits for a time limit; limits the effect of a clock jump."""
+"""Longest time between two reconciles of a job that waits for a time limit. This limits the effect of a clock jump."""
 
 
 def seconds_between(start: datetime | None, end: datetime) -> float:
-    """Seconds from start to end, never negative; 0 without a start."""
+    """Return the seconds from `start` to `end`, or 0 if `start` is None or after `end`."""
     return max(0.0, (end - start).total_seconds()) if start else 0.0
 
 
 def deadline_at(limit_seconds: int | None, earlier_seconds: float, running_since: datetime | None) -> datetime | None:
-    """Return when `policy.activeDeadlineSeconds` passes; None: no limit, or the job does not run.
+    """Return when `policy.activeDeadlineSeconds` passes. None if there is no limit or the job does not run.
 
     `earlier_seconds` is the running time before `running_since`.
     """
@@ -37,12 +37,12 @@ def deadline_at(limit_seconds: int | None, earlier_seconds: float, running_since
 
 
 def ttl_expires_at(ttl_seconds: int | None, completed_at: datetime | None) -> datetime | None:
-    """Return when the Jobs and pods of a finished job are removed; None: never."""
+    """Return when the Jobs and pods of a finished job must be removed, or None if they are kept."""
     return completed_at + timedelta(seconds=ttl_seconds) if ttl_seconds is not None and completed_at is not None else None
 
 
 def stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
-    """Seconds without a heartbeat after which a run is stalled."""
+    """Return the stall timeout: a run without a heartbeat for this many seconds is stalled."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
     median = (report.health.median_step_seconds if report else None) or 0.0
@@ -53,15 +53,15 @@ def stall_message(
     spec: FineTuneJobSpec, report: ProgressReport | None, reported_at: datetime | None, pods: Sequence[PodView], now: datetime,
     unready_since: datetime | None = None,
 ) -> str:  # fmt: skip
-    """Return why the run counts as stalled, as a sentence; empty: it is not stalled.
+    """Return why the run counts as stalled, or an empty string if the run is not stalled.
 
-    There are two kinds of stall. In the first, the pod reports that training has had no heartbeat for too long. Only the training
-    stage counts, because downloads have no steps. In the second, the pods have not answered for too long and their readiness probes
-    fail as well. Without the failed probes, a network policy between operator and pods would end a healthy run. A pod that is being
-    deleted does not count as stalled; `pods_of_lost_nodes` handles it.
+    A run is stalled if its pod reports no heartbeat for too long during training. Other stages do not count, because downloads have no
+    steps. A run is also stalled if its pods have sent no report for too long and their readiness probes fail. The probes are checked
+    because a network policy between operator and pods must not end a healthy run. A pod that is being deleted does not count as stalled,
+    because `pods_of_lost_nodes` handles such pods.
 
-    `reported_at` is the time of the last report. After a restart of the operator `report` is None and `reported_at` comes from
-    the status. `unready_since` is the transition time of PodsReady.
+    `reported_at` is the time of the last report. After a restart of the operator, `report` is None and `reported_at` comes from the
+    status. `unready_since` is the transition time of the PodsReady condition.
     """
     if reported_at is None:
         return ""
@@ -69,22 +69,22 @@ def stall_message(
     report_age = seconds_between(reported_at, now)
     seconds_without_heartbeat = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
     if seconds_without_heartbeat is not None and report_age < min(limit, REPORT_VALID_SECONDS) and seconds_without_heartbeat + report_age > limit:
-        return f"no step for {seconds_without_heartbeat + report_age:.0f} s, the limit is {limit:.0f} s"
+        return f"no step for {seconds_without_heartbeat + report_age:.0f} s; the stall timeout is {limit:.0f} s"
     running = [pod for pod in pods if not pod.is_finished]
     seconds_without_answer = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
     if seconds_without_answer > limit and running and not any(pod.is_ready or pod.deletion_timestamp for pod in running):
-        return f"the pods have not answered for {seconds_without_answer:.0f} s and are not ready, the limit is {limit:.0f} s"
+        return f"the pods have not answered for {seconds_without_answer:.0f} s and are not ready; the stall timeout is {limit:.0f} s"
     return ""
 
 
 def _seconds_without_heartbeat(report: ProgressReport) -> float | None:
-    """Seconds since the last heartbeat at the time of the report; None before the first step."""
+    """Return the seconds between the last heartbeat and the report. None before the first step."""
     health = report.health
     return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat
 
 
 def pods_of_lost_nodes(pods: Sequence[PodView], margin_seconds: float, now: datetime) -> list[PodView]:
-    """Pods that still exist `margin_seconds` after their deletion grace period, because their node does not answer."""
+    """Return the pods that still exist `margin_seconds` after their deletion grace period, because their node does not answer."""
     return [
         pod for pod in pods
         if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > margin_seconds
@@ -92,9 +92,9 @@ def pods_of_lost_nodes(pods: Sequence[PodView], margin_seconds: float, now: date
 
 
 def next_reconcile_at(now: datetime, *moments: datetime | None) -> datetime | None:
-    """Return the earliest future moment, but at most an hour from now; None if no moment is given.
+    """Return the earliest future moment, but at most an hour from now. None if all moments are None.
 
-    Moments in the past are skipped: this reconcile has already taken them into account.
+    Moments in the past are ignored, because this reconcile has already used them.
     """
     known = [moment for moment in moments if moment is not None]
     return min([*(moment for moment in known if moment > now), now + LONGEST_WAKE]) if known else None

@@ -1,4 +1,4 @@
-"""The two verdicts on a spec: accepted and refused."""
+"""Data types for the result of checking a spec: accepted or refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_operator.settings import NodePool
 
 @dataclass(frozen=True)
 class Accepted:
-    """The spec can be run."""
+    """The operator can run the spec."""
 
     spec: FineTuneJobSpec
     """The spec with all defaults filled in."""
@@ -22,17 +22,17 @@ class Accepted:
     notes: tuple[str, ...] = ()
     pool: NodePool | None = None
     spec_sha256: str = ""
-    """Hash of the parts of the spec that may not change after creation."""
+    """Hash of the spec's immutable fields."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The spec cannot be run, or cannot be run yet."""
+    """The operator cannot run the spec, or cannot run it yet."""
 
     reason: Reason
     message: str
     hint: str = ""
     is_final: bool = True
-    """Whether the job fails. If False, the job waits and the operator checks the spec again."""
+    """If True, the job fails. If False, the job waits, and the operator checks the spec again."""
     spec: FineTuneJobSpec | None = None
-    """The readable part of the spec, with defaults. An attempt that already runs continues with it."""
+    """The readable fields of the spec, with defaults. A running attempt continues with these fields."""

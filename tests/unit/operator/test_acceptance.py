@@ -64,10 +64,10 @@ def test_all_problems_are_listed_at_once_with_their_fields() -> None:
     ("written", "reason", "expected_text", "final"),
     [
         (spec(resources={"nodePool": "a100"}), Reason.UNKNOWN_NODE_POOL, "pools are: h100 (8 x nvidia.com/gpu), mig", False),
-        (spec(resources={"gpusPerNode": 9}), Reason.POOL_TOO_SMALL, "gpusPerNode is 9, and a node of pool h100 has 8", False),
+        (spec(resources={"gpusPerNode": 9}), Reason.POOL_TOO_SMALL, "gpusPerNode is 9, but a node of pool h100 has 8", False),
         (
             spec(resources={"nodePool": "mig", "gpusPerNode": 1, "nodes": 3}),
-            Reason.POOL_TOO_SMALL, "nodes is 3, and pool mig has at most 2", False,
+            Reason.POOL_TOO_SMALL, "nodes is 3, but pool mig has at most 2", False,
         ),
         (spec(storage={"uri": None}), Reason.STORAGE_NOT_CONFIGURED, "spec.storage.uri is absent", False),
         (spec(storage={"uri": "pvc://claim/../x"}), Reason.REJECTED, "spec.storage.uri", True),
@@ -166,7 +166,7 @@ def test_pool_without_the_named_resource_is_refused_with_the_list_of_pools() -> 
     acceptance = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
     assert isinstance(acceptance, Refused) and acceptance.reason is Reason.POOL_LACKS_RESOURCE
     assert (
-        "amd.com/gpu, and nodes of pool h100 have nvidia.com/gpu; pools are: h100 (8 x nvidia.com/gpu" in acceptance.message
+        "amd.com/gpu, but nodes of pool h100 have nvidia.com/gpu; the pools are: h100 (8 x nvidia.com/gpu" in acceptance.message
     )
 
 

@@ -48,7 +48,7 @@ def test_warning_events_show_the_blocking_condition(reason: str, note: str, foun
 def test_injected_container_that_keeps_the_pod_running_is_named() -> None:
     blocking = blocking_condition_of_pods([parse_pod("Running", {"terminated": {"exitCode": 0}}, injected=RUNNING_STATE)])
     assert blocking is not None
-    assert "ended with exit code 0, and another container of the pod still runs" in blocking.message
+    assert "ended with exit code 0, but another container of the pod still runs" in blocking.message
     assert blocking_condition_of_pods([parse_pod("Running", RUNNING_STATE, injected=RUNNING_STATE)]) is None
 
 

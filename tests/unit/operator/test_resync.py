@@ -99,7 +99,7 @@ def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
             server.pages_of_finetunejobs = (Listing([], version),)
             await resync.run_once()
         server.pages_of_finetunejobs = (Listing([], 12),)
-        with pytest.raises(StartError, match="went back from 30 to 12"):
+        with pytest.raises(StartError, match="decreased from 30 to 12"):
             await resync.run_once()
 
     run(scenario())
