@@ -104,7 +104,7 @@ class Actor:
         """Compare the facts with the API server before creating any attempt after the first. Errors: StaleFacts.
 
         The cache may be older than the API server's state. Without this check, the operator could start an attempt although the user has
-        just suspended the job, or while pods of an earlier attempt still run. Such pods can outlive their Job.
+        just suspended the job, or while pods of an earlier attempt still run. An attempt's pods can outlive its Job.
         """
         live = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
         if live.uid != facts.job.uid or live.status.attempt != attempt or live.is_deleting:

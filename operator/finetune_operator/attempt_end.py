@@ -69,11 +69,11 @@ def all_ranks_succeeded(facts: Facts) -> bool:
 
 
 def cause_of_missing_job(facts: Facts) -> Cause:
-    """Return why the current attempt ended. Its Job no longer exists."""
+    """Return why the current attempt ended. Called after the Job of the attempt was deleted."""
     from_pods = cause_of(None, facts.newest_pods)
     reason, record = facts.termination_reason, facts.attempt_record
     if reason is None or record is None or from_pods.retry is RetryPolicy.NEVER:
-        # A pod's fatal error would recur in each further attempt. It takes precedence over the operator's reason for ending the attempt.
+        # A pod's fatal error would recur in each further attempt. So this error takes precedence over the operator's reason for the end.
         return from_pods
     message = record.message or str(reason)
     failure = Failure(

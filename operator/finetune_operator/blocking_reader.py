@@ -2,7 +2,7 @@
 
 The status of a pod without a node contains the scheduler's message. The status of a pod with a node contains the kubelet's message about
 images and missing Secrets or ConfigMaps. Two problems appear only in events: the Job controller cannot create the pods, or the kubelet
-cannot mount a volume. For each read, the API server scans all events of a namespace. So reads are rate limited, and the interval doubles.
+cannot mount a volume. For each read, the API server scans all events of a namespace. So reads are rate limited and become less frequent.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Cache:
         return [entry.finetunejob for entry in self._entries.values() if entry.finetunejob is not None]
 
     def has_version(self, key: Key, uid: str, resource_version: str) -> bool:
-        """Whether this version of a FineTuneJob is already cached. If it is, the caller need not parse the body again."""
+        """Whether this version of a FineTuneJob is already cached, so that the caller need not parse its body again."""
         cached = self.get(key).finetunejob
         return cached is not None and (cached.uid, cached.resource_version) == (uid, resource_version)
 

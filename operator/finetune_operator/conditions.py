@@ -1,4 +1,4 @@
-"""Computes the conditions of a FineTuneJob. GitOps tools (kstatus), other programs and people read them."""
+"""Computes the conditions of a FineTuneJob. GitOps tools (kstatus), other programs and people read the conditions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _quota_reserved(view: StatusInput) -> Condition | None:
     queue = f"queue {name}" if name else "the queue"
     job = view.current_job
     if job is None:
-        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job requests quota")
+        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
     if job.is_finished:
         return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
     if view.is_queued:

@@ -63,7 +63,7 @@ def stall_message(facts: Facts) -> str:
 
 
 def stall_check_at(facts: Facts) -> datetime | None:
-    """Return the time at which the attempt may count as stalled if no new report arrives before."""
+    """Return the time at which the attempt counts as stalled unless a new report arrives or a pod becomes ready."""
     report, reported_at = _last_report(facts)
     unready_since = _unready_since(facts)
     silent_since = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
@@ -94,7 +94,7 @@ def _last_report_time_from_status(facts: Facts) -> datetime | None:
 
 
 def _unready_since(facts: Facts) -> datetime | None:
-    """Return when the pods became unready according to the status. If the status shows them as ready, return the current time."""
+    """Return when the pods became unready according to the status. If the status shows the pods as ready, return the current time."""
     ready = facts.condition(Condition.PODS_READY)
     return facts.now if ready is not None and ready.status == "True" else ready.last_transition_time if ready else None
 
@@ -102,7 +102,7 @@ def _unready_since(facts: Facts) -> datetime | None:
 def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
     """Return when the next pod must be force-deleted. A pod counts as lost with its node if its deletion takes too long.
 
-    If a pod counts as lost now, this reconcile force-deletes it. The next one follows after `REPEAT_FORCE_DELETE_SECONDS`.
+    If a pod counts as lost now, this reconcile force-deletes it. The next forced deletion follows after `REPEAT_FORCE_DELETE_SECONDS`.
     """
     deleting = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
     if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):

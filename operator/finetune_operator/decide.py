@@ -3,7 +3,7 @@
 The checks have this order. Is the job finished? Does the current attempt have a Job, and must the attempt be ended? Has the attempt
 ended, and does another attempt follow? May the next attempt start? One reconcile makes one of these decisions. Two decisions are written
 to the status before they are carried out: why an attempt is ended (`termination`), and the number of the next attempt (`attempt_end`).
-A restarted operator reads them from the status and continues.
+A restarted operator reads these decisions from the status and continues.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _termination(facts: Facts) -> Termination | None:
     if lost:
         return Termination(Reason.NODE_LOST, f"pod {lost[0].name} does not end: node {lost[0].node or 'unknown'} is lost")
     if not facts.spec_is_readable:
-        # The start timeout and the stall timeout are unknown, because they are part of the spec. No other attempt could start either.
+        # The start timeout and the stall timeout are part of the spec, so they are unknown. A new attempt could not start either.
         return None
     incomplete = _incomplete_gang(facts)
     if incomplete:
@@ -174,7 +174,7 @@ def _incomplete_gang(facts: Facts) -> str:
     if placed in (0, facts.nodes) or len(facts.newest_pods) > len(facts.active_pods):
         return ""
     limit = start_timeout_seconds(facts)
-    return f"{placed} of {facts.nodes} pods have a node and the others got none within {limit} s: the nodes are freed for another job"
+    return f"{placed} of {facts.nodes} pods have a node, but the other pods got no node within {limit} s: the nodes are freed for other jobs"
 
 
 def _terminate(facts: Facts, current: JobView) -> Plan:

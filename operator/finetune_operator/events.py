@@ -1,7 +1,8 @@
 """Emits Kubernetes events about changes of the status, for `kubectl describe`.
 
-`transitions` is a pure function that compares two statuses. `Recorder` posts events and counts repeated events in a series. Its errors
-never fail a reconcile. The API server does not allow changes of an event's message, so the event's name contains a hash of the message.
+`transitions` is a pure function that compares two statuses. `Recorder` posts events and counts repeated events in a series. If it cannot
+post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash
+of the message.
 
 Events are emitted before the status is written. If the operator restarts before the status write, it detects the same transition and
 emits an event with the same name and resourceVersion again. So no event is lost, and no event is counted twice.
@@ -63,7 +64,7 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[EventDra
 
 @dataclass(frozen=True)
 class ConditionState:
-    """Status, reason and message of a condition. All are empty if the condition is absent."""
+    """Status, reason and message of a condition. All three are empty if the condition is absent."""
 
     status: str = ""
     reason: str = ""
@@ -211,7 +212,7 @@ class TokenBucket:
 
 
 class Recorder:
-    """Posts events. If a job's events exceed its rate limit, they are dropped and logged."""
+    """Posts events. Events beyond a job's rate limit are dropped and logged."""
 
     def __init__(self, kube: Kube, instance: str):
         self._kube = kube

@@ -60,7 +60,7 @@ class Facts:
         spec, adaptations = self.acceptance.spec or FineTuneJobSpec(), self.job.status.adaptations
         object.__setattr__(self, "spec", apply_adaptations(spec, adaptations) if adaptations else spec)
 
-    # The spec. Fields that stop a job (suspend, cancel, deadline) are read from the raw spec. So they work even if the spec cannot be parsed.
+    # The spec. Fields that stop a job are read from the raw spec, so that these fields work even if the spec cannot be parsed.
 
     @property
     def suspend_requested(self) -> bool:
@@ -279,8 +279,8 @@ class Facts:
     def steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
         """Return the steps of the given checkpoints that the current attempt committed.
 
-        A checkpoint's URI usually names its attempt. If it names none, the checkpoint counts if its step is after `start`. `start` is the
-        step from which the current attempt started.
+        A checkpoint's URI usually names its attempt. If the URI names no attempt, the checkpoint counts if its step is after `start`.
+        `start` is the step from which the current attempt started.
         """
         steps = [(checkpoint.step, attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
         return [step for step, attempt in steps if (step > (start or 0) if attempt is None else attempt == self.attempt)]

@@ -1,4 +1,4 @@
-"""In-process state of a job between two reconciles. A restarted operator starts without this state, so correctness does not depend on it."""
+"""In-process state of a job between two reconciles. A restarted operator starts without this state, so it must not affect correctness."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class JobState:
     uid: str = ""
     generation: int = 0
     spec: Object = field(default_factory=dict)
-    """The spec from which `acceptance` was computed; its `metadata.generation` was `generation`."""
+    """The spec from which `acceptance` was computed. `generation` is the generation of this spec."""
     acceptance: Accepted | Refused = SPEC_NOT_NEEDED
     event_read: EventReadState = field(default_factory=EventReadState)
     pending: PendingChanges = field(default_factory=PendingChanges)

@@ -36,7 +36,7 @@ from finetune_operator.settings import OperatorConfig
 LOGIN_PERIOD = timedelta(minutes=10)
 """kopf asks for new credentials after this time, because service account tokens rotate."""
 WATCH_SECONDS = 60
-"""Duration of one watch request (`timeoutSeconds`). kopf then starts the next one at the last resourceVersion."""
+"""Duration of one watch request (`timeoutSeconds`). kopf then sends the next watch request with the last resourceVersion."""
 WATCH_TIMEOUT_SECONDS = 75
 """Client-side timeout of one watch request. It is longer than `WATCH_SECONDS`, so this timeout ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
@@ -98,7 +98,7 @@ class NoProgressStorage(kopf.ProgressStorage):
 
 
 def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
-    """Return kopf's settings. With them, kopf lists and watches with label selectors, and writes nothing to the cluster."""
+    """Return kopf's settings: kopf lists and watches with label selectors, and writes nothing to the cluster."""
     result = kopf.OperatorSettings()
     result.persistence.diffbase_storage = NoDiffBaseStorage()
     result.persistence.progress_storage = NoProgressStorage()

@@ -59,7 +59,7 @@ class KubeError(Exception):
 
 
 class NotFound(KubeError):
-    """404."""
+    """404: the object, its kind or its namespace does not exist."""
 
 
 class AlreadyExists(KubeError):

@@ -68,7 +68,7 @@ class Observer:
         # If a CRD prunes fields, the spec changes but the generation does not.
         changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
-        # If the operator ended just after it created the first Job, the status lacks the attempt. But this job is not a new job.
+        # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.
         first = first_attempt(job.status) or (FirstAttempt() if has_job else None)
         refused_as_new = isinstance(state.acceptance, Refused) and state.acceptance.is_final and first is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.

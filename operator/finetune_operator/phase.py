@@ -116,7 +116,7 @@ def reason(view: StatusInput, conditions: list[Condition]) -> str:
 
 
 def _reason_of_failure(view: StatusInput) -> str:
-    """Return the failure's code, because the code is more specific than the reason. If the code does not fit, return the reason."""
+    """Return the failure's code, because it is more specific than the reason. If the code does not fit into a column, return the reason."""
     finish = view.plan.finish
     assert finish is not None  # noqa: S101 -- the caller checks
     code = finish.failure.code if finish.failure else ""

@@ -105,7 +105,7 @@ class Plan:
     """When the job must be reconciled again because a time limit passes."""
     refused: Refused | None = None
     is_clean: bool = False
-    """Whether the job is finished and no Job or pod of it must be deleted now."""
+    """Whether the job is finished and this reconcile deletes none of its Jobs and pods."""
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTun
 
 
 def without_rejected_fields(status: FineTuneJobStatus, message: str) -> FineTuneJobStatus:
-    """The status without the fields and list items that the API server's answer names, such as a phase that an older CRD lacks."""
+    """Return the status without the fields and list items that the API server rejected. For example, an older CRD may lack a phase."""
     value = status.to_wire()
     for field, index in sorted(set(REJECTED_FIELD.findall(message)), key=lambda one: int(one[1] or -1), reverse=True):
         if not index:
@@ -282,8 +282,8 @@ def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) ->
 def _committed_by(attempt: Attempt, step: int, view: StatusInput) -> bool:
     """Whether `attempt` committed the checkpoint of `step`.
 
-    A checkpoint's URI usually names its attempt. If no URI does, only the first report of the current attempt can prove this. Later, a queue
-    may have replaced the current attempt's pods, and the new pods resume from the current attempt's own checkpoints.
+    A checkpoint's URI usually names its attempt. If no URI names an attempt, only the first report of the current attempt is a proof. Later,
+    a queue may have replaced the current attempt's pods, and the new pods resume from the current attempt's own checkpoints.
     """
     reported = [checkpoint for source in view.facts.reported_checkpoints for checkpoint in source.checkpoints]
     attempts = {attempt_of_uri(c.uri) for c in [*view.old.checkpoints, *reported] if c.step == step} - {None}
@@ -370,7 +370,7 @@ def _merge_checkpoint(known: Checkpoint | None, reported: Checkpoint) -> Checkpo
 def _is_removed(checkpoint: Checkpoint, listed: Sequence[Checkpoint]) -> bool:
     """Whether the retention policy removed the checkpoint: the pod lists newer checkpoints, but not this checkpoint.
 
-    If a rollback skipped the checkpoint, it is newer than all listed checkpoints. It then still exists.
+    A checkpoint that a rollback skipped is newer than all listed checkpoints. Such a checkpoint still exists.
     """
     steps = {other.step for other in listed}
     return bool(steps) and checkpoint.step not in steps and checkpoint.step < max(steps)

@@ -227,7 +227,7 @@ def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
 def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
     """Read the FineTuneJob's name and the attempt from the controller and the Job's name. Used if a Job has lost its labels.
 
-    Without this, the operator would create a second Job for the same attempt.
+    Without this function, the operator would create a second Job for the same attempt.
     """
     owners = meta.get("ownerReferences") or []
     owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")

@@ -1,6 +1,6 @@
 """A work queue with the semantics of client-go: only one worker handles a key at a time, and no added key is lost.
 
-If a key is already queued, adding it again changes nothing. If a key is added while a worker handles it, it is queued again afterwards.
+If a key is already queued, adding it again changes nothing. If a key is added while a worker handles it, the key is queued again later.
 The pause after a failure doubles with each failure in a row. If `add_after` is called several times for a key, the earliest time is used.
 
 Workers take high-priority keys first. So in a burst of new jobs, all Jobs are created before statuses are updated. After several

@@ -1,7 +1,7 @@
 """Builds the Indexed Job of one attempt and its Service.
 
 The Job contains the run configuration, so one write creates an attempt. The pods meet Pod Security `restricted`. The FineTuneJob's
-labels and annotations are not copied to the Job. With them, a tool such as Argo CD would treat the Job as one of its own and prune it.
+labels and annotations are not copied to the Job. Otherwise a tool such as Argo CD would treat the Job as its own object and prune it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 
 
 def build_service(job: JobView) -> Object:
-    """Return the headless Service of an attempt with several pods. Through it, DNS resolves rank 0's pod before the pod is ready."""
+    """Return the headless Service of an attempt with several pods. With this Service, DNS resolves rank 0's pod before the pod is ready."""
     labels = {
         Label.MANAGED_BY.value: names.MANAGER,
         Label.NAME.value: job.job_name,
@@ -92,7 +92,7 @@ def build_service(job: JobView) -> Object:
 
 
 def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
-    """The user's labels for the Job, without the label that names a queue: it would queue the Job. Release 0.1.0 accepted that label."""
+    """The user's labels for the Job, without the queue label, which would queue the Job. Release 0.1.0 set that label only on pods."""
     return {key: value for key, value in (spec.placement.labels or {}).items() if key != Label.QUEUE}
 
 
@@ -115,7 +115,7 @@ def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:
 def _failure_rules() -> list[Object]:
     """Rules that fail the Job at once after a disruption or certain exit codes. `backoffLimit: 0` covers all other failures.
 
-    A rule for all other exit codes would also match code 75, with which the pods of a suspended Job exit, and would fail that Job.
+    Pods of a suspended Job exit with code 75. A rule for all other exit codes would match this code and fail the suspended Job.
     """
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -230,7 +230,7 @@ def _resources(spec: FineTuneJobSpec) -> Object:
 
 
 def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
-    """Environment of the trainer. The user's variables come last. They cannot replace the operator's reserved variables."""
+    """Environment of the trainer. The user's variables come last, but cannot replace the operator's reserved variables."""
     spec = run.spec
     operator: list[Object] = [
         {"name": Env.RUN_SHA256.value, "value": digest},
@@ -311,7 +311,7 @@ def _field_ref(path: str) -> Object:
 
 
 def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang: str | None) -> Object:
-    """Scheduling fields of the pod. `gang` is the Job's name if the Job has several pods: they prefer the same zone, but different hosts."""
+    """Scheduling fields of the pod. If the Job has several pods, `gang` is its name, and the pods prefer the same zone but different hosts."""
     placement = spec.placement
     result: Object = {}
     selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}

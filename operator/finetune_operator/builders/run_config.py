@@ -86,7 +86,7 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
-    """Attempts after the first continue from the job's own checkpoints. If a rollback excludes all checkpoints, they start like the first."""
+    """Later attempts continue from the job's own checkpoints. If a rollback excludes all checkpoints, an attempt starts like the first one."""
     requested = spec.checkpoint.resume or "auto"
     expected = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected or requested == "never") else requested

@@ -4,7 +4,7 @@ If only a different spec can solve the problem, the job fails. If the platform t
 storage, an outdated operator), the job waits.
 
 Defaults are filled in once per job, because a new configuration or version of the operator can have other defaults. If the batch or the
-learning rate changed between two attempts, the next attempt would be a different run. If the store changed, it would lack the checkpoints.
+learning rate changed between two attempts, the next attempt would be a different run. If the store changed, it would find no checkpoints.
 """
 
 from __future__ import annotations

@@ -134,10 +134,10 @@ def adapt_to_divergence(
     if len(earlier) > ROLLBACKS:
         return AdaptationsExhausted(
             f"the loss was not finite again after one replay and {ROLLBACKS} rollbacks, "
-            f"at last with learningRate {spec.training.learning_rate:g}",
+            f"the last one with learningRate {spec.training.learning_rate:g}",
             "check the dataset rows that were used around the failed step; lower training.learningRate or training.maxGradNorm",
         )
-    # The run diverged twice after the newest healthy checkpoint. So the first rollback skips it, and each later rollback skips one more.
+    # The run diverged twice after the newest healthy checkpoint. So the first rollback skips one checkpoint, and the second skips two.
     rollback_step = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
     rate = spec.training.learning_rate or 0.0
     lower_rate = rate * RATE_FACTOR

@@ -1,7 +1,7 @@
 """Finds out why an attempt ended. If several pods failed, one failure is the cause, and the other failures are its consequences.
 
 The failure with the lowest `Precedence` is the cause. If several failures have the same precedence, a rank's own failure takes
-precedence over the report of a rank that lost contact to another rank. If this does not decide, the earliest failure is the cause.
+precedence over the report of a rank that lost contact to another rank. If several failures remain, the earliest failure is the cause.
 """
 
 from __future__ import annotations

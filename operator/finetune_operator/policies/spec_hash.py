@@ -1,4 +1,4 @@
-"""Computes the hash of a spec's immutable fields. If an older CRD is installed, the API server removes unknown fields. The hash detects this."""
+"""Computes the hash of a spec's immutable fields. If an older CRD is installed, the API server removes unknown fields, and the hash changes."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     assert Reason.QUEUED not in reasons
     assert Reason.SUSPENDED in reasons
     quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
-    assert (quota.status, quota.message) == ("False", "no Job requests quota")
+    assert (quota.status, quota.message) == ("False", "no Job exists, so no quota is requested")
     again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
     plan = decide(again)
     waits = make_report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
