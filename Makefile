@@ -4,11 +4,11 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 export CLUSTER KEEP
-# Tests start hundreds of Python processes: keep compiled modules even where the environment disables them.
+# Tests start hundreds of Python processes. Python must therefore write compiled modules (.pyc), even if the environment disables this.
 export PYTHONDONTWRITEBYTECODE :=
-# Ranks share the cores with the test that starts them.
+# One thread per process, because ranks share the cores with the test that starts them. No test may download from the Hugging Face hub.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# Two test files run at a time, in the order of collection, so that the longest (the e2e tests) starts first.
+# Two test files run at a time, in the order of collection. The e2e tests take longest and come first in this order.
 WORKERS ?= 2
 PYTEST := $(TEST_ENV) .venv/bin/pytest -q -n $(WORKERS) --no-loadscope-reorder
 
@@ -22,7 +22,7 @@ demo: setup ## Run one fine-tuning job from kubectl apply to a model in S3 (CLUS
 	@$(PY) scripts/demo.py
 
 .PHONY: setup
-setup: ## Create .venv from the locked requirements; checkouts share the packages
+setup: ## Create .venv from the locked requirements; all checkouts share the installed packages
 	@scripts/setup.sh
 
 .PHONY: packages
@@ -50,7 +50,7 @@ generate: setup ## Generate the CRD, the chart's copy of it and the reference pa
 	@$(PY) scripts/generate.py
 
 .PHONY: verify
-verify: setup ## Fail if a generated file is out of date or the chart does not lint
+verify: setup ## Fail if a generated file is out of date or `helm lint` fails for the chart
 	@$(PY) scripts/generate.py --check
 	@"$$($(PY) scripts/tools.py)" lint --quiet helm/finetune-operator
 
@@ -60,7 +60,7 @@ locks: setup ## Regenerate requirements/{operator,trainer,cli}.lock with the ver
 
 ##@ Tests
 .PHONY: mutants
-mutants: setup ## Mutation tests of the most important modules: MODULES="lease decide" chooses some (minutes to hours)
+mutants: setup ## Run the mutation tests of the most important modules (minutes to hours); MODULES="lease decide" chooses modules
 	@$(PY) scripts/mutants.py $(MODULES)
 
 .PHONY: test-quick
@@ -76,7 +76,7 @@ e2e: prepare verify ## Run only the tests with a real node, real images and the 
 	@$(TEST_ENV) .venv/bin/pytest -q -m "e2e and not faults and not slow and not gpu"
 
 .PHONY: test-faults
-test-faults: prepare verify ## Run the fault and long tests
+test-faults: prepare verify ## Run the fault tests and the long tests
 	@$(PYTEST) -m "(faults or slow) and not gpu"
 
 .PHONY: test-gpu
@@ -84,7 +84,7 @@ test-gpu: setup ## Run the tests that need a CUDA device
 	@HF_HUB_OFFLINE=1 .venv/bin/pytest -q -m gpu
 
 .PHONY: prepare
-prepare: setup ## Build in parallel what the e2e tests need: Kubernetes, Helm, images, the demo's model
+prepare: setup ## Build Kubernetes, Helm, the images and the demo's model for the e2e tests, in parallel
 	@$(PY) scripts/prepare.py
 
 ##@ Measuring
