@@ -75,13 +75,23 @@ def _message(details: Any) -> str:
 def _hint(details: Any, path: str) -> str:
     """Return an example of a valid value if the message alone does not say what to write."""
     if details["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
-        example = example_of(path)
-        return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
+        return field_example_hint(path)
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        example = group_example(path)
-        return f"write for example {example}" if example else ""
+        return group_example_hint(path)
     seconds = _seconds(details["input"]) if path.endswith("Seconds") else None
     return f"write {seconds}" if seconds is not None else ""
+
+
+def field_example_hint(path: str) -> str:
+    """Return a hint with an example of the field in YAML; an empty string without an example."""
+    example = example_of(path)
+    return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
+
+
+def group_example_hint(path: str) -> str:
+    """Return a hint with an example of the group in YAML; an empty string without an example."""
+    example = group_example(path)
+    return f"write for example {example}" if example else ""
 
 
 def _seconds(value: Any) -> int | None:

@@ -39,7 +39,8 @@ from finetune_cli.local_spec import (
     require_s3_credentials,
 )
 from finetune_cli.manifests import Manifest, read_job
-from finetune_cli.overrides import parse_overrides
+from finetune_cli.overrides import name_option, parse_overrides
+from finetune_cli.provenance import AssignedValue
 from finetune_cli.status_text import bar
 
 NAMESPACE = "local"
@@ -65,9 +66,9 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
     """
     manifest = read_job(file)
-    overrides = {path: assigned.value for path, assigned in parse_overrides(sets).items()}
-    spec = with_values(manifest.spec, overrides)
-    _check_spec(manifest, spec, only="ValueInvalid")
+    overrides = parse_overrides(sets)
+    spec = with_values(manifest.spec, {path: assigned.value for path, assigned in overrides.items()})
+    _check_spec(manifest, spec, overrides, only="ValueInvalid")
     machine = LocalMachine(
         folder.resolve(),
         file.resolve().parent,
@@ -77,7 +78,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     )
     spec = copy.deepcopy(spec)
     notes = adapt_spec(spec, machine)
-    checked = _check_spec(manifest, spec)
+    checked = _check_spec(manifest, spec, overrides)
     require_s3_credentials(spec)
     resolution = resolve(checked, platform=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
@@ -88,13 +89,18 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
         raise unwritable(folder, error) from None
 
 
-def _check_spec(manifest: Manifest, spec: dict[str, Any], only: str | None = None) -> FineTuneJobSpec:
-    """Check a manifest with `spec` as its spec, and return the validated spec. `only` limits the errors to one code. Raises Exit."""
+def _check_spec(
+    manifest: Manifest, spec: dict[str, Any], overrides: dict[str, AssignedValue], only: str | None = None
+) -> FineTuneJobSpec:
+    """Check a manifest with `spec` as its spec, and return the validated spec. Raises Exit.
+
+    With `only`, other error codes are ignored. An error in a value of `--set` names the option.
+    """
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
     checked, findings = check_manifest(changed, ExecutionTarget.LOCAL)
     errors = [finding for finding in errors_of(findings) if only in (None, finding.code)]
     if errors or checked is None:
-        raise output.fail(*(finding.mistake for finding in errors))
+        raise output.fail(*(name_option(finding.mistake, overrides) for finding in errors))
     return checked
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from finetune_cli.fields import Field, fields
+from finetune_cli.field_errors import field_example_hint, group_example_hint, is_within
+from finetune_cli.fields import Field, example_of, fields, group_example
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import AssignedValue, Origin
 from finetune_cli.suggestions import suggest_field
@@ -38,6 +40,31 @@ def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = Non
     if mistakes:
         raise InvalidInput(mistakes)
     return result
+
+
+def name_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mistake:
+    """Return a mistake in a spec field that an option set as a mistake in the option; any other mistake unchanged."""
+    path = mistake.key.removeprefix("spec.")
+    assigned = next((value for known, value in overrides.items() if is_within(path, known)), None)
+    if assigned is None:
+        return mistake
+    option = assigned.origin.location
+    key = path if option == "--set" else option
+    return Mistake(option, key, mistake.message, option_hint(mistake.hint, option, path))
+
+
+def option_hint(hint: str, option: str, path: str) -> str:
+    """Return the hint for the value of an option. An example in YAML becomes an example of the option."""
+    if not hint or hint not in (field_example_hint(path), group_example_hint(path)):
+        return hint
+    if path.endswith("]"):
+        path, example = path.partition("[")[0], f"[{group_example(path)}]"
+    elif "[" in path:
+        return hint
+    else:
+        example = example_of(path)
+    argument = f"{path}={example}" if option == "--set" else example
+    return f"for example {option} {shlex.quote(argument)}"
 
 
 def _parse_option(option: str, value: Any, mistakes: list[Mistake]) -> dict[str, AssignedValue]:

@@ -66,7 +66,7 @@ def init(
     if errors:
         raise output.fail(*errors)
     text = manifest_text(name, model, data, validation, storage, method, trainer, gpus)
-    _check(text)
+    _check(text, {"model": model, "data": data, "validation": validation, "storage": storage, "gpus": gpus})
     if file is None:
         output.write(text)
     elif file.exists():
@@ -84,18 +84,20 @@ def _value_or_prompt(value: str | None, question: str, interactive: bool, option
     return str(typer.prompt(question, err=True))
 
 
-def _check(text: str) -> None:
-    """Print the errors of a manifest and raise Exit. Fields that are not supported yet are no error here; `validate` reports them."""
+def _check(text: str, options: dict[str, Any]) -> None:
+    """Print the errors of a manifest and raise Exit. Only `validate` reports fields that are not supported yet."""
     import dataclasses
 
     from finetune_api.names import Reason
 
     from finetune_cli.checks import check_manifest, errors_of
     from finetune_cli.manifests import parse
+    from finetune_cli.overrides import name_option, parse_overrides
 
+    overrides = parse_overrides((), options)
     findings = errors_of(check_manifest(next(parse(text, "manifest")))[1])
     mistakes = [
-        dataclasses.replace(finding.mistake, location="")
+        name_option(dataclasses.replace(finding.mistake, location=""), overrides)
         for finding in findings
         if finding.code != Reason.NOT_SUPPORTED_YET
     ]

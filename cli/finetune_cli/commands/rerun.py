@@ -37,12 +37,13 @@ def rerun(
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
     from finetune_cli.cluster import connect
     from finetune_cli.manifests import parse
-    from finetune_cli.overrides import parse_overrides
+    from finetune_cli.overrides import name_option, parse_overrides
     from finetune_cli.yaml_writer import to_yaml
 
     cluster = connect(namespace, context, kubeconfig)
     old = cluster.job(name)
-    changes = {path: assigned.value for path, assigned in parse_overrides(sets or ()).items()}
+    overrides = parse_overrides(sets or ())
+    changes = {path: assigned.value for path, assigned in overrides.items()}
     if from_checkpoint is not None:
         changes["checkpoint.resume"] = _checkpoint_uri(old, from_checkpoint)
     taken = {job["metadata"]["name"] for job in cluster.jobs(all_namespaces=False)}
@@ -51,7 +52,7 @@ def rerun(
     _, findings = check_manifest(next(parse(text, "new job")))
     output.warnings(warnings_of(findings))
     if errors_of(findings):
-        raise output.fail(*(finding.mistake for finding in errors_of(findings)))
+        raise output.fail(*(name_option(finding.mistake, overrides) for finding in errors_of(findings)))
     if dry_run:
         output.write(text)
         return

@@ -35,6 +35,7 @@ from finetune_cli.importers.draft import (
 )
 from finetune_cli.importers.no_effect import remove_options_without_effect
 from finetune_cli.mistakes import InvalidInput, Mistake
+from finetune_cli.overrides import option_hint
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.redaction import REDACTED, SECRET_NAME, contains_secret
 from finetune_cli.suggestions import closest_name
@@ -504,12 +505,10 @@ def _mistake_of_problem(draft: Draft, problem: Problem) -> Mistake:
         return Mistake(draft.location, f"spec.{problem.path}", problem.message, problem.hint)
     keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written))
     locations = ", ".join(dict.fromkeys(value.origin.location for value in written))
-    return Mistake(
-        locations,
-        keys,
-        _user_spelling(draft, written[0]) + problem.message,
-        f"{problem.hint} (spec.{problem.path})" if problem.hint else "",
-    )
+    override = draft.request.overrides.get(problem.path.partition("[")[0])
+    hint = option_hint(problem.hint, override.origin.location, problem.path) if override else problem.hint
+    message = _user_spelling(draft, written[0]) + problem.message
+    return Mistake(locations, keys, message, f"{hint} (spec.{problem.path})" if hint else "")
 
 
 def _values_around(draft: Draft, path: str) -> list[AssignedValue]:

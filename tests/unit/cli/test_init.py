@@ -25,6 +25,18 @@ def test_written_manifest_is_valid(call: Call, write: Write, trainer: str) -> No
     assert [line for line in stderr.splitlines() if "NotSupportedYet" not in line] == []
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--storage", "x", "'x': the value does not have the required form; for example --storage s3://models/finetune"),
+        ("--gpus", "-1", "-1: should be greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_invalid_value_is_reported_as_the_option(call: Call, option: str, value: str, problem: str) -> None:
+    result = call("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", option, value)
+    assert result == (1, "", f"error: {option}: {problem}\n")
+
+
 def test_missing_and_invalid_values_are_refused(call: Call, write: Write, tmp_path: Path) -> None:
     assert "--model is missing; without a terminal `init` cannot ask for it" in call("init", "bot", "--data", "x/y")[2]
     assert "metadata.name" in call("init", "Bad", "--model", "org/m", "--data", "x/y")[2]

@@ -38,8 +38,10 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
         (["--name", "a" * 41], f"--name: {'a' * 41}: this cannot be the name of a FineTuneJob; "
                                "write a-z, 0-9 and -, beginning with a letter, at most 40 characters"),
         (["--namespace", "A B"], "--namespace: A B: this cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"),
-        (["--storage", "x"], "--storage: 'x': the value does not have the required form; for example uri: s3://models/finetune (spec.storage.uri)"),
-        (["--data", ""], "--data: the value is empty; for example train: s3://data/train.jsonl (spec.dataset.train)"),
+        (["--storage", "x"], "--storage: 'x': the value does not have the required form; for example --storage s3://models/finetune (spec.storage.uri)"),
+        (["--set", "storage.uri=x"], "--set: storage.uri: 'x': the value does not have the required form; "
+                                     "for example --set storage.uri=s3://models/finetune (spec.storage.uri)"),
+        (["--data", ""], "--data: the value is empty; for example --data s3://data/train.jsonl (spec.dataset.train)"),
         (["--gpus", "-1"], "--gpus: -1: should be greater than or equal to 0"),
         (["--prompts", "A_B/k"], "--prompts: A_B/k: this is not the name and key of a ConfigMap; write NAME/KEY"),
         (["--from", "nobody"], "--from: nobody: there is no importer with this name; write one of env, toml, yaml, hydra, guide, openai"),
@@ -50,6 +52,22 @@ def test_invalid_option_is_refused(call: Call, write: Write, option: list[str], 
     path = write("a.env", ENV)
     code, out, stderr = call("import", path, *option)
     assert (code, out, error_lines(stderr, path.parent)) == (1, "", [expected])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("storage.uri=x", "--set: storage.uri: 'x': the value does not have the required form; for example --set storage.uri=s3://models/finetune"),
+        ("trainer.rewards=x", "--set: trainer.rewards[0]: 'x': should be an object; for example --set 'trainer.rewards=[{name: format, builtin: regex}]'"),
+        ("training.epochs=x", "--set: training.epochs: 'x': should be a valid number"),
+    ],
+)  # fmt: skip
+def test_local_run_names_the_option_with_the_invalid_value(
+    call: Call, write: Write, tmp_path: Path, value: str, expected: str
+) -> None:
+    manifest = write("job.yaml", call("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl")[1])
+    code, out, stderr = call("run", manifest, "--local", "-o", tmp_path / "out", "--set", value)
+    assert (code, out, error_lines(stderr, tmp_path)) == (1, "", [expected])
 
 
 def test_set_reads_lists_maps_and_words(call: Call, write: Write) -> None:
