@@ -1,1 +1,1 @@
-"""`finetune`: the command line. It knows the API (`finetune_api`) and nothing of operator and trainer."""
+"""`finetune`: the command line. It depends on `finetune_api`, but not on the operator or the trainer."""

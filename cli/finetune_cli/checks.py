@@ -1,4 +1,4 @@
-"""Checks manifests of FineTuneJobs offline: the schema, and every rule of the API server and the operator."""
+"""Checks manifests of FineTuneJobs offline, against the schema and every rule of the API server and the operator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finetune_cli.suggestions import closest_name, suggest_field
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a manifest. If `is_error` is false, it is a warning, and only `validate --strict` refuses the manifest."""
+    """One problem of a manifest. A problem with `is_error` false is a warning: only `validate --strict` refuses the manifest."""
 
     mistake: Mistake
     code: str
@@ -34,12 +34,12 @@ class Finding:
 
 
 def errors_of(findings: list[Finding]) -> list[Finding]:
-    """Return the findings that must be corrected."""
+    """Return the findings that are errors."""
     return [finding for finding in findings if finding.is_error]
 
 
 def warnings_of(findings: list[Finding]) -> list[Mistake]:
-    """Return the warnings: legal, but probably not intended."""
+    """Return the warnings, about values that are valid but probably not intended."""
     return [finding.mistake for finding in findings if not finding.is_error]
 
 
@@ -51,7 +51,7 @@ def check_manifest(
     raw = manifest.value.get("spec")
     if not isinstance(raw, dict):
         message = "the spec is missing" if raw is None else "the spec is not a mapping"
-        mistake = Mistake(manifest.location("spec"), "spec", message, "write spec: with fields below it")
+        mistake = Mistake(manifest.location("spec"), "spec", message, "write `spec:` followed by its fields")
         return None, [*findings, Finding(mistake, "SpecMissing")]
     raw = without_nulls(raw)
     findings += _unknown_fields(manifest, raw)
@@ -102,7 +102,7 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 def _concerns_unsupported(problem: Problem, unsupported: list[Problem]) -> bool:
     """Return whether a problem is about an unsupported field.
 
-    Such a problem is not reported: its hint would contradict the hint to remove the field.
+    Such problems are not reported, because their hints would contradict the hint to remove the field.
     """
     paths = [field.path for field in unsupported]
     return any(is_within(problem.path, path) for path in paths) or (
@@ -117,14 +117,14 @@ def _is_local_path(raw: dict[str, Any], path: str) -> bool:
 
 
 def _find_secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
-    """Yield a warning for each string that looks like a secret, because everyone who may read the job can see the string."""
+    """Yield a warning for each string that looks like a secret. Everyone who may read the job can see its spec."""
     for key, inner in raw.items():
         field_path = f"{path}.{key}"
         if isinstance(inner, dict):
             yield from _find_secrets(manifest, inner, field_path)
         elif contains_secret(inner):
-            message = "this looks like a token or password, and everyone who may read the job can see it"
-            hint = "store it in a Secret and refer to that Secret"
+            message = "the value looks like a token or password, and everyone who may read the job can see the value"
+            hint = "store the value in a Secret and refer to the Secret"
             yield Finding(
                 Mistake(manifest.location(field_path), field_path, message, hint), "LooksSecret", is_error=False
             )
@@ -150,7 +150,7 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
     metadata = manifest.value.get("metadata")
     message = invalid_name(manifest.name)
     if message:
-        hint = f"write a-z, 0-9 and -, beginning with a letter, at most {MAX_NAME_LENGTH} characters"
+        hint = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
         yield Finding(Mistake(manifest.location("metadata.name"), "metadata.name", message, hint), "NameInvalid")
     if isinstance(metadata, dict):
         yield from (
@@ -160,7 +160,7 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
 
 
 def invalid_name(name: str) -> str:
-    """Return why a text is not a valid name of a FineTuneJob; an empty string for a valid name."""
+    """Return why a text is not a valid name of a FineTuneJob, or an empty string for a valid name."""
     if not name:
         return "this required field is missing"
     if len(name) > MAX_NAME_LENGTH:
@@ -189,7 +189,7 @@ def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[F
             yield Finding(mistake, "ValueInvalid")
 
 
-# --- unknown fields and refused values ------------------------------------------------------------------------------
+# --- unknown fields and invalid values ------------------------------------------------------------------------------
 
 
 def _unknown_fields(manifest: Manifest, raw: dict[str, Any]) -> Iterator[Finding]:
@@ -202,7 +202,7 @@ def _unknown_fields(manifest: Manifest, raw: dict[str, Any]) -> Iterator[Finding
 def _unknown_fields_below(
     manifest: Manifest, value: dict[str, Any], path: str, pattern: str, known: dict[str, bool], maps: set[str]
 ) -> Iterator[Finding]:
-    """Check the fields of one group. `path` contains list indexes (`rewards[0]`); `pattern` has `[]` instead."""
+    """Check the fields of one group. `path` contains list indexes (`rewards[0]`). `pattern` is the same path with `[]` (`rewards[]`)."""
     for key, inner in value.items():
         field_path, field_pattern = f"{path}.{key}", f"{pattern}.{key}"
         if "." in key:
@@ -238,7 +238,7 @@ def _nested_yaml(key: str, value: Any) -> str:
 
 
 def _field_hint(path: str, known: dict[str, bool]) -> str:
-    """Suggest a field to write instead of an unknown one. If the suggestion is a group, add an example of its fields."""
+    """Suggest a field to write instead of an unknown field. If the suggested field is a group, add an example of its fields."""
     closest = suggest_field(path, known)
     if not closest:
         return "`finetune explain` lists all fields"

@@ -1,4 +1,4 @@
-"""Client of the API server. Objects are plain dicts, the configuration is kubectl's, and each failure is one sentence."""
+"""Client of the API server. Objects are plain dicts. The configuration is that of kubectl. Each error message is one sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Object = dict[str, Any]
 
 
 class ClusterError(CommandError):
-    """The API server refused a request or cannot be reached. `code` is the HTTP status; 0 if there was no response."""
+    """The API server refused a request or cannot be reached. `code` is the HTTP status, or 0 without a response."""
 
     def __init__(self, message: str, code: int = 0):
         super().__init__(message)
@@ -50,7 +50,7 @@ class Cluster:
     # --- FineTuneJobs
 
     def job(self, name: str) -> Object:
-        """Return a FineTuneJob. Raises ClusterError, with code 404 if it does not exist."""
+        """Return a FineTuneJob. Raises ClusterError, with code 404 if the job does not exist."""
         return self.call("GET", self._job_path(name))
 
     def create(self, body: Object, *, dry_run: bool = False) -> Object:
@@ -92,7 +92,7 @@ class Cluster:
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
     def watch_job(self, name: str, deadline: float | None = None) -> Iterator[Object]:
-        """Yield a FineTuneJob now and after every change, until the deadline (monotonic seconds). Raises ClusterError."""
+        """Yield a FineTuneJob now and after every change, until the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         while True:
             job = self.job(name)
             yield job
@@ -168,7 +168,7 @@ class Cluster:
             value = None
         if not isinstance(value, dict):
             raise ClusterError(
-                f"{self.client.configuration.host} does not respond like a Kubernetes API server: it may be the address of a login page or a proxy"
+                f"{self.client.configuration.host} does not respond like a Kubernetes API server: the address may be that of a login page or a proxy"
             )
         return value
 
@@ -211,7 +211,7 @@ class Cluster:
     def _response_error(self, body: bytes, status: int, path: str) -> ClusterError:
         """Return the error for a failed response.
 
-        If the CRD is not installed, the code is 0 instead of 404. Otherwise callers would treat the job as deleted.
+        If the CRD is not installed, the code is 0 instead of 404. With code 404, callers would treat the job as deleted.
         """
         host = self.client.configuration.host
         try:
@@ -242,7 +242,7 @@ class Cluster:
         return f"{JOBS}/{PLURAL}" if all_namespaces else f"{JOBS}/{self._namespaced(PLURAL)}"
 
     def _namespaced(self, plural: str, name: str | None = None, namespace: str | None = None) -> str:
-        """Return the URL path of a collection or of one object. Names are quoted, so that a name like `../x` stays in the collection."""
+        """Return the URL path of a collection or of one object. Names are URL-quoted, so that a name like `../x` cannot refer to another collection."""
         path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural}"
         return path if name is None else f"{path}/{quote(name, safe='')}"
 
@@ -257,7 +257,7 @@ class Cluster:
 
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
-    """Connect as kubectl does: with --kubeconfig, KUBECONFIG or ~/.kube/config; inside a pod, with its ServiceAccount.
+    """Connect as kubectl does: with --kubeconfig, KUBECONFIG or ~/.kube/config, or inside a pod with the pod's ServiceAccount.
 
     Raises ClusterError.
     """
@@ -284,7 +284,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
 
 
 def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
-    """Load the kubeconfig into `configuration` and return the namespace of the context.
+    """Load the kubeconfig into `configuration` and return the namespace of the selected context.
 
     Raises ConfigException or ClusterError.
     """
@@ -312,7 +312,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 
 @contextlib.contextmanager
 def _captured_log_errors() -> Iterator[list[str]]:
-    """Collect logged errors, because the library only logs the failure of a credential plugin."""
+    """Collect logged errors: if a credential plugin fails, the library only logs the error."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
@@ -331,7 +331,7 @@ POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 def last_reason(error: Exception) -> str:
-    """Return the innermost reason in the text of a chain of network errors."""
+    """Return the innermost cause from the text of nested network errors."""
     text = str(error)
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
@@ -362,7 +362,7 @@ def parse_job_name(name: str) -> str:
 
 
 def attempt_of(pod: Object) -> int:
-    """Return the attempt number of a pod from its label; 0 without the label."""
+    """Return the attempt number of a pod from its label, or 0 without the label."""
     return int((pod["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
 
 
@@ -374,7 +374,7 @@ def index_of(pod: Object) -> int:
 
 
 def event_time(event: Object) -> str:
-    """Return the time of the last occurrence of an event, as text. Texts sort by time."""
+    """Return the time of the last occurrence of an event, as a text that sorts by time."""
     series = event.get("series") or {}
     times = (
         series.get("lastObservedTime"),

@@ -1,4 +1,4 @@
-"""Console entry points. All slow imports happen inside `_run`, so that Ctrl-C during them prints no traceback."""
+"""Console entry points. All slow imports happen inside `_run`, so that Ctrl-C during an import prints no traceback."""
 
 from __future__ import annotations
 

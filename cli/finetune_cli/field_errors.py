@@ -32,7 +32,7 @@ def is_within(path: str, group: str) -> bool:
 def field_errors(error: ValidationError, known: Iterable[FieldError] = ()) -> Iterator[FieldError]:
     """Yield every error of a model.
 
-    After a `known` error its value was removed; the missing field that results is not reported again.
+    The values of the `known` errors were removed. A field that is missing only because of such a removal is not reported.
     """
     earlier = list(known)
     for details in error.errors():
@@ -53,7 +53,7 @@ def locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
 
 
 def path_of(location: tuple[Any, ...]) -> str:
-    """Return a location of pydantic as a dotted path."""
+    """Convert the location of a pydantic error to a dotted path."""
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
@@ -83,19 +83,19 @@ def _hint(details: Any, path: str) -> str:
 
 
 def field_example_hint(path: str) -> str:
-    """Return a hint with an example of the field in YAML; an empty string without an example."""
+    """Return a hint with an example of the field in YAML, or an empty string without an example."""
     example = example_of(path)
     return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
 
 
 def group_example_hint(path: str) -> str:
-    """Return a hint with an example of the group in YAML; an empty string without an example."""
+    """Return a hint with an example of the group in YAML, or an empty string without an example."""
     example = group_example(path)
     return f"write for example {example}" if example else ""
 
 
 def _seconds(value: Any) -> int | None:
-    """Convert a duration such as `1h`, `30m` or `1h30m` to seconds; None for any other value."""
+    """Convert a duration such as `1h`, `30m` or `1h30m` to seconds. Return None for any other value."""
     if not isinstance(value, str) or not re.fullmatch(r"(\d+[smhd])+", value):
         return None
     return sum(int(number) * SECONDS[unit] for number, unit in re.findall(r"(\d+)([smhd])", value))

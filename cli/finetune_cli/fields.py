@@ -27,7 +27,7 @@ class Field:
 
 @functools.cache
 def fields() -> tuple[Field, ...]:
-    """Return every field of spec and status; a group comes before its fields."""
+    """Return every field of spec and status, each group before its fields."""
     root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return tuple(field for name in ("spec", "status") for field in _fields_below(name, root[name]))
 
@@ -66,7 +66,7 @@ def kind_of(schema: dict[str, Any]) -> str:
 
 
 def example_of(path: str) -> str:
-    """Return the example in the description of a field below spec; an empty string without an example."""
+    """Return the example in the description of a field below spec, or an empty string without an example."""
     field = fields_by_path().get(re.sub(r"\[\d+\]", "[]", f"spec.{path}"))
     match = re.search(r"Example: `(.*)`", field.description) if field else None
     return match.group(1) if match else ""
@@ -85,7 +85,7 @@ def group_example(path: str) -> str:
     inner = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
     examples = [(name, example_of(f"{path}.{name}")) for name in inner if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
-    # The example of a group shows one field. References show all fields, and list items the first two: required fields come first in the schema.
+    # A reference shows all fields. A list item shows two, because the schema lists required fields first. Any other group shows one field.
     shown_pairs = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
     name = "" if pattern.endswith("[]") else f"{path.rpartition('.')[2]}: "
     return f"{name}{{{', '.join(shown_pairs)}}}" if shown_pairs else ""
@@ -95,7 +95,7 @@ def group_example(path: str) -> str:
 
 
 def get_value(spec: dict[str, Any], path: str) -> Any:
-    """Return the value at a dotted path of a nested spec; None if the path does not exist."""
+    """Return the value at a dotted path of a nested spec, or None if the path does not exist."""
     value: Any = spec
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -103,7 +103,7 @@ def get_value(spec: dict[str, Any], path: str) -> Any:
 
 
 def set_value(spec: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path of a nested spec; None removes the field."""
+    """Set the value at a dotted path of a nested spec. The value None removes the field."""
     *groups, last = path.split(".")
     for name in groups:
         if value is None and name not in spec:
@@ -116,7 +116,7 @@ def set_value(spec: dict[str, Any], path: str, value: Any) -> None:
 
 
 def with_values(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a spec with values set by dotted path; None removes a field."""
+    """Return a copy of a spec with values set by dotted path. The value None removes a field."""
     result = copy.deepcopy(spec)
     for path, value in values.items():
         set_value(result, path, value)

@@ -1,4 +1,4 @@
-"""Reads and writes files named by the user. Every failure is one sentence. As in kubectl, `-` is standard input."""
+"""Reads and writes files named by the user. Every error message is one sentence. As in kubectl, `-` is standard input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         message = "there is no such file"
     except IsADirectoryError:
-        message = "this is a folder, and a file is needed"
+        message = "this is a folder, not a file"
     except UnicodeDecodeError:
         message = "the file is not UTF-8 text"
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Read a whole data file. Of other files, read at most one byte more than the maximum, to detect files that are too large."""
+    """Read a whole data file. Read other files only up to one byte more than the maximum, to detect that they are too large."""
     if str(path) == STDIN:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     with path.open("rb") as file:

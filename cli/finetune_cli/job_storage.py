@@ -1,6 +1,6 @@
 """Lists, verifies, downloads and deletes the checkpoints and models of a job, from the user's machine.
 
-Credentials come from the AWS_ variables; with `--use-secret`, from the Secret in the job's spec.
+Credentials come from the AWS_ variables, or with `--use-secret` from the Secret in the job's spec.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _s3_client(connection: StorageRoot, credentials: dict[str, str] | None) -> A
 
 
 class _StorageErrors:
-    """Turns errors of the S3 client into StorageErrors, which hold no secrets."""
+    """Turns errors of the S3 client into StorageErrors without secrets."""
 
     def __init__(self, target: str):
         self.target = target
@@ -161,7 +161,7 @@ def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
         if uri and tail in uri:
             return uri[: uri.index(tail) + len(tail)], connection
     raise StorageError(
-        f"{metadata['name']} uses the operator's default storage, and its status names no file there yet; give the storage root with --storage URI"
+        f"{metadata['name']} uses the operator's default storage, and its status contains no storage URI yet; give the storage root with --storage URI"
     )
 
 
@@ -216,7 +216,9 @@ def verify_and_download(storage: JobStorage, committed: CommittedFolder, target:
     for manifest_entry in read_file_list(storage, committed):
         name = str(manifest_entry["path"])
         if name.startswith("/") or ".." in name.split("/"):
-            raise StorageError(f"{storage.uri}: the manifest lists {name}, which lies outside its folder")
+            raise StorageError(
+                f"{storage.uri}: the manifest lists the file {name}, which lies outside the checkpoint's folder"
+            )
         total += _verify_file(
             storage, f"{committed.folder}/{committed.path}/{name}", manifest_entry, target / name if target else None
         )
@@ -242,7 +244,7 @@ def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], 
     if digest.hexdigest() != manifest_entry["sha256"] or count != manifest_entry["size"]:
         raise StorageError(
             f"{storage.uri}/{key} is damaged: it has {count} bytes and sha256 {digest.hexdigest()[:12]}..., "
-            f"and the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
+            f"but the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
         )
     if part_file and path:
         part_file.replace(path)

@@ -50,7 +50,7 @@ GRACE_SECONDS = 300
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A run that is ready to start: all its files are written."""
+    """A prepared run. All its files are written."""
 
     name: str
     config: RunConfig
@@ -118,7 +118,7 @@ def _write_run(
     _check_same_job(state_folder / names.RUN_FILE_NAME, spec, job_folder, name)
     counter = state_folder / "attempt"
     counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
-    # The counter alone is not enough: users delete its folder to free disk space, because it also holds downloads.
+    # Storage is read too, because users delete the counter's folder to free disk space: the folder also contains downloads.
     attempt = max(counted, last_started_attempt(job_folder)) + 1
     counter.write_text(str(attempt), encoding="utf-8")
     gpus = spec.resources.gpus_per_node or 0
@@ -145,7 +145,7 @@ def _write_run(
 
 
 def last_started_attempt(job_folder: Path) -> int:
-    """Return the highest attempt number that the trainer recorded in storage; 0 without attempts."""
+    """Return the highest attempt number that the trainer recorded in storage, or 0 without attempts."""
     numbers = (names.attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
     return max((number for number in numbers if number is not None), default=0)
 
@@ -162,7 +162,7 @@ def _check_same_job(run_file: Path, spec: FineTuneJobSpec, job_folder: Path, nam
     if changed:
         differences = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
         raise LocalRunError(
-            f"{job_folder} holds results of a job {name} with another spec ({differences}): choose another folder with -o, or delete that one"
+            f"{job_folder} holds results of a job {name} with another spec ({differences}): choose another folder with -o, or delete this folder"
         )
 
 
@@ -207,7 +207,7 @@ def train(run: LocalRun, python: str | None) -> int:
 
 
 def _require_trainer(interpreter: str) -> None:
-    """Raises LocalRunError if the interpreter has no trainer installed."""
+    """Raise LocalRunError if the interpreter has no trainer installed."""
     check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('finetune_trainer') is None)"
     try:
         is_installed = subprocess.run([interpreter, "-c", check], check=False, capture_output=True).returncode == 0
@@ -230,7 +230,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -
     """Show progress until the process ends, and return its exit code.
 
     The last report comes from the termination message, because the process may end between two polls.
-    The first Ctrl-C makes the trainer save and stop; the second kills it.
+    The first Ctrl-C makes the trainer save and stop; the second kills the trainer.
     """
     show = progress_printer()
     interrupts = 0
@@ -250,7 +250,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -
 
 
 def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressReport | None], None]) -> int | None:
-    """Wait at most POLL_SECONDS for the process. Returns the exit code; while the process runs, shows the progress and returns None."""
+    """Return the exit code if the process ends within POLL_SECONDS. Otherwise show the progress and return None."""
     try:
         return process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
@@ -261,7 +261,7 @@ def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressR
 
 
 def fetch_progress(port: int) -> ProgressReport | None:
-    """Return the trainer's progress report; None if the trainer does not respond."""
+    """Return the trainer's progress report, or None if the trainer does not respond."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.Path.PROGRESS}", timeout=5) as response:
             return ProgressReport.model_validate_json(response.read())
@@ -270,9 +270,9 @@ def fetch_progress(port: int) -> ProgressReport | None:
 
 
 def progress_printer() -> Callable[[ProgressReport | None], None]:
-    """Return a function that prints progress reports; a call with None ends the output.
+    """Return a function that prints progress reports. A call with None ends the output.
 
-    On a terminal one line is updated. Elsewhere a line is printed at each change of the stage and every ten percent.
+    On a terminal one line is updated. Otherwise a line is printed at each change of the stage and every ten percent.
     """
     is_terminal = output.error_console().is_terminal
     last: list[tuple[Any, Any]] = [(None, None)]
@@ -329,7 +329,7 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
 
 
 def last_report(path: Path) -> ProgressReport | None:
-    """Convert the termination message to a progress report; None if the message contains no step."""
+    """Convert the termination message to a progress report. Return None if the message contains no step."""
     message = _read_termination_message(path)
     if message is None or message.progress is None or message.progress.step is None:
         return None

@@ -1,4 +1,4 @@
-"""Adapts a spec to the user's machine for `finetune run --local`: local paths for storage and sources, at most the local GPUs."""
+"""Adapts a spec to the user's machine for `finetune run --local`: local paths for storage and sources, and at most the GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def count_gpus() -> int:
 
 
 def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
-    """Change a spec in place so that it runs on this machine. Returns notes on what changed. Raises LocalRunError."""
+    """Change a spec in place so that it runs on this machine. Returns a note on each change. Raises LocalRunError."""
     notes: list[str] = []
     storage = get_value(spec, "storage.uri")
     if storage:
@@ -74,7 +74,7 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
 
 
 def local_source(text: str, path: str, machine: LocalMachine) -> str:
-    """Return a source that this machine can read. Hub, S3 and web sources stay as they are. Raises LocalRunError."""
+    """Return a source that this machine can read. Hub, S3 and web sources stay unchanged. Raises LocalRunError."""
     if text.startswith("file://") and not text.startswith("file:///"):
         return _file_source(text.removeprefix("file://"), path, machine)
     if text.startswith((".", "/", "~")) or is_data_file_name(text):
@@ -132,7 +132,7 @@ def require_s3_credentials(spec: dict[str, Any]) -> None:
 
 
 def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
-    """Replace the ConfigMap reference of a chat template by the text. Raises LocalRunError for other references."""
+    """Replace the ConfigMap reference of a chat template by the template's text. Raises LocalRunError for other references."""
     reference = get_value(spec, "dataset.chatTemplate.configMapRef")
     if isinstance(reference, dict):
         name, key = str(reference.get("name")), str(reference.get("key"))
@@ -148,12 +148,12 @@ def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
 def _limit_resources(spec: dict[str, Any], gpus: int, notes: list[str]) -> None:
     resources = spec.setdefault("resources", {})
     if int(resources.get("nodes") or 1) > 1:
-        notes.append(f"resources.nodes is {resources['nodes']}, and a local run uses 1")
+        notes.append(f"resources.nodes is {resources['nodes']}, but a local run uses 1")
         resources["nodes"] = 1
     requested_gpus = resources.get("gpusPerNode")
     if requested_gpus is None or int(requested_gpus) > gpus:
         if requested_gpus is not None:
-            notes.append(f"resources.gpusPerNode is {requested_gpus}, and this machine has {gpus}")
+            notes.append(f"resources.gpusPerNode is {requested_gpus}, but this machine has {gpus}")
         resources["gpusPerNode"] = min(int(requested_gpus or 1), gpus)
     for name in ("nodePool", "gpuResource"):
         resources.pop(name, None)

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _flush_stdout(code: int) -> int:
-    """Flush stdout and return the exit code. A write error (full disk) is reported here, because Python ignores it at exit."""
+    """Flush stdout and return the exit code. A write error (full disk) is reported here, because Python ignores write errors at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -138,7 +138,7 @@ def run(words: list[str], tool_arguments: list[str]) -> int:
 
 
 def _print_failure(error: Exception) -> int:
-    """Print a failure as sentences and return the exit code. Bugs get a traceback only if FINETUNE_TRACE is set."""
+    """Print the message of an error and return the exit code. Bugs get a traceback only if FINETUNE_TRACE is set."""
     from finetune_api.errors import FineTuneError
 
     from finetune_cli import output
@@ -188,7 +188,7 @@ def kubectl_complete() -> None:
 def _program() -> str:
     """Return the program's name as the user typed it.
 
-    Options that install shell completion always get `finetune`, because kubectl completes its plugins itself.
+    Options that install shell completion always get `finetune`, because kubectl has its own completion for plugins.
     """
     if any(word.startswith(("--install-completion", "--show-completion")) for word in sys.argv):
         return PROGRAM

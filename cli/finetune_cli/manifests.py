@@ -40,16 +40,16 @@ class Manifest:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Return the spec; an empty dict without a spec. Raises CommandError if the spec is not a mapping."""
+        """Return the spec, or an empty dict without a spec. Raises CommandError if the spec is not a mapping."""
         spec = self.value.get("spec") or {}
         if not isinstance(spec, dict):
             raise CommandError(
-                f"{self.location('spec')}: spec: this is not a mapping; write spec: with fields below it"
+                f"{self.location('spec')}: spec: this is not a mapping; write `spec:` followed by its fields"
             )
         return spec
 
     def location(self, path: str) -> str:
-        """Return `file:line` of a field; if the file lacks the field, of the nearest enclosing group."""
+        """Return `file:line` of a field. If the file lacks the field, return that of the nearest enclosing group."""
         while path and path not in self.lines:
             path = path[: path.rfind("[")] if path.endswith("]") else path.rpartition(".")[0]
         return f"{self.file}:{self.lines[path]}" if path else self.file
@@ -76,12 +76,12 @@ def read_job(path: Path) -> Manifest:
     """Read a file that holds exactly one FineTuneJob. Raises UnreadableFile or CommandError."""
     jobs = [manifest for manifest in read(path) if manifest.is_job]
     if len(jobs) != 1:
-        raise CommandError(f"{display_name(path)}: the file holds {len(jobs)} FineTuneJobs, and exactly one is needed")
+        raise CommandError(f"{display_name(path)}: the file holds {len(jobs)} FineTuneJobs, but exactly one is needed")
     return jobs[0]
 
 
 def parse(text: str, file: str) -> Iterator[Manifest]:
-    """Parse every object of a text by the rules of kubectl. Raises UnreadableFile."""
+    """Parse every object of a text as kubectl does. Raises UnreadableFile."""
     try:
         trees = read_trees(text)
     except InvalidYaml as error:
@@ -92,7 +92,9 @@ def parse(text: str, file: str) -> Iterator[Manifest]:
         if tree.value is None:
             continue
         if not isinstance(tree.value, dict):
-            raise UnreadableFile(Mistake(f"{file}:{tree.line}", "", "this is not a manifest: a mapping is needed"))
+            raise UnreadableFile(
+                Mistake(f"{file}:{tree.line}", "", "this is not a manifest, because it is not a mapping")
+            )
         if tree.value.get("kind") == LIST_KIND and isinstance(tree.value.get("items"), list):
             yield from _list_items(file, number, tree)
         elif tree.value:
@@ -105,7 +107,7 @@ def _list_items(file: str, number: int, tree: Tree) -> Iterator[Manifest]:
         start = f"items[{i}]"
         if not isinstance(item, dict):
             location = f"{file}:{tree.lines.get(start, tree.line)}"
-            raise UnreadableFile(Mistake(location, start, "this is not a manifest: a mapping is needed"))
+            raise UnreadableFile(Mistake(location, start, "this is not a manifest, because it is not a mapping"))
         lines = {
             path.removeprefix(f"{start}."): line for path, line in tree.lines.items() if path.startswith(f"{start}.")
         }

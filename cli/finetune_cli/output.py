@@ -15,7 +15,7 @@ OK, ERROR, JOB_FAILED = 0, 1, 2
 
 
 class Exit(Exception):
-    """End the command with an exit code. Every message is already printed."""
+    """End the command with an exit code. All messages are printed before."""
 
     def __init__(self, code: int):
         super().__init__(code)

@@ -27,7 +27,7 @@ CONFIG_MAP_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
 def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
     """Return the values of `--set` texts and of named options, by spec path. Raises InvalidInput.
 
-    `options` maps the option's name to its value; None means that the option is not given.
+    `options` maps the option's name to its value. The value None means that the option is not given.
     """
     mistakes: list[Mistake] = []
     result: dict[str, AssignedValue] = {}
@@ -54,7 +54,10 @@ def name_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mis
 
 
 def option_hint(hint: str, option: str, path: str) -> str:
-    """Return the hint for the value of an option. An example in YAML becomes an example of the option."""
+    """Return the hint for the value of an option. An example in YAML becomes an example of the option.
+
+    An option sets only whole lists, so the example for a list item is a list.
+    """
     if not hint or hint not in (field_example_hint(path), group_example_hint(path)):
         return hint
     if path.endswith("]"):

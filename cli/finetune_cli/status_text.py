@@ -26,13 +26,13 @@ def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
 
 
 def condition(status: FineTuneJobStatus, kind: ConditionType) -> bool | None:
-    """Return whether a condition is true; None if it is absent or Unknown."""
+    """Return whether a condition is true, or None if the condition is absent or Unknown."""
     entry = status.condition(kind)
     return None if entry is None or entry.status == "Unknown" else entry.status == "True"
 
 
 def has_finished(status: FineTuneJobStatus) -> bool:
-    """Return whether the job has ended: no further attempt follows."""
+    """Return whether the job has ended, so that no further attempt follows."""
     return bool(condition(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
 
 
@@ -116,7 +116,7 @@ def describe(job: dict[str, Any], losses: list[float] | None = None, now: dateti
 
 
 def _reason(status: FineTuneJobStatus) -> str:
-    """Return the reason why the job waits or ended; an empty string without a reason."""
+    """Return the reason why the job waits or ended, or an empty string without a reason."""
     for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
         entry = status.condition(kind)
         expected_status = "False" if kind == ConditionType.ACCEPTED else "True"

@@ -10,7 +10,7 @@ from finetune_api.aliases import field_for_alias, normalise
 
 
 def suggest_field(path: str, known: Iterable[str]) -> str:
-    """Return the field that an unknown path probably means; an empty string if none is similar.
+    """Return the field that an unknown path probably means, or an empty string if no field is similar.
 
     `path` and `known` may begin with `spec.`. Precedence: another spelling of a field in the same group (`batch_size`), a usual name in
     other tools (`lr`), a similar name.

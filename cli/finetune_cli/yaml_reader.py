@@ -1,7 +1,7 @@
 """Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
 
-`2e-4` is read as a number although YAML 1.1 requires a dot, because every tool means a number. `1_000` is a number by the grammar.
-An unquoted `no` is false; converters that expect a word turn it back into the word.
+`2e-4` is read as a number although YAML 1.1 requires a dot, because every tool means a number. `1_000` is a number in YAML 1.1.
+An unquoted `no` is read as false. Converters that expect a word turn false back into `no`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from finetune_cli.redaction import SECRET_NAME
 
 MAX_NODES = 20_000
-"""More values than any configuration holds. The limit stops aliases of aliases, with which a few lines expand to billions of values."""
+"""Maximum number of values, more than any configuration has. With nested aliases, a few lines could expand to billions of values."""
 MAX_QUOTED = 80
 SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
 
@@ -80,7 +80,7 @@ def read_trees(text: str) -> list[Tree]:
 
 
 def _quoted_line(text: str, mark: Any) -> str:
-    """Return the invalid line as the end of a message; an empty string if the line is unknown, empty, or may hold a secret."""
+    """Return the invalid line as the end of a message, or an empty string if the line is unknown, empty, or may hold a secret."""
     lines = text.splitlines()
     line = lines[mark.line].strip() if mark and mark.line < len(lines) else ""
     if SECRET_NAME.search(line):
@@ -192,7 +192,7 @@ def scalar(node: Any) -> Any:
 
 
 def _plain_number(raw: str) -> Any:
-    """Read a number of YAML 1.1: underscores, 0x, 0b and a leading 0 for octal are read; base 60 stays text."""
+    """Read a number by YAML 1.1: with underscores, 0x, 0b, or a leading 0 for octal. Numbers in base 60 stay text."""
     digits = raw.replace("_", "")
     sign = -1 if digits.startswith("-") else 1
     plain = digits.lstrip("+-")

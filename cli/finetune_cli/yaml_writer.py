@@ -33,7 +33,7 @@ def writer() -> Any:
     from ruamel.yaml.representer import RoundTripRepresenter
 
     class Representer(RoundTripRepresenter):
-        """A subclass, because the representers below must not affect other users of the library."""
+        """A subclass, so that the representers below do not change the library's own class."""
 
     def represent_text(representer: Any, value: str) -> Any:
         style = '"' if needs_quotes(value) else "|" if "\n" in value.strip("\n") else '"' if "\n" in value else None

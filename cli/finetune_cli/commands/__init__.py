@@ -1,1 +1,1 @@
-"""One module per command: a function with the options. It imports other modules when it is called, so that `--help` stays fast."""
+"""One module per command. The command's function imports other modules when it is called, so that `--help` stays fast."""

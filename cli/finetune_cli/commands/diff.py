@@ -18,7 +18,7 @@ def diff(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Compare two jobs with all defaults filled in. The exit code is 0 also if they differ.
+    """Compare two jobs with all defaults filled in. The exit code is 0 even if the jobs differ.
 
     Example: finetune diff job.yaml other.yaml
 

@@ -26,7 +26,7 @@ def events(
     if not event_objects:
         output.notes(
             [
-                f"{name} has no events; the cluster deletes events after some time, and `finetune status {name}` shows what remains"
+                f"{name} has no events: the cluster deletes events after some time; `finetune status {name}` still shows the status"
             ]
         )
         return

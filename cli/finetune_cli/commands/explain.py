@@ -1,4 +1,4 @@
-"""`finetune explain`: the reference of every field."""
+"""`finetune explain`: prints the reference of a field."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def explain(
         suggestion = suggest_field(f"spec.{field_path.removeprefix('spec.')}", [field.path for field in all_fields])
         mentions = [] if suggestion else _containing(field_path, all_fields)
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
-        hint = f"these fields mention it: {', '.join(field.path for field in mentions)}" if mentions else hint
+        hint = f"these fields mention the word: {', '.join(field.path for field in mentions)}" if mentions else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
     output.write("\n\n".join(_format_entry(field, all_fields) for field in matches))
 

@@ -71,7 +71,7 @@ def _write_objects(items: list[dict[str, Any]], output_format: str, *, single: b
 
 
 def _grid(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, wide: bool, namespaces: bool) -> str:
-    """Format the server's table. Columns with a priority above 0 are shown only with `-o wide`."""
+    """Format the API server's table of jobs. Columns with a priority above 0 are shown only with `-o wide`."""
     shown_columns = [i for i, column in enumerate(columns) if wide or not column.get("priority")]
     head = (["NAMESPACE"] if namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_columns]
     lines = [head]

@@ -29,7 +29,7 @@ def import_(
         typer.Option(
             "--from",
             metavar="env|toml|yaml|hydra|guide|openai",
-            help="The tool that the files belong to. Default: recognised by content.",
+            help="The tool that the files belong to. Default: the tool is recognised by the content.",
             autocompletion=complete_words("env", "toml", "yaml", "hydra", "guide", "openai"),
         ),
     ] = None,

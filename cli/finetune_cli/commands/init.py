@@ -46,7 +46,7 @@ def init(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a new file instead of stdout.")
     ] = None,
 ) -> None:
-    """Write a manifest with comments. On a terminal, missing values are asked for.
+    """Write a manifest with comments. On a terminal, the command asks for missing values.
 
     Example: finetune init support-bot --model org/name --data s3://data/train.jsonl -o job.yaml
     """

@@ -52,7 +52,7 @@ def cancel(
     if not yes:
         if not sys.stdin.isatty():
             raise output.fail("a cancelled job cannot be resumed: confirm with --yes")
-        typer.confirm(f"Cancel {name}? It cannot be resumed.", abort=True, err=True)
+        typer.confirm(f"Cancel {name}? A cancelled job cannot be resumed.", abort=True, err=True)
     _patch(name, {"cancel": True}, "saving a checkpoint, then the job ends", namespace, context, kubeconfig)
 
 

@@ -48,7 +48,7 @@ def logs(
 def select_pods(
     cluster: Cluster, job: dict[str, Any], rank: int | None, attempt: int | None, all_attempts: bool
 ) -> list[dict[str, Any]]:
-    """Return the pods that the options select. If there are none, raise a ClusterError that lists the existing pods."""
+    """Return the pods that the options select. Raises a ClusterError with the existing pods if no pod matches."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     name = job["metadata"]["name"]
@@ -68,7 +68,7 @@ def select_pods(
         matching_pods = [pod for pod in pods if index_of(pod) == index]
         if not matching_pods:
             raise ClusterError(
-                f"{name} has no pod with rank {rank}: it has {len(pods)} pods with {ranks_per_pod(job)} ranks each"
+                f"{name} has no pod with rank {rank}: the job has {len(pods)} pods with {ranks_per_pod(job)} ranks each"
             )
         pods = matching_pods
     return pods

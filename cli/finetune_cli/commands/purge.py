@@ -21,11 +21,13 @@ HTTP_NOT_FOUND = 404
 def purge(
     name: NameArgument,
     uid: Annotated[
-        str | None, typer.Option(metavar="UID", help="Uid of a job that is already deleted; needs --storage.")
+        str | None, typer.Option(metavar="UID", help="Uid of a job that is already deleted. Requires --storage.")
     ] = None,
     yes: Annotated[
         str | None,
-        typer.Option("--yes-purge", metavar="NAME", help="Do not ask for confirmation; repeat the job's name."),
+        typer.Option(
+            "--yes-purge", metavar="NAME", help="Do not ask for confirmation. The value must be the job's name."
+        ),
     ] = None,
     use_secret: SecretOption = False,
     endpoint: EndpointOption = None,
@@ -60,7 +62,7 @@ def purge(
 
 
 def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
-    """Return the job whose storage is purged. A deleted job is represented by its name and uid.
+    """Return the job whose storage is purged. For a deleted job, return only name, namespace and uid.
 
     Raises ClusterError if the job exists and has not finished.
     """
@@ -75,14 +77,14 @@ def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any
         job = {"spec": {}}
     else:
         if uid in (None, job["metadata"]["uid"]) and not has_finished(status_of(job)):
-            raise ClusterError(f"{name} has not finished: cancel it first")
+            raise ClusterError(f"{name} has not finished: cancel the job first")
     if uid is not None:
         job = {**job, "metadata": {"name": name, "namespace": cluster.namespace, "uid": uid}}
     return job
 
 
 def _markers_first(objects: list[StoredObject]) -> list[StoredObject]:
-    """Sort the commit markers first, so that an interrupted purge leaves no marker without its files."""
+    """Sort the commit markers first, so that an interrupted purge leaves no marker of deleted files."""
     from finetune_api.names import Storage
 
     return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
@@ -94,7 +96,7 @@ def _confirm(name: str, objects: str, yes: str | None) -> None:
 
     if yes is not None:
         if yes != name:
-            raise StorageError(f"--yes-purge {yes}: this is not the name of the job, {name}")
+            raise StorageError(f"--yes-purge {yes}: this is not the name of the job; the name is {name}")
         return
     if not sys.stdin.isatty():
         raise StorageError(f"{objects} would be deleted permanently: confirm with --yes-purge {name}")

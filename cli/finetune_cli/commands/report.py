@@ -56,7 +56,7 @@ def report(
         _pack(path, name, parts)
     except OSError as error:
         raise unwritable(path, error) from None
-    output.write(f"{path}: {len(parts)} files; read them before you send the archive to anyone")
+    output.write(f"{path}: {len(parts)} files; look for remaining secrets before you send the archive to others")
 
 
 def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
@@ -69,7 +69,7 @@ def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
 
 
 def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the files of the archive by name, redacted. If an object cannot be read, its file holds the error."""
+    """Return the redacted files of the archive by name. The file of an unreadable object contains the error."""
     from finetune_api.names import CONTAINER
 
     from finetune_cli.cluster import ClusterError
@@ -108,7 +108,7 @@ def redact_for_report(text: str) -> str:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """Return a copy in which variables and fields with the name of a secret (`MY_TOKEN`, `password`) have redacted values."""
+    """Return a copy with redacted values of the variables and fields whose name suggests a secret (`MY_TOKEN`, `password`)."""
     if isinstance(value, dict):
         if "name" in value and "value" in value and len(value) == 2:
             return {
@@ -126,7 +126,7 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def _redact_json(text: str) -> str:
-    """Redact JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec, with its variables, as JSON."""
+    """Redact JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec as JSON, including environment variables."""
     try:
         return json.dumps(redact(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):

@@ -92,7 +92,7 @@ def free_name(name: str, taken: set[str]) -> str:
 
 
 def build_rerun(old: dict[str, Any], name: str, changes: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """Return the new FineTuneJob: the old spec with the changes, without `suspend` and `cancel`. Annotations name the old job."""
+    """Return the new FineTuneJob: the old spec with the changes, without `suspend` and `cancel`. Its annotations contain the name of the old job."""
     from finetune_api.names import API_VERSION, KIND, Annotation
 
     from finetune_cli.fields import with_values

@@ -29,7 +29,8 @@ def run_command(
     python: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="Python interpreter with the trainer installed. Default: the one that runs finetune."
+            metavar="PATH",
+            help="Python interpreter with the trainer installed. Default: the interpreter that runs finetune.",
         ),
     ] = None,
 ) -> None:

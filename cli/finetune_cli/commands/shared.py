@@ -13,7 +13,7 @@ from finetune_cli import output
 
 
 def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete the name of a FineTuneJob; no candidates if the cluster cannot be reached."""
+    """Complete the name of a FineTuneJob. Without a connection to the cluster there are no candidates."""
     from finetune_cli.cluster import connect
 
     given = ctx.params

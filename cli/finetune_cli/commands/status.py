@@ -56,7 +56,7 @@ def status(
 
 
 def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
-    """Show the status of a job until the job ends, then return the job. On a terminal the text is updated in place; elsewhere every change is printed."""
+    """Show the status of a job until the job ends, then return the job. On a terminal the text is updated in place. Otherwise every change is printed."""
     from rich.live import Live
     from rich.text import Text
 

@@ -16,11 +16,15 @@ SecretOption = Annotated[
 ]
 EndpointOption = Annotated[
     str | None,
-    typer.Option("--endpoint", metavar="URL", help="Address of the storage from this machine, if it differs."),
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Address of the S3 server as seen from this machine. Default: the job's endpoint.",
+    ),
 ]
 StorageOption = Annotated[
     str | None,
-    typer.Option("--storage", metavar="URI", help="Storage root, for a job that uses the operator's default storage."),
+    typer.Option("--storage", metavar="URI", help="Storage root of a job that uses the operator's default storage."),
 ]
 
 

@@ -26,7 +26,7 @@ def submit(
         ),
     ],
     wait: Annotated[
-        bool, typer.Option("--wait", help="Show the jobs until all have ended. Exit code 2 if one failed.")
+        bool, typer.Option("--wait", help="Show the jobs until all have ended. Exit code 2 if a job failed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Let the API server check the objects without storing them.")
@@ -80,7 +80,7 @@ def _checked_manifests(files: list[Path]) -> list[Manifest]:
 
 
 def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
-    """Return the cluster with the namespace of the manifest, if the manifest names one."""
+    """Return the cluster with the namespace of the manifest. Without this namespace, return the cluster unchanged."""
     namespace = (manifest.value.get("metadata") or {}).get("namespace")
     return dataclasses.replace(cluster, namespace=str(namespace)) if namespace else cluster
 

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Manifests. A file may hold several.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Manifests. A file may contain several manifests.")
+    ],
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse manifests with warnings, and objects of other kinds.")
     ] = False,
     local: Annotated[
-        bool, typer.Option("--local", help="Check for `finetune run --local` instead of a cluster.")
+        bool, typer.Option("--local", help="Apply the rules of `finetune run --local` instead of those of a cluster.")
     ] = False,
 ) -> None:
     """Check manifests without a cluster, against the schema and every rule of the operator. Reports all errors at once.

@@ -29,7 +29,7 @@ def wait(
 ) -> None:
     """Wait until a job has ended, or until a condition is true.
 
-    Exit code 0: the condition is true, and a finished job succeeded; 1: the time is up; 2: the job failed.
+    Exit code 0: the condition is true, or the job succeeded; 1: the time is up, or the condition cannot become true; 2: the job failed.
 
     Example: finetune wait support-bot
 
@@ -58,9 +58,9 @@ def wait(
 
 
 def _fail_if_unreachable(name: str, condition_type: str | None, status: FineTuneJobStatus) -> None:
-    """Raise Exit if the finished job can no longer reach the condition.
+    """Raise Exit if the job has finished without reaching an optional condition such as Suspended.
 
-    Every successful job passes through the other conditions, so these count as reached.
+    Every successful job reaches all other conditions.
     """
     from finetune_api.names import Condition
 

@@ -1,4 +1,4 @@
-"""Reads an accelerate YAML next to another tool's configuration."""
+"""Reads an accelerate YAML that is given together with another tool's configuration."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DEEPSPEED_KEYS = (
 )  # fmt: skip
 OFFLOAD_KEY = "fsdp_offload_params"
 RESHARD_KEY = "fsdp_reshard_after_forward"
-"""Boolean of FSDP 2 that replaces the sharding strategies of FSDP 1."""
+"""Boolean key in FSDP 2; replaces the key `fsdp_sharding_strategy` of FSDP 1."""
 
 
 def is_accelerate(document: Document) -> bool:
@@ -180,7 +180,7 @@ def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
         )
     if options.get(OFFLOAD_KEY) is True:
         location = _location(document, tree, f"fsdp_config.{OFFLOAD_KEY}")
-        draft.add_warning(f"{location}: {OFFLOAD_KEY} has no effect: the weights stay in GPU memory and must fit there")
+        draft.add_warning(f"{location}: {OFFLOAD_KEY} has no effect: the weights stay in GPU memory")
     others = [key for key in options if key not in FSDP_KEYS]
     if others:
         draft.add_warning(
@@ -209,7 +209,7 @@ def _set_deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
         draft.mistakes.append(
             Mistake(
                 origin.location, "deepspeed_config_file", f"the file {config_file} is not read",
-                "store it in a ConfigMap and refer to that with --deepspeed NAME/KEY",
+                "store the file in a ConfigMap and refer to the ConfigMap with --deepspeed NAME/KEY",
             )
         )  # fmt: skip
     others = [key for key in options if key not in DEEPSPEED_KEYS and options[key] not in (None, "none", "auto", False)]

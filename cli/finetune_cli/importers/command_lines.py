@@ -35,7 +35,7 @@ class Flags:
 
 
 def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> Flags:
-    """Split a command line into flags and values: `--a v` or `--a=v`. Flags without a value are those for which `takes_value` is false."""
+    """Split a command line into flags and values: `--a v` or `--a=v`. A flag has no value if `takes_value` returns false for its name."""
     flags = Flags()
     remaining = list(words)
     while remaining:
@@ -65,7 +65,7 @@ def add_stray_mistakes(draft: Draft, flags: Flags) -> None:
 
 
 def add_config_file(draft: Draft, path: str) -> Document | None:
-    """Add the file of the tool's `--config` flag to the documents. Returns None if it was given before or cannot be read."""
+    """Add the file of the tool's `--config` flag to the documents. Returns None if the file was already given or cannot be read."""
     try:
         document = Document(Path(path), read_text(Path(path)))
     except UnreadableFile as error:

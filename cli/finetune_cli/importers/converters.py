@@ -1,7 +1,7 @@
 """Converters from values in files of other tools to values of the spec.
 
-A converter takes the value parsed from the file. For an invalid value it raises `ConversionError` with the allowed values and, for words,
-the most similar word. Converters are strict: a boolean is never a number, and only the strings `true` and `false` are booleans.
+A converter takes the value parsed from the file. It raises `ConversionError` for an invalid value. The error contains the allowed values
+and, for words, the most similar word. Converters are strict: a boolean is never a number, and only the strings `true` and `false` are booleans.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUN_NAME = re.compile(r"^[^$#@&*!]*$")
 
 
 class ConversionError(Exception):
-    """A value is not allowed. `problem`: the reason. `allowed`: the valid values. `closest`: the most similar valid word."""
+    """The value of an option is not allowed. `problem`: the reason. `allowed`: the valid values. `closest`: the most similar valid word."""
 
     def __init__(self, problem: str, allowed: str, closest: str = ""):
         super().__init__(problem)
@@ -120,7 +120,7 @@ def any_text(value: Any) -> str:
 
 
 def text_or_none(value: Any) -> str | None:
-    """Convert to a string; an empty or null value becomes None."""
+    """Convert to a string. An empty or null value becomes None."""
     return None if value is None or value == "" else text(value)
 
 
@@ -133,7 +133,7 @@ def run_name(value: Any) -> str:
 
 
 def text_matching(check: Callable[[str], bool], problem: str, allowed: str) -> Convert:
-    """Return a converter for a string for which `check` returns true."""
+    """Return a converter that accepts only strings for which `check` returns true."""
 
     def convert(value: Any) -> str:
         string = text(value)
@@ -154,7 +154,7 @@ def name_list(value: Any) -> list[str]:
 
 
 def module_names(value: Any) -> list[str] | None:
-    """Convert a list of module names; `auto` becomes None, so that the trainer chooses."""
+    """Convert a list of module names. `auto` becomes None, so that the trainer chooses the modules."""
     if isinstance(value, str) and value.strip().lower() == "auto":
         return None
     return name_list(value)
@@ -177,14 +177,14 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def any_value(value: Any) -> Any:
-    """Accept any value. For options without effect and options with a structured value."""
+    """Accept any value, for options without effect and options with a structured value."""
     return value
 
 
 def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> Convert:
     """Return a converter for one of several words. If `allowed` is a mapping, its values replace the words.
 
-    YAML parses an unquoted `no` or `off` as false; where `no` is an allowed word, false is read as `no`.
+    YAML parses an unquoted `no` or `off` as false. If `no` is an allowed word, the converter turns false back into `no`.
     """
     meaning = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
     words = ", ".join(meaning)
@@ -205,7 +205,7 @@ def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> 
 
 
 def list_of(convert_item: Convert) -> Convert:
-    """Return a converter for a list; `convert_item` converts each item. A single string is split at commas."""
+    """Return a converter for a list. `convert_item` converts each item. A single string is split at commas."""
 
     def convert(value: Any) -> list[Any]:
         if isinstance(value, str):

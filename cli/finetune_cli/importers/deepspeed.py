@@ -1,4 +1,4 @@
-"""Reads a DeepSpeed JSON next to another tool's configuration."""
+"""Reads a DeepSpeed JSON that is given together with another tool's configuration."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
 
 
 def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origin) -> dict[str, Any]:
-    """Return a group of options; an empty dict if the group is absent. A value that is not a mapping is a mistake."""
+    """Return a group of options, or an empty dict if the group is absent. A value that is not a mapping is a mistake."""
     group = content.get(key) or {}
     if isinstance(group, dict):
         return group
     draft.mistakes.append(
         Mistake(
-            origin.location, key, f"the value is {group}, and a group of options is needed", "write names and values"
+            origin.location, key, f"the value is {group}, but a group of options is needed", "write names and values"
         )
     )
     return {}

@@ -14,7 +14,7 @@ from finetune_cli.yaml_reader import InvalidYaml, Tree, read_trees
 
 
 def parse(document: Document) -> Tree:
-    """Parse a document of one YAML or JSON mapping. Raises InvalidInput for any other content."""
+    """Parse a document that holds one YAML or JSON mapping. Raises InvalidInput for any other content."""
     try:
         trees = read_trees(document.text)
     except InvalidYaml as error:
@@ -51,7 +51,7 @@ def entries(document: Document, tree: Tree, opaque: frozenset[str] = frozenset()
 
 
 def parse_json(document: Document) -> dict[str, Any]:
-    """Parse a document of one JSON object. Raises InvalidInput for any other content."""
+    """Parse a document that holds one JSON object. Raises InvalidInput for any other content."""
     try:
         value = json.loads(document.text)
     except json.JSONDecodeError as error:
@@ -66,7 +66,7 @@ def parse_json(document: Document) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek_json(document: Document) -> dict[str, Any]:
-    """Return the object of a JSON document; an empty dict for any other document. Used to recognise the tool; reports no errors."""
+    """Return the object of a JSON document, or an empty dict for any other document. For recognising the tool; errors are not reported."""
     if document.is_folder or not document.text.lstrip().startswith("{"):
         return {}
     try:
@@ -77,9 +77,9 @@ def peek_json(document: Document) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek(document: Document) -> dict[str, Any]:
-    """Return the mapping of a YAML or JSON document; for invalid YAML, the keys that can be guessed.
+    """Return the mapping of a YAML or JSON document, or guessed keys if the YAML is invalid.
 
-    Used to recognise the tool; reports no errors.
+    For recognising the tool; errors are not reported.
     """
     if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
         return {}
@@ -90,7 +90,7 @@ def peek(document: Document) -> dict[str, Any]:
 
 
 def _guess_keys(text: str) -> dict[str, Any]:
-    """Guess the keys of invalid YAML. They select the importer, and that importer reports the syntax error."""
+    """Guess the keys of invalid YAML. The keys select an importer, which then reports the syntax error."""
     result: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():

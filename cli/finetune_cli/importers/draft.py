@@ -28,7 +28,7 @@ class Row:
     """One option of a tool: `key` in the file, `path` of the field in the spec, and `convert` for the value.
 
     `manual`: the tool's `combine` function sets the field; `path` is only documentation.
-    `no_effect`: why the importer ignores the option. Its use gives a warning.
+    `no_effect`: why the importer ignores the option. The warning about the option contains this reason.
     `secret`: the value is never printed and is stored in a Secret.
     """
 
@@ -108,7 +108,7 @@ class Draft:
     given: dict[str, GivenOption] = field(default_factory=dict)
     """Options of the user, by the key in the tool's table."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Keys with an invalid value, and the spec path that each key would have set."""
+    """The spec path of every key that has an invalid value."""
     values: dict[str, AssignedValue] = field(default_factory=dict)
     paths_without_default: set[str] = field(default_factory=set)
     """Spec paths that the tool's defaults must not set."""
@@ -128,7 +128,7 @@ class Draft:
 
     @property
     def location(self) -> str:
-        """Return the names of the input files: the location of a mistake about a missing option."""
+        """Return the names of the input files, as the location of a missing option."""
         return ", ".join(document.name for document in self.documents) or "command line"
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -137,16 +137,16 @@ class Draft:
         return default if option is None else option.value
 
     def has_key(self, key: str) -> bool:
-        """Return whether the user wrote this option, readable or not."""
+        """Return whether the user wrote this option, with a valid or an invalid value."""
         return key in self.given or key in self.unreadable
 
     def has_value(self, path: str) -> bool:
-        """Return whether the spec has a value at this path, overrides included."""
+        """Return whether the field at this path has a value. An override has precedence."""
         override = self.request.overrides.get(path)
         return path in self.values if override is None else override.value is not None
 
     def value(self, path: str, default: Any = None) -> Any:
-        """Return the value at a path of the spec, overrides included."""
+        """Return the value of the field at this path. An override has precedence."""
         assigned = self.request.overrides.get(path) or self.values.get(path)
         return default if assigned is None else assigned.value
 
@@ -164,7 +164,7 @@ class Draft:
             self.values[path] = AssignedValue(value, Origin(reason, written_by_user=False))
 
     def remove(self, prefix: str, reason: str) -> None:
-        """Remove a field or group that would have no effect, and block its defaults. Warns if the user set the field."""
+        """Remove a field or group that would have no effect, and ignore the tool's defaults for it. Warns if the user set the field."""
         self.paths_without_default.add(prefix)
         for path in [path for path in self.values if path == prefix or path.startswith(prefix + ".")]:
             assigned = self.values.pop(path)
@@ -228,7 +228,7 @@ class Importer:
     rows: tuple[Row, ...]
     defaults: tuple[ToolDefault, ...]
     recognises: Callable[[tuple[Document, ...], tuple[str, ...]], bool]
-    """Takes the documents and the tool's own command line."""
+    """Returns whether the documents or the command line belong to this tool."""
     read: Callable[[Draft], Iterator[Entry]]
     combine: Callable[[Draft], None]
     """Sets the fields whose value depends on several options."""

@@ -1,6 +1,6 @@
 """`env`: the importer for a trainer that is configured with a `.env` file and command line flags.
 
-Keys of the file and flags of the command line are two spellings of the same options; flags override the file. The tool ignores some
+Keys of the file and flags of the command line are two spellings of the same options. Flags override the file. The tool ignores some
 of its documented options (ratios, accumulation, result folder); the importer applies them as documented.
 """
 
@@ -109,7 +109,7 @@ def _is_4bit(draft: Draft) -> bool:
 
 
 def _compares_models(draft: Draft) -> bool:
-    """Return whether base and tuned model are compared on prompts. The comparison has other defaults in the tool than in FineTuneJob."""
+    """Return whether base and tuned model are compared on prompts. The tool's defaults for this comparison differ from those of FineTuneJob."""
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 
@@ -130,13 +130,15 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("dataset.maxSequenceLength", 512),
     ToolDefault("dataset.useChatTemplate", False, "hard-coded in the tool"),
     ToolDefault("dataset.responseOnly.enabled", False, "hard-coded in the tool"),
-    ToolDefault("model.quantization.doubleQuant", False, "default of its code", _is_4bit),
-    ToolDefault("model.quantization.computeDtype", "float16", "default of its code", lambda d: _is_4bit(d) and d.value("training.mixedPrecision") == "fp16"),
-    ToolDefault("evaluation.comparison.generation.maxNewTokens", 150, "default of its code", _compares_models),
-    ToolDefault("evaluation.comparison.generation.temperature", 0.7, "default of its code", _compares_models),
-    ToolDefault("evaluation.comparison.generation.topP", 0.9, "default of its code", _compares_models),
-    ToolDefault("evaluation.comparison.generation.doSample", True, "default of its code", _compares_models),
-    ToolDefault("dataset.mcq.includeOptions", True, "chosen here: the tool leaves the options out of the prompt", lambda d: d.value("dataset.format") == "mcq"),
+    ToolDefault("model.quantization.doubleQuant", False, "default in the tool's code", _is_4bit),
+    ToolDefault("model.quantization.computeDtype", "float16", "default in the tool's code",
+                lambda d: _is_4bit(d) and d.value("training.mixedPrecision") == "fp16"),
+    ToolDefault("evaluation.comparison.generation.maxNewTokens", 150, "default in the tool's code", _compares_models),
+    ToolDefault("evaluation.comparison.generation.temperature", 0.7, "default in the tool's code", _compares_models),
+    ToolDefault("evaluation.comparison.generation.topP", 0.9, "default in the tool's code", _compares_models),
+    ToolDefault("evaluation.comparison.generation.doSample", True, "default in the tool's code", _compares_models),
+    ToolDefault("dataset.mcq.includeOptions", True, "chosen by the importer: the prompt of the tool does not list the options",
+                lambda d: d.value("dataset.format") == "mcq"),
     ToolDefault("checkpoint.keep", 0, "hard-coded in the tool"),
     ToolDefault("checkpoint.loadBestAtEnd", True, "hard-coded in the tool", _has_validation_data),
     ToolDefault("output.dir", "results", "hard-coded in the tool"),
@@ -153,14 +155,14 @@ FLAG_MARKS = ("--data_path", "--dataset_type", "--technique", "--model_name", "-
 
 
 def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """Return whether a file is a `.env` file or has keys of the tool; without files, whether a flag is one of the tool's."""
+    """Return whether a file is a `.env` file or has keys of the tool; without files, whether the command line has a flag of the tool."""
     if documents:
         return any(d.path.suffix == ".env" or d.path.name == ".env" or KEY_MARKS.search(d.text) for d in documents)
     return any(word.partition("=")[0] in FLAG_MARKS for word in words)
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the options of the files in order, then of the file given with the tool's `--config`, then of the tool's flags."""
+    """Yield the options of the files in order, then those of the tool's `--config` file, then the tool's flags."""
     for document in draft.documents:
         yield from _read_file(document, draft)
     yield from _read_flags(draft)
@@ -179,7 +181,7 @@ def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
                 Mistake(
                     location,
                     "",
-                    f"{_shorten(line_text)!r} has not the form KEY=value",
+                    f"{_shorten(line_text)!r} does not have the form KEY=value",
                     "remove the line, or write KEY=value",
                 )
             )
@@ -194,7 +196,7 @@ def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
 
 
 def _count_leading_lines(original: str) -> int:
-    """Count the blank lines at the start of a binding: the parser counts them as part of the binding."""
+    """Count the blank lines before a key. The parser counts them as part of the key's binding."""
     return len(original) - len(original.lstrip("\r\n")) if original.strip() else 0
 
 
@@ -214,7 +216,12 @@ def _interpolate(value: str, values: dict[str, str], draft: Draft, location: str
         name = getattr(part, "name", None)
         if name is not None and name not in known and getattr(part, "default", None) is None:
             draft.mistakes.append(
-                Mistake(location, key, f"variable {name} is not set", "set it above this line, or write its value here")
+                Mistake(
+                    location,
+                    key,
+                    f"variable {name} is not set",
+                    "set the variable above this line, or write its value here",
+                )
             )
     return "".join(part.resolve(known) for part in parts)
 
@@ -245,7 +252,7 @@ def _expand_abbreviation(name: str, known: list[str]) -> str:
     return matches[0] if len(matches) == 1 else name
 
 
-# --- options that belong together -----------------------------------------------------------------------------------
+# --- fields that depend on several options --------------------------------------------------------------------------
 
 
 def combine(draft: Draft) -> None:
@@ -288,7 +295,7 @@ def _set_dataset_format(draft: Draft) -> None:
         draft.assign("dataset.format", dataset_format, "DATASET_TYPE")
     if dataset_format == "mcq":
         draft.add_note(
-            "multiple choice: the prompt lists the options; to leave them out as the tool does, set `dataset.mcq.includeOptions: false`"
+            "multiple choice: the prompt lists the options, unlike in the tool; to remove them, set `dataset.mcq.includeOptions: false`"
         )
 
 
@@ -310,11 +317,11 @@ def _set_split(draft: Draft) -> None:
         draft.add_mistake(
             tuple(given),
             f"{names} = {total:g}, but must be 1",
-            "change one of them, or remove one, which then gets the remaining share",
+            "change a ratio, or remove a ratio (it becomes the remaining share)",
         )
         return
     if total > 1 + 1e-6:
-        draft.add_mistake(tuple(given), f"{names} = {total:g}, but must be at most 1", "reduce them")
+        draft.add_mistake(tuple(given), f"{names} = {total:g}, but must be at most 1", "reduce the ratios")
         return
     parts = _complete_ratios(given)
     if parts["TRAIN_RATIO"] <= 0:
@@ -335,7 +342,11 @@ def _set_split(draft: Draft) -> None:
 
 
 def _complete_ratios(given: dict[str, float]) -> dict[str, float]:
-    """Return all three ratios. A missing ratio is the remainder; if only the training ratio is given, each of the other two gets half of the remainder."""
+    """Return all three ratios.
+
+    Two given ratios leave the remainder to the third. A given training ratio leaves half of the remainder to each of the other two.
+    If only the validation or test ratio is given, the other one gets at most 0.1, and training gets the remainder.
+    """
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given:
         return ratios
@@ -368,7 +379,7 @@ def _set_method(draft: Draft) -> None:
         if not draft.has_value("method.adapter.source") and "ADAPTER_PATH" not in draft.unreadable:
             draft.add_mistake(
                 "TECHNIQUE",
-                "the technique adapter continues an adapter, but none is given",
+                "TECHNIQUE adapter continues training an adapter, but no adapter is given",
                 "give --adapter URI",
                 explains="method.adapter.source",
             )
@@ -401,7 +412,7 @@ def _set_device(draft: Draft) -> None:
 def _set_intervals(draft: Draft) -> None:
     """Set the intervals of evaluation and checkpoints.
 
-    With validation data, the tool does both every EVAL_STEPS steps. Without, SAVE_STRATEGY sets the checkpoints.
+    With validation data, the tool evaluates and saves a checkpoint every EVAL_STEPS steps. Otherwise SAVE_STRATEGY applies.
     """
     steps, saves = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
     origin = draft.given["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given else None
@@ -454,7 +465,7 @@ def _set_cache(draft: Draft) -> None:
         draft.assign("model.cache", given.value, "CACHE_DIR")
     else:
         draft.warn_no_effect(
-            "CACHE_DIR", "pods cannot use a local folder; name a volume with --set model.cache=pvc://claim/path"
+            "CACHE_DIR", "pods cannot use a local folder; give a volume with --set model.cache=pvc://claim/path"
         )
 
 

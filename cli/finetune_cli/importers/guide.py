@@ -1,4 +1,4 @@
-"""`guide`: the importer for a guide's configuration: the flat or the nested YAML form, and the flags of the guide's script."""
+"""`guide`: the importer for the configuration of a fine-tuning guide: a flat or nested YAML file, and the flags of the guide's script."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ DEVICE_MAP = "the trainer assigns the model to devices"
 
 TRAIN_SPLIT = text_matching(
     lambda t: t == "train",
-    "is not the training split, which a source always uses",
+    "is not supported, because a source always uses the split train",
     "train; for another split give --data URI",
 )
 
 
 def steps_or_none(value: Any) -> int | None:
-    """Convert a number of steps; -1 and 0 become None."""
+    """Convert a number of steps. -1 and 0 become None."""
     steps = integer(-1)(value)
     return steps if steps > 0 else None
 
@@ -134,7 +134,7 @@ ROWS: tuple[Row, ...] = (
     Row("post_training.push_to_hub", "output.hub.push", boolean),
     Row("post_training.hub_model_id", "output.hub.repository"),
     Row("templates", "dataset.template", mapping, manual=True),
-    Row("requirements", convert=any_value, no_effect="it only documents memory requirements"),
+    Row("requirements", convert=any_value, no_effect="the section only documents memory requirements"),
 )  # fmt: skip
 HARD_CODED = "hard-coded in the tool"
 
@@ -210,7 +210,7 @@ def read(draft: Draft) -> Iterator[Entry]:
             yield flag_entry(name, value)
 
 
-# --- options that belong together -----------------------------------------------------------------------------------
+# --- fields that depend on several options --------------------------------------------------------------------------
 
 
 def combine(draft: Draft) -> None:
@@ -237,7 +237,7 @@ def _set_method(draft: Draft) -> None:
         keys = ("quantization.load_in_4bit", "quantization.load_in_8bit")
         draft.add_mistake(
             keys,
-            "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
+            "4-bit and 8-bit loading exclude each other, but both are true",
             "set one of them to false",
             explains="model.quantization",
         )
@@ -267,7 +267,7 @@ def _set_method(draft: Draft) -> None:
 
 
 def _loading_key(draft: Draft, name: str) -> str | None:
-    """Return the key that enables quantized loading; None without such a key, or with `quantization.enabled: false`."""
+    """Return the key that enables quantized loading, or None if quantized loading is not enabled."""
     key, enabled = f"quantization.{name}", draft.get("quantization.enabled")
     if name == "load_in_4bit" and draft.get("use_4bit"):
         return "use_4bit"
@@ -283,7 +283,7 @@ def _loading_key(draft: Draft, name: str) -> str | None:
 
 
 def _set_target_modules(draft: Draft) -> None:
-    """Set the target modules from a list, or from a map of model families: the entry whose key occurs in the model's name."""
+    """Set the target modules from a list, or from a map of model families. A map's entry applies if its key occurs in the model's name."""
     given = draft.given.get("target_modules")
     if given is None:
         return
@@ -320,7 +320,7 @@ def _set_precision(draft: Draft) -> None:
         if draft.get("base_model.dtype") == "float16":
             given = draft.given["base_model.dtype"]
             draft.add_warning(
-                f"{given.origin.location}: {given.key}: weights in float16 do not fit bf16 training: bfloat16 is used"
+                f"{given.origin.location}: {given.key}: float16 weights do not fit bf16 training, so the job uses bfloat16"
             )
             draft.assign("model.dtype", "bfloat16", bf16)
     elif draft.get(fp16):
@@ -336,7 +336,7 @@ def _set_data(draft: Draft) -> None:
             f"{given.origin.location}: {given.key}: splits of hub data sets cannot be selected; give --validation URI or dataset.eval_size"
         )
     if draft.has_value("dataset.split.validation"):
-        draft.assign_default("dataset.split.seed", 42, "chosen here: the tool's split has no seed")
+        draft.assign_default("dataset.split.seed", 42, "chosen by the importer: the tool's split has no seed")
         if draft.get("dataset.eval_size") == 0:
             draft.values.pop("dataset.split.validation")
             draft.values.pop("dataset.split.seed")
@@ -358,7 +358,7 @@ def _set_template(draft: Draft) -> None:
     if chosen is None:
         draft.add_mistake(
             "dataset.format",
-            "the format custom needs a template, but the file has none or several",
+            "the format custom needs exactly one template",
             "write templates.custom",
             explains="dataset.template",
         )

@@ -81,27 +81,27 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.type", "lora", HARD_CODED),
     ToolDefault("method.lora.rank", 128, HARD_CODED),
     ToolDefault("method.lora.alpha", 64, HARD_CODED),
-    ToolDefault("method.lora.dropout", 0, "fixed in its code for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
+    ToolDefault("method.lora.dropout", 0, "hard-coded in the tool for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
     ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
     ToolDefault("method.lora.targetModules", PROJECTIONS, HARD_CODED),
     ToolDefault("method.lora.bias", "none", HARD_CODED),
     ToolDefault("model.dtype", "bfloat16", HARD_CODED, needs_gpu=True),
     ToolDefault("model.attention", "flashAttention2", HARD_CODED, lambda d: d.value("trainer.backend") != "unsloth", needs_gpu=True),
-    ToolDefault("trainer.type", "sft", "default in its code"),
-    ToolDefault("training.batchSizePerDevice", 2, "default in its code"),
-    ToolDefault("training.gradientAccumulationSteps", 4, "default in its code"),
-    ToolDefault("training.optimizer", "adamw_torch_fused", "default in its code"),
-    ToolDefault("training.epochs", 1, "default in its code"),
-    ToolDefault("training.scheduler", "cosine", "default in its code"),
+    ToolDefault("trainer.type", "sft", "default in the tool's code"),
+    ToolDefault("training.batchSizePerDevice", 2, "default in the tool's code"),
+    ToolDefault("training.gradientAccumulationSteps", 4, "default in the tool's code"),
+    ToolDefault("training.optimizer", "adamw_torch_fused", "default in the tool's code"),
+    ToolDefault("training.epochs", 1, "default in the tool's code"),
+    ToolDefault("training.scheduler", "cosine", "default in the tool's code"),
     ToolDefault("training.warmupRatio", 0.1, HARD_CODED, lambda d: not d.has_value("training.warmupSteps")),
     ToolDefault("training.weightDecay", 0, HARD_CODED),
     ToolDefault("training.maxGradNorm", 1, HARD_CODED),
     ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
-    ToolDefault("dataset.maxSequenceLength", 2048, "default in its code"),
+    ToolDefault("dataset.maxSequenceLength", 2048, "default in the tool's code"),
     ToolDefault("dataset.responseOnly.enabled", False, HARD_CODED, lambda d: d.value("trainer.type", "sft") == "sft"),
     ToolDefault("dataset.useChatTemplate", True, HARD_CODED, lambda d: d.value("dataset.format") not in ("plainText", None)),
     ToolDefault("checkpoint.strategy", "steps", HARD_CODED),
-    ToolDefault("checkpoint.steps", 100, "default in its code"),
+    ToolDefault("checkpoint.steps", 100, "default in the tool's code"),
     ToolDefault("checkpoint.keep", 0, HARD_CODED),
     ToolDefault("output.dir", "adapters", HARD_CODED),
     ToolDefault("output.layout", "flat", HARD_CODED),
@@ -114,7 +114,7 @@ SHIPPED_CONFIG: dict[str, Any] = {
     "training_config.save_steps": 100, "training_config.max_completion_length": 2048, "training_config.max_seq_length": 4096,
     "training_config.gradient_checkpointing": True, "training_config.report_to": "tensorboard", "dataset.path": None, "dataset.format": "standard",
 }  # fmt: skip
-"""Content of the tool's own configuration files: the base of overrides if no file is given."""
+"""Content of the tool's own configuration files. Without an input file, the overrides change this content."""
 
 
 KNOWN = frozenset(normalise_key(row.key) for row in ROWS)
@@ -162,7 +162,7 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Compose files and overrides with Hydra and yield the options; or yield the options of the older dashed flags."""
+    """Yield the options of files and overrides, composed with Hydra, or the options of the older dashed flags."""
     words, config = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
     bases = [document for document in draft.documents if not is_accelerate(document)]
     flagged = has_dashed_flags(words)
@@ -172,7 +172,7 @@ def read(draft: Draft) -> Iterator[Entry]:
                 ", ".join(d.name for d in bases),
                 "",
                 "several base files are given",
-                "give one file or folder, and an accelerate file if there is one",
+                "give one file or folder, and at most one accelerate file",
             )
         )
         return
@@ -205,7 +205,7 @@ def _read_flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
             )
 
 
-# --- options that belong together -----------------------------------------------------------------------------------
+# --- fields that depend on several options --------------------------------------------------------------------------
 
 
 def combine(draft: Draft) -> None:
@@ -238,13 +238,15 @@ def _set_learning_rate(draft: Draft) -> None:
         return
     if has_dashed_flags(draft.request.tool_arguments) and not [d for d in draft.documents if not is_accelerate(d)]:
         draft.assign_default("training.learningRate", 2e-4, "documented advice")
-        draft.add_note("no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags")
+        draft.add_note(
+            "no learning rate is given; the job uses 2e-4, as the tool's documentation advises for the tool's flags"
+        )
     else:
-        draft.assign_default("training.learningRate", 5e-5, "default in its code")
+        draft.assign_default("training.learningRate", 5e-5, "default in the tool's code")
 
 
 def _read_accelerate_file(draft: Draft, document: Document) -> None:
-    """Read an accelerate file. The main file's strategy is set first, so that a different strategy there is a mistake."""
+    """Read an accelerate file. A strategy that differs from the main file's strategy is a mistake, so set the main file's strategy first."""
     given = draft.given.get("training_config.distributed_training")
     if given is not None:
         draft.assign(
@@ -310,16 +312,19 @@ def _set_completion_length(draft: Draft) -> None:
     completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
     half_length = max(1, sequence_length // 2)
     if completion_length < sequence_length and key not in draft.given:
-        draft.assign_default(path, completion_length, "default in its code")
+        draft.assign_default(path, completion_length, "default in the tool's code")
     elif completion_length >= sequence_length and key in draft.given:
         given = draft.given[key]
         draft.assign(path, half_length, key)
         draft.add_warning(
-            f"{given.origin.location}: {given.key}: {completion_length} leaves no room for the prompt in {sequence_length} tokens: {half_length} is used"
+            f"{given.origin.location}: {given.key}: {completion_length} leaves no room for the prompt in {sequence_length} tokens, "
+            f"so the job uses {half_length}"
         )
     elif key not in draft.unreadable:
         draft.assign_default(
-            path, half_length, f"chosen here: the tool's 2048 leaves no room for the prompt in {sequence_length} tokens"
+            path,
+            half_length,
+            f"chosen by the importer: the tool's 2048 leaves no room for the prompt in {sequence_length} tokens",
         )
 
 
@@ -336,7 +341,7 @@ def _assign_or_warn(draft: Draft, key: str, path: str | None) -> None:
 def _set_grpo(draft: Draft) -> None:
     draft.assign_default("trainer.rewards", [{"builtin": "citationFormat"}], "hard-coded in the tool")
     draft.add_note(
-        "trainer GRPO uses the reward that is hard-coded in the tool, citationFormat; set others in trainer.rewards"
+        "GRPO uses the reward citationFormat, which is hard-coded in the tool; set other rewards in trainer.rewards"
     )
     rows = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
         draft.get("training_config.gradient_acc_steps", 4)
@@ -348,11 +353,13 @@ def _set_grpo(draft: Draft) -> None:
             draft.assign_default(
                 "training.gradientAccumulationSteps",
                 8,
-                "chosen here: a step must contain several completions of a prompt",
+                "chosen by the importer: a step must contain several completions of a prompt",
             )
         else:
             draft.assign_default(
-                "trainer.grpo.numGenerations", divisor, "chosen here: it divides the completions of a step"
+                "trainer.grpo.numGenerations",
+                divisor,
+                "chosen by the importer: the number must divide the completions of a step",
             )
             draft.add_note(
                 f"GRPO samples {divisor} completions per prompt, because 8 does not divide the {rows} completions of a step"
@@ -366,7 +373,7 @@ def _set_gradient_checkpointing(draft: Draft) -> None:
     if key in draft.given:
         draft.assign(path, enabled_value if draft.get(key) else "disabled", key)
     elif key not in draft.unreadable:
-        draft.assign_default(path, enabled_value, "default in its code")
+        draft.assign_default(path, enabled_value, "default in the tool's code")
 
 
 def _set_trackers(draft: Draft) -> None:
@@ -375,7 +382,7 @@ def _set_trackers(draft: Draft) -> None:
         draft.assign("tracking.reportTo", draft.get(key), key)
     elif key not in draft.unreadable:
         flags = has_dashed_flags(draft.request.tool_arguments)
-        draft.assign_default("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "default in its code")
+        draft.assign_default("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "default in the tool's code")
 
 
 IMPORTER = Importer("hydra", "this Hydra tool", ROWS, DEFAULTS, recognises, read, combine, normalise_key)

@@ -1,7 +1,7 @@
 """Composes Hydra configurations and applies overrides, using the Hydra library.
 
-The library does not support a folder without a primary file, does not give the line of a value, and stops at the first mistake. This
-module adds all three.
+Hydra needs a primary file, does not return the line of a value, and stops at the first mistake. This module also composes folders
+without a primary file, records the line of each value, and reports all mistakes.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def has_dashed_flags(words: Iterable[str]) -> bool:
 
 
 def config_file(folder: Path, name: str = "config") -> Path | None:
-    """Return the primary file of a folder; None if there is none."""
+    """Return the primary file of a folder, or None if the folder has no primary file."""
     folders = (folder, folder / "configs", folder / "conf", folder / ".hydra")
     return next((candidate / f"{name}.yaml" for candidate in folders if (candidate / f"{name}.yaml").is_file()), None)
 
 
 def options_by_group(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (group, names of its options) of a folder."""
+    """Yield each group of a folder with the names of its options."""
     for base in (folder, folder / "configs", folder / "conf"):
         for group in ("dataset", *GROUPS):
             names = sorted(path.stem for path in (base / group).glob("*.yaml"))
@@ -151,7 +151,7 @@ def _from_groups(draft: Draft, document: Document, words: list[str], locations: 
 
 
 def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], locations: dict[str, str]) -> Any:
-    """Load a primary file. If it has a `defaults` list, compose its folder; otherwise the file is the whole configuration."""
+    """Load a primary file. If the file has a `defaults` list, compose its folder. Otherwise the file is the whole configuration."""
     from omegaconf import OmegaConf
 
     defaults = tree.value.get("defaults")
@@ -196,7 +196,7 @@ def _parse_overrides(draft: Draft, words: list[str]) -> list[Any]:
                 Mistake(
                     "command line",
                     word,
-                    "a sweep means several jobs, but an import makes one FineTuneJob",
+                    "a sweep runs several jobs, but an import creates only one FineTuneJob",
                     "import each combination separately",
                 )
             )
@@ -228,7 +228,7 @@ def _parse_overrides(draft: Draft, words: list[str]) -> list[Any]:
 
 
 def _select_applicable(draft: Draft, words: list[str], present: frozenset[str], groups: frozenset[str]) -> list[str]:
-    """Return the overrides of known keys; `+` is only valid for keys that the file lacks. Every other override is a mistake."""
+    """Return the valid overrides. An unknown key is a mistake. A key that the file lacks needs `+`; a key in the file must not have `+`."""
     applicable: list[str] = []
     known = {normalise_key(row.key) for row in draft.rows}
     for override in _parse_overrides(draft, words):
@@ -376,7 +376,9 @@ def _check_resolvers(draft: Draft, path: str, raw: str, origin: Origin) -> bool:
             all_allowed = False
         elif name not in draft.request.environment and "," not in raw:
             draft.mistakes.append(
-                Mistake(origin.location, path, f"variable {name} is not set", f"set {name}, or write its value here")
+                Mistake(
+                    origin.location, path, f"variable {name} is not set", "set the variable, or write its value here"
+                )
             )
             all_allowed = False
     return all_allowed

@@ -1,7 +1,7 @@
 """Removes fields that would have no effect, with a warning for each field that the user set.
 
-A FineTuneJob with a field that would have no effect is refused. Most files of other tools list every option, so without this step most
-of them could not be imported.
+The operator refuses a FineTuneJob with a field that would have no effect. Most files of other tools list every option. Without this
+step, the operator would refuse most imported jobs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def _is_4bit(draft: Draft) -> bool:
 
 
 RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
-    (("method.lora",), lambda d: _method_of(d) not in LORA, "the method is not one with low-rank adapters"),
+    (("method.lora",), lambda d: _method_of(d) not in LORA, "the method has no low-rank adapters"),
     (
         tuple(f"method.lora.{name}" for name in ADAPTER_FIELDS),
         lambda d: _method_of(d) == "adapter",
-        "the existing adapter defines it",
+        "the existing adapter defines this value",
     ),
     (("method.spectrum",), lambda d: _method_of(d) != "spectrum", "the method is not spectrum"),
     (

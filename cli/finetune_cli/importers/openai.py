@@ -1,4 +1,4 @@
-"""`openai`: the importer for a fine-tuning job of an OpenAI-compatible API, as JSON. Its JSONL data is used unchanged."""
+"""`openai`: the importer for a fine-tuning job of an OpenAI-compatible API, as JSON. The job uses the API's JSONL data unchanged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.epochs", 3, "auto"),
-    ToolDefault("method.type", "lora", "chosen here: the API does not document its method"),
+    ToolDefault("method.type", "lora", "chosen by the importer: the API does not document its method"),
     ToolDefault("dataset.fileFormat", "jsonl", "fixed by the API"),
     ToolDefault(
         "dataset.responseOnly.enabled", True, "fixed by the API", lambda d: d.value("trainer.type", "sft") == "sft"
@@ -111,7 +111,7 @@ def _leaves(value: dict[str, Any], prefix: str, document: Document, lines: dict[
             yield Entry(path, inner, Origin(f"{document.name}:{lines[path]}" if path in lines else document.name))
 
 
-# --- options that belong together -----------------------------------------------------------------------------------
+# --- fields that depend on several options --------------------------------------------------------------------------
 
 
 def combine(draft: Draft) -> None:
@@ -153,7 +153,7 @@ def _set_model(draft: Draft) -> None:
         draft.add_mistake(
             "model",
             f'"{name}" is a model that only the API can train',
-            f"name an open model that replaces it: --model-map {name}=org/name",
+            f"give an open model that replaces it: --model-map {name}=org/name",
             explains="model.source",
         )
 
@@ -218,7 +218,7 @@ def _check_rows(draft: Draft, document: Document, trainer: str) -> None:
                 Mistake(
                     f"{document.name}:{number_}",
                     ", ".join(missing),
-                    f"the key is missing in this row, which has {present}",
+                    f"the key is missing: this row has {present}",
                     f"rows of {trainer} hold {', '.join(required_keys)}",
                 )
             )
@@ -236,7 +236,7 @@ def _set_batch_size(draft: Draft) -> None:
         allowed_sizes = f"{rows_per_rank * ranks} or {(rows_per_rank + 1) * ranks}" if rows_per_rank else str(ranks)
         draft.add_mistake(
             key,
-            f"{rows} rows per step cannot be divided among {ranks} ranks",
+            f"{rows} rows per step cannot be divided equally among {ranks} ranks",
             f"write {allowed_sizes}, or change --gpus and --nodes",
         )
         return
@@ -285,7 +285,7 @@ def _set_trackers(draft: Draft) -> None:
         ignored = [key for key in options if key not in ("project", "entity", "name")]
         if ignored:
             draft.add_warning(
-                f"{given.origin.location}: integrations: {', '.join(ignored)} of wandb has no counterpart and no effect"
+                f"{given.origin.location}: integrations: {', '.join(ignored)} of wandb has no effect: a FineTuneJob has no such field"
             )
         for key, path in (
             ("project", "tracking.wandb.project"),

@@ -19,7 +19,7 @@ def render(imported: Imported, *, annotate: bool) -> str:
 
 
 def documents(imported: Imported, *, annotate: bool = False) -> Iterator[Any]:
-    """Yield the Secret and the ConfigMaps, if any, then the FineTuneJob."""
+    """Yield the Secret and the ConfigMaps that the job needs, then the FineTuneJob."""
     if imported.secrets:
         yield {
             "apiVersion": "v1",

@@ -92,11 +92,11 @@ def _apply_defaults(importer: Importer, draft: Draft) -> None:
         elif not draft.has_value(default.path):
             skipped.setdefault(reason, []).append(f"{default.path} {default.value}")
     for reason, fields in skipped.items():
-        draft.add_note(f"{reason}, so the defaults of FineTuneJob replace {', '.join(fields)}")
+        draft.add_note(f"{reason}, so the defaults of FineTuneJob replace those of the tool: {', '.join(fields)}")
 
 
 def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
-    """Return the reason why this job cannot use a default of the tool; None if the default is usable."""
+    """Return the reason why this job cannot use a default of the tool, or None if the default is usable."""
     if default.needs_gpu and draft.value("resources.gpusPerNode") == 0:
         return "the job uses no GPU"
     optimizer = default.value if default.path == "training.optimizer" else None
@@ -118,16 +118,18 @@ def _apply_overrides(draft: Draft) -> None:
 
 
 def _refuse_secrets(draft: Draft) -> None:
-    """Record a mistake for each value that looks like a secret, because everyone who may read the job can see its fields."""
+    """Record a mistake for each value that looks like a secret. Everyone who may read the job can see its spec."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
     reported = {mistake.key for mistake in draft.mistakes}
     for path, assigned in draft.values.items():
         key = assigned.key or f"spec.{path}"
         if contains_secret(assigned.value) and key not in reported:
-            draft.mistakes.append(Mistake(assigned.origin.location, key, "this looks like a token or password", hint))
+            draft.mistakes.append(
+                Mistake(assigned.origin.location, key, "the value looks like a token or password", hint)
+            )
     for key, value in draft.annotations.items():
         if contains_secret(value):
-            draft.mistakes.append(Mistake(draft.location, key, "this looks like a token or password", "remove it"))
+            draft.mistakes.append(Mistake(draft.location, key, "the value looks like a token or password", "remove it"))
 
 
 def _redact_mistake(draft: Draft, mistake: Mistake) -> Mistake:
@@ -180,7 +182,7 @@ def choose_importer(documents: tuple[Document, ...], request: Request, importers
                     "command line",
                     "FILE",
                     "no file is given",
-                    "give a file or a folder, or after -- the command line of the tool",
+                    "give a file, a folder, or the tool's command line after --",
                 )
             ]
         )
@@ -232,7 +234,7 @@ def job_name(request: Request, documents: tuple[Document, ...]) -> str:
             raise InvalidInput([
                 Mistake(
                     "--name", request.name, "this cannot be the name of a FineTuneJob",
-                    f"write a-z, 0-9 and -, beginning with a letter, at most {MAX_NAME_LENGTH} characters",
+                    f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter",
                 )
             ])  # fmt: skip
         return request.name
@@ -247,7 +249,7 @@ def _check_namespace(request: Request) -> None:
 
 
 def to_job_name(text: str) -> str:
-    """Turn a text into a valid name of a FineTuneJob; an empty string if no valid character is left."""
+    """Turn a text into a valid name of a FineTuneJob, or an empty string if no valid character is left."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-").lstrip("0123456789-")
     return name[:MAX_NAME_LENGTH].strip("-")
 
@@ -256,7 +258,7 @@ def to_job_name(text: str) -> str:
 
 
 COMMAND_LINE = "command line"
-"""Start of the location of every flag."""
+"""Prefix of the location of every flag."""
 
 
 def _read_options(importer: Importer, draft: Draft) -> None:
@@ -311,12 +313,12 @@ def _file_of(entry: Entry) -> str:
 
 
 def _is_unset(value: Any) -> bool:
-    """Return whether a value is absent or `auto`: then another spelling of the option decides."""
+    """Return whether a value is absent or `auto`, so that another spelling of the option may set the value."""
     return is_absent(value) or value == "auto"
 
 
 def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
-    """Record an unknown key. The message names a group given in place of a single value, or the reverse."""
+    """Record an unknown key. The message says if the key is a group in place of a single value, or the reverse."""
     if SECRET_NAME.search(entry.key):
         draft.hide(entry.value)
     known = [key for row in importer.rows for key in (row.key, *row.aliases)]
@@ -324,7 +326,7 @@ def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
     enclosing_option = next((key for key in known if entry.key.startswith(f"{key}.")), None)
     if option_in_group is not None:
         message, hint = (
-            "this is a group of options, and a single value is given",
+            "the key is a group of options, but a single value is given",
             f"write its options, for example {option_in_group}",
         )
     elif enclosing_option is not None:
@@ -387,7 +389,7 @@ def _check_required(draft: Draft) -> None:
             )
 
 
-# --- the checks of the API, reported for the user's own file ---------------------------------------------------------
+# --- checks with the API's models and rules -------------------------------------------------------------------------
 
 
 def nest(values: dict[str, AssignedValue]) -> dict[str, Any]:
@@ -445,12 +447,12 @@ DISCRIMINATORS: dict[str, tuple[str, ...]] = {
 }
 """Fields that decide which other fields are allowed.
 
-If such a field is unreadable, only problems that occur with each of its values are reported.
+If the value of such a field is invalid, a problem is reported only if it would occur with every allowed value.
 """
 
 
 def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
-    """Return the problems that the rules find. Problems caused only by an unreadable value are left out."""
+    """Return the problems that the rules find. Problems that only result from an unreadable value are left out."""
     unreadable = [path for path in draft.unreadable.values() if path]
     problems = check(spec)
     for path in unreadable:
@@ -469,7 +471,7 @@ def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
 
 
 def _record_problem(problem: Problem, draft: Draft) -> None:
-    """Record a problem: as a mistake, or as a warning if the user corrects it with an option or in the manifest."""
+    """Record a problem as a mistake. If the user can correct the problem in the printed manifest, record a warning instead."""
     mistake = _mistake_of_problem(draft, problem)
     is_local_file = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
     is_missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
@@ -512,7 +514,7 @@ def _mistake_of_problem(draft: Draft, problem: Problem) -> Mistake:
 
 
 def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
-    """Return the values at a path, inside its group, and of its enclosing groups."""
+    """Return the values at a path, below the path, and of its enclosing groups."""
     return [
         assigned
         for known, assigned in draft.values.items()
@@ -521,7 +523,7 @@ def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
 
 
 def _user_spelling(draft: Draft, assigned: AssignedValue) -> str:
-    """Return `"VALUE" is ` with the user's spelling if the spec spells the value differently; otherwise an empty string."""
+    """Return `"VALUE" is ` with the user's spelling if the spec spells the value differently, and an empty string otherwise."""
     given = next((option for option in draft.given.values() if option.key == assigned.key), None)
     if given is None or not isinstance(given.raw, str) or given.row.secret or given.raw == str(assigned.value):
         return ""

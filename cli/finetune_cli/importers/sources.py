@@ -46,9 +46,11 @@ def assign_source(draft: Draft, key: str, path: str, *, always_local: bool = Fal
 
 
 def assign_tokenizer(draft: Draft, key: str, model_key: str) -> None:
-    """Set the tokenizer. If the file gives the model's name as tokenizer and an override replaces the model, no tokenizer is set."""
+    """Set the tokenizer. No tokenizer is set if the file gives the model's name as tokenizer and an override replaces the model."""
     if "model.source" in draft.request.overrides and key in draft.given and draft.get(key) == draft.get(model_key):
-        draft.add_note(f"{draft.given[key].key} names the model itself, so the tokenizer is taken from --model")
+        draft.add_note(
+            f"{draft.given[key].key} is the name of the model itself, so the job uses the tokenizer of --model"
+        )
         return
     assign_source(draft, key, "model.tokenizer")
 
@@ -67,7 +69,7 @@ def assign_config_map(draft: Draft, key: str, path: str, purpose: str, option: s
     draft.assign(f"{path}.key", base, key)
     draft.add_warning(
         f"{given.origin.location}: {given.key}: pods read {local_path} from a ConfigMap: "
-        f"create it with `kubectl create configmap {name} --from-file={base}={local_path}`, or name an existing one with {option} NAME/KEY"
+        f"create it with `kubectl create configmap {name} --from-file={base}={local_path}`, or give an existing ConfigMap with {option} NAME/KEY"
     )
 
 
@@ -78,7 +80,7 @@ def assign_output_folder(draft: Draft, key: str) -> None:
     relative = re.sub(r"^(\./)+", "", folder).lstrip("/")
     if folder.startswith(("/", "~", "..")) or re.match(r"^[A-Za-z]:", folder):
         draft.add_warning(
-            f"{given.origin.location}: {given.key}: results are written below the storage root, so {folder} is read relative to it"
+            f"{given.origin.location}: {given.key}: results are written below the storage root; {folder} is relative to this root"
         )
         relative = re.sub(r"^(~|\.\.)?/*", "", re.sub(r"^[A-Za-z]:", "", relative))
     if relative in ("", "."):

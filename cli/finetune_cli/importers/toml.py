@@ -1,7 +1,7 @@
 """`toml`: the importer for a TOML file with sections for training, inference, evaluation, the pipeline and a tracker.
 
-The tool has no defaults, so a missing option gets the value of the tool's main example. Exceptions: `push_to_hub`, which would publish
-the model, and options that name a data set, a server or a run of the example's author.
+The tool has no defaults, so a missing option gets the value of the tool's main example. Exceptions: `push_to_hub`, because
+it would publish the model, and options that name a data set, a server or a run of the example's author.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ METRICS = {
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
 ONE_RUN_NAME = "only the run name in [mlflow] is used"
-AS_TRAINED = "the tuned model is loaded as it was trained"
+AS_TRAINED = "the tuned model is loaded with the settings of the training"
 
 
 def checkpointing(value: Any) -> str:
@@ -207,7 +207,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("checkpoint.strategy", "steps", "hard-coded in the tool"),
     ToolDefault("checkpoint.steps", 20, EXAMPLE),
     ToolDefault("checkpoint.keep", 3, EXAMPLE),
-    ToolDefault("evaluation.strategy", "epoch", "chosen here: the tool loads validation data but does not use it", _evaluates_by_epoch),
+    ToolDefault("evaluation.strategy", "epoch", "chosen by the importer: the tool loads validation data but does not use it", _evaluates_by_epoch),
     ToolDefault("evaluation.strategy", "steps", "from eval_steps", lambda d: d.has_value("evaluation.steps")),
     ToolDefault("evaluation.batchSizePerDevice", 4, EXAMPLE, lambda d: d.has_value("dataset.validation")),
     ToolDefault("output.dir", "models/fine_tuned", "hard-coded in the tool"),
@@ -295,7 +295,7 @@ def _check_variables(value: Any, key: str, origin: Origin, draft: Draft) -> bool
     for name in missing:
         draft.unreadable[key] = PATHS.get(key, "")
         draft.mistakes.append(
-            Mistake(origin.location, key, f"variable {name} is not set", f"set {name}, or write its value here")
+            Mistake(origin.location, key, f"variable {name} is not set", "set the variable, or write its value here")
         )
     for name in _variables_of(value):
         if SECRET_NAME.search(name) and not key.endswith("tracking_uri"):
@@ -351,7 +351,7 @@ def _record_line(
     lines: dict[str, int], name: str, line: int, document: Document, mistakes: list[Mistake], subject: str
 ) -> None:
     if name in lines:
-        hint = "keep one; to override one file by another, give both files in order"
+        hint = "keep one of them; a later file can override the value"
         mistakes.append(
             Mistake(f"{document.name}:{line}", name, f"{subject} twice: lines {lines[name]} and {line}", hint)
         )
@@ -359,7 +359,7 @@ def _record_line(
 
 
 def _closing_quotes(value: str) -> str:
-    """Return the closing quotes of a multi-line string that begins in `value`; an empty string without such a string."""
+    """Return the closing quotes of a multi-line string that begins in `value`, or an empty string if none begins."""
     for quotes in ('"""', "'''"):
         if value.startswith(quotes) and value.count(quotes) == 1:
             return quotes
@@ -378,7 +378,7 @@ def _syntax_mistakes(document: Document, line: int, name: str, value: str) -> It
         yield Mistake(location, name, "an inline table must be on one line", "write { a = 1, b = 2 } on one line")
 
 
-# --- options that belong together -----------------------------------------------------------------------------------
+# --- fields that depend on several options --------------------------------------------------------------------------
 
 
 def combine(draft: Draft) -> None:
@@ -409,12 +409,12 @@ def combine(draft: Draft) -> None:
 
 
 def _note_system_column(draft: Draft) -> None:
-    """Add a note on a difference: without a system column in the file, the trainer still uses a column named `system`."""
+    """Add a note if the file disables the system column, because the trainer still reads a column named `system`."""
     key = "fine_tuner.system_prompt_column"
     if key in draft.given and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given:
         draft.add_note(
             "system_prompt_column is null, but the trainer reads a column `system` or `system_prompt` if the rows have one: "
-            "rename that column if it holds no system prompt"
+            "rename the column if it does not contain a system prompt"
         )
 
 
@@ -423,7 +423,7 @@ def _set_method(draft: Draft) -> None:
     if draft.get(key_4bit) and draft.get(key_8bit):
         draft.add_mistake(
             (key_4bit, key_8bit),
-            "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
+            "4-bit and 8-bit loading exclude each other, but both are true",
             "set one of them to false",
             explains="model.quantization.bits",
         )
@@ -456,9 +456,7 @@ def _set_bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
         else None
     )
     if is_quantized and bits != 4:
-        draft.add_warning(
-            f"{source} holds 4-bit weights, which load_in_4bit = false cannot change: it is loaded in 4 bits"
-        )
+        draft.add_warning(f"{source} holds 4-bit weights, so load_in_4bit = false has no effect")
         bits = 4
     if loftq is not None:
         _set_loftq(draft, loftq, is_quantized, bits, source)
@@ -499,7 +497,7 @@ def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: in
     draft.assign("method.type", "lora", key)
     if bits:
         draft.add_note(
-            f"LoftQ with load_in_{bits}bit: the base model is loaded in full precision, initialised, then quantized"
+            f"LoftQ with load_in_{bits}bit: the base model is loaded in full precision; the trainer initialises the adapter, then quantizes the model"
         )
 
 
@@ -515,7 +513,7 @@ def _set_trackers(draft: Draft) -> None:
         ):
             draft.add_mistake(
                 "fine_tuner.report_to",
-                "mlflow needs a server, but none is given",
+                "mlflow needs a server, but no server is given",
                 "write [mlflow] tracking_uri",
                 explains="tracking.mlflow",
             )
@@ -523,7 +521,7 @@ def _set_trackers(draft: Draft) -> None:
         draft.assign_default("tracking.reportTo", ["mlflow"], EXAMPLE)
     elif "fine_tuner.report_to" not in draft.unreadable:
         draft.assign_default("tracking.reportTo", [], "no [mlflow] tracking_uri is given")
-        draft.add_note("no tracking_uri is given, so metrics are not sent to mlflow, which the tool's example would do")
+        draft.add_note("no tracking_uri is given, so metrics are not sent to mlflow (the tool's example sends them)")
     if uri is None:
         if draft.has_key("mlflow.tracking_uri"):
             draft.unreadable["tracking.mlflow"] = "tracking.mlflow"
@@ -584,7 +582,7 @@ def _set_output(draft: Draft) -> None:
     if not re.match(r"^[\w.-]+$", name):
         draft.add_mistake(
             "fine_tuner.push_to_hub",
-            f"the run name {name!r}, which names the repository, is not a valid repository name",
+            f"the repository gets the run name {name!r}, which is not a valid repository name",
             "give --set output.hub.repository=org/name",
         )
         return
@@ -601,7 +599,7 @@ def _set_judge(draft: Draft) -> None:
 
 
 def _set_phases(draft: Draft) -> None:
-    """Set the phases. Stop and skip options override enable options."""
+    """Set the phases. `stop_after_*` and `--skip-*` options override `enable_*` options."""
     for key, ended in (
         ("pipeline.stop_after_finetuning", ("phases.infer", "phases.evaluate")),
         ("pipeline.stop_after_inference", ("phases.evaluate",)),

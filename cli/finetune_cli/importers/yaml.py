@@ -36,7 +36,7 @@ from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import Origin
 from finetune_cli.yaml_reader import parse_value
 
-OF_LATER_REVISION = "this option of a later revision of the tool has no counterpart in a FineTuneJob"
+OF_LATER_REVISION = "a later revision of the tool added this option; a FineTuneJob has no such field"
 BENCHMARKS = ["lm-evaluation-harness", "domain-specific-eval", "human-eval", "openai-humaneval"]
 UNUSED_KEYS = (
     "model.hybrid_lora_adapter", "fine_tuning.lora.dynamic_rank", "fine_tuning.quantization.bnb_8bit_compute_dtype",
@@ -138,7 +138,7 @@ ROWS: tuple[Row, ...] = (
 
 EXAMPLE = "documented example"
 DEFAULTS: tuple[ToolDefault, ...] = (
-    ToolDefault("model.trustRemoteCode", False, "chosen here: the tool runs code from the model's repository by default"),
+    ToolDefault("model.trustRemoteCode", False, "chosen by the importer: the tool runs code from the model's repository by default"),
     ToolDefault("model.dtype", "bfloat16", "hard-coded in the tool", needs_gpu=True),
     ToolDefault("model.attention", "flashAttention2", "documented default", needs_gpu=True),
     ToolDefault("model.ligerKernels", False, "documented default"),
@@ -148,7 +148,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.lora.targetModules", PROJECTIONS, EXAMPLE, lambda d: "fine_tuning.lora.target_modules" not in d.given),
     ToolDefault("method.lora.bias", "none", EXAMPLE),
     ToolDefault("method.spectrum.snrThreshold", 0.5, EXAMPLE),
-    ToolDefault("method.spectrum.metric", "marchenkoPastur", "chosen here: the ranking of the tool does not rank modules"),
+    ToolDefault("method.spectrum.metric", "marchenkoPastur", "chosen by the importer: the published metric, because the tool's metric does not rank modules"),
     ToolDefault("training.epochs", 3, EXAMPLE),
     ToolDefault("training.batchSizePerDevice", 1, EXAMPLE),
     ToolDefault("training.gradientAccumulationSteps", 16, EXAMPLE),
@@ -233,7 +233,7 @@ def _read_overrides(draft: Draft) -> Iterator[Entry]:
                 yield Entry(name.removeprefix("--"), parse_value(text), Origin(f"command line {name}"))
 
 
-# --- options that belong together -----------------------------------------------------------------------------------
+# --- fields that depend on several options --------------------------------------------------------------------------
 
 
 def combine(draft: Draft) -> None:
@@ -273,7 +273,7 @@ def _set_data(draft: Draft) -> None:
     if draft.get("dataset.format") == "custom" and "dataset.preprocessing.custom_prompt_template" not in draft.given:
         draft.add_mistake(
             "dataset.format",
-            "the format custom needs a template, but none is given",
+            "the format custom needs a template, but no template is given",
             "write dataset.preprocessing.custom_prompt_template",
             explains="dataset.template",
         )
@@ -312,7 +312,7 @@ def _set_method(draft: Draft) -> None:
         draft.assign_default("method.type", method)
     if method == "spectrum":
         draft.add_note(
-            "spectrum ranks modules as published (marchenkoPastur); for the ranking of the tool, set `method.spectrum.metric: meanOverStd`"
+            "spectrum ranks modules by the published metric (marchenkoPastur); for the metric of the tool, set `method.spectrum.metric: meanOverStd`"
         )
         if bits == 4:
             draft.add_warning(
@@ -337,7 +337,7 @@ def _set_method(draft: Draft) -> None:
 
 
 def _resolve_bits(draft: Draft, method: str) -> int | None:
-    """Return the bits in which the base model is loaded, from four options. Contradictions are mistakes."""
+    """Return the number of bits of the loaded base model, from four options. Options that contradict each other are mistakes."""
     in_4bit, in_8bit, bits = draft.get(KEY_4BIT), draft.get(KEY_8BIT), draft.get(KEY_BITS)
     if bits is not None and bits not in (4, 8):
         draft.add_mistake(KEY_BITS, f"{bits} is not supported", "write 4 or 8")
@@ -345,7 +345,7 @@ def _resolve_bits(draft: Draft, method: str) -> int | None:
     if in_4bit and in_8bit:
         draft.add_mistake(
             (KEY_4BIT, KEY_8BIT),
-            "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
+            "4-bit and 8-bit loading exclude each other, but both are true",
             "set one of them to false",
             explains="model.quantization",
         )
@@ -409,15 +409,17 @@ def _set_distributed(draft: Draft) -> None:
 
 
 def assume_two_gpus(draft: Draft, strategy: str) -> None:
-    """Set two GPUs per node, because FSDP needs several ranks. The files of other tools give no number: their launcher sets it."""
+    """Set two GPUs per node, because FSDP needs several ranks. The files of other tools do not set the number of GPUs, because a launcher sets it."""
     if not any(
         draft.has_value(path) for path in ("resources.gpusPerNode", "resources.nodes", "resources.processesPerNode")
     ):
         draft.assign_default(
-            "resources.gpusPerNode", 2, f"chosen here: {strategy} needs several ranks, and the file gives no number"
+            "resources.gpusPerNode",
+            2,
+            f"chosen by the importer: {strategy} needs several ranks, and the file does not set the number of GPUs",
         )
         draft.add_warning(
-            f"{strategy} needs several ranks, but the file gives no number: the job gets 2 GPUs per node; to change it, give --gpus N (and --nodes N)"
+            f"{strategy} needs several ranks, but the file sets no number of GPUs: the job gets 2 per node; to change this, give --gpus N (and --nodes N)"
         )
 
 
@@ -441,7 +443,7 @@ def _set_deepspeed(draft: Draft, key: str, stage: int | None) -> None:
 
 
 def _find_deepspeed_file(draft: Draft) -> Document | None:
-    """Return the DeepSpeed file named in the configuration, with a path relative to the configuration; None without such a file."""
+    """Return the DeepSpeed file to which the configuration refers by a relative path, or None if there is no such file."""
     config_path = draft.get("distributed.deepspeed_config")
     if not config_path or any(
         override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides

@@ -94,7 +94,7 @@ def test_credentials_come_from_the_environment(
 def test_purge_asks_and_deletes_only_this_job(
     finetune: Finetune, stored: str, bucket: Any, api: KubeApi, namespace: str
 ) -> None:
-    assert "bot has not finished: cancel it first" in finetune("purge", "bot", "--use-secret").err
+    assert "bot has not finished: cancel the job first" in finetune("purge", "bot", "--use-secret").err
     set_status(api, namespace, "bot", DONE)
     assert "would be deleted permanently: confirm with --yes-purge bot" in finetune("purge", "bot", "--use-secret").err
     assert "this is not the name of the job" in finetune("purge", "bot", "--use-secret", "--yes-purge", "other").err

@@ -32,7 +32,7 @@ class Outcome:
     text: str = ""
 
     def at(self, path: str) -> Any:
-        """Return the value of the spec at a dotted path; None if the path does not exist."""
+        """Return the value of the spec at a dotted path, or None if the path does not exist."""
         value: Any = self.spec
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None

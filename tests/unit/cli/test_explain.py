@@ -32,7 +32,7 @@ def test_unsupported_fields_are_marked(call: Call) -> None:
     [
         ("lr", "did you mean spec.training.learningRate?"),
         ("gpus", "did you mean spec.resources.gpusPerNode?"),
-        ("Kueue", "these fields mention it: spec.placement.queueName"),
+        ("Kueue", "these fields mention the word: spec.placement.queueName"),
         ("zebra", "search the descriptions with --search WORD"),
     ],
 )

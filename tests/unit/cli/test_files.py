@@ -32,7 +32,7 @@ def test_unreadable_paths_are_refused(call: Call, tmp_path: Path) -> None:
     for command in ("import", "validate"):
         code, _, stderr = call(command, tmp_path / "a.env")
         assert (code, error_lines(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
-    assert call("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, and a file is needed\n"
+    assert call("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, not a file\n"
     assert call("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
     assert "no importer recognises this configuration" in call("import", tmp_path)[2]
 

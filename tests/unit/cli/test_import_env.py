@@ -52,7 +52,7 @@ def test_dollar_without_braces_is_literal(env: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("Copy code\n", "job.env:4: 'Copy code' has not the form KEY=value; remove the line, or write KEY=value"),
+        ("Copy code\n", "job.env:4: 'Copy code' does not have the form KEY=value; remove the line, or write KEY=value"),
         ("EPOCHS\n", "job.env:4: EPOCHS: the line has no `=` and no value; write EPOCHS=value, or EPOCHS= to leave it unset"),
         ("LERNING_RATE=1e-4\n", "job.env:4: LERNING_RATE: unknown key; did you mean LEARNING_RATE?"),
         ("PACKING=yes\n", 'job.env:4: PACKING: "yes" is not true or false; allowed: true, false'),
@@ -60,7 +60,7 @@ def test_dollar_without_braces_is_literal(env: Any) -> None:
         ("LEARNING_RATE=1e-6\n", 'job.env:4: LEARNING_RATE: "1e-6" is out of range; allowed: a number from 1e-05 to 0.0005'),
         ("LEARNING_RATE=nan\n", 'job.env:4: LEARNING_RATE: "nan" is not a number; allowed: a number from 1e-05 to 0.0005'),
         ("BATCH_SIZE=1_0\n", 'job.env:4: BATCH_SIZE: "1_0" is not an integer; allowed: an integer from 1 to 32'),
-        ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set it above this line, or write its value here"),
+        ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set the variable above this line, or write its value here"),
     ],
 )  # fmt: skip
 def test_invalid_line_is_refused(env: Any, text: str, mistake: str) -> None:
@@ -240,7 +240,7 @@ def test_adapter_options_have_no_effect_on_an_existing_adapter(env: Any) -> None
         {"type": "adapter", "adapter": {"source": "s3://models/adapter"}},
     )
     no_effect_warnings = [
-        warning for warning in imported.warnings if "has no effect: the existing adapter defines it" in warning
+        warning for warning in imported.warnings if "has no effect: the existing adapter defines this value" in warning
     ]
     assert [warning.split(": ")[1].split(" ")[0] for warning in no_effect_warnings] == ["LORA_R", "LORA_DROPOUT"]
 

@@ -66,7 +66,7 @@ def test_target_modules_are_chosen_by_model_family(guide: Any) -> None:
 def test_bf16_training_overrides_float16_weights(guide: Any) -> None:
     imported = guide("base_model: {name: m/m, dtype: float16}\nlora: {r: 8}\ntraining: {bf16: true}\n")
     assert (imported.at("model.dtype"), imported.at("training.mixedPrecision")) == ("bfloat16", "bf16")
-    assert "bfloat16 is used" in imported.warnings[0]
+    assert "the job uses bfloat16" in imported.warnings[0]
 
 
 def test_callbacks_are_read(guide: Any) -> None:

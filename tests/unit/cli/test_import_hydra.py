@@ -135,7 +135,7 @@ def test_missing_group_option_is_refused(folder: Path) -> None:
         ),
         (
             "-m",
-            "command line: -m: a sweep means several jobs, but an import makes one FineTuneJob; import each combination separately",
+            "command line: -m: a sweep runs several jobs, but an import creates only one FineTuneJob; import each combination separately",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_flags_accept_booleans_and_any_letter_case(write: Write) -> None:
     )
     assert (imported.at("training.gradientCheckpointing"), imported.at("dataset.maxSequenceLength")) == ("disabled", 99)
     assert (
-        "no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags"
+        "no learning rate is given; the job uses 2e-4, as the tool's documentation advises for the tool's flags"
         in imported.notes
     )
 
@@ -268,12 +268,12 @@ def test_value_in_place_of_a_group_is_refused(write: Write, folder: Path) -> Non
     imported = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
     assert imported == [
         "acc.yaml:2: num_processes: x is not an integer of at least 1",
-        "acc.yaml:3: fsdp_config: the value is hello, and a group of options is needed; write names and values",
+        "acc.yaml:3: fsdp_config: the value is hello, but a group of options is needed; write names and values",
     ]
     deepspeed = write("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
     text = "model: {base_model: a/b}\nfine_tuning: {method: lora}\ndistributed: {use_deepspeed: true}\n"
     assert import_(write("job.yaml", text), deepspeed, source="yaml").mistakes == [
-        "ds.json: zero_optimization: the value is 3, and a group of options is needed; write names and values",
+        "ds.json: zero_optimization: the value is 3, but a group of options is needed; write names and values",
         "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number",
     ]
 

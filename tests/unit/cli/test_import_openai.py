@@ -64,7 +64,7 @@ def test_dpo_job_is_read(api: Any) -> None:
 
 def test_api_model_needs_a_replacement(api: Any) -> None:
     (mistake,) = api(JOB, model_map={}).mistakes
-    assert mistake.endswith("name an open model that replaces it: --model-map gpt-4o-mini=org/name")
+    assert mistake.endswith("give an open model that replaces it: --model-map gpt-4o-mini=org/name")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_data_rows_are_checked(api: Any, write: Write) -> None:
     assert api(JOB, good).at("dataset.train") == f"file://{good}"
     bad = write("b.jsonl", '{"messages": []}\n{"prompt": "x"}\n')
     (mistake,) = api(JOB, bad).mistakes
-    assert mistake == "b.jsonl:2: messages: the key is missing in this row, which has prompt; rows of sft hold messages"
+    assert mistake == "b.jsonl:2: messages: the key is missing: this row has prompt; rows of sft hold messages"
 
 
 def test_metadata_becomes_annotations(api: Any) -> None:
@@ -109,5 +109,5 @@ def test_batch_size_counts_the_rows_of_all_ranks(write: Write) -> None:
     imported = import_(file, overrides={"resources.gpusPerNode": 2, "resources.nodes": 2})
     assert (imported.at("training.batchSizePerDevice"), imported.at("training.gradientAccumulationSteps")) == (4, 1)
     assert import_(file, overrides={"resources.gpusPerNode": 3}).mistakes == [
-        "a.json:1: hyperparameters.batch_size: 16 rows per step cannot be divided among 3 ranks; write 15 or 18, or change --gpus and --nodes"
+        "a.json:1: hyperparameters.batch_size: 16 rows per step cannot be divided equally among 3 ranks; write 15 or 18, or change --gpus and --nodes"
     ]

@@ -107,7 +107,7 @@ def test_cpu_job_gets_no_gpu_only_defaults(source: str, write: Write) -> None:
     replacement_notes = [
         note
         for note in imported.notes
-        if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace ")
+        if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace those of the tool: ")
     ]
     assert bool(replacement_notes) is (source in ("toml", "yaml", "hydra", "guide"))
     assert not any(note.startswith("the job uses no GPU") for note in on_gpu.notes)

@@ -43,14 +43,14 @@ def test_defaults_of_a_minimal_file(toml: Any) -> None:
         ("packing = True\n", "job.toml:4: fine_tuner.packing: True is not TOML; write true"),
         ("weight_decay = .5\n", "job.toml:4: fine_tuner.weight_decay: .5 is not TOML; write 0.5"),
         ("epochs = 1\nepochs = 2\n",
-         "job.toml:5: fine_tuner.epochs: fine_tuner.epochs is set twice: lines 4 and 5; keep one; to override one file by another, give both files in order"),
+         "job.toml:5: fine_tuner.epochs: fine_tuner.epochs is set twice: lines 4 and 5; keep one of them; a later file can override the value"),
         ("[finetuner]\nrank = 1\n", "job.toml:4: [finetuner]: unknown section; write one of fine_tuner, mlflow, inferencer, evaluator, pipeline"),
         ("ranks = 8\n", "job.toml:4: fine_tuner.ranks: unknown key; did you mean fine_tuner.rank?"),
         ("epochs = true\n", "job.toml:4: fine_tuner.epochs: true is not an integer; allowed: an integer of at least 1"),
         ("lora_dropout = 0.31\n", "job.toml:4: fine_tuner.lora_dropout: 0.31 is out of range; allowed: a number from 0 to 0.3"),
         ('system_prompt_override_text = "${NOBODY}"\n',
-         "job.toml:4: fine_tuner.system_prompt_override_text: variable NOBODY is not set; set NOBODY, or write its value here"),
-        ('report_to = "mlflow"\n', "job.toml:4: fine_tuner.report_to: mlflow needs a server, but none is given; write [mlflow] tracking_uri"),
+         "job.toml:4: fine_tuner.system_prompt_override_text: variable NOBODY is not set; set the variable, or write its value here"),
+        ('report_to = "mlflow"\n', "job.toml:4: fine_tuner.report_to: mlflow needs a server, but no server is given; write [mlflow] tracking_uri"),
         ("tags = 1\n", "job.toml:4: fine_tuner.tags: unknown key; it is not an option of this TOML tool; remove it"),
     ],
 )  # fmt: skip
@@ -112,7 +112,7 @@ def test_loftq_options_are_read(toml: Any) -> None:
     )
     assert (
         imported.notes[0]
-        == "LoftQ with load_in_4bit: the base model is loaded in full precision, initialised, then quantized"
+        == "LoftQ with load_in_4bit: the base model is loaded in full precision; the trainer initialises the adapter, then quantizes the model"
     )
 
 

@@ -97,7 +97,7 @@ def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits:
 @pytest.mark.parametrize(
     ("model", "tuning", "expected"),
     [
-        ("load_in_4bit: true, load_in_8bit: true", "method: lora", "4-bit and 8-bit loading are both true"),
+        ("load_in_4bit: true, load_in_8bit: true", "method: lora", "4-bit and 8-bit loading exclude each other"),
         ("load_in_8bit: true", "method: qlora", "method qlora needs 4-bit, but model.load_in_8bit is true"),
         (
             "load_in_4bit: true",
@@ -218,7 +218,7 @@ def test_fsdp_gets_two_gpus_and_a_usable_optimizer(yaml: Any) -> None:
     assert imported.at("resources.gpusPerNode") == 2
     assert "optimizer" not in imported.spec["training"]
     assert (
-        "FSDP cannot use the default optimizer of the tool, so the defaults of FineTuneJob replace training.optimizer paged_adamw_8bit"
+        "FSDP cannot use the default optimizer of the tool, so the defaults of FineTuneJob replace those of the tool: training.optimizer paged_adamw_8bit"
         in imported.notes
     )
     assert (

@@ -74,7 +74,7 @@ def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     marker = {"path": files_folder.name, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
     (tmp_path / "t/model/_COMMITTED").write_text(json.dumps(marker))
     storage = JobStorage(f"file://{tmp_path / 't'}", StorageRoot())
-    with pytest.raises(StorageError, match="which lies outside its folder"):
+    with pytest.raises(StorageError, match="which lies outside the checkpoint's folder"):
         verify_and_download(storage, list_committed(storage)[0], tmp_path / "out")
 
 

@@ -81,8 +81,8 @@ TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nrepor
         ("a.toml", "[fine_tuner]\nepochs = " + "9" * 5000 + "\n", ["a.toml: the file holds a number that is too long, or is nested too deeply"]),
         ("a.json", "[1, 2]", ["a.json: the file is not a JSON object"]),
         ("a.json", '{"model": "org/m", "training_file": "s3://data/t", "hyperparameters": [1], "method": "dpo", "seed": -1}', [
-            "a.json:1: hyperparameters: this is a group of options, and a single value is given; write its options, for example hyperparameters.n_epochs",
-            "a.json:1: method: this is a group of options, and a single value is given; write its options, for example method.type",
+            "a.json:1: hyperparameters: the key is a group of options, but a single value is given; write its options, for example hyperparameters.n_epochs",
+            "a.json:1: method: the key is a group of options, but a single value is given; write its options, for example method.type",
             "a.json:1: seed: -1 is out of range; allowed: an integer from 0 to 4294967295",
         ]),
         ("a.json", '{"model": "org/m", "training_file": ' + "9" * 5000 + "}", ["a.json: the file holds a number that is too long, or is nested too deeply"]),

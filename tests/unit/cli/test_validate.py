@@ -17,7 +17,7 @@ def test_valid_manifest_is_ok(call: Call, write: Write) -> None:
     [
         ("name: bot", "name: Bot_1",
          "job.yaml:3: metadata.name: 'Bot_1' cannot be the name of a FineTuneJob; "
-         "write a-z, 0-9 and -, beginning with a letter, at most 40 characters [NameInvalid]"),
+         "write at most 40 characters a-z, 0-9 and -, beginning with a letter [NameInvalid]"),
         ("v1alpha1", "v1",
          "job.yaml:1: apiVersion: finetune-operator.io/v1 is not finetune-operator.io/v1alpha1; write apiVersion: finetune-operator.io/v1alpha1 [ApiVersion]"),
         ("source: org/m", "sorce: org/m", "job.yaml:5: spec.model.sorce: unknown field; did you mean spec.model.source? [UnknownField]"),
@@ -65,11 +65,11 @@ def test_local_accepts_files_and_devices_of_this_machine(call: Call, write: Writ
     ("text", "message"),
     [
         ("a: [", "invalid YAML"),
-        ("- a\n", "this is not a manifest: a mapping is needed"),
+        ("- a\n", "this is not a manifest, because it is not a mapping"),
         ("kind: Pod\n", "there is no FineTuneJob in the input"),
         ("a: 1\n", "kind: this required field is missing; write kind: FineTuneJob"),
         (JOB + "spec: {}\n", "the key occurs twice"),
-        (JOB.partition("spec:")[0], "spec: the spec is missing; write spec: with fields below it"),
+        (JOB.partition("spec:")[0], "spec: the spec is missing; write `spec:` followed by its fields"),
     ],
 )
 def test_input_without_a_manifest_is_refused(call: Call, write: Write, text: str, message: str) -> None:
