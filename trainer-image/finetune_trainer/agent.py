@@ -67,7 +67,7 @@ def _as_json(failure: Any) -> dict[str, int]:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that is not in use."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

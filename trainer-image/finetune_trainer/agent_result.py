@@ -1,4 +1,4 @@
-"""`<work>/agent.json`: the exit codes of failed ranks. The agent writes it, the supervisor reads it."""
+"""`<work>/agent.json`: the exit codes of failed ranks. The agent writes this file, and the supervisor reads it."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _memory_exhausted(error: BaseException) -> MemoryExhaustedError:
 
 
 def _shared_memory_full() -> PeerError:
-    """The failure for full shared memory: exit code 74, as for SIGBUS. After 71 the operator would lower the batch size, to no effect."""
+    """The failure for full shared memory: exit code 74, as for SIGBUS. After 71 the operator would lower the batch size, which does not help."""
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
     )
@@ -217,7 +217,7 @@ def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneErr
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """Choose the failure to report.
 
-    The first of these criteria that differs decides: `origin` True, precedence of the exit code, reported by the rank, earliest.
+    Order of preference: failures with `origin`, precedence of the exit code, failures that the rank reported, earliest failure.
     """
     ordered = sorted(
         failures,

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: transformers' names for `training.scheduler`, and `training.schedulerParameters`."""
+"""Maps `training.scheduler` to transformers' names, and checks `training.schedulerParameters`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEDULER_NAMES = {
 
 
 def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
-    """`training.schedulerParameters` with text converted to numbers and truth values. Errors: ConfigError SchedulerParameterInvalid."""
+    """Return `training.schedulerParameters` with text converted to numbers and booleans. Errors: ConfigError SchedulerParameterInvalid."""
     import inspect
 
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType

@@ -13,7 +13,7 @@ from finetune_api.names import Env, incarnation
 from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
-"""How long to retry the upload of the final model while the store is unavailable. Then the attempt fails."""
+"""How long to retry the upload of the final model while the store is unavailable. After this time the attempt fails."""
 FINAL_UPLOAD_TIMEOUT_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
 """The variable's name in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
@@ -65,7 +65,7 @@ def load_run(settings: Settings) -> tuple[RunConfig, str]:
     """The run configuration and its sha256.
 
     Errors: InternalError `RunFileMissing`, `RunFileDamaged` (checksum); ConfigError `RunFileInvalid`; TooOldError
-    `TrainerTooOld` for a field that the user set and this trainer does not know.
+    `TrainerTooOld` if the user set a field that this trainer does not know.
     """
     try:
         data = settings.run_file.read_bytes()

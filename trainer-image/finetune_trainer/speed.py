@@ -73,7 +73,7 @@ def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield named parameters, but not those that PEFT replaced by a trained copy (`modules_to_save`), except ids in `kept_ids`."""
+    """Yield named parameters. Skip those that PEFT replaced by a trained copy (`modules_to_save`) if their id is not in `kept_ids`."""
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         copy = name.replace("original_module.", "modules_to_save.default.")

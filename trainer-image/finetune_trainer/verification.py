@@ -1,4 +1,4 @@
-"""Checks before the first step that the libraries use the requested features. They often fall back to others without an error."""
+"""Checks before the first step that the requested features are active, because libraries often fall back without an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
 
 
 def require_kernels(base: Any) -> None:
-    """Errors: InternalError KernelsNotActive if no layer uses a liger kernel. The library silently skips unknown models."""
+    """Errors: InternalError KernelsNotActive if no layer uses a liger kernel. The liger library silently skips unknown models."""
     modules = (getattr(module.forward, "__module__", "") for module in base.modules())
     if not any(name.startswith("liger_kernel") for name in modules):
         raise InternalError(

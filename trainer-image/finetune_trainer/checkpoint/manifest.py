@@ -31,7 +31,7 @@ class FileEntry(LenientModel):
 
 
 class RunFacts(LenientModel):
-    """Facts about the run that made a checkpoint. `restore.check_compatible` compares them with the run that resumes."""
+    """Facts about the run that made a checkpoint. `restore.check_compatible` compares them with the facts of the run that resumes."""
 
     model_revision: str = ""
     dataset_digest: str = ""
@@ -75,7 +75,7 @@ class Manifest(LenientModel):
     files: list[FileEntry] = Field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON. The marker holds its sha256."""
+        """Canonical JSON. The marker holds the sha256 of this JSON."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -104,7 +104,7 @@ class Marker(WireModel):
 
 
 class Part(LenientModel):
-    """The files that one pod of several has uploaded: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
+    """The files that one of several pods has uploaded. The object `<incarnation>/.parts/node-<n>.json` exists until the commit."""
 
     node: int
     dropped: bool = Field(

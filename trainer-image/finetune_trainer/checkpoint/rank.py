@@ -1,7 +1,7 @@
 """Callbacks of the HF Trainer in each rank: report progress, stage checkpoints, stop at the agreed step.
 
-The Trainer must call them after all other callbacks. A checkpoint includes the sums of the current logging window (`window`), so
-that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the
+The Trainer must call these callbacks after all others. A checkpoint includes the sums of the current logging window (`window`),
+so that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the
 checkpoint is saved.
 """
 
@@ -249,7 +249,7 @@ def _estimated_size(model: Any) -> int:
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether this save must wait for the evaluation or log line at the end of the epoch, so that a resumed run does not skip them."""
+    """Whether this save must wait for the evaluation or log line at the end of the epoch, so that a resumed run skips neither."""
     due = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 

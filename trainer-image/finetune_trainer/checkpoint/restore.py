@@ -1,7 +1,7 @@
 """Finds and downloads the newest committed checkpoint that is complete, undamaged and belongs to this run.
 
 Every byte is hashed during the download, and the hash is compared with the manifest. A damaged checkpoint is reported, and the
-previous checkpoint is tried. If the job had made progress and no checkpoint can be loaded, the pod ends with 73 instead of
+previous checkpoint is tried. If the job had made progress and no checkpoint can be loaded, the pod exits with 73 instead of
 starting from zero. A checkpoint is used even if it is not marked healthy: the pod may have ended before it could set the mark,
 and a checkpoint is only saved if its own loss is finite. After a rollback, checkpoints later than `resume.maxStep` are skipped.
 """
@@ -65,8 +65,8 @@ def restore(
     """Find, check and download the checkpoint to resume from.
 
     `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. A URI in `checkpoint.resume`
-    is only used while the job has no checkpoints of its own. The operator may not know of the job's checkpoints: after a queue
-    has reclaimed its quota, the same attempt starts again.
+    is only used while the job has no checkpoints of its own. The operator may not know the job's own checkpoints: if a queue
+    reclaims the quota of a running job, the same attempt starts again later.
 
     Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and no checkpoint can be loaded; ConfigError
     `CheckpointIncompatible`, with the difference, if the newest undamaged checkpoint belongs to a different run.
@@ -149,7 +149,7 @@ def _restore_named(
 
 
 def _parse_checkpoint_uri(uri: str) -> tuple[str, str, int]:
-    """Return root (with the query of a web address), the incarnation's folder (empty if the URI does not name it) and step."""
+    """Return the root (with the query of a web address), the incarnation's folder (empty if the URI does not name it) and step."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 0, -1):

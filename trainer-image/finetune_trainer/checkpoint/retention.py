@@ -1,4 +1,4 @@
-"""Chooses the committed checkpoints to remove. A pure function.
+"""Chooses the committed checkpoints to remove, without side effects.
 
 While a run goes on, the two newest healthy checkpoints are never removed, even if `keep` is 1. The best checkpoint and the
 pinned checkpoints are kept in addition.
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MIN_HEALTHY = 2
-"""Healthy checkpoints that are never removed while the run goes on."""
+"""Number of newest healthy checkpoints that are never removed while the run goes on."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class TcpGangStore:
 
 
 class StopAgreement:
-    """One rank's part in the agreement. `reached(step)` is called at the end of every optimizer step."""
+    """Agrees with the other ranks on the step at which all stop. The Trainer calls `reached(step)` after every optimizer step."""
 
     def __init__(self, channel: Channel, shared: GangStore, *, poll_seconds: float = POLL_SECONDS) -> None:
         self._channel, self._shared, self._poll_seconds = channel, shared, poll_seconds

@@ -2,8 +2,8 @@
 
 Each incarnation writes to its own folder, so that the files of two incarnations never mix. A commit writes the data and then
 the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
-exists. If a marker exists already, it is read. If it names our manifest, our request succeeded and only its response was lost.
-If it names another manifest, this incarnation is fenced out and must end.
+exists. If an existing marker names our manifest, our request succeeded and only the response was lost. If an existing marker
+names another manifest, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Tree:
     def wait_parts(
         self, prefix: str, incarnation: str, nodes: int, timeout: float, give_up: Callable[[], bool]
     ) -> list[FileEntry]:
-        """Wait until the other pods (1 .. nodes-1) have uploaded their files; returns the entries.
+        """Wait until the other pods (1 .. nodes-1) have uploaded their files; returns the entries of these files.
 
         Errors: PeerError `PartMissing` if a pod skips the checkpoint, does not report within `timeout` seconds, or if
         `give_up` returns True.

@@ -117,7 +117,7 @@ class Uploader:
 
     @property
     def failure(self) -> FineTuneError | None:
-        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None if it has not."""
+        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None before that."""
         return self._failure
 
     @property
@@ -359,7 +359,7 @@ class Uploader:
                     self._reporter.mark_checkpoint_healthy(step)
 
     def retain(self, *, finished: bool = False) -> None:
-        """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note says so."""
+        """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note is added."""
         steps = steps_to_remove(
             list(self._committed.values()), self._policy.keep, pinned=self._policy.pinned, finished=finished
         )

@@ -46,7 +46,7 @@ class DistributedStrategy:
         return ()
 
     def prepare_process(self) -> None:
-        """Prepare the process before the first use of accelerate. Here: prevent a process group for a single rank."""
+        """Prepare the process before the first use of accelerate. The base class prevents a process group for a single rank."""
         if self.world_size == 1:
             for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)

@@ -396,7 +396,7 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # These keys make DeepSpeed accept torch's optimizer when it is offloaded. DeepSpeed would compile its own optimizer.
+    # With these keys DeepSpeed accepts torch's optimizer, even if it is offloaded. Otherwise DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
         merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value

@@ -39,7 +39,7 @@ SHARDING = {
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
     "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
 }  # fmt: skip
-"""The spec's `sharding` for each value in accelerate's file. With FSDP version 2 the file has a boolean: reshard after the forward pass."""
+"""The spec's `sharding` for each value in accelerate's file. Files for FSDP version 2 have a boolean: whether to reshard after the forward pass."""
 STATE_DICT = {
     "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
 }  # fmt: skip

@@ -138,7 +138,7 @@ class FileMerge:
     """Values that the file sets instead of the spec, by spec path."""
 
     def merge(self, key: str, file_value: Any, path: str, spec_value: Any, shown: str | None = None) -> Any:
-        """Return `file_value`, the file's value of `key`, or `spec_value`, the spec's value at `path`, if the file has no value.
+        """Return `file_value` (the file's value of `key`). If the file has no value, return `spec_value` (the spec's value at `path`).
 
         Record a conflict if the user set both and the values differ. `shown`: `file_value` as the file spells it.
         """

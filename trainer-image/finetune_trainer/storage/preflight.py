@@ -103,7 +103,7 @@ def _more_precise(error: StorageError, store: Store) -> FineTuneError:
 
 
 def _encryption_fails(store: S3Store) -> bool:
-    """Whether only encryption fails: the store accepts an unencrypted object. Many stores without keys respond with status 500."""
+    """Whether only encryption fails: the store accepts an unencrypted object. Many stores without keys respond to encryption with 500."""
     if store.target.encryption is None:
         return False
     plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)

@@ -51,7 +51,7 @@ LONGEST_PAUSE_SECONDS = 60.0
 READ_BYTES = 256 * 1024
 BUSY = (429, 500, 502, 503, 504)
 HEAD_REFUSED = (403, 405, 501)
-"""Statuses of HEAD after which GET may succeed: a signed URL may be valid for GET only."""
+"""HEAD may fail with these statuses although GET succeeds: a signed URL may be valid for GET only."""
 
 
 class WebStore:

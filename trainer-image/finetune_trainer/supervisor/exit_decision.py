@@ -64,7 +64,7 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
-    """Return the failure of a rank that failed by itself. Without one, return 75 if the trained steps are saved, else 76."""
+    """If a rank failed by itself, its failure decides. Otherwise return 75 if the trained steps are saved, else 76."""
     rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
     if rank_failure is not None:
         return Exit(int(rank_failure.error.exit_code), rank_failure)
@@ -72,7 +72,7 @@ def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
 
 
 def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
-    """Return the supervisor's failure; without one, the ranks' failure. A rank's own failure replaces a PeerError of the supervisor."""
+    """Return the supervisor's failure, or else the ranks' root cause. A rank's own failure replaces a PeerError of the supervisor."""
     if facts.error is None:
         reported_ranks = {failure.rank for failure in facts.rank_failures}
         silent = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]

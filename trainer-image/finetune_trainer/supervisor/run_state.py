@@ -102,7 +102,7 @@ class RunState:
             self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
 
     def add_note(self, text: str) -> None:
-        """Add a sentence to `status.resolved.notes`, once."""
+        """Add a sentence to `status.resolved.notes` if it is not there yet."""
         with self._lock:
             if text not in self._notes:
                 self._notes.append(text)

@@ -56,7 +56,7 @@ class _Http(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Bind without resolving this host's name, as http.server would: a slow name server would delay the pod's start."""
+        """Bind without http.server's lookup of the host name: a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
-    """Apply a report of the Kubeflow progress protocol. It has percentage and remaining time, but no steps.
+    """Apply a report of the Kubeflow progress protocol. The protocol has percentage and remaining time, but no steps.
 
     Errors: KeyError, TypeError, ValueError if the report does not follow the protocol.
     """

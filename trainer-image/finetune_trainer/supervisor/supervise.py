@@ -183,7 +183,7 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(checkpoints_for_status(tree, restored.ancestors))
-            model_marker = tree.marker(None)  # its manifest is unreadable: otherwise `_prepare` would have ended the attempt
+            model_marker = tree.marker(None)  # such a marker has no readable manifest: otherwise `_prepare` would have ended the attempt
             uploader.set_skipped([*restored.skipped, *([model_marker] if model_marker else [])])
         self._uploader = uploader
         assert self._staging is not None
