@@ -20,12 +20,12 @@ OPTIMIZER_PATH = "training.optimizer"
 LIGER_PATH = "model.ligerKernels"
 LOW_MEMORY_OPTIMIZER = "paged_adamw_8bit"
 OPTIMIZER_PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
-"""Package that an optimizer needs besides torch and bitsandbytes, by the prefix of the optimizer's name."""
+"""Additional Python package for an optimizer, by the prefix of the optimizer's name."""
 
 
 @dataclass(frozen=True)
 class MemorySavers:
-    """Options that save GPU memory. `trainer.backend: unsloth` enables each one that the user did not set."""
+    """Options that save GPU memory. `trainer.backend: unsloth` enables every option that the user did not set."""
 
     checkpointing: GradientCheckpointing
     optimizer: str
@@ -77,7 +77,7 @@ def shared_arguments(
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
         "optim": require_optimizer(savers.optimizer),
         "use_liger_kernel": savers.liger,
-        # liger's fused cross entropy replaces the forward pass. TRL's losses and a reward model's head need the original one.
+        # liger's fused cross entropy replaces the forward pass. TRL's losses and a reward model's head need the original forward pass.
         "liger_kernel_config": {"fused_linear_cross_entropy": False} if savers.liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
@@ -93,7 +93,7 @@ def shared_arguments(
         "dataloader_pin_memory": not hardware.is_cpu,
         "disable_tqdm": True,
         "report_to": [],
-        # With the filter, transformers would log the last finite loss in place of a NaN or infinite loss.
+        # If this filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
         **_checkpointing(run, savers.checkpointing),
         **_intervals(run, evaluates),
@@ -126,7 +126,7 @@ def _warmup(run: RunConfig) -> float | int:
 
 
 def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
-    """When to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
+    """Return the arguments that set when to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
     checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
     evaluation_strategy = evaluation.strategy or When.NO
     if evaluation_strategy is not When.NO and not evaluates:
@@ -152,7 +152,7 @@ def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
 
 
 def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
-    """Gradient checkpointing: of every layer, of every n-th, or with activations moved to host memory."""
+    """Arguments for gradient checkpointing: every layer, every n-th layer, or activations moved to host memory."""
     training = run.spec.training
     if mode is GradientCheckpointing.DISABLED:
         return {"activation_checkpointing": False}
@@ -165,7 +165,7 @@ def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any
 
 
 def require_optimizer(name: str) -> str:
-    """Return `name` if this image can run the optimizer. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable (a package is missing)."""
+    """Return `name` if this image has the optimizer. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable (a package is missing)."""
     from difflib import get_close_matches
 
     from transformers.training_args import OptimizerNames
@@ -186,7 +186,7 @@ def require_optimizer(name: str) -> str:
 
 
 def choose_kernels(args: Any, run: RunConfig, model_type: str) -> list[str]:
-    """Turn off liger's kernels if the model has none and the user did not request them. Returns notes for the status.
+    """Turn off liger's kernels if they are unavailable and the user did not request them. Returns notes for the status.
 
     Errors: ConfigError KernelsUnavailable if the user requested them.
     """

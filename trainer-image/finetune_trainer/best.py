@@ -1,9 +1,9 @@
 """Keeps the weights of the best checkpoint until the end of training, also across attempts.
 
-At the end of training, transformers loads the best checkpoint from its folder, and only logs a warning if the folder is missing.
-The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore keeps the
-best weights in a folder next to the checkpoints. Each later checkpoint includes these files under a file name prefix, so that a
-resumed attempt finds them.
+At the end of training, transformers loads the best checkpoint from its folder. If the folder is missing, transformers only logs a
+warning. The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore
+keeps the best weights in a folder next to the checkpoints. Each later checkpoint also contains the best weights, in files with a
+name prefix, for attempts that resume from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 BEST_PREFIX = "best--"
-"""Prefix of the best checkpoint's file names inside another checkpoint."""
+"""File name prefix of the best weights inside a checkpoint that is not the best one."""
 WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""
@@ -44,7 +44,7 @@ class KeepBest(TrainerCallback):
         best_weights = Path(str(args.output_dir)) / BEST_FOLDER
         resumed_is_best = state.best_global_step == state.global_step
         files = list(_weights(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
-        if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds those weights
+        if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds the best weights
             return
         if args.local_process_index == 0:
             _replace_files(best_weights, iter(files))
@@ -64,7 +64,7 @@ class KeepBest(TrainerCallback):
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:
-    """Copy the best weights from rank 0's disk to the disks of the other nodes. A collective: all ranks must call it."""
+    """Copy the best weights from rank 0's disk to the disks of the other nodes. A collective operation: all ranks must call it."""
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
     best_weights = Path(str(args.output_dir)) / BEST_FOLDER
@@ -104,13 +104,13 @@ def best_folder(trainer: Any) -> Path:
         if any(True for _ in _weights(folder)):
             return folder
     raise NoCheckpointError(
-        "BestCheckpointMissing", f"the best checkpoint, of step {trainer.state.best_global_step}, is no longer on this disk",
-        hint="resume again, or set checkpoint.loadBestAtEnd: false to keep the last weights",
+        "BestCheckpointMissing", f"the best checkpoint (step {trainer.state.best_global_step}) is no longer on this disk",
+        hint="resume the job again, or set checkpoint.loadBestAtEnd: false to keep the last weights",
     )  # fmt: skip
 
 
 def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
-    """Replace the contents of `folder` by these files. The last step is a rename, so that no reader sees only some of the files."""
+    """Replace the contents of `folder` with these files. The last step is a rename, so that no reader sees only some of the files."""
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -127,7 +127,7 @@ def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _included_best_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files of the best checkpoint that another checkpoint includes: original name and path."""
+    """Yield original name and path of each file with best weights inside another checkpoint."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(BEST_PREFIX):
             yield file.name.removeprefix(BEST_PREFIX), file

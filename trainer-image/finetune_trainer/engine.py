@@ -1,7 +1,7 @@
-"""Checks of every objective's Trainer: they end runs that would otherwise go wrong without an error.
+"""Checks for the Trainer of every objective. Each check detects a fault that transformers and TRL would ignore.
 
-`GuardedTrainer` is mixed into TRL's trainers. It connects the distributed strategy and refuses checkpoints whose weights do not match the model.
-`FiniteGuard` ends a run whose loss or gradient norm is not finite.
+`GuardedTrainer` is mixed into TRL's trainers. It connects the distributed strategy, and refuses a checkpoint if its weights do not
+match the model. `FiniteGuard` ends a run if its loss or gradient norm is not finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
-"""Parts of the names under which bitsandbytes saves the scales of a frozen 4-bit weight. The loaded base model already has these scales."""
+"""Parts of the keys of 4-bit scales that bitsandbytes saves. Such keys need not match, because the base model already has its scales."""
 
 
 class GuardedTrainer(OpenTrainer):
@@ -42,17 +42,17 @@ class GuardedTrainer(OpenTrainer):
     strategy: DistributedStrategy
     meter: Meter | None = None
     lora_plus_ratio: float = 1.0
-    """LoRA+: learning rate of the B matrices divided by that of the A matrices."""
+    """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Apply the settings of the strategy that TrainingArguments has no field for."""
+        """Create the accelerator, then apply the strategy's settings that have no field in TrainingArguments."""
         super().create_accelerator_and_postprocess()
         self.strategy.on_accelerator_created(self)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
         """Train on one pass over the data, unless a checkpoint of the last step was restored.
 
-        transformers compares the step with `max_steps` only after a step. A run that resumes from its last step would train one step too many.
+        transformers compares the step with `max_steps` only after each step. A run that resumes from its last step would train one more step.
         """
         if self._is_complete():
             self.control.should_training_stop = True
@@ -73,7 +73,7 @@ class GuardedTrainer(OpenTrainer):
         return super().get_batch_samples(_timed(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the throughput since the last log line and the peak GPU memory to the logged values."""
+        """Add to the logged values: the throughput since the last log line, and the peak GPU memory."""
         if self.meter is not None and self.model.training and "loss" in logs:
             logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
             if self.args.device.type == "cuda":
@@ -81,7 +81,7 @@ class GuardedTrainer(OpenTrainer):
         super().log(logs, start_time)
 
     def load_best_model(self) -> None:
-        """Load the best weights from the folder in which `best.KeepBest` keeps them. Errors: NoCheckpointError BestCheckpointMissing."""
+        """Load the best weights from the folder of `best.KeepBest`. Errors: NoCheckpointError BestCheckpointMissing."""
         copy_to_all_nodes(self.args)
         self.state.best_model_checkpoint = str(best_folder(self))
         super().load_best_model()
@@ -101,7 +101,7 @@ class GuardedTrainer(OpenTrainer):
         return super().create_optimizer(model)
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both states from the checkpoint, but keep this attempt's learning rates and other settings."""
+        """Load the states of optimizer and scheduler, but keep this attempt's learning rates and other settings."""
 
         def load() -> None:
             super(GuardedTrainer, self).load_optimizer_and_scheduler(checkpoint)
@@ -115,19 +115,19 @@ class GuardedTrainer(OpenTrainer):
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 "SchedulerParameterInvalid", f"the scheduler rejects training.schedulerParameters: {error}",
-                hint="change them, or remove them and write a scheduler without parameters",
+                hint="change the parameters, or remove them and write a scheduler without parameters",
             ) from error  # fmt: skip
 
     def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
-        """Load the weights of a checkpoint that is either an adapter or a model.
+        """Load the weights of a checkpoint. The checkpoint must be an adapter or a model, not both.
 
-        If a folder holds model.safetensors and an adapter, transformers loads only the former, and the adapter's weights are lost.
+        If a folder holds both, transformers loads only model.safetensors, and the adapter's weights are lost.
         Errors: NoCheckpointError CheckpointForeign.
         """
         path = Path(folder)
         if (path / ADAPTER_WEIGHTS).exists() and (path / MODEL_WEIGHTS).exists() and not self.is_fsdp_enabled:
             raise NoCheckpointError(
-                "CheckpointForeign", f"{path.name} holds both {ADAPTER_WEIGHTS} and {MODEL_WEIGHTS}: it is not one checkpoint",
+                "CheckpointForeign", f"{path.name} holds both {ADAPTER_WEIGHTS} and {MODEL_WEIGHTS}, but a checkpoint is either an adapter or a model",
                 hint="remove the file that does not belong to the checkpoint",
             )  # fmt: skip
         super().load_checkpoint_weights(folder, model)
@@ -139,15 +139,15 @@ class GuardedTrainer(OpenTrainer):
         mismatched += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
         if mismatched:
             raise NoCheckpointError(
-                "CheckpointForeign", f"the checkpoint has other weights than this run trains: {', '.join(mismatched[:4])}",
-                hint="resume with the method, targets and model that it was made with",
+                "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched[:4])}",
+                hint="use the same model, method and target modules as the run that wrote the checkpoint",
             )  # fmt: skip
 
 
 def _timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
-    """Yield the same batches, and add the time spent waiting for each batch to the meter.
+    """Yield the batches, and add the time spent waiting for each batch to the meter.
 
-    Only the iterator is timed. `get_batch_samples` also counts the tokens of all ranks, and so waits for the slowest rank.
+    `get_batch_samples` as a whole is not timed: it also counts the tokens of all ranks, so it waits for the slowest rank.
     """
     while True:
         began = time.perf_counter()
@@ -159,7 +159,7 @@ def _timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
 
 
 class FiniteGuard(TrainerCallback):
-    """Ends the run when a loss or the gradient norm is not finite: training does not recover from such a step."""
+    """Ends the run if a loss or the gradient norm is not finite, because training does not recover from such a step."""
 
     def on_log(
         self,
@@ -169,7 +169,7 @@ class FiniteGuard(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Errors: DivergedError LossNotFinite, GradientNotFinite."""
+        """Check the logged values. Errors: DivergedError LossNotFinite, GradientNotFinite."""
         for key, code in (
             ("loss", "LossNotFinite"),
             ("eval_loss", "LossNotFinite"),

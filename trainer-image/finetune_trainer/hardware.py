@@ -24,7 +24,7 @@ class Hardware:
     device: torch.device
     name: str
     dtype: torch.dtype | str
-    """Number format in which the weights are loaded; `auto`: the format in which they were saved."""
+    """Number format of the loaded weights; `auto` is the format of the weight files."""
     bf16: bool
     fp16: bool
     attention: str
@@ -50,7 +50,7 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     dtype = _dtype(run, device, bf16)
     if attention == FLASH_ATTENTION and dtype is torch.float32 and not (bf16 or fp16):
         raise ConfigError(
-            "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, and training.mixedPrecision no means 32 bits",
+            "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, but training.mixedPrecision is no (32 bits)",
             hint="write mixedPrecision bf16, or attention sdpa",
         )  # fmt: skip
     if device.type == "cuda":
@@ -59,7 +59,7 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
 
 
 def trains_on_quantized_base(run: RunConfig) -> bool:
-    """Whether modules of the base model are trained in full between frozen quantised ones (spectrum on a 4-bit base model)."""
+    """Whether some modules of the base model are trained in full and the others are quantised and frozen (spectrum on a 4-bit base model)."""
     return trains_base_weights(run.spec) and given_bits(run.spec) is not None
 
 
@@ -76,7 +76,7 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
     if requested is Device.MPS:
         if not torch.backends.mps.is_available():
             raise ConfigError(
-                "DeviceAbsent", "training.device is mps, and this machine has no MPS device", hint="write auto"
+                "DeviceAbsent", "training.device is mps, but this machine has no MPS device", hint="write auto"
             )
         return torch.device("mps")
     if not uses_gpu(run):
@@ -84,19 +84,19 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
     if not torch.cuda.is_available() and run.world.gpus_per_node == 0:
         raise ConfigError(
             "DeviceAbsent",
-            "training.device is cuda, and the job requests no GPU",
+            "training.device is cuda, but the job requests no GPU",
             hint="write auto, or set resources.gpusPerNode",
         )
     if not torch.cuda.is_available():
         raise ConfigError(
-            "DeviceAbsent", f"the job requests {run.world.gpus_per_node} GPUs per node, and torch finds none",
-            hint="set resources.gpusPerNode: 0 for a CPU run, or check driver and resources.gpuResource",
+            "DeviceAbsent", f"the job requests {run.world.gpus_per_node} GPUs per node, but torch finds no GPU",
+            hint="set resources.gpusPerNode: 0 for a CPU run, or check the GPU driver and resources.gpuResource",
         )  # fmt: skip
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
-    """Whether the forward pass computes in bf16, and whether in fp16."""
+    """Whether the forward pass uses bf16, and whether it uses fp16."""
     import torch
 
     requested = run.spec.training.mixed_precision or MixedPrecision.AUTO
@@ -107,7 +107,7 @@ def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
         return (False, False) if device.type != "cuda" else (supports_bf16, not supports_bf16)
     if requested is MixedPrecision.FP16 and device.type != "cuda":
         raise ConfigError(
-            "PrecisionUnavailable", "training.mixedPrecision is fp16, which needs a GPU", hint="write bf16, no or auto"
+            "PrecisionUnavailable", "training.mixedPrecision is fp16, but fp16 needs a GPU", hint="write bf16, no or auto"
         )
     if requested is MixedPrecision.BF16 and not supports_bf16:
         raise ConfigError("PrecisionUnavailable", f"{_name(device)} cannot compute in bf16", hint="write fp16 or auto")
@@ -115,7 +115,7 @@ def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
 
 
 def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | str:
-    """Trained base weights are loaded in 32 bits unless `model.dtype` says otherwise: 16 bits lose small updates."""
+    """Choose the dtype of the weights. Trained base weights default to 32 bits, because 16-bit weights lose small updates."""
     import torch
 
     requested = run.spec.model.dtype or Dtype.AUTO
@@ -129,7 +129,7 @@ def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | st
 
 
 def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
-    """transformers' name of the attention implementation, and notes for the status."""
+    """Return transformers' name of the attention implementation, and notes for the status."""
     requested = run.spec.model.attention or Attention.AUTO
     if requested is Attention.FLASH_ATTENTION_2:
         if device.type == "cuda" and find_spec("flash_attn") is not None:

@@ -1,8 +1,8 @@
-"""Every private attribute of transformers, TRL, PEFT and accelerate that the trainer depends on.
+"""Accesses all private attributes of transformers, TRL, PEFT and accelerate that the trainer needs.
 
-These libraries may rename a private attribute in any release. Each one is therefore used in this module only, by one function
-or method with the reason for it, and `tests/unit/trainer/test_library_internals.py` checks each against the installed
-versions (read for this module: transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15).
+Any release of these libraries may rename a private attribute. So only this module uses private attributes, each in one function or
+method with the reason. `tests/unit/trainer/test_library_internals.py` checks them against the installed versions. This module was
+written for transformers 5.23, TRL 1.16, PEFT 0.21 and accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -15,84 +15,84 @@ from transformers import Trainer, TrainingArguments
 
 
 class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
-    """A Trainer whose private steps can be overridden under public names.
+    """A Trainer with public methods that subclasses override instead of private methods of transformers.
 
-    Each pair of methods works the same way: transformers calls the private method, the private method calls the public one, and
-    the public one runs the implementation of transformers unless overridden. transformers has no callback at these points (`trainer.py`, v5.23).
+    In each pair of methods, transformers calls the private method, and the private method calls the public method. The public method
+    calls the implementation of transformers. transformers has no callback at these points (`trainer.py`, v5.23).
     """
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         self.run_epoch(*args, **options)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
-        """Train on one pass over the data. Overridden because transformers compares the step with `max_steps` only after a step."""
+        """Train on one pass over the data. Overridden because transformers compares the step with `max_steps` only after each step."""
         super()._run_epoch(*args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_checkpoint_weights(resume_from_checkpoint, model)
 
     def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
-        """Load the weights of a checkpoint. Overridden to check its files, and because FSDP weights are stored in one plain folder."""
+        """Load the weights of a checkpoint. Overridden to check the files, and because FSDP weights are stored in one plain folder."""
         super()._load_from_checkpoint(folder, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded_keys(list(load_result.missing_keys), list(load_result.unexpected_keys))
 
     def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
-        """Receive the weights that a checkpoint lacks and those that the model lacks. transformers only logs a warning."""
+        """Handle the names of weights that are missing in a checkpoint or in the model. transformers only logs a warning."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both states. Overridden to keep this attempt's learning rates, and to choose FSDP's state layout."""
+        """Load optimizer and scheduler. Overridden to keep this attempt's learning rates, and to choose FSDP's state layout."""
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.save_optimizer_and_scheduler(output_dir)
 
     def save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save both states. Overridden because transformers couples FSDP's layout of the states to that of the weights."""
+        """Save optimizer and scheduler. Overridden because transformers uses one FSDP layout for these states and the weights."""
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_best_model(self) -> None:
         self.load_best_model()
 
     def load_best_model(self) -> None:
-        """Load the best weights at the end of training. Overridden because transformers only warns if their folder is gone."""
+        """Load the best weights at the end of training. Overridden because transformers only warns if the folder is missing."""
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.save_files(output_dir or self.args.output_dir, state_dict)
 
     def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
-        """Write weights, configuration and tokenizer on this rank. The public `save_model` also decides which ranks write."""
+        """Write weights, configuration and tokenizer on this rank. (The public `save_model` also decides which ranks write.)"""
         super()._save(output_dir, state_dict)
 
     def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Move a batch to the device as the training loop does."""
+        """Move a batch to the device in the same way as the training loop."""
         prepared: dict[str, Any] = self._prepare_inputs(batch)
         return prepared
 
 
 class OwnDatasetPreparation:
-    """Mixed in before a TRL trainer whose rows are tokenised already.
+    """Mixin for TRL trainers whose rows are already tokenised: replaces TRL's tokenisation.
 
-    Only TRL's SFTTrainer has an option to skip its own tokenisation (`skip_prepare_dataset`).
+    Only TRL's SFTTrainer has an option to skip the tokenisation (`skip_prepare_dataset`).
     """
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return self.prepare_rows(dataset, args, dataset_name)
 
     def prepare_rows(self, rows: Any, args: Any, part: str) -> Any:
-        """The rows of one part (`train`, or the name of an evaluation set) as the trainer reads them."""
+        """Convert the rows of one data set to the columns that the trainer reads. `part`: `train`, or the name of an evaluation set."""
         return rows
 
 
 class GenerationUnderAutocast:
-    """Mixed in before TRL's GRPOTrainer: completions are generated in the number format of training.
+    """Mixin for TRL's GRPOTrainer: generates completions under autocast, as in training.
 
-    TRL generates outside autocast, where 32-bit trained weights and 16-bit frozen ones cannot be multiplied.
+    TRL generates outside autocast. There, 32-bit trained weights and 16-bit frozen weights cannot be used in one multiplication.
     """
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
@@ -101,12 +101,12 @@ class GenerationUnderAutocast:
 
 
 def use_one_device(args: TrainingArguments) -> None:
-    """Limit a rank to one device. transformers would spread a process over every GPU that it sees, and TRL refuses that."""
+    """Limit a rank to one device. Otherwise transformers would use every visible GPU in one process, and TRL refuses that."""
     args._n_gpu = min(args.n_gpu, 1)
 
 
 def tied_weight_names(model: Any) -> set[str]:
-    """Names of weights that share their tensor with another weight; checkpoints store such a tensor once."""
+    """Names of weights that share their tensor with another weight. Checkpoints store a shared tensor only once."""
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
@@ -117,10 +117,10 @@ def attention_implementation(model: Any) -> str:
 
 @contextmanager
 def accept_quantized_model(model: Any) -> Iterator[None]:
-    """Let a Trainer be built on a quantised model without an adapter, whose unquantised modules are trained.
+    """Let transformers build a Trainer on a quantised model that has no adapter, but trained unquantised modules.
 
     transformers refuses such a model as "purely quantized" (`trainer_utils.py`, `validate_quantization_for_training`) unless this flag
-    says that an adapter is loaded. The flag is restored because saving reads it, too.
+    says that an adapter is loaded. The flag is restored, because saving also reads it.
     """
     before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = True
@@ -131,9 +131,9 @@ def accept_quantized_model(model: Any) -> Iterator[None]:
 
 
 def enable_fsdp_on_cpu(fsdp_plugin: Any) -> None:
-    """Tell accelerate that FSDP is active on CPUs. accelerate 1.15 enables FSDP for accelerators only and runs DDP instead.
+    """Enable FSDP on CPUs. accelerate 1.15 enables FSDP only for accelerators, and runs DDP on CPUs.
 
-    AcceleratorState copies the fields of PartialState whenever it is created, so both are set.
+    Both states are set, because each new AcceleratorState copies the fields of PartialState.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -143,17 +143,17 @@ def enable_fsdp_on_cpu(fsdp_plugin: Any) -> None:
 
 
 def loss_sum(trainer: Any) -> Any:
-    """Sum of this rank's losses since the last log line: a tensor with one number, which may be filled in place."""
+    """Sum of this rank's losses since the last log line: a tensor with one number that callers may change in place."""
     return trainer._tr_loss
 
 
 def last_logged_step(trainer: Any) -> int:
-    """Step of the last log line; the logged loss is a mean over the steps since then."""
+    """Step of the last log line. The next logged loss is the mean over the steps since this step."""
     return int(trainer._globalstep_last_logged)
 
 
 def set_last_logged_step(trainer: Any, step: int) -> None:
-    """Continue the logging window of a checkpoint."""
+    """Set the step of the last log line, so that a resumed run continues the checkpoint's logging window."""
     trainer._globalstep_last_logged = step
 
 
@@ -169,13 +169,13 @@ def trained_tokens(trainer: Any) -> int:
 
 
 def set_trained_tokens(trainer: Any, tokens: int) -> None:
-    """Continue TRL's count of tokens, where the trainer has one."""
+    """Set TRL's count of tokens if the trainer has such a count."""
     if hasattr(trainer, "_total_train_tokens"):
         trainer._total_train_tokens = tokens
 
 
 def copied_modules(model: Any) -> dict[str, Any]:
-    """The frozen originals, by name, of the modules that PEFT copies in order to train the copy in full (`modules_to_save`)."""
+    """The original modules of `modules_to_save`, by name. PEFT freezes these modules and trains copies of them."""
     from peft.utils.other import ModulesToSaveWrapper
 
     return {
@@ -186,14 +186,14 @@ def copied_modules(model: Any) -> dict[str, Any]:
 
 
 def expose_head_bias(model: Any) -> None:
-    """Give the wrapper of a head whose rows are trained the attribute `bias`, which the loss reads. PEFT 0.21 exposes only `weight`."""
+    """Expose `bias` on PEFT's wrapper of a head with trained rows: the loss reads it, but PEFT 0.21 exposes only `weight`."""
     head = model.get_base_model().get_output_embeddings()
     if type(head).__name__ == "TrainableTokensWrapper":
         head.bias = head.original_module.bias
 
 
 def continuable_adapter_types() -> Collection[str]:
-    """Values of `peft_type` in an adapter's configuration that this version of PEFT knows."""
+    """Values of `peft_type` in an adapter's configuration that the installed PEFT supports."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return [str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]

@@ -1,4 +1,4 @@
-"""Loads the base model and its tokenizer from local disk: dtype, attention, quantisation, pad token."""
+"""Loads the base model and its tokenizer from the local disk, with the requested dtype, attention, quantisation and pad token."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ COMPUTE_DTYPE_PATH = "model.quantization.computeDtype"
 RESERVED_TOKEN = re.compile(
     r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$"
 )
-"""Tokens that vocabularies reserve for padding and for other purposes."""
+"""Matches tokens that vocabularies reserve for padding or other purposes."""
 
 
 def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
-    """Load the tokenizer and set its pad token; returns it with notes for the status. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
+    """Load the tokenizer and set its pad token. Returns the tokenizer and notes for the status. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
     from transformers import AutoTokenizer
 
     folder = inputs.tokenizer or inputs.model
@@ -52,7 +52,7 @@ def _choose_pad_token(tokenizer: Any, requested: str | None) -> list[str]:
         if token not in known:
             raise ConfigError(
                 "PadTokenUnknown", f"model.padToken {requested!r} is not in the vocabulary",
-                hint=f"write a token of the vocabulary or {END_OF_SEQUENCE} for the end token, or remove the field",
+                hint=f"write a token of the vocabulary, write {END_OF_SEQUENCE} for the end token, or remove the field",
             )  # fmt: skip
         tokenizer.pad_token = token
         return []
@@ -65,12 +65,12 @@ def _choose_pad_token(tokenizer: Any, requested: str | None) -> list[str]:
             "PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken"
         )
     return [
-        f"the tokenizer has no pad token: short rows are padded with {tokenizer.pad_token}; padding is not trained"
+        f"the tokenizer has no pad token: short rows are padded with {tokenizer.pad_token}; padding is not trained on"
     ]
 
 
 def load_config(run: RunConfig, inputs: Inputs) -> Any:
-    """The base model's `config.json`. Errors: NotFoundError ModelUnreadable."""
+    """Read the base model's `config.json`. Errors: NotFoundError ModelUnreadable."""
     from transformers import AutoConfig
 
     spec = run.spec.model
@@ -90,10 +90,10 @@ def load_model(
     kind: str = "causal",
     quantize: bool = True,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load the base model and check that no weight is missing; returns it with notes for the status.
+    """Load the base model and check that no weight is missing. Returns the model and notes for the status.
 
     `skip_quantization`: modules that stay unquantised. `sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
-    `reward` for a head with one output. `quantize` False: load unquantised weights and ignore the spec.
+    `reward` for a head with one output. If `quantize` is False, the spec's quantisation is ignored.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
@@ -121,7 +121,7 @@ def load_model(
 
 
 def max_positions(config: Any) -> int | None:
-    """Longest sequence that the model has positions for; None if its configuration does not say."""
+    """Number of positions of the model, which limits the sequence length. None if the model's configuration has no such field."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
@@ -129,7 +129,7 @@ def max_positions(config: Any) -> int | None:
 def quantization_config(
     run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """The quantisation of the frozen base model; None without quantisation. `skip`: modules that stay unquantised, in addition to the head."""
+    """Quantisation of the frozen base model; None without quantisation. `skip`: modules that stay unquantised, in addition to the head."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -155,29 +155,29 @@ def quantization_config(
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
         bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
         bnb_4bit_compute_dtype=compute,
-        # FSDP leaves weights of an integer type unsharded with only a warning, so the bytes are stored as floats.
+        # FSDP does not shard weights of an integer type (it only warns), so the bytes are stored as floats.
         bnb_4bit_quant_storage=compute if sharded else torch.uint8,
         llm_int8_skip_modules=unquantized,
     )
 
 
 def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
-    """Return notes about a model whose weights are stored quantised. Errors: ConfigError QuantizedBase if the method needs unquantised weights."""
+    """Return notes if the model's files are quantised. Errors: ConfigError QuantizedBase if the method needs unquantised weights."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return []
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
     if trains_base_weights(run.spec):
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the base weights",
+            "QuantizedBase", f"the model is stored quantised ({method}), but method {run.spec.method.type} trains the base weights",
             hint="give the unquantised model, or write method lora",
         )  # fmt: skip
     if uses_loftq(run.spec):
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq needs the unquantised weights",
+            "QuantizedBase", f"the model is stored quantised ({method}), but method.lora.init loftq needs the unquantised weights",
             hint="give the unquantised model, or remove init",
         )  # fmt: skip
-    if method == "bitsandbytes" and not needs_bitsandbytes(run):  # `imports` hides the library from this job
+    if method == "bitsandbytes" and not needs_bitsandbytes(run):  # module `imports` hides bitsandbytes from this job
         bits = 8 if _loads_in_8_bits(stored) else 4
         raise ConfigError(
             "QuantizedBase", f"the model is stored in {bits} bits by bitsandbytes, but model.quantization is not set",
@@ -192,8 +192,7 @@ def _loads_in_8_bits(quantization: Any) -> bool:
 
 
 def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
-    """Refuse a model with missing weights, which transformers initialises randomly with only a warning.
-
+    """Refuse a model with missing weights. transformers only warns and initialises missing weights randomly.
     `expected_missing`: the weights of a new head. Errors: NotFoundError ModelIncomplete.
     """
     missing = sorted(set(info.get("missing_keys", ())) - set(expected_missing))
@@ -201,8 +200,8 @@ def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...]
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])
         raise NotFoundError(
-            "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing)} weights missing, {len(mismatched)} have another shape "
-            f"than config.json says, for example {names}",
+            "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing)} weights are missing, {len(mismatched)} have a "
+            f"different shape than in config.json, for example {names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
 
@@ -210,7 +209,7 @@ def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...]
 def _unreadable(
     code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
-    """The error for an unreadable folder: the first line of the library's message, with the source in place of the local path."""
+    """Return the error for an unreadable folder: the first line of the library's message, with `source` instead of the local path."""
     source = redact_source(source or what)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
@@ -230,6 +229,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def parameter_size(parameter: Any) -> int:
-    """Number of values in a parameter. A 4-bit weight holds two values per byte. A ZeRO-3 parameter counts with its unsharded size."""
+    """Number of values in a parameter: two per byte for a 4-bit weight, the unsharded size for a ZeRO-3 parameter."""
     stored = int(getattr(parameter, "ds_numel", None) or parameter.numel())
     return stored * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored

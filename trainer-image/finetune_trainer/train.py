@@ -1,4 +1,4 @@
-"""The run of one rank, from inputs on the local disk to the final artefact: load, apply the method, verify, train, save."""
+"""Runs one rank: loads inputs from the local disk, applies the method, verifies, trains, and saves the final artefact."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ OUT_OF_GPU_MEMORY = re.compile(
     r"(CUDA|HIP|NCCL|Cuda failure).{0,200}out of memory|(CUBLAS|CUSOLVER|CUDNN)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
     re.IGNORECASE | re.DOTALL,
 )
-"""Messages of libraries that allocate GPU memory without torch's allocator, and so raise no `torch.OutOfMemoryError`."""
+"""Out-of-memory messages of libraries that allocate GPU memory themselves, so torch does not raise `torch.OutOfMemoryError`."""
 FINAL_FOLDER = "final"
-"""Folder of the final artefact, inside the Trainer's output folder."""
+"""Folder of the final artefact in the Trainer's output folder."""
 RULES_CHECKED_AGAIN = (
     "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
     "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
-"""Rules of the API whose violation would train something else than the spec requests. A rank checks them again, because run.json
-may come from an operator without such a rule, or from a test."""
+"""Rules of the API. If one of them were violated, the run would silently differ from the spec. A rank checks them again, because
+run.json may come from an older operator without the rule, or from a test."""
 
 
 def preload(run: RunConfig) -> None:
-    """Import the heavy libraries of this run. Called while the supervisor still downloads the inputs."""
+    """Import the large libraries of this run. Called while the supervisor downloads the inputs."""
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     from finetune_trainer import engine, hardware, model  # noqa: F401  each imports the libraries that it needs
 
 
 @runtime_checkable
 class NeedsTrainer(Protocol):
-    """A callback that needs the Trainer itself, which transformers does not pass to callbacks."""
+    """A callback that needs the Trainer object. transformers does not pass the Trainer to callbacks."""
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Receive the Trainer, after it is built and before it trains."""
+        """Called with the Trainer before training begins."""
 
 
 class Hooks(Protocol):
@@ -66,13 +66,13 @@ class Hooks(Protocol):
     def finish(
         self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]
     ) -> None:
-        """Deliver the final artefact, which is complete in `model_dir`."""
+        """Deliver the final artefact in folder `model_dir`."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None = None) -> None:
-    """Train and save on this rank. Reports over `channel`; delivers the final artefact when it is complete on disk.
+    """Train and save on this rank, report over `channel`, and deliver the final artefact.
 
-    Errors: any FineTuneError; exceptions of libraries are converted (`to_finetune_error`).
+    Errors: FineTuneError; exceptions of libraries are converted by `to_finetune_error`.
     """
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     try:
@@ -84,7 +84,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None =
 
 
 class Session:
-    """The steps of one rank, in the order in which they run."""
+    """The training run of one rank. `execute` runs all steps."""
 
     def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks):
         from finetune_trainer import distributed, hardware
@@ -115,9 +115,9 @@ class Session:
         self.hooks.finish(self.run, self.channel, folder, trainable.kind, extra)
 
     def _build(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
-        """The Trainer and its model: arguments, data, base model, method, Trainer.
+        """Build arguments, data, base model, method and Trainer, in this order. Returns the Trainer and its model.
 
-        The order is part of a run's reproducibility: everything after `set_seed` consumes random numbers.
+        A different order would change the results of a run, because the steps after `set_seed` consume random numbers.
         """
         from transformers import PrinterCallback, set_seed
 
@@ -150,7 +150,7 @@ class Session:
         return trainer, trainable
 
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
-        """The context of the objective, and its TrainingArguments."""
+        """Create the context of the objective and its TrainingArguments."""
         from finetune_trainer import model
         from finetune_trainer.arguments import choose_kernels
         from finetune_trainer.library_internals import use_one_device
@@ -176,7 +176,7 @@ class Session:
         )  # fmt: skip
 
     def _own_callbacks(self) -> list[Any]:
-        """Callbacks other than those for checkpoints and reporting. They run first."""
+        """Callbacks that run before the callbacks for checkpoints and reporting."""
         from transformers import EarlyStoppingCallback
 
         from finetune_trainer.best import KeepBest
@@ -193,7 +193,7 @@ class Session:
         return callbacks
 
     def _verifier(self) -> Any:
-        """A callback that verifies the run once the Trainer has wrapped the model, before the first step."""
+        """Return a callback that verifies the run before the first step, after the Trainer has wrapped the model."""
         from transformers import TrainerCallback
 
         session = self
@@ -232,7 +232,7 @@ class Session:
         self.channel.stage(Stage.TRAINING)
 
     def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
-        """Metrics of the test set, evaluated once, on the weights that will be published. Empty without a test set."""
+        """Evaluate the test set on the final weights. Returns its metrics; empty without a test set."""
         from finetune_trainer.objective import held_out
 
         if self.test_rows is None:
@@ -243,7 +243,7 @@ class Session:
         return metrics
 
     def _save(self, trainer: Any, trainable: TrainableModel) -> tuple[Path, dict[str, Any]]:
-        """Write the final artefact as a folder that transformers or PEFT load. All ranks take part; rank 0 writes."""
+        """Write the final artefact as a folder for transformers or PEFT. All ranks must call it; rank 0 writes."""
         from finetune_trainer.engine import require_finite_weights
 
         require_finite_weights(trainer.model)
@@ -284,7 +284,7 @@ def _checkpoint_hooks() -> Hooks:
 
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:
-    """Write the source of the base model into the adapter's configuration, in place of PEFT's path on this pod's disk."""
+    """Write the base model's source into the adapter's configuration. PEFT writes the base model's path on this pod's disk."""
     config = folder / "adapter_config.json"
     if config.exists():
         value = json.loads(config.read_text())
@@ -305,7 +305,7 @@ def to_finetune_error(error: Exception) -> FineTuneError:
 
 
 def _disable_progress_bars() -> None:
-    """Turn off progress bars: they overwrite a line, and a pod's log is a sequence of lines."""
+    """Turn off progress bars, because they overwrite lines, but a pod's log can only append lines."""
     import datasets
     from transformers.utils import logging as hf_logging
 

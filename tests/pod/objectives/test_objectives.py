@@ -239,7 +239,7 @@ def test_pairs_that_are_equal_after_cutting_are_dropped(model: Path, tmp_path: P
         *PAIRS[1:],
     ]
     outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=4), equal_pairs)
-    assert "train: 1 rows were left out because their two answers are equal after they were cut" in outcome.notes
+    assert "train: 1 rows were left out because their two answers are equal after truncation" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
 
 

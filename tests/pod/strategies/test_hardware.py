@@ -64,15 +64,15 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
         (
             {"training": {"mixedPrecision": "fp16"}},
             "PrecisionUnavailable",
-            "which needs a GPU",
+            "but fp16 needs a GPU",
             "write bf16, no or auto",
         ),
         ({"training": {"device": "mps"}}, "DeviceAbsent", "training.device is mps", "write auto"),
-        (GPU, "DeviceAbsent", "requests 1 GPUs per node, and torch finds none", "resources.gpusPerNode: 0"),
+        (GPU, "DeviceAbsent", "requests 1 GPUs per node, but torch finds no GPU", "resources.gpusPerNode: 0"),
         (
             {"training": {"device": "cuda"}},
             "DeviceAbsent",
-            "training.device is cuda, and the job requests no GPU",
+            "training.device is cuda, but the job requests no GPU",
             "write auto",
         ),
     ],

@@ -80,7 +80,7 @@ def test_a_checkpoint_with_other_weights_is_refused(name: str | None, named: str
     with pytest.raises(NoCheckpointError) as caught:
         train(PlainGuardedTrainer, tmp_path / "again", checkpoint)
     assert caught.value.code == "CheckpointForeign"
-    assert caught.value.message.endswith(f"than this run trains: {named}")
+    assert caught.value.message.endswith(f"do not match the weights of this run: {named}")
 
 
 def test_scales_of_frozen_4_bit_weights_may_be_in_a_checkpoint(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
     ]
     assert loaded.summary.format == "alpaca"
     assert loaded.summary.notes == [
-        "no row has `question` or `answer` of dataset.columns, and all rows have `instruction` and `output`: they are read as alpaca"
+        "no row has `question` or `answer` of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
     ]
     error = check_error(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])
     assert error.code == "ColumnMissing" and "`instruction`, `input`, `output`" in error.message

@@ -39,7 +39,7 @@ def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], taken
 
 def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> None:
     spec = {"method": {"type": "promptTuning", "promptLength": 64}}
-    with pytest.raises(ConfigError, match="64 positions, of which method.promptLength takes 64: no row fits") as caught:
+    with pytest.raises(ConfigError, match="64 positions and method.promptLength takes 64 of them, so no row fits") as caught:
         longest(tmp_path, spec, 64)
     assert (caught.value.code, caught.value.exit_code) == ("SequenceTooLong", 64)
     assert "promptLength 32" in (caught.value.hint or "")

@@ -69,7 +69,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ("{", "train.json", "DatasetRowInvalid", "line 1, column 2"),
         ('"x"', "train.json", "DatasetRowInvalid", "found a string"),
         ("a,b\n1\n", "train.csv", "DatasetRowInvalid", "1 values, but the header names 2 columns (a, b)"),
-        ("\x00\x01", "data", "FileFormatUnknown", "neither the name nor the first bytes"),
+        ("\x00\x01", "data", "FileFormatUnknown", "cannot be recognised from the name"),
         ('{"x": 1}', "train.jsonl", "FormatUnknown", "the first row has `x`"),
         (b"PAR1junk", "train.parquet", "DatasetRowInvalid", "not a readable Parquet file"),
         (b"plain", "train.jsonl.gz", "DatasetRowInvalid", "not a readable gzip file"),

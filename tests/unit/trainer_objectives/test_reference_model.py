@@ -92,4 +92,4 @@ def test_named_reference_needs_as_many_rows_as_the_model(rows: int, model_with_s
         return
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs)
-    assert (caught.value.code, "knows 447 tokens" in caught.value.message) == ("VocabularyDiffers", True)
+    assert (caught.value.code, "has 447 tokens" in caught.value.message) == ("VocabularyDiffers", True)

@@ -141,7 +141,7 @@ def test_two_rewards_with_the_same_name_are_refused() -> None:
 
 
 def test_error_for_a_missing_column_lists_the_columns_of_the_rows() -> None:
-    with pytest.raises(ConfigError, match="reads column 'answer', and the rows have level, solution") as caught:
+    with pytest.raises(ConfigError, match="reads column 'answer', but the rows have level, solution") as caught:
         require_columns([build_one_reward(builtin="exactMatch")], ["solution", "level"])
     assert caught.value.code == "RewardColumnMissing"
 
@@ -212,7 +212,7 @@ def test_a_missing_config_map_is_a_user_failure(tmp_path: Path) -> None:
 
 
 def test_parameters_for_a_user_function_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="only read by built-in rewards"):
+    with pytest.raises(ConfigError, match="is only for built-in rewards"):
         user_reward(tmp_path, "def reward(**_):\n    return []\n", parameters={"a": "b"})
 
 

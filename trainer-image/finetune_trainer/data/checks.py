@@ -23,7 +23,7 @@ from finetune_trainer.data.rows import (
 )
 
 PERSONAL_DATA_PATTERNS = {
-    # The lookbehind and the bounds keep the search linear: without them, a long row without spaces takes quadratic time.
+    # The lookbehind and the bounds keep the search time linear. Without them, a long row without spaces takes quadratic time.
     "email": re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"),
     "phone": re.compile(
         r"(?<![\w.])(?:\+\d[\d ()/-]{7,16}\d|0\d[\d ()/-]{6,14}\d|\(?\d{3}\)?[ -]\d{3}[ -]\d{4})(?!\w)"
@@ -37,7 +37,7 @@ TOP_ANSWERS = 10
 
 @dataclass
 class Findings:
-    """Results of the checks. None: the check was not requested."""
+    """Results of the checks. A field is None if its check was not requested."""
 
     duplicates: int | None = None
     personal: dict[str, int] | None = None

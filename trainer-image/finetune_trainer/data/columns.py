@@ -1,7 +1,7 @@
-"""Finds the column of a row for a role: by `dataset.columns`, the format's own column names, or the names that other tools use.
+"""Finds a row's column for a role, such as the question.
 
-If `dataset.columns` names a column, no other name is tried. Otherwise the first known name that the row has is used. The exact
-spelling is tried before other capitalisations.
+If `dataset.columns` names a column for the role, no other name is tried. Otherwise the first of the role's default names that the
+row has is used. Exact matches are tried before matches that ignore case.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from finetune_trainer.data.rows import RowError
 
 @dataclass(frozen=True)
 class ColumnRole:
-    """The purpose of a column: the field of `dataset.columns` that can name the column, and the names that are tried if it is not set."""
+    """The purpose of a column, such as the question."""
 
     field: str
+    """Field of `dataset.columns` that names the column."""
     names: tuple[str, ...]
+    """Column names to try if that field is not set."""
 
 
 SYSTEM = ColumnRole("system", ("system", "system_prompt"))
@@ -51,12 +53,12 @@ def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -
     if name is None:
         raise missing_column(role, row.keys(), columns)
     if row[name] is None:
-        raise RowError("DatasetRowInvalid", f"column `{name}` is null", "give it a value, or remove the row")
+        raise RowError("DatasetRowInvalid", f"column `{name}` is null", "write a value, or remove the row")
     return row[name]
 
 
 def missing_column(role: ColumnRole, names: Collection[str], columns: Columns) -> RowError:
-    """The error for a row without a column for the role. It lists the columns that the row has."""
+    """Return the error for a row without a column for the role. The message lists the row's columns."""
     configured_name = getattr(columns, role.field, None)
     expected = (
         f"column `{configured_name}` (dataset.columns.{role.field})"
@@ -72,13 +74,13 @@ def missing_column(role: ColumnRole, names: Collection[str], columns: Columns) -
 
 
 def required_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> str:
-    """The role's column as text; numbers and booleans are converted. Errors: RowError ColumnMissing, DatasetRowInvalid."""
+    """The value of the role's column as text; numbers and booleans are converted. Errors: RowError ColumnMissing, DatasetRowInvalid."""
     value = required_value(role, row, columns)
     return as_text(value, find_column(role, row.keys(), columns) or role.names[0])
 
 
 def optional_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> str | None:
-    """The role's column as text, or None if it is absent or blank.
+    """The value of the role's column as text, or None if the column is absent or blank.
 
     Errors: RowError ColumnMissing (only if `dataset.columns` names the column), DatasetRowInvalid.
     """
@@ -98,5 +100,5 @@ def as_text(value: Any, name: str) -> str:
     if isinstance(value, bool | int | float):
         return str(value)
     raise RowError(
-        "DatasetRowInvalid", f"column `{name}` holds {type(value).__name__} where text is expected", "write a string"
+        "DatasetRowInvalid", f"column `{name}` must be text, but holds {type(value).__name__}", "write a string"
     )

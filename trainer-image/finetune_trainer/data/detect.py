@@ -13,7 +13,7 @@ from finetune_trainer.data.formats import FORMATS, Format
 from finetune_trainer.data.rows import RawRow
 
 SAMPLE_ROWS = 50
-"""Number of rows to inspect. It is more than 1, so that an unusual first row does not decide the format."""
+"""Number of rows to inspect. With several rows, an unusual first row does not decide the format."""
 
 
 def detect(sample: Sequence[RawRow], columns: Columns) -> Format:
@@ -34,7 +34,7 @@ def detect(sample: Sequence[RawRow], columns: Columns) -> Format:
 
 
 def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) -> None:
-    """Refuse data in which no sampled row has a required column. The job gets one error for the file instead of one for each row.
+    """Refuse data if a required column is missing in all sampled rows. The error is about the file, not about one row.
 
     Errors: ColumnMissing.
     """
@@ -46,7 +46,7 @@ def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) ->
 
 
 def is_alpaca_instead(sample: Sequence[RawRow], spec_format: DatasetFormat, columns: Columns) -> bool:
-    """Whether the spec says `qa` and names columns, but all rows have the columns of `alpaca` and none of the named columns."""
+    """Whether the spec sets format `qa` and names columns, but all rows have the columns of `alpaca` and none of the named columns."""
     named_columns = [name for name in (columns.question, columns.answer) if name is not None]
     if spec_format is not DatasetFormat.QA or not named_columns or not sample:
         return False

@@ -51,9 +51,9 @@ class DataSummary:
 
     @property
     def format_with_turns(self) -> DatasetFormat:
-        """The first format that has turns, else the first format. It decides which part of a row is trained on.
+        """The first format that has turns, else the first format. This format decides which part of a row is trained on.
 
-        All tokens of text without turns are trained on. Such a source must not decide for the other sources of a mixture.
+        In text without turns, all tokens are trained on. A source of such text must not decide for the other sources of a mixture.
         """
         return next((form for form in self.formats if form not in FORMATS_WITHOUT_TURNS), self.format)
 
@@ -110,7 +110,7 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
     if has_markers or RESPONSE_ONLY in run.defaults or option is None:
         return has_markers
     raise ConfigError(
-        "ResponseOnlyWithoutTurns", f"dataset.responseOnly.enabled is true, but rows of format {form} have no turns, so no answers",
+        "ResponseOnlyWithoutTurns", f"dataset.responseOnly.enabled is true, but rows of format {form} have no turns and therefore no answers",
         hint="set dataset.responseOnly.questionMarker and answerMarker, or leave responseOnly out",
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Rows]) 
         if weight and not rows:
             raise DataError(
                 "DatasetEmpty", f"{redact_source(item.source)}: no row is left to train on after duplicates and held-out rows were removed",
-                hint="give it more rows, or remove it from dataset.mixture",
+                hint="add rows to this source, or remove the source from dataset.mixture",
             )  # fmt: skip
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
     mixed = mix(sources, weights, seed)
@@ -163,7 +163,7 @@ def as_prompt(example: Example, row: RawRow) -> Example | RowError:
         case Conversation(turns):
             last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
             if last == 0:
-                return RowError("PromptMissing", "the conversation begins with the answer", "put a question before it")
+                return RowError("PromptMissing", "the conversation begins with the answer", "put a question before the answer")
             answer = {"answer": turns[last].content} if last < len(turns) else {}
             scalars = {key: value for key, value in row.value.items() if isinstance(value, str | int | float | bool)}
             return Prompt(turns[:last], {**scalars, **answer})
@@ -210,7 +210,7 @@ class _Reader:
             form = format_named(DatasetFormat.ALPACA)
             named = " or ".join(f"`{name}`" for name in (columns.question, columns.answer) if name)
             self.summary.notes.append(
-                f"no row has {named} of dataset.columns, and all rows have `instruction` and `output`: they are read as alpaca"
+                f"no row has {named} of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
             )
             columns = columns.model_copy(update={"question": None, "answer": None})
         elif spec_format is not None:
@@ -238,7 +238,7 @@ class _Reader:
             )
             raise ConfigError(
                 "FormatMismatch", f"trainer {self.trainer} {needs}",
-                hint="give data in that format, or choose a trainer that reads it",
+                hint=f"give data in a format of this trainer, or choose a trainer that learns from {form} data",
             )  # fmt: skip
 
     def _read_options(self, form: Format, columns: Columns) -> ReadOptions:
@@ -252,7 +252,7 @@ class _Reader:
     def _examples(
         self, rows: Iterable[RawRow], form: Format, columns: Columns, bad_rows: list[tuple[RawRow, RowError]]
     ) -> Rows:
-        """Yield the usable rows and add the others to `bad_rows`. Errors: DataError for the first bad row, unless bad rows are skipped."""
+        """Return the usable rows, and add the bad rows to `bad_rows`. Errors: DataError for the first bad row if bad rows are not skipped."""
         needs_json = self.spec.checks is not None and self.spec.checks.validate_json is True
         usable: Rows = []
         for row, result in form.read_all(rows, self._read_options(form, columns)):
@@ -269,7 +269,7 @@ class _Reader:
         return usable
 
     def _tolerate(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
-        """Report the skipped rows in a note. Errors: TooManyBadRows if more rows than allowed are bad."""
+        """Add a note about the skipped rows. Errors: TooManyBadRows if there are more bad rows than allowed."""
         if not bad_rows:
             return
         limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio

@@ -1,7 +1,7 @@
 """Stage 7, pack: put several rows into one sequence with best-fit decreasing bin packing over all rows.
 
-Rows go into bins of `capacity` tokens: the longest first, each into the fullest bin that still has enough space. Attention between
-the documents of a sequence is prevented by their position ids, which restart at 0 in each document.
+The longest row is placed first. Each row goes into the fullest bin that still has enough space; a bin holds `capacity` tokens.
+Position ids restart at 0 in each document of a sequence. This prevents attention between the documents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the rows in each bin, in a deterministic order. No row may be longer than `capacity`.
+    """Return the row indices of each bin, in a deterministic order. No row may be longer than `capacity`.
 
     Cost: O(n log n) time for n rows, and O(capacity) additional memory.
     """
@@ -41,5 +41,5 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def padding_share(lengths: Sequence[int], bins: int, capacity: int) -> float:
-    """Share of padding: positions without a token, divided by all positions of `bins` sequences of length `capacity`."""
+    """Share of positions without a token among all positions of `bins` sequences of length `capacity`."""
     return 1 - sum(lengths) / (bins * capacity) if bins else 0.0

@@ -1,7 +1,7 @@
-"""Rendering and tokenising in several processes, with the results in the order of the rows.
+"""Renders and tokenises rows in several processes. The results keep the order of the rows.
 
-Most of the time goes into rendering conversations, which is Python code, so the tokenizer's own threads help little. Workers are
-spawned (forking a process with threads may deadlock) and take a few seconds to start, so small data sets stay in this process.
+Rendering conversations takes most of the time. It is Python code, so the tokenizer's own threads help little. Workers are spawned,
+because forking a process with threads may deadlock. Spawning takes a few seconds, so this process encodes small data sets itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RejectedRow(NamedTuple):
 
 
 class BatchEncoder(Protocol[Result]):
-    """The function that a worker applies to a batch of rows. The function and its data are pickled."""
+    """A function that a worker applies to a batch of rows. It is pickled, together with its data."""
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> Sequence[Result | RejectedRow]:
         """Return one result for each row (location, example)."""
@@ -51,7 +51,7 @@ class SupervisedEncoder:
     options: TokeniseOptions
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
-        """Errors: ConfigError of the stages."""
+        """Render and tokenise the rows. Errors: ConfigError of `render` and `encode`."""
         rejected: list[tuple[int, RejectedRow]] = []
 
         def rendered() -> Iterator[tuple[str, Rendered]]:
@@ -85,7 +85,7 @@ def encode_rows(
     rows: Sequence[tuple[Any, Example]], encoder: BatchEncoder[Result], *, processes: int,
     on_bad_row: Callable[[str, str, str, str], None],
 ) -> Iterator[Result]:  # fmt: skip
-    """Yield the encoder's result for every row, in order. For a rejected row, `on_bad_row` is called. If it returns, the row is skipped."""
+    """Yield the encoder's result for every row, in order. Rejected rows are passed to `on_bad_row`, and skipped if it does not raise."""
     batches = _batches(rows)
     workers = min(processes, len(rows) // ROWS_PER_WORKER)
     pool = _start_pool(encoder, workers) if workers > 1 else None
@@ -109,7 +109,7 @@ def _batches(rows: Sequence[tuple[Any, Example]]) -> Iterator[list[tuple[str, Ex
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, limited by the cgroup's CPU quota."""
+    """Number of CPUs that this process may use, by its CPU affinity and the cgroup's CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP_CPU_LIMIT.read_text().split()

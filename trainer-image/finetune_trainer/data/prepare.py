@@ -1,7 +1,7 @@
-"""Turns examples into token sequences once per node. The cache key is a hash of all inputs that decide the tokens.
+"""Turns examples into token sequences once per node, and caches them.
 
-One rank of each node does the work and writes the result below the work folder. The other ranks map the same files into memory. A
-second attempt on the same disk, or a repeated local run, finds the cached result by the hash.
+One rank of each node writes the token sequences below the work folder. All ranks map these files into memory. The cache key is a
+hash of all inputs that affect the tokens. A second attempt on the same disk, or a repeated local run, reuses the cached files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUMMARY_FILE = "summary.json"
 MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 SHORTEST_SEQUENCE = 2
-"""Minimum tokens of a row: the first token is the input from which the second is predicted."""
+"""Minimum number of tokens in a row: the model predicts the second token from the first."""
 NO_TOKENIZER_LIMIT = 1 << 24
 """A tokenizer without a limit has a huge `model_max_length`. Values of at least this number mean "no limit"."""
 
@@ -57,7 +57,7 @@ class Splits:
 
 @dataclass
 class Prepared(Splits):
-    """The data sets as token sequences, and their counts."""
+    """The data sets as token sequences, with token and row counts."""
 
     format: DatasetFormat = DatasetFormat.MESSAGES
     max_sequence_length: int = 0
@@ -75,10 +75,10 @@ def prepare(
     run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
     one_rank_first: AbstractContextManager[Any] | None = None,
 ) -> Prepared:  # fmt: skip
-    """Token sequences for supervised training.
+    """Return the token sequences for supervised training.
 
-    `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context that one rank of the node enters
-    before the others.
+    `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context manager that lets one rank of the
+    node run the block before the other ranks.
     Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row);
     ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
@@ -93,9 +93,9 @@ def prepare(
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
-    """Longest row in tokens: the value of the spec. A default is lowered to the number of positions that the model has for rows.
+    """Maximum number of tokens in a row: the value of the spec. A default value is lowered if the model has fewer positions.
 
-    The virtual tokens of a prompt-learning method occupy positions too. Errors: ConfigError SequenceTooLong.
+    Virtual tokens of prefix and prompt tuning also occupy positions of the model. Errors: ConfigError SequenceTooLong.
     """
     requested = run.spec.dataset.max_sequence_length
     tokenizer_limit = getattr(tokenizer, "model_max_length", None)
@@ -104,10 +104,10 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
         return requested or DEFAULT_MAX_SEQUENCE_LENGTH
     virtual = virtual_tokens(run)
     available = limit - virtual
-    taken = f", of which method.promptLength takes {virtual}" if virtual else ""
+    taken = f" and method.promptLength takes {virtual} of them" if virtual else ""
     if virtual and available < SHORTEST_SEQUENCE:
         raise ConfigError(
-            "SequenceTooLong", f"the model has {limit} positions{taken}: no row fits",
+            "SequenceTooLong", f"the model has {limit} positions{taken}, so no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
     if requested is None or MAX_SEQUENCE_LENGTH in run.defaults:
@@ -126,7 +126,7 @@ def virtual_tokens(run: RunConfig) -> int:
 
 
 def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:
-    """Set the spec's chat template on the tokenizer, if there is one. Returns whether turns are rendered with a chat template.
+    """Set the spec's chat template, if any, on the tokenizer. Returns whether turns are rendered with a chat template.
 
     Errors: ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
     """
@@ -137,7 +137,7 @@ def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:
     if spec.use_chat_template and not has_template:
         raise ConfigError(
             "ChatTemplateMissing", "dataset.useChatTemplate is true, but the tokenizer has no chat template",
-            hint="give one in dataset.chatTemplate, or leave useChatTemplate out",
+            hint="give a template in dataset.chatTemplate, or leave useChatTemplate out",
         )  # fmt: skip
     return has_template if spec.use_chat_template is None else spec.use_chat_template
 
@@ -150,7 +150,7 @@ def _chat_template_text(option: Any, config_maps: Path) -> str:
         return (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
     except OSError:
         raise NotFoundError(
-            "ConfigMapMissing", f"dataset.chatTemplate: ConfigMap {ref.name} has no key {ref.key}", hint="create it",
+            "ConfigMapMissing", f"dataset.chatTemplate: ConfigMap {ref.name} has no key {ref.key}", hint="create the ConfigMap with this key",
             failure_class=FailureClass.USER,
         ) from None  # fmt: skip
 
@@ -194,7 +194,7 @@ def _tokenise_splits(
 
 
 class BadRowPolicy:
-    """Applies `dataset.badRows` to rows that fail only when they are rendered or tokenised."""
+    """Applies `dataset.badRows` to rows that can be read, but not rendered or tokenised."""
 
     def __init__(self, run: RunConfig, rows: int):
         self.spec, self.rows = run.spec.dataset, rows
@@ -203,7 +203,7 @@ class BadRowPolicy:
         self.count = 0
 
     def __call__(self, location: str, code: str, message: str, hint: str) -> None:
-        """Count a bad row. Errors: DataError with the row's own code (`badRows: fail`), or TooManyBadRows."""
+        """Count a bad row. Errors: DataError with `code` if bad rows are not skipped, else TooManyBadRows above the allowed share."""
         if self.spec.bad_rows is not BadRows.SKIP:
             raise DataError(
                 code, f"{location}: {message}", hint=f"{hint}; or `dataset.badRows: skip` to leave such rows out"
@@ -218,7 +218,7 @@ class BadRowPolicy:
             )  # fmt: skip
 
     def notes(self, split: str) -> list[str]:
-        """A sentence for the status if rows were left out."""
+        """Return a sentence for the status if rows were left out, else an empty list."""
         if self.first is None:
             return []
         return [f"{split}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"]
@@ -228,7 +228,7 @@ class BadRowPolicy:
 
 
 def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
-    """Hash of all inputs that decide the tokens: the contents of all files, the options, the tokenizer, the cache version."""
+    """Hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the cache version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     mixture = (path for source in inputs.mixture for path in source)
     for path in [*inputs.train, *mixture, *inputs.validation, *inputs.test]:
@@ -258,7 +258,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> st
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:
-    """Options that the user did not set. They are part of the hash, because a default is adapted in cases where a user's value is refused."""
+    """Options that the user did not set. They are hashed too: the same number may be lowered as a default, but refused as a user's value."""
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
@@ -280,7 +280,7 @@ def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedS
 
 
 def write_cached(folder: Path, datasets: Mapping[str, Dataset], summary: Mapping[str, Any]) -> None:
-    """Write data sets and summary to a temporary folder and rename it to `folder`, so that no reader sees a part of them."""
+    """Write data sets and summary to a temporary folder, then rename the folder, so that no reader sees incomplete files."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -292,7 +292,7 @@ def write_cached(folder: Path, datasets: Mapping[str, Dataset], summary: Mapping
 
 
 def load_cached(folder: Path) -> tuple[Splits, Any]:
-    """The splits, memory-mapped so that ranks share them, and the summary."""
+    """Load the splits and the summary. The splits are memory-mapped, so that all ranks of a node share the memory."""
     from datasets import Dataset
 
     train, validation, test = (

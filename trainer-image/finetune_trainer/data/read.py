@@ -46,10 +46,10 @@ def data_files(paths: list[Path]) -> list[Path]:
 def read_rows(
     files: list[Path], file_format: FileFormat, *, bad_rows: list[tuple[RawRow, RowError]] | None = None
 ) -> Iterator[RawRow]:
-    """All rows of all files, in order.
+    """Yield all rows of all files, in order.
 
-    A row that is not a JSON object, or a record with the wrong number of values, is added to `bad_rows`. If `bad_rows` is None, such a
-    row raises an error.
+    Bad rows are added to `bad_rows`, or raise an error if `bad_rows` is None. A bad row is not a JSON object, or has the wrong number
+    of CSV values.
     Errors: DatasetRowInvalid, DatasetNotUtf8, FileFormatUnknown.
     """
     for file in files:
@@ -69,7 +69,7 @@ def row_failure(row: RawRow, error: RowError) -> DataError:
 
 
 def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
-    """The format in the spec, else the format by the file's name, else by its first bytes. Errors: FileFormatUnknown."""
+    """Return the file's format: from the spec, else from the file name, else from the first bytes. Errors: FileFormatUnknown."""
     if spec_format is not FileFormat.AUTO:
         return spec_format
     format_by_name = FILE_FORMATS.get(_suffix(file))
@@ -83,7 +83,7 @@ def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
     if start in (b"{", b"["):
         return FileFormat.JSONL if start == b"{" else FileFormat.JSON
     raise DataError(
-        "FileFormatUnknown", f"{file.name}: neither the name nor the first bytes show the file's format",
+        "FileFormatUnknown", f"{file.name}: the file format cannot be recognised from the name or the first bytes",
         hint="set dataset.fileFormat to one of jsonl, json, csv, txt, parquet",
     )  # fmt: skip
 
@@ -95,14 +95,14 @@ def _suffix(file: Path) -> str:
 
 @contextmanager
 def _open(file: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed. Errors: DatasetRowInvalid for a .gz file that is damaged, truncated or not gzip."""
+    """Open the file for reading, and decompress it if its name ends in .gz. Errors: DatasetRowInvalid for an unreadable .gz file."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not a readable gzip file: {error}",
-            hint="upload it again, or name it without .gz if it is not compressed",
+            hint="upload the file again, or name it without .gz if it is not compressed",
         ) from None  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[R
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their line numbers. Errors: DatasetNotUtf8."""
+    """Yield the lines that are not blank, with their line numbers. Errors: DatasetNotUtf8."""
     offset = 0
     with _open(file) as stream:
         for number, line in enumerate(stream, start=1):
@@ -138,7 +138,7 @@ def _not_utf8(file: Path, offset: int, head: bytes) -> DataError:
     other = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "another encoding"
     return DataError(
         "DatasetNotUtf8", f"{file.name}: byte {offset} is not UTF-8 (the file looks like {other})",
-        hint=f"convert it: iconv -f {'UTF-16' if other == 'UTF-16' else 'ENCODING'} -t UTF-8 {file.name}",
+        hint=f"convert the file: iconv -f {'UTF-16' if other == 'UTF-16' else 'ENCODING'} -t UTF-8 {file.name}",
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def _read_text(file: Path) -> str:
 
 
 def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
-    """The row, if it is a valid object. `has_surrogates`: whether the text contains escapes for UTF-16 surrogates."""
+    """Return the row, with an error if it is not a valid object. `has_surrogates`: the text contains escapes for UTF-16 surrogates."""
     if isinstance(value, dict):
         error = _surrogate_error(value) if has_surrogates else None
         return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
@@ -163,7 +163,7 @@ def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) ->
 
 
 def _surrogate_error(value: Any) -> RowError | None:
-    """Return an error if the value has an unpaired UTF-16 surrogate (`\\ud83d` without its second half). No tokenizer accepts one."""
+    """Return an error if the value has an unpaired UTF-16 surrogate, such as `\\ud83d` alone. Tokenizers reject unpaired surrogates."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -200,10 +200,10 @@ def _json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
             return
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}",
-            hint="write an array of objects, or one object per line and `dataset.fileFormat: jsonl`",
+            hint="write an array of objects; or write one object per line, and set `dataset.fileFormat: jsonl`",
         ) from None  # fmt: skip
     except (ValueError, RecursionError) as error:
-        # Python refuses numbers with thousands of digits and deeply nested arrays.
+        # Python's parser refuses numbers with thousands of digits, and deeply nested arrays.
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not valid JSON: {error}", hint="fix the row, or remove it"
         ) from None
@@ -243,12 +243,12 @@ def _csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     except csv.Error as error:
         raise DataError(
             "DatasetRowInvalid", f"{file.name}, row {number + 1}: not valid CSV: {error}",
-            hint="put values with quotes or line breaks into double quotes, and double the quotes inside",
+            hint="put values with quotes or line breaks into double quotes, and write each quote inside such a value twice",
         ) from None  # fmt: skip
 
 
 def _require_unique_names(header: list[str], file: Path) -> None:
-    """Refuse a duplicate column name, because only the last of these columns would be read. Errors: DatasetRowInvalid."""
+    """Refuse a header with equal column names: only the last of these columns would be read. Errors: DatasetRowInvalid."""
     duplicate = next((name for name in header if name and header.count(name) > 1), None)
     if duplicate is not None:
         raise DataError(
@@ -274,7 +274,7 @@ def _parquet(file: Path) -> Iterator[RawRow]:
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: not a readable Parquet file: {reason}", hint="write it again"
+            "DatasetRowInvalid", f"{file.name}: not a readable Parquet file: {reason}", hint="write the file again"
         ) from None
 
 

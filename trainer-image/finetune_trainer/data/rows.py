@@ -1,7 +1,7 @@
 """The values that the data stages exchange: raw rows, typed examples, and the error of one row.
 
-This module and `read`, `detect`, `columns`, `formats`, `split`, `checks` and `load` import neither torch nor transformers, which
-take seconds to import. The supervisor has thus checked every row before the ranks have finished their imports.
+Importing torch and transformers takes seconds. This module and `read`, `detect`, `columns`, `formats`, `split`, `checks` and `load`
+do not import them. So the supervisor can check every row while the ranks still import these libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row of a data file. `number` counts from 1: the line of a JSONL or text file, else the record."""
+    """One row of a data file. `number`: line number in a JSONL or text file, else record number; both count from 1."""
 
     file: Path
     number: int
@@ -22,7 +22,7 @@ class RawRow:
 
     @property
     def location(self) -> str:
-        """For messages: `train.jsonl, row 17`."""
+        """File and row for messages, such as `train.jsonl, row 17`."""
         return f"{self.file.name}, row {self.number}"
 
 
@@ -36,7 +36,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation. With `weight` 0, its tokens are not part of the loss. `extra` has tool calls and names for chat templates."""
+    """One message of a conversation. Tokens of a message with `weight` 0 are not part of the loss. `extra`: further fields, such as tool calls."""
 
     role: str
     content: str
@@ -44,13 +44,13 @@ class Turn:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def message(self) -> dict[str, Any]:
-        """The message as a chat template reads it."""
+        """Return the message in the form that chat templates expect."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, and the names of user and assistant for rendering without a chat template (`Question: ...`)."""
+    """The turns of a conversation. `role_names`: labels of user and assistant if no chat template is used, as in `Question: ...`."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Any, ...] = ()
@@ -94,7 +94,7 @@ class LabelledAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt that the model itself answers, and the row's other columns for the rewards."""
+    """A prompt for which the model generates answers, and the row's other columns for the rewards."""
 
     prompt: tuple[Turn, ...] | str
     columns: Mapping[str, Any]

@@ -16,8 +16,8 @@ Item = TypeVar("Item")
 def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
     """Number of rows for training, validation and test.
 
-    All sizes but one are rounded down. The other part gets the remaining rows: training if it has no ratio, else the last part with a
-    ratio. If the ratios add up to less than 1, some rows are not used. Errors: SplitEmpty.
+    The sizes are rounded down. If the ratios add up to 1, or training has no ratio, one part also gets the remaining rows: training
+    if it has no ratio, else the last part with a ratio. Otherwise some rows are not used. Errors: SplitEmpty.
     """
     ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:
@@ -39,13 +39,13 @@ def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
         if is_asked and size < 1:
             raise DataError(
                 "SplitEmpty", f"dataset.split leaves no row for {name}: {rows} rows, cut to {train}, {validation}, {test}",
-                hint="give more rows, another ratio, or files of their own (dataset.validation, dataset.test)",
+                hint="give more rows, change the ratio, or give separate files in dataset.validation and dataset.test",
             )  # fmt: skip
     return train, validation, test
 
 
 def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], list[Item]]:
-    """Training, validation and test rows, each in file order. The assignment depends only on the seed and the number of rows."""
+    """Return training, validation and test rows, each in file order. The split depends only on the seed, the ratios and the number of rows."""
     train, validation, test = split_sizes(len(items), split)
     order = list(range(len(items)))
     random.Random(42 if split.seed is None else split.seed).shuffle(order)
@@ -58,8 +58,8 @@ def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], li
 def mix(parts: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) -> list[Item]:
     """Mix the parts in proportion to their weights. The mixture has as many rows as all parts together.
 
-    A part with fewer rows than its share is repeated. A part with more rows is sampled at random with `seed`. Within each repetition,
-    the rows of a part stay in file order.
+    A part with fewer rows than its share is repeated. If a part has more rows than its share, rows are drawn at random with `seed`.
+    Within each repetition, the rows of a part stay in file order.
     """
     total = sum(len(part) for part in parts)
     shares = [Fraction(str(w)) for w in weights]

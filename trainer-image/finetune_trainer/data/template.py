@@ -1,9 +1,9 @@
 """Stage 5, render: an example becomes one text and the character spans that are trained on.
 
-Marker strings decide where an answer begins and ends only if the user gives them. Otherwise, a chat template with generation
-markers (`{% generation %}`) defines the answers. With any other template the conversation is rendered turn by turn: the answer is
-the text that the template adds after the generation prompt. Some templates render a turn differently if more turns follow. In this
-case the content of the answer is searched in the text. If the content cannot be located, the template is refused.
+If the user gives marker strings, they decide where an answer begins and ends. Otherwise, the generation markers of the chat template
+(`{% generation %}`) define the answers. Without such markers the conversation is rendered turn by turn: the answer is the text that
+the template adds after the generation prompt. Some templates render a turn differently if more turns follow. In this case the
+answer's content is located in the text. If the content cannot be located, the template is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTokenizer(Protocol):
-    """The part of a tokenizer that rendering uses."""
+    """The attributes of a tokenizer that rendering uses."""
 
     chat_template: str | None
 
@@ -44,7 +44,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How examples are rendered."""
+    """Options for rendering examples."""
 
     tokenizer: ChatTokenizer
     use_chat_template: bool
@@ -52,13 +52,13 @@ class RenderOptions:
     markers: tuple[str, str] | None = None
     """Question marker and answer marker of the spec. The question marker may be empty."""
     specials: tuple[str, ...] = ()
-    """Special tokens of the tokenizer, longest first. The special token that ends an answer is trained on with the answer."""
+    """Special tokens of the tokenizer, longest first. The special token that ends an answer belongs to the trained span."""
     text_as_turns: bool = True
-    """Whether a text prompt and its text completion are rendered as turns. False: the two texts are joined."""
+    """Whether a text prompt and its text completion are rendered as turns. If False, the two texts are joined."""
 
 
 def render(example: Example, options: RenderOptions) -> Rendered:
-    """The text of one example. Errors: RowError TemplateRefusedRow; ConfigError TemplateSpansUnknown, MarkerAbsent."""
+    """Render one example. Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch; ConfigError TemplateSpansUnknown."""
     match example:
         case Text(text):
             rendered = Rendered(text, ((0, len(text)),), False)
@@ -78,7 +78,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
             raise RowError(
                 "FormatMismatch",
                 f"{type(example).__name__} rows have no text to learn",
-                "choose the trainer that reads them",
+                "choose a trainer.type that reads such rows",
             )
     return _spans_from_markers(rendered, options.markers) if options.markers and options.response_only else rendered
 
@@ -87,7 +87,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
 
 
 def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
-    """Lines like `Question: ...` and `Answer: ...`, with the format's own role names."""
+    """Render one line per turn, such as `Question: ...` and `Answer: ...`, with the format's role names."""
     names = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
     text = ""
     trained: list[Span] = []
@@ -101,7 +101,7 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
 
 
 def _spans_without(untrained: Sequence[Span], text: str) -> tuple[Span, ...]:
-    """The spans that cover all of the text except the `untrained` spans (answers of weight 0)."""
+    """Return the spans that cover the text except the `untrained` spans (answers of weight 0)."""
     ends = [0, *(end for span in untrained for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 
@@ -127,10 +127,10 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
 def _spans_from_generation_markers(
     example: Conversation, weight: int, text: str, options: RenderOptions
 ) -> list[Span] | None:
-    """The answers with this weight, each with its end token, from the template's generation markers; None: the markers do not show them.
+    """Find the answers with this weight, each with its end token, by the template's generation markers.
 
-    The marked spans are matched to the answers by their order. If the number of spans differs from the number of answers, the spans
-    can be used only if all answers have the same weight.
+    The marked spans are matched to the answers by order. If there are not as many spans as answers, the spans are usable only if all
+    answers have the same weight. Returns None if the spans are not usable or the markers are missing.
     """
     weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
     if weight not in weights:
@@ -152,7 +152,7 @@ def _spans_from_generation_markers(
 def _generation_spans(
     tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
 ) -> list[Span] | None:
-    """The spans of `text` between generation markers; None: the template has no markers, or rendering with them gives another text."""
+    """Spans of `text` between generation markers. None if there are no markers, or if rendering with markers yields a different text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     any_tokenizer: Any = tokenizer
@@ -170,7 +170,7 @@ def _generation_spans(
 
 
 def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> Span:
-    """The span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
+    """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
     head = _apply(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
     whole = text if index == len(turns) - 1 else _apply(options.tokenizer, turns[: index + 1], tools)
@@ -185,7 +185,7 @@ def _answer_span(example: Conversation, index: int, text: str, options: RenderOp
 def _content_span(
     turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, tokenizer: ChatTokenizer
 ) -> Span:
-    """The span of the turn's content in `text`. It is located by rendering the conversation again with a sentinel instead of the content.
+    """Find the turn's content in `text`: render the conversation again with a sentinel in place of the content.
 
     Errors: ConfigError TemplateSpansUnknown.
     """
@@ -208,7 +208,7 @@ def _content_span(
 
 
 def _with_end_token(text: str, span: Span, specials: tuple[str, ...]) -> Span:
-    """Extend the span by the special token that ends the turn. A model that is not trained on this token never stops."""
+    """Extend the span by the special token that ends the turn. Without training on this token, the model would never stop."""
     start, end = span
     if any(text[start:end].rstrip().endswith(token) for token in specials):
         return span
@@ -217,7 +217,7 @@ def _with_end_token(text: str, span: Span, specials: tuple[str, ...]) -> Span:
 
 
 def _spans_from_markers(rendered: Rendered, markers: tuple[str, str]) -> Rendered:
-    """Spans after each answer marker, up to the next question marker. Errors: RowError MarkerAbsent."""
+    """Set the spans: from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = markers
     spans, position = [], 0
     while answer and (marker_start := rendered.text.find(answer, position)) >= 0:

@@ -1,8 +1,8 @@
 """Stages 6 and 7, tokenise and pack: texts become token ids and labels, with counts.
 
-A text that a chat template rendered already contains its special tokens, so none are added: the beginning token must not occur
-twice. The label of a token that overlaps a trained span is the token's id; all other labels are -100. The position in the text
-decides, not the token's id. The end token is therefore trained on even if the pad token has the same id.
+A text that a chat template rendered already contains its special tokens, so the tokenizer adds none. The label of a token that
+overlaps a trained span is the token's id; all other labels are -100. The label depends on the token's position, not on its id. So
+the end token is trained on even if the pad token has the same id.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class TokeniseOptions:
     overflow: Overflow
     add_eos: bool
     add_bos: bool | None
-    """Whether rows get a beginning token. None: only if the tokenizer adds one by default."""
+    """Whether rows get a beginning token. If None, the tokenizer's default applies."""
 
 
 @dataclass
 class TokenisedSplit:
-    """The sequences of one split. `lengths`: lengths of the documents in each packed sequence; None: not packed."""
+    """The sequences of one split. `lengths`: lengths of the documents in each packed sequence; None without packing."""
 
     input_ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
@@ -55,7 +55,7 @@ class TokenReport:
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
-    """Rows longer than the limit, left out because of `overflow: drop`."""
+    """Rows above the length limit that `overflow: drop` left out."""
     answerless: int = 0
     """Rows left out because their whole answer was cut off."""
     tokens: int = 0
@@ -66,7 +66,7 @@ class TokenReport:
     percentile95: int = 0
     sequences: int = 0
     padding_share: float | None = None
-    """With packing: positions without a token, divided by all positions."""
+    """Share of positions without a token in packed sequences; None without packing."""
 
     def notes(self, options: TokeniseOptions) -> list[str]:
         """Sentences for the status."""
@@ -94,9 +94,9 @@ class TokenReport:
 def tokenise(
     rows: Iterable[EncodedRow], options: TokeniseOptions, *, on_bad_row: Callable[[str, str, str, str], None]
 ) -> TokenisedSplit:
-    """Collect the rows. Rows above the length limit are cut, dropped or refused, as `options.overflow` says.
+    """Collect the rows. `options.overflow` decides whether rows above the length limit are cut, dropped or refused.
 
-    `on_bad_row(location, code, message, hint)` is called for a row without a trained token; it raises or returns.
+    `on_bad_row(location, code, message, hint)` is called for a row without a trained token. If it does not raise, the row is skipped.
     Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (no row is left).
     """
     result, lengths = TokenisedSplit(), []
@@ -107,7 +107,7 @@ def tokenise(
                 location,
                 "NoTrainableToken",
                 "no token of the row is trained on",
-                "give it an answer, or remove the row",
+                "write an answer, or remove the row",
             )
             continue
         if len(ids) > options.max_length:
@@ -134,7 +134,7 @@ def tokenise(
 
 
 def _count_predicted(labels: list[int]) -> int:
-    """Number of trained labels after the first position. The first token cannot be predicted, because no token precedes it."""
+    """Number of trained labels, except at the first position: the first token has no preceding token to predict it from."""
     return sum(label != IGNORED_LABEL for label in labels[1:])
 
 
@@ -143,7 +143,7 @@ def _measure_lengths(report: TokenReport, lengths: list[int], options: TokeniseO
     report.rows = report.sequences = len(lengths)
     if not lengths:
         raise DataError(
-            "NoTrainableToken", f"no row is left to learn from: {report.dropped} are too long, {report.answerless} lost their whole answer",
+            "NoTrainableToken", f"no row is left to train on: {report.dropped} are too long, {report.answerless} have no answer after truncation",
             hint=f"raise dataset.maxSequenceLength (now {options.max_length}), or shorten the rows",
         )  # fmt: skip
     ordered = sorted(lengths)
@@ -188,7 +188,7 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
 
 
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The label of each token: its id if it overlaps a span, else -100. Offsets of the tokens, and spans, are in ascending order."""
+    """The label of each token: its id if it overlaps a span, else -100. `offsets` and `spans` are in ascending order."""
     labels = [IGNORED_LABEL] * len(ids)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for begin, end in spans:
@@ -199,18 +199,18 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 
 @dataclass(frozen=True)
 class _BoundaryTokens:
-    """The tokens for the beginning and the end of a row. Each occurs at most once, even if template and tokenizer both add it."""
+    """Beginning and end token of a row. Each of them occurs at most once, even if template and tokenizer both add it."""
 
     bos: int | None
     eos: int | None
-    """None: rows get no end token."""
+    """None if rows get no end token."""
     specials: frozenset[int]
     blanks: frozenset[int]
-    """Tokens that are only white space."""
+    """Tokens that consist of white space."""
     add_bos_to_plain: bool
-    """Whether a text that no template rendered gets a beginning token."""
+    """Whether a text without chat template gets a beginning token."""
     add_bos_to_templated: bool | None
-    """Whether a text that a template rendered gets a beginning token. None: the row keeps the beginning token of the template, if any."""
+    """Whether a text from a chat template gets a beginning token. If None, the template decides."""
 
     @staticmethod
     def of(tokenizer: Any, options: TokeniseOptions) -> _BoundaryTokens:
@@ -220,7 +220,7 @@ class _BoundaryTokens:
             raise ConfigError(
                 "BosMissing",
                 "dataset.addBosToken is true, but the tokenizer has no beginning token",
-                hint="leave it out",
+                hint="leave addBosToken out",
             )
         if options.add_eos and eos is None:
             raise ConfigError(
@@ -236,7 +236,7 @@ class _BoundaryTokens:
         )  # fmt: skip
 
     def apply(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
-        """Return ids and labels with the beginning and end tokens of the options."""
+        """Add or remove beginning and end tokens. Returns the new ids and labels."""
         adds_bos = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
         leading = 0
         while self.bos is not None and leading < len(ids) and ids[leading] == self.bos:
@@ -251,19 +251,19 @@ class _BoundaryTokens:
         return ids, labels
 
     def _has_end(self, ids: list[int], is_templated: bool) -> bool:
-        """Whether the row already has an end token: a plain text must end with `eos`, a rendered text with any special token."""
+        """Whether the row already has an end token. Plain text ends with `eos`; text from a chat template ends with any special token."""
         if not is_templated:
             return bool(ids) and ids[-1] == self.eos
         last = self._last_nonblank(ids)
         return last >= 0 and ids[last] in self.specials
 
     def _last_nonblank(self, ids: list[int]) -> int:
-        """Index of the last token that is not blank; -1: there is none."""
+        """Index of the last token that is not blank, or -1 if all are blank."""
         return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blanks), -1)
 
 
 def _single_token(tokenizer: Any, text: str) -> list[int]:
-    """The token of a text that is exactly one token, else an empty list."""
+    """Return the text's token if the text is exactly one token, else an empty list."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return list(ids) if len(ids) == 1 else []
 

@@ -1,7 +1,7 @@
 """Continues the training of an existing PEFT adapter on its base model.
 
-If the weights in the file and in the model differ, PEFT only warns and trains randomly initialised weights. This module checks that
-every trained weight comes from the file, and that the model has every weight of the file.
+If the adapter file lacks weights of the model, PEFT only warns, and trains randomly initialised weights. This module therefore
+checks that every trained weight comes from the file, and that the model has every weight of the file.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of the values of `init_lora_weights` with which PEFT changes the base model whenever it adds the adapter."""
+"""Prefixes of `init_lora_weights` values for which PEFT changes the base model whenever it adds the adapter."""
 
 
 class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
-    """Loads `method.adapter.source` with its weights trainable."""
+    """Loads the adapter at `method.adapter.source` and trains its weights."""
 
     def apply(self, model: Any) -> TrainableModel:
         """Load the adapter and compare its file with the model.
@@ -54,26 +54,26 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
             reason = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
             raise ConfigError(
                 "AdapterOfAnotherBase", f"{source} does not fit {base}: {reason}",
-                hint="give the base that the adapter was trained on",
+                hint="give the base model of the adapter",
             ) from error  # fmt: skip
         expose_head_bias(wrapped)
         notes = [f"continues the {config['peft_type']} adapter of {source}"]
         return TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
 
     def _require_new_tokens(self, config: Mapping[str, Any], source: str) -> None:
-        """Errors: ConfigError NewTokensNotTrained unless the adapter already trains the rows of `model.newTokens`."""
+        """Check that the adapter already trains the rows of `model.newTokens`. Errors: ConfigError NewTokensNotTrained."""
         new_token_ids = self.context.new_token_ids
-        # PEFT accepts a list for each module name, or one list for the embeddings.
+        # The value is either one list of rows for the embeddings, or a list of rows for each module name.
         trained = config.get("trainable_token_indices") or {}
         rows = list(trained.values()) if isinstance(trained, dict) else [trained]
         if any(set(new_token_ids) - set(ids) for ids in rows) or (new_token_ids and not trained):
             raise ConfigError(
                 "NewTokensNotTrained", f"{source} does not train the rows of model.newTokens, and rows cannot be added to an existing adapter",
-                hint="remove newTokens, give the tokens that the adapter was made with, or write method lora",
+                hint="remove newTokens, give only tokens that the adapter was trained with, or write method lora",
             )  # fmt: skip
 
     def _load(self, model: Any, folder: Path, weights: Mapping[str, Any], error_prefix: str) -> Any:
-        """Load the adapter into the model as trainable. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; PEFT's own."""
+        """Load the adapter into the model with trainable weights. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; errors of PEFT."""
         import torch
         from peft import PeftModel
         from peft.utils.save_and_load import set_peft_model_state_dict
@@ -97,8 +97,8 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         if changed:
             raise ConfigError(
                 "AdapterNotContinuable",
-                f"{error_prefix}: its file changes the frozen base weights {', '.join(changed[:4])}, and the resulting adapter would not contain them",
-                hint="merge them into the base model, or give the base model that has these values",
+                f"{error_prefix}: the adapter file changes the frozen base weights {', '.join(changed[:4])}, but the resulting adapter would not contain them",
+                hint="merge these weights into the base model, or give the base model that already has them",
             )  # fmt: skip
         return wrapped
 
@@ -117,27 +117,27 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
-    """Errors: ConfigError AdapterNotContinuable for adapters that PEFT cannot continue, alone or with a reference model."""
+    """Check that PEFT can continue the adapter, also with a reference copy if needed. Errors: ConfigError AdapterNotContinuable."""
     kind, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
     if kind in PROMPT_LEARNING or kind not in continuable_adapter_types():
         raise ConfigError(
-            "AdapterNotContinuable", f"{source} is a {str(kind).lower().replace('_', ' ') or 'nameless'} adapter, which PEFT cannot continue to train",
-            hint="train a new one, or continue a LoRA or IA3 adapter",
+            "AdapterNotContinuable", f"{source} is a {str(kind).lower().replace('_', ' ') or 'nameless'} adapter, and PEFT cannot continue its training",
+            hint="train a new adapter, or continue a LoRA or IA3 adapter",
         )  # fmt: skip
     if not keeps_reference_adapter(run.spec):
         return
-    reason = f"PEFT keeps only one copy of its biases (bias {bias})" if bias != "none" else ""
+    reason = f"PEFT supports only one copy of trained biases (bias {bias})" if bias != "none" else ""
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        reason = f"its init {init} would change the base model again for the second copy"
+        reason = f"the second copy would change the base model again (init {init})"
     if reason:
         raise ConfigError(
-            "AdapterNotContinuable", f"{run.spec.trainer.type} keeps a second copy of {source} as the reference, and {reason}",
-            hint="continue it with trainer.type sft, or merge it into the base model and write method lora",
+            "AdapterNotContinuable", f"{run.spec.trainer.type} keeps a second copy of {source} as the reference, but {reason}",
+            hint="continue the adapter with trainer.type sft, or merge it into the base model and write method lora",
         )  # fmt: skip
 
 
 def _read_weights(folder: Path, source: str) -> dict[str, Any]:
-    """Tensors by their names in the file. Errors: NotFoundError AdapterUnreadable."""
+    """Read the tensors, by their names in the file. Errors: NotFoundError AdapterUnreadable."""
     from peft.utils.save_and_load import load_peft_weights
     from safetensors import SafetensorError
 
@@ -147,7 +147,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         raise NotFoundError(
             "AdapterUnreadable", f"method.adapter.source {source}: {existing_files[0]} cannot be read: {str(error).strip().splitlines()[0][:200]}",
-            hint="upload the file again: it is truncated, or not a weight file", failure_class=FailureClass.MODEL,
+            hint="the file is truncated or not a weight file: upload it again", failure_class=FailureClass.MODEL,
         ) from error  # fmt: skip
     if not weights:
         raise NotFoundError(
@@ -158,19 +158,19 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_all_keys(absent: list[str], unexpected: list[str], error_prefix: str) -> None:
-    """Errors: ConfigError AdapterOfAnotherBase if the file lacks a trained weight, or the model lacks a weight of the file."""
-    reasons = [f"{len(absent)} weights are not in its file, first {absent[0]}"] if absent else []
+    """Check that file and model have the same adapter weights. Errors: ConfigError AdapterOfAnotherBase."""
+    reasons = [f"{len(absent)} weights are not in the adapter file, first {absent[0]}"] if absent else []
     if unexpected:
-        reasons.append(f"{len(unexpected)} weights of its file are not in the model, first {unexpected[0]}")
+        reasons.append(f"{len(unexpected)} weights of the adapter file are not in the model, first {unexpected[0]}")
     if reasons:
         raise ConfigError(
             "AdapterOfAnotherBase", f"{error_prefix}: {'; '.join(reasons)}",
-            hint="give the base that the adapter was trained on, and the complete adapter file",
+            hint="give the base model of the adapter, and the complete adapter file",
         )  # fmt: skip
 
 
 def _absent_weights(wrapped: Any, missing: Set[str]) -> list[str]:
-    """Names of trained parameters that the file lacks. Layers may share a parameter (VB-LoRA's vector bank), which has several names."""
+    """Names of trained parameters that the file lacks. A parameter that layers share has several names (VB-LoRA's vector bank)."""
     names: dict[int, list[str]] = {}
     for name, parameter in wrapped.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:

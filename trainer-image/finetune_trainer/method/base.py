@@ -24,7 +24,7 @@ from finetune_trainer.method.precision import require_scalable_weights
 from finetune_trainer.model import count_parameters
 
 METHODS: dict[MethodType, type[Method]] = {}
-"""The class of every `method.type`. Each module of this package adds its classes when it is imported (see `registry`)."""
+"""The class of every `method.type`. Importing a module of this package adds its classes (see `registry`)."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class MethodContext:
     hardware: Hardware
     strategy: DistributedStrategy
     model_kind: str = "causal"
-    """Head of the model, as `model.load_model` names it."""
+    """Head of the model: argument `kind` of `model.load_model`."""
     new_token_ids: tuple[int, ...] = ()
-    """Ids of `model.newTokens`, whose embedding rows are trained."""
+    """Token ids of `model.newTokens`. Their embedding rows are trained."""
     is_resumed: bool = False
-    """Whether trained weights will be loaded from a checkpoint. In this case no initial weights are computed."""
+    """Whether the trained weights will be loaded from a checkpoint. If so, no initial weights are computed."""
 
 
 @dataclass
 class TrainableModel:
-    """A model whose trained parameters require gradients and whose other parameters do not."""
+    """A model in which exactly the trained parameters require gradients."""
 
     model: Any
     kind: OutputKind
-    """Whether the final artefact is an adapter, which needs the base model, or a complete model."""
+    """Whether the final artefact is an adapter or a complete model."""
     trainable: int = 0
     """Number of trained values."""
     total: int = 0
@@ -57,13 +57,13 @@ class TrainableModel:
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
     extra_files: dict[str, str] = field(default_factory=dict)
-    """Text files that belong to the final artefact, by name."""
+    """Additional text files of the final artefact, by name."""
     initial_adapter: Path | None = None
-    """Folder with the adapter before training, for initialisations that change the base model (PiSSA, OLoRA)."""
+    """Folder with the untrained adapter if its initialisation changes the base model (PiSSA, OLoRA)."""
 
 
 class Method:
-    """Base class of methods. The hooks run in the order of their definition; all but `apply` have a default."""
+    """Base class of methods. The hooks run in the order of their definition. Only `apply` has no default."""
 
     def __init_subclass__(cls, types: tuple[MethodType, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -85,14 +85,14 @@ class Method:
         raise NotImplementedError
 
     def after_apply(self, trainable: TrainableModel) -> None:
-        """Compute the initial values of the trained weights, and set their dtype, before the Trainer is built."""
+        """Set the dtype and the initial values of the trained weights. Called before the Trainer is built."""
 
     def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
-        """The context manager in which the Trainer is built on the base model `model`."""
+        """Return a context manager for building the Trainer on the base model `model`."""
         return nullcontext()
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Correct or check the model after the Trainer's constructor has changed it. Errors: ConfigError HalfWeights."""
+        """Check the model, and undo unwanted changes by the Trainer's constructor. Errors: ConfigError HalfWeights."""
         # DeepSpeed scales the loss itself and keeps its own 32-bit copies.
         if self.context.hardware.fp16 and self.context.strategy.name != "deepspeed":
             require_scalable_weights(trainer.model)
@@ -100,7 +100,7 @@ class Method:
     def make_trainable(self, model: Any) -> TrainableModel:
         """Run `apply` and `after_apply`, and count the trained values.
 
-        Errors: ConfigError StrategyAndMethod and those of `apply`; InternalError NothingTrainable.
+        Errors: ConfigError StrategyAndMethod; errors of `apply`; InternalError NothingTrainable.
         """
         trainable = self.apply(model)
         trainable.trainable, trainable.total = count_parameters(trainable.model)
@@ -115,7 +115,7 @@ class Method:
 
 
 def require_unshared_copies(model: Any) -> None:
-    """Refuse a module in `modulesToSave` if another module shares its weight: FSDP cannot shard the shared weight.
+    """Refuse `modulesToSave` if a module in it shares its weight with another module, because FSDP cannot shard shared weights.
 
     Errors: ConfigError StrategyAndMethod.
     """
@@ -126,6 +126,6 @@ def require_unshared_copies(model: Any) -> None:
         if any(uses[id(parameter)] > 1 for parameter in original.parameters()):
             raise ConfigError(
                 "StrategyAndMethod",
-                f"method.lora.modulesToSave names {name.rsplit('.', 1)[-1]}, whose weight another module shares, and FSDP cannot shard shared weights",
-                hint="remove it from modulesToSave, or write `distributed: {strategy: ddp}` or deepspeed",
+                f"method.lora.modulesToSave names {name.rsplit('.', 1)[-1]}, but this module shares its weight with another module: FSDP cannot shard it",
+                hint="remove the module from modulesToSave, or write `distributed: {strategy: ddp}` or deepspeed",
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""EVA: initialises matrix A of each adapter with the principal directions of its layer's inputs on batches of the training data.
+"""EVA: initialises matrix A of each adapter with the principal directions of the layer's inputs on training data.
 
 Source: Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation, https://arxiv.org/abs/2410.07170.
 """
@@ -13,22 +13,22 @@ from finetune_api.errors import ConfigError
 from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 MAX_BATCHES = 2000
-"""Batches over all ranks after which the search ends with an error. Directions usually converge within a few hundred."""
+"""Maximum number of batches before the search ends with an error. Directions usually converge within a few hundred batches."""
 
 
 def initialize_from_inputs(trainer: Any) -> None:
-    """Compute the initial A. PEFT's `init_lora_weights="eva"` alone leaves A random until this function is called.
+    """Compute the initial A. PEFT's `init_lora_weights="eva"` leaves A random until this function is called.
 
     Every layer keeps the rank of the spec (rho 1).
-    Errors: ConfigError InitUnavailable for packed rows (their padding is unknown here), for ranks above the inputs of a layer or the
-    tokens of a batch, and if the directions do not converge.
+    Errors: ConfigError InitUnavailable for packed rows (their padding is unknown here), for a rank above the number of a layer's inputs
+    or of a batch's tokens, and if the directions do not converge.
     """
     from peft import initialize_lora_eva_weights
     from peft.tuners.lora import LoraLayer
 
     if getattr(trainer.args, "packing", False):
         raise ConfigError(
-            "InitUnavailable", "method.lora.init eva reads rows one by one, and dataset.packing joins them",
+            "InitUnavailable", "method.lora.init eva needs separate rows, but dataset.packing joins them",
             hint="remove packing, or write another init",
         )  # fmt: skip
     model, device = trainer.model, next(trainer.model.parameters()).device
@@ -36,7 +36,7 @@ def initialize_from_inputs(trainer: Any) -> None:
     fewest_inputs = min(layer.in_features for layer in model.modules() if isinstance(layer, LoraLayer))
     if rank > fewest_inputs:
         raise ConfigError(
-            "InitUnavailable", f"method.lora.init eva needs {rank} directions (method.lora.rank), and a layer has only {fewest_inputs} inputs",
+            "InitUnavailable", f"method.lora.init eva needs {rank} directions (method.lora.rank), but a layer has only {fewest_inputs} inputs",
             hint=f"write a rank of at most {fewest_inputs}, or another init",
         )  # fmt: skip
     if device != trainer.args.device:  # a model that will be sharded is moved to the GPU when training begins
@@ -52,7 +52,7 @@ def initialize_from_inputs(trainer: Any) -> None:
 class _EndlessInputs:
     """Repeats the batches of the training data in order and without labels. PEFT reads batches until the directions converge.
 
-    PEFT silently skips batches with fewer tokens than the rank. If all batches are too small, PEFT would read them forever.
+    PEFT skips batches that have fewer tokens than the rank. If all batches are too small, PEFT alone would never stop reading.
     Errors: ConfigError InitUnavailable if all batches are too small, and after `MAX_BATCHES`.
     """
 
@@ -73,12 +73,12 @@ class _EndlessInputs:
             if most_tokens < self._rank:
                 raise ConfigError(
                     "InitUnavailable",
-                    f"method.lora.init eva needs {self._rank} directions (method.lora.rank), and no batch has more than {most_tokens} tokens",
+                    f"method.lora.init eva needs {self._rank} directions (method.lora.rank), but no batch has more than {most_tokens} tokens",
                     hint="lower the rank, raise training.batchSizePerDevice, or write another init",
                 )
             if read > MAX_BATCHES:
                 raise ConfigError(
-                    "InitUnavailable", f"method.lora.init eva found no {self._rank} stable directions in {MAX_BATCHES} batches",
+                    "InitUnavailable", f"method.lora.init eva did not find {self._rank} stable directions in {MAX_BATCHES} batches",
                     hint="lower method.lora.rank, raise training.batchSizePerDevice, or write another init",
                 )  # fmt: skip
 

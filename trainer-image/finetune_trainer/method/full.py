@@ -13,10 +13,10 @@ class Full(Method, types=(MethodType.FULL,)):
     """Trains every floating-point parameter."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Unfreeze the parameters. A note names their dtype if it is not float32."""
+        """Unfreeze the parameters. Adds a note if their dtype is not float32."""
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        notes = [f"weights are trained in {dtype}, as model.dtype says"] if dtype != "float32" else []
+        notes = [f"weights are trained in {dtype} because of model.dtype"] if dtype != "float32" else []
         return TrainableModel(model, OutputKind.MODEL, notes=notes)

@@ -18,7 +18,7 @@ class Ia3(PeftMethod, types=(MethodType.IA3,)):
     """Trains IA3's scales; the base model is frozen."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Wrap the layers by name. Errors: ConfigError TargetModulesMissing for models with other layer names."""
+        """Wrap layers with known names. Errors: ConfigError TargetModulesMissing if the model has no such layers."""
         from peft import IA3Config, get_peft_model
 
         names = linear_layer_names(model)
@@ -26,8 +26,8 @@ class Ia3(PeftMethod, types=(MethodType.IA3,)):
         attention = [name for name in ATTENTION_LAYERS if name in names]
         if not mlp or not attention:
             raise ConfigError(
-                "TargetModulesMissing", f"ia3 finds key, value and MLP layers by name, and the model only has {', '.join(names)}",
-                hint="write method lora, which finds its layers by type",
+                "TargetModulesMissing", f"ia3 needs key, value and MLP layers with known names, but the model only has {', '.join(names)}",
+                hint="write method lora: it finds the layers by type",
             )  # fmt: skip
         config = IA3Config(task_type=peft_task_type(model), target_modules=[*attention, *mlp], feedforward_modules=mlp)
         return TrainableModel(get_peft_model(model, config), OutputKind.ADAPTER)

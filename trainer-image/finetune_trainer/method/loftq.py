@@ -1,9 +1,9 @@
 """LoftQ: initialises an adapter on a 4-bit base model with the best low-rank correction of the quantisation error.
 
-For each layer the error W - Q(W) is approximated with the adapter's rank from its largest singular directions, so that base
-model and adapter together start closer to the unquantised model. PEFT's implementation needs CUDA and ignores the
-adapter's scale, alpha / rank. This implementation runs on any device and divides by the scale. It runs one iteration: a second
-iteration would change the quantised base model, but users load the adapter on a base model that bitsandbytes quantises once.
+In each layer, the adapter is set to the best approximation of the error W - Q(W) with the adapter's rank. Base model and adapter
+together then start closer to the unquantised model. PEFT's implementation needs CUDA and ignores the adapter's scale (alpha / rank).
+This implementation runs on any device and divides by the scale. It runs one iteration only: a second iteration would change the
+quantised base model, but users load the adapter on the base model as bitsandbytes quantises it.
 Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, https://arxiv.org/abs/2310.08659.
 """
 
@@ -18,9 +18,9 @@ from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 @torch.no_grad()
 def correct_quantization_error(model: Any, unquantized: Any) -> int:
-    """Set A and B of every adapter on a 4-bit layer of `model` (a PEFT model) from the same layer of the base model `unquantized`.
+    """Set A and B of every adapter on a 4-bit layer. Returns the number of layers.
 
-    Returns the number of layers.
+    `model`: the PEFT model. `unquantized`: the base model with unquantised weights.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import Linear4bit
@@ -39,9 +39,9 @@ def correct_quantization_error(model: Any, unquantized: Any) -> int:
 
 
 def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (rows x rank) and A (rank x columns) whose product is the best approximation of `matrix` with that rank.
+    """Return B (rows x rank) and A (rank x columns). Their product is the best approximation of `matrix` with this rank.
 
-    Computed from the eigenvectors of the smaller Gram matrix, which is much cheaper than a full singular value decomposition.
+    Eigenvectors of the smaller Gram matrix are used, because a full singular value decomposition would be much slower.
     """
     if matrix.shape[0] > matrix.shape[1]:
         b, a = low_rank_factors(matrix.T, rank)

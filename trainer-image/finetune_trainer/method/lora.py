@@ -17,14 +17,14 @@ from finetune_trainer.method.peft_method import ADAPTER_NAME, PeftMethod, linear
 from finetune_trainer.model import load_model
 
 ALL_LINEAR = "all-linear"
-"""PEFT's value for all linear layers except the head."""
+"""PEFT's value of `target_modules` for all linear layers except the head."""
 HEAD_NAMES = ("lm_head", "embed_out", "output", "score")
 PEFT_BIAS = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
 PEFT_INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
     LoraInit.LOFTQ: True,
 }  # fmt: skip
-"""PEFT's value of `init_lora_weights`. For LoftQ, PEFT uses its default, and `after_apply` then replaces the weights."""
+"""PEFT's value of `init_lora_weights`. LoftQ starts with PEFT's default; `after_apply` then replaces the weights."""
 
 
 class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA)):
@@ -39,8 +39,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
     def apply(self, model: Any) -> TrainableModel:
         """Wrap the model with PEFT.
 
-        PiSSA and OLoRA move a part of the base model into the adapter. The initial adapter is saved, so that the final adapter can be
-        converted to an adapter for the unchanged base model (with twice the rank).
+        PiSSA and OLoRA move a part of the base model into the adapter. The initial adapter is saved. It is needed to convert the final
+        adapter to an adapter for the unchanged base model (with twice the rank).
         Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice, InitUnavailable.
         """
         from peft import get_peft_model
@@ -48,13 +48,13 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         config = self.peft_config(model)
         if self.init in INITS_CHANGING_BASE and getattr(model, "is_quantized", False):
             raise ConfigError(
-                "InitUnavailable", f"method.lora.init {self.init} subtracts a part of the base weights, and the model is stored quantised",
+                "InitUnavailable", f"method.lora.init {self.init} subtracts a part of the base weights, but the model is stored quantised",
                 hint="give the unquantised model, or remove init",
             )  # fmt: skip
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=not self.keeps_base_dtype)
         if self.context.new_token_ids:
-            # PEFT compares the vocabulary size with that of the base model at this path. It differs, and PEFT would then save the
-            # complete embeddings with each adapter.
+            # If the model's vocabulary size differs from that of the base model at this path, PEFT saves the complete embeddings with
+            # each adapter. New tokens change the size, so the path is removed.
             config.base_model_name_or_path = ""
             expose_head_bias(wrapped)
         trainable = TrainableModel(wrapped, OutputKind.ADAPTER)
@@ -70,7 +70,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         return trainable
 
     def after_apply(self, trainable: TrainableModel) -> None:
-        """LoftQ: load the unquantised model once more, and correct the quantisation error."""
+        """For LoftQ, also load the unquantised model and correct the quantisation error."""
         context = self.context
         if self.init is LoraInit.LOFTQ and not context.is_resumed:
             unquantized, _ = load_model(
@@ -81,7 +81,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         super().after_apply(trainable)
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """EVA: compute the start from the training data, then restart the random numbers that this consumed."""
+        """For EVA, compute the initial adapters from training data. Then reset the random seed, because EVA consumes random numbers."""
         super().on_trainer_created(trainer)
         if self.init is LoraInit.EVA and not self.context.is_resumed:
             from transformers import set_seed
@@ -90,7 +90,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             set_seed(trainer.args.seed)
 
     def peft_config(self, model: Any) -> Any:
-        """PEFT's LoraConfig from `method.lora`. Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice."""
+        """Convert `method.lora` to PEFT's LoraConfig. Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice."""
         from peft import EvaConfig, LoraConfig
 
         method = self.context.run.spec.method
@@ -112,9 +112,9 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         )
 
     def trained_embedding_rows(self, model: Any) -> dict[str, list[int]] | None:
-        """Row indices of `model.newTokens` in the embeddings and in the head, by module name; None without new tokens.
+        """Row indices of `model.newTokens` in the embeddings and the head, by module name. None if there are no new tokens.
 
-        A module in `modulesToSave` is trained in full and needs no entry. Errors: ConfigError NewTokensTwice.
+        Modules in `modulesToSave` are left out, because all their rows are trained. Errors: ConfigError NewTokensTwice.
         """
         lora = self.context.run.spec.method.lora
         if not self.context.new_token_ids or lora is None:
@@ -123,18 +123,18 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         twice = [name for name in lora.target_modules or () if name.rsplit(".", 1)[-1] in embeddings]
         if twice:
             raise ConfigError(
-                "NewTokensTwice", f"method.lora.targetModules names {twice[0]}, and model.newTokens trains rows of it",
-                hint=f"remove one of the two, or put {twice[0]} into method.lora.modulesToSave to train it in full",
+                "NewTokensTwice", f"method.lora.targetModules names {twice[0]}, but model.newTokens trains rows of this module",
+                hint=f"remove targetModules or newTokens, or put {twice[0]} into method.lora.modulesToSave to train it in full",
             )  # fmt: skip
         saved = lora.modules_to_save or ()
         return {name: list(self.context.new_token_ids) for name in embeddings if name not in saved} or None
 
 
 def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
-    """Refuse layers for which an adapter of PiSSA or OLoRA cannot be converted to an adapter for the unchanged base model.
+    """Refuse layers if PiSSA or OLoRA cannot convert their adapter to an adapter for the unchanged base model.
 
-    The conversion needs A and B of linear layers, all with the rank of the spec. PEFT 0.21's OLoRA also splits a transposed weight
-    (inputs first, as GPT-2's Conv1D) without transposing it. The shapes do not show this error if the weight is square.
+    The conversion needs A and B of linear layers, all with the rank of the spec. OLoRA in PEFT 0.21 is wrong for transposed weights
+    (inputs first, as GPT-2's Conv1D), and the shapes of square weights do not show this error.
     Errors: ConfigError InitUnavailable for embeddings, transposed weights (OLoRA), and ranks above a dimension of a layer.
     """
     from peft.tuners.lora import LoraLayer
@@ -152,8 +152,8 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
         if (init == LoraInit.OLORA and is_transposed) or shapes != [(rank, inputs), (outputs, rank)]:
             kind = type(layer.get_base_layer()).__name__
             raise ConfigError(
-                "InitUnavailable", f"method.lora.init {init} cannot start an adapter of rank {rank} on {name}, a {kind} of {inputs} x {outputs}",
-                hint="name linear layers in method.lora.targetModules, write a rank of at most their smaller dimension, or remove init",
+                "InitUnavailable", f"method.lora.init {init} cannot initialise an adapter of rank {rank} on {name} ({kind}, {inputs} x {outputs})",
+                hint="name linear layers in method.lora.targetModules, write a rank that is not above their smaller dimension, or remove init",
             )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def target_modules(model: Any, requested: Sequence[str] | None) -> str | list[st
     heads = [name for name in requested if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if heads:
         raise ConfigError(
-            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}: the loss reads its weight directly, so an adapter there never learns",
+            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but the loss bypasses an adapter on the head: it would never learn",
             hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
         )  # fmt: skip
     _require_modules(model, requested, "method.lora.targetModules", linear_layer_names(model))
@@ -188,8 +188,8 @@ def _require_modules(model: Any, requested: Sequence[str], field: str, available
     ]
     if absent:
         raise ConfigError(
-            "TargetModulesMissing", f"{field} names {', '.join(absent)}, which the model does not have",
-            hint=f"the model has {', '.join(available)}; or remove the field",
+            "TargetModulesMissing", f"{field} names {', '.join(absent)}, but the model has no such module",
+            hint=f"name modules of the model ({', '.join(available)}), or remove the field",
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from finetune_trainer.method.base import Method, MethodContext, TrainableModel
 from finetune_trainer.method.precision import TrainedWeightsCopy, widen_trained_weights
 
 ADAPTER_NAME = "default"
-"""PEFT's name for the adapter that is trained."""
+"""PEFT's name of the trained adapter."""
 
 
 class PeftMethod(Method):
@@ -39,13 +39,13 @@ class PeftMethod(Method):
 
 
 def peft_task_type(model: Any) -> Any:
-    """PEFT's name for the model's task. For a sequence classifier (a reward model) PEFT also trains and saves the head."""
+    """PEFT's task type for the model. With the type of a sequence classifier (a reward model), PEFT also trains and saves the head."""
     from peft import TaskType
 
     return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
 
 
 def linear_layer_names(model: Any) -> list[str]:
-    """Last parts of the names of all linear layers, including 4-bit and 8-bit layers."""
+    """Last parts of the module names of all linear layers, including 4-bit and 8-bit layers."""
     kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
     return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})

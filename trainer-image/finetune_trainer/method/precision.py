@@ -10,8 +10,8 @@ from finetune_api.errors import ConfigError
 def widen_trained_weights(model: Any) -> None:
     """Convert trained 16-bit weights to 32 bits.
 
-    PEFT converts its own layers, but not the other trained modules (`modulesToSave`, a reward model's head, biases). Autocast lets
-    layers with 32-bit weights process 16-bit inputs.
+    PEFT converts its own layers, but not the other trained modules (`modulesToSave`, a reward model's head, biases). Under autocast,
+    layers with 32-bit weights can process 16-bit inputs.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4:
@@ -19,27 +19,27 @@ def widen_trained_weights(model: Any) -> None:
 
 
 def require_scalable_weights(model: Any) -> None:
-    """Refuse trained float16 weights: torch's loss scaling for fp16 unscales 32-bit gradients only. Errors: ConfigError HalfWeights."""
+    """Refuse trained float16 weights, because torch's gradient scaler for fp16 needs 32-bit gradients. Errors: ConfigError HalfWeights."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and str(parameter.dtype) == "torch.float16":
             raise ConfigError(
-                "HalfWeights", f"{name} is trained in float16, as model.dtype asks, and the loss scaling of fp16 needs 32-bit weights",
+                "HalfWeights", f"{name} is trained in float16 because of model.dtype, but the loss scaling of fp16 needs 32-bit weights",
                 hint="remove model.dtype, or write `training: {mixedPrecision: bf16}`",
             )  # fmt: skip
 
 
 class TrainedWeightsCopy:
-    """A copy of the trained weights from before a Trainer is built.
+    """A copy of the trained weights, made before the Trainer is built.
 
-    TRL converts the adapter of a quantised base model to bf16 in its constructor. Small updates are lost in bf16, so `restore`
-    puts the weights back in their original dtype.
+    The constructor of TRL's Trainer converts the adapter of a quantised base model to bf16. Small updates are lost in bf16, so
+    `restore` puts the weights back in their original dtype.
     """
 
     def __init__(self, model: Any):
         self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def restore(self, model: Any) -> None:
-        """Put back every weight whose dtype has changed."""
+        """Restore every weight if its dtype has changed."""
         for name, parameter in model.named_parameters():
             before = self._weights.get(name)
             if before is not None and parameter.dtype != before.dtype:

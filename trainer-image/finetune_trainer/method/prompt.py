@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning: train virtual tokens in front of every row, and freeze the model."""
+"""Prefix and prompt tuning: train virtual tokens before every row, and freeze the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.method.peft_method import PeftMethod, peft_task_type
 
 
 class PromptLearning(PeftMethod, types=(MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)):
-    """Trains `method.promptLength` virtual tokens: in front of the input (prompt), or of every layer's keys and values (prefix)."""
+    """Trains `method.promptLength` virtual tokens: before the input (prompt tuning), or before every layer's keys and values (prefix tuning)."""
 
     def apply(self, model: Any) -> TrainableModel:
         """Wrap the model."""

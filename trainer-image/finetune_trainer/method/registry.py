@@ -15,12 +15,12 @@ from finetune_trainer.method.base import METHODS, Method, MethodContext
 
 @cache
 def all_methods() -> dict[MethodType, type[Method]]:
-    """Return the class of every `method.type`. Imports each module of this package, because the import registers its classes."""
+    """Return the class of every `method.type`. Imports all modules of this package, because each import registers classes."""
     for module in pkgutil.iter_modules(finetune_trainer.method.__path__, f"{finetune_trainer.method.__name__}."):
         importlib.import_module(module.name)
     return METHODS
 
 
 def create_method(context: MethodContext) -> Method:
-    """The method of the run's `method.type`."""
+    """Create the method for the run's `method.type`."""
     return all_methods()[method_type_of(context.run.spec)](context)

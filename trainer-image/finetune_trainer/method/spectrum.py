@@ -1,13 +1,12 @@
 """Spectrum: train the modules with the best signal-to-noise ratio (SNR) in full, and freeze all others.
 
-The scan follows the paper: with the singular values S of a linear weight W (n x m), sigma = IQR(S) / 1.349 estimates the noise, and
-singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal. SNR = (sum of the signal / sum of the noise) / max(S).
-A module is compared with modules of the same type only (all `mlp.down_proj`, all `self_attn.q_proj`, ...). `snrThreshold` t
-selects the best 1 - t of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W), as an older tool does.
-This metric hardly distinguishes layers. It exists so that configurations of the older tool select the same layers. The head and the
-embeddings are always trained.
+The scan follows the paper. S are the singular values of a linear weight W (n x m), and sigma = IQR(S) / 1.349 estimates the noise.
+Singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal. SNR = (sum of the signal / sum of the noise) / max(S).
+Modules are compared only with modules of the same type (all `mlp.down_proj`, all `self_attn.q_proj`, ...). A `snrThreshold` of t
+selects the share 1 - t with the highest SNR of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W). It
+hardly distinguishes layers, but configurations of an older tool then select the same layers as before.
 
-On a 4-bit base model the selected modules are not quantised, and only they are trained.
+On a 4-bit base model the selected modules are not quantised. Otherwise the head and the embeddings are trained too.
 Source: Hartford et al., Spectrum: Targeted Training on Signal to Noise Ratio, https://arxiv.org/abs/2406.06623.
 """
 
@@ -38,7 +37,7 @@ from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
 CACHE_VERSION = 2
-"""Part of the scan's file name. Raise it when the fields of `Module` change: local runs reuse their work folder."""
+"""Part of the scan's file name. Increase it when the fields of `Module` change, because local runs reuse their work folder."""
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
@@ -55,7 +54,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules to train, and the scan from which they were selected, if any."""
+    """The modules to train. `scan`, `metric` and `threshold` are empty if the spec lists the layers."""
 
     modules: tuple[str, ...]
     """Names without `.weight`."""
@@ -76,12 +75,12 @@ class Selection:
 
 
 class Spectrum(Method, types=(MethodType.SPECTRUM,)):
-    """Trains selected modules in full. On a quantised base model, the selection is made on the unquantised weights first."""
+    """Trains selected modules in full. For a quantised base model, the modules are selected by the unquantised weights."""
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
         self._selection: Selection | None = None
-        """Selected before a quantised base model is loaded; None for an unquantised base model, for which `apply` selects the modules."""
+        """Modules selected before a quantised base model is loaded. None for an unquantised base model: `apply` then selects the modules."""
         self._before_construction: TrainedWeightsCopy | None = None
 
     def before_load(self) -> tuple[str, ...]:
@@ -93,7 +92,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         return self._selection.modules
 
     def apply(self, model: Any) -> TrainableModel:
-        """Freeze all but the selected modules and, on an unquantised base model, the head and the embeddings."""
+        """Freeze all but the trained modules: the selected ones and, in an unquantised base model, the head and the embeddings."""
         selection = self._selection or select_modules(self.context.run, self.context.inputs, model)
         is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
         always_trained_modules = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -146,15 +145,15 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
     selected = _best_layers(scan, threshold) if by_layer else _best_of_each_type(scan, 1 - threshold)
     if not selected:
         raise ConfigError(
-            "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower it"
+            "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower snrThreshold"
         )  # fmt: skip
-    # Every rank must train the same modules, but nodes may round differently if two ratios are close.
+    # Every rank must train the same modules, but if two SNRs are close, rounding errors may rank them differently on other nodes.
     selected = list(broadcast_object_list(selected))
     return Selection(tuple(selected), tuple(scan), metric.value, threshold)
 
 
 def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
-    """Linear modules inside numbered layers: name, (layer, type)."""
+    """Yield the linear modules inside numbered layers: name, (layer, type)."""
     for name, module in model.named_modules():
         match = _LAYER.match(name)
         if match and getattr(module, "weight", None) is not None and "Linear" in type(module).__name__:
@@ -162,7 +161,7 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
 
 
 def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[Module]:
-    """The scan of this model, read from `file` if an earlier run scanned the same weights."""
+    """Scan the model, or read the scan from `file` if an earlier run scanned the same weights."""
     if file.exists():
         return [Module(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
@@ -177,7 +176,7 @@ def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.d
 
 
 def _weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
-    """Copy one weight to the device in 32 bits: computing the singular values of a large matrix takes minutes on a CPU."""
+    """Copy one weight to the device in 32 bits. The singular values of a large matrix take minutes on a CPU."""
     return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
 
@@ -198,7 +197,7 @@ def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
 
 
 def _best_of_each_type(scan: Sequence[Module], share: float) -> list[str]:
-    """Names of the best `share` of the modules of each type, rounded down."""
+    """Names of the modules with the highest SNR: a `share` of the modules of each type, rounded down."""
     types: dict[str, list[Module]] = {}
     for module in scan:
         types.setdefault(module.type, []).append(module)
@@ -211,7 +210,7 @@ def _best_of_each_type(scan: Sequence[Module], share: float) -> list[str]:
 
 
 def _best_layers(scan: Sequence[Module], threshold: float) -> list[str]:
-    """Modules of the layers whose mean SNR is at or above the quantile `threshold` of all layers."""
+    """Names of the modules in the best layers. A layer is selected if its mean SNR reaches the quantile `threshold` of all layers."""
     layers: dict[int, list[float]] = {}
     for module in scan:
         layers.setdefault(module.layer, []).append(module.snr)
@@ -221,7 +220,7 @@ def _best_layers(scan: Sequence[Module], threshold: float) -> list[str]:
 
 
 def _floor(count: float) -> int:
-    """Round down, but tolerate the rounding error of a product: 0.7 * 10 is 7."""
+    """Round down, but tolerate rounding errors of a product: 0.7 * 10 counts as 7."""
     return int(count + 1e-9)
 
 

@@ -1,6 +1,6 @@
-"""The objectives: each value of `trainer.type` has a module of the same name that defines one `Objective` called `OBJECTIVE`.
+"""The objectives. Each value of `trainer.type` has a module with the same name, and its `Objective` is called `OBJECTIVE`.
 
-Each module imports its trainer from TRL, which takes seconds. A job therefore imports only the module of its own objective.
+Each module imports a trainer of TRL. This import takes seconds, so a job imports only the module of its own objective.
 """
 
 from __future__ import annotations

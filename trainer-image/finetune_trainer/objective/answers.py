@@ -1,8 +1,8 @@
 """Encodes prompts and their answers as token ids: the data of dpo, orpo, reward and kto.
 
-The same stages as for supervised rows render each answer after its prompt, so that chat templates, beginning tokens and end tokens
-are handled in one place. The answer is the part that these stages mark as trained. Answers are cut to
-`trainer.maxCompletionLength`, and rows to `dataset.maxSequenceLength`. The numbers of cut and dropped rows are reported.
+The stages for supervised rows also render and tokenise each prompt with its answer. So only these stages handle chat templates,
+beginning tokens and end tokens. They mark the answer as the trained part. Answers are cut to `trainer.maxCompletionLength`, and rows
+to `dataset.maxSequenceLength`. The notes for the status contain the numbers of cut and dropped rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TurnsOrText = tuple[Turn, ...] | str
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """Longest row and longest answer, in tokens, and the policy for longer rows."""
+    """Maximum lengths of a row and of an answer in tokens, and the policy for longer rows."""
 
     sequence: int
     answer: int | None
@@ -54,11 +54,11 @@ class RowCounts:
 
     rows: int = 0
     cut: int = 0
-    """Rows with an answer that was cut at its end."""
+    """Rows with a truncated answer."""
     left_out: int = 0
-    """Rows that leave no token for an answer, and rows longer than the limit with `overflow: drop`."""
+    """Rows dropped because they are too long: the prompt leaves no token for an answer, or the answer must not be cut."""
     same: int = 0
-    """Pairs whose answers are equal after they were cut. They are dropped, because nothing can be learned from them."""
+    """Pairs dropped because both answers are equal after truncation."""
     longest: int = 0
 
     def notes(self, split: str, limits: LengthLimits) -> list[str]:
@@ -77,7 +77,7 @@ class RowCounts:
             )
         if self.same:
             notes.append(
-                f"{split}: {self.same} rows were left out because their two answers are equal after they were cut"
+                f"{split}: {self.same} rows were left out because their two answers are equal after truncation"
             )
         return notes
 
@@ -110,8 +110,7 @@ def length_limits(context: TrainingContext) -> LengthLimits:
 
 
 def max_answer_length(context: TrainingContext, sequence: int) -> int | None:
-    """Longest answer in tokens. A default is lowered to half of the sequence; the other half is for the prompt.
-
+    """Maximum length of an answer in tokens. A default is lowered to half of the sequence, to leave the other half for the prompt.
     Errors: ConfigError CompletionTooLong.
     """
     requested = context.run.spec.trainer.max_completion_length
@@ -122,7 +121,7 @@ def max_answer_length(context: TrainingContext, sequence: int) -> int | None:
     if requested < sequence:
         return requested
     raise ConfigError(
-        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} is {requested}, which leaves no token of dataset.maxSequenceLength {sequence} for the prompt",
+        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} {requested} leaves no token of dataset.maxSequenceLength {sequence} for the prompt",
         hint="write a smaller number, or raise dataset.maxSequenceLength",
     )  # fmt: skip
 
@@ -135,12 +134,12 @@ def load_pairs(context: TrainingContext) -> tuple[Splits, DataFacts]:
 
 
 def load_labelled_answers(context: TrainingContext) -> tuple[Splits, DataFacts]:
-    """Load answers as columns prompt_ids, completion_ids, label. Errors: as `load_pairs`."""
+    """Load answers as columns prompt_ids, completion_ids, label. Errors: see `load_pairs`."""
     return _load(context, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
 
 
 def _load(context: TrainingContext, columns: Callable[[EncodedAnswers], dict[str, Any]]) -> tuple[Splits, DataFacts]:
-    """One rank per node encodes the rows and writes them to the token cache; the others read the cache."""
+    """Load the encoded rows. One rank per node encodes the rows and writes them to the token cache; all ranks read the cache."""
     templated = use_chat_template(context.run, context.inputs, context.tokenizer)
     limits = length_limits(context)
     folder = context.token_cache / cache_key(context.run, context.inputs, context.tokenizer, limits.sequence)
@@ -197,7 +196,7 @@ def _encode_split(
     split.counts.rows = len(split.rows)
     if not split.rows:
         raise DataError(
-            "NoTrainableToken", f"no row of the {name} data is left: {split.counts.left_out} are too long, {split.counts.same} have two equal answers",
+            "NoTrainableToken", f"no row of the {name} data is left: {split.counts.left_out} rows are too long, {split.counts.same} have two equal answers",
             hint=f"raise dataset.maxSequenceLength (now {limits.sequence}), or fix the rows",
         )  # fmt: skip
     return split
@@ -215,7 +214,7 @@ def fit_to_limits(
                 "RowTooLong", f"{location}: {row.longest_row} tokens, more than dataset.maxSequenceLength {limits.sequence}",
                 hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
             )  # fmt: skip
-        # A reward model reads the score at the end of the answer, which a cut answer does not have.
+        # A reward model reads the score at the end of the answer, so the answer must not be cut.
         if limits.overflow is Overflow.DROP or available < 1 or kind is TrainerType.REWARD:
             counts.left_out += 1
             return None
@@ -229,7 +228,7 @@ def fit_to_limits(
 
 @dataclass(frozen=True)
 class AnswerEncoder:
-    """Renders and tokenises prompts with their answers. Worker processes receive it pickled."""
+    """Renders and tokenises prompts with their answers. Instances are pickled and sent to worker processes."""
 
     render_with: RenderOptions
     options: TokeniseOptions
@@ -270,10 +269,10 @@ class AnswerEncoder:
 
 
 def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:
-    """Return the answers with one prompt: the tokens with which all encoded prompts begin.
+    """Return the answers with one prompt: the tokens that all encoded prompts share at their beginning.
 
-    A tokenizer may merge the end of the prompt with the beginning of an answer. Such a token differs between the answers, so the
-    token becomes part of each answer.
+    A tokenizer may merge the end of the prompt and the beginning of an answer into one token. If this token differs between the
+    answers, it becomes part of each answer.
     """
     prompts = [prompt for prompt, _ in encoded]
     shared = 0
@@ -283,25 +282,24 @@ def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bo
 
 
 def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptions) -> Rendered:
-    """Render prompt and answer as one text that ends after the answer. The only trained span is the answer.
-
+    """Render prompt and answer as one text. The text ends after the answer, and only the answer is a trained span.
     Errors: RowError RowInvalid, AnswerEmpty.
     """
     if isinstance(prompt, str) != isinstance(answer, str):
         raise RowError(
             "RowInvalid",
-            "one of prompt and answer is text, the other is messages",
+            "prompt and answer must both be text or both be messages",
             "write both as text, or both as messages",
         )
     if isinstance(prompt, str) and isinstance(answer, str) and not options.use_chat_template:
         if not answer:
-            raise RowError("AnswerEmpty", "an answer is empty", "give it a text, or remove the row")
+            raise RowError("AnswerEmpty", "an answer is empty", "write a text, or remove the row")
         return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), False)
     turns = tuple(replace(turn, weight=0) for turn in _as_turns(prompt, "user"))
     turns += tuple(replace(turn, weight=int(turn.role == "assistant")) for turn in _as_turns(answer, "assistant"))
     rendered = render(Conversation(turns), options)
     if not rendered.spans:
-        raise RowError("AnswerEmpty", "an answer has no assistant turn", "add one, or remove the row")
+        raise RowError("AnswerEmpty", "an answer has no assistant turn", "add an assistant turn, or remove the row")
     start, end = rendered.spans[0][0], rendered.spans[-1][1]
     return Rendered(rendered.text[:end], ((start, end),), rendered.is_templated)
 

@@ -1,4 +1,4 @@
-"""The interface of an objective, which reads the data and builds the Trainer, and the types of its inputs and results."""
+"""The interface of an objective, and the types of its inputs and results. An objective reads the data and builds the Trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 @dataclass
 class TrainingContext:
-    """Everything that is known before the model is loaded."""
+    """Inputs of an objective that are available before the model is loaded."""
 
     run: RunConfig
     inputs: Inputs
@@ -34,10 +34,10 @@ class TrainingContext:
     token_cache: Path
     """Folder for tokenised data."""
     max_positions: int | None
-    """Longest sequence that the model can read, in tokens; None: unknown."""
+    """Longest sequence that the model can read, in tokens; None if unknown."""
     callbacks: Sequence[Any] = ()
     unquantized: tuple[str, ...] = ()
-    """Modules that stay unquantised in a quantised base model: the modules that spectrum trains."""
+    """Modules of a quantised base model that stay unquantised, because spectrum trains them."""
 
 
 @dataclass
@@ -55,14 +55,14 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class HeldOutMetric:
-    """A metric that is measured on the test set after training."""
+    """A metric of the test set, measured after training."""
 
     logged_as: str
     """Name in the Trainer's log, without the prefix `test_` or `eval_`."""
     status_name: str
     """Name in `status.output.evaluation`."""
     label: str
-    """Name of the metric in sentences."""
+    """Name of the metric in status notes."""
 
 
 TEST_LOSS = HeldOutMetric("loss", "testLoss", "loss")
@@ -75,9 +75,9 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
 
     trainer_type: ClassVar[TrainerType]
     trainer_class: ClassVar[type[Any]]
-    """The Trainer class: a class of TRL with mixins of this package as first bases."""
+    """The Trainer class. Its first bases are mixins of this package; the last base is a trainer of TRL."""
     model_kind: ClassVar[str] = "causal"
-    """Which head the model gets: `causal` (next token) or `reward` (one score)."""
+    """Head of the model: `causal` (next token) or `reward` (one score)."""
     held_out_metrics: ClassVar[tuple[HeldOutMetric, ...]] = (TEST_LOSS,)
 
     @property
@@ -94,15 +94,15 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
         """Create TRL's configuration. `evaluates`: whether there is validation data. Errors: ConfigError."""
 
     def trainer_attributes(self, data: SplitsT) -> dict[str, Any]:
-        """Attributes that are set on the Trainer's class before it is instantiated."""
+        """Class attributes for the Trainer."""
         return {}
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
-        """Keyword arguments of the Trainer in addition to those that `build_trainer` passes."""
+        """Additional keyword arguments for the Trainer's constructor."""
         return {}
 
     def build_trainer(self, context: TrainingContext, args: ArgumentsT, model: Any, data: SplitsT) -> Any:
-        """Build the Trainer with the mixins of the strategy."""
+        """Build the Trainer, connected to the distributed strategy."""
         trainer_class = connect_trainer_class(self.trainer_class, context.strategy, **self.trainer_attributes(data))
         return trainer_class(
             model=model, args=args, train_dataset=data.train, eval_dataset=data.validation, processing_class=context.tokenizer,
@@ -110,4 +110,4 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
         )  # fmt: skip
 
     def verify_trainer(self, trainer: Any) -> None:
-        """Check, when training begins, that the Trainer applies the settings of the run. Errors: InternalError."""
+        """Check that the Trainer applies the settings of the run. Called when training begins. Errors: InternalError."""

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: raise the better answer's likelihood over the worse one's, relative to a reference model."""
+"""Direct preference optimisation (DPO): make the better answer of a pair more likely than the worse answer, relative to a reference model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOSSES = {
 
 
 class DpoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, DPOTrainer):
-    """TRL's trainer on pairs that are tokenised already."""
+    """TRL's trainer for pairs that are already tokenised."""
 
 
 class DpoObjective(Objective[answers.Splits, DPOConfig]):

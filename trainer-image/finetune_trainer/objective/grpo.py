@@ -1,4 +1,4 @@
-"""GRPO: the model answers every prompt several times and learns to prefer the answers with higher rewards."""
+"""GRPO: the model generates several answers to every prompt, and learns to prefer answers with higher rewards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
     held_out_metrics = (TEST_LOSS, HeldOutMetric("reward", "testReward", "reward"))
 
     def load_data(self, context: TrainingContext) -> tuple[Splits, DataFacts]:
-        """Prompts with the columns that rewards read.
+        """Load the prompts, and the columns for the rewards.
 
         Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken.
         """
@@ -65,7 +65,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         return splits, DataFacts(len(splits.train), loaded.summary.format, notes, {"rows": loaded.summary.rows})
 
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> GRPOConfig:
-        """Errors: ConfigError CompletionTooLong, and the errors of the rewards."""
+        """Create TRL's configuration. Errors: ConfigError CompletionTooLong; errors of `reward_functions`."""
         run, spec = context.run, context.run.spec.trainer.grpo or GrpoSpec()
         fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
         del fields["train_sampling_strategy"]
@@ -90,14 +90,14 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         return {"reward_funcs": list(reward_functions(context))}
 
     def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
-        """The Trainer, with the same reference model as the other objectives."""
+        """Build the Trainer. Its reference model is loaded in the same way as for the other objectives."""
         with _replaced_reference_loader(context):
             trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
         return trainer
 
 
 def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> list[dict[str, Any]]:
-    """Convert rows to column `prompt` and the other columns for the rewards. Every row gets all columns; a missing value is None."""
+    """Convert rows to a column `prompt` and the columns for the rewards. Every row gets all columns; missing values are None."""
     reserved = ("prompt", *RESERVED_ARGUMENTS)
     prompts = []
     for _, example in rows:
@@ -109,7 +109,7 @@ def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> lis
 
 
 def _prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turns: bool) -> str | list[dict[str, Any]]:
-    """Return turns as messages if there is a chat template, else as text that ends where the answer begins. Text is returned unchanged."""
+    """Convert the prompt for TRL. Turns become messages if there is a chat template, else a text that ends before the answer."""
     if isinstance(prompt, str):
         if not text_as_turns:
             return prompt
@@ -120,9 +120,9 @@ def _prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turn
 
 
 def _dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """A data set that returns the rows unchanged.
+    """Build a data set of pickled rows, so that the rows stay unchanged.
 
-    Rows are pickled because Arrow requires one type per column and adds the keys of all messages to every message.
+    Arrow alone would require one type per column, and would add the keys of all messages to every message.
     """
     return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpickle)
 
@@ -136,8 +136,8 @@ def _unpickle(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
 def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
     """Make TRL use `load_reference_model` while the trainer is built.
 
-    TRL (1.16) loads the reference model from disk, without the rows of new tokens, and unquantised even if the base is quantised.
-    TRL has no argument for another reference model, so its loading function is replaced.
+    TRL 1.16 loads the reference model from disk. The loaded model lacks the rows of new tokens, and is never quantised. TRL has no
+    argument for another reference model, so this function replaces TRL's loading function.
     """
     original = grpo_trainer.create_model_from_path
     grpo_trainer.create_model_from_path = lambda *_, **__: load_reference_model(context)
@@ -148,22 +148,22 @@ def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
 
 
 def reward_functions(context: TrainingContext) -> list[RewardFunction]:
-    """The rewards of this run. Errors: ConfigError RewardsMissing, and the errors of `build_rewards`."""
+    """Build the reward functions of this run. Errors: ConfigError RewardsMissing; errors of `build_rewards`."""
     specs = context.run.spec.trainer.rewards
     if not specs:
-        raise ConfigError("RewardsMissing", "grpo maximises rewards, and none is given", hint="write trainer.rewards")
+        raise ConfigError("RewardsMissing", "trainer.type grpo needs at least one reward", hint="write trainer.rewards")
     return build_rewards(specs, context.inputs.config_maps)
 
 
 def _generations_for_evaluation(batch: int, generations: int) -> int:
-    """Answers per prompt in evaluations: the largest divisor of the batch of all ranks that is at most `generations`."""
+    """Answers per prompt in evaluations: the largest number up to `generations` that divides the batch size of all ranks together."""
     fitting = [size for size in range(2, generations + 1) if batch % size == 0]
     assert fitting, "the API's rules refuse a batch without a whole group"
     return fitting[-1]
 
 
 def _length_limits(context: TrainingContext) -> tuple[int, int]:
-    """Tokens for the prompt and tokens for the answer."""
+    """Maximum number of tokens of the prompt, and of the answer."""
     sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
     answer = answers.max_answer_length(context, sequence)
     assert answer is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
@@ -173,15 +173,14 @@ def _length_limits(context: TrainingContext) -> tuple[int, int]:
 def _drop_long_prompts(
     prompts: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
 ) -> list[dict[str, Any]]:
-    """Drop the prompts that leave too few tokens for an answer. They are not cut, because a cut prompt is another question.
-
+    """Drop prompts that leave too few tokens for an answer. Prompts are not cut, because a cut prompt asks something else.
     Errors: DataError RowTooLong, NoTrainableToken.
     """
     limit, answer = _length_limits(context)
     fitting = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
     if len(fitting) == len(prompts):
         return prompts
-    limits = f"dataset.maxSequenceLength {limit + answer} less {answer} for the answer"
+    limits = f"dataset.maxSequenceLength {limit + answer} minus {answer} for the answer"
     problem = (
         f"{split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
     )

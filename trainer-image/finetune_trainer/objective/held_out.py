@@ -1,4 +1,4 @@
-"""Measures the metrics of the test set once, after training, with the model that is published."""
+"""Measures the metrics of the test set once, after training, with the final model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ROWS = "testRows"
 
 
 def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
-    """Measure the metrics on the test rows. Returns values by status name, with the number of rows; empty without a test set.
+    """Measure the metrics on the test rows. A collective operation: every rank must call it.
 
-    The loss is in nats per token, accuracies are fractions. Values that are not finite are left out. A collective operation: every
-    rank must call it.
+    Returns the number of rows and the metrics, by status name; empty without a test set. The loss is in nats per token, accuracies are
+    fractions. Values that are not finite are left out.
     """
     if test is None:
         return {}
     from transformers import EarlyStoppingCallback
 
-    trainer.remove_callback(EarlyStoppingCallback)  # it requires a validation loss, which this evaluation does not have
+    trainer.remove_callback(EarlyStoppingCallback)  # the callback requires a validation loss, but this evaluation logs a test loss
     before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test, metric_key_prefix="test")
     logged = {key: value for line in trainer.state.log_history[before:] for key, value in line.items()}
@@ -35,7 +35,7 @@ def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[s
 
 
 def summarise(measured: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
-    """One sentence for the status: `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
+    """Return a note for the status, such as `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
     values = [
         f"{metric.label} {measured[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured
     ]

@@ -1,4 +1,4 @@
-"""KTO: learn from single answers, each labelled good or bad, instead of pairs."""
+"""KTO: learn from single answers instead of pairs. Each answer is labelled good or bad."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from finetune_trainer.objective.reference_model import ReferenceModelMixin, load
 
 
 class KtoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, KTOTrainer):
-    """TRL's trainer on labelled answers that are tokenised already.
+    """TRL's trainer for labelled answers that are already tokenised.
 
-    KTO estimates the KL divergence from mismatched pairs: each prompt with the answer of the row before it in the batch. The
-    mismatched pairs are made once, so the rows must keep their order during training. The rows are shuffled before the pairs are made.
+    KTO estimates the KL divergence from mismatched pairs: each prompt with the answer of the preceding row in the batch. The
+    mismatched pairs are built once, so the rows must keep their order during training. `load_data` has shuffled the rows.
     """
 
     def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
-        """Add the mismatched answers within each batch. The batch size is that of the training or evaluation loop that reads `part`."""
+        """Add the mismatched answers within each batch. `part` decides whether the training or evaluation batch size is used."""
         size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
         return rows.map(_add_mismatched_answers, batched=True, batch_size=size)
 
 
 def _add_mismatched_answers(rows: dict[str, Any]) -> dict[str, Any]:
-    """Add to each prompt of a batch the answer of the preceding row; the first prompt gets the answer of the last row."""
+    """Add to each prompt of a batch the answer of the preceding row. The first prompt gets the answer of the last row."""
     completions = rows["completion_ids"]
     return {"KL_completion_ids": [completions[-1], *completions[:-1]]}
 
@@ -45,13 +45,13 @@ class KtoObjective(Objective[answers.Splits, KTOConfig]):
     trainer_class = KtoTrainer
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
-        """Labelled answers, shuffled. Errors: DataError OneSidedJudgement, and the errors of `load_labelled_answers`."""
+        """Load the labelled answers and shuffle them. Errors: DataError OneSidedJudgement; errors of `load_labelled_answers`."""
         splits, facts = answers.load_labelled_answers(context)
         good = sum(splits.train["label"])
         bad = len(splits.train) - good
         if not good or not bad:
             raise DataError(
-                "OneSidedJudgement", f"all {len(splits.train)} answers are labelled {'good' if good else 'bad'}, and kto learns from the contrast",
+                "OneSidedJudgement", f"all {len(splits.train)} answers are labelled {'good' if good else 'bad'}, but kto needs both labels",
                 hint="give rows with both labels, or use trainer.type sft to learn from good answers alone",
             )  # fmt: skip
         facts.notes.append(f"train: {good} answers are labelled good, {bad} bad")

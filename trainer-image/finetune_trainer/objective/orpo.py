@@ -1,4 +1,4 @@
-"""ORPO: learn the better answer and lower the odds of the worse one in a single loss, without a reference model."""
+"""ORPO: one loss that trains on the better answer and lowers the odds of the worse answer, without a reference model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from finetune_trainer.objective.base import TEST_LOSS, TEST_PREFERENCE_ACCURACY,
 
 
 class OrpoTrainer(GuardedTrainer, ORPOTrainer):
-    """TRL's experimental trainer on pairs that are tokenised already."""
+    """TRL's experimental trainer for pairs that are already tokenised."""
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        """The columns that TRL's collator reads, made from token ids instead of texts."""
+        """Build the columns for TRL's collator from token ids instead of texts."""
         prompt = feature["prompt_ids"]
         row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side in ("chosen", "rejected"):
@@ -32,7 +32,7 @@ class OrpoTrainer(GuardedTrainer, ORPOTrainer):
         return row
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> Any:
-        """Tokenise a test set before its evaluation: TRL only tokenises the data sets that are passed to its constructor."""
+        """Tokenise a test set before its evaluation, because TRL only tokenises the data sets that the constructor receives."""
         if isinstance(eval_dataset, Dataset) and "prompt_input_ids" not in eval_dataset.column_names:
             eval_dataset = eval_dataset.map(self.tokenize_row)
         return super().evaluate(eval_dataset, *args, **options)

@@ -1,4 +1,4 @@
-"""The reference model of preference objectives, and the mixin for Trainers that have a reference model."""
+"""The reference model of the objectives dpo, kto and grpo, and the mixin for their Trainers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from finetune_trainer.model import load_config, load_model
 from finetune_trainer.objective.base import TrainingContext
 
 REFERENCE_ADAPTER = "ref"
-"""TRL's name for the frozen copy of the adapter as it was before training."""
+"""TRL's name for the frozen copy of the untrained adapter."""
 
 
 class ReferenceModelMixin(OpenTrainer):
     """Mixin for Trainers whose reference is the model before training.
 
-    If an adapter is trained, TRL keeps its initial state as a second, frozen adapter. This mixin fixes two problems. PEFT marks the
-    second adapter as trainable for some adapter types, and DDP then waits forever for its gradients. TRL would save the second
-    adapter with the result.
+    If an adapter is trained, TRL keeps its initial state as a second adapter. This mixin freezes the second adapter, because PEFT marks
+    it as trainable for some adapter types, and DDP would then wait forever for its gradients. The mixin also excludes the second
+    adapter from saved files.
     """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         for name, parameter in self.model.named_parameters():
-            # A parameter's name has the adapter's name in the middle (lora_A.ref.weight) or at the end (ia3_l.ref).
+            # Parameter names contain the adapter's name in the middle (lora_A.ref.weight) or at the end (ia3_l.ref).
             if REFERENCE_ADAPTER in name.split("."):
                 parameter.requires_grad_(False)
 
@@ -41,10 +41,10 @@ class ReferenceModelMixin(OpenTrainer):
 
 
 def load_reference_model(context: TrainingContext) -> Any:
-    """The reference model, frozen; None: TRL uses the trained model without its adapter.
+    """Load the frozen reference model. Returns None if TRL must use the trained model without its adapter as the reference.
 
-    If `trainer.dpo.referenceModel` is set, that model is loaded. Otherwise, if the method trains the base's own weights, a second copy
-    of the base is loaded with the same quantised modules: before the first step both models must give the same outputs.
+    The reference model is `trainer.dpo.referenceModel` if it is set. Otherwise, if the method trains base weights, it is a second copy
+    of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
     if context.inputs.reference is None and not trains_base_weights(context.run.spec):
@@ -62,9 +62,9 @@ def load_reference_model(context: TrainingContext) -> Any:
 
 
 def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
-    """Refuse a reference model whose embedding lacks rows that the trained model has, because the data may use these tokens.
+    """Refuse a reference model with fewer embedding rows than the trained model, because the data may contain the missing tokens.
 
-    Tokens of the tokenizer for which neither model has a row are ignored. Errors: ConfigError VocabularyDiffers.
+    Tokens of the tokenizer are ignored if the base model has no row for them either. Errors: ConfigError VocabularyDiffers.
     """
     embedding = reference.get_input_embeddings().weight
     size = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]
@@ -73,6 +73,6 @@ def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
         needed = min(needed, load_config(context.run, context.inputs).get_text_config().vocab_size)
     if size < needed:
         raise ConfigError(
-            "VocabularyDiffers", f"the reference model knows {size} tokens, and the model that is trained uses {needed}",
-            hint="give a reference with the same tokenizer as model.source, such as an earlier checkpoint of the same model",
+            "VocabularyDiffers", f"the reference model has {size} tokens, but the trained model uses {needed}",
+            hint="give a reference model with the same tokenizer as model.source, such as an earlier checkpoint of the same model",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reward modelling: train a head with one output to score the better answer of a pair above the worse one."""
+"""Reward modelling: train a head with one output, so that the better answer of a pair gets a higher score than the worse answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune_trainer.objective.base import TEST_LOSS, DataFacts, HeldOutMetric,
 
 
 class RewardModelTrainer(GuardedTrainer, RewardTrainer):
-    """TRL's trainer on pairs that are tokenised already."""
+    """TRL's trainer for pairs that are already tokenised."""
 
 
 class RewardObjective(Objective[answers.Splits, RewardConfig]):
@@ -34,14 +34,14 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
         return splits.map(_join_prompt_and_answers), facts
 
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> RewardConfig:
-        """Errors: ConfigError AdapterWithoutHead."""
+        """Create TRL's configuration. Errors: ConfigError AdapterWithoutHead."""
         _require_score_head(context)
         fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
         return RewardConfig(**fields, max_length=None)
 
 
 def _join_prompt_and_answers(pairs: Dataset) -> Dataset:
-    """Put the prompt before each answer: the model scores prompt and answer together."""
+    """Put the prompt before each answer, because the model scores prompt and answer together."""
 
     def join(row: dict[str, Any]) -> dict[str, Any]:
         return {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")}
@@ -50,15 +50,15 @@ def _join_prompt_and_answers(pairs: Dataset) -> Dataset:
 
 
 def _require_score_head(context: TrainingContext) -> None:
-    """Refuse an adapter that was trained to generate text. It has no score head, and PEFT would save the adapter without the new head."""
+    """Refuse an adapter that was trained to generate text: it has no score head, and PEFT would not save a new head with it."""
     folder = context.inputs.adapter
     if context.run.spec.method.type is not MethodType.ADAPTER or folder is None:
         return
     task = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
     if task != "SEQ_CLS":
         raise ConfigError(
-            "AdapterWithoutHead", f"method.adapter.source is an adapter for {task or 'an unnamed task'}, without the head that a reward model needs",
-            hint="write `method: {type: lora}` for a new adapter, or give an adapter that trainer.type reward made",
+            "AdapterWithoutHead", f"method.adapter.source is an adapter for {task or 'an unnamed task'}, but a reward model needs an adapter with a score head",
+            hint="write `method: {type: lora}` for a new adapter, or give an adapter from a job with trainer.type reward",
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""The rewards of GRPO: built-in ones, and the user's own functions from a ConfigMap's Python file.
+"""The rewards of GRPO: built-in rewards, and functions of the user from a Python file in a ConfigMap.
 
-Rewards are checked before the model is loaded: unknown and malformed parameters, a pattern that does not compile, a file without
-the function. During training, a user's function is called with keyword arguments (`prompts`, `completions`, `completion_ids`, the
-row's other columns, `trainer_state`). It must return a list with one number per completion, or None for "no opinion".
+Rewards are checked before the model is loaded, for unknown or malformed parameters, invalid patterns and missing functions. During
+training, a user's function is called with keyword arguments (`prompts`, `completions`, `completion_ids`, the row's other columns,
+`trainer_state`). The function must return a list with one entry per completion: a number, or None for "no opinion".
 This module does not import torch.
 """
 
@@ -22,16 +22,16 @@ from finetune_api.names import FailureClass
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
 
-Score = Callable[..., "float | None"]
+ScoreFunction = Callable[..., "float | None"]
 """Computes the reward of one completion from its text, its token ids (keyword `ids`) and the row's columns (keyword `row`)."""
 DEFAULT_FUNCTION = "reward"
-"""The function in a user's file that is called when `function` is not set."""
+"""Name of the function in a user's file if the spec does not set `function`."""
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Keyword arguments that every reward function receives. A data column of the same name is not passed."""
+"""Keyword arguments that every reward function receives. Data columns with these names are not passed to reward functions."""
 
 
 class RewardFunction:
-    """A reward function as TRL calls it, once per generation batch. TRL uses `__name__` in the metrics' names."""
+    """A reward function for TRL. TRL calls it once per generation batch, and uses `__name__` in the names of metrics."""
 
     def __init__(
         self, name: str, weight: float, function: Callable[..., Sequence[float | None]], columns: Sequence[str] = ()
@@ -40,7 +40,7 @@ class RewardFunction:
         self.weight, self.columns, self._function = weight, tuple(columns), function
 
     def __call__(self, **arguments: Any) -> list[float | None]:
-        """One reward per completion; None: no opinion. Errors: ConfigError RewardFailed, RewardInvalid."""
+        """Return one reward per completion; None means no opinion. Errors: ConfigError RewardFailed, RewardInvalid."""
         try:
             returned = self._function(**arguments)
         except FineTuneError:
@@ -48,13 +48,13 @@ class RewardFunction:
         except Exception as error:  # the user's code may raise anything
             raise ConfigError(
                 "RewardFailed", f"reward {self.__name__} raised {type(error).__name__}: {_first_line(error)}{_line_of(error)}",
-                hint="fix the function; it must return one number, or None, for every completion",
+                hint="fix the function: it must return a list with one number, or None, for every completion",
             ) from error  # fmt: skip
         return _check_returned(self.__name__, returned, len(arguments["completions"]))
 
 
 def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunction]:
-    """The reward functions of a run, in the order of `trainer.rewards`.
+    """Build the reward functions of a run, in the order of `trainer.rewards`.
 
     Errors: ConfigError RewardParameterInvalid, RewardNameTwice, RewardFileInvalid, RewardFunctionMissing; NotFoundError ConfigMapMissing.
     """
@@ -66,26 +66,26 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
         raise ConfigError(
-            "RewardNameTwice", f"two of trainer.rewards are called {duplicate!r}, and metrics are stored by name",
-            hint="give each its own `name`",
+            "RewardNameTwice", f"two of trainer.rewards have the name {duplicate!r}, but metrics are stored by name",
+            hint="give each reward its own `name`",
         )  # fmt: skip
     return functions
 
 
 def require_columns(functions: Sequence[RewardFunction], present: Sequence[str]) -> None:
-    """Refuse data without a column that a built-in reward reads. Errors: ConfigError RewardColumnMissing."""
+    """Refuse data if a column for a built-in reward is missing. Errors: ConfigError RewardColumnMissing."""
     columns = ", ".join(sorted(present)) or "no other columns"
     for function in functions:
         for column in function.columns:
             if column not in present:
                 raise ConfigError(
-                    "RewardColumnMissing", f"reward {function.__name__} reads column {column!r}, and the rows have {columns}",
-                    hint="name one of them in the reward's `parameters: {column: ...}`, or add the column to the data",
+                    "RewardColumnMissing", f"reward {function.__name__} reads column {column!r}, but the rows have {columns}",
+                    hint="name an existing column in the reward's `parameters: {column: ...}`, or add the column to the data",
                 )  # fmt: skip
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion. TRL passes a string, or messages where the prompt is messages."""
+    """The text of a completion. TRL passes a string, or messages if the prompt consists of messages."""
     if isinstance(completion, str):
         return completion
     return "".join(str(message.get("content") or "") for message in completion if message.get("role") == "assistant")
@@ -95,7 +95,7 @@ def text_of(completion: Any) -> str:
 
 
 class Parameters:
-    """The `parameters` of one built-in reward, read by name and type. A parameter that is never read is an error."""
+    """The `parameters` of one built-in reward, read by name and type. `refuse_unknown` rejects parameters that were never read."""
 
     def __init__(self, path: str, given: Mapping[str, str]):
         self.path, self._given = f"{path}.parameters", dict(given)
@@ -160,12 +160,12 @@ class Parameters:
         if unknown:
             raise ConfigError(
                 "RewardParameterInvalid", f"{self.path}: {builtin} has no parameter {', '.join(unknown)}",
-                hint=f"it has {', '.join(sorted(set(self.known))) or 'none'}",
+                hint=f"the parameters of {builtin} are: {', '.join(sorted(set(self.known))) or 'none'}",
             )  # fmt: skip
 
 
-def _citation_format(parameters: Parameters) -> Score:
-    """Reward 1 if the whole completion is one cited_answer block: an answer, then citations that name a source; else 0."""
+def _build_citation_reward(parameters: Parameters) -> ScoreFunction:
+    """Reward 1 if the whole completion is one cited_answer block (an answer, then citations that name a source), else 0."""
     flags = re.DOTALL if parameters.flag("multiline", False) else 0
     gap = r"\s*" if flags else r"[ \t]*"
     source = gap.join((
@@ -175,8 +175,8 @@ def _citation_format(parameters: Parameters) -> Score:
     return lambda text, **_: float(block.fullmatch(text.strip()) is not None)
 
 
-def _think_format(parameters: Parameters) -> Score:
-    """Reward 1 if the completion begins with its only think block and has text after it; else 0. `emptyAnswer`: no text is needed."""
+def _build_think_reward(parameters: Parameters) -> ScoreFunction:
+    """Reward 1 if the completion is one think block with text after it, else 0. With `emptyAnswer`, the text after it is optional."""
     may_be_empty = parameters.flag("emptyAnswer", False)
 
     def score(text: str, **_: Any) -> float:
@@ -188,8 +188,8 @@ def _think_format(parameters: Parameters) -> Score:
     return score
 
 
-def _regex(parameters: Parameters) -> Score:
-    """Reward 1 if the pattern matches a part of the completion, or with `match: full` the whole completion; else 0."""
+def _build_regex_reward(parameters: Parameters) -> ScoreFunction:
+    """Reward 1 if the pattern matches, else 0. It may match any part of the completion; `match: full` requires the whole completion."""
     flags = re.IGNORECASE if parameters.flag("ignoreCase", False) else 0
     flags |= re.DOTALL if parameters.flag("dotAll", False) else 0
     flags |= re.MULTILINE if parameters.flag("multiline", False) else 0
@@ -199,8 +199,8 @@ def _regex(parameters: Parameters) -> Score:
     return lambda text, **_: float(match(text) is not None)
 
 
-def _exact_match(parameters: Parameters) -> Score:
-    """Reward 1 if the completion equals a column of the row; else 0. With `extract`, the last match of the pattern is compared."""
+def _build_exact_match_reward(parameters: Parameters) -> ScoreFunction:
+    """Reward 1 if the completion equals a column of the row, else 0. With pattern `extract`, only its last match is compared."""
     column = parameters.text("column", "answer")
     ignores_case = parameters.flag("ignoreCase", False)
     strips = parameters.flag("strip", True)
@@ -221,8 +221,8 @@ def _exact_match(parameters: Parameters) -> Score:
     return score
 
 
-def _length(parameters: Parameters) -> Score:
-    """Reward 1 for a length from `minimum` to `maximum`. Outside, the reward falls linearly to 0 at length 0 and at twice the maximum."""
+def _build_length_reward(parameters: Parameters) -> ScoreFunction:
+    """Reward 1 for lengths from `minimum` to `maximum`. Outside this range, the reward falls linearly to 0 (at 0 and at twice `maximum`)."""
     unit = parameters.choice("unit", "tokens", ("tokens", "words", "characters"))
     least = parameters.number("minimum", 0.0, least=0) or 0.0
     most = parameters.number("maximum", math.inf, least=1)
@@ -245,8 +245,8 @@ def _length(parameters: Parameters) -> Score:
     return score
 
 
-def _json_schema(parameters: Parameters) -> Score:
-    """Reward 1 if the completion is JSON that matches `schema`; `parsed` (0 to 1, default 0) for other JSON; else 0."""
+def _build_json_schema_reward(parameters: Parameters) -> ScoreFunction:
+    """Reward 1 if the completion is JSON that matches `schema`, and the value of `parsed` (default 0) for other JSON; else 0."""
     if find_spec("jsonschema") is None:
         raise ConfigError(
             "RewardUnavailable",
@@ -279,18 +279,18 @@ def _json_schema(parameters: Parameters) -> Score:
 
 
 def _without_fence(text: str) -> str:
-    """The text inside a Markdown code fence, in which models often write JSON; without a fence, the text itself."""
+    """Remove a Markdown code fence around the text, because models often write JSON inside a fence."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
     return fenced.group(1) if fenced else text
 
 
-BUILTIN_REWARDS: dict[BuiltinReward, Callable[[Parameters], Score]] = {
-    BuiltinReward.CITATION_FORMAT: _citation_format,
-    BuiltinReward.THINK_FORMAT: _think_format,
-    BuiltinReward.REGEX: _regex,
-    BuiltinReward.EXACT_MATCH: _exact_match,
-    BuiltinReward.LENGTH: _length,
-    BuiltinReward.JSON_SCHEMA: _json_schema,
+BUILTIN_REWARDS: dict[BuiltinReward, Callable[[Parameters], ScoreFunction]] = {
+    BuiltinReward.CITATION_FORMAT: _build_citation_reward,
+    BuiltinReward.THINK_FORMAT: _build_think_reward,
+    BuiltinReward.REGEX: _build_regex_reward,
+    BuiltinReward.EXACT_MATCH: _build_exact_match_reward,
+    BuiltinReward.LENGTH: _build_length_reward,
+    BuiltinReward.JSON_SCHEMA: _build_json_schema_reward,
 }
 
 
@@ -322,13 +322,13 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
     if ref is None:
         raise ConfigError(
             "RewardIncomplete",
-            f"{path} is neither a built-in reward nor a function from a ConfigMap",
+            f"{path} has neither `builtin` nor `configMapRef`",
             hint="write exactly one of `builtin` and `configMapRef`",
         )
     if spec.parameters:
         raise ConfigError(
-            "RewardParameterInvalid", f"{path}.parameters are only read by built-in rewards, and this reward is a function from ConfigMap {ref.name}",
-            hint="remove them, and write the values into the function",
+            "RewardParameterInvalid", f"{path}.parameters is only for built-in rewards, but this reward is a function from ConfigMap {ref.name}",
+            hint="remove the parameters, and write the values into the function",
         )  # fmt: skip
     name = spec.function or DEFAULT_FUNCTION
     location = f"{path}: ConfigMap {ref.name}, key {ref.key}"
@@ -337,7 +337,7 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
         raise ConfigError(
             "RewardFunctionMissing",
             f"{location} defines no function {name}",
-            hint=f"define it, or name another function in {path}.function",
+            hint=f"define the function, or name another function in {path}.function",
         )
     _check_signature(function, location, name)
     return RewardFunction(spec.name or name, _weight(spec), function)
@@ -349,21 +349,21 @@ def _run_file(file: Path, location: str) -> dict[str, Any]:
         source = file.read_text(encoding="utf-8")
     except OSError:
         raise NotFoundError(
-            "ConfigMapMissing", f"{location} does not exist", hint="create it", failure_class=FailureClass.USER
+            "ConfigMapMissing", f"{location} does not exist", hint="create the ConfigMap with this key", failure_class=FailureClass.USER
         ) from None
     scope: dict[str, Any] = {"__name__": "finetune_user_reward", "__file__": file.name}
     try:
         exec(compile(source, file.name, "exec"), scope)
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(
-            "RewardFileInvalid", f"{location} cannot be run as Python: {type(error).__name__}: {_first_line(error)}{_line_of(error)}",
-            hint="try the file with python on your own machine; only packages of the trainer image can be imported",
+            "RewardFileInvalid", f"{location} fails as a Python program: {type(error).__name__}: {_first_line(error)}{_line_of(error)}",
+            hint="run the file with Python on your machine; it can only import packages of the trainer image",
         ) from error  # fmt: skip
     return scope
 
 
 def _check_signature(function: Callable[..., Any], location: str, name: str) -> None:
-    """Refuse a function without `**kwargs`, because all columns of the row are passed. Errors: ConfigError RewardFunctionMissing."""
+    """Refuse a function without `**kwargs`, because it receives all columns of the row. Errors: ConfigError RewardFunctionMissing."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -371,8 +371,8 @@ def _check_signature(function: Callable[..., Any], location: str, name: str) -> 
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
     raise ConfigError(
-        "RewardFunctionMissing", f"{location}: function {name} does not accept further keyword arguments",
-        hint=f"write `def {name}(completions, **kwargs):`; prompts, completion_ids and the row's columns are passed too",
+        "RewardFunctionMissing", f"{location}: function {name} does not accept arbitrary keyword arguments",
+        hint=f"write `def {name}(completions, **kwargs):`; kwargs gets prompts, completion_ids and the row's columns",
     )  # fmt: skip
 
 
@@ -381,7 +381,7 @@ def _weight(spec: Reward) -> float:
 
 
 def _check_returned(name: str, returned: Any, completions: int) -> list[float | None]:
-    """Check that the function returned one finite number or None per completion, and return the values. Errors: ConfigError RewardInvalid."""
+    """Return the function's values, after a check for one finite number or None per completion. Errors: ConfigError RewardInvalid."""
     hint = "return a list with one number, or None, for every completion"
     if isinstance(returned, str | bytes) or not hasattr(returned, "__iter__"):
         raise ConfigError(
@@ -417,7 +417,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """Return ` (line 2)` for the line of the user's file that raised the error, from the innermost frame of that file."""
+    """Return the line of the user's file that raised the error, as ` (line 2)`. The innermost frame in that file decides."""
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.lineno else ""
     line, trace = 0, error.__traceback__

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: predict the next token of the trained part of each row."""
+"""Supervised fine-tuning: predict each next token in the trained part of each row."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of, train
 
 
 class SftTrainer(GuardedTrainer, SFTTrainer):
-    """TRL's trainer on rows that are tokenised already.
+    """TRL's trainer for rows that are already tokenised, with two changes.
 
-    Two differences: the sums for metrics stay on the device and are reduced once per log line (TRL synchronises with the device
-    several times per micro-batch); and the evaluation loss is the mean over all tokens, not a mean of batch means.
+    The sums for metrics stay on the device and are reduced once per log line, but TRL synchronises with the device several times per
+    micro-batch. The evaluation loss is the mean over all tokens, not a mean of batch means.
     """
 
     multiple_choice = False
-    """Whether every row is a question with one letter as its answer. Evaluations then measure the share of correct letters."""
+    """Whether the answer of every row is one letter. If so, evaluations measure the share of correct letters."""
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -45,7 +45,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss per trained token of the whole effective batch: over all ranks and accumulation steps."""
+        """Return the mean loss per trained token of the effective batch (all ranks and accumulation steps)."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
@@ -82,15 +82,15 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         )
         sums["positions"] += inputs["input_ids"].numel()
         if self.multiple_choice and not self.model.training:
-            # The letter is the first trained token of its row.
+            # The letter is the first token of each trained span.
             letters = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
             sums["letters"] += (letters * counted).sum()
             sums["correct_letters"] += (outputs.is_top1 * letters * counted).sum()
 
     def _counted_tokens(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
-        """The positions that count in an evaluation: a mask shaped like `label_mask`, or 1 if all positions count.
+        """Mask of the positions that count in an evaluation, with the shape of `label_mask`; 1 if all positions count.
 
-        The last batches contain repeated rows, so that all ranks have the same number of rows. Repeated rows do not count.
+        The last batches of an evaluation repeat some rows, so that all ranks have equally many rows. Repeated rows do not count.
         """
         state, documents = self.accelerator.gradient_state, inputs.get("cu_seq_lens_q")
         if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
@@ -117,9 +117,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add token accuracy, entropy, tokens seen and the share of padding since the last log line.
+        """Add the number of tokens seen and, since the last log line, token accuracy, entropy and share of padding.
 
-        The number of tokens is kept in the Trainer's state. A checkpoint contains it, so a resumed run continues to count.
+        The Trainer's state holds the number of tokens seen. Checkpoints contain this state, so a resumed run continues to count.
         """
         sums = self._reduce_sums("train") if self.model.training else {}
         if sums.get("trained"):
@@ -132,7 +132,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         super().log(logs, start_time)
 
     def _reduce_sums(self, mode: str) -> dict[str, float]:
-        """Return the sums over all ranks since the last call. A collective operation: every rank must call it."""
+        """Add up the sums of all ranks since the last call. A collective operation: every rank must call it."""
         sums = self._sums[mode]
         if not sums:
             return {}
@@ -153,7 +153,7 @@ class SftObjective(Objective[Prepared, SFTConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
     def load_data(self, context: TrainingContext) -> tuple[Prepared, DataFacts]:
-        """Load the token sequences, which one rank per node prepares."""
+        """Load the token sequences. One rank per node prepares them."""
         from accelerate import PartialState
 
         data = prepare(
@@ -194,22 +194,23 @@ class SftObjective(Objective[Prepared, SFTConfig]):
         return trainer
 
     def verify_trainer(self, trainer: Any) -> None:
-        """With packing, check that packed documents are isolated. Errors: InternalError PackingLeaks."""
+        """If packing is on, check that packed documents are isolated. Errors: InternalError PackingLeaks."""
         if trainer.args.packing:
             require_isolated_documents(trainer)
 
 
 def _as_arrays(rows: Dataset) -> Dataset:
-    """Return the rows as numpy arrays, because these become tensors without one Python integer per token."""
+    """Return the rows as numpy arrays. They become tensors without a Python integer for each token."""
     return rows.with_format("numpy")
 
 
 @torch.no_grad()
 def require_isolated_documents(trainer: Any) -> None:
-    """Check, on this model and attention kernel, that packed documents do not attend to each other.
+    """Check that this model and attention kernel do not let packed documents attend to each other.
 
-    The logits of a document must not depend on the document that is packed before it. The change of the logits is compared with the
-    change that occurs if the same tokens are one document. All four sequences have the same shape, so that 16-bit kernels round alike.
+    The logits of a document must not depend on the preceding document. The check changes the preceding tokens, first as a separate
+    document, then as a part of the same document, and compares the two changes of the logits. All four sequences have the same shape,
+    so that 16-bit kernels round alike.
     Errors: InternalError PackingLeaks.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
@@ -236,7 +237,7 @@ def require_isolated_documents(trainer: Any) -> None:
     model.train(was_training)
     if as_two_documents > 0.1 * as_one_document:
         raise InternalError(
-            "PackingLeaks", f"with attention {attention_implementation(model)}, packed documents attend to each other",
+            "PackingLeaks", f"packed documents attend to each other with attention {attention_implementation(model)}",
             hint="set dataset.packing: false, or choose another model.attention",
         )  # fmt: skip
 

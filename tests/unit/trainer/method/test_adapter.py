@@ -100,7 +100,7 @@ def test_a_shared_weight_without_an_entry_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
-    assert (caught.value.code, "1 weights are not in its file" in caught.value.message) == (
+    assert (caught.value.code, "1 weights are not in the adapter file" in caught.value.message) == (
         "AdapterOfAnotherBase",
         True,
     )
@@ -120,10 +120,10 @@ def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_pa
 @pytest.mark.parametrize(
     ("by", "expected"),
     [
-        (lambda weights: {name: tensor for name, tensor in weights.items() if ".layers.0." in name}, "4 weights are not in its file"),
+        (lambda weights: {name: tensor for name, tensor in weights.items() if ".layers.0." in name}, "4 weights are not in the adapter file"),
         (
             lambda weights: {name.replace(".layers.", ".blocks."): tensor for name, tensor in weights.items()},
-            "8 weights are not in its file, first base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight; 8 weights of its file",
+            "8 weights are not in the adapter file, first base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight; 8 weights of the",
         ),
         (lambda weights: {name: tensor[:1] if "lora_A" in name else tensor for name, tensor in weights.items()}, "size mismatch for"),
     ],

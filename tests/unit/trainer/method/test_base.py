@@ -59,7 +59,7 @@ def test_fsdp_refuses_a_saved_module_that_shares_its_weight(tmp_path: Path) -> N
     with pytest.raises(ConfigError) as caught:
         lora_with_saved_module(tmp_path, tied=True, fsdp=True)
     assert caught.value.code == "StrategyAndMethod"
-    assert "modulesToSave names embed_tokens, whose weight another module shares" in caught.value.message
+    assert "modulesToSave names embed_tokens, but this module shares its weight with another module" in caught.value.message
 
 
 @pytest.mark.parametrize(

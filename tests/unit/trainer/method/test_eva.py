@@ -30,8 +30,8 @@ def test_batches_with_enough_tokens_give_directions(model: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("rank", "batch", "expected"),
     [
-        (32, 1, "needs 32 directions (method.lora.rank), and no batch has more than 18 tokens"),
-        (65, 8, "needs 65 directions (method.lora.rank), and a layer has only 64 inputs"),
+        (32, 1, "needs 32 directions (method.lora.rank), but no batch has more than 18 tokens"),
+        (65, 8, "needs 65 directions (method.lora.rank), but a layer has only 64 inputs"),
     ],
     ids=["small batches", "small layers"],
 )

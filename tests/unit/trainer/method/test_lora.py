@@ -39,14 +39,14 @@ def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "options", "named"),
     [
-        (llama, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj, a Linear of 32 x 16"),
-        (llama, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj, a Linear of 32 x 16"),
-        (llama, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens, a Embedding"),
-        (gpt2, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn, a Conv1D of 32 x 96"),
+        (llama, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
+        (llama, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
+        (llama, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens (Embedding, "),
+        (gpt2, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn (Conv1D, 32 x 96)"),
         (
             gpt2,
             {"init": "olora", "rank": 4, "targetModules": ["attn.c_proj"]},
-            "transformer.h.0.attn.c_proj, a Conv1D of 32 x 32",
+            "transformer.h.0.attn.c_proj (Conv1D, 32 x 32)",
         ),
     ],
 )

@@ -26,7 +26,7 @@ FORMATS: tuple[Format, ...] = (
     PromptOnly(),
     Custom(),
 )
-"""The formats in the order of detection. The first format that matches a row is used, so formats with specific columns come first."""
+"""The formats in the order of detection. The first match is used, so formats with specific columns come first."""
 
 
 def format_named(name: DatasetFormat) -> Format:

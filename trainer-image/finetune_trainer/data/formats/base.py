@@ -1,4 +1,4 @@
-"""The interface of a data format: how it is detected, which columns it needs, and how it turns a row into an example."""
+"""The interface of a data format: detection, required columns, and conversion of a row to an example."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Format(ABC):
     """Columns that every row must have."""
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
-        """Whether detection chooses this format for the row. By default: whether the row has all required columns."""
+        """Whether detection chooses this format for the row. By default, a row matches if it has all required columns."""
         return all(find_column(role, row.keys(), columns) is not None for role in self.required)
 
     def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
-        """Columns that these rows must have."""
+        """Columns that the sampled rows must have."""
         return self.required
 
     @abstractmethod
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Example:
-        """The example of one row. Errors: RowError."""
+        """Convert one row to an example. Errors: RowError."""
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
         """Yield every row with its example or its error. Formats whose examples span several rows override this method."""
@@ -62,7 +62,7 @@ def attempt(read: Callable[[Value, ReadOptions], Example], value: Value, options
 
 
 def require_text(text: str, label: str) -> str:
-    """The text, unless it is blank. Errors: RowError RowEmpty."""
+    """Return the text if it is not blank. Errors: RowError RowEmpty."""
     if not text.strip():
-        raise RowError("RowEmpty", f"the {label} is empty", "give it a text, or remove the row")
+        raise RowError("RowEmpty", f"the {label} is empty", "write a text, or remove the row")
     return text

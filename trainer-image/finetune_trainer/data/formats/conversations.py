@@ -21,7 +21,7 @@ ANSWER = ColumnRole("answer", ("answer", "response"))
 
 
 class Messages(Format):
-    """Messages with `role` and `content`, as chat APIs write them; or a question and an answer in named columns."""
+    """Messages with `role` and `content`, as in chat APIs; or a question and an answer in columns that `dataset.columns` names."""
 
     name = DatasetFormat.MESSAGES
     required = (MESSAGES,)
@@ -59,6 +59,6 @@ class ShareGpt(Messages):
 
 
 def _has_pair_instead(names: Collection[str], columns: Columns) -> bool:
-    """Whether `dataset.columns` names a question or answer column, and there is no column of messages."""
+    """Whether `dataset.columns` names a question or answer column, and the row has no column of messages."""
     is_named = columns.question is not None or columns.answer is not None
     return is_named and find_column(MESSAGES, names, columns) is None

@@ -1,7 +1,7 @@
 """Open Assistant trees (`oasst`): the best-ranked path from each root becomes one conversation.
 
 There are two layouts: flat rows (message_id, parent_id, role, text, rank) and nested trees (`prompt` with `replies`). Rank 0 is the
-best. Messages without a rank come after ranked ones, in the order of the file.
+best. Messages without a rank come after ranked messages, in the order of the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Oasst(Format):
         return ("message_id" in row and "parent_id" in row) or (isinstance(prompt, dict) and "replies" in prompt)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
-        """The conversation of one nested tree."""
+        """Convert one nested tree to a conversation."""
         return parse_conversation(list(_nested_path(row["prompt"])), options)
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
@@ -39,7 +39,7 @@ class Oasst(Format):
 
 
 def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
-    """The messages of each tree's best path, with the row of its root. A message without a root is a bad row."""
+    """Yield each tree's root row with the messages on the tree's best path. A message without a root is a bad row."""
     flat: dict[str, RawRow] = {}
     for row in rows:
         value = row.value
@@ -55,7 +55,7 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
 
 
 def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
-    """Yield the errors of messages without a root, then the best path from each root."""
+    """Yield an error for each message without a root, then the best path from each root."""
     replies: dict[str, list[RawRow]] = {}
     for row in rows_by_id.values():
         replies.setdefault(_parent_id(row), []).append(row)
@@ -72,18 +72,18 @@ def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, Mess
             for row in _subtree(reply, replies):
                 seen.add(id(row))
                 if row is not reply:
-                    message = f"it is below {reply.location}, whose parent_id {parent!r} is the message_id of no row"
-                    yield row, RowError("ParentMissing", message, "add that parent, or remove all replies below it")
+                    message = f"its ancestor {reply.location} has the parent_id {parent!r}, but no row has that message_id"
+                    yield row, RowError("ParentMissing", message, "add the missing parent, or remove all replies below it")
     for row in rows_by_id.values():
         if id(row) not in seen:
-            message = f"the parents from parent_id {_parent_id(row)!r} on form a cycle"
+            message = f"the chain of parents that starts at parent_id {_parent_id(row)!r} is a cycle"
             yield row, RowError("ParentsInCircle", message, "leave parent_id of each tree's first message empty")
     for root in roots:
         yield root, list(_flat_path(root, replies))
 
 
 def _parent_id(row: RawRow) -> str:
-    """Id of the message that the row replies to; empty for a root."""
+    """Id of the row's parent message; empty for a root."""
     parent = row.value.get("parent_id")
     return "" if parent is None else str(parent)
 

@@ -1,7 +1,7 @@
 """Formats with a prompt and answers to it: `promptCompletion`, `preference`, `unpairedPreference` and `promptOnly`.
 
-Prompt and answers may be text or messages. An answer may also be the whole conversation. In this case the prompt at its
-beginning is removed.
+Prompt and answers may be text or messages. An answer may also be the whole conversation. The prompt is then removed from the
+beginning of that answer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PromptCompletion(Format):
         system = optional_text(SYSTEM, row, options.columns)
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
-                raise RowError("NoTrainableToken", "the completion is empty", "give it a text, or remove the row")
+                raise RowError("NoTrainableToken", "the completion is empty", "write a text, or remove the row")
             return Completion(_with_leading_system_prompt(prompt, options, system), completion)
         question, answer = _remove_prompt_from_answers(
             () if _is_implicit(prompt, completion) else _as_turns(prompt, "user"),
@@ -76,7 +76,7 @@ class PairedPreference(Format):
         if is_implicit:
             prompt, chosen, rejected = _split_shared_beginning(chosen, rejected)
         system = optional_text(SYSTEM, row, options.columns)
-        prompt, chosen, rejected = _same_kind(
+        prompt, chosen, rejected = _to_same_type(
             prompt, options, system, is_separate=is_implicit, chosen=chosen, rejected=rejected
         )
         if chosen == rejected:
@@ -85,7 +85,7 @@ class PairedPreference(Format):
             )
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             if not (answer.strip() if isinstance(answer, str) else any(is_trainable(turn) for turn in answer)):
-                raise RowError("NoTrainableToken", f"the {name} answer is empty", "give it a text, or remove the row")
+                raise RowError("NoTrainableToken", f"the {name} answer is empty", "write a text, or remove the row")
         return Preference(prompt, chosen, rejected)
 
 
@@ -107,12 +107,12 @@ class UnpairedPreference(Format):
         is_implicit = _is_implicit(prompt, completion)
         if is_implicit and not isinstance(completion, str):
             prompt, completion = _split_at_first_answer(completion)
-        prompt, completion = _same_kind(prompt, options, system, is_separate=is_implicit, completion=completion)
+        prompt, completion = _to_same_type(prompt, options, system, is_separate=is_implicit, completion=completion)
         return LabelledAnswer(prompt, completion, label)
 
 
 class PromptOnly(Format):
-    """A prompt that the model itself answers. The other columns are for the rewards."""
+    """A prompt for which the model generates answers. The row's other columns are passed to the rewards."""
 
     name = DatasetFormat.PROMPT_ONLY
     required = (PROMPT,)
@@ -120,14 +120,14 @@ class PromptOnly(Format):
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Prompt:
         prompt = _turns_or_text(required_value(PROMPT, row, options.columns), "prompt")
         name = find_column(PROMPT, row.keys(), options.columns)
-        (prompt,) = _same_kind(prompt, options, optional_text(SYSTEM, row, options.columns))
+        (prompt,) = _to_same_type(prompt, options, optional_text(SYSTEM, row, options.columns))
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise RowError("RowEmpty", "the prompt is empty", "give it a text, or remove the row")
+            raise RowError("RowEmpty", "the prompt is empty", "write a text, or remove the row")
         return Prompt(prompt, {key: value for key, value in row.items() if key != name})
 
 
 def _turns_or_text(value: Any, column: str) -> TurnsOrText:
-    """A column that holds text, messages, or an object with messages. Errors: RowError."""
+    """Parse a column that holds text, messages, or an object with messages. Errors: RowError."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
@@ -135,17 +135,17 @@ def _turns_or_text(value: Any, column: str) -> TurnsOrText:
     if isinstance(value, list) and value:
         return parse_turns(value)
     if isinstance(value, list):
-        raise RowError("ConversationEmpty", f"`{column}` has no messages", "give it messages, or remove the row")
+        raise RowError("ConversationEmpty", f"`{column}` has no messages", "write messages, or remove the row")
     raise RowError(
         "DatasetRowInvalid", f"`{column}` is neither text nor messages", "write a string, or an array of messages"
     )
 
 
 def _messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
-    """The messages of `{messages, tools, ...}`, as OpenAI's preference files write a prompt. Errors: RowError for tools."""
+    """The messages of a prompt `{messages, tools, ...}`, the layout of OpenAI's preference files. Errors: RowError for tools."""
     if value.get("tools"):
         raise RowError(
-            "DatasetRowInvalid", f"`{column}` holds tools, which are only supported in `messages` rows of sft",
+            "DatasetRowInvalid", f"`{column}` holds tools, but only `messages` rows of sft support tools",
             "remove the tools, or the row",
         )  # fmt: skip
     return list(value["messages"])
@@ -156,7 +156,7 @@ def _as_turns(value: TurnsOrText, role: str) -> tuple[Turn, ...]:
 
 
 def _with_leading_system_prompt(prompt: str, options: ReadOptions, system: str | None) -> str:
-    """Put the system prompt of the spec, else of the column, before a text prompt."""
+    """Put a system prompt before a text prompt. The spec's system prompt takes precedence over the column's."""
     system = options.system_prompt if options.system_prompt is not None else system
     return f"{system}\n\n{prompt}" if system else prompt
 
@@ -171,7 +171,7 @@ def _is_implicit(prompt: TurnsOrText, *answers: TurnsOrText) -> bool:
 
 
 def _replaces_system_prompts(options: ReadOptions, system: str | None) -> bool:
-    """Whether the spec or a column gives a system prompt, which replaces those in the conversations."""
+    """Whether the system prompt of the spec or of a column replaces the system prompts in the conversations."""
     return options.system_prompt is not None or system is not None
 
 
@@ -182,7 +182,7 @@ def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         if a != b:
             break
         shared += 1
-    if isinstance(chosen, str) and 0 < shared < len(chosen):  # split between words, not inside one
+    if isinstance(chosen, str) and 0 < shared < len(chosen):  # split between words, not inside a word
         shared = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared)) + 1
     if shared == 0 or type(chosen) is not type(rejected):
         raise RowError(
@@ -197,16 +197,16 @@ def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], t
     """Split the turns before the first assistant message. Errors: RowError NoTrainableToken."""
     start = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
     if start is None:
-        raise RowError("NoTrainableToken", "`completion` has no answer", "give it an answer, or remove the row")
+        raise RowError("NoTrainableToken", "`completion` has no answer", "write an answer, or remove the row")
     return turns[:start], turns[start:]
 
 
-def _same_kind(
+def _to_same_type(
     prompt: Any, options: ReadOptions, system: str | None, *, is_separate: bool = False, **answers: Any
 ) -> tuple[Any, ...]:
-    """Convert prompt and answers to the same type and add the system prompt: if one of them is turns, all become turns, else text.
+    """Convert prompt and answers to the same type (text if all are text, else turns), and add the system prompt.
 
-    `is_separate`: whether the prompt was split off the answers, so that the answers do not contain it.
+    `is_separate`: the prompt was already split off the answers.
     """
     if all(isinstance(part, str) for part in (prompt, *answers.values())):
         return (_with_leading_system_prompt(prompt, options, system), *answers.values())
@@ -222,11 +222,11 @@ def _same_kind(
 def _remove_prompt_from_answers(
     prompt: tuple[Turn, ...], *, ignores_system_prompts: bool = False, allows_further_question: bool = False, **answers: tuple[Turn, ...]
 ) -> tuple[tuple[Turn, ...], ...]:  # fmt: skip
-    """Return prompt and answers (by column name). If an answer is the whole conversation, the prompt at its beginning is removed.
+    """Remove the prompt from the beginning of each answer that is a whole conversation. Returns the prompt and the answers.
 
-    `ignores_system_prompts`: system prompts may differ, because all are replaced. `allows_further_question`: an answer may begin with
-    a further user message, unless the prompt occurs later in that answer. A system prompt that only the answers have is moved to the
-    prompt. Errors: RowError PromptMismatch, NoTrainableToken (nothing after the prompt).
+    If only the answers have a system prompt, it is moved to the prompt. `answers`: by column name. `ignores_system_prompts`: system
+    prompts may differ, because all are replaced later. `allows_further_question`: an answer may begin with a further user message,
+    unless the prompt occurs later in that answer. Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
     """
     system, question = _split_system_prompt(prompt)
     rest = []
@@ -236,7 +236,7 @@ def _remove_prompt_from_answers(
             turns = turns[len(question) :]
             if not turns:
                 raise RowError(
-                    "NoTrainableToken", f"`{name}` ends with the prompt", "give it an answer, or remove the row"
+                    "NoTrainableToken", f"`{name}` ends with the prompt", "write an answer, or remove the row"
                 )
         elif (
             question
@@ -246,12 +246,12 @@ def _remove_prompt_from_answers(
         ):
             raise RowError(
                 "PromptMismatch", f"`{name}` begins with a user message that is not the prompt",
-                "begin it with all messages of the prompt, or with the answer; or leave out `prompt` if chosen and rejected contain it",
+                f"begin `{name}` with the whole prompt or with the answer; or leave out `prompt` if chosen and rejected contain the prompt",
             )  # fmt: skip
         if own_system and system and not ignores_system_prompts and not _is_same(own_system, system):
             raise RowError(
                 "PromptMismatch",
-                f"`{name}` has a system prompt that differs from the others of the row",
+                f"`{name}` has a system prompt that differs from another system prompt of the row",
                 "write one system prompt",
             )
         system = system or own_system
@@ -260,7 +260,7 @@ def _remove_prompt_from_answers(
 
 
 def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """The system prompt at the beginning (one turn or none), and the other turns."""
+    """Return the system prompt at the beginning (one turn or none), and the other turns."""
     count = int(bool(turns) and turns[0].role == "system")
     return turns[:count], turns[count:]
 
@@ -270,7 +270,7 @@ def _contains(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
 
 
 def _is_same(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:
-    """Whether roles and contents are equal. Leading and trailing blanks are ignored, because columns of one row often differ in them."""
+    """Whether roles and contents are equal. Leading and trailing blanks are ignored, because columns of a row often differ only in blanks."""
     return [(turn.role, turn.content.strip(), turn.extra) for turn in left] == [
         (turn.role, turn.content.strip(), turn.extra) for turn in right
     ]

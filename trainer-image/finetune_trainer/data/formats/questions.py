@@ -21,9 +21,9 @@ from finetune_trainer.data.formats.turns import make_conversation, parse_json_co
 from finetune_trainer.data.rows import Conversation, RowError, Turn
 
 INPUT = ColumnRole("input", ("input", "context"))
-"""Added after the question."""
+"""Column with text to add after the question."""
 PASSAGE = ColumnRole("input", ("context", "passage"))
-"""Added before the question."""
+"""Column with text to add before the question."""
 
 
 class Instruction(Format):
@@ -61,7 +61,7 @@ class Alpaca(Format):
 
 
 class QuestionAnswer(Format):
-    """A question with an answer, and an optional passage that the question is about."""
+    """A question with an answer, and an optional passage as the context of the question."""
 
     name = DatasetFormat.QA
     question = ColumnRole("question", ("question", "query", "q", "prompt"))
@@ -104,7 +104,7 @@ class MultipleChoice(Format):
 
 
 def parse_choices(value: Any) -> dict[str, str]:
-    """Options by letter, from an object, or from a list whose entries get A, B, C, ... Errors: RowError."""
+    """Return the options by letter. The entries of a list get the letters A, B, C, ... Errors: RowError."""
     if isinstance(value, str):
         value = parse_json_column(value)
     if isinstance(value, Mapping):
@@ -122,7 +122,7 @@ def read_question_and_answer(
     row: Mapping[str, Any], options: ReadOptions, question: ColumnRole, answer: ColumnRole,
     role_names: tuple[str, str] = ("User", "Assistant"), *, before: ColumnRole | None = None, after: ColumnRole | None = None,
 ) -> Conversation:  # fmt: skip
-    """Return a conversation of one question and one answer. `before`, `after`: columns of optional text around the question. Errors: RowError."""
+    """Return a conversation of one question and one answer. `before`, `after`: columns of text to add before and after the question. Errors: RowError."""
     question_text = required_text(question, row, options.columns)
     answered = required_text(answer, row, options.columns)
     if before and (text := optional_text(before, row, options.columns)):
@@ -135,5 +135,5 @@ def read_question_and_answer(
 
 
 def _has_own_names(row: Mapping[str, Any], columns: Columns, *names: str) -> bool:
-    """Whether the row has these columns and `dataset.columns` names no others for question and answer."""
+    """Whether the row has these columns, and `dataset.columns` names neither a question nor an answer column."""
     return columns.question is None and columns.answer is None and row.keys() >= set(names)

@@ -27,7 +27,7 @@ class PlainText(Format):
 
 
 class Custom(Format):
-    """Text that `dataset.template` makes from columns: `{column}` is replaced; `{{` and `}}` are literal braces."""
+    """Text that `dataset.template` renders from columns. `{column}` is replaced; `{{` and `}}` are literal braces."""
 
     name = DatasetFormat.CUSTOM
 
@@ -44,7 +44,7 @@ class Custom(Format):
                 present = ", ".join(f"`{column}`" for column in row)
                 raise RowError(
                     "ColumnMissing",
-                    f"dataset.template names `{name}`; the row has {present}",
+                    f"dataset.template names column `{name}`, but the row has {present}",
                     "name a column of the row",
                 )
             return as_text(row[name], name) if row[name] is not None else ""

@@ -15,16 +15,16 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
-"""The role of chat templates for each accepted role name."""
+"""Maps each accepted role name to the role that chat templates use."""
 
 
 def parse_json_column(text: str) -> Any:
-    """The value of a text column that holds JSON, as in CSV and Parquet files. Errors: RowError DatasetRowInvalid."""
+    """Parse the JSON of a text column, as in CSV and Parquet files. Errors: RowError DatasetRowInvalid."""
     try:
         return json.loads(text)
     except ValueError:
         raise RowError(
-            "DatasetRowInvalid", "an array of messages was expected, found a text that is not JSON", "write an array"
+            "DatasetRowInvalid", "an array was expected, but the text is not JSON", "write an array"
         ) from None
 
 
@@ -37,7 +37,7 @@ def parse_conversation(messages: Any, options: ReadOptions, *, system: str | Non
             'write [{"role": ..., "content": ...}]',
         )
     if not messages:
-        raise RowError("ConversationEmpty", "the conversation has no messages", "give it messages, or remove the row")
+        raise RowError("ConversationEmpty", "the conversation has no messages", "write messages, or remove the row")
     return make_conversation(parse_turns(messages), options, system=system)
 
 
@@ -87,7 +87,7 @@ def _parse_content(content: Any, number: int) -> str:
         isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
     ):
         return "".join(str(part.get("text", "")) for part in content)
-    raise RowError("DatasetRowInvalid", f"message {number}: content is neither text nor text parts", "write a string")
+    raise RowError("DatasetRowInvalid", f"message {number}: content is neither text nor an array of text parts", "write a string")
 
 
 def _parse_weight(weight: Any, number: int) -> int:
@@ -101,7 +101,7 @@ def _parse_weight(weight: Any, number: int) -> int:
 
 
 def _parse_tool_calls(calls: Any, number: int) -> list[Any]:
-    """Tool calls with their arguments as objects. APIs write arguments as JSON text; chat templates expect objects."""
+    """Parse the arguments of tool calls. APIs write arguments as JSON text; chat templates expect objects."""
     if not isinstance(calls, list):
         raise RowError("DatasetRowInvalid", f"message {number}: tool_calls is not an array", "write an array")
     parsed = []
@@ -122,7 +122,7 @@ def make_conversation(
     turns: tuple[Turn, ...], options: ReadOptions, *, system: str | None = None,
     role_names: tuple[str, str] = ("User", "Assistant"), columns: Mapping[str, Any] | None = None,
 ) -> Conversation:  # fmt: skip
-    """A conversation with its system prompt. Errors: RowError ConversationEmpty, NoTrainableToken."""
+    """Build a conversation that begins with its system prompt. Errors: RowError ConversationEmpty, NoTrainableToken."""
     turns = with_system_prompt(turns, options.system_prompt, system)
     if all(turn.role == "system" for turn in turns):
         raise RowError("ConversationEmpty", "the conversation has only a system prompt", "add a question and an answer")
@@ -140,7 +140,7 @@ def is_trainable(turn: Turn) -> bool:
 
 
 def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_column: str | None) -> tuple[Turn, ...]:
-    """Return the turns with the system prompt of the spec, else of the column, else of the conversation."""
+    """Return the turns with one system prompt, in this order of precedence: spec, column, conversation."""
     prompt = from_spec if from_spec is not None else from_column
     if prompt is None:
         return turns
