@@ -106,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
 
 
 @pytest.mark.faults
-def test_a_stop_in_the_middle_of_an_evaluation(
+def test_a_stop_during_an_evaluation_completes_the_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
     """A run that is stopped during an evaluation completes the evaluation and one more step. The next attempt does not repeat the evaluation."""
@@ -127,7 +127,7 @@ def test_a_stop_in_the_middle_of_an_evaluation(
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_repeated_kills(
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, seed: int,
 ) -> None:  # fmt: skip

@@ -77,7 +77,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
     assert rates == {step: pytest.approx(rate / 2, rel=1e-6) for step, rate in before.items()}
 
 
-def test_a_smaller_micro_batch_trains_the_same(
+def test_a_smaller_micro_batch_gives_close_losses(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
     """A micro-batch of 2 rows runs out of memory. The next attempt trains 1 row and accumulates twice as often. Losses are close, not equal."""
@@ -96,7 +96,7 @@ def test_a_smaller_micro_batch_trains_the_same(
 
 
 @pytest.mark.slow
-def test_a_rank_with_less_memory_than_the_others(bucket: Bucket, model: Path, tmp_path: Path) -> None:
+def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bucket, model: Path, tmp_path: Path) -> None:
 
     """Row 23 of docs/guides/checkpoints.md: the second rank has memory for one row. The operator reduces the micro-batch twice.
 
@@ -146,7 +146,7 @@ def next_attempt(run: RunConfig, adaptation: Adaptation, expect: int) -> RunConf
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_another_number_of_ranks_trains_the_same(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
+def test_another_number_of_ranks_trains_the_same_rows(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
     """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step. fsdp is refused on one rank."""
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")

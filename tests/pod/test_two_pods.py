@@ -92,7 +92,7 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("signalled", [0, 1])
-def test_a_stop_while_the_gang_uploads(gang: TwoPods, s3_server: S3Endpoint, signalled: int) -> None:
+def test_a_stop_while_the_gang_uploads_commits_both_checkpoints(gang: TwoPods, s3_server: S3Endpoint, signalled: int) -> None:
     """The pods finish the running upload. Then they upload the checkpoint that the stop request caused."""
     with S3Proxy(s3_server.host_url) as proxy:
         slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")

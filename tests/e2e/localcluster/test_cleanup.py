@@ -137,5 +137,5 @@ def test_cluster_ends_with_the_program_that_started_it(cluster: NodeCluster) -> 
     _wait(lambda: leftovers.find(cluster.state_dir, namespaces).processes == ())
 
 
-def test_leftovers_with_a_network_link_differ_from_nothing() -> None:
+def test_leftovers_include_network_links() -> None:
     assert Leftovers((), (), (), ("ftlc0",), ()) != NOTHING

@@ -53,7 +53,7 @@ def _remove_finalizer(api: NamespaceApi, name: str) -> None:
     api.kubectl("patch", "pod", name, "--type=json", '-p=[{"op":"remove","path":"/metadata/finalizers"}]')
 
 
-def test_termination_message_from_the_file(api: NamespaceApi) -> None:
+def test_termination_message_comes_from_the_file(api: NamespaceApi) -> None:
     finished = api.run(pod("p", "say", "/dev/termination-log", '{"code":65}', "--", "exit", "65"))
     assert terminated(finished)["message"] == '{"code":65}'
 
@@ -70,7 +70,7 @@ def test_logs_follow_until_the_end(api: NamespaceApi) -> None:
     assert api.kubectl("logs", "-f", "p") == "\n".join(f"line {n}" for n in range(1, 6))
 
 
-def test_exec_and_port_forward(api: NamespaceApi) -> None:
+def test_exec_and_port_forward_work(api: NamespaceApi) -> None:
     api.create(pod("p", "serve", "8000"))
     api.wait("pod", "p", lambda p: phase(p) == "Running")
     assert api.kubectl("exec", "p", "--", "/testbox", "get", "http://127.0.0.1:8000", "10") == "p"

@@ -45,7 +45,7 @@ def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: P
 
 
 @pytest.mark.slow
-def test_command_line_from_up_to_down(state: Path) -> None:
+def test_command_line_starts_checks_and_stops_a_cluster(state: Path) -> None:
     state_option = ["--state", str(state)]
     up = _command("up", "--mode", "control-plane", *state_option)
     assert up.stdout == f"export KUBECONFIG={state}/kubeconfig\n"

@@ -28,7 +28,7 @@ async def metrics(operator: Operator, expected: str) -> str:
     return text
 
 
-async def test_health_and_metrics(operator: Operator, world: Rig) -> None:
+async def test_health_and_metrics_are_served(operator: Operator, world: Rig) -> None:
     await world.create()
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
     await world.phase("Succeeded")

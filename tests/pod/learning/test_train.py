@@ -175,7 +175,7 @@ def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: P
 
 
 @pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
-def test_gradient_checkpointing_of_every_nth_layer(
+def test_gradient_checkpointing_may_cover_only_every_nth_layer(
     every: int, recomputed: list[bool], model: Path, tmp_path: Path
 ) -> None:
     training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every, "maxSteps": 1}

@@ -43,12 +43,12 @@ def test_documented_command_line_is_valid(line: str) -> None:
     command.make_context(words[0], words[1:], obj=[])
 
 
-def test_every_command_is_documented_command_lines() -> None:
+def test_every_command_is_documented() -> None:
     text = (GUIDES / "cli.md").read_text(encoding="utf-8") + (GUIDES / "import.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"finetune {name}" not in text] == []
 
 
-def test_every_source_is_documented_command_lines() -> None:
+def test_every_source_is_documented() -> None:
     text = (GUIDES / "import.md").read_text(encoding="utf-8")
     assert [name for name in IMPORTERS if f"| `{name}` |" not in text or f"* **`{name}`**" not in text] == []
 

@@ -224,7 +224,7 @@ def test_dataset_types_of_later_versions_are_read(env: Any, kind: str, file: str
     assert env(base=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={kind}\n").at("dataset.format") == form
 
 
-def test_evaluation_options_without_validation_data(env: Any) -> None:
+def test_evaluation_options_without_validation_data_have_no_effect(env: Any) -> None:
     imported = env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
     assert imported.at("checkpoint") == {"strategy": "epoch", "keep": 0}
     assert imported.at("evaluation") is None

@@ -35,7 +35,7 @@ def test_example_passes_all_checks(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_data_of_an_example_exist(path: Path) -> None:
+def test_data_of_an_example_exists(path: Path) -> None:
     for job in jobs(path):
         source = parse(job["spec"]["dataset"]["train"])
         if isinstance(source, S3Source):

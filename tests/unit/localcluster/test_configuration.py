@@ -37,7 +37,7 @@ def plan(tmp_path: Path) -> Plan:
     return Plan(tmp_path, "10.222", 2)
 
 
-def test_addresses_of_a_plan(plan: Plan) -> None:
+def test_each_node_of_a_plan_has_its_own_addresses(plan: Plan) -> None:
     first, second = plan.nodes
     assert (first.name, first.address, first.pod_cidr) == ("n1", "10.222.0.1", "10.222.1.0/24")
     assert (second.name, second.address, second.pod_cidr) == ("n2", "10.222.0.2", "10.222.2.0/24")

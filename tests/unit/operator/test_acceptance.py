@@ -170,7 +170,7 @@ def test_pool_without_the_named_resource_is_refused_with_the_list_of_pools() -> 
     )
 
 
-def test_new_rules_do_not_end_a_job_that_already_started() -> None:
+def test_new_rules_do_not_end_a_started_job() -> None:
     written = spec(training={"optimizer": "adafactor", "adamBeta1": 0.9})
     new, begun = accept(written, CONFIG), accept(written, CONFIG, FirstAttempt({"training.epochs": 3}))
     assert isinstance(new, Refused) and new.is_final
@@ -178,6 +178,6 @@ def test_new_rules_do_not_end_a_job_that_already_started() -> None:
     assert any(note.startswith("a new job would be refused: spec.training.adamBeta1") for note in begun.notes)
 
 
-def test_stricter_rules_for_storage_do_not_end_a_job_that_has_started() -> None:
+def test_stricter_storage_rules_do_not_end_a_started_job() -> None:
     acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
     assert isinstance(acceptance, Refused) and not acceptance.is_final

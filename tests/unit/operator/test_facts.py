@@ -41,7 +41,7 @@ def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
     assert (running.attempt_record, running.running_since) == (None, at(60))
 
 
-def test_queued_job_whose_spec_cannot_be_read_does_not_run() -> None:
+def test_queued_job_with_an_unreadable_spec_does_not_run() -> None:
     """The deadline of the job must not pass while the job waits in the queue."""
     unreadable = {**QUEUED, "training": ["a newer form"]}
     waiting = facts(written=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))

@@ -44,17 +44,17 @@ def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: 
 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
-def test_gang_without_any_node_or_with_all_keeps_waiting(placed: int, created: int) -> None:
+def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed: int, created: int) -> None:
     """While no pod has a node, an autoscaler may be adding nodes. When all have a node, they may be pulling the image."""
     plan = decide(waiting(placed, created=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
-def test_gang_of_a_queue_keeps_waiting() -> None:
+def test_gang_in_a_queue_keeps_waiting() -> None:
     assert decide(waiting(1, queue="team-a")).termination is None
 
 
-def test_gang_of_a_spec_that_cannot_be_read_keeps_waiting() -> None:
+def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
     """The spec may contain a longer start timeout, and the operator could not start a next attempt."""
     observed = waiting(1, now=1e6)
     unreadable = replace(observed.job, spec={**GANG, "newer": {"field": 1}})

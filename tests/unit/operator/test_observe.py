@@ -97,7 +97,7 @@ async def test_job_deleted_during_a_live_read_is_not_written(server: Server, rea
 
 
 @pytest.mark.parametrize("known", ["at first", "later"])
-async def test_rules_for_new_jobs_do_not_apply_once_the_first_attempt_has_a_job(server: Server, known: str) -> None:
+async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job(server: Server, known: str) -> None:
     """An older operator created the Job and ended before it wrote the status."""
     _, job = await start_attempt(server)
     refused_today = {**SPEC, "resources": {"gpusPerNode": 0, "memory": 4}}

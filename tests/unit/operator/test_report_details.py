@@ -58,7 +58,7 @@ def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
     assert steps_in_status([], [100, 200]) == [100, 200]
 
 
-def test_termination_message_removes_checkpoints_that_retention_removed_last() -> None:
+def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> None:
     known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS[-2:])
     message = TerminationMessage.model_validate(
         {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}

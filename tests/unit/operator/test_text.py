@@ -40,5 +40,5 @@ def test_long_text_is_cut() -> None:
     ("seconds", "shown"),
     [(0, "0s"), (59, "59s"), (90, "1m30s"), (720, "12m"), (4320, "1h12m"), (7200, "2h"), (273600, "3d4h"), (-5, "0s")],
 )
-def test_durations(seconds: float, shown: str) -> None:
+def test_durations_are_formatted(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown

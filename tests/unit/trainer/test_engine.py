@@ -47,13 +47,13 @@ def train(kind: type[Trainer], folder: Path, resume: Path | None = None) -> tupl
     return trainer.state.global_step, trainer.model.weight.item()
 
 
-def test_resuming_at_the_last_step_trains_no_further(tmp_path: Path) -> None:
+def test_resuming_at_the_last_step_does_not_train(tmp_path: Path) -> None:
     step, weight = train(PlainGuardedTrainer, tmp_path)
     assert step == LAST_STEP
     assert train(PlainGuardedTrainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}") == (LAST_STEP, weight)
 
 
-def test_transformers_without_the_guard_does_one_step_too_many(tmp_path: Path) -> None:
+def test_transformers_without_the_guard_trains_one_step_too_many(tmp_path: Path) -> None:
     """If this test fails, transformers itself checks for the last step before it trains. `GuardedTrainer.run_epoch` can then be removed."""
     train(Trainer, tmp_path)
     step, _ = train(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
@@ -137,7 +137,7 @@ class SlowRows(torch.utils.data.Dataset):
         return {"x": float(index)}
 
 
-def test_only_the_time_until_a_batch_arrives_is_waiting_for_data(
+def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(perf_counter=lambda: ClockedTrainer.now)

@@ -30,7 +30,7 @@ def load(folder: Path, run: dict[str, Any] | bytes, sha256: str | None = None) -
     return load_run(settings)[0]
 
 
-def test_a_run_file_with_its_checksum(tmp_path: Path) -> None:
+def test_a_run_file_with_its_checksum_is_read(tmp_path: Path) -> None:
     data = json.dumps(RUN).encode()
     assert load(tmp_path, data, RunConfig.sha256(data)).name == "j"
 

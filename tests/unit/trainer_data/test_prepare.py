@@ -117,7 +117,7 @@ def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_p
     assert data.rows[changed] == 3
 
 
-def test_changed_seed_mixes_again(tmp_path: Path) -> None:
+def test_changed_seed_changes_the_mixture(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN[i * 5 : i * 5 + 5])] for i in range(2)]
     mixture = [{"source": f"s3://data/{i}.jsonl", "weight": 1 + 3 * i} for i in range(2)]

@@ -42,7 +42,7 @@ def test_a_split_without_rows_is_refused() -> None:
             split_sizes(3, split)
 
 
-def test_cut_depends_only_on_the_seed_and_keeps_the_order() -> None:
+def test_split_depends_only_on_the_seed_and_keeps_the_order() -> None:
     rows = list(range(20))
     train, validation, test = cut(rows, Split(validation=0.2, test=0.1, seed=1))
     assert (len(train), len(validation), len(test)) == (14, 4, 2)

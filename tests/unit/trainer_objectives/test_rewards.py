@@ -38,7 +38,7 @@ def score(
         ("", 0.0),
     ],
 )
-def test_citation_format(text: str, expected: float) -> None:
+def test_citation_format_scores_complete_citations(text: str, expected: float) -> None:
     assert score(text, builtin="citationFormat") == expected
 
 
@@ -59,7 +59,7 @@ def test_citation_format_matches_over_several_lines_only_with_multiline() -> Non
         ("<think>a four", 0.0),
     ],
 )
-def test_think_format(text: str, expected: float) -> None:
+def test_think_format_scores_text_with_a_think_block(text: str, expected: float) -> None:
     assert score(text, builtin="thinkFormat") == expected
 
 
@@ -85,16 +85,16 @@ def test_exact_match_reads_a_column() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.5), (40, 0.0), (99, 0.0)]
 )
-def test_length_falls_outside_its_bounds(size: int, expected: float) -> None:
+def test_length_reward_falls_outside_its_bounds(size: int, expected: float) -> None:
     assert score("x", ids=[1] * size, builtin="length", parameters={"minimum": "10", "maximum": "20"}) == expected
 
 
-def test_length_counts_the_unit_of_the_spec() -> None:
+def test_length_reward_counts_the_unit_of_the_spec() -> None:
     assert score("one two", builtin="length", parameters={"unit": "words", "minimum": "4"}) == 0.5
     assert score("abcd", builtin="length", parameters={"unit": "characters", "maximum": "4"}) == 1.0
 
 
-def test_json_schema() -> None:
+def test_json_schema_scores_valid_and_parsed_json() -> None:
     spec = {
         "builtin": "jsonSchema",
         "parameters": {"schema": '{"type": "object", "required": ["a"]}', "parsed": "0.25"},

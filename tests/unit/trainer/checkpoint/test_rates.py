@@ -54,7 +54,7 @@ def test_a_new_rate_applies_from_the_first_resumed_step(tmp_path: Path, rate: fl
     assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
 
 
-def test_the_same_rate_gives_the_same_bits(tmp_path: Path) -> None:
+def test_resuming_with_the_same_rate_is_bitwise_equal(tmp_path: Path) -> None:
     assert run(*resume(tmp_path, 1e-3), 10) == run(*make(1e-3), 20)[10:]
 
 
@@ -64,7 +64,7 @@ def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
     assert [float(one["step"]) for one in optimizer.state.values()] == [10.0, 10.0]
 
 
-def test_a_scheduler_without_base_rates_keeps_what_it_loads() -> None:
+def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:
     """The state of a scheduler such as ReduceLROnPlateau contains its rates. Therefore no other rate can be restored."""
     optimizer, _ = make(1e-3)
     scheduler = SimpleNamespace(factor=0.5)

@@ -25,7 +25,7 @@ def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = No
         ([], 3, {}, []),
     ],
 )
-def test_steps_to_remove_in_examples(checkpoints: list[Kept], keep: int, options: dict[str, object], removed: list[int]) -> None:
+def test_steps_to_remove_of_examples_are_as_expected(checkpoints: list[Kept], keep: int, options: dict[str, object], removed: list[int]) -> None:
     assert steps_to_remove(checkpoints, keep, **options) == removed  # type: ignore[arg-type] # options of the examples
 
 

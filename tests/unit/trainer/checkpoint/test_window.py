@@ -33,7 +33,7 @@ def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
     assert second._metrics["train"] == {"a": [third.item(), 2]}
 
 
-def test_a_window_may_begin_in_version_0_1_0_and_end_in_this_one_or_the_reverse(tmp_path: Path) -> None:
+def test_windows_are_exchanged_with_version_0_1_0_in_both_directions(tmp_path: Path) -> None:
     """Token accuracy is a quotient of two sums. Both sums must cover the same steps."""
     sums = {"correct": 3, "trained": 4, "positions": 9, "tokens": 8, "letters": 2, "correct_letters": 1}
     stored = {"correct": 3, "learned": 4, "places": 9, "tokens": 8, "letters": 2, "right": 1}
@@ -53,7 +53,7 @@ def test_each_rank_restores_its_own_sums(tmp_path: Path) -> None:
         assert again._tr_loss.item() == 1.0 + rank
 
 
-def test_another_number_of_ranks_shares_the_sums_of_all(tmp_path: Path) -> None:
+def test_another_number_of_ranks_redistributes_the_sums(tmp_path: Path) -> None:
     for rank in range(4):
         Window(trainer(float(rank), _sums={"train": {"tokens": 10}}), rank, 4).write(tmp_path)
     found = [trainer(_sums={"train": {}}) for _ in range(2)]

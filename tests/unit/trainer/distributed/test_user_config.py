@@ -303,7 +303,7 @@ def test_both_adamw_implementations_of_torch_match_adamw(tmp_path: Path) -> None
         deepspeed_options(tmp_path, {"optimizer": {"type": "Adam"}}, {"training": {"optimizer": "sgd"}})
 
 
-def test_a_conflict_names_the_schedule_as_the_file_does(tmp_path: Path) -> None:
+def test_a_conflict_message_uses_the_schedule_name_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"scheduler.type is WarmupLR \(constantWithWarmup\), training.scheduler is linear"
     ):
@@ -353,7 +353,7 @@ def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
 # ---- accelerate
 
 
-def test_fsdp_without_a_file(tmp_path: Path) -> None:
+def test_without_a_file_the_options_of_fsdp_are_defaults(tmp_path: Path) -> None:
     resolved = fsdp_options(tmp_path, None)
     assert (resolved.sharding, resolved.state_dict, resolved.offload) == ("fullShard", "sharded", False)
 

@@ -38,7 +38,7 @@ ROOT = "s3://bucket/root/team/job/uid"
         ("https://host/uid?sig", Address("https://host/uid?sig")),
     ],
 )
-def test_parse_address(uri: str, address: Address) -> None:
+def test_an_address_is_parsed(uri: str, address: Address) -> None:
     assert parse_address(uri) == address
 
 

@@ -118,7 +118,7 @@ def test_an_interrupted_download_that_cannot_continue_restarts(
     assert (tmp_path / "weights").read_bytes() == new_body
 
 
-def test_a_download_that_is_always_interrupted_download_error(store: WebStore, server: Web, tmp_path: Path) -> None:
+def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: Web, tmp_path: Path) -> None:
     server.ranges = False
     server.faults = [Fault(cut=10)] * ATTEMPTS
     error = download_error(store, tmp_path / "weights")

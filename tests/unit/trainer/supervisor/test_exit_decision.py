@@ -36,7 +36,7 @@ STALLED = PeerError("Stalled", "m")
         "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed",
     ],
 )  # fmt: skip
-def test_exit_code_for_facts(facts: AttemptFacts, saved: bool, code: int, error_code: str | None) -> None:
+def test_facts_decide_the_exit_code(facts: AttemptFacts, saved: bool, code: int, error_code: str | None) -> None:
     decided = decide_exit(facts, [], is_saved=saved, node_rank=0)
     assert (decided.code, decided.failure.error.code if decided.failure else None) == (code, error_code)
 

@@ -63,7 +63,7 @@ def test_the_newest_five_checkpoints_and_the_best_are_reported() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59, "59s"), (200, "3m20s"), (4320, "1h12m"), (-3, "0s")])
-def test_format_duration(seconds: int, text: str) -> None:
+def test_durations_are_formatted(seconds: int, text: str) -> None:
     assert format_duration(seconds) == text
 
 
