@@ -154,9 +154,9 @@ class Pod:
         while not holds():
             assert self.process is not None
             if self.process.poll() is not None and not holds():
-                raise AssertionError(f"the pod ended with {self.process.returncode} first:\n{self.text[-6000:]}")
+                raise AssertionError(f"the pod ended early with exit code {self.process.returncode}:\n{self.text[-6000:]}")
             if time.monotonic() > deadline:
-                raise AssertionError(f"not within {timeout} s:\n{self.text[-6000:]}")
+                raise AssertionError(f"the condition is still false after {timeout} s:\n{self.text[-6000:]}")
             time.sleep(0.02)
 
     def wait_step(self, step: int, timeout: float = 300) -> None:

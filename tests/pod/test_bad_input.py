@@ -26,7 +26,7 @@ def failed(
         code = pod.end()
     termination = pod.termination_message()
     assert code == termination.exit_code, pod.text[-3000:]
-    assert termination.step is None, "it trained"
+    assert termination.step is None, "the pod trained"
     assert "Found credentials" not in pod.text, "botocore logs the origin of the credentials for every connection"
     assert bucket.endpoint.secret_key not in pod.text + termination.to_json()
     assert len(termination.to_json().encode()) <= 4096

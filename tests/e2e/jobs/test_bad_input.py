@@ -15,7 +15,7 @@ from finetune_api.status import FineTuneJobStatus
 from tests.e2e.jobs.installation import MODEL, Installation, JobNamespace, job
 
 DATA = "s3://datasets"
-SOON = timedelta(seconds=20)
+MAX_POD_DURATION = timedelta(seconds=20)
 """A pod with invalid storage, model or data must end within this time after its start."""
 STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
@@ -139,7 +139,7 @@ def test_pod_fails_within_the_promised_time(failing_jobs: JobNamespace, name: st
     (state,) = pod["status"]["containerStatuses"]
     ended = state["state"]["terminated"]
     started, finished = (datetime.fromisoformat(ended[key]) for key in ("startedAt", "finishedAt"))
-    assert timedelta(0) <= finished - started <= SOON
+    assert timedelta(0) <= finished - started <= MAX_POD_DURATION
 
 
 def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:

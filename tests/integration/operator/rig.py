@@ -446,7 +446,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._end.wait(5):
-            with contextlib.suppress(Exception):  # a busy server may refuse one heartbeat; the next one is early enough
+            with contextlib.suppress(Exception):  # a busy server may refuse a heartbeat; the next heartbeat is early enough
                 self._send_heartbeat()
 
     def _send_heartbeat(self) -> None:

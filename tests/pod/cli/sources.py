@@ -34,7 +34,7 @@ SOURCES = {
         "train.env",
         "MODEL_NAME=org/base\nTRAIN_DATA_PATH=./rows.jsonl\nDATASET_TYPE=instruction_jsonl\nEPOCHS=1\nDEVICE=cpu\nLORA_R=4\n"
         "MAX_LENGTH=64\nHUGGINGFACE_TOKEN=not-a-real-one\n",
-        "instruction", steps=2, rank=4,  # 0.8 of 24 rows, 16 rows per step
+        "instruction", steps=2, rank=4,  # trains 80 % of 24 rows, 16 rows per step
     ),
     "toml": Source(
         "config.toml",

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spectrum": {"method": {"type": "spectrum"}},
     "lora": LORA,
     "qlora": merged(LORA, {"method": {"type": "qlora"}, "training": {"learningRate": 1e-2}}),
-    "head in full": {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}},
+    "trained head": {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}},
 }
 
 

@@ -346,9 +346,9 @@ OWN = {"configMapRef": {"name": "mine", "key": "r.py"}}
 REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
     "exoPair without smoothing": (objective("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "DpoLosses", "logarithm"),
     "smoothing without effect": (objective("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "DpoLosses", "sigmoid do not read it"),
-    "a loss twice": (objective("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "DpoLosses", "ipo twice"),
+    "the same loss type twice": (objective("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "DpoLosses", "ipo twice"),
     "grouping by length": (objective("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionOfAnotherObjective", "groupByLength"),
-    "an answer as long as the row": (
+    "maximum answer as long as the row": (
         objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
     ),
     "kto with one row per batch": (objective("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),

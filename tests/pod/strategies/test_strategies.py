@@ -134,7 +134,7 @@ SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
     "16 bits, fsdp": (merged(LORA_EXACT, fsdp()), TEN),
     "16 bits, zero2": (merged(LORA_EXACT, zero(2)), TEN),
     "16 bits, zero3": (merged(LORA_EXACT, zero(3)), TEN),
-    "16 bits, ddp, the head in full": (merged(HEAD_IN_FULL, DDP), TEN),
+    "16 bits, ddp, trained head": (merged(HEAD_IN_FULL, DDP), TEN),
     "16 bits, ddp, ia3 and dpo": (merged({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP), PAIRS),
     "16 bits, fsdp, reward": (merged({"trainer": {"type": "reward"}}, fsdp()), PAIRS),
     "16 bits, zero3, reward": (merged({"trainer": {"type": "reward"}}, zero(3)), PAIRS),

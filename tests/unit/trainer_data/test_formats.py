@@ -61,24 +61,24 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
     "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, PAIR_OF_TURNS),
-    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "text prompt and complete conversations as answers": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, Preference((Turn("user", "hi\n"),), *ANSWER_TURNS)),
-    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
-    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, PAIR_OF_TURNS),
-    "whole conversations with a system prompt": (
+    "prompt and complete conversations as answers": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "complete conversation only in chosen": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, PAIR_OF_TURNS),
+    "complete conversations with a system prompt": (
         "dpo", {"prompt": "hi", "chosen": [SYSTEM_BE, *TURNS], "rejected": [SYSTEM_BE, TURNS[0], ANSWER_NO]},
         Preference((Turn("system", "be"), *PAIR_OF_TURNS.prompt), *ANSWER_TURNS)
     ),
-    "a further question": (
+    "answers that begin with a second question": (
         "dpo", {"prompt": TURNS, "chosen": [QUESTION_AND, TURNS[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
         Preference((U, A), (Turn("user", "and"), *ANSWER_TURNS[0]), (Turn("user", "and"), *ANSWER_TURNS[1])),
     ),
-    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
-    "empty prompt, labelled conversation": (
+    "empty prompt and complete conversations as answers": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "empty prompt and labelled conversation": (
         "kto", {"prompt": " ", "completion": [SYSTEM_BE, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
     ),
-    "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
-    "empty prompt, answers alone": (
+    "empty prompt and complete conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
+    "empty prompt and answers without a question": (
         "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, Preference((Turn("user", ""),), *ANSWER_TURNS)
     ),
     "two questions without a prompt": (
@@ -87,15 +87,15 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "the same question twice without a prompt": (
         "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], ANSWER_NO]}, Preference((U,), (U, A), ANSWER_TURNS[1])
     ),
-    "a further question after a question": (
+    "completion that begins with a second question": (
         "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
     ),
     "a system column replaces system prompts": (
         "dpo", {"system": "be", "prompt": [SYSTEM_BECOME, TURNS[0]], "chosen": [SYSTEM_BE, *TURNS], "rejected": "no"},
         Preference((Turn("system", "be"), U), *ANSWER_TURNS)
     ),
-    "labelled answer, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
-    "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
+    "label and complete conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
+    "complete conversation as completion": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
     "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
     "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),

@@ -30,7 +30,7 @@ def job(tmp_path: Path) -> Tree:
 
 
 @pytest.fixture
-def two(job: Tree, tmp_path: Path) -> Tree:
+def two_checkpoints(job: Tree, tmp_path: Path) -> Tree:
     """Storage of a job with committed checkpoints of steps 5 and 10."""
     folder = tmp_path / "staged"
     folder.mkdir()
@@ -57,18 +57,18 @@ def test_a_job_with_progress_but_without_checkpoints_fails(job: Tree, tmp_path: 
     assert resume(job, tmp_path, Resume(mode="auto")).step == 0
 
 
-def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two: Tree, other: Tree, tmp_path: Path) -> None:
+def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: Tree, other: Tree, tmp_path: Path) -> None:
     assert resume(other, tmp_path, Resume(mode="never", expect_step=0)).step == 0
-    assert resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
+    assert resume(two_checkpoints, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_is_restored_by_its_uri(two: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
-    named = uri.format(root=two.store.uri)
+def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
+    named = uri.format(root=two_checkpoints.store.uri)
     assert resume(other, tmp_path, Resume(mode=named)).step == 5
 
 
-def test_a_checkpoint_is_restored_from_a_web_server(two: Tree, tmp_path: Path, server: Web) -> None:
+def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: Tree, tmp_path: Path, server: Web) -> None:
     """The request uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
@@ -87,13 +87,13 @@ def test_a_checkpoint_is_restored_from_a_web_server(two: Tree, tmp_path: Path, s
 
 @pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
 def test_own_progress_takes_precedence_over_the_configured_start(
-    two: Tree, other: Tree, tmp_path: Path, mode: str
+    two_checkpoints: Tree, other: Tree, tmp_path: Path, mode: str
 ) -> None:
     """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than expected."""
     folder = tmp_path / "staged"
     files = other.upload(prefix_of(150), "a1-00000000", folder)
     other.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
-    wanted = Resume(mode=mode.format(root=two.store.uri))
+    wanted = Resume(mode=mode.format(root=two_checkpoints.store.uri))
     assert resume(other, tmp_path, wanted).step == 150
     rolled_back = resume(other, tmp_path, wanted.model_copy(update={"max_step": 0}))
     assert rolled_back.step == (0 if mode == "never" else 5)
@@ -104,9 +104,9 @@ def test_own_progress_takes_precedence_over_the_configured_start(
     ("uri", "code"),
     [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
 )
-def test_a_uri_without_a_checkpoint_is_refused(two: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
+def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-        resume(other, tmp_path, Resume(mode=uri.format(root=two.store.uri)))
+        resume(other, tmp_path, Resume(mode=uri.format(root=two_checkpoints.store.uri)))
     assert caught.value.code == code
 
 
@@ -125,10 +125,10 @@ def test_a_uri_without_a_checkpoint_is_refused(two: Tree, other: Tree, tmp_path:
     ],
 )
 def test_a_checkpoint_of_a_different_run_is_refused(
-    two: Tree, tmp_path: Path, change: dict[str, object], word: str
+    two_checkpoints: Tree, tmp_path: Path, change: dict[str, object], word: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        resume(two, tmp_path, facts=FACTS.model_copy(update=change))
+        resume(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
     assert caught.value.code == "CheckpointIncompatible" and word in caught.value.message
 
 
@@ -145,31 +145,31 @@ def test_a_checkpoint_of_a_different_run_is_refused(
         ({"other_inputs": {"contents of ConfigMaps": "b"}}, "made with other contents of ConfigMaps"),
     ],
 )
-def test_an_inexact_resume_reports_the_reason(two: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
-    found = resume(two, tmp_path, facts=FACTS.model_copy(update=change))
+def test_an_inexact_resume_reports_the_reason(two_checkpoints: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
+    found = resume(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
     assert found.step == 10 and found.exact is False and word in (found.inexact_reason or "")
 
 
-def test_skipped_checkpoints_are_not_ancestors(two: Tree, tmp_path: Path) -> None:
+def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: Tree, tmp_path: Path) -> None:
     """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
-    rolled = resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
+    rolled = resume(two_checkpoints, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
-    two.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
-    damaged = resume(two, tmp_path)
+    two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
+    damaged = resume(two_checkpoints, tmp_path)
     assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
     assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
-    whole = resume(two, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
+    whole = resume(two_checkpoints, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
     assert [one.step for one in whole.ancestors] == [5]
 
 
 @pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
-def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two: Tree, tmp_path: Path, path: str) -> None:
+def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints: Tree, tmp_path: Path, path: str) -> None:
     files = [FileEntry(path=path, size=1, sha256="0" * 64)]
-    two.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
+    two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
     manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
-    two._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
-    two.commit(prefix_of(15), manifest)
-    found = resume(two, tmp_path)
+    two_checkpoints._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
+    two_checkpoints.commit(prefix_of(15), manifest)
+    found = resume(two_checkpoints, tmp_path)
     assert found.step == 10 and "not a path inside" in found.damaged[0]
 
 
@@ -193,57 +193,57 @@ class DelayedStore(FolderStore):
 
 
 @pytest.fixture
-def delayed(two: Tree) -> DelayedStore:
-    assert isinstance(two.store, FolderStore)
-    store = DelayedStore(two.store.root, two.store.uri)
-    two.store = store
+def delayed(two_checkpoints: Tree) -> DelayedStore:
+    assert isinstance(two_checkpoints.store, FolderStore)
+    store = DelayedStore(two_checkpoints.store.root, two_checkpoints.store.uri)
+    two_checkpoints.store = store
     return store
 
 
 @pytest.mark.parametrize(("unlisted", "unread"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
 def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
-    two: Tree, delayed: DelayedStore, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
+    two_checkpoints: Tree, delayed: DelayedStore, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
 ) -> None:
     delayed.unlisted, delayed.unread = unlisted, unread
-    assert two.sweep().count == 0
+    assert two_checkpoints.sweep().count == 0
     delayed.unlisted = delayed.unread = ()
-    assert resume(two, tmp_path).step == 10
+    assert resume(two_checkpoints, tmp_path).step == 10
 
 
-def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two: Tree, delayed: DelayedStore) -> None:
-    two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two_checkpoints: Tree, delayed: DelayedStore) -> None:
+    two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     delayed.refuse_deletes = True
-    swept = two.sweep()
+    swept = two_checkpoints.sweep()
     assert swept.count == 0 and swept.problem is not None and swept.problem.code == "PermissionDenied"
 
 
-def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two: Tree, tmp_path: Path) -> None:
-    two.store.put("model/a1-00000000/model.safetensors", b"half of it")
-    assert two.sweep().count == 1
-    assert list(two.store.list("model/")) == []
-    files = two.upload("model", "a2-00000000", tmp_path / "staged")
-    two.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
-    two.store.put("model/a1-00000000/model.safetensors", b"half of it")
-    assert two.sweep().count == 1
-    assert {stat.key.split("/")[1] for stat in two.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
+def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two_checkpoints: Tree, tmp_path: Path) -> None:
+    two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert two_checkpoints.sweep().count == 1
+    assert list(two_checkpoints.store.list("model/")) == []
+    files = two_checkpoints.upload("model", "a2-00000000", tmp_path / "staged")
+    two_checkpoints.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
+    two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert two_checkpoints.sweep().count == 1
+    assert {stat.key.split("/")[1] for stat in two_checkpoints.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
 
 
-def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two: Tree, tmp_path: Path) -> None:
+def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: Tree, tmp_path: Path) -> None:
     """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
-    two.mark_healthy(10)
-    (old,) = resume(two, tmp_path, Resume(mode="auto", max_step=9)).skipped
-    files = two.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
+    two_checkpoints.mark_healthy(10)
+    (old,) = resume(two_checkpoints, tmp_path, Resume(mode="auto", max_step=9)).skipped
+    files = two_checkpoints.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
     ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(Fenced):
-        two.commit(prefix_of(10), ours)
-    two.commit(prefix_of(10), ours, replaces=old.marker)
-    found = two.marker(10)
-    assert found is not None and (found.marker.path, [one.healthy for one in two.committed()]) == (
+        two_checkpoints.commit(prefix_of(10), ours)
+    two_checkpoints.commit(prefix_of(10), ours, replaces=old.marker)
+    found = two_checkpoints.marker(10)
+    assert found is not None and (found.marker.path, [one.healthy for one in two_checkpoints.committed()]) == (
         "a1-22222222",
         [False, False],
     )
     with pytest.raises(Fenced):
-        two.commit(
+        two_checkpoints.commit(
             prefix_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaces=old.marker
         )
 
@@ -262,54 +262,54 @@ def begin(tree: Tree, attempt: int) -> None:
     assert tree.store.get(f"run/attempt-{attempt}/run.json") == b"{}"
 
 
-def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two: Tree, tmp_path: Path) -> None:
+def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: Tree, tmp_path: Path) -> None:
     """When the next attempt reaches the step of an earlier attempt's checkpoint, it replaces this checkpoint."""
-    commit(two, tmp_path, 20)
-    begin(two, 2)
+    commit(two_checkpoints, tmp_path, 20)
+    begin(two_checkpoints, 2)
     with pytest.raises(Fenced, match="a later attempt has begun"):
-        commit(two, tmp_path, 30)
-    commit(two, tmp_path, 20, attempt=2)
-    found = two.marker(20)
+        commit(two_checkpoints, tmp_path, 30)
+    commit(two_checkpoints, tmp_path, 20, attempt=2)
+    found = two_checkpoints.marker(20)
     assert found is not None and found.marker.attempt == 2
     with pytest.raises(Fenced):
-        commit(two, tmp_path, 20)
-    assert [one.step for one in two.committed()] == [20, 10, 5]
+        commit(two_checkpoints, tmp_path, 20)
+    assert [one.step for one in two_checkpoints.committed()] == [20, 10, 5]
 
 
 def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
-    two: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_checkpoints: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next attempt begins and sweeps between the last check of the commit and the creation of the marker."""
-    create = two.store.create
+    create = two_checkpoints.store.create
 
     def create_after_sweep(key: str, data: bytes) -> Created:
-        begin(two, 2)
-        assert two.sweep().count == 2
+        begin(two_checkpoints, 2)
+        assert two_checkpoints.sweep().count == 2
         return create(key, data)
 
-    monkeypatch.setattr(two.store, "create", create_after_sweep)
+    monkeypatch.setattr(two_checkpoints.store, "create", create_after_sweep)
     with pytest.raises(Fenced, match="has removed"):
-        commit(two, tmp_path, 20)
-    assert [one.step for one in two.committed()] == [10, 5]
+        commit(two_checkpoints, tmp_path, 20)
+    assert [one.step for one in two_checkpoints.committed()] == [10, 5]
 
 
-def test_attempts_are_compared_by_number(two: Tree) -> None:
-    begin(two, 9)
-    begin(two, 10)
-    assert [attempt for attempt in (1, 9, 10, 11) if two.is_superseded(attempt)] == [1, 9]
+def test_attempts_are_compared_by_number(two_checkpoints: Tree) -> None:
+    begin(two_checkpoints, 9)
+    begin(two_checkpoints, 10)
+    assert [attempt for attempt in (1, 9, 10, 11) if two_checkpoints.is_superseded(attempt)] == [1, 9]
 
 
 @pytest.mark.parametrize(
     "damage", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)]
 )
-def test_a_sweep_keeps_data_next_to_a_damaged_marker(two: Tree, tmp_path: Path, damage: bytes) -> None:
-    two.store.put("checkpoints/step-00000010/_COMMITTED", damage)
-    two.sweep()
-    assert two.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
-    found = resume(two, tmp_path)
+def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: Tree, tmp_path: Path, damage: bytes) -> None:
+    two_checkpoints.store.put("checkpoints/step-00000010/_COMMITTED", damage)
+    two_checkpoints.sweep()
+    assert two_checkpoints.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
+    found = resume(two_checkpoints, tmp_path)
     assert found.step == 5 and "step-00000010" in found.damaged[0]
-    commit(two, tmp_path, 10, attempt=2)
-    assert [one.step for one in two.committed()] == [10, 5]
+    commit(two_checkpoints, tmp_path, 10, attempt=2)
+    assert [one.step for one in two_checkpoints.committed()] == [10, 5]
 
 
 def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Tree, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Tree,
     assert "_COMMITTED is damaged" in caught.value.message
 
 
-def test_a_marker_that_becomes_readable_later_is_recognised(two: Tree, delayed: DelayedStore, tmp_path: Path) -> None:
+def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: Tree, delayed: DelayedStore, tmp_path: Path) -> None:
     """The response to the request that creates the marker is lost, and the marker can be read only after a delay."""
     reads: list[str] = []
     create, get = delayed.create, delayed.get
@@ -332,16 +332,16 @@ def test_a_marker_that_becomes_readable_later_is_recognised(two: Tree, delayed: 
         return get(key) if len(reads) > 2 else None
 
     delayed.create, delayed.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
-    files = two.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
-    two.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
-    assert len(reads) == 3 and [one.step for one in two.committed()] == [15, 10, 5]
+    files = two_checkpoints.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
+    two_checkpoints.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
+    assert len(reads) == 3 and [one.step for one in two_checkpoints.committed()] == [15, 10, 5]
 
 
-def test_a_sweep_removes_only_data_without_a_marker(two: Tree, tmp_path: Path) -> None:
-    before = {stat.key for stat in two.store.list("checkpoints/")}
-    two.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
-    two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
-    two.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
-    assert two.sweep() == Swept(3)
-    assert {stat.key for stat in two.store.list("checkpoints/")} == before
-    assert resume(two, tmp_path).step == 10
+def test_a_sweep_removes_only_data_without_a_marker(two_checkpoints: Tree, tmp_path: Path) -> None:
+    before = {stat.key for stat in two_checkpoints.store.list("checkpoints/")}
+    two_checkpoints.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
+    two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+    two_checkpoints.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
+    assert two_checkpoints.sweep() == Swept(3)
+    assert {stat.key for stat in two_checkpoints.store.list("checkpoints/")} == before
+    assert resume(two_checkpoints, tmp_path).step == 10

@@ -290,7 +290,7 @@ def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progres
     bench.drain()
     found = {one.step: (one.marker.path, one.healthy) for one in bench.tree.committed()}
     assert found[20] == ("a1-00000000", False) and found[10][1] is True
-    assert found[30] == ("a0-00000000", False), "this attempt's finite losses prove nothing about a skipped checkpoint"
+    assert found[30] == ("a0-00000000", False), "finite losses of this attempt do not make a skipped checkpoint healthy"
     bench.offer(30)
     bench.drain()
     assert {one.step: one.marker.path for one in bench.tree.committed()} == {

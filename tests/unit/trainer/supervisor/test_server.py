@@ -14,7 +14,7 @@ from finetune_trainer.supervisor.server import Server, format_metrics, merge_kub
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     def resolve(*_: object) -> str:
-        raise AssertionError("a slow name server would delay the pod's start")
+        raise AssertionError("a slow name server would delay the start of the pod")
 
     monkeypatch.setattr(socket, "getfqdn", resolve)
     server = Server(RunState(), 0)
