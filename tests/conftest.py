@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the summary of fault rows here, because the xdist controller prints it and loads no other conftest."""
     fault_rows.register(config)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell starts background jobs with SIGINT ignored. Programs that tests interrupt would inherit this.
+        # A shell ignores SIGINT in background jobs, and programs that the tests interrupt would inherit this setting.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -41,5 +41,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
-    """Use the length of bytes in test ids, because their content (such as a gzip header) may hold the current time."""
+    """Use the length of bytes as the test id, because the bytes (for example a gzip header) may contain the current time."""
     return f"{len(val)}bytes" if isinstance(val, bytes) else None

@@ -1,4 +1,4 @@
-"""A pod without Kubernetes: a supervisor as a local process. It reads a run configuration and writes a termination message."""
+"""A pod without Kubernetes: a supervisor as a local process, with a run configuration and a termination message."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run_config(
 
 @dataclass
 class Pod:
-    """One supervisor process. `end()` waits until the process ends; the end of the `with` block kills it."""
+    """One supervisor process. `end()` waits until the process ends; the end of the `with` block kills the process."""
 
     run: RunConfig
     folder: Path
@@ -149,7 +149,7 @@ class Pod:
         return TerminationMessage.model_validate_json((self.folder / "termination-message").read_text())
 
     def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
-        """Wait until `holds()` is true. If the pod ends or the timeout expires before, fail with the pod's log."""
+        """Wait until `holds()` is true. If the pod ends first or the timeout expires, fail with the pod's log."""
         deadline = time.monotonic() + timeout
         while not holds():
             assert self.process is not None

@@ -18,7 +18,7 @@ from localcluster.s3 import S3Endpoint
 
 STEPS, EVERY = 40, 8
 TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
-"""Name suffixes of logged values that measure time or memory. These values differ between equal runs."""
+"""Name suffixes of logged values that measure time or memory and therefore differ between equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
 """Logged values, by step and kind of log line (`loss` or `eval_loss`)."""
 Rows = dict[tuple[int, int], list[list[str]]]
@@ -43,8 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
     "zero": {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "tracking": {"loggingSteps": 3}},
 }  # fmt: skip
-"""Variants of the run. An epoch has 9 steps: 36 rows, 4 rows per step on one rank. In `early` no evaluation improves enough
-on the first one, so the third evaluation ends the run."""
+"""Variants of the run. An epoch has 9 steps: 36 rows, 4 rows per step on one rank. In the variant `early`, early
+stopping ends the run at the third evaluation, because no evaluation is enough better than the first."""
 LAST_STEP = {"early": 3 * EVERY}
 """Last step of the variants that end before `STEPS`."""
 

@@ -23,7 +23,7 @@ SIZE = 4 * DISK_RESERVE_BYTES
 
 @pytest.fixture(params=["file system", "limit"])
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The work folder and the pod's environment. Either the folder is a small file system, or the environment sets a disk limit."""
+    """The work folder and the pod's environment. The folder is a small file system, or the environment sets a disk limit."""
     if request.param == "limit":
         work = tmp_path / "one" / "work"
         work.mkdir(parents=True)

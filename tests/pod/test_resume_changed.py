@@ -30,7 +30,7 @@ from localcluster.s3 import S3Endpoint
 
 pytestmark = pytest.mark.faults
 TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
-"""Relative tolerance for values whose sums are computed in another order, over up to forty optimizer steps."""
+"""Relative tolerances for up to forty optimizer steps, because another summation order rounds differently."""
 
 
 @pytest.mark.parametrize(("step", "logged"), [(23, "between two log lines"), (20, "at a log line")])
@@ -38,7 +38,7 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, step: int, logged: str,
 ) -> None:  # fmt: skip
-    """Steps 20 and 25 are logged, and step 24 would be saved. In both cases the run ends before it saves this checkpoint."""
+    """Steps 20 and 25 are logged. A run with a non-finite loss at step 20 or 23 ends before the checkpoint of step 24."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec = spec_of(model, rows, "lora", "windows")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks=f"nan:{step}") as first:
@@ -57,7 +57,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,
 ) -> None:  # fmt: skip
-    """The operator sets a new learning rate. It overrides the old rate in the saved states of optimizer and scheduler."""
+    """The operator's new learning rate overrides the old rate in the saved states of optimizer and scheduler."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
     spec = spec_of(model, rows, method, variant)
     run = run_config(spec, bucket.target(), processes=processes)
@@ -80,7 +80,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
 def test_a_smaller_micro_batch_gives_close_losses(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """A micro-batch of 2 rows runs out of memory. The next attempt trains 1 row and accumulates twice as often. Losses are close, not equal."""
+    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps, and has close losses."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = spec_of(model, rows, "full")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks="memory:19") as first:
@@ -101,7 +101,7 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
     """Row 23 of docs/guides/checkpoints.md: the second rank has memory for one row. The operator reduces the micro-batch twice.
 
 
-    The number of rows is a multiple of the effective batch. Otherwise the padding of each epoch's last batch would depend on the
+    The number of rows is a multiple of the effective batch, because the padding of an incomplete last batch would depend on the
     micro-batch size.
     """
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:32])
@@ -176,7 +176,7 @@ def test_another_number_of_ranks_trains_the_same_rows(bucket: Bucket, model: Pat
 def test_a_deepspeed_checkpoint_is_refused_on_another_number_of_ranks(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
     """Row 25 of docs/guides/checkpoints.md: a run on one rank, with or without DeepSpeed, refuses a DeepSpeed checkpoint of two ranks.
 
-    The checkpoint is not deleted.
+    The refused checkpoint is not deleted.
     """
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     stopped(resized(2, spec, "deepspeed", bucket, tmp_path / "two", hold=9))

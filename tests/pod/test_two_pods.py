@@ -1,4 +1,4 @@
-"""A gang of two pods: the pod of rank 0 commits the files of both pods, and a stop of one pod stops both at the same step."""
+"""A gang of two pods: the pod of rank 0 commits the files of both pods. A stop of one pod stops both pods at the same step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TwoPods:
         ]
 
     def stopped(self, first: list[Pod], signalled: int) -> list[TerminationMessage]:
-        """Send SIGTERM to one pod, as a kubelet does. The ranks then agree on a step, and both pods stop after it."""
+        """Send SIGTERM to one pod, as a kubelet does. The ranks then agree on a step after which both pods stop."""
         first[signalled].terminate()
         assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]
         termination = [pod.termination_message() for pod in first]
@@ -81,7 +81,7 @@ def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant:
 def test_a_stop_of_one_pod_stops_both_at_the_same_step(
     gang: TwoPods, phase: str, signalled: int, stop: int
 ) -> None:
-    """The signalled pod is in `phase`. The other pod waits in the next collective operation for the signalled pod."""
+    """The signalled pod is in `phase`. The other pod waits for the signalled pod in the next collective operation."""
     first = gang.start(1, 0, gang.bucket.target(), hold=phase, signalled=signalled)
     with first[0], first[1]:
         first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
@@ -93,7 +93,7 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
 @pytest.mark.faults
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_stop_while_the_gang_uploads_commits_both_checkpoints(gang: TwoPods, s3_server: S3Endpoint, signalled: int) -> None:
-    """The pods finish the running upload. Then they upload the checkpoint that the stop request caused."""
+    """The pods finish the running upload, and then upload the checkpoint that the stop request caused."""
     with S3Proxy(s3_server.host_url) as proxy:
         slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
         first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))

@@ -17,7 +17,7 @@ from tests.pod.cli.sources import SOURCES, options, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 QUICK = ("env", "hydra")
-"""Sources that `make test` trains. `make test-faults` trains the others."""
+"""Sources that `make test` trains. `make test-faults` trains the other sources."""
 BUCKET = "datasets"
 
 

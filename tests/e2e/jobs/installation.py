@@ -124,7 +124,7 @@ class JobNamespace:
         self.installation.api.create("secrets", self.namespace, body)
 
     def apply(self, *manifests: Object | Path) -> None:
-        """`kubectl apply` with objects or a file."""
+        """Run `kubectl apply` with objects or a file."""
         for one in manifests:
             text = one.read_text("utf-8") if isinstance(one, Path) else yaml.safe_dump(one)
             self.installation.cluster.kubectl("-n", self.namespace, "apply", "-f", "-", stdin=text)
@@ -182,12 +182,12 @@ class JobNamespace:
 
 
 def parse_status(body: Object) -> FineTuneJobStatus:
-    """Parse the status of a FineTuneJob. If it has no status yet, return a status with observedGeneration -1."""
+    """Parse the status of a FineTuneJob. For a FineTuneJob without a status, return a status with observedGeneration -1."""
     return FineTuneJobStatus.model_validate(body.get("status") or {"observedGeneration": -1})
 
 
 def job(name: str, **spec: Any) -> Object:
-    """A FineTuneJob on CPUs with the uploaded model. Each group in `spec` is added or replaces a default group."""
+    """A FineTuneJob on CPUs with the uploaded model. The groups in `spec` replace default groups or are added."""
     groups: Object = {
         "model": {"source": MODEL},
         "dataset": {"train": "s3://datasets/captain.jsonl"},

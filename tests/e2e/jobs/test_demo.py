@@ -76,7 +76,7 @@ def test_demo_runs_to_its_end(
 
 
 def test_second_cluster_is_refused_in_one_line(installation: Installation) -> None:
-    """Only one cluster with nodes can run on a machine. The demo prints this error and does not change the tests' cluster."""
+    """Only one cluster with nodes can run on a machine. The demo refuses a second cluster in one line and does not change the first cluster."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
     done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 1

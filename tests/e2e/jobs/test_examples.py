@@ -49,7 +49,7 @@ def expected_steps(name: str) -> int:
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
     ]
-    # The example `full` sets no maxSteps. It trains one epoch of 18 rows, and each step trains 4 rows (2 ranks with 2 rows).
+    # The example `full` sets no maxSteps. The epoch has 18 rows, and a step trains 4 rows (2 ranks with 2 rows).
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 

@@ -1,4 +1,4 @@
-"""The installation: sufficient permissions, upgrades, and a run without the operator."""
+"""The installed operator: permissions are sufficient, upgrades restart nothing, and a job finishes without the operator."""
 
 from __future__ import annotations
 

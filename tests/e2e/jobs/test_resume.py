@@ -61,7 +61,7 @@ def last_rank_pid(job_namespace: JobNamespace, pod: str) -> int:
 
 
 def supervisor_host_pid(uid: str) -> int:
-    """Process id of a pod's supervisor on the host. It is PID 1 of its container and ignores SIGKILL from inside."""
+    """Process id of a pod's supervisor on the host. No process in the container can kill the supervisor, because it is PID 1."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, groups = (folder / "cmdline").read_bytes(), (folder / "cgroup").read_text()

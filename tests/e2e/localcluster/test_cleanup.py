@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def cluster(node_cluster: NodeCluster) -> NodeCluster:
-    """The cluster that all e2e tests share. These tests stop the cluster, so conftest.py runs them last. A test that needs the cluster calls up()."""
+    """The cluster that all e2e tests share. Tests that stop the cluster run last. A test that needs the cluster calls up()."""
     return node_cluster
 
 

@@ -17,7 +17,7 @@ TAG = "localhost/changing:dev"
 
 
 def _version(folder: Path, number: str) -> Path:
-    """Write an image layout with testbox and a file that differs by version. Its layer is large enough to be hard-linked."""
+    """Write an image layout with testbox and a file that differs by version. The layer is large enough to be hard-linked."""
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
     image = Image(TAG, {"/testbox": build.ensure("testbox"), "/extra": extra}, ["/testbox"])

@@ -22,7 +22,7 @@ def test_exit_code_is_in_the_pod_status(api: NamespaceApi, code: int, expected: 
 def test_container_over_its_memory_limit_is_oom_killed(api: NamespaceApi) -> None:
     limit = {"resources": {"limits": {"memory": "64Mi"}}}
     assert terminated(api.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
-    # The runtime receives the exit and the OOM event separately. It sets the reason after both have arrived.
+    # containerd receives the exit and the OOM event separately, and sets the reason after both events.
     assert api.wait("pod", "p", lambda p: terminated(p)["reason"] == "OOMKilled")
 
 

@@ -68,7 +68,7 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def new_release(installation: Installation) -> Iterator[Release]:
-    """The release of this checkout. It is installed again after the test, because later tests need it."""
+    """The release of this checkout. After the test, this release is installed again for later tests."""
     release = Release(ROOT / CHART, ChartInputs(installation.cluster.s3))
     yield release
     release.install(installation)
@@ -99,7 +99,7 @@ JOBS = {
 
 
 def bring_into_every_phase(job_namespace: JobNamespace) -> None:
-    """Apply all jobs and wait until each job is in the phase of its name."""
+    """Apply all jobs and wait until each job is in the phase that its name states."""
     job_namespace.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
     job_namespace.wait_finished("done")
     job_namespace.wait_finished("failed", Phase.FAILED)
@@ -129,7 +129,7 @@ def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
-    """Install the other release while each job is in its phase. Check that every job ends as it would without the upgrade."""
+    """Install the other release while the jobs are in different phases. Check that every job ends as it would without the upgrade."""
     before = snapshot(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
     release.install(job_namespace.installation)

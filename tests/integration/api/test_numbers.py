@@ -117,7 +117,7 @@ def dry_run(api: Endpoint, spec: str) -> Response:
 
 
 def one_spelling_per_field(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """Yield sets with one spelling per field until every spelling was used. Later sets omit the fields without further spellings."""
+    """Yield sets with one spelling per field until every spelling was used. A field without further spellings is absent from later sets."""
     for i in range(max(map(len, texts.values()))):
         yield {path: spelled[i] for path, spelled in texts.items() if i < len(spelled)}
 

@@ -41,7 +41,7 @@ def token(api: KubeApi, namespace: str) -> str:
 def as_user(
     control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Return a function that runs commands with the token of that ServiceAccount."""
+    """Return a function that runs commands with the fixture `token`."""
     config = tmp_path / "kubeconfig"
     yaml = YAML(typ="safe")
     value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The real API server accepts every successful import. The YAML is read as YAML 1.1, as in kubectl."""
+"""The real API server accepts every successful import. The tests read the YAML as YAML 1.1, like kubectl."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
 
 @pytest.fixture
 def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]], namespace: str, api: KubeApi) -> str:
-    """Create a job with a committed checkpoint and one without commit marker. Returns the job's prefix in the bucket."""
+    """Create a job with a committed and an uncommitted checkpoint. Return the job's prefix in the bucket."""
     secret = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": secret})
     storage = {

@@ -1,4 +1,4 @@
-"""Several control planes can run at the same time. When they end, no process or file remains."""
+"""Several control planes can run at the same time. When a control plane ends, no process or file remains."""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ class Queue:
     async def schedule(self) -> str | None:
         """Run one cycle with a quota of one Job. Returns the name of the admitted Job, or None.
 
-        The Job with the highest priority is first; of equal priorities, the oldest Job (`baseCompareFunc` of the cluster queue). If the
-        Job that holds the quota has a lower priority, it is evicted (`withinClusterQueue: LowerPriority`). An evicted Job releases the
-        quota when all its pods are gone (`Job.IsActive`).
+        The waiting Job with the highest priority is admitted first; of equal priorities, the oldest Job (`baseCompareFunc` of the cluster
+        queue). A Job with a lower priority that holds the quota is evicted (`withinClusterQueue: LowerPriority`). An evicted Job releases
+        the quota when all its pods are gone (`Job.IsActive`).
         """
         jobs = [
             job

@@ -52,7 +52,7 @@ SPEC: Object = {
 
 
 class Progress:
-    """One HTTP server that replaces the progress servers of all pods. It serves the reports that `put` received."""
+    """One HTTP server that replaces the progress servers of all pods. The server returns the reports that `put` received."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
@@ -199,7 +199,7 @@ class Rig:
         """Tasks of the watches and the kubelet. `describe` shows why a task has ended."""
 
     async def create(self, name: str = "run", **groups: Any) -> Object:
-        """Create a FineTuneJob. Each of `groups` is merged into the group of that name in SPEC."""
+        """Create a FineTuneJob. The fields in `groups` are merged into the groups of SPEC."""
         spec = json.loads(json.dumps(SPEC))
         for group, value in groups.items():
             spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
@@ -258,11 +258,11 @@ class Rig:
         return None
 
     def status(self, name: str = "run") -> Object:
-        """Status from the last watch event."""
+        """Status of the FineTuneJob in the last watch event."""
         return self.ftjs.items.get(name, {}).get("status") or {}
 
     def condition(self, kind: str, name: str = "run") -> Object:
-        """A condition; empty if absent."""
+        """A condition of the FineTuneJob; empty if it is absent."""
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
     def describe(self) -> str:
@@ -433,7 +433,7 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
 
 
 class Heartbeat:
-    """Keeps the node Ready, like a kubelet. Otherwise the node controller would evict all pods."""
+    """Keeps the node Ready, like a kubelet, so that the node controller evicts no pods."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint

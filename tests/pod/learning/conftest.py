@@ -11,5 +11,5 @@ from tests.support.models import libraries, raw_model, taught_model  # noqa: F40
 
 @pytest.fixture(scope="session")
 def model(taught_model: Path) -> Path:  # noqa: F811  the fixture by that name
-    """A model that is pre-trained on the questions of the ten rows, but with other answers."""
+    """A model that is pre-trained on the ten questions of the tests, but with other answers."""
     return taught_model

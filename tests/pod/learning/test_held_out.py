@@ -1,4 +1,4 @@
-"""A run does not train on the test set. It measures the test metrics once, on the published weights, and reports them."""
+"""A run does not train on the test set. The test metrics are measured once, on the published weights, and reported."""
 
 from __future__ import annotations
 

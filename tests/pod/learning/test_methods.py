@@ -75,7 +75,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
     tuned = load_tuned(outcome, model)
-    if bound > 0.1:  # these methods do not learn the answers, so compare the logits of the loaded and the trained model
+    if bound > 0.1:  # such a method does not learn the answers, so compare the logits of the loaded and the trained model
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
             assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)

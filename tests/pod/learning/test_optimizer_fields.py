@@ -1,4 +1,4 @@
-"""For each optimizer, the API's rules list the Adam settings that transformers passes to it."""
+"""For each optimizer, the API's rules list the Adam settings that transformers passes to this optimizer."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.pod
 
 
 def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) -> None:
-    """The second attempt has the same disk and another number of workers. It reads no rows and trains on the same sequences."""
+    """A second attempt with the same disk and another number of workers reads no rows and trains on the same sequences."""
     from finetune_trainer.data import prepare as prepare_module
 
     first = run_training(tmp_path, model, {"training": {"maxSteps": 2}})
@@ -116,7 +116,7 @@ def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path
 
 
 def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(model: Path, tmp_path: Path) -> None:
-    """A mixture of experts also minimises a load balance loss. The validation loss does not contain it."""
+    """A mixture of experts also minimises a load balance loss. The validation loss does not contain the load balance loss."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     folder = tmp_path / "experts"

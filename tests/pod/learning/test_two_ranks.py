@@ -1,4 +1,4 @@
-"""With every strategy, training with new tokens or LoftQ and the test metrics give the same numbers on two ranks as on one."""
+"""On two ranks, every strategy has the same losses and test metrics as one rank: with new tokens, and with LoftQ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
     for row in [*TEN, TEN[0]]
 ]
-"""Eleven rows; the test set consists of three. On two ranks the last test batch repeats a row, and the row must count only once."""
+"""Eleven rows, of which the test set gets three. On two ranks the last test batch repeats a row, and this row must count only once."""
 BASE: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
 }  # fmt: skip

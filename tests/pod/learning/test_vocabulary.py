@@ -71,7 +71,7 @@ def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: 
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load(outcome, model)
     assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
-    if name != "qlora":  # a qlora adapter fits the 4-bit base model, and this base model has full precision
+    if name != "qlora":  # a qlora adapter corrects the 4-bit base model, but `load` uses the base model in full precision
         for row in ROWS[:2]:
             assert answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
 

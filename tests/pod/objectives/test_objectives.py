@@ -179,7 +179,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
     outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
-    # Before the first step the model equals the reference model. Therefore every log ratio is 0, and the loss is known.
+    # The first loss is known, because the model equals the reference model before the first step, so every log ratio is 0.
     half = math.log(2)
     first_losses = {
         "sigmoid": half, "hinge": 1.0, "ipo": 25.0, "ncaPair": 2 * half, "bcoPair": 2 * half, "apoZero": 1.0, "apoDown": 1.0, "robust": half,
@@ -391,7 +391,7 @@ def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Pat
 
 
 def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
-    """Only the weights of the head may be missing. transformers would initialise other missing weights at random."""
+    """Only the weights of the head may be missing: transformers initialises missing weights at random."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "part"

@@ -1,4 +1,4 @@
-"""The agent starts a single rank directly and several ranks with torchelastic; their exit codes reach the supervisor."""
+"""The agent starts a single rank directly and several ranks with torchelastic. The supervisor gets the exit codes of the ranks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_scipy_can_still_be_imported_after_preloading_without_it(tmp_path: Path)
 def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
     event: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    # The toy ranks do not wait for one another. The other rank has so many steps that it still runs when this rank fails.
+    # Toy ranks do not wait for one another. With 100,000 steps, the healthy rank still runs when the other rank fails.
     with started(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:
         assert pod.end() == code, pod.text[-3000:]
         message = pod.termination_message()

@@ -1,4 +1,4 @@
-"""The trainer chooses device, dtypes and attention from the spec and the hardware. It refuses impossible specs with a suggestion."""
+"""The trainer chooses device, dtypes and attention from the spec and the hardware. Impossible specs are refused with a suggestion."""
 
 from __future__ import annotations
 

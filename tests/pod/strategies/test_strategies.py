@@ -159,8 +159,8 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name in RESUMED:
         checkpoint = folder / f"{indices[name]:03d}" / "out" / "checkpoint-2"
         cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
-    # These answers consist of characters that no training row contains. The validation loss first falls, because the model
-    # learns the format, and then rises.
+    # The validation loss first falls, because the model learns the format. Then the loss rises, because the validation
+    # answers consist of characters that no training row contains.
     unlearnable_rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
     best_spec = {
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},

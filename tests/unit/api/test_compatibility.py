@@ -20,7 +20,7 @@ from pydantic import ValidationError
 MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
 RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json").read_text())
-"""Every field of trainer 0.1.0's RunConfig; the leaves are None or the values of an enumeration."""
+"""All fields that trainer 0.1.0 knows in a RunConfig, as nested objects. A leaf is None, or the list of an enumeration's values."""
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -42,7 +42,7 @@ def set_at_path(value: Any, path: str, new: Any) -> None:
 
 
 def written_by_newer(path: str, value: Any, *marks: str, **changes: Any) -> bytes:
-    """Return the run.json of a newer operator. It contains `value` at `path`, and `marks` as additional entries of `defaults`."""
+    """Return the run.json of a newer operator, with `value` at `path` and with `marks` added to `defaults`."""
     raw = json.loads(run_config(**changes).to_bytes())
     set_at_path(raw, path, value)
     raw["defaults"] += marks

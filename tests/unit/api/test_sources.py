@@ -1,4 +1,4 @@
-"""Source notations and the short model name."""
+"""Notations of sources (URIs and Hub names), and the short name of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`load_spec` reads a spec as strictly as the API server does."""
+"""`load_spec` refuses the same values in a spec as the API server."""
 
 from __future__ import annotations
 

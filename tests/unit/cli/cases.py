@@ -81,7 +81,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
-"""For each tool's page: the number of configuration files, and the number of command lines. Its other code blocks are data or code."""
+"""For each tool's page: the number of configuration files, and the number of command lines. Other code blocks are data or code."""
 CONTRACT: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),

@@ -105,7 +105,7 @@ def test_help_shows_the_program_name_as_the_user_typed_it(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
     assert call("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
-    # Without this variable Typer looks for a shell among the parent processes. In CI there may be no shell.
+    # Without this variable Typer looks for a shell among the parent processes, and CI may have no shell.
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune", "--show-completion", "bash"])
     assert "_FINETUNE_COMPLETE=complete_bash" in call("--show-completion", "bash")[1]

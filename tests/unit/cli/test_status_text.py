@@ -1,4 +1,4 @@
-"""The text of `finetune status`."""
+"""The output of `finetune status`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes are found by their owner. They are killed when their parent ends, or on request."""
+"""Processes are found by their owner. Processes are killed when their parent ends, or on request."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def new_server() -> Server:
 
 
 class Process:
-    """An operator process that has just started. Its cache contains only the FineTuneJob."""
+    """An operator process that has just started, with only the FineTuneJob in its cache."""
 
     def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
         self.server, self.cache, self.queue = server, Cache(), WorkQueue()

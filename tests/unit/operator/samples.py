@@ -62,7 +62,7 @@ def spec(**groups: Any) -> Object:
 
 
 def status(**fields: Any) -> FineTuneJobStatus:
-    """A status. The fields have the names of the JSON."""
+    """A status from fields with their JSON names."""
     return FineTuneJobStatus.model_validate(fields)
 
 
@@ -120,7 +120,7 @@ def facts(
 
 
 def report(**fields: Any) -> ProgressReport:
-    """A progress report of rank 0's pod. The fields have the names of the JSON."""
+    """A progress report of rank 0's pod from fields with their JSON names."""
     return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
 
 

@@ -21,7 +21,7 @@ def server() -> Server:
 
 
 async def process_with_stuck_pod(server: Server, scheduled: int) -> Process:
-    """Return a new process and its cache with a Pending pod: created an hour ago, scheduled `scheduled` seconds ago."""
+    """Return a new process with a Pending pod, which was created an hour ago and scheduled `scheduled` seconds ago."""
     _, job = await start_attempt(server)
     process, now = Process(server), server.clock.now()
     process.cache.put_job(job)

@@ -157,7 +157,7 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
 
 
 def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
-    """The pod is evicted at 340 s. It is lost at 700 s (grace period 300 s, margin 60 s). The stall timeout ends earlier."""
+    """The pod is evicted at 340 s and lost at 700 s (grace period 300 s, margin 60 s). The stall timeout ends earlier."""
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
@@ -170,9 +170,11 @@ def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
 
 
 def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() -> None:
-    """A network policy has kept the operator from reading reports for an hour. The kubelet reported the pod as ready until just now.
 
-    One failed readiness probe must not count as a stall.
+
+    """For an hour, a network policy has kept the operator from reading reports, but the kubelet has reported the pod as ready.
+
+    One failed readiness probe of the pod must not count as a stall.
     """
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)

@@ -189,7 +189,7 @@ def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
 
 
 def test_terminating_job_that_failed_meanwhile_is_still_deleted() -> None:
-    """The operator's termination caused this failure. It must not replace the recorded reason `Suspended`."""
+    """A failure that the operator's own termination causes must not replace the recorded reason `Suspended`."""
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
     failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
     plan = decide(facts(written=spec(suspend=True), known=known, jobs=[failed], pods=[ended(pod(), 75)], now=at(61)))

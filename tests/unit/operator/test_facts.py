@@ -103,7 +103,7 @@ def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> N
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
-    """The user suspended the job, and the operator restarted hours later. These hours do not count towards the deadline."""
+    """After the user suspended the job, the operator was down for hours. This time does not count towards the job's deadline."""
     begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
     known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
@@ -129,7 +129,7 @@ def test_deleted_job_ran_until_its_pods_ended() -> None:
 
 
 def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
-    """The operator restarted before it scraped step 20. Only the termination message of the preempted pod lists this checkpoint."""
+    """The operator restarted before it scraped step 20. Only the termination message of the preempted pod lists checkpoint 20."""
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})

@@ -1,4 +1,4 @@
-"""If some pods of a gang find no node, the other pods must not occupy their nodes forever. Gangs in a queue are not affected."""
+"""If some pods of a gang find no node, the other pods must not occupy their nodes forever. Gangs in a queue keep waiting."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
 def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed: int, created: int) -> None:
-    """While no pod has a node, an autoscaler may be adding nodes. When all have a node, they may be pulling the image."""
+    """While no pod has a node, an autoscaler may be adding nodes. When all pods have a node, they may be pulling the image."""
     plan = decide(waiting(placed, created=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 

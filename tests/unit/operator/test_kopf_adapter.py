@@ -59,7 +59,7 @@ def test_storages_neither_copy_nor_change_objects() -> None:
 
 
 def test_equal_credentials_make_equal_sessions() -> None:
-    """If equal credentials made unequal sessions, kopf would retry credentials that the server has rejected, without end."""
+    """If equal credentials made unequal sessions, kopf would retry rejected credentials without end."""
     assert session_of("a") == session_of("a") != session_of("b")
     assert hash(session_of("a")) == hash(session_of("a"))
 

@@ -33,7 +33,7 @@ JOB_BODY: Object = {"metadata": {"name": "run-1", "namespace": "team", "resource
 
 @dataclass
 class Server:
-    """Sends the given responses in order and then repeats the last response. None closes the connection without a response."""
+    """Sends the given responses in order and then repeats the last response. If a response is None, the server closes the connection."""
 
     answers: list[tuple[int, Object, dict[str, str]] | None] = field(default_factory=list)
     requests: list[tuple[str, str, Any]] = field(default_factory=list)

@@ -197,7 +197,7 @@ def test_released_lease_can_be_acquired_at_once() -> None:
 
 
 def test_renewal_time_is_the_start_of_the_request() -> None:
-    """Other replicas see the renewed Lease as soon as the server stores it, before the response arrives."""
+    """The API server stores the renewed Lease before the response arrives, and other replicas can see it at once."""
 
     async def scenario() -> None:
         server = Server()

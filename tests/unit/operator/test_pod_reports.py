@@ -1,4 +1,4 @@
-"""The operator limits and cleans the values in a pod's report. It drops a wrong value and keeps all other values of the report."""
+"""The operator limits and cleans the values in a pod's report. A wrong value is dropped, and all other values are kept."""
 
 from __future__ import annotations
 

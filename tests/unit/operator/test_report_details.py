@@ -24,7 +24,7 @@ CHECKPOINTS = [
 
 
 def steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
-    """Return the checkpoint steps in the status after a pod has reported `reported_steps`. Before, the status had `known_steps`."""
+    """Return the checkpoint steps in a status that contained `known_steps` before a pod reported `reported_steps`."""
     known = status(attempt=1, attempts=[BEGUN], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
     observed = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)

@@ -21,7 +21,7 @@ REPORT = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3,
 
 
 class FakeProgressServer:
-    """The HTTP server of a pod. It counts requests, and responds with `body` or with a redirect."""
+    """The HTTP server of a pod, which counts requests and responds with `body` or with a redirect."""
 
     def __init__(self) -> None:
         self.body: str | None = json.dumps(REPORT)
@@ -144,7 +144,7 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scra
 
 
 async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
-    """The first request stays open for the whole test. If the scraper read one pod at a time, it would never read the second pod."""
+    """The first request stays open for the whole test. A scraper that reads one pod at a time would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         scraper.watch(Key("team", "silent"), target(blocked_server))

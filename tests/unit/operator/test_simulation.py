@@ -170,7 +170,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
     def job_trains(self, steps: int, code: int | None) -> None:
-        """Start the job and train. Random events alone would rarely reach this state."""
+        """Start the job and train, because random events alone would rarely reach this state."""
         self.world.jobs.pop(FOREIGN.uid, None)
         self.suspend(False)
         for _ in range(4):
@@ -224,7 +224,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule()
     def operator_restarts(self) -> None:
-        """Restart the operator. It does not know pods that were deleted before the restart."""
+        """Restart the operator. The new process does not know pods that were deleted before."""
         self.world.may_count |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
         self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.is_deleted}
         self.world.last_report = None
@@ -291,7 +291,7 @@ class JobEvents(RuleBasedStateMachine):
         assert len(diverged) <= ROLLBACKS + 1
 
     def teardown(self) -> None:
-        """Reconcile until the job is suspended or finished, as requested. Then check that another reconcile changes nothing."""
+        """Reconcile until the job is suspended or finished, as requested. Check that another reconcile changes nothing."""
         world = self.world
         world.jobs.pop(FOREIGN.uid, None)
         if world.suspend or world.cancel:

@@ -254,7 +254,7 @@ async def test_progress_before_the_first_step_is_deferred_during_a_burst(
 async def test_progress_interval_starts_when_the_report_was_received(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interval starts when the report arrives. If it started at the write, one late write would delay all later writes."""
+    """If the interval started at the write and not at the report, one late write would delay all later writes."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")

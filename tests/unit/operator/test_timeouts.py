@@ -59,7 +59,7 @@ def test_next_reconcile_is_within_an_hour() -> None:
 
 
 def test_ready_pod_does_not_stall_because_its_last_report_is_old() -> None:
-    """A network policy may prevent the operator from reading reports. This must not end the attempt."""
+    """If a network policy prevents the operator from reading reports, the attempt must not end."""
     received = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
     assert timeouts.stall_message(accepted().spec, received, T0, [pod()], at(580)) == ""
 

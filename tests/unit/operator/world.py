@@ -55,7 +55,7 @@ class SimulatedCluster:
     lost: dict[str, datetime] = field(default_factory=dict)
     """Time of the loss of the node, by the uid of the pod on this node."""
     ended_by_suspension: set[str] = field(default_factory=set)
-    """uids of pods that ended because their Job was suspended. The Job controller does not count them as failed."""
+    """uids of pods that ended because their Job was suspended. The Job controller does not count such pods as failed."""
     committed: dict[int, int] = field(default_factory=dict)
     """The attempt that committed the checkpoint, by step."""
     runs: dict[str, int | None] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class SimulatedCluster:
                 self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
-        """Reconnect the lost nodes. Their kubelets end the pods that were deleted."""
+        """Reconnect the lost nodes, so that the kubelets end the pods that were deleted."""
         for uid in list(self.lost):
             p = self.pods.get(uid)
             if p is not None and not p.is_finished and p.deletion_timestamp is None:
@@ -234,7 +234,7 @@ class SimulatedCluster:
     # The trainer
 
     def train(self, steps: int) -> None:
-        """Advance each gang whose pods all run by `steps`, and commit its checkpoints."""
+        """Advance each complete gang by `steps`, and commit its checkpoints."""
         for job in self.owned_jobs():
             gang = [p for p in self.running() if p.job_uid == job.uid and p.deletion_timestamp is None]
             if job.is_finished or job.is_suspended or len({p.index for p in gang}) < self.nodes:
@@ -290,7 +290,7 @@ class SimulatedCluster:
     # Time
 
     def pass_time(self, seconds: int) -> None:
-        """Advance the time. While an attempt is admitted or has pods, this time also counts as running time."""
+        """Advance the time. The time also counts as running time while an attempt is admitted or has pods."""
         admitted = [job for job in self.owned_jobs() if not job.is_suspended and not job.is_finished]
         if admitted or not all(p.is_finished for p in self.pods.values()):
             self.running_seconds += seconds

@@ -1,4 +1,4 @@
-"""Test ids must not depend on the current time or on the process. Otherwise two xdist workers collect different tests."""
+"""Test ids must not depend on the current time or on the process, because all xdist workers must collect the same tests."""
 
 from __future__ import annotations
 

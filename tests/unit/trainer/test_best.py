@@ -22,7 +22,7 @@ from finetune_trainer.best import BEST_FOLDER, BEST_PREFIX, KeepBest
 def test_best_weights_are_restored_if_a_checkpoint_holds_them(
     tmp_path: Path, step: int, files: dict[str, str], restored: str | None
 ) -> None:
-    """Weights between two checkpoints are not saved. If they had the best loss, the run publishes its last weights instead."""
+    """Weights between two checkpoints are not saved. If such weights had the best loss, the run publishes its last weights instead."""
     resumed = tmp_path / "checkpoint-20"
     resumed.mkdir()
     for name, text in files.items():

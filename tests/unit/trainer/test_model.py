@@ -16,7 +16,7 @@ from tests.support.learning import make_run
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_stored_by_bitsandbytes_needs_the_bits_in_the_spec(bits: int, tmp_path: Path) -> None:
-    """bitsandbytes is hidden from jobs without `bits`. The error of transformers would ask the user to install it."""
+    """bitsandbytes is hidden from jobs without `bits`, so the error of transformers would ask the user to install bitsandbytes."""
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
     LlamaConfig(quantization_config=stored).save_pretrained(tmp_path / "model")
     run, inputs = make_run(tmp_path, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""FLOPs per token, utilisation and throughput. The tests compare them with published figures and with counted parameters."""
+"""FLOPs per token, utilisation and throughput: comparison with published figures and with counted parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An https server on the loopback interface. It serves a folder and can send faulty responses."""
+"""An https server on the loopback interface that serves a folder and can send faulty responses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Web:
     url: str
     ca: str
     faults: list[Fault] = field(default_factory=list)
-    """Faulty responses to the next requests. Later requests get the files of the folder."""
+    """Faulty responses to the next requests; further requests get the files of the folder."""
     ranges: bool = True
     requests: list[str] = field(default_factory=list)
     """`METHOD /path?query RANGE` of each request."""

@@ -61,9 +61,9 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
     "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, PAIR_OF_TURNS),
-    "text prompt and complete conversations as answers": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "text prompt, each answer is a complete conversation": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, Preference((Turn("user", "hi\n"),), *ANSWER_TURNS)),
-    "prompt and complete conversations as answers": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "each answer is a complete conversation": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "complete conversation only in chosen": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, PAIR_OF_TURNS),
     "complete conversations with a system prompt": (
         "dpo", {"prompt": "hi", "chosen": [SYSTEM_BE, *TURNS], "rejected": [SYSTEM_BE, TURNS[0], ANSWER_NO]},
@@ -73,7 +73,7 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
         "dpo", {"prompt": TURNS, "chosen": [QUESTION_AND, TURNS[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
         Preference((U, A), (Turn("user", "and"), *ANSWER_TURNS[0]), (Turn("user", "and"), *ANSWER_TURNS[1])),
     ),
-    "empty prompt and complete conversations as answers": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "empty prompt, each answer is a complete conversation": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "empty prompt and labelled conversation": (
         "kto", {"prompt": " ", "completion": [SYSTEM_BE, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
     ),

@@ -30,7 +30,7 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""Template whose generation prompt lacks the assistant header. Its generation markers exclude the end-of-turn token."""
+"""Template whose generation prompt lacks the assistant header, and whose generation markers exclude the end-of-turn token."""
 MARKED_IN_PIECES = MARKED.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )

@@ -1,4 +1,4 @@
-"""Before the first step the reference model equals the trained model. Therefore the first loss is known."""
+"""The first loss is known, because the reference model equals the trained model before the first step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tm
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
 def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path: Path) -> None:
-    """The run logs the KL divergence from the reference model. The prompts contain a new token, so the reference model needs its row."""
+    """The run logs the KL divergence from the reference model. To read prompts with a new token, the reference model needs the token's row."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
     spec = {**METHODS.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS

@@ -180,7 +180,7 @@ def test_a_stop_is_not_caught_by_except_exception(run: Run) -> None:
 
 
 def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> None:
-    """A resumed run starts with the next epoch. Without the wait, the validation loss of this epoch would never be measured."""
+    """A resumed run starts with the next epoch. Without the wait, no run would measure the validation loss of the ended epoch."""
     run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step()
     run.ask_to_stop()

@@ -65,7 +65,7 @@ def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:
-    """The state of a scheduler such as ReduceLROnPlateau contains its rates. Therefore no other rate can be restored."""
+    """The state of a scheduler such as ReduceLROnPlateau contains its rates, so no other rate can be restored."""
     optimizer, _ = make(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 

@@ -263,7 +263,7 @@ def begin(tree: Tree, attempt: int) -> None:
 
 
 def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: Tree, tmp_path: Path) -> None:
-    """When the next attempt reaches the step of an earlier attempt's checkpoint, it replaces this checkpoint."""
+    """An attempt that reaches the step of an earlier attempt's checkpoint replaces this checkpoint."""
     commit(two_checkpoints, tmp_path, 20)
     begin(two_checkpoints, 2)
     with pytest.raises(Fenced, match="a later attempt has begun"):

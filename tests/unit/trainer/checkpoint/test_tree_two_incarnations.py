@@ -1,4 +1,4 @@
-"""Two incarnations write below one root at the same time. In every order of their requests, the data of each marker exists."""
+"""Two incarnations write below one root at the same time. In every order of the requests, the data of each marker exists."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def commit(tree: Tree, staged: Path, step: int, attempt: int, pod_uid: str = "00
 
 
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
-    """The old attempt passes its last check before the sweep deletes the data, and then creates the marker. The sweep removes it."""
+    """The old attempt passes its last check, the sweep deletes the data, and the old attempt creates its marker. The sweep removes the marker."""
     tree, key = Tree(store), f"{prefix_of(10)}/_COMMITTED"
     commit(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)

@@ -242,7 +242,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(ben
 
 
 def test_the_checkpoint_of_a_stop_is_retried(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No later checkpoint follows the checkpoint of a stop. A short outage of the store must not lose it."""
+    """No later checkpoint follows the checkpoint of a stop. A short outage of the store must not lose this checkpoint."""
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
     tries: list[str] = []
 

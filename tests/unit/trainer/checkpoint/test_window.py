@@ -18,7 +18,7 @@ def trainer(loss: float = 0.0, *, since: int = 0, **fields: Any) -> Any:
 
 
 def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
-    """One third has no exact binary or decimal form. Writing and reading must not round it again."""
+    """One third has no exact binary or decimal form. Writing and reading a sum must not round the sum again."""
     third = torch.tensor(1.0) / 3
     first = trainer(
         since=20, _sums={"train": {"nll": third, "trained": torch.tensor(11)}}, _metrics={"train": {"a": [third, 2]}}
@@ -34,7 +34,7 @@ def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_windows_are_exchanged_with_version_0_1_0_in_both_directions(tmp_path: Path) -> None:
-    """Token accuracy is a quotient of two sums. Both sums must cover the same steps."""
+    """The two sums whose quotient is the token accuracy must cover the same steps."""
     sums = {"correct": 3, "trained": 4, "positions": 9, "tokens": 8, "letters": 2, "correct_letters": 1}
     stored = {"correct": 3, "learned": 4, "places": 9, "tokens": 8, "letters": 2, "right": 1}
     Window(trainer(_sums={"train": dict(sums)}), 0, 1).write(tmp_path)

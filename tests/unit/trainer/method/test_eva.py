@@ -47,7 +47,7 @@ def test_a_rank_above_the_possible_directions_is_refused(
 def test_directions_that_do_not_converge_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One batch is enough to find the directions. Two more batches are needed to detect that they are stable.
+    # EVA finds the directions with one batch, but needs two more batches to detect that the directions are stable.
     monkeypatch.setattr(eva, "MAX_BATCHES", 2)
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path, model, eva_spec(24, 2))

@@ -77,7 +77,7 @@ def test_a_full_volume_is_reported_as_a_storage_failure(store: FolderStore, monk
 
 
 def test_listing_an_unreadable_folder_raises_an_error(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the run cannot read its checkpoints, because they belong to another user, it must not start from step 0."""
+    """A run must not start from step 0 because another user owns its checkpoints."""
     store.put("checkpoints/step-00000005/_COMMITTED", b"{}")
     scan = os.scandir
 

@@ -16,9 +16,9 @@ from finetune_trainer.storage import s3
 from finetune_trainer.storage.s3 import MIB, PART_BYTES, RANGE_BYTES, S3Store, _transfer
 
 MAX_PARTS = 10_000
-"""Limit of S3 for the parts of one object."""
+"""Maximum number of parts of an S3 object."""
 MAX_PART_BYTES = 5 * 1024 * MIB
-"""Limit of S3 for the bytes of one part."""
+"""Maximum size of a part in bytes."""
 Response = tuple[int, dict[str, str], bytes]
 
 

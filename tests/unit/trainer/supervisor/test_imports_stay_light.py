@@ -1,4 +1,4 @@
-"""The supervisor imports neither torch nor another heavy package, also when it fetches and checks inputs."""
+"""The supervisor imports neither torch nor another heavy package, even when it fetches and checks inputs."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
 def test_leftovers_are_removed_only_after_earlier_attempts_are_fenced_out(
     store: RecordingStore, tmp_path: Path
 ) -> None:
-    """Claim before the sweep: an earlier attempt that still runs could commit data while the sweep removes it."""
+    """Before the sweep, an earlier attempt that still runs must be fenced out, because it could commit data that the sweep removes."""
     preparation(tmp_path, 2).claim_storage(Tree(store))
     assert store.changes == [
         "put run/attempt-2/run.json", "delete checkpoints/step-00000005/a1-00000000/weights"

@@ -18,7 +18,7 @@ from finetune_trainer.supervisor.rank_channel import RankChannel
 
 
 class Recorder:
-    """The supervisor's end of a channel. It records the messages that it receives."""
+    """The supervisor's end of a channel, which records all messages."""
 
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
