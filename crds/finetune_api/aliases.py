@@ -1,4 +1,4 @@
-"""Option names of other tools, and the FineTuneJob fields that correspond to them. Error messages suggest these fields."""
+"""Option names of other tools, and the equivalent FineTuneJob fields. If a spec contains such a name, the error message suggests the field."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ FIELD_ALIASES: dict[str, str] = {
     "maxruntime": "policy.activeDeadlineSeconds", "maxretries": "policy.retries", "backofflimit": "policy.retries",
     "pushtohub": "output.hub.push", "hubmodelid": "output.hub.repository",
 }  # fmt: skip
-"""Spec path by the option's name in other tools, in lower case without `_` and `-`. A key `group.name` applies only inside that group."""
+"""Maps option names of other tools to spec paths. Names are in lower case without `_` and `-`. A key `group.name` applies only in the group `group`."""
 
 OPTIMIZER_ALIASES: dict[str, str] = {
     "adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "adamw_hf": "adamw_torch_fused", "adamwtorch": "adamw_torch",
     "adam8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "pagedadamw": "paged_adamw_32bit", "pagedadam": "paged_adamw_32bit",
     "lion": "lion_32bit", "pagedlion": "paged_lion_32bit", "sgdm": "sgd", "momentum": "sgd",
 }  # fmt: skip
-"""Optimizer by its name in other tools, in lower case."""
+"""Maps optimizer names of other tools, in lower case, to values of `training.optimizer`."""
 
 
 def normalise(name: str) -> str:
@@ -64,6 +64,6 @@ def normalise(name: str) -> str:
 
 
 def field_for_alias(path: str) -> str:
-    """Return the spec path that corresponds to a path with another tool's name, such as `training.lr`; an empty string if there is none."""
+    """Return the spec path for an option name of another tool: `training.learningRate` for `training.lr`. Empty string: unknown name."""
     group, _, name = path.rpartition(".")
     return FIELD_ALIASES.get(f"{group}.{normalise(name)}") or FIELD_ALIASES.get(normalise(name), "")

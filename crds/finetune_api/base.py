@@ -1,7 +1,7 @@
 """Base classes of all models: camelCase names in JSON, and fields that contain their own documentation.
 
-`option` and `status_field` hold a field's meaning, unit, default and example. The CRD's descriptions, the reference pages and the
-defaults are computed from these.
+Each field is declared by `option` or `status_field`, with its description, default and example. The CRD's descriptions, the
+reference pages and the defaults are generated from these declarations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WireModel(BaseModel):
     )
 
     def to_wire(self) -> dict[str, Any]:
-        """Return a JSON-ready dict with wire names, without fields that are None."""
+        """Return a dict for JSON with camelCase keys. Fields that are None are omitted."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -43,7 +43,7 @@ class LenientModel(WireModel):
 class ReportModel(LenientModel):
     """A model for status and reports of another version: unknown fields and unreadable values are dropped, all other values are kept.
 
-    A field with an unreadable value counts as absent; an unreadable item is left out of its list. Errors: ValidationError if a
+    A field with an unreadable value counts as absent; an unreadable list item is omitted. Errors: ValidationError if a
     required field is absent or unreadable.
     """
 
@@ -59,7 +59,7 @@ class ReportModel(LenientModel):
 
 
 def _without_values(data: dict[str, Any], locations: list[tuple[int | str, ...]]) -> dict[str, Any]:
-    """Return a copy without the fields at these locations. A location inside a list removes only the list item."""
+    """Return a copy of `data` without the fields at `locations`. If a location is inside a list, only that list item is removed."""
     unreadable_items: dict[str, set[int]] = {}
     kept = dict(data)
     for field, *inner in locations:
@@ -81,10 +81,10 @@ SINCE = "x-since"
 def option(
     description: str, *, default: Any = None, default_text: str = "", example: Any = None, since: str = "", **constraints: Any
 ) -> Any:
-    """An optional field of the spec. Its value is None until defaults are filled in, so a value other than None comes from the user.
+    """Declare an optional field of the spec. Without a user's value, the field is None until `defaults.resolve` fills it in.
 
-    `default` is a constant that is filled in; `default_text` describes a default that depends on other fields. `since` is the
-    release that added the field; its default must mean the behaviour before that release.
+    `default` is a constant default; `default_text` describes a default that depends on other fields. `since` is the release
+    that added the field; the default of such a field must keep the behaviour of older releases.
     """
     given = {DEFAULT: default, DEFAULT_TEXT: default_text or None, EXAMPLE: example, SINCE: since or None}
     extra = {key: value for key, value in given.items() if value is not None}
@@ -95,12 +95,12 @@ PROMPT = "x-prompt"
 
 
 class Prompt(StrEnum):
-    """Which changes of a status field the operator writes at once. Other changes wait for the next periodic status write."""
+    """Which changes of a status field the operator writes immediately. It writes all other changes with the next periodic status write."""
 
     VALUE = "value"
-    """Every change of the value is written at once."""
+    """The operator writes every change of the value immediately."""
     PRESENCE = "presence"
-    """Only a change from absent to present or back is written at once."""
+    """The operator immediately writes only changes from absent to present or from present to absent."""
 
 
 def status_field(
@@ -111,7 +111,7 @@ def status_field(
     example: Any = None,
     prompt: Prompt | None = None,
 ) -> Any:
-    """A field of the status; `default=...` makes it required."""
+    """Declare a field of the status; `default=...` makes the field required."""
     extra = {key: value for key, value in ((EXAMPLE, example), (PROMPT, prompt)) if value is not None}
     if default_factory is not None:
         return Field(default_factory=default_factory, description=description, json_schema_extra=extra or None)
@@ -119,29 +119,29 @@ def status_field(
 
 
 class CelRule(NamedTuple):
-    """A rule that the API server checks inside a group of the spec."""
+    """A CEL rule of the CRD about the fields of one group of the spec."""
 
     expression: str
     message: str
-    """Error message of the API server if the expression is false."""
+    """Error message that the API server returns if the expression is false."""
     code: str
-    """Code of the rule in `finetune_api.rules` that refuses the same specs offline."""
+    """Code of the equivalent Python rule in `finetune_api.rules`."""
 
 
 class Group(WireModel):
-    """A group of options. `cel` contains the CEL rules about fields of this group only."""
+    """A group of options in the spec. `cel` contains only CEL rules about fields of the same group."""
 
     cel: ClassVar[tuple[CelRule, ...]] = ()
 
 
 def nested_group(annotation: Any) -> type[Group] | None:
-    """The group in a field's annotation (`SomeGroup` or `SomeGroup | None`), or None."""
+    """Return the group in a field's annotation (`SomeGroup` or `SomeGroup | None`). None: the annotation contains no group."""
     options = [annotation, *getattr(annotation, "__args__", ())]
     return next((item for item in options if isinstance(item, type) and issubclass(item, Group) and item.model_fields), None)
 
 
 def nested_groups(model: type[Group]) -> Iterator[type[Group]]:
-    """Yield the group itself and every group nested in it, also in lists. A group that several fields use is yielded several times."""
+    """Yield `model` and every group nested in `model`, also in lists. A group that is used by several fields is yielded several times."""
     yield model
     for info in model.model_fields.values():
         for group in _groups_in(info.annotation):
@@ -156,7 +156,7 @@ def _groups_in(annotation: Any) -> Iterator[type[Group]]:
 
 
 def member_docs(enum: type[Enum]) -> dict[str, str]:
-    """The docstring below each member of an enumeration, by member name."""
+    """Return the docstrings of an enumeration's members, by member name."""
     body = ast.parse(inspect.getsource(enum)).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -170,7 +170,7 @@ def member_docs(enum: type[Enum]) -> dict[str, str]:
 
 @cache
 def fields_with_since(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """Return the release that added each field, by spec path. Fields of the first release are left out."""
+    """Map spec paths to the release that added the field. Fields of the first release are omitted."""
     releases: dict[str, str] = {}
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
@@ -183,7 +183,7 @@ def fields_with_since(model: type[BaseModel], prefix: str = "") -> dict[str, str
 
 
 def version_key(release: str) -> tuple[int, ...]:
-    """Return a sort key for a release, so that `0.10.0` is newer than `0.9.1`. Parts that are not numbers count as 0."""
+    """Return a sort key for a release, so that `0.10.0` is newer than `0.9.1`. Parts of the version that are not numbers count as 0."""
     return tuple(int(part) if part.isdecimal() else 0 for part in release.split("-")[0].split("."))
 
 

@@ -1,7 +1,7 @@
 """Read the spec of a FineTuneJob and `run.json` even if a neighbouring release wrote them.
 
-`docs/decisions/0070-contract-across-versions.md` is the contract. In short: the default of a new field means the behaviour before
-that field existed. A reader may therefore ignore an unknown field that has its default, but not an unknown field that the user set.
+`docs/decisions/0070-contract-across-versions.md` describes the rules. The default of a new field always means the behaviour of older
+releases. An older reader may therefore ignore an unknown field with its default value, but not an unknown field that the user set.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Unknown:
 
 
 def read_spec(raw: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
-    """Return the part of a spec that this release knows, and the spec paths of unknown fields and unknown enumeration values.
+    """Return the spec without unknown parts, and the spec paths of all unknown fields and unknown enumeration values.
 
     Errors: ValidationError for values that no release accepts.
     """
@@ -47,9 +47,9 @@ def read_spec(raw: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]
 def read_run_config(data: bytes) -> RunConfig:
     """Read the bytes of `run.json`.
 
-    Unknown fields of origin `default` are ignored. Unknown fields outside the spec are ignored, too: if a trainer must know such a
-    field, the operator raises `minTrainerVersion`. Errors: TooOldError `TrainerTooOld`, which names all other unknown fields or the
-    required release; ConfigError `RunFileInvalid`.
+    Unknown fields of the spec are ignored if their origin is `default`. Unknown fields outside the spec are always ignored: if a trainer
+    must know such a field, the operator raises `minTrainerVersion`. Errors: TooOldError `TrainerTooOld` for all other unknown fields and
+    if `run.json` requires a newer trainer; ConfigError `RunFileInvalid`.
     """
     try:
         raw = json.loads(data)
@@ -75,7 +75,7 @@ def _too_old(problem: str) -> TooOldError:
 
 
 def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
-    """Yield the paths at or below an unknown field or value that a trainer must not ignore."""
+    """Yield the path of the unknown field or value, or of the fields inside it, if a trainer must not ignore them."""
     location, value = unknown.location, unknown.value
     if not unknown.is_field:
         yield f"{_path(location)}: {value}"
@@ -91,7 +91,7 @@ def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
 
 
 def _read_known(model: type[Model], raw: Any) -> tuple[Model, list[Unknown]]:
-    """Return a model of the known fields, and the unknown ones. Errors: ValidationError for values that every release refuses."""
+    """Return a model of the known fields, and a list of the unknown fields and values. Errors: ValidationError for values that every release refuses."""
     raw = copy.deepcopy(raw)
     unknown: list[Unknown] = []
     while True:
@@ -102,13 +102,13 @@ def _read_known(model: type[Model], raw: Any) -> tuple[Model, list[Unknown]]:
             removable = {
                 item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD, *UNKNOWN_WORDS)
             } | {
-                # If the field of an unknown value is required, its group cannot be read either and is removed, too.
+                # A group cannot be read without its required fields. If a required field has an unknown value, remove the whole group.
                 item["loc"][:-1]: item["type"] for item in error.errors()
                 if item["type"] == "missing" and item["loc"] in removed and len(item["loc"]) > 1
             }  # fmt: skip
             if not removable:
                 raise
-            # Removing the last items of a list first keeps the indices of the other items valid.
+            # Remove items from the end of a list first, so that the indices of the other items remain valid.
             for location in sorted(removable, key=_sort_key, reverse=True):
                 value = _remove(raw, location)
                 unknown.append(Unknown(location, value, is_field=removable[location] == UNKNOWN_FIELD))

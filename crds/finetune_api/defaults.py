@@ -1,7 +1,7 @@
 """Fill in the defaults of a spec and record which values were filled in.
 
-The CRD's schema sets no defaults: otherwise user values and defaults could not be distinguished. Constant defaults are part of their
-field (`option(default=...)`). This module computes the defaults that depend on other fields.
+The CRD's schema sets no defaults, because the operator could not distinguish such defaults from user values. Constant defaults are
+declared with their fields (`option(default=...)`). This module computes the defaults that depend on other fields.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_SEQUENCE_LENGTH = 2048
 
 @dataclass(frozen=True)
 class PlatformDefaults:
-    """Defaults from the operator's configuration or, for local runs, from the machine."""
+    """Defaults of the operator's configuration. For local runs: defaults that depend on the machine."""
 
     storage: StorageRoot | None = None
     gpu_resource: str = "nvidia.com/gpu"
@@ -55,11 +55,11 @@ class PlatformDefaults:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A spec with all defaults, the filled-in values, and remarks for the user."""
+    """The result of `resolve`: the spec with all defaults, the filled-in values, and notes for the user."""
 
     spec: FineTuneJobSpec
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Filled-in values by spec path (wire names)."""
+    """Filled-in values, by spec path in camelCase."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -69,11 +69,11 @@ OPTIONAL_GROUPS = frozenset({
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
 })  # fmt: skip
-"""Groups that stay absent unless the user sets them or the method or the objective needs them."""
+"""Groups without automatic defaults: a group is present only if the user sets it, or the method or objective needs it."""
 
 
 def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) -> Resolution:
-    """Fill in every default. This function refuses no spec: run `rules.check` first."""
+    """Fill in every default. This function does not check the spec: call `rules.check` first."""
     platform = platform or PlatformDefaults()
     value = spec.to_wire()
     filled: dict[str, Any] = {}
@@ -85,14 +85,14 @@ def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) 
         filled.pop("training.epochs", None)
     notes += [f"{warning.path} {warning.message}" for warning in warnings(spec)]
     if method_type_of(spec) is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
-        notes.append("method lora on a 4-bit base is QLoRA")
+        notes.append("method lora on a 4-bit base model is equivalent to method qlora")
     if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:
-        notes.append("distributed.strategy ddp with one rank is a single process")
+        notes.append("distributed.strategy ddp has no effect with a single rank")
     return Resolution(FineTuneJobSpec.model_validate(value), filled, notes)
 
 
 def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
-    """Defaults that depend on other fields or on the platform, by spec path."""
+    """Return the defaults that depend on other fields or on the platform, by spec path."""
     method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
@@ -149,9 +149,9 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
 
 
 def _storage_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
-    """Defaults of `spec.storage` from the operator's configuration.
+    """Return defaults of `spec.storage` from the operator's configuration.
 
-    If the job sets an endpoint, it uses another store. The region and the credentials of the configured store do not apply then.
+    If the job sets its own endpoint, only `uri` has a default: region and credentials of the configured store do not fit another store.
     """
     if platform.storage is None:
         return {}
@@ -167,7 +167,7 @@ FROM_PLATFORM = (
 
 
 def origins_of(filled: Iterable[str]) -> dict[str, Origin]:
-    """Return the origin of each filled-in value, by spec path. Values of origin `default` are left out."""
+    """Return the origins of filled-in values, by spec path. Values of origin `default` are omitted."""
     return {path: Origin.PLATFORM for path in filled if path in FROM_PLATFORM or path.startswith("storage.")}
 
 
@@ -180,7 +180,7 @@ CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
     "dataset.maxBadRowRatio": lambda group: group.get("badRows") == "skip",
     "output.layout": lambda group: group.get("dir") is not None,
 }
-"""Constant defaults that apply only under a condition on their own group (wire names)."""
+"""Constant defaults with a condition. The condition gets the fields of the same group, with camelCase keys."""
 COMPUTED = frozenset({
     "method.promptLength", "method.spectrum.snrThreshold", "method.spectrum.metric", "model.quantization.type", "model.quantization.doubleQuant",
 })  # fmt: skip
@@ -188,7 +188,7 @@ COMPUTED = frozenset({
 
 
 class _Field(NamedTuple):
-    """The properties of a group's field that filling in defaults needs."""
+    """The properties of a field that `_fill_in_constants` needs."""
 
     wire: str
     group: type[Group] | None
@@ -209,7 +209,7 @@ def _fields(model: type[BaseModel]) -> tuple[_Field, ...]:
 
 
 def _fill_in_constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled: dict[str, Any]) -> None:
-    """Fill in every constant default of `value` and its groups."""
+    """Fill in every constant default of `value` and of the groups in `value`."""
     for wire, group, can_be_empty, metadata in _fields(model):
         path = f"{prefix}{wire}"
         if group is not None:
@@ -226,7 +226,7 @@ def _applies(path: str, group: dict[str, Any]) -> bool:
 
 
 def _fill_in(value: dict[str, Any], path: str, default: Any, filled: dict[str, Any]) -> None:
-    """Set the value at a path, unless it is set already."""
+    """Set the value at `path` to `default`, unless a value is already set."""
     *groups, name = path.split(".")
     for group in groups:
         value = value.setdefault(group, {})

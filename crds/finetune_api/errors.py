@@ -1,7 +1,7 @@
-"""Error classes, one per exit code. An error's `code` identifies the failure, and its hint says what to write instead.
+"""Exception classes, one per exit code of the trainer. `code` identifies the failure, and `hint` tells the user what to write.
 
-The trainer turns errors into exit codes and termination messages. The CLI and the operator raise ConfigError only. A message says
-what was found and why it cannot work. Messages never contain secrets.
+The trainer turns these exceptions into exit codes and termination messages. The CLI and the operator raise only ConfigError. An error
+message states the invalid value and why it cannot work. Error messages never contain secrets.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from finetune_api.names import ExitCode, FailureClass
 
 
 class FineTuneError(Exception):
-    """A failure with a failure class, a code, a message and a hint.
+    """An error with a failure class, a code, a message and a hint.
 
-    `code` is a stable CamelCase word (`DatasetEmpty`) that programs may match on.
+    `code` is a CamelCase word (`DatasetEmpty`). It does not change between releases, so programs may compare it.
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL
@@ -31,7 +31,7 @@ class FineTuneError(Exception):
         return f"{self.code}: {self.message}" + (f" ({self.hint})" if self.hint else "")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Make errors picklable: ranks send them to the supervisor."""
+        """Make errors picklable, because ranks send errors to the supervisor."""
         return _rebuild, (type(self), self.code, self.message, self.hint, self.failure_class)
 
 
@@ -42,85 +42,85 @@ def _rebuild(
 
 
 class ConfigError(FineTuneError):
-    """64: the configuration cannot work; only another spec helps."""
+    """Exit code 64: the configuration cannot work. The user must change the spec."""
 
     exit_code = ExitCode.CONFIG
 
 
 class DataError(FineTuneError):
-    """65: the data cannot be trained on."""
+    """Exit code 65: the data cannot be used for training."""
 
     exit_code = ExitCode.DATA
 
 
 class NotFoundError(FineTuneError):
-    """66: a model or data set is missing or gated."""
+    """Exit code 66: a model or data set is missing or gated."""
 
     exit_code = ExitCode.NOT_FOUND
 
 
 class StorageSetupError(FineTuneError):
-    """67: storage is wrongly configured (bucket, region, addressing, TLS)."""
+    """Exit code 67: storage is wrongly configured (bucket, region, addressing, TLS)."""
 
     exit_code = ExitCode.STORAGE_SETUP
 
 
 class StorageError(FineTuneError):
-    """69: storage could not be reached after retries."""
+    """Exit code 69: storage was unreachable, also after retries."""
 
     exit_code = ExitCode.STORAGE
 
 
 class InternalError(FineTuneError):
-    """70: unclassified."""
+    """Exit code 70: unclassified failure."""
 
     exit_code = ExitCode.INTERNAL
 
 
 class MemoryExhaustedError(FineTuneError):
-    """71: GPU memory was exhausted."""
+    """Exit code 71: GPU memory was exhausted."""
 
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class DivergedError(FineTuneError):
-    """72: loss or gradient norm was not finite."""
+    """Exit code 72: loss or gradient norm was not finite."""
 
     exit_code = ExitCode.DIVERGED
 
 
 class NoCheckpointError(FineTuneError):
-    """73: checkpoints were committed, but none can be loaded."""
+    """Exit code 73: the job has committed checkpoints, but none of them can be loaded."""
 
     exit_code = ExitCode.NO_CHECKPOINT
 
 
 class PeerError(FineTuneError):
-    """74: another rank or a collective operation failed, or training hung."""
+    """Exit code 74: another rank or a collective operation failed, or training hung."""
 
     exit_code = ExitCode.PEER
 
 
 class CredentialsError(FineTuneError):
-    """77: credentials or permissions are missing or wrong."""
+    """Exit code 77: credentials or permissions are missing or wrong."""
 
     exit_code = ExitCode.CREDENTIALS
 
 
 class InstallationBrokenError(FineTuneError):
-    """78: the trainer image lacks a compiler or library; retrying cannot help."""
+    """Exit code 78: the trainer image lacks a compiler or library. Retries cannot succeed."""
 
     exit_code = ExitCode.INSTALLATION_BROKEN
 
 
 class TooOldError(FineTuneError):
-    """79: this program does not know a field that the user set."""
+    """Exit code 79: this trainer release does not know a field that the user set."""
 
     exit_code = ExitCode.TOO_OLD
 
 
 class GateFailedError(FineTuneError):
-    """80: the trained model missed a gate."""
+    """Exit code 80: the trained model failed a gate of `evaluation.gates`."""
 
     exit_code = ExitCode.GATE_FAILED
 

@@ -1,8 +1,8 @@
-"""The exit policy table: what each exit code of a trainer pod means and what the operator does about it.
+"""Meaning and retry policy of each exit code of a trainer pod.
 
-This is the only place that maps exit codes. The operator's retry rules, the Job's podFailurePolicy, the trainer's choice of
-the root cause among several failing ranks, the default hints and the reference documentation all read it. A new exit code
-needs a member of `names.ExitCode`, a row here and, if the trainer raises it, an error class in `errors`.
+No other module maps exit codes. The operator's retry rules, the Job's podFailurePolicy, the default hints and the reference
+documentation use this table. The trainer uses it to choose the root cause if several ranks fail. A new exit code needs a member of
+`names.ExitCode`, a row in this table and, if the trainer raises it, an error class in `errors`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class RetryPolicy(StrEnum):
     ROLL_BACK = "rollBack"
     """Start another attempt from an earlier healthy checkpoint with a lower learning rate, if a further rollback is allowed; otherwise end the job."""
     WAIT = "wait"
-    """Start another attempt after a backoff, without limit; it does not count against `policy.retries`."""
+    """Start another attempt after a backoff. The number of such attempts is not limited, and they do not count against `policy.retries`."""
 
 
 class Precedence(IntEnum):
-    """If several pods or ranks failed, the failure with the lowest precedence value explains the attempt."""
+    """If several pods or ranks fail, the attempt's reason is that of the failure with the lowest precedence value."""
 
     INPUT = 0
-    """Configuration, data, model, storage or installation: a person can fix the cause."""
+    """Failures of configuration, data, model, storage or installation, which a person can fix."""
     NUMERIC = 1
     """GPU memory was exhausted, or training diverged."""
     UNKNOWN = 2
-    """Unclassified."""
+    """The cause is unknown."""
     CLUSTER = 3
     """The cluster removed or rejected the pod."""
     PEER = 4
@@ -49,9 +49,9 @@ class Precedence(IntEnum):
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """What one exit code of a trainer pod means.
+    """Meaning and retry policy of one exit code of a trainer pod.
 
-    `failure_class`, `default_failure_code` and `default_hint` apply only where the termination message sets no other value.
+    A failure class, failure code or hint in the termination message replaces the one in this policy.
     """
 
     code: ExitCode
@@ -59,18 +59,18 @@ class ExitPolicy:
     retry: RetryPolicy
     precedence: Precedence
     reason: Reason
-    """Reason of the ended attempt."""
+    """Reason in the status of an attempt that ends with this exit code."""
     default_failure_code: str
     """Value of `status.failure.code` if the termination message has no code."""
     default_hint: str
-    """What the user or the platform team can do. Shown if the termination message has no hint."""
+    """Hint for the user or the platform team if the termination message has no hint."""
 
     @property
     def fails_job(self) -> bool:
-        """Whether the podFailurePolicy ends the Job as soon as one pod exits with this code.
+        """Whether the podFailurePolicy fails the Job as soon as one pod exits with this code.
 
-        All other codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for them would also fail a suspended Job, whose
-        pods exit with 75.
+        All other exit codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for them would also fail a suspended Job,
+        because the pods of a suspended Job exit with code 75.
         """
         return self.retry in (RetryPolicy.NEVER, RetryPolicy.ROLL_BACK, RetryPolicy.WAIT)
 
@@ -88,7 +88,7 @@ EXIT_POLICIES: dict[int, ExitPolicy] = {
         ),
         ExitPolicy(
             ExitCode.NOT_FOUND, FailureClass.MODEL, RetryPolicy.NEVER, Precedence.INPUT, Reason.MODEL_ERROR,
-            "NotFound", "check the name of the model or data set, and the token if it is gated",
+            "NotFound", "check the name of the model or data set; a gated model or data set also needs a token",
         ),
         ExitPolicy(
             ExitCode.STORAGE_SETUP, FailureClass.STORAGE, RetryPolicy.NEVER, Precedence.INPUT, Reason.STORAGE_ERROR,
@@ -120,7 +120,7 @@ EXIT_POLICIES: dict[int, ExitPolicy] = {
         ),
         ExitPolicy(
             ExitCode.PREEMPTED_SAVED, FailureClass.PREEMPTED, RetryPolicy.FREE, Precedence.STOPPED, Reason.PREEMPTED,
-            "PreemptedSaved", "nothing to do: the next attempt resumes from the saved step",
+            "PreemptedSaved", "no action is needed: the next attempt resumes from the saved step",
         ),
         ExitPolicy(
             ExitCode.PREEMPTED_UNSAVED, FailureClass.PREEMPTED, RetryPolicy.FREE, Precedence.STOPPED, Reason.PREEMPTED,
@@ -132,19 +132,19 @@ EXIT_POLICIES: dict[int, ExitPolicy] = {
         ),
         ExitPolicy(
             ExitCode.INSTALLATION_BROKEN, FailureClass.INFRASTRUCTURE, RetryPolicy.NEVER, Precedence.INPUT,
-            Reason.INSTALLATION_BROKEN, "InstallationBroken", "use a trainer image that contains what the message names",
+            Reason.INSTALLATION_BROKEN, "InstallationBroken", "use a trainer image that contains the missing compiler or library",
         ),
         ExitPolicy(
             ExitCode.TOO_OLD, FailureClass.INFRASTRUCTURE, RetryPolicy.WAIT, Precedence.INPUT, Reason.TRAINER_TOO_OLD,
-            "TrainerTooOld", "use a trainer image of the operator's version, or remove the fields that the message names",
+            "TrainerTooOld", "use a trainer image of the operator's version, or remove the unknown fields from the spec",
         ),
         ExitPolicy(
             ExitCode.GATE_FAILED, FailureClass.MODEL, RetryPolicy.NEVER, Precedence.INPUT, Reason.GATE_FAILED,
-            "GateFailed", "the model is kept in status.output; see status.evaluation for the metric that missed its gate",
+            "GateFailed", "status.evaluation shows the metric that failed its gate; status.output contains the location of the trained model",
         ),
     )
 }  # fmt: skip
-"""Policy of every exit code by which a trainer pod reports a failure."""
+"""Policies of all exit codes with which a trainer pod reports a failure."""
 
 REASON_OF_CLASS: dict[FailureClass, Reason] = {
     FailureClass.USER: Reason.USER_ERROR,
@@ -157,14 +157,14 @@ REASON_OF_CLASS: dict[FailureClass, Reason] = {
     FailureClass.INFRASTRUCTURE: Reason.PEER_FAILED,
     FailureClass.INTERNAL: Reason.INTERNAL_ERROR,
 }
-"""Reason of an attempt by failure class, for a termination message whose class differs from that of the exit code's policy."""
+"""Reason of a failed attempt, by failure class. It applies if the termination message and the exit code's policy have different failure classes."""
 
 
 def attempt_reason(policy: ExitPolicy, failure_class: FailureClass) -> Reason:
-    """Return the reason of an attempt that ended with this policy's exit code and reported `failure_class`."""
+    """Return the reason of a failed attempt. `policy` belongs to the exit code; `failure_class` is from the termination message."""
     return policy.reason if failure_class is policy.failure_class else REASON_OF_CLASS[failure_class]
 
 
 def codes_that_fail_the_job() -> list[int]:
-    """Return the exit codes of the podFailurePolicy's FailJob rule, sorted."""
+    """Return the sorted exit codes for the FailJob rule of the podFailurePolicy."""
     return sorted(int(code) for code, policy in EXIT_POLICIES.items() if policy.fails_job)

@@ -1,6 +1,6 @@
-"""All names that operator, trainer and CLI exchange: labels, environment variables, reasons, exit codes, paths.
+"""Names that operator, trainer and CLI share: labels, environment variables, reasons, exit codes, paths.
 
-Other modules import these names and do not repeat the strings.
+All other modules import these constants instead of repeating the strings.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ MAX_NAME_LENGTH = 40
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 MANAGER = "finetune-operator"
-"""Value of `app.kubernetes.io/managed-by` on every child, and the field manager of the operator's writes."""
+"""Value of the label `app.kubernetes.io/managed-by` on the operator's objects. Also the field manager of the operator's writes."""
 
 RELEASE = "0.2.0"
-"""Release of this package, and of the operator and the trainer that contain it."""
+"""Release of this package. Operator and trainer images that contain this package have the same release."""
 OLDEST_TRAINER = "0.1.0"
-"""Oldest trainer release for which run.json is written."""
+"""Oldest trainer release that the operator supports. A job's `run.json` may require a newer trainer."""
 CONTRACT_VERSION = 2
-"""Version of the contract between operator and pod. A change of run.json's structure increments it."""
+"""Version of the format of `run.json`. Every change of the structure increments the version."""
 
 
 class Origin(StrEnum):
-    """Where a value of the resolved spec comes from."""
+    """Origin of a value in the resolved spec."""
 
     USER = "user"
-    """The user wrote it."""
+    """The user set the value."""
     DEFAULT = "default"
-    """The default of the field."""
+    """The value is the field's default."""
     PLAN = "plan"
-    """The operator chose it for this job."""
+    """The operator chose the value for this job."""
     PLATFORM = "platform"
-    """The operator's configuration."""
+    """The value comes from the operator's configuration."""
 
 
 class Label(StrEnum):
     """Labels on the objects that the operator creates."""
 
     MANAGED_BY = "app.kubernetes.io/managed-by"
-    """Always `finetune-operator`; the operator's watches select by it."""
+    """Always `finetune-operator`. The operator's watches use this label as their selector."""
     NAME = f"{GROUP}/name"
     """Name of the FineTuneJob that the object belongs to."""
     UID = f"{GROUP}/uid"
     """uid of the FineTuneJob that the object belongs to. A later FineTuneJob of the same name has another uid."""
     ATTEMPT = f"{GROUP}/attempt"
-    """Number of the attempt, counted from 1."""
+    """Number of the attempt; the first attempt has number 1."""
     QUEUE = "kueue.x-k8s.io/queue-name"
     """Kueue's queue label, set from `placement.queueName`."""
 
@@ -61,81 +61,81 @@ class Annotation(StrEnum):
     """Annotations on the objects that the operator and the CLI create."""
 
     RUN_CONFIG = f"{GROUP}/run.json"
-    """The whole run configuration; mounted into the pod as a file by the downward API."""
+    """Run configuration (`run.json`). The downward API mounts this annotation into the pod as a file."""
     RUN_CONFIG_SHA256 = f"{GROUP}/spec-sha256"
-    """sha256 of the attempt's run configuration (run.json). The key says `spec` for compatibility with older releases."""
+    """sha256 of the attempt's run configuration (`run.json`). The annotation key contains `spec` for compatibility with older releases."""
     RERUN_OF = f"{GROUP}/rerun-of"
     """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
-    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint from which the rerun starts."""
+    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint. The rerun starts from this checkpoint."""
     OBSERVED_VERSION = f"{GROUP}/observed-version"
-    """On an event: resourceVersion of the FineTuneJob that caused the event. It distinguishes a second delivery of an event from a repetition."""
+    """On an event: resourceVersion of the FineTuneJob that caused the event. The operator uses it to avoid counting an event twice."""
 
 
 class Env(StrEnum):
     """Environment variables of the trainer container."""
 
     RUN_SHA256 = "FINETUNE_RUN_SHA256"
-    """sha256 (hex) of the run configuration's bytes. If it does not match, the pod exits with 70."""
+    """Expected sha256 (hex) of the file `run.json`. If the file has another sha256, the pod exits with code 70."""
     NODE_RANK = "FINETUNE_NODE_RANK"
-    """Rank of this pod among the job's pods: the completion index of the Indexed Job."""
+    """Rank of this pod among the attempt's pods; equal to the completion index of the Indexed Job."""
     POD_NAME = "FINETUNE_POD_NAME"
     """Name of this pod."""
     POD_UID = "FINETUNE_POD_UID"
     """uid of this pod. The first eight hex digits of pod 0's uid are part of the incarnation's name in storage."""
     NODE_NAME = "FINETUNE_NODE_NAME"
-    """Name of the node, for failure reports."""
+    """Name of the pod's node, for failure reports."""
     DISK_LIMIT = "FINETUNE_DISK_LIMIT_BYTES"
-    """Limit of the pod's ephemeral storage, in bytes; absent in local runs."""
+    """Limit of the pod's ephemeral storage, in bytes. Not set in local runs."""
     RUN_FILE = "FINETUNE_RUN_FILE"
     """Path of the run configuration; default `/etc/finetune/run.json`."""
     WORK_DIR = "FINETUNE_WORK_DIR"
-    """Writable scratch folder: downloads, staged checkpoints, logs; default `/work`."""
+    """Writable scratch folder for downloads, staged checkpoints and logs; default `/work`."""
     TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
-    """Path of the termination message; default `/dev/termination-log`."""
+    """Path of the file for the termination message; default `/dev/termination-log`."""
     PORT = "FINETUNE_PORT"
-    """Port of the progress server; default 8080. 0: any free port (local runs)."""
+    """Port of the progress server; default 8080. In local runs 0: the progress server uses any free port."""
     INCARNATION = "FINETUNE_INCARNATION"
     """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets it for its ranks."""
     FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
-    """Seconds for which the upload of the final model is retried while the store is unavailable; default 1800."""
+    """If the store is unavailable, the trainer retries the upload of the final model for this many seconds; default 1800."""
     UNSAVED_TIMEOUT = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
-    """Seconds for which training may continue without a committed checkpoint while uploads to storage fail; default 21600."""
+    """If uploads of checkpoints fail, training stops after this many seconds without a committed checkpoint; default 21600."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-    """From `storage.credentialsSecretRef`; with prefix MODEL_ or DATASET_ the variable belongs to `model.storage` or `dataset.storage`."""
+    """Access key from `storage.credentialsSecretRef`. The variable with prefix MODEL_ or DATASET_ is for `model.storage` or `dataset.storage`."""
     STORAGE_SECRET_KEY = "AWS_SECRET_ACCESS_KEY"
-    """See STORAGE_ACCESS_KEY."""
+    """Secret key from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes."""
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
-    """See STORAGE_ACCESS_KEY; optional in the Secret."""
+    """Session token from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes. The Secret may omit this key."""
     STORAGE_CUSTOMER_KEY = "AWS_SSE_CUSTOMER_KEY"
-    """From `storage.encryption.customerKeySecretRef`, 32 bytes in base64; with the same prefixes as STORAGE_ACCESS_KEY."""
+    """Encryption key from `storage.encryption.customerKeySecretRef` (32 bytes in base64), with the same prefixes as STORAGE_ACCESS_KEY."""
 
 
 MODEL_CREDENTIALS_PREFIX = "MODEL_"
-"""Prefix of the three AWS_ variables with the credentials of `model.storage.credentialsSecretRef`."""
+"""Prefix of the AWS_ variables with the credentials from `model.storage.credentialsSecretRef`."""
 DATASET_CREDENTIALS_PREFIX = "DATASET_"
-"""Prefix of the three AWS_ variables with the credentials of `dataset.storage.credentialsSecretRef`."""
+"""Prefix of the AWS_ variables with the credentials from `dataset.storage.credentialsSecretRef`."""
 
 WANDB_KEY = "WANDB_API_KEY"
-"""Variable with the value of `tracking.wandb.apiKeySecretRef`; a variable of this name in `placement.env` takes precedence."""
+"""Environment variable with the API key from `tracking.wandb.apiKeySecretRef`. A variable of the same name in `placement.env` takes precedence."""
 MONGODB_URI = "MONGODB_URI"
-"""Variable with the value of `tracking.mongodb.uriSecretRef`; a variable of this name in `placement.env` takes precedence."""
+"""Environment variable with the URI from `tracking.mongodb.uriSecretRef`. A variable of the same name in `placement.env` takes precedence."""
 HUB_TOKEN = "FINETUNE_HUB_TOKEN"
-"""Variable with the token of `output.hub.tokenSecretRef`, which has write permission. The token of `model.tokenSecretRef` may be read-only."""
+"""Environment variable with the token from `output.hub.tokenSecretRef`. This token needs write permission; the token of `model.tokenSecretRef` does not."""
 
 RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
 RUN_FILE = f"{RUN_MOUNT}/{RUN_FILE_NAME}"
 MAX_RUN_BYTES = 64 * 1024
-"""Maximum size of run.json in bytes: it is transported in an annotation."""
+"""Maximum size of `run.json` in bytes. The operator stores `run.json` in an annotation, and Kubernetes limits the size of annotations."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
-"""ConfigMaps named by the spec are mounted at `<this>/<name>/`."""
+"""Each ConfigMap that the spec names is mounted at `/etc/finetune-config/<name>/`."""
 PVC_MOUNT = "/mnt/pvc"
-"""Claims named by `pvc://claim/path` are mounted at `<this>/<claim>/`."""
+"""The PersistentVolumeClaim of a URI `pvc://claim/path` is mounted at `/mnt/pvc/<claim>/`."""
 CA_MOUNT = "/etc/finetune-ca"
-"""The bundle of `storage.caBundleRef` is mounted at `<this>/ca.crt`."""
+"""The CA bundle of `storage.caBundleRef` is mounted at `/etc/finetune-ca/ca.crt`."""
 WORK_MOUNT = "/work"
 TERMINATION_LOG = "/dev/termination-log"
 MAX_TERMINATION_BYTES = 4096
@@ -144,9 +144,9 @@ CONTAINER = "trainer"
 PROGRESS_PORT = 8080
 PROGRESS_PORT_NAME = "progress"
 RENDEZVOUS_PORT = 29400
-"""Port of torchelastic's static rendezvous on rank 0's pod (several nodes only)."""
+"""Port of torchelastic's static rendezvous on the pod of rank 0. Only jobs with several pods use this port."""
 TRAINER_UID = 10001
-"""User and group of the trainer and operator containers."""
+"""User ID and group ID of the trainer and operator containers."""
 
 
 class Path(StrEnum):
@@ -158,55 +158,55 @@ class Path(StrEnum):
 
 
 class ExitCode(IntEnum):
-    """How a pod ended. `finetune_api.exits` maps each code to its failure class and retry policy."""
+    """Exit code of the trainer container. `finetune_api.exits` maps each exit code to a failure class and a retry policy."""
 
     OK = 0
-    """The final artefact is committed."""
+    """Success: the final model is committed to storage."""
     CONFIG = 64
-    """The configuration cannot work; only another spec helps."""
+    """The configuration cannot work. The user must change the spec."""
     DATA = 65
-    """The data cannot be trained on."""
+    """The data cannot be used for training."""
     NOT_FOUND = 66
     """A model or data set is missing or gated."""
     STORAGE_SETUP = 67
     """Storage is wrongly configured: bucket, region, addressing, TLS."""
     STORAGE = 69
-    """Storage could not be reached after retries."""
+    """Storage was unreachable, also after retries."""
     INTERNAL = 70
-    """Unclassified."""
+    """The failure belongs to no other class, for example an unexpected exception."""
     OUT_OF_MEMORY = 71
     """GPU memory was exhausted."""
     DIVERGED = 72
     """Loss or gradient norm was not finite."""
     NO_CHECKPOINT = 73
-    """Checkpoints were committed, but none can be loaded."""
+    """The job has committed checkpoints, but none of them can be loaded."""
     PEER = 74
     """Another rank or a collective operation failed, or training hung."""
     PREEMPTED_SAVED = 75
-    """Stopped on request; the state is saved."""
+    """The pod stopped on request and saved a checkpoint."""
     PREEMPTED_UNSAVED = 76
-    """Stopped on request; the state is not saved."""
+    """The pod stopped on request, but could not save a checkpoint."""
     CREDENTIALS = 77
     """Credentials or permissions are missing or wrong."""
     INSTALLATION_BROKEN = 78
     """The trainer image lacks a compiler or library that the run needs."""
     TOO_OLD = 79
-    """The trainer image is older than a field that the user set: the job waits for a newer image."""
+    """The trainer image does not know a field that the user set. The job waits for a newer image."""
     GATE_FAILED = 80
-    """The trained model missed a gate in `evaluation.gates`; the model is kept."""
+    """The trained model failed a gate in `evaluation.gates`. The model is kept in storage."""
     KILLED = 137
-    """Killed by SIGKILL. With reason OOMKilled: host memory was exhausted."""
+    """SIGKILL ended the container. If the container's reason is OOMKilled, host memory was exhausted."""
     TERMINATED = 143
-    """Ended by SIGTERM before a handler was installed."""
+    """SIGTERM ended the container before the trainer installed its signal handler."""
 
 
 class FailureClass(StrEnum):
-    """Kind of a failure; the first word of failure messages."""
+    """Kind of a failure. Failure messages start with this word."""
 
     USER = "User"
-    """The spec cannot work; only another spec helps."""
+    """The spec cannot work. The user must change the spec."""
     DATA = "Data"
-    """The data cannot be trained on."""
+    """The data cannot be used for training."""
     MODEL = "Model"
     """The model is missing, gated or unusable."""
     STORAGE = "Storage"
@@ -220,11 +220,11 @@ class FailureClass(StrEnum):
     INFRASTRUCTURE = "Infrastructure"
     """A node, a peer, the network or the installation failed."""
     INTERNAL = "Internal"
-    """Unclassified, possibly a bug."""
+    """The failure belongs to no other class. It may be a bug."""
 
 
 class Phase(StrEnum):
-    """One word for people. The operator derives the phase from the conditions and never reads it back. Programs should read conditions."""
+    """Summary of the conditions in one word, for people. Programs should read the conditions. The operator computes the phase and never uses it as input."""
 
     PENDING = "Pending"
     """The job has not started: it waits for resources or objects in the cluster."""
@@ -233,27 +233,27 @@ class Phase(StrEnum):
     QUEUED = "Queued"
     """The job waits for quota in a queue."""
     STARTING = "Starting"
-    """Pods are being created, or they load the model."""
+    """Pods are being created, or pods are loading the model."""
     RUNNING = "Running"
-    """Optimizer steps are running."""
+    """The model is being trained."""
     RECOVERING = "Recovering"
-    """An attempt ended; the next one starts or restores a checkpoint."""
+    """An attempt ended. The next attempt is starting, or is restoring a checkpoint."""
     EVALUATING = "Evaluating"
     """The model is being evaluated."""
     UPLOADING = "Uploading"
-    """The final artefact is being uploaded."""
+    """The final model is being uploaded."""
     SUSPENDING = "Suspending"
-    """spec.suspend is true; the pods save their state."""
+    """`spec.suspend` is true, and the pods are saving a checkpoint."""
     SUSPENDED = "Suspended"
-    """spec.suspend is true; no pod is left."""
+    """`spec.suspend` is true, and all pods have ended."""
     CANCELLING = "Cancelling"
-    """spec.cancel is true; the pods save their state."""
+    """`spec.cancel` is true, and the pods are saving a checkpoint."""
     CANCELLED = "Cancelled"
-    """The job ended, because spec.cancel is true. Final."""
+    """The job ended because `spec.cancel` is true. This phase is final."""
     SUCCEEDED = "Succeeded"
-    """The final artefact is committed. Final."""
+    """The final model is committed to storage. This phase is final."""
     FAILED = "Failed"
-    """The job ended without the final artefact. Final."""
+    """The job ended without success. This phase is final."""
 
 
 FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
@@ -263,79 +263,79 @@ class Condition(StrEnum):
     """Condition types of a FineTuneJob."""
 
     ACCEPTED = "Accepted"
-    """The spec can be run as written."""
+    """The spec passed every check that needs neither model nor data."""
     QUOTA_RESERVED = "QuotaReserved"
-    """Only with a queue: quota is reserved."""
+    """The queue has reserved quota for the job. This condition exists only for jobs with a queue."""
     PODS_READY = "PodsReady"
     """All pods of the current attempt are ready."""
     SUSPENDED = "Suspended"
-    """No pod exists, because spec.suspend is true."""
+    """No pods exist, because `spec.suspend` is true."""
     CHECKPOINTS_HEALTHY = "CheckpointsHealthy"
-    """Checkpoints are being committed and verified."""
+    """The newest checkpoint is committed, and no checkpoint is damaged."""
     SUCCEEDED = "Succeeded"
-    """The final artefact is committed."""
+    """The final model is committed to storage."""
     FINISHED = "Finished"
-    """No further attempt will be made."""
+    """The job has ended, and the operator starts no further attempt."""
     RECONCILING = "Reconciling"
-    """For kstatus: present and True while the operator or the pods are working."""
+    """Condition for kstatus. It is present and True while the operator or the pods are working."""
     STALLED = "Stalled"
-    """For kstatus: present and True after a final failure, or when a person must act."""
+    """Condition for kstatus. It is present and True after a final failure, or if a person must act."""
 
 
 class Reason(StrEnum):
-    """Reasons in conditions, attempts and events: one word for programs."""
+    """Reasons in conditions, attempts and events. Programs may compare these words."""
 
     # Acceptance
     ACCEPTED = "Accepted"
     """The spec passed every check that needs neither model nor data."""
     REJECTED = "Rejected"
-    """A check refused the spec; the message names the field."""
+    """A check refused the spec. The condition's message names the field."""
     NOT_SUPPORTED_YET = "NotSupportedYet"
     """This release does not implement a field that the spec sets."""
     UNKNOWN_NODE_POOL = "UnknownNodePool"
     """`resources.nodePool` names no pool of the operator's configuration."""
     POOL_TOO_SMALL = "PoolTooSmall"
-    """The spec requests more GPUs per node, or more nodes, than the pool has."""
+    """The spec requests more nodes than the pool has, or more GPUs per node."""
     POOL_LACKS_RESOURCE = "PoolLacksResource"
     """The nodes of the pool do not have the resource `resources.gpuResource`."""
     OPERATOR_TOO_OLD = "OperatorTooOld"
-    """The spec has a field or a value that this version of the operator does not know; the job waits for a newer operator."""
+    """This operator release does not know a field or a value of the spec. The job waits for a newer operator."""
     SPEC_CHANGED = "SpecChanged"
-    """The spec differs from the spec of the first attempt, usually because an older CRD removed a field; the job waits."""
+    """The spec differs from the spec of the first attempt, usually because an older CRD removed a field. The job waits until the spec is restored."""
     STORAGE_NOT_CONFIGURED = "StorageNotConfigured"
     """Neither the spec nor the operator's configuration sets storage.uri."""
     # Waiting
     QUEUED = "Queued"
     """The job waits for quota in a queue."""
     CHILDREN_CONFLICT = "ChildrenConflict"
-    """A Job, Service or other object that the operator must create exists already and does not belong to the job."""
+    """The operator cannot create a Job, Service or other object: an object of this name exists and does not belong to the FineTuneJob."""
     QUOTA_EXCEEDED = "QuotaExceeded"
     """A resource quota refused the pods."""
     FORBIDDEN_BY_POLICY = "ForbiddenByPolicy"
     """An admission policy (Pod Security, a webhook) refused the pods."""
     JOB_REJECTED = "JobRejected"
-    """The API server rejected the Job of an attempt. The spec is not the cause: the operator's configuration must change."""
+    """The API server rejected the Job of an attempt. An administrator must change the operator's configuration; the spec is not the cause."""
     UNSCHEDULABLE = "Unschedulable"
-    """The scheduler finds no node; the message contains the scheduler's explanation."""
+    """The scheduler finds no node for a pod. The condition's message contains the scheduler's explanation."""
     IMAGE_PULL_FAILED = "ImagePullFailed"
-    """The image cannot be pulled."""
+    """The trainer image cannot be pulled."""
     CONFIG_MISSING = "ConfigMissing"
-    """A Secret, ConfigMap or volume that the pod needs does not exist."""
+    """The pod needs a Secret, ConfigMap or volume that does not exist."""
     START_TIMEOUT = "StartTimeout"
-    """`policy.startTimeoutSeconds` passed without all pods running."""
+    """After `policy.startTimeoutSeconds`, some pods were still not running."""
     # Running
     PROGRESSING = "Progressing"
     """The operator or the pods are working."""
     ATTEMPT_STARTED = "AttemptStarted"
     """A Job was created for an attempt."""
     TRAINING_STARTED = "TrainingStarted"
-    """The first optimizer step was reported."""
+    """The pods reported the first optimizer step."""
     FIRST_CHECKPOINT_COMMITTED = "FirstCheckpointCommitted"
     """The first checkpoint is in storage."""
     RESUMED_FROM_CHECKPOINT = "ResumedFromCheckpoint"
     """An attempt continued from a committed checkpoint."""
     RETRYING = "Retrying"
-    """Another attempt will be made."""
+    """The operator will start another attempt."""
     PODS_READY = "PodsReady"
     """All pods are ready."""
     PODS_NOT_READY = "PodsNotReady"
@@ -343,18 +343,18 @@ class Reason(StrEnum):
     CHECKPOINT_COMMITTED = "CheckpointCommitted"
     """The newest checkpoint is committed and healthy."""
     CHECKPOINT_DAMAGED = "CheckpointDamaged"
-    """A committed checkpoint failed verification; an older one was used."""
+    """A committed checkpoint failed verification. Training resumed from an older checkpoint."""
     STAGING_DISK_FULL = "StagingDiskFull"
     """A checkpoint was skipped because the local disk was full."""
     CHECKPOINT_NOT_STORED = "CheckpointNotStored"
-    """A checkpoint could not be staged or uploaded; training continues, and the previous checkpoint remains the newest."""
+    """A checkpoint could not be staged or uploaded. Training continues, and the previous checkpoint remains the newest."""
     STATUS_REJECTED = "StatusRejected"
-    """The API server rejected the status. The operator writes it without the values that the pods reported, so that the job remains controllable."""
-    # Ends of attempts and jobs
+    """The API server rejected the status. The operator then writes the status without the values that the pods reported."""
+    # Reasons for the end of an attempt or a job
     PREEMPTED = "Preempted"
-    """The cluster removed the pods; the attempt does not count against policy.retries."""
+    """The cluster removed the pods. The attempt does not count against `policy.retries`."""
     GANG_INCOMPLETE = "GangIncomplete"
-    """At the start timeout some pods of the attempt had nodes and others had none. The pods were deleted to free the nodes for another job."""
+    """At the start timeout only some pods of the attempt had nodes. The operator deleted these pods to free the nodes for other jobs."""
     NODE_LOST = "NodeLost"
     """The node of a pod disappeared."""
     OUT_OF_MEMORY = "OutOfMemory"
@@ -366,39 +366,39 @@ class Reason(StrEnum):
     PEER_FAILED = "PeerFailed"
     """Another rank or a collective operation failed."""
     RETRIES_EXHAUSTED = "RetriesExhausted"
-    """There were more consecutive attempts without progress than `policy.retries` allows."""
+    """The number of consecutive attempts without progress exceeded `policy.retries`."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
-    """`policy.activeDeadlineSeconds` passed."""
+    """The job ran longer than `policy.activeDeadlineSeconds`."""
     USER_ERROR = "UserError"
     """The configuration cannot work."""
     DATA_ERROR = "DataError"
-    """The data cannot be trained on."""
+    """The data cannot be used for training."""
     MODEL_ERROR = "ModelError"
     """The model is missing, gated or unusable."""
     STORAGE_ERROR = "StorageError"
     """Object storage refused a request or could not be reached."""
     INTERNAL_ERROR = "InternalError"
-    """Unclassified."""
+    """The failure has no other reason of this list. It may be a bug."""
     INSTALLATION_BROKEN = "InstallationBroken"
     """The trainer image lacks a compiler or library that the run needs."""
     TRAINER_TOO_OLD = "TrainerTooOld"
-    """The trainer image does not know a field that the user set; the job waits for a newer image."""
+    """The trainer image does not know a field that the user set. The job waits for a newer image."""
     GATE_FAILED = "GateFailed"
-    """The trained model missed a gate; the model is kept."""
+    """The trained model failed a gate of `evaluation.gates`. The model is kept in storage."""
     SUSPENDED = "Suspended"
-    """`spec.suspend` is true and no pod is left."""
+    """`spec.suspend` is true, and all pods have ended."""
     SUSPENDING = "Suspending"
-    """`spec.suspend` is true; the pods save their state."""
+    """`spec.suspend` is true, and the pods are saving a checkpoint."""
     RESUMED = "Resumed"
-    """`spec.suspend` is false again."""
+    """The user set `spec.suspend` to false again."""
     CANCELLING = "Cancelling"
-    """`spec.cancel` is true; the pods save their state."""
+    """`spec.cancel` is true, and the pods are saving a checkpoint."""
     CANCELLED = "Cancelled"
-    """`spec.cancel` is true and no pod is left."""
+    """`spec.cancel` is true, and all pods have ended."""
     SUCCEEDED = "Succeeded"
-    """The final artefact is committed."""
+    """The final model is committed to storage."""
     FAILED = "Failed"
-    """The job ended without the final artefact."""
+    """The job ended without success."""
 
 
 class Storage(StrEnum):
@@ -413,46 +413,46 @@ class Storage(StrEnum):
     EVALUATION = "evaluation"
     """Folder of evaluation results."""
     REPORT = "report"
-    """Folder of the report of the run."""
+    """Folder of the run's report."""
     RUN = "run"
-    """Folder with the configuration and the start marker of each attempt."""
+    """Folder with the run configuration and the start marker of each attempt."""
     MANIFEST = "manifest.json"
-    """In an incarnation's folder: size and sha256 of every file, and the state's step and metrics."""
+    """File in each incarnation's folder: size and sha256 of every file, optimizer step, and metrics."""
     COMMITTED = "_COMMITTED"
-    """Next to the incarnation folders, written last: JSON {attempt, path, manifestSha256}."""
+    """Marker of a committed checkpoint, next to the incarnation folders and written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
-    """In a checkpoint's folder, written when loss and gradients stayed finite in the steps after the checkpoint."""
+    """Marker in a checkpoint's folder. The trainer writes the marker if loss and gradients stay finite in the steps after the checkpoint."""
 
 
 def checkpoint_folder(step: int) -> str:
-    """Return the folder name of a checkpoint. With eight digits, names sort in the order of steps."""
+    """Return the folder name of a checkpoint. The step has eight digits, so that names and steps have the same order."""
     return f"step-{step:08d}"
 
 
 def incarnation(attempt: int, pod_uid: str) -> str:
-    """Return the folder name of an incarnation, which is one run of an attempt's pod 0.
+    """Return the folder name of an incarnation: `a<attempt>-<first 8 hex digits of the pod's uid>`.
 
-    `a<attempt>-<first 8 hex digits of the pod's uid>`. A fenced incarnation that still runs has another name, so it cannot overwrite
-    the files of its successor.
+    An incarnation is one run of an attempt's pod 0. Each incarnation has its own name, so an old pod that still runs cannot overwrite
+    the files of the new pod.
     """
     digits = "".join(c for c in pod_uid.lower() if c in "0123456789abcdef")[:8]
     return f"a{attempt}-{digits:0<8}"
 
 
 def attempt_of_uri(uri: str) -> int | None:
-    """Return the attempt that wrote the checkpoint at `uri`; None if the URI does not end with an incarnation's folder."""
+    """Return the number of the attempt that wrote the checkpoint at `uri`. None: the URI does not end with an incarnation's folder."""
     prefix, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
     number = prefix[1:]
     return int(number) if prefix[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
 
 
 def attempt_folder(attempt: int) -> str:
-    """Return the name of the folder below `run/` that marks the start of an attempt."""
+    """Return the name of an attempt's folder below `run/`. This folder marks the start of the attempt."""
     return f"{_ATTEMPT_FOLDER}{attempt}"
 
 
 def attempt_of_folder(name: str) -> int | None:
-    """Return the attempt that a folder below `run/` belongs to, or None."""
+    """Return the attempt number in the name of a folder below `run/`. None: the folder belongs to no attempt."""
     number = name.removeprefix(_ATTEMPT_FOLDER)
     return int(number) if number != name and number.isdecimal() else None
 

@@ -1,7 +1,7 @@
-"""Formats, options and defaults of each objective (`trainer.type`). The defaults, the rules and the trainer share this table.
+"""Data formats, options and defaults of each objective (`trainer.type`).
 
-A new objective is one value of `TrainerType`, one row of `OBJECTIVES` here, and one module with the value's name in
-`finetune_trainer.objective`.
+A new objective needs one value of `TrainerType`, one row of `OBJECTIVES`, and one module in `finetune_trainer.objective` with the
+same name as the value.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 from finetune_api.spec.enums import DatasetFormat, TrainerType
 
 FORMATS_WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
-"""Formats whose rows are one text, without questions and answers."""
+"""Data formats in which a row is one text, without questions and answers."""
 CONVERSATION_FORMATS = (
     DatasetFormat.MESSAGES, DatasetFormat.SHAREGPT, DatasetFormat.OASST, DatasetFormat.INSTRUCTION, DatasetFormat.ALPACA,
     DatasetFormat.QA, DatasetFormat.MCQ, DatasetFormat.PROMPT_COMPLETION,
 )  # fmt: skip
-"""Formats whose rows are questions with answers."""
+"""Data formats in which a row contains questions and answers."""
 
 
 @dataclass(frozen=True)
 class ObjectiveFacts:
-    """Data formats and options that an objective reads, and its defaults."""
+    """Data formats, options and defaults of one objective."""
 
     formats: tuple[DatasetFormat, ...]
-    """Data formats that the objective can learn from. Error messages suggest the first one."""
+    """Data formats that the objective can learn from. Error messages suggest the first format."""
     options: frozenset[str] = frozenset()
-    """Fields of `spec.trainer` that the objective reads besides `type` and `backend`, as wire names."""
+    """Fields of `spec.trainer`, in camelCase, that the objective reads in addition to `type` and `backend`."""
     learning_rate: float | None = None
-    """Default of `training.learningRate`; None: the default depends on the method."""
+    """Default of `training.learningRate`. None: the method decides the default."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Other defaults, by spec path."""
+    """Defaults of other fields, by spec path."""
 
 
 _BETA = {"trainer.dpo.beta": 0.1}
@@ -57,10 +57,10 @@ OBJECTIVES: Mapping[TrainerType, ObjectiveFacts] = {
 
 
 def objectives_that_read(option: str) -> tuple[TrainerType, ...]:
-    """Return the objectives that read the field `option` of `spec.trainer` (a wire name), in the order of the table."""
+    """Return the objectives that read the field `option` of `spec.trainer`, in the order of `OBJECTIVES`."""
     return tuple(objective for objective, facts in OBJECTIVES.items() if option in facts.options)
 
 
 def objective_for_format(form: DatasetFormat) -> TrainerType:
-    """Return the first objective that can learn from rows of the format. Error messages suggest this objective."""
+    """Return the first objective that can learn from data of this format. Error messages suggest this objective."""
     return next(objective for objective, facts in OBJECTIVES.items() if form in facts.formats)

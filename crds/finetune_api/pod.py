@@ -1,9 +1,8 @@
-"""The contract between operator and pod.
+"""The data formats that operator and trainer pods exchange.
 
-`RunConfig` configures a pod: it is an annotation of the Job's pod template, and the pod mounts it as the file `run.json`.
-`ProgressReport` is the response of `GET /progress`. `TerminationMessage` is the container's termination message. Operator and
-trainer exchange nothing else. `docs/decisions/0070-contract-across-versions.md` says how programs of neighbouring releases
-read each other's data.
+`RunConfig` configures a pod: the operator writes it to an annotation of the Job's pod template, and the pod mounts the annotation
+as the file `run.json`. `ProgressReport` is the response of `GET /progress`. `TerminationMessage` is the container's termination
+message. `docs/decisions/0070-contract-across-versions.md` describes the compatibility of neighbouring releases.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved,
 
 
 class StoreTarget(WireModel):
-    """A location in storage and how to connect to the store. Credentials are not part of it: the pod gets them as environment variables."""
+    """A location in storage and the connection to the store. The pod gets the credentials as environment variables."""
 
-    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`; read-only: `https://host/path`.")
-    endpoint: str | None = Field(default=None, description="URL of an S3-compatible store; absent: AWS.")
-    region: str | None = Field(default=None, description="Region that requests are signed for.")
+    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`. A location that is only read may be `https://host/path`.")
+    endpoint: str | None = Field(default=None, description="URL of an S3-compatible store. If absent, the store is AWS S3.")
+    region: str | None = Field(default=None, description="Region in the signature of each request.")
     addressing_style: AddressingStyle | None = Field(
         default=None, description="Whether the bucket is part of the path or of the host name."
     )
-    ca_bundle: str | None = Field(default=None, description="Path of a file with PEM certificates to trust.")
+    ca_bundle: str | None = Field(default=None, description="Path of a PEM file with trusted CA certificates.")
     credentials_prefix: str = Field(
-        default="", description="Prefix of the AWS_ variables with the credentials; empty: variables without a prefix."
+        default="", description="Prefix of the AWS_ environment variables with the credentials. Empty: the variables have no prefix."
     )
     encryption: EncryptionType | None = Field(
-        default=None, description="Server-side encryption to request; absent: the bucket's own setting."
+        default=None, description="Server-side encryption of uploaded objects. If absent, the bucket's setting applies."
     )
-    kms_key_id: str | None = Field(default=None, description="Key of the key management service, with encryption kms.")
+    kms_key_id: str | None = Field(default=None, description="ID of the KMS key. Used if `encryption` is kms.")
     customer_key_variable: str | None = Field(
-        default=None, description="Environment variable with the customer's key, with encryption customerKey."
+        default=None, description="Environment variable with the encryption key. Used if `encryption` is customerKey."
     )
 
 
@@ -48,10 +47,10 @@ class World(WireModel):
 
     nodes: int = Field(ge=1, description="Number of pods.")
     processes_per_node: int = Field(ge=1, description="Ranks per pod.")
-    gpus_per_node: int = Field(ge=0, description="GPUs per pod; 0: CPU.")
-    master_address: str = Field(description="Host of the rendezvous: `<job>-0.<service>`; loopback with one pod.")
-    master_port: int = Field(ge=0, le=65535, description="Port of the rendezvous; 0 with one pod: any free port.")
-    rendezvous_id: str = Field(description="`<uid>-<attempt>`: ranks of another attempt cannot join.")
+    gpus_per_node: int = Field(ge=0, description="GPUs per pod. 0: training on CPU.")
+    master_address: str = Field(description="Host of the rendezvous: `<job>-0.<service>`. With one pod: the loopback address.")
+    master_port: int = Field(ge=0, le=65535, description="Port of the rendezvous. With one pod 0: any free port.")
+    rendezvous_id: str = Field(description="`<uid>-<attempt>`. Each attempt has another ID, so that ranks of an older attempt cannot join.")
 
     @property
     def size(self) -> int:
@@ -60,18 +59,18 @@ class World(WireModel):
 
 
 class Resume(WireModel):
-    """The state that an attempt starts from."""
+    """The checkpoint from which an attempt starts."""
 
     mode: str = Field(
-        description="`auto`: the newest healthy checkpoint of this job; `never`; or the URI of one checkpoint."
+        description="`auto`: start from the newest healthy checkpoint of this job. `never`: start without a checkpoint. Otherwise: URI of a checkpoint."
     )
     expect_step: int = Field(
         default=0,
         ge=0,
-        description="Newest step known to be committed. If it is > 0 and no checkpoint can be loaded, the pod exits with 73.",
+        description="Newest committed step that the operator knows. If this step is > 0 and no checkpoint can be loaded, the pod exits with code 73.",
     )
     max_step: int | None = Field(
-        default=None, ge=0, description="Ignore checkpoints after this step (rollback after divergence)."
+        default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets it to roll back after divergence."
     )
 
 
@@ -80,44 +79,44 @@ _MIN_TRAINER_VERSION = "minTrainerVersion"
 
 
 class RunConfig(WireModel):
-    """`run.json`: the whole configuration of a pod, at most 64 KiB; the same bytes for all pods of an attempt.
+    """`run.json`: the configuration of all pods of an attempt, at most 64 KiB.
 
-    Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of `defaults`. Therefore the JSON contains `origins` and
-    `min_trainer_version` as such entries, called marks: `#platform resources.cpu`, `#minTrainerVersion 0.2.0`.
+    Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins` and
+    `min_trainer_version` as entries of this list, called marks: `#platform resources.cpu`, `#minTrainerVersion 0.2.0`.
     """
 
-    version: int = Field(default=CONTRACT_VERSION, description="Version of this contract.")
+    version: int = Field(default=CONTRACT_VERSION, description="Version of the format of `run.json`.")
     name: str = Field(description="Name of the FineTuneJob.")
     namespace: str = Field(description="Namespace of the FineTuneJob.")
     uid: str = Field(description="uid of the FineTuneJob.")
     attempt: int = Field(ge=1, description="Number of the attempt.")
     spec: FineTuneJobSpec = Field(description="The spec with every default filled in and every adaptation applied.")
-    defaults: Annotated[list[str], Field(description="Spec paths of the values that the user did not write.")] = []
+    defaults: Annotated[list[str], Field(description="Spec paths of the values that the user did not set.")] = []
     origins: Annotated[
         dict[str, Origin],
-        Field(description="Origin of a value in `defaults` by spec path; absent: `default`. All other values: `user`."),
+        Field(description="Origins, by spec path, of values listed in `defaults`. Without an entry, the origin of such a value is `default`."),
     ] = {}
     min_trainer_version: str = Field(
         default=OLDEST_TRAINER, description="Oldest trainer release that can run this configuration."
     )
     before_adaptation: dict[str, Any] | None = Field(
         default=None,
-        description="Original values, by spec path, of fields that an adaptation changed; the user's own files still contain them.",
+        description="Original values, by spec path, of the fields that an adaptation changed. The user's own configuration files still contain these values.",
     )
     world: World = Field(description="Pods and ranks of the attempt.")
     storage: StoreTarget = Field(description="Root folder of the job: `<spec.storage.uri>/<namespace>/<name>/<uid>`.")
-    publish: str | None = Field(default=None, description="Root of the published copy, if output.dir is set.")
-    model_store: StoreTarget | None = Field(default=None, description="Connection for an s3:// model; absent: as storage.")
-    dataset_store: StoreTarget | None = Field(default=None, description="Connection for s3:// data; absent: as storage.")
-    resume: Resume = Field(description="The state that the attempt starts from.")
-    grace_seconds: int = Field(ge=1, description="Seconds to save after SIGTERM.")
+    publish: str | None = Field(default=None, description="Folder for the published copy of the final model. Absent without `output.dir`.")
+    model_store: StoreTarget | None = Field(default=None, description="Connection to the store of an s3:// model. If absent, the connection of `storage` is used.")
+    dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. If absent, the connection of `storage` is used.")
+    resume: Resume = Field(description="The checkpoint from which the attempt starts.")
+    grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
     def origin(self, path: str) -> Origin:
-        """Return where the value at a spec path comes from."""
+        """Return the origin of the value at a spec path."""
         return self.origins.get(path, Origin.DEFAULT) if path in self.defaults else Origin.USER
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the JSON form. A field that is newer than trainer 0.1.0 is left out if it has its default."""
+        """Return the dict for JSON. Spec fields that trainer 0.1.0 does not know are omitted if their origin is `default`."""
         value = super().to_wire()
         required_releases = {value.pop("minTrainerVersion")}
         for path, release in fields_with_since(FineTuneJobSpec).items():
@@ -135,17 +134,17 @@ class RunConfig(WireModel):
         return read_marks(data) if isinstance(data, dict) else data
 
     def to_bytes(self) -> bytes:
-        """Return canonical JSON: sorted keys, no spaces. The sha256 of these bytes is the configuration hash."""
+        """Return canonical JSON with sorted keys and without spaces. The sha256 of these bytes is the configuration hash."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @staticmethod
     def sha256(data: bytes) -> str:
-        """Return the configuration hash (hex) of the bytes of run.json."""
+        """Return the configuration hash (hex) of the content of `run.json`."""
         return hashlib.sha256(data).hexdigest()
 
 
 def read_marks(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `run.json` with the marks moved from `defaults` to `origins` and `minTrainerVersion`."""
+    """Move the marks in the list `defaults` to the fields `origins` and `minTrainerVersion`, and return the new dict."""
     entries = data.get("defaults")
     marks = [entry for entry in entries if str(entry).startswith(_MARK)] if isinstance(entries, list) else []
     if not marks:
@@ -156,13 +155,13 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
         if key == _MIN_TRAINER_VERSION:
             result["minTrainerVersion"] = value
         else:
-            # An unknown origin counts as `user`, because only fields of origin `default` may be ignored.
+            # Treat an unknown origin as `user`, so that the trainer does not ignore the field.
             result["origins"][value] = key if key in list(Origin) else Origin.USER
     return result
 
 
 class Health(ReportModel):
-    """Health of training. The operator uses it to detect stalls, divergence and checkpoint problems."""
+    """Health of training. From this data the operator detects stalls, divergence and checkpoint problems."""
 
     healthy: bool = Field(
         default=True,
@@ -179,12 +178,12 @@ class Health(ReportModel):
         default=None, description="Seconds from the start of the last checkpoint's upload to its commit."
     )
     checkpoint_problem: str | None = Field(
-        default=None, description="Reason and one sentence if a checkpoint was skipped or is damaged."
+        default=None, description="Reason and one sentence about a checkpoint that was skipped or is damaged."
     )
 
     @model_serializer(mode="wrap")
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the heartbeat under its old name, too. Without it, operator 0.1.0 would treat a long evaluation as a stall."""
+        """Write the heartbeat under its old name, too. Operator 0.1.0 knows only the old name and would treat a long evaluation as a stall."""
         value: dict[str, Any] = handler(self)
         if value.get("secondsSinceHeartbeat") is not None:
             value["secondsSinceSign"] = value["secondsSinceHeartbeat"]
@@ -202,30 +201,30 @@ class ProgressReport(ReportModel):
     metrics: Metrics = Field(default_factory=Metrics)
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     latest_checkpoint: str | None = None
-    resumed_from_step: int | None = Field(default=None, description="Optimizer step that this attempt continued from.")
+    resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
     resolved: Resolved = Field(
-        default_factory=Resolved, description="The configuration in use; only the fields that the trainer knows."
+        default_factory=Resolved, description="The configuration in use, without fields that this trainer release does not know."
     )
     health: Health = Field(default_factory=Health)
-    timings: dict[str, float] = Field(default_factory=dict, description="Duration of each stage in seconds, by name.")
+    timings: dict[str, float] = Field(default_factory=dict, description="Durations of the stages in seconds, by name of the stage.")
 
 
 class TerminationMessage(ReportModel):
     """The termination message: one JSON object below 4 KiB."""
 
     class_: Annotated[FailureClass | None, Field(alias="class")] = None
-    code: str | None = Field(default=None, description="Stable code of the failure. Example: `DatasetEmpty`.")
+    code: str | None = Field(default=None, description="Code of the failure, for programs. Example: `DatasetEmpty`.")
     message: str | None = None
     hint: str | None = None
     exit_code: int | None = None
     node: str | None = None
     rank: int | None = None
-    step: int | None = Field(default=None, description="Last optimizer step that was completed.")
+    step: int | None = Field(default=None, description="Last completed optimizer step.")
     checkpoint: str | None = Field(default=None, description="URI of the newest committed checkpoint.")
     committed_step: int | None = Field(default=None, description="Optimizer step of the newest committed checkpoint.")
-    time_ns: int | None = Field(default=None, description="When the failure was detected, in nanoseconds since 1970.")
+    time_ns: int | None = Field(default=None, description="Time of the failure's detection, in nanoseconds since 1970.")
     origin: bool | None = Field(
-        default=None, description="True: this rank failed by itself; False: it noticed the failure of another rank."
+        default=None, description="True: this rank itself failed. False: this rank noticed the failure of another rank."
     )
     output: Output | None = None
     metrics: Metrics | None = None
@@ -236,7 +235,7 @@ class TerminationMessage(ReportModel):
     resolved: Resolved | None = None
 
     def to_json(self) -> str:
-        """Return the message as JSON, at most 4096 bytes: the kubelet keeps no more. Lists are dropped first, then long texts are cut."""
+        """Return the message as JSON of at most 4096 bytes, the kubelet's limit. Optional fields are dropped first, then long texts are cut."""
         value = self.to_wire()
         for key in ("resolved", "checkpoints", "metrics"):
             if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
@@ -251,5 +250,5 @@ class TerminationMessage(ReportModel):
 
 
 def _compact_json(value: dict[str, Any]) -> bytes:
-    """Return compact JSON in valid UTF-8. A cut log line may end with half a character, which would make the message unreadable."""
+    """Return compact JSON in valid UTF-8. Incomplete characters, as at the end of a cut log line, are replaced to keep the message readable."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -1,4 +1,4 @@
-"""Kubernetes quantities of `spec.resources`: the values that the CRD accepts, and a suggestion for each refused value."""
+"""Check the Kubernetes quantities in `spec.resources` and suggest a correction for each invalid quantity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|\.[0-9]{1,3}|[0-9]+m)$"
 """CPUs: `4`, `0.5`, `500m`."""
 SIZE_PATTERN = r"^([0-9]{7,}|[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])|[0-9]+[eE][0-9]+)$"
-"""Bytes with a unit: `32Gi`, `500M`. Without a unit at least 7 digits, because `4` almost always means gibibytes."""
+"""Bytes with a unit: `32Gi`, `500M`. A number without a unit needs at least 7 digits, because users who write `4` almost always mean gibibytes."""
 MIN_SIZE_BYTES = 1_000_000
 _NUMBER = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
 _UNITS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
@@ -20,7 +20,7 @@ _UNITS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 
 
 @dataclass(frozen=True)
 class QuantityKind:
-    """One kind of quantity: its pattern for strings, its minimum for integers, and the unit of a suggestion."""
+    """A kind of quantity: the pattern for strings, the minimum for integers, and a valid example."""
 
     pattern: str
     minimum: int
@@ -28,7 +28,7 @@ class QuantityKind:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Return the part of the CRD's schema that depends on the kind."""
+        """Return the CRD schema of a field with this kind of quantity."""
         return {"x-kubernetes-int-or-string": True, "pattern": self.pattern, "minimum": self.minimum}
 
 
@@ -37,7 +37,7 @@ SIZE = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
 
 
 def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
-    """Return (problem, suggestion) for an invalid quantity; None for a valid quantity."""
+    """Return a problem and a hint for an invalid quantity. Return None for a valid quantity."""
     text = str(value)
     if isinstance(value, int) and value >= kind.minimum:
         return None
@@ -56,7 +56,7 @@ def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | 
 
 
 def _amount(text: str) -> Decimal:
-    """Return the amount of a quantity that matches its pattern, in CPUs or bytes."""
+    """Convert a valid quantity to CPUs or bytes."""
     if text.endswith("m"):
         return Decimal(text[:-1]) / 1000
     unit = next((suffix for suffix in sorted(_UNITS, key=len, reverse=True) if text.endswith(suffix)), "")
@@ -64,7 +64,7 @@ def _amount(text: str) -> Decimal:
 
 
 def _suggestion(text: str, kind: QuantityKind) -> str:
-    """Return the quantity that the user probably means; an empty string if that is unclear."""
+    """Return the quantity that the user probably means. Return an empty string if the meaning is unclear."""
     match = _NUMBER.match(text)
     if match is None or "%" in text or Decimal(match.group(1)) == 0:
         return ""

@@ -1,4 +1,4 @@
-"""Generate the reference pages from the descriptions that `kubectl explain` shows.
+"""Generate the reference pages in `docs/reference` from the CRD, the names and the rules.
 
 `python -m finetune_api.reference FOLDER` writes the pages. `make verify` fails if a page is out of date.
 """
@@ -23,7 +23,7 @@ NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every page, by file name."""
+    """Return the text of each page, by file name."""
     root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return {
         "spec.md": NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_sections("spec", root["spec"])),
@@ -34,7 +34,7 @@ def pages() -> dict[str, str]:
 
 
 def _sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
-    """Yield one section per object: a table of the fields, then the sections of nested objects."""
+    """Yield a section with the table of an object's fields, then the sections of all nested objects."""
     yield f"## {path}\n\n| field | type | meaning |\n|---|---|---|"
     for name, value in schema["properties"].items():
         yield f"| `{name}` | {_type(value)} | {_cell(value.get('description', ''))} |"
@@ -87,7 +87,7 @@ def _table(title: str, enum: type[Enum]) -> str:
 
 
 def _exit_codes() -> str:
-    """Return the section with one row per exit code, and the retry policies."""
+    """Return a table of the exit codes and a table of the retry policies."""
     descriptions = member_docs(names.ExitCode)
     rows = []
     for code in names.ExitCode:
@@ -108,7 +108,7 @@ def _names() -> str:
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names that programs exchange\n\n" + "\n".join(_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
+    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
 
 
 def _rules() -> str:
@@ -123,14 +123,14 @@ def _rules() -> str:
     return "\n".join(
         [
             "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,
-            "\n## Fields that this release does not implement\n", "A job that sets one of these fields is refused with `Accepted=False`, reason `NotSupportedYet`. Of some fields only certain values are refused.\n",
+            "\n## Fields that this release does not implement\n", "If a job sets one of these fields, the operator refuses the job with `Accepted=False`, reason `NotSupportedYet`. For some fields, the operator refuses only certain values.\n",
             "| field | what to write |", "|---|---|", *unsupported, "",
         ]
     )  # fmt: skip
 
 
 def main() -> None:
-    """Write the pages into the folder given as the first argument."""
+    """Write all pages into a folder. The first command-line argument is the folder's path."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():

@@ -1,7 +1,7 @@
 """Generate the CustomResourceDefinition from the models: a structural schema with descriptions, bounds, enumerations and CEL rules.
 
-pydantic's own JSON schema is not structural (`$ref`, `anyOf` for optional fields, `const`), so this module writes its own.
-`python -m finetune_api.schema` prints the CRD.
+The JSON schema that pydantic generates is not structural (`$ref`, `anyOf` for optional fields, `const`). This module therefore
+generates its own schema. `python -m finetune_api.schema` prints the CRD.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from finetune_api.status import FineTuneJobStatus
 Schema = dict[str, Any]
 
 MUTABLE = ("suspend", "cancel", "policy", "placement")
-"""Fields of the spec that may change after creation, at least in part. All other fields are immutable."""
+"""Mutable fields of the spec. Some fields inside `policy` and `placement` are immutable, as are all other fields of the spec."""
 MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished")
-"""Fields of `spec.policy` that may change after creation."""
+"""Mutable fields of `spec.policy`."""
 LIST_MAP_KEYS = {
     ("status", "conditions"): ["type"],
     ("status", "attempts"): ["number"],
@@ -35,21 +35,21 @@ LIST_MAP_KEYS = {
     ("spec", "placement", "volumes"): ["name"],
     ("spec", "placement", "volumeMounts"): ["mountPath"],
 }
-"""Lists whose items are identified by a key."""
+"""Keys of the lists with `x-kubernetes-list-type: map`, by path."""
 
 COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Status", "string", ".status.phase", 0, "Phase of the job."),
-    ("Progress", "string", ".status.progress.display", 0, "Optimizer steps completed."),
+    ("Progress", "string", ".status.progress.display", 0, "Completed optimizer steps."),
     ("Loss", "number", ".status.metrics.trainLoss", 0, "Latest training loss."),
     ("ETA", "string", ".status.progress.eta", 0, "Estimated time to the end of training."),
-    ("Workers", "string", ".status.workers.display", 0, "Ready pods / pods needed."),
-    ("Restarts", "integer", ".status.restarts", 0, "Attempts after the first."),
-    ("Reason", "string", ".status.reason", 0, "Why the job waits, or why it failed."),
+    ("Workers", "string", ".status.workers.display", 0, "Number of ready pods / number of all pods."),
+    ("Restarts", "integer", ".status.restarts", 0, "Number of attempts after the first attempt."),
+    ("Reason", "string", ".status.reason", 0, "Reason why the job waits or failed, in one word."),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the job was created."),
     ("Model", "string", ".status.resolved.modelName", 1, "Short name of the base model."),
     ("Method", "string", ".status.resolved.method", 1, "Fine-tuning method."),
     ("Checkpoint", "integer", ".status.latestCheckpointStep", 1, "Optimizer step of the newest committed checkpoint."),
-    ("Duration", "string", ".status.duration", 1, "Time from start to end."),
+    ("Duration", "string", ".status.duration", 1, "Time from the start to the end of the job."),
 )  # fmt: skip
 """Printer columns of `kubectl get`: name, type, JSON path, priority (1: only with `-o wide`), description."""
 SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName")
@@ -71,7 +71,7 @@ def describe(info: FieldInfo) -> str:
 
 
 def explain_values(annotation: Any) -> str:
-    """Return sentences that explain every value of an enumeration; an empty string for other types."""
+    """Return a sentence for each value of an enumeration. For other types, return an empty string."""
     enum = _enum_in(annotation)
     if enum is None:
         return ""
@@ -173,7 +173,7 @@ def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Sch
 
 
 def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of every constraint in Field, StringConstraints or single annotations."""
+    """Yield (name, value) of every constraint in `Field`, `StringConstraints` or other annotations."""
     for item in metadata:
         parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
         for part in parts:
@@ -189,8 +189,8 @@ def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
 def _bounds(metadata: list[Any]) -> Schema:
     """Return the bounds of a number.
 
-    A fractional bound becomes a CEL rule. Reason: if a value is written without a decimal point, the API server truncates a fractional
-    `maximum` to an integer, so `0` would violate `maximum: 0.5, exclusiveMaximum: true`.
+    A fractional bound becomes a CEL rule, because the API server compares integers with a truncated bound: the value `0` would violate
+    `maximum: 0.5, exclusiveMaximum: true`.
     """
     schema: Schema = {}
     for name, value in constraints(metadata):
@@ -209,7 +209,7 @@ def _bounds(metadata: list[Any]) -> Schema:
 
 
 def _int_or_string(metadata: list[Any]) -> Schema:
-    """Return the schema of a quantity. `pattern` applies to strings only and `minimum` to integers only."""
+    """Return the schema of a quantity. `pattern` constrains strings; `minimum` constrains integers."""
     extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
     return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 
@@ -220,7 +220,7 @@ COMPARISONS = {
 
 
 def _length(metadata: list[Any], unit: str) -> Schema:
-    """Return the bounds of a length, such as `maxItems`. `unit` is Items, Properties or Length."""
+    """Return the bounds of a length, such as `maxItems`. `unit` is `Items`, `Properties` or `Length`."""
     values = dict(constraints(metadata))
     return {f"{side}{unit}": values[f"{side}_length"] for side in ("min", "max") if f"{side}_length" in values}
 
@@ -231,7 +231,7 @@ def _pattern(metadata: list[Any]) -> Schema:
 
 
 def add_immutability_rules(spec: Schema) -> None:
-    """Add the rules that make a created job immutable. A group's rules are part of the group's schema, and removing the group is forbidden, too."""
+    """Add CEL rules that make fields of an existing job immutable. The rules also forbid removing a group with immutable fields."""
     policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
     policy["default"], placement["default"] = {}, {}
     _forbid_change(spec, "spec", [wire for wire in spec["properties"] if wire not in MUTABLE])
@@ -244,16 +244,16 @@ def add_immutability_rules(spec: Schema) -> None:
     _add(
         spec,
         "!oldSelf.cancel || self.cancel",
-        message="spec.cancel cannot be taken back: create a new FineTuneJob",
+        message="spec.cancel cannot change from true to false: create a new FineTuneJob",
         fieldPath=".cancel",
     )
 
 
 def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
-    """Add a rule to each field that forbids changing its value, and a rule to the group that forbids adding or removing fields.
+    """Forbid changing the fields `wires` of a group, and adding or removing these fields.
 
-    The API server also runs these rules at every status write, so they must be cheap: a field's rule does not run while the field is
-    absent, and the group's rule compares only which fields exist.
+    The API server runs CEL rules at every status write, so the rules must be cheap. The rule of a field does not run if the field is
+    absent. The rule of the group compares only the presence of fields.
     """
     sentence = "cannot change after creation: create a new FineTuneJob"
     for wire in wires:
@@ -277,25 +277,25 @@ def crd() -> Schema:
     status = model_schema(FineTuneJobStatus, ("status",))
     status["properties"]["observedGeneration"]["default"] = -1
     status["default"] = {"observedGeneration": -1}
-    # Only the operator writes the status, always as a whole. With an atomic map the API server does not record the owner of each field.
-    # That record would be as long as the status and take a quarter of the time of each write.
+    # Only the operator writes the status, and always writes the whole status. With an atomic map, the API server does not record the
+    # owner of each field. Such a record would be as long as the status and would take a quarter of the time of each write.
     status["x-kubernetes-map-type"] = "atomic"
     root = {
         "type": "object",
-        "description": "Fine-tunes a language model: reads a base model and data, trains, and stores the result in object storage.",
+        "description": "A job that fine-tunes a language model and stores the result in object storage.",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},
-            "spec": {"description": "What the user asks for.", **spec}, "status": {"description": "What the operator has observed.", **status},
+            "spec": {"description": "The job that the user requests.", **spec}, "status": {"description": "The state of the job that the operator observed.", **status},
         },
         "x-kubernetes-validations": [
             {
                 "rule": f"self.metadata.name.matches('{names.NAME_PATTERN}')",
-                "message": "metadata.name must start with a letter and contain only a-z, 0-9 and '-': it becomes the name of Jobs and host names",
+                "message": "metadata.name must start with a letter and contain only a-z, 0-9 and '-', because Jobs and host names contain this name",
             },
             {
                 "rule": f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH}",
-                "message": f"metadata.name must be at most {names.MAX_NAME_LENGTH} characters: it becomes the name of Jobs and host names",
+                "message": f"metadata.name must be at most {names.MAX_NAME_LENGTH} characters, because Jobs and host names contain this name",
             },
         ],
     }  # fmt: skip
@@ -328,7 +328,7 @@ HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` f
 
 
 def crd_yaml() -> str:
-    """Return the CRD as YAML that YAML 1.1 and 1.2 read alike. kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
+    """Return the CRD as YAML with the same meaning in YAML 1.1 and 1.2. kubectl and Helm use YAML 1.1, in which an unquoted `no` is false."""
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -344,7 +344,7 @@ AMBIGUOUS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "nul
 
 
 def _quoted(value: Any) -> Any:
-    """Return a copy that quotes the strings that YAML 1.1 reads as booleans or null."""
+    """Return a copy of `value` in which strings are quoted if YAML 1.1 would read them as booleans or null."""
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, dict):

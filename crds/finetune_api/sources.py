@@ -1,6 +1,6 @@
-"""Sources of models and data: notations, parser and errors.
+"""Parse the sources of models and data.
 
-`hf://org/name[@revision]` or the same without `hf://`, `s3://bucket/key`, `pvc://claim/path`,
+Notations: `hf://org/name[@revision]` or `org/name[@revision]`, `s3://bucket/key`, `pvc://claim/path`,
 `configmap://name/key`, `https://host/path`, `file:///path`.
 """
 
@@ -38,7 +38,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class S3Source:
-    """An object, or all objects below a prefix, in an S3 bucket. `key` has no leading slash."""
+    """An object in an S3 bucket, or all objects below a prefix. `key` has no leading slash."""
 
     bucket: str
     key: str
@@ -49,7 +49,7 @@ class S3Source:
 
 @dataclass(frozen=True)
 class PvcSource:
-    """A path in a PersistentVolumeClaim of the job's namespace; an empty path is the root of the volume."""
+    """A path in a PersistentVolumeClaim of the job's namespace. An empty path is the root of the volume."""
 
     claim: str
     path: str
@@ -71,7 +71,7 @@ class ConfigMapSource:
 
 @dataclass(frozen=True)
 class HttpsSource:
-    """A file on a web server, or a job's checkpoint or model that a web server provides."""
+    """A file on a web server, or a folder with a job's checkpoint or final model on a web server."""
 
     url: str
 
@@ -80,12 +80,12 @@ class HttpsSource:
 
     @property
     def is_job_result(self) -> bool:
-        """Whether the path leads to a job's checkpoint or final model. Only these folders can be read from a web server."""
+        """Whether the URL is the folder of a job's checkpoint or final model. The trainer can read no other folders from a web server."""
         return bool(_CHECKPOINT.search(self._path) or _MODEL.search(self._path))
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the path leads to a job's checkpoint."""
+        """Whether the URL is the folder of a job's checkpoint."""
         return bool(_CHECKPOINT.search(self._path))
 
     @property
@@ -107,12 +107,12 @@ Source = HubSource | S3Source | PvcSource | ConfigMapSource | HttpsSource | File
 
 
 def parse(text: str, *, path: str = "model.source") -> Source:
-    """Parse a source. `path` is the spec field for error messages.
+    """Parse a source. Error messages contain `path`, the spec path of the field.
 
     Errors: ConfigError `SourceInvalid`.
     """
     if text != text.strip() or not text:
-        raise _source_error(path, text, "it is empty or has spaces around it", NOTATIONS)
+        raise _source_error(path, text, "the source is empty, or starts or ends with a space", NOTATIONS)
     scheme, colon, rest = text.partition("://")
     if not colon:
         return _hub(text, path, text)
@@ -127,7 +127,7 @@ def parse(text: str, *, path: str = "model.source") -> Source:
                 bool(_OBJECT.match(claim)),
                 path,
                 text,
-                "the claim name is missing or not a Kubernetes name",
+                "the name of the PersistentVolumeClaim is missing or invalid",
                 "pvc://claim/path",
             )
             _require(".." not in inside.split("/"), path, text, "the path contains `..`", "pvc://claim/path")
@@ -138,7 +138,7 @@ def parse(text: str, *, path: str = "model.source") -> Source:
                 bool(_OBJECT.match(name)) and bool(_KEY.match(key)),
                 path,
                 text,
-                "a name and a key are needed",
+                "the name or the key of the ConfigMap is missing or invalid",
                 "configmap://name/key",
             )
             return ConfigMapSource(name, key)
@@ -160,14 +160,14 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
         raise _source_error(
             path,
             text,
-            "it looks like a local path, which pods cannot read",
-            f"file://{absolute} if the image contains it, else s3://bucket/key",
+            "this seems to be a local path, but pods cannot read files of your machine",
+            f"file://{absolute} for a path in the trainer image, otherwise s3://bucket/key",
         )
     if is_data_file_name(text):
         raise _source_error(
             path,
             text,
-            "it is the name of a file, which pods cannot read from your machine",
+            "this is a file name, but pods cannot read files of your machine",
             f"s3://bucket/{text}, pvc://claim/{text} or configmap://name/{text.rpartition('/')[2]}; for a file in the image "
             f"file:///path/{text}, for a hub repository hf://{text}; `finetune run --local` reads the relative path",
         )
@@ -175,21 +175,21 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
         bool(_REPO.match(repo)) and "--" not in repo and ".." not in repo,
         path,
         text,
-        "it is not the name of a hub repository",
+        "this is not the name of a hub repository",
         NOTATIONS,
     )
     _require(
         not at or bool(_REVISION.match(revision)),
         path,
         text,
-        "a branch, tag or commit must follow @",
+        "the branch, tag or commit after @ is missing or invalid",
         f"{repo}@main",
     )
     return HubSource(repo, revision or None)
 
 
 def is_data_file_name(text: str) -> bool:
-    """Whether a source without a scheme has the name of a data file, such as `data/train.jsonl`."""
+    """Whether a source has no scheme and the extension of a data file, as in `data/train.jsonl`."""
     return "://" not in text and bool(_DATA_FILE.search(text))
 
 
@@ -207,14 +207,14 @@ def _s3(rest: str, path: str, text: str) -> S3Source:
 
 
 MAX_MODEL_NAME_LENGTH = 28
-"""Up to this length of the model name, the table of `kubectl get -o wide` stays below 200 characters per line."""
+"""Maximum length of a model name. The lines of `kubectl get -o wide` then have fewer than 200 characters."""
 
 
 def model_name(source: str) -> str:
-    """Return the short name of a model source for tables, at most `MAX_MODEL_NAME_LENGTH` characters.
+    """Return a short name of a model source for tables, with at most `MAX_MODEL_NAME_LENGTH` characters.
 
-    The short name is the repository's name without the owner, or the last folder of a path. For a job's result
-    (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`) the short name is the name of the job.
+    The name is the hub repository without the owner, the last folder of a path, or, for a job's result
+    (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), the name of the job.
     """
     text = redact_source(source).rstrip("/")
     if "://" not in text or text.startswith("hf://"):
@@ -226,24 +226,24 @@ def model_name(source: str) -> str:
 
 
 def redact_source(text: str) -> str:
-    """Return a source without secrets, for messages. A URL's query may be a signature, and the part before @ may be a password."""
+    """Return a source without secrets, for messages. The query of a URL may contain a signature; the part before @ may contain a password."""
     if not re.match(r"\s*https?://", text, re.IGNORECASE):
         return text
     return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])
 
 
 def _web(scheme: str, text: str, path: str) -> HttpsSource:
-    _require(scheme == "https", path, text, "plain http is not protected against modification", "https" + redact_source(text)[len("http") :])
+    _require(scheme == "https", path, text, "plain http does not protect the file against modification", "https" + redact_source(text)[len("http") :])
     try:
         parts = urlsplit(text)
         is_complete = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
     except ValueError:  # an invalid port or IPv6 address
         is_complete = False
-    _require(is_complete, path, text, "the host or the file is missing", "https://host/path/file.jsonl")
+    _require(is_complete, path, text, "the host or the path is missing or invalid", "https://host/path/file.jsonl")
     if parts.username or parts.password:
         raise ConfigError(
-            "SourceInvalid", f"{path}: the URL for {parts.hostname} contains a user or password, which every user who can read the job could see",
-            hint="put the file into S3, or serve it without a password in the URL",
+            "SourceInvalid", f"{path}: the URL for {parts.hostname} contains a user or password, but everyone who can read the FineTuneJob could read this password",
+            hint="store the file in S3, or provide a URL without a password",
         )  # fmt: skip
     return HttpsSource(text)
 

@@ -1,7 +1,7 @@
-"""The status of a FineTuneJob: the state that the operator has observed. Users, kubectl, GitOps tools and the CLI read it.
+"""The status of a FineTuneJob: the state that the operator observed. Users, kubectl, GitOps tools and the CLI read the status.
 
-The operator writes a change of a field marked `prompt` at once. Changes of other fields (progress, metrics, checkpoints) may wait
-for the next periodic write.
+The operator writes changes of a field with `prompt` immediately. It writes changes of all other fields, such as progress, metrics
+and checkpoints, with the next periodic write.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str, when_used="
 
 
 class Condition(ReportModel):
-    """One condition, with the same fields as the conditions of Kubernetes' own objects."""
+    """A condition, with the fields of a Kubernetes condition."""
 
     type: ConditionType = status_field("Name of the condition.", default=..., prompt=Prompt.VALUE)
     status: Literal["True", "False", "Unknown"] = status_field(
-        "Whether the condition holds. Values: `True`: it holds. `False`: it does not hold. `Unknown`: it is not known yet.",
+        "Whether the condition is true. Values: `True`: the condition is true. `False`: the condition is false. `Unknown`: not known yet.",
         default=..., prompt=Prompt.VALUE,
     )  # fmt: skip
     reason: str = status_field(
-        "One word: why the condition has this status.", default="", example="Unschedulable", prompt=Prompt.VALUE
+        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", prompt=Prompt.VALUE
     )
-    message: str = status_field("One sentence: why the condition has this status.", default="")
-    last_transition_time: Time | None = status_field("When `status` last changed.", example="2026-03-01T12:00:00Z")
+    message: str = status_field("Explanation of the condition's status in one sentence.", default="")
+    last_transition_time: Time | None = status_field("Time of the last change of `status`.", example="2026-03-01T12:00:00Z")
     observed_generation: int | None = status_field(
-        "metadata.generation of the spec that the condition was computed from.", example=1
+        "metadata.generation of the spec for which the operator computed the condition.", example=1
     )
 
 
 class Attempt(ReportModel):
     """One attempt to run the job. Each attempt is one Kubernetes Job."""
 
-    number: int = status_field("Number of the attempt; the first is 1.", default=..., example=1, prompt=Prompt.VALUE)
+    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, prompt=Prompt.VALUE)
     start_time: Time | None = status_field(
-        "When the attempt's Job was created or, with a queue, admitted.", example="2026-03-01T12:00:00Z"
+        "Creation time of the attempt's Job. With a queue: time of the Job's admission.", example="2026-03-01T12:00:00Z"
     )
     end_time: Time | None = status_field(
-        "When the attempt's last pod ended.", example="2026-03-01T14:00:00Z", prompt=Prompt.VALUE
+        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", prompt=Prompt.VALUE
     )
-    reason: str | None = status_field("One word: why the attempt ended.", example="OutOfMemory", prompt=Prompt.VALUE)
-    message: str | None = status_field("Error message of the rank that failed.")
+    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", prompt=Prompt.VALUE)
+    message: str | None = status_field("Error message of the failed rank.")
     exit_code: int | None = status_field(
-        "Exit code that decided how the attempt ended. docs/reference/names.md lists the codes.", example=71
+        "Exit code of the trainer container that explains the end of the attempt. docs/reference/names.md lists all exit codes.", example=71
     )
-    node: str | None = status_field("Node of the rank that failed.", example="gpu-node-3")
+    node: str | None = status_field("Node of the failed rank.", example="gpu-node-3")
     resumed_from_step: int | None = status_field(
-        "Optimizer step that the attempt continued from. Absent: it started from the beginning.", example=400
+        "Optimizer step from which the attempt resumed. Absent if the attempt started without a checkpoint.", example=400
     )
     last_step: int | None = status_field("Last optimizer step that the attempt completed.", example=450)
-    steps_lost: int | None = status_field("Optimizer steps that the next attempt had to repeat.", example=50)
-    config_sha256: str | None = status_field("sha256 (hex) of the attempt's run.json.")
+    steps_lost: int | None = status_field("Number of optimizer steps that the next attempt had to repeat.", example=50)
+    config_sha256: str | None = status_field("sha256 (hex) of the attempt's run configuration (run.json).")
     committed_step: int | None = status_field(
         "Optimizer step of the newest checkpoint that the attempt committed to storage.", example=400
     )
@@ -75,31 +75,31 @@ class Attempt(ReportModel):
 
 
 class Progress(ReportModel):
-    """How far the run is."""
+    """Progress of training."""
 
-    step: int | None = status_field("Optimizer steps completed.", example=120)
-    total_steps: int | None = status_field("Optimizer steps of the whole run.", example=500)
-    epoch: float | None = status_field("Passes over the training data completed.", example=0.72)
-    percent: int | None = status_field("Steps completed, in whole percent.", example=24)
-    display: str | None = status_field("Steps and percent as text.", example="120/500 (24%)")
+    step: int | None = status_field("Number of completed optimizer steps.", example=120)
+    total_steps: int | None = status_field("Number of optimizer steps of the whole training.", example=500)
+    epoch: float | None = status_field("Completed passes over the training data.", example=0.72)
+    percent: int | None = status_field("Completed optimizer steps, in whole percent.", example=24)
+    display: str | None = status_field("Completed optimizer steps and percent, as text.", example="120/500 (24%)")
     seconds_remaining: int | None = status_field(
-        "Estimated seconds to the end of training, from the recent step time.", example=4320
+        "Estimated seconds to the end of training, computed from recent step durations.", example=4320
     )
     eta: str | None = status_field("Estimated time to the end of training as text.", example="1h12m")
-    tokens_seen: int | None = status_field("Tokens trained on, without padding.", example=983040)
+    tokens_seen: int | None = status_field("Number of tokens used in training, without padding.", example=983040)
     tokens_per_second: float | None = status_field(
         "Recent training throughput of all ranks together, in tokens per second.", example=2730.7
     )
-    update_time: Time | None = status_field("When the trainer reported these values.", example="2026-03-01T12:00:00Z")
+    update_time: Time | None = status_field("Time of the trainer's report with these values.", example="2026-03-01T12:00:00Z")
 
 
 class Metrics(ReportModel):
-    """Latest values of the training metrics, rounded."""
+    """Latest rounded values of the training metrics."""
 
     train_loss: float | None = status_field("Training loss in nats per token.", example=1.234)
     eval_loss: float | None = status_field("Latest validation loss in nats per token.", example=1.301)
     best_eval_loss: float | None = status_field("Lowest validation loss so far in nats per token.", example=1.287)
-    best_step: int | None = status_field("Optimizer step of the lowest validation loss.", example=400)
+    best_step: int | None = status_field("Optimizer step with the lowest validation loss.", example=400)
     learning_rate: float | None = status_field("Current learning rate.", example=0.0002)
     grad_norm: float | None = status_field("Gradient norm before clipping.", example=0.8)
 
@@ -107,58 +107,58 @@ class Metrics(ReportModel):
 class Checkpoint(ReportModel):
     """A checkpoint that is committed to storage."""
 
-    step: int = status_field("Optimizer steps completed when the checkpoint was saved.", default=..., example=400)
+    step: int = status_field("Number of completed optimizer steps in the checkpoint.", default=..., example=400)
     uri: str = status_field(
         "Folder with the checkpoint's files.", default=...,
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
     )  # fmt: skip
     sha256: str | None = status_field("sha256 (hex) of the checkpoint's manifest.")
-    bytes: int | None = status_field("Size of all files, in bytes.", example=104857600)
-    time: Time | None = status_field("When the checkpoint was committed.", example="2026-03-01T12:00:00Z")
+    bytes: int | None = status_field("Size of all files of the checkpoint, in bytes.", example=104857600)
+    time: Time | None = status_field("Time at which the checkpoint was committed.", example="2026-03-01T12:00:00Z")
     healthy: bool | None = status_field(
         "Whether loss and gradients stayed finite in the steps after the checkpoint.", example=True
     )
     eval_loss: float | None = status_field(
         "Validation loss at the checkpoint's step, in nats per token.", example=1.301
     )
-    save_seconds: float | None = status_field("Seconds from the start of the upload to the commit.", example=3.2)
+    save_seconds: float | None = status_field("Seconds from the start of the checkpoint's upload to its commit.", example=3.2)
 
 
 class Output(ReportModel):
-    """The final artefact."""
+    """The final model or adapter."""
 
     uri: str | None = status_field(
         "Folder with the final adapter or model.", example="s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
     )
-    sha256: str | None = status_field("sha256 (hex) of the artefact's manifest.")
-    kind: OutputKind | None = status_field("What the artefact is.", example="adapter")
-    merged_uri: str | None = status_field("Folder of the base model with the adapter merged in, if requested.")
-    published_uri: str | None = status_field("Folder of the copy below output.dir, if requested.")
-    report_uri: str | None = status_field("Folder of the report of the run.")
+    sha256: str | None = status_field("sha256 (hex) of the manifest of the final model.")
+    kind: OutputKind | None = status_field("Whether the result is an adapter or a complete model.", example="adapter")
+    merged_uri: str | None = status_field("Folder with the merged model. Present if output.mergeAdapter is true.")
+    published_uri: str | None = status_field("Folder of the published copy. Present if output.dir is set.")
+    report_uri: str | None = status_field("Folder with the run's report.")
     evaluation: dict[str, Any] | None = status_field(
-        "Metrics measured after training, by name. For a test set: testRows, testLoss (nats per token), testTokenAccuracy "
-        "and, depending on the data format, testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
+        "Metrics measured after training, by name. With a test set: testRows, testLoss (nats per token), testTokenAccuracy. "
+        "Depending on the data format also testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
     )
 
 
 class Failure(ReportModel):
-    """Why the job, or its last attempt, failed."""
+    """Failure of the job or of its last attempt."""
 
     class_: Annotated[FailureClass, Field(alias="class", description="Kind of the failure.")]
-    code: str = status_field("Stable code of this failure, for programs.", default="", example="DatasetEmpty")
-    message: str = status_field("What failed and why.", default="")
-    hint: str | None = status_field("What the user or the platform team can do.")
+    code: str = status_field("Code of the failure, for programs.", default="", example="DatasetEmpty")
+    message: str = status_field("Error message: what failed, and why.", default="")
+    hint: str | None = status_field("Hint for the user or the platform team.")
     node: str | None = status_field("Node of the failed rank.", example="gpu-node-3")
-    rank: int | None = status_field("Global rank that failed.", example=3)
-    step: int | None = status_field("Optimizer step at which the job failed.", example=450)
+    rank: int | None = status_field("Global number of the failed rank.", example=3)
+    step: int | None = status_field("Optimizer step during the failure.", example=450)
     exit_code: int | None = status_field("Exit code of the trainer container.", example=65)
 
 
 class Adaptation(ReportModel):
-    """A change to the configuration that the operator made so that the job can continue."""
+    """A change that the operator made to the job's configuration, so that the job can continue."""
 
-    time: Time = status_field("When the operator made the change.", default=..., example="2026-03-01T12:00:00Z")
-    reason: str = status_field("Why the operator made the change.", default=..., example="OutOfMemory")
+    time: Time = status_field("Time of the change.", default=..., example="2026-03-01T12:00:00Z")
+    reason: str = status_field("Reason for the change.", default=..., example="OutOfMemory")
     change: str = status_field(
         "Old and new values as text.", default=...,
         example="batchSizePerDevice 4 -> 2, gradientAccumulationSteps 4 -> 8",
@@ -169,13 +169,13 @@ class Adaptation(ReportModel):
 class Workers(ReportModel):
     """Pods of the current attempt."""
 
-    ready: int = status_field("Pods that are ready.", default=0, example=2)
-    total: int = status_field("Pods that the attempt needs.", default=0, example=2)
-    display: str = status_field("Ready and needed pods as text.", default="0/0", example="2/2")
+    ready: int = status_field("Number of ready pods.", default=0, example=2)
+    total: int = status_field("Number of pods of the attempt.", default=0, example=2)
+    display: str = status_field("Number of ready pods and number of all pods, as text.", default="0/0", example="2/2")
 
 
 class Resolved(ReportModel):
-    """The configuration that the run really uses, with defaults and with values that the operator and the trainer determined."""
+    """The configuration in use: the spec with defaults, and values that the operator and the trainer computed."""
 
     world_size: int | None = status_field("Number of ranks.", example=8)
     effective_batch: int | None = status_field(
@@ -187,106 +187,106 @@ class Resolved(ReportModel):
     )
     strategy: str | None = status_field("Distributed strategy in use: single, ddp, fsdp or deepspeed.", example="ddp")
     attention: str | None = status_field("Attention implementation in use.", example="sdpa")
-    device: str | None = status_field("Device that the model is trained on.", example="NVIDIA H100")
-    trainable_parameters: int | None = status_field("Number of parameters that are trained.", example=4884480)
+    device: str | None = status_field("Name of the training device.", example="NVIDIA H100")
+    trainable_parameters: int | None = status_field("Number of trained parameters.", example=4884480)
     total_parameters: int | None = status_field("Number of parameters of the model.", example=139399680)
     model_revision: str | None = status_field(
         "Commit (hub) or digest (storage) of the base model.", example="12fd25f77366fa6b3b4b768ec3050bf629380bac"
     )
     dataset_digest: str | None = status_field("sha256 (hex) of the training data.")
-    dataset_rows: int | None = status_field("Number of rows trained on.", example=12000)
-    dataset_format: str | None = status_field("Format of the rows, as given or as detected.", example="messages")
+    dataset_rows: int | None = status_field("Number of training rows.", example=12000)
+    dataset_format: str | None = status_field("Data format of the rows, from the spec or detected.", example="messages")
     image: str | None = status_field(
-        "Trainer image that was requested.", example="ghcr.io/finetune-operator/trainer:0.2.0"
+        "Trainer image in the pod's spec.", example="ghcr.io/finetune-operator/trainer:0.2.0"
     )
-    image_digest: str | None = status_field("Digest of the trainer image that runs.")
+    image_digest: str | None = status_field("Digest of the running trainer image.")
     node_pool: str | None = status_field("Node pool in use.", example="h100")
-    config_sha256: str | None = status_field("sha256 (hex) of the current attempt's run.json.")
+    config_sha256: str | None = status_field("sha256 (hex) of the current attempt's run configuration (run.json).")
     spec_sha256: str | None = status_field(
-        "sha256 (hex) of the spec of the first attempt, without the fields that may change after creation."
+        "sha256 (hex) of the first attempt's spec, without mutable fields."
     )
     resume_exact: bool | None = status_field(
-        "Whether a resumed run gives bit for bit the same result as an uninterrupted run.", example=True
+        "Whether a resumed run and an uninterrupted run have bitwise identical results.", example=True
     )
-    resume_note: str | None = status_field("Why a resumed run is not exact, if it is not.")
-    storage: dict[str, Any] | None = status_field("Capabilities of the storage, tested at start.")
+    resume_note: str | None = status_field("Reason if a resumed run can differ from an uninterrupted run.")
+    storage: dict[str, Any] | None = status_field("Capabilities of the storage. The trainer tests them at its start.")
     defaults: dict[str, Any] | None = status_field(
-        "Every default that was filled in, by spec path.", example={"training.epochs": 3}
+        "All filled-in defaults, by spec path.", example={"training.epochs": 3}
     )
     notes: list[str] | None = status_field(
-        "Remarks on how the spec was understood.", example=["training.epochs 3 has no effect, because training.maxSteps is 40"]
+        "Notes and warnings about the spec.", example=["training.epochs 3 has no effect, because training.maxSteps is 40"]
     )
 
 
 class FineTuneJobStatus(ReportModel):
-    """What the operator has observed of a FineTuneJob."""
+    """The state of a FineTuneJob that the operator observed."""
 
     observed_generation: int = status_field(
-        "metadata.generation of the spec that this status describes; -1 until the operator has read the job.",
+        "metadata.generation of the spec that this status describes. -1 until the operator has read the job.",
         default=-1, example=1, prompt=Prompt.VALUE,
     )  # fmt: skip
     phase: Phase | None = status_field(
-        "State of the job in one word, for people. Programs should read conditions.", example="Running", prompt=Prompt.VALUE
+        "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=Prompt.VALUE
     )
     reason: str | None = status_field(
-        "One word: why the job waits, or why it failed. `-` if the phase says everything.",
+        "Reason why the job waits or failed, in one word. `-` if the phase needs no reason.",
         example="Unschedulable", prompt=Prompt.VALUE,
     )  # fmt: skip
     conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=Prompt.VALUE)
     attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=Prompt.VALUE)
-    restarts: int | None = status_field("Attempts after the first.", example=0, prompt=Prompt.VALUE)
+    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, prompt=Prompt.VALUE)
     retries_used: int | None = status_field(
-        "Consecutive attempts without progress that count against policy.retries.", example=0, prompt=Prompt.VALUE
+        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, prompt=Prompt.VALUE
     )
     active_seconds: int | None = status_field(
-        "Running time of all ended attempts together, in seconds. Queued and suspended time does not count.",
+        "Running time of all ended attempts together, in seconds. Time in the queue and suspended time do not count.",
         example=7200, prompt=Prompt.VALUE,
     )  # fmt: skip
     attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=Prompt.VALUE)
-    progress: Progress | None = status_field("How far the run is.")
+    progress: Progress | None = status_field("Progress of training.")
     metrics: Metrics | None = status_field("Latest values of the training metrics.")
     checkpoints: list[Checkpoint] = status_field(
-        "The newest five committed checkpoints and the best one.", default_factory=list
+        "The newest five committed checkpoints, and the best checkpoint.", default_factory=list
     )
     latest_checkpoint: str | None = status_field(
         "Folder of the newest committed checkpoint.", prompt=Prompt.PRESENCE,
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
     )  # fmt: skip
     latest_checkpoint_step: int | None = status_field("Optimizer step of the newest committed checkpoint.", example=400)
-    output: Output | None = status_field("The final artefact.", prompt=Prompt.VALUE)
-    failure: Failure | None = status_field("Why the job, or its last attempt, failed.", prompt=Prompt.VALUE)
+    output: Output | None = status_field("The final model or adapter.", prompt=Prompt.VALUE)
+    failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=Prompt.VALUE)
     adaptations: list[Adaptation] = status_field(
-        "Changes to the configuration that the operator made so that the job can continue.",
+        "Changes that the operator made to the job's configuration, so that the job can continue.",
         default_factory=list, prompt=Prompt.VALUE,
     )  # fmt: skip
     workers: Workers | None = status_field("Pods of the current attempt.")
-    resolved: Resolved | None = status_field("The configuration that the run really uses.")
+    resolved: Resolved | None = status_field("The configuration in use.")
     start_time: Time | None = status_field(
-        "When the first attempt's Job was created or, with a queue, admitted.",
+        "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
         example="2026-03-01T12:00:00Z", prompt=Prompt.VALUE,
     )  # fmt: skip
     completion_time: Time | None = status_field(
-        "When the job finished.", example="2026-03-01T14:03:00Z", prompt=Prompt.VALUE
+        "Time at which the job ended.", example="2026-03-01T14:03:00Z", prompt=Prompt.VALUE
     )
-    duration: str | None = status_field("Time from start to end as text.", example="2h3m")
+    duration: str | None = status_field("Time from the start to the end of the job, as text.", example="2h3m")
 
     def condition(self, kind: ConditionType) -> Condition | None:
-        """Return the condition of type `kind`, or None."""
+        """Return the condition of type `kind`. None: the status has no such condition."""
         return next((condition for condition in self.conditions if condition.type == kind), None)
 
     def holds(self, kind: ConditionType) -> bool:
-        """Whether the condition of type `kind` is True."""
+        """Whether the condition of type `kind` has status True."""
         condition = self.condition(kind)
         return condition is not None and condition.status == "True"
 
     def prompt_part(self) -> dict[str, Any]:
-        """Return the prompt fields as JSON values. If they are equal in two statuses, the write of the newer status may wait."""
+        """Return all fields with `prompt` as JSON values. If these values are equal in two statuses, the operator may write the newer status later."""
         present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, Prompt.PRESENCE)}
         return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
 
     @property
     def steps_done(self) -> int:
-        """Return the last reported optimizer step; 0 before the first report."""
+        """Return the last reported optimizer step. It is 0 before the first report."""
         return (self.progress.step if self.progress else None) or 0
 
 
@@ -298,9 +298,9 @@ def _fields_marked(model: type[BaseModel], mark: Prompt) -> Iterator[str]:
 
 @cache
 def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the fields marked `Prompt.VALUE`, in the form of pydantic's `include`.
+    """Return the fields with `Prompt.VALUE`, as a value for pydantic's argument `include`.
 
-    If the items of a list have marked fields themselves, only these fields of each item are included.
+    If the items of a list have fields with `Prompt.VALUE`, the result includes only these fields of each item.
     """
     include: dict[str, Any] = {}
     for name in _fields_marked(model, Prompt.VALUE):
@@ -315,29 +315,29 @@ def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
 
 
 class Stage(StrEnum):
-    """What a pod is doing; finer than the phase."""
+    """Current activity of a pod. A phase can consist of several stages."""
 
     STARTING = "starting"
-    """The container has started and prepares the ranks."""
+    """The container has started and is preparing the ranks."""
     DOWNLOADING = "downloading"
-    """The model or the data are being downloaded."""
+    """The pod is downloading the model or the data."""
     CHECKING = "checking"
-    """The spec, the model and the data are checked against each other."""
+    """The pod is checking whether spec, model and data fit together."""
     LOADING = "loading"
-    """The model is loaded onto the device."""
+    """The pod is loading the model onto the device."""
     RESTORING = "restoring"
-    """A checkpoint is being restored."""
+    """The pod is restoring a checkpoint."""
     TRAINING = "training"
-    """Optimizer steps are running."""
+    """The pod is training."""
     EVALUATING = "evaluating"
-    """The model is being evaluated."""
+    """The pod is evaluating the model."""
     SAVING = "saving"
-    """A checkpoint is being saved."""
+    """The pod is saving a checkpoint."""
     UPLOADING = "uploading"
-    """The final artefact is being uploaded."""
+    """The pod is uploading the final model."""
     STOPPING = "stopping"
-    """The pod has been asked to stop and saves a checkpoint."""
+    """The pod has received SIGTERM and is saving a checkpoint."""
     DONE = "done"
-    """The final artefact is committed."""
+    """The final model is committed to storage."""
     FAILED = "failed"
     """The pod failed and is about to exit."""

@@ -1,6 +1,6 @@
-"""Fields that the API defines but this release does not implement. A spec that sets such a field is refused; no field is ignored.
+"""Fields of the API that this release does not implement. The operator refuses a spec that sets such a field, instead of ignoring the field.
 
-To implement a field, remove its row from `UNSUPPORTED_FIELDS`.
+To implement a field, remove the field's row from `UNSUPPORTED_FIELDS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class UnsupportedField:
-    """A spec field, as a dotted path of attribute names, and which of its values are refused."""
+    """A field of the spec that this release does not implement. `path` is a dotted path of attribute names."""
 
     path: str
     refuses: Callable[[Any], bool] = _is_set
@@ -41,11 +41,11 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("model.modality", _any_of("visionLanguage"), "train a text model"),
     UnsupportedField("model.cache"),
     UnsupportedField("method.vision"),
-    UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4: no library can load the base that LoftQ produces with other bits"),
+    UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4, because no library can load the base model of LoftQ with 2 or 8 bits"),
     UnsupportedField(
         "method.lora.loftq.iterations",
         lambda value: value not in (None, 1),
-        "write 1: each further iteration changes the quantised base, and users of the adapter do not have that base",
+        "write 1, because each further iteration changes the quantised base model, but only the adapter is saved",
     ),
     UnsupportedField("output.dir"),
     UnsupportedField("output.hub"),
@@ -59,14 +59,14 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("evaluation.comparison"),
     UnsupportedField("tracking.report_to"),
     UnsupportedField("tracking.system_metrics"),
-    UnsupportedField("phases.train", _any_of(False), "leave it out"),
+    UnsupportedField("phases.train", _any_of(False), "remove phases.train"),
     UnsupportedField("phases.infer"),
     UnsupportedField("phases.evaluate"),
 )
 
 
 def unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
-    """Return one problem for every field of the spec that this release does not implement."""
+    """Return one problem for each field that the spec sets but this release does not implement."""
     return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.refuses(_value(spec, row.path))]
 
 
@@ -78,7 +78,7 @@ def _value(spec: FineTuneJobSpec, path: str) -> Any:
 
 
 def wire_path(path: str) -> str:
-    """Convert a dotted path of attribute names to JSON names: `output.merge_adapter` to `output.mergeAdapter`."""
+    """Convert a dotted path of attribute names to camelCase: `output.merge_adapter` to `output.mergeAdapter`."""
     parts: list[str] = []
     model: Any = FineTuneJobSpec
     for name in path.split("."):

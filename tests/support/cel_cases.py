@@ -33,13 +33,13 @@ GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
     ("StorageRoot", "every request"): {"storage": {"endpoint": "http://store:9000", "encryption": SEALED}},
     ("StorageRoot", "storage.uri"): {"storage": {"uri": "pvc://claim/../x"}},
     ("EnvVar", "an environment variable"): {"placement": {"env": [{"name": "A", "value": "b", "secretKeyRef": {"name": "s", "key": "k"}}]}},
-    ("Volume", "a volume has"): {"placement": {"volumes": [{"name": "v", "secret": "s", "configMap": "c"}]}},
+    ("Volume", "a volume needs"): {"placement": {"volumes": [{"name": "v", "secret": "s", "configMap": "c"}]}},
     ("Placement", "every placement.volumeMounts"): {"placement": {"volumeMounts": [{"name": "x", "mountPath": "/x"}]}},
     ("ChatTemplate", "a chat template"): {"dataset": {"train": "s3://bucket/x", "chatTemplate": {}}},
     ("Dataset", "dataset.train and"): {"dataset": {"train": "s3://bucket/x", "mixture": [{"source": "s3://bucket/y"}]}},
     ("Dataset", "dataset.maxBadRowRatio"): {"dataset": {"train": "s3://bucket/x", "maxBadRowRatio": 0.1}},
     ("Dataset", "dataset.template"): {"dataset": {"train": "s3://bucket/x", "template": "{q}"}},
-    ("Reward", "a reward is"): {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}},
+    ("Reward", "a reward needs"): {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}},
     ("Training", "training.warmupSteps"): {"training": {"warmupSteps": 0, "warmupRatio": 0.1}},
 }  # fmt: skip
 """By group and the beginning of the message: rules inside one group."""

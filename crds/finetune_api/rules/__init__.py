@@ -1,7 +1,6 @@
-"""Cross-field rules: each refuses combinations of fields that cannot work. The CRD (CEL), the operator, the CLI and the trainer share them.
-
-Each module covers one part of the spec; problems are reported in the order of the modules. Checks that need the model or the data
-are not here: the trainer runs them before its first step.
+"""Cross-field rules: each rule refuses combinations of fields that cannot work. The CRD (with CEL), the operator, the CLI and the trainer use
+these rules. Each module contains the rules for one part of the spec. The order of the modules is the order of the reported problems.
+The trainer itself contains the checks that need the model or the data, and runs them before the first step.
 """
 
 # ruff: noqa: I001  the order of these imports is the order in which problems are reported

@@ -1,8 +1,8 @@
 """The type of a rule, and functions that run rules.
 
-A rule is a function that yields the problems of a spec; it is registered under a code. Rules expect the spec as the user wrote it,
-before defaults are filled in (`without_defaults` removes the defaults again). An option without effect is a problem, too. If CEL can
-express a rule, the registration contains the CEL expression.
+A rule is a function with a code that yields the problems of a spec. Rules need a spec without filled-in defaults: either the user's spec
+or the result of `without_defaults`. Rules also refuse options without effect. If CEL can express a rule, the registration contains the
+CEL expression.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from finetune_api.spec import FineTuneJobSpec
 
 
 class ExecutionTarget(StrEnum):
-    """Where the job runs. Some options are only possible on the user's own machine."""
+    """Place where the job runs. Some options are only possible in local runs."""
 
     CLUSTER = "cluster"
-    """As a FineTuneJob."""
+    """In a cluster, as a FineTuneJob."""
     LOCAL = "local"
     """On the user's machine, with `finetune run --local`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a spec: the field's path, the error, and a hint what to write instead."""
+    """One problem of a spec: the field's path, the rule's code, the error, and a hint that tells the user what to write."""
 
     path: str
     code: str
@@ -39,7 +39,7 @@ class Problem:
 
 
 Findings = Iterator[tuple[str, str, str]]
-"""(path, message, hint) of each problem."""
+"""Yields (path, message, hint) for each problem."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ def rule(
 
 
 def check(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
-    """Return all problems of a spec, in the order of the rules."""
+    """Return all problems of a spec, in the order of `RULES`."""
     return [Problem(path, entry.code, message, hint) for entry in RULES for path, message, hint in entry.find(spec, target)]
 
 
 def new_problems(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
-    """Return the problems that `after` has and `before` has not. Problems that an accepted spec already has do not forbid a change."""
+    """Return the problems of `after` that `before` does not have. A change of a spec is refused only because of new problems."""
     known = {(problem.code, problem.path) for problem in check(before)}
     return [problem for problem in check(after) if (problem.code, problem.path) not in known]
 
 
 def without_defaults(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
-    """Return a copy of a resolved spec without the values at the paths `filled`: the form that rules expect."""
+    """Return a copy of a resolved spec without the values at the paths `filled`. Rules need a spec without filled-in defaults."""
     value = spec.to_wire()
     for path in filled:
         *groups, name = path.split(".")
@@ -98,13 +98,13 @@ def _without_empty(value: Any) -> Any:
 
 
 def raise_first_finding(code: str, findings: Findings) -> None:
-    """Raise the first finding, if any. Errors: ConfigError with `code`."""
+    """Raise the first finding as ConfigError with `code`. Without findings, do nothing."""
     for _, message, hint in findings:
         raise ConfigError(code, message, hint=hint)
 
 
 def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
-    """Raise the first problem that the rules with these codes find, if any. Errors: ConfigError with the rule's code."""
+    """Check the rules with these codes, and raise the first problem as ConfigError with the rule's code."""
     for entry in RULES:
         if entry.code in codes:
             for path, message, hint in entry.find(spec, ExecutionTarget.CLUSTER):

@@ -1,4 +1,4 @@
-"""Rules for `spec.dataset`: split sizes, and options that would have no effect."""
+"""Rules for `spec.dataset`: split sizes, and options without effect."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if split.train is not None and not math.isclose(total, 1.0, abs_tol=1e-6):
         yield (
             "dataset.split",
-            f"{text} = {total:g}, and the parts must sum to 1",
-            "change one of them, or remove train: then all remaining rows are for training",
+            f"{text} = {total:g}, but the sum of the parts must be 1",
+            "change one of the parts, or remove dataset.split.train to use all remaining rows for training",
         )
     elif split.train is None and total >= 1:
-        yield "dataset.split", f"{text} = {total:g} leaves nothing for training", "write smaller fractions"
+        yield "dataset.split", f"{text} = {total:g}, so no rows remain for training", "write smaller fractions"
     for name in ("validation", "test"):
         if parts.get(name) and getattr(spec.dataset, name) is not None:
             yield (
@@ -44,39 +44,39 @@ def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 def data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dataset = spec.dataset
     if dataset.max_bad_row_ratio is not None and value_or_default(dataset, "bad_rows") != "skip":
-        yield "dataset.maxBadRowRatio", "it is only read with `badRows: skip`", "add that, or remove it"
+        yield "dataset.maxBadRowRatio", "maxBadRowRatio has no effect without `badRows: skip`", "write `badRows: skip`, or remove maxBadRowRatio"
     if dataset.template is not None and dataset.format is not DatasetFormat.CUSTOM:
-        yield "dataset.template", "it is only read with `format: custom`", "add that, or remove it"
+        yield "dataset.template", "template has no effect without `format: custom`", "write `format: custom`, or remove template"
     if dataset.format is DatasetFormat.CUSTOM and dataset.template is None:
         yield (
             "dataset.template",
-            "format custom renders rows with a template, and none is given",
+            "format custom needs a template, but dataset.template is missing",
             "write for example `template: 'Q: {q}\\nA: {a}'`",
         )
     if dataset.mcq is not None and dataset.format not in (None, DatasetFormat.MCQ):
-        yield "dataset.mcq", f"it is only read with format mcq, and the format is {dataset.format}", "remove it"
+        yield "dataset.mcq", f"mcq has no effect, because dataset.format is {dataset.format}", "remove dataset.mcq"
     if dataset.chat_template is not None:
         if (dataset.chat_template.text is None) == (dataset.chat_template.config_map_ref is None):
             yield (
                 "dataset.chatTemplate",
-                "a chat template is either text or from a ConfigMap",
+                "a chat template needs exactly one source",
                 "write exactly one of `text` and `configMapRef`",
             )
         if dataset.use_chat_template is False:
-            yield "dataset.chatTemplate", "it has no effect with `useChatTemplate: false`", "remove one of the two"
+            yield "dataset.chatTemplate", "chatTemplate has no effect with `useChatTemplate: false`", "remove chatTemplate or useChatTemplate"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:
             yield (
                 "dataset.responseOnly",
-                "the markers have no effect with `enabled: false`",
-                "remove them, or enable it",
+                "questionMarker and answerMarker have no effect with `enabled: false`",
+                "remove the markers, or write `enabled: true`",
             )
         if not (options.question_marker and options.answer_marker):
             yield (
                 "dataset.responseOnly",
-                "with only one marker the end of an answer cannot be found",
-                "write both questionMarker and answerMarker, or neither: without markers the turns of the chat template are used",
+                "the trainer needs both markers to find the end of an answer",
+                "write both questionMarker and answerMarker, or remove both to use the turns of the chat template",
             )
 
 
@@ -87,6 +87,6 @@ def response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if options is not None and options.enabled and has_no_turns and not (options.question_marker or options.answer_marker):
         yield (
             "dataset.responseOnly.enabled",
-            f"true, but format {form} has no turns, so answers cannot be found",
-            "give questionMarker and answerMarker, or remove it",
+            f"true, but rows of format {form} have no turns, so the trainer cannot find the answers",
+            "write questionMarker and answerMarker, or remove responseOnly.enabled",
         )

@@ -1,4 +1,4 @@
-"""Rules for methods, their options, and the base model that they train."""
+"""Rules for `spec.method` and the base model."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ from finetune_api.spec.enums import (
 @rule(
     "QloraNeedsFourBits",
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'qlora') || !has(self.model.quantization) || !has(self.model.quantization.bits) || self.model.quantization.bits == 4",
-    message="method.type qlora means 4 bit: remove model.quantization.bits or write 4; for 8 bit write method.type lora",
+    message="method.type qlora requires 4 bits: remove model.quantization.bits or write 4; for 8 bits write method.type lora",
 )
 def qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_type_of(spec) is MethodType.QLORA and bits not in (None, 4):
         yield (
             "model.quantization.bits",
-            f"{bits}, but method qlora means 4 bit",
-            "remove bits, or write `method: {type: lora}` to train adapters on an 8-bit base",
+            f"{bits}, but method qlora requires 4 bits",
+            "remove bits, or write `method: {type: lora}` to train an adapter on an 8-bit base model",
         )
 
 
 @rule(
     "FullNeedsWholeWeights",
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'full') || !has(self.model.quantization) || !has(self.model.quantization.bits)",
-    message="method.type full trains all weights, and quantised weights cannot be trained: remove model.quantization, or write method.type qlora",
+    message="method.type full cannot train quantised weights: remove model.quantization, or write method.type qlora",
 )
 def full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_type_of(spec) is MethodType.FULL and bits:
         yield (
             "model.quantization.bits",
-            f"{bits}, but method full trains all weights and quantised weights cannot be trained",
+            f"{bits}, but method full cannot train quantised weights",
             "remove model.quantization, or write `method: {type: qlora}`",
         )
     if method_type_of(spec) is MethodType.SPECTRUM and bits == 8:
         yield (
             "model.quantization.bits",
-            "8, but spectrum trains its modules in 16 bit on a plain or a 4-bit base",
-            "remove bits or write 4",
+            "8, but method spectrum supports only 4-bit and unquantised base models",
+            "remove bits, or write 4",
         )
 
 
@@ -73,32 +73,32 @@ def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     if given and quantization.bits is None:
         yield (
             "model.quantization.bits",
-            "without bits nothing is quantised, and the other fields of model.quantization have no effect",
+            "without bits, the base model is not quantised and the other fields of model.quantization have no effect",
             "write `bits: 4`, or remove model.quantization",
         )
     elif quantization.bits == 8 and given:
         wire = ", ".join(type(quantization).model_fields[name].alias or name for name in given)
-        yield "model.quantization", f"{wire} have an effect only with 4 bits, and bits is 8", f"remove {wire}, or write `bits: 4`"
+        yield "model.quantization", f"{wire} have no effect, because bits is 8", f"remove {wire}, or write `bits: 4`"
 
 
 @rule(
     "AdapterSourceMissing",
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'adapter') || (has(self.method.adapter) && has(self.method.adapter.source))",
-    message="method.type adapter continues an existing adapter: write method.adapter.source",
+    message="method.type adapter trains an existing adapter: write method.adapter.source",
 )
 def adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     source = spec.method.adapter.source if spec.method.adapter else None
     if method_type_of(spec) is MethodType.ADAPTER and not source:
         yield (
             "method.adapter.source",
-            "method adapter continues an existing adapter, and none is given",
+            "method adapter trains an existing adapter, but method.adapter.source is missing",
             "write for example `adapter: {source: s3://models/my-adapter}`",
         )
     if method_type_of(spec) is not MethodType.ADAPTER and spec.method.adapter is not None:
         yield (
             "method.adapter",
-            f"it is only read with method adapter, and the method is {method_type_of(spec)}",
-            "remove it, or write `type: adapter`",
+            f"method.adapter has no effect, because method.type is {method_type_of(spec)}",
+            "remove method.adapter, or write `type: adapter`",
         )
 
 
@@ -108,48 +108,49 @@ def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     if spec.method.lora is not None and method not in LORA_METHODS:
         yield (
             "method.lora",
-            f"it is only read with methods lora, qlora, dora and adapter, and the method is {method}",
-            "remove it, or change method.type",
+            f"method.lora has no effect, because method.type is {method}",
+            "remove method.lora, or write method.type lora, qlora, dora or adapter",
         )
     if spec.method.spectrum is not None and method is not MethodType.SPECTRUM:
         yield (
             "method.spectrum",
-            f"it is only read with method spectrum, and the method is {method}",
-            "remove it, or write `type: spectrum`",
+            f"method.spectrum has no effect, because method.type is {method}",
+            "remove method.spectrum, or write `type: spectrum`",
         )
     if spec.method.prompt_length is not None and method not in PROMPT_METHODS:
         yield (
             "method.promptLength",
-            f"it is only read with prefixTuning and promptTuning, and the method is {method}",
-            "remove it",
+            f"promptLength has no effect, because method.type is {method}",
+            "remove promptLength, or write `type: prefixTuning` or `type: promptTuning`",
         )
     if spec.method.vision is not None and spec.model.modality != "visionLanguage":
-        yield "method.vision", "it is only read with `model.modality: visionLanguage`", "remove it, or set the modality"
+        yield "method.vision", "method.vision has no effect without `model.modality: visionLanguage`", "remove method.vision, or set the modality"
     if method is MethodType.DORA and spec.method.lora is not None and spec.method.lora.use_dora is False:
-        yield "method.lora.useDora", "false, but the method is dora", "remove it, or write `type: lora`"
+        yield "method.lora.useDora", "false, but method.type is dora", "remove useDora, or write `type: lora`"
     if method is MethodType.ADAPTER and spec.method.lora is not None:
         given = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
         for name in given:
             if name != "plus_ratio":
+                wire = type(spec.method.lora).model_fields[name].alias or name
                 yield (
-                    f"method.lora.{type(spec.method.lora).model_fields[name].alias or name}",
-                    "the existing adapter defines it; with method adapter only plusRatio is read",
-                    "remove it, or write `type: lora` for a new adapter",
+                    f"method.lora.{wire}",
+                    f"{wire} has no effect with method adapter, because the existing adapter defines this value",
+                    f"remove {wire}, or write `type: lora` to train a new adapter",
                 )
 
 
 @rule(
     "LoraOnHead",
     cel="!has(self.method) || !has(self.method.lora) || !has(self.method.lora.targetModules) || !self.method.lora.targetModules.exists(m, m == 'lm_head' || m == 'embed_out')",
-    message="method.lora.targetModules must not name the head (lm_head): put it into method.lora.modulesToSave",
+    message="method.lora.targetModules must not contain the output head (lm_head): write the head into method.lora.modulesToSave",
 )
 def lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for module in (spec.method.lora and spec.method.lora.target_modules) or []:
         if module in OUTPUT_HEADS:
             yield (
                 "method.lora.targetModules",
-                f"{module!r} is the output head, whose low-rank update is not saved and merged reliably",
-                f"remove it; to train the head write `modulesToSave: [{module}]`",
+                f"{module!r} is the output head, and a low-rank update of the head cannot be saved and merged reliably",
+                f"remove {module}; to train the output head write `modulesToSave: [{module}]`",
             )
 
 
@@ -161,50 +162,50 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
     if lora.loftq is not None and lora.init not in (None, LoraInit.LOFTQ):
         yield (
             "method.lora.init",
-            f"{lora.init}, but method.lora.loftq is given, which implies `init: loftq`",
-            "remove one of the two",
+            f"{lora.init}, but method.lora.loftq requires `init: loftq`",
+            "remove init or loftq",
         )
     bits = given_bits(spec)
     conflicts = list(_incompatible_with_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
     if conflicts:
         yield (
             "method.lora.init",
-            f"{lora.init} moves a part of the base into the adapter, and the final adapter is converted back for the original base; "
-            f"the conversion does not support {' and '.join(conflicts)}",
-            "remove init, or the conflicting options",
+            f"{lora.init} moves a part of the base weights into the adapter, so the trainer converts the final adapter for the original base model; "
+            f"this conversion does not support {' and '.join(conflicts)}",
+            "remove init, or remove the unsupported options",
         )
     if lora.init is LoraInit.EVA and spec.dataset.packing:
         yield (
             "dataset.packing",
-            "true, but `method.lora.init: eva` reads rows one by one",
-            "write `packing: false`, or another init",
+            "true, but `method.lora.init: eva` cannot read packed rows",
+            "write `packing: false`, or another value of method.lora.init",
         )
     if lora.init is LoraInit.EVA and trainer_type_of(spec) is not TrainerType.SFT:
         yield (
             "method.lora.init",
-            f"eva reads the rows of sft, and the objective is {trainer_type_of(spec)}",
-            "remove it",
+            f"eva, but this initialisation supports only sft and trainer.type is {trainer_type_of(spec)}",
+            "remove init",
         )
     if uses_loftq(spec):
         if bits == 8:
             yield (
                 "model.quantization.bits",
-                "8, but LoftQ corrects the error of a 4-bit base",
-                "remove model.quantization: the base is then quantised to 4 bits",
+                "8, but LoftQ supports only a 4-bit base model",
+                "remove model.quantization, because LoftQ implies 4 bits",
             )
         if lora.use_dora or method_type_of(spec) is MethodType.DORA:
             yield (
                 "method.lora.init",
-                "loftq, but DoRA computes its directions from the base before LoftQ initialises the adapter",
+                "loftq cannot be combined with DoRA, because DoRA computes its initial values before LoftQ initialises the adapter",
                 "write `method: {type: lora}` without useDora, or remove init",
             )
 
 
 def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
-    """Yield the options that conflict with an initialisation that moves a part of the base into the adapter.
+    """Yield the options that conflict with the initialisations in `INITS_CHANGING_BASE`.
 
-    The final adapter is the difference of two low-rank updates. It cannot contain other trained weights, it needs unquantised
-    weights and the plain LoRA scale, and a second adapter with the same initialisation would remove the same part again.
+    The final adapter is the difference of two low-rank updates. This difference needs unquantised weights and the plain LoRA scale, and
+    cannot contain other trained weights. A second adapter with the same initialisation would remove the same part of the base again.
     """
     lora, method, objective = spec.method.lora, method_type_of(spec), trainer_type_of(spec)
     assert lora is not None, "the caller has checked method.lora.init"
@@ -223,13 +224,13 @@ def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
     if spec.model.new_tokens:
         yield "model.newTokens"
     if objective is TrainerType.REWARD:
-        yield "trainer.type reward, which trains a head"
+        yield "trainer.type reward (it trains a score head)"
     if keeps_reference_adapter(spec):
-        yield f"trainer.type {objective}, which keeps a frozen copy of the initial adapter as the reference"
+        yield f"trainer.type {objective} (its reference model is a frozen copy of the initial adapter)"
 
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
-    """Whether the objective needs the model before training as a reference. With adapters, the reference is a second, frozen adapter."""
+    """Whether the reference model is the untrained model. With adapters, a second, frozen adapter represents the untrained model."""
     match trainer_type_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
@@ -245,54 +246,54 @@ def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
     if bias not in (None, LoraBias.NONE) and keeps_reference_adapter(spec):
         yield (
             "method.lora.bias",
-            f"{bias}, but {trainer_type_of(spec)} keeps a frozen copy of the initial adapter as the reference, and both would share the biases",
+            f"{bias}, but the reference model of {trainer_type_of(spec)} is a frozen copy of the initial adapter and would share the trained biases",
             "remove it",
         )
 
 
 @rule("NewTokensUntrained")
 def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """The method must train the embeddings of new tokens, and the strategy must allow adding rows to the embeddings."""
+    """The method must train the embeddings of new tokens, and the strategy must support larger embeddings."""
     tokens, method = spec.model.new_tokens or [], method_type_of(spec)
     if not tokens:
         return
     path = "model.newTokens"
     twice = next((token for token in tokens if tokens.count(token) > 1), None)
     if twice is not None:
-        yield path, f"{twice} is named twice", "name each token once"
+        yield path, f"the list contains {twice} twice", "write each token once"
     if method in (MethodType.IA3, *PROMPT_METHODS):
         yield (
             path,
-            f"method {method} trains no embeddings, so the embeddings of new tokens would stay untrained",
+            f"method {method} does not train the embeddings of new tokens",
             "write method lora or full",
         )
     if method is MethodType.SPECTRUM and spec.model.quantization and spec.model.quantization.bits:
         yield (
             path,
-            "spectrum on a quantised base freezes the embeddings, so the embeddings of new tokens would stay untrained",
+            "method spectrum on a quantised base model does not train the embeddings of new tokens",
             "remove model.quantization, or write method qlora",
         )
     strategy, deepspeed = spec.distributed.strategy, spec.distributed.deepspeed
     if strategy is Strategy.FSDP and method in LORA_METHODS:
         yield (
             path,
-            "an adapter trains single rows of the embeddings, which FSDP cannot shard",
+            "an adapter trains only the new rows of the embeddings, but FSDP cannot shard single rows",
             "write `distributed: {strategy: ddp}`, or method full",
         )
     if strategy is Strategy.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
         yield (
             path,
-            "the embeddings must be enlarged, and with ZeRO stage 3 no rank holds the whole embeddings",
-            "write zeroStage 2, or fsdp with method full",
+            "new tokens enlarge the embeddings, but with ZeRO stage 3 no rank has the whole embeddings",
+            "write zeroStage 2, or write strategy fsdp and method full",
         )
 
 
 @rule("HalfWeights")
 def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """Half-precision weights cannot be trained with loss scaling.
+    """Loss scaling cannot train half-precision weights.
 
-    DeepSpeed is exempt, because it keeps a 32-bit copy of the weights. Spectrum on a quantised base is exempt, because it trains 32-bit
-    weights there.
+    The rule accepts DeepSpeed, because DeepSpeed keeps a 32-bit copy of the weights. The rule accepts spectrum on a quantised base,
+    because the trained weights then have 32 bits.
     """
     trains_weights = method_type_of(spec) is MethodType.FULL or (
         method_type_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
@@ -301,8 +302,8 @@ def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trains_weights and is_half_precision and spec.distributed.strategy is not Strategy.DEEPSPEED:
         yield (
             "model.dtype",
-            f"float16, but method {method_type_of(spec)} trains these weights, and the loss scaling of mixedPrecision fp16 needs them in 32 bits",
-            "remove it, or write `mixedPrecision: bf16`",
+            f"float16, but method {method_type_of(spec)} with mixedPrecision fp16 needs 32-bit weights for loss scaling",
+            "remove model.dtype, or write `mixedPrecision: bf16`",
         )
 
 
@@ -313,14 +314,14 @@ def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         return
     twice = sorted({layer for layer in spectrum.layers if spectrum.layers.count(layer) > 1})
     if twice:
-        yield "method.spectrum.layers", f"{', '.join(map(str, twice))} is named more than once", "name each layer once"
+        yield "method.spectrum.layers", f"the list contains {', '.join(map(str, twice))} more than once", "write each layer once"
     for name in ("snr_threshold", "metric"):
         if getattr(spectrum, name) is not None:
             wire = type(spectrum).model_fields[name].alias or name
             yield (
                 f"method.spectrum.{wire}",
-                "it only has an effect on the scan of the layers, and with `layers` there is no scan",
-                "remove one of the two",
+                f"{wire} has no effect, because with `layers` the trainer does not scan the layers",
+                f"remove {wire} or layers",
             )
 
 
@@ -331,12 +332,12 @@ def prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):
         yield (
             "training.gradientCheckpointing",
-            f"{checkpointing}, but prefix tuning passes its prefix as a key-value cache, which recomputation discards",
+            f"{checkpointing}, but prefix tuning passes the prefix as a key-value cache, and recomputation discards this cache",
             "write `gradientCheckpointing: disabled`",
         )
     if method in PROMPT_METHODS and spec.dataset.packing:
         yield (
             "dataset.packing",
-            f"true, but {method} inserts its virtual tokens before the first row of a sequence only",
+            f"true, but {method} inserts virtual tokens only before the first row of a packed sequence",
             "write `packing: false`",
         )

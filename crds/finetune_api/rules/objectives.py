@@ -1,4 +1,4 @@
-"""Rules for objectives, their options, and the data formats that they learn from."""
+"""Rules for objectives (`trainer.type`), their options, and their data formats."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_type_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
         yield (
             "trainer.rewards",
-            "grpo maximises rewards, and no reward is given",
+            "trainer.type grpo needs at least one reward",
             "write for example `rewards: [{builtin: regex, parameters: {pattern: '^Answer: '}}]`",
         )
 
@@ -58,20 +58,20 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if (reward.builtin is None) == (reward.config_map_ref is None):
             yield (
                 path,
-                "a reward is either built in or a function from a ConfigMap",
+                "a reward is either a built-in reward or a function in a ConfigMap",
                 "write exactly one of `builtin` and `configMapRef`",
             )
         if reward.function is not None and reward.config_map_ref is None:
             yield (
                 f"{path}.function",
-                "it is a function in a ConfigMap's file, and no configMapRef is given",
-                "add configMapRef, or remove it",
+                "function has no effect without configMapRef",
+                "write configMapRef, or remove function",
             )
         if reward.parameters and reward.config_map_ref is not None:
             yield (
                 f"{path}.parameters",
-                "only built-in rewards read parameters, and this one is a function from a ConfigMap",
-                "remove them, and write the values into the function",
+                "parameters have no effect on a reward from a ConfigMap",
+                "remove parameters, and write the values into the function",
             )
         elif reward.builtin is not None:
             yield from invalid_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
@@ -83,7 +83,7 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if name in names[:i]:
             yield (
                 f"trainer.rewards[{i}].name",
-                f"two rewards are named {name!r}, and metrics are stored by name",
+                f"two rewards have the name {name!r}, but each reward's metric needs a different name",
                 "give each reward its own `name`",
             )
 
@@ -92,32 +92,32 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 def options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_type_of(spec)
     options = {
-        "dpo": (spec.trainer.dpo is not None, "remove it, or change trainer.type"),
-        "grpo": (spec.trainer.grpo is not None, "remove it, or write `type: grpo`"),
-        "rewards": (bool(spec.trainer.rewards), "remove it, or write `type: grpo`"),
+        "dpo": (spec.trainer.dpo is not None, "remove trainer.dpo, or change trainer.type"),
+        "grpo": (spec.trainer.grpo is not None, "remove trainer.grpo, or write `type: grpo`"),
+        "rewards": (bool(spec.trainer.rewards), "remove trainer.rewards, or write `type: grpo`"),
         "maxCompletionLength": (
             spec.trainer.max_completion_length is not None,
-            "remove it; dataset.maxSequenceLength limits rows",
+            "remove maxCompletionLength; dataset.maxSequenceLength limits the length of rows",
         ),
     }
     for option, (is_given, write) in options.items():
         if is_given and option not in OBJECTIVES[trainer].options:
             objectives = " and ".join(", ".join(objectives_that_read(option)).rsplit(", ", 1))
-            yield f"trainer.{option}", f"it is only read with {objectives}, and the objective is {trainer}", write
+            yield f"trainer.{option}", f"{option} has an effect only with {objectives}, but trainer.type is {trainer}", write
     if spec.dataset.packing and trainer is not TrainerType.SFT:
         yield "dataset.packing", f"true, but {trainer} cannot train on several rows in one sequence", "write `packing: false`"
     if spec.training.neftune_noise_alpha is not None and trainer is not TrainerType.SFT:
-        yield "training.neftuneNoiseAlpha", f"it is only read with sft, and the objective is {trainer}", "remove it"
+        yield "training.neftuneNoiseAlpha", f"neftuneNoiseAlpha has an effect only with sft, but trainer.type is {trainer}", "remove it"
     if spec.training.group_by_length and trainer is not TrainerType.SFT:
         yield (
             "training.groupByLength",
-            f"it has an effect only with sft, and the objective is {trainer}",
+            f"groupByLength has an effect only with sft, but trainer.type is {trainer}",
             "remove it",
         )
     if trainer is TrainerType.REWARD and spec.method.lora is not None and spec.method.lora.task_type is not None:
         yield (
             "method.lora.taskType",
-            f"{spec.method.lora.task_type}, but a reward model outputs a score and no text",
+            f"{spec.method.lora.task_type}, but a reward model outputs a score instead of text",
             "remove it",
         )
     dpo = spec.trainer.dpo
@@ -128,9 +128,10 @@ def options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget)
             and trainer in (TrainerType.KTO, TrainerType.ORPO)
             and trainer not in readers
         ):
+            wire = type(dpo).model_fields[field].alias or field
             yield (
-                f"trainer.dpo.{type(dpo).model_fields[field].alias or field}",
-                f"it is only read with {' and '.join(readers)}, and the objective is {trainer}",
+                f"trainer.dpo.{wire}",
+                f"{wire} has an effect only with {' and '.join(readers)}, but trainer.type is {trainer}",
                 "remove it",
             )
 
@@ -141,7 +142,7 @@ _DPO_READERS: dict[str, tuple[TrainerType, ...]] = {
     "reference_model": (TrainerType.DPO, TrainerType.KTO),
 }
 LOSSES_WITH_LABEL_SMOOTHING = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
-"""Losses that read labelSmoothing."""
+"""DPO losses that use `trainer.dpo.labelSmoothing`."""
 
 
 @rule("DpoLosses")
@@ -152,23 +153,23 @@ def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     losses = dpo.loss_types or [DpoLoss.SIGMOID]
     twice = next((loss for loss in losses if losses.count(loss) > 1), None)
     if twice is not None:
-        yield "trainer.dpo.lossTypes", f"it names {twice} twice", "name each loss once"
+        yield "trainer.dpo.lossTypes", f"the list contains {twice} twice", "write each loss once"
     if dpo.label_smoothing and not any(loss in LOSSES_WITH_LABEL_SMOOTHING for loss in losses):
         yield (
             "trainer.dpo.labelSmoothing",
-            f"it is {dpo.label_smoothing:g}, and {', '.join(losses)} do not read it",
-            "write `lossTypes: [robust]`, which assumes wrongly labelled pairs, or remove it",
+            f"{dpo.label_smoothing:g}, but labelSmoothing has no effect on {', '.join(losses)}",
+            "write `lossTypes: [robust]` if some pairs have wrong labels, or remove labelSmoothing",
         )
     if not dpo.label_smoothing and DpoLoss.EXO_PAIR in losses:
         yield (
             "trainer.dpo.labelSmoothing",
-            "it is 0, and loss exoPair takes its logarithm",
+            "0, but loss exoPair computes the logarithm of labelSmoothing",
             "write `labelSmoothing: 0.001`",
         )
 
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Return the minimum rows per device: 2 for kto, which compares the rows of one batch with each other."""
+    """Return the minimum batch size per device. It is 2 for kto, because kto compares the rows of one batch with each other."""
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 
@@ -177,7 +178,7 @@ def kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if int(value_or_default(spec.training, "batch_size_per_device")) < min_batch_size_per_device(spec):
         yield (
             "training.batchSizePerDevice",
-            "it is 1, and kto compares the rows of one batch with each other",
+            "1, but kto compares the rows of one batch with each other",
             "write 2 or more",
         )
 
@@ -187,7 +188,7 @@ def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if trainer_type_of(spec) is TrainerType.ORPO and method_type_of(spec) is MethodType.PROMPT_TUNING:
         yield (
             "method.type",
-            "orpo compares each output position with the row, and promptTuning inserts virtual tokens before the row",
+            "orpo matches each output position with a token of the row, but promptTuning inserts virtual tokens before the row",
             "write method prefixTuning or lora, or trainer.type dpo",
         )
 
@@ -205,8 +206,8 @@ def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if rows % generations_per_prompt:
         yield (
             "trainer.grpo.numGenerations",
-            f"{generations_per_prompt} does not divide the {rows} completions of one optimizer step (batchSizePerDevice x gradientAccumulationSteps x ranks)",
-            "change one of these values so that numGenerations divides the completions",
+            f"one optimizer step has {rows} completions (batchSizePerDevice x gradientAccumulationSteps x ranks), and {rows} is not divisible by {generations_per_prompt}",
+            "change one of these values so that the number of completions is divisible by numGenerations",
         )
     batch = (
         spec.evaluation.batch_size_per_device or int(value_or_default(spec.training, "batch_size_per_device"))
@@ -215,6 +216,6 @@ def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if generates and not any(batch % size == 0 for size in range(2, generations_per_prompt + 1)):
         yield (
             "evaluation.batchSizePerDevice",
-            f"{batch} answers of all ranks together cannot be divided into groups of two or more",
+            f"an evaluation batch of all ranks has {batch} answers, which cannot be divided into groups of two or more",
             "write an even number",
         )

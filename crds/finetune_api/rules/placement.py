@@ -1,4 +1,4 @@
-"""Rules for `spec.placement`: environment variables, volumes, and names that must be unique."""
+"""Rules for `spec.placement`: environment variables, volumes and duplicate names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             yield (
                 f"placement.env[{i}].name",
                 f"the operator sets {variable.name}",
-                "remove it; credentials belong in storage.credentialsSecretRef and model.tokenSecretRef",
+                "remove {variable.name}; write credentials into storage.credentialsSecretRef and model.tokenSecretRef",
             )
 
 
@@ -39,11 +39,11 @@ def volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     names = [volume.name for volume in spec.placement.volumes or []]
     for i, mount in enumerate(spec.placement.volume_mounts or []):
         if mount.name not in names:
-            known_volumes = f"placement.volumes contains {', '.join(names)}" if names else "there are no placement.volumes"
+            known_volumes = f"placement.volumes contains {', '.join(names)}" if names else "placement.volumes is empty"
             yield (
                 f"placement.volumeMounts[{i}].name",
                 f"{mount.name} is not the name of a volume: {known_volumes}",
-                "add the volume to placement.volumes, or write the name of one",
+                "add the volume to placement.volumes, or write the name of an existing volume",
             )
 
 
@@ -58,4 +58,4 @@ def unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for path, values in keys.items():
         for i, value in enumerate(values):
             if value in values[:i]:
-                yield f"placement.{path.format(i)}", f"{value} is used twice", "use each once"
+                yield f"placement.{path.format(i)}", f"another entry also has {value}", "write a different value"

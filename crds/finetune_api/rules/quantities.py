@@ -1,4 +1,4 @@
-"""Quantities of `spec.resources`. The CRD has the same patterns and minimums in its schema (see `finetune_api.quantities`)."""
+"""Rule for the quantities of `spec.resources`. The CRD's schema contains the same patterns and minimums (see `finetune_api.quantities`)."""
 
 from __future__ import annotations
 

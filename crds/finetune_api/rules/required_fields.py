@@ -1,4 +1,4 @@
-"""Rules for required fields: a model, training data, and sources that can be read."""
+"""Rules for required fields (base model, training data) and for the syntax of sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.model.source:
         yield (
             "model.source",
-            "no base model is named",
+            "the spec names no base model",
             "write for example `source: org/name` or `source: s3://bucket/prefix`",
         )
 
@@ -29,11 +29,11 @@ def dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.train is None and spec.dataset.mixture is None:
         yield (
             "dataset.train",
-            "no training data is named",
+            "the spec names no training data",
             "write for example `train: s3://bucket/train.jsonl`, or a `mixture`",
         )
     if spec.dataset.train is not None and spec.dataset.mixture is not None:
-        yield "dataset.mixture", "dataset.train and dataset.mixture exclude each other", "remove one of the two"
+        yield "dataset.mixture", "dataset.train and dataset.mixture exclude each other", "remove dataset.train or dataset.mixture"
 
 
 @rule("SourceInvalid")
@@ -49,7 +49,7 @@ def sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if isinstance(source, ConfigMapSource):
             yield (
                 path,
-                f"a model is a folder of files, and {text!r} is a single file",
+                f"{text!r} is a single file, but a model needs a folder",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
         if isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
@@ -61,18 +61,18 @@ def _is_readable_folder(source: HttpsSource, path: str) -> bool:
 
 
 def _unreadable_folder_problem(text: str, path: str) -> tuple[str, str]:
-    """Return (message, hint) for a folder that cannot be read from a web server."""
+    """Return (message, hint) for an `https://` folder that the trainer cannot read."""
     example = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
         return f"{redact_source(text)!r} does not name a checkpoint", f"write {example}"
     return (
-        f"a web server cannot list the files in {redact_source(text)!r}",
-        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or the result of a job: https://host/jobs/model or {example}",
+        f"the trainer cannot list the files of {redact_source(text)!r} on a web server",
+        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or the URL of a FineTuneJob's result, such as https://host/jobs/model or {example}",
     )
 
 
 def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
-    """Return (path, text) of every source in the spec."""
+    """Yield the spec path and the text of every source in the spec."""
     fields: list[tuple[str, str | None]] = [
         ("model.source", spec.model.source),
         ("model.tokenizer", spec.model.tokenizer),

@@ -27,21 +27,21 @@ def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if hub.repository is not None or hub.private is not None:
             yield (
                 "output.hub",
-                "nothing is pushed without `push: true`, so the fields of output.hub have no effect",
+                "the fields of output.hub have no effect without `push: true`",
                 "write `push: true`, or remove output.hub",
             )
         return
     if hub.repository is None:
         yield (
             "output.hub.repository",
-            "push is true, and no repository is named",
+            "output.hub.push is true, but the repository is missing",
             "write for example `repository: org/my-model`",
         )
     if hub.token_secret_ref is None and spec.model.token_secret_ref is None:
         yield (
             "output.hub.tokenSecretRef",
-            "push is true, and no token with write permission is given",
-            "write `tokenSecretRef: {name: hub, key: token}`, here or in model",
+            "output.hub.push is true, but the token with write permission is missing",
+            "write `tokenSecretRef: {name: hub, key: token}` in output.hub or in model",
         )
 
 
@@ -50,19 +50,19 @@ def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.output.layout is not None and spec.output.dir is None:
         yield (
             "output.layout",
-            f"{spec.output.layout} describes the folders below output.dir, which is not given",
-            "write output.dir, or remove it",
+            f"{spec.output.layout}, but layout has no effect without output.dir",
+            "write output.dir, or remove layout",
         )
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
             f"true, but method {method_type_of(spec)} trains no adapter",
-            "remove it: the output is a whole model",
+            "remove mergeAdapter, because the output is already a whole model",
         )
     if spec.output.merge_adapter and method_type_of(spec) in PROMPT_METHODS:
         yield (
             "output.mergeAdapter",
-            f"true, but {method_type_of(spec)} adds virtual tokens, which cannot be merged into weights",
+            f"true, but {method_type_of(spec)} trains virtual tokens, and virtual tokens cannot be merged into weights",
             "remove it",
         )
 
@@ -78,8 +78,8 @@ def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if group is not None and tracker not in trackers_to_use:
             yield (
                 f"tracking.{tracker}",
-                f"it is only read when tracking.reportTo names {tracker}",
-                f"write `reportTo: [{tracker}]`, or remove it",
+                f"tracking.{tracker} has no effect, because tracking.reportTo does not contain {tracker}",
+                f"write `reportTo: [{tracker}]`, or remove tracking.{tracker}",
             )
     if (
         Tracker.WANDB in trackers_to_use
@@ -88,24 +88,24 @@ def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     ):
         yield (
             "tracking.wandb.apiKeySecretRef",
-            "reportTo names wandb, and there is no key",
+            "reportTo contains wandb, but the API key is missing",
             "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`",
         )
     if Tracker.MLFLOW in trackers_to_use and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):
         yield (
             "tracking.mlflow.trackingUri",
-            "reportTo names mlflow, and no server is given",
+            "reportTo contains mlflow, but the URL of the MLflow server is missing",
             "write for example `mlflow: {trackingUri: 'http://mlflow.mlops:5000'}`",
         )
     if Tracker.MONGODB in trackers_to_use and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
         yield (
             "tracking.mongodb.uriSecretRef",
-            "reportTo names mongodb, and no connection is given",
+            "reportTo contains mongodb, but the connection URI is missing",
             "write `mongodb: {uriSecretRef: {name: mongo, key: uri}}`",
         )
     for i, tracker in enumerate(trackers_to_use):
         if tracker in trackers_to_use[:i]:
-            yield f"tracking.reportTo[{i}]", f"{tracker} is named twice", "name it once"
+            yield f"tracking.reportTo[{i}]", f"the list contains {tracker} twice", "write each tracker once"
 
 
 @rule("JudgeMissing")
@@ -114,6 +114,6 @@ def judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if group is not None and group.model is None and (group.input_price is not None or group.output_price is not None):
         yield (
             "evaluation.judge.model",
-            "prices are given, but no judge model that they apply to",
-            "write a model, or remove the prices",
+            "inputPrice and outputPrice have no effect without a judge model",
+            "write evaluation.judge.model, or remove the prices",
         )

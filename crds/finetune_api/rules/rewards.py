@@ -1,4 +1,4 @@
-"""Names and types of the parameters of GRPO's built-in rewards. In the spec all values are strings."""
+"""Names and types of the parameters of GRPO's built-in rewards. In the spec, all parameter values are strings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
     BuiltinReward.LENGTH: {"unit": ("tokens", "words", "characters"), "minimum": "number", "maximum": "number"},
     BuiltinReward.JSON_SCHEMA: {"schema": "json", "parsed": "number"},
 }  # fmt: skip
-"""Parameters of each built-in reward, with the type of the value or the allowed values."""
+"""Maps each built-in reward to its parameters. A parameter has a type or a tuple of allowed values."""
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
 
 
@@ -28,20 +28,20 @@ def invalid_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, st
     known = REWARD_PARAMETERS[builtin]
     unknown = sorted(set(given) - set(known))
     if unknown:
-        yield path, f"{builtin} has no parameter {', '.join(unknown)}", f"it has {', '.join(sorted(known))}"
+        yield path, f"{builtin} has no parameter {', '.join(unknown)}", f"{builtin} has the parameters {', '.join(sorted(known))}"
     required = REQUIRED_PARAMETERS.get(builtin)
     if required is not None and required not in given:
-        yield f"{path}.{required}", f"it is missing, and {builtin} needs it", f"write `parameters: {{{required}: ...}}`"
+        yield f"{path}.{required}", f"missing, but {builtin} needs this parameter", f"write `parameters: {{{required}: ...}}`"
     if builtin is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given):
-        yield path, "neither minimum nor maximum is given", "write at least one of them"
+        yield path, "both minimum and maximum are missing", "write minimum, maximum or both"
     for name, text in given.items():
         hint = _hint_for_invalid_value(known[name], text) if name in known else None
         if hint is not None:
-            yield f"{path}.{name}", f"it is {text[:200]!r}", hint
+            yield f"{path}.{name}", f"{text[:200]!r} is not a valid value", hint
 
 
 def _hint_for_invalid_value(kind: tuple[str, ...] | str, text: str) -> str | None:
-    """Return a hint what to write if `text` does not have the parameter's type; None if the value is valid."""
+    """Return a hint for an invalid parameter value `text`. Return None for a valid value."""
     if isinstance(kind, tuple):
         return None if text in kind else f"write one of {', '.join(kind)}"
     try:
@@ -55,7 +55,7 @@ def _hint_for_invalid_value(kind: tuple[str, ...] | str, text: str) -> str | Non
             case "json":
                 json.loads(text)
     except re.error as error:
-        return f"write a regular expression: {error}"
+        return f"write a valid regular expression ({error})"
     except ValueError:
         return "write a number" if kind == "number" else "write JSON"
     return None

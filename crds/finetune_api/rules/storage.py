@@ -12,7 +12,7 @@ from finetune_api.spec.enums import EncryptionType
 def storage_uri(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     uri = spec.storage.uri or ""
     if ".." in uri.split("/"):
-        yield "storage.uri", f"{uri} contains `..`, which may lead out of the volume or bucket", "write the path without `..`"
+        yield "storage.uri", f"{uri} contains `..` and may therefore point outside of the volume or bucket", "write the path without `..`"
 
 
 @rule("EncryptionContradiction")
@@ -28,8 +28,8 @@ def encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.storage.encryption is not None and (spec.storage.uri or "s3://").partition("://")[0] != "s3":
         yield (
             "storage.encryption",
-            f"storage.uri is {spec.storage.uri}, and only an S3 store encrypts on request",
-            "remove it, or write s3:// in storage.uri",
+            f"encryption needs an S3 store, but storage.uri is {spec.storage.uri}",
+            "remove encryption, or write s3:// in storage.uri",
         )
 
 
@@ -40,18 +40,18 @@ def _encryption_problems(connection: StorageConnection, path: str) -> Findings:
     if encryption.kms_key_id is not None and encryption.type is not EncryptionType.KMS:
         yield (
             f"{path}.encryption.kmsKeyId",
-            f"it requires type kms, and type is {encryption.type}",
+            f"kmsKeyId requires `type: kms`, but type is {encryption.type}",
             "write `type: kms`, or remove kmsKeyId",
         )
     if (encryption.customer_key_secret_ref is not None) != (encryption.type is EncryptionType.CUSTOMER_KEY):
         yield (
             f"{path}.encryption.customerKeySecretRef",
-            f"type is {encryption.type}, and the Secret with the key is {'given' if encryption.customer_key_secret_ref else 'missing'}",
-            "write `{type: customerKey, customerKeySecretRef: {name: s3-customer-key, key: key}}`, or another type without it",
+            f"type is {encryption.type}, but customerKeySecretRef is {'set' if encryption.customer_key_secret_ref else 'missing'}",
+            "write `{type: customerKey, customerKeySecretRef: {name: s3-customer-key, key: key}}`, or write another type and remove customerKeySecretRef",
         )
     if encryption.type is EncryptionType.CUSTOMER_KEY and (connection.endpoint or "").startswith("http://"):
         yield (
             f"{path}.endpoint",
-            f"{connection.endpoint} is not encrypted, and every request contains the customer's key",
+            f"{connection.endpoint} is unencrypted, but every request contains the customer's key",
             "write https://, or another encryption.type",
         )

@@ -1,4 +1,4 @@
-"""Rules for `spec.training`, `spec.checkpoint` and `spec.evaluation`: schedule, precision, devices, and when to evaluate and save."""
+"""Rules for `spec.training`, `spec.checkpoint` and `spec.evaluation`: schedule, precision, devices, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def warmup_twice(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         yield (
             "training.warmupRatio",
             f"warmupSteps {spec.training.warmup_steps} and warmupRatio {spec.training.warmup_ratio:g} exclude each other",
-            "remove one of them",
+            "remove warmupSteps or warmupRatio",
         )
 
 
@@ -40,7 +40,7 @@ OPTIMIZERS = (
     "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adamw_torch_4bit", "adamw_torch_8bit",
     "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam",
 )  # fmt: skip
-"""Accepted optimizer names. The trainer's tests compare them with the list of transformers."""
+"""Accepted optimizer names. The trainer's tests compare this list with the optimizers of transformers."""
 
 
 @rule("OptimizerUnknown")
@@ -63,13 +63,13 @@ def precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
     if spec.model.liger_kernels:
         yield (
             "model.ligerKernels",
-            "true, but the kernels need a GPU, and the job runs on CPU",
-            "remove it, or ask for GPUs",
+            "true, but the job runs on CPU and Liger kernels need a GPU",
+            "remove ligerKernels, or request GPUs in spec.resources",
         )
     if spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH:
         yield (
             "training.gradientCheckpointing",
-            "unsloth moves activations from GPU to host memory, and the job runs on CPU",
+            "unsloth, but the job runs on CPU and this mode needs a GPU",
             "write enabled or disabled",
         )
 
@@ -82,13 +82,13 @@ def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if requested is Device.MPS:
         yield (
             "training.device",
-            "mps only exists on Apple machines, not on cluster nodes",
-            "remove it, or use `finetune run --local`",
+            "mps, but cluster nodes have no MPS devices",
+            "remove device, or use `finetune run --local` on an Apple machine",
         )
     if requested is Device.CPU and gpus_per_node(spec) > 0:
         yield (
             "training.device",
-            f"cpu, but resources.gpusPerNode is {gpus_per_node(spec)}: the GPUs would stay idle",
+            f"cpu, but resources.gpusPerNode requests {gpus_per_node(spec)} GPUs",
             "write `resources: {gpusPerNode: 0}`",
         )
     if requested is Device.CUDA and gpus_per_node(spec) == 0:
@@ -98,7 +98,7 @@ def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule(
     "BestNeedsMatchingSteps",
     cel="!(has(self.checkpoint) && has(self.checkpoint.loadBestAtEnd) && self.checkpoint.loadBestAtEnd && has(self.checkpoint.steps) && has(self.evaluation) && has(self.evaluation.steps)) || self.checkpoint.steps % self.evaluation.steps == 0",
-    message="with checkpoint.loadBestAtEnd, checkpoint.steps must be a multiple of evaluation.steps: only an evaluated checkpoint can be the best",
+    message="with checkpoint.loadBestAtEnd, checkpoint.steps must be a multiple of evaluation.steps, so that every checkpoint is evaluated",
 )
 def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.checkpoint.load_best_at_end:
@@ -106,15 +106,15 @@ def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not evaluates_during_training(spec):
         yield (
             "checkpoint.loadBestAtEnd",
-            "true, but no validation loss is measured, so there is no best checkpoint",
-            "add dataset.validation or dataset.split.validation, or remove it",
+            "true, but without a validation loss the trainer cannot choose the best checkpoint",
+            "add dataset.validation or dataset.split.validation, or remove loadBestAtEnd",
         )
         return
     save_strategy, eval_strategy = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
     if save_strategy == When.NO or save_strategy != eval_strategy:
         yield (
             "checkpoint.strategy",
-            f"{save_strategy}, but evaluation.strategy is {eval_strategy}: loadBestAtEnd needs the same strategy for both",
+            f"{save_strategy}, but evaluation.strategy is {eval_strategy}, and loadBestAtEnd needs the same strategy for both",
             f"write `checkpoint: {{strategy: {eval_strategy}}}`",
         )
     save_steps = int(value_or_default(spec.checkpoint, "steps"))
@@ -122,7 +122,7 @@ def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if save_strategy == When.STEPS and eval_strategy is When.STEPS and save_steps % eval_steps:
         yield (
             "checkpoint.steps",
-            f"{save_steps} is not a multiple of evaluation.steps {eval_steps}, and only an evaluated checkpoint can be the best",
+            f"{save_steps} is not a multiple of evaluation.steps {eval_steps}, but loadBestAtEnd needs an evaluation of every checkpoint",
             f"write for example {math.ceil(save_steps / eval_steps) * eval_steps}",
         )
 
@@ -133,36 +133,36 @@ def steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if spec.checkpoint.steps is not None and save_strategy != When.STEPS:
         yield (
             "checkpoint.steps",
-            f"it is only read with strategy steps, and the strategy is {save_strategy}",
-            "remove one of the two",
+            f"checkpoint.steps has no effect, because checkpoint.strategy is {save_strategy}",
+            "remove checkpoint.steps or checkpoint.strategy",
         )
     if spec.evaluation.steps is not None and spec.evaluation.strategy in (When.EPOCH, When.NO):
         yield (
             "evaluation.steps",
-            f"it is only read with strategy steps, and the strategy is {spec.evaluation.strategy}",
-            "remove one of the two",
+            f"evaluation.steps has no effect, because evaluation.strategy is {spec.evaluation.strategy}",
+            "remove evaluation.steps or evaluation.strategy",
         )
     if spec.training.checkpoint_every_n_layers not in (None, 1):
         yield from _recomputation_disabled(spec)
 
 
 def _recomputation_disabled(spec: FineTuneJobSpec) -> Findings:
-    """Yield a problem if checkpointEveryNLayers is set, but activations are not recomputed."""
+    """Yield a problem if gradient checkpointing is disabled, because checkpointEveryNLayers then has no effect."""
     path, mode = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
     if mode is GradientCheckpointing.DISABLED:
-        yield path, "it has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
+        yield path, "checkpointEveryNLayers has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
     elif mode is None and method_type_of(spec) is MethodType.PREFIX_TUNING:
-        yield path, "it has no effect with prefixTuning, for which gradientCheckpointing is disabled by default", "remove it"
+        yield path, "checkpointEveryNLayers has no effect, because prefixTuning disables gradientCheckpointing", "remove it"
     elif mode is None and gpus_per_node(spec) == 0:
         yield (
             path,
-            "it has no effect on CPU, where gradientCheckpointing is disabled by default",
-            "add `gradientCheckpointing: enabled`, or remove it",
+            "checkpointEveryNLayers has no effect, because gradientCheckpointing is disabled by default on CPU",
+            "write `gradientCheckpointing: enabled`, or remove checkpointEveryNLayers",
         )
 
 
 def adam_fields(optimizer: str) -> tuple[str, ...]:
-    """Return the Adam options of `spec.training` that an optimizer reads. The trainer's tests compare them with transformers' code."""
+    """Return the Adam options of `spec.training` that the optimizer reads. The trainer's tests compare this function with transformers' code."""
     if "adam" in optimizer or "ademamix" in optimizer:
         return ("adam_beta1", "adam_beta2", "adam_epsilon")
     return ("adam_beta1", "adam_beta2") if "lion" in optimizer else ()
@@ -177,8 +177,8 @@ def training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
         if getattr(training, field) is not None and field not in read and name in OPTIMIZERS:
             yield (
                 f"training.{wire}",
-                f"{getattr(training, field):g}, but optimizer {name} does not read it",
-                "remove it, or choose an Adam optimizer",
+                f"{getattr(training, field):g}, but {wire} has no effect on optimizer {name}",
+                f"remove {wire}, or choose an Adam optimizer",
             )
     if training.group_by_length and spec.dataset.packing:
         yield (
@@ -190,18 +190,18 @@ def training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 @rule("ValidationMissing")
 def validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    hint = "add dataset.validation or dataset.split.validation, or remove it"
+    hint = "add dataset.validation or dataset.split.validation, or remove this field"
     if has_validation_set(spec):
         if spec.training.early_stopping is not None and not evaluates_during_training(spec):
             yield (
                 "training.earlyStopping",
-                "it needs the validation loss, and evaluation.strategy is no",
-                "write `evaluation: {strategy: steps}`, or remove it",
+                "earlyStopping needs the validation loss, but evaluation.strategy is no",
+                "write `evaluation: {strategy: steps}`, or remove earlyStopping",
             )
         return
     if spec.evaluation.strategy not in (None, When.NO):
-        yield "evaluation.strategy", f"{spec.evaluation.strategy}, but there is no validation data", hint
+        yield "evaluation.strategy", f"{spec.evaluation.strategy}, but the spec has no validation data", hint
     if spec.evaluation.steps is not None and spec.evaluation.strategy is None:
-        yield "evaluation.steps", "given, but there is no validation data", hint
+        yield "evaluation.steps", "evaluation.steps has no effect without validation data", hint
     if spec.training.early_stopping is not None:
-        yield "training.earlyStopping", "it needs the validation loss, but there is no validation data", hint
+        yield "training.earlyStopping", "earlyStopping needs the validation loss, but the spec has no validation data", hint

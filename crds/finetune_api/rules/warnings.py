@@ -1,6 +1,6 @@
-"""Warnings about a valid spec that probably does not do what the user intends. Unlike a rule, a warning does not refuse the spec.
+"""Warnings about valid specs that probably do not do what the user intends. Warnings do not refuse a spec.
 
-`finetune validate` prints warnings, and `status.resolved.notes` lists them.
+`finetune validate` prints warnings, and `status.resolved.notes` contains warnings.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LEARNING_RATE_RANGES = {
     "prompts": (1e-5, 1.0),
     "preferences": (1e-8, 1e-3),
 }
-"""Usual learning rates (lowest, highest). A lower rate hardly changes the model, a higher rate usually makes training diverge."""
+"""Lowest and highest usual learning rates. Lower rates hardly change the model. With higher rates, training usually diverges."""
 PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO, TrainerType.GRPO)
 
 
 def warnings(spec: FineTuneJobSpec) -> list[Problem]:
-    """Return the warnings about a spec as the user wrote it, before defaults are filled in."""
+    """Return the warnings about a spec without filled-in defaults."""
     return [*_learning_rate(spec), *_epochs(spec)]
 
 

@@ -1,4 +1,4 @@
-"""The spec of a FineTuneJob: one class per group. Every field is optional until defaults are filled in."""
+"""The spec of a FineTuneJob, with one class per group. Fields with a default are None until the default is filled in."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class FineTuneJobSpec(Group):
 
     model: Model = Field(
         default_factory=Model,
-        description="The base model and how it is loaded. Required. Example: `{source: HuggingFaceTB/SmolLM2-135M-Instruct}`.",
+        description="The base model and its loading options. Required. Example: `{source: HuggingFaceTB/SmolLM2-135M-Instruct}`.",
     )
     method: Method = Field(
         default_factory=Method,
-        description="Which parameters are trained. Default: LoRA. Example: `{type: qlora}`.",
+        description="The fine-tuning method and its options. Default: LoRA. Example: `{type: qlora}`.",
     )
     trainer: Trainer = Field(
         default_factory=Trainer,
@@ -35,39 +35,39 @@ class FineTuneJobSpec(Group):
     )
     dataset: Dataset = Field(
         default_factory=Dataset,
-        description="The training data and how rows become tokens. Required. Example: `{train: s3://data/train.jsonl}`.",
+        description="The training data and its conversion to tokens. Required. Example: `{train: s3://data/train.jsonl}`.",
     )
     training: Training = Field(
         default_factory=Training,
-        description="The optimizer. Default: the values of its fields. Example: `{epochs: 1, learningRate: 1e-4}`.",
+        description="Optimizer, schedule, batch size and precision. Default: the defaults of the fields. Example: `{epochs: 1, learningRate: 1e-4}`.",
     )
     distributed: Distributed = Field(
         default_factory=Distributed,
-        description="How ranks share the work. Default: the values of its fields. Example: `{strategy: fsdp}`.",
+        description="The distributed strategy and its options. Default: the defaults of the fields. Example: `{strategy: fsdp}`.",
     )
     checkpoint: Checkpoint = Field(
         default_factory=Checkpoint,
-        description="When checkpoints are saved and how many are kept. Default: the values of its fields. Example: `{steps: 500}`.",
+        description="Frequency and number of checkpoints, and resuming. Default: the defaults of the fields. Example: `{steps: 500}`.",
     )
     output: Output = Field(
         default_factory=Output,
-        description="Additional copies and formats of the result. Default: the values of its fields. Example: `{mergeAdapter: true}`.",
+        description="Additional copies and formats of the final model. Default: the defaults of the fields. Example: `{mergeAdapter: true}`.",
     )
     evaluation: Evaluation = Field(
         default_factory=Evaluation,
-        description="How the model is evaluated. Default: validation loss, if there is validation data. Example: `{steps: 50}`.",
+        description="Evaluation of the model. Default: measure the validation loss if the job has validation data. Example: `{steps: 50}`.",
     )
     tracking: Tracking = Field(
         default_factory=Tracking,
-        description="Where metrics are sent. Default: the values of its fields. Example: `{loggingSteps: 50}`.",
+        description="Logging of metrics. Default: the defaults of the fields. Example: `{loggingSteps: 50}`.",
     )
     phases: Phases = Field(
         default_factory=Phases,
-        description="The parts of the pipeline that run. Default: training. Example: `{train: true}`.",
+        description="The phases of the job: training, inference, evaluation. Default: only training. Example: `{train: true}`.",
     )
     storage: StorageRoot = Field(
         default_factory=StorageRoot,
-        description="Where the job writes checkpoints, the final model and metrics. Default: the operator's configuration. "
+        description="Storage for checkpoints, the final model and metrics. Default: the operator's configuration. "
         "Example: `{uri: s3://models/finetune}`.",
     )
     resources: Resources = Field(
@@ -76,31 +76,31 @@ class FineTuneJobSpec(Group):
     )
     placement: Placement = Field(
         default_factory=Placement,
-        description="Where the pods run and with which identity. Default: the operator's configuration. "
+        description="Scheduling and identity of the pods. Default: the operator's configuration. "
         "Example: `{queueName: team-a}`.",
     )
     policy: Policy = Field(
         default_factory=Policy,
-        description="Time limits and what happens after a failure. Default: the values of its fields. Example: `{retries: 5}`.",
+        description="Time limits, and the reaction to failures. Default: the defaults of the fields. Example: `{retries: 5}`.",
     )
     suspend: bool = Field(
         default=False,
-        description="True: save a checkpoint and free the GPUs. Back to false: resume. Default: false. Example: `true`.",
+        description="If true, the pods save a checkpoint and stop. If false again, the job resumes. Default: false. Example: `true`.",
     )
     cancel: bool = Field(
         default=False,
-        description="True: save a checkpoint and end the job. This cannot be undone. Default: false. Example: `true`.",
+        description="If true, the pods save a checkpoint and the job ends. This cannot be undone. Default: false. Example: `true`.",
     )
 
     def value(self, path: str) -> Any:
-        """Return the value at a dotted path of JSON names, or None."""
+        """Return the value at a dotted path of camelCase names, or None."""
         value: Any = self.to_wire()
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
-        """Return a copy with new values at dotted paths of JSON names. Errors: pydantic's ValidationError."""
+        """Return a copy of the spec with new values. The keys of `values` are dotted paths of camelCase names. Errors: pydantic's ValidationError."""
         wire = self.to_wire()
         for path, value in values.items():
             *groups, name = path.split(".")
@@ -112,15 +112,15 @@ class FineTuneJobSpec(Group):
 
 
 def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
-    """Read a spec from JSON-like data as strictly as the API server does: a quoted number or a boolean is not a number.
+    """Read a spec from JSON-like data with the API server's strictness: strings and booleans are not accepted as numbers.
 
-    Errors: pydantic's ValidationError with one entry per field.
+    Errors: pydantic's ValidationError with one entry per invalid field.
     """
     return FineTuneJobSpec.model_validate_json(json.dumps(_whole_numbers(value), default=str), strict=True)
 
 
 def _whole_numbers(value: Any) -> Any:
-    """Return a copy in which `2.0` is 2, because the API server accepts both spellings for an integer."""
+    """Return a copy of `value` in which `2.0` is replaced by `2`, because the API server accepts both as integers."""
     if isinstance(value, Mapping):
         return {key: _whole_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`spec.storage`, `spec.resources`, `spec.placement` and `spec.policy`: how the job runs on the cluster."""
+"""`spec.storage`, `spec.resources`, `spec.placement` and `spec.policy`: storage, resources, scheduling and limits of the job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LabelKey = Annotated[
 
 
 class StorageRoot(StorageConnection):
-    """`spec.storage`: where the job writes checkpoints, the final model and metrics."""
+    """`spec.storage`: storage for checkpoints, the final model and metrics."""
 
     cel: ClassVar[tuple[CelRule, ...]] = (
         *StorageConnection.cel,
@@ -44,21 +44,21 @@ class Resources(Group):
     """`spec.resources`: pods, ranks, and the resources of each pod."""
 
     nodes: Annotated[int, Field(ge=1, le=1024)] | None = option(
-        "Number of pods; each runs on its own node.", default=1, example=2
+        "Number of pods. Each pod runs on a different node.", default=1, example=2
     )
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = option(
-        "GPUs per pod; 0 trains on CPU.", default=1, example=8
+        "GPUs per pod. 0: train on CPU.", default=1, example=8
     )
     processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = option(
-        "Ranks per pod.", default_text="gpusPerNode, or 1 on CPU", example=2
+        "Ranks per pod.", default_text="gpusPerNode; 1 on CPU", example=2
     )
     gpu_resource: LabelKey | None = option(
-        "Kubernetes resource name of a GPU, for MIG slices and other vendors.",
-        default_text="the resource of the node pool, else nvidia.com/gpu",
+        "Kubernetes resource that the pods request as GPU. Set this field for MIG slices and for GPUs of other vendors.",
+        default_text="the resource of the node pool; without a node pool nvidia.com/gpu",
         example="nvidia.com/mig-1g.10gb",
     )
     node_pool: Word | None = option(
-        "Node pool of the operator's configuration.", default_text="the default pool, else none", example="h100"
+        "Name of a node pool in the operator's configuration.", default_text="the default pool if one is configured", example="h100"
     )
     cpu: CpuQuantity | None = option("CPUs per pod (request).", default_text="the operator's configuration", example="4")
     memory: SizeQuantity | None = option(
@@ -70,22 +70,22 @@ class Resources(Group):
         example="100Gi",
     )
     shared_memory: SizeQuantity | None = option(
-        "Size of /dev/shm per pod. It counts as memory of the pod.",
+        "Size of /dev/shm per pod. The memory limit of the pod includes /dev/shm.",
         default_text="the operator's configuration",
         example="8Gi",
     )
 
 
 class Toleration(Group):
-    """A toleration, as in a pod."""
+    """A toleration, with the fields of a pod's toleration."""
 
     key: LabelKey | None = option(
-        "Key of the taint. Absent with operator Exists: tolerate every taint.",
+        "Key of the taint. If key is absent and operator is Exists, every taint is tolerated.",
         default_text="none",
         example="nvidia.com/gpu",
     )
     operator: Literal["Exists", "Equal"] | None = option(
-        "Comparison. `Exists`: a taint with the key. `Equal`: a taint with the key and the value.",
+        "Comparison with the taint. `Exists`: the taint has the key. `Equal`: the taint has the key and the value.",
         default_text="Equal",
         example="Exists",
     )
@@ -93,13 +93,13 @@ class Toleration(Group):
         "Value of the taint.", default_text="none", example="present"
     )
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = option(
-        "Effect of the taint. `NoSchedule`: no new pods. `PreferNoSchedule`: new pods only if there is no other node. "
-        "`NoExecute`: running pods are evicted, too.",
+        "Effect of the taint. `NoSchedule`: the node gets no new pods. `PreferNoSchedule`: the node gets new pods only if no other node "
+        "fits. `NoExecute`: running pods are evicted, too.",
         default_text="all effects",
         example="NoSchedule",
     )
     toleration_seconds: Annotated[int, Field(ge=0)] | None = option(
-        "Seconds that a NoExecute taint is tolerated.", default_text="forever", example=300
+        "Seconds for which a NoExecute taint is tolerated.", default_text="forever", example=300
     )
 
 
@@ -108,11 +108,11 @@ class NodeAffinityTerm(Group):
 
     key: LabelKey = Field(description="Label of the node. Required. Example: `topology.kubernetes.io/zone`.")
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field(
-        description="Comparison. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
+        description="Comparison with the label. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
         "`DoesNotExist`: the label does not exist. `Gt`: the label is an integer above the value. `Lt`: the label is an integer below the value. Required. Example: `In`."
     )
     values: Annotated[list[Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = option(
-        "Values to compare with.", default_text="none", example=["eu-1a"]
+        "Values for the comparison.", default_text="none", example=["eu-1a"]
     )
 
 
@@ -122,7 +122,7 @@ class EnvVar(Group):
     cel = (
         CelRule(
             "!(has(self.value) && has(self.secretKeyRef))",
-            "an environment variable has either `value` or `secretKeyRef`: remove one",
+            "an environment variable has either `value` or `secretKeyRef`: remove one of the two",
             "EnvironmentContradiction",
         ),
     )
@@ -131,10 +131,10 @@ class EnvVar(Group):
         description="Name of the variable. Required. Example: `NCCL_DEBUG`."
     )
     value: Annotated[str, StringConstraints(max_length=4096)] | None = option(
-        "Value. For secrets use secretKeyRef.", default_text="none", example="INFO"
+        "Value of the variable. For secrets use secretKeyRef.", default_text="none", example="INFO"
     )
     secret_key_ref: SecretKeyRef | None = option(
-        "Secret key that contains the value.", default_text="none", example={"name": "proxy", "key": "password"}
+        "Key of a Secret with the value of the variable.", default_text="none", example={"name": "proxy", "key": "password"}
     )
 
 
@@ -144,7 +144,7 @@ class Volume(Group):
     cel = (
         CelRule(
             "[has(self.persistentVolumeClaim), has(self.configMap), has(self.secret)].filter(x, x).size() == 1",
-            "a volume has exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
+            "a volume needs exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
             "VolumeContradiction",
         ),
     )
@@ -162,11 +162,11 @@ class Volume(Group):
 
 
 class VolumeMount(Group):
-    """Where a volume is mounted in the trainer container."""
+    """A mount of a volume in the trainer container."""
 
-    name: Word = Field(description="Name of one of placement.volumes. Required. Example: `cache`.")
+    name: Word = Field(description="Name of a volume in placement.volumes. Required. Example: `cache`.")
     mount_path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$", max_length=512)] = Field(
-        description="Absolute path in the container. Required. Example: `/mnt/cache`."
+        description="Absolute mount path in the container. Required. Example: `/mnt/cache`."
     )
     sub_path: Annotated[str, StringConstraints(max_length=512)] | None = option(
         "Path in the volume.", default_text="the root of the volume", example="hub"
@@ -175,28 +175,28 @@ class VolumeMount(Group):
 
 
 class Placement(Group):
-    """`spec.placement`: where the pods run and with which identity. A small typed subset of a pod's spec."""
+    """`spec.placement`: scheduling and identity of the pods. The group contains a subset of the fields of a pod's spec."""
 
     cel = (
         CelRule(
             "!has(self.volumeMounts) || (has(self.volumes) && self.volumeMounts.all(m, self.volumes.exists(v, v.name == m.name)))",
-            "every placement.volumeMounts[].name must be the name of one of placement.volumes",
+            "every placement.volumeMounts[].name must be the name of a volume in placement.volumes",
             "VolumeContradiction",
         ),
     )
 
     node_selector: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Labels that the node must have, in addition to those of the node pool.",
+        "Labels that a node must have. The node pool's labels are required, too.",
         default_text="none",
         example={"topology.kubernetes.io/zone": "eu-1a"},
     )
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = option(
-        "Tolerations, in addition to those of the node pool.",
+        "Tolerations of the pods. The node pool's tolerations apply, too.",
         default_text="none",
         example=[{"key": "nvidia.com/gpu", "operator": "Exists"}],
     )
     node_affinity: Annotated[list[NodeAffinityTerm], Field(max_length=32)] | None = option(
-        "Requirements on node labels; the node must meet all of them.",
+        "Requirements on node labels. A node must meet all of them.",
         default_text="none",
         example=[{"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["eu-1a"]}],
     )
@@ -206,9 +206,9 @@ class Placement(Group):
     scheduler_name: Word | None = option(
         "Scheduler of the pods.", default_text="the cluster's default", example="volcano"
     )
-    queue_name: ObjectName | None = option("Kueue LocalQueue.", default_text="none: no queue", example="team-a")
+    queue_name: ObjectName | None = option("Name of the Kueue LocalQueue.", default_text="no queue", example="team-a")
     service_account_name: ObjectName | None = option(
-        "ServiceAccount of the pods, for workload identity. Its token is not mounted.",
+        "ServiceAccount of the pods, for workload identity. The ServiceAccount's token is not mounted.",
         default_text="the operator's configuration",
         example="trainer",
     )
@@ -227,51 +227,51 @@ class Placement(Group):
         "Additional volumes.", default_text="none", example=[{"name": "cache", "persistentVolumeClaim": "model-cache"}]
     )
     volume_mounts: Annotated[list[VolumeMount], Field(max_length=32)] | None = option(
-        "Where placement.volumes are mounted.",
+        "Mounts of placement.volumes in the trainer container.",
         default_text="none",
         example=[{"name": "cache", "mountPath": "/mnt/cache"}],
     )
     labels: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Additional labels of the Job and its pods. Keys that the operator sets are refused.", default_text="none", example={"kueue.x-k8s.io/priority-class": "high"}
+        "Additional labels of the Job and its pods. The operator refuses labels that it sets itself.", default_text="none", example={"kueue.x-k8s.io/priority-class": "high"}
     )
     annotations: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Additional annotations of the Job and its pods. Keys that the operator sets are refused.", default_text="none", example={"example.com/cost-center": "42"}
+        "Additional annotations of the Job and its pods. The operator refuses annotations that it sets itself.", default_text="none", example={"example.com/cost-center": "42"}
     )
 
 
 class Policy(Group):
-    """`spec.policy`: time limits and what happens after a failure."""
+    """`spec.policy`: time limits, and the reaction to failures."""
 
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Maximum running time of all attempts together, in seconds. After this time the job fails. Queued and suspended time does not count.",
-        default_text="none: no limit",
+        "Maximum running time of all attempts together, in seconds. After this time, the job fails. Time in the queue and suspended time do not count.",
+        default_text="no limit",
         example=86400,
     )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31536000)] | None = option(
-        "Seconds after the job's end until its Jobs and Pods are deleted. The FineTuneJob is never deleted.",
-        default_text="none: Jobs and Pods are kept",
+        "Seconds from the end of the FineTuneJob to the deletion of its Jobs and Pods. The FineTuneJob itself is not deleted.",
+        default_text="Jobs and Pods are kept",
         example=3600,
     )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = option(
-        "Consecutive attempts without progress before the job fails.", default=3, example=5
+        "Maximum number of consecutive failed attempts without progress. With one more such attempt, the job fails.", default=3, example=5
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = option(
-        "Seconds that a stopping pod has to save its state. If this field is not set and checkpoints take long, the operator raises "
+        "Seconds in which a stopping pod can save a checkpoint. If this field is not set and saving takes long, the operator raises "
         "the value to three times the duration of the newest checkpoint.",
         default=300,
         example=600,
     )
     start_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Seconds until a job whose pods do not run is reported as stalled.", default=1800, example=7200
+        "If the pods of an attempt do not run after this many seconds, the operator reports the job as stalled.", default=1800, example=7200
     )
     stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Seconds without an optimizer step until an attempt is restarted.",
-        default_text="derived from the recent step time, at least 600",
+        "After this many seconds without an optimizer step, the operator restarts the attempt.",
+        default_text="computed from recent step durations, at least 600",
         example=900,
     )
     on_out_of_memory: OnOutOfMemory | None = option(
-        "What happens when GPU memory is exhausted.", default="Adapt", example="Fail"
+        "Reaction of the operator to exhausted GPU memory.", default="Adapt", example="Fail"
     )
     on_divergence: OnDivergence | None = option(
-        "What happens when the loss or gradients are not finite.", default="Rollback", example="Fail"
+        "Reaction of the operator to a loss or gradients that are not finite.", default="Rollback", example="Fail"
     )

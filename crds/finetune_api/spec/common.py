@@ -1,4 +1,4 @@
-"""Small types that several spec groups use: references, sources, storage connections."""
+"""Types shared by several groups of the spec: references, sources, storage connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ StringMap = Annotated[dict[Word, Annotated[str, StringConstraints(max_length=409
 
 
 def one_of(*allowed: int) -> AfterValidator:
-    """Return a validator that accepts only these integers. The CRD has the same values as `enum`."""
+    """Return a validator that accepts only these integers. The CRD contains the same integers as an `enum`."""
 
     def check(value: int) -> int:
         if value not in allowed:
@@ -67,14 +67,14 @@ class Encryption(Group):
         ),
         CelRule(
             "has(self.customerKeySecretRef) == (self.type == 'customerKey')",
-            "type customerKey and customerKeySecretRef require each other: write both, or neither",
+            "type customerKey and customerKeySecretRef require each other: write both, or remove both",
             "EncryptionContradiction",
         ),
     )
 
-    type: EncryptionType = Field(description="Who holds the encryption key. Required. Example: `kms`.")
+    type: EncryptionType = Field(description="Owner of the encryption key. Required. Example: `kms`.")
     kms_key_id: Annotated[str, StringConstraints(pattern=r"^\S+$", max_length=2048)] | None = option(
-        "Key of the key management service: id, ARN or alias. Only with type kms. Default: the account's default key.",
+        "ID, ARN or alias of a key in the key management service. Only with type kms. Default: the account's default key.",
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
     customer_key_secret_ref: SecretKeyRef | None = option(
@@ -84,7 +84,7 @@ class Encryption(Group):
 
 
 class StorageConnection(Group):
-    """Connection to an S3 store: used by `storage`, `model.storage` and `dataset.storage`."""
+    """Connection to an S3 store, for `storage`, `model.storage` and `dataset.storage`."""
 
     cel: ClassVar[tuple[CelRule, ...]] = (
         CelRule(
@@ -96,32 +96,32 @@ class StorageConnection(Group):
 
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = option(
         "URL of an S3-compatible store: scheme and host, without user, password or path.",
-        default_text="the operator's configuration, else AWS",
+        default_text="the operator's configuration; AWS without such a configuration",
         example="https://s3.example.com",
     )
     region: Word | None = option(
-        "Region that requests are signed for.",
-        default_text="the operator's configuration, else us-east-1",
+        "Region in the signature of each request.",
+        default_text="the operator's configuration; us-east-1 without such a configuration",
         example="eu-central-1",
     )
     addressing_style: AddressingStyle | None = option(
-        "Whether the bucket is part of the path or of the host name.",
-        default_text="path with an endpoint, virtual without",
+        "Position of the bucket's name in URLs: path or host name.",
+        default_text="path if endpoint is set, otherwise virtual",
         example="path",
     )
     credentials_secret_ref: SecretRef | None = option(
         "Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN.",
-        default_text="the operator's configuration, else the pod's own identity",
+        default_text="the operator's configuration; without such a configuration the pod's own identity",
         example={"name": "s3-credentials"},
     )
     ca_bundle_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with PEM certificates to trust for the endpoint. For `https://` sources these certificates are trusted in "
-        "addition to the image's certificates.",
-        default_text="the image's certificates",
+        "ConfigMap key with the trusted CA certificates (PEM) of the endpoint. `https://` sources also trust the CA certificates of "
+        "the image.",
+        default_text="the CA certificates of the image",
         example={"name": "ca", "key": "ca.crt"},
     )
     encryption: Encryption | None = option(
-        "Server-side encryption to request for every object.",
-        default_text="the bucket's own setting",
+        "Server-side encryption of every object that the job writes.",
+        default_text="the setting of the bucket",
         example={"type": "s3"},
     )

@@ -1,4 +1,4 @@
-"""`spec.dataset`: the training data and how rows become tokens."""
+"""`spec.dataset`: the training data and its conversion to tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class Columns(Group):
-    """`dataset.columns`: column names that differ from the format's own."""
+    """`dataset.columns`: column names, if they differ from the default names of the data format."""
 
     question: Column | None = option(
         "Column with the question, instruction or prompt.", default_text="the format's own", example="prompt"
@@ -23,7 +23,7 @@ class Columns(Group):
         "Column with the answer, response or completion.", default_text="the format's own", example="response"
     )
     system: Column | None = option(
-        "Column with the system prompt.", default_text="system, if present", example="instructions"
+        "Column with the system prompt.", default_text="the column `system` if it exists", example="instructions"
     )
     input: Column | None = option("Column with additional input (alpaca).", default_text="input", example="context")
     chosen: Column | None = option("Column with the preferred answer.", default_text="chosen", example="better")
@@ -31,14 +31,14 @@ class Columns(Group):
     label: Column | None = option("Column with the label (unpairedPreference).", default_text="label", example="liked")
     text: Column | None = option("Column with the text (plainText).", default_text="text", example="content")
     messages: Column | None = option(
-        "Column with the list of messages.", default_text="messages, else conversations", example="dialogue"
+        "Column with the list of messages.", default_text="messages or conversations", example="dialogue"
     )
 
 
 class Split(Group):
-    """`dataset.split`: parts cut from the training data.
+    """`dataset.split`: sizes of the parts into which the training data is split.
 
-    Sizes are rounded down. Remaining rows go to training or, if `train` is given, to the last part that has a size.
+    The number of rows of each part is rounded down. The remaining rows go to training or, if `train` is set, to the last nonempty part.
     """
 
     train: Annotated[float, Field(gt=0, le=1)] | None = option(
@@ -52,10 +52,10 @@ class Split(Group):
 
 
 class ResponseOnly(Group):
-    """`dataset.responseOnly`: compute the loss on answers only."""
+    """`dataset.responseOnly`: compute the loss only on answers."""
 
     enabled: bool | None = option(
-        "Compute the loss on answers only.", default_text="true where the format has turns, else false", example=False
+        "Compute the loss only on answers.", default_text="true for formats with turns, otherwise false", example=False
     )
     question_marker: Line | None = option(
         "Text that starts a question in the rendered row.",
@@ -70,7 +70,7 @@ class ResponseOnly(Group):
 
 
 class Mcq(Group):
-    """`dataset.mcq`: multiple choice."""
+    """`dataset.mcq`: options of the multiple-choice format."""
 
     include_options: bool | None = option("Write the options into the prompt.", default=True, example=False)
 
@@ -80,10 +80,10 @@ class Checks(Group):
 
     deduplicate: bool | None = option("Skip rows that are equal to an earlier row.", default=False, example=True)
     validate_json: bool | None = option(
-        "Treat an answer that is not valid JSON as a bad row.", default=False, example=True
+        "Treat rows whose answer is not valid JSON as bad rows.", default=False, example=True
     )
     pii_scan: bool | None = option(
-        "Count rows with e-mail addresses, phone, card or account numbers. Rows are not changed.",
+        "Count rows that contain e-mail addresses, or phone, card or account numbers. The rows are not changed.",
         default=False,
         example=True,
     )
@@ -94,10 +94,10 @@ class MixtureItem(Group):
     """One source of a mixture."""
 
     source: Source = Field(
-        description="Data of this source, in the notations of dataset.train. Required. Example: `s3://data/a.jsonl`."
+        description="Location of the data, in a notation of dataset.train. Required. Example: `s3://data/a.jsonl`."
     )
     weight: Annotated[float, Field(gt=0, le=1000000)] | None = option(
-        "Share of this source relative to the weights of the others.", default=1.0, example=0.5
+        "Weight of this source, relative to the weights of the other sources.", default=1.0, example=0.5
     )
     format: DatasetFormat | None = option(
         "Format of this source's rows.", default_text="dataset.format", example="messages"
@@ -108,18 +108,18 @@ class MixtureItem(Group):
 
 
 class ChatTemplate(Group):
-    """`dataset.chatTemplate`: a Jinja template, as text or from a ConfigMap."""
+    """`dataset.chatTemplate`: a Jinja template, either as text or in a ConfigMap."""
 
     cel = (
         CelRule(
             "has(self.text) != has(self.configMapRef)",
-            "a chat template is either `text` or `configMapRef`: write exactly one of the two",
+            "a chat template needs exactly one of `text` and `configMapRef`",
             "DataOptionWithoutEffect",
         ),
     )
 
     text: Text | None = option(
-        "The template itself.", default_text="none", example="{% for m in messages %}...{% endfor %}"
+        "Text of the template.", default_text="none", example="{% for m in messages %}...{% endfor %}"
     )
     config_map_ref: ConfigMapKeyRef | None = option(
         "ConfigMap key with the template.", default_text="none", example={"name": "templates", "key": "chat.jinja"}
@@ -132,86 +132,86 @@ class Dataset(Group):
     cel = (
         CelRule(
             "!(has(self.train) && has(self.mixture))",
-            "dataset.train and dataset.mixture exclude each other: remove one",
+            "dataset.train and dataset.mixture exclude each other: remove one of the two",
             "DatasetMissing",
         ),
         CelRule(
             "!has(self.maxBadRowRatio) || (has(self.badRows) && self.badRows == 'skip')",
-            "dataset.maxBadRowRatio requires `badRows: skip`: add it, or remove maxBadRowRatio",
+            "dataset.maxBadRowRatio requires `badRows: skip`: write `badRows: skip`, or remove maxBadRowRatio",
             "DataOptionWithoutEffect",
         ),
         CelRule(
             "!has(self.template) || (has(self.format) && self.format == 'custom')",
-            "dataset.template requires `format: custom`: add it, or remove template",
+            "dataset.template requires `format: custom`: write `format: custom`, or remove template",
             "DataOptionWithoutEffect",
         ),
     )
 
     train: Source | None = option(
         "Training data: `s3://bucket/key`, `configmap://name/key`, `pvc://claim/path`, `file:///path`, "
-        "`https://host/path/file.jsonl` (one file), or a hub repository. Required unless mixture is given.",
+        "`https://host/path/file.jsonl` (one file), or a hub repository. Required if mixture is absent.",
         default_text="none",
         example="s3://data/train.jsonl",
     )
     validation: Source | None = option(
-        "Validation data, in the same notations.",
-        default_text="none, or the part of dataset.split",
+        "Validation data, in a notation of dataset.train.",
+        default_text="the part of dataset.split if set",
         example="s3://data/validation.jsonl",
     )
     test: Source | None = option(
-        "Test data, in the same notations.",
-        default_text="none, or the part of dataset.split",
+        "Test data, in a notation of dataset.train.",
+        default_text="the part of dataset.split if set",
         example="s3://data/test.jsonl",
     )
     mixture: Annotated[list[MixtureItem], Field(min_length=1, max_length=64)] | None = option(
-        "Several weighted sources instead of train.",
+        "Several sources of training data with weights. It replaces train.",
         default_text="none",
         example=[{"source": "s3://data/a.jsonl", "weight": 2}],
     )
     storage: StorageConnection | None = option(
-        "Connection for `s3://` data. For `https://` data only caBundleRef is used.",
+        "Connection to the store of `s3://` data. For `https://` data, only caBundleRef is used.",
         default_text="spec.storage",
         example={"endpoint": "https://s3.example.com"},
     )
     format: DatasetFormat | None = option(
-        "Format of the rows. status.resolved.datasetFormat shows the detected format.",
+        "Data format of the rows. status.resolved.datasetFormat shows the detected format.",
         default_text="detected from the columns of the first rows",
         example="messages",
     )
     file_format: FileFormat | None = option("File type.", default="auto", example="jsonl")
     columns: Columns | None = option(
-        "Column names that differ from the format's own.", default_text="none", example={"question": "prompt"}
+        "Column names, if they differ from the default names of the data format.", default_text="none", example={"question": "prompt"}
     )
     split: Split | None = option(
-        "Split validation and test sets off the training data.", default_text="none", example={"validation": 0.1}
+        "Sizes of a validation set and a test set that are taken from the training data.", default_text="none", example={"validation": 0.1}
     )
     system_prompt: Text | None = option(
-        "System prompt of every row. It replaces the row's own system prompt.",
+        "System prompt for all rows. It replaces the system prompts in the data.",
         default_text="none",
         example="You answer briefly.",
     )
     template: Text | None = option(
-        "Text with {column} placeholders. Only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
+        "Template of a row, with {column} placeholders. Only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
     )
     chat_template: ChatTemplate | None = option(
-        "Chat template that replaces the tokenizer's.",
-        default_text="the tokenizer's own",
+        "Chat template that replaces the chat template of the tokenizer.",
+        default_text="the chat template of the tokenizer",
         example={"configMapRef": {"name": "templates", "key": "chat.jinja"}},
     )
     use_chat_template: bool | None = option(
-        "Render turns with the chat template.", default_text="true if the tokenizer has one", example=False
+        "Render turns with the chat template.", default_text="true if the tokenizer has a chat template", example=False
     )
     add_eos_token: bool | None = option(
         "End every row with exactly one end-of-sequence token.", default=True, example=False
     )
     add_bos_token: bool | None = option(
         "Start every row with exactly one beginning-of-sequence token.",
-        default_text="the tokenizer's own behaviour",
+        default_text="the behaviour of the tokenizer",
         example=True,
     )
     response_only: ResponseOnly | None = option(
-        "Compute the loss on answers only.",
-        default_text="on where the format has turns",
+        "Compute the loss only on answers.",
+        default_text="enabled for formats with turns",
         example={"enabled": False},
     )
     packing: bool | None = option(
@@ -221,22 +221,22 @@ class Dataset(Group):
     )
     max_sequence_length: Annotated[int, Field(ge=1, le=16777216)] | None = option(
         "Maximum length of a sequence in tokens.",
-        default_text="2048, or the model's own limit if that is lower",
+        default_text="2048, or the model's limit if it is lower",
         example=4096,
     )
     overflow: Overflow | None = option(
-        "What happens to a row that is longer than maxSequenceLength.", default="truncate", example="drop"
+        "Treatment of rows that are longer than maxSequenceLength.", default="truncate", example="drop"
     )
     num_proc: Annotated[int, Field(ge=1, le=1024)] | None = option(
-        "Number of processes that tokenise.", default_text="the CPUs of the pod", example=4
+        "Number of processes that tokenise the data.", default_text="number of CPUs of the pod", example=4
     )
-    bad_rows: BadRows | None = option("What happens to a row that cannot be used.", default="fail", example="skip")
+    bad_rows: BadRows | None = option("Treatment of rows that cannot be used for training.", default="fail", example="skip")
     max_bad_row_ratio: Ratio | None = option(
-        "Maximum fraction of skipped rows. If more rows are skipped, the job ends. Only with `badRows: skip`.", default=0.05, example=0.01
+        "Maximum fraction of skipped rows. The job fails if it skips more rows. Only with `badRows: skip`.", default=0.05, example=0.01
     )
     mcq: Mcq | None = option(
         "Options of the multiple-choice format.",
-        default_text="the values of its fields",
+        default_text="the defaults of the fields",
         example={"includeOptions": False},
     )
     checks: Checks | None = option(

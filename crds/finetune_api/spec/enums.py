@@ -1,4 +1,4 @@
-"""Every enumeration of the spec. The docstring below a member explains the value. The CRD's descriptions and the reference pages contain this docstring."""
+"""Every enumeration of the spec. The docstring below each member becomes part of the CRD's descriptions and of the reference pages."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class AddressingStyle(StrEnum):
 
 
 class EncryptionType(StrEnum):
-    """Who holds the key for the encryption of stored objects."""
+    """Owner of the key that encrypts stored objects."""
 
     S3 = "s3"
-    """The store holds the key (SSE-S3)."""
+    """The store owns the key (SSE-S3)."""
     KMS = "kms"
-    """The store's key management service holds the key (SSE-KMS)."""
+    """The store's key management service owns the key (SSE-KMS)."""
     CUSTOMER_KEY = "customerKey"
-    """You hold the key (SSE-C). The store keeps no copy of the key: if you lose the key, the objects cannot be read."""
+    """The user owns the key (SSE-C). The store has no copy of the key, so the objects cannot be read without the key."""
 
 
 class Dtype(StrEnum):
     AUTO = "auto"
-    """bfloat16 on GPUs that support it; float32 on CPU and where the method trains whole weights."""
+    """bfloat16 on GPUs that support bfloat16. float32 on CPU and for methods that train base weights."""
     FLOAT16 = "float16"
     """16 bits, IEEE half precision."""
     BFLOAT16 = "bfloat16"
@@ -45,7 +45,7 @@ class ComputeDtype(StrEnum):
 
 class Attention(StrEnum):
     AUTO = "auto"
-    """The same as sdpa."""
+    """Same implementation as sdpa."""
     EAGER = "eager"
     """Plain PyTorch operations."""
     SDPA = "sdpa"
@@ -72,15 +72,15 @@ class MethodType(StrEnum):
     FULL = "full"
     """Train all weights."""
     LORA = "lora"
-    """Train low-rank adapters; the base stays frozen."""
+    """Train low-rank adapters and freeze the base model."""
     QLORA = "qlora"
-    """LoRA on a base that is loaded in 4 bits."""
+    """LoRA on a base model that is quantised to 4 bits."""
     DORA = "dora"
     """LoRA that trains the magnitude and the direction of each weight separately."""
     ADAPTER = "adapter"
     """Continue the training of an existing LoRA adapter."""
     SPECTRUM = "spectrum"
-    """Train the modules with the highest signal-to-noise ratio in full; freeze the others."""
+    """Fully train the modules with the highest signal-to-noise ratio, and freeze all other modules."""
     PREFIX_TUNING = "prefixTuning"
     """Train virtual key and value vectors in front of each attention layer."""
     PROMPT_TUNING = "promptTuning"
@@ -91,7 +91,7 @@ class MethodType(StrEnum):
 
 class LoraBias(StrEnum):
     NONE = "none"
-    """No bias is trained."""
+    """The biases of the model are not trained."""
     ALL = "all"
     """All biases of the model are trained."""
     LORA_ONLY = "loraOnly"
@@ -100,17 +100,17 @@ class LoraBias(StrEnum):
 
 class LoraInit(StrEnum):
     DEFAULT = "default"
-    """Matrix A is random (Kaiming uniform), matrix B is zero."""
+    """Random matrix A (Kaiming uniform), zero matrix B."""
     GAUSSIAN = "gaussian"
-    """Matrix A is random (normal distribution), matrix B is zero."""
+    """Random matrix A (normal distribution), zero matrix B."""
     PISSA = "pissa"
-    """The principal singular vectors of the base weights."""
+    """Principal singular vectors of the base weights."""
     OLORA = "olora"
-    """An orthonormal basis of the base weights (QR decomposition)."""
+    """Orthonormal basis of the base weights (QR decomposition)."""
     EVA = "eva"
-    """The principal directions of activations on the training data."""
+    """Principal directions of the activations on training data."""
     LOFTQ = "loftq"
-    """The best low-rank approximation of the error of a 4-bit base."""
+    """Best low-rank approximation of the quantisation error of a 4-bit base model."""
 
 
 class TaskType(StrEnum):
@@ -120,85 +120,85 @@ class TaskType(StrEnum):
 
 class SpectrumMetric(StrEnum):
     MARCHENKO_PASTUR = "marchenkoPastur"
-    """Singular values above the Marchenko-Pastur bound are signal; modules of each kind are ranked."""
+    """Singular values above the Marchenko-Pastur bound count as signal. Modules are ranked among modules of the same kind."""
     MEAN_OVER_STD = "meanOverStd"
-    """mean(|W|) / std(W); whole layers are ranked."""
+    """mean(|W|) / std(W) of the weights. Whole layers are ranked."""
 
 
 class TrainerType(StrEnum):
     SFT = "sft"
-    """Supervised fine-tuning on answers."""
+    """Supervised fine-tuning."""
     DPO = "dpo"
     """Direct preference optimisation on pairs of a preferred and a rejected answer."""
     GRPO = "grpo"
-    """Group relative policy optimisation: reinforcement learning from reward functions."""
+    """Group relative policy optimisation: reinforcement learning with reward functions."""
     KTO = "kto"
-    """Kahneman-Tversky optimisation on single answers labelled good or bad."""
+    """Kahneman-Tversky optimisation on single answers with the label good or bad."""
     ORPO = "orpo"
-    """Odds ratio preference optimisation: preferences without a reference model."""
+    """Odds ratio preference optimisation: learns preferences without a reference model."""
     REWARD = "reward"
     """Train a reward model that gives each answer a score."""
 
 
 class Backend(StrEnum):
     TRANSFORMERS = "transformers"
-    """The standard path, for any number of GPUs or CPU."""
+    """Standard implementation, for CPU and any number of GPUs."""
     UNSLOTH = "unsloth"
-    """The trainer's own memory-saving path for one GPU: Liger kernels, activations in host memory, 8-bit paged optimizer."""
+    """Implementation for one GPU that needs less GPU memory: Liger kernels, activations in host memory, 8-bit paged optimizer."""
 
 
 class DpoLoss(StrEnum):
     SIGMOID = "sigmoid"
-    """The loss of the DPO paper."""
+    """Loss of the original DPO paper."""
     HINGE = "hinge"
-    """Hinge loss on the likelihood ratio (SLiC)."""
+    """Hinge loss of the likelihood ratio (SLiC)."""
     IPO = "ipo"
-    """Squared loss that does not overfit deterministic preferences."""
+    """Identity preference optimisation: squared loss that reduces overfitting."""
     EXO_PAIR = "exoPair"
-    """Exact optimisation with reverse KL; needs labelSmoothing above 0."""
+    """Efficient exact optimisation with reverse KL divergence. It needs labelSmoothing above 0."""
     NCA_PAIR = "ncaPair"
     """Noise contrastive alignment."""
     ROBUST = "robust"
-    """DPO for pairs that may be labelled the wrong way round; reads labelSmoothing."""
+    """DPO for pairs in which some labels are swapped. labelSmoothing is the assumed fraction of such pairs."""
     BCO_PAIR = "bcoPair"
     """Binary classifier optimisation."""
     APO_ZERO = "apoZero"
-    """Anchored preference optimisation: raises the likelihood of the preferred answer and lowers that of the rejected answer."""
+    """Anchored preference optimisation: raises the likelihood of the preferred answer and lowers the likelihood of the rejected answer."""
     APO_DOWN = "apoDown"
-    """Anchored preference optimisation: lowers the likelihood of both answers, that of the rejected answer more."""
+    """Anchored preference optimisation: lowers the likelihood of the preferred answer, and lowers the likelihood of the rejected answer more."""
     SFT = "sft"
     """Supervised loss on the preferred answer."""
 
 
 class GrpoLoss(StrEnum):
     GRPO = "grpo"
-    """Mean over the tokens of each completion, then over completions."""
+    """Mean over the tokens of each completion, then mean over the completions."""
     BNPO = "bnpo"
     """Mean over all tokens of the local batch."""
     DR_GRPO = "drGrpo"
-    """Sum over tokens divided by the maximum completion length: no length bias."""
+    """Sum over all tokens, divided by the maximum completion length. It avoids a length bias."""
     DAPO = "dapo"
     """Mean over all tokens of the global batch."""
 
 
 class BuiltinReward(StrEnum):
     CITATION_FORMAT = "citationFormat"
-    """1 if the completion is one `<cited_answer>` block with an answer and citations, else 0."""
+    """1 if the completion is one `<cited_answer>` block with an answer and citations; otherwise 0."""
     THINK_FORMAT = "thinkFormat"
-    """1 if the completion starts with one `<think>` block and continues after it, else 0."""
+    """1 if the completion is one `<think>` block followed by an answer; otherwise 0."""
     REGEX = "regex"
-    """1 if the completion matches parameters.pattern, else 0."""
+    """1 if the completion matches parameters.pattern; otherwise 0."""
     EXACT_MATCH = "exactMatch"
-    """1 if the completion equals the row's answer column, else 0."""
+    """1 if the completion equals the answer column of the row; otherwise 0."""
     LENGTH = "length"
-    """1 if the completion's length lies between parameters.minimum and parameters.maximum. Outside, the value falls linearly to 0 at length 0 and at twice the maximum."""
+    """1 if the length is between parameters.minimum and parameters.maximum. The reward of other lengths falls linearly and is 0 at length 0 and at twice the maximum."""
     JSON_SCHEMA = "jsonSchema"
-    """1 if the completion is JSON that fits parameters.schema; parameters.parsed if the completion is other JSON; else 0."""
+    """1 if the completion is JSON that matches parameters.schema. parameters.parsed if the completion is any other JSON. 0 if the completion is not JSON."""
 
 
 class DatasetFormat(StrEnum):
     PLAIN_TEXT = "plainText"
-    """A column `text`, or lines of a text file; all tokens are learned."""
+    """A column `text`, or the lines of a text file. The loss includes all tokens."""
     MCQ = "mcq"
     """Columns `question`, `options` and `answer` (multiple choice)."""
     INSTRUCTION = "instruction"
@@ -210,30 +210,30 @@ class DatasetFormat(StrEnum):
     SHAREGPT = "sharegpt"
     """A column `conversations` with `from` and `value`."""
     OASST = "oasst"
-    """OpenAssistant message trees; the best-ranked path of each tree is learned."""
+    """OpenAssistant message trees. Training uses the best-ranked path of each tree."""
     MESSAGES = "messages"
     """A column `messages` with `role` and `content`."""
     PROMPT_COMPLETION = "promptCompletion"
     """Columns `prompt` and `completion`."""
     PROMPT_ONLY = "promptOnly"
-    """A column `prompt`, for grpo; further columns are passed to the rewards."""
+    """A column `prompt`, for grpo. Reward functions get all other columns."""
     PREFERENCE = "preference"
     """Columns `prompt`, `chosen` and `rejected`, for dpo, orpo and reward."""
     UNPAIRED_PREFERENCE = "unpairedPreference"
     """Columns `prompt`, `completion` and `label`, for kto."""
     CUSTOM = "custom"
-    """Any columns, rendered with dataset.template; all tokens are learned."""
+    """Any columns, rendered with dataset.template. The loss includes all tokens."""
 
 
 class FileFormat(StrEnum):
     AUTO = "auto"
-    """The file extension decides."""
+    """The file extension decides the file type."""
     JSONL = "jsonl"
     """One JSON object per line."""
     JSON = "json"
-    """A JSON array, or an object whose `data` is an array."""
+    """A JSON array, or a JSON object with an array `data`."""
     CSV = "csv"
-    """A header and values, separated by comma, semicolon or tab."""
+    """A header line and lines of values, separated by comma, semicolon or tab."""
     TXT = "txt"
     """One row per line."""
     PARQUET = "parquet"
@@ -242,46 +242,46 @@ class FileFormat(StrEnum):
 
 class Overflow(StrEnum):
     TRUNCATE = "truncate"
-    """Cut the row."""
+    """Truncate the row to the maximum length."""
     DROP = "drop"
-    """Leave the row out and count it."""
+    """Skip the row and count skipped rows."""
     FAIL = "fail"
-    """End the job with the row's number."""
+    """End the job with an error message that contains the row's number."""
 
 
 class BadRows(StrEnum):
     FAIL = "fail"
-    """End the job with the row's number."""
+    """End the job with an error message that contains the row's number."""
     SKIP = "skip"
-    """Leave the row out and count it."""
+    """Skip the row and count skipped rows."""
 
 
 class Scheduler(StrEnum):
     LINEAR = "linear"
-    """Falls linearly to 0."""
+    """The learning rate falls linearly to 0."""
     COSINE = "cosine"
-    """Falls to 0 along a cosine."""
+    """The learning rate falls to 0 along a cosine."""
     COSINE_WITH_RESTARTS = "cosineWithRestarts"
-    """Several cosines; each starts at the peak rate."""
+    """The learning rate falls along several cosines. Each cosine starts at the peak rate."""
     COSINE_WITH_MIN_LR = "cosineWithMinLr"
-    """Falls along a cosine to a minimum rate."""
+    """The learning rate falls along a cosine to a minimum rate."""
     POLYNOMIAL = "polynomial"
-    """Falls along a polynomial."""
+    """The learning rate falls along a polynomial."""
     CONSTANT = "constant"
-    """Does not change."""
+    """The learning rate is constant and has no warm-up."""
     CONSTANT_WITH_WARMUP = "constantWithWarmup"
-    """Does not change after the warm-up."""
+    """The learning rate is constant after the warm-up."""
     INVERSE_SQRT = "inverseSqrt"
-    """Falls with the inverse square root of the step."""
+    """The learning rate is proportional to the inverse square root of the step."""
     WARMUP_STABLE_DECAY = "warmupStableDecay"
-    """Stays at the peak, then decays in the last steps."""
+    """The learning rate stays at the peak and decays in the last steps."""
 
 
 class MixedPrecision(StrEnum):
     AUTO = "auto"
-    """bf16 on GPUs that support it, fp16 on older GPUs, none on CPU."""
+    """bf16 on GPUs that support bfloat16, fp16 on older GPUs, no on CPU."""
     NO = "no"
-    """The forward pass uses the type of the weights."""
+    """The forward pass uses the data type of the weights."""
     FP16 = "fp16"
     """float16 with loss scaling."""
     BF16 = "bf16"
@@ -292,29 +292,29 @@ class GradientCheckpointing(StrEnum):
     DISABLED = "disabled"
     """Keep all activations in GPU memory."""
     ENABLED = "enabled"
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass. This saves GPU memory and takes about a third more time."""
     UNSLOTH = "unsloth"
-    """Recompute activations and keep their inputs in host memory."""
+    """Recompute activations in the backward pass, and keep the inputs of the layers in host memory."""
 
 
 class Device(StrEnum):
     AUTO = "auto"
-    """GPU if the pod has one, else CPU."""
+    """GPU if the pod has a GPU, otherwise CPU."""
     CPU = "cpu"
     """CPU."""
     CUDA = "cuda"
     """NVIDIA or AMD GPU."""
     MPS = "mps"
-    """Apple GPU; only for local runs."""
+    """Apple GPU. Only in local runs."""
 
 
 class Strategy(StrEnum):
     NONE = "none"
-    """One rank."""
+    """No distribution: the job has a single rank."""
     DDP = "ddp"
-    """Distributed data parallel: every rank holds the whole model."""
+    """Distributed data parallel: every rank has the whole model."""
     FSDP = "fsdp"
-    """Fully sharded data parallel: ranks share the weights, gradients and optimizer state."""
+    """Fully sharded data parallel: weights, gradients and optimizer state are sharded over the ranks."""
     DEEPSPEED = "deepspeed"
     """DeepSpeed ZeRO."""
 
@@ -323,23 +323,23 @@ class FsdpSharding(StrEnum):
     FULL_SHARD = "fullShard"
     """Weights, gradients and optimizer state are sharded."""
     SHARD_GRAD_OP = "shardGradOp"
-    """Gradients and optimizer state are sharded; weights stay whole between forward and backward pass."""
+    """Gradients and optimizer state are sharded. Weights are not resharded between forward and backward pass."""
     NO_SHARD = "noShard"
-    """Nothing is sharded, as with ddp."""
+    """Weights, gradients and optimizer state are not sharded."""
 
 
 class FsdpStateDict(StrEnum):
     FULL = "full"
-    """One file, gathered on rank 0."""
+    """One file. Rank 0 gathers the state of all ranks and writes the file."""
     SHARDED = "sharded"
     """One file per rank."""
     LOCAL = "local"
-    """Refused: FSDP version 2 does not support local state dicts."""
+    """Not supported by FSDP version 2; the operator refuses this value."""
 
 
 class When(StrEnum):
     STEPS = "steps"
-    """Every `steps` optimizer steps."""
+    """After every `steps` optimizer steps."""
     EPOCH = "epoch"
     """After each pass over the data."""
     NO = "no"
@@ -357,7 +357,7 @@ class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"
     """Hugging Face safetensors."""
     GGUF = "gguf"
-    """llama.cpp's format."""
+    """GGUF, the format of llama.cpp."""
     ONNX = "onnx"
     """ONNX graph."""
 
@@ -370,25 +370,25 @@ class Metric(StrEnum):
     PRECISION = "precision"
     """Fraction of predicted positives that are correct."""
     RECALL = "recall"
-    """Fraction of actual positives that are found."""
+    """Fraction of actual positives that are predicted as positive."""
     PERPLEXITY = "perplexity"
     """exp of the mean loss per token."""
     BLEU = "bleu"
-    """n-gram precision against the reference answer."""
+    """n-gram precision of the answer with respect to the reference answer."""
     ROUGE = "rouge"
-    """n-gram recall against the reference answer."""
+    """n-gram recall of the answer with respect to the reference answer."""
     BERTSCORE = "bertscore"
-    """Similarity of token embeddings."""
+    """Similarity of the token embeddings of answer and reference answer."""
     SEMANTIC_SIMILARITY = "semanticSimilarity"
-    """Cosine similarity of sentence embeddings."""
+    """Cosine similarity of the sentence embeddings of answer and reference answer."""
     FACTUAL_CORRECTNESS = "factualCorrectness"
-    """Facts of the reference that the answer states, scored by a judge."""
+    """A judge model scores how many facts of the reference answer the answer contains."""
     ANSWER_ACCURACY = "answerAccuracy"
-    """Agreement with the reference, scored by a judge."""
+    """A judge model scores the agreement with the reference answer."""
     ANSWER_RELEVANCY = "answerRelevancy"
-    """How well the answer fits the question, scored by a judge."""
+    """A judge model scores the relevance of the answer to the question."""
     ANSWER_CORRECTNESS = "answerCorrectness"
-    """Factual and semantic agreement with the reference, scored by a judge."""
+    """A judge model scores the factual and semantic agreement with the reference answer."""
 
 
 class Tracker(StrEnum):
@@ -418,6 +418,6 @@ class OnDivergence(StrEnum):
 
 class OutputKind(StrEnum):
     ADAPTER = "adapter"
-    """Adapter weights, to be used with the base model."""
+    """Adapter weights, for use with the base model."""
     MODEL = "model"
     """A complete model."""

@@ -1,4 +1,4 @@
-"""`spec.method`: which parameters are trained."""
+"""`spec.method`: the fine-tuning method and its options."""
 
 from __future__ import annotations
 
@@ -12,62 +12,62 @@ from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, SpectrumMetr
 
 
 class Adapter(Group):
-    """`method.adapter`: the adapter that is trained further."""
+    """`method.adapter`: an existing adapter for further training."""
 
     source: Source | None = option(
-        "Existing adapter, in the notations of model.source. Required with `method.type: adapter`.",
+        "Location of the existing adapter, in a notation of model.source. Required with `method.type: adapter`.",
         default_text="none",
         example="s3://models/my-adapter",
     )
 
 
 class Loftq(Group):
-    """`method.lora.loftq`: parameters of the LoftQ initialisation. They imply `init: loftq`."""
+    """`method.lora.loftq`: parameters of the LoftQ initialisation. This group implies `init: loftq`."""
 
     bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = option(
-        "Bits per weight of the quantised base whose error the adapter approximates: 2, 4 or 8.", default=4, example=4
+        "Bits per weight of the quantised base model: 2, 4 or 8. The adapter approximates the quantisation error.", default=4, example=4
     )
     iterations: Annotated[int, Field(ge=1, le=64)] | None = option(
-        "Number of alternating quantisation and approximation steps.", default=1, example=1
+        "Number of iterations. Each iteration quantises the base model and approximates the error.", default=1, example=1
     )
 
 
 class Lora(Group):
-    """`method.lora`: low-rank adapters, also for qlora and dora."""
+    """`method.lora`: options of low-rank adapters, for methods lora, qlora, dora and adapter."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] | None = option("Rank of the weight update.", default=16, example=64)
     alpha: Annotated[float, Field(gt=0, le=65536)] | None = option(
-        "The weight update is multiplied by alpha / rank.", default=32, example=128
+        "Scale of the weight update: it is multiplied by alpha / rank.", default=32, example=128
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = option(
         "Dropout probability at the adapter's input.", default=0.05, example=0.1
     )
     target_modules: Annotated[list[Word], Field(min_length=1, max_length=256)] | None = option(
-        "Names of the modules that get an adapter. `all-linear`: all linear layers except the output head.",
+        "Names of modules with an adapter. `all-linear`: all linear layers except the output head.",
         default_text="`all-linear`",
         example=["q_proj", "v_proj"],
     )
     modules_to_save: Annotated[list[Word], Field(max_length=64)] | None = option(
-        "Modules that are trained in full and saved with the adapter. The output head belongs here, not in targetModules.",
+        "Modules that are fully trained and saved with the adapter. To train the output head, write it here instead of in targetModules.",
         default_text="none",
         example=["lm_head"],
     )
-    bias: LoraBias | None = option("Which biases are trained.", default="none", example="loraOnly")
+    bias: LoraBias | None = option("Biases that are trained.", default="none", example="loraOnly")
     task_type: TaskType | None = option("Task of the model.", default="causalLM", example="causalLM")
     rank_stabilized: bool | None = option(
         "Scale the weight update by alpha / sqrt(rank) (rsLoRA).", default=False, example=True
     )
     use_dora: bool | None = option(
-        "Train magnitude and direction of each weight separately (DoRA); the same as `method.type: dora`.",
-        default_text="true with method dora, else false",
+        "Train magnitude and direction of each weight separately (DoRA). The effect is equal to `method.type: dora`.",
+        default_text="true with method dora, otherwise false",
         example=True,
     )
     plus_ratio: Annotated[float, Field(ge=1, le=1024)] | None = option(
-        "LoRA+: learning rate of the B matrices divided by that of the A matrices; 1 turns LoRA+ off.", default=1, example=16
+        "LoRA+: ratio of the learning rate of the B matrices to the learning rate of the A matrices. 1 turns LoRA+ off.", default=1, example=16
     )
-    init: LoraInit | None = option("Initial values of the adapter.", default="default", example="pissa")
+    init: LoraInit | None = option("Initialisation of the adapter.", default="default", example="pissa")
     loftq: Loftq | None = option(
-        "Parameters of the LoftQ initialisation. They imply `init: loftq`.",
+        "Parameters of the LoftQ initialisation. This group implies `init: loftq`.",
         default_text="none",
         example={"bits": 4},
     )
@@ -83,16 +83,16 @@ class Vision(Group):
 
 
 class Spectrum(Group):
-    """`method.spectrum`: train the modules with the highest signal-to-noise ratio in full and freeze the others."""
+    """`method.spectrum`: options of method spectrum, which fully trains the modules with the highest signal-to-noise ratio."""
 
     snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = option(
-        "Fraction of the modules of each kind that stay frozen; 0.25 trains the best 75 %.", default=0.5, example=0.25
+        "Fraction of the modules of each kind that are frozen. With 0.25, the best 75 % are trained.", default=0.5, example=0.25
     )
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1024)] | None = option(
-        "Numbers of the layers to train, counted from 0, instead of a scan.", default_text="scan", example=[0, 1, 10]
+        "Numbers of the trained layers; the first layer is 0. If layers is set, the trainer does not measure the signal-to-noise ratio.", default_text="all layers are measured", example=[0, 1, 10]
     )
     metric: SpectrumMetric | None = option(
-        "How the signal-to-noise ratio is measured.", default="marchenkoPastur", example="meanOverStd"
+        "Measure of the signal-to-noise ratio.", default="marchenkoPastur", example="meanOverStd"
     )
 
 
@@ -101,21 +101,21 @@ class Method(Group):
 
     type: MethodType | None = option("Fine-tuning method.", default="lora", example="qlora")
     lora: Lora | None = option(
-        "Low-rank adapters (lora, qlora, dora, adapter).",
-        default_text="the values of its fields",
+        "Options of low-rank adapters, for methods lora, qlora, dora and adapter.",
+        default_text="the defaults of the fields",
         example={"rank": 64, "alpha": 128},
     )
     adapter: Adapter | None = option(
-        "Existing adapter to train further. Required with `method.type: adapter`.",
+        "Existing adapter for further training. Required with `method.type: adapter`.",
         default_text="none",
         example={"source": "s3://models/my-adapter"},
     )
     spectrum: Spectrum | None = option(
-        "Module selection of method spectrum.", default_text="the values of its fields", example={"snrThreshold": 0.25}
+        "Options of method spectrum.", default_text="the defaults of the fields", example={"snrThreshold": 0.25}
     )
     vision: Vision | None = option(
-        "Parts of a vision-language model to train.", default_text="none", example={"visionLayers": False}
+        "Trained parts of a vision-language model.", default_text="none", example={"visionLayers": False}
     )
     prompt_length: Annotated[int, Field(ge=1, le=4096)] | None = option(
-        "Number of virtual tokens of prefix and prompt tuning.", default=20, example=50
+        "Number of virtual tokens in methods prefixTuning and promptTuning.", default=20, example=50
     )

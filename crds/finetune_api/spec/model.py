@@ -1,4 +1,4 @@
-"""`spec.model`: the base model and how it is loaded."""
+"""`spec.model`: the base model and its loading options."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from finetune_api.spec.enums import Attention, ComputeDtype, Dtype, Modality, Qu
 
 
 class Quantization(Group):
-    """`model.quantization`: load the base model in fewer bits (bitsandbytes)."""
+    """`model.quantization`: quantisation of the base model with bitsandbytes."""
 
     bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]}), one_of(4, 8)] | None = option(
-        "Bits per weight of the frozen base: 4 or 8. Absent: not quantised.",
-        default_text="4 with method qlora, else none",
+        "Bits per weight of the frozen base model: 4 or 8.",
+        default_text="4 with method qlora, otherwise no quantisation",
         example=4,
     )
     type: QuantizationType | None = option("Data type of 4-bit weights.", default="nf4", example="fp4")
     compute_dtype: ComputeDtype | None = option(
-        "Data type of matrix products.", default_text="bfloat16 on GPU, float32 on CPU", example="float16"
+        "Data type of matrix multiplications.", default_text="bfloat16 on GPU, float32 on CPU", example="float16"
     )
     double_quant: bool | None = option(
-        "Quantise the quantisation constants, too. 4-bit only; saves about 0.4 bits per weight.",
+        "Quantise the quantisation constants, too. This saves about 0.4 bits per weight. Only with 4 bits.",
         default=True,
         example=False,
     )
@@ -35,42 +35,42 @@ class Model(Group):
 
     source: Source | None = option(
         "Base model: `org/name[@revision]` or `hf://org/name[@revision]` (hub), `s3://bucket/prefix`, `pvc://claim/path`, "
-        "`file:///path` (in the image), or the result of a job on a web server: `https://host/jobs/model`, "
+        "`file:///path` (in the image), or a FineTuneJob's result on a web server: `https://host/jobs/model` or "
         "`https://host/jobs/checkpoints/step-00000100`. Required.",
         default_text="none",
         example="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     tokenizer: Source | None = option(
-        "Source of the tokenizer, in the same notations.", default_text="model.source", example="s3://models/tokenizer"
+        "Location of the tokenizer, in a notation of model.source.", default_text="model.source", example="s3://models/tokenizer"
     )
     token_secret_ref: SecretKeyRef | None = option(
-        "Secret key with a hub token, for gated models.", default_text="none", example={"name": "hub", "key": "token"}
+        "Secret key with a hub token. Gated models need a token.", default_text="none", example={"name": "hub", "key": "token"}
     )
     storage: StorageConnection | None = option(
-        "Connection for an `s3://` model source. For an `https://` source only caBundleRef is used.",
+        "Connection to the store of an `s3://` model. For an `https://` model, only caBundleRef is used.",
         default_text="spec.storage",
         example={"endpoint": "https://s3.example.com"},
     )
     trust_remote_code: bool | None = option(
-        "Run Python code from the model repository. Only for repositories that you trust.", default=False, example=True
+        "Run Python code from the model repository. Set it only for trusted repositories.", default=False, example=True
     )
-    dtype: Dtype | None = option("Data type that the weights are loaded in.", default="auto", example="bfloat16")
+    dtype: Dtype | None = option("Data type of the loaded weights.", default="auto", example="bfloat16")
     attention: Attention | None = option(
-        "Attention implementation. If the implementation is not available, sdpa is used. status.resolved.attention shows the implementation in use.",
+        "Attention implementation. If the implementation is not available, the trainer uses sdpa. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )
-    liger_kernels: bool | None = option("Use Liger's fused kernels. GPU only.", default=False, example=True)
+    liger_kernels: bool | None = option("Use the fused kernels of Liger. Only on GPUs.", default=False, example=True)
     quantization: Quantization | None = option(
-        "Quantisation of the frozen base.", default_text="none", example={"bits": 4}
+        "Quantisation of the frozen base model.", default_text="none", example={"bits": 4}
     )
     pad_token: Word | None = option(
-        "Token that fills short rows. `<eos>` means the end-of-sequence token. It is never trained on.",
-        default_text="the tokenizer's pad token, else a reserved token",
+        "Padding token. `<eos>` means the end-of-sequence token. Padding tokens are not part of the loss.",
+        default_text="the tokenizer's pad token, otherwise a reserved token",
         example="<pad>",
     )
     new_tokens: Annotated[list[Word], Field(max_length=1024)] | None = option(
-        "Tokens to add to the vocabulary. Their embeddings are trained.",
+        "Tokens that are added to the vocabulary. The embeddings of these tokens are trained.",
         default_text="none",
         example=["<think>", "</think>"],
     )

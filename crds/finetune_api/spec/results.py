@@ -1,4 +1,4 @@
-"""`spec.output`, `spec.evaluation`, `spec.tracking` and `spec.phases`: the artefacts, their evaluation, and where metrics are sent."""
+"""`spec.output`, `spec.evaluation`, `spec.tracking` and `spec.phases`: the final model, its evaluation, and metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NamePart = Annotated[str, StringConstraints(pattern=r"^[^$#@&*!]*$", max_length=
 
 
 class RunName(Group):
-    """`output.runName`: name shown in trackers."""
+    """`output.runName`: name of the run in trackers."""
 
     name: NamePart | None = option(
         "Name of the run, without $ # @ & * !.", default_text="the FineTuneJob's name", example="support-bot"
@@ -24,13 +24,13 @@ class RunName(Group):
 
 
 class Hub(Group):
-    """`output.hub`: push the final artefact to a model hub."""
+    """`output.hub`: push the final model to a model hub."""
 
-    push: bool | None = option("Push the final artefact to the hub.", default=False, example=True)
+    push: bool | None = option("Push the final model to the hub.", default=False, example=True)
     repository: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=256)] | None = option(
-        "Repository to push to. Required with push.", default_text="none", example="org/my-model"
+        "Name of the hub repository. Required with `push: true`.", default_text="none", example="org/my-model"
     )
-    private: bool | None = option("Create the repository as private.", default=True, example=False)
+    private: bool | None = option("Create a private repository.", default=True, example=False)
     token_secret_ref: SecretKeyRef | None = option(
         "Secret key with a hub token that has write permission.",
         default_text="model.tokenSecretRef",
@@ -42,30 +42,30 @@ class Output(Group):
     """`spec.output`."""
 
     dir: Annotated[str, StringConstraints(pattern=r"^[^/\s][^\s]*$", max_length=512)] | None = option(
-        "Folder below storage.uri in which the results are published, too.", default_text="none", example="results"
+        "Folder below storage.uri for an additional copy of the results.", default_text="none", example="results"
     )
     project: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$", max_length=128)] | None = option(
-        "Project name in the published folders and in trackers.", default_text="the namespace", example="support"
+        "Project name in the folders below output.dir and in trackers.", default_text="the namespace", example="support"
     )
     run_name: RunName | None = option(
         "Name of the run in trackers.", default_text="the FineTuneJob's name", example={"name": "support-bot"}
     )
-    layout: Layout | None = option("Folders below dir.", default="projectModelTime", example="flat")
+    layout: Layout | None = option("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
     hub: Hub | None = option(
-        "Push the final artefact to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
+        "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
-    merge_adapter: bool | None = option("Save the base model with the adapter merged in, too.", default=False, example=True)
+    merge_adapter: bool | None = option("Also save a model in which the adapter is merged into the base model.", default=False, example=True)
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = option(
         "Additional formats of the final model.", default_text="none", example=["gguf"]
     )
 
 
 class Benchmark(Group):
-    """One benchmark run after training."""
+    """One benchmark that runs after training."""
 
     name: Word = Field(description="Name of the benchmark harness or domain set. Required. Example: `lm-eval`.")
     tasks: Annotated[list[Word], Field(max_length=128)] | None = option(
-        "Tasks of the harness.", default_text="all", example=["arc_easy"]
+        "Tasks of the benchmark harness.", default_text="all tasks", example=["arc_easy"]
     )
 
 
@@ -83,33 +83,33 @@ class Judge(Group):
 
 
 class Generation(Group):
-    """`evaluation.comparison.generation`: how answers are generated."""
+    """`evaluation.comparison.generation`: options for generating answers."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1048576)] | None = option(
         "Maximum length of an answer in tokens.", default=256, example=128
     )
     temperature: Annotated[float, Field(ge=0, le=10)] | None = option("Sampling temperature.", default=1.0, example=0.7)
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = option("Nucleus sampling: total probability of the tokens to sample among.", default=1.0, example=0.9)
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = option("Nucleus sampling: sample only among the most likely tokens with this total probability.", default=1.0, example=0.9)
     top_k: Annotated[int, Field(ge=0, le=1000000)] | None = option(
-        "Sample among the k most likely tokens; 0: all tokens.", default=0, example=50
+        "Sample only among the k most likely tokens. 0: sample among all tokens.", default=0, example=50
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = option(
         "Minimum probability of a token, as a fraction of the most likely token's probability.", default=0.0, example=0.05
     )
-    do_sample: bool | None = option("Sample instead of taking the most likely token.", default=False, example=True)
+    do_sample: bool | None = option("Sample tokens. If false, generate the most likely token.", default=False, example=True)
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = option(
-        "Penalty on repeated tokens; 1: no penalty.", default=1.0, example=1.1
+        "Penalty on repeated tokens. 1: no penalty.", default=1.0, example=1.1
     )
 
 
 class Comparison(Group):
-    """`evaluation.comparison`: the base model and the tuned model answer the same prompts."""
+    """`evaluation.comparison`: compare the answers of the base model and of the tuned model to the same prompts."""
 
     prompts_ref: ConfigMapKeyRef | None = option(
         "ConfigMap key with one prompt per line.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
     )
     generation: Generation | None = option(
-        "How answers are generated.", default_text="the values of its fields", example={"maxNewTokens": 128}
+        "Options for generating answers.", default_text="the defaults of the fields", example={"maxNewTokens": 128}
     )
 
 
@@ -117,23 +117,23 @@ class Evaluation(Group):
     """`spec.evaluation`."""
 
     strategy: When | None = option(
-        "When the validation loss is measured.", default_text="steps with validation data, else no", example="epoch"
+        "When the trainer measures the validation loss.", default_text="steps with validation data, otherwise no", example="epoch"
     )
     steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
         "Optimizer steps between evaluations.", default_text="checkpoint.steps", example=100
     )
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = option(
-        "Rows per rank in one forward pass of an evaluation.", default_text="training.batchSizePerDevice", example=8
+        "Rows per rank in one forward pass of the evaluation.", default_text="training.batchSizePerDevice", example=8
     )
     metrics: Annotated[list[Metric], Field(max_length=16)] | None = option(
-        "Metrics to compute after training.", default_text="none", example=["perplexity"]
+        "Metrics that are computed after training.", default_text="none", example=["perplexity"]
     )
     benchmarks: Annotated[list[Benchmark], Field(max_length=32)] | None = option(
-        "Benchmarks to run after training.", default_text="none", example=[{"name": "lm-eval"}]
+        "Benchmarks that run after training.", default_text="none", example=[{"name": "lm-eval"}]
     )
     judge: Judge | None = option("Model that scores answers.", default_text="none", example={"model": "my-judge"})
     comparison: Comparison | None = option(
-        "Prompts that the base model and the tuned model both answer.", default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
+        "Prompts for a comparison of the base model and the tuned model.", default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
     )
 
 
@@ -150,7 +150,7 @@ class Wandb(Group):
     """`tracking.wandb`."""
 
     project: Word | None = option("Name of the W&B project.", default_text="output.project", example="support")
-    entity: Word | None = option("Team or user.", default_text="the owner of the API key", example="team-a")
+    entity: Word | None = option("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
     api_key_secret_ref: SecretKeyRef | None = option(
         "Secret key with the API key. Required with reportTo wandb.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
@@ -172,22 +172,22 @@ class Tracking(Group):
         "Trackers that receive the metrics.", default_text="none", example=["tensorboard"]
     )
     logging_steps: Annotated[int, Field(ge=1, le=1000000)] | None = option(
-        "Optimizer steps between logged values.", default=10, example=50
+        "Optimizer steps between two logged values of a metric.", default=10, example=50
     )
     log_first_step: bool | None = option("Log the first optimizer step, too.", default=True, example=False)
     mlflow: Mlflow | None = option("Connection to MLflow.", default_text="none", example={"trackingUri": "http://mlflow.mlops:5000"})
     wandb: Wandb | None = option("Connection to Weights & Biases.", default_text="none", example={"project": "support"})
     mongodb: Mongodb | None = option("Connection to MongoDB.", default_text="none", example={"database": "experiments"})
-    system_metrics: bool | None = option("Report CPU, memory and GPU use, too.", default=False, example=True)
+    system_metrics: bool | None = option("Also report CPU, memory and GPU usage.", default=False, example=True)
 
 
 class Phases(Group):
-    """`spec.phases`: the parts of the pipeline that run."""
+    """`spec.phases`: the phases of the job."""
 
     train: bool | None = option("Train the model.", default=True, example=False)
     infer: bool | None = option("Generate answers to the test set with the tuned model.", default=False, example=True)
     evaluate: bool | None = option(
         "Compute evaluation.metrics after training.",
-        default_text="true with evaluation.metrics, else false",
+        default_text="true if evaluation.metrics is set, otherwise false",
         example=True,
     )

@@ -12,20 +12,20 @@ from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, T
 
 
 class Dpo(Group):
-    """`trainer.dpo`: options of dpo. kto also reads beta and referenceModel, orpo also reads beta."""
+    """`trainer.dpo`: options of dpo. kto uses beta and referenceModel. orpo uses only beta."""
 
     beta: Annotated[float, Field(gt=0, le=100)] | None = option(
         "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
     )
     loss_types: Annotated[list[DpoLoss], Field(min_length=1, max_length=8)] | None = option(
-        "Loss functions; several are added up.", default=["sigmoid"], example=["sigmoid", "sft"]
+        "Loss functions. The loss is the sum of all of them.", default=["sigmoid"], example=["sigmoid", "sft"]
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = option(
-        "Assumed probability that a pair is labelled the wrong way round; below 0.5.", default=0.0, example=0.1
+        "Assumed probability (below 0.5) that the labels of a pair are swapped.", default=0.0, example=0.1
     )
     reference_model: Source | None = option(
-        "Reference model, in the notations of model.source.",
-        default_text="the model before training",
+        "Location of the reference model, in a notation of model.source.",
+        default_text="the untrained model",
         example="s3://models/sft",
     )
 
@@ -34,41 +34,41 @@ class Grpo(Group):
     """`trainer.grpo`: group relative policy optimisation."""
 
     num_generations: Annotated[int, Field(ge=2, le=1024)] | None = option(
-        "Completions generated per prompt.", default=8, example=16
+        "Number of completions that are generated for each prompt.", default=8, example=16
     )
     temperature: Annotated[float, Field(gt=0, le=10)] | None = option("Sampling temperature.", default=1.0, example=0.9)
     top_p: Annotated[float, Field(gt=0, le=1)] | None = option(
-        "Nucleus sampling: sample among the most likely tokens that together have this probability.",
+        "Nucleus sampling: sample only among the most likely tokens with this total probability.",
         default=1.0,
         example=0.95,
     )
     beta: Annotated[float, Field(ge=0, le=100)] | None = option(
-        "Weight of the KL term; 0 loads no reference model.", default=0.0, example=0.04
+        "Weight of the KL divergence in the loss. With 0, no reference model is loaded.", default=0.0, example=0.04
     )
-    loss_type: GrpoLoss | None = option("How the token losses are averaged.", default="dapo", example="drGrpo")
+    loss_type: GrpoLoss | None = option("Average of the token losses.", default="dapo", example="drGrpo")
 
 
 class Reward(Group):
-    """One reward function: built in, or a Python function from a ConfigMap."""
+    """One reward function: either a built-in reward, or a Python function in a ConfigMap."""
 
     cel = (
         CelRule(
             "has(self.builtin) != has(self.configMapRef)",
-            "a reward is either `builtin` or `configMapRef` with `function`: write exactly one of the two",
+            "a reward needs exactly one of `builtin` and `configMapRef`",
             "RewardIncomplete",
         ),
     )
 
     name: Word | None = option(
-        "Name in metrics.", default_text="the name of the built-in or of the function", example="format"
+        "Name of the reward in metrics.", default_text="the name of the built-in reward or function", example="format"
     )
-    builtin: BuiltinReward | None = option("A built-in reward.", default_text="none", example="regex")
+    builtin: BuiltinReward | None = option("Name of a built-in reward.", default_text="none", example="regex")
     config_map_ref: ConfigMapKeyRef | None = option(
         "ConfigMap key with a Python file.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
     )
     function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = option(
-        "Function in the file of configMapRef. Its keyword arguments are prompts, completions and the row's columns; it returns a "
-        "list of numbers.",
+        "Name of the function in the file of configMapRef. The function has the keyword arguments prompts, completions and the columns of the "
+        "data, and returns a list of numbers.",
         default_text="reward",
         example="score_answer",
     )
@@ -76,7 +76,7 @@ class Reward(Group):
         "Weight in the sum of rewards.", default=1.0, example=0.5
     )
     parameters: StringMap | None = option(
-        "Parameters of a built-in reward, as strings.", default_text="none", example={"pattern": "^Answer: "}
+        "Parameters of a built-in reward. All values are strings.", default_text="none", example={"pattern": "^Answer: "}
     )
 
 
@@ -84,17 +84,17 @@ class Trainer(Group):
     """`spec.trainer`."""
 
     type: TrainerType | None = option("Training objective.", default="sft", example="dpo")
-    backend: Backend | None = option("Implementation that trains.", default="transformers", example="unsloth")
+    backend: Backend | None = option("Implementation of the training loop.", default="transformers", example="unsloth")
     max_completion_length: Annotated[int, Field(ge=1, le=1048576)] | None = option(
-        "Maximum length of a completion in tokens: longer ones are truncated (dpo, kto, orpo) or not generated (grpo).",
+        "Maximum length of a completion in tokens. dpo, kto and orpo truncate longer completions; grpo stops generating.",
         default=512,
         example=1024,
     )
     dpo: Dpo | None = option(
-        "Options of dpo, kto and orpo.", default_text="the values of its fields", example={"beta": 0.3}
+        "Options of dpo, kto and orpo.", default_text="the defaults of the fields", example={"beta": 0.3}
     )
     grpo: Grpo | None = option(
-        "Options of grpo.", default_text="the values of its fields", example={"numGenerations": 16}
+        "Options of grpo.", default_text="the defaults of the fields", example={"numGenerations": 16}
     )
     rewards: Annotated[list[Reward], Field(min_length=1, max_length=32)] | None = option(
         "Reward functions of grpo. Required with grpo.",

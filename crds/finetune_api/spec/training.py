@@ -1,4 +1,4 @@
-"""`spec.training`, `spec.distributed` and `spec.checkpoint`: the optimizer, the ranks, and the checkpoints."""
+"""`spec.training`, `spec.distributed` and `spec.checkpoint`: optimizer, distributed strategy, and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from finetune_api.spec.enums import (
 
 
 class EarlyStopping(Group):
-    """`training.earlyStopping`: end training when the validation loss stops falling."""
+    """`training.earlyStopping`: end training if the validation loss no longer falls."""
 
     patience: Annotated[int, Field(ge=1, le=10000)] | None = option(
-        "Evaluations without improvement before training ends.", default=3, example=5
+        "Training ends after this number of consecutive evaluations without improvement.", default=3, example=5
     )
     threshold: Annotated[float, Field(ge=0, le=1000)] | None = option(
         "Smallest decrease of the validation loss that counts as improvement, in nats per token.",
@@ -39,16 +39,16 @@ class Training(Group):
     cel = (
         CelRule(
             "!(has(self.warmupSteps) && has(self.warmupRatio))",
-            "training.warmupSteps and training.warmupRatio exclude each other: remove one",
+            "training.warmupSteps and training.warmupRatio exclude each other: remove one of the two",
             "WarmupTwice",
         ),
     )
 
     epochs: Annotated[float, Field(gt=0, le=100000)] | None = option(
-        "Passes over the training data.", default=3, example=1
+        "Number of passes over the training data.", default=3, example=1
     )
     max_steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
-        "Optimizer steps. Takes precedence over epochs.", default_text="none: epochs decides", example=500
+        "Number of optimizer steps. It takes precedence over epochs.", default_text="none; epochs sets the number", example=500
     )
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = option(
         "Micro-batch size: rows per rank in one forward pass.", default=4, example=8
@@ -58,30 +58,30 @@ class Training(Group):
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = option(
         "Peak learning rate.",
-        default_text="2e-4 (adapters), 2e-5 (full, spectrum), 5e-6 (dpo, kto, orpo), 1e-6 (grpo)",
+        default_text="2e-4 for adapters, 2e-5 for full and spectrum, 5e-6 for dpo, kto and orpo, 1e-6 for grpo",
         example=1e-4,
     )
     scheduler: Scheduler | None = option(
-        "How the learning rate changes after the warm-up.", default="cosine", example="linear"
+        "Learning rate schedule after the warm-up.", default="cosine", example="linear"
     )
     scheduler_parameters: StringMap | None = option(
-        "Parameters of the scheduler, as strings.", default_text="none", example={"min_lr_rate": "0.1"}
+        "Parameters of the scheduler. All values are strings.", default_text="none", example={"min_lr_rate": "0.1"}
     )
     warmup_steps: Annotated[int, Field(ge=0, le=1000000000)] | None = option(
-        "Optimizer steps in which the learning rate rises to its peak.",
-        default_text="none: warmupRatio decides",
+        "Number of optimizer steps of the warm-up.",
+        default_text="none; warmupRatio sets the number",
         example=10,
     )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = option(
-        "Fraction of all steps in which the learning rate rises to its peak.",
-        default_text="0.03, unless warmupSteps is given",
+        "Optimizer steps of the warm-up, as a fraction of all optimizer steps.",
+        default_text="0.03 if warmupSteps is absent",
         example=0.1,
     )
     max_grad_norm: Annotated[float, Field(ge=0, le=1000000)] | None = option(
-        "Norm that gradients are clipped to; 0 turns clipping off.", default=1.0, example=0.5
+        "Maximum norm of gradients. Larger gradients are clipped. 0 turns clipping off.", default=1.0, example=0.5
     )
     optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] | None = option(
-        "Optimizer, by its name in transformers.", default="adamw_torch_fused", example="paged_adamw_8bit"
+        "Name of the optimizer, as in transformers.", default="adamw_torch_fused", example="paged_adamw_8bit"
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = option(
         "Decay rate of Adam's first moment.", default=0.9, example=0.95
@@ -97,23 +97,23 @@ class Training(Group):
     )
     mixed_precision: MixedPrecision | None = option("Data type of the forward pass.", default="auto", example="bf16")
     gradient_checkpointing: GradientCheckpointing | None = option(
-        "Whether activations are recomputed to save memory.",
+        "Whether activations are recomputed to save GPU memory.",
         default_text="enabled on GPU, disabled on CPU and for prefixTuning",
         example="disabled",
     )
     checkpoint_every_n_layers: Annotated[int, Field(ge=1, le=1024)] | None = option(
-        "Recompute the activations of every n-th layer only. Requires gradientCheckpointing.", default=1, example=2
+        "Recompute only the activations of every n-th layer. Requires gradientCheckpointing.", default=1, example=2
     )
     group_by_length: bool | None = option("Put rows of similar length into one batch.", default=False, example=True)
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000)] | None = option(
-        "Scale of NEFTune noise on the embeddings.", default_text="none: no noise", example=5
+        "Scale of NEFTune noise on the embeddings.", default_text="no noise", example=5
     )
     seed: Annotated[int, Field(ge=0, le=4294967295)] | None = option(
         "Seed of all random number generators.", default=42, example=7
     )
     device: Device | None = option("Device to train on.", default="auto", example="cpu")
     early_stopping: EarlyStopping | None = option(
-        "End training when the validation loss stops falling.", default_text="none", example={"patience": 3}
+        "End training if the validation loss no longer falls.", default_text="none", example={"patience": 3}
     )
 
 
@@ -121,27 +121,27 @@ class Deepspeed(Group):
     """`distributed.deepspeed`."""
 
     config_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with a DeepSpeed configuration in JSON. Its `auto` values are filled in.",
+        "ConfigMap key with a DeepSpeed configuration in JSON. The trainer replaces `auto` values in this JSON.",
         default_text="none",
         example={"name": "deepspeed", "key": "zero2.json"},
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = option(
-        "What ZeRO shards. 0: nothing. 1: optimizer state. 2: also gradients. 3: also parameters.",
-        default_text="the stage in the JSON, else 2",
+        "ZeRO stage. 1 shards the optimizer state. 2 also shards gradients. 3 also shards parameters. 0 shards nothing.",
+        default_text="the stage in the JSON of configRef, otherwise 2",
         example=3,
     )
     offload_optimizer: bool | None = option("Keep the optimizer state in host memory.", default=False, example=True)
     offload_parameters: bool | None = option(
-        "Keep the parameters in host memory. Stage 3 only.", default=False, example=True
+        "Keep the parameters in host memory. Only with zeroStage 3.", default=False, example=True
     )
 
 
 class Fsdp(Group):
     """`distributed.fsdp`: fully sharded data parallel, version 2."""
 
-    sharding: FsdpSharding | None = option("What is sharded.", default="fullShard", example="shardGradOp")
+    sharding: FsdpSharding | None = option("Tensors that are sharded over the ranks.", default="fullShard", example="shardGradOp")
     state_dict: FsdpStateDict | None = option(
-        "How checkpoints store the optimizer state.", default="sharded", example="full"
+        "Format of the optimizer state in checkpoints.", default="sharded", example="full"
     )
     config_ref: ConfigMapKeyRef | None = option(
         "ConfigMap key with an accelerate configuration.",
@@ -154,31 +154,31 @@ class Distributed(Group):
     """`spec.distributed`. `spec.resources` sets the number of nodes and GPUs."""
 
     strategy: Strategy | None = option(
-        "How ranks share the work.", default_text="ddp with several ranks, else none", example="fsdp"
+        "Distributed strategy.", default_text="ddp with several ranks, otherwise none", example="fsdp"
     )
     deepspeed: Deepspeed | None = option(
-        "Options of DeepSpeed.", default_text="the values of its fields", example={"zeroStage": 3}
+        "Options of DeepSpeed.", default_text="the defaults of the fields", example={"zeroStage": 3}
     )
     fsdp: Fsdp | None = option(
-        "Options of FSDP.", default_text="the values of its fields", example={"sharding": "shardGradOp"}
+        "Options of FSDP.", default_text="the defaults of the fields", example={"sharding": "shardGradOp"}
     )
 
 
 class Checkpoint(Group):
     """`spec.checkpoint`."""
 
-    strategy: When | None = option("When checkpoints are saved.", default="steps", example="epoch")
+    strategy: When | None = option("When the trainer saves checkpoints.", default="steps", example="epoch")
     steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
         "Optimizer steps between checkpoints.", default=100, example=500
     )
     keep: Annotated[int, Field(ge=0, le=100000)] | None = option(
-        "Number of newest checkpoints kept in storage, in addition to the best and the pinned ones; 0 keeps all.",
+        "Number of newest checkpoints that are kept in storage. 0 keeps all. The best checkpoint and pinned checkpoints are also kept.",
         default=3,
         example=5,
     )
     resume: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = option(
-        "State that the first attempt starts from: `auto` (the newest healthy checkpoint of this job), `never`, or the URI of a "
-        "checkpoint, `<root>/checkpoints/step-00000100`, whose root is `s3://`, `pvc://`, `file://` or `https://`.",
+        "Checkpoint from which the first attempt starts: `auto` (the newest healthy checkpoint of this job), `never` (no checkpoint), or the "
+        "`s3://`, `pvc://`, `file://` or `https://` URI of a checkpoint, `<root>/checkpoints/step-00000100`.",
         default="auto",
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000100",
     )
@@ -186,5 +186,5 @@ class Checkpoint(Group):
         "Use the checkpoint with the lowest validation loss as the final model.", default=False, example=True
     )
     pinned: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=64)] | None = option(
-        "Optimizer steps whose checkpoints are never removed.", default_text="none", example=[1000]
+        "Optimizer steps of checkpoints that are never removed.", default_text="none", example=[1000]
     )

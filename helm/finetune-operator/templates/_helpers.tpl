@@ -33,7 +33,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* Image reference from {repository, tag, digest}; with a digest, the tag is ignored. */}}
+{{/* Image reference from {repository, tag, digest}. If the digest is set, the tag is ignored. */}}
 {{- define "finetune-operator.image" -}}
 {{- if .digest -}}
 {{- printf "%s@%s" .repository .digest -}}
@@ -42,7 +42,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* The operator's configuration file: the chart's values under the operator's key names. Empty values are left out. */}}
+{{/* The operator's configuration file, with the operator's key names. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" .Values.trainer.image) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
 {{- range $key := list "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
@@ -61,7 +61,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* The operator's permissions in the namespaces of jobs. No wildcard, no Secrets. */}}
+{{/* Permissions of the operator in the namespaces of FineTuneJobs. They contain no wildcards and do not include Secrets. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs]
@@ -70,22 +70,22 @@ app.kubernetes.io/part-of: finetune-operator
   resources: [finetunejobs/status]
   verbs: [update]
 - apiGroups: [finetune-operator.io]
-  # Needed to set blockOwnerDeletion in owner references if the admission plugin OwnerReferencesPermissionEnforcement is enabled.
+  # The admission plugin OwnerReferencesPermissionEnforcement requires this permission to set blockOwnerDeletion in owner references.
   resources: [finetunejobs/finalizers]
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
-  # The operator deletes pods whose Job no longer exists, and force-deletes pods of lost nodes (grace period 0).
+  # The operator deletes pods without a Job, and force-deletes (grace period 0) pods on lost nodes.
   resources: [pods]
   verbs: [list, watch, delete]
 - apiGroups: [""]
-  # No verb `delete`: garbage collection removes a Service together with the Job that owns it.
+  # The operator does not need the verb `delete`: garbage collection deletes a Service after its owner, the Job.
   resources: [services]
   verbs: [get, create]
 - apiGroups: [""]
-  # If a quota or Pod Security rejects a pod, only the Job controller's events say so.
+  # If a quota or Pod Security rejects a pod, only an event of the Job controller reports it.
   resources: [events]
   verbs: [list]
 - apiGroups: [events.k8s.io]

@@ -141,4 +141,4 @@ def test_queue_can_change_while_suspended_and_cancel_is_final(api: Endpoint) -> 
     assert patch(api, name, {"cancel": True}, dry=False).status == 200
     response = patch(api, name, {"cancel": False})
     assert response.status == 422
-    assert "spec.cancel cannot be taken back" in response.message
+    assert "spec.cancel cannot change from true to false" in response.message

@@ -107,14 +107,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "fsdp 8-bit optimizer": (
         merged({"training": {"optimizer": "adamw_8bit"}}, fsdp()),
         "StrategyAndMethod",
-        "adamw_8bit, which cannot update the weight slices",
+        "adamw_8bit cannot update weights that FSDP has sharded",
     ),
     "fsdp head": (
         merged({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp()),
         "StrategyAndMethod",
-        "contains the head lm_head",
+        "contains the output head lm_head",
     ),
-    "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero(1)), "StrategyAndMethod", "it is adagrad"),
+    "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
     "json against fields": (
         merged({"training": {"maxGradNorm": 1.0}}, zero(2, configRef={"name": "mine", "key": "zero.json"})),
         "ConfigsDisagree",

@@ -490,7 +490,7 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         assert {key: value for key, value in written.to_wire().items() if value not in ({}, False)} == given
         assert check(written) == check(user_spec) == []
     broken = resolve(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
-    with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: it is 1"):
+    with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: 1, but kto"):
         enforce_rules(without_defaults(broken.spec, broken.defaults), "BatchTooSmall")
     enforce_rules(broken.spec, "DpoLosses")
 
@@ -579,7 +579,7 @@ def test_all_problems_are_reported_at_once() -> None:
         )
     )
     assert [problem.path for problem in found] == ["model.source", "trainer.rewards", "dataset.split"]
-    assert found[-1].message == "train 0.9 + test 0.2 = 1.1, and the parts must sum to 1"
+    assert found[-1].message == "train 0.9 + test 0.2 = 1.1, but the sum of the parts must be 1"
 
 
 def test_new_problems_are_only_those_that_the_change_causes() -> None:

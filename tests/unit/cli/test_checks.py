@@ -39,7 +39,7 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(call: Call, 
         ]),
         ("  storage: {credentialsSecretRef: {}}\n  training: {warmupSteps: 1, warmupRatio: 0.1}\n", [
             "job.yaml:7: spec.storage.credentialsSecretRef.name: this required field is missing; for example name: s3-credentials [ValueInvalid]",
-            "job.yaml:8: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]",
+            "job.yaml:8: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove warmupSteps or warmupRatio [WarmupTwice]",
         ]),
         ("  trainer: {type: grpo, rewards: [3]}\n", [
             "job.yaml:7: spec.trainer.rewards[0]: 3: should be an object; "

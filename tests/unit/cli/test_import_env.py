@@ -169,7 +169,7 @@ def test_device_sets_gpus_and_precision(env: Any, device: str, gpus: int | None,
     imported = env(f"DEVICE={device}\n")
     assert (imported.at("resources.gpusPerNode"), imported.at("training.mixedPrecision")) == (gpus, precision)
     assert imported.at("training.device") == (None if device == "auto" else device)
-    assert any("mps only exists on Apple machines" in warning for warning in imported.warnings) == (device == "mps")
+    assert any("cluster nodes have no MPS devices" in warning for warning in imported.warnings) == (device == "mps")
 
 
 def test_token_is_written_only_to_the_secret(env: Any) -> None:

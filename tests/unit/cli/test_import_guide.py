@@ -82,7 +82,7 @@ def test_callbacks_are_read(guide: Any) -> None:
 
 def test_evaluation_without_data_is_refused(guide: Any) -> None:
     (mistake,) = guide(NESTED + "training: {eval_strategy: steps}\n").mistakes
-    assert mistake.startswith("job.yaml:3: training.eval_strategy: steps, but there is no validation data")
+    assert mistake.startswith("job.yaml:3: training.eval_strategy: steps, but the spec has no validation data")
 
 
 def test_flags_of_the_script_are_read(guide: Any) -> None:

@@ -137,7 +137,7 @@ def test_repository_is_named_after_the_run(toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
     imported = toml(text)
     assert imported.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
-    assert any("no token with write permission is given" in warning for warning in imported.warnings)
+    assert any("the token with write permission is missing" in warning for warning in imported.warnings)
 
 
 def test_keys_on_the_command_line_are_written_to_the_secret(toml: Any) -> None:

@@ -166,7 +166,7 @@ def test_explicit_spectrum_layers_replace_the_threshold(yaml: Any) -> None:
     assert imported.at("method.spectrum") == {"layers": [3]}
     assert "snr_threshold has no effect: the layers are listed explicitly" in imported.warnings[0]
     (mistake,) = yaml("fine_tuning: {method: spectrum, spectrum: {layers_to_finetune: [3, 3]}}\n").mistakes
-    assert "3 is named more than once" in mistake
+    assert "the list contains 3 more than once" in mistake
 
 
 def test_pruning_is_refused(yaml: Any) -> None:
@@ -230,7 +230,7 @@ def test_push_without_a_repository_is_refused(yaml: Any) -> None:
     (mistake,) = yaml(
         "output: {push_to_hub: true}\n", overrides={"model.tokenSecretRef": {"name": "a", "key": "b"}}
     ).mistakes
-    assert mistake.startswith("job.yaml:3: output.push_to_hub: push is true, and no repository is named")
+    assert mistake.startswith("job.yaml:3: output.push_to_hub: output.hub.push is true, but the repository is missing")
 
 
 def test_overrides_win_over_files_and_command_line(yaml: Any) -> None:

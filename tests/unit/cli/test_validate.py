@@ -22,11 +22,11 @@ def test_valid_manifest_is_ok(call: Call, write: Write) -> None:
          "job.yaml:1: apiVersion: finetune-operator.io/v1 is not finetune-operator.io/v1alpha1; write apiVersion: finetune-operator.io/v1alpha1 [ApiVersion]"),
         ("source: org/m", "sorce: org/m", "job.yaml:5: spec.model.sorce: unknown field; did you mean spec.model.source? [UnknownField]"),
         ("org/m}", "org/m}\n  training: {warmupSteps: 1, warmupRatio: 0.1}",
-         "job.yaml:6: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]"),
+         "job.yaml:6: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove warmupSteps or warmupRatio [WarmupTwice]"),
         ("org/m}", "org/m}\n  training: {learningRate: '2e-4'}", None),
         ("org/m}", "org/m}\n  training: {device: mps}",
-         "job.yaml:6: spec.training.device: mps only exists on Apple machines, not on cluster nodes; "
-         "remove it, or use `finetune run --local` [DeviceOfAnotherMachine]"),
+         "job.yaml:6: spec.training.device: mps, but cluster nodes have no MPS devices; "
+         "remove device, or use `finetune run --local` on an Apple machine [DeviceOfAnotherMachine]"),
     ],
 )  # fmt: skip
 def test_one_problem_is_reported_with_its_line(
@@ -48,7 +48,7 @@ def test_all_problems_of_several_documents_are_reported(call: Call, write: Write
     assert (code, out) == (1, "")
     assert "jobs.yaml:5: spec.model.source:" in stderr
     assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in stderr
-    assert "no training data is named" in stderr
+    assert "the spec names no training data" in stderr
 
 
 def test_duplicate_name_is_refused(call: Call, write: Write) -> None:

@@ -284,7 +284,7 @@ BATCHES = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps":
             {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merged(BATCHES, GRPO),
             "GenerationsDoNotDivide", "4 does not divide the 6 completions",
         ),
-        ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum measures"),
+        ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum needs whole"),
     ],
 )  # fmt: skip
 def test_values_of_a_file_must_satisfy_the_rules_of_the_spec(
