@@ -85,7 +85,7 @@ class BlockingConditionReader:
 
 
 def missing_pods(facts: Facts) -> MissingPods | None:
-    """Return the object whose events explain missing pods. None if all pods exist and start, or if the Job needs no pods now."""
+    """Return the object whose events explain missing pods. Return None if no needed pod is missing."""
     current = facts.current_job
     if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:
         return None

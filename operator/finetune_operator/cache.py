@@ -2,7 +2,7 @@
 
 An older version of an object never replaces a newer version, so events may arrive twice or out of order. An update without a relevant
 change causes no reconcile. Such updates are frequent: the operator's own writes return as events, and each pod changes the Job's counters.
-A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. Its exit code and termination message are
+A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. The pod's exit code and termination message are
 often the only evidence of how the attempt ended.
 """
 

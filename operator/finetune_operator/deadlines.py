@@ -25,13 +25,13 @@ def start_timeout_seconds(facts: Facts) -> int:
 
 
 def start_timeout_at(facts: Facts) -> datetime | None:
-    """When a job that waits for its pods starts to count as stalled. None if the job does not wait for pods."""
+    """When a job that waits for its pods starts to count as stalled, or None if the job does not wait for pods."""
     begin = waiting_since(facts)
     return later(begin, start_timeout_seconds(facts)) if begin else None
 
 
 def waiting_since(facts: Facts) -> datetime | None:
-    """When the job began to wait for its pods or for the Job that creates them. None if the job does not wait (queued, suspended)."""
+    """When the job began to wait for its pods or for the Job that creates them, or None if the job does not wait (queued, suspended)."""
     ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
         # If the status still shows all pods as ready, then they became unready just now.

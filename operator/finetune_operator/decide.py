@@ -94,7 +94,7 @@ def _reject(refused: Refused) -> Plan:
 
 
 def _end_earlier_attempts(facts: Facts) -> Plan | None:
-    """Delete unfinished Jobs and pods of earlier attempts, because only one attempt may run. None if no such Job or pod exists."""
+    """Delete unfinished Jobs and pods of earlier attempts, because only one attempt may run. Return None if no such Job or pod exists."""
     jobs = tuple(job for job in facts.owned_jobs if not job.is_finished or job.is_deleting)
     pods = tuple(pod for pod in _orphaned_pods(facts) if not pod.is_finished)
     if not jobs and not pods:

@@ -202,7 +202,7 @@ class Facts:
 
     @property
     def termination_reason(self) -> Reason | None:
-        """Why the operator ends the current attempt, as recorded in the status. None if the attempt may continue."""
+        """Why the operator ends the current attempt, as recorded in the status, or None if the attempt may continue."""
         record = self.attempt_record
         if record is None or record.end_time is not None or not record.reason:
             return None
@@ -215,7 +215,7 @@ class Facts:
 
     @property
     def running_since(self) -> datetime | None:
-        """When the current period of running time began. None while the job is queued, suspended or between attempts."""
+        """When the current period of running time began, or None while the job is queued, suspended or between attempts."""
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
             # The status does not list the attempt yet.
@@ -233,7 +233,7 @@ class Facts:
 
     @property
     def admitted_at(self) -> datetime | None:
-        """When the queue admitted the Job. None while the Job waits for the queue or for the Job controller to resume it."""
+        """When the queue admitted the Job, or None while the Job waits for the queue or for the Job controller to resume it."""
         job = self.current_job
         return None if job is None or job.is_suspended or job.suspended_since is not None else job.started_at
 

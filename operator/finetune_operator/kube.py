@@ -1,9 +1,9 @@
 """Client of the Kubernetes API server. Objects are plain dicts, errors are typed, and each request has a timeout.
 
-The asyncio part of the official client handles kubeconfig, rotating tokens, TLS and proxies. Its generated models are not used, because
-they drop fields that a newer server sends.
+The asyncio part of the official client handles kubeconfig, rotating tokens, TLS and proxies. The client's generated models are not used,
+because these models drop fields that a newer server sends.
 
-Only this module retries requests. It retries reads, writes that contain a resourceVersion, and deletes that contain a uid. It does not
+Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. This module does not
 retry creates: if the outcome of a create is unknown, the caller reads the object by name.
 """
 
@@ -155,7 +155,7 @@ class Kube:
         self._timeout = settings.timeout_seconds
         self._observer = observer or (lambda verb, plural, code, seconds: None)
         self.ensure_may_write: Callable[[], None] = lambda: None
-        """Called before each write, except writes of Leases. It raises an error if this replica may no longer write."""
+        """Called before each write, except writes of Leases. The callback raises an error if this replica may no longer write."""
 
     @classmethod
     async def connect(

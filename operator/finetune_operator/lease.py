@@ -1,6 +1,6 @@
 """Leader election with a Lease, by the rules of client-go: at most one replica is active.
 
-A replica uses its own clock to measure the time since it observed the leader's last renewal. It never uses the times in the Lease, so the
+A replica uses its own clock to measure the time since it observed the leader's last renewal. A replica never uses the times in the Lease, so the
 replicas' clocks may differ. If the leader cannot renew the Lease in time, it stops writing, and its process ends.
 """
 

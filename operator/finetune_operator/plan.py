@@ -92,9 +92,9 @@ class Plan:
     """Number of the attempt whose Job this reconcile creates, or None."""
     delete_jobs: tuple[JobView, ...] = ()
     delete_pods: tuple[PodView, ...] = ()
-    """Pods without a Job. They are deleted with their grace period."""
+    """Pods without a Job that this reconcile deletes with their grace period."""
     force_delete_pods: tuple[PodView, ...] = ()
-    """Pods of lost nodes. Their objects are deleted at once, because the kubelet does not answer."""
+    """Pods of lost nodes that this reconcile deletes without a grace period, because the kubelet does not answer."""
     termination: Termination | None = None
     attempt_end: AttemptEnd | None = None
     finish: Finish | None = None

@@ -103,7 +103,7 @@ def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobS
 def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTuneJobStatus:
     """Return a reduced status: fields that later decisions need come from `new`, and fields that pods report come from `stored`.
 
-    If the API server rejects `new`, the reduced status is written. So suspend, cancel and the deadline still work.
+    If the API server rejects `new`, the reduced status is written, so that suspend, cancel and the deadline still work.
     """
     resolved = new.resolved or Resolved()
     return FineTuneJobStatus(
@@ -347,7 +347,7 @@ class Checkpoints:
 
 
 def _checkpoints(view: StatusInput) -> Checkpoints:
-    # After a rollback, an attempt commits a step a second time and replaces the earlier checkpoint of that step. So the key is the step.
+    # The key is the step, because an attempt after a rollback commits a step again and replaces the earlier checkpoint of that step.
     by_step = {checkpoint.step: checkpoint for checkpoint in view.old.checkpoints}
     for source in view.facts.reported_checkpoints:
         by_step = {step: known for step, known in by_step.items() if not _is_removed(known, source.checkpoints)}

@@ -1,7 +1,7 @@
 """Lists all resources to fill the cache at startup, and to remove objects from the cache if the watches did not report their deletion.
 
 kopf 1.45 does not report a deletion that happens between the end of a watch and the next list. So the deleted object would stay in the
-cache forever. This was observed with a pod that was deleted before its watch ended with 410.
+cache forever. The problem was observed with a pod that was deleted before its watch ended with 410.
 """
 
 from __future__ import annotations

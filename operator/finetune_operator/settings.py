@@ -70,10 +70,10 @@ class TrainerSettings(WireModel):
     image: str = Field(default="localhost/finetune-trainer:dev", min_length=1, description="Image of the trainer.")
     image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
     image_pull_secrets: tuple[DnsName, ...] = Field(
-        default=(), description="Names of pull Secrets. They must exist in each job's namespace."
+        default=(), description="Names of pull Secrets. The Secrets must exist in each job's namespace."
     )
     service_account_name: DnsName | None = Field(
-        default=None, description="ServiceAccount of the pods; default: `default`. Its token is not mounted."
+        default=None, description="ServiceAccount of the pods; default: `default`. The ServiceAccount's token is not mounted."
     )
     env: EnvVariables = Field(default={}, description="Environment variables of each trainer container.")
     labels: PodLabels = Field(default={}, description="Labels of each trainer pod.")

@@ -72,7 +72,7 @@ class StatusWriter:
         self._record_metrics(facts, old, new, plan)
 
     async def _replace_status(self, job: JobObject, new: FineTuneJobStatus, state: JobState) -> JobObject:
-        """Write the status. If the API server rejects the status, omit values from pods. So suspend, cancel and deadlines still work."""
+        """Write the status. If the API server rejects it, omit values from pods, so that suspend, cancel and deadlines still work."""
         try:
             return await self._replace(job, new)
         except Invalid as error:

@@ -15,12 +15,12 @@ BURST_COUNT, BURST_SECONDS = 10, 2.0
 MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 5.0
 """Maximum delay of a transition during a burst, and seconds between two checks whether the burst continues."""
 JOB_END_SECONDS = 5.0
-"""After all pods have ended, wait this many seconds for the end of their Job. Then the status shows that no pod is ready."""
+"""If all pods have ended but their Job has not, the status shows the pods as not ready only after this many seconds."""
 
 READ_TIME_SHARE, MAX_READ_PAUSE = 20, 10.0
 """The pause after a read is READ_TIME_SHARE times the read's duration, but at most MAX_READ_PAUSE seconds."""
 MAX_READ_DELAY = 120.0
-"""Maximum delay of a reservation in seconds. It does not depend on the number of waiting callers."""
+"""Maximum delay of a reservation in seconds, for any number of waiting callers."""
 
 
 class BurstDetector:

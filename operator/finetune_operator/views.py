@@ -96,7 +96,7 @@ class PodView:
     ip: str = ""
     node: str = ""
     deletion_timestamp: datetime | None = None
-    """`metadata.deletionTimestamp`: when the pod's grace period ends. None if the pod is not being deleted."""
+    """`metadata.deletionTimestamp`: when the pod's grace period ends, or None if the pod is not being deleted."""
     reason: str = ""
     message: str = ""
     scheduled_at: datetime | None = None
@@ -181,7 +181,7 @@ def read_finetunejob(body: Object) -> JobObject:
 
 
 def read_job(body: Object) -> JobView | None:
-    """Return the view of a Job. None if the Job neither has the operator's labels nor is controlled by a FineTuneJob."""
+    """Return the view of a Job, or None if the Job neither has the operator's labels nor is controlled by a FineTuneJob."""
     meta = body["metadata"]
     labels = meta.get("labels") or {}
     identity = _identity_from_labels(labels) or _identity_from_owner(meta)
@@ -282,7 +282,7 @@ def read_pod(body: Object) -> PodView | None:
 
 
 def _trainer_status(status: Object) -> Object:
-    """Return the status of the trainer container. It need not be the first, because admission webhooks may add containers."""
+    """Find the trainer container's status by name, because admission webhooks may add other containers."""
     containers: list[Object] = status.get("containerStatuses") or [{}]
     return next((container for container in containers if container.get("name") == CONTAINER), containers[0])
 

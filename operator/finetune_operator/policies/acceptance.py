@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
 """Maximum size of the resolved spec in bytes. The same annotation must also have room for the other fields of the run configuration."""
 CLUSTER_GROUPS = ("resources", "placement", "policy")
-"""Groups whose defaults are filled in again for each attempt. They determine where and how long an attempt runs, but not the training."""
+"""Groups whose defaults are filled in again for each attempt. These groups determine where and how long an attempt runs, not the training."""
 STORE_IDENTITY = ("storage.uri", "storage.endpoint")
 """Fields that identify the store. The other fields of `storage` only configure the connection."""
 

@@ -22,7 +22,7 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
-    """Return the pool that `resources.nodePool` names. If a GPU job names no pool, return a default. None if no pool applies."""
+    """Return the pool that `resources.nodePool` names. If a GPU job names no pool, return a default pool or None."""
     resources = spec.resources
     gpus = 1 if resources.gpus_per_node is None else resources.gpus_per_node
     if resources.node_pool is not None:

@@ -27,7 +27,7 @@ def seconds_between(start: datetime | None, end: datetime) -> float:
 
 
 def deadline_at(limit_seconds: int | None, earlier_seconds: float, running_since: datetime | None) -> datetime | None:
-    """Return when `policy.activeDeadlineSeconds` passes. None if there is no limit or the job does not run.
+    """Return when `policy.activeDeadlineSeconds` passes, or None if there is no limit or the job does not run.
 
     `earlier_seconds` is the running time before `running_since`.
     """
@@ -78,7 +78,7 @@ def stall_message(
 
 
 def _seconds_without_heartbeat(report: ProgressReport) -> float | None:
-    """Return the seconds between the last heartbeat and the report. None before the first step."""
+    """Return the seconds between the last heartbeat and the report, or None before the first step."""
     health = report.health
     return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat
 
@@ -92,7 +92,7 @@ def pods_of_lost_nodes(pods: Sequence[PodView], margin_seconds: float, now: date
 
 
 def next_reconcile_at(now: datetime, *moments: datetime | None) -> datetime | None:
-    """Return the earliest future moment, but at most an hour from now. None if all moments are None.
+    """Return the earliest future moment, but at most an hour from now, or None if all moments are None.
 
     Moments in the past are ignored, because this reconcile has already used them.
     """
