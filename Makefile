@@ -1,4 +1,4 @@
-# Commands for users, developers and CI; `make help` lists them. They need Python >= 3.11, Go and make.
+# Targets for users, developers and CI; `make help` lists them. The targets need Python >= 3.11, Go and make.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
