@@ -265,7 +265,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
 
     if namespace is not None and not NAMESPACE_NAME.match(namespace):
         raise ClusterError(
-            f"--namespace {namespace}: this cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"
+            f"--namespace {namespace}: this cannot be the name of a namespace; write at most 63 characters a-z, 0-9 and -"
         )
     if kubeconfig is not None and (not kubeconfig.exists() or kubeconfig.is_dir()):
         raise ClusterError(f"no cluster: --kubeconfig {kubeconfig}: there is no such file")

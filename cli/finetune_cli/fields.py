@@ -75,7 +75,7 @@ def example_of(path: str) -> str:
 def group_example(path: str) -> str:
     """Return an example of a group below spec with one of its fields, such as `training: {epochs: 3}`.
 
-    An empty string if the field is not a group.
+    Returns an empty string if the field is not a group.
     """
     pattern = re.sub(r"\[\d+\]", "[]", f"spec.{path}")
     field = fields_by_path().get(pattern.removesuffix("[]"))

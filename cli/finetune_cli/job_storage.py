@@ -161,7 +161,7 @@ def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
         if uri and tail in uri:
             return uri[: uri.index(tail) + len(tail)], connection
     raise StorageError(
-        f"{metadata['name']} uses the operator's default storage, and its status contains no storage URI yet; give the storage root with --storage URI"
+        f"{metadata['name']} uses the operator's default storage, and the job's status contains no storage URI yet; give the storage root with --storage URI"
     )
 
 
@@ -196,7 +196,7 @@ def list_committed(storage: JobStorage) -> list[CommittedFolder]:
                 )
             )
         except (ValueError, KeyError, TypeError):
-            raise StorageError(f"{storage.uri}/{key} is damaged: it is not a valid commit marker") from None
+            raise StorageError(f"{storage.uri}/{key} is damaged: the content is not a valid commit marker") from None
     return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
 
 
@@ -205,7 +205,7 @@ def read_file_list(storage: JobStorage, committed: CommittedFolder) -> list[dict
     key = f"{committed.folder}/{committed.path}/{Storage.MANIFEST}"
     data = storage.read(key)
     if hashlib.sha256(data).hexdigest() != committed.manifest_sha256:
-        raise StorageError(f"{storage.uri}/{key} is damaged: its sha256 differs from the one in the commit marker")
+        raise StorageError(f"{storage.uri}/{key} is damaged: the commit marker contains another sha256")
     files: list[dict[str, Any]] = json.loads(data)["files"]
     return files
 
@@ -243,7 +243,7 @@ def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], 
             handle.close()
     if digest.hexdigest() != manifest_entry["sha256"] or count != manifest_entry["size"]:
         raise StorageError(
-            f"{storage.uri}/{key} is damaged: it has {count} bytes and sha256 {digest.hexdigest()[:12]}..., "
+            f"{storage.uri}/{key} is damaged: the file has {count} bytes and sha256 {digest.hexdigest()[:12]}..., "
             f"but the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
         )
     if part_file and path:

@@ -50,7 +50,7 @@ GRACE_SECONDS = 300
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A prepared run. All its files are written."""
+    """A prepared run with all files written."""
 
     name: str
     config: RunConfig
@@ -94,7 +94,7 @@ def _check_spec(
 ) -> FineTuneJobSpec:
     """Check a manifest with `spec` as its spec, and return the validated spec. Raises Exit.
 
-    With `only`, other error codes are ignored. An error in a value of `--set` names the option.
+    With `only`, report only the errors with this code. An error in a value of `--set` names the option.
     """
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
     checked, findings = check_manifest(changed, ExecutionTarget.LOCAL)
@@ -250,7 +250,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -
 
 
 def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressReport | None], None]) -> int | None:
-    """Return the exit code if the process ends within POLL_SECONDS. Otherwise show the progress and return None."""
+    """Return the exit code of the process. If the process still runs after POLL_SECONDS, show the progress and return None."""
     try:
         return process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
@@ -272,7 +272,7 @@ def fetch_progress(port: int) -> ProgressReport | None:
 def progress_printer() -> Callable[[ProgressReport | None], None]:
     """Return a function that prints progress reports. A call with None ends the output.
 
-    On a terminal one line is updated. Otherwise a line is printed at each change of the stage and every ten percent.
+    On a terminal one line is updated. Without a terminal, a line is printed at each change of the stage and every ten percent.
     """
     is_terminal = output.error_console().is_terminal
     last: list[tuple[Any, Any]] = [(None, None)]

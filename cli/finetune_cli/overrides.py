@@ -43,7 +43,7 @@ def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = Non
 
 
 def name_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mistake:
-    """Return a mistake in a spec field that an option set as a mistake in the option; any other mistake unchanged."""
+    """If an option set the field of a mistake, return the mistake with the option as its location. Otherwise return the mistake unchanged."""
     path = mistake.key.removeprefix("spec.")
     assigned = next((value for known, value in overrides.items() if is_within(path, known)), None)
     if assigned is None:

@@ -1,6 +1,6 @@
 """Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
 
-`2e-4` is read as a number although YAML 1.1 requires a dot, because every tool means a number. `1_000` is a number in YAML 1.1.
+`2e-4` is read as a number although YAML 1.1 requires a dot, because the author of such a value means a number. `1_000` is a number in YAML 1.1.
 An unquoted `no` is read as false. Converters that expect a word turn false back into `no`.
 """
 
@@ -141,7 +141,7 @@ class _Reader:
         return [self.value(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
 
     def _mapping(self, node: Any, prefix: str) -> dict[str, Any]:
-        """Read a mapping. Its own keys override merged mappings (`<<`); earlier merged mappings override later ones."""
+        """Read a mapping. The keys of the mapping override merged mappings (`<<`). Earlier merged mappings override later merged mappings."""
         result: dict[str, Any] = {}
         for merged in reversed(list(self._merged_mappings(node))):
             result |= self.value(merged, prefix) or {}
@@ -179,7 +179,7 @@ def _is_merge(node: Any) -> bool:
 
 
 def scalar(node: Any) -> Any:
-    """Return the value of a scalar node by YAML 1.1, with the number spellings described at the top of this module."""
+    """Return the value of a scalar node by the rules of YAML 1.1. The docstring of this module lists additional spellings of numbers."""
     kind = str(node.tag).rpartition(":")[2]
     raw = str(node.value)
     if kind == "null":

@@ -1,6 +1,6 @@
 """Writes YAML that has the same meaning in YAML 1.1 and 1.2.
 
-kubectl reads YAML 1.1, where an unquoted `no` is false and `010` is eight; other readers require a dot in a number with an exponent.
+kubectl reads an unquoted `no` as false and `010` as eight (YAML 1.1). Other readers require a dot in a number with an exponent.
 Strings that some reader would parse as another type are quoted, and numbers with an exponent get a dot.
 """
 

@@ -67,11 +67,11 @@ def import_(
     ] = None,
     model_map: Annotated[
         list[str] | None,
-        typer.Option(metavar="THEIRS=OURS", help="openai: the open model that replaces a model of that API."),
+        typer.Option(metavar="THEIRS=OURS", help="For openai: the open model that replaces a model of the API."),
     ] = None,
     allow_env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="hydra: an environment variable that the configuration may read."),
+        typer.Option(metavar="NAME", help="For hydra: an environment variable that the configuration may read."),
     ] = None,
     annotate: Annotated[bool, typer.Option(help="Add a comment with the origin of every value.")] = False,
     explain: Annotated[bool, typer.Option(help="Print a table of every option instead of the manifest.")] = False,
@@ -133,7 +133,7 @@ def parse_pairs(option: str, texts: list[str]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key or not value:
-            mistakes.append(Mistake(option, text, "the text has not the form NAME=VALUE"))
+            mistakes.append(Mistake(option, text, "the text does not have the form NAME=VALUE"))
         result[key] = value
     if mistakes:
         raise InvalidInput(mistakes)

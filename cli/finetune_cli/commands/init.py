@@ -80,7 +80,7 @@ def _value_or_prompt(value: str | None, question: str, interactive: bool, option
     if value:
         return value
     if not interactive:
-        raise output.fail(f"{option} is missing; without a terminal `init` cannot ask for it")
+        raise output.fail(f"{option} is missing; `finetune init` asks for missing values only on a terminal")
     return str(typer.prompt(question, err=True))
 
 

@@ -55,7 +55,7 @@ def select_pods(
     pods = cluster.pods(name)
     if not pods:
         raise ClusterError(
-            f"{name} has no pods: they are not created yet or already deleted; `finetune status {name}` shows the reason"
+            f"{name} has no pods: the pods are not created yet, or already deleted; `finetune status {name}` shows the reason"
         )
     attempts = sorted({attempt_of(pod) for pod in pods})
     if attempt is not None and attempt not in attempts:
@@ -82,7 +82,7 @@ def ranks_per_pod(job: dict[str, Any]) -> int:
 def merged_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield (origin, line) of several pods. With `follow` the lines come in order of arrival, otherwise pod by pod."""
+    """Yield the log lines of several pods as (origin, line). With `follow` the lines come in order of arrival, otherwise pod by pod."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)

@@ -91,7 +91,7 @@ def _markers_first(objects: list[StoredObject]) -> list[StoredObject]:
 
 
 def _confirm(name: str, objects: str, yes: str | None) -> None:
-    """Ask for confirmation, then for the job's name. Raises StorageError if the answer is no."""
+    """Ask for confirmation, then for the job's name. Raises StorageError if the user declines."""
     from finetune_cli.job_storage import StorageError
 
     if yes is not None:

@@ -30,7 +30,7 @@ def rerun(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Create a new job from an existing one. The existing job is kept; annotations of the new job contain its name.
+    """Create a new job from an existing one. The existing job stays unchanged. Annotations of the new job contain the name of the existing job.
 
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """

@@ -42,7 +42,7 @@ def status(
 
     check_format(output_format, "yaml", "json")
     if watch and output_format is not None:
-        raise output.fail("--watch and -o: -o prints the status once, and --watch updates it; choose one of them")
+        raise output.fail("--watch and -o exclude each other: choose one of them")
     cluster = connect(namespace, context, kubeconfig)
     if watch:
         exit_if_failed(follow_job(cluster, name))
@@ -56,7 +56,10 @@ def status(
 
 
 def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
-    """Show the status of a job until the job ends, then return the job. On a terminal the text is updated in place. Otherwise every change is printed."""
+    """Show the status of a job until the job ends, then return the job.
+
+    On a terminal the text is updated in place. Without a terminal, every change is printed.
+    """
     from rich.live import Live
     from rich.text import Text
 

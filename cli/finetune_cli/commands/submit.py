@@ -80,7 +80,7 @@ def _checked_manifests(files: list[Path]) -> list[Manifest]:
 
 
 def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
-    """Return the cluster with the namespace of the manifest. Without this namespace, return the cluster unchanged."""
+    """Return the cluster with the namespace of the manifest. If the manifest has no namespace, return the cluster unchanged."""
     namespace = (manifest.value.get("metadata") or {}).get("namespace")
     return dataclasses.replace(cluster, namespace=str(namespace)) if namespace else cluster
 

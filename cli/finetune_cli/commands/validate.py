@@ -26,7 +26,7 @@ def validate(
 ) -> None:
     """Check manifests without a cluster, against the schema and every rule of the operator. Reports all errors at once.
 
-    Exit code 0: the manifests can be submitted; 1: they have errors.
+    Exit code 0: the manifests can be submitted; 1: a manifest has errors.
 
     Example: finetune validate job.yaml
 

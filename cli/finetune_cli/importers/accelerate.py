@@ -175,8 +175,8 @@ def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
         )
     if str(options.get("fsdp_sharding_strategy")).upper().startswith("HYBRID"):
         draft.add_warning(
-            f"{document.name}: fsdp_sharding_strategy: {options['fsdp_sharding_strategy']} replicates the shards on every node; "
-            "fullShard is used instead, which shards across all ranks: the results are the same, with more traffic between nodes"
+            f"{document.name}: fsdp_sharding_strategy: {options['fsdp_sharding_strategy']} becomes fullShard, which does not replicate "
+            "the shards on every node: the results are the same, but there is more traffic between nodes"
         )
     if options.get(OFFLOAD_KEY) is True:
         location = _location(document, tree, f"fsdp_config.{OFFLOAD_KEY}")

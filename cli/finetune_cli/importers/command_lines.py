@@ -74,7 +74,7 @@ def add_config_file(draft: Draft, path: str) -> Document | None:
                 draft.add_note(f"--config {path} does not exist on this machine; the given files are used instead")
             return None
         draft.mistakes.append(
-            Mistake("command line", "--config", f"{path}: {error.mistake.message}", "name the file before `--` as well")
+            Mistake("command line", "--config", f"{path}: {error.mistake.message}", "give the file before `--` too")
         )
         return None
     if any(known.path.resolve() == document.path.resolve() for known in draft.documents):

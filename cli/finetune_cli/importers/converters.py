@@ -1,7 +1,7 @@
 """Converters from values in files of other tools to values of the spec.
 
-A converter takes the value parsed from the file. It raises `ConversionError` for an invalid value. The error contains the allowed values
-and, for words, the most similar word. Converters are strict: a boolean is never a number, and only the strings `true` and `false` are booleans.
+A converter takes the value parsed from the file. An invalid value raises a `ConversionError` with the allowed values and, for words, the
+most similar word. Converters are strict: a boolean is never a number, and only the strings `true` and `false` are booleans.
 """
 
 from __future__ import annotations

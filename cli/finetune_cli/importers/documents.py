@@ -66,7 +66,7 @@ def parse_json(document: Document) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek_json(document: Document) -> dict[str, Any]:
-    """Return the object of a JSON document, or an empty dict for any other document. For recognising the tool; errors are not reported."""
+    """Return the object of a JSON document, or an empty dict for any other document. Used to recognise the tool. Does not report errors."""
     if document.is_folder or not document.text.lstrip().startswith("{"):
         return {}
     try:
@@ -79,7 +79,7 @@ def peek_json(document: Document) -> dict[str, Any]:
 def peek(document: Document) -> dict[str, Any]:
     """Return the mapping of a YAML or JSON document, or guessed keys if the YAML is invalid.
 
-    For recognising the tool; errors are not reported.
+    Used to recognise the tool. Does not report errors.
     """
     if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
         return {}

@@ -1,7 +1,7 @@
 """`env`: the importer for a trainer that is configured with a `.env` file and command line flags.
 
 Keys of the file and flags of the command line are two spellings of the same options. Flags override the file. The tool ignores some
-of its documented options (ratios, accumulation, result folder); the importer applies them as documented.
+of its documented options (ratios, accumulation, result folder). The importer applies these options as documented.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
 
 
 def _count_leading_lines(original: str) -> int:
-    """Count the blank lines before a key. The parser counts them as part of the key's binding."""
+    """Count the blank lines before a key. The parser includes these lines in the key's binding."""
     return len(original) - len(original.lstrip("\r\n")) if original.strip() else 0
 
 
@@ -344,8 +344,8 @@ def _set_split(draft: Draft) -> None:
 def _complete_ratios(given: dict[str, float]) -> dict[str, float]:
     """Return all three ratios.
 
-    Two given ratios leave the remainder to the third. A given training ratio leaves half of the remainder to each of the other two.
-    If only the validation or test ratio is given, the other one gets at most 0.1, and training gets the remainder.
+    If two ratios are given, the third gets the remainder. If only the training ratio is given, validation and test share the remainder.
+    If only the validation (or test) ratio is given, test (or validation) gets at most 0.1, and training gets the remainder.
     """
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given:

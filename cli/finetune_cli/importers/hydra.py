@@ -43,7 +43,7 @@ SYSTEM_PROMPT = "You are a personal assistant."
 
 
 def training_row(key: str, *args: Any, **kwargs: Any) -> Row:
-    """Return the row of a key of the training group. The dashed flag is another spelling of the key."""
+    """Return the row of the option table for a key of the training group. The dashed flag is another spelling of the key."""
     return Row(f"training_config.{key}", *args, **kwargs)
 
 
@@ -162,7 +162,7 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the options of files and overrides, composed with Hydra, or the options of the older dashed flags."""
+    """Yield the options of files and overrides that Hydra composes, and those of the older dashed flags."""
     words, config = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
     bases = [document for document in draft.documents if not is_accelerate(document)]
     flagged = has_dashed_flags(words)

@@ -84,7 +84,7 @@ def _is_api_job(document: Document) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the fields of the job with their lines. `combine` checks the data files."""
+    """Yield the fields of the job with file and line. `combine` checks the data files."""
     for word in draft.request.tool_arguments:
         draft.mistakes.append(
             Mistake(

@@ -142,7 +142,7 @@ def _redact_mistake(draft: Draft, mistake: Mistake) -> Mistake:
 
 
 def load(files: Iterable[Path]) -> tuple[Document, ...]:
-    """Read all files. A folder becomes a Document without text; its importer reads the files in it.
+    """Read all files. A folder becomes a Document without text, because the importer reads the folder's files.
 
     Raises InvalidInput for unreadable or empty files.
     """
@@ -244,7 +244,7 @@ def job_name(request: Request, documents: tuple[Document, ...]) -> str:
 
 def _check_namespace(request: Request) -> None:
     if request.namespace is not None and not re.match(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", request.namespace):
-        hint = "write a-z, 0-9 and -, at most 63 characters"
+        hint = "write at most 63 characters a-z, 0-9 and -"
         raise InvalidInput([Mistake("--namespace", request.namespace, "this cannot be the name of a namespace", hint)])
 
 
@@ -308,7 +308,7 @@ def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> b
 
 
 def _file_of(entry: Entry) -> str:
-    """Return the file of an entry without the line."""
+    """Return the file name from the location of an entry, without the line number."""
     return re.sub(r":\d+$", "", entry.origin.location)
 
 
@@ -318,7 +318,7 @@ def _is_unset(value: Any) -> bool:
 
 
 def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
-    """Record an unknown key. The message says if the key is a group in place of a single value, or the reverse."""
+    """Record an unknown key. The message says whether a group was written as a single value, or a single value as a group."""
     if SECRET_NAME.search(entry.key):
         draft.hide(entry.value)
     known = [key for row in importer.rows for key in (row.key, *row.aliases)]

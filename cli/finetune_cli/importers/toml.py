@@ -66,7 +66,7 @@ def checkpointing(value: Any) -> str:
 
 
 def tuner_row(key: str, *args: Any, **kwargs: Any) -> Row:
-    """Return the row of a key of [fine_tuner]."""
+    """Return the row of the option table for a key of [fine_tuner]."""
     kwargs["aliases"] = tuple(f"fine_tuner.{alias}" for alias in kwargs.get("aliases", ()))
     return Row(f"fine_tuner.{key}", *args, **kwargs)
 
@@ -140,7 +140,7 @@ ROWS: tuple[Row, ...] = (
     Row("inferencer.temperature", f"{GENERATION}.temperature", number(0, 10)),
     Row("inferencer.min_p", f"{GENERATION}.minP", number(0, 1)),
     Row("inferencer.repetition_penalty", f"{GENERATION}.repetitionPenalty", number(above=0)),
-    Row("inferencer.use_cache", convert=boolean, no_effect="generation always uses the cache"),
+    Row("inferencer.use_cache", convert=boolean, no_effect="generation always uses the KV cache"),
     *(Row(f"inferencer.{key}", convert=any_value, no_effect=AS_TRAINED) for key in ("max_sequence_length", "dtype", "load_in_4bit", "load_in_8bit")),
     *(Row(f"inferencer.{key}", no_effect="the test data is read like the training data") for key in (
         "question_column", "ground_truth_column", "system_prompt_column", "system_prompt_override_text",
@@ -232,7 +232,7 @@ def recognises(documents: tuple[Document, ...], words_given: tuple[str, ...]) ->
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the options of the files in order, then of the tool's own command line."""
+    """Yield the options of the files in order, then those of the tool's command line."""
     flags = parse_flags(
         strip_launcher(draft.request.tool_arguments), lambda name: not name.startswith(("--skip-", "--stop-after-"))
     )
@@ -309,7 +309,7 @@ def _variables_of(value: Any) -> list[str]:
 
 
 def _resolve_value(value: Any, draft: Draft) -> Any:
-    """Replace `"null"` by None, also inside a list, and a whole `"${NAME}"` by the environment variable."""
+    """Replace the string `"null"` by None, also in lists. Replace a string `"${NAME}"` by the value of the environment variable."""
     if isinstance(value, list):
         return [item for item in (_resolve_value(item, draft) for item in value) if item is not None]
     if value == "null":
@@ -485,7 +485,7 @@ def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: in
         draft.add_mistake(
             (key, "fine_tuner.base_model_id"),
             f"LoftQ needs an unquantized base model, but {source} holds 4-bit weights",
-            "name the base model without -bnb-4bit",
+            "give the base model without -bnb-4bit",
         )
         return
     try:
@@ -497,7 +497,7 @@ def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: in
     draft.assign("method.type", "lora", key)
     if bits:
         draft.add_note(
-            f"LoftQ with load_in_{bits}bit: the base model is loaded in full precision; the trainer initialises the adapter, then quantizes the model"
+            f"LoftQ with load_in_{bits}bit: the trainer loads the base model in full precision, initialises the adapter, then quantizes the model"
         )
 
 

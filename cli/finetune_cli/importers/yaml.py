@@ -284,7 +284,7 @@ def _report_remote_code(draft: Draft) -> None:
     if given is None:
         draft.add_note(
             "model.trust_remote_code is not set and becomes false, although the tool runs code from the model's repository by default; "
-            "set it to true if the model needs it"
+            "set the option to true if the model needs this code"
         )
     elif given.value:
         draft.add_warning(f"{given.origin.location}: {given.key}: the pod will run code from the model's repository")
@@ -389,7 +389,7 @@ def _set_distributed(draft: Draft) -> None:
     if draft.get(deepspeed) and draft.get(fsdp):
         draft.add_mistake(
             (deepspeed, fsdp),
-            "both are true, but a job has only one strategy",
+            "both keys are true, but a job has only one strategy",
             "set one of them to false",
             explains="distributed",
         )

@@ -23,7 +23,11 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
 def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(call: Call, write: Write) -> None:
     path = write("job.yaml", JOB + f"  placement: {{env: [{{name: X, value: {TOKEN}}}]}}\n")
     code, _, stderr = call("validate", path)
-    assert (code, "warning: " in stderr, "spec.placement.env: the value looks like a token" in stderr) == (0, True, True)
+    assert (code, "warning: " in stderr, "spec.placement.env: the value looks like a token" in stderr) == (
+        0,
+        True,
+        True,
+    )
     assert call("validate", "--strict", path)[0] == 1
 
 

@@ -112,7 +112,7 @@ def test_loftq_options_are_read(toml: Any) -> None:
     )
     assert (
         imported.notes[0]
-        == "LoftQ with load_in_4bit: the base model is loaded in full precision; the trainer initialises the adapter, then quantizes the model"
+        == "LoftQ with load_in_4bit: the trainer loads the base model in full precision, initialises the adapter, then quantizes the model"
     )
 
 

@@ -38,7 +38,10 @@ def test_invalid_value_is_reported_as_the_option(call: Call, option: str, value:
 
 
 def test_missing_and_invalid_values_are_refused(call: Call, write: Write, tmp_path: Path) -> None:
-    assert "--model is missing; without a terminal `init` cannot ask for it" in call("init", "bot", "--data", "x/y")[2]
+    assert (
+        "--model is missing; `finetune init` asks for missing values only on a terminal"
+        in call("init", "bot", "--data", "x/y")[2]
+    )
     assert "metadata.name" in call("init", "Bad", "--model", "org/m", "--data", "x/y")[2]
     assert "--method: unknown value lra" in call("init", "bot", "--model", "o/m", "--data", "x/y", "--method", "lra")[2]
     existing = write("job.yaml", "")

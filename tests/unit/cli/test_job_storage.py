@@ -55,7 +55,7 @@ def test_download_is_complete_and_verified(storage: JobStorage, tmp_path: Path) 
 
 def test_flipped_byte_is_detected(storage: JobStorage, tmp_path: Path) -> None:
     (tmp_path / "tree/checkpoints/step-00000020/a1-00000000/b.bin").write_bytes(b"y" + b"x" * 99)
-    with pytest.raises(StorageError, match=r"b\.bin is damaged: it has 100 bytes"):
+    with pytest.raises(StorageError, match=r"b\.bin is damaged: the file has 100 bytes"):
         verify_and_download(storage, list_committed(storage)[1], tmp_path / "out")
     assert not (tmp_path / "out" / "b.bin").exists()
 

@@ -37,7 +37,7 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
         (["--name", "A"], "--name: A: this cannot be the name of a FineTuneJob; write at most 40 characters a-z, 0-9 and -, beginning with a letter"),
         (["--name", "a" * 41], f"--name: {'a' * 41}: this cannot be the name of a FineTuneJob; "
                                "write at most 40 characters a-z, 0-9 and -, beginning with a letter"),
-        (["--namespace", "A B"], "--namespace: A B: this cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"),
+        (["--namespace", "A B"], "--namespace: A B: this cannot be the name of a namespace; write at most 63 characters a-z, 0-9 and -"),
         (["--storage", "x"], "--storage: 'x': the value does not have the required form; for example --storage s3://models/finetune (spec.storage.uri)"),
         (["--set", "storage.uri=x"], "--set: storage.uri: 'x': the value does not have the required form; "
                                      "for example --set storage.uri=s3://models/finetune (spec.storage.uri)"),
