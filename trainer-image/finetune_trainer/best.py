@@ -2,8 +2,8 @@
 
 At the end of training, transformers loads the best checkpoint from its folder. If the folder is missing, transformers only logs a
 warning. The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore
-keeps the best weights in a folder next to the checkpoints. Each later checkpoint also contains the best weights, in files with a
-name prefix, for attempts that resume from it.
+keeps the best weights in a folder next to the checkpoints. Each later checkpoint also contains the best weights, because an
+attempt may resume from it on another pod.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 BEST_PREFIX = "best--"
-"""File name prefix of the best weights inside a checkpoint that is not the best one."""
+"""File name prefix of the best weights inside other checkpoints."""
 WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""

@@ -1,7 +1,7 @@
 """Finds a row's column for a role, such as the question.
 
-If `dataset.columns` names a column for the role, no other name is tried. Otherwise the first of the role's default names that the
-row has is used. Exact matches are tried before matches that ignore case.
+If `dataset.columns` names a column for the role, no other name is tried. Otherwise the role's first default name that occurs in the
+row is used. Exact matches are tried before matches that ignore case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ColumnRole:
     field: str
     """Field of `dataset.columns` that names the column."""
     names: tuple[str, ...]
-    """Column names to try if that field is not set."""
+    """Column names to try if `dataset.columns` does not set the field."""
 
 
 SYSTEM = ColumnRole("system", ("system", "system_prompt"))

@@ -228,7 +228,7 @@ class _Reader:
         return form, columns
 
     def _require_format_of_objective(self, form: DatasetFormat) -> None:
-        """Errors: ConfigError FormatMismatch."""
+        """Check that the run's `trainer.type` supports the format. Errors: ConfigError FormatMismatch."""
         formats = OBJECTIVES[self.trainer].formats
         if form not in formats:
             needs = (

@@ -126,7 +126,7 @@ def virtual_tokens(run: RunConfig) -> int:
 
 
 def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:
-    """Set the spec's chat template, if any, on the tokenizer. Returns whether turns are rendered with a chat template.
+    """If the spec has a chat template, set it on the tokenizer. Returns whether turns are rendered with a chat template.
 
     Errors: ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
     """
@@ -258,7 +258,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> st
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:
-    """Options that the user did not set. They are hashed too: the same number may be lowered as a default, but refused as a user's value."""
+    """Options that the user did not set. They are part of the hash, because a default value may be adapted, but a user's value is refused."""
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 

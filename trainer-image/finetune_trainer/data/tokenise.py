@@ -246,7 +246,7 @@ class _BoundaryTokens:
             ids, labels = [self.bos] * count + ids[leading:], [IGNORED_LABEL] * count + labels[leading:]
         if self.eos is not None and not self._has_end(ids, is_templated):
             last = self._last_nonblank(ids)
-            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # the end of an untrained answer is not trained on
+            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # the end token of an untrained answer gets no label
             ids, labels = [*ids, self.eos], [*labels, self.eos if is_trained else IGNORED_LABEL]
         return ids, labels
 

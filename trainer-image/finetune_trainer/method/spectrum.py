@@ -6,7 +6,7 @@ Modules are compared only with modules of the same type (all `mlp.down_proj`, al
 selects the share 1 - t with the highest SNR of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W). It
 hardly distinguishes layers, but configurations of an older tool then select the same layers as before.
 
-On a 4-bit base model the selected modules are not quantised. Otherwise the head and the embeddings are trained too.
+On a 4-bit base model the selected modules are not quantised. On other base models, the head and the embeddings are trained too.
 Source: Hartford et al., Spectrum: Targeted Training on Signal to Noise Ratio, https://arxiv.org/abs/2406.06623.
 """
 

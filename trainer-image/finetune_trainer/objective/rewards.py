@@ -231,7 +231,7 @@ def _build_length_reward(parameters: Parameters) -> ScoreFunction:
         raise ConfigError(
             "RewardParameterInvalid",
             f"{parameters.path} has neither minimum nor maximum",
-            hint="write at least one of them",
+            hint="write minimum, maximum or both",
         )
     if least > most:
         raise parameters.invalid("minimum", f"{least:g}", f"write a number up to the maximum, {most:g}")

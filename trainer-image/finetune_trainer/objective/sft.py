@@ -31,8 +31,8 @@ from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of, train
 class SftTrainer(GuardedTrainer, SFTTrainer):
     """TRL's trainer for rows that are already tokenised, with two changes.
 
-    The sums for metrics stay on the device and are reduced once per log line, but TRL synchronises with the device several times per
-    micro-batch. The evaluation loss is the mean over all tokens, not a mean of batch means.
+    The sums for metrics stay on the device and are reduced once per log line. (TRL alone synchronises with the device several times
+    per micro-batch.) The evaluation loss is the mean over all tokens, not a mean of batch means.
     """
 
     multiple_choice = False
