@@ -1,4 +1,4 @@
-"""The CLI imports one configuration file of each source. The imported job is applied unchanged and trains on the real cluster."""
+"""`finetune import` reads a configuration file of each source. The imported job is applied unchanged and trains on the real cluster."""
 
 from __future__ import annotations
 

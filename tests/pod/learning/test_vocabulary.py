@@ -44,7 +44,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
-    """Load model and tokenizer as a user does. For an adapter, resize the base model's embedding first."""
+    """Load model and tokenizer as a user does. If the output is an adapter, resize the base model's embedding before loading it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

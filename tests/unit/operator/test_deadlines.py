@@ -62,7 +62,7 @@ def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: 
 
 
 def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
-    """The queue suspended the Job at 120 s and admitted it again at 7200 s. The Job then created a new pod."""
+    """The queue suspended the Job at 120 s and admitted it again at 7200 s. The readmitted Job has a new pod."""
     known = status(
         attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
         conditions=[

@@ -103,7 +103,7 @@ def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> N
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
-    """After the user suspended the job, the operator was down for hours. This time does not count towards the job's deadline."""
+    """The hours in which a suspended job waited for the operator do not count towards the job's deadline."""
     begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
     known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})

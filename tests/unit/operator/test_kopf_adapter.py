@@ -41,7 +41,7 @@ def test_settings_use_the_endless_backoff_and_the_label_selector() -> None:
 
 
 def test_inactivity_timeout_is_disabled() -> None:
-    """The timeout may cancel the task of a watch while the task handles an event. The watch then ends without an error."""
+    """If the inactivity timeout cancelled the task of a watch while the task handles an event, the watch would end without an error."""
     watching = operator_settings(CONFIG).watching
     assert watching.inactivity_timeout > 365 * 86400
     assert (watching.server_timeout, watching.client_timeout) == (60, 75)

@@ -345,7 +345,7 @@ async def test_rejected_progress_does_not_change_the_stored_status(server: Serve
     report_step(process, job, monkeypatch, stage="downloading")
     stored, versions = server.finetunejob, []
     for _ in range(3):
-        process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")  # as if an interval had passed
+        process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")  # makes the next progress write due at once
         await process.reconcile()
         versions.append(server.finetunejob["metadata"]["resourceVersion"])
     assert len(set(versions)) == 1

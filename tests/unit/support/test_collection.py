@@ -33,7 +33,7 @@ def ids_in_another_process(paths: list[str], config: pytest.Config) -> list[str]
 
 
 def test_second_process_collects_the_same_tests_later(request: pytest.FixtureRequest) -> None:
-    """A second process collects the files of tests/unit that this run has collected. A run with one file therefore stays quick."""
+    """A second process collects only those files of tests/unit that this run has collected, so that a run with one file stays quick."""
     ids = [item.nodeid for item in request.session.items if item.nodeid.startswith("tests/unit/")]
     paths = list(dict.fromkeys(node_id.partition("::")[0] for node_id in ids))
     assert ids_in_another_process(paths, request.config) == ids

@@ -54,7 +54,7 @@ def test_resuming_at_the_last_step_does_not_train(tmp_path: Path) -> None:
 
 
 def test_transformers_without_the_guard_trains_one_step_too_many(tmp_path: Path) -> None:
-    """If this test fails, transformers itself checks for the last step before it trains. `GuardedTrainer.run_epoch` can then be removed."""
+    """If this test fails, transformers checks for the last step before it trains, and `GuardedTrainer.run_epoch` can be removed."""
     train(Trainer, tmp_path)
     step, _ = train(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
     assert step == LAST_STEP + 1

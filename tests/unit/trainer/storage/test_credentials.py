@@ -108,7 +108,7 @@ def test_each_connection_has_its_own_keys(issuer: Issuer, monkeypatch: pytest.Mo
 def test_a_web_identity_is_renewed_before_it_expires(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The kubelet replaces the file with the ServiceAccount's token. Each renewal therefore reads the file again."""
+    """Each renewal must read the ServiceAccount's token from its file, because the kubelet replaces this file."""
     unset_keys(monkeypatch)
     token = tmp_path / "token"
     token.write_text("first")

@@ -129,7 +129,7 @@ def test_objects_with_unusual_names_and_empty_objects_are_stored(store: FolderSt
 
 
 def test_a_symbolic_link_in_a_checkpoint_is_staged_as_its_target(tmp_path: Path) -> None:
-    """A relative link would be broken in the staging folder. The checkpoint would then lack the file."""
+    """A relative link would be broken in the staging folder, and the checkpoint would lack the linked file."""
     folder = tmp_path / "checkpoint"
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_text("w")

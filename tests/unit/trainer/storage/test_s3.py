@@ -78,7 +78,7 @@ def test_a_refused_deletion_of_one_key_raises_an_error(code: str, kind: type[Fin
     ],
 )
 def test_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_permissions(get: tuple[int, str], code: str) -> None:
-    """A HEAD response has no body. A 403 to HEAD therefore does not tell the reason."""
+    """A HEAD response has no body, so a response with status 403 does not contain the reason."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         if operation == "HeadObject":
