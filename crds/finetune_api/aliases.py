@@ -1,4 +1,4 @@
-"""Option names of other tools, and the equivalent FineTuneJob fields. If a spec contains such a name, the error message suggests the field."""
+"""Option names of other tools, and the equivalent FineTuneJob fields. If a spec contains another tool's name, the error message suggests the field."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def normalise(name: str) -> str:
 
 
 def field_for_alias(path: str) -> str:
-    """Return the spec path for an option name of another tool: `training.learningRate` for `training.lr`. Empty string: unknown name."""
+    """Return the spec path for an option name of another tool: `training.learningRate` for `training.lr`. For unknown names, return an empty string."""
     group, _, name = path.rpartition(".")
     return FIELD_ALIASES.get(f"{group}.{normalise(name)}") or FIELD_ALIASES.get(normalise(name), "")

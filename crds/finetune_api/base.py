@@ -84,7 +84,7 @@ def option(
     """Declare an optional field of the spec. Without a user's value, the field is None until `defaults.resolve` fills it in.
 
     `default` is a constant default; `default_text` describes a default that depends on other fields. `since` is the release
-    that added the field; the default of such a field must keep the behaviour of older releases.
+    that added the field; the default of a newer field must keep the behaviour of older releases.
     """
     given = {DEFAULT: default, DEFAULT_TEXT: default_text or None, EXAMPLE: example, SINCE: since or None}
     extra = {key: value for key, value in given.items() if value is not None}
@@ -95,7 +95,7 @@ PROMPT = "x-prompt"
 
 
 class Prompt(StrEnum):
-    """Which changes of a status field the operator writes immediately. It writes all other changes with the next periodic status write."""
+    """Which changes of a status field the operator writes immediately. All other changes wait for the next periodic status write."""
 
     VALUE = "value"
     """The operator writes every change of the value immediately."""

@@ -75,7 +75,7 @@ def _too_old(problem: str) -> TooOldError:
 
 
 def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
-    """Yield the path of the unknown field or value, or of the fields inside it, if a trainer must not ignore them."""
+    """Yield the paths of unknown fields and values in `unknown` that a trainer must not ignore."""
     location, value = unknown.location, unknown.value
     if not unknown.is_field:
         yield f"{_path(location)}: {value}"

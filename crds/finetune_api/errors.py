@@ -15,7 +15,7 @@ from finetune_api.names import ExitCode, FailureClass
 class FineTuneError(Exception):
     """An error with a failure class, a code, a message and a hint.
 
-    `code` is a CamelCase word (`DatasetEmpty`). It does not change between releases, so programs may compare it.
+    `code` is a CamelCase word (`DatasetEmpty`). Codes do not change between releases, so programs may compare codes.
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL

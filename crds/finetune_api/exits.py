@@ -1,7 +1,7 @@
 """Meaning and retry policy of each exit code of a trainer pod.
 
 No other module maps exit codes. The operator's retry rules, the Job's podFailurePolicy, the default hints and the reference
-documentation use this table. The trainer uses it to choose the root cause if several ranks fail. A new exit code needs a member of
+documentation use this table. The trainer uses this table to choose the root cause if several ranks fail. A new exit code needs a member of
 `names.ExitCode`, a row in this table and, if the trainer raises it, an error class in `errors`.
 """
 
@@ -27,11 +27,11 @@ class RetryPolicy(StrEnum):
     ROLL_BACK = "rollBack"
     """Start another attempt from an earlier healthy checkpoint with a lower learning rate, if a further rollback is allowed; otherwise end the job."""
     WAIT = "wait"
-    """Start another attempt after a backoff. The number of such attempts is not limited, and they do not count against `policy.retries`."""
+    """Start another attempt after a backoff. The number of attempts is not limited, and the failed attempt does not count against `policy.retries`."""
 
 
 class Precedence(IntEnum):
-    """If several pods or ranks fail, the attempt's reason is that of the failure with the lowest precedence value."""
+    """If several pods or ranks fail, the failure with the lowest precedence value decides the attempt's reason."""
 
     INPUT = 0
     """Failures of configuration, data, model, storage or installation, which a person can fix."""
@@ -51,7 +51,7 @@ class Precedence(IntEnum):
 class ExitPolicy:
     """Meaning and retry policy of one exit code of a trainer pod.
 
-    A failure class, failure code or hint in the termination message replaces the one in this policy.
+    The failure class, failure code and hint of the termination message take precedence over the values of this policy.
     """
 
     code: ExitCode
@@ -69,8 +69,8 @@ class ExitPolicy:
     def fails_job(self) -> bool:
         """Whether the podFailurePolicy fails the Job as soon as one pod exits with this code.
 
-        All other exit codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for them would also fail a suspended Job,
-        because the pods of a suspended Job exit with code 75.
+        All other exit codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for these codes would also fail a
+        suspended Job, because the pods of a suspended Job exit with code 75.
         """
         return self.retry in (RetryPolicy.NEVER, RetryPolicy.ROLL_BACK, RetryPolicy.WAIT)
 
@@ -157,11 +157,11 @@ REASON_OF_CLASS: dict[FailureClass, Reason] = {
     FailureClass.INFRASTRUCTURE: Reason.PEER_FAILED,
     FailureClass.INTERNAL: Reason.INTERNAL_ERROR,
 }
-"""Reason of a failed attempt, by failure class. It applies if the termination message and the exit code's policy have different failure classes."""
+"""Reason of a failed attempt, by failure class. This table applies if the termination message and the exit code's policy have different failure classes."""
 
 
 def attempt_reason(policy: ExitPolicy, failure_class: FailureClass) -> Reason:
-    """Return the reason of a failed attempt. `policy` belongs to the exit code; `failure_class` is from the termination message."""
+    """Return the reason of a failed attempt. `policy` is the policy of the exit code; `failure_class` is from the termination message."""
     return policy.reason if failure_class is policy.failure_class else REASON_OF_CLASS[failure_class]
 
 

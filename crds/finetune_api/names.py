@@ -67,9 +67,9 @@ class Annotation(StrEnum):
     RERUN_OF = f"{GROUP}/rerun-of"
     """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
-    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint. The rerun starts from this checkpoint."""
+    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint. The rerun starts from that checkpoint."""
     OBSERVED_VERSION = f"{GROUP}/observed-version"
-    """On an event: resourceVersion of the FineTuneJob that caused the event. The operator uses it to avoid counting an event twice."""
+    """On an event: resourceVersion of the FineTuneJob that caused the event. The operator uses this annotation to avoid counting an event twice."""
 
 
 class Env(StrEnum):
@@ -96,7 +96,7 @@ class Env(StrEnum):
     PORT = "FINETUNE_PORT"
     """Port of the progress server; default 8080. In local runs 0: the progress server uses any free port."""
     INCARNATION = "FINETUNE_INCARNATION"
-    """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets it for its ranks."""
+    """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets this variable for the ranks."""
     FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
     """If the store is unavailable, the trainer retries the upload of the final model for this many seconds; default 1800."""
     UNSAVED_TIMEOUT = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
@@ -123,7 +123,7 @@ WANDB_KEY = "WANDB_API_KEY"
 MONGODB_URI = "MONGODB_URI"
 """Environment variable with the URI from `tracking.mongodb.uriSecretRef`. A variable of the same name in `placement.env` takes precedence."""
 HUB_TOKEN = "FINETUNE_HUB_TOKEN"
-"""Environment variable with the token from `output.hub.tokenSecretRef`. This token needs write permission; the token of `model.tokenSecretRef` does not."""
+"""Environment variable with the token from `output.hub.tokenSecretRef`. The hub token needs write permission, unlike the token of `model.tokenSecretRef`."""
 
 RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
@@ -220,11 +220,11 @@ class FailureClass(StrEnum):
     INFRASTRUCTURE = "Infrastructure"
     """A node, a peer, the network or the installation failed."""
     INTERNAL = "Internal"
-    """The failure belongs to no other class. It may be a bug."""
+    """The failure belongs to no other class and may be a bug."""
 
 
 class Phase(StrEnum):
-    """Summary of the conditions in one word, for people. Programs should read the conditions. The operator computes the phase and never uses it as input."""
+    """Summary of the conditions in one word, for people. Programs should read the conditions. The operator never uses the phase as input."""
 
     PENDING = "Pending"
     """The job has not started: it waits for resources or objects in the cluster."""
@@ -277,13 +277,13 @@ class Condition(StrEnum):
     FINISHED = "Finished"
     """The job has ended, and the operator starts no further attempt."""
     RECONCILING = "Reconciling"
-    """Condition for kstatus. It is present and True while the operator or the pods are working."""
+    """Condition for kstatus, which is present and True while the operator or the pods are working."""
     STALLED = "Stalled"
-    """Condition for kstatus. It is present and True after a final failure, or if a person must act."""
+    """Condition for kstatus, which is present and True after a final failure, or if a person must act."""
 
 
 class Reason(StrEnum):
-    """Reasons in conditions, attempts and events. Programs may compare these words."""
+    """Reasons in conditions, attempts and events. Programs may compare reasons."""
 
     # Acceptance
     ACCEPTED = "Accepted"
@@ -378,7 +378,7 @@ class Reason(StrEnum):
     STORAGE_ERROR = "StorageError"
     """Object storage refused a request or could not be reached."""
     INTERNAL_ERROR = "InternalError"
-    """The failure has no other reason of this list. It may be a bug."""
+    """The failure has none of the other reasons and may be a bug."""
     INSTALLATION_BROKEN = "InstallationBroken"
     """The trainer image lacks a compiler or library that the run needs."""
     TRAINER_TOO_OLD = "TrainerTooOld"

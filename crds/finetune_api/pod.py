@@ -24,17 +24,17 @@ class StoreTarget(WireModel):
     """A location in storage and the connection to the store. The pod gets the credentials as environment variables."""
 
     uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`. A location that is only read may be `https://host/path`.")
-    endpoint: str | None = Field(default=None, description="URL of an S3-compatible store. If absent, the store is AWS S3.")
+    endpoint: str | None = Field(default=None, description="URL of an S3-compatible store. Without an endpoint, the store is AWS S3.")
     region: str | None = Field(default=None, description="Region in the signature of each request.")
     addressing_style: AddressingStyle | None = Field(
         default=None, description="Whether the bucket is part of the path or of the host name."
     )
     ca_bundle: str | None = Field(default=None, description="Path of a PEM file with trusted CA certificates.")
     credentials_prefix: str = Field(
-        default="", description="Prefix of the AWS_ environment variables with the credentials. Empty: the variables have no prefix."
+        default="", description="Prefix of the AWS_ environment variables with the credentials. An empty string means: no prefix."
     )
     encryption: EncryptionType | None = Field(
-        default=None, description="Server-side encryption of uploaded objects. If absent, the bucket's setting applies."
+        default=None, description="Server-side encryption of uploaded objects. Default: the setting of the bucket."
     )
     kms_key_id: str | None = Field(default=None, description="ID of the KMS key. Used if `encryption` is kms.")
     customer_key_variable: str | None = Field(
@@ -70,7 +70,7 @@ class Resume(WireModel):
         description="Newest committed step that the operator knows. If this step is > 0 and no checkpoint can be loaded, the pod exits with code 73.",
     )
     max_step: int | None = Field(
-        default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets it to roll back after divergence."
+        default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets max_step to roll back after divergence."
     )
 
 
@@ -94,20 +94,20 @@ class RunConfig(WireModel):
     defaults: Annotated[list[str], Field(description="Spec paths of the values that the user did not set.")] = []
     origins: Annotated[
         dict[str, Origin],
-        Field(description="Origins, by spec path, of values listed in `defaults`. Without an entry, the origin of such a value is `default`."),
+        Field(description="Origins, by spec path, of values listed in `defaults`. Values in `defaults` without an entry have the origin `default`."),
     ] = {}
     min_trainer_version: str = Field(
         default=OLDEST_TRAINER, description="Oldest trainer release that can run this configuration."
     )
     before_adaptation: dict[str, Any] | None = Field(
         default=None,
-        description="Original values, by spec path, of the fields that an adaptation changed. The user's own configuration files still contain these values.",
+        description="Original values, by spec path, of the fields that an adaptation changed. The user's own configuration files still contain the original values.",
     )
     world: World = Field(description="Pods and ranks of the attempt.")
     storage: StoreTarget = Field(description="Root folder of the job: `<spec.storage.uri>/<namespace>/<name>/<uid>`.")
     publish: str | None = Field(default=None, description="Folder for the published copy of the final model. Absent without `output.dir`.")
-    model_store: StoreTarget | None = Field(default=None, description="Connection to the store of an s3:// model. If absent, the connection of `storage` is used.")
-    dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. If absent, the connection of `storage` is used.")
+    model_store: StoreTarget | None = Field(default=None, description="Connection to the store of an s3:// model. Default: the connection of `storage`.")
+    dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. Default: the connection of `storage`.")
     resume: Resume = Field(description="The checkpoint from which the attempt starts.")
     grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
@@ -161,7 +161,7 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
 
 
 class Health(ReportModel):
-    """Health of training. From this data the operator detects stalls, divergence and checkpoint problems."""
+    """Health of training. The operator uses this report to detect stalls, divergence and checkpoint problems."""
 
     healthy: bool = Field(
         default=True,

@@ -1,7 +1,7 @@
 """The status of a FineTuneJob: the state that the operator observed. Users, kubectl, GitOps tools and the CLI read the status.
 
-The operator writes changes of a field with `prompt` immediately. It writes changes of all other fields, such as progress, metrics
-and checkpoints, with the next periodic write.
+The operator writes changes of a field with `prompt` immediately. Changes of all other fields, such as
+progress, metrics and checkpoints, wait for the next periodic status write.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Attempt(ReportModel):
     )
     node: str | None = status_field("Node of the failed rank.", example="gpu-node-3")
     resumed_from_step: int | None = status_field(
-        "Optimizer step from which the attempt resumed. Absent if the attempt started without a checkpoint.", example=400
+        "Optimizer step from which the attempt resumed. An attempt that started without a checkpoint does not have this field.", example=400
     )
     last_step: int | None = status_field("Last optimizer step that the attempt completed.", example=450)
     steps_lost: int | None = status_field("Number of optimizer steps that the next attempt had to repeat.", example=50)
@@ -209,7 +209,7 @@ class Resolved(ReportModel):
         "Whether a resumed run and an uninterrupted run have bitwise identical results.", example=True
     )
     resume_note: str | None = status_field("Reason if a resumed run can differ from an uninterrupted run.")
-    storage: dict[str, Any] | None = status_field("Capabilities of the storage. The trainer tests them at its start.")
+    storage: dict[str, Any] | None = status_field("Capabilities of the storage that the trainer detected at its start.")
     defaults: dict[str, Any] | None = status_field(
         "All filled-in defaults, by spec path.", example={"training.epochs": 3}
     )
@@ -271,7 +271,7 @@ class FineTuneJobStatus(ReportModel):
     duration: str | None = status_field("Time from the start to the end of the job, as text.", example="2h3m")
 
     def condition(self, kind: ConditionType) -> Condition | None:
-        """Return the condition of type `kind`. None: the status has no such condition."""
+        """Return the condition of type `kind`. None: the status does not contain the condition."""
         return next((condition for condition in self.conditions if condition.type == kind), None)
 
     def holds(self, kind: ConditionType) -> bool:
@@ -280,13 +280,13 @@ class FineTuneJobStatus(ReportModel):
         return condition is not None and condition.status == "True"
 
     def prompt_part(self) -> dict[str, Any]:
-        """Return all fields with `prompt` as JSON values. If these values are equal in two statuses, the operator may write the newer status later."""
+        """Return all fields with `prompt` as JSON values. If two statuses have equal fields with `prompt`, the operator may write the newer status later."""
         present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, Prompt.PRESENCE)}
         return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
 
     @property
     def steps_done(self) -> int:
-        """Return the last reported optimizer step. It is 0 before the first report."""
+        """Return the last reported optimizer step, or 0 before the first report."""
         return (self.progress.step if self.progress else None) or 0
 
 

@@ -1,4 +1,4 @@
-"""Fields of the API that this release does not implement. The operator refuses a spec that sets such a field, instead of ignoring the field.
+"""Fields of the API that this release does not implement. The operator refuses a spec that sets an unsupported field, instead of ignoring the field.
 
 To implement a field, remove the field's row from `UNSUPPORTED_FIELDS`.
 """

@@ -1,4 +1,4 @@
-"""Functions that rules and defaults share. They compute values from the user's spec and the constant defaults."""
+"""Functions for rules and defaults that compute values from the user's spec and the constant defaults."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
         if lora.use_dora or method_type_of(spec) is MethodType.DORA:
             yield (
                 "method.lora.init",
-                "loftq cannot be combined with DoRA, because DoRA computes its initial values before LoftQ initialises the adapter",
+                "loftq cannot be combined with DoRA, because the trainer initialises DoRA before LoftQ",
                 "write `method: {type: lora}` without useDora, or remove init",
             )
 
@@ -230,7 +230,7 @@ def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
 
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
-    """Whether the reference model is the untrained model. With adapters, a second, frozen adapter represents the untrained model."""
+    """Whether the reference model is the untrained model. With adapters, the reference model is the base model with a second, frozen adapter."""
     match trainer_type_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None

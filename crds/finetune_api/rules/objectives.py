@@ -169,7 +169,7 @@ def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Return the minimum batch size per device. It is 2 for kto, because kto compares the rows of one batch with each other."""
+    """Return the minimum batch size per device. The minimum is 2 for kto, because kto compares the rows of one batch with each other."""
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 

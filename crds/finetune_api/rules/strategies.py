@@ -83,7 +83,7 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
     if method in PROMPT_METHODS:
         yield (
             "method.type",
-            f"method {method} uses its virtual tokens outside the layers that FSDP gathers",
+            f"method {method} uses virtual tokens outside the layers that FSDP gathers",
             "write `distributed: {strategy: ddp}`, because sharding so few trained parameters saves no memory",
         )
     if method is MethodType.SPECTRUM and bits:
@@ -122,7 +122,7 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
 
 
 OPTIMIZERS_FOR_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Optimizers that can update weights sharded by FSDP. All of them are part of torch."""
+"""Optimizers that can update weights sharded by FSDP: the optimizers of torch itself."""
 
 
 def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
@@ -150,7 +150,7 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
     if method in PROMPT_METHODS:
         yield (
             "method.type",
-            f"{method} uses its virtual tokens outside the layers that ZeRO stage 3 gathers",
+            f"{method} uses virtual tokens outside the layers that ZeRO stage 3 gathers",
             "write zeroStage 2, or `distributed: {strategy: ddp}`",
         )
     if method is MethodType.IA3 and trainer_type_of(spec) is TrainerType.KTO:

@@ -89,7 +89,7 @@ class FineTuneJobSpec(Group):
     )
     cancel: bool = Field(
         default=False,
-        description="If true, the pods save a checkpoint and the job ends. This cannot be undone. Default: false. Example: `true`.",
+        description="If true, the pods save a checkpoint and the job ends. A cancelled job cannot be resumed. Default: false. Example: `true`.",
     )
 
     def value(self, path: str) -> Any:

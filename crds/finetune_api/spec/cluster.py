@@ -196,7 +196,7 @@ class Placement(Group):
         example=[{"key": "nvidia.com/gpu", "operator": "Exists"}],
     )
     node_affinity: Annotated[list[NodeAffinityTerm], Field(max_length=32)] | None = option(
-        "Requirements on node labels. A node must meet all of them.",
+        "Requirements on node labels. A node must meet all requirements.",
         default_text="none",
         example=[{"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["eu-1a"]}],
     )
@@ -232,10 +232,10 @@ class Placement(Group):
         example=[{"name": "cache", "mountPath": "/mnt/cache"}],
     )
     labels: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Additional labels of the Job and its pods. The operator refuses labels that it sets itself.", default_text="none", example={"kueue.x-k8s.io/priority-class": "high"}
+        "Additional labels of the Job and its pods. The operator refuses labels with keys that the operator itself sets.", default_text="none", example={"kueue.x-k8s.io/priority-class": "high"}
     )
     annotations: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Additional annotations of the Job and its pods. The operator refuses annotations that it sets itself.", default_text="none", example={"example.com/cost-center": "42"}
+        "Additional annotations of the Job and its pods. The operator refuses annotations with keys that the operator itself sets.", default_text="none", example={"example.com/cost-center": "42"}
     )
 
 
@@ -253,7 +253,7 @@ class Policy(Group):
         example=3600,
     )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = option(
-        "Maximum number of consecutive failed attempts without progress. With one more such attempt, the job fails.", default=3, example=5
+        "Maximum number of consecutive failed attempts without progress. After one more failed attempt without progress, the job fails.", default=3, example=5
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = option(
         "Seconds in which a stopping pod can save a checkpoint. If this field is not set and saving takes long, the operator raises "

@@ -96,12 +96,12 @@ class StorageConnection(Group):
 
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = option(
         "URL of an S3-compatible store: scheme and host, without user, password or path.",
-        default_text="the operator's configuration; AWS without such a configuration",
+        default_text="the endpoint in the operator's configuration, otherwise AWS",
         example="https://s3.example.com",
     )
     region: Word | None = option(
         "Region in the signature of each request.",
-        default_text="the operator's configuration; us-east-1 without such a configuration",
+        default_text="the region in the operator's configuration, otherwise us-east-1",
         example="eu-central-1",
     )
     addressing_style: AddressingStyle | None = option(
@@ -111,7 +111,7 @@ class StorageConnection(Group):
     )
     credentials_secret_ref: SecretRef | None = option(
         "Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN.",
-        default_text="the operator's configuration; without such a configuration the pod's own identity",
+        default_text="the Secret in the operator's configuration, otherwise the pod's own identity",
         example={"name": "s3-credentials"},
     )
     ca_bundle_ref: ConfigMapKeyRef | None = option(

@@ -164,7 +164,7 @@ class Dataset(Group):
         example="s3://data/test.jsonl",
     )
     mixture: Annotated[list[MixtureItem], Field(min_length=1, max_length=64)] | None = option(
-        "Several sources of training data with weights. It replaces train.",
+        "Several sources of training data with weights. mixture replaces train.",
         default_text="none",
         example=[{"source": "s3://data/a.jsonl", "weight": 2}],
     )
@@ -186,7 +186,7 @@ class Dataset(Group):
         "Sizes of a validation set and a test set that are taken from the training data.", default_text="none", example={"validation": 0.1}
     )
     system_prompt: Text | None = option(
-        "System prompt for all rows. It replaces the system prompts in the data.",
+        "System prompt for all rows. This prompt replaces the system prompts in the data.",
         default_text="none",
         example="You answer briefly.",
     )
@@ -232,7 +232,7 @@ class Dataset(Group):
     )
     bad_rows: BadRows | None = option("Treatment of rows that cannot be used for training.", default="fail", example="skip")
     max_bad_row_ratio: Ratio | None = option(
-        "Maximum fraction of skipped rows. The job fails if it skips more rows. Only with `badRows: skip`.", default=0.05, example=0.01
+        "Maximum fraction of skipped rows. If the job skips more rows, the job fails. Only with `badRows: skip`.", default=0.05, example=0.01
     )
     mcq: Mcq | None = option(
         "Options of the multiple-choice format.",

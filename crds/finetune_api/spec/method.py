@@ -48,7 +48,7 @@ class Lora(Group):
         example=["q_proj", "v_proj"],
     )
     modules_to_save: Annotated[list[Word], Field(max_length=64)] | None = option(
-        "Modules that are fully trained and saved with the adapter. To train the output head, write it here instead of in targetModules.",
+        "Modules that are fully trained and saved with the adapter. The output head must be in modulesToSave instead of targetModules.",
         default_text="none",
         example=["lm_head"],
     )
@@ -83,7 +83,7 @@ class Vision(Group):
 
 
 class Spectrum(Group):
-    """`method.spectrum`: options of method spectrum, which fully trains the modules with the highest signal-to-noise ratio."""
+    """`method.spectrum`: options of method spectrum."""
 
     snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = option(
         "Fraction of the modules of each kind that are frozen. With 0.25, the best 75 % are trained.", default=0.5, example=0.25

@@ -24,7 +24,7 @@ class Quantization(Group):
         "Data type of matrix multiplications.", default_text="bfloat16 on GPU, float32 on CPU", example="float16"
     )
     double_quant: bool | None = option(
-        "Quantise the quantisation constants, too. This saves about 0.4 bits per weight. Only with 4 bits.",
+        "Quantise the quantisation constants, too, to save about 0.4 bits per weight. Only with 4 bits.",
         default=True,
         example=False,
     )
@@ -52,7 +52,7 @@ class Model(Group):
         example={"endpoint": "https://s3.example.com"},
     )
     trust_remote_code: bool | None = option(
-        "Run Python code from the model repository. Set it only for trusted repositories.", default=False, example=True
+        "Run Python code from the model repository. Set trustRemoteCode only for trusted repositories.", default=False, example=True
     )
     dtype: Dtype | None = option("Data type of the loaded weights.", default="auto", example="bfloat16")
     attention: Attention | None = option(
@@ -70,7 +70,7 @@ class Model(Group):
         example="<pad>",
     )
     new_tokens: Annotated[list[Word], Field(max_length=1024)] | None = option(
-        "Tokens that are added to the vocabulary. The embeddings of these tokens are trained.",
+        "Tokens that are added to the vocabulary. The embeddings of the added tokens are trained.",
         default_text="none",
         example=["<think>", "</think>"],
     )

@@ -18,7 +18,7 @@ class Dpo(Group):
         "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
     )
     loss_types: Annotated[list[DpoLoss], Field(min_length=1, max_length=8)] | None = option(
-        "Loss functions. The loss is the sum of all of them.", default=["sigmoid"], example=["sigmoid", "sft"]
+        "Loss functions. The training loss is the sum of these functions.", default=["sigmoid"], example=["sigmoid", "sft"]
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = option(
         "Assumed probability (below 0.5) that the labels of a pair are swapped.", default=0.0, example=0.1

@@ -48,7 +48,7 @@ class Training(Group):
         "Number of passes over the training data.", default=3, example=1
     )
     max_steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
-        "Number of optimizer steps. It takes precedence over epochs.", default_text="none; epochs sets the number", example=500
+        "Number of optimizer steps. maxSteps takes precedence over epochs.", default_text="none; epochs sets the number", example=500
     )
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = option(
         "Micro-batch size: rows per rank in one forward pass.", default=4, example=8
