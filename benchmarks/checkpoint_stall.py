@@ -3,12 +3,11 @@
     python -m benchmarks.checkpoint_stall
 
 Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to
-a real S3 server on the same machine. The stall is the time that training waits: from the decision to save a step until the message to the
-supervisor, measured on the rank's clock. Two states are measured, each saved after every second step: a LoRA adapter with its optimizer,
-and a fully trained model with its optimizer, of 1 GB. Then the same LoRA training runs alternately without checkpoints and with a
-checkpoint after every 10th step to a server that accepts 1 MB/s (a proxy limits the rate of each request). For each pair of consecutive
-runs, the median step time with checkpoints, of steps without a save, is divided by the median step time without checkpoints. The result
-is the median of these ratios.
+a real S3 server on the same machine. The stall is the time for which a checkpoint stops training: from the decision to save a step until the
+rank notifies the supervisor, measured on the rank's clock. Two training states are saved after every second step: a LoRA adapter with its
+optimizer, and a full model with its optimizer (1 GB). Then the same LoRA training runs alternately without checkpoints and with a checkpoint
+after every 10th step. A proxy limits each upload to 1 MB/s. Each pair of consecutive runs yields a ratio: the median step time with
+checkpoints (without the steps that save) divided by the median step time without checkpoints. The result is the median of these ratios.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STEPS_PER_CHECKPOINT = 10
 def run_training(
     workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint: str | None = None
 ) -> tuple[list[float], list[float], int]:
-    """Run a training. Returns the seconds of each step without a save, the seconds of each stall, and the size of the largest checkpoint."""
+    """Run a training. Returns the seconds of each step that does not save, the seconds of each stall, and the bytes of the largest checkpoint."""
     target = workspace.target(name, endpoint=endpoint)
     with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
@@ -63,7 +62,7 @@ def measure_stalls(workspace: Workspace, method: str, shape: dict[str, Any], ste
 
 
 def measure_slow_store(workspace: Workspace, rounds: int, steps: int) -> dict[str, Any]:
-    """Measure step times without checkpoints and with a server that accepts 1 MB/s, alternately."""
+    """Measure how much a server limited to 1 MB/s slows down steps. Runs with and without checkpoints alternate."""
     pairs: list[tuple[float, float]] = []
     with S3Proxy(workspace.server.host_url) as proxy:
         proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="PutObject")
@@ -88,7 +87,7 @@ def measure_slow_store(workspace: Workspace, rounds: int, steps: int) -> dict[st
 
 
 def main() -> None:
-    """Measure and write the result. Parts that are not measured keep the figures of the last run."""
+    """Measure and write the result. A part that is not measured keeps the figures of the last run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="lora,full,slow", help="parts to measure")
     parser.add_argument("--lora-steps", type=int, default=240)

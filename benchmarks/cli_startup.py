@@ -3,8 +3,8 @@
     python benchmarks/cli_startup.py --runs 20
 
 Method. The commands run alternately, each as a new process, and are timed on the monotonic clock. The first round warms the page cache
-and is not counted. Median and maximum of the other rounds are reported in seconds, and the median CPU time, which hardly depends on
-other load. The target is 0.4 s for `--help`.
+and is not counted. For the other rounds, the result contains the median and maximum duration and the median CPU time. CPU time hardly depends
+on other load. The target is 0.4 s for `--help`.
 """
 
 from __future__ import annotations

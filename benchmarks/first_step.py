@@ -34,12 +34,12 @@ TIMEOUT_SECONDS = 300
 
 
 class NotMeasured(Exception):
-    """A run did not reach its first step; the message says how far it came."""
+    """A run did not reach its first step; the message names the stage that did not finish."""
 
 
 @dataclass
 class Timeline:
-    """Times of the monotonic clock, in seconds, at which events of one run were first seen."""
+    """When this program first saw each event of one run, in seconds of the monotonic clock."""
 
     applied: float = 0.0
     job: float | None = None
@@ -60,7 +60,7 @@ class Timeline:
 
 
 class Run:
-    """One application of the manifest."""
+    """One measurement: applies the manifest under its own name."""
 
     def __init__(self, manifest: dict[str, Any], namespace: str, name: str) -> None:
         self._core, self._batch, self._jobs = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
@@ -108,7 +108,7 @@ class Run:
                 return
 
     def _wait_for_step(self) -> None:
-        """Request the progress until the pod has done a step."""
+        """Request the pod's progress until it reports a finished step."""
         end = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < end:
             report = self._read_report()
@@ -131,7 +131,7 @@ class Run:
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Median of each stage over the runs that have it."""
+    """Median duration of each stage; runs without the stage are ignored."""
     stages = dict.fromkeys(name for run in runs for name in run)
     return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
 

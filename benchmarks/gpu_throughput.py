@@ -3,11 +3,11 @@
     python benchmarks/gpu_throughput.py --shape 8b --method lora            # one GPU
     python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write  # only checks that the benchmark runs
 
-Method. A Llama of the chosen shape has random weights, because throughput does not depend on the weights. Rows of random words are packed
+Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. Rows of random words are packed
 into full sequences. This trainer and bare TRL train alternately for the same number of steps with the same arguments in one process; the
-first pair warms up and is not counted. Only optimizer steps are timed, and padding tokens are not counted. MFU is the number of FLOPs per
-second that training needs without recomputation, divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per
-token, a token needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training. Only measured figures are written.
+first pair warms up and is not counted. Only optimizer steps are timed, and padding tokens are not counted. MFU is the FLOP rate of training,
+without recomputation, divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per token, a token needs 4N + 3A FLOPs
+with adapters and 3 (2N + A) with full training.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
 
 
 def make_rows(length: int, sequences: int) -> list[dict[str, str]]:
-    """Random rows of different lengths, enough for `sequences` full sequences."""
+    """Create random rows of different lengths; packed, they fill at least `sequences` sequences."""
     source = random.Random(0)
     words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
     rows_of_text, tokens = [], 0

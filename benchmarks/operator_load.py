@@ -1,22 +1,21 @@
-"""Measure the operator under load: a burst of jobs, many finished jobs, a restart, many running jobs. Real API server, simulated pods (KWOK).
+"""Measure the operator under load: a burst of jobs, many finished jobs, a restart, many running jobs.
 
     python benchmarks/operator_load.py --parts burst --jobs 1000 --rounds 1
     python benchmarks/operator_load.py --parts idle,restart --finished 2000
     python benchmarks/operator_load.py --parts steady --jobs 1000
 
-Method. etcd, kube-apiserver, kube-controller-manager and kube-scheduler of the local cluster run on this machine with raised
-client limits, which are the same for all variants. The operator has its default configuration.
-burst: three variants run alternately, each in a new namespace, with 20 clients and one pod per job. `bare` creates minimal Jobs.
-`same-pod` creates the same Jobs as the operator, but without FineTuneJobs. `ours` creates FineTuneJobs. `ratiosSamePod` (ours divided by
-same-pod) is the cost of the operator; `ratios` (ours divided by bare) also contains the cost of the pod's volumes, probe, limits and
-security context.
-Two watches record when Jobs and pods are first seen. After all pods exist, the scheduler starts, and KWOK lets scheduled pods run and
-succeed. A watch records when all Jobs are Complete or all FineTuneJobs Succeeded.
-idle, restart: one job runs to its end. While no operator runs, copies of this finished job are written, each with two pods. Then an
-operator starts, idles, and is restarted.
+Method. KWOK simulates pods. etcd, kube-apiserver, kube-controller-manager and kube-scheduler of the local cluster run on this machine with
+raised client limits, equal for all variants. The operator has its default configuration.
+burst: three variants run alternately, each in a new namespace, with 20 clients and one pod per job. `bare` creates minimal Jobs. `same-pod`
+creates the same Jobs as the operator, but without FineTuneJobs. `ours` creates FineTuneJobs. `ratiosSamePod` (ours divided by same-pod) is
+the cost of the operator. `ratios` (ours divided by bare) also includes the cost of the pod's volumes, probe, limits and security context.
+Two watches record when Jobs and pods are first seen. When all pods exist, the scheduler starts, and KWOK lets scheduled pods run and
+succeed. A watch records when all Jobs are Complete or all FineTuneJobs have Succeeded.
+idle, restart: one job runs until it succeeds. While the operator is stopped, many copies of the finished job are written, each with two
+pods. Then the operator starts, is idle for a while, and is restarted.
 steady: running jobs report a new step each second; staleness is the age of the step in the status.
-CPU time of all programs except this one and KWOK is read from /proc. The operator counts its requests; requests for events do not count
-as writes. If the machine was busy before the benchmark (`loadBefore` is the load average), only the counts are meaningful.
+The CPU time of the control plane and of the operator is read from /proc. The operator counts its requests; requests for events are not
+counted as writes. `loadBefore` is the load average before the benchmark. If it is high, only the counts of requests are meaningful.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """The objects that a burst creates; `done` says whether an object has finished."""
+    """The kind of objects that a burst creates. `done` returns whether an object has finished."""
 
     name: str
     root: str
@@ -89,7 +88,7 @@ def bare_job(name: str) -> Object:
 
 
 def same_pod(job: Object) -> Variant:
-    """Copies of `job`, a Job that the operator created, with another value of the label by which the operator selects its Jobs."""
+    """Create copies of the operator's Job `job`. Another value of the managed-by label keeps the operator from selecting them."""
     by_hand = {names.Label.MANAGED_BY.value: "hand"}
     return Variant("same-pod", BARE.root, BARE.plural, lambda name: finished_jobs.copy_job(job, name, by_hand), BARE.done)
 
@@ -107,7 +106,7 @@ OURS = Variant("ours", FTJ, names.PLURAL, finetunejob, condition_true("Succeeded
 
 
 class LoadBenchmark:
-    """The measurements on one control plane."""
+    """Measures the operator on one control plane."""
 
     def __init__(self, size: LoadOptions, folder: Path, endpoint: Endpoint, plane: FastControlPlane, client: Client) -> None:
         self._size, self._folder, self._endpoint, self._plane, self._client = size, folder, endpoint, plane, client
@@ -195,7 +194,7 @@ class LoadBenchmark:
             started = time.monotonic()
             with self._plane.scheduling():
                 ended = await done.wait(count, size.timeout_seconds)
-                await asyncio.sleep(2)  # count writes that follow the end of a job, too
+                await asyncio.sleep(2)  # the operator also writes shortly after the end of a job
                 used = self._usage(operator)
         to_end, requests_to_end = used.since(usage), operator.requests() - requests
         return {
@@ -209,7 +208,7 @@ class LoadBenchmark:
         }  # fmt: skip
 
     async def _create_namespace(self, namespace: str) -> None:
-        """Create a namespace and wait for its default ServiceAccount, without which pods are refused."""
+        """Create a namespace and wait for its default ServiceAccount: until it exists, the API server refuses pods."""
         await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
         for _ in range(600):
             try:
@@ -319,7 +318,7 @@ def print_progress(text: str) -> None:
 
 
 def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare each budget of a measured part with its figure. An excess within the margin counts as noise."""
+    """Compare the figures of the measured parts with their budgets. A figure above its limit by at most the margin counts as noise."""
     verdicts = []
     for path, budget in budgets.items():
         value: Any = figures
@@ -335,7 +334,7 @@ def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict
 
 
 def write(measured: dict[str, Any]) -> Path:
-    """Write the measured parts; parts that were not measured keep the figures of earlier runs. Each part has its size, load and commit."""
+    """Write the measured parts, each with its size, load and commit. A part that was not measured keeps its earlier figures."""
     path = record.RESULTS / "operator_load.json"
     known = json.loads(path.read_text())["figures"] if path.exists() else {}
     figures = {part: known[part] for part in PARTS if part in known} | measured
@@ -344,7 +343,7 @@ def write(measured: dict[str, Any]) -> Path:
 
 
 async def measure(size: LoadOptions) -> dict[str, Any]:
-    """Start a control plane, measure, and stop the control plane."""
+    """Start a control plane, run the benchmark, and stop the control plane."""
     with tempfile.TemporaryDirectory(prefix="operator-load-") as name:
         folder = Path(name)
         plane = FastControlPlane(folder / "state")
@@ -376,14 +375,14 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"parts to measure, of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--jobs", type=int, default=1000, help="jobs of one burst, and running jobs of the steady part")
-    parser.add_argument("--finished", type=int, default=2000, help="finished jobs of the parts idle and restart")
+    parser.add_argument("--jobs", type=int, default=1000, help="number of jobs in one burst, and of running jobs in the steady part")
+    parser.add_argument("--finished", type=int, default=2000, help="number of finished jobs in the parts idle and restart")
     parser.add_argument("--rounds", type=int, default=2, help="bursts of each variant")
-    parser.add_argument("--clients", type=int, default=20, help="clients that create at the same time")
+    parser.add_argument("--clients", type=int, default=20, help="clients that create objects at the same time")
     parser.add_argument("--idle-seconds", type=float, default=60)
     parser.add_argument("--steady-seconds", type=float, default=60)
     parser.add_argument("--timeout", type=float, default=300, help="longest wait in seconds")
-    parser.add_argument("--output", type=Path, help="file for the figures, instead of benchmarks/results")
+    parser.add_argument("--output", type=Path, help="write the figures to this file instead of benchmarks/results")
     parser.add_argument("--lenient", action="store_true", help="exit with 0 even if a budget is exceeded")
     return parser.parse_args()
 

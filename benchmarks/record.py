@@ -43,7 +43,7 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the checkout, with `+` if tracked files have uncommitted changes."""
+    """Commit of the checkout; a `+` is appended if tracked files have uncommitted changes."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True

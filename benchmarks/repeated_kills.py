@@ -1,18 +1,18 @@
-"""Kill a run repeatedly, and measure whether it finishes, whether its result is exact, how many steps are lost and how fast it recovers.
+"""Kill a run repeatedly. Check that the run finishes with an exact result, and measure the lost steps and the recovery time.
 
     python -m benchmarks.repeated_kills --kills 1000 --every 1 --seconds 420 --folder ~/.cache/finetune-operator/repeated_kills
 
 Method. The ranks compute a chain of hashes instead of training (tests/pod/toy_rank.py); supervisor, agent, checkpoint protocol and S3
 server are real. After the first new step of an attempt, at a random time between two checkpoints, a random victim (rank, agent or the whole
-pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. The next attempt starts at once, with the inputs that the operator would
-give it.
-Steps lost: the steps after the newest committed checkpoint. One upload may be in flight and one queued; with steps of 50 ms and a
-checkpoint at each step, the number depends on the load of the machine.
+pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. The next attempt starts at once, with the same inputs as from the operator.
+Steps lost: the steps after the newest committed checkpoint. A kill may lose one checkpoint in upload and one queued checkpoint. With a
+checkpoint after each step of 50 ms, the number of lost steps also depends on the load of the machine.
 Goodput: the duration of all steps that were kept, divided by the running time of all pods. Recovery: the time from a kill to the next
-attempt's first new step. After each kill, all committed checkpoints are read and compared with their manifests. At the end, each step must
-have a logged state, and all states must equal those of an uninterrupted run, which are computed from the chain of hashes.
+attempt's first new step.
+After each kill, all committed checkpoints are read and compared with their manifests. At the end, each step must have a logged state, and
+each state must equal that of an uninterrupted run. The expected states are computed from the chain of hashes.
 
-With --seconds, the program stops between two kills when the time is over. With --folder, the same command continues the run.
+With --seconds, no attempt starts after this time. With --folder, the same command continues the run.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ POLL_SECONDS = 0.01
 
 
 class RunRecord(BaseModel):
-    """Counters of the run, stored on disk so that the run can be continued."""
+    """Counters of the run. They are stored on disk, so that the same command can continue the run."""
 
     attempt: int = 0
     kills: int = 0
     newest: int = 0
-    pod_seconds: float = Field(default=0.0, description="Seconds of all pods.")
+    pod_seconds: float = Field(default=0.0, description="Running time of all pods.")
     recoveries: list[float] = Field(default_factory=list)
     steps_lost: list[int] = Field(default_factory=list)
-    codes: dict[str, int] = Field(default_factory=dict, description="Attempts by victim and exit code.")
+    codes: dict[str, int] = Field(default_factory=dict, description="Number of attempts by victim and exit code.")
     verified: int = Field(default=0, description="Committed checkpoints that were read and verified.")
     done: bool = False
 
@@ -79,7 +79,7 @@ def verify_checkpoints(tree: Tree, folder: Path, run_record: RunRecord) -> int:
 
 
 def expected_states(steps: int) -> list[str]:
-    """States of an uninterrupted run after each step; index 0 is the state before the first step."""
+    """Compute the state of an uninterrupted run after each step; index 0 is the state before the first step."""
     states = [""]
     for step in range(1, steps + 1):
         states.append(link(states[-1], 0, step))
@@ -87,7 +87,9 @@ def expected_states(steps: int) -> list[str]:
 
 
 def compare_states(tree: Tree, steps: int) -> int:
-    """Compare all logged states with the expected states. Returns their number. Fails if a state differs or a step has no logged state."""
+    """Compare all logged states with the expected states. Returns the number of logged states. Fails if a state differs or a step has no
+    logged state.
+    """
     states, compared = expected_states(steps), 0
     seen: set[int] = set()
     for stat in tree.store.list("metrics/"):
@@ -146,15 +148,15 @@ def figures_of(workspace: Workspace, options: argparse.Namespace, run_record: Ru
 
 
 def main() -> None:
-    """Run attempts until the job has finished or the time is over. Write the result if the job has finished."""
+    """Run attempts until the job has finished or `--seconds` have passed. Write the result if the job has finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=2, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of one step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="folder for the state of the run, to continue it")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, between two kills")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the state of the run, so that it can be continued")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further attempt after this time")
     options = parser.parse_args()
     began = time.monotonic()
     with open_workspace(options.folder) as workspace:

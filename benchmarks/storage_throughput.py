@@ -2,12 +2,13 @@
 
     python -m benchmarks.storage_throughput --megabytes 256 --rounds 5
 
-Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios are meaningful.
-The trainer's `S3Store` (`put_file`, `download`), boto3 (`upload_file`, `download_file`) and, if installed, obstore (`put`, and `get`
-streamed to a file) transfer the same file alternately, in another order in each round. Only our download computes a hash at the same
-time; our upload hashes before, which is reported separately (`sha256`). Figures: median MB/s over the rounds; throughput of ours divided
-by that of each other client, and by that of the fastest other client in the same round; client CPU seconds per GB (all threads of this
-process); the largest memory increase, from the kernel's high-water mark, which is reset before each transfer.
+Method. A real S3 server (SeaweedFS) shares this machine's cores with the client, so only ratios are meaningful.
+Three clients transfer the same file alternately, in a random order in each round: the trainer's `S3Store` (`put_file`, `download`), boto3
+(`upload_file`, `download_file`) and, if installed, obstore (`put`, and `get` streamed to a file). Only the trainer's download also computes a
+hash. Before an upload, the trainer hashes the file; this time is reported separately as `sha256`. The figures are the median MB/s over the
+rounds, client CPU seconds per GB (all threads of this process), the largest memory increase (the kernel's high-water mark is reset before
+each transfer), and two ratios: the trainer's throughput divided by that of each other client, and by that of the fastest other client in the
+same round.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _kib(name: str) -> int:
 
 
 def transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
-    """The measured transfers by client and direction."""
+    """Return the transfers to measure, by client and direction."""
     store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=workspace.server.host_url))
     plain = workspace.server.client()
     tasks: dict[str, Callable[[], object]] = {

@@ -2,13 +2,13 @@
 
     python benchmarks/trainer_overhead.py --rounds 6 --steps 300
 
-Method. Both train the same model with random weights on the same token sequences in the same order, in one process. The runs alternate
+Method. Both programs train the same model with random weights on the same token sequences in the same order, in one process. The runs alternate
 (ours, bare, bare, ours, ...), so that a change of the machine's speed affects both. `ours` is the whole rank: guards, reporting to a
-supervisor's channel, metrics, verification. `bare` is TRL's SFTTrainer with the same arguments and nothing else. Two durations are
-measured: the training loop (`step`), from the start of the first step to the end of the last step, and the whole run (`run`), from
-reading the tokenizer to the saved model. Each ratio is the median of ours / bare over pairs of consecutive runs. The losses of both
-must agree at every logged step; otherwise the runs would not do the same work. The first pair warms up and is not counted: it includes
-the imports and the tokenization, whose result the later runs read from disk.
+supervisor's channel, metrics, verification. `bare` is TRL's SFTTrainer with the same arguments and nothing else. Two durations are measured.
+`step` is the training loop, from the start of the first step to the end of the last step. `run` is the whole run, from reading the tokenizer
+to the saved model. Each ratio is the median of ours / bare over pairs of consecutive runs. The losses of both programs must agree at every
+logged step, which shows that both do the same work. The first pair is not counted, because it includes the imports and the tokenization.
+Later runs read the tokens from disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunMeasurements:
     loop_seconds: float = 0.0
     run_seconds: float = 0.0
     losses: dict[int, float] = field(default_factory=dict)
-    """Losses by step. This trainer also logs the last step."""
+    """Losses by step. Only this trainer also logs the loss of the last step."""
     data_wait_shares: list[float] = field(default_factory=list)
     began_at: float = 0.0
 

@@ -1,4 +1,4 @@
-"""A real Kubernetes cluster on one machine: for the demo, the tests, and users who have no cluster."""
+"""Run a real Kubernetes cluster on one machine, for the demo, the tests, and users who have no cluster."""
 
 from localcluster.api import ApiError, Endpoint
 from localcluster.control_plane import ControlPlane

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """The API server answered with an error. `status` is the HTTP code, 0 if there was no answer."""
+    """A request to the API server failed. `status` is the HTTP status code; 0 if the server did not answer."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -21,7 +21,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running API server. `kubeconfig` has administrator rights, `ca` is the certificate that verifies the server."""
+    """A running API server. `kubeconfig` has administrator rights; clients verify the server with the certificate `ca`."""
 
     kubeconfig: Path
     server: str
@@ -29,7 +29,7 @@ class Endpoint:
     ca: Path
 
     def request(self, method: str, path: str, body: Any = None, *, content_type: str = "application/json") -> Any:
-        """Send one request. Returns the parsed JSON; the text if the response is not JSON. Errors: ApiError."""
+        """Send one request. Returns the parsed JSON of the response, or its text if it is not JSON. Errors: ApiError."""
         request = urllib.request.Request(self.server + path, method=method)
         request.add_header("Authorization", f"Bearer {self.token}")
         request.add_header("Content-Type", content_type)
@@ -51,7 +51,7 @@ class Endpoint:
         return self.request("GET", path)
 
     def apply(self, path: str, manifest: Any) -> Any:
-        """Server-side apply of one object as field manager `localcluster`."""
+        """Apply one object (server-side apply) as field manager `localcluster`."""
         query = "?fieldManager=localcluster&force=true"
         return self.request("PATCH", path + query, manifest, content_type="application/apply-patch+yaml")
 

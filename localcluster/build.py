@@ -25,11 +25,11 @@ GO = (1, 26)
 
 @dataclass(frozen=True)
 class Program:
-    """One Go program. `versioned_by` is the Go module whose version the program has; `hint` is the duration of a first build."""
+    """One Go program. It has the version of the Go module `versioned_by`. `first_build_duration` is shown to the user before a build."""
 
     name: str
     versioned_by: str | None = None
-    hint: str = "seconds"
+    first_build_duration: str = "seconds"
 
     @property
     def folder(self) -> Path:
@@ -57,7 +57,7 @@ class Program:
 
     @property
     def flags(self) -> list[str]:
-        """Build flags. As in the upstream build, linker flags set the version that the Kubernetes components report to clients."""
+        """Build flags. Linker flags set the version that the Kubernetes components report to clients, as in the upstream build."""
         link = ["-s", "-w"]
         if self.name == KUBE:
             major, minor, _ = self.version.split(".")
@@ -80,14 +80,16 @@ PROGRAMS = {
 
 
 def ensure(name: str, step: Step = silent) -> Path:
-    """Build a program unless it exists. Returns its path. Errors: MissingRequirement (no Go), BuildFailed (with the end of the log)."""
+    """Build a program unless it exists. Returns its path. Errors: MissingRequirement (Go is missing), BuildFailed (the message contains the
+    end of the log).
+    """
     program = PROGRAMS[name]
     binary = program.binary
     if binary.exists():
         return binary
     check_go()
     binary.parent.mkdir(parents=True, exist_ok=True)
-    description = f"build {name} {program.version} from Go modules (first time: {program.hint})"
+    description = f"build {name} {program.version} from Go modules (first time: {program.first_build_duration})"
     with (binary.parent / "lock").open("w") as lock, step(description):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not binary.exists():
@@ -109,7 +111,7 @@ def _build(program: Program, binary: Path) -> None:
 
 
 def check_go() -> None:
-    """Raise MissingRequirement unless Go, at least in version `GO`, is on the PATH."""
+    """Check that Go is on the PATH, in version `GO` or newer. Errors: MissingRequirement."""
     if shutil.which("go") is None:
         raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is missing (`go` is not on the PATH): install it")
     text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""The cgroups of the containers: one per node in each hierarchy, created before a cluster starts and removed after the cluster ends."""
+"""Create and remove the cgroups of the containers: in each cgroup hierarchy, every node has one cgroup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU_WEIGHT_FACTOR = 4
 
 
 def hierarchies() -> list[Path]:
-    """List the mounted hierarchies: with cgroup v2 a single one, with v1 one per controller."""
+    """List the mounted cgroup hierarchies: cgroup v2 has a single hierarchy, cgroup v1 has one per controller."""
     if (ROOT / "cgroup.controllers").exists():
         return [ROOT]
     return [path for path in ROOT.iterdir() if path.is_dir() and not path.is_symlink()]
@@ -39,7 +39,9 @@ def create(nodes: list[str]) -> None:
 
 
 def _set_weight(folder: Path) -> None:
-    """Raise the CPU weight. With the default weight, all pods together would get only as much CPU time as one other cgroup."""
+    """Raise the CPU weight of the cgroup that holds all pods. With the default weight, all pods together would get only as much CPU time as
+    any single other cgroup of the machine.
+    """
     for name, default_weight in (("cpu.weight", 100), ("cpu.shares", 1024)):
         if (folder / name).exists():
             (folder / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))
@@ -68,7 +70,7 @@ def kill(node: str) -> None:
 
 
 def remove(timeout: float = 10.0) -> None:
-    """Remove all cgroups; their processes must have been killed before. Errors: StartFailed if a cgroup is still in use after `timeout` seconds."""
+    """Remove all cgroups. The caller must have killed their processes. Errors: StartFailed if a cgroup is still in use after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while folders := existing():
         for folder in folders:

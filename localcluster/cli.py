@@ -1,4 +1,4 @@
-"""`localcluster`: a real Kubernetes cluster on this machine."""
+"""Run a real Kubernetes cluster on this machine."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class Mode(StrEnum):
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 Name = Annotated[str, typer.Option(help="Name of the cluster.")]
-State = Annotated[Path | None, typer.Option(help="State folder; default: a folder with the cluster's name in the cache.", file_okay=False)]
+State = Annotated[Path | None, typer.Option(help="Folder for the cluster's state (default: a folder in the cache).", file_okay=False)]
 
 
 def folder(name: str, state: Path | None) -> Path:
-    """Return the state folder: `state` if given, else the default folder of the cluster `name`."""
+    """Return the state folder: `state` if it is given, else the default folder of the cluster `name`."""
     return (state or paths.state(name)).absolute()
 
 
 @app.command()
 def up(
-    mode: Annotated[Mode, typer.Option(help="node: with nodes that run pods, needs root; control-plane: only API server and controllers.")] = Mode.NODE,
-    nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (mode node).")] = 1,
-    gpus: Annotated[int, typer.Option(min=0, max=64, help="Simulated GPUs that each node reports to the scheduler (mode node).")] = 0,
+    mode: Annotated[Mode, typer.Option(help="node: start nodes that run pods (needs root); control-plane: start no nodes.")] = Mode.NODE,
+    nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (only with --mode node).")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="Number of simulated GPUs per node (only with --mode node).")] = 0,
     name: Name = "default",
     state: State = None,
 ) -> None:
@@ -73,7 +73,7 @@ def down(
     state: State = None,
     purge: Annotated[bool, typer.Option(help="Also remove the images that the nodes have cached.")] = False,
 ) -> None:
-    """Stop a cluster. The nodes' images are kept for the next cluster."""
+    """Stop a cluster. Keep the nodes' images for the next cluster."""
     state_dir = folder(name, state)
     with shown(f"end the cluster in {state_dir}"):
         if read_mode(state_dir) == CONTROL_PLANE or os.geteuid() != 0:
@@ -106,7 +106,7 @@ def status(name: Name = "default", state: State = None) -> None:
 
 @app.command()
 def kubeconfig(name: Name = "default", state: State = None) -> None:
-    """Print the path of the kubeconfig: export KUBECONFIG=$(localcluster kubeconfig)."""
+    """Print the path of the kubeconfig, for use in: export KUBECONFIG=$(localcluster kubeconfig)."""
     typer.echo(open_endpoint(folder(name, state)).kubeconfig)
 
 
@@ -114,7 +114,7 @@ def kubeconfig(name: Name = "default", state: State = None) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def kubectl(context: typer.Context, name: Name = "default", state: State = None) -> NoReturn:
-    """Run kubectl on the cluster: localcluster kubectl -- get pods -A."""
+    """Run kubectl on the cluster, for example: localcluster kubectl -- get pods -A."""
     program = build.ensure(build.KUBE, shown)
     config = open_endpoint(folder(name, state)).kubeconfig
     os.execv(program, [str(program), "kubectl", "--kubeconfig", str(config), *context.args])
@@ -152,7 +152,7 @@ def packages(install: Annotated[bool, typer.Option(help="Install missing package
 
 @node_app.command("stop")
 def node_stop(node: str, name: Name = "default", state: State = None) -> None:
-    """Stop the node's kubelet: the node becomes NotReady, its containers keep running."""
+    """Stop the node's kubelet. The node becomes NotReady, and its containers keep running."""
     NodeCluster(folder(name, state)).stop_kubelet(node)
 
 
@@ -179,7 +179,9 @@ def images_build(
 
 
 def main() -> None:
-    """Entry point of the console script. A LocalClusterError is printed as one line. SIGTERM acts like Ctrl-C, so both clean up first."""
+    """Entry point of the console script. Prints a LocalClusterError as one line. Handles SIGTERM like Ctrl-C, so that the cleanup also runs
+    on SIGTERM.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()

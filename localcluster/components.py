@@ -1,6 +1,5 @@
-"""Command lines and configuration of the Kubernetes components, computed from addresses and folders.
-
-They differ from upstream's defaults only if a cluster on one machine needs other values.
+"""Compute the command lines and configuration files of the Kubernetes components from addresses and folders. Values differ from the upstream
+defaults only if a cluster on one machine needs other values.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ DNS_DOMAIN = "cluster.local"
 
 @dataclass(frozen=True)
 class ControlPlaneAddresses:
-    """Addresses of the control plane. The API server listens on `bind`; pods connect to `advertise`."""
+    """Addresses of the control plane. The API server listens on the address `bind`; pods connect to the address `advertise`."""
 
     bind: str
     advertise: str
@@ -44,7 +43,7 @@ class User:
 
 
 def etcd(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
-    """Command line of etcd. It runs without fsync, because its data are removed when the cluster ends."""
+    """Command line of etcd. fsync is off, because etcd's data are removed when the cluster ends."""
     client, peer = f"http://127.0.0.1:{addresses.etcd_port}", f"http://127.0.0.1:{addresses.etcd_peer_port}"
     return [
         str(kube), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
@@ -56,7 +55,7 @@ def etcd(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str
 def api_server(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
     """Command line of the API server, with a token file and a self-signed serving certificate.
 
-    With a loopback address the endpoint reconciler is off, because pods could not use this address.
+    If the address is a loopback address, the endpoint reconciler is off, because pods could not connect to this address.
     """
     loopback = addresses.advertise.startswith("127.")
     return [
@@ -102,7 +101,9 @@ def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
 
 
 def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
-    """The kubelet's configuration file. The eviction thresholds are low because a laptop's disk may be nearly full; images are never evicted."""
+    """The kubelet's configuration file. The eviction thresholds are low, because a laptop's disk may be nearly full. Image garbage collection
+    is off.
+    """
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -117,7 +118,7 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
             "resolvConf": "",
             "clusterDNS": [dns],
             "clusterDomain": DNS_DOMAIN,
-            # The kubelet can be reached only from this cluster's network namespace.
+            # Anonymous access is safe: the kubelet can be reached only from this cluster's network namespace.
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
@@ -134,7 +135,7 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
 
 
 def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) -> list[str]:
-    """Command line of kube-proxy in iptables mode. It leaves the conntrack sysctls unchanged, because they affect the whole machine."""
+    """Command line of kube-proxy in iptables mode. kube-proxy does not set the conntrack sysctls, because they affect the whole machine."""
     return [
         str(kube), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
         "--hostname-override", node, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
@@ -144,7 +145,9 @@ def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) ->
 
 
 def kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """A kubeconfig as JSON, which is valid YAML. Without `ca`, clients do not verify the server; only the cluster's components use this."""
+    """A kubeconfig as JSON (JSON is valid YAML). If `ca` is None, clients do not verify the server; only the cluster's components use such a
+    kubeconfig.
+    """
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

@@ -1,4 +1,4 @@
-"""containerd's configuration for one node."""
+"""Write the configuration of containerd for one node."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _UNUSED = [
 
 
 def configuration(node: Node, *, cri: bool) -> str:
-    """Text of config.toml. With `cri=False` the CRI plugin is off, so that old containers can be removed before a kubelet sees them."""
-    # In a container without CAP_SYS_RESOURCE, runc may not lower a sandbox's oom_score_adj: restrict_oom_score_adj avoids the error.
+    """Text of config.toml. `cri=False` disables the CRI plugin. The kubelet then does not see old containers before they are removed."""
+    # Without CAP_SYS_RESOURCE, runc fails when it lowers the oom_score_adj of a sandbox; restrict_oom_score_adj avoids this.
     unused = _UNUSED if cri else [*_UNUSED, "io.containerd.grpc.v1.cri"]
     plugin = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
@@ -45,7 +45,7 @@ disabled_plugins = {json.dumps(unused)}
 
 
 def cni_configuration(node: Node) -> str:
-    """The CNI configuration: pods are attached to a bridge of the node and routed to the other nodes, without masquerading."""
+    """The CNI configuration: pods are attached to a bridge of the node. Traffic to other nodes is routed without masquerading."""
     prefix = node.pod_cidr.rpartition(".")[0]
     return json.dumps(
         {

@@ -1,7 +1,7 @@
-"""A Kubernetes API server with etcd and the controllers, without nodes: for tests that play the role of the kubelet.
+"""Run a Kubernetes API server with etcd and the controllers, but without nodes: for tests that write pod statuses like a kubelet.
 
-It consists of three processes on the loopback interface and needs neither root nor namespaces. It is ready in about three seconds.
-Several control planes can run at the same time (600 MB each).
+The control plane consists of three processes on the loopback interface and needs neither root nor namespaces. It is ready in about three
+seconds. Several control planes can run at the same time (each needs 600 MB of memory).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from localcluster.processes import Lifetime, Server
 from localcluster.steps import Step, silent
 
 MAX_STARTS = 4
-"""Maximum number of start attempts, each with new ports: another program may bind a chosen port first."""
+"""Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 PROCESSES = ("etcd", "kube-apiserver", "kube-controller-manager")
 STATE = "state.json"
 MODE = "control-plane"
 NODE_MODE = "node"
 PLAN = "plan.json"
-"""File in the state folder of a cluster with nodes, written before any process starts."""
+"""File in the state folder of a cluster with nodes. It is written before any process starts."""
 KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
-"""URL path of a ServiceAccount that the controllers create. Once it exists, the controllers work."""
+"""URL path of a ServiceAccount that the controllers create. When it exists, the controllers are working."""
 
 
 class ControlPlane:
@@ -156,13 +156,15 @@ def write_credentials(folder: Path, kube: Path, addresses: ControlPlaneAddresses
 
 
 def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait for the serving certificate, then for readiness. Then add the certificate to the kubeconfig, so that clients verify the server."""
+    """Wait until the API server has written its serving certificate and is ready. Then add the certificate to the kubeconfig, so that clients
+    verify the server.
+    """
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
 
     def ready() -> bool:
-        shutil.copy(certificate, endpoint.ca)  # copy on each check: the API server creates the file before it writes the content
+        shutil.copy(certificate, endpoint.ca)  # copy at each call: the API server creates the file before it writes the content
         return endpoint.ready()
 
     processes.wait_until("the API server", ready, servers=servers, timeout=60)
@@ -171,7 +173,9 @@ def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, ser
 
 
 def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> None:
-    """Write the state file of a running cluster. This is the last step of a start: if the file exists, the start has succeeded."""
+    """Write the state file of a running cluster. The caller calls this as the last step of a start, so the file exists only after a
+    successful start.
+    """
     unfinished = folder / f".{STATE}"
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **more}))
@@ -179,7 +183,7 @@ def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> 
 
 
 def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
-    """Return the endpoint from the state file, or None. Errors: ClusterDiffers if a cluster of another mode is running."""
+    """Return the endpoint from the state file; None if there is no state file. Errors: ClusterDiffers if a cluster of another mode is running."""
     try:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
@@ -193,7 +197,7 @@ def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
 
 
 def read_mode(folder: Path) -> str | None:
-    """Return the mode of the cluster in `folder`, even if its start was interrupted; None if the folder holds no cluster."""
+    """Return the mode of the cluster in `folder`, even if its start was interrupted; None if the folder contains no cluster."""
     with contextlib.suppress(FileNotFoundError):
         return str(json.loads((folder / STATE).read_text())["mode"])
     return NODE_MODE if (folder / PLAN).exists() else None

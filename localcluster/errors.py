@@ -1,10 +1,10 @@
-"""Errors of a local cluster. Each has a code and a one-line message that says what to do."""
+"""Errors of a local cluster. Each error has a code and a one-line message with the remedy."""
 
 from __future__ import annotations
 
 
 class LocalClusterError(Exception):
-    """An error that the user can correct. `code` is stable across versions; the message says what is wrong and what to do."""
+    """An error that the user can correct. `code` is stable across versions; `message` describes the problem and the remedy."""
 
     code = "LocalCluster"
 
@@ -20,7 +20,7 @@ class MissingRequirement(LocalClusterError):
 
 
 class ClusterBusy(LocalClusterError):
-    """Another cluster with nodes is running (only one per machine is possible), or another command is using this state folder."""
+    """Another cluster with nodes is already running on this machine, or another command is using this state folder."""
 
     code = "ClusterBusy"
 
@@ -50,6 +50,6 @@ class BuildFailed(LocalClusterError):
 
 
 class ImageNotFound(LocalClusterError):
-    """The image to load is neither an OCI layout nor the tag of an image that `localcluster images build` has built."""
+    """The given image is neither a folder with an OCI layout nor the tag of an image from `localcluster images build`."""
 
     code = "ImageNotFound"

@@ -1,7 +1,7 @@
 """Build the project's images from its Dockerfiles, as OCI layouts that a node imports with hard links.
 
-buildah builds the images; its layer cache lies outside the checkout. skopeo exports them as uncompressed OCI layouts. A node then only
-unpacks new layers, so that after a code change it reads megabytes instead of gigabytes.
+buildah builds the images; its layer cache lies outside the checkout. skopeo exports them as uncompressed OCI layouts. A node unpacks only new
+layers. After a code change, it therefore reads megabytes instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from localcluster.steps import Step, silent
 
 PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
 LOCAL_BASE = "localhost/finetune-base:bookworm-1"
-"""Base image if the public one cannot be pulled: the same Debian release with Debian's Python 3.11, created by debootstrap."""
+"""Base image that debootstrap creates if PUBLIC_BASE cannot be pulled: the same Debian release with Debian's Python 3.11."""
 CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
 MIN_FREE_GB = 40
-"""If less disk space is free after a build, unused layers are removed."""
+"""If less disk space than this is free after a build, unused layers are removed."""
 _UNUSED_FOLDERS = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
 """Folders that are emptied in the base image from debootstrap."""
 
@@ -47,7 +47,9 @@ class ImageName(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One image of the project. `needs_gb` is the disk space of a first build, including the layout and the node's copy."""
+    """How to build one image of the project. `needs_gb` is the disk space that the first build needs, including the OCI layout and the node's
+    copy.
+    """
 
     name: str
     dockerfile: str
@@ -65,7 +67,7 @@ class Recipe:
 
 RECIPES = {
     ImageName.OPERATOR: Recipe("finetune-operator", "operator/Dockerfile"),
-    # Without a C compiler: only Triton needs it, on GPUs, and a local cluster has no GPUs.
+    # The image contains no C compiler: only Triton needs one, for kernels on GPUs, and a local cluster has no GPUs.
     ImageName.TRAINER: Recipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needs_gb=30),
 }
 
@@ -92,7 +94,7 @@ def build(which: Sequence[ImageName], step: Step = silent) -> list[BuiltImage]:
 
 
 def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> BuiltImage:
-    """Build one image from the folder `context` and export it. Errors: as `build`."""
+    """Build one image from the folder `context` and export it. Errors: the same as of `build`."""
     check_packages(IMAGE_PACKAGES)
     if os.geteuid() != 0:
         raise MissingRequirement("building images needs root: run it as root, or build with docker and use kind")
@@ -110,7 +112,7 @@ def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> BuiltIma
 
 
 def check_disk(recipe: Recipe) -> None:
-    """Raise MissingRequirement if the disk has too little space for a first build."""
+    """Check that the disk has enough space for a first build. Errors: MissingRequirement."""
     free_gb = _free_gb()
     if free_gb < recipe.needs_gb:
         raise MissingRequirement(
@@ -139,7 +141,9 @@ def layer_folder() -> Path:
 
 
 def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run buildah with its layers in `layer_folder()`. Returns its standard output. Errors: BuildFailed, also after `timeout` seconds."""
+    """Run buildah with its layers in `layer_folder()`. Returns its standard output. Errors: BuildFailed if buildah fails or takes longer than
+    `timeout` seconds.
+    """
     command = ["buildah", *_storage(), *(str(a) for a in arguments)]
     return _run(command, f"buildah {arguments[0]}", timeout)
 
@@ -149,7 +153,7 @@ def _storage() -> list[str]:
 
 
 def _run(command: list[str], what: str, timeout: float | None = None) -> str:
-    # Not /tmp, which may be small: buildah writes gigabytes of temporary files.
+    # /tmp may be too small: buildah writes gigabytes of temporary files.
     scratch = layer_folder() / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(scratch)}
@@ -166,7 +170,7 @@ def _run(command: list[str], what: str, timeout: float | None = None) -> str:
 
 
 def ensure_base(step: Step = silent) -> str:
-    """Return the name of the base image: the public image if it can be pulled, else an image that debootstrap creates once."""
+    """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Create the image if it does not exist."""
     images = json.loads(buildah("images", "--json") or "[]") or []
     known = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
@@ -211,7 +215,7 @@ def _run_build(recipe: Recipe, context: Path, base: str) -> None:
 
 
 def _ca_secret() -> list[str]:
-    """Pass the CA certificates of this machine as a build secret. Downloads need them behind a proxy that re-signs TLS connections."""
+    """Pass the CA certificates of this machine as a build secret. If a proxy re-signs TLS connections, downloads need these certificates."""
     named = [Path(os.environ[name]) for name in CA_FILES if os.environ.get(name)]
     for path in [*named, DEBIAN_CA]:
         if path.is_file():
@@ -227,7 +231,7 @@ def _uv_cache() -> list[str]:
 
 
 def _export(recipe: Recipe) -> None:
-    """Export the image to its layout. skopeo skips existing blobs; blobs of older images are removed afterwards."""
+    """Export the image to its OCI layout. skopeo skips existing blobs. Afterwards, remove the blobs of older images."""
     recipe.layout.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout / "index.json").unlink(missing_ok=True)
     source = f"containers-storage:[overlay@{layer_folder() / 'root'}+{layer_folder() / 'run'}]{recipe.tag}"

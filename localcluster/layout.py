@@ -1,4 +1,4 @@
-"""Names, addresses and folders of a cluster with nodes. They are the same outside and inside its namespaces."""
+"""Define the names, addresses and folders of a cluster with nodes. They are the same outside and inside the cluster's namespaces."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from localcluster import paths
 from localcluster.errors import MissingRequirement
 
 HOST_LINK = "ftlc0"
-"""Network device of the veth pair that connects this machine with the cluster: the end on the machine."""
+"""Name of the veth device on this machine. Its peer is on the cluster's bridge."""
 CGROUP = "finetune-localcluster"
 """Parent cgroup of all containers. The name is fixed, because only one cluster with nodes can run per machine."""
 API_PORT = 6443
 S3_NODE_PORT = 30333
 BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
-"""/16 blocks for nodes and pods, in the order of preference: private blocks, then the blocks reserved for network tests (RFC 2544)."""
+"""Possible /16 blocks for nodes and pods, in order of preference: private blocks, then the blocks reserved for network tests (RFC 2544)."""
 MAX_DEFAULT_PREFIX = 4
-"""A route whose prefix has at most this many bits counts as a default route: VPNs set 0.0.0.0/1 and 128.0.0.0/1."""
+"""Longest prefix (in bits) of a route that counts as a default route. VPNs set the routes 0.0.0.0/1 and 128.0.0.0/1."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `folder` holds the kubelet's files. `store` holds the images and is kept for the next cluster on this machine."""
+    """One node. `folder` contains the kubelet's files. `store` contains the images; it is kept for the next cluster on this machine."""
 
     name: str
     number: int
@@ -43,7 +43,7 @@ class Node:
 
     @property
     def socket(self) -> str:
-        """Path of containerd's socket, in the node's own /run."""
+        """Path of containerd's socket. Each node has its own /run."""
         return "/run/finetune/containerd.sock"
 
     @property
@@ -53,7 +53,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names, folders and addresses of a cluster with `count` nodes. `folder` holds its state; all addresses are in the /16 `block`, for example `10.201`."""
+    """Names, folders and addresses of a cluster with `count` nodes. `folder` contains its state; all addresses are in the /16 `block`, for
+    example `10.201`.
+    """
 
     folder: Path
     block: str
@@ -93,12 +95,12 @@ class Plan:
 
 
 def node_stores() -> Path:
-    """Folder of the nodes' images. All state folders share it; only one cluster at a time uses it."""
+    """Folder of the nodes' images. All clusters use the same folder, but only one cluster can run at a time."""
     return paths.cache() / "nodes"
 
 
 def find_free_block() -> str:
-    """Return the first two numbers of an unused /16 block: this machine has no address in it and no route to it, except default routes."""
+    """Return the first two numbers of the first /16 block to which this machine has no route. Default routes are ignored."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     taken = [

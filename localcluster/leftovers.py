@@ -1,4 +1,4 @@
-"""Find the processes, namespaces, mounts, network links and cgroups of a cluster. After the cluster has ended, none may be left."""
+"""Find the processes, namespaces, mounts, network links and cgroups that a cluster has left behind. After a cluster has ended, there must be none."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def namespaces_of(state_dir: Path) -> frozenset[str]:
 
 
 def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers:
-    """Find everything that belongs to the cluster in `state_dir`; `namespaces` are the cluster's namespaces, listed while it ran.
+    """Find everything that belongs to the cluster in `state_dir`. `namespaces` is the result of `namespaces_of` while the cluster was running.
 
-    A process belongs to the cluster if the cluster has started it, or if it is in one of `namespaces` (processes of containers).
+    A process belongs to the cluster if the cluster has started it, or if it runs in one of `namespaces`. Processes of containers run in them.
     """
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.start_time(int(p.name))]

@@ -1,8 +1,8 @@
 """Create, use and remove the namespaces of a cluster with nodes, from outside.
 
-Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects them: the
-cluster's processes hold the lock, and the kernel releases it when the last of them ends. After that, any remaining cgroups and
-links are leftovers and can be removed.
+Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects them. The cluster's
+processes hold the lock; when the last process ends, the kernel releases the lock. While the lock is free, all existing cgroups and links are
+leftovers and can be removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Machine:
-    """The namespaces of the cluster in `folder`, which this program or an earlier program has started."""
+    """Manages the namespaces of the cluster in `folder`. An earlier program may have started the cluster."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,7 +66,9 @@ class Machine:
         return True
 
     def request(self, method: str, **arguments: Any) -> Any:
-        """Send a request to the first process inside the namespaces. Errors: NotRunning if it does not run, StartFailed if the request fails."""
+        """Send a request to the first process inside the namespaces. Errors: NotRunning if this process is not running, StartFailed if the
+        request fails.
+        """
         try:
             return namespace_init.send_request(self.folder, method, **arguments)
         except OSError:
@@ -80,7 +82,7 @@ class Machine:
         self.request("start", name=name, node=node.name, argv=argv, log=str(log))
 
     def check(self) -> None:
-        """Raise StartFailed if a component has exited; the message contains the end of its log."""
+        """Check that no component has exited. Errors: StartFailed with the end of the component's log."""
         for name, code in self.request("states").items():
             if code is not None:
                 raise StartFailed(f"{name} ended with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
@@ -94,7 +96,9 @@ class Machine:
         return all(name in states and states[name] is None for name in names)
 
     def pid(self, node: str | None = None) -> int:
-        """Return the pid, as seen on this machine, of a process in a node's namespaces; without `node`, of the cluster's first process."""
+        """Return the pid (in the machine's PID namespace) of a process in the namespaces of `node`. If `node` is None, return the pid of the
+        cluster's first process.
+        """
         number = 1 if node is None else self.request("holder", node=node)
         for pid in processes.owned_by(self.folder):
             if pid_in_namespace(pid) == number:
@@ -102,7 +106,7 @@ class Machine:
         raise not_running(self.folder)
 
     def kill_shims(self, node: str) -> None:
-        """Kill the containerd shims of a node. Otherwise containers would keep running after containerd was killed."""
+        """Kill the containerd shims of a node. Otherwise containers would keep running after containerd has been killed."""
         mounts = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
         for pid in processes.owned_by(self.folder):
             with contextlib.suppress(OSError):  # the process has ended
@@ -127,7 +131,7 @@ def not_running(folder: Path) -> NotRunning:
 
 
 def pid_in_namespace(pid: int) -> int | None:
-    """Return the pid of a process inside its PID namespace; None if it is in the PID namespace of this program or has ended."""
+    """Return the pid of a process inside its PID namespace; None if it is in the same PID namespace as this program, or has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -137,10 +141,10 @@ def pid_in_namespace(pid: int) -> int | None:
 
 
 def take_lock(folder: Path) -> TextIO:
-    """Take the machine's lock. Errors: ClusterBusy with the other cluster's state folder, if another cluster holds the lock.
+    """Take the machine's lock. Errors: ClusterBusy if another cluster holds the lock; the message contains the state folder of that cluster.
 
-    If the cluster in `folder` holds the lock, wait: the caller has killed its processes, but they may still be exiting. Such a process
-    cannot be found by its owner, because the kernel frees the environment of an exiting process before it closes the lock file.
+    If the cluster in `folder` holds the lock, wait for the lock: the caller has killed the cluster's processes, but some may still be
+    exiting. `processes.owned_by` does not find an exiting process, because the kernel frees its environment before it closes the lock file.
     """
     lock = LOCK.open("a+")
     try:
@@ -173,7 +177,7 @@ def clean_machine() -> None:
     """Remove the veth pair and the cgroups. The caller must hold the machine's lock."""
     link = Path(f"/sys/class/net/{HOST_LINK}")
     if link.exists():
-        # The kernel may remove the link at the same time, together with the namespace of its other end: ignore errors.
+        # Ignore errors: when the namespace of the peer device ends, the kernel removes the link, possibly at the same time.
         subprocess.run(["ip", "link", "del", HOST_LINK], capture_output=True)
         processes.wait_until(f"the end of {HOST_LINK}", lambda: not link.exists(), servers=[], timeout=10)
     cgroups.remove()

@@ -1,7 +1,8 @@
-"""The first process (PID 1) inside a cluster's PID, mount and network namespaces.
+"""Run as the first process (PID 1) inside a cluster's PID, mount and network namespaces.
 
-It sets up the nodes' networks and gives each node a private /run and /var/lib/kubelet. It starts and signals components on request
-over a socket, and reaps orphans. When it ends, the kernel kills all processes of the PID namespace and removes their mounts and links.
+This process sets up the nodes' networks and gives each node a private /run and /var/lib/kubelet. It accepts requests to start and signal
+components over a socket, and reaps orphans. When it ends, the kernel kills all processes of the PID namespace and removes their mounts and
+links.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ CONTROL = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE_FOLDERS = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
-"""Folders whose paths are hard-coded in the components. Each node gets private ones on tmpfs."""
+"""Folders whose paths are hard-coded in the components. Each node has a private tmpfs mounted over each of them."""
 SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
-"""Sysctls that the kubelet would change for the whole machine. Plain files are mounted over them, so that the machine keeps its values."""
+"""Sysctls that the kubelet would change for the whole machine. Regular files with the kubelet's values are mounted over them, so the
+machine's values do not change.
+"""
 
 
 def run_setup_command(*argv: str) -> None:
-    """Run a setup command. If it fails, this process ends."""
+    """Run a setup command. Errors: CalledProcessError, which ends this process."""
     subprocess.run(argv, check=True)
 
 
 def mount_private(folder: Path, dns: str) -> None:
-    """Mount the node's private folders, the files that replace sysctls, and a resolv.conf with only the cluster's DNS server."""
+    """Mount the node's private folders, the files that replace sysctls, and a resolv.conf that names only the cluster's DNS server."""
     for path in PRIVATE_FOLDERS:
         Path(path).mkdir(parents=True, exist_ok=True)
         run_setup_command("mount", "-t", "tmpfs", "tmpfs", path)
@@ -73,7 +76,7 @@ def set_up_first_node(plan: Plan) -> None:
 
 
 def enable_forwarding(device: str) -> None:
-    """Enable forwarding, and route service addresses from the node's own processes to `device`."""
+    """Enable IP forwarding, and add a route for service addresses to `device`, for the node's own processes."""
     run_setup_command("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
     with contextlib.suppress(FileNotFoundError):  # without bridge filtering, a pod cannot reach a service backend on its own node
@@ -81,7 +84,7 @@ def enable_forwarding(device: str) -> None:
 
 
 def set_up_other_node(node: Node, plan: Plan) -> None:
-    """Set up a node other than the first one, from inside its namespaces, after its veth device was created."""
+    """Set up a node other than the first one. Must run inside the node's namespaces, after its veth device has been created."""
     run_setup_command("ip", "link", "set", "lo", "up")
     run_setup_command("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
     run_setup_command("ip", "link", "set", "eth0", "up")
@@ -93,7 +96,7 @@ def set_up_other_node(node: Node, plan: Plan) -> None:
 
 
 def fork_node(node: Node, plan: Plan) -> int:
-    """Start a process that keeps the network and mount namespaces of a further node alive. Returns its pid."""
+    """Start a process that creates the network and mount namespaces of a node and keeps them alive. Returns its pid."""
     created_read, created_write = os.pipe()
     connected_read, connected_write = os.pipe()
     ready_read, ready_write = os.pipe()
@@ -129,7 +132,7 @@ def unshare(flags: int) -> None:
 
 
 def enter_namespaces(pid: int) -> None:
-    """Join the mount and network namespaces of `pid`. Called between fork and exec."""
+    """Join the mount and network namespaces of process `pid`. Called between fork and exec."""
     for kind in ("mnt", "net"):
         handle = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
         if _libc.setns(handle, 0) != 0:
@@ -139,7 +142,7 @@ def enter_namespaces(pid: int) -> None:
 
 @dataclass
 class Component:
-    """A process that was started on request. `exit_code` is None while it runs."""
+    """A process that a request has started. `exit_code` is None while the process runs."""
 
     pid: int
     exit_code: int | None = None
@@ -147,7 +150,7 @@ class Component:
 
 @dataclass
 class ComponentManager:
-    """Handles the requests on the socket. Every public method except `reap` and `handle` can be requested."""
+    """Handles requests from the socket. A request names one of the public methods, except `reap` and `handle`."""
 
     plan: Plan
     holders: dict[str, int]
@@ -164,7 +167,7 @@ class ComponentManager:
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=(lambda: enter_namespaces(holder)) if holder else None,
             )
-        process.returncode = 0  # so that Popen does not wait for the process: `reap` collects its exit code
+        process.returncode = 0  # prevents Popen from waiting for the process, because `reap` collects the exit code
         self.components[name] = Component(process.pid)
         return process.pid
 
@@ -175,7 +178,7 @@ class ComponentManager:
             os.kill(component.pid, number)
 
     def holder(self, node: str) -> int:
-        """Return the pid of a process that is in the node's namespaces, as seen inside the PID namespace."""
+        """Return the pid (in the cluster's PID namespace) of the process that keeps the node's namespaces alive."""
         return self.holders.get(node, 1)
 
     def states(self) -> dict[str, int | None]:
@@ -231,7 +234,7 @@ def serve_connection(listener: socket.socket, manager: ComponentManager) -> None
 
 @contextlib.contextmanager
 def short_path(folder: Path, name: str) -> Iterator[str]:
-    """Yield a path to a socket in `folder` that is shorter than the kernel's limit of 108 characters, even if the folder's path is longer."""
+    """Yield a short path to the socket `name` in `folder`: the kernel limits the path of a socket to 108 characters."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{handle}/{name}"
@@ -250,7 +253,7 @@ def listen(folder: Path) -> socket.socket:
 
 
 def send_request(folder: Path, method: str, **arguments: Any) -> Any:
-    """Call a ComponentManager method of the cluster in `folder`, from outside. Errors: OSError if no cluster runs, RuntimeError if the method fails."""
+    """Call a ComponentManager method of the cluster in `folder`. Errors: OSError if the cluster is not running, RuntimeError if the method fails."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(20)
         with short_path(folder, CONTROL) as path:

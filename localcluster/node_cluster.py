@@ -1,6 +1,6 @@
-"""A complete Kubernetes cluster with one or more nodes that run real containers, and S3 in a pod: for the demo and the e2e tests.
+"""Run a complete Kubernetes cluster, for the demo and the e2e tests. Its nodes run real containers, and an S3 server runs in a pod.
 
-The cluster runs in its own namespaces. When their first process ends, the kernel kills all other processes in them.
+The cluster runs in its own namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in it.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from localcluster.store import Containerd
 
 GPU = "nvidia.com/gpu"
 NODE_GRACE_SECONDS = 16
-"""Time after which a node without heartbeat becomes NotReady. The upstream default is 50 s."""
+"""If a node sends no heartbeat for this time, it becomes NotReady. The upstream default is 50 s."""
 LEASE_SECONDS = 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """Number of nodes, and number of simulated GPUs that each node reports to the scheduler."""
+    """Number of nodes, and number of simulated GPUs per node."""
 
     nodes: int = 1
     gpus: int = 0
 
 
 class NodeCluster:
-    """API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd below `state_dir`.
+    """Runs an API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd. The state is stored in `state_dir`.
 
-    Use it as a context manager, or call `up()` and `down()`. The context manager does not stop a cluster that was running before. With
+    Use it as a context manager, or call `up()` and `down()`. If the cluster was already running, the context manager does not stop it. With
     the default lifetime, the kernel kills the cluster when the thread that started it ends, even by `kill -9`. Errors:
     MissingRequirement (root, packages, kernel, Go), ClusterBusy (another cluster is running on this machine), ClusterDiffers (this
     cluster is running with another number of nodes), StartFailed.
@@ -114,7 +114,7 @@ class NodeCluster:
         access_key, secret_key = new_keys()
         with self._step(f"start {plan.count} node(s)"):
             self._start_nodes(plan, programs, endpoint)
-            # On the first node, so that S3 stays available when a test stops another node.
+            # S3 runs on the first node, so that it stays available when a test stops another node.
             s3_pod.apply(endpoint, access_key, secret_key, node=plan.nodes[0].name)
             self._wait("the nodes", lambda: len(ready_nodes(endpoint)) == plan.count)
         with self._step("start S3"):
@@ -142,7 +142,7 @@ class NodeCluster:
         return endpoint
 
     def _start_containerd(self, node: Node) -> None:
-        """Start containerd. Before that, remove the containers of an earlier cluster from the store: the kubelet must not see them."""
+        """Remove the containers of an earlier cluster from the node's store, then start containerd. The kubelet must not see old containers."""
         has_old_store = node.store.exists()
         containerd.write_configuration(node)
         name = f"containerd-{node.name}"
@@ -196,7 +196,7 @@ class NodeCluster:
         processes.wait_until(what, is_ready, servers=[], timeout=60)
 
     def down(self) -> None:
-        """Stop the cluster. The nodes' images are kept for the next cluster."""
+        """Stop the cluster. Keep the nodes' images for the next cluster."""
         with lock_state_folder(self.state_dir):
             self._machine.end()
             self._clean()
@@ -249,7 +249,7 @@ class NodeCluster:
         return s3_endpoint(plan, state["access_key"], state["secret_key"])
 
     def containerd(self, node: Node) -> Containerd:
-        """Client of a node's containerd."""
+        """Return a client for a node's containerd."""
         return Containerd(f"/proc/{self._machine.pid(node.name)}/root{node.socket}", node.store)
 
     def load_image(self, image: Path | str, *, nodes: Sequence[str] | None = None) -> str:
@@ -271,7 +271,7 @@ class NodeCluster:
         return subprocess.run(command, check=check, capture_output=True, text=True, input=stdin).stdout
 
     def stop_kubelet(self, name: str) -> None:
-        """Kill a node's kubelet: the node becomes NotReady, its containers keep running."""
+        """Kill a node's kubelet. The node becomes NotReady, and its containers keep running."""
         self._kill(f"kubelet-{self._node(name).name}")
 
     def power_off(self, name: str) -> None:
@@ -292,7 +292,7 @@ class NodeCluster:
         if self._has_ended(f"containerd-{name}"):
             argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
             self._machine.start_component(f"containerd-{name}", node, argv)
-            # A kubelet without container runtime exits.
+            # The kubelet exits if containerd is not running.
             processes.wait_until(f"containerd of {name}", self.containerd(node).is_responding, servers=[], timeout=30)
         if self._has_ended(f"kubelet-{name}"):
             self._start_kubelet(build.ensure(build.KUBE), node)
@@ -307,7 +307,7 @@ class NodeCluster:
             raise NotRunning(f"there is no node {name}: the nodes are {names}") from None
 
     def _set_gpus(self) -> None:
-        """Set the nodes' GPU capacity. The kubelet does not change extended resources that no device plugin manages."""
+        """Set the nodes' GPU capacity. The kubelet keeps this value, because no device plugin manages the resource."""
         if self.options.gpus:
             for node in self.plan.nodes:
                 json_pointer = f"/status/capacity/{GPU.replace('/', '~1')}"
@@ -322,7 +322,7 @@ def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
 
 
 def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[str]:
-    """List the names of the Ready nodes; with `since`, only of nodes whose kubelet has sent a heartbeat after this time."""
+    """List the names of the Ready nodes. If `since` is given, list only nodes whose kubelet has sent a heartbeat after this time."""
     try:
         nodes = endpoint.get("/api/v1/nodes")["items"]
         leases = endpoint.get("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")["items"]
@@ -347,4 +347,4 @@ def find_layout(tag: str) -> Path:
         with contextlib.suppress(ImageNotFound):
             manifest_of(layout.parent, tag)
             return layout.parent
-    raise ImageNotFound(f"no image {tag} was built here: run `localcluster images build`")
+    raise ImageNotFound(f"image {tag} is not in the cache of this machine: run `localcluster images build`")

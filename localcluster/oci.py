@@ -58,14 +58,14 @@ def write_layout(folder: Path, image: Image) -> Path:
 
 
 def manifest_of(layout: Path, tag: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Return tag and index entry of the image `tag` in a layout; without `tag`, of the newest image.
+    """Return the tag and the index entry of the image `tag` in a layout. If `tag` is None, return those of the newest image.
 
     Errors: ImageNotFound if the folder is not a layout or does not contain the image.
     """
     try:
         entries = json.loads((layout / "index.json").read_text())["manifests"]
     except (OSError, ValueError, KeyError):
-        raise ImageNotFound(f"{layout} is no OCI image layout: it has no index.json") from None
+        raise ImageNotFound(f"{layout} is not an OCI image layout: it has no index.json") from None
     named = [(entry.get("annotations", {}).get(REF_NAME), entry) for entry in entries]
     matching = [(name, entry) for name, entry in named if name and tag in (None, name)]
     if not matching:

@@ -1,7 +1,7 @@
 """Find free ports on the loopback.
 
-The ports are below the range of ephemeral ports. Otherwise the kernel could give a port to an outgoing connection between the check
-here and the server's bind. Two programs may still choose the same port: on `address already in use`, the caller must choose again.
+The ports are below the range of ephemeral ports. Otherwise the kernel could assign a port to an outgoing connection before the server binds
+it. Two programs may still choose the same port: if bind fails with `address already in use`, the caller must choose again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FIRST, LAST = 20000, 32700
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """`count` different TCP ports on `host` that are not in use now."""
+    """Return `count` different TCP ports that are now unused on `host`."""
     chosen: list[int] = []
     with contextlib.ExitStack() as sockets:
         for port in random.SystemRandom().sample(range(FIRST, LAST), 2000):

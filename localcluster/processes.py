@@ -25,7 +25,7 @@ Condition = Callable[[], bool]
 
 
 class Lifetime(Enum):
-    """When a server ends if nothing stops it earlier."""
+    """When the kernel kills a server that was not stopped."""
 
     PARENT = "parent"
     """When the thread that started the server ends, even by `kill -9`: for tests and programs."""
@@ -52,9 +52,7 @@ def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
     env: Mapping[str, str] | None = None, cwd: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
-    """Start `argv` in a new session, with its output in `log` and `owner` in its environment.
-
-    `env` replaces the environment of this process.
+    """Start `argv` in a new session. Append its output to `log`. Set the environment to `env` (default: that of this process) plus `owner`.
     """
     parent = os.getpid()
 
@@ -84,7 +82,7 @@ def tail(log: Path, lines: int = 3) -> str:
 
 
 def owned_by(owner: Path) -> list[int]:
-    """List the pids of all live processes of `owner`, including their children, except this process."""
+    """List the pids of all running processes of `owner`, including their children, except this process."""
     marker = f"{OWNER}={owner}".encode()
     pids = []
     for entry in Path("/proc").iterdir():
@@ -99,7 +97,9 @@ def owned_by(owner: Path) -> list[int]:
 
 
 def start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks, or None if it has ended. The time distinguishes processes that got the same pid."""
+    """Return the start time of a process in clock ticks, or None if it has ended. If the kernel reuses a pid, the start time identifies the
+    process.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -108,9 +108,9 @@ def start_time(pid: int) -> str | None:
 
 
 def end_all(owner: Path, timeout: float = 20.0) -> int:
-    """Kill all processes of `owner` and wait until they have ended. Returns their number.
+    """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
-    The first process of a PID namespace ends only after all other processes in the namespace.
+    Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others.
     """
     seen: dict[int, str] = {}
     deadline = time.monotonic() + timeout
@@ -128,7 +128,7 @@ def end_all(owner: Path, timeout: float = 20.0) -> int:
 
 
 def kill(pid: int) -> None:
-    """Send SIGKILL to a process that may have ended; reap it if it is a child of this process."""
+    """Send SIGKILL to a process, and reap it if it is a child of this process. A process that has ended is not an error."""
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -137,7 +137,7 @@ def kill(pid: int) -> None:
 
 
 def wait_until(what: str, ready: Callable[[], bool], *, servers: Sequence[Server], timeout: float) -> None:
-    """Wait until `ready` is true. Errors: StartFailed when one of `servers` has ended, or after `timeout` seconds."""
+    """Wait until `ready` returns true. Errors: StartFailed if one of `servers` ends, or after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not ready():
         for server in servers:

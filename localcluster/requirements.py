@@ -1,4 +1,4 @@
-"""Check the requirements of a cluster with nodes on the machine, before any process starts. Each error is one line."""
+"""Check that this machine can run a cluster with nodes, before any process starts. Each error message is one line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NODE_PACKAGES = {
     "containerd": "containerd", "ctr": "containerd", "runc": "runc", "bridge": "containernetworking-plugins",
     "iptables": "iptables", "ip": "iproute2", "unshare": "util-linux", "mount": "mount",
 }
-"""Debian packages for running pods, by program."""
+"""Programs for running pods, and the Debian package of each."""
 IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debootstrap"}
-"""Debian packages for building images, by program."""
+"""Programs for building images, and the Debian package of each."""
 
 
 def find(program: str) -> str | None:
-    """Return the path of a program on the PATH, in the sbin folders or in the folder of the CNI plugins; None if it is missing."""
+    """Return the path of a program; None if it is missing. Searches the PATH, the sbin folders and the folder of the CNI plugins."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI)])
     return shutil.which(program, path=path)
 
@@ -32,7 +32,7 @@ def missing_packages(wanted: dict[str, str]) -> list[str]:
 
 
 def check_packages(wanted: dict[str, str]) -> None:
-    """Raise MissingRequirement, with the names of the packages, if packages are missing."""
+    """Check that no package is missing. Errors: MissingRequirement with the names of the missing packages."""
     if missing := missing_packages(wanted):
         raise MissingRequirement(
             f"Debian packages are missing: {' '.join(missing)}: run `localcluster packages --install` as root"
@@ -42,7 +42,7 @@ def check_packages(wanted: dict[str, str]) -> None:
 def check_node() -> None:
     """Check every requirement for running pods on this machine."""
     if sys.platform != "linux":
-        raise MissingRequirement(f"a cluster with nodes needs Linux, this is {sys.platform}: use kind")
+        raise MissingRequirement(f"a cluster with nodes needs Linux, but this machine runs {sys.platform}: use kind")
     if os.geteuid() != 0:
         raise MissingRequirement("a cluster with nodes needs root: become root, or use kind, or --mode control-plane")
     check_packages(NODE_PACKAGES)
@@ -54,7 +54,7 @@ def check_kernel() -> None:
     if "overlay" not in Path("/proc/filesystems").read_text():
         subprocess.run(["modprobe", "overlay"], capture_output=True)
         if "overlay" not in Path("/proc/filesystems").read_text():
-            raise MissingRequirement("the kernel has no overlayfs, which containers need: `modprobe overlay`")
+            raise MissingRequirement("containers need overlayfs, but the kernel does not support it: run `modprobe overlay`")
     attempt = "ip link add name br0 type bridge && ip link add name v0 type veth && iptables -w -t nat -L -n"
     tried = subprocess.run(
         ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", attempt],
@@ -63,7 +63,7 @@ def check_kernel() -> None:
     if tried.returncode != 0:
         reason = (tried.stderr.strip().splitlines() or ["no message"])[-1]
         raise MissingRequirement(
-            f"the kernel refuses namespaces, bridges, veth pairs or iptables NAT, which a node needs: {reason}"
+            f"a node needs namespaces, bridges, veth pairs and iptables NAT, but the kernel refuses one of them: {reason}"
         )
 
 

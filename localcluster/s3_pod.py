@@ -1,4 +1,4 @@
-"""The S3 server of a cluster with nodes: SeaweedFS in a pod with a Service, and a node port for this machine."""
+"""Run the S3 server of a cluster with nodes: SeaweedFS in a pod with a Service. This machine connects to it through a node port."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def layout() -> Path:
 
 
 def objects(access_key: str, secret_key: str, *, node: str | None = None) -> list[dict[str, Any]]:
-    """The manifests in order of creation. With `node`, the server runs on that node."""
+    """Return the manifests in the order of creation. If `node` is given, the server runs on that node."""
     config = {"s3.json": json.dumps(identities(access_key, secret_key))}
     return [
         _object("v1", "Namespace", NAMESPACE),
@@ -77,9 +77,9 @@ def _pod(node: str | None) -> dict[str, Any]:
         "args": server_arguments(_PORTS, directory="/data", config="/config/s3.json", listen="0.0.0.0"),
         "env": [{"name": "GOMEMLIMIT", "value": "400MiB"}],
         "ports": [{"name": "s3", "containerPort": PORT}],
-        # Without a CPU request the pod would have the lowest CPU weight and would get too little CPU time next to training pods.
+        # Without a CPU request, the pod would have the lowest CPU weight, and training pods would leave it too little CPU time.
         "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
-        # One success makes the pod ready; many failures make it unready: on a busy machine, late answers must not make S3 unreachable.
+        # The pod becomes unready only after 12 failures: on a busy machine, late answers must not make S3 unreachable.
         "readinessProbe": {
             "httpGet": {"path": "/status", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
         },

@@ -13,14 +13,14 @@ Step = Callable[[str], AbstractContextManager[None]]
 
 @contextlib.contextmanager
 def silent(description: str) -> Iterator[None]:
-    """Show nothing: for programs and tests."""
+    """Show nothing. Programs and tests use this function."""
     del description
     yield
 
 
 @contextlib.contextmanager
 def shown(description: str) -> Iterator[None]:
-    """Show the step on standard error: with a spinner on a terminal, else as two plain lines."""
+    """Show the step on standard error. On a terminal, show a spinner; otherwise print one line before and one line after the step."""
     from rich.console import Console  # the import takes 0.2 s
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

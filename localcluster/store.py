@@ -1,6 +1,6 @@
 """Load images into a node's containerd while copying as few bytes as possible.
 
-A training image has gigabytes in a few layers that seldom change. Large blobs are hard-linked from the build's layout, blobs that the
+A training image has a few layers of several gigabytes that seldom change. Large blobs are hard-linked from the build's layout, blobs that the
 node already has are skipped, and only small blobs are copied.
 """
 
@@ -27,7 +27,7 @@ MAX_IMPORTS = 3
 
 @dataclass(frozen=True)
 class Containerd:
-    """Client of one node's containerd. `root` is its data folder and `socket` its socket, both as paths on this machine."""
+    """Client of one node's containerd. `root` is containerd's data folder, `socket` is its socket; both are paths on this machine."""
 
     socket: str
     root: Path
@@ -44,12 +44,12 @@ class Containerd:
         return subprocess.run(["ctr", "-a", self.socket, "version"], capture_output=True).returncode == 0
 
     def images(self) -> dict[str, str]:
-        """Return the digests of all images by name."""
+        """Return the digest of each image, by image name."""
         rows = [line.split() for line in self.ctr("images", "ls").splitlines()[1:]]
         return {row[0]: row[2] for row in rows}
 
     def load(self, layout: Path, tag: str | None = None) -> str:
-        """Import and unpack an image from an OCI layout unless containerd has it. Returns the image's name."""
+        """Import and unpack an image from an OCI layout, unless containerd already has the image. Returns the image's name."""
         name, entry = manifest_of(layout, tag)
         if self.images().get(name) == entry["digest"]:
             return name
@@ -73,7 +73,7 @@ class Containerd:
             self.ctr("images", "import", "-", stdin=archive)
 
     def _remove_untagged(self) -> None:
-        """Remove images whose tag now names a newer image. The kubelet still lists them by hash, which would keep gigabytes on the disk."""
+        """Remove images whose tag now names a newer image. Otherwise they would keep gigabytes on the disk under the names `sha256:...`."""
         images = self.images()
         for name in untagged_names(images):
             self.ctr("images", "rm", name)

@@ -1,4 +1,4 @@
-"""Pods as local processes with a real S3 server, from the helpers of the pod tests."""
+"""Run pods as local processes with a real S3 server, with the helpers of the pod tests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
 MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
-"""PYTHONPATH of a pod, with the modules that can replace the training."""
+"""PYTHONPATH of a pod; it includes the modules that can replace the training."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The shared parts of a benchmark: a folder, an S3 server, models and training data."""
+    """A folder, an S3 server, models and training data that all pods of a benchmark share."""
 
     folder: Path
     server: S3Endpoint
@@ -39,7 +39,7 @@ class Workspace:
         return StoreTarget(uri=f"s3://{BUCKET}/{run}/team/job/{UID}", endpoint=endpoint or self.server.host_url)
 
     def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
-        """Return the spec of a small job. `model` holds arguments of make_tiny_model; each model is created once."""
+        """Return the spec of a small job. `model` contains arguments for make_tiny_model; a model is created when it is first needed."""
         shape = model or {}
         name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(shape.items()))])
         if not (self.folder / name / "config.json").exists():
@@ -65,7 +65,7 @@ class Workspace:
 
 @contextlib.contextmanager
 def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
-    """Start an S3 server in a temporary folder, or in `folder`, whose data are kept afterwards."""
+    """Start an S3 server in a temporary folder. If `folder` is given, use and keep that folder instead."""
     with contextlib.ExitStack() as stack:
         workspace = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workspace.mkdir(parents=True, exist_ok=True)

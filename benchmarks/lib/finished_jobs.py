@@ -1,7 +1,7 @@
 """Create thousands of finished jobs as copies of a job that has run.
 
-Each copy is a FineTuneJob with its final status, a completed Job, and pods. The pods are never bound to a node and have no final status:
-nothing reads the status of a finished job's pods.
+Each copy is a FineTuneJob with its final status, a completed Job, and pods. The pods are not bound to a node and have no final status,
+because nothing reads the status of a finished job's pods.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SERVER_FIELDS = ("uid", "resourceVersion", "creationTimestamp", "generation", "m
 
 @dataclass(frozen=True)
 class FinishedJob:
-    """The objects of one finished job."""
+    """A finished FineTuneJob, its Job and one of its pods."""
 
     job: Object
     attempt: Object
@@ -39,7 +39,7 @@ async def read_finished_job(client: Client, namespace: str) -> FinishedJob:
 
 
 async def write_copies(client: Client, namespace: str, template: FinishedJob, count: int, pods: int, clients: int) -> None:
-    """Write `count` copies into `namespace`, each with `pods` pods, with `clients` concurrent clients."""
+    """Write `count` copies of a finished job into `namespace`, each with `pods` pods. `clients` clients write at the same time."""
     numbers = iter(range(count))
 
     async def work() -> None:
@@ -61,7 +61,7 @@ async def _write_copy(client: Client, namespace: str, template: FinishedJob, nam
     attempt["spec"]["suspend"] = True
     attempt["metadata"]["ownerReferences"] = [_owner_reference(created, names.API_VERSION, names.KIND)]
     job = await client.send("POST", jobs, attempt)
-    # Patch instead of replace: the Job controller writes the condition Suspended at the same time.
+    # Patch, do not replace: the Job controller writes the condition Suspended at the same time.
     await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": template.attempt["status"]}, MERGE)
     for index in range(pods):
         pod = copy_object(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
@@ -72,7 +72,7 @@ async def _write_copy(client: Client, namespace: str, template: FinishedJob, nam
 
 
 def copy_job(body: Object, name: str, labels: dict[str, str]) -> Object:
-    """Copy a Job under another name, without the fields that the server sets. `labels` are set on the Job and on its pod template."""
+    """Copy a Job under another name, without the fields that the server sets. Set `labels` on the Job and on its pod template."""
     copy = copy_object(body, name, labels)
     copy.pop("status", None)
     copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}

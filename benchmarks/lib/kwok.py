@@ -1,4 +1,4 @@
-"""Nodes and pods simulated by KWOK: a pod that is bound to a node runs and succeeds at once.
+"""Simulate nodes and pods with KWOK: a pod that is bound to a node runs and succeeds at once.
 
 Only pods in the namespace `STEADY_NAMESPACE` keep running.
 """

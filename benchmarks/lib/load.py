@@ -1,4 +1,4 @@
-"""Clients that create objects as fast as possible, and watches that record when objects are first seen."""
+"""Create Kubernetes objects with many concurrent clients, and record with watches when objects are first seen."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class FirstSeen:
             self._changed.set()
 
     async def _record_first_seen(self, version: str) -> None:
-        """Watch until cancelled. If the server ends a watch that is too slow, continue it from the last resourceVersion."""
+        """Watch until cancelled. If the server ends a slow watch, start a new watch from the last resourceVersion."""
         while True:
             async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
                 if event["type"] == "ERROR":
@@ -127,7 +127,7 @@ class FirstSeen:
             self._changed.set()
 
     async def wait(self, count: int, timeout_seconds: float) -> float:
-        """The time at which `count` objects had been seen. Errors: TimeoutError after `timeout_seconds`."""
+        """Wait for `count` objects. Returns when the last of them was first seen. Errors: TimeoutError after `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
         while len(self.first_seen) < count:
             if self._task is None or self._task.done():
@@ -153,6 +153,6 @@ def condition_true(kind: str) -> Callable[[Object], bool]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Percentile by the nearest-rank method; 0 without values."""
+    """Percentile by the nearest-rank method; 0 if there are no values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

@@ -24,7 +24,7 @@ WRITES = ("create", "update", "patch", "delete")
 
 
 class Operator:
-    """The operator as a context manager. Except for addresses, its configuration is the default."""
+    """Runs the operator with its default configuration, except for addresses. A context manager."""
 
     def __init__(self, endpoint: Endpoint, folder: Path, progress_url: str) -> None:
         self._endpoint, self._folder, self._progress_url = endpoint, folder, progress_url
@@ -32,7 +32,7 @@ class Operator:
         self._port = 0
 
     def start(self) -> float:
-        """Start the operator. Returns the seconds until it reconciled its first job."""
+        """Start the operator. Returns the seconds until the first reconcile."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._port = free_ports(1)[0]
         config = self._folder / "config.yaml"
@@ -78,7 +78,7 @@ class Operator:
         return {name: float(value) for name, _, value in pairs}
 
     def requests(self) -> Counter[str]:
-        """Requests to the API server so far, by `verb resource`."""
+        """Number of requests that the operator has sent to the API server, by `verb resource`."""
         counts: Counter[str] = Counter()
         for name, value in self.metrics().items():
             if name.startswith(f"{PREFIX}_api_requests_total{{"):
@@ -97,7 +97,7 @@ class Operator:
 
 
 def writes(requests: Counter[str]) -> int:
-    """Count the writes. Events are not counted, because the operator sends them in the background and may drop them."""
+    """Count write requests, except those for events: the operator sends events in the background and may drop them."""
     return sum(count for label, count in requests.items() if label.startswith(WRITES) and not label.endswith(" events"))
 
 
@@ -136,7 +136,7 @@ class ProgressServer:
 
     def __init__(self) -> None:
         self.uids: dict[tuple[str, str], str] = {}
-        """uid of the FineTuneJob, by namespace and name."""
+        """UIDs of the FineTuneJobs, by namespace and name."""
         self.started = time.time()
         self.port = 0
 
@@ -168,5 +168,5 @@ class ProgressServer:
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     def now(self) -> int:
-        """The step that all pods report at the moment."""
+        """The step that all pods now report."""
         return 1 + int(time.time() - self.started)

@@ -1,4 +1,4 @@
-"""A control plane with raised client limits, and the CPU time and memory of its processes."""
+"""Run a control plane with raised client limits; measure the CPU time and memory of its processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localcluster import ControlPlane, build, components
 from localcluster.processes import Server
 
 CLIENT_LIMITS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
-"""With the defaults (20 and 30 requests per second), the benchmark would measure only these limits."""
+"""Raised request limits: with the defaults (20 and 30 requests per second), the benchmark would measure only the limits."""
 EXTRA_FLAGS = {
     "kube-controller-manager": [*CLIENT_LIMITS, "--concurrent-job-syncs=20"],
     "kube-scheduler": list(CLIENT_LIMITS),
@@ -37,7 +37,7 @@ class FastControlPlane(ControlPlane):
 
     @contextlib.contextmanager
     def scheduling(self) -> Iterator[None]:
-        """Run the scheduler inside this block. Outside of it, new pods are not bound to a node."""
+        """Run the scheduler while the `with` block runs. At other times, new pods are not bound to nodes."""
         server = self._spawn("kube-scheduler", components.scheduler(build.ensure(build.KUBE), self.state_dir))
         try:
             yield
@@ -57,7 +57,7 @@ class Usage:
         return cls({name: cpu_seconds(pid) for name, pid in pids.items()})
 
     def since(self, before: Usage) -> dict[str, float]:
-        """CPU seconds since `before`; programs that started later count from zero."""
+        """CPU seconds used since `before`, by program."""
         return {name: round(used - before.seconds.get(name, 0.0), 2) for name, used in self.seconds.items()}
 
 
@@ -71,7 +71,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    """Resident memory of a process in bytes. With the field `VmHWM`, the maximum since the process started."""
+    """Resident memory of a process in bytes. The field `VmHWM` returns the maximum since the process started."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -149,7 +149,7 @@ def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.Monke
     folder.parent.mkdir(parents=True)
     write_layout(folder, Image("localhost/x:dev", {"/p": program}, ["/p"]))
     assert find_layout("localhost/x:dev") == folder
-    with pytest.raises(ImageNotFound, match="localhost/y:dev was built here: run `localcluster images build`"):
+    with pytest.raises(ImageNotFound, match="localhost/y:dev is not in the cache of this machine: run `localcluster images build`"):
         find_layout("localhost/y:dev")
 
 
@@ -200,7 +200,7 @@ def test_nodes_need_root_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingRequirement, match="needs root"):
         requirements.check_node()
     monkeypatch.setattr(requirements.sys, "platform", "darwin")
-    with pytest.raises(MissingRequirement, match="needs Linux, this is darwin: use kind"):
+    with pytest.raises(MissingRequirement, match="needs Linux, but this machine runs darwin: use kind"):
         requirements.check_node()
 
 
