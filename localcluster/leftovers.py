@@ -1,4 +1,4 @@
-"""Find the processes, namespaces, mounts, network links and cgroups that a cluster has left behind. After a cluster has ended, there must be none."""
+"""Find the processes, namespaces, mounts, network links and cgroups that a cluster has left behind."""
 
 from __future__ import annotations
 

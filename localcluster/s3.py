@@ -126,7 +126,7 @@ class S3Process:
 
     @property
     def endpoint(self) -> S3Endpoint:
-        """URL and keys of the server. They stay the same when the server is stopped and started again. Errors: StartFailed before the first start."""
+        """URL and keys of the server. A restart does not change them. Errors: StartFailed before the first start."""
         if self._endpoint is None:
             raise StartFailed("the S3 server was not started")
         return self._endpoint

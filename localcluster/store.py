@@ -85,7 +85,7 @@ class Containerd:
         return [digest for digest in dict.fromkeys(wanted) if digest not in existing]
 
     def _hard_link(self, layout: Path, digest: str) -> bool:
-        """Hard-link a blob into the content store and register it. Returns False for a small blob or one on another file system."""
+        """Hard-link a blob into the content store and register it. Returns False if the blob is small or on another file system."""
         source = blob_path(layout, digest)
         if source.stat().st_size < 1 << 20:
             return False
@@ -93,11 +93,11 @@ class Containerd:
         try:
             os.link(source, target)
         except FileExistsError:
-            pass  # left by a removed image; the content is the same, because the file's name is its hash
+            pass  # an image that has been removed left this file; the content is the same, because the file is named after its hash
         except OSError:
             return False
         size = str(source.stat().st_size)
-        with source.open("rb") as content:  # ctr finds that the content store already has all bytes and copies nothing
+        with source.open("rb") as content:  # ctr copies nothing, because the content store already has all bytes
             self.ctr(
                 "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}",
                 stdin=content,
@@ -111,7 +111,7 @@ class Containerd:
 
 
 def untagged_names(images: dict[str, str]) -> list[str]:
-    """List the images whose only name is their hash; `images` maps names to digests."""
+    """List the images that have no tag: their only name is their hash. `images` maps names to digests."""
     tagged = {digest for name, digest in images.items() if not name.startswith("sha256:")}
     return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged]
 
@@ -122,7 +122,7 @@ def blob_path(layout: Path, digest: str) -> Path:
 
 
 def _write_archive(out: BinaryIO, layout: Path, name: str, entry: dict[str, Any], digests: list[str]) -> None:
-    """Write an OCI archive of one image. Of its blobs, the archive contains only `digests`."""
+    """Write an OCI archive of one image. The archive contains only the blobs in `digests`."""
     annotations = {**entry.get("annotations", {}), "io.containerd.image.name": name}
     index = {"schemaVersion": 2, "manifests": [{**entry, "annotations": annotations}]}
     with tarfile.open(fileobj=out, mode="w") as archive:

@@ -1,7 +1,5 @@
-"""Ask the base model and the fine-tuned model the same questions, and print both answers as JSON.
-
-This is a separate program because it imports torch, which would delay the demo's live view.
-Usage: answers.py BASE ADAPTER QUESTION... -- prints [{"question", "base", "tuned"}, ...]
+"""Ask the base model and the fine-tuned model the same questions, and print both answers as JSON. This is a separate program, because the
+import of torch would delay the demo's live view. Usage: answers.py BASE ADAPTER QUESTION... -- prints [{"question", "base", "tuned"}, ...]
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def compare(base: str, adapter: str, questions: list[str]) -> list[dict[str, str]]:
-    """Let both models answer each question. Returns one entry per question."""
+    """Ask the base model and the fine-tuned model each question. Returns one entry per question."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,7 +1,7 @@
-"""Create the JSON schema of the chart's values, which allows no unknown keys.
+"""Create the JSON schema of the chart's values. The schema rejects unknown keys.
 
-The chart's own keys are defined here. The schema of the operator's settings comes from the models in `finetune_operator.settings`, so
-that Helm rejects a value that the operator would reject, before it installs anything.
+The chart's own keys are defined here. The schema of the operator's settings is generated from the models in `finetune_operator.settings`. If
+the operator would reject a value, Helm therefore rejects it before it installs anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finetune_operator.settings import OperatorConfig
 Schema = dict[str, Any]
 
 SETTINGS_BY_CHART = ("namespaces", "trainer", "storage", "resources", "nodePools", "leaderElection", "log", "http")
-"""Fields of the configuration file that the chart sets from a separate value or to a constant."""
+"""Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
 
 
 def closed_object(properties: dict[str, Schema], description: str = "", required: tuple[str, ...] = ()) -> Schema:
@@ -34,7 +34,7 @@ def array(items: Schema, description: str) -> Schema:
 
 
 def open_object(description: str) -> Schema:
-    """Schema of an object whose content only the API server validates."""
+    """Schema of an object with any content. Only the API server validates the content."""
     return {"type": "object", "description": description}
 
 
@@ -53,7 +53,7 @@ def image(owner: str) -> Schema:
 
 
 class SettingsSchema:
-    """The JSON schema of the operator's configuration, by field."""
+    """The JSON schema of each field of the operator's configuration."""
 
     def __init__(self) -> None:
         whole = OperatorConfig.model_json_schema(by_alias=True)
@@ -69,7 +69,7 @@ class SettingsSchema:
         return {name: self.field(name) for name in self._properties if name not in SETTINGS_BY_CHART}
 
     def _resolve_references(self, node: Any) -> Any:
-        """Return the schema without references, generated titles and null. A values file needs no null, because unset keys are absent."""
+        """Return the schema without references, generated titles and null. Null is not needed, because a values file can leave out a key."""
         if isinstance(node, list):
             return [self._resolve_references(item) for item in node]
         if not isinstance(node, dict):
@@ -89,7 +89,7 @@ class SettingsSchema:
 
 
 def _is_superfluous(key: str, value: Any) -> bool:
-    """Whether a keyword is a generated title, an extension of the CRD (`x-`), or a default that is not a scalar."""
+    """Whether a keyword is a generated title, a CRD extension (`x-...`), or a default value that is not a scalar."""
     is_title = key == "title" and isinstance(value, str)
     return is_title or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
 
@@ -104,12 +104,12 @@ def _without_null(schema: Schema) -> Schema:
 
 
 def trainer(settings: SettingsSchema) -> Schema:
-    """Schema of `trainer`: the operator's `trainer` section, with the image split into parts, and the default resources."""
+    """Schema of `trainer`: the operator's `trainer` section, but the image is split into parts, and `resources` is added."""
     fields = dict(settings.field("trainer")["properties"])
     fields.pop("imagePullPolicy")
     fields["image"] = image("the training pods")
     for name in ("serviceAccountName", "priorityClassName"):
-        # The chart's default is an empty string, which the chart does not write into the operator's configuration.
+        # Also allow the empty string: it is the chart's default and means that the chart does not set the field.
         pattern = "^$|" + fields[name].pop("pattern")
         fields[name] |= {"pattern": pattern}
     fields["resources"] = settings.field("resources")
@@ -117,10 +117,10 @@ def trainer(settings: SettingsSchema) -> Schema:
 
 
 def leader_election(settings: SettingsSchema) -> Schema:
-    """Schema of `leaderElection`, without the Lease's name and namespace, which the chart derives from the release."""
+    """Schema of `leaderElection`, without the Lease's name and namespace: the chart derives them from the release."""
     fields = settings.field("leaderElection")["properties"]
     chosen = {name: field for name, field in fields.items() if name not in ("leaseName", "leaseNamespace")}
-    return closed_object(chosen, "Leader election of the replicas with a Lease: only the leader reconciles.")
+    return closed_object(chosen, "Leader election with a Lease: only the leader reconciles.")
 
 
 def container_resources() -> Schema:
@@ -136,7 +136,7 @@ def schema() -> Schema:
     node_pools = settings.field("nodePools")
     properties = {
         "image": image("the operator"),
-        "imagePullSecrets": array(string(), "Names of the Secrets with which nodes pull the operator's image."),
+        "imagePullSecrets": array(string(), "Names of the Secrets for pulling the operator's image."),
         "replicas": {"type": "integer", "minimum": 0, "maximum": 10, "description": "Number of operator pods; only the leader reconciles."},
         "leaderElection": leader_election(settings),
         "watchNamespaces": settings.field("namespaces"),
@@ -145,10 +145,13 @@ def schema() -> Schema:
         "nodePools": node_pools,
         "settings": closed_object(settings.other_fields(), "Further settings of the operator."),
         "log": settings.field("log"),
-        "crds": closed_object({"enabled": boolean, "keep": boolean}, "Whether the chart installs the CustomResourceDefinition, and keeps it when uninstalled."),
+        "crds": closed_object(
+            {"enabled": boolean, "keep": boolean},
+            "`enabled`: whether the chart installs the CustomResourceDefinition. `keep`: whether `helm uninstall` keeps it.",
+        ),
         "rbac": closed_object(
             {"create": boolean, "aggregate": boolean},
-            "Whether the chart creates the operator's roles and bindings, and aggregates rights on FineTuneJobs into the roles view, edit and admin.",
+            "`create`: whether the chart creates the operator's roles and bindings. `aggregate`: whether the roles view, edit and admin include FineTuneJobs.",
         ),
         "serviceAccount": closed_object(
             {"create": boolean, "name": string(), "annotations": ANNOTATIONS_SCHEMA}, "The operator's ServiceAccount."
@@ -162,9 +165,9 @@ def schema() -> Schema:
         "priorityClassName": string("Priority class of the operator's pods."),
         "podLabels": LABELS_SCHEMA | {"description": "Further labels of the operator's pods."},
         "podAnnotations": ANNOTATIONS_SCHEMA | {"description": "Further annotations of the operator's pods."},
-        "nameOverride": string("Name to use instead of the chart's name in object names and labels."),
-        "fullnameOverride": string("Name to use instead of release name and chart name in object names."),
-        "global": open_object("Values that Helm passes to subcharts; this chart does not use them."),
+        "nameOverride": string("Replaces the chart's name in object names and labels."),
+        "fullnameOverride": string("Replaces the release name and the chart's name in object names."),
+        "global": open_object("Values that Helm shares with subcharts; this chart does not use them."),
     }
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of finetune-operator"}
     return head | closed_object(properties)

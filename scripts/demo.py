@@ -1,4 +1,4 @@
-"""`make demo`: one fine-tuning job from `kubectl apply` to a model in S3, on a real cluster, with each step shown.
+"""`make demo`: run one fine-tuning job on a real cluster, from `kubectl apply` to a model in S3, and show each step.
 
 The demo runs the steps of a user: it installs the chart, uploads a model and data, applies `examples/quickstart.yaml`, and watches the
 job. CLUSTER=kind|local|current chooses the cluster; KEEP=1 keeps everything running.
@@ -45,7 +45,7 @@ console = Console(stderr=False, soft_wrap=True)
 
 
 class DemoFailed(Exception):
-    """The demo cannot continue; the message is for the user."""
+    """The demo cannot continue; the message tells the user the reason."""
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def image_value(reference: str) -> dict[str, str]:
 
 
 def values(cluster: DemoCluster) -> dict[str, Any]:
-    """The chart's values for this cluster."""
+    """Return the Helm values with which the demo installs the chart."""
     return {
         "image": image_value(cluster.operator_image),
         "trainer": {"image": image_value(cluster.trainer_image)},
@@ -95,7 +95,7 @@ def values(cluster: DemoCluster) -> dict[str, Any]:
             "addressingStyle": "path",
             "credentialsSecretRef": {"name": SECRET},
         },
-        # The training pod uses all cores: without this request, the operator would get too little CPU.
+        # The training pod uses all cores. Without this request, the operator would get too little CPU time.
         "resources": {"requests": {"cpu": "250m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
         "settings": {"progressSeconds": 1, "scrape": {"intervalSeconds": 1, "startingIntervalSeconds": 1}},
     }
@@ -137,7 +137,7 @@ def apply(cluster: DemoCluster) -> None:
 
 
 def check_success(snapshot: Snapshot) -> None:
-    """Raise DemoFailed, with the failure from the job's status, unless the job succeeded."""
+    """Check that the job has succeeded. Errors: DemoFailed with the failure from the job's status."""
     status = snapshot.status
     if status and status.phase is Phase.SUCCEEDED:
         return
@@ -147,7 +147,7 @@ def check_success(snapshot: Snapshot) -> None:
 
 
 def show_objects(cluster: DemoCluster, snapshot: Snapshot) -> None:
-    """Print the job's folders in S3."""
+    """Print the folders that the job has written to S3."""
     assert snapshot.status and snapshot.status.output and snapshot.status.output.uri
     root, _, _ = snapshot.status.output.uri.partition("/model/")
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
@@ -209,7 +209,7 @@ def run_demo(cluster: DemoCluster) -> None:
 
 
 def clean_up(cluster: DemoCluster) -> None:
-    """Remove everything that the demo has created. Ctrl-C does not interrupt the removal."""
+    """Remove everything that the demo has created. Ignores Ctrl-C during the removal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with step("remove everything"):
@@ -219,7 +219,7 @@ def clean_up(cluster: DemoCluster) -> None:
 
 
 def uninstall(cluster: DemoCluster) -> None:
-    """Remove the demo's objects from a user's cluster. The labelled namespace is last: its label marks all objects as created by the demo."""
+    """Remove the demo's objects from a user's cluster. Delete the namespace RELEASE last: its label shows that the demo has created all objects."""
     with contextlib.suppress(subprocess.CalledProcessError):
         cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     with contextlib.suppress(DemoFailed):
@@ -230,7 +230,7 @@ def uninstall(cluster: DemoCluster) -> None:
 
 
 def run(cluster: DemoCluster, *, keep: bool) -> None:
-    """Prepare, run the demo, and clean up. With `keep`, nothing is removed after a success."""
+    """Prepare the cluster, run the demo, and clean up. If `keep` is true and the demo succeeds, remove nothing."""
     heading(f"Prepare ({cluster.name} cluster; slow steps run once, in parallel)")
     run_all([*cluster.steps(), HELM.step(), model_step()], cache() / "logs", console)
     is_kept = False
@@ -256,7 +256,7 @@ def report_error(message: str) -> int:
 
 
 def main() -> int:
-    """Run the demo. Returns the exit code: 0, 1 after an error, or 130 after Ctrl-C."""
+    """Run the demo. Returns the exit code: 0 after success, 1 after an error, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--down", action="store_true", help="remove everything that a demo with KEEP=1 has left running")
     arguments = parser.parse_args()

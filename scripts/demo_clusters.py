@@ -1,6 +1,6 @@
-"""The clusters on which the demo can run: a local cluster, kind, or the cluster of a kubeconfig.
+"""Start or connect to the cluster of the demo: a local cluster, a kind cluster, or the cluster of the user's kubeconfig.
 
-`current` uses a cluster that the demo did not create, and removes only objects that the demo has created there.
+The demo does not create or delete the cluster of a kubeconfig. In such a cluster, it removes only the objects that it has created.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ NAMESPACE = "finetune-demo"
 RELEASE = "finetune-operator"
 CRD = f"{PLURAL}.{GROUP}"
 DEMO_LABEL = f"{GROUP}/demo"
-"""Label of namespaces that the demo has created in a user's cluster."""
+"""Label that marks the namespaces that the demo has created in a user's cluster."""
 
 
 class NoCluster(Exception):
-    """The demo has no cluster to run on; the message says in one line what is missing."""
+    """The demo has no cluster to run on; the one-line message names what is missing."""
 
 
 class DemoCluster(ABC):
@@ -53,7 +53,7 @@ class DemoCluster(ABC):
 
     @abstractmethod
     def steps(self) -> list[Step]:
-        """Slow steps to run in parallel before `up`."""
+        """Return the slow steps. The caller runs them in parallel before it calls `up`."""
 
     @abstractmethod
     def up(self) -> None:
@@ -78,16 +78,16 @@ class DemoCluster(ABC):
         """Run kubectl. Returns its output. Errors: CalledProcessError."""
 
     def has_demo_objects(self) -> bool:
-        """Whether the demo must uninstall its objects, because `down` does not remove the cluster."""
+        """Whether the demo must uninstall its objects. It need not if `down` removes the whole cluster."""
         return False
 
     def keep_lines(self) -> list[str]:
-        """Commands to print for the user if everything keeps running."""
+        """Return commands for the user. The demo prints them if KEEP=1 keeps everything running."""
         return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # show the jobs", "make down"]
 
 
 class LocalDemoCluster(DemoCluster):
-    """The local cluster; needs Linux and root. A cluster that was already running is used and not stopped."""
+    """The local cluster; it needs Linux and root. If it is already running, the demo uses it and does not stop it."""
 
     name = "local"
 
@@ -97,7 +97,7 @@ class LocalDemoCluster(DemoCluster):
 
     def steps(self) -> list[Step]:
         if not self._is_running():
-            take_lock(self._cluster.state_dir).close()  # fail before the slow steps if another cluster is running
+            take_lock(self._cluster.state_dir).close()  # if another cluster is running, fail before the slow steps
         return local_steps()
 
     def up(self) -> None:
@@ -141,7 +141,7 @@ class KubectlCluster(DemoCluster):
 
 
 class KindCluster(KubectlCluster):
-    """kind in Docker. Docker builds the images; S3 runs in a pod, which this machine reaches through a port-forward."""
+    """A kind cluster in Docker. Docker builds the images. S3 runs in a pod, and this machine connects to it through a port-forward."""
 
     name = "kind"
 
@@ -226,7 +226,7 @@ class KindCluster(KubectlCluster):
 
 
 def _write_s3_archive(folder: Path) -> Path:
-    """Write the S3 image as an archive. An annotation makes containerd import it under the name that the pod uses."""
+    """Write the S3 image as an archive. An annotation sets the name under which containerd imports the image."""
     layout = shutil.copytree(s3_pod.layout(), folder / "layout")
     index = json.loads((layout / "index.json").read_text())
     for entry in index["manifests"]:
@@ -239,7 +239,7 @@ def _write_s3_archive(folder: Path) -> Path:
 
 
 class CurrentCluster(KubectlCluster):
-    """The cluster of the user's kubeconfig, with images from a registry and an external S3 server."""
+    """The cluster of the user's kubeconfig. It pulls the images from a registry and uses an external S3 server."""
 
     name = "current"
     needs = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -249,8 +249,8 @@ class CurrentCluster(KubectlCluster):
         missing = [name for name in self.needs if not os.environ.get(name)]
         if missing:
             raise NoCluster(
-                f"CLUSTER=current needs {', '.join(missing)}: images that the cluster can pull (build and push them) "
-                "and an S3 server that pods and this machine can reach (set S3_CLUSTER_ENDPOINT if pods use another address)"
+                f"CLUSTER=current needs {', '.join(missing)}: build the images and push them to a registry, and start an S3 server "
+                "that pods and this machine can reach (set S3_CLUSTER_ENDPOINT if pods use another address)"
             )
         self.operator_image = os.environ["OPERATOR_IMAGE"]
         self.trainer_image = os.environ["TRAINER_IMAGE"]
@@ -263,19 +263,19 @@ class CurrentCluster(KubectlCluster):
             self.kubectl("version", "-o", "json")
         with shown("connect to S3"):
             if not is_ready(self.s3):
-                raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} does not accept a signed write with these keys")
+                raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} refuses a write that is signed with the given keys")
         self._create_namespaces()
 
     def _create_namespaces(self) -> None:
-        """Create the demo's two namespaces. Errors: NoCluster if namespaces or a CRD with the demo's names exist that the demo did not create."""
+        """Create the demo's two namespaces. Errors: NoCluster if one of the namespaces or the CRD already exists and was not created by the demo."""
         labels = {name: self._labels("namespace", name) for name in (RELEASE, NAMESPACE)}
         foreign = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
         if labels[RELEASE] is None and self._labels("crd", CRD) is not None:
             foreign.append(f"the CustomResourceDefinition {CRD}")
         if foreign:
             raise NoCluster(
-                f"the cluster of {self.kubeconfig} has {' and '.join(foreign)}, which the demo did not create and would "
-                "replace and remove: use a cluster without the operator, or apply examples/quickstart.yaml there"
+                f"the cluster of {self.kubeconfig} already has {' and '.join(foreign)}. The demo would replace and remove them: "
+                "use a cluster without the operator, or apply examples/quickstart.yaml there"
             )
         for name, object_labels in labels.items():
             if object_labels is None:
@@ -284,7 +284,7 @@ class CurrentCluster(KubectlCluster):
                 self.kubectl("create", "-f", "-", stdin=json.dumps(body))
 
     def _labels(self, kind: str, name: str) -> dict[str, str] | None:
-        """Labels of an object; None if it does not exist."""
+        """Return the labels of an object; None if the object does not exist."""
         text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
         return dict(json.loads(text)["metadata"].get("labels") or {}) if text.strip() else None
 
@@ -292,7 +292,7 @@ class CurrentCluster(KubectlCluster):
         try:
             return DEMO_LABEL in (self._labels("namespace", RELEASE) or {})
         except subprocess.CalledProcessError:
-            return False  # the cluster cannot be reached, so the demo has created nothing
+            return False  # the demo cannot reach the cluster, so it has created nothing
 
     def down(self) -> None:
         """Do nothing: `demo.uninstall` removes the demo's objects."""
@@ -321,37 +321,37 @@ def is_docker_running() -> bool:
 
 
 def choose(wanted: str, *, keep: bool) -> DemoCluster:
-    """Choose the cluster: `wanted`, or the best available one if `wanted` is empty. Errors: NoCluster."""
+    """Return the cluster `wanted`. If `wanted` is empty, return the best available cluster. Errors: NoCluster."""
     if wanted and wanted not in CLUSTERS:
-        raise NoCluster(f"CLUSTER={wanted} is not known: write kind, local or current, or do not set it")
+        raise NoCluster(f"CLUSTER={wanted} is unknown: set CLUSTER to kind, local or current, or do not set it")
     if not wanted:
         wanted = best_available_cluster()
     if wanted == "kind" and not is_docker_running():
         raise NoCluster(
-            "CLUSTER=kind needs Docker, and `docker info` fails: start Docker, or use CLUSTER=local"
+            "CLUSTER=kind needs Docker, but `docker info` fails: start Docker, or use CLUSTER=local"
         )
     if wanted == "local":
         check_local()
     elif shutil.which("kubectl") is None:
-        raise NoCluster(f"CLUSTER={wanted} needs kubectl, which is not on the PATH: install it")
+        raise NoCluster(f"CLUSTER={wanted} needs kubectl, but kubectl is not on the PATH: install it")
     chosen: DemoCluster = CLUSTERS[wanted](keep=keep)
     return chosen
 
 
 def check_local() -> None:
-    """Raise NoCluster if the local cluster lacks a requirement that the demo cannot install."""
+    """Check the requirements of the local cluster that the demo cannot install. Errors: NoCluster."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise NoCluster(
             "CLUSTER=local needs Linux and root: run `sudo make demo`, or start Docker and use CLUSTER=kind"
         )
     if shutil.which("go") is None:
         raise NoCluster(
-            "CLUSTER=local needs Go 1.26 or newer to build Kubernetes, and `go` is not on the PATH: install it"
+            "CLUSTER=local needs Go 1.26 or newer to build Kubernetes, but `go` is not on the PATH: install it"
         )
 
 
 def best_available_cluster() -> str:
-    """Return the name of the cluster to use if the user has not chosen one. Errors: NoCluster."""
+    """Choose a cluster for a user who has not set CLUSTER. Returns its name. Errors: NoCluster."""
     if is_docker_running():
         return "kind"
     if sys.platform == "linux" and os.geteuid() == 0:

@@ -1,6 +1,6 @@
 """Show a running job: phase, progress, loss, remaining time and events.
 
-On a terminal the view is updated in place; otherwise each change is printed as a line. The view reads only the job's status and events.
+On a terminal, the view is updated in place. Otherwise, each change is printed as a line. The view reads only the job's status and events.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Status and events of a job at one moment. `status` is None until the operator has written a phase."""
+    """Status and events of a job at one time. `status` is None until the operator has written a phase."""
 
     status: FineTuneJobStatus | None
     events: tuple[Event, ...]
 
     @property
     def phase(self) -> str:
-        """The phase, or a text if the operator has not written a phase yet."""
+        """The phase; if the operator has not written a phase yet, a text that says so."""
         return str(self.status.phase) if self.status and self.status.phase else "Waiting for the operator"
 
     @property
@@ -59,7 +59,7 @@ class Snapshot:
 
 
 class Readable(Protocol):
-    """A job whose current state can be read."""
+    """An object from which the view reads the current state of a job."""
 
     def read(self) -> Snapshot:
         """Read the current state."""
@@ -137,14 +137,14 @@ def _follow_as_lines(job: Readable, console: Console, timeout: float) -> Snapsho
 
 
 def _milestone(snapshot: Snapshot) -> list[str]:
-    """Return a line about the last fifth of the steps that is done; empty before the first fifth."""
+    """Return the line `20 % of the steps done` (40 %, 60 %, 80 %, 100 %); no line before 20 %."""
     progress = snapshot.status.progress if snapshot.status else None
     fifth = (progress.percent or 0) // 20 * 20 if progress else 0
     return [f"{fifth} % of the steps done"] if fifth else []
 
 
 def panel(snapshot: Snapshot, seconds: float) -> RenderableType:
-    """Render a snapshot for the live view; `seconds` is the time since the start of the view."""
+    """Render a snapshot for the live view. `seconds` is the time since the view started."""
     status = snapshot.status or FineTuneJobStatus()
     head = Table.grid(padding=(0, 2))
     attempt = f"attempt {status.attempt}" if status.attempt else ""

@@ -1,7 +1,7 @@
 """Write the files that are generated from the models, or check that they are up to date.
 
-These are the CRD, the reference pages, the chart's values schema, and the chart's copy of the CRD: Helm cannot read files outside a
-chart. `make verify` runs this program with --check.
+The generated files are the CRD, the reference pages, the chart's values schema, and the chart's copy of the CRD. The chart needs a copy,
+because Helm cannot read files outside a chart. `make verify` runs this program with --check.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
 
 
 def generated() -> dict[Path, str]:
-    """Text of each generated file."""
+    """Return the text of each generated file."""
     values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     reference = {REFERENCE / name: text for name, text in pages().items()}
     return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the files. Returns 1 if --check finds a difference, else 0."""
+    """Write the files, or check them (--check). Returns 1 if --check finds a difference, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     arguments = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """`make mutants`: change a module in many small ways, one at a time, and report the changes that no test notices.
 
-Uses cosmic-ray in a separate environment (requirements/mutants.lock). cosmic-ray edits files in place and therefore works in a copy of
-the checkout. Each module is tested with the tests of its package. MODULES="lease decide" chooses modules; the documentation of cosmic-ray
+cosmic-ray runs in a separate environment (requirements/mutants.lock). It changes source files in place, so this program runs it in a copy of
+the checkout. Each module is tested with the tests of its package. MODULES="lease decide" selects modules. The documentation of cosmic-ray
 explains the mutation operators. A surviving mutant is either equivalent to the original code or shows a missing test.
 """
 
@@ -34,7 +34,7 @@ MODULES = {
     "template": ("trainer-image/finetune_trainer/data/template.py", "tests/unit/trainer_data"),
     "rules": ("crds/finetune_api/rules", "tests/unit/api"),
 }
-"""Modules with critical logic, and the tests that must notice each change. The module `template` computes the label masks."""
+"""Modules with critical logic. Each module is listed with the tests that must fail if the module is changed."""
 CONFIG = """\
 [cosmic-ray]
 module-path = {module!r}
@@ -61,7 +61,7 @@ class Mutant:
 
 
 def install_cosmic_ray() -> Path:
-    """Install cosmic-ray if necessary. Returns the folder of its programs."""
+    """Install cosmic-ray if it is not installed. Returns the folder of its programs."""
     folder = cache() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
         uv = next(iter(cache().glob("uv-*/bin/uv")))
@@ -72,7 +72,7 @@ def install_cosmic_ray() -> Path:
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy all tracked files, including uncommitted changes."""
+    """Copy all tracked files of the checkout to `target`, including uncommitted changes."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
@@ -109,10 +109,10 @@ def _results(dump: str) -> Iterator[Mutant]:
 
 
 def main() -> int:
-    """Test the chosen modules and print kill rates and survivors."""
+    """Test the chosen modules. Print the share of killed mutants and the surviving mutants."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help=f"of {', '.join(MODULES)}; default: all")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for the tests of one mutant")
+    parser.add_argument("--timeout", type=float, default=120, help="maximum seconds for the tests of one mutant")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy_checkout(Path(folder))

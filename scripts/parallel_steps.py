@@ -1,7 +1,7 @@
 """Run slow steps in parallel, and show how long each step takes.
 
-A step is a function that runs commands. It starts after the steps that it depends on have ended. The first failure stops all other steps,
-and only this failure is reported. All started programs are stopped when this program ends, also after Ctrl-C.
+A step is a function that runs commands. It starts when the steps that it depends on have ended. The first failure stops all other steps, and
+only this failure is reported. When this program ends, it stops all programs that it has started, also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ TERMINATION_GRACE_SECONDS = 10
 
 
 class StepFailed(Exception):
-    """A step failed; the message has one or a few lines for the user."""
+    """A step failed. The message contains a few lines for the user."""
 
 
 @dataclass
 class Step:
-    """A slow step. `run` starts programs with the given Commands; `after` names the steps that must end before this step starts."""
+    """A slow step. `run` starts its programs with a Commands object. `after` contains the names of the steps that must end before this step
+    starts.
+    """
 
     name: str
     run: Callable[[Commands], None]
@@ -42,7 +44,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Duration of the step; if the step is running, until now."""
+        """Duration of the step; while the step is running, the time since its start."""
         if self.started is None:
             return 0.0
         return (self.ended or time.monotonic()) - self.started
@@ -58,7 +60,7 @@ class Commands:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> None:
-        """Run a command with its output in a log file. Errors: StepFailed with the last lines of the output."""
+        """Run a command and write its output to a log file. Errors: StepFailed with the last lines of the output."""
         log = self.log / f"{Path(argv[0]).stem}-{threading.get_ident()}-{time.monotonic_ns()}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
@@ -78,7 +80,7 @@ class Commands:
             raise StepFailed("\n".join(lines[-5:]) or f"{argv[0]} ended with {code}")
 
     def end(self) -> None:
-        """Stop all running programs and their process groups, with SIGTERM and then SIGKILL."""
+        """Stop all running programs and their process groups: send SIGTERM, wait, then send SIGKILL."""
         with self._lock:
             self.is_ending.set()
             processes = list(self.running)

@@ -1,6 +1,6 @@
 """Run the slow steps that the demo and the end-to-end tests need, in parallel: build Kubernetes, Helm and the images, create the model.
 
-Their results are cached, so that the second run takes one or two seconds.
+The results of the steps are cached. If all results are in the cache, a run takes one or two seconds.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python_command(*arguments: str) -> list[str]:
-    """Command line of a Python program in this environment."""
+    """Return a command line that runs Python in this environment."""
     return [sys.executable, *arguments]
 
 
 def model_step() -> Step:
-    """Step that creates the demo's model."""
+    """Return the step that creates the demo's model."""
     return Step("SmolLM2-135M as safetensors", lambda command: command(python_command(str(ROOT / "scripts/smollm2.py"))))
 
 
 def local_steps() -> list[Step]:
-    """Steps for the local cluster: Debian packages, programs and images."""
+    """Return the steps that prepare the local cluster: Debian packages, programs and images."""
     packages = "Debian packages of the local cluster"
     return [
         Step(packages, lambda command: command(python_command("-m", "localcluster", "packages", "--install"))),
@@ -41,7 +41,7 @@ def local_steps() -> list[Step]:
 
 
 def main() -> int:
-    """Run all steps. Returns 0, 1 if a step failed, or 130 after Ctrl-C."""
+    """Run all steps. Returns the exit code: 0 after success, 1 if a step failed, 130 after Ctrl-C."""
     console = Console(stderr=True)
     try:
         run_all([*local_steps(), HELM.step(), model_step()], cache() / "logs", console)

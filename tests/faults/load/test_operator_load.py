@@ -1,4 +1,4 @@
-"""A small run of the load benchmark. It shows only that the benchmark works; full runs provide the figures."""
+"""Run the load benchmark with few jobs. This only checks that the benchmark works; full runs provide the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures for the rows of the fault matrix that take long or need their own control plane."""
+"""Fixtures for tests of the fault matrix that take long or need their own control plane."""
 
 from __future__ import annotations
 

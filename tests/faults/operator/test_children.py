@@ -1,4 +1,4 @@
-"""All ways in which a pod can end or fail to start, lost nodes, and Jobs and Services that other clients change."""
+"""Tests: every way in which a pod can end or fail to start, lost nodes, and changes of Jobs and Services by other clients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_deleted_service_is_created_again(rig: Rig) -> None:
 @pytest.mark.row(23)
 @pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "finetune-operator.io/attempt"])
 def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
-    """The watch does not deliver a Job without its label. The Job still runs, so the operator must not create a second one."""
+    """If a Job loses its label, the operator's watch no longer delivers it. The Job still runs, so the operator must not create a second Job."""
     proxy = rig.proxy()
     rig.operator(through=proxy, config={"resyncSeconds": 1})
     rig.submit()

@@ -1,4 +1,4 @@
-"""Limits of the cluster: permissions from the chart, quotas, Pod Security and terminating namespaces."""
+"""Tests: the cluster limits the operator by missing permissions, quotas, Pod Security and terminating namespaces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHART = CHECKOUT / "helm" / "finetune-operator"
 
 
 def helm() -> Path:
-    """Path of Helm: $HELM, the PATH, or the build of `make tools`."""
+    """Return the path of Helm: the value of $HELM, a program on the PATH, or the program that `make tools` has built."""
     found = os.environ.get("HELM") or shutil.which("helm")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator" / "tools"
     built = sorted(base.glob("helm-*/helm"))
@@ -35,7 +35,7 @@ def helm() -> Path:
 
 
 def rendered(namespace: str, **values: str) -> list[dict[str, Any]]:
-    """The objects that the chart renders."""
+    """Return the objects that the chart renders with these values."""
     sets = [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
     argv = [str(helm()), "template", "ft", str(CHART), "--namespace", namespace, *sets]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
@@ -95,9 +95,9 @@ def with_lease(rig: Rig) -> dict[str, Any]:
 
 
 UNUSED_BY_DESIGN = {
-    ("finetunejobs/finalizers", "update"): "required by the admission plugin OwnerReferencesPermissionEnforcement, never called",
+    ("finetunejobs/finalizers", "update"): "the admission plugin OwnerReferencesPermissionEnforcement requires it, but the operator never sends this request",
 }
-"""Granted verbs that no request uses, and why they are granted."""
+"""Permissions that the operator never uses, and why the chart grants them."""
 
 
 @pytest.mark.row(39)
@@ -119,7 +119,7 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
 
 
 def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
-    """Let the operator send every kind of request."""
+    """Cause the operator to send every kind of request."""
     rig.submit("two", resources={"nodes": 2})
     for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
         rig.kubelet.end_pod(pod, success())
@@ -149,7 +149,7 @@ def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
 
 
 def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
-    """(resource, verb) of all the chart's rules."""
+    """Return (resource, verb) for each permission that the chart grants."""
     return {
         (resource, verb)
         for document in documents if document["kind"] in ("Role", "ClusterRole")
@@ -158,7 +158,7 @@ def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
 
 
 def used(proxy: ApiProxy) -> set[tuple[str, str]]:
-    """(resource, verb) of all requests that the operator sent."""
+    """Return (resource, verb) for each request that the operator has sent."""
     found = set()
     for exchange in proxy.exchanges:
         verb, _, resource = exchange.operation.partition(" ")
@@ -210,7 +210,7 @@ def grants(role: dict[str, Any], verb: str) -> bool:
 
 
 def is_allowed(rig: Rig, user: str, verb: str, part: str = "", namespace: str = "") -> bool:
-    """Whether the API server authorizes a user for FineTuneJobs."""
+    """Whether the API server allows a user to use a verb on FineTuneJobs."""
     attributes = {"namespace": namespace or rig.namespace, "verb": verb, "group": GROUP, "resource": FTJ, "subresource": part}
     body = {"spec": {"user": user, "resourceAttributes": attributes}}
     answer = rig.api.request("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", body)
@@ -284,7 +284,7 @@ def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
 
 @pytest.mark.row(38)
 def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
-    """Control for the test above: the label is in force, because a pod that violates the profile is refused."""
+    """This also proves that the previous test works: the label makes the API server refuse a pod that violates the profile."""
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
     rig.operator()

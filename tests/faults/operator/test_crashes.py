@@ -1,4 +1,4 @@
-"""The operator is killed at every kill point and in every phase of a job, and the cluster changes while it is down."""
+"""Tests: the operator is killed at every kill point and in every phase of a job, or the cluster changes while the operator is down."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ SCENARIOS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[P
     "resume": (create_suspended_job, resume_job, CREATION),
     "cancel": (start_job, cancel_job, DELETION),
 }
-"""By scenario: a function that prepares the job, a function that changes it, and the kill points that the operator then reaches."""
+"""For each scenario: a function that prepares the job, a function that changes it, and the kill points that the operator reaches after the change."""
 EXPECTED_ATTEMPTS: dict[str, list[tuple[int, str]]] = {
     "create": [(1, Reason.SUCCEEDED)],
     "create two": [(1, Reason.SUCCEEDED)],
@@ -92,11 +92,11 @@ EXPECTED_EVENTS: dict[str, list[str]] = {
     "resume": [Reason.ACCEPTED, Reason.SUSPENDED, Reason.RESUMED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "cancel": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.CANCELLED],
 }  # fmt: skip
-"""Events that must exist after a kill at any point."""
+"""Events that must exist at the end of each scenario, at whichever point the operator was killed."""
 
 
 def test_every_kill_point_is_covered() -> None:
-    """Forced deletion happens only on lost nodes; the next test covers it."""
+    """The scenarios reach all kill points except the forced deletion of a pod; the next test covers forced deletion."""
     died_at = {point for _, _, points in SCENARIOS.values() for point in points}
     assert died_at == set(Point) - {Point.AFTER_POD_DELETE}
 
@@ -217,7 +217,7 @@ def test_job_cancelled_while_the_operator_is_down_never_starts(rig: Rig) -> None
 
 
 def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
-    """After the status is emptied, the operator reads the attempt number from the names of the Jobs."""
+    """If the status is lost, the operator reads the attempt number from the names of the Jobs."""
     operator = rig.operator()
     start_job(rig)
     fail_pod(rig)

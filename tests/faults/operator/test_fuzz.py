@@ -1,4 +1,4 @@
-"""Random specs that the API accepts, malformed Jobs and pods, and damaged statuses."""
+"""Tests: random specs that the API accepts, malformed Jobs and pods, and damaged statuses."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
     try:
         rig.api.request("PATCH", path, {"status": damage})
     except ApiError as error:
-        assert error.code == 422, "the CRD schema must refuse the damaged status, if anything does"
+        assert error.code == 422, "only the CRD schema may refuse the damaged status"
     rig.operator()
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED

@@ -1,4 +1,4 @@
-"""Output of kubectl: the columns of `get`, the descriptions of `explain`, and the conditions for `wait`."""
+"""Tests of kubectl's output: the columns of `get`, the descriptions of `explain`, and the conditions for `wait`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.rig import FTJ, Rig
 pytestmark = pytest.mark.faults
 NARROW = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Age"]
 MAY_BE_EMPTY = {"Loss", "Checkpoint", "Duration"}
-"""Columns that are empty while they have no value: a number, a URI and a duration."""
+"""Columns that may be empty, because the job does not have the value yet."""
 WIDE = ["Model", "Method", "Checkpoint", "Duration", "Reason"]
 
 
 def table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The columns, and the cells by job and column, as kubectl receives them."""
+    """Return the table that kubectl receives: the column definitions, and for each job its cells by column."""
     url = api.endpoint.server + path_of(FTJ, namespace)
     headers = {
         "Authorization": f"Bearer {api.endpoint.token}",
@@ -78,7 +78,7 @@ def test_every_field_has_a_description(rig: Rig) -> None:
 
 
 def _undescribed(schema: dict[str, Any], path: str) -> Any:
-    """Paths of fields without a description."""
+    """Yield the path of each field that has no description."""
     if not schema.get("description"):
         yield path
     for name, inner in (schema.get("properties") or {}).items():

@@ -1,4 +1,4 @@
-"""The API server refuses requests, does not answer, loses history, or is unavailable."""
+"""Tests: the API server refuses requests, does not answer, compacts its store, or is unavailable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.rig import FTJ, Cluster, Rig, attempt_reasons, count_created,
 pytestmark = pytest.mark.faults
 WATCHED = ("pods", "jobs", FTJ)
 NO_RESYNC = {"resyncSeconds": 3600}
-"""Without resyncs, so that only watches report changes."""
+"""A resync interval longer than the test, so that only watches report changes."""
 
 
 @pytest.mark.row(9)
@@ -36,7 +36,7 @@ def test_retry_after_of_a_429_limits_the_requests(rig: Rig) -> None:
         start = time.monotonic()
         proxy.wait_for(lambda e: e.started > start + 20, timeout=60)
         refused = len(proxy.exchanges)
-    # 10 jobs and 3 watches, each with at most one retry per 3 s, and the requests that were already in flight
+    # 10 jobs and 3 watches retry at most once per 3 s each; the margin of 3 covers requests that were already in flight
     assert refused <= 13 * (20 / 3 + 3)
     for number in range(10):
         assert attempt_reasons(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
@@ -44,7 +44,7 @@ def test_retry_after_of_a_429_limits_the_requests(rig: Rig) -> None:
 
 @pytest.mark.row(10)
 def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
-    """By default, kopf gives up after 54 s."""
+    """kopf's default is to give up after 54 s without an API server; the operator must not."""
     rig.allowed_log_lines.append("503")
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config={"stuckSeconds": 3600})
@@ -107,7 +107,7 @@ def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) ->
 
 
 def _phases(metrics: dict[str, float]) -> dict[str, int]:
-    """Number of jobs by phase, from the metrics."""
+    """Return the number of jobs by phase, from the operator's metrics."""
     jobs_by_phase = {}
     for name, value in metrics.items():
         if name.startswith("finetune_operator_jobs{") and value:
@@ -131,7 +131,7 @@ def test_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
 @pytest.mark.row(15)
 @pytest.mark.parametrize("resource", WATCHED)
 def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
-    """A process with a broken watch must end, so that its Deployment restarts it."""
+    """If a watch fails with an error, the operator must exit, so that its Deployment restarts it."""
     rig.allowed_log_lines += ["watch", "Watch", "multitasker"]
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config=NO_RESYNC)
@@ -147,7 +147,7 @@ def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
 
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
-    """A control plane that the test may break."""
+    """A control plane for one test, which may kill or restart its processes."""
     state = tmp_path / "state"
     with ControlPlane(state) as endpoint:
         api = KubeApi(endpoint)
@@ -184,7 +184,7 @@ def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cl
 
 
 def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
-    """Process id and command line of a component."""
+    """Return the process id and the command line of a component."""
     for pid in processes.owned_by(state):
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
         if len(argv) > 1 and argv[1] == name:
@@ -193,7 +193,7 @@ def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
 
 
 def _compact(etcd: str) -> None:
-    """Compact the store, so that the resourceVersion of every watch is too old."""
+    """Compact etcd's store. The resourceVersion of every watch is then too old."""
     status = _post(f"{etcd}/v3/kv/range", b'{"key": "AA=="}')
     revision = status.partition('"revision":"')[2].partition('"')[0]
     _post(f"{etcd}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
@@ -241,7 +241,7 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
         assert operator.wait_end(10) > 0
         rig.operator()
     rig.kubelet.end_pod(rig.kubelet.wait_running("work", "new")[0], success())
-    # The garbage collector can notice the deleted owner only after the CRD is served again.
+    # The garbage collector detects the deleted owner only after the API server serves the CRD again.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
     for each in rig.operators:
@@ -249,7 +249,7 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
 
 
 def test_everything_works_through_a_proxy_without_faults(rig: Rig) -> None:
-    """Control test: without faults, the proxy changes nothing."""
+    """Without faults, the proxy must not change the operator's behaviour."""
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()

@@ -1,4 +1,4 @@
-"""Two replicas and one Lease: the leader is killed or paused, or the Lease is deleted or taken over."""
+"""Tests with two replicas and one Lease: the leader is killed or paused, or another client deletes or takes over the Lease."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEASE = "finetune-operator"
 
 
 def replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
-    """Start an operator with its own proxy, which records its writes."""
+    """Start an operator with leader election. A proxy records its requests."""
     election = {
         "enabled": True, "leaseName": LEASE, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
         "renewDeadlineSeconds": 2, "retryPeriodSeconds": 0.5,
@@ -35,7 +35,7 @@ def holder(rig: Rig) -> str:
 
 
 def writes_except_lease(proxy: ApiProxy) -> list[str]:
-    """All writes except those of the Lease."""
+    """Return all write requests except those to the Lease."""
     return [label for label in proxy.writes() if not label.endswith(" leases")]
 
 
@@ -99,7 +99,7 @@ def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> No
     rig.api.patch("leases", rig.namespace, LEASE, {"spec": {"holderIdentity": "somebody-else"}})
 
     def taken_back(lease: Object) -> bool:
-        """Restart the replica that lost the Lease and ended, as a Deployment does."""
+        """Whether a replica holds the Lease again. If both replicas have exited, start a new one, as a Deployment does."""
         if not any(operator.is_running for operator in rig.operators):
             replica(rig)
         return lease["spec"].get("holderIdentity") not in ("", "somebody-else")
@@ -123,7 +123,7 @@ def test_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
 
 @pytest.fixture
 def neighbour(rig: Rig) -> Iterator[Rig]:
-    """Another namespace of the same cluster."""
+    """A second namespace in the same cluster."""
     folder = rig.folder / "neighbour"
     folder.mkdir()
     other = Rig(rig.cluster, f"{rig.namespace}-b", folder)
@@ -136,7 +136,7 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
 
 
 def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
-    """Each operator serves its own namespace with its own configuration, and the other operator does not affect it."""
+    """Each operator watches its own namespace with its own configuration. Neither operator affects the other's jobs."""
     sides = []
     for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
         proxy = side.proxy()

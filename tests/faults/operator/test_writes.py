@@ -1,4 +1,4 @@
-"""The operator's writes: none while idle, throttled progress, event series, and no secrets."""
+"""Tests of the operator's writes: no writes while idle, throttled progress, event series, and no secrets in messages."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def test_binary_termination_message_is_tolerated(rig: Rig) -> None:
 
 @pytest.fixture(scope="module")
 def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that shifts the wall clock of a process by $CLOCK_SHIFT seconds, like libfaketime."""
+    """Build a library that shifts the wall clock of a process by $CLOCK_SHIFT seconds, like libfaketime."""
     library = tmp_path_factory.mktemp("clock") / "shift.so"
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, SHIFT_SOURCE, "-ldl"], check=True)
     except FileNotFoundError:
-        pytest.skip("no C compiler: the library that shifts the clock cannot be built")
+        pytest.skip("there is no C compiler to build the library that shifts the clock")
     return library
 
 
@@ -153,7 +153,7 @@ def test_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig, 
 
 
 def _now(rig: Rig) -> float:
-    """Current time of the API server, in seconds."""
+    """Return the current time of the API server in seconds, rounded up."""
     created = rig.api.create("events", rig.namespace, {
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},

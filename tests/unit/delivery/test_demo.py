@@ -36,7 +36,7 @@ def program(folder: Path, name: str, script: str = "exit 0") -> None:
 
 
 def test_unknown_cluster_is_refused() -> None:
-    with pytest.raises(demo_clusters.NoCluster, match="^CLUSTER=minikube is not known: write kind, local or current"):
+    with pytest.raises(demo_clusters.NoCluster, match="^CLUSTER=minikube is unknown: set CLUSTER to kind, local or current"):
         demo_clusters.choose("minikube", keep=False)
 
 
