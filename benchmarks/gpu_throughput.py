@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from finetune_trainer.hardware import detect
     from finetune_trainer.speed import Shape, flops_per_token, peak_of
-    from trainer_overhead import bare, ours
+    from trainer_overhead import run_our_trainer, run_plain_trl
     from transformers import AutoModelForCausalLM
 
     from tests.support.learning import make_run
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     memory = 0
     for round_number in range(options.rounds + 1):
-        for name, program in (("ours", ours), ("bare", bare)):
+        for name, program in (("ours", run_our_trainer), ("bare", run_plain_trl)):
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()

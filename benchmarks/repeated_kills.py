@@ -87,9 +87,7 @@ def expected_states(steps: int) -> list[str]:
 
 
 def compare_states(tree: Tree, steps: int) -> int:
-    """Compare all logged states with the expected states. Returns the number of logged states. Fails if a state differs or a step has no
-    logged state.
-    """
+    """Compare all logged states with the expected states. Returns their number. Fails if a state differs or a step has no logged state."""
     states, compared = expected_states(steps), 0
     seen: set[int] = set()
     for stat in tree.store.list("metrics/"):

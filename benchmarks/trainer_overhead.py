@@ -88,7 +88,7 @@ class Hooks:
 Program = Callable[[Any, Any, Path], RunMeasurements]
 
 
-def ours(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
+def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run this trainer once."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
@@ -99,7 +99,7 @@ def ours(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     return measurements
 
 
-def bare(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
+def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run a plain TRL script once, with the same arguments and tokens."""
     from datasets import Dataset
     from finetune_trainer.arguments import shared_arguments
@@ -181,11 +181,11 @@ def measure(
     pairs: list[tuple[RunMeasurements, RunMeasurements]] = []
     with quiet():
         for round_number in range(rounds + 1):
-            order: tuple[Program, Program] = (ours, bare) if round_number % 2 == 0 else (bare, ours)
+            order: tuple[Program, Program] = (run_our_trainer, run_plain_trl) if round_number % 2 == 0 else (run_plain_trl, run_our_trainer)
             measured = {program: run_timed(program, run, inputs, folder) for program in order}
-            if any(abs(measured[ours].losses[step] - loss) > TOLERANCE for step, loss in measured[bare].losses.items()):
-                raise SystemExit(f"the trainings differ: {measured[ours].losses} and {measured[bare].losses}")
-            pairs += [(measured[ours], measured[bare])] if round_number else []
+            if any(abs(measured[run_our_trainer].losses[step] - loss) > TOLERANCE for step, loss in measured[run_plain_trl].losses.items()):
+                raise SystemExit(f"the trainings differ: {measured[run_our_trainer].losses} and {measured[run_plain_trl].losses}")
+            pairs += [(measured[run_our_trainer], measured[run_plain_trl])] if round_number else []
     shutil.rmtree(folder)
     return {
         "step": _ratios([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {

@@ -80,9 +80,7 @@ PROGRAMS = {
 
 
 def ensure(name: str, step: Step = silent) -> Path:
-    """Build a program unless it exists. Returns its path. Errors: MissingRequirement (Go is missing), BuildFailed (the message contains the
-    end of the log).
-    """
+    """Build a program unless it exists. Returns its path. Errors: MissingRequirement if Go is missing, BuildFailed with the end of the log."""
     program = PROGRAMS[name]
     binary = program.binary
     if binary.exists():

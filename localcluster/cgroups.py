@@ -39,9 +39,7 @@ def create(nodes: list[str]) -> None:
 
 
 def _set_weight(folder: Path) -> None:
-    """Raise the CPU weight of the cgroup that holds all pods. With the default weight, all pods together would get only as much CPU time as
-    any single other cgroup of the machine.
-    """
+    """Raise the CPU weight. With the default weight, all pods together would get only as much CPU time as one other cgroup."""
     for name, default_weight in (("cpu.weight", 100), ("cpu.shares", 1024)):
         if (folder / name).exists():
             (folder / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))

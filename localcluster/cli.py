@@ -179,9 +179,7 @@ def images_build(
 
 
 def main() -> None:
-    """Entry point of the console script. Prints a LocalClusterError as one line. Handles SIGTERM like Ctrl-C, so that the cleanup also runs
-    on SIGTERM.
-    """
+    """Run the console script. Prints a LocalClusterError as one line. SIGTERM has the same effect as Ctrl-C, so both clean up."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()

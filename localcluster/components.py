@@ -1,5 +1,6 @@
-"""Compute the command lines and configuration files of the Kubernetes components from addresses and folders. Values differ from the upstream
-defaults only if a cluster on one machine needs other values.
+"""Compute the command lines and configuration files of the Kubernetes components from addresses and folders.
+
+Values differ from the upstream defaults only if a cluster on one machine needs other values.
 """
 
 from __future__ import annotations
@@ -101,9 +102,7 @@ def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
 
 
 def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
-    """The kubelet's configuration file. The eviction thresholds are low, because a laptop's disk may be nearly full. Image garbage collection
-    is off.
-    """
+    """The kubelet's configuration file. Eviction thresholds are low, because the disk may be nearly full. Image garbage collection is off."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -145,9 +144,7 @@ def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) ->
 
 
 def kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """A kubeconfig as JSON (JSON is valid YAML). If `ca` is None, clients do not verify the server; only the cluster's components use such a
-    kubeconfig.
-    """
+    """A kubeconfig in JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only the cluster's components use this."""
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

@@ -156,9 +156,7 @@ def write_credentials(folder: Path, kube: Path, addresses: ControlPlaneAddresses
 
 
 def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait until the API server has written its serving certificate and is ready. Then add the certificate to the kubeconfig, so that clients
-    verify the server.
-    """
+    """Wait for the serving certificate and for readiness. Then add the certificate to the kubeconfig, so that clients verify the server."""
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
@@ -173,9 +171,7 @@ def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, ser
 
 
 def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> None:
-    """Write the state file of a running cluster. The caller calls this as the last step of a start, so the file exists only after a
-    successful start.
-    """
+    """Write the state file of a running cluster. This is the last step of a start: the file exists only if the start has succeeded."""
     unfinished = folder / f".{STATE}"
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **more}))

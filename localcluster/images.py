@@ -47,9 +47,7 @@ class ImageName(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build one image of the project. `needs_gb` is the disk space that the first build needs, including the OCI layout and the node's
-    copy.
-    """
+    """How to build one image of the project. `needs_gb` is the disk space for its first build, including the layout and the node's copy."""
 
     name: str
     dockerfile: str
@@ -141,9 +139,7 @@ def layer_folder() -> Path:
 
 
 def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run buildah with its layers in `layer_folder()`. Returns its standard output. Errors: BuildFailed if buildah fails or takes longer than
-    `timeout` seconds.
-    """
+    """Run buildah with its layers in `layer_folder()`. Returns its output. Errors: BuildFailed if buildah fails or needs more than `timeout` seconds."""
     command = ["buildah", *_storage(), *(str(a) for a in arguments)]
     return _run(command, f"buildah {arguments[0]}", timeout)
 

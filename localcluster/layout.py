@@ -53,9 +53,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names, folders and addresses of a cluster with `count` nodes. `folder` contains its state; all addresses are in the /16 `block`, for
-    example `10.201`.
-    """
+    """Names, folders and addresses of a cluster with `count` nodes. All addresses are in the /16 `block` (such as `10.201`). `folder` contains the state."""
 
     folder: Path
     block: str

@@ -66,9 +66,7 @@ class Machine:
         return True
 
     def request(self, method: str, **arguments: Any) -> Any:
-        """Send a request to the first process inside the namespaces. Errors: NotRunning if this process is not running, StartFailed if the
-        request fails.
-        """
+        """Send a request to the first process inside the namespaces. Errors: NotRunning if there is no such process, StartFailed if the request fails."""
         try:
             return namespace_init.send_request(self.folder, method, **arguments)
         except OSError:
@@ -96,9 +94,7 @@ class Machine:
         return all(name in states and states[name] is None for name in names)
 
     def pid(self, node: str | None = None) -> int:
-        """Return the pid (in the machine's PID namespace) of a process in the namespaces of `node`. If `node` is None, return the pid of the
-        cluster's first process.
-        """
+        """Return the pid, on this machine, of a process in the namespaces of `node`; if `node` is None, of the cluster's first process."""
         number = 1 if node is None else self.request("holder", node=node)
         for pid in processes.owned_by(self.folder):
             if pid_in_namespace(pid) == number:

@@ -97,9 +97,7 @@ def owned_by(owner: Path) -> list[int]:
 
 
 def start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks, or None if it has ended. If the kernel reuses a pid, the start time identifies the
-    process.
-    """
+    """Return the start time of a process in clock ticks; None if it has ended. The time distinguishes processes if the kernel reuses a pid."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

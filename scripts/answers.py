@@ -1,5 +1,7 @@
-"""Ask the base model and the fine-tuned model the same questions, and print both answers as JSON. This is a separate program, because the
-import of torch would delay the demo's live view. Usage: answers.py BASE ADAPTER QUESTION... -- prints [{"question", "base", "tuned"}, ...]
+"""Ask the base model and the fine-tuned model the same questions, and print both answers as JSON.
+
+This is a separate program, because the import of torch would delay the demo's live view.
+Usage: answers.py BASE ADAPTER QUESTION... -- prints [{"question", "base", "tuned"}, ...]
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ class StepFailed(Exception):
 
 @dataclass
 class Step:
-    """A slow step. `run` starts its programs with a Commands object. `after` contains the names of the steps that must end before this step
-    starts.
-    """
+    """A slow step. `run` starts programs with a Commands object. The step starts when the steps in `after` have ended."""
 
     name: str
     run: Callable[[Commands], None]

@@ -59,7 +59,7 @@ VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"
 
 @dataclass(frozen=True)
 class ApiOperation:
-    """Verb and resource of a request. `resource` is the plural name, followed by the subresource (`pods/status`)."""
+    """Verb and resource of a request. `resource` is the plural name, with the subresource if there is one (`pods/status`)."""
 
     verb: str
     resource: str
@@ -72,7 +72,7 @@ class ApiOperation:
 
     @property
     def is_endless(self) -> bool:
-        """Whether the request is a watch, whose response never ends by itself."""
+        """Whether the request is a watch. The response of a watch does not end until the watch is closed."""
         return self.verb == "watch"
 
 
@@ -81,7 +81,7 @@ class ApiOperation:
 
 @dataclass(frozen=True)
 class WatchCommand:
-    """A change to the watches that are open now."""
+    """A command to the watches that are now open."""
 
 
 @dataclass(frozen=True)
@@ -91,31 +91,31 @@ class Disconnect(WatchCommand):
 
 @dataclass(frozen=True)
 class Stall(WatchCommand):
-    """Deliver no further event and keep the connection open, as a load balancer does that lost the connection's state."""
+    """Deliver no further events, but keep the connection open, like a load balancer that has lost the connection's state."""
 
 
 @dataclass(frozen=True)
 class SendEvent(WatchCommand):
-    """Send an event that the server did not send."""
+    """Send the client an additional event that does not come from the server."""
 
     event: str
 
     @classmethod
     def error(cls, code: int = 410) -> SendEvent:
-        """An ERROR event with a status code. 410: the resource version of the watch is too old, because etcd was compacted."""
+        """Create a command that sends an ERROR event with this status code. Code 410 means that the watch's resourceVersion is too old."""
         return cls(json.dumps({"type": "ERROR", "object": status(code, "", "injected by a test")}))
 
 
 @dataclass(frozen=True)
 class ReplayEvents(WatchCommand):
-    """Deliver the last `count` events again, oldest first, so that duplicates and older versions follow newer ones."""
+    """Deliver the last `count` events again, oldest first. The client thus receives duplicates, and old versions after newer versions."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class DelayEvents:
-    """A fault for watches: deliver every event `seconds` late, so that the client's cache is stale."""
+    """A fault for watches: every event is delivered `seconds` late. The client's cache is therefore stale."""
 
     seconds: float
 
@@ -144,7 +144,7 @@ class DelayEvents:
 
 
 class Watch:
-    """One open watch: forwards the server's lines and executes commands."""
+    """Forwards the lines of one open watch, and executes commands."""
 
     KEPT_EVENTS = 50
 
@@ -155,7 +155,7 @@ class Watch:
         self._stalled = False
 
     async def transform(self, chunks: Chunks) -> Chunks:
-        """Yield the server's lines, changed by the commands."""
+        """Yield the lines that the client receives: those of the server, changed by the commands."""
         lines = _lines(chunks)
         line: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
         command: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
@@ -214,7 +214,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self._watches: set[Watch] = set()
 
     def kubeconfig(self, path: Path, token: str | None = None) -> Path:
-        """Write a kubeconfig for this proxy, with `token` or else the administrator's token."""
+        """Write a kubeconfig for this proxy. It contains `token`; the default is the administrator's token."""
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "proxy",
             "clusters": [{"name": "proxy", "cluster": {"server": self.url}}],
@@ -229,9 +229,8 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self, fault: Fault, *, verb: str | None = None, resource: str | None = None, name: str = "",
         namespace: str | None = None, times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[ApiOperation]:  # fmt: skip
-        """Apply `fault` to requests with this verb and resource (such as `finetunejobs/status`; None: any).
-
-        `name` is a regular expression searched in the object's name. `namespace` must be equal.
+        """Apply `fault` to requests with this verb, resource (such as `finetunejobs/status`) and namespace; None matches all. `name` is a
+        regular expression for a part of the object's name.
         """
         name_pattern = re.compile(name)
         return self.add_rule(
@@ -242,7 +241,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         )  # fmt: skip
 
     def command_watches(self, resource: str, command: WatchCommand) -> int:
-        """Send a command to every open watch of `resource`. Returns their number."""
+        """Send a command to every open watch of `resource`. Returns the number of these watches."""
         count = 0
 
         def send() -> None:
@@ -256,7 +255,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         return count
 
     def writes(self, namespace: str | None = None) -> tuple[str, ...]:
-        """Labels of all write requests so far, in order."""
+        """Return the labels (such as `create jobs`) of all write requests so far, in order."""
         return tuple(
             e.operation for e in self.exchanges
             if e.method not in ("GET", "HEAD") and (namespace is None or f"/namespaces/{namespace}/" in e.path)
@@ -290,7 +289,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
 
 
 def status(code: int, reason: str, message: str) -> dict[str, Any]:
-    """A Kubernetes `Status` object for a failed request."""
+    """Return a Kubernetes `Status` object for a failed request."""
     return {
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message,
         "reason": reason or REASONS.get(code, "InternalError"), "code": code,

@@ -1,4 +1,4 @@
-"""For each CEL rule of the spec one spec that breaks it; the API server and the offline rules must both refuse it."""
+"""For each CEL rule of the spec, a spec that breaks this rule. The API server and the offline rules must both refuse this spec."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPEC_RULES: dict[str, dict[str, Any]] = {
     "BackendAndStrategy": {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}},
     "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
 }
-"""By code: rules over several groups."""
+"""For each rule that compares several groups, by its code: a spec that breaks the rule."""
 GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
     ("Encryption", "kmsKeyId requires"): {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
     ("Encryption", "type customerKey"): {"storage": {"encryption": {"type": "customerKey"}}},
@@ -42,11 +42,11 @@ GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
     ("Reward", "a reward needs"): {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}},
     ("Training", "training.warmupSteps"): {"training": {"warmupSteps": 0, "warmupRatio": 0.1}},
 }  # fmt: skip
-"""By group and the beginning of the message: rules inside one group."""
+"""For each rule inside one group, by the group and the beginning of the rule's message: a spec that breaks the rule."""
 
 
 def group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
-    """Each rule inside a group with a spec that breaks it. Errors: KeyError for a rule without a case."""
+    """Yield each rule inside a group, with a spec that breaks the rule. Errors: ValueError if GROUP_RULES does not contain the rule."""
     for group in dict.fromkeys(nested_groups(FineTuneJobSpec)):
         for rule in group.cel:
             [case] = [spec for (name, start), spec in GROUP_RULES.items() if name == group.__name__ and rule.message.startswith(start)]

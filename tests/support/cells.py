@@ -1,4 +1,4 @@
-"""Many short training runs (cells) in one launch, because starting ranks takes seconds and a tiny run a fraction of one.
+"""Run many short training runs (cells) in one launch. Starting the ranks takes seconds, but a tiny run takes less than one second.
 
 `launch` starts this module once for each rank. Every rank runs the same cells in the same order, and rank 0 writes the results.
 """
@@ -33,14 +33,14 @@ class Cell:
     adapter: str | None = None
     reference: str | None = None
     resume: str | None = None
-    """Checkpoint folder to resume from."""
+    """The checkpoint folder from which the run resumes."""
     keep: bool = False
-    """Leave the final folder and the checkpoints on disk."""
+    """Whether to keep the final folder and the checkpoints on disk."""
 
 
 @dataclass
 class Result:
-    """The results of a cell on rank 0."""
+    """The results of a cell, as rank 0 has recorded them."""
 
     name: str
     seconds: float = 0.0
@@ -55,11 +55,11 @@ class Result:
     folder: str = ""
     """Output folder of the Trainer; the final artefact is in its folder `final`."""
     error: dict[str, Any] | None = None
-    """Class, code, message, hint, exitCode, and the traceback of an unclassified failure."""
+    """Class, code, message, hint and exitCode of the failure. An unclassified failure also has a traceback."""
 
 
 def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 540) -> dict[str, Result]:
-    """Run the cells with `ranks` processes on this machine. Returns results by name. Errors: AssertionError with the end of the output."""
+    """Run the cells with `ranks` processes on this machine. Returns the results by cell name. Errors: AssertionError with the end of the output."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     command = [sys.executable, "-m", "tests.support.cells", str(folder)]
@@ -88,7 +88,7 @@ def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 
 
 def main(folder: Path) -> None:
     """Run all cells on this rank."""
-    import bitsandbytes  # noqa: F401  imported before a cell that does not need it hides it
+    import bitsandbytes  # noqa: F401  some cells hide this package: import it before they run
     import torch
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
         torch.distributed.init_process_group("gloo")
     cells = [Cell(**value) for value in json.loads((folder / "cells.json").read_text())]
     if any("deepspeed" in json.dumps(cell.spec) for cell in cells):
-        import deepspeed  # noqa: F401  imported before a cell hides it
+        import deepspeed  # noqa: F401  some cells hide this package: import it before they run
     results = []
     for number, cell in enumerate(cells):
         _reset_library_state()
@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
         if rank == 0:
             (folder / "results.json").write_text(json.dumps([asdict(one) for one in results], default=str))
             print(f"{cell.name}: {results[-1].losses or results[-1].error}", flush=True)
-    os._exit(0)  # skips the shutdown of communication threads, which may hang
+    os._exit(0)  # exit without shutting down communication threads, because the shutdown may hang
 
 
 def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:

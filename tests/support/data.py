@@ -23,7 +23,7 @@ SYSTEM_FIRST = (
     "{% endif %}{{ '[' + m.role + ']' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
-"""A chat template that writes the beginning token itself and refuses a late system prompt."""
+"""A chat template that contains the beginning-of-sequence token and accepts a system prompt only as the first message."""
 
 
 def run_for(
@@ -34,7 +34,7 @@ def run_for(
     text: str | bytes | None = None,
     name: str = "train.jsonl",
 ) -> tuple[RunConfig, Inputs]:
-    """A run over one file that holds `rows` as JSONL, or `text` as it is."""
+    """Create a run with one data file. The file contains `rows` as JSONL; if `text` is given, it contains `text` instead."""
     run, inputs = make_run(folder, Path("/models/tiny"), spec, rows)
     if text is not None:
         file = folder / name
@@ -44,13 +44,13 @@ def run_for(
 
 
 def load_examples(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **more: Any) -> list[Any]:
-    """Typed training examples."""
+    """Create a run with these rows and return its training examples."""
     run, inputs = run_for(folder, {"dataset": dataset or {}, **more.pop("spec", {})}, rows, **more)
     return [example for _, example in load(run, inputs).train]
 
 
 def check_error(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **more: Any) -> FineTuneError:
-    """The error that `check_files` raises."""
+    """Create a run with these rows and return the error that `check_files` raises."""
     run, inputs = run_for(folder, {"dataset": dataset or {}, **more.pop("spec", {})}, rows, **more)
     with pytest.raises(FineTuneError) as caught:
         check_files(run, inputs)
@@ -58,20 +58,20 @@ def check_error(folder: Path, dataset: dict[str, Any] | None = None, rows: Any =
 
 
 def tokenizer(folder: Path, template: str | None = CHATML, **options: Any) -> Any:
-    """A tiny tokenizer with a chat template."""
+    """Create a tiny tokenizer with a chat template."""
     return make_tokenizer(folder / "tokenizer", chat_template=template, **options)
 
 
 def render_options(
     tok: Any, *, response_only: bool = True, template: bool = True, markers: tuple[str, str] | None = None
 ) -> RenderOptions:
-    """Options for rendering with the tokenizer."""
+    """Create the options for rendering examples with the tokenizer."""
     specials = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
     return RenderOptions(tok, template, response_only, markers, specials)
 
 
 def trained_texts(example: Any, options: RenderOptions) -> list[str]:
-    """The parts of the rendered text that are trained on."""
+    """Return the parts of the rendered text on which the model is trained."""
     rendered = render(example, options)
     return [rendered.text[start:end] for start, end in rendered.spans]
 
@@ -79,13 +79,13 @@ def trained_texts(example: Any, options: RenderOptions) -> list[str]:
 def prepare_rows(
     folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN, limit: int = 512
 ) -> Prepared:
-    """Token sequences of the rows."""
+    """Tokenise the rows and return the token sequences."""
     run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
     return prepare(run, inputs, tok, max_positions=limit, cache=folder / "tokens")
 
 
 def decoded(tok: Any, data: Prepared) -> list[tuple[str, str]]:
-    """(whole text, trained text) of every training sequence."""
+    """Return (whole text, trained text) for every training sequence."""
     return [
         (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))
         for row in data.train

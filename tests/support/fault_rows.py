@@ -1,4 +1,4 @@
-"""Pytest plugin: the marker `row` for rows of the fault matrix, and a summary of the passed and failed rows at the end of a run."""
+"""Pytest plugin: a marker names the rows of the fault matrix that a test covers, and a summary lists the passed and failed rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def register(config: pytest.Config) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count one outcome for each row of the test: that of its call, or a failure of its setup or teardown."""
+    """Count one outcome for each row of the test: the outcome of the test function, or a failure of the test's setup or teardown."""
     if report.when != "call" and report.passed:
         return
     for key, value in report.user_properties:
@@ -38,7 +38,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print which rows passed and which failed."""
+    """Print the numbers of the rows that have passed and of those that have failed."""
     if not _outcomes:
         return
     failed = sorted(row for row, counts in _outcomes.items() if counts.get("failed"))

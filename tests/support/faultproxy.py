@@ -1,10 +1,11 @@
 """An HTTP proxy that injects faults into chosen requests.
 
-A promise such as "a lost response to a create leads to no second Job" is tested with the real client library and the real server, and a
-network that fails at a chosen request. This module holds the part that does not depend on the protocol; `s3proxy` and `apiproxy` parse the
-requests. Without a fault, path, query and headers (`Host` included) are forwarded unchanged, so that signatures stay valid.
+Tests with the proxy use the real client library and the real server, but the network fails at a chosen request. They check promises such as
+"if the response to a create is lost, the operator does not create a second Job". This module contains the part that does not depend on the
+protocol; `s3proxy` and `apiproxy` parse the requests. Path, query and headers (including `Host`) are forwarded unchanged, so signatures stay
+valid.
 
-The event loop runs in a separate thread, so that synchronous tests can use the proxy as a context manager.
+The event loop runs in a separate thread. Synchronous tests can therefore use the proxy as a context manager.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ HOP_BY_HOP = {
 }  # fmt: skip
 STATUS_WITHOUT_BODY = (204, 304)
 LOG_WAIT_SECONDS = 2.0
-"""Longest wait until the responses that have begun are logged."""
+"""Maximum time to wait until all responses that have begun are logged."""
 PIECE_BYTES = 16 * 1024
-"""Bytes forwarded at once when a rate limit applies."""
+"""If a rate limit applies, bodies are forwarded in pieces of this size."""
 
 
 class TruncatedBody(Exception):
@@ -54,18 +55,18 @@ class Exchange:
 
     number: int
     operation: str
-    """Name in the protocol: `PutObject`, `create jobs`."""
+    """Name of the operation in the protocol, such as `PutObject` or `create jobs`."""
     method: str
     path: str
     query: Mapping[str, str]
     client_status: int
-    """Status code that the client received. 0: no response."""
+    """Status code that the client received; 0 if it received no response."""
     server_status: int
-    """Status code of the server. 0: it did not receive the request or did not respond."""
+    """Status code of the server's response; 0 if the server did not receive the request or did not respond."""
     fault: str
-    """Name of the applied fault. Empty: none."""
+    """Name of the applied fault; empty if no fault was applied."""
     started: float
-    """Time of the monotonic clock in seconds."""
+    """When the request arrived, in seconds of the monotonic clock."""
     seconds: float
     request_bytes: int
     response_bytes: int
@@ -80,7 +81,7 @@ class Operation(Protocol):
 
     @property
     def is_endless(self) -> bool:
-        """Whether the response never ends by itself, as that of a watch."""
+        """Whether the server never ends the response, as for a watch."""
 
 
 Op = TypeVar("Op", bound=Operation)
@@ -88,7 +89,7 @@ Op = TypeVar("Op", bound=Operation)
 
 @dataclass
 class Call(Generic[Op]):
-    """A request in the proxy. Faults decide what happens to it."""
+    """A request that the proxy is handling. A fault calls one of the methods to forward or answer the request."""
 
     proxy: FaultProxy[Op]
     request: web.BaseRequest
@@ -102,7 +103,7 @@ class Call(Generic[Op]):
     async def forward(
         self, *, request_transform: BodyTransform | None = None, response_transform: BodyTransform | None = None
     ) -> web.StreamResponse:
-        """Forward the request to the server and the response to the client, with their bodies transformed."""
+        """Forward the request to the server and the response to the client. The transforms may change the bodies."""
         async with self._upstream(request_transform) as answer:
             self.server_status = answer.status
             reply = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
@@ -122,13 +123,13 @@ class Call(Generic[Op]):
             return reply
 
     async def apply(self) -> tuple[bytes, CIMultiDict[str]]:
-        """Let the server execute the request, without a response to the client. Returns the body and headers of the server's response."""
+        """Forward the request to the server, but send no response to the client. Returns the body and headers of the server's response."""
         async with self._upstream(None) as answer:
             self.server_status = answer.status
             return await answer.read(), _forwarded_headers(answer.headers)
 
     async def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
-        """Send this response to the client instead of the server's."""
+        """Send the client a response that does not come from the server."""
         await self._send_continue()
         async for chunk in self.request.content.iter_any():
             self.request_bytes += len(chunk)
@@ -146,7 +147,7 @@ class Call(Generic[Op]):
             self.proxy.count_begun_responses(1)
 
     async def close(self) -> None:
-        """Close the connection in the middle of the response, after the written bytes are delivered."""
+        """Close the connection in the middle of the response. The client still receives the bytes that were written before."""
         transport = self.request.transport
         if transport is not None:
             transport.close()
@@ -191,12 +192,12 @@ class Fault(Protocol):
     """A fault that is injected into a request."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        """Handle the request in place of the proxy. Errors: ConnectionBroken, to reset the connection."""
+        """Handle the request instead of the proxy. Errors: ConnectionBroken; the proxy then resets the connection."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The request reaches the server late. If the client gives up before, the server never receives it."""
+    """The proxy forwards the request to the server late. If the client gives up before, the server never receives the request."""
 
     seconds: float
 
@@ -207,7 +208,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class DelayResponse:
-    """The server executes the request at once, and the client receives the response late."""
+    """The server executes the request at once, but the client receives the response late."""
 
     seconds: float
 
@@ -251,7 +252,7 @@ class Status:
 
 @dataclass(frozen=True)
 class StatusAfterApply:
-    """The server executes the request, and the client receives an error."""
+    """The server executes the request, but the client receives an error."""
 
     code: int
     reason: str = ""
@@ -271,7 +272,7 @@ class Reset:
 
 @dataclass(frozen=True)
 class LostResponse:
-    """The server executes the request, and the connection is reset before the client receives the response."""
+    """The server executes the request, but the connection is reset before the client receives the response."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await call.apply()
@@ -280,7 +281,7 @@ class LostResponse:
 
 @dataclass(frozen=True)
 class Blackhole:
-    """The client never receives a response, and the server never receives the request. Ends when the client gives up or the proxy stops."""
+    """The server never receives the request, and the client receives no response until it gives up or the proxy stops."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await asyncio.get_running_loop().create_future()
@@ -289,7 +290,7 @@ class Blackhole:
 
 @dataclass(frozen=True)
 class Truncate:
-    """The response announces its whole length and ends after `length` bytes of the body."""
+    """The response announces the full length of the body, but ends after `length` bytes."""
 
     length: int
 
@@ -309,7 +310,7 @@ class Truncate:
 
 @dataclass(frozen=True)
 class FlipByte:
-    """The byte at `offset` of the response body is inverted, if the body is that long."""
+    """The bits of the byte at `offset` of the response body are inverted. A shorter body is not changed."""
 
     offset: int
 
@@ -326,7 +327,7 @@ class FlipByte:
 
 @dataclass(eq=False)
 class Rule(Generic[Op]):
-    """A fault and the requests that it applies to. As a context manager it is removed at the end of the block."""
+    """A fault and the requests to which it applies. If it is used as a context manager, it is removed at the end of the block."""
 
     proxy: FaultProxy[Op]
     fault: Fault
@@ -335,7 +336,7 @@ class Rule(Generic[Op]):
     skip: int
     probability: float
     hits: int = 0
-    """Number of requests that the fault was applied to."""
+    """Number of requests to which the fault was applied."""
     matched: int = 0
     """Number of requests that matched, including those that were skipped."""
 
@@ -354,7 +355,7 @@ class Rule(Generic[Op]):
         return True
 
     def remove(self) -> None:
-        """Remove the rule from the proxy. Does nothing the second time."""
+        """Remove the rule from the proxy. A second call does nothing."""
         self.proxy.remove(self)
 
     def __enter__(self) -> Self:
@@ -381,7 +382,7 @@ class _Starting:
 
 
 class FaultProxy(ABC, Generic[Op]):
-    """Base class of the fault proxies. `upstream`: the server's URL. `seed`: of the random numbers for rules with a probability."""
+    """Base class of the fault proxies. `upstream` is the URL of the server. Rules with a probability use random numbers from `seed`."""
 
     def __init__(
         self, upstream: str, *, seed: int = 0, tls: ssl.SSLContext | None = None
@@ -401,13 +402,13 @@ class FaultProxy(ABC, Generic[Op]):
 
     @abstractmethod
     def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of an error in the server's format."""
+        """Return the body and headers of an error in the server's format."""
 
     # -- for tests -----------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """URL of the proxy, which clients use in place of the server's."""
+        """URL of the proxy. Clients use it instead of the server's URL."""
         assert self._running is not None, "the proxy is not started: use it in a with statement"
         return f"http://127.0.0.1:{self._running.port}"
 
@@ -415,7 +416,7 @@ class FaultProxy(ABC, Generic[Op]):
         self, fault: Fault, matches: Callable[[Op], bool], *,
         times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[Op]:  # fmt: skip
-        """Apply `fault` to matching requests after the first `skip`, at most `times` times, each with the given probability."""
+        """Apply `fault` to matching requests with this probability, at most `times` times. The first `skip` matching requests are skipped."""
         rule = Rule(self, fault, matches, times, skip, probability)
         with self._changed:
             self._rules.append(rule)
@@ -427,13 +428,13 @@ class FaultProxy(ABC, Generic[Op]):
             self._rules = [kept for kept in self._rules if kept is not rule]
 
     def clear_rules(self) -> None:
-        """Remove all rules. The log is kept."""
+        """Remove all rules, but keep the log."""
         with self._changed:
             self._rules = []
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """All requests so far, in the order in which they ended, including every response that a client has fully received."""
+        """All requests that have ended so far, in the order of their ends. They include every request whose response a client has fully received."""
         with self._changed:
             self._changed.wait_for(lambda: not self._begun_responses, LOG_WAIT_SECONDS)
             return tuple(self._log)
@@ -445,11 +446,11 @@ class FaultProxy(ABC, Generic[Op]):
             self._log.clear()
 
     def count(self, operation: str) -> int:
-        """Number of requests of an operation so far, failed ones included."""
+        """Number of requests of an operation so far, including failed requests."""
         return sum(exchange.operation == operation for exchange in self.exchanges)
 
     def wait_for(self, matches: Callable[[Exchange], bool], *, timeout: float = 20.0) -> Exchange:
-        """Wait for an exchange that matches (past ones count), and return the first. Errors: TimeoutError after `timeout` seconds."""
+        """Return the first exchange that matches, or wait for it. Past exchanges also match. Errors: TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         checked = 0
         with self._changed:
@@ -478,7 +479,7 @@ class FaultProxy(ABC, Generic[Op]):
         return self
 
     def stop(self) -> None:
-        """Close all connections and stop. Does nothing the second time."""
+        """Close all connections and stop. A second call does nothing."""
         running, self._running = self._running, None
         if running is not None:
             running.loop.call_soon_threadsafe(running.stop.set)
@@ -491,7 +492,7 @@ class FaultProxy(ABC, Generic[Op]):
         self.stop()
 
     def run_in_loop(self, action: Callable[[], None]) -> None:
-        """Run an action in the proxy's event loop and wait until it is done."""
+        """Run an action in the proxy's event loop and wait until it has finished."""
         assert self._running is not None, "the proxy is not started"
 
         async def run() -> None:
@@ -508,7 +509,7 @@ class FaultProxy(ABC, Generic[Op]):
     async def _serve(self, starting: _Starting) -> None:
         try:
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
-            # Without TLS each request opens a new connection, because the server may be restarted in the middle of a test.
+            # Without TLS, each request opens a new connection, because a test may restart the server.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True, force_close=self._tls is None)
             session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
@@ -522,7 +523,7 @@ class FaultProxy(ABC, Generic[Op]):
             port = runner.addresses[0][1]
             starting.running = _Running(loop, threading.current_thread(), stop, port, session)
             self._running = starting.running
-        except BaseException as error:  # raised again in the thread that waits in start()
+        except BaseException as error:  # start() raises it again in the thread of the test
             starting.error = error
             starting.done.set()
             return
@@ -540,17 +541,17 @@ class FaultProxy(ABC, Generic[Op]):
             return await (rule.fault.handle(call) if rule else self.relay(call))
         except (ConnectionBroken, ConnectionError, aiohttp.ClientError):
             _reset_connection(request)
-            # The connection is closed. aiohttp needs a response to end the request.
+            # The client does not receive this response, but aiohttp needs a response to end the request.
             return web.Response(status=502)
         finally:
             self._log_exchange(call, rule.name if rule else "", started)
 
     def relay(self, call: Call[Op]) -> Awaitable[web.StreamResponse]:
-        """Handle a request that no rule applies to."""
+        """Handle a request to which no rule applies."""
         return call.forward()
 
     def count_begun_responses(self, count: int) -> None:
-        """Record that responses have begun that are not in the log yet."""
+        """Record that `count` responses have begun. They are logged when they end."""
         with self._changed:
             self._begun_responses += count
 
@@ -574,7 +575,7 @@ def _forwarded_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def _reset_connection(request: web.BaseRequest) -> None:
-    """Close the connection with RST: buffered data are dropped, and the client's next read fails."""
+    """Close the connection with RST. Buffered data are dropped, and the client's next read fails."""
     transport = request.transport
     if transport is None:
         return
@@ -587,7 +588,7 @@ def _reset_connection(request: web.BaseRequest) -> None:
 
 @contextlib.contextmanager
 def active_rules(*rules: Rule[Any]) -> Iterator[None]:
-    """Keep several rules active for one block, and remove them at its end."""
+    """Remove several rules at the end of a `with` block."""
     with contextlib.ExitStack() as stack:
         for rule in rules:
             stack.enter_context(rule)

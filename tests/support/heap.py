@@ -1,7 +1,7 @@
-"""Excludes loaded libraries from garbage collection.
+"""Exclude loaded libraries from garbage collection.
 
-accelerate runs a garbage collection whenever a training begins. With torch, transformers, PEFT and TRL in memory it visits more than
-a million objects, which takes a third of a second, three quarters of a tiny training. Frozen objects are not visited.
+accelerate runs a garbage collection whenever a training begins. If torch, transformers, PEFT and TRL are loaded, the collection visits more
+than a million objects. This takes a third of a second, or three quarters of a tiny training. Frozen objects are not visited.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _frozen_modules = 0
 
 
 def freeze_libraries() -> None:
-    """Exclude all loaded objects from later garbage collections of this process, whenever more modules are loaded than before."""
-    global _frozen_modules  # one value per process, as the garbage collector's state
+    """If further modules have been loaded since the last call, exclude all existing objects from later garbage collections of this process."""
+    global _frozen_modules  # the garbage collector also has one state per process
     if len(sys.modules) > _frozen_modules:
         gc.collect()
         gc.freeze()

@@ -1,4 +1,4 @@
-"""A synchronous Kubernetes API client for tests. It waits by watches, without sleeping, and keeps warning headers."""
+"""A synchronous Kubernetes API client for tests. It waits with watches instead of polling, and returns warning headers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ API_PATHS = {
     "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
     "priorityclasses": "/apis/scheduling.k8s.io/v1",
 }
-"""Path of the API group by resource. All other resources are in the core group."""
+"""Path of the API group of each resource. Resources that are not listed are in the core group."""
 PATCH_CONTENT_TYPES = {
     "merge": "application/merge-patch+json", "json": "application/json-patch+json",
     "apply": "application/apply-patch+yaml", "strategic": "application/strategic-merge-patch+json",
@@ -54,7 +54,7 @@ class Answer:
 
 
 def path_of(resource: str, namespace: str | None = None, name: str | None = None) -> str:
-    """URL path of a collection, or of an object, or of its subresource (`pods/status`)."""
+    """Return the URL path of a collection, an object, or an object's subresource (`resource` is then for example `pods/status`)."""
     plural, _, subresource = resource.partition("/")
     parts = [API_PATHS.get(plural, "/api/v1")]
     parts += ["namespaces", namespace] if namespace else []
@@ -64,11 +64,11 @@ def path_of(resource: str, namespace: str | None = None, name: str | None = None
 
 @dataclass
 class KubeApi:
-    """A client with one connection pool. Errors of every call: ApiError."""
+    """A Kubernetes API client with one connection pool. Errors of each method: ApiError."""
 
     endpoint: Endpoint
     token: str | None = None
-    """Token of another user. None: the administrator's."""
+    """Token of the user; None means the administrator's token."""
     pool: urllib3.PoolManager = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class KubeApi:
         return dict(self.request("GET", path_of(resource, namespace, name)).body)
 
     def find(self, resource: str, namespace: str | None, name: str) -> Object | None:
-        """The object, or None."""
+        """Return the object; None if it does not exist."""
         try:
             return self.get(resource, namespace, name)
         except ApiError as error:
@@ -111,7 +111,7 @@ class KubeApi:
         return dict(self.request("PATCH", path_of(resource, namespace, name), body, patch=patch, **query).body)
 
     def delete(self, resource: str, namespace: str | None, name: str, **options: Any) -> bool:
-        """Delete an object with DeleteOptions. Returns whether it existed."""
+        """Delete an object with these DeleteOptions. Returns whether the object existed."""
         try:
             self.request("DELETE", path_of(resource, namespace, name), options or None)
         except ApiError as error:
@@ -121,7 +121,7 @@ class KubeApi:
         return True
 
     def events(self, namespace: str, name: str) -> Objects:
-        """Events about an object, oldest first."""
+        """Return the events about an object, oldest first."""
         found = self.list("events", namespace, fields=f"regarding.name={name}")
         return sorted(found, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
 
@@ -129,7 +129,7 @@ class KubeApi:
         self, resource: str, namespace: str | None, name: str, until: Callable[[Object], bool], *,
         timeout: float = 30.0, description: str = "",
     ) -> Object:  # fmt: skip
-        """Wait until `until` is true for the object, and return it. Errors: AssertionError with its last status after `timeout` seconds."""
+        """Wait until `until(object)` is true, and return the object. Errors: AssertionError with the object's last status after `timeout` seconds."""
         last: Object | None = None
         for last in self._states(resource, namespace, name, time.monotonic() + timeout):
             if last is not None and until(last):
@@ -150,7 +150,7 @@ class KubeApi:
         self, resource: str, namespace: str | None, until: Callable[[Objects], bool], *,
         labels: str = "", timeout: float = 30.0,
     ) -> Objects:  # fmt: skip
-        """Wait until `until` is true for the objects of a collection, and return them. Errors: AssertionError after `timeout` seconds."""
+        """Wait until `until(objects)` is true for a collection, and return its objects. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             answer = self.request("GET", path_of(resource, namespace), **({"labelSelector": labels} if labels else {}))
@@ -167,7 +167,7 @@ class KubeApi:
                 raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {found}")
 
     def _states(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
-        """Yield the object now and after each change, or None while it does not exist, until the deadline."""
+        """Yield the current object, and the object after each change, until the deadline. Yield None while the object does not exist."""
         path, fields = path_of(resource, namespace), f"metadata.name={name}"
         while time.monotonic() < deadline:
             listed = self.request("GET", path, fieldSelector=fields).body
@@ -199,11 +199,11 @@ class KubeApi:
 
 
 def condition(body: Object, kind: str) -> Object:
-    """The condition of a type, or an empty dict."""
+    """Return the condition of this type; an empty dict if there is none."""
     found = (body.get("status") or {}).get("conditions") or []
     return next((dict(one) for one in found if one["type"] == kind), {})
 
 
 def condition_is_true(body: Object, kind: str) -> bool:
-    """Whether the condition has status True."""
+    """Whether the status of this condition is True."""
     return condition(body, kind).get("status") == "True"

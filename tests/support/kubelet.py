@@ -1,8 +1,8 @@
-"""A fake scheduler and kubelet: simulated nodes, and pods that run and end as the test decides. No container runs.
+"""A fake scheduler and kubelet with simulated nodes. The test decides how pods run and end; no containers are started.
 
 `FakeKubelet` writes to a real API server what a scheduler and kubelets write (node leases, bindings, pod status, the final deletion) and
-serves `/progress` for its pods. Each namespace has a `Plan` that decides what happens to its pods; a test may change it at any time, and
-may end single pods. The event loop runs in a separate thread.
+serves `/progress` for its pods. The `Plan` of a namespace defines what happens to its pods. A test may replace the plan at any time, and may
+end single pods. The event loop runs in a separate thread.
 
     with FakeKubelet(endpoint) as kubelet:
         kubelet.set_plan("ns", Plan())                        # pods start and keep running
@@ -42,18 +42,18 @@ LEASE_RENEW_SECONDS = 5.0
 
 
 class Start(Enum):
-    """What happens to a new pod."""
+    """What the fake kubelet does with a new pod."""
 
     RUN = "run"
     """The pod is bound to a node, runs and is ready."""
     NOT_READY = "not ready"
-    """The pod runs and never becomes ready."""
+    """The pod runs, but never becomes ready."""
     STAY_PENDING = "stay pending"
     """The pod is neither bound nor started."""
     UNSCHEDULABLE = "unschedulable"
-    """No node fits. `Plan.message` is the scheduler's message."""
+    """The pod fits on no node. `Plan.message` is the scheduler's message."""
     CONTAINER_WAITING = "container waiting"
-    """The pod is bound and its container waits, with `Plan.reason` (such as `ImagePullBackOff`) and `Plan.message`."""
+    """The pod is bound, and its container waits. The waiting state has `Plan.reason` (such as `ImagePullBackOff`) and `Plan.message`."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,24 @@ class Ending:
     exit_code: int = 0
     termination_message: TerminationMessage | str | None = None
     reason: str = ""
-    """Reason in the container's terminated state, such as `OOMKilled`. Empty: `Completed` or `Error`, by the exit code."""
+    """Reason in the container's terminated state, such as `OOMKilled`. If empty, the exit code decides: `Completed` for 0, else `Error`."""
     pod_reason: str = ""
     """`status.reason` of the pod, such as `Evicted`."""
     disruption_reason: str = ""
-    """Reason of a DisruptionTarget condition. Empty: the pod has no such condition."""
+    """Reason of the pod's DisruptionTarget condition. If empty, the pod does not get this condition."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to the pods of a namespace."""
+    """What the fake kubelet does with the pods of a namespace."""
 
     start: Start = Start.RUN
     reason: str = ""
     message: str = ""
     when_running: Ending | None = None
-    """How pods end as soon as they run. None: they keep running."""
+    """How each pod ends as soon as it runs; None if pods keep running."""
     when_deleted: Ending | None = Ending(75)
-    """How running pods end when they are deleted. None: they do not end, as on a dead node."""
+    """How a running pod ends when it is deleted; None if deleted pods do not end, as on a dead node."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def parse_pod(body: Object) -> FakePod:
 
 
 def _number_or_zero(text: str | None) -> int:
-    """The number in the text. 0 for other text, because pods that the operator did not create may carry its labels with any value."""
+    """Parse a label value. Returns 0 if it is not a number: pods that the operator did not create may have its labels with any value."""
     return int(text) if text and text.isdigit() else 0
 
 
 class FakeKubelet:
-    """See the module. `nodes`: node names. `resources`: extended resources of each node, which also has ample CPU, memory and disk."""
+    """See the module. `nodes` contains the node names. `resources` contains the extended resources of each node. CPU, memory and disk are ample."""
 
     def __init__(
         self, endpoint: Endpoint, *, nodes: Iterable[str] = ("node-a", "node-b"),
@@ -135,9 +135,9 @@ class FakeKubelet:
         self._endings: dict[str, Ending] = {}
         self._reports: dict[tuple[str, str], Object] = {}
         self.progress_requests: dict[tuple[str, str], int] = {}
-        """Number of GET /progress requests by namespace and FineTuneJob."""
+        """Number of GET /progress requests, by namespace and name of the FineTuneJob."""
         self.errors: list[str] = []
-        """Errors inside the fake kubelet."""
+        """Errors that occurred inside the fake kubelet."""
         self._changed = threading.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
@@ -151,15 +151,15 @@ class FakeKubelet:
 
     @property
     def progress_url(self) -> str:
-        """Value of the operator's setting `scrape.url`."""
+        """Value for the operator's setting `scrape.url`, so that the operator reads progress from this server."""
         return f"http://127.0.0.1:{self._port}/{{namespace}}/{{pod}}{{path}}"
 
     def set_plan(self, namespace: str, plan: Plan) -> None:
-        """Set what happens from now on to the pods of a namespace, existing pods included."""
+        """Set the plan of a namespace. The plan also applies to existing pods."""
         self._run(self._set_plan(namespace, plan))
 
     def pods(self, namespace: str, job: str | None = None, attempt: int | None = None) -> list[FakePod]:
-        """The last observed pods, sorted by job, attempt and index."""
+        """Return the last observed state of the pods, sorted by job, attempt and index."""
         with self._changed:
             found = [
                 pod for pod in self._pods.values()
@@ -171,7 +171,7 @@ class FakeKubelet:
         self, namespace: str, job: str, until: Callable[[list[FakePod]], bool], *,
         attempt: int | None = None, timeout: float = 30.0,
     ) -> list[FakePod]:  # fmt: skip
-        """Wait until `until` is true for the pods of a job, and return them. Errors: AssertionError after `timeout` seconds."""
+        """Wait until `until(pods)` is true for the pods of a job, and return the pods. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while not until(found := self.pods(namespace, job, attempt)):
@@ -184,7 +184,7 @@ class FakeKubelet:
     def wait_running(
         self, namespace: str, job: str, *, attempt: int | None = None, count: int = 1, timeout: float = 30.0
     ) -> list[FakePod]:
-        """Wait until a job has `count` running pods, and return them."""
+        """Wait until a job has `count` running pods, and return these pods."""
 
         def running(pods: list[FakePod]) -> list[FakePod]:
             return [pod for pod in pods if pod.phase == "Running" and not pod.deleting]
@@ -195,11 +195,11 @@ class FakeKubelet:
         return running(found)
 
     def end_pod(self, pod: FakePod, ending: Ending) -> None:
-        """End the container of a pod, and so the pod."""
+        """End the container of a pod. The pod then ends, too."""
         self._run(self._end_pod(pod, ending))
 
     def set_progress(self, namespace: str, job: str, **report: Any) -> None:
-        """Set the response of a job's pods to GET /progress, with the JSON names of `ProgressReport`. Attempt and uid are added."""
+        """Set the response of a job's pods to GET /progress. `report` uses the JSON names of `ProgressReport`; attempt and uid are added."""
         with self._changed:
             self._reports[namespace, job] = {"stage": Stage.TRAINING.value, **report}
 
@@ -214,18 +214,18 @@ class FakeKubelet:
                 self._changed.wait(left)
 
     def kill_node(self, node: str) -> None:
-        """Stop renewing the node's lease and changing its pods, as after a power failure."""
+        """Stop renewing the node's Lease and stop changing its pods, as after a power failure."""
         with self._changed:
             self._silent_nodes.add(node)
 
     def revive_node(self, node: str) -> None:
-        """Renew the node's lease and act on its pods again."""
+        """Resume renewing the node's Lease and changing its pods."""
         with self._changed:
             self._silent_nodes.discard(node)
         self._run(self._apply_plans())
 
     def recreate_node(self, node: str) -> None:
-        """Create the node again after its object was deleted."""
+        """Create the node again after its object has been deleted."""
         self._run(self._create_node(node))
         self.revive_node(node)
 
@@ -247,7 +247,7 @@ class FakeKubelet:
     def _main(self) -> None:
         try:
             asyncio.run(self._serve())
-        except BaseException as error:  # raised again in the thread that waits in __enter__
+        except BaseException as error:  # __enter__ raises it again in the thread of the test
             self._failure = error
             self.errors.append(repr(error))
         finally:
@@ -354,7 +354,7 @@ class FakeKubelet:
             self._act(pod)
 
     def _act(self, pod: FakePod) -> None:
-        """Start the next action of the plan for the pod, unless this action was already the last one."""
+        """Start the action that the plan requires for the pod. Do nothing if this action was also the last action."""
         plan = self._plans.get(pod.namespace, Plan())
         if pod.node in self._silent_nodes:
             return
@@ -412,7 +412,7 @@ class FakeKubelet:
         return node if made is not None else None
 
     async def _end_pod(self, pod: FakePod, ending: Ending) -> None:
-        """Write the terminated state, unless the pod has ended already."""
+        """Write the terminated state of the container, unless the pod has already ended."""
         if pod.uid in self._endings:
             return
         self._endings[pod.uid] = ending
@@ -430,7 +430,7 @@ class FakeKubelet:
         await self._patch_status(pod, status)
 
     async def _remove(self, pod: FakePod) -> None:
-        """Remove the object of a deleted pod, as the kubelet does once the containers have ended."""
+        """Remove the object of a deleted pod. A kubelet does this when the containers have ended."""
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod.uid}}
         await self._call("DELETE", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", body, accept=(404, 409))
 
@@ -463,7 +463,7 @@ class FakeKubelet:
         self, method: str, path: str, body: Object | None = None, *, kind: str = "application/json",
         query: dict[str, str] | None = None, accept: tuple[int, ...] = (),
     ) -> Object | None:  # fmt: skip
-        """The response body, or None for a status code of `accept`. Errors: OSError for other status codes from 400."""
+        """Send a request and return the response body; None if the status code is in `accept`. Errors: OSError for other status codes from 400."""
         async with self._session.request(
             method, self._endpoint.server + path, params=query, headers={"Content-Type": kind},
             data=None if body is None else json.dumps(body).encode(), timeout=aiohttp.ClientTimeout(total=20),
@@ -485,7 +485,7 @@ async def _events(stream: aiohttp.StreamReader) -> Any:
 
 
 def _pod_status(pod: FakePod, state: Object, *, ready: bool) -> Object:
-    """Status of a running pod whose container has the state `state`."""
+    """Return the status of a running pod. `state` is the state of its container."""
     container = (pod.body["spec"].get("containers") or [{}])[0]
     is_ready = "True" if ready else "False"
     conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
@@ -506,18 +506,18 @@ def _start_time(pod: FakePod) -> str:
 
 
 def now() -> str:
-    """The current time in the format of Kubernetes."""
+    """Return the current time in the format of Kubernetes."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def success(uri: str = "s3://bucket/model", step: int = 10, **fields: Any) -> Ending:
-    """The ending of a pod that finished training: exit code 0, and the artefact's URI in the termination message."""
+    """Return the ending of a pod that has finished training: exit code 0, and a termination message with the artefact's URI."""
     output = {"uri": uri, "sha256": "0" * 64, "kind": "adapter"}
     return Ending(0, TerminationMessage.model_validate({"output": output, "step": step, **fields}))
 
 
 def failure(exit_code: int, *, step: int | None = None, committed: int | None = None, **fields: Any) -> Ending:
-    """The ending of a pod that failed, with the reason in the termination message. `committed`: step of its newest checkpoint."""
+    """Return the ending of a pod that has failed. `committed` is the step of the newest checkpoint, `fields` describe the failure."""
     given = {"exitCode": exit_code, "step": step, "committedStep": committed, **fields}
     present = {key: value for key, value in given.items() if value is not None}
     return Ending(exit_code, TerminationMessage.model_validate(present))

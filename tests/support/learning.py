@@ -1,4 +1,4 @@
-"""Runs a training of a tiny model in this process, and returns its losses, messages and final folder."""
+"""Train a tiny model in this process. The result contains losses, messages and the folder of the artefact."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TEN = [
         ("question", "Paris"), ("answer", "Berlin"), ("input", "nine"), ("output", "three"), ("true", "false"),
     ]
 ]  # fmt: skip
-"""Ten rows whose answers do not follow from each other."""
+"""Ten rows with unrelated answers: learning one answer does not help with another answer."""
 
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `more`, merged group by group."""
+    """Return a copy of `base`, overwritten with the values of `more`. Nested mappings are merged."""
     result = dict(base)
     for key, value in more.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -47,7 +47,7 @@ def make_run(
     ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
     config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
 ) -> tuple[RunConfig, Inputs]:  # fmt: skip
-    """A resolved run (on a CPU unless the spec asks for GPUs) and its inputs. All files are below `folder`."""
+    """Create a resolved run and its inputs, with all files below `folder`. The run uses a CPU unless the spec requests GPUs."""
     train = write_rows(folder / "train.jsonl", rows)
     held = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
     base: dict[str, Any] = {
@@ -89,7 +89,7 @@ def method_of(
     keep_base_dtype: bool = False,
     new_token_ids: Sequence[int] = (),
 ) -> Any:
-    """The run's method, on a CPU. `fsdp`: for a model that FSDP will shard."""
+    """Create the method of a run on a CPU. If `fsdp` is true, the method prepares the model for FSDP."""
     import torch
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.hardware import Hardware
@@ -117,27 +117,27 @@ class Outcome:
 
     @property
     def losses(self) -> list[float]:
-        """Training loss of every logged step."""
+        """Training losses of all logged steps."""
         return [line["loss"] for line in self.logs if "loss" in line]
 
     @property
     def grad_norms(self) -> list[float]:
-        """Gradient norm of every logged step."""
+        """Gradient norms of all logged steps."""
         return [line["grad_norm"] for line in self.logs if "grad_norm" in line]
 
     @property
     def eval_losses(self) -> list[float]:
-        """Validation losses in order."""
+        """Losses of all evaluations, oldest first."""
         return [line["eval_loss"] for line in self.logs if "eval_loss" in line]
 
     def messages(self, kind: str) -> list[dict[str, Any]]:
-        """Messages of one kind that the rank sent to the supervisor."""
+        """Return the messages of one kind that the rank has sent to the supervisor."""
         assert self.channel is not None
         return [message for message in self.channel.sent if message["kind"] == kind]
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The resolved settings that the run reported."""
+        """The resolved settings that the run has reported."""
         found: dict[str, Any] = {}
         for message in self.messages("resolved"):
             found |= message["value"]
@@ -145,18 +145,18 @@ class Outcome:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the status."""
+        """The notes that the run has reported for the job's status."""
         return [message["text"] for message in self.messages("note")]
 
 
 class Hooks:
-    """Implements `train.Hooks` for tests: records logs and the final folder."""
+    """An implementation of `train.Hooks` that records the logs and the folder of the artefact."""
 
     def __init__(self) -> None:
         self.outcome = Outcome()
 
     def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
-        """One callback that records the logs."""
+        """Return a callback that records the logs."""
         from transformers import TrainerCallback
 
         outcome = self.outcome
@@ -176,12 +176,12 @@ class Hooks:
         return inputs.restore.path if inputs.restore else None
 
     def finish(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
-        """Record the final folder."""
+        """Record the folder of the artefact instead of uploading it."""
         self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
 
 
 def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
-    """Run one rank in this process. Errors: those of the run."""
+    """Run one rank in this process. Errors: the same as of the run."""
     from finetune_trainer import train
 
     train.preload(run)
@@ -195,5 +195,5 @@ def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
 def run_training(
     folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, **options: Any
 ) -> Outcome:
-    """Make a run and its inputs, and train it in this process."""
+    """Create a run and its inputs, and train in this process."""
     return train_here(*make_run(folder, model, spec, rows, **options))

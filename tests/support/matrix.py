@@ -1,4 +1,4 @@
-"""Runs every method with every objective under every strategy, and writes which combinations work and why others are refused.
+"""Run every method with every objective and every strategy. Write which combinations work, and why the others are refused.
 
 `python -m tests.support.matrix` runs all combinations (about ten minutes on two cores) and writes docs/reference/matrix.md.
 """
@@ -55,11 +55,11 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed, ZeRO 3": (2, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
 }
 Table = dict[tuple[str, str], str]
-"""`yes`, or the reason for the refusal, by (method, objective)."""
+"""For each (method, objective): `yes` if the combination works, else the reason for the refusal."""
 
 
 def run(strategy: str, folder: Path) -> Table:
-    """Run all cells of one strategy in one launch. Errors: AssertionError if a cell fails with anything but a ConfigError."""
+    """Run all cells of one strategy in one launch. Errors: AssertionError if a cell fails with an error other than a ConfigError."""
     ranks, distributed = STRATEGIES[strategy]
     model = _model(folder / "model")
     writer, scorer = (_adapter(model, folder / kind, kind) for kind in ("CAUSAL_LM", "SEQ_CLS"))
@@ -93,7 +93,7 @@ def _model(path: Path) -> Path:
 
 
 def _adapter(model: Path, folder: Path, kind: str) -> str:
-    """A saved adapter of the task type `kind`."""
+    """Create and save an adapter for the PEFT task type `kind`. Returns its folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -106,14 +106,14 @@ def _adapter(model: Path, folder: Path, kind: str) -> str:
 
 HEAD = """# What works together
 
-Every method with every objective under every strategy, run on a tiny model with two ranks (one where stated) on CPUs. A dot means
-that the combination trained and saved an artefact. A number means that it was refused before training, with the message below. Written
-by `python -m tests.support.matrix`; a test compares this page with actual runs.
+Each combination of method, objective and strategy was run with a tiny model on two CPU ranks (`one rank`: on a single rank). A dot means that
+the combination trained and saved an artefact. A number means that the combination was refused before training, with the message below.
+`python -m tests.support.matrix` writes this page; a test compares the page with actual runs.
 """
 
 
 def page(tables: dict[str, Table]) -> str:
-    """The text of the reference page."""
+    """Return the text of the reference page."""
     reasons: list[str] = []
     blocks = []
     for strategies, table in _grouped(tables):
@@ -137,7 +137,7 @@ def page(tables: dict[str, Table]) -> str:
 
 
 def _grouped(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
-    """Tables with the names of all strategies that have this table."""
+    """Group the strategies that have equal tables. Yields the names of the strategies and their table."""
     groups: list[tuple[list[str], Table]] = []
     for strategy, table in tables.items():
         for names, other in groups:
@@ -150,7 +150,7 @@ def _grouped(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
 
 
 def expected(strategy: str) -> Table:
-    """The table of a strategy on the reference page."""
+    """Read the table of a strategy from the reference page."""
     text = PAGE.read_text()
     assert strategy in text, f"the page has no table of {strategy}: python -m tests.support.matrix '{strategy}'"
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text.split("\n## Refused\n")[1], re.MULTILINE))
@@ -165,7 +165,7 @@ def expected(strategy: str) -> Table:
 
 
 def main(requested: Sequence[str]) -> None:
-    """Run the requested strategies (default: all) and write the page after each. Tables of other strategies stay unchanged."""
+    """Run the requested strategies (default: all). Write the page after each strategy; the tables of other strategies stay unchanged."""
     tables = {name: expected(name) for name in STRATEGIES if PAGE.exists() and name in PAGE.read_text()}
     for strategy in requested or STRATEGIES:
         with tempfile.TemporaryDirectory() as folder:

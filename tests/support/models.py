@@ -1,6 +1,6 @@
-"""Fixtures for tests that train in this process: the imported libraries, and tiny models, each made once per session.
+"""Fixtures for tests that train in this process. They import the libraries and create tiny models, once per session.
 
-A conftest uses them by importing their names.
+A conftest that imports a fixture makes it available to its tests.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries() -> Iterator[None]:
-    """Import bitsandbytes before a job hides it: jobs with and without it run in this process."""
-    import bitsandbytes  # noqa: F401  an imported package is not hidden
+    """Import bitsandbytes at the start. Some tests hide this package from later imports, and other tests in the same process need it."""
+    import bitsandbytes  # noqa: F401  an imported package cannot be hidden
     import torch
 
     torch.set_num_threads(1)
     yield
-    gc.unfreeze()  # so that the exit of the process can clean up
+    gc.unfreeze()  # otherwise Python would not clean up these objects at its exit
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained on the questions of the ten rows with other answers."""
+    """A model that was trained on the questions of the ten rows, but with wrong answers."""
     from tests.support.learning import TEN
     from tests.support.tiny import make_tiny_model, teach
 

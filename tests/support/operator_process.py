@@ -29,7 +29,7 @@ FAST_CONFIG: dict[str, Any] = {
     "scrape": {"intervalSeconds": 0.2, "startingIntervalSeconds": 0.2, "timeoutSeconds": 2},
     "log": {"format": "json", "level": "info"},
 }
-"""A configuration with short intervals and timeouts, so that tests wait little."""
+"""A configuration with short intervals and timeouts, so that tests are fast."""
 KILL_VARIABLE = "FINETUNE_TEST_KILL_FILE"
 ERROR_LINE = re.compile(
     r'"level": ?"(?:error|critical)"|Traceback \(most recent call last\)| \[?(?:ERROR|CRITICAL)\b', re.I
@@ -37,7 +37,7 @@ ERROR_LINE = re.compile(
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `change`, merged mapping by mapping."""
+    """Return a copy of `base`, overwritten with the values of `change`. Nested mappings are merged."""
     result = dict(base)
     for key, value in change.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -47,9 +47,10 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 @dataclass
 class OperatorProcess:
-    """One operator process. As a context manager it is started on entry and killed on exit.
+    """One operator process. As a context manager, it is started on entry and killed on exit.
 
-    `config` is merged into FAST_CONFIG. `crash_at`: the point of the code at which the process kills itself once; `kill_at` sets one later.
+    `config` is merged into FAST_CONFIG. The process kills itself when it first reaches the kill point `crash_at`. `kill_at` sets the kill
+    point of a running process.
     """
 
     folder: Path
@@ -58,12 +59,12 @@ class OperatorProcess:
     crash_at: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     command_prefix: tuple[str, ...] = ()
-    """Command that runs the operator, such as faketime with its arguments."""
+    """Command and arguments before the operator's command, for example faketime with its arguments."""
     _process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
     def start(self, *, ready: bool = True) -> Self:
-        """Start the process. `ready`: wait until /readyz succeeds. Errors: AssertionError if the process ends first."""
+        """Start the process. If `ready` is true, wait until /readyz succeeds. Errors: AssertionError if the process ends before it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_ports(1)[0]
         config = merged(merged(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
@@ -85,7 +86,7 @@ class OperatorProcess:
         return self
 
     def kill_at(self, point: str) -> None:
-        """Let the process kill itself when it next reaches the point."""
+        """Make the process kill itself when it next reaches this kill point."""
         unfinished = self.folder / "kill-at.new"
         unfinished.write_text(point)
         unfinished.rename(self.folder / "kill-at")
@@ -116,11 +117,11 @@ class OperatorProcess:
             time.sleep(0.05)
 
     def probe(self, path: str) -> int:
-        """Status code of a GET request to the operator's HTTP port. 0: no response."""
+        """Return the status code of a GET request to the operator's HTTP port; 0 if there is no response."""
         return self._get(path)[0]
 
     def metrics(self) -> dict[str, float]:
-        """Values of /metrics by `name{labels}`."""
+        """Return the values of /metrics, by `name{labels}`."""
         text = self._get("/metrics")[1]
         lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in lines}
@@ -135,7 +136,7 @@ class OperatorProcess:
             return 0, ""
 
     def wait_end(self, timeout: float = 30.0) -> int:
-        """Wait until the process ends by itself, and return its exit code. Negative: the signal that ended it."""
+        """Wait until the process ends by itself. Returns its exit code; if a signal has killed the process, the negative signal number."""
         assert self._process is not None, "the operator was not started"
         try:
             return self._process.wait(timeout)
@@ -147,13 +148,13 @@ class OperatorProcess:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Send SIGKILL and wait for the end. Does nothing if the process has ended."""
+        """Send SIGKILL and wait until the process has ended. Does nothing if it has already ended."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Send SIGTERM and return the exit code. Errors: AssertionError, after SIGKILL, if the process does not end in time."""
+        """Send SIGTERM and return the exit code. If the process does not end in time, send SIGKILL. Errors: AssertionError in this case."""
         assert self._process is not None, "the operator was not started"
         if self._process.poll() is None:
             self._process.terminate()
@@ -164,7 +165,7 @@ class OperatorProcess:
             raise AssertionError(f"the operator ignored SIGTERM for {timeout:.0f} s: {self.log[-3000:]}") from None
 
     def error_lines(self, allowed: Iterable[str] = ()) -> list[str]:
-        """Log lines of level error and tracebacks, without those that match a regular expression of `allowed`."""
+        """Return log lines of level error and tracebacks, except lines that match a regular expression in `allowed`."""
         allowed_patterns = [re.compile(expression) for expression in allowed]
         return [
             line for line in self.log.splitlines()

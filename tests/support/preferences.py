@@ -6,12 +6,12 @@ from typing import Any
 
 
 def user(text: str) -> dict[str, str]:
-    """A prompt of one user message."""
+    """Return a user message."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> dict[str, str]:
-    """An assistant message."""
+    """Return an assistant message."""
     return {"role": "assistant", "content": text}
 
 
@@ -28,6 +28,6 @@ LABELLED: list[dict[str, Any]] = [
     for row in PAIRS
     for side in ("chosen", "rejected")
 ]
-"""The same answers, each labelled good or bad."""
+"""The questions and answers of PAIRS as single rows, each with the label good or bad."""
 PROMPTS: list[dict[str, Any]] = [{"prompt": [user(question)], "answer": good} for question, good, _ in _QUESTIONS]
-"""The questions alone, with the right answer as a column."""
+"""The questions of PAIRS as prompts. The column `answer` contains the better answer."""

@@ -1,7 +1,7 @@
 """Test rig for fault tests of the operator: a real API server, a fake kubelet, fault proxies, and operators as processes.
 
-One API server and one fake kubelet serve a whole run. Each test has its own namespace, which its operators watch. When a test ends, its
-operators are killed and their logs are searched: a line of level error fails the test, unless it matches `Rig.allowed_log_lines`.
+All tests of a run share one API server and one fake kubelet. Each test has its own namespace, and its operators watch only this namespace.
+When a test ends, its operators are killed. A log line of level error fails the test unless it matches `Rig.allowed_log_lines`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def install_crd(api: KubeApi) -> None:
 
 
 def is_served(api: KubeApi) -> bool:
-    """Whether FineTuneJobs can be listed, which may take a moment after the condition `Established`."""
+    """Whether the API server can list FineTuneJobs. It may need a moment after the CRD has the condition `Established`."""
     try:
         api.list(FTJ, "default")
     except ApiError as error:
@@ -80,7 +80,7 @@ class Rig:
     operators: list[OperatorProcess] = field(default_factory=list)
     proxies: list[ApiProxy] = field(default_factory=list)
     allowed_log_lines: list[str] = field(default_factory=list)
-    """Regular expressions for log lines of level error that do not fail the test."""
+    """Regular expressions. Matching log lines of level error do not fail the test."""
 
     @property
     def api(self) -> KubeApi:
@@ -93,7 +93,7 @@ class Rig:
     # -- the operator --------------------------------------------------------------------------------------------------
 
     def proxy(self, seed: int = 0) -> ApiProxy:
-        """A fault proxy in front of the API server."""
+        """Start a fault proxy in front of the API server."""
         proxy = ApiProxy(self.cluster.endpoint, seed=seed).start()
         self.proxies.append(proxy)
         return proxy
@@ -102,7 +102,7 @@ class Rig:
         self, *, through: ApiProxy | None = None, config: Mapping[str, Any] | None = None, crash_at: str = "",
         ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
-        """Start an operator for this namespace. `through`: the proxy that it connects to; `token`: that of another user than the administrator."""
+        """Start an operator for this namespace. It uses the proxy `through` and `token` (default: the administrator's token)."""
         folder = self.folder / f"operator-{len(self.operators)}"
         folder.mkdir()
         if through is not None:
@@ -119,7 +119,7 @@ class Rig:
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def submit(self, name: str = "job", **spec: Any) -> Object:
-        """Create a FineTuneJob from a minimal spec, merged with `spec`."""
+        """Create a FineTuneJob. Its spec is a minimal spec, merged with `spec`."""
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}}
         return self.api.create(FTJ, self.namespace, body | {"spec": merged(MINIMAL, spec)}, fieldValidation="Strict")
 
@@ -153,16 +153,16 @@ class Rig:
         return self.wait(lambda b: condition_is_true(b, Condition.FINISHED), name, timeout=timeout, description="finished")
 
     def job_names(self, name: str = "job") -> list[str]:
-        """Sorted names of the Jobs of a FineTuneJob."""
+        """Return the sorted names of the Jobs of a FineTuneJob."""
         found = self.api.list("jobs", self.namespace, labels=f"{Label.NAME}={name}")
         return sorted(body["metadata"]["name"] for body in found)
 
     def event_reasons(self, name: str = "job") -> list[str]:
-        """Reasons of the events about a FineTuneJob, oldest first."""
+        """Return the reasons of the events about a FineTuneJob, oldest first."""
         return [event["reason"] for event in self.api.events(self.namespace, name)]
 
     def event_notes(self, name: str = "job") -> list[tuple[str, str]]:
-        """(reason, note) of the events about a FineTuneJob, repeated as often as each event was emitted."""
+        """Return (reason, note) of the events about a FineTuneJob. An event that was emitted several times is returned as often."""
         events = self.api.events(self.namespace, name)
         return [(e["reason"], e["note"]) for e in events for _ in range((e.get("series") or {}).get("count", 1))]
 
@@ -181,7 +181,7 @@ class Rig:
     # -- cleanup ---------------------------------------------------------------------------------------------------------
 
     def close(self) -> list[str]:
-        """Kill the operators, stop the proxies and delete the namespace. Returns the log lines of level error that are not allowed."""
+        """Kill the operators, stop the proxies, delete the namespace. Returns log lines of level error that are not in `allowed_log_lines`."""
         for operator in self.operators:
             operator.kill()
         for proxy in self.proxies:
@@ -192,7 +192,7 @@ class Rig:
 
 @pytest.fixture
 def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """A rig with its own namespace. Fails the test for log lines of level error that are not allowed."""
+    """A rig with its own namespace. A log line of level error fails the test unless it matches `allowed_log_lines`."""
     test_name = re.sub(r"[^a-z0-9]+", "-", request.node.originalname.removeprefix("test_").lower())[:30].strip("-")
     namespace = f"f{next(_namespace_numbers)}-{test_name}".strip("-")
     fault_cluster.api.create("namespaces", None, {"metadata": {"name": namespace}})
@@ -205,22 +205,22 @@ def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) 
 
 
 def count_status_writes(proxy: ApiProxy) -> int:
-    """Number of status writes of FineTuneJobs that the API server accepted."""
+    """Count the status writes of FineTuneJobs that the API server has accepted."""
     return sum(e.operation.endswith(f"{FTJ}/status") and 200 <= e.server_status < 300 for e in proxy.exchanges)
 
 
 def count_created(proxy: ApiProxy, resource: str) -> int:
-    """Number of objects of a resource that the API server created for requests through the proxy."""
+    """Count the objects of a resource that clients of the proxy have created."""
     return sum(e.operation == f"create {resource}" and e.server_status == 201 for e in proxy.exchanges)
 
 
 def forbidden_writes(proxy: ApiProxy) -> list[str]:
-    """Writes to FineTuneJobs other than to their status, which the operator must never make."""
+    """Return the writes to FineTuneJobs outside their status. The operator must not send such writes."""
     return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FTJ}")]
 
 
 def attempt_reasons(body: Object) -> list[tuple[int, str]]:
-    """(number, reason) of the attempts in a status."""
+    """Return (number, reason) for each attempt in the status."""
     return [(one["number"], one.get("reason", "")) for one in (body.get("status") or {}).get("attempts", [])]
 
 

@@ -1,11 +1,11 @@
-"""A fault proxy in front of an S3 server: faults by S3 operation and key.
+"""A fault proxy in front of an S3 server. A fault applies to an S3 operation and to keys.
 
     with S3Proxy(endpoint.host_url) as proxy:
         client = boto3.client("s3", endpoint_url=proxy.url, ...)
         with proxy.fault(Status(503, "SlowDown"), operation="PutObject", key="checkpoints/", times=2) as slow: ...
         assert slow.hits == 2
 
-It requires path-style addressing, where the first path segment is the bucket. Signatures stay valid: clients sign the proxy's address as
+Clients must use path-style addressing (the first path segment is the bucket). Signatures stay valid: clients sign the proxy's address as
 `Host`, and the proxy forwards this header unchanged.
 """
 
@@ -48,7 +48,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class S3Operation:
-    """API name, bucket and key of an S3 request."""
+    """The API operation, bucket and key of an S3 request."""
 
     label: str
     bucket: str
@@ -63,7 +63,7 @@ class S3Proxy(FaultProxy[S3Operation]):
         self, fault: Fault, *, operation: str | None = None, key: str = "",
         times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[S3Operation]:  # fmt: skip
-        """Apply `fault` to requests of an operation (such as `PutObject`; None: any) whose key matches the regular expression `key`."""
+        """Apply `fault` to requests of an operation (such as `PutObject`; None means all) whose key matches the regular expression `key`."""
         key_pattern = re.compile(key)
         return self.add_rule(
             fault, lambda request: operation in (None, request.label) and bool(key_pattern.search(request.key)),
@@ -71,7 +71,7 @@ class S3Proxy(FaultProxy[S3Operation]):
         )  # fmt: skip
 
     def through(self, endpoint: S3Endpoint) -> S3Endpoint:
-        """A copy of the endpoint with the proxy's address."""
+        """Return a copy of the endpoint with the proxy's address."""
         return replace(endpoint, host_url=self.url, cluster_url=self.url)
 
     def parse_operation(self, request: web.BaseRequest) -> S3Operation:
@@ -85,7 +85,7 @@ class S3Proxy(FaultProxy[S3Operation]):
 
 
 def _operation_name(request: web.BaseRequest, bucket: str, key: str) -> str:
-    """Name of the operation, as botocore spells it."""
+    """Return the operation's name as in botocore."""
     method, query = request.method, request.query
     is_copy = "x-amz-copy-source" in request.headers
     match method:

@@ -1,8 +1,8 @@
-"""Makes a real model in a third of a second: byte-level BPE tokenizer and a two-layer Llama, saved in the hub's layout.
+"""Create a tiny model in a third of a second: a byte-level BPE tokenizer and a two-layer Llama, saved in the hub's layout.
 
-Nothing is downloaded. The weights are random but seeded, so that two calls with the same arguments write the same bytes. Options
-produce variants for tests: templates with and without generation markers, no pad token, a pad token that is the end token, a
-beginning token, tied embeddings, attention biases.
+Nothing is downloaded. The weights are random but seeded: two calls with the same arguments write the same bytes. Options create variants for
+tests: templates with and without generation markers, no pad token, a pad token that is also the end token, a beginning token, tied
+embeddings, attention biases.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CHATML_MARKED = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML with generation markers around an assistant's message, including its end-of-turn token."""
+"""ChatML with generation markers around the content of an assistant's message and its end-of-turn token."""
 
 
 def make_tokenizer(
     path: Path | str, *, chat_template: str | None = CHATML, pad: str | None = "<|pad|>", bos: bool = False
 ):
-    """Train and save the tokenizer. `bos`: it adds <|bos|> before every text."""
+    """Train and save the tokenizer. If `bos` is true, it adds <|bos|> before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +75,7 @@ def make_tiny_model(
     seed: int = 0,
     positions: int = 512,
 ) -> Path:
-    """Write a tiny Llama with its tokenizer into `path` (config.json, model.safetensors, tokenizer files); returns the path."""
+    """Write a tiny Llama with its tokenizer into `path` (config.json, model.safetensors, tokenizer files). Returns `path`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +95,7 @@ def make_tiny_model(
 
 
 def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
-    """Write a tiny reward model: the backbone of `make_tiny_model` with a head of one output."""
+    """Write a tiny reward model: the backbone of `make_tiny_model` and a head with one output."""
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
@@ -111,9 +111,8 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
 
 
 def teach(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
-    """Train all weights of the saved model on conversations.
-
-    Adapters on random weights learn almost nothing, because the frozen random head gives every token nearly the same score.
+    """Train all weights of the saved model on conversations, so that adapters can learn on it. On random weights, adapters learn almost
+    nothing, because the frozen head gives every token nearly the same score.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -48,7 +48,7 @@ def credentials(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def bucket_name(s3_server: S3Endpoint) -> str:
-    """One bucket for all tests, each with its own prefix: SeaweedFS reserves volumes for every bucket."""
+    """Create one bucket for all tests, because SeaweedFS reserves volumes for every bucket. Each test uses its own prefix."""
     s3_server.client().create_bucket(Bucket="faults")
     return "faults"
 
@@ -65,7 +65,7 @@ def storage(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> ProxiedT
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A staged checkpoint with files of several sizes."""
+    """Create a staged checkpoint with files of several sizes."""
     import random
 
     folder = tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""The tree of a job in a store, reached through the fault proxy and directly."""
+"""Access the checkpoints of a job in a store, through the fault proxy or directly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PODS = Path(__file__).parents[2] / "pod"
 
 @dataclass
 class ProxiedTree:
-    """One tree, reached in two ways: through the proxy, as the pod does, and directly."""
+    """The storage of one job, with two clients: `proxied` uses the fault proxy, like the pod; `direct` uses the store itself."""
 
     proxied: Tree
     direct: Tree
@@ -39,7 +39,7 @@ class ProxiedTree:
         return manifest
 
     def verify_all(self, folder: Path) -> list[int]:
-        """Verify every committed checkpoint against its manifest; returns the steps, newest first."""
+        """Verify every committed checkpoint against its manifest. Returns the steps of the checkpoints, newest first."""
         from finetune_trainer.checkpoint.restore import fetch_verified
 
         steps = []
@@ -55,7 +55,7 @@ class ProxiedTree:
 
 
 def states(steps: int) -> dict[int, str]:
-    """State of rank 0 after each step of an uninterrupted run of toy ranks."""
+    """Compute the state of rank 0 after each step of an uninterrupted run of toy ranks."""
     states_by_step, state = {}, ""
     for step in range(1, steps + 1):
         states_by_step[step] = state = link(state, 0, step)
@@ -63,7 +63,7 @@ def states(steps: int) -> dict[int, str]:
 
 
 def logged_states(storage: ProxiedTree) -> dict[int, str]:
-    """State by step, from the logs of all attempts. If two attempts logged a step, both states must be equal."""
+    """Read the state after each step from the logs of all attempts. If two attempts have logged the same step, the states must be equal."""
     states_by_step: dict[int, str] = {}
     for stat in storage.direct.store.list("metrics/"):
         for line in (storage.direct.store.get(stat.key) or b"").decode().splitlines():
@@ -73,7 +73,7 @@ def logged_states(storage: ProxiedTree) -> dict[int, str]:
 
 
 def final_state(storage: ProxiedTree) -> str:
-    """State of rank 0 in the committed model."""
+    """Read the state of rank 0 from the committed model."""
     model = storage.direct.marker(None)
     assert model is not None, "no model is committed"
     return (storage.direct.store.get(f"{model.folder}/chain-0") or b"").decode()
@@ -82,7 +82,7 @@ def final_state(storage: ProxiedTree) -> str:
 def toy(
     folder: Path, spec: dict[str, Any], storage: ProxiedTree, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
-    """A pod of toy ranks (tests/pod/toy_rank.py) that stores its checkpoints through the proxy."""
+    """Create a pod of toy ranks (tests/pod/toy_rank.py). It stores its checkpoints through the proxy."""
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(PODS)]), "FINETUNE_TRAINER_MODULE": "toy_rank",

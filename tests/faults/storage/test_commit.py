@@ -1,4 +1,4 @@
-"""The commit protocol under faults: a committed checkpoint is complete and undamaged at every instant."""
+"""Tests of the commit protocol under faults: a committed checkpoint is complete and undamaged at all times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Sta
 
 
 def test_every_checkpoint_is_committed_despite_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """30 % of the requests get SlowDown, 10 % get 500, 10 % are reset."""
+    """Faults: the store answers 30 % of the requests with SlowDown and 10 % with 500, and resets 10 % of the connections."""
     rules = [
         proxy.fault(Status(503, "SlowDown"), probability=0.3),
         proxy.fault(Status(500, "InternalError"), probability=0.1),
@@ -37,7 +37,7 @@ def test_every_checkpoint_is_committed_despite_many_store_errors(storage: Proxie
 
 @pytest.mark.parametrize("key", ["optimizer.pt", "manifest.json", "_COMMITTED"])
 def test_a_request_whose_response_is_lost_is_retried_without_harm(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str) -> None:
-    """The store executes the request, and its response is lost. The retry has the same result; an existing marker is compared."""
+    """The store executes the request, but its response is lost. The client retries. If the retry finds its own marker, the commit has succeeded."""
     with proxy.fault(LostResponse(), operation="PutObject", key=key, times=1) as lost:
         storage.commit(5, checkpoint)
     assert lost.hits == 1
@@ -57,7 +57,7 @@ def test_a_multipart_upload_whose_last_response_is_lost_is_complete(
 
 @pytest.mark.parametrize("second_attempt", [1, 2])
 def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, checkpoint: Path, tmp_path: Path, second_attempt: int) -> None:
-    """Both commit the same step at once. In one attempt, the loser is fenced. In two attempts, the marker of the later attempt stays."""
+    """Both incarnations commit a step at the same time. In one attempt, the slower one is fenced; of two attempts, the later attempt's marker remains."""
     results: dict[str, object] = {}
     start = threading.Barrier(2)
 
@@ -86,7 +86,7 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
 
 @dataclass(frozen=True)
 class IgnoreConditions:
-    """A store that ignores conditions: the last writer wins."""
+    """Simulate a store that ignores the condition of a write: a later write overwrites an earlier one."""
 
     storage: ProxiedTree
 
@@ -97,7 +97,7 @@ class IgnoreConditions:
 
 
 def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """The preflight detects such a store. Two incarnations may both commit, but never overwrite each other's data."""
+    """The preflight detects such a store. Two incarnations may both commit, but do not overwrite each other's data."""
     fault = proxy.fault(IgnoreConditions(storage), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
@@ -125,7 +125,7 @@ def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTre
 def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str, s3_server: object
 ) -> None:
-    """The store then looks as after a kill -9 before the manifest or before the marker. The next sweep removes the objects."""
+    """The objects of the failed commit remain in the store, as after a kill -9 during a commit. The next sweep removes them."""
     storage.commit(5, checkpoint)
     store_without_retries = s3.S3Store(storage.proxied.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
     storage.proxied.store = store_without_retries
@@ -147,7 +147,7 @@ def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
 def test_a_committed_step_is_complete_at_every_instant(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A thread reads all markers continuously while checkpoints are committed and removed under faults."""
+    """While checkpoints are committed and removed under faults, a thread continuously checks that every marked checkpoint has a manifest."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
     done, reads, incomplete = threading.Event(), [0], []
@@ -156,7 +156,7 @@ def test_a_committed_step_is_complete_at_every_instant(
         while not done.is_set():
             for committed in storage.direct.committed():
                 manifest = storage.direct.manifest(committed)
-                is_removed = storage.direct.marker(committed.step or 0) is None  # removed after `committed()` listed it
+                is_removed = storage.direct.marker(committed.step or 0) is None  # the checkpoint was removed after `committed()` had listed it
                 if manifest is None and not is_removed:
                     incomplete.append(committed)
                 reads[0] += 1
@@ -179,7 +179,7 @@ UNUSUAL_NAMES = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidde
 
 
 def test_unusual_file_names_and_empty_files_are_restored(storage: ProxiedTree, tmp_path: Path) -> None:
-    """Names are the same in the folder, the manifest, the store and the restored folder."""
+    """The file names in the folder, the manifest, the store and the restored folder are equal."""
     folder = tmp_path / "odd"
     for name in UNUSUAL_NAMES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,12 +206,12 @@ def test_a_store_without_batch_deletes_gets_single_deletes(
     before = refused.hits
     storage.proxied.remove(5)
     assert list(storage.direct.store.list("")) == []
-    assert refused.hits == before + 1, "after one refusal the store only gets single deletes"
+    assert refused.hits == before + 1, "after one refused batch delete, the client must delete objects one by one"
 
 
 @dataclass(frozen=True)
 class RefuseConditions:
-    """A store that refuses requests with the header If-None-Match."""
+    """Simulate a store that refuses requests with the header If-None-Match."""
 
     status: int
     code: str
@@ -226,7 +226,7 @@ class RefuseConditions:
 def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
-    """The operator prevents two writers at the same instant, so that checking for a marker before writing it suffices."""
+    """The trainer checks for a marker before it writes one. This is enough, because the operator prevents simultaneous writers."""
     proxy.fault(RefuseConditions(status, code), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False

@@ -1,4 +1,4 @@
-"""Server-side encryption with a real store: a customer's key protects all objects, and a store without keys is reported."""
+"""Tests of server-side encryption with a real store: a customer key protects all objects, and a store without keys is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from proxied_tree import ProxiedTree
 
 @pytest.fixture
 def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
-    """A root whose objects are encrypted with a customer's key. A spec must not combine such a key with http://; this test may."""
+    """Storage whose objects are encrypted with a customer key. The API forbids customer keys with http://, but this test bypasses the API."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
     plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     return plain.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
@@ -29,7 +29,7 @@ def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget
 def test_an_encrypted_checkpoint_is_committed_and_restored(
     target: StoreTarget, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint has single objects, an object in parts, manifest and marker."""
+    """The checkpoint consists of small objects, an object that is uploaded in parts, a manifest and a marker."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "large").write_bytes(bytes(11 * s3.MIB))
     assert preflight(target).conditional_writes
@@ -58,7 +58,7 @@ def test_an_object_cannot_be_read_without_its_key(
 
 @pytest.mark.parametrize("kind", [EncryptionType.S3, EncryptionType.KMS])
 def test_a_store_without_keys_is_distinguished_from_a_failing_one(storage: ProxiedTree, kind: EncryptionType) -> None:
-    """The test store, which has no keys, responds with 500. A write without encryption succeeds and so reveals the cause."""
+    """The test store answers encrypted writes with 500. A write without encryption succeeds, so encryption must be the cause."""
     plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
         preflight(plain.model_copy(update={"encryption": kind}))

@@ -1,6 +1,5 @@
-"""A whole pod is killed in the middle of a commit, at a request that the proxy holds: row 12 of docs/guides/checkpoints.md.
-
-The next attempt sees the store as it was at that moment: the incomplete step is not visible, and is swept and repeated.
+"""Row 12 of docs/guides/checkpoints.md: a pod is killed during a commit, while the proxy holds one of its requests. The next attempt ignores
+the incomplete checkpoint, removes its objects, and repeats the step.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.support.s3proxy import S3Operation, S3Proxy
 
 EVERY = 5
 SCRIPT = {"every": EVERY, "pause": 0.02, "bytes": 20_000_000}
-"""A checkpoint is uploaded in three parts. Checkpoints are made faster than they are stored, so that some are skipped."""
+"""A checkpoint of this size is uploaded in three parts. Checkpoints are saved faster than they can be uploaded, so some are skipped."""
 POINTS = {
     "part of the data": ("UploadPart", "state-0"), "manifest": ("PutObject", "manifest.json"), "marker": ("PutObject", "_COMMITTED"),
 }  # fmt: skip
@@ -31,7 +30,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Hold:
-    """Hold a request for ever. `stored`: the store executes the request, and only the response is held."""
+    """Never answer a request. If `stored` is true, the store executes the request, and only the response is held."""
 
     stored: bool
     reached: threading.Event = field(default_factory=threading.Event)
@@ -47,7 +46,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Scene:
-    """One job with two attempts: the first is killed in a commit, the second resumes."""
+    """A job with two attempts: the first attempt is killed during a commit, and the second attempt resumes."""
 
     folder: Path
     spec: dict[str, Any]
@@ -56,7 +55,7 @@ class Scene:
     server: S3Endpoint
 
     def kill_first_attempt_at(self, point: str, stored: bool) -> tuple[list[int], int]:
-        """Kill the first attempt during a commit. Returns the steps that were committed before, newest first, and the interrupted step."""
+        """Kill the first attempt during a commit. Returns the previously committed steps (newest first) and the interrupted step."""
         operation, key = POINTS[point]
         hold = Hold(stored)
         with toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000}) as pod:
@@ -70,17 +69,17 @@ class Scene:
         return [one.step for one in before.checkpoints], interrupted
 
     def count_unfinished_uploads(self) -> int:
-        """Number of unfinished multipart uploads below the job's tree."""
+        """Count the unfinished multipart uploads of the job."""
         prefix = self.storage.direct.store.key("")  # type: ignore[attr-defined] # an S3Store
         found = self.storage.client.list_multipart_uploads(Bucket=self.storage.bucket).get("Uploads") or []
         return sum(one["Key"].startswith(prefix) for one in found)
 
     def keys(self, step: int) -> set[str]:
-        """Keys of a step in the store."""
+        """Return the keys of a step's objects in the store."""
         return {stat.key for stat in self.storage.direct.store.list(f"{prefix_of(step)}/")}
 
     def resume_from(self, step: int) -> None:
-        """Run the second attempt to its end and compare logs and result with those of an uninterrupted run."""
+        """Run the second attempt until it ends. Compare its logs and its result with those of an uninterrupted run."""
         last = step + 3 * EVERY
         resume = Resume(mode="auto", expect_step=step)
         script = SCRIPT | {"steps": last}
@@ -109,7 +108,7 @@ def scene(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3P
     ],
 )  # fmt: skip
 def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scene: Scene, point: str, stored: bool) -> None:
-    """Row 12: the step is not visible, its objects and uploads are swept, and the result equals an uninterrupted run."""
+    """Row 12: the step is not visible, the next attempt removes its objects and uploads, and the result equals that of an uninterrupted run."""
     before, interrupted = scene.kill_first_attempt_at(point, stored)
     assert scene.storage.verify_all(scene.folder / "between") == before and interrupted not in before
     leftovers = scene.keys(interrupted)
@@ -121,7 +120,7 @@ def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scene: S
 
 @pytest.mark.faults
 def test_a_step_is_committed_if_the_pod_is_killed_after_the_marker(scene: Scene) -> None:
-    """Row 12: the store has the marker, and the pod is killed before it receives the response."""
+    """Row 12: the store has stored the marker, but the pod is killed before it receives the response."""
     before, interrupted = scene.kill_first_attempt_at("marker", True)
     assert scene.storage.verify_all(scene.folder / "between") == [interrupted, *before]
     scene.resume_from(interrupted)

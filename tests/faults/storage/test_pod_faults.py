@@ -1,4 +1,4 @@
-"""The store fails while a pod trains: training goes on, the status names the problem, and no incomplete checkpoint is visible."""
+"""Tests: the store fails while a pod trains. Training continues, the status names the problem, and no incomplete checkpoint is visible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
 def test_checkpoints_are_skipped_if_the_store_is_slow(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """A checkpoint of 4 MB is due every 50 ms, and the store accepts 4 MB/s."""
+    """Every 50 ms, a checkpoint of 4 MB is due, but the store accepts only 4 MB/s."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
     most_staged = 0
     with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
@@ -38,14 +38,14 @@ def test_checkpoints_are_skipped_if_the_store_is_slow(
     assert termination.exit_code == 0, pod.text[-3000:]
     steps = storage.verify_all(tmp_path / "check")
     assert steps[0] == 200 and len(steps) < 30
-    assert most_staged <= 3, "one uploading, one queued and one being staged"
+    assert most_staged <= 3, "at most one checkpoint is uploaded, one is queued and one is staged at the same time"
     assert termination.resolved is not None and any("skipped" in note for note in termination.resolved.notes or [])
 
 
 def test_training_survives_an_outage_of_the_store(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """During the outage the last commit stays; afterwards later checkpoints are committed."""
+    """During the outage, the last committed checkpoint remains. After the outage, later checkpoints are committed."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 500, "every": 10}) as pod:
         pod.wait_committed(10)
         down = proxy.fault(Reset())
@@ -62,7 +62,7 @@ def test_training_survives_an_outage_of_the_store(
 def test_a_missing_permission_for_the_final_model_ends_with_77(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The permission is missing only below /model/. The message names it, and the checkpoints stay."""
+    """The write permission is missing only below /model/. The termination message names the permission, and the checkpoints remain."""
     proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
     with toy(tmp_path, spec, storage, s3_server, {}) as pod:
         assert pod.end() == 77, pod.text[-3000:]
@@ -102,7 +102,7 @@ def test_a_store_that_stays_unavailable_ends_with_69(
 def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Otherwise a run would train for days and lose everything at its end."""
+    """Without this timeout, a run could train for days and lose all its steps."""
     pod = toy(tmp_path, spec, storage, s3_server, {"steps": 10_000_000, "every": 10})
     pod.env["FINETUNE_UNSAVED_TIMEOUT_SECONDS"] = "1"
     spec_with_short_timeout = pod.run.spec.model_copy(update={"policy": pod.run.spec.policy.model_copy(update={"stall_timeout_seconds": 2})})
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
 def test_many_store_errors_do_not_delay_training(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """30 % of the requests get SlowDown, 10 % get 500, 10 % are reset. Checkpoints are committed later, and retries are counted."""
+    """30 % of the requests fail with SlowDown, 10 % with 500, and 10 % of the connections are reset. This delays commits, but not training."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
@@ -165,7 +165,7 @@ def storage_retries(pod: Pod) -> float:
 def test_a_stop_during_an_upload_loses_no_step(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The running upload is finished, and the checkpoint of the stop is uploaded next."""
+    """The pod finishes the running upload. Then it uploads the checkpoint that the ranks save when they stop."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
         pod.wait_committed(20)
         slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
@@ -180,7 +180,7 @@ def test_a_stop_during_an_upload_loses_no_step(
 def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The pod ends at once, without asking its ranks to stop. Committed checkpoints stay."""
+    """The pod ends at once and does not ask its ranks to stop. Committed checkpoints remain."""
     proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
     with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
         pod.wait_committed(20)
@@ -196,7 +196,7 @@ def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
 def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The pod of a lost node continues after the next attempt has finished. Its first commit is fenced, changes nothing and ends the pod."""
+    """The pod of a lost node continues after the next attempt has finished. Its first commit is fenced: it changes nothing, and the pod ends."""
     endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
     with toy(tmp_path / "one", spec, storage, s3_server, endless) as stale:
         stale.wait_committed(10)
@@ -210,18 +210,18 @@ def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
         before = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
-        assert stale.end(60) == 74, "the stale pod trains on although it is fenced out\n" + stale.text[-3000:]
+        assert stale.end(60) == 74, "the stale pod continues to train although it is fenced\n" + stale.text[-3000:]
     termination = stale.termination_message()
     assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
     after = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
-    assert {key: after.get(key) for key in before} == before, "the stale pod changed an object; only steps that the second attempt skipped may be new"
+    assert {key: after.get(key) for key in before} == before, "the stale pod has changed an object of the second attempt"
     assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
 def test_a_damaged_checkpoint_is_replaced(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The next attempt resumes from the previous checkpoint. Its checkpoint of the same step replaces the damaged checkpoint."""
+    """The next attempt resumes from the checkpoint before the damaged one. When it repeats the step, its checkpoint replaces the damaged one."""
     script = {"steps": 17, "every": 5}
     with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_replaced(
 def test_an_attempt_without_permission_to_delete_succeeds(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Unfinished uploads are not removed, and a note in the status says so."""
+    """The attempt cannot remove unfinished uploads. It adds a note about this to the status."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
     proxy.fault(Status(403, "AccessDenied"), operation="ListMultipartUploads")
     storage.direct.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")
@@ -272,7 +272,7 @@ def test_a_store_that_is_busy_at_the_start_is_retried(
 def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
 ) -> None:
-    """The ranks have already ended. The pod ends within its grace period and reports whether all steps are saved."""
+    """When the stop arrives, the ranks have already ended. The pod ends within its grace period and reports whether all steps are saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
     script = {"steps": 20, "every": 5 if saved else 15}
     with toy(tmp_path, spec, storage, s3_server, script, grace=3) as pod:

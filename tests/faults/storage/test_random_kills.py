@@ -1,4 +1,4 @@
-"""A rank is killed at a random step. The next attempt resumes from the newest checkpoint and reaches the state of an uninterrupted run."""
+"""Tests: a rank is killed at a random step. The next attempt resumes and has the same result as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_rank_killed_at_a_random_step_loses_only_steps_after_the_newest_checkp
     with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {f"0:{killed_step}": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
     newest = (killed_step - 1) // EVERY * EVERY
-    assert first.termination_message().committed_step == (newest or None), "staged checkpoints are uploaded after the kill"
+    assert first.termination_message().committed_step == (newest or None), "checkpoints that were staged before the kill must be uploaded"
     assert storage.verify_all(tmp_path / "check")[:1] == ([newest] if newest else [])
 
     resume = Resume(mode="auto", expect_step=newest)

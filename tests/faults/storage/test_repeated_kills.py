@@ -1,4 +1,4 @@
-"""A small run of the benchmark that kills rank, agent or pod repeatedly: the end equals that of an uninterrupted run."""
+"""Run the benchmark that kills rank, agent or pod repeatedly, with few steps. The result must equal that of an uninterrupted run."""
 
 from __future__ import annotations
 

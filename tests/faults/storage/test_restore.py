@@ -1,4 +1,4 @@
-"""Restoring from damaged storage: damage is detected before loading and reported, and the previous step is restored."""
+"""Tests of restoring from damaged storage: the damage is detected before loading and reported, and the previous checkpoint is restored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FACTS = RunFacts(
 
 @pytest.fixture
 def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
-    """Steps 5 and 10 are committed."""
+    """Storage with the committed steps 5 and 10."""
     storage.commit(5, checkpoint, facts=FACTS)
     storage.commit(10, checkpoint, facts=FACTS)
     return storage
@@ -113,7 +113,7 @@ def test_a_byte_flipped_in_transit_is_detected(two: ProxiedTree, proxy: S3Proxy,
 
 @dataclass(frozen=True)
 class RemoveFirst:
-    """Retention of another process removes the whole step just before the object is read."""
+    """Simulate the retention of another process: it removes the whole step just before the object is read."""
 
     storage: ProxiedTree
     step: int
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
 
 
 def test_a_wrong_clock_is_reported_without_endless_retries(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests are signed with a time twenty minutes in the future."""
+    """The client's clock is twenty minutes fast, so its requests have a wrong signing time."""
     from botocore import auth
 
     now = auth.get_current_datetime
@@ -148,7 +148,7 @@ def test_a_wrong_clock_is_reported_without_endless_retries(two: ProxiedTree, mon
 
 
 def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    """Listing has short timeouts, but the download is retried longer."""
+    """The store answers two download requests with SlowDown. The client retries until the download succeeds."""
     storage.direct.store.put("rows.jsonl", b"{}")
     store = storage.proxied.store
     assert isinstance(store, S3Store)

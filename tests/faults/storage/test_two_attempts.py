@@ -1,7 +1,6 @@
-"""Two attempts of one job run at once, each a whole pod that trains and commits: row 13 of docs/guides/checkpoints.md.
-
-This happens if a node is lost and its pod still runs, but cannot be reached. Then only the markers in storage decide: the later
-attempt's checkpoints count.
+"""Row 13 of docs/guides/checkpoints.md: two attempts of one job run at the same time, and the pods of both train and commit. This happens if
+a node is lost, but its pod continues to run. Then only the markers in the storage decide which checkpoints are valid: those of the later
+attempt.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ EVERY = 5
 SCRIPT = {"every": EVERY, "pause": 0.1}
 READ_INTERVAL_SECONDS = 0.02
 GATE_SECONDS = 120.0
-"""Longest time for which a request is held, so that a failing test ends."""
+"""Maximum time for which a request is held. It ensures that a failing test ends."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,23 @@ class TwoAttempts:
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     markers_seen: dict[int, list[str]] = field(default_factory=dict)
-    """For each step, the incarnations that its marker has named, in order."""
+    """For each step, the incarnations that its marker has named, oldest first."""
     start: int = 0
-    """Step that the second attempt resumed from."""
+    """The step from which the second attempt resumes."""
 
     def start_earlier(self) -> Pod:
-        """The pod of the first attempt, which would train for a long time."""
+        """Create the pod of the first attempt. Its training would take a long time."""
         return toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000})
 
     def start_later(self) -> Pod:
-        """The pod of the second attempt, for use while the first one runs. It ends twelve checkpoints after the step it resumes from."""
+        """Create the pod of the second attempt while the first attempt runs. It ends twelve checkpoints after the step from which it resumes."""
         self.start = max(one.step or 0 for one in self.storage.direct.committed())
         script, resume = SCRIPT | {"further": 12 * EVERY}, Resume(mode="auto", expect_step=self.start)
         return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
 
     @contextmanager
     def markers_watched(self) -> Iterator[None]:
-        """Read all markers repeatedly, in a thread, and record their changes."""
+        """Start a thread that repeatedly reads all markers and records their changes."""
         done = threading.Event()
 
         def watch() -> None:
@@ -95,7 +94,7 @@ class TwoAttempts:
             thread.join()
 
     def assert_later_attempt_won(self, earlier: Pod, later: Pod, reason: str) -> None:
-        """The earlier attempt was fenced out, the later attempt's checkpoints count, and the result equals an uninterrupted run."""
+        """Check that the earlier attempt was fenced, and that the later attempt has the same result as an uninterrupted run."""
         assert [earlier.process and earlier.process.poll(), later.end()] == [74, 0], (
             earlier.text[-3000:] + later.text[-3000:]
         )
@@ -116,7 +115,7 @@ class TwoAttempts:
             for stat in self.storage.direct.store.list("checkpoints/")
             if not stat.key.rpartition("/")[2].startswith("_")
         ]
-        assert all(any(key.startswith(folder) for folder in committed_folders) for key in data), "data of the fenced attempt is left"
+        assert all(any(key.startswith(folder) for folder in committed_folders) for key in data), "the storage still contains data of the fenced attempt"
         logged = logged_states(self.storage)
         assert {step: state for step, state in logged.items() if step <= last} == states(last)
         assert final_state(self.storage) == states(last)[last]
@@ -131,7 +130,7 @@ def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Pro
 
 
 def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two: TwoAttempts) -> None:
-    """Row 13: once the second attempt has begun, the first one commits nothing more and ends."""
+    """Row 13: when the second attempt has begun, the first attempt ends and commits nothing more."""
     with two.markers_watched(), two.start_earlier() as earlier:
         earlier.wait_committed(2 * EVERY)
         with two.start_later() as later:
@@ -145,22 +144,22 @@ def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two: TwoAttempts) ->
 
 @dataclass
 class Race:
-    """Both attempts are about to write the marker of the same step; both requests are held."""
+    """Two attempts that write the marker of the same step. The proxies hold both write requests."""
 
     two: TwoAttempts
     earlier: Pod
     step: int
     markers: tuple[Gate, Gate]
     final_check: Gate
-    """The request with which the first attempt checks its data after writing its marker."""
+    """Holds the request with which the first attempt checks its data after it has written its marker."""
 
     def release_marker(self, attempt: int) -> None:
-        """Release an attempt's marker and wait until it is stored."""
+        """Release the marker request of an attempt, and wait until the marker is stored."""
         self.markers[attempt - 1].opened.set()
         wait_until(f"the marker of attempt {attempt}", lambda: self.marked_attempt() == attempt, servers=[], timeout=60)
 
     def marked_attempt(self) -> int:
-        """Attempt that the step's marker names; 0 without a marker."""
+        """Return the number of the attempt that the step's marker names; 0 if there is no marker."""
         found = self.two.storage.direct.marker(self.step)
         return found.marker.attempt if found is not None else 0
 
@@ -179,7 +178,7 @@ def later_first(race: Race) -> None:
 def earlier_first_and_removed(race: Race) -> None:
     race.release_marker(1)
     race.finish_earlier()
-    assert race.marked_attempt() == 0, "the data was swept when the second attempt began"
+    assert race.marked_attempt() == 0, "the second attempt had removed the data, so the first attempt must remove its marker"
     race.release_marker(2)
 
 
@@ -202,7 +201,7 @@ def earlier_first_and_replaced(race: Race) -> None:
     ],
 )  # fmt: skip
 def test_the_later_attempts_marker_stays_if_two_attempts_commit_the_same_step(two: TwoAttempts, order: Callable[[Race], None], reason: str) -> None:
-    """Row 13: both attempts write the marker of the same step, in every order."""
+    """Row 13: both attempts write the marker of the same step. The order of the requests varies."""
     with two.markers_watched(), two.start_earlier() as earlier:
         earlier.wait_committed(EVERY)
         markers, final_check = (Gate(), Gate()), Gate()
