@@ -1,13 +1,13 @@
 """Time from `kubectl apply` to the first optimizer step, by stage.
 
-Needs a cluster with the operator installed and the demo's model and data uploaded: `make demo KEEP=1` creates one. Then
+The cluster must contain the operator and the demo's model and data. `make demo KEEP=1` creates such a cluster. Then run
 
     python benchmarks/first_step.py --kubeconfig ... --namespace finetune-demo --runs 5
 
-Method. The manifest is applied under a new name. One thread watches Jobs, another thread watches pods; the monotonic clock gives the times
-at which the Job and the running pod are first seen. While the pod runs, its `/progress` is requested every 20 ms through the API server's
-pod proxy until it reports step 1. The pod measures its own stages. A run starts after the pods of the previous run are deleted, because
-they would occupy CPU cores. The first run warms the page cache and is not counted; medians of the other runs are reported.
+Method. The manifest is applied under a new name. One thread watches Jobs, and another thread watches pods. They record when the Job and the
+running pod are first seen, on the monotonic clock. While the pod runs, its `/progress` is requested every 20 ms through the API server's pod
+proxy until it reports step 1. The pod measures its own stages. A run starts only after the pods of the previous run are gone, because they
+would occupy CPU cores. The first run warms the page cache and is not counted; medians of the other runs are reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Timeline:
 
 
 class Run:
-    """One measurement: applies the manifest under its own name."""
+    """Applies the manifest once, under its own name, and measures the stages."""
 
     def __init__(self, manifest: dict[str, Any], namespace: str, name: str) -> None:
         self._core, self._batch, self._jobs = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
@@ -117,7 +117,7 @@ class Run:
                 self._timeline.timings = report.timings
                 return
             time.sleep(POLL_SECONDS)
-        raise NotMeasured(f"pod {self._timeline.pod} has done no step within {TIMEOUT_SECONDS} s")
+        raise NotMeasured(f"pod {self._timeline.pod} has finished no step within {TIMEOUT_SECONDS} s")
 
     def _read_report(self) -> ProgressReport | None:
         pod = f"{self._timeline.pod}:{names.PROGRESS_PORT}"

@@ -5,9 +5,9 @@
 
 Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. Rows of random words are packed
 into full sequences. This trainer and bare TRL train alternately for the same number of steps with the same arguments in one process; the
-first pair warms up and is not counted. Only optimizer steps are timed, and padding tokens are not counted. MFU is the FLOP rate of training,
-without recomputation, divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per token, a token needs 4N + 3A FLOPs
-with adapters and 3 (2N + A) with full training.
+first pair warms up and is not counted. Only optimizer steps are timed, and padding tokens are not counted. MFU is the rate of the model's
+FLOPs (recomputation is not counted), divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per token, a token
+needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
 
 
 def make_rows(length: int, sequences: int) -> list[dict[str, str]]:
-    """Create random rows of different lengths; packed, they fill at least `sequences` sequences."""
+    """Create random rows of different lengths. Packed together, they fill at least `sequences` sequences."""
     source = random.Random(0)
     words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
     rows_of_text, tokens = [], 0

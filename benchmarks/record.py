@@ -62,7 +62,7 @@ def method(doc: str | None) -> str:
 
 
 def write(name: str, figures: dict[str, Any], *, method: str) -> Path:
-    """Write `results/<name>.json`, replacing the last result."""
+    """Write `results/<name>.json`, which replaces the last result."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {

@@ -4,11 +4,10 @@
 
 Method. The ranks compute a chain of hashes instead of training (tests/pod/toy_rank.py); supervisor, agent, checkpoint protocol and S3
 server are real. After the first new step of an attempt, at a random time between two checkpoints, a random victim (rank, agent or the whole
-pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. The next attempt starts at once, with the same inputs as from the operator.
-Steps lost: the steps after the newest committed checkpoint. A kill may lose one checkpoint in upload and one queued checkpoint. With a
-checkpoint after each step of 50 ms, the number of lost steps also depends on the load of the machine.
-Goodput: the duration of all steps that were kept, divided by the running time of all pods. Recovery: the time from a kill to the next
-attempt's first new step.
+pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. This program then starts the next attempt at once, with the same inputs as
+the operator. Steps lost: the steps after the newest committed checkpoint. A kill may lose one checkpoint in upload and one queued checkpoint.
+With a checkpoint after each step of 50 ms, the number of lost steps also depends on the load of the machine. Goodput: the duration of all
+steps that were kept, divided by the running time of all pods. Recovery: the time from a kill to the next attempt's first new step.
 After each kill, all committed checkpoints are read and compared with their manifests. At the end, each step must have a logged state, and
 each state must equal that of an uninterrupted run. The expected states are computed from the chain of hashes.
 

@@ -5,10 +5,10 @@
 Method. A real S3 server (SeaweedFS) shares this machine's cores with the client, so only ratios are meaningful.
 Three clients transfer the same file alternately, in a random order in each round: the trainer's `S3Store` (`put_file`, `download`), boto3
 (`upload_file`, `download_file`) and, if installed, obstore (`put`, and `get` streamed to a file). Only the trainer's download also computes a
-hash. Before an upload, the trainer hashes the file; this time is reported separately as `sha256`. The figures are the median MB/s over the
-rounds, client CPU seconds per GB (all threads of this process), the largest memory increase (the kernel's high-water mark is reset before
-each transfer), and two ratios: the trainer's throughput divided by that of each other client, and by that of the fastest other client in the
-same round.
+hash. Before an upload, the trainer hashes the file; this time is reported separately as `sha256`. The figures of a client are its median MB/s
+over the rounds, its CPU seconds per GB (all threads of this process) and its largest memory increase (the kernel's high-water mark is reset
+before each transfer). One ratio compares the trainer's throughput with that of each other client. Another ratio compares it with the fastest
+other client in the same round.
 """
 
 from __future__ import annotations

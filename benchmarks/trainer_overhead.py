@@ -184,7 +184,7 @@ def measure(
             order: tuple[Program, Program] = (run_our_trainer, run_plain_trl) if round_number % 2 == 0 else (run_plain_trl, run_our_trainer)
             measured = {program: run_timed(program, run, inputs, folder) for program in order}
             if any(abs(measured[run_our_trainer].losses[step] - loss) > TOLERANCE for step, loss in measured[run_plain_trl].losses.items()):
-                raise SystemExit(f"the trainings differ: {measured[run_our_trainer].losses} and {measured[run_plain_trl].losses}")
+                raise SystemExit(f"the losses of the two trainings differ: {measured[run_our_trainer].losses} and {measured[run_plain_trl].losses}")
             pairs += [(measured[run_our_trainer], measured[run_plain_trl])] if round_number else []
     shutil.rmtree(folder)
     return {

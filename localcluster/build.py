@@ -25,7 +25,7 @@ GO = (1, 26)
 
 @dataclass(frozen=True)
 class Program:
-    """One Go program. It has the version of the Go module `versioned_by`. `first_build_duration` is shown to the user before a build."""
+    """One Go program. Its version is that of the Go module `versioned_by`. `first_build_duration` is shown to the user before a build."""
 
     name: str
     versioned_by: str | None = None
@@ -115,4 +115,4 @@ def check_go() -> None:
     text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout
     match = re.search(r"go(\d+)\.(\d+)", text)
     if match is None or (int(match[1]), int(match[2])) < GO:
-        raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is needed, found: {text.strip() or 'none'}")
+        raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is needed, but `go version` reports: {text.strip() or 'nothing'}")

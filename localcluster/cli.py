@@ -63,7 +63,7 @@ def up(
     else:
         cluster = NodeCluster(state_dir, nodes=nodes, gpus=gpus, lifetime=Lifetime.DETACHED, step=shown).up()
         endpoint = cluster.endpoint
-        typer.echo(f"# S3: {cluster.s3.host_url} here, {cluster.s3.cluster_url} for pods")
+        typer.echo(f"# S3: {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
     typer.echo(f"export KUBECONFIG={endpoint.kubeconfig}")
 
 
@@ -75,7 +75,7 @@ def down(
 ) -> None:
     """Stop a cluster. Keep the nodes' images for the next cluster."""
     state_dir = folder(name, state)
-    with shown(f"end the cluster in {state_dir}"):
+    with shown(f"stop the cluster in {state_dir}"):
         if read_mode(state_dir) == CONTROL_PLANE or os.geteuid() != 0:
             ControlPlane(state_dir).down()
         else:
@@ -101,7 +101,7 @@ def status(name: Name = "default", state: State = None) -> None:
         cluster = NodeCluster(state_dir)
         ready = ready_nodes(endpoint)
         states = ", ".join(f"{n.name} {'Ready' if n.name in ready else 'NotReady'}" for n in cluster.plan.nodes)
-        typer.echo(f"nodes   {states}\ns3      {cluster.s3.host_url} here, {cluster.s3.cluster_url} for pods")
+        typer.echo(f"nodes   {states}\ns3      {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
 
 
 @app.command()
@@ -179,7 +179,7 @@ def images_build(
 
 
 def main() -> None:
-    """Run the console script. Prints a LocalClusterError as one line. SIGTERM has the same effect as Ctrl-C, so both clean up."""
+    """Run the console script. Prints a LocalClusterError as one line. SIGTERM has the same effect as Ctrl-C: the command cleans up and exits."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()

@@ -16,7 +16,7 @@ _UNUSED = [
 
 
 def configuration(node: Node, *, cri: bool) -> str:
-    """Text of config.toml. `cri=False` disables the CRI plugin. The kubelet then does not see old containers before they are removed."""
+    """Text of config.toml. `cri=False` disables the CRI plugin. Old containers can then be removed before a kubelet sees them."""
     # Without CAP_SYS_RESOURCE, runc fails when it lowers the oom_score_adj of a sandbox; restrict_oom_score_adj avoids this.
     unused = _UNUSED if cri else [*_UNUSED, "io.containerd.grpc.v1.cri"]
     plugin = 'plugins."io.containerd.grpc.v1.cri"'

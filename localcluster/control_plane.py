@@ -30,17 +30,18 @@ STATE = "state.json"
 MODE = "control-plane"
 NODE_MODE = "node"
 PLAN = "plan.json"
-"""File in the state folder of a cluster with nodes. It is written before any process starts."""
+"""File in the state folder of a cluster with nodes. This file is written before any process starts."""
 KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
-"""URL path of a ServiceAccount that the controllers create. When it exists, the controllers are working."""
+"""URL path of a ServiceAccount that the controllers create. When this ServiceAccount exists, the controllers are working."""
 
 
 class ControlPlane:
-    """etcd, kube-apiserver and kube-controller-manager (`scheduler=True`: kube-scheduler too) below `state_dir`.
+    """Runs etcd, kube-apiserver and kube-controller-manager, with their files in `state_dir`. `scheduler=True` adds kube-scheduler.
 
-    Use it as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread
-    that started them ends, even by `kill -9`. Processes and files that an earlier cluster left in `state_dir` are removed first. Errors:
-    StartFailed, MissingRequirement (Go, if the programs are not built yet), ClusterDiffers (a cluster with nodes runs in this folder).
+    Use it as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread that
+    started them ends, even by `kill -9`. If an earlier cluster has left processes or files in `state_dir`, they are removed first. Errors:
+    StartFailed, MissingRequirement (the programs are not built, and Go is missing), ClusterDiffers (a cluster with nodes is running in this
+    folder).
     """
 
     def __init__(

@@ -95,7 +95,7 @@ def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> BuiltIma
     """Build one image from the folder `context` and export it. Errors: the same as of `build`."""
     check_packages(IMAGE_PACKAGES)
     if os.geteuid() != 0:
-        raise MissingRequirement("building images needs root: run it as root, or build with docker and use kind")
+        raise MissingRequirement("building images needs root: run this command as root, or build with Docker and use kind")
     with lock_builds():
         if not recipe.layout.exists():
             check_disk(recipe)
@@ -114,7 +114,7 @@ def check_disk(recipe: Recipe) -> None:
     free_gb = _free_gb()
     if free_gb < recipe.needs_gb:
         raise MissingRequirement(
-            f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, {paths.cache()} has {free_gb} GB free: "
+            f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, but {paths.cache()} has only {free_gb} GB free: "
             f"free disk space, or set XDG_CACHE_HOME to a folder on a larger disk"
         )
 

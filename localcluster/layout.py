@@ -1,4 +1,6 @@
-"""Define the names, addresses and folders of a cluster with nodes. They are the same outside and inside the cluster's namespaces."""
+"""Define the names, addresses and folders of a cluster with nodes. The same names, addresses and folders are valid outside and inside the
+cluster's namespaces.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from localcluster import paths
 from localcluster.errors import MissingRequirement
 
 HOST_LINK = "ftlc0"
-"""Name of the veth device on this machine. Its peer is on the cluster's bridge."""
+"""Name of the veth device on this machine. The peer of this device is attached to the cluster's bridge."""
 CGROUP = "finetune-localcluster"
 """Parent cgroup of all containers. The name is fixed, because only one cluster with nodes can run per machine."""
 API_PORT = 6443

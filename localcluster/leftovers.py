@@ -40,7 +40,7 @@ def namespaces_of(state_dir: Path) -> frozenset[str]:
 def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers:
     """Find everything that belongs to the cluster in `state_dir`. `namespaces` is the result of `namespaces_of` while the cluster was running.
 
-    A process belongs to the cluster if the cluster has started it, or if it runs in one of `namespaces`. Processes of containers run in them.
+    A process belongs to the cluster if the cluster has started it, or if it runs in one of `namespaces`, like the processes of containers.
     """
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.start_time(int(p.name))]

@@ -1,8 +1,8 @@
 """Create, use and remove the namespaces of a cluster with nodes, from outside.
 
-Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects them. The cluster's
-processes hold the lock; when the last process ends, the kernel releases the lock. While the lock is free, all existing cgroups and links are
-leftovers and can be removed.
+Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects the cgroups and the
+veth pair. The cluster's processes hold the lock; when the last process ends, the kernel releases the lock. While the lock is free, all
+existing cgroups and links are leftovers and can be removed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Machine:
         """Check that no component has exited. Errors: StartFailed with the end of the component's log."""
         for name, code in self.request("states").items():
             if code is not None:
-                raise StartFailed(f"{name} ended with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
+                raise StartFailed(f"{name} exited with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
 
     def is_running(self, names: Sequence[str]) -> bool:
         """Whether the namespaces exist and all components in `names` are running."""
@@ -163,7 +163,7 @@ def _try_lock(lock: TextIO, folder: Path) -> bool:
         if (holder := lock.read().strip()) == str(folder):
             return False
         raise ClusterBusy(
-            f"another cluster with nodes is running, and only one per machine is possible: end it with "
+            f"another cluster with nodes is running, but only one can run per machine: stop it with "
             f"`localcluster down --state {holder}`"
         ) from None
     return True

@@ -28,9 +28,11 @@ CONTROL = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE_FOLDERS = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
-"""Folders whose paths are hard-coded in the components. Each node has a private tmpfs mounted over each of them."""
+"""Folders whose paths are hard-coded in the components. On each node, a private tmpfs is mounted over each of these folders."""
 SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
-"""Sysctls that the kubelet would change for the whole machine. Regular files are mounted over them, so the machine's values do not change."""
+"""Sysctls that the kubelet would change for the whole machine. Regular files are mounted over these sysctls, so the machine's values do not
+change.
+"""
 
 
 def run_setup_command(*argv: str) -> None:

@@ -1,6 +1,6 @@
 """Run a complete Kubernetes cluster, for the demo and the e2e tests. Its nodes run real containers, and an S3 server runs in a pod.
 
-The cluster runs in its own namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in it.
+The cluster runs in its own namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in this namespace.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class NodeCluster:
             return False
         if (count := self.plan.count) != self.options.nodes:
             raise ClusterDiffers(
-                f"a cluster with {count} node(s) is running in {self.state_dir}, not {self.options.nodes}: "
+                f"the cluster in {self.state_dir} is running with {count} node(s), but {self.options.nodes} were requested: "
                 f"run `localcluster down` first"
             )
         return True

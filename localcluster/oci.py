@@ -69,7 +69,7 @@ def manifest_of(layout: Path, tag: str | None = None) -> tuple[str, dict[str, An
     named = [(entry.get("annotations", {}).get(REF_NAME), entry) for entry in entries]
     matching = [(name, entry) for name, entry in named if name and tag in (None, name)]
     if not matching:
-        raise ImageNotFound(f"{layout} holds {[n for n, _ in named]}, not {tag or 'an image with a name'}")
+        raise ImageNotFound(f"{layout} contains {[n for n, _ in named]}, not {tag or 'an image with a name'}")
     return matching[-1]
 
 

@@ -25,12 +25,12 @@ Condition = Callable[[], bool]
 
 
 class Lifetime(Enum):
-    """When the kernel kills a server that was not stopped."""
+    """How long a server runs if it is not stopped."""
 
     PARENT = "parent"
-    """When the thread that started the server ends, even by `kill -9`: for tests and programs."""
+    """The kernel kills the server when the thread that started it ends, even by `kill -9`. Tests and programs use this lifetime."""
     DETACHED = "detached"
-    """Never: for `localcluster up`."""
+    """The server keeps running. `localcluster up` uses this lifetime."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
     env: Mapping[str, str] | None = None, cwd: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
-    """Start `argv` in a new session. Append its output to `log`. Set the environment to `env` (default: that of this process) plus `owner`.
+    """Start `argv` in a new session. Append its output to `log`. The environment is `env` (default: the environment of this process) and a
+    variable with `owner`.
     """
     parent = os.getpid()
 
@@ -97,7 +98,9 @@ def owned_by(owner: Path) -> list[int]:
 
 
 def start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks; None if it has ended. The time distinguishes processes if the kernel reuses a pid."""
+    """Return the start time of a process in clock ticks; None if it has ended. If the kernel reuses a pid, the start time distinguishes the
+    processes.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -142,5 +145,5 @@ def wait_until(what: str, ready: Callable[[], bool], *, servers: Sequence[Server
             server.check()
         if time.monotonic() > deadline:
             logs = "; ".join(f"{s.name}: {tail(s.log, 1)}" for s in servers)
-            raise StartFailed(f"{what} was not ready after {timeout:.0f} s: {logs}")
+            raise StartFailed(f"still waiting for {what} after {timeout:.0f} s: {logs}")
         time.sleep(0.05)

@@ -88,7 +88,7 @@ def find_program(name: str, package: str) -> Path:
             return folder / name
     if path := shutil.which(name):
         return Path(path)
-    raise MissingRequirement(f"`{name}` is missing: install {package} (`make setup` does)")
+    raise MissingRequirement(f"`{name}` is missing: run `make setup`, or install {package}")
 
 
 def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
@@ -126,7 +126,7 @@ class S3Process:
 
     @property
     def endpoint(self) -> S3Endpoint:
-        """URL and keys of the server. A restart does not change them. Errors: StartFailed before the first start."""
+        """URL and keys of the server. A restart does not change the URL and the keys. Errors: StartFailed before the first start."""
         if self._endpoint is None:
             raise StartFailed("the S3 server was not started")
         return self._endpoint

@@ -1,4 +1,4 @@
-"""Run the S3 server of a cluster with nodes: SeaweedFS in a pod with a Service. This machine connects to it through a node port."""
+"""Run the S3 server of a cluster with nodes: SeaweedFS in a pod with a Service. This machine connects to the server through a node port."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Containerd:
             self.ctr("images", "import", "-", stdin=archive)
 
     def _remove_untagged(self) -> None:
-        """Remove images whose tag now names a newer image. Otherwise they would keep gigabytes on the disk under the names `sha256:...`."""
+        """Remove images whose tag now names a newer image. Otherwise the old images would keep gigabytes on the disk under the names `sha256:...`."""
         images = self.images()
         for name in untagged_names(images):
             self.ctr("images", "rm", name)

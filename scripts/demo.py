@@ -142,7 +142,7 @@ def check_success(snapshot: Snapshot) -> None:
     if status and status.phase is Phase.SUCCEEDED:
         return
     failure = status.failure if status else None
-    reason = f"{failure.code}: {failure.message} {failure.hint or ''}" if failure else "no reason in its status"
+    reason = f"{failure.code}: {failure.message} {failure.hint or ''}" if failure else "the status contains no reason"
     raise DemoFailed(f"the job is {snapshot.phase}: {reason}")
 
 
@@ -180,7 +180,7 @@ def show_answers(cluster: DemoCluster, snapshot: Snapshot) -> None:
             quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, **quiet})
     if done.returncode != 0:
-        raise DemoFailed(f"the models could not answer: {done.stderr.strip().splitlines()[-1]}")
+        raise DemoFailed(f"asking the models failed: {done.stderr.strip().splitlines()[-1]}")
     for answer in json.loads(done.stdout):
         console.print(f"\n  [bold]{answer['question']}[/]", highlight=False)
         console.print(f"    base   {answer['base']}", highlight=False, markup=False)
@@ -194,7 +194,7 @@ def run_demo(cluster: DemoCluster) -> None:
         install(cluster)
     with step(f"upload the model to s3://{MODELS} and the data to s3://{DATASETS}"):
         upload(cluster)
-    with step(f"namespace {NAMESPACE}, Pod Security restricted, with S3 credentials"):
+    with step(f"create namespace {NAMESPACE} (Pod Security level restricted) with the S3 credentials"):
         create_namespace(cluster)
     heading(f"kubectl apply -f {EXAMPLE.relative_to(ROOT)}")
     apply(cluster)
@@ -231,7 +231,7 @@ def uninstall(cluster: DemoCluster) -> None:
 
 def run(cluster: DemoCluster, *, keep: bool) -> None:
     """Prepare the cluster, run the demo, and clean up. If `keep` is true and the demo succeeds, remove nothing."""
-    heading(f"Prepare ({cluster.name} cluster; slow steps run once, in parallel)")
+    heading(f"Prepare the {cluster.name} cluster (slow steps run in parallel, and only once)")
     run_all([*cluster.steps(), HELM.step(), model_step()], cache() / "logs", console)
     is_kept = False
     try:

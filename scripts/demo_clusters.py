@@ -1,6 +1,6 @@
 """Start or connect to the cluster of the demo: a local cluster, a kind cluster, or the cluster of the user's kubeconfig.
 
-The demo does not create or delete the cluster of a kubeconfig. In such a cluster, it removes only the objects that it has created.
+The demo does not create or delete the cluster of a kubeconfig, and removes only its own objects from this cluster.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DemoCluster(ABC):
         """Run kubectl. Returns its output. Errors: CalledProcessError."""
 
     def has_demo_objects(self) -> bool:
-        """Whether the demo must uninstall its objects. It need not if `down` removes the whole cluster."""
+        """Whether the demo must uninstall its objects. False if `down` removes the whole cluster."""
         return False
 
     def keep_lines(self) -> list[str]:
@@ -87,7 +87,7 @@ class DemoCluster(ABC):
 
 
 class LocalDemoCluster(DemoCluster):
-    """The local cluster; it needs Linux and root. If it is already running, the demo uses it and does not stop it."""
+    """The local cluster; it needs Linux and root. If the cluster is already running, the demo uses it and does not stop it."""
 
     name = "local"
 
@@ -239,7 +239,7 @@ def _write_s3_archive(folder: Path) -> Path:
 
 
 class CurrentCluster(KubectlCluster):
-    """The cluster of the user's kubeconfig. It pulls the images from a registry and uses an external S3 server."""
+    """The cluster of the user's kubeconfig. This cluster pulls the images from a registry, and the demo uses an external S3 server."""
 
     name = "current"
     needs = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

@@ -113,7 +113,7 @@ def _snapshots(job: Readable, timeout: float) -> Iterator[Snapshot]:
         if snapshot.is_finished:
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the job is {snapshot.phase} after {timeout:.0f} s")
+            raise TimeoutError(f"the job has not finished within {timeout:.0f} s; its phase is {snapshot.phase}")
         time.sleep(POLL_SECONDS)
 
 

@@ -1,7 +1,7 @@
 """`make mutants`: change a module in many small ways, one at a time, and report the changes that no test notices.
 
-cosmic-ray runs in a separate environment (requirements/mutants.lock). It changes source files in place, so this program runs it in a copy of
-the checkout. Each module is tested with the tests of its package. MODULES="lease decide" selects modules. The documentation of cosmic-ray
+cosmic-ray runs in a separate environment (requirements/mutants.lock). cosmic-ray changes source files in place. Therefore it runs in a copy
+of the checkout. Each module is tested with the tests of its package. MODULES="lease decide" selects modules. The documentation of cosmic-ray
 explains the mutation operators. A surviving mutant is either equivalent to the original code or shows a missing test.
 """
 

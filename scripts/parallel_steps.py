@@ -1,6 +1,6 @@
 """Run slow steps in parallel, and show how long each step takes.
 
-A step is a function that runs commands. It starts when the steps that it depends on have ended. The first failure stops all other steps, and
+A step is a function that runs commands. A step starts when the steps that it depends on have ended. The first failure stops all other steps, and
 only this failure is reported. When this program ends, it stops all programs that it has started, also after Ctrl-C.
 """
 

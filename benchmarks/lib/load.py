@@ -127,7 +127,9 @@ class FirstSeen:
             self._changed.set()
 
     async def wait(self, count: int, timeout_seconds: float) -> float:
-        """Wait for `count` objects. Returns when the last of them was first seen. Errors: TimeoutError after `timeout_seconds`."""
+        """Wait until `count` objects have been seen. Returns the time when the last one was first seen. Errors: TimeoutError after
+        `timeout_seconds`.
+        """
         deadline = time.monotonic() + timeout_seconds
         while len(self.first_seen) < count:
             if self._task is None or self._task.done():

@@ -1,4 +1,4 @@
-"""The real training, which also records the end of each step and the stall of each checkpoint, on the rank's clock.
+"""Run the real training, and record the end of each step and the stall of each checkpoint on the rank's clock.
 
 FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/times.jsonl`: {"step", "ended"} and {"step", "stall"}, in seconds.
 """

@@ -5,7 +5,7 @@
         with proxy.fault(LostResponse(), verb="create", resource="jobs", times=1): ...
         proxy.command_watches("pods", SendEvent.error(410))
 
-Clients connect to the proxy by plain HTTP on the loopback interface. The proxy connects to the server by TLS and forwards their credentials.
+Clients connect to the proxy by plain HTTP on the loopback interface. The proxy connects to the server by TLS and forwards the clients' credentials.
 """
 
 from __future__ import annotations

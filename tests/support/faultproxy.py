@@ -1,6 +1,6 @@
 """An HTTP proxy that injects faults into chosen requests.
 
-Tests with the proxy use the real client library and the real server, but the network fails at a chosen request. They check promises such as
+Tests with the proxy use the real client library and the real server, but the network fails at a chosen request. Such tests check promises like
 "if the response to a create is lost, the operator does not create a second Job". This module contains the part that does not depend on the
 protocol; `s3proxy` and `apiproxy` parse the requests. Path, query and headers (including `Host`) are forwarded unchanged, so signatures stay
 valid.

@@ -117,7 +117,9 @@ def _number_or_zero(text: str | None) -> int:
 
 
 class FakeKubelet:
-    """See the module. `nodes` contains the node names. `resources` contains the extended resources of each node. CPU, memory and disk are ample."""
+    """See the module. `nodes` contains the node names. `resources` contains the extended resources of each node. Each node has ample CPU,
+    memory and disk.
+    """
 
     def __init__(
         self, endpoint: Endpoint, *, nodes: Iterable[str] = ("node-a", "node-b"),

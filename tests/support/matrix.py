@@ -152,7 +152,7 @@ def _grouped(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
 def expected(strategy: str) -> Table:
     """Read the table of a strategy from the reference page."""
     text = PAGE.read_text()
-    assert strategy in text, f"the page has no table of {strategy}: python -m tests.support.matrix '{strategy}'"
+    assert strategy in text, f"the page has no table of {strategy}: run python -m tests.support.matrix '{strategy}'"
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text.split("\n## Refused\n")[1], re.MULTILINE))
     block = next(one for one in text.split("\n## ") if strategy in one.splitlines()[0].split("; "))
     table: Table = {}

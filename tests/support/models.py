@@ -1,4 +1,4 @@
-"""Fixtures for tests that train in this process. They import the libraries and create tiny models, once per session.
+"""Fixtures for tests that train in this process: imported libraries, and tiny models that are created once per session.
 
 A conftest that imports a fixture makes it available to its tests.
 """

@@ -154,7 +154,7 @@ class OperatorProcess:
             self._process.wait()
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Send SIGTERM and return the exit code. If the process does not end in time, send SIGKILL. Errors: AssertionError in this case."""
+        """Send SIGTERM and return the exit code. Errors: AssertionError if the process does not end in time; the process is then killed."""
         assert self._process is not None, "the operator was not started"
         if self._process.poll() is None:
             self._process.terminate()

@@ -51,7 +51,7 @@ def install_crd(api: KubeApi) -> None:
 
 
 def is_served(api: KubeApi) -> bool:
-    """Whether the API server can list FineTuneJobs. It may need a moment after the CRD has the condition `Established`."""
+    """Whether the API server can list FineTuneJobs. The API server may need a moment after the CRD has the condition `Established`."""
     try:
         api.list(FTJ, "default")
     except ApiError as error:
@@ -162,7 +162,7 @@ class Rig:
         return [event["reason"] for event in self.api.events(self.namespace, name)]
 
     def event_notes(self, name: str = "job") -> list[tuple[str, str]]:
-        """Return (reason, note) of the events about a FineTuneJob. An event that was emitted several times is returned as often."""
+        """Return (reason, note) of the events about a FineTuneJob. An event that was emitted several times is returned several times."""
         events = self.api.events(self.namespace, name)
         return [(e["reason"], e["note"]) for e in events for _ in range((e.get("series") or {}).get("count", 1))]
 

@@ -1,4 +1,4 @@
-"""Run the load benchmark with few jobs. This only checks that the benchmark works; full runs provide the figures."""
+"""Run the load benchmark with few jobs. This test only checks that the benchmark works; full runs provide the figures."""
 
 from __future__ import annotations
 

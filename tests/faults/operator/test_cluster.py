@@ -284,7 +284,7 @@ def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
 
 @pytest.mark.row(38)
 def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
-    """This also proves that the previous test works: the label makes the API server refuse a pod that violates the profile."""
+    """Without this check, the previous test would prove nothing: the label must make the API server refuse a pod that violates the profile."""
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
     rig.operator()

@@ -87,7 +87,7 @@ def _undescribed(schema: dict[str, Any], path: str) -> Any:
 
 @pytest.mark.row(55)
 def test_one_kubectl_wait_covers_every_end(rig: Rig) -> None:
-    """`kubectl wait --for=condition=Finished` compares the generation of the condition."""
+    """`kubectl wait --for=condition=Finished` ignores conditions with an old observedGeneration."""
     rig.operator()
     for name, ending in (("good", success()), ("bad", failure(64, message="no"))):
         rig.submit(name)

@@ -147,7 +147,7 @@ def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
 
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
-    """A control plane for one test, which may kill or restart its processes."""
+    """A control plane for a single test. The test may kill and restart its processes."""
     state = tmp_path / "state"
     with ControlPlane(state) as endpoint:
         api = KubeApi(endpoint)

@@ -57,7 +57,9 @@ def test_a_multipart_upload_whose_last_response_is_lost_is_complete(
 
 @pytest.mark.parametrize("second_attempt", [1, 2])
 def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, checkpoint: Path, tmp_path: Path, second_attempt: int) -> None:
-    """Both incarnations commit a step at the same time. In one attempt, the slower one is fenced; of two attempts, the later attempt's marker remains."""
+    """Both incarnations commit a step at the same time. In the same attempt, the slower incarnation is fenced. In two attempts, the later
+    attempt's marker remains.
+    """
     results: dict[str, object] = {}
     start = threading.Barrier(2)
 
@@ -125,7 +127,7 @@ def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTre
 def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str, s3_server: object
 ) -> None:
-    """The objects of the failed commit remain in the store, as after a kill -9 during a commit. The next sweep removes them."""
+    """The objects of the failed commit remain in the store, as after a kill -9 during a commit. The next sweep removes these objects."""
     storage.commit(5, checkpoint)
     store_without_retries = s3.S3Store(storage.proxied.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
     storage.proxied.store = store_without_retries
@@ -226,7 +228,7 @@ class RefuseConditions:
 def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
-    """The trainer checks for a marker before it writes one. This is enough, because the operator prevents simultaneous writers."""
+    """The trainer checks for a marker before it writes one. This check is enough, because the operator prevents simultaneous writers."""
     proxy.fault(RefuseConditions(status, code), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False

@@ -143,7 +143,7 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
 def test_many_store_errors_do_not_delay_training(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """30 % of the requests fail with SlowDown, 10 % with 500, and 10 % of the connections are reset. This delays commits, but not training."""
+    """30 % of the requests fail with SlowDown, 10 % with 500, and 10 % of the connections are reset. These errors delay commits, but not training."""
     with toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
@@ -196,7 +196,9 @@ def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
 def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The pod of a lost node continues after the next attempt has finished. Its first commit is fenced: it changes nothing, and the pod ends."""
+    """The pod of a lost node continues after the next attempt has finished. When it commits, it is fenced: the commit changes nothing, and
+    the pod ends.
+    """
     endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
     with toy(tmp_path / "one", spec, storage, s3_server, endless) as stale:
         stale.wait_committed(10)
@@ -243,7 +245,7 @@ def test_a_damaged_checkpoint_is_replaced(
 def test_an_attempt_without_permission_to_delete_succeeds(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The attempt cannot remove unfinished uploads. It adds a note about this to the status."""
+    """The attempt cannot remove unfinished uploads. The attempt adds a note about this to the status."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
     proxy.fault(Status(403, "AccessDenied"), operation="ListMultipartUploads")
     storage.direct.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")

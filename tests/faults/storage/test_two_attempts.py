@@ -1,6 +1,6 @@
-"""Row 13 of docs/guides/checkpoints.md: two attempts of one job run at the same time, and the pods of both train and commit. This happens if
-a node is lost, but its pod continues to run. Then only the markers in the storage decide which checkpoints are valid: those of the later
-attempt.
+"""Row 13 of docs/guides/checkpoints.md: two attempts of one job run at the same time, and the pods of both train and commit. Two attempts run
+at the same time if a node is lost but its pod continues to run. Then only the markers in the storage decide which checkpoints are valid:
+those of the later attempt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVERY = 5
 SCRIPT = {"every": EVERY, "pause": 0.1}
 READ_INTERVAL_SECONDS = 0.02
 GATE_SECONDS = 120.0
-"""Maximum time for which a request is held. It ensures that a failing test ends."""
+"""Maximum time for which a request is held, so that a failing test ends."""
 
 
 @dataclass(frozen=True)

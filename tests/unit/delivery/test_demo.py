@@ -142,7 +142,7 @@ def test_each_change_is_one_line_without_a_terminal() -> None:
 
 
 def test_view_times_out_if_the_job_does_not_finish() -> None:
-    with pytest.raises(TimeoutError, match="the job is Running after 0 s"):
+    with pytest.raises(TimeoutError, match="the job has not finished within 0 s; its phase is Running"):
         follow(FakeJob([Snapshot(running(1), ())]), Console(file=io.StringIO()), timeout=0)
 
 

@@ -132,12 +132,12 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
 
 
 def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ImageNotFound, match="no OCI image layout"):
+    with pytest.raises(ImageNotFound, match="is not an OCI image layout"):
         manifest_of(tmp_path)
     program = tmp_path / "p"
     program.touch()
     existing_layout = write_layout(tmp_path / "l", Image("localhost/x:1", {"/p": program}, ["/p"]))
-    with pytest.raises(ImageNotFound, match=r"holds \['localhost/x:1'\], not localhost/y:1"):
+    with pytest.raises(ImageNotFound, match=r"contains \['localhost/x:1'\], not localhost/y:1"):
         manifest_of(existing_layout, "localhost/y:1")
 
 
@@ -182,7 +182,7 @@ def test_go_must_be_new_enough(monkeypatch: pytest.MonkeyPatch, output: str, is_
     if is_accepted:
         build.check_go()
     else:
-        with pytest.raises(MissingRequirement, match=r"Go 1\.26 or newer is needed, found: "):
+        with pytest.raises(MissingRequirement, match=r"Go 1\.26 or newer is needed, but `go version` reports: "):
             build.check_go()
 
 

@@ -67,7 +67,7 @@ def test_waiting_fails_as_soon_as_a_server_has_ended(tmp_path: Path) -> None:
 def test_waiting_fails_after_the_timeout_with_the_log(tmp_path: Path) -> None:
     server = _spawn(tmp_path, "echo hello; exec sleep 600")
     _wait_until(lambda: (tmp_path / "log").read_text())
-    with pytest.raises(StartFailed, match=rf"x was not ready after 0 s: x: hello \(log: {tmp_path}/log\)"):
+    with pytest.raises(StartFailed, match=rf"still waiting for x after 0 s: x: hello \(log: {tmp_path}/log\)"):
         processes.wait_until("x", lambda: False, servers=[server], timeout=0)
     processes.end_all(tmp_path)
 
