@@ -60,8 +60,8 @@ locks: setup ## Regenerate requirements/{operator,trainer,cli}.lock with the ver
 
 ##@ Tests
 .PHONY: mutants
-mutants: setup ## Run the mutation tests of the most important modules (minutes to hours); MODULES="lease decide" chooses modules
-	@$(PY) scripts/mutants.py $(MODULES)
+mutants: setup ## Mutation tests of the most important modules: MODULES="lease decide" chooses some, SAMPLE=150 tests only 150 mutants of each
+	@$(PY) scripts/mutants.py $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))
 
 .PHONY: test-quick
 test-quick: tools ## Run unit, integration and pod tests; they need no images and no node

@@ -1,16 +1,25 @@
 """`make mutants`: change a module in many small ways, one at a time, and report the changes that no test notices.
 
-cosmic-ray runs in a separate environment (requirements/mutants.lock). cosmic-ray changes source files in place. Therefore it runs in a copy
-of the checkout. Each module is tested with the tests of its package. MODULES="lease decide" selects modules. The documentation of cosmic-ray
-explains the mutation operators. A surviving mutant is either equivalent to the original code or shows a missing test.
+cosmic-ray runs in a separate environment (requirements/mutants.lock). cosmic-ray changes source files in place. Therefore it runs in copies
+of the checkout. MODULES="lease decide" selects modules. The documentation of cosmic-ray explains the mutation operators. A surviving mutant
+is either equivalent to the original code or shows a missing test.
+
+A run of all mutants takes hours. SAMPLE=150 tests 150 mutants of each module, drawn at random with a fixed seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import hashlib
 import json
+import os
+import queue
+import random
+import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,16 +31,16 @@ from prepare import ROOT
 from smollm2 import cache
 
 LOCK = ROOT / "requirements/mutants.lock"
-OPERATOR_TESTS = "tests/unit/operator"
-TRAINER_TESTS = "tests/unit/trainer"
+OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
+OPERATOR_TESTS, TRAINER_TESTS = "tests/unit/operator", "tests/unit/trainer"
 MODULES = {
-    "decide": ("operator/finetune_operator/decide.py", OPERATOR_TESTS),
-    "act": ("operator/finetune_operator/act.py", OPERATOR_TESTS),
-    "policies": ("operator/finetune_operator/policies", OPERATOR_TESTS),
-    "lease": ("operator/finetune_operator/lease.py", f"{OPERATOR_TESTS}/test_lease.py"),
-    "uploader": ("trainer-image/finetune_trainer/checkpoint/uploader.py", f"{TRAINER_TESTS}/checkpoint"),
-    "supervisor": ("trainer-image/finetune_trainer/supervisor", f"{TRAINER_TESTS}/supervisor"),
-    "template": ("trainer-image/finetune_trainer/data/template.py", "tests/unit/trainer_data"),
+    "decide": (f"{OPERATOR}/decide.py", OPERATOR_TESTS),
+    "act": (f"{OPERATOR}/act.py", OPERATOR_TESTS),
+    "policies": (f"{OPERATOR}/policies", OPERATOR_TESTS),
+    "lease": (f"{OPERATOR}/lease.py", f"{OPERATOR_TESTS}/test_lease.py"),
+    "uploader": (f"{TRAINER}/checkpoint/uploader.py", f"{TRAINER_TESTS}/checkpoint"),
+    "supervisor": (f"{TRAINER}/supervisor", f"{TRAINER_TESTS}/supervisor tests/pod/test_supervisor.py"),
+    "template": (f"{TRAINER}/data/template.py", "tests/unit/trainer_data"),
     "rules": ("crds/finetune_api/rules", "tests/unit/api"),
 }
 """Modules with critical logic. Each module is listed with the tests that must fail if the module is changed."""
@@ -55,13 +64,14 @@ exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
 class Mutant:
     """One tested change."""
 
+    file: str
     line: int
     operator: str
     is_killed: bool
 
 
 def install_cosmic_ray() -> Path:
-    """Install cosmic-ray if it is not installed. Returns the folder of its programs."""
+    """Install cosmic-ray if necessary. Returns the folder of its programs."""
     folder = cache() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
         uv = next(iter(cache().glob("uv-*/bin/uv")))
@@ -72,7 +82,7 @@ def install_cosmic_ray() -> Path:
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy all tracked files of the checkout to `target`, including uncommitted changes."""
+    """Copy all tracked files, including uncommitted changes."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
@@ -80,23 +90,75 @@ def copy_checkout(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def run(name: str, checkout: Path, timeout: float) -> list[Mutant]:
-    """Test all mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
-    module, tests = MODULES[name]
-    command = f"{ROOT}/.venv/bin/python -m pytest -q -x -p no:cacheprovider -p no:xdist {tests}"
-    (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=timeout, command=command))
-    programs, session = install_cosmic_ray(), "mutants.sqlite"
+class Campaign:
+    """Tests mutants in several copies of the checkout at the same time."""
 
-    def call(program: str, *arguments: str) -> str:
-        done = subprocess.run([programs / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
+    def __init__(self, folder: Path, workers: int, timeout: float, sample: int | None):
+        self._programs, self._timeout, self._sample, self._workers = install_cosmic_ray(), timeout, sample, workers
+        self._checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for number in range(workers):
+            checkout = folder / str(number)
+            copy_checkout(checkout)
+            self._checkouts.put(checkout)
+
+    def run(self, name: str) -> list[Mutant]:
+        """Test the mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
+        module, tests = MODULES[name]
+        drawn = self._draw_mutants(module, tests)
+        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
+            # The files with the most mutants first, so that no worker is left alone with a long one.
+            parts = sorted(drawn.items(), key=lambda part: -len(part[1]))
+            results = pool.map(lambda part: self._test_file(part[0], part[1], tests), parts)
+            return [mutant for part in results for mutant in part]
+
+    def _draw_mutants(self, module: str, tests: str) -> dict[str, set[str]]:
+        """Check that the tests pass without a change; return the ids of the mutants to test, by file."""
+        with self._session(module, tests, tests) as (checkout, session):
+            self._call(checkout, "cosmic-ray", "baseline", "mutants.toml")
+            with contextlib.closing(sqlite3.connect(session)) as database:
+                query = (
+                    "select module_path, operator_name, occurrence from mutation_specs"
+                    " where job_id not in (select job_id from work_results) order by 1, 2, 3"
+                )
+                mutants = [(file, f"{operator} {number}") for file, operator, number in database.execute(query)]
+        if self._sample is not None and self._sample < len(mutants):
+            mutants = random.Random(0).sample(mutants, self._sample)
+        return {file: {ident for of, ident in mutants if of == file} for file in {file for file, _ in mutants}}
+
+    def _test_file(self, file: str, chosen: set[str], tests: str) -> list[Mutant]:
+        """Test the chosen mutants of one file. The file's own tests come first, because they notice most changes quickly."""
+        own = sorted(path for folder in tests.split() for path in (ROOT / folder).glob(f"**/test_{Path(file).stem}.py"))
+        ordered = [*(str(path.relative_to(ROOT)) for path in own), tests]
+        with self._session(file, *ordered) as (checkout, session):
+            with contextlib.closing(sqlite3.connect(session)) as database, database:
+                rows = database.execute("select job_id, operator_name, occurrence from mutation_specs").fetchall()
+                others = [(job,) for job, operator, number in rows if f"{operator} {number}" not in chosen]
+                for table in ("work_results", "mutation_specs", "work_items"):
+                    database.executemany(f"delete from {table} where job_id = ?", others)
+            self._call(checkout, "cosmic-ray", "exec", "mutants.toml", session.name)
+            return list(_results(self._call(checkout, "cosmic-ray", "dump", session.name)))
+
+    @contextlib.contextmanager
+    def _session(self, module: str, *tests: str) -> Iterator[tuple[Path, Path]]:
+        """A checkout with a cosmic-ray session of all mutants of `module`. The groups of tests run in order until one fails."""
+        pytest = f"{ROOT}/.venv/bin/python -m pytest -q -x -p no:cacheprovider -p no:xdist"
+        command = f"sh -c {shlex.quote(' && '.join(f'{pytest} {group}' for group in tests))}"
+        checkout = self._checkouts.get()
+        try:
+            (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=self._timeout, command=command))
+            session = checkout / "mutants.sqlite"
+            session.unlink(missing_ok=True)
+            self._call(checkout, "cosmic-ray", "init", "mutants.toml", session.name)
+            self._call(checkout, "cr-filter-operators", session.name, "mutants.toml")
+            yield checkout, session
+        finally:
+            self._checkouts.put(checkout)
+
+    def _call(self, checkout: Path, program: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [self._programs / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
+        )
         return done.stdout
-
-    (checkout / session).unlink(missing_ok=True)
-    call("cosmic-ray", "baseline", "mutants.toml")
-    call("cosmic-ray", "init", "mutants.toml", session)
-    call("cr-filter-operators", session, "mutants.toml")
-    call("cosmic-ray", "exec", "mutants.toml", session)
-    return list(_results(call("cosmic-ray", "dump", session)))
 
 
 def _results(dump: str) -> Iterator[Mutant]:
@@ -105,7 +167,7 @@ def _results(dump: str) -> Iterator[Mutant]:
         if result is not None and result["worker_outcome"] != "skipped":
             (mutation,) = item["mutations"]
             is_killed = result["test_outcome"] != "survived"
-            yield Mutant(mutation["start_pos"][0], f"{mutation['module_path']} {mutation['operator_name']}", is_killed)
+            yield Mutant(mutation["module_path"], mutation["start_pos"][0], mutation["operator_name"], is_killed)
 
 
 def main() -> int:
@@ -113,16 +175,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help=f"of {', '.join(MODULES)}; default: all")
     parser.add_argument("--timeout", type=float, default=120, help="maximum seconds for the tests of one mutant")
+    parser.add_argument("--sample", type=int, help="test only this many mutants of each module, drawn at random")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="mutants that are tested at the same time")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy_checkout(Path(folder))
+        campaign = Campaign(Path(folder), options.workers, options.timeout, options.sample)
         for name in options.modules or MODULES:
-            mutants = run(name, Path(folder), options.timeout)
+            mutants = campaign.run(name)
             survivors = [mutant for mutant in mutants if not mutant.is_killed]
             killed = len(mutants) - len(survivors)
-            print(f"{name}: {killed} of {len(mutants)} killed ({killed / max(1, len(mutants)):.0%})")
-            for mutant in survivors:
-                print(f"  line {mutant.line}: {mutant.operator}")
+            print(f"{name}: {killed} of {len(mutants)} killed ({killed / max(1, len(mutants)):.0%})", flush=True)
+            for mutant in sorted(survivors, key=lambda mutant: (mutant.file, mutant.line)):
+                print(f"  {mutant.file}:{mutant.line}: {mutant.operator}", flush=True)
     return 0
 
 
