@@ -100,7 +100,7 @@ def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) ->
     rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "kept")[0], success())
     rig.wait_finished("kept")
     rig.api.wait_list("nodes", None, lambda items: _phases(operator.metrics()) == {"Succeeded": 1}, timeout=60)
-    assert [e.path for e in proxy.exchanges if e.method != "GET" and "deleted" in e.path] == []
+    assert [e.path for e in proxy.exchanges if e.method != "GET" and "/deleted" in e.path] == []
     rig.submit("deleted")
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "deleted")[0], success())
     assert attempt_reasons(rig.wait_finished("deleted")) == [(1, Reason.SUCCEEDED)]
