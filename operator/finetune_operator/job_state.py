@@ -42,3 +42,5 @@ class JobState:
     """The job's first status write may be deferred until this event loop time during a burst."""
     status_rejection: str = ""
     """The API server's last error message that rejected this job's status. If the same message is repeated, it is not logged again."""
+    pruned_write: tuple[Object, Object] | None = None
+    """The status as stored and as sent, if an older CRD removed fields from the last write. The same write would change nothing."""

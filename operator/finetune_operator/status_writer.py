@@ -51,7 +51,7 @@ class StatusWriter:
         """
         old, new = facts.job.status, report(facts, plan, result)
         before, after = old.to_wire(), new.to_wire()
-        if before == after:
+        if before == after or state.pruned_write == (before, after):
             state.pending.transition_at = None
             return
         drafts = transitions(old, new)
@@ -74,9 +74,13 @@ class StatusWriter:
     async def _replace_status(self, job: JobObject, new: FineTuneJobStatus, state: JobState) -> JobObject:
         """Write the status. If the API server rejects it, omit values from pods, so that suspend, cancel and deadlines still work."""
         try:
-            return await self._replace(job, new)
+            written = await self._replace(job, new)
         except Invalid as error:
             await self._report_rejection(job, error, state)
+        else:
+            sent, stored = new.to_wire(), written.status.to_wire()
+            state.pruned_write = None if stored == sent else (stored, sent)
+            return written
         reduced = reduced_status(new, job.status)
         if reduced.to_wire() == job.status.to_wire():
             return job

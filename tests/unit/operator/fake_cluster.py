@@ -38,6 +38,8 @@ class Server:
     before: Callable[[str, Kind], None] = lambda verb, kind: None
     rejects_status: Callable[[Object], bool] = lambda status: False
     rejection: str = "status.progress.step: Invalid value"
+    pruned: frozenset[str] = frozenset()
+    """Fields of the status that the CRD does not know. The server removes them from each write."""
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
@@ -83,7 +85,8 @@ class Server:
             raise Conflict("update", kind, name, 409, "Conflict", "")
         if self.rejects_status(body["status"]):
             raise Invalid("update", kind, name, 422, "Invalid", self.rejection)
-        return self.put(kind, {**stored_object, "status": body["status"]})
+        status = {name: value for name, value in body["status"].items() if name not in self.pruned}
+        return self.put(kind, {**stored_object, "status": status})
 
     async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
         self._receive("patch", kind)

@@ -323,6 +323,21 @@ async def test_suspend_acts_although_an_older_crd_lacks_the_phases_and_a_conditi
     assert "phase" not in server.finetunejob["status"]
 
 
+async def test_status_that_an_older_crd_prunes_is_not_written_again(server: Server) -> None:
+    server.pruned = frozenset({"reason"})
+    process, _ = await start_attempt(server)
+    writes, events = server.count("update", FINETUNEJOB), server.event_counts()
+    assert writes and "reason" not in server.finetunejob["status"]
+    for _ in range(3):
+        process.refresh()
+        await process.reconcile()
+    assert (server.count("update", FINETUNEJOB), server.event_counts()) == (writes, events)
+    server.write_spec({**SPEC, "suspend": True})
+    process.refresh()
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == writes + 1
+
+
 async def test_deadline_works_although_the_status_is_rejected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.rejects_status = has_progress
     server.finetunejob["spec"] = {**SPEC, "policy": {"activeDeadlineSeconds": 600}}
