@@ -49,14 +49,12 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 class OperatorProcess:
     """One operator process. As a context manager, it is started on entry and killed on exit.
 
-    `config` is merged into FAST_CONFIG. The process kills itself when it first reaches the kill point `crash_at`. `kill_at` sets the kill
-    point of a running process.
+    `config` is merged into FAST_CONFIG. `kill_at` sets the point of the code at which the process kills itself.
     """
 
     folder: Path
     kubeconfig: Path
     config: Mapping[str, Any] = field(default_factory=dict)
-    crash_at: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     command_prefix: tuple[str, ...] = ()
     """Command and arguments before the operator's command, for example faketime with its arguments."""
@@ -73,8 +71,6 @@ class OperatorProcess:
         packages = os.pathsep.join(str(CHECKOUT / name) for name in ("crds", "operator"))
         env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
         env |= dict(self.env) | {KILL_VARIABLE: str(self.folder / "kill-at")}
-        if self.crash_at:
-            self.kill_at(self.crash_at)
         argv = [*self.command_prefix, sys.executable, "-m", "finetune_operator", "--config", str(path)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(

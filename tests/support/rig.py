@@ -99,7 +99,7 @@ class Rig:
         return proxy
 
     def operator(
-        self, *, through: ApiProxy | None = None, config: Mapping[str, Any] | None = None, crash_at: str = "",
+        self, *, through: ApiProxy | None = None, config: Mapping[str, Any] | None = None,
         ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
         """Start an operator for this namespace. It uses the proxy `through` and `token` (default: the administrator's token)."""
@@ -110,9 +110,7 @@ class Rig:
         else:
             kubeconfig = self.cluster.endpoint.kubeconfig
         test_config = {"namespaces": [self.namespace], "scrape": {"url": self.kubelet.progress_url}}
-        operator = OperatorProcess(
-            folder, kubeconfig, merged(test_config, config or {}), crash_at=crash_at, env=env or {}
-        )
+        operator = OperatorProcess(folder, kubeconfig, merged(test_config, config or {}), env=env or {})
         self.operators.append(operator)
         return operator.start(ready=ready)
 

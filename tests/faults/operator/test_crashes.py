@@ -132,10 +132,9 @@ def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
 @pytest.mark.parametrize(("scenario", "point"), [(m, p) for m, (_, _, points) in SCENARIOS.items() for p in points])
 def test_job_continues_after_a_kill_at_each_point(rig: Rig, scenario: str, point: str) -> None:
     prepare_job, change_job, _ = SCENARIOS[scenario]
-    first = rig.operator()
+    operator = rig.operator()
     prepare_job(rig)
-    first.stop()
-    operator = rig.operator(crash_at=point)
+    operator.kill_at(point)
     change_job(rig)
     assert operator.wait_end() == -9
     rig.operator()

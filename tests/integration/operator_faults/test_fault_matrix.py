@@ -51,7 +51,8 @@ def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes
 @pytest.mark.row(2)
 @pytest.mark.parametrize("point", ["before_status_write", "after_job_create"])
 def test_kill_while_a_job_starts_does_not_change_the_result(rig: Rig, point: str) -> None:
-    operator = rig.operator(crash_at=point)
+    operator = rig.operator()
+    operator.kill_at(point)
     rig.submit()
     assert operator.wait_end() == -9
     proxy = rig.proxy()
