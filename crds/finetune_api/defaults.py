@@ -33,6 +33,7 @@ from finetune_api.rules import (
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import LoraInit, MethodType, Strategy, TrainerType, When
+from finetune_api.spec.method import Method
 
 LEARNING_RATE_FULL = 2e-5
 LEARNING_RATE_ADAPTER = 2e-4
@@ -63,8 +64,12 @@ class Resolution:
     notes: list[str] = field(default_factory=list)
 
 
-OPTIONAL_GROUPS = frozenset({
-    "model.tokenSecretRef", "model.storage", "model.quantization", "method.adapter", "method.lora", "method.spectrum", "method.vision", "method.lora.loftq",
+METHOD_GROUPS = frozenset(
+    f"method.{info.alias or name}" for name, info in Method.model_fields.items() if nested_group(info.annotation)
+)
+"""The groups of `spec.method`. `resolve` adds the group that has the name of the method; a group of another method would be refused."""
+OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
+    "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
     "trainer.dpo", "trainer.grpo", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
@@ -80,11 +85,14 @@ def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) 
     notes: list[str] = []
     for path, default in _computed_defaults(spec, platform).items():
         _fill_in(value, path, default, filled)
+    method = method_type_of(spec)
+    if f"method.{method}" in METHOD_GROUPS:
+        value.setdefault("method", {}).setdefault(method.value, {})
     _fill_in_constants(FineTuneJobSpec, value, "", filled)
     if spec.training.max_steps is not None:
         filled.pop("training.epochs", None)
     notes += [f"{warning.path} {warning.message}" for warning in warnings(spec)]
-    if method_type_of(spec) is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
+    if method is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
         notes.append("method lora on a 4-bit base model is equivalent to method qlora")
     if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:
         notes.append("distributed.strategy ddp has no effect with a single rank")
@@ -141,8 +149,6 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
         result |= {"method.lora.targetModules": ["all-linear"], "method.lora.useDora": method is MethodType.DORA}
         if spec.method.lora and spec.method.lora.loftq:
             result["method.lora.init"] = LoraInit.LOFTQ.value
-    if method is MethodType.SPECTRUM and not (spec.method.spectrum and spec.method.spectrum.layers):
-        result |= {"method.spectrum.snrThreshold": 0.5, "method.spectrum.metric": "marchenkoPastur"}
     if method in PROMPT_METHODS:
         result["method.promptLength"] = 20
     return result
@@ -179,11 +185,11 @@ CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
     ),
     "dataset.maxBadRowRatio": lambda group: group.get("badRows") == "skip",
     "output.layout": lambda group: group.get("dir") is not None,
+    "method.spectrum.snrThreshold": lambda group: group.get("layers") is None,
+    "method.spectrum.metric": lambda group: group.get("layers") is None,
 }
 """Constant defaults with a condition. The condition gets the fields of the same group, with camelCase keys."""
-COMPUTED = frozenset({
-    "method.promptLength", "method.spectrum.snrThreshold", "method.spectrum.metric", "model.quantization.type", "model.quantization.doubleQuant",
-})  # fmt: skip
+COMPUTED = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
 """Constant defaults that depend on other groups: `_computed_defaults` fills them in."""
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from finetune_api.base import nested_group
 from finetune_api.defaults import PlatformDefaults, resolve
-from finetune_api.rules import check
+from finetune_api.rules import LORA_METHODS, check
+from finetune_api.rules.derived_values import constant_default
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
+from finetune_api.spec.enums import MethodType
+from finetune_api.spec.method import Method
 
 MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
@@ -67,6 +71,26 @@ def test_resolving_a_resolved_spec_changes_nothing() -> None:
     assert twice.spec == once.spec
     assert twice.defaults == {}
     assert check(once.spec) == []
+
+
+@pytest.mark.parametrize("method", MethodType)
+def test_a_method_gets_the_defaults_of_its_own_options_only(method: MethodType) -> None:
+    """A group of another method would be refused, and trainers of earlier releases do not know new groups."""
+    change = {"type": method, **({"adapter": {"source": "org/adapter"}} if method is MethodType.ADAPTER else {})}
+    options = resolved({"method": change}).spec.method
+    groups = {name for name, info in Method.model_fields.items() if nested_group(info.annotation)}
+    own = {"lora"} if method in LORA_METHODS and method is not MethodType.ADAPTER else {method.value} & groups
+    assert {name for name in groups if getattr(options, name) is not None} == own
+    for name in own:
+        group = getattr(options, name)
+        for field in type(group).model_fields:
+            default = constant_default(type(group), field)
+            assert default is None or getattr(group, field) == default, f"method.{name}.{field}"
+
+
+def test_numbered_layers_of_spectrum_get_no_defaults_of_the_scan() -> None:
+    spectrum = resolved({"method": {"type": "spectrum", "spectrum": {"layers": [0]}}}).spec.method.spectrum
+    assert (spectrum.layers, spectrum.snr_threshold, spectrum.metric) == ([0], None, None)
 
 
 def test_max_steps_takes_precedence_over_epochs_with_a_note() -> None:
