@@ -11,6 +11,7 @@ import typer
 
 from finetune_cli import output
 from finetune_cli.commands.shared import complete_set, complete_words
+from finetune_cli.importers import IMPORTER_NAMES
 
 if TYPE_CHECKING:
     from finetune_cli.importers.run_import import Imported
@@ -28,9 +29,9 @@ def import_(
         str | None,
         typer.Option(
             "--from",
-            metavar="env|toml|yaml|hydra|guide|openai",
+            metavar="|".join(IMPORTER_NAMES),
             help="The tool that the files belong to. Default: the tool is recognised by the content.",
-            autocompletion=complete_words("env", "toml", "yaml", "hydra", "guide", "openai"),
+            autocompletion=complete_words(*IMPORTER_NAMES),
         ),
     ] = None,
     name: Annotated[

@@ -3,5 +3,8 @@
 Each tool has one module with a reader and a table of its options. `run_import.py` does the steps that are the same for all tools:
 precedence, defaults, checks, and the report of all errors at once.
 
-To add a tool, write a module with an `Importer` (see `draft.py`) and add it to `registry.py`.
+To add a tool, write a module with `IMPORTER = Importer(...)` (see `draft.py`) and add its name to `IMPORTER_NAMES`.
 """
+
+IMPORTER_NAMES = ("env", "toml", "yaml", "hydra", "guide", "openai")
+"""The values of `--from`, in the order of help texts and messages. `registry.py` imports the module with each name."""

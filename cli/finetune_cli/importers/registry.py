@@ -1,11 +1,12 @@
-"""All importers by name (the value of `--from`). To add a tool, add its importer here."""
+"""All importers by name (the value of `--from`)."""
 
 from __future__ import annotations
 
-from finetune_cli.importers import env, guide, hydra, openai, toml, yaml
+import importlib
+
+from finetune_cli.importers import IMPORTER_NAMES
 from finetune_cli.importers.draft import Importer
 
 IMPORTERS: dict[str, Importer] = {
-    importer.name: importer
-    for importer in (env.IMPORTER, toml.IMPORTER, yaml.IMPORTER, hydra.IMPORTER, guide.IMPORTER, openai.IMPORTER)
+    name: importlib.import_module(f"finetune_cli.importers.{name}").IMPORTER for name in IMPORTER_NAMES
 }

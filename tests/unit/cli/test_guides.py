@@ -57,7 +57,7 @@ def test_example_importer_of_the_guide_works(write: Write) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (GUIDES / "import.md").read_text(encoding="utf-8"), re.DOTALL)
     scope: dict[str, Importer] = {}
     exec(code, scope)
-    registry = {**IMPORTERS, "sixth": scope["SIXTH"]}
+    registry = {**IMPORTERS, "sixth": scope["IMPORTER"]}
     imported = run_import(
         Request((write("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune_cli.importers import IMPORTER_NAMES
+from finetune_cli.importers.registry import IMPORTERS
+
 from tests.unit.cli.conftest import Call, Write
 from tests.unit.cli.import_command import HERE
 
@@ -27,6 +30,11 @@ def test_tool_arguments_after_two_dashes_are_read(call: Call) -> None:
     assert "epochs: 9\n" in out
     assert "uri: s3://bucket/out\n" in out
     assert "warning: env-A.env:4: TRAIN_DATA_PATH:" in stderr
+
+
+def test_the_option_from_offers_every_importer(call: Call) -> None:
+    assert [importer.name for importer in IMPORTERS.values()] == list(IMPORTER_NAMES)
+    assert "|".join(IMPORTER_NAMES) in "".join(call("import", "--help")[1].split())
 
 
 def test_refused_import_prints_no_manifest(call: Call) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_cli.importers import IMPORTER_NAMES
 
 from tests.unit.cli.conftest import JOB, Call, Write
 from tests.unit.cli.import_command import Outcome, import_
@@ -120,7 +121,7 @@ def test_file_of_two_tools_is_refused(write: Write) -> None:
 
 def test_unrecognised_file_is_refused(write: Write) -> None:
     assert import_(write("x.yaml", "a: 1\n")).mistakes == [
-        "x.yaml: no importer recognises this configuration; choose one with --from: env, toml, yaml, hydra, guide, openai"
+        f"x.yaml: no importer recognises this configuration; choose one with --from: {', '.join(IMPORTER_NAMES)}"
     ]
 
 
