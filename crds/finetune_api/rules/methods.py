@@ -111,12 +111,15 @@ def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) ->
             f"method.lora has no effect, because method.type is {method}",
             "remove method.lora, or write method.type lora, qlora, dora or adapter",
         )
-    if spec.method.spectrum is not None and method is not MethodType.SPECTRUM:
-        yield (
-            "method.spectrum",
-            f"method.spectrum has no effect, because method.type is {method}",
-            "remove method.spectrum, or write `type: spectrum`",
-        )
+    methods_with_own_group = set(MethodType) - {method, MethodType.LORA, MethodType.ADAPTER}  # `adapter_source` checks method.adapter
+    for name, info in type(spec.method).model_fields.items():
+        wire = info.alias or name
+        if wire in methods_with_own_group and getattr(spec.method, name) is not None:
+            yield (
+                f"method.{wire}",
+                f"method.{wire} has no effect, because method.type is {method}",
+                f"remove method.{wire}, or write `type: {wire}`",
+            )
     if spec.method.prompt_length is not None and method not in PROMPT_METHODS:
         yield (
             "method.promptLength",

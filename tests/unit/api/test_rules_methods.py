@@ -1,12 +1,14 @@
-"""Options that can or cannot be combined with adapter initialisations that change the base weights."""
+"""Options of methods: adapter initialisations that change the base weights, and options that the method does not read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from finetune_api.base import nested_group
 from finetune_api.rules import Problem, check
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.method import Method
 
 GRPO: dict[str, Any] = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}
 TWO: dict[str, Any] = {"gpusPerNode": 2}
@@ -95,3 +97,14 @@ def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
     assert problem_codes("float16", "bf16", method=full) == problem_codes("float32", "fp16", method=full) == []
     assert problem_codes("float16", "fp16", method=full, **deepspeed) == []
     assert problem_codes("float16", "fp16", method=spectrum, model=four_bits) == problem_codes("float16", "fp16") == []
+
+
+@pytest.mark.parametrize(
+    "group", [info.alias or name for name, info in Method.model_fields.items() if nested_group(info.annotation)]
+)
+def test_an_option_group_is_refused_with_methods_that_do_not_read_it(group: str) -> None:
+    spec = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+    method = {"type": "full", group: {}}
+    (problem,) = check(FineTuneJobSpec.model_validate({**spec, "method": method}))
+    assert problem.path == f"method.{group}"
+    assert f"method.{group} has no effect" in problem.message
