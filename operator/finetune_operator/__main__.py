@@ -12,7 +12,7 @@ from pathlib import Path
 from kubernetes.aio.config import ConfigException
 
 from finetune_operator import kopf_adapter, logs, settings
-from finetune_operator.kube import Kube
+from finetune_operator.kube import KubeClient
 from finetune_operator.metrics import Metrics
 from finetune_operator.runtime import Runtime
 
@@ -52,7 +52,7 @@ def _tune_garbage_collector() -> None:
 async def _run(config: settings.OperatorConfig) -> int:
     metrics = Metrics()
     try:
-        kube = await Kube.connect(config.api, metrics.request)
+        kube = await KubeClient.connect(config.api, metrics.request)
     except (ConfigException, OSError) as error:
         sys.stderr.write(f"finetune-operator: cannot find the address of an API server: {error}\n")
         return USAGE_ERROR

@@ -14,14 +14,14 @@ from finetune_api.pod import RunConfig
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.facts import Facts
-from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, Kube, KubeError, NotFound, OutcomeUnknown
+from finetune_operator.killpoints import KillPoint, kill_if_requested
+from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, KubeClient, KubeError, NotFound, OutcomeUnknown
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Object
 from finetune_operator.plan import ActionResult, Plan
 from finetune_operator.policies.adaptations import original_values
 from finetune_operator.policies.blocking import BlockingCondition, is_admission_refusal, reason_of_refusal
 from finetune_operator.policies.rejection import rejected_user_fields
-from finetune_operator.policies.verdict import Accepted, Refused
+from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, read_finetunejob, read_job, read_pod
@@ -36,15 +36,15 @@ class StaleFacts(Exception):
 class SpecRejected(Exception):
     """No Job can be created from the user's spec."""
 
-    def __init__(self, refused: Refused):
-        super().__init__(refused.message)
-        self.refused = refused
+    def __init__(self, refusal: RefusedSpec):
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
-class Actor:
+class PlanExecutor:
     """Carries out plans against one API server."""
 
-    def __init__(self, kube: Kube, config: OperatorConfig):
+    def __init__(self, kube: KubeClient, config: OperatorConfig):
         self._kube = kube
         self._config = config
         self._service_seen_at: dict[str, float] = {}
@@ -54,15 +54,15 @@ class Actor:
         """Delete the plan's objects, then create the Job that it requests. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
         deleted = 0
         for job in plan.delete_jobs:
-            reach(Point.BEFORE_JOB_DELETE)
+            kill_if_requested(KillPoint.BEFORE_JOB_DELETE)
             deleted += await self._kube.delete(JOB, job.namespace, job.name, uid=job.uid)
-            reach(Point.AFTER_JOB_DELETE)
+            kill_if_requested(KillPoint.AFTER_JOB_DELETE)
         for pod in plan.delete_pods:
             deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid)
         for pod in plan.force_delete_pods:
             logger.warning("force-deleting pod %s: its node is lost", pod.name)
             deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid, grace=0)
-            reach(Point.AFTER_POD_DELETE)
+            kill_if_requested(KillPoint.AFTER_POD_DELETE)
         if plan.create_attempt is not None:
             return await self._create(facts, plan.create_attempt, deleted)
         current, blocking = facts.current_job, None
@@ -76,7 +76,7 @@ class Actor:
             await self._ensure_facts_are_current(facts, attempt)
         body = _build(facts, attempt, self._config)
         name = body["metadata"]["name"]
-        reach(Point.BEFORE_JOB_CREATE)
+        kill_if_requested(KillPoint.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
         try:
             created = await self._kube.create(JOB, facts.job.namespace, body)
@@ -92,7 +92,7 @@ class Actor:
             return ActionResult(blocking_condition=_blocked_by_invalid_job(facts, attempt, error), deleted_count=deleted)
         except Forbidden as error:
             return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted)
-        reach(Point.AFTER_JOB_CREATE)
+        kill_if_requested(KillPoint.AFTER_JOB_CREATE)
         view = read_job(job_body)
         if view is None or not view.is_owned or view.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to another object"
@@ -124,10 +124,10 @@ class Actor:
         now = asyncio.get_running_loop().time()
         if now - self._service_seen_at.get(job.uid, float("-inf")) < self._config.resync_seconds:
             return None
-        reach(Point.BEFORE_SERVICE_CREATE)
+        kill_if_requested(KillPoint.BEFORE_SERVICE_CREATE)
         try:
             await self._kube.create(SERVICE, job.namespace, build_service(job))
-            reach(Point.AFTER_SERVICE_CREATE)
+            kill_if_requested(KillPoint.AFTER_SERVICE_CREATE)
         except AlreadyExists:
             found = await self._kube.get(SERVICE, job.namespace, job.name)
             owners = found["metadata"].get("ownerReferences") or []
@@ -144,7 +144,7 @@ class Actor:
 def _build(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
     """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
     accepted = facts.acceptance
-    assert isinstance(accepted, Accepted)  # noqa: S101 -- `decide` creates attempts of accepted specs only
+    assert isinstance(accepted, AcceptedSpec)  # noqa: S101 -- `decide` creates attempts of accepted specs only
     try:
         run: RunConfig = build_run_config(
             facts.job, facts.spec, attempt, defaults=accepted.defaults,
@@ -153,8 +153,8 @@ def _build(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
         )  # fmt: skip
         return build_job(facts.job, run, accepted.pool, config)
     except FineTuneError as error:
-        refused = Refused(Reason.REJECTED, clean(error.message), clean(error.hint or ""), attempt == 1, facts.spec)
-        raise SpecRejected(refused) from error
+        refusal = RefusedSpec(Reason.REJECTED, clean(error.message), clean(error.hint or ""), attempt == 1, facts.spec)
+        raise SpecRejected(refusal) from error
 
 
 def _stop_requests(spec: Object) -> tuple[bool, bool]:
@@ -172,7 +172,7 @@ def _blocked_by_invalid_job(facts: Facts, attempt: int, error: Invalid) -> Block
     fields = rejected_user_fields(error.message, facts.job.spec)
     if attempt == 1 and fields:
         message = f"the API server rejects the Job because of {', '.join(fields)}: {error.message}"
-        raise SpecRejected(Refused(Reason.REJECTED, clean(message), spec=facts.spec))
+        raise SpecRejected(RefusedSpec(Reason.REJECTED, clean(message), spec=facts.spec))
     message = f"the API server rejects the Job, probably because of the operator's configuration: {error.message}"
     return BlockingCondition(Reason.JOB_REJECTED, clean(message))
 

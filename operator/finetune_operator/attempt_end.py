@@ -10,12 +10,19 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, Failure
 
 from finetune_operator.facts import Facts
-from finetune_operator.plan import AttemptEnd, Finish, Outcome, Plan, Situation
+from finetune_operator.plan import AttemptEnd, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.cause import cause_of
-from finetune_operator.policies.retry import TERMINATION_RETRY, Cause, GiveUp, Retry, deadline_failure, retry_or_give_up
+from finetune_operator.policies.retry import (
+    TERMINATION_RETRY,
+    FailureCause,
+    GiveUp,
+    RetryDecision,
+    deadline_failure,
+    retry_or_give_up,
+)
 
 
-def plan_of_ended_attempt(facts: Facts, cause: Cause | None, ended_at: datetime) -> Plan:
+def plan_of_ended_attempt(facts: Facts, cause: FailureCause | None, ended_at: datetime) -> Plan:
     """Return the plan that records the end of the attempt and the decision about the next attempt in one status write.
 
     `cause` is None if the attempt succeeded.
@@ -24,38 +31,38 @@ def plan_of_ended_attempt(facts: Facts, cause: Cause | None, ended_at: datetime)
     committed = newest_step_committed_by_attempt(facts, message)
     if cause is None:
         end = AttemptEnd(Reason.SUCCEEDED, ended_at, None, message, committed_step=committed)
-        return Plan(Situation.ENDED, attempt_end=end, finish=Finish(Outcome.SUCCEEDED, Reason.SUCCEEDED))
-    progressed = committed is not None and committed > facts.newest_step_of_earlier_attempts
-    decision = _finish_or_retry(facts, cause, progressed, ended_at)
-    retry = decision if isinstance(decision, Retry) else Retry()
+        return Plan(Situation.ENDED, attempt_end=end, job_end=JobEnd(Outcome.SUCCEEDED, Reason.SUCCEEDED))
+    made_progress = committed is not None and committed > facts.newest_step_of_earlier_attempts
+    decision = _finish_or_retry(facts, cause, made_progress, ended_at)
+    retry = decision if isinstance(decision, RetryDecision) else RetryDecision()
     end = AttemptEnd(
         reason=cause.reason,
         time=ended_at,
         failure=cause.failure,
         termination_message=message,
         counted=retry.counted,
-        progressed=progressed,
+        made_progress=made_progress,
         committed_step=committed,
-        next_attempt=facts.attempt + 1 if isinstance(decision, Retry) else None,
+        next_attempt=facts.attempt + 1 if isinstance(decision, RetryDecision) else None,
         adaptation=retry.adaptation,
     )
-    return Plan(Situation.ENDED, attempt_end=end, finish=decision if isinstance(decision, Finish) else None)
+    return Plan(Situation.ENDED, attempt_end=end, job_end=decision if isinstance(decision, JobEnd) else None)
 
 
-def _finish_or_retry(facts: Facts, cause: Cause, progressed: bool, ended_at: datetime) -> Finish | Retry:
+def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, ended_at: datetime) -> JobEnd | RetryDecision:
     """Decide whether the job finishes or another attempt starts."""
     if facts.cancel_requested or cause.reason is Reason.CANCELLED:
-        return Finish(Outcome.CANCELLED, Reason.CANCELLED)
+        return JobEnd(Outcome.CANCELLED, Reason.CANCELLED)
     limit = facts.active_deadline_seconds
-    deadline_exceeded = Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0))
+    deadline_exceeded = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
         return deadline_exceeded
     decision = retry_or_give_up(
-        cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now, attempt=facts.attempt,
+        cause, facts.spec, facts.job.status, made_progress=made_progress, now=facts.now, attempt=facts.attempt,
         spec_is_readable=facts.spec_is_readable,
     )  # fmt: skip
     if isinstance(decision, GiveUp):
-        return Finish(Outcome.FAILED, decision.reason, decision.failure)
+        return JobEnd(Outcome.FAILED, decision.reason, decision.failure)
     if limit is not None and facts.running_seconds(ended_at) >= limit:
         # The deadline passed while the operator did not run, so the next attempt would have no time left.
         return deadline_exceeded
@@ -68,7 +75,7 @@ def all_ranks_succeeded(facts: Facts) -> bool:
     return len(codes) == facts.nodes and all(code == ExitCode.OK for code in codes)
 
 
-def cause_of_missing_job(facts: Facts) -> Cause:
+def cause_of_missing_job(facts: Facts) -> FailureCause:
     """Return why the current attempt ended. Called after the Job of the attempt was deleted."""
     from_pods = cause_of(None, facts.newest_pods)
     reason, record = facts.termination_reason, facts.attempt_record
@@ -82,7 +89,7 @@ def cause_of_missing_job(facts: Facts) -> Cause:
     )  # fmt: skip
     if reason is Reason.STALLED:
         failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=reason, message=message, exit_code=ExitCode.PEER)
-    return Cause(reason, failure, TERMINATION_RETRY.get(reason, RetryPolicy.FREE))
+    return FailureCause(reason, failure, TERMINATION_RETRY.get(reason, RetryPolicy.FREE))
 
 
 def rank0_termination_message(facts: Facts) -> TerminationMessage | None:

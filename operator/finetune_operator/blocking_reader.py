@@ -14,7 +14,7 @@ from datetime import datetime
 
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import EventReadState
-from finetune_operator.kube import Forbidden, Kube
+from finetune_operator.kube import Forbidden, KubeClient
 from finetune_operator.objects import CORE_EVENT
 from finetune_operator.policies.blocking import blocking_condition_of_events, blocking_condition_of_pods
 from finetune_operator.policies.timeouts import seconds_between
@@ -41,13 +41,13 @@ class MissingPods:
 class BlockingConditionReader:
     """Reads events about missing pods, at most as often as the rate limiter allows."""
 
-    def __init__(self, kube: Kube):
+    def __init__(self, kube: KubeClient):
         self._kube = kube
         self._limiter = RateLimiter()
 
     async def read(self, key: Key, facts: Facts, state: EventReadState) -> bool:
         """Update `state.condition` if a read is due. Returns whether the condition changed. Errors: KubeError except Forbidden."""
-        missing = missing_pods(facts)
+        missing = find_missing_pods(facts)
         if missing is None:
             changed = state.condition is not None
             state.condition, state.due, state.interval = None, None, EventReadState.interval
@@ -84,7 +84,7 @@ class BlockingConditionReader:
         self._limiter.release(key)
 
 
-def missing_pods(facts: Facts) -> MissingPods | None:
+def find_missing_pods(facts: Facts) -> MissingPods | None:
     """Return the object whose events explain missing pods. Return None if no needed pod is missing."""
     current = facts.current_job
     if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:

@@ -12,8 +12,8 @@ from finetune_api.status import Condition, Stage
 
 from finetune_operator.deadlines import start_timeout_seconds, waiting_since
 from finetune_operator.phase import phase_of_pods
-from finetune_operator.plan import Finish, Outcome, Situation
-from finetune_operator.policies.acceptance import Refused
+from finetune_operator.plan import JobEnd, Outcome, Situation
+from finetune_operator.policies.acceptance import RefusedSpec
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.status_input import StatusInput
 from finetune_operator.text import clean
@@ -68,7 +68,7 @@ def _condition(
 
 def _accepted(view: StatusInput) -> Condition:
     acceptance = view.facts.acceptance
-    if isinstance(acceptance, Refused):
+    if isinstance(acceptance, RefusedSpec):
         message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.is_final else "")
         return _condition(Kind.ACCEPTED, "False", acceptance.reason, message)
     return _condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
@@ -92,7 +92,7 @@ def _quota_reserved(view: StatusInput) -> Condition | None:
 
 def _pods_ready(view: StatusInput) -> Condition:
     total, ready = view.facts.nodes, view.ready_pods
-    if view.plan.finish is not None:
+    if view.plan.job_end is not None:
         return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
     if ready >= total:
         return _condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
@@ -107,7 +107,7 @@ def _suspended(view: StatusInput) -> Condition:
         step = view.facts.next_start_step
         start = f"the next attempt continues from step {step}" if step else "no checkpoint is committed yet"
         return _condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
-    if view.facts.suspend_requested and view.plan.finish is None:
+    if view.facts.suspend_requested and view.plan.job_end is None:
         return _condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
     if view.facts.is_true(Kind.SUSPENDED):
         return _condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
@@ -126,25 +126,25 @@ def _checkpoints_healthy(view: StatusInput, latest_checkpoint: str | None) -> Co
 
 
 def _succeeded(view: StatusInput) -> Condition:
-    finish = view.plan.finish
-    if finish is None:
+    job_end = view.plan.job_end
+    if job_end is None:
         return _condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
-    if finish.outcome is Outcome.SUCCEEDED:
+    if job_end.outcome is Outcome.SUCCEEDED:
         return _condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
-    return _condition(Kind.SUCCEEDED, "False", finish.reason, _why_not_succeeded(finish))
+    return _condition(Kind.SUCCEEDED, "False", job_end.reason, _why_not_succeeded(job_end))
 
 
 def _finished(view: StatusInput) -> Condition:
-    finish = view.plan.finish
-    if finish is None:
+    job_end = view.plan.job_end
+    if job_end is None:
         return _condition(Kind.FINISHED, "False", Reason.PROGRESSING, "the job is not finished")
-    return _condition(Kind.FINISHED, "True", REASON_OF_OUTCOME[finish.outcome], "no further attempt follows")
+    return _condition(Kind.FINISHED, "True", REASON_OF_OUTCOME[job_end.outcome], "no further attempt follows")
 
 
-def _why_not_succeeded(finish: Finish) -> str:
-    if finish.outcome is Outcome.CANCELLED:
+def _why_not_succeeded(job_end: JobEnd) -> str:
+    if job_end.outcome is Outcome.CANCELLED:
         return "spec.cancel is true; the newest checkpoint is kept"
-    failure = finish.failure
+    failure = job_end.failure
     if failure is None:
         return "the job ended without a final artefact"
     return f"{failure.class_} {failure.code}: {failure.message}" + (f"; {failure.hint}" if failure.hint else "")
@@ -152,7 +152,7 @@ def _why_not_succeeded(finish: Finish) -> str:
 
 def _reconciling(view: StatusInput) -> Condition | None:
     """Return the Reconciling condition of kstatus, or None if the job is finished or suspended."""
-    if view.plan.finish is not None or view.is_suspended:
+    if view.plan.job_end is not None or view.is_suspended:
         return None
     reason, message = _current_activity(view)
     return _condition(Kind.RECONCILING, "True", reason, message)
@@ -160,8 +160,8 @@ def _reconciling(view: StatusInput) -> Condition | None:
 
 def _current_activity(view: StatusInput) -> tuple[Reason, str]:
     plan, facts = view.plan, view.facts
-    if plan.refused is not None:
-        return plan.refused.reason, plan.refused.message
+    if plan.refusal is not None:
+        return plan.refusal.reason, plan.refusal.message
     if view.termination_reason is not None:
         record = facts.attempt_record
         recorded = (record.message if record else "") or view.termination_reason
@@ -192,18 +192,18 @@ def _stage(view: StatusInput) -> str:
 def _stalled(view: StatusInput) -> Condition | None:
     """Return the Stalled condition of kstatus if the job failed or has waited for its pods longer than the start timeout."""
     plan, facts = view.plan, view.facts
-    if plan.finish is not None:
-        if plan.finish.outcome is not Outcome.FAILED:
+    if plan.job_end is not None:
+        if plan.job_end.outcome is not Outcome.FAILED:
             return None
-        return _condition(Kind.STALLED, "True", plan.finish.reason, _why_not_succeeded(plan.finish))
+        return _condition(Kind.STALLED, "True", plan.job_end.reason, _why_not_succeeded(plan.job_end))
     since = waiting_since(facts)
     limit = start_timeout_seconds(facts)
     if since is None or seconds_between(since, facts.now) < limit:
         return None
     starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.blocking_condition is not None
     running = plan.situation is Situation.ACTIVE and plan.termination is None and not view.is_queued
-    if not (plan.refused is not None or starting or (running and view.ready_pods < facts.nodes)):
+    if not (plan.refusal is not None or starting or (running and view.ready_pods < facts.nodes)):
         return None
-    why = plan.refused.message if plan.refused else view.blocking_condition.message if view.blocking_condition else "the pods are not ready"
+    why = plan.refusal.message if plan.refusal else view.blocking_condition.message if view.blocking_condition else "the pods are not ready"
     message = f"policy.startTimeoutSeconds {limit} passed: {why}"
     return _condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)

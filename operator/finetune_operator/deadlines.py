@@ -10,7 +10,7 @@ from finetune_api.pod import ProgressReport
 from finetune_operator.facts import Facts
 from finetune_operator.policies import timeouts
 from finetune_operator.policies.retry import backoff_seconds
-from finetune_operator.policies.verdict import Refused
+from finetune_operator.policies.verdict import RefusedSpec
 from finetune_operator.views import PodView
 
 DEFAULT_START_TIMEOUT_SECONDS = 1800
@@ -38,7 +38,7 @@ def waiting_since(facts: Facts) -> datetime | None:
         unready_since = facts.now if ready and ready.status == "True" else ready.last_transition_time if ready else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
     accepted = facts.condition(Condition.ACCEPTED)
-    if isinstance(facts.acceptance, Refused) and accepted is not None and accepted.status == "False":
+    if isinstance(facts.acceptance, RefusedSpec) and accepted is not None and accepted.status == "False":
         return accepted.last_transition_time
     if facts.current_job is not None or ready is None or ready.status == "True" or ready.last_transition_time is None:
         return None

@@ -21,11 +21,11 @@ from finetune_operator.deadlines import (
     start_timeout_seconds,
 )
 from finetune_operator.facts import Facts
-from finetune_operator.plan import Finish, Outcome, Plan, Situation, Termination
+from finetune_operator.plan import JobEnd, Outcome, Plan, Situation, Termination
 from finetune_operator.policies import timeouts
 from finetune_operator.policies.blocking import BlockingCondition, blocking_condition_of_pods
 from finetune_operator.policies.cause import cause_of
-from finetune_operator.policies.verdict import Refused
+from finetune_operator.policies.verdict import RefusedSpec
 from finetune_operator.views import JobView, PodView
 
 
@@ -64,18 +64,18 @@ def _clean_up_finished(facts: Facts) -> Plan:
 def _plan_before_attempt(facts: Facts) -> Plan:
     """Return the plan for a job whose current attempt has no Job yet."""
     if facts.cancel_requested:
-        return Plan(Situation.FINISHED, finish=Finish(Outcome.CANCELLED, Reason.CANCELLED))
-    refused = facts.acceptance if isinstance(facts.acceptance, Refused) else None
-    if refused is not None and refused.is_final:
-        return _reject(refused)
+        return Plan(Situation.FINISHED, job_end=JobEnd(Outcome.CANCELLED, Reason.CANCELLED))
+    refusal = facts.acceptance if isinstance(facts.acceptance, RefusedSpec) else None
+    if refusal is not None and refusal.is_final:
+        return _reject(refusal)
     ending = _end_earlier_attempts(facts)
     if ending is not None:
         return ending
     if facts.suspend_requested:
         return Plan(Situation.SUSPENDED)
     timeout = timeouts.next_reconcile_at(facts.now, start_timeout_at(facts))
-    if refused is not None:
-        return Plan(Situation.REFUSED, refused=refused, reconcile_at=timeout)
+    if refusal is not None:
+        return Plan(Situation.REFUSED, refusal=refusal, reconcile_at=timeout)
     foreign = next((job for job in facts.jobs if job.name == attempt_job_name(facts.job.name, facts.attempt)), None)
     if foreign is not None:
         message = f"Job {foreign.name} belongs to another object (uid {foreign.owner_uid or 'unknown'})"
@@ -88,9 +88,9 @@ def _plan_before_attempt(facts: Facts) -> Plan:
     return Plan(Situation.STARTING, create_attempt=facts.attempt, delete_jobs=_superseded_jobs(facts))
 
 
-def _reject(refused: Refused) -> Plan:
-    failure = Failure(class_=FailureClass.USER, code=refused.reason, message=refused.message, hint=refused.hint or None)
-    return Plan(Situation.FINISHED, refused=refused, finish=Finish(Outcome.FAILED, refused.reason, failure))
+def _reject(refusal: RefusedSpec) -> Plan:
+    failure = Failure(class_=FailureClass.USER, code=refusal.reason, message=refusal.message, hint=refusal.hint or None)
+    return Plan(Situation.FINISHED, refusal=refusal, job_end=JobEnd(Outcome.FAILED, refusal.reason, failure))
 
 
 def _end_earlier_attempts(facts: Facts) -> Plan | None:

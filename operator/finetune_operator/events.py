@@ -1,7 +1,7 @@
 """Emits Kubernetes events about changes of the status, for `kubectl describe`.
 
-`transitions` is a pure function that compares two statuses. `Recorder` posts events and counts repeated events in a series. If it cannot
-post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash
+`draft_events` is a pure function that compares two statuses. `EventRecorder` posts events and counts repeated events in a series. If it
+cannot post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash
 of the message.
 
 Events are emitted before the status is written. If the operator restarts before the status write, it detects the same transition and
@@ -23,7 +23,7 @@ from finetune_api.names import Condition as Kind
 from finetune_api.names import Phase, Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 
-from finetune_operator.kube import AlreadyExists, Kube, KubeError
+from finetune_operator.kube import AlreadyExists, KubeClient, KubeError
 from finetune_operator.objects import EVENT, Object
 from finetune_operator.text import clean
 from finetune_operator.views import JobObject
@@ -35,9 +35,9 @@ MAX_NOTE_CHARACTERS = 1000
 """Maximum length of an event's message in characters. The API server allows 1024 bytes."""
 POST_TIMEOUT_SECONDS = 5.0
 """Timeout for posting one event. The status write waits until the event is posted."""
-FINISH = "Finish"
+FINISH_ACTION = "Finish"
 """Action of a job's last event. The rate limit never drops this event."""
-BURST, REFILL_SECONDS = 25, 60.0
+BUCKET_TOKENS, TOKEN_REFILL_SECONDS = 25, 60.0
 """Size of a job's token bucket, and seconds until one token is added to the bucket."""
 MAX_BUCKETS = 4096
 """If there are more token buckets than this, the full buckets are dropped."""
@@ -57,7 +57,7 @@ class EventDraft:
     action: str = "Reconcile"
 
 
-def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[EventDraft]:
+def draft_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[EventDraft]:
     """Return the events for the change from `old` to `new`, in the order in which these events occur in a run."""
     return [*_acceptance(old, new), *_attempts(old, new), *_waiting(old, new), *_training(old, new), *_end(old, new)]
 
@@ -147,14 +147,14 @@ def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]
         return
     if new.phase is Phase.SUCCEEDED:
         location = new.output.uri if new.output and new.output.uri else "storage"
-        yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {location}", action=FINISH)
+        yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {location}", action=FINISH_ACTION)
     elif new.phase is Phase.CANCELLED:
-        yield EventDraft(Reason.CANCELLED, _condition(new, Kind.SUCCEEDED).message, action=FINISH)
+        yield EventDraft(Reason.CANCELLED, _condition(new, Kind.SUCCEEDED).message, action=FINISH_ACTION)
     else:
         failure = new.failure
         text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
         hint = f"; {failure.hint}" if failure and failure.hint else ""
-        yield EventDraft(Reason.FAILED, text + hint, "Warning", FINISH)
+        yield EventDraft(Reason.FAILED, text + hint, "Warning", FINISH_ACTION)
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
@@ -203,7 +203,7 @@ class TokenBucket:
 
     def take(self, now: float) -> bool:
         """Take a token. Returns False if the bucket has no token."""
-        self.tokens = min(BURST, self.tokens + (now - self.refilled_at) / REFILL_SECONDS)
+        self.tokens = min(BUCKET_TOKENS, self.tokens + (now - self.refilled_at) / TOKEN_REFILL_SECONDS)
         self.refilled_at = now
         if self.tokens < 1:
             return False
@@ -211,10 +211,10 @@ class TokenBucket:
         return True
 
 
-class Recorder:
+class EventRecorder:
     """Posts events. Events beyond a job's rate limit are dropped and logged."""
 
-    def __init__(self, kube: Kube, instance: str):
+    def __init__(self, kube: KubeClient, instance: str):
         self._kube = kube
         self._instance = instance
         self._buckets: dict[str, TokenBucket] = {}
@@ -229,7 +229,7 @@ class Recorder:
             if event["metadata"]["name"] in posted:
                 continue
             posted.add(event["metadata"]["name"])
-            if not self._take_token(job.uid) and draft.action != FINISH:
+            if not self._take_token(job.uid) and draft.action != FINISH_ACTION:
                 logger.info("dropped event %s of %s/%s: rate limit", draft.reason, job.namespace, job.name)
                 continue
             try:
@@ -258,8 +258,8 @@ class Recorder:
 
     def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
-        allowed = self._buckets.setdefault(uid, TokenBucket(BURST, now)).take(now)
+        allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take(now)
         if len(self._buckets) > MAX_BUCKETS:
-            refill = BURST * REFILL_SECONDS
+            refill = BUCKET_TOKENS * TOKEN_REFILL_SECONDS
             self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= refill}
         return allowed

@@ -12,7 +12,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, Checkpoint
 from finetune_api.status import Condition as StatusCondition
 
-from finetune_operator.policies.acceptance import Accepted, Refused
+from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
 from finetune_operator.policies.adaptations import apply_adaptations, max_start_step
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.policies.timeouts import seconds_between
@@ -42,7 +42,7 @@ class Facts:
     """One job, its Jobs and pods, and the time."""
 
     job: JobObject
-    acceptance: Accepted | Refused
+    acceptance: AcceptedSpec | RefusedSpec
     now: datetime
     config: OperatorConfig
     jobs: tuple[JobView, ...] = ()
@@ -93,7 +93,7 @@ class Facts:
 
         False for OperatorTooOld (unknown field or value) and SpecChanged (an older CRD may have removed a field).
         """
-        refusal_reason = self.acceptance.reason if isinstance(self.acceptance, Refused) else None
+        refusal_reason = self.acceptance.reason if isinstance(self.acceptance, RefusedSpec) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
 
     # Jobs and pods

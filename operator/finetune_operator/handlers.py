@@ -13,15 +13,15 @@ from finetune_api.names import GROUP, PLURAL, VERSION
 from finetune_operator import kopf_adapter
 from finetune_operator.cache import Cache, CacheUpdate
 from finetune_operator.kopf_adapter import WatchMonitor
-from finetune_operator.kube import Kube
+from finetune_operator.kube import KubeClient
 from finetune_operator.objects import Object
 from finetune_operator.views import read_finetunejob, read_job, read_pod
 from finetune_operator.workqueue import Key, WorkQueue
 
-DELETED = "DELETED"
+DELETED_EVENT_TYPE = "DELETED"
 
 
-def create_registry(kube: Kube, cache: Cache, queue: WorkQueue, monitor: WatchMonitor) -> kopf.OperatorRegistry:
+def create_registry(kube: KubeClient, cache: Cache, queue: WorkQueue, monitor: WatchMonitor) -> kopf.OperatorRegistry:
     """Return handlers that update `cache` and `queue`. `monitor` observes all requests that kopf sends."""
     registry = kopf.OperatorRegistry()
 
@@ -56,7 +56,7 @@ def cache_finetunejob(cache: Cache, event_type: str | None, body: Object) -> Cac
     """Apply a watch event of a FineTuneJob to the cache. `event_type` is None for an object from a list."""
     meta = body["metadata"]
     key = Key(meta["namespace"], meta["name"])
-    if event_type == DELETED:
+    if event_type == DELETED_EVENT_TYPE:
         cache.drop_finetunejob(key, meta["uid"])
         return CacheUpdate(key, changed=True)
     if cache.has_version(key, meta["uid"], str(meta.get("resourceVersion", ""))):
@@ -69,7 +69,7 @@ def cache_job(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate
     view = read_job(body)
     if view is None:
         return None
-    return CacheUpdate(cache.drop_job(view), changed=True) if event_type == DELETED else cache.put_job(view)
+    return CacheUpdate(cache.drop_job(view), changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_job(view)
 
 
 def cache_pod(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate | None:
@@ -77,4 +77,4 @@ def cache_pod(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate
     view = read_pod(body)
     if view is None:
         return None
-    return CacheUpdate(cache.mark_pod_deleted(view), changed=True) if event_type == DELETED else cache.put_pod(view)
+    return CacheUpdate(cache.mark_pod_deleted(view), changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_pod(view)

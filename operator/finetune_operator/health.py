@@ -9,7 +9,7 @@ from finetune_operator.settings import OperatorConfig
 from finetune_operator.workqueue import WorkQueue
 
 
-class Health:
+class HealthChecks:
     """Health checks of this process. Each check returns a description of the problem, or an empty string."""
 
     def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, is_synced: asyncio.Event):
@@ -34,7 +34,7 @@ class Health:
         stalled = self._monitor.stalled_watch(self._stalled_watch_seconds)
         if stalled or not self._is_working:
             return stalled
-        oldest = self._queue.oldest_seconds()
+        oldest = self._queue.oldest_key_age_seconds()
         return f"a job has waited {oldest:.0f} s for a worker" if oldest > self._stuck_seconds else ""
 
     def readiness_problem(self) -> str:

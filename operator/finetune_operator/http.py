@@ -8,7 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from finetune_operator.health import Health
+from finetune_operator.health import HealthChecks
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import HttpSettings
 
@@ -19,7 +19,7 @@ class Server:
     """The HTTP server. `refresh_metrics` updates the gauges before each scrape."""
 
     def __init__(
-        self, settings: HttpSettings, metrics: Metrics, *, health: Health, refresh_metrics: Callable[[], None]
+        self, settings: HttpSettings, metrics: Metrics, *, health: HealthChecks, refresh_metrics: Callable[[], None]
     ):
         self._settings, self._metrics, self._health = settings, metrics, health
         self._refresh_metrics = refresh_metrics

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from finetune_api.spec import FineTuneJobSpec
 
 from finetune_operator.objects import Object
-from finetune_operator.policies.acceptance import Accepted, Refused
+from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.throttle import PendingChanges
 
 FIRST_EVENT_READ_SECONDS = 15.0
 """Seconds between the first two reads of events about missing pods. The interval doubles after each read."""
-SPEC_NOT_NEEDED = Accepted(FineTuneJobSpec())
+SPEC_NOT_NEEDED = AcceptedSpec(FineTuneJobSpec())
 """Placeholder for the resolved spec of a finished job. Later reconciles do not use that spec, so the placeholder saves memory."""
 
 
@@ -35,7 +35,7 @@ class JobState:
     generation: int = 0
     spec: Object = field(default_factory=dict)
     """The spec from which `acceptance` was computed. `generation` is the generation of this spec."""
-    acceptance: Accepted | Refused = SPEC_NOT_NEEDED
+    acceptance: AcceptedSpec | RefusedSpec = SPEC_NOT_NEEDED
     event_read: EventReadState = field(default_factory=EventReadState)
     pending: PendingChanges = field(default_factory=PendingChanges)
     first_status_due: float | None = None

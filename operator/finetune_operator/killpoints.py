@@ -11,10 +11,10 @@ import signal
 from enum import StrEnum
 from pathlib import Path
 
-VARIABLE = "FINETUNE_TEST_KILL_FILE"
+KILL_FILE_VARIABLE = "FINETUNE_TEST_KILL_FILE"
 
 
-class Point(StrEnum):
+class KillPoint(StrEnum):
     """A point between two requests to the API server that change objects."""
 
     BEFORE_STATUS_WRITE = "before_status_write"
@@ -29,10 +29,10 @@ class Point(StrEnum):
     AFTER_POD_DELETE = "after_pod_delete"
 
 
-_kill_file = os.environ.get(VARIABLE)
+_kill_file = os.environ.get(KILL_FILE_VARIABLE)
 
 
-def reach(point: Point) -> None:
+def kill_if_requested(point: KillPoint) -> None:
     """Kill the process if the file names this point."""
     if _kill_file is None:
         return

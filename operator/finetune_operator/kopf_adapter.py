@@ -29,8 +29,8 @@ from typing import Any, cast
 import aiohttp
 import kopf
 
-from finetune_operator.kube import PAGE_SIZE, Kube, RequestObserver
-from finetune_operator.objects import FINETUNEJOB, SELECTOR
+from finetune_operator.kube import PAGE_SIZE, KubeClient, RequestObserver
+from finetune_operator.objects import FINETUNEJOB, MANAGED_BY_SELECTOR
 from finetune_operator.settings import OperatorConfig
 
 LOGIN_PERIOD = timedelta(minutes=10)
@@ -116,15 +116,15 @@ def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
     # The inactivity timeout can cancel the watching task at any await. If the task is handing over an event at that moment, the watch
     # ends permanently and without an error. `client_timeout` ends dead connections instead.
     result.watching.inactivity_timeout = TEN_YEARS_SECONDS
-    result.watching.label_selectors["batch", "v1", "jobs"] = SELECTOR
-    result.watching.label_selectors["", "v1", "pods"] = SELECTOR
+    result.watching.label_selectors["batch", "v1", "jobs"] = MANAGED_BY_SELECTOR
+    result.watching.label_selectors["", "v1", "pods"] = MANAGED_BY_SELECTOR
     return result
 
 
 async def run(
     registry: kopf.OperatorRegistry,
     config: OperatorConfig,
-    kube: Kube,
+    kube: KubeClient,
     monitor: WatchMonitor,
     is_stopping: Callable[[], bool],
 ) -> None:
@@ -147,7 +147,7 @@ async def run(
     )
 
 
-async def login(kube: Kube, monitor: WatchMonitor) -> TracedSession:
+async def login(kube: KubeClient, monitor: WatchMonitor) -> TracedSession:
     """Return credentials for kopf, taken from the operator's own API client."""
     configuration = kube.configuration
     bearer = (await configuration.auth_settings()).get("BearerToken")
@@ -277,13 +277,13 @@ class RetryLogFilter(logging.Filter):
     """
 
     FIRST_RETRIES = 5
-    _RETRIED = re.compile(
+    _RETRY_PATTERN = re.compile(
         r"Request attempt #(\d+)(?:/\d+)? failed; (?:will retry|(?:TCP|SSL) closed; will re-authenticate)"
     )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the level of a record to WARNING if the record is about one of the first retries. Keep all records."""
-        match = self._RETRIED.match(record.getMessage()) if record.name.startswith("kopf") else None
+        match = self._RETRY_PATTERN.match(record.getMessage()) if record.name.startswith("kopf") else None
         if match is not None and int(match.group(1)) <= self.FIRST_RETRIES:
             record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         return True

@@ -82,7 +82,7 @@ class NamespaceTerminating(KubeError):
     """The namespace is being deleted or does not exist, so no object can be created in it."""
 
 
-class Expired(KubeError):
+class ContinueTokenExpired(KubeError):
     """410: the continue token of a list is too old."""
 
 
@@ -95,8 +95,8 @@ class OutcomeUnknown(KubeError):
 
 
 @dataclass(frozen=True)
-class Created:
-    """A created object, and the API server's warnings about it."""
+class ApiResponse:
+    """The object in a response, and the API server's warnings about it."""
 
     body: Object
     warnings: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ RequestObserver = Callable[[str, str, int, float], None]
 """A function that is called after each request. Arguments: verb, plural, status code (0: no answer), duration in seconds."""
 
 
-class Kube:
+class KubeClient:
     """A client of one API server. Create it with `connect`, end it with `close`."""
 
     def __init__(self, configuration: Configuration, settings: ApiSettings, observer: RequestObserver | None = None):
@@ -160,7 +160,7 @@ class Kube:
     @classmethod
     async def connect(
         cls, settings: ApiSettings, observer: RequestObserver | None = None, *, kubeconfig: Path | None = None
-    ) -> Kube:
+    ) -> KubeClient:
         """Connect with the first of these that exists: `kubeconfig`, the pod's ServiceAccount, $KUBECONFIG, ~/.kube/config.
 
         Errors: kubernetes.aio.config.ConfigException if none of these exists.
@@ -219,7 +219,7 @@ class Kube:
         while True:
             try:
                 page = (await self._send_with_retries("list", kind, "", "GET", kind.path(namespace), query=query)).body
-            except Expired:
+            except ContinueTokenExpired:
                 if "continue" not in query:
                     raise
                 del query["continue"], query["limit"]
@@ -231,7 +231,7 @@ class Kube:
                 return
             query["continue"] = meta["continue"]
 
-    async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
+    async def create(self, kind: Kind, namespace: str, body: Object) -> ApiResponse:
         """Create an object, without retries.
 
         Errors: AlreadyExists, Forbidden, Invalid, NamespaceTerminating, OutcomeUnknown (then read the object by name), Unavailable.
@@ -278,7 +278,7 @@ class Kube:
     async def _send_with_retries(
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
-    ) -> Created:  # fmt: skip
+    ) -> ApiResponse:  # fmt: skip
         """Send a request, and retry it with growing pauses while the server is unavailable."""
         pause = FIRST_PAUSE_SECONDS
         for tries_left in reversed(range(MAX_TRIES)):
@@ -295,7 +295,7 @@ class Kube:
     async def _send(
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
-    ) -> Created:  # fmt: skip
+    ) -> ApiResponse:  # fmt: skip
         """Send one request. Errors: KubeError if the status is 400 or higher, or if there is no answer."""
         if method != "GET" and kind is not LEASE:
             self.ensure_may_write()
@@ -318,7 +318,7 @@ class Kube:
         value = _parse_json(data)
         if code >= 400:
             raise _error_from_status(verb, kind, name, code, value, response.headers)
-        return Created(value, tuple(_warning_text(text) for text in response.headers.getall("Warning", ())))
+        return ApiResponse(value, tuple(_warning_text(text) for text in response.headers.getall("Warning", ())))
 
     async def _headers(self, method: str) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
@@ -377,7 +377,7 @@ def _error_from_status(
         case 403:
             error = Forbidden
         case 410:
-            error = Expired
+            error = ContinueTokenExpired
         case 429:
             error = Unavailable
         case _ if code >= 500:

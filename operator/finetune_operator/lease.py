@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.kube import AlreadyExists, Conflict, Kube, KubeError, NotFound
+from finetune_operator.kube import AlreadyExists, Conflict, KubeClient, KubeError, NotFound
 from finetune_operator.objects import LEASE, Object
 from finetune_operator.settings import LeaderElection
 
@@ -26,7 +26,7 @@ class LeaseLost(Exception):
 class LeaderElector:
     """Acquires and renews the Lease for the replica `identity`. Times are in seconds of the event loop's clock."""
 
-    def __init__(self, kube: Kube, settings: LeaderElection, namespace: str, identity: str):
+    def __init__(self, kube: KubeClient, settings: LeaderElection, namespace: str, identity: str):
         self._kube = kube
         self._settings = settings
         self._namespace = settings.lease_namespace or namespace

@@ -12,20 +12,20 @@ from finetune_operator.blocking_reader import BlockingConditionReader
 from finetune_operator.cache import Cache
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
-from finetune_operator.kube import Kube, NotFound
+from finetune_operator.kube import KubeClient, NotFound
 from finetune_operator.objects import JOB, POD
-from finetune_operator.policies.acceptance import FirstAttempt, Refused, accept, first_attempt
-from finetune_operator.scrape import Scraper
+from finetune_operator.policies.acceptance import FirstAttempt, RefusedSpec, accept, first_attempt
+from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import JobObject, read_job, read_pod
 from finetune_operator.workqueue import Key
 
 
-class Observer:
+class JobObserver:
     """Collects facts, and keeps the in-process state of all jobs."""
 
     def __init__(
-        self, *, kube: Kube, cache: Cache, scraper: Scraper, blocking: BlockingConditionReader, config: OperatorConfig
+        self, *, kube: KubeClient, cache: Cache, scraper: ProgressScraper, blocking: BlockingConditionReader, config: OperatorConfig
     ):
         self._kube, self._cache, self._scraper = kube, cache, scraper
         self._blocking, self._config = blocking, config
@@ -70,7 +70,7 @@ class Observer:
         state.generation, state.spec = job.generation, job.spec
         # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.
         first = first_attempt(job.status) or (FirstAttempt() if has_job else None)
-        refused_as_new = isinstance(state.acceptance, Refused) and state.acceptance.is_final and first is not None
+        refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
         if changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not finished):
             state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, first)

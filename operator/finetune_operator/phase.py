@@ -38,15 +38,15 @@ PHASE_OF_TERMINATION = {
     Reason.DEADLINE_EXCEEDED: Phase.CANCELLING,
 }
 """Phase while the operator ends an attempt, by termination reason. For all other reasons the phase is Recovering."""
-CODE = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
+SHORT_CODE_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
 """Matches a failure code that fits into a table column. Pods report the codes, so a code can contain any text."""
 
 
 def phase(view: StatusInput) -> Phase:
     """Compute the phase of the job."""
     plan, facts = view.plan, view.facts
-    if plan.finish is not None:
-        return PHASE_OF_OUTCOME[plan.finish.outcome]
+    if plan.job_end is not None:
+        return PHASE_OF_OUTCOME[plan.job_end.outcome]
     if view.is_suspended:
         return Phase.SUSPENDED
     recovering = is_recovering(view.old)
@@ -95,12 +95,12 @@ def _is_last_step(progress: Progress) -> bool:
 def reason(view: StatusInput, conditions: list[Condition]) -> str:
     """Return in one word why the job waits, is being ended, recovers or has failed. Return `-` if the phase needs no reason."""
     plan = view.plan
-    if plan.finish is not None:
-        return _reason_of_failure(view) if plan.finish.outcome is Outcome.FAILED else NO_VALUE
+    if plan.job_end is not None:
+        return _reason_of_failure(view) if plan.job_end.outcome is Outcome.FAILED else NO_VALUE
     if view.is_suspended:
         return NO_VALUE
-    if plan.refused is not None:
-        return plan.refused.reason
+    if plan.refusal is not None:
+        return plan.refusal.reason
     if plan.attempt_end is not None:
         return plan.attempt_end.reason
     if view.termination_reason is not None:
@@ -116,11 +116,11 @@ def reason(view: StatusInput, conditions: list[Condition]) -> str:
 
 
 def _reason_of_failure(view: StatusInput) -> str:
-    """Return the failure's code, because it is more specific than the reason. If the code does not fit into a column, return the reason."""
-    finish = view.plan.finish
-    assert finish is not None  # noqa: S101 -- the caller checks
-    code = finish.failure.code if finish.failure else ""
-    return code if CODE.fullmatch(code) else finish.reason
+    """Return the failure code for the column of `kubectl get`, or the reason of the job's end if the code is too long for it."""
+    job_end = view.plan.job_end
+    assert job_end is not None  # noqa: S101 -- the caller checks
+    code = job_end.failure.code if job_end.failure else ""
+    return code if SHORT_CODE_PATTERN.fullmatch(code) else job_end.reason
 
 
 def _reason_of_conditions(conditions: list[Condition]) -> str:

@@ -11,7 +11,7 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Failure
 
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.policies.verdict import Refused
+from finetune_operator.policies.verdict import RefusedSpec
 from finetune_operator.views import JobView, PodView
 
 
@@ -35,7 +35,7 @@ class Situation(StrEnum):
     TERMINATING = "terminating"
     """The Job of the attempt is being deleted."""
     ENDED = "ended"
-    """The attempt has ended. This reconcile records its end, and either the next attempt or the end of the job."""
+    """The attempt has ended. This reconcile records that, and decides whether the next attempt starts or the job ends."""
     FINISHED = "finished"
     """The job is finished and starts no further attempt."""
 
@@ -49,7 +49,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Finish:
+class JobEnd:
     """The end of the job."""
 
     outcome: Outcome
@@ -68,7 +68,7 @@ class AttemptEnd:
     """The newest termination message of rank 0."""
     counted: bool = False
     """Whether the attempt counts against `policy.retries`."""
-    progressed: bool = False
+    made_progress: bool = False
     """Whether the attempt committed a newer step than all earlier attempts."""
     committed_step: int | None = None
     next_attempt: int | None = None
@@ -97,13 +97,13 @@ class Plan:
     """Pods of lost nodes that this reconcile deletes without a grace period, because the kubelet does not answer."""
     termination: Termination | None = None
     attempt_end: AttemptEnd | None = None
-    finish: Finish | None = None
+    job_end: JobEnd | None = None
     blocking_condition: BlockingCondition | None = None
     scrape_pod: PodView | None = None
     """The pod whose progress report the scraper reads."""
     reconcile_at: datetime | None = None
     """When the job must be reconciled again because a time limit passes."""
-    refused: Refused | None = None
+    refusal: RefusedSpec | None = None
     is_clean: bool = False
     """Whether the job is finished and this reconcile deletes none of its Jobs and pods."""
 

@@ -11,22 +11,22 @@ import logging
 from datetime import datetime
 
 from finetune_operator import logs
-from finetune_operator.act import Actor, SpecRejected, StaleFacts
+from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
 from finetune_operator.blocking_reader import BlockingConditionReader
 from finetune_operator.cache import Cache
 from finetune_operator.deadlines import waiting_since
 from finetune_operator.decide import decide
-from finetune_operator.events import Recorder
+from finetune_operator.events import EventRecorder
 from finetune_operator.facts import Facts
-from finetune_operator.kube import Conflict, Kube, KubeError, NamespaceTerminating, NotFound
+from finetune_operator.kube import Conflict, KubeClient, KubeError, NamespaceTerminating, NotFound
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB
-from finetune_operator.observe import Observer
+from finetune_operator.observe import JobObserver
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.retry import blocked_retry_seconds
 from finetune_operator.policies.timeouts import seconds_between
-from finetune_operator.scrape import Scraper, Target
+from finetune_operator.scrape import ProgressScraper, Target
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.status_writer import StatusWriter
 from finetune_operator.workqueue import Key, WorkQueue
@@ -41,13 +41,13 @@ class Reconciler:
     """Reconciles jobs. All workers share one instance, because the queue gives a key to only one worker at a time."""
 
     def __init__(
-        self, *, kube: Kube, cache: Cache, queue: WorkQueue, recorder: Recorder, scraper: Scraper, metrics: Metrics,
+        self, *, kube: KubeClient, cache: Cache, queue: WorkQueue, recorder: EventRecorder, scraper: ProgressScraper, metrics: Metrics,
         config: OperatorConfig,
     ):  # fmt: skip
         self._cache, self._queue, self._scraper, self._metrics = cache, queue, scraper, metrics
         self._blocking = BlockingConditionReader(kube)
-        self._observer = Observer(kube=kube, cache=cache, scraper=scraper, blocking=self._blocking, config=config)
-        self._actor = Actor(kube, config)
+        self._observer = JobObserver(kube=kube, cache=cache, scraper=scraper, blocking=self._blocking, config=config)
+        self._actor = PlanExecutor(kube, config)
         self._writer = StatusWriter(
             kube=kube, cache=cache, queue=queue, recorder=recorder, metrics=metrics, progress_seconds=config.progress_seconds
         )
@@ -118,7 +118,7 @@ class Reconciler:
                 result = await self._actor.act(facts, plan)
             except SpecRejected as error:
                 logger.warning("no Job can be created from the spec: %s", error)
-                self._observer.states[key].acceptance = error.refused
+                self._observer.states[key].acceptance = error.refusal
                 self._queue.add(key)
                 return
         if result.created_job is not None and self._record_created(key, result):
@@ -139,7 +139,7 @@ class Reconciler:
     def _schedule(self, key: Key, facts: Facts, plan: Plan, result: ActionResult) -> None:
         """Start or stop reading the job's progress reports, and queue the next reconcile."""
         self._schedule_scrape(key, facts, plan)
-        if plan.termination is not None or plan.attempt_end is not None or plan.finish is not None:
+        if plan.termination is not None or plan.attempt_end is not None or plan.job_end is not None:
             self._queue.add(key)
         elif result.blocking_condition is not None:
             blocked = seconds_between(waiting_since(facts), facts.now)

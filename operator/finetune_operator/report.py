@@ -32,11 +32,11 @@ from pydantic import BaseModel
 from finetune_operator.conditions import conditions, with_generation
 from finetune_operator.facts import Facts
 from finetune_operator.phase import NO_VALUE, phase, reason
-from finetune_operator.plan import ActionResult, AttemptEnd, Finish, Outcome, Plan, Situation
-from finetune_operator.policies.acceptance import Accepted
+from finetune_operator.plan import ActionResult, AttemptEnd, JobEnd, Outcome, Plan, Situation
+from finetune_operator.policies.acceptance import AcceptedSpec
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.status_input import StatusInput
-from finetune_operator.text import clean, duration
+from finetune_operator.text import clean, format_duration
 
 KEPT_ATTEMPTS = 10
 KEPT_CHECKPOINTS = 5
@@ -59,7 +59,7 @@ def report(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
     old = facts.job.status
     if plan.situation is Situation.DELETING:
         return old
-    if plan.situation is Situation.FINISHED and plan.finish is None:
+    if plan.situation is Situation.FINISHED and plan.job_end is None:
         return _with_generation(old, facts.job.generation)
     view = StatusInput(facts, plan, result)
     counters, checkpoints = _counters(view), _checkpoints(view)
@@ -169,7 +169,7 @@ def _reduced_failure(failure: Failure | None) -> Failure | None:
 
 
 @dataclass(frozen=True)
-class Counters:
+class AttemptCounters:
     """Status fields about attempts: their number, retries, adaptations and running time."""
 
     attempt: int | None
@@ -180,16 +180,16 @@ class Counters:
     start_time: datetime | None
 
 
-def _counters(view: StatusInput) -> Counters:
+def _counters(view: StatusInput) -> AttemptCounters:
     facts, old, end, job = view.facts, view.old, view.plan.attempt_end, view.current_job
     attempt = facts.attempt if end is None or end.next_attempt is None else end.next_attempt
     has_started = job is not None or old.start_time is not None or attempt > 1
     retries_used, adaptations = old.retries_used, old.adaptations
     if end is not None:
-        retries_used = 0 if end.progressed else (old.retries_used or 0) + end.counted
+        retries_used = 0 if end.made_progress else (old.retries_used or 0) + end.counted
         if end.adaptation is not None:
             adaptations = [*old.adaptations, end.adaptation][-KEPT_ADAPTATIONS:]
-    return Counters(
+    return AttemptCounters(
         attempt=attempt if has_started else old.attempt,
         restarts=attempt - 1,
         retries_used=retries_used,
@@ -295,7 +295,7 @@ def _committed_by(attempt: Attempt, step: int, view: StatusInput) -> bool:
 
 def _workers(view: StatusInput) -> Workers:
     total = view.facts.nodes
-    ready = view.ready_pods if view.plan.finish is None else 0
+    ready = view.ready_pods if view.plan.job_end is None else 0
     return Workers(ready=ready, total=total, display=f"{ready}/{total}")
 
 
@@ -310,7 +310,7 @@ def _progress(view: StatusInput) -> Progress:
     )
     if message is not None and message.step is not None and message.step > (merged.step or 0):
         merged = merge(merged, Progress(step=message.step))
-    if view.plan.finish is not None:
+    if view.plan.job_end is not None:
         merged = merged.model_copy(update={"seconds_remaining": None})
     return merge(merged, _display_fields(merged, view))
 
@@ -320,7 +320,7 @@ def _display_fields(progress: Progress, view: StatusInput) -> Progress:
     step, total = progress.step, progress.total_steps
     is_training = view.plan.situation is Situation.ACTIVE and not view.is_queued and bool(view.facts.active_pods)
     remaining = progress.seconds_remaining
-    eta = duration(remaining) if is_training and remaining is not None else NO_VALUE
+    eta = format_duration(remaining) if is_training and remaining is not None else NO_VALUE
     if step is None:
         return Progress(display=NO_VALUE, eta=eta)
     if not total:
@@ -397,7 +397,7 @@ def _resolved(view: StatusInput) -> Resolved:
     facts, received, message = view.facts, view.last_report, view.termination_message
     # A running attempt keeps the values of its start, even if the operator's configuration changes later.
     is_running = facts.current_job is not None and facts.attempt_record is not None
-    from_spec = _from_spec(view, facts.acceptance) if isinstance(facts.acceptance, Accepted) and not is_running else None
+    from_spec = _from_spec(view, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
     job = view.current_job
     observed = Resolved(
         config_sha256=(job.config_sha256 if job else None) or None,
@@ -407,7 +407,7 @@ def _resolved(view: StatusInput) -> Resolved:
     return merge(view.old.resolved or Resolved(), from_spec, observed, *trainer)
 
 
-def _from_spec(view: StatusInput, acceptance: Accepted) -> Resolved:
+def _from_spec(view: StatusInput, acceptance: AcceptedSpec) -> Resolved:
     spec = view.facts.spec
     gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
     ranks = (spec.resources.nodes or 1) * (spec.resources.processes_per_node or max(gpus, 1))
@@ -436,8 +436,8 @@ def _output(view: StatusInput) -> Output | None:
 def _failure(view: StatusInput) -> Failure | None:
     """Return the failure of a finished job. In an unfinished job, return the last attempt's failure until the next attempt trains."""
     plan = view.plan
-    if plan.finish is not None:
-        return _final_failure(plan.finish)
+    if plan.job_end is not None:
+        return _final_failure(plan.job_end)
     if plan.attempt_end is not None:
         is_requested = plan.attempt_end.reason in (Reason.SUSPENDED, Reason.CANCELLED)
         return None if is_requested else plan.attempt_end.failure
@@ -446,14 +446,14 @@ def _failure(view: StatusInput) -> Failure | None:
     return None if is_training else view.old.failure
 
 
-def _final_failure(finish: Finish) -> Failure | None:
-    if finish.outcome is not Outcome.FAILED:
+def _final_failure(job_end: JobEnd) -> Failure | None:
+    if job_end.outcome is not Outcome.FAILED:
         return None
-    return finish.failure or Failure(class_=FailureClass.INTERNAL, code=finish.reason, message="unknown")
+    return job_end.failure or Failure(class_=FailureClass.INTERNAL, code=job_end.reason, message="unknown")
 
 
 def _completion_time(view: StatusInput) -> datetime | None:
-    if view.plan.finish is None:
+    if view.plan.job_end is None:
         return None
     return view.plan.attempt_end.time if view.plan.attempt_end is not None else view.facts.now
 
@@ -464,4 +464,4 @@ def _duration(view: StatusInput) -> str | None:
         return None
     job = view.facts.current_job
     start = view.old.start_time or (job.created_at if job else None)
-    return duration(seconds_between(start, end)) if start else NO_VALUE
+    return format_duration(seconds_between(start, end)) if start else NO_VALUE

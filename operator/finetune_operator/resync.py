@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from finetune_operator.cache import Cache, FullList
 from finetune_operator.handlers import cache_finetunejob, cache_job, cache_pod
-from finetune_operator.kube import Kube, KubeError, NotFound
-from finetune_operator.objects import FINETUNEJOB, JOB, POD, SELECTOR, Kind, Object
+from finetune_operator.kube import KubeClient, KubeError, NotFound
+from finetune_operator.objects import FINETUNEJOB, JOB, MANAGED_BY_SELECTOR, POD, Kind, Object
 from finetune_operator.settings import StartError
 from finetune_operator.workqueue import WorkQueue
 
@@ -34,7 +34,7 @@ class _KindList(NamedTuple):
 class Resyncer:
     """Lists all objects into the cache and adds all FineTuneJobs to the work queue."""
 
-    def __init__(self, kube: Kube, cache: Cache, queue: WorkQueue, namespaces: tuple[str, ...]):
+    def __init__(self, kube: KubeClient, cache: Cache, queue: WorkQueue, namespaces: tuple[str, ...]):
         self._kube, self._cache, self._queue = kube, cache, queue
         self._namespaces = namespaces
         self._last_version = 0
@@ -60,8 +60,8 @@ class Resyncer:
 
     async def _list_all(self) -> None:
         finetunejobs = await self._list(FINETUNEJOB, "", cache_finetunejob)
-        jobs = await self._list(JOB, SELECTOR, cache_job)
-        pods = await self._list(POD, SELECTOR, cache_pod)
+        jobs = await self._list(JOB, MANAGED_BY_SELECTOR, cache_job)
+        pods = await self._list(POD, MANAGED_BY_SELECTOR, cache_pod)
         listed = FullList(
             finetunejobs=frozenset(finetunejobs.uids),
             jobs=frozenset(jobs.uids),

@@ -19,18 +19,18 @@ from typing import Any
 
 from finetune_operator import kopf_adapter
 from finetune_operator.cache import Cache
-from finetune_operator.events import Recorder
+from finetune_operator.events import EventRecorder
 from finetune_operator.handlers import create_registry
-from finetune_operator.health import Health
+from finetune_operator.health import HealthChecks
 from finetune_operator.http import Server
 from finetune_operator.kopf_adapter import WatchMonitor
-from finetune_operator.kube import Kube, KubeError
+from finetune_operator.kube import KubeClient, KubeError
 from finetune_operator.lease import LeaderElector, Leadership, LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, JOB, POD
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.resync import Resyncer
-from finetune_operator.scrape import Scraper
+from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig, StartError
 from finetune_operator.workqueue import WorkQueue
 
@@ -45,21 +45,21 @@ LAG_PERIOD_SECONDS = 1.0
 class Runtime:
     """Creates all objects of the operator and runs their tasks."""
 
-    def __init__(self, config: OperatorConfig, kube: Kube, metrics: Metrics):
+    def __init__(self, config: OperatorConfig, kube: KubeClient, metrics: Metrics):
         self._config, self._kube, self._metrics = config, kube, metrics
         self._cache = Cache()
         self._queue = WorkQueue()
-        self._scraper = Scraper(config.scrape, kube.clock.now, self._queue.add)
+        self._scraper = ProgressScraper(config.scrape, kube.clock.now, self._queue.add)
         identity = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self._reconciler = Reconciler(
-            kube=kube, cache=self._cache, queue=self._queue, recorder=Recorder(kube, identity), scraper=self._scraper,
+            kube=kube, cache=self._cache, queue=self._queue, recorder=EventRecorder(kube, identity), scraper=self._scraper,
             metrics=metrics, config=config,
         )  # fmt: skip
         self._elector = LeaderElector(kube, config.leader_election, _own_namespace(), identity)
         self._resyncer = Resyncer(kube, self._cache, self._queue, config.namespaces)
         paths = [kind.path(name) for kind in (FINETUNEJOB, JOB, POD) for name in config.namespaces or (None,)]
         self._monitor = WatchMonitor(paths, metrics.request)
-        self._health = Health(config, self._monitor, self._queue, self._resyncer.is_synced)
+        self._health = HealthChecks(config, self._monitor, self._queue, self._resyncer.is_synced)
         self._server = Server(config.http, metrics, health=self._health, refresh_metrics=self._refresh_metrics)
         self._is_working = asyncio.Event()
         self._stop_requested = asyncio.Event()

@@ -55,7 +55,7 @@ class Subscription:
     """Failed reads in a row."""
 
 
-class Scraper:
+class ProgressScraper:
     """Reads the progress reports of all targets. After each report, it calls `on_report` with the job's key."""
 
     def __init__(self, settings: ScrapeSettings, now: Callable[[], datetime], on_report: Callable[[Key], None]):

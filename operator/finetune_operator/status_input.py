@@ -41,7 +41,7 @@ class StatusInput:
     @property
     def is_suspended(self) -> bool:
         """Whether the user suspended the job and all pods have ended."""
-        between_attempts = self.plan.situation is Situation.ENDED and self.plan.finish is None
+        between_attempts = self.plan.situation is Situation.ENDED and self.plan.job_end is None
         return self.facts.suspend_requested and (self.plan.situation is Situation.SUSPENDED or between_attempts)
 
     @property

@@ -12,11 +12,11 @@ from finetune_api.status import FineTuneJobStatus
 
 from finetune_operator.blocking_reader import all_pods_ended
 from finetune_operator.cache import Cache
-from finetune_operator.events import EventDraft, Recorder, transitions
+from finetune_operator.events import EventDraft, EventRecorder, draft_events
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import JobState
-from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import Invalid, Kube
+from finetune_operator.killpoints import KillPoint, kill_if_requested
+from finetune_operator.kube import Invalid, KubeClient
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
@@ -38,7 +38,7 @@ class StatusWriter:
     """Writes statuses. All jobs share one instance, because bursts are detected across jobs."""
 
     def __init__(
-        self, *, kube: Kube, cache: Cache, queue: WorkQueue, recorder: Recorder, metrics: Metrics, progress_seconds: float
+        self, *, kube: KubeClient, cache: Cache, queue: WorkQueue, recorder: EventRecorder, metrics: Metrics, progress_seconds: float
     ):
         self._kube, self._cache, self._queue = kube, cache, queue
         self._recorder, self._metrics = recorder, metrics
@@ -54,16 +54,16 @@ class StatusWriter:
         if before == after or state.pruned_write == (before, after):
             state.pending.transition_at = None
             return
-        drafts = transitions(old, new)
+        drafts = draft_events(old, new)
         delay = self._delay(facts, plan, new, drafts, state, is_transition=old.prompt_part() != new.prompt_part())
         if delay > 0:
             self._queue.add_after(key, delay)
             return
         now = asyncio.get_running_loop().time()
         await self._recorder.emit(facts.job, drafts)
-        reach(Point.BEFORE_STATUS_WRITE)
+        kill_if_requested(KillPoint.BEFORE_STATUS_WRITE)
         written = await self._replace_status(facts.job, new, state)
-        reach(Point.AFTER_STATUS_WRITE)
+        kill_if_requested(KillPoint.AFTER_STATUS_WRITE)
         # The next interval starts when the progress was received. If it started at the write, one late write would delay all later writes.
         received_ago = seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0
         self._throttle.record_write(state.pending, now - received_ago)
@@ -160,9 +160,9 @@ class StatusWriter:
         for attempt in new.attempts:
             if attempt.steps_lost and not recorded.get(attempt.number):
                 self._metrics.steps_lost.inc(attempt.steps_lost)
-        if plan.finish is not None:
-            self._metrics.jobs_finished.labels(plan.finish.outcome.value).inc()
-            logger.info("%s: %s", plan.finish.outcome.value, plan.finish.reason)
+        if plan.job_end is not None:
+            self._metrics.jobs_finished.labels(plan.job_end.outcome.value).inc()
+            logger.info("%s: %s", plan.job_end.outcome.value, plan.job_end.reason)
         new_quota, old_quota = new.condition(Kind.QUOTA_RESERVED), old.condition(Kind.QUOTA_RESERVED)
         if new_quota is not None and old_quota is not None and (old_quota.status, new_quota.status) == ("False", "True"):
             admitted_at = new_quota.last_transition_time or facts.now

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-MAX_MESSAGE = 1024
+MAX_MESSAGE_CHARACTERS = 1024
 """Maximum length of a message in the status, in characters. The size of etcd is limited, and all objects of a cluster share it."""
-REDACTED = "[redacted]"
+REDACTED_TEXT = "[redacted]"
 
 SECRET_PATTERNS = (
     re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
@@ -22,7 +22,7 @@ SECRET_PATTERNS = (
 """Patterns for secrets in text. No pattern repeats a group, so the matching time grows only linearly with the length of the text."""
 
 
-def clean(text: str, limit: int = MAX_MESSAGE) -> str:
+def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
     """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
     for pattern in SECRET_PATTERNS:
@@ -32,11 +32,11 @@ def clean(text: str, limit: int = MAX_MESSAGE) -> str:
 
 def _mask(match: re.Match[str]) -> str:
     if match.lastindex == 3:
-        return f"{match.group(1)}{match.group(2)}{REDACTED}"
-    return REDACTED
+        return f"{match.group(1)}{match.group(2)}{REDACTED_TEXT}"
+    return REDACTED_TEXT
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a time span: `45s`, `12m`, `1h12m`, `3d4h`."""
     whole = max(0, round(seconds))
     if whole < 60:

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
-INITIALIZING = "PodInitializing"
-GATED = "SchedulingGated"
+INITIALIZING_REASON = "PodInitializing"
+GATED_REASON = "SchedulingGated"
 MAX_TEXT = 2048
 """Maximum length of a message in characters. Longer messages are cut."""
 
@@ -66,7 +66,7 @@ class JobView:
 
 
 @dataclass(frozen=True)
-class Terminated:
+class TerminatedState:
     """How the trainer container ended."""
 
     exit_code: int
@@ -109,7 +109,7 @@ class PodView:
     disruption: str = ""
     """Reason of the DisruptionTarget condition."""
     disruption_message: str = ""
-    terminated: Terminated | None = None
+    terminated: TerminatedState | None = None
     init_failed: str = ""
     """A message about a failed init container. Only admission webhooks add init containers to trainer pods."""
     image_id: str = ""
@@ -249,7 +249,7 @@ def read_pod(body: Object) -> PodView | None:
     waiting, disruption = _waiting_state(status, state), conditions.get("DisruptionTarget", {})
     disrupted = disruption.get("status") == "True"
     scheduled = conditions.get("PodScheduled", {})
-    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", GATED)
+    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", GATED_REASON)
     return PodView(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -290,10 +290,10 @@ def _trainer_status(status: Object) -> Object:
 def _waiting_state(status: Object, state: Object) -> Object:
     """Return the waiting state of the trainer container. While init containers run, return their first waiting state."""
     own: Object = state.get("waiting") or {}
-    if own.get("reason") != INITIALIZING:
+    if own.get("reason") != INITIALIZING_REASON:
         return own
     states = [(init.get("state") or {}).get("waiting") or {} for init in status.get("initContainerStatuses") or []]
-    return next((state for state in states if state.get("reason") not in (None, INITIALIZING)), own)
+    return next((state for state in states if state.get("reason") not in (None, INITIALIZING_REASON)), own)
 
 
 def _init_failed(status: Object) -> str:
@@ -317,10 +317,10 @@ def as_deleted(pod: PodView) -> PodView:
     return replace(pod, is_deleted=True, is_ready=False)
 
 
-def _terminated(value: Object | None) -> Terminated | None:
+def _terminated(value: Object | None) -> TerminatedState | None:
     if not value:
         return None
-    return Terminated(
+    return TerminatedState(
         exit_code=_number(value.get("exitCode")) or 0,
         reason=str(value.get("reason", "")),
         message=str(value.get("message", "")),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from finetune_operator.throttle import BurstDetector
 
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.005, 300.0
 HIGH_PRIORITY_IN_A_ROW = 7
 """After this many high-priority keys in a row, a worker takes one key with normal priority."""
 
@@ -82,7 +82,7 @@ class WorkQueue:
         """Queue `key` after a pause that doubles with each failure in a row. Returns the pause in seconds."""
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
-        pause = float(min(FIRST_BACKOFF * 2 ** min(count, 32), LONGEST_BACKOFF))
+        pause = float(min(FIRST_BACKOFF_SECONDS * 2 ** min(count, 32), LONGEST_BACKOFF_SECONDS))
         self.add_after(key, pause)
         return pause
 
@@ -134,11 +134,11 @@ class WorkQueue:
         self._due.clear()
 
     def restart_wait_times(self) -> None:
-        """Restart the waiting times that `oldest_seconds` and `take` report for queued keys."""
+        """Restart the waiting times that `oldest_key_age_seconds` and `take` report for queued keys."""
         now = self._clock()
         self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
-    def oldest_seconds(self) -> float:
+    def oldest_key_age_seconds(self) -> float:
         """Return for how many seconds the oldest key has been queued or handled. 0 if there is no such key."""
         now = self._clock()
         times = [*self._waiting_since.values(), *self._working_since.values()]

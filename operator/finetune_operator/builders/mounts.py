@@ -19,14 +19,14 @@ CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca
 
 
 @dataclass(frozen=True)
-class Mounts:
+class PodVolumes:
     """Volumes of a pod, and their mounts in the trainer container."""
 
     volumes: tuple[Object, ...]
     mounts: tuple[Object, ...]
 
 
-def build_mounts(spec: FineTuneJobSpec) -> Mounts:
+def build_mounts(spec: FineTuneJobSpec) -> PodVolumes:
     """Return the volumes and mounts that the spec needs. Errors: ConfigError for a source that cannot be parsed."""
     volumes: list[Object] = []
     mounts: list[Object] = []
@@ -45,7 +45,7 @@ def build_mounts(spec: FineTuneJobSpec) -> Mounts:
         volumes.append({"name": "ca", "projected": {"sources": sources}})
         mounts.append({"name": "ca", "mountPath": CA_MOUNT, "readOnly": True})
     user_volumes, user_mounts = _user_volumes(spec)
-    return Mounts((*volumes, *user_volumes), (*mounts, *user_mounts))
+    return PodVolumes((*volumes, *user_volumes), (*mounts, *user_mounts))
 
 
 def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:

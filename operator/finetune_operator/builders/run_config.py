@@ -22,9 +22,9 @@ from finetune_api.spec.common import StorageConnection
 from finetune_operator.builders.mounts import CA_FILES
 from finetune_operator.views import JobObject
 
-LOOPBACK = "127.0.0.1"
-DEFAULT_GRACE, MAX_GRACE = 300, 86400
-GRACE_SAVES = 3
+LOOPBACK_ADDRESS = "127.0.0.1"
+DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS = 300, 86400
+SAVES_PER_GRACE_PERIOD = 3
 """The grace period is this multiple of the newest save's duration. A stopping pod first finishes a running upload, then saves once more.
 The multiple includes a margin, because the store may have become slower."""
 
@@ -62,13 +62,13 @@ def build_run_config(
 
 def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
     """Return the grace period after SIGTERM, in seconds: the user's value, or enough time to save a checkpoint like the newest one."""
-    grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE
+    grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE_SECONDS
     if "policy.terminationGracePeriodSeconds" not in defaults:
         return grace
     measured = [c for c in job.status.checkpoints if c.save_seconds is not None]
     newest = max(measured, key=lambda checkpoint: checkpoint.step, default=None)
     save_seconds = newest.save_seconds if newest is not None and newest.save_seconds is not None else 0.0
-    return min(MAX_GRACE, max(grace, math.ceil(GRACE_SAVES * save_seconds)))
+    return min(MAX_GRACE_SECONDS, max(grace, math.ceil(SAVES_PER_GRACE_PERIOD * save_seconds)))
 
 
 def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
@@ -79,7 +79,7 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
         nodes=nodes,
         processes_per_node=spec.resources.processes_per_node or max(gpus, 1),
         gpus_per_node=gpus,
-        master_address=f"{name}-0.{name}" if nodes > 1 else LOOPBACK,
+        master_address=f"{name}-0.{name}" if nodes > 1 else LOOPBACK_ADDRESS,
         master_port=RENDEZVOUS_PORT if nodes > 1 else 0,
         rendezvous_id=f"{job.uid}-{attempt}",
     )

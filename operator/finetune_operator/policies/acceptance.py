@@ -29,11 +29,11 @@ from pydantic import ValidationError
 from finetune_operator.objects import Object
 from finetune_operator.policies.placement import choose_pool, placement_problems
 from finetune_operator.policies.spec_hash import spec_sha256
-from finetune_operator.policies.verdict import Accepted, Refused
+from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
 
-__all__ = ["Accepted", "FirstAttempt", "Refused", "accept", "first_attempt"]
+__all__ = ["AcceptedSpec", "FirstAttempt", "RefusedSpec", "accept", "first_attempt"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
     return FirstAttempt(resolved.defaults or {}, resolved.spec_sha256) if resolved else FirstAttempt()
 
 
-def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> Accepted | Refused:
+def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> AcceptedSpec | RefusedSpec:
     """Check a FineTuneJob's spec. `first` is None before the first attempt."""
     try:
         spec, unknown = read_spec(raw)
@@ -71,34 +71,34 @@ def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = Non
     rule_problems = [*map(str, problems), *map(str, unsupported)]
     if rule_problems and first is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
-        return Refused(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported][0].hint, spec=spec)
+        return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported][0].hint, spec=spec)
     pool, digest = choose_pool(spec, config), spec_sha256(raw)
-    resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, Refused) else pool), first or FirstAttempt())
+    resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, RefusedSpec) else pool), first or FirstAttempt())
     version_refusal = _refuse_other_version(unknown, digest, first)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolution.spec)
-    if isinstance(pool, Refused):
+    if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolution.spec)
     conflicts = list(placement_problems(spec, pool, config))
-    refused = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
-    if refused is not None:
-        return replace(refused, spec=resolution.spec)
+    refusal = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
+    if refusal is not None:
+        return replace(refusal, spec=resolution.spec)
     # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
     newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *conflicts)]
-    return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
+    return AcceptedSpec(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
 
 
-def _operator_too_old(unknown: Iterable[str]) -> Refused:
+def _operator_too_old(unknown: Iterable[str]) -> RefusedSpec:
     """Make the job wait for a newer operator. The API server enforces the CRD's schema, so the installed CRD is newer than this operator."""
     message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown)}"
-    return Refused(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
+    return RefusedSpec(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
 
 
 def _field_error(item: Any) -> str:
     return f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
 
 
-def _refuse_other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> Refused | None:
+def _refuse_other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> RefusedSpec | None:
     """Make the job wait if the spec has unknown fields, or if an older CRD has removed fields of the spec."""
     if unknown:
         return _operator_too_old(f"spec.{path}" for path in unknown)
@@ -108,39 +108,39 @@ def _refuse_other_version(unknown: tuple[str, ...], digest: str, first: FirstAtt
             "an older version of the CRD was installed, which removed unknown fields from the spec"
         )
         hint = "create a new FineTuneJob whose checkpoint.resume names the newest checkpoint"
-        return Refused(Reason.SPEC_CHANGED, message, hint, is_final=False)
+        return RefusedSpec(Reason.SPEC_CHANGED, message, hint, is_final=False)
     return None
 
 
-def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> Refused | None:
+def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> RefusedSpec | None:
     if not conflicts or first is not None:
         return None
-    return Refused(Reason.REJECTED, clean("; ".join(conflicts)), "remove the value, or choose another pool")
+    return RefusedSpec(Reason.REJECTED, clean("; ".join(conflicts)), "remove the value, or choose another pool")
 
 
-def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> Refused | None:
+def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> RefusedSpec | None:
     """Refuse a storage URI that is missing or cannot be parsed. If the bad URI is in the operator's configuration, the job waits."""
     uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
     if uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
-        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", is_final=False)
+        return RefusedSpec(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", is_final=False)
     try:
         parse(uri, path="storage.uri")
     except FineTuneError as error:
         if is_default:
             message = f"the default storage of the operator's configuration cannot be used: {error.message}"
-            return Refused(Reason.STORAGE_NOT_CONFIGURED, clean(message), error.hint or "", is_final=False)
-        return Refused(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "", is_final=first is None)
+            return RefusedSpec(Reason.STORAGE_NOT_CONFIGURED, clean(message), error.hint or "", is_final=False)
+        return RefusedSpec(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "", is_final=first is None)
     return None
 
 
-def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> Refused | None:
+def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> RefusedSpec | None:
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size <= MAX_SPEC_BYTES:
         return None
     message = f"the spec with its defaults has {size} bytes, but at most {MAX_SPEC_BYTES} bytes fit into a pod's annotation"
     hint = "put templates and long lists into ConfigMaps, and refer to the ConfigMaps in the spec"
-    return Refused(Reason.REJECTED, message, hint, is_final=first is None)
+    return RefusedSpec(Reason.REJECTED, message, hint, is_final=first is None)
 
 
 def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> Resolution:

@@ -27,18 +27,18 @@ from pydantic import ValidationError
 
 logger = logging.getLogger(__name__)
 
-BATCH = "training.batchSizePerDevice"
-ACCUMULATION = "training.gradientAccumulationSteps"
-EVALUATION_BATCH = "evaluation.batchSizePerDevice"
-CHECKPOINTING = "training.gradientCheckpointing"
-RATE = "training.learningRate"
-MAX_STEP = "resume.maxStep"
+BATCH_FIELD = "training.batchSizePerDevice"
+ACCUMULATION_FIELD = "training.gradientAccumulationSteps"
+EVALUATION_BATCH_FIELD = "evaluation.batchSizePerDevice"
+GRADIENT_CHECKPOINTING_FIELD = "training.gradientCheckpointing"
+LEARNING_RATE_FIELD = "training.learningRate"
+MAX_STEP_KEY = "resume.maxStep"
 """Step of the newest checkpoint that an attempt may start from. This is not a field of the spec, but is stored with the adaptations."""
-FIRST_ATTEMPT = "resume.firstAttempt"
+FIRST_ATTEMPT_KEY = "resume.firstAttempt"
 """Number of the first attempt after the rollback. Checkpoints of this and later attempts are not affected by the rollback."""
 MAX_ACCUMULATION = 65536
 """Maximum of `training.gradientAccumulationSteps` in the CRD."""
-ROLLBACKS = 2
+MAX_ROLLBACKS = 2
 RATE_FACTOR = 0.5
 
 
@@ -68,7 +68,7 @@ def original_values(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) ->
 def _spec_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     """Return the newest value of each adapted field of the spec, by path."""
     return {
-        path: value for path, value in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
+        path: value for path, value in adapted_values(adaptations).items() if path not in (MAX_STEP_KEY, FIRST_ATTEMPT_KEY)
     }
 
 
@@ -104,14 +104,14 @@ def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> I
     micro_batch = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
     new_accumulation = accumulation * (batch // micro_batch) if micro_batch else 0
     if 0 < new_accumulation <= MAX_ACCUMULATION:
-        values: dict[str, Any] = {BATCH: micro_batch, ACCUMULATION: new_accumulation}
+        values: dict[str, Any] = {BATCH_FIELD: micro_batch, ACCUMULATION_FIELD: new_accumulation}
         if rows > micro_batch:
-            yield values | {EVALUATION_BATCH: micro_batch}
+            yield values | {EVALUATION_BATCH_FIELD: micro_batch}
         yield values
     if rows > batch:
-        yield {EVALUATION_BATCH: batch}
+        yield {EVALUATION_BATCH_FIELD: batch}
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
-        yield {CHECKPOINTING: GradientCheckpointing.ENABLED.value}
+        yield {GRADIENT_CHECKPOINTING_FIELD: GradientCheckpointing.ENABLED.value}
 
 
 def _display_path(path: str) -> str:
@@ -131,9 +131,9 @@ def adapt_to_divergence(
     if not earlier:
         start = f"step {steps[0]}" if steps else "the start"
         return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start}, nothing changed", set={})
-    if len(earlier) > ROLLBACKS:
+    if len(earlier) > MAX_ROLLBACKS:
         return AdaptationsExhausted(
-            f"the loss was not finite again after one replay and {ROLLBACKS} rollbacks, "
+            f"the loss was not finite again after one replay and {MAX_ROLLBACKS} rollbacks, "
             f"the last one with learningRate {spec.training.learning_rate:g}",
             "check the dataset rows that were used around the failed step; lower training.learningRate or training.maxGradNorm",
         )
@@ -142,7 +142,7 @@ def adapt_to_divergence(
     rate = spec.training.learning_rate or 0.0
     lower_rate = rate * RATE_FACTOR
     change = f"rolled back to {f'step {rollback_step}' if rollback_step else 'the start'}, learningRate {rate:g} -> {lower_rate:g}"
-    changed = {RATE: lower_rate, MAX_STEP: rollback_step, FIRST_ATTEMPT: attempt + 1}
+    changed = {LEARNING_RATE_FIELD: lower_rate, MAX_STEP_KEY: rollback_step, FIRST_ATTEMPT_KEY: attempt + 1}
     return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set=changed)
 
 
@@ -153,7 +153,7 @@ def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Chec
     checkpoints of the attempts after the rollback. If these checkpoints are newer than all others, the limit is no longer needed.
     """
     values = adapted_values(adaptations)
-    limit, first_attempt = values.get(MAX_STEP), values.get(FIRST_ATTEMPT)
+    limit, first_attempt = values.get(MAX_STEP_KEY), values.get(FIRST_ATTEMPT_KEY)
     if not isinstance(limit, int) or not isinstance(first_attempt, int):
         return limit if isinstance(limit, int) else None
     steps_before, steps_after = [0], [0]

@@ -13,19 +13,19 @@ from finetune_api.names import ExitCode, FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Failure
 
-from finetune_operator.policies.retry import Cause, PodEnd
+from finetune_operator.policies.retry import FailureCause, PodEnd
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
 
-NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
+NODE_LOST_REASONS = ("DeletionByTaintManager", "DeletionByPodGC")
 """Reasons of the DisruptionTarget condition if the pod's node is lost."""
-OOM_KILLED = "OOMKilled"
-EVICTED = "Evicted"
+OOM_KILLED_REASON = "OOMKilled"
+EVICTED_REASON = "Evicted"
 NO_TIME_NS = 2**63
 """A failure without a time gets this time in nanoseconds, so that it is sorted last."""
 
 
-def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
+def cause_of(job: JobView | None, pods: Iterable[PodView]) -> FailureCause:
     """Return why the attempt ended: the cause in its pods or, if no pod failed, the cause in the conditions of its Job."""
     failures = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
     if failures:
@@ -33,7 +33,7 @@ def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
     return _cause_from_job(job)
 
 
-def _sort_key(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
+def _sort_key(cause: FailureCause, pod: PodView) -> tuple[int, bool, int, int]:
     message = pod.termination_message
     noticed_peer = message is not None and message.origin is False
     time_ns = message.time_ns if message is not None and message.time_ns else None
@@ -42,16 +42,16 @@ def _sort_key(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
     return cause.precedence, noticed_peer, time_ns if time_ns is not None else NO_TIME_NS, pod.index
 
 
-def pod_cause(pod: PodView) -> Cause | None:
+def pod_cause(pod: PodView) -> FailureCause | None:
     """Return why this pod failed, or None if the pod has not ended or has not failed."""
     if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
     policy = EXIT_POLICIES.get(code) if code is not None else None
-    if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
+    if pod.terminated is not None and pod.terminated.reason == OOM_KILLED_REASON:
         return _cause_of_memory_limit(pod)
     # An eviction can cause an unknown exit code, a stop or a lost peer. A disruption can cause a stop or a lost peer.
-    if pod.reason == EVICTED and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
+    if pod.reason == EVICTED_REASON and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
         return _cause_of_eviction(pod)
     if policy is not None and not (pod.disruption and policy.precedence >= Precedence.PEER):
         return _cause_of_known_exit(pod, policy)
@@ -62,40 +62,40 @@ def pod_cause(pod: PodView) -> Cause | None:
     return _cause_without_exit_code(pod)
 
 
-def _cause_of_known_exit(pod: PodView, policy: ExitPolicy) -> Cause:
+def _cause_of_known_exit(pod: PodView, policy: ExitPolicy) -> FailureCause:
     reported = pod.termination_message or TerminationMessage()
     failure_class = reported.class_ or policy.failure_class
     message = reported.message or _last_log_line(pod) or f"exit code {policy.code:d}"
     failure = _failure(pod, failure_class, reported.code or policy.default_failure_code, message, policy.default_hint)
-    return Cause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
+    return FailureCause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
 
 
-def _cause_with_policy(reason: Reason, failure: Failure, end: PodEnd) -> Cause:
-    return Cause(reason, failure, end.value.retry, end.value.precedence)
+def _cause_with_policy(reason: Reason, failure: Failure, end: PodEnd) -> FailureCause:
+    return FailureCause(reason, failure, end.value.retry, end.value.precedence)
 
 
-def _cause_of_memory_limit(pod: PodView) -> Cause:
+def _cause_of_memory_limit(pod: PodView) -> FailureCause:
     message = "the kernel killed the trainer: the pod's memory limit was reached"
-    failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED, message)
+    failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED_REASON, message)
     hint = "raise resources.memory, or lower training.batchSizePerDevice"
     return _cause_with_policy(Reason.OUT_OF_MEMORY, failure.model_copy(update={"hint": hint}), PodEnd.OUT_OF_HOST_MEMORY)
 
 
-def _cause_of_eviction(pod: PodView) -> Cause:
+def _cause_of_eviction(pod: PodView) -> FailureCause:
     """Return the cause of an eviction: the pod used too much disk or memory. Other evictions have the DisruptionTarget condition."""
-    failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED, pod.message or "the node evicted the pod")
+    failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED_REASON, pod.message or "the node evicted the pod")
     hint = "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume"
     return _cause_with_policy(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), PodEnd.EXCEEDED_LIMIT)
 
 
-def _cause_of_disruption(pod: PodView) -> Cause:
-    node_lost = pod.disruption in NODE_LOST
+def _cause_of_disruption(pod: PodView) -> FailureCause:
+    node_lost = pod.disruption in NODE_LOST_REASONS
     message = pod.disruption_message or ("the node is lost" if node_lost else "the cluster removed the pod")
     failure = _failure(pod, FailureClass.PREEMPTED, pod.disruption, message)
     return _cause_with_policy(Reason.NODE_LOST if node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
 
 
-def _cause_of_unknown_exit(pod: PodView, code: int) -> Cause:
+def _cause_of_unknown_exit(pod: PodView, code: int) -> FailureCause:
     if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deletion_timestamp is not None:
         message = "the pod was deleted, and the trainer was killed before it had saved a checkpoint"
         failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
@@ -107,7 +107,7 @@ def _cause_of_unknown_exit(pod: PodView, code: int) -> Cause:
     return _cause_with_policy(REASON_OF_CLASS[failure_class], failure, PodEnd.UNKNOWN_EXIT)
 
 
-def _cause_without_exit_code(pod: PodView) -> Cause:
+def _cause_without_exit_code(pod: PodView) -> FailureCause:
     """Return the cause if no container has an exit code: the kubelet rejected the pod, an init container failed, or the pod was deleted."""
     if pod.init_failed:
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
@@ -120,7 +120,7 @@ def _cause_without_exit_code(pod: PodView) -> Cause:
     return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED)
 
 
-def _cause_from_job(job: JobView | None) -> Cause:
+def _cause_from_job(job: JobView | None) -> FailureCause:
     code = (job.failed_reason if job else "") or "PodsLost"
     message = (job.failed_message if job else "") or "the pods were deleted before the operator read their exit codes"
     failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=code, message=clean(message))

@@ -10,18 +10,18 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Toleration
 
 from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION
-from finetune_operator.policies.verdict import Refused
+from finetune_operator.policies.verdict import RefusedSpec
 from finetune_operator.settings import NodePool, OperatorConfig
 
 RESERVED_PREFIXES = (f"{GROUP}/", "batch.kubernetes.io/")
 RESERVED_LABELS = (Label.MANAGED_BY, Label.QUEUE, "job-name", "controller-uid")
 RESERVED_ANNOTATIONS = (Annotation.RUN_CONFIG, DEFAULT_CONTAINER_ANNOTATION)
-KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+KEY_PATTERN = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 """A qualified name: the key of a label, an annotation or a node label."""
-LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+LABEL_VALUE_PATTERN = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
-def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
+def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | RefusedSpec | None:
     """Return the pool that `resources.nodePool` names. If a GPU job names no pool, return a default pool or None."""
     resources = spec.resources
     gpus = 1 if resources.gpus_per_node is None else resources.gpus_per_node
@@ -29,7 +29,7 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
         pool = config.pool(resources.node_pool)
         if pool is None:
             message = f"spec.resources.nodePool is {resources.node_pool!r}; {_list_pools(config)}"
-            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of these pools", is_final=False)
+            return RefusedSpec(Reason.UNKNOWN_NODE_POOL, message, "name one of these pools", is_final=False)
     else:
         pool = _pool_with_resource(config, resources.gpu_resource) if gpus else None
         if pool is None:
@@ -37,15 +37,15 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
     if gpus and resources.gpu_resource is not None and resources.gpu_resource != pool.gpu_resource:
         message = f"spec.resources.gpuResource is {resources.gpu_resource}, but nodes of pool {pool.name} have {pool.gpu_resource}"
         hint = "remove gpuResource, or name a pool with this resource"
-        return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_list_pools(config)}", hint, is_final=False)
+        return RefusedSpec(Reason.POOL_LACKS_RESOURCE, f"{message}; {_list_pools(config)}", hint, is_final=False)
     if gpus > pool.gpus_per_node:
         message = f"spec.resources.gpusPerNode is {gpus}, but a node of pool {pool.name} has {pool.gpus_per_node}"
         hint = "lower gpusPerNode, and raise resources.nodes if the job needs more GPUs"
-        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", hint, is_final=False)
+        return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", hint, is_final=False)
     nodes = resources.nodes or 1
     if pool.max_nodes is not None and nodes > pool.max_nodes:
         message = f"spec.resources.nodes is {nodes}, but pool {pool.name} has at most {pool.max_nodes} nodes"
-        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", "lower resources.nodes", is_final=False)
+        return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", "lower resources.nodes", is_final=False)
     return pool
 
 
@@ -104,9 +104,9 @@ def _metadata_problems(
 
 
 def _syntax_problems(path: str, key: str, value: str) -> Iterator[str]:
-    if not KEY.fullmatch(key):
+    if not KEY_PATTERN.fullmatch(key):
         yield f"{path}: {key!r} is not a label or annotation key: write a key such as team or example.com/team"
-    if not LABEL_VALUE.fullmatch(value):
+    if not LABEL_VALUE_PATTERN.fullmatch(value):
         yield f"{path} is {value!r}: write at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
 
 

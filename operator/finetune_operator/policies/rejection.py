@@ -14,15 +14,15 @@ from finetune_operator.objects import Object
 
 FIELD_ERROR = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
 """Matches one field error in a 422 response, for example `spec.template.labels: Invalid value: "a b": ...`."""
-CONTAINER = r"spec\.template\.spec\.containers\[0\]"
+CONTAINER_PATTERN = r"spec\.template\.spec\.containers\[0\]"
 USER_FIELDS = tuple(
     (re.compile(pattern), fields)
     for pattern, fields in (
-        (rf"{CONTAINER}\.env\b", ("placement.env",)),
-        (rf"{CONTAINER}\.image$", ("placement.image",)),
-        (rf"{CONTAINER}\.volumeMounts\b", ("placement.volumeMounts",)),
+        (rf"{CONTAINER_PATTERN}\.env\b", ("placement.env",)),
+        (rf"{CONTAINER_PATTERN}\.image$", ("placement.image",)),
+        (rf"{CONTAINER_PATTERN}\.volumeMounts\b", ("placement.volumeMounts",)),
         (
-            rf"{CONTAINER}\.resources\b",
+            rf"{CONTAINER_PATTERN}\.resources\b",
             ("resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.gpuResource"),
         ),
         (r"spec\.template\.spec\.volumes\b", ("placement.volumes", "resources.sharedMemory", "resources.ephemeralStorage")),

@@ -67,7 +67,7 @@ TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
 
 
 @dataclass(frozen=True)
-class Cause:
+class FailureCause:
     """Why an attempt ended without success."""
 
     reason: Reason
@@ -77,13 +77,13 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class Retry:
+class RetryDecision:
     """Start another attempt."""
 
     counted: bool = False
     """Whether the failed attempt counts against `policy.retries`."""
     adaptation: Adaptation | None = None
-    progressed: bool = False
+    made_progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class GiveUp:
 
 
 def retry_or_give_up(
-    cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime, attempt: int = 1,
+    cause: FailureCause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, made_progress: bool, now: datetime, attempt: int = 1,
     spec_is_readable: bool = True,
-) -> Retry | GiveUp:  # fmt: skip
+) -> RetryDecision | GiveUp:  # fmt: skip
     """Decide whether another attempt follows after `attempt` failed.
 
-    `spec` is resolved and has all earlier adaptations. `progressed`: the attempt committed a newer step than all earlier attempts.
+    `spec` is resolved and has all earlier adaptations. `made_progress`: the attempt committed a newer step than all earlier attempts.
     If `spec_is_readable` is False, the next attempt must wait for a newer operator. Until then the operator neither adapts values nor
     counts attempts.
     """
@@ -108,30 +108,30 @@ def retry_or_give_up(
         case RetryPolicy.NEVER:
             return GiveUp(cause.reason, cause.failure)
         case RetryPolicy.FREE | RetryPolicy.WAIT:
-            return Retry(progressed=progressed)
+            return RetryDecision(made_progress=made_progress)
         case _ if not spec_is_readable:
-            return Retry(progressed=progressed)
+            return RetryDecision(made_progress=made_progress)
         case RetryPolicy.ADAPT_MEMORY:
             adaptation = adapt_to_out_of_memory(spec, now)
         case RetryPolicy.ROLL_BACK:
             adaptation = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case RetryPolicy.COUNTED:
-            return _counted(cause, spec, status.retries_used or 0, progressed)
+            return _counted(cause, spec, status.retries_used or 0, made_progress)
     if isinstance(adaptation, AdaptationsExhausted):
         message = f"{cause.failure.message}; {adaptation.message}" if cause.failure.message else adaptation.message
         return GiveUp(cause.reason, cause.failure.model_copy(update={"message": message, "hint": adaptation.hint}))
-    return Retry(adaptation=adaptation, progressed=progressed)
+    return RetryDecision(adaptation=adaptation, made_progress=made_progress)
 
 
-def _counted(cause: Cause, spec: FineTuneJobSpec, retries_used: int, progressed: bool) -> Retry | GiveUp:
-    if progressed:
-        return Retry(progressed=True)
+def _counted(cause: FailureCause, spec: FineTuneJobSpec, retries_used: int, made_progress: bool) -> RetryDecision | GiveUp:
+    if made_progress:
+        return RetryDecision(made_progress=True)
     allowed = spec.policy.retries if spec.policy.retries is not None else DEFAULT_RETRIES
     if retries_used >= allowed:
         message = f"{retries_used + 1} attempts in a row made no progress, but policy.retries is {allowed}; last failure: "
         failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
         return GiveUp(Reason.RETRIES_EXHAUSTED, failure)
-    return Retry(counted=True)
+    return RetryDecision(counted=True)
 
 
 def deadline_failure(limit_seconds: int) -> Failure:
@@ -151,7 +151,7 @@ def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: 
     """
     attempts_without_progress = 0
     for attempt in reversed(attempts):
-        if attempt.reason in NO_BACKOFF_REASONS or _progressed(attempt):
+        if attempt.reason in NO_BACKOFF_REASONS or _made_progress(attempt):
             break
         attempts_without_progress += 1
     if attempts_without_progress and not attempts[-1].counted and attempts[-1].reason not in ALWAYS_BACKOFF_REASONS:
@@ -164,7 +164,7 @@ def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: 
     return delay
 
 
-def _progressed(attempt: Attempt) -> bool:
+def _made_progress(attempt: Attempt) -> bool:
     return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
 
 

@@ -12,7 +12,7 @@ from finetune_operator.settings import NodePool
 
 
 @dataclass(frozen=True)
-class Accepted:
+class AcceptedSpec:
     """The operator can run the spec."""
 
     spec: FineTuneJobSpec
@@ -26,7 +26,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedSpec:
     """The operator cannot run the spec, or cannot run it yet."""
 
     reason: Reason

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from finetune_api.names import Condition, Phase, Reason
-from finetune_operator.killpoints import Point
+from finetune_operator.killpoints import KillPoint
 
 from tests.support.kubelet import Plan, failure, success
 from tests.support.rig import FTJ, Rig, attempt_reasons, condition, condition_is_true, count_created
@@ -58,12 +58,12 @@ def cancel_job(rig: Rig) -> None:
     rig.patch_spec(cancel=True)
 
 
-STATUS = (Point.BEFORE_STATUS_WRITE, Point.AFTER_STATUS_WRITE)
-CREATION = (Point.BEFORE_JOB_CREATE, Point.AFTER_JOB_CREATE, *STATUS)
-DELETION = (Point.BEFORE_JOB_DELETE, Point.AFTER_JOB_DELETE, *STATUS)
-SCENARIOS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[Point, ...]]] = {
+STATUS = (KillPoint.BEFORE_STATUS_WRITE, KillPoint.AFTER_STATUS_WRITE)
+CREATION = (KillPoint.BEFORE_JOB_CREATE, KillPoint.AFTER_JOB_CREATE, *STATUS)
+DELETION = (KillPoint.BEFORE_JOB_DELETE, KillPoint.AFTER_JOB_DELETE, *STATUS)
+SCENARIOS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[KillPoint, ...]]] = {
     "create": (create_nothing, create_job, CREATION),
-    "create two": (create_nothing, create_job_with_two_pods, (Point.BEFORE_SERVICE_CREATE, Point.AFTER_SERVICE_CREATE)),
+    "create two": (create_nothing, create_job_with_two_pods, (KillPoint.BEFORE_SERVICE_CREATE, KillPoint.AFTER_SERVICE_CREATE)),
     "fail": (start_job, fail_pod, CREATION),
     "succeed": (start_job, complete_pod, STATUS),
     "suspend": (start_job, suspend_job, DELETION),
@@ -98,7 +98,7 @@ EXPECTED_EVENTS: dict[str, list[str]] = {
 def test_every_kill_point_is_covered() -> None:
     """The scenarios reach all kill points except the forced deletion of a pod; the next test covers forced deletion."""
     died_at = {point for _, _, points in SCENARIOS.values() for point in points}
-    assert died_at == set(Point) - {Point.AFTER_POD_DELETE}
+    assert died_at == set(KillPoint) - {KillPoint.AFTER_POD_DELETE}
 
 
 @pytest.mark.row(2)
@@ -108,7 +108,7 @@ def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
-    operator.kill_at(Point.AFTER_POD_DELETE)
+    operator.kill_at(KillPoint.AFTER_POD_DELETE)
     rig.patch_spec(suspend=True)
     assert operator.wait_end() == -9
     rig.operator()

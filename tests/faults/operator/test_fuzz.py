@@ -10,7 +10,7 @@ from finetune_api import names
 from finetune_api.names import Annotation, Condition, Label, Phase
 from finetune_operator.builders.job import build_job
 from finetune_operator.builders.run_config import build_run_config
-from finetune_operator.policies.acceptance import Accepted, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, accept
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import read_finetunejob
 
@@ -78,7 +78,7 @@ def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
             continue
         job = read_finetunejob(created)
         verdict = accept(job.spec, CONFIG)
-        if not isinstance(verdict, Accepted):
+        if not isinstance(verdict, AcceptedSpec):
             refused.add(verdict.message)
             continue
         run = build_run_config(job, verdict.spec, 1, defaults=verdict.defaults, committed_step=0, max_step=None)

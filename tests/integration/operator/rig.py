@@ -29,7 +29,7 @@ import aiohttp
 import yaml
 from finetune_api.names import API_VERSION, KIND, ExitCode, Label
 from finetune_api.pod import TerminationMessage
-from finetune_operator.kube import AlreadyExists, Conflict, Kube, NotFound, OutcomeUnknown, Unavailable
+from finetune_operator.kube import AlreadyExists, Conflict, KubeClient, NotFound, OutcomeUnknown, Unavailable
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.settings import ApiSettings
 
@@ -190,7 +190,7 @@ class Store:
 class Rig:
     """The namespace of one test: its objects, a fake kubelet, and methods that wait for a state."""
 
-    def __init__(self, endpoint: Endpoint, kube: Kube, namespace: str, progress: Progress):
+    def __init__(self, endpoint: Endpoint, kube: KubeClient, namespace: str, progress: Progress):
         self.endpoint, self.kube, self.namespace, self.progress = endpoint, kube, namespace, progress
         self.changed = asyncio.Condition()
         self.jobs, self.pods, self.ftjs = Store(self, JOB), Store(self, POD), Store(self, FINETUNEJOB)
@@ -406,7 +406,7 @@ def _now() -> str:
 @contextlib.asynccontextmanager
 async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
     """Create a namespace, and run its watches and its kubelet."""
-    kube = await Kube.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
+    kube = await KubeClient.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     await kube.create(Kind("v1", "Namespace", "namespaces"), "", body)
     world = Rig(endpoint, kube, namespace, progress)

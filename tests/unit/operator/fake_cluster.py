@@ -11,12 +11,21 @@ from typing import Any, cast
 
 from finetune_api.names import API_VERSION, KIND
 from finetune_operator.cache import Cache
-from finetune_operator.events import Recorder
-from finetune_operator.kube import AlreadyExists, Conflict, Created, Invalid, Kube, Listing, NotFound, ServerClock
+from finetune_operator.events import EventRecorder
+from finetune_operator.kube import (
+    AlreadyExists,
+    ApiResponse,
+    Conflict,
+    Invalid,
+    KubeClient,
+    Listing,
+    NotFound,
+    ServerClock,
+)
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.reconcile import Reconciler
-from finetune_operator.scrape import Scraper
+from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig, ScrapeSettings
 from finetune_operator.throttle import BURST_COUNT
 from finetune_operator.views import JobView, read_finetunejob
@@ -66,12 +75,12 @@ class Server:
         pods = [body for (plural, _), body in self.objects.items() if plural == POD.plural == kind.plural]
         return Listing([body for body in pods if selected_labels.items() <= body["metadata"].get("labels", {}).items()], 1)
 
-    async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
+    async def create(self, kind: Kind, namespace: str, body: Object) -> ApiResponse:
         self._receive("create", kind)
         name = body["metadata"]["name"]
         if (kind.plural, name) in self.objects:
             raise AlreadyExists("create", kind, name, 409, "AlreadyExists", "")
-        return Created(self.put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}))
+        return ApiResponse(self.put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}))
 
     async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
         self._receive("update", kind)
@@ -135,10 +144,10 @@ class Process:
 
     def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
         self.server, self.cache, self.queue = server, Cache(), WorkQueue()
-        kube = cast("Kube", server)
-        self.scraper = Scraper(ScrapeSettings(), server.clock.now, self.queue.add)
+        kube = cast("KubeClient", server)
+        self.scraper = ProgressScraper(ScrapeSettings(), server.clock.now, self.queue.add)
         self.reconciler = Reconciler(
-            kube=kube, cache=self.cache, queue=self.queue, recorder=Recorder(kube, "test"), scraper=self.scraper,
+            kube=kube, cache=self.cache, queue=self.queue, recorder=EventRecorder(kube, "test"), scraper=self.scraper,
             metrics=Metrics(), config=config,
         )  # fmt: skip
         self.refresh()

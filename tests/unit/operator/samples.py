@@ -12,10 +12,10 @@ from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.facts import Facts, ReceivedReport
 from finetune_operator.objects import Object
-from finetune_operator.policies.acceptance import Accepted, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, accept
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.settings import OperatorConfig, parse
-from finetune_operator.views import JobObject, JobView, PodView, Terminated, read_pod
+from finetune_operator.views import JobObject, JobView, PodView, TerminatedState, read_pod
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 UID = "11111111-1111-4111-8111-111111111111"
@@ -98,13 +98,13 @@ def ended(view: PodView, code: int, termination_message: TerminationMessage | No
     """The pod after its container has ended."""
     text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
-    return replace(view, phase=phase, is_ready=False, terminated=Terminated(code, reason, text, at(60)))
+    return replace(view, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, text, at(60)))
 
 
-def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> Accepted:
+def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> AcceptedSpec:
     """Accept a spec and return the verdict. A refused spec fails the test."""
     verdict = accept(written or SPEC, config)
-    assert isinstance(verdict, Accepted), verdict
+    assert isinstance(verdict, AcceptedSpec), verdict
     return verdict
 
 

@@ -9,15 +9,15 @@ from finetune_api.names import Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt
 from finetune_operator.decide import decide
-from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.settings import NodePool, OperatorConfig, parse
 
 from tests.unit.operator.samples import CONFIG, T0, accepted, at, ended, facts, job, pod, spec, status
 
 
-def refused(written: dict[str, Any], config: OperatorConfig = CONFIG) -> Refused:
+def refused(written: dict[str, Any], config: OperatorConfig = CONFIG) -> RefusedSpec:
     acceptance = accept(written, config)
-    assert isinstance(acceptance, Refused), acceptance
+    assert isinstance(acceptance, RefusedSpec), acceptance
     return acceptance
 
 
@@ -30,9 +30,9 @@ STORE = {"uri": "s3://one/models", "endpoint": "https://a.example.com", "credent
 WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "storage"}
 
 
-def resolved(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> Accepted:
+def resolved(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
     acceptance = accept(written, parse({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
-    assert isinstance(acceptance, Accepted), acceptance
+    assert isinstance(acceptance, AcceptedSpec), acceptance
     return acceptance
 
 
@@ -155,16 +155,16 @@ def test_size_limit_counts_bytes_and_not_characters() -> None:
     """A Chinese character has three bytes in UTF-8."""
     for letter, fits in (("m", True), ("\u6a21", False)):
         env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
-        assert isinstance(accept(spec(placement={"env": env}), CONFIG), Accepted) is fits
+        assert isinstance(accept(spec(placement={"env": env}), CONFIG), AcceptedSpec) is fits
 
 
 def test_sample_spec_is_accepted() -> None:
-    assert isinstance(accept(spec(), CONFIG), Accepted)
+    assert isinstance(accept(spec(), CONFIG), AcceptedSpec)
 
 
 def test_pool_without_the_named_resource_is_refused_with_the_list_of_pools() -> None:
     acceptance = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
-    assert isinstance(acceptance, Refused) and acceptance.reason is Reason.POOL_LACKS_RESOURCE
+    assert isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.POOL_LACKS_RESOURCE
     assert (
         "amd.com/gpu, but nodes of pool h100 have nvidia.com/gpu; the pools are: h100 (8 x nvidia.com/gpu" in acceptance.message
     )
@@ -173,11 +173,11 @@ def test_pool_without_the_named_resource_is_refused_with_the_list_of_pools() -> 
 def test_new_rules_do_not_end_a_started_job() -> None:
     written = spec(training={"optimizer": "adafactor", "adamBeta1": 0.9})
     new, begun = accept(written, CONFIG), accept(written, CONFIG, FirstAttempt({"training.epochs": 3}))
-    assert isinstance(new, Refused) and new.is_final
-    assert isinstance(begun, Accepted)
+    assert isinstance(new, RefusedSpec) and new.is_final
+    assert isinstance(begun, AcceptedSpec)
     assert any(note.startswith("a new job would be refused: spec.training.adamBeta1") for note in begun.notes)
 
 
 def test_stricter_storage_rules_do_not_end_a_started_job() -> None:
     acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
-    assert isinstance(acceptance, Refused) and not acceptance.is_final
+    assert isinstance(acceptance, RefusedSpec) and not acceptance.is_final

@@ -9,10 +9,10 @@ import pytest
 from finetune_api.errors import ConfigError
 from finetune_api.names import MANAGER, Label, Reason
 from finetune_operator import act as act_module
-from finetune_operator.act import Actor, SpecRejected, StaleFacts
+from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
-from finetune_operator.kube import Invalid, Kube
+from finetune_operator.kube import Invalid, KubeClient
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Kind, Object
 from finetune_operator.plan import ActionResult, Plan
 from finetune_operator.policies.rejection import rejected_user_fields
@@ -40,7 +40,7 @@ def second_attempt(**fields: Any) -> tuple[Facts, Plan]:
 
 
 async def carry_out(server: Server, observed: Facts, plan: Plan) -> ActionResult:
-    return await Actor(cast("Kube", server), CONFIG).act(observed, plan)
+    return await PlanExecutor(cast("KubeClient", server), CONFIG).act(observed, plan)
 
 
 # Before a later attempt
@@ -172,8 +172,8 @@ async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(s
     found, plan = first_attempt()
     with pytest.raises(SpecRejected) as caught:
         await carry_out(server, accepted_before(LABELLED, found), plan)
-    assert caught.value.refused.is_final
-    assert "spec.placement.labels" in caught.value.refused.message
+    assert caught.value.refusal.is_final
+    assert "spec.placement.labels" in caught.value.refusal.message
 
 
 async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> None:
@@ -194,8 +194,8 @@ async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_l
     for (found, plan), is_final in ((first_attempt(), True), (second_attempt(), False)):
         with pytest.raises(SpecRejected) as caught:
             await carry_out(server, found, plan)
-        assert caught.value.refused.is_final is is_final
-        assert (caught.value.refused.message, caught.value.refused.hint) == (
+        assert caught.value.refusal.is_final is is_final
+        assert (caught.value.refusal.message, caught.value.refusal.hint) == (
             "dataset.train: `..` is not allowed", "write pvc://claim/path",
         )  # fmt: skip
 

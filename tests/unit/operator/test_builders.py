@@ -19,7 +19,7 @@ from finetune_api.status import Checkpoint
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.objects import Object
-from finetune_operator.policies.acceptance import Accepted, FirstAttempt, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, accept
 
 from tests.unit.operator.samples import CONFIG, accepted, finetunejob, job, spec
 
@@ -121,7 +121,7 @@ def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> Non
 
 def test_queue_label_of_a_job_of_release_0_1_0_does_not_queue_its_next_attempt() -> None:
     began = accept(spec(placement={"labels": {"kueue.x-k8s.io/queue-name": "old"}}), CONFIG, FirstAttempt())
-    assert isinstance(began, Accepted)
+    assert isinstance(began, AcceptedSpec)
     run = build_run_config(finetunejob(), began.spec, 2, defaults={}, committed_step=5, max_step=None)
     assert "kueue.x-k8s.io/queue-name" not in build_job(finetunejob(), run, None, CONFIG)["metadata"]["labels"]
 

@@ -51,8 +51,8 @@ def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
     plan = plan_of(state, cancel=True)
     assert plan.create_attempt is None
     if state in ("not reconciled yet", "recovering"):
-        assert plan.finish is not None
-        assert plan.finish.outcome is Outcome.CANCELLED
+        assert plan.job_end is not None
+        assert plan.job_end.outcome is Outcome.CANCELLED
     else:
         assert plan.termination is not None
         assert plan.termination.reason is Reason.CANCELLED
@@ -61,8 +61,8 @@ def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_cancel_takes_precedence_over_suspend(state: str) -> None:
     both, alone = plan_of(state, cancel=True, suspend=True), plan_of(state, cancel=True)
-    assert (both.finish, both.termination and both.termination.reason) == (
-        alone.finish,
+    assert (both.job_end, both.termination and both.termination.reason) == (
+        alone.job_end,
         alone.termination and alone.termination.reason,
     )
 
@@ -82,7 +82,7 @@ def test_finished_job_never_starts_again(state: str) -> None:
     for stop_request in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
         plan = decide(facts(written=spec(**stop_request), known=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
-        assert (plan.create_attempt, plan.finish, plan.termination) == (None, None, None)
+        assert (plan.create_attempt, plan.job_end, plan.termination) == (None, None, None)
 
 
 def test_next_attempt_starts_when_the_backoff_ends() -> None:
@@ -144,13 +144,13 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() ->
     last = ended(pod(12), 70, received)
     plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
     assert plan.attempt_end is not None
-    assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (False, None)
-    assert plan.finish is not None and plan.finish.reason is Reason.RETRIES_EXHAUSTED
+    assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (False, None)
+    assert plan.job_end is not None and plan.job_end.reason is Reason.RETRIES_EXHAUSTED
     new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
     received = received.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
     plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[ended(pod(12), 70, received)], now=at(61)))
     assert plan.attempt_end is not None
-    assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (True, 600)
+    assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (True, 600)
 
 
 # Progress and outcome of an ended attempt
@@ -160,14 +160,14 @@ def uri(step: int, attempt: int) -> str:
     return f"s3://b/checkpoints/step-{step:08d}/a{attempt}-0123abcd"
 
 
-@pytest.mark.parametrize(("step", "progressed"), [(500, False), (501, True)])
-def test_committing_an_already_committed_step_is_not_progress(step: int, progressed: bool) -> None:
+@pytest.mark.parametrize(("step", "made_progress"), [(500, False), (501, True)])
+def test_committing_an_already_committed_step_is_not_progress(step: int, made_progress: bool) -> None:
     first = {**BEGUN, "endTime": T, "reason": "InternalError", "committedStep": 500}
     known = status(attempt=2, attempts=[first, {"number": 2, "startTime": T}])
     message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": uri(step, 2)}]})
     plan = decide(facts(known=known, jobs=[job(2, failed_at=at(60))], pods=[ended(pod(2), 70, message)], now=at(61)))
     assert plan.attempt_end is not None
-    assert (plan.attempt_end.committed_step, plan.attempt_end.progressed) == (step, progressed)
+    assert (plan.attempt_end.committed_step, plan.attempt_end.made_progress) == (step, made_progress)
 
 
 @pytest.mark.parametrize(("codes", "outcome"), [([0, 0], Outcome.SUCCEEDED), ([0], None), ([0, 75], None)])
@@ -175,7 +175,7 @@ def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: 
     pods = [replace(ended(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
     observed = facts(written=spec(resources={"nodes": 2, "gpusPerNode": 0}), known=RUNNING, pods=pods, now=at(90))
     plan = decide(observed)
-    assert (plan.finish and plan.finish.outcome) == outcome
+    assert (plan.job_end and plan.job_end.outcome) == outcome
 
 
 @pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
@@ -184,8 +184,8 @@ def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
     known = status(attempt=1, attempts=[{**BEGUN, "reason": reason}])
     over = replace(ended(pod(), 65), is_deleted=True)
     plan = decide(facts(written=spec(suspend=reason is Reason.SUSPENDED), known=known, pods=[over], now=at(90)))
-    assert plan.finish is not None
-    assert (plan.finish.outcome, plan.finish.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
+    assert plan.job_end is not None
+    assert (plan.job_end.outcome, plan.job_end.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
 
 
 def test_terminating_job_that_failed_meanwhile_is_still_deleted() -> None:
@@ -203,7 +203,7 @@ def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
             written=spec(suspend=True), known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0)], now=at(61)
         )
     )
-    assert plan.finish is not None and plan.finish.outcome is Outcome.SUCCEEDED
+    assert plan.job_end is not None and plan.job_end.outcome is Outcome.SUCCEEDED
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 from finetune_api.names import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
-from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, transitions
+from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, draft_events
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import report as compute
 
@@ -24,7 +24,7 @@ def step(known: FineTuneJobStatus, result: ActionResult | None = None, **observe
     """Return the next status, and the reasons of the events that this change of the status emits."""
     found = facts(known=known, **observed)
     new = compute(found, decide(found), result or ActionResult())
-    return new, [note.reason.value for note in transitions(known, new)]
+    return new, [note.reason.value for note in draft_events(known, new)]
 
 
 def test_events_of_a_whole_run() -> None:

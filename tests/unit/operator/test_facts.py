@@ -76,7 +76,7 @@ def test_no_attempt_starts_after_the_deadline() -> None:
         pods=[ended(pod(), 70)], now=at(301),
     )  # fmt: skip
     plan = decide(observed)
-    assert plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED
+    assert plan.job_end is not None and plan.job_end.reason is Reason.DEADLINE_EXCEEDED
 
 
 def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
@@ -99,7 +99,7 @@ def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> N
     quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert quota.last_transition_time == at(4000)
     gone = facts(written=QUEUED, known=new, now=at(4200))
-    assert decide(gone).finish is None
+    assert decide(gone).job_end is None
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
@@ -109,7 +109,7 @@ def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> 
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
     observed = facts(written=written, known=known, now=at(9000))
     plan = decide(observed)
-    assert plan.finish is None
+    assert plan.job_end is None
     assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.time) == (
         Reason.SUSPENDED,
         at(500),
@@ -124,7 +124,7 @@ def test_deleted_job_ran_until_its_pods_ended() -> None:
         written=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), known=known, pods=[over], now=at(9000)
     )
     plan = decide(observed)
-    assert plan.finish is None
+    assert plan.job_end is None
     assert plan.attempt_end is not None and plan.attempt_end.time == at(60)
 
 
@@ -145,7 +145,7 @@ def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
     )
     plan = decide(observed)
     assert plan.attempt_end is not None
-    assert (plan.attempt_end.committed_step, plan.attempt_end.progressed) == (20, True)
+    assert (plan.attempt_end.committed_step, plan.attempt_end.made_progress) == (20, True)
     assert [checkpoint.step for checkpoint in make_report(observed, plan, ActionResult()).checkpoints] == [10, 20]
 
 

@@ -77,7 +77,7 @@ def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
     assert TERMINATION_RETRY.get(Reason.GANG_INCOMPLETE, RetryPolicy.FREE) is RetryPolicy.FREE
     terminated = status(attempt=1, attempts=[{**BEGUN, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
     plan = decide(facts(written=GANG, known=terminated, now=at(700)))
-    assert plan.attempt_end is not None and plan.finish is None
+    assert plan.attempt_end is not None and plan.job_end is None
     assert (plan.attempt_end.reason, plan.attempt_end.counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
     over = {**BEGUN, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
     assert decide(facts(written=GANG, known=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF

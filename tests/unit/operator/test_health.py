@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from finetune_operator.health import Health
+from finetune_operator.health import HealthChecks
 from finetune_operator.http import Server
 from finetune_operator.kopf_adapter import WatchMonitor
 from finetune_operator.kube import ServerClock
@@ -32,7 +32,7 @@ class Process:
         self.monitor = WatchMonitor([kind.path(None) for kind in (FINETUNEJOB, JOB, POD)], lambda *_: None)
         self.queue = WorkQueue()
         self.is_synced = asyncio.Event()
-        self.health = Health(CONFIG, self.monitor, self.queue, self.is_synced)
+        self.health = HealthChecks(CONFIG, self.monitor, self.queue, self.is_synced)
 
 
 def test_process_is_ready_between_the_first_list_and_its_shutdown() -> None:

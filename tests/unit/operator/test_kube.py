@@ -13,10 +13,10 @@ from aiohttp import web
 from finetune_operator.kube import (
     AlreadyExists,
     Conflict,
-    Expired,
+    ContinueTokenExpired,
     Forbidden,
     Invalid,
-    Kube,
+    KubeClient,
     KubeError,
     NamespaceTerminating,
     NotFound,
@@ -60,7 +60,7 @@ def server() -> Server:
 
 
 @pytest.fixture
-async def kube(server: Server) -> AsyncIterator[Kube]:
+async def kube(server: Server) -> AsyncIterator[KubeClient]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.handle)
     runner = web.AppRunner(app)
@@ -69,7 +69,7 @@ async def kube(server: Server) -> AsyncIterator[Kube]:
     await site.start()
     configuration = Configuration()
     configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    client = Kube(configuration, ApiSettings(timeout_seconds=5))
+    client = KubeClient(configuration, ApiSettings(timeout_seconds=5))
     yield client
     await client.close()
     await runner.cleanup()
@@ -87,7 +87,7 @@ def status(reason: str, message: str = "message") -> Object:
     ],
 )  # fmt: skip
 async def test_error_class_follows_status_and_reason(
-    server: Server, kube: Kube, code: int, reason: str, error: type[KubeError]
+    server: Server, kube: KubeClient, code: int, reason: str, error: type[KubeError]
 ) -> None:
     server.answer(code, status(reason))
     with pytest.raises(error) as caught:
@@ -115,7 +115,7 @@ TERMINATING: Object = {
     ],
 )
 async def test_terminating_namespace_has_its_own_error(
-    server: Server, kube: Kube, code: int, reason: str, details: Object
+    server: Server, kube: KubeClient, code: int, reason: str, details: Object
 ) -> None:
     server.answer(code, status(reason) | {"details": details})
     with pytest.raises(NamespaceTerminating):
@@ -133,7 +133,7 @@ async def test_terminating_namespace_has_its_own_error(
     ids=["missing object", "missing kind", "body without details"],
 )
 async def test_missing_object_is_distinguished_from_missing_kind(
-    server: Server, kube: Kube, body: Object, missing: bool
+    server: Server, kube: KubeClient, body: Object, missing: bool
 ) -> None:
     server.answer(404, body)
     with pytest.raises(NotFound) as caught:
@@ -156,7 +156,7 @@ RESOURCES: Object = {"resources": [{"name": "finetunejobs/status"}, {"name": "fi
     ids=["no group", "no version", "no kind", "all present"],
 )
 async def test_kind_is_served_when_discovery_names_it(
-    server: Server, kube: Kube, answers: list[tuple[int, Object]], is_served: bool
+    server: Server, kube: KubeClient, answers: list[tuple[int, Object]], is_served: bool
 ) -> None:
     for code, body in answers:
         server.answer(code, body)
@@ -165,7 +165,7 @@ async def test_kind_is_served_when_discovery_names_it(
     assert [path for _, path, _ in server.requests] == paths[: len(answers)]
 
 
-async def test_reads_are_retried(server: Server, kube: Kube) -> None:
+async def test_reads_are_retried(server: Server, kube: KubeClient) -> None:
     server.answer(503)
     server.answers.append(None)
     server.answer(429, Retry_After="0")
@@ -175,21 +175,21 @@ async def test_reads_are_retried(server: Server, kube: Kube) -> None:
 
 
 @pytest.mark.parametrize("answer", [None, (500, {}, {}), (504, {}, {})])
-async def test_create_is_never_retried(server: Server, kube: Kube, answer: Any) -> None:
+async def test_create_is_never_retried(server: Server, kube: KubeClient, answer: Any) -> None:
     server.answers = [answer]
     with pytest.raises(OutcomeUnknown):
         await kube.create(JOB, "team", JOB_BODY)
     assert len(server.requests) == 1
 
 
-async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(server: Server, kube: Kube) -> None:
+async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(server: Server, kube: KubeClient) -> None:
     server.answer(429, status("TooManyRequests"), Retry_After="7")
     with pytest.raises(Unavailable) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert caught.value.retry_after == 7
 
 
-async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: Server, kube: Kube) -> None:
+async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: Server, kube: KubeClient) -> None:
     server.answer(409, status("Conflict"))
     assert await kube.delete(POD, "team", "p", uid="u-1", grace=0) is False
     method, path, body = server.requests[0]
@@ -197,7 +197,7 @@ async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: 
     assert body == {"preconditions": {"uid": "u-1"}, "propagationPolicy": "Foreground", "gracePeriodSeconds": 0}
 
 
-async def test_list_reads_all_pages(server: Server, kube: Kube) -> None:
+async def test_list_reads_all_pages(server: Server, kube: KubeClient) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
     server.answer(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
     listing = await kube.list(FINETUNEJOB, labels="a=b")
@@ -205,7 +205,7 @@ async def test_list_reads_all_pages(server: Server, kube: Kube) -> None:
     assert server.requests[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
 
 
-async def test_list_restarts_as_one_page_when_its_continue_token_expires(server: Server, kube: Kube) -> None:
+async def test_list_restarts_as_one_page_when_its_continue_token_expires(server: Server, kube: KubeClient) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
     server.answer(410, status("Expired"))
     server.answer(200, {"items": [{"n": 2}, {"n": 3}], "metadata": {"resourceVersion": "9"}})
@@ -214,19 +214,19 @@ async def test_list_restarts_as_one_page_when_its_continue_token_expires(server:
     assert server.requests[2][1].endswith("finetunejobs?labelSelector=a%3Db")
 
 
-async def test_list_that_expires_without_a_continue_token_fails(server: Server, kube: Kube) -> None:
+async def test_list_that_expires_without_a_continue_token_fails(server: Server, kube: KubeClient) -> None:
     server.answer(410, status("Expired"))
-    with pytest.raises(Expired):
+    with pytest.raises(ContinueTokenExpired):
         await kube.list(FINETUNEJOB)
     assert len(server.requests) == 1
 
 
-async def test_create_returns_admission_warnings(server: Server, kube: Kube) -> None:
+async def test_create_returns_admission_warnings(server: Server, kube: KubeClient) -> None:
     server.answer(201, JOB_BODY, Warning='299 - "would violate \\"restricted\\""')
     assert (await kube.create(JOB, "team", JOB_BODY)).warnings == ('would violate "restricted"',)
 
 
-async def test_every_write_except_of_the_lease_checks_leadership(server: Server, kube: Kube) -> None:
+async def test_every_write_except_of_the_lease_checks_leadership(server: Server, kube: KubeClient) -> None:
     def refuse() -> None:
         raise RuntimeError("no longer")
 
@@ -243,9 +243,9 @@ async def test_every_write_except_of_the_lease_checks_leadership(server: Server,
     assert len(server.requests) == 2
 
 
-async def test_each_try_of_a_request_is_observed(server: Server, kube: Kube) -> None:
+async def test_each_try_of_a_request_is_observed(server: Server, kube: KubeClient) -> None:
     observed: list[tuple[str, str, int]] = []
-    observing = Kube(
+    observing = KubeClient(
         kube.configuration, ApiSettings(), lambda verb, plural, code, _: observed.append((verb, plural, code))
     )
     server.answer(503)
@@ -255,7 +255,7 @@ async def test_each_try_of_a_request_is_observed(server: Server, kube: Kube) -> 
     assert observed == [("get", "jobs", 503), ("get", "jobs", 200)]
 
 
-async def test_long_error_message_is_cut(server: Server, kube: Kube) -> None:
+async def test_long_error_message_is_cut(server: Server, kube: KubeClient) -> None:
     server.answer(422, status("Invalid", "x" * 100_000))
     with pytest.raises(Invalid) as caught:
         await kube.create(JOB, "team", JOB_BODY)
@@ -279,7 +279,7 @@ async def test_proxy_of_the_environment_is_used(
         monkeypatch.setenv(name, value)
     configuration = Configuration()
     configuration.host = "https://api.example.com:6443"
-    kube = Kube(configuration, ApiSettings())
+    kube = KubeClient(configuration, ApiSettings())
     assert kube.configuration.proxy == proxy
     await kube.close()
 

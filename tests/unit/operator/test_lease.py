@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, cast
 
 import pytest
-from finetune_operator.kube import AlreadyExists, Conflict, Created, Kube, NotFound, Unavailable
+from finetune_operator.kube import AlreadyExists, ApiResponse, Conflict, KubeClient, NotFound, Unavailable
 from finetune_operator.lease import LeaderElector, Leadership, LeaseLost
 from finetune_operator.objects import LEASE, Kind, Object
 from finetune_operator.settings import LeaderElection
@@ -33,11 +33,11 @@ class Server:
             raise NotFound("get", kind, name, 404, "NotFound", "none")
         return _copy(self.lease)
 
-    async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
+    async def create(self, kind: Kind, namespace: str, body: Object) -> ApiResponse:
         self._check("create", kind, "l")
         if self.lease is not None:
             raise AlreadyExists("create", kind, "l", 409, "AlreadyExists", "there")
-        return Created(await self._store(body))
+        return ApiResponse(await self._store(body))
 
     async def replace(self, kind: Kind, namespace: str, body: Object) -> Object:
         self._check("update", kind, "l")
@@ -71,7 +71,7 @@ def _copy(value: Object) -> Object:
 
 
 def elector(server: Server, name: str) -> LeaderElector:
-    return LeaderElector(cast(Kube, server), SETTINGS, "operators", name)
+    return LeaderElector(cast(KubeClient, server), SETTINGS, "operators", name)
 
 
 def now() -> float:

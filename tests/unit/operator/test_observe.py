@@ -1,4 +1,4 @@
-"""Facts from the cache and from live reads, and the in-process state of a job."""
+"""What the operator observes about a job: cached objects, live reads and in-memory state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_api.names import Reason
 from finetune_operator import observe
 from finetune_operator.job_state import SPEC_NOT_NEEDED
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Kind
-from finetune_operator.policies.acceptance import Accepted, Refused
+from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
 from tests.unit.operator.samples import SPEC, UID
@@ -44,7 +44,7 @@ async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Serv
     process.refresh()
     await process.reconcile()
     acceptance = process.reconciler._observer.states[KEY].acceptance
-    assert isinstance(acceptance, Refused) and acceptance.reason is Reason.SPEC_CHANGED
+    assert isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.SPEC_CHANGED
 
 
 async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Server) -> None:
@@ -71,7 +71,7 @@ async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(ser
     process.refresh()
     await process.reconcile()
     acceptance = process.reconciler._observer.states[KEY].acceptance
-    assert isinstance(acceptance, Accepted)
+    assert isinstance(acceptance, AcceptedSpec)
     assert acceptance.spec.model.source == SPEC["model"]["source"]
 
 
@@ -107,10 +107,10 @@ async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job
     if known == "later":
         observer._from_cache(KEY)
         found = observer.states[KEY].acceptance
-        assert isinstance(found, Refused) and found.is_final
+        assert isinstance(found, RefusedSpec) and found.is_final
     process.cache.put_job(job)
     await process.reconcile()
-    assert isinstance(observer.states[KEY].acceptance, Accepted)
+    assert isinstance(observer.states[KEY].acceptance, AcceptedSpec)
     process.cache.put_job(replace(job, version=10**6, failed_at=job.created_at))
     for _ in range(2):
         await process.reconcile()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Reason
-from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.settings import OperatorConfig, parse
 
 from tests.unit.operator.samples import CONFIG, accepted, spec
@@ -23,7 +23,7 @@ POOLED = parse(
 )
 
 
-def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> Accepted | Refused:
+def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> AcceptedSpec | RefusedSpec:
     written = spec(placement=placement, resources={"gpusPerNode": 1}, **groups)
     return accept(written, POOLED, first)
 
@@ -46,7 +46,7 @@ def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **grou
 )  # fmt: skip
 def test_contradicting_value_is_refused_and_both_values_are_named(placement: dict[str, Any], values: tuple[str, ...]) -> None:
     acceptance = verdict(placement)
-    assert isinstance(acceptance, Refused), acceptance
+    assert isinstance(acceptance, RefusedSpec), acceptance
     assert (acceptance.reason, acceptance.is_final) == (Reason.REJECTED, True)
     for value in values:
         assert value in acceptance.message
@@ -65,12 +65,12 @@ def test_contradicting_value_is_refused_and_both_values_are_named(placement: dic
     ],
 )
 def test_values_that_do_not_contradict_the_platforms_are_accepted(placement: dict[str, Any]) -> None:
-    assert isinstance(verdict(placement), Accepted)
+    assert isinstance(verdict(placement), AcceptedSpec)
 
 
 def test_pool_that_changed_since_the_first_attempt_does_not_end_the_job() -> None:
     acceptance = verdict({"nodeSelector": {"gpu": "a100"}}, FirstAttempt())
-    assert isinstance(acceptance, Accepted)
+    assert isinstance(acceptance, AcceptedSpec)
     assert any("pool h100 selects nodes with 'h100'" in note for note in acceptance.notes)
 
 
@@ -78,7 +78,7 @@ def test_pool_that_changed_since_the_first_attempt_does_not_end_the_job() -> Non
 @pytest.mark.parametrize("value", ["32 GB", "lots", "-1Gi"])
 def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None:
     acceptance = accept(spec(resources={name: value}), CONFIG)
-    assert isinstance(acceptance, Refused), acceptance
+    assert isinstance(acceptance, RefusedSpec), acceptance
     assert acceptance.reason is Reason.REJECTED
     assert f"spec.resources.{name}" in acceptance.message and value in acceptance.message
 
@@ -89,8 +89,8 @@ def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
     pools = [{"name": "h100", "default": True, "gpusPerNode": 8, "maxNodes": 2}]
     config: OperatorConfig = parse({"trainer": {"image": "t"}, "nodePools": pools}, "test")
     acceptance = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
-    assert isinstance(acceptance, Accepted) is fits
-    assert fits or (isinstance(acceptance, Refused) and acceptance.reason is Reason.POOL_TOO_SMALL)
+    assert isinstance(acceptance, AcceptedSpec) is fits
+    assert fits or (isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.POOL_TOO_SMALL)
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
@@ -98,14 +98,14 @@ def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> 
     config = parse({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
     written = {name: group for name, group in spec().items() if name != "storage"}
     acceptance = accept(written, config)
-    assert isinstance(acceptance, Refused)
+    assert isinstance(acceptance, RefusedSpec)
     assert (acceptance.reason, acceptance.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
-    assert isinstance(accept(spec(), config), Accepted)
+    assert isinstance(accept(spec(), config), AcceptedSpec)
 
 
 def test_storage_with_dots_in_its_path_is_refused() -> None:
     found = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
-    assert isinstance(found, Refused) and found.is_final
+    assert isinstance(found, RefusedSpec) and found.is_final
     assert "spec.storage.uri" in found.message and ".." in found.message
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from finetune_api.names import Condition, Phase, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_operator.decide import decide
-from finetune_operator.events import transitions
+from finetune_operator.events import draft_events
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.report import report as make_report
 
@@ -81,7 +81,7 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     written = spec(placement={"queueName": "team"}, suspend=True)
     gone = facts(written=written, known=known, pods=[replace(ended(pod(), 75), is_deleted=True)], now=at(60))
     new = make_report(gone, decide(gone), ActionResult())
-    reasons = [note.reason for note in transitions(known, new)]
+    reasons = [note.reason for note in draft_events(known, new)]
     assert Reason.PREEMPTED not in reasons
     assert Reason.QUEUED not in reasons
     assert Reason.SUSPENDED in reasons
@@ -90,7 +90,7 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
     plan = decide(again)
     waits = make_report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
-    assert Reason.QUEUED in [note.reason for note in transitions(new, waits)]
+    assert Reason.QUEUED in [note.reason for note in draft_events(new, waits)]
 
 
 def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_operator.cache import Cache
-from finetune_operator.kube import Kube, Listing, NotFound
+from finetune_operator.kube import KubeClient, Listing, NotFound
 from finetune_operator.objects import FINETUNEJOB, Kind, Object
 from finetune_operator.resync import Resyncer
 from finetune_operator.settings import StartError
@@ -43,7 +43,7 @@ def body(name: str, version: int) -> Object:
 
 
 def resyncer(server: Any, cache: Cache) -> Resyncer:
-    return Resyncer(cast(Kube, server), cache, WorkQueue(), ())
+    return Resyncer(cast(KubeClient, server), cache, WorkQueue(), ())
 
 
 def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:

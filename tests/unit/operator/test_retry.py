@@ -7,12 +7,12 @@ from finetune_api.exits import Precedence, RetryPolicy
 from finetune_api.names import Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 from finetune_operator.policies.cause import pod_cause
-from finetune_operator.policies.retry import Cause, GiveUp, Retry, backoff_seconds, retry_or_give_up
+from finetune_operator.policies.retry import FailureCause, GiveUp, RetryDecision, backoff_seconds, retry_or_give_up
 from finetune_operator.settings import RetrySettings
 
 from tests.unit.operator.samples import T0, accepted, ended, pod, spec
 
-CAUSE = Cause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryPolicy.COUNTED, Precedence.UNKNOWN)  # type: ignore[union-attr] # it fails
+CAUSE = FailureCause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryPolicy.COUNTED, Precedence.UNKNOWN)  # type: ignore[union-attr] # it fails
 
 
 def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
@@ -23,18 +23,18 @@ def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
 
 
 @pytest.mark.parametrize(
-    ("used", "retries", "progressed", "gives_up", "counted"),
+    ("used", "retries", "made_progress", "gives_up", "counted"),
     [(0, 3, False, False, True), (2, 3, False, False, True), (3, 3, False, True, None), (3, 3, True, False, False), (0, 0, False, True, None)],
 )  # fmt: skip
 def test_job_fails_when_attempts_without_progress_exceed_the_retries(
-    used: int, retries: int, progressed: bool, gives_up: bool, counted: bool | None
+    used: int, retries: int, made_progress: bool, gives_up: bool, counted: bool | None
 ) -> None:
     decision = retry_or_give_up(
         CAUSE, accepted(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=used),
-        progressed=progressed, now=T0,
+        made_progress=made_progress, now=T0,
     )  # fmt: skip
     assert isinstance(decision, GiveUp) == gives_up
-    if isinstance(decision, Retry):
+    if isinstance(decision, RetryDecision):
         assert decision.counted == counted
     else:
         assert decision.reason is Reason.RETRIES_EXHAUSTED

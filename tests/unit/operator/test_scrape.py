@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from finetune_operator.scrape import MAX_BYTES, Scraper, Target
+from finetune_operator.scrape import MAX_BYTES, ProgressScraper, Target
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
 
@@ -88,9 +88,9 @@ async def reports() -> Reports:
 
 
 @pytest.fixture
-async def scraper(reports: Reports) -> AsyncIterator[Scraper]:
+async def scraper(reports: Reports) -> AsyncIterator[ProgressScraper]:
     settings = ScrapeSettings(interval_seconds=0.01, starting_interval_seconds=0.01, timeout_seconds=60, concurrency=2)
-    found = Scraper(settings, lambda: T0, reports)
+    found = ProgressScraper(settings, lambda: T0, reports)
     task = asyncio.create_task(found.run())
     yield found
     task.cancel()
@@ -102,7 +102,7 @@ def target(pod: FakeProgressServer, **fields: Any) -> Target:
     return Target(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
 
 
-async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, target(pod))
     await reports.wait()
     received = scraper.last_report(KEY, UID, 1)
@@ -121,7 +121,7 @@ async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Scr
     ids=["503", "empty", "text", "list", "other job", "other attempt", "too long"],
 )  # fmt: skip
 async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
-    scraper: Scraper, reports: Reports, pod: FakeProgressServer, body: str | None
+    scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer, body: str | None
 ) -> None:
     pod.body = body
     scraper.watch(KEY, target(pod))
@@ -132,7 +132,7 @@ async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
     await reports.wait()
 
 
-async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, target(pod))
     await reports.wait()
     scraper.stop(KEY)
@@ -143,7 +143,7 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scra
     assert scraper._reports == {}
 
 
-async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
     """The first request stays open for the whole test. A scraper that reads one pod at a time would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
@@ -155,7 +155,7 @@ async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Scra
         assert blocked_server.requests == 1
 
 
-async def test_number_of_concurrent_reads_is_limited(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         for name in ("a", "b"):
@@ -169,7 +169,7 @@ async def test_number_of_concurrent_reads_is_limited(scraper: Scraper, reports: 
         await pod.wait_for_requests(1)
 
 
-async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: Scraper, pod: FakeProgressServer) -> None:
+async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: ProgressScraper, pod: FakeProgressServer) -> None:
     """A flapping readiness probe must not double the number of requests."""
     for _ in range(20):
         scraper.watch(KEY, target(pod))
@@ -180,7 +180,7 @@ async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscript
     assert len(scraper._heap) <= 1
 
 
-async def test_redirects_are_not_followed(scraper: Scraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_redirects_are_not_followed(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
     pod.redirects = True
     scraper.watch(KEY, target(pod))
     await pod.wait_for_requests(3)
@@ -188,7 +188,7 @@ async def test_redirects_are_not_followed(scraper: Scraper, reports: Reports, po
 
 
 def test_interval_grows_while_a_pod_does_not_answer() -> None:
-    scraper = Scraper(ScrapeSettings(), lambda: T0, lambda key: None)
+    scraper = ProgressScraper(ScrapeSettings(), lambda: T0, lambda key: None)
     intervals = [scraper._interval(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
     assert intervals == [3, 3, 6, 6, 12, 24, 48, 60, 60]
 
@@ -203,5 +203,5 @@ def test_interval_grows_while_a_pod_does_not_answer() -> None:
     ids=["IPv4", "IPv6", "proxy"],
 )
 def test_progress_url_follows_the_template(template: str, ip: str, url: str) -> None:
-    scraper = Scraper(ScrapeSettings(url=template), lambda: T0, lambda key: None)
+    scraper = ProgressScraper(ScrapeSettings(url=template), lambda: T0, lambda key: None)
     assert scraper.progress_url("team", "run-1-0-x", ip) == url

@@ -13,7 +13,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult, Plan, Situation
-from finetune_operator.policies.adaptations import FIRST_ATTEMPT, MAX_STEP, RATE, ROLLBACKS
+from finetune_operator.policies.adaptations import FIRST_ATTEMPT_KEY, LEARNING_RATE_FIELD, MAX_ROLLBACKS, MAX_STEP_KEY
 from finetune_operator.policies.timeouts import seconds_between as between
 from finetune_operator.report import report
 from finetune_operator.views import as_deleted, read_status
@@ -95,7 +95,7 @@ class JobEvents(RuleBasedStateMachine):
 
     def _check_deadline(self, facts: Facts, plan: Plan) -> None:
         world, job = self.world, facts.current_job
-        if plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED:
+        if plan.job_end is not None and plan.job_end.reason is Reason.DEADLINE_EXCEEDED:
             assert world.running_seconds >= DEADLINE - ROUNDING * len(world.status.attempts), world.running_seconds
         if world.deadline is None or job is None or plan.situation is not Situation.ACTIVE or job.started_at is None:
             return
@@ -106,16 +106,16 @@ class JobEvents(RuleBasedStateMachine):
         assert not facts.is_finished
         first: FineTuneJobSpec = accepted(self.world.written()).spec
         assert effective_batch(facts.spec) == effective_batch(first)
-        rollbacks = [adaptation.set for adaptation in facts.job.status.adaptations if adaptation.set and MAX_STEP in adaptation.set]
+        rollbacks = [adaptation.set for adaptation in facts.job.status.adaptations if adaptation.set and MAX_STEP_KEY in adaptation.set]
         assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(rollbacks)
         if not rollbacks:
             assert facts.max_start_step is None
             return
-        since = [step for step, attempt in self.world.reported if attempt >= rollbacks[-1][FIRST_ATTEMPT]]
-        wanted = max([rollbacks[-1][MAX_STEP], *since])
+        since = [step for step, attempt in self.world.reported if attempt >= rollbacks[-1][FIRST_ATTEMPT_KEY]]
+        wanted = max([rollbacks[-1][MAX_STEP_KEY], *since])
         assert facts.max_start_step is None or facts.max_start_step >= wanted, (facts.max_start_step, wanted)
-        if facts.attempt == rollbacks[-1][FIRST_ATTEMPT]:
-            assert facts.max_start_step == rollbacks[-1][MAX_STEP]
+        if facts.attempt == rollbacks[-1][FIRST_ATTEMPT_KEY]:
+            assert facts.max_start_step == rollbacks[-1][MAX_STEP_KEY]
 
     # User
 
@@ -286,9 +286,9 @@ class JobEvents(RuleBasedStateMachine):
     @invariant()
     def adaptations_have_an_end(self) -> None:
         changes = [adaptation.set or {} for adaptation in self.world.status.adaptations]
-        assert len([change for change in changes if RATE in change]) <= ROLLBACKS
+        assert len([change for change in changes if LEARNING_RATE_FIELD in change]) <= MAX_ROLLBACKS
         diverged = [adaptation for adaptation in self.world.status.adaptations if adaptation.reason == Reason.DIVERGED]
-        assert len(diverged) <= ROLLBACKS + 1
+        assert len(diverged) <= MAX_ROLLBACKS + 1
 
     def teardown(self) -> None:
         """Reconcile until the job is suspended or finished, as requested. Check that another reconcile changes nothing."""
@@ -330,7 +330,7 @@ class JobEvents(RuleBasedStateMachine):
                 world.end(p, 0)
             world.pass_time(700)
             plan = self._reconcile()
-            if plan.situation in situations and plan.finish is None and (plan.is_clean or plan.situation is not situations[-1]):
+            if plan.situation in situations and plan.job_end is None and (plan.is_clean or plan.situation is not situations[-1]):
                 return
         raise AssertionError(f"the job reaches no stable state: {plan}\n{world.status.to_wire()}")
 

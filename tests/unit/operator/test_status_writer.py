@@ -11,7 +11,7 @@ import pytest
 from finetune_api.names import Annotation, Reason
 from finetune_operator import events, status_writer, throttle
 from finetune_operator.facts import ReceivedReport
-from finetune_operator.kube import Created, Forbidden
+from finetune_operator.kube import ApiResponse, Forbidden
 from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, Kind, Object
 from finetune_operator.plan import Plan, Situation
 from finetune_operator.status_writer import may_defer
@@ -82,7 +82,7 @@ async def test_status_is_written_without_permission_for_events(server: Server, r
 async def test_status_is_written_when_the_event_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "POST_TIMEOUT_SECONDS", 0.01)
 
-    async def never_answer(kind: Kind, namespace: str, body: Object) -> Created:
+    async def never_answer(kind: Kind, namespace: str, body: Object) -> ApiResponse:
         if kind is EVENT:
             await asyncio.Event().wait()
         return await Server.create(server, kind, namespace, body)
@@ -229,7 +229,7 @@ DEFERRABLE = {
 def test_only_transitions_without_an_event_may_be_deferred(case: str) -> None:
     before, after, expected = DEFERRABLE[case]
     old, new = read_status(before), read_status(after)
-    assert may_defer(Plan(Situation.ACTIVE), old, new, events.transitions(old, new)) is expected
+    assert may_defer(Plan(Situation.ACTIVE), old, new, events.draft_events(old, new)) is expected
     assert not may_defer(Plan(Situation.SUSPENDED), old, new, [])
 
 

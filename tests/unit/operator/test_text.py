@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from finetune_operator.text import SECRET_PATTERNS, clean, duration
+from finetune_operator.text import SECRET_PATTERNS, clean, format_duration
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_long_text_is_cut() -> None:
     [(0, "0s"), (59, "59s"), (90, "1m30s"), (720, "12m"), (4320, "1h12m"), (7200, "2h"), (273600, "3d4h"), (-5, "0s")],
 )
 def test_durations_are_formatted(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
+    assert format_duration(seconds) == shown

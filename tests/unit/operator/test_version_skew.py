@@ -11,7 +11,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.objects import Object
 from finetune_operator.plan import ActionResult, Situation
-from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept, first_attempt
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, first_attempt
 from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.report import report as make_report
 
@@ -42,7 +42,7 @@ def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attem
     known = status(attempt=2, attempts=[over]) if attempts else None
     observed = facts(written=newer(name), known=known, now=at(5000))
     plan = decide(observed)
-    assert (plan.situation, plan.create_attempt, plan.finish) == (Situation.REFUSED, None, None)
+    assert (plan.situation, plan.create_attempt, plan.job_end) == (Situation.REFUSED, None, None)
     new = make_report(observed, plan, ActionResult())
     accepted = new.condition(Condition.ACCEPTED)
     assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
@@ -58,7 +58,7 @@ def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
 
 def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
     plan = decide(facts(written=newer("unknown field", cancel=True)))
-    assert plan.finish is not None and plan.finish.reason is Reason.CANCELLED
+    assert plan.job_end is not None and plan.job_end.reason is Reason.CANCELLED
 
 
 # Running attempts
@@ -105,7 +105,7 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
     known = status(attempt=1, attempts=[BEGUN], retriesUsed=3)
     written = newer("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
     plan = decide(facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), code)], now=at(61)))
-    assert plan.finish is None and plan.attempt_end is not None
+    assert plan.job_end is None and plan.attempt_end is not None
     assert (plan.attempt_end.next_attempt, plan.attempt_end.counted, plan.attempt_end.adaptation) == (2, False, None)
 
 
@@ -123,13 +123,13 @@ def started_from(written: Object) -> FineTuneJobStatus:
 def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
     before = started_from(spec(training={"seed": 7}))
     after = accept(spec(), CONFIG, first_attempt(before))
-    assert isinstance(after, Refused)
+    assert isinstance(after, RefusedSpec)
     assert (after.reason, after.is_final) == (Reason.SPEC_CHANGED, False)
     attempts = [attempt.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for attempt in before.attempts]
     ended_status = before.model_copy(update={"attempts": attempts, "attempt": 2})
     waits = Facts(finetunejob(spec(), ended_status), after, at(100), CONFIG)
     plan = decide(waits)
-    assert (plan.situation, plan.create_attempt, plan.finish) == (Situation.REFUSED, None, None)
+    assert (plan.situation, plan.create_attempt, plan.job_end) == (Situation.REFUSED, None, None)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
 )  # fmt: skip
 def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
     assert spec_sha256(spec(**changed)) == spec_sha256(spec())
-    assert isinstance(accept(spec(**changed), CONFIG, first_attempt(started_from(spec()))), Accepted)
+    assert isinstance(accept(spec(**changed), CONFIG, first_attempt(started_from(spec()))), AcceptedSpec)
 
 
 def test_job_without_a_recorded_hash_continues() -> None:
     """Version 0.1.0 of the operator recorded no hash."""
-    assert isinstance(accept(spec(), CONFIG, FirstAttempt({"training.epochs": 3})), Accepted)
+    assert isinstance(accept(spec(), CONFIG, FirstAttempt({"training.epochs": 3})), AcceptedSpec)

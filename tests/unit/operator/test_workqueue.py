@@ -110,15 +110,15 @@ async def test_backoff_doubles_up_to_five_minutes_and_can_be_reset(clock: Clock)
 
 async def test_age_of_the_oldest_key_includes_waiting_and_processing(clock: Clock) -> None:
     queue = WorkQueue(clock)
-    assert queue.oldest_seconds() == 0
+    assert queue.oldest_key_age_seconds() == 0
     queue.add(A)
     clock.now += 7
     queue.add(B)
-    assert queue.oldest_seconds() == 7
+    assert queue.oldest_key_age_seconds() == 7
     _, waited = await queue.take()
     assert waited == 7
     clock.now += 5
-    assert queue.oldest_seconds() == 5
+    assert queue.oldest_key_age_seconds() == 5
 
 
 async def test_restarted_wait_times_count_from_now(clock: Clock) -> None:
@@ -127,7 +127,7 @@ async def test_restarted_wait_times_count_from_now(clock: Clock) -> None:
     clock.now += 500
     queue.restart_wait_times()
     clock.now += 7
-    assert queue.oldest_seconds() == 7
+    assert queue.oldest_key_age_seconds() == 7
     assert await queue.take() == (A, 7)
 
 
