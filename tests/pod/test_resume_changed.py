@@ -10,7 +10,12 @@ import pytest
 from finetune_api.names import FailureClass
 from finetune_api.pod import Resume, RunConfig, TerminationMessage
 from finetune_api.status import Adaptation
-from finetune_operator.policies.adaptations import ACCUMULATION, BATCH, adapt_to_out_of_memory, apply_adaptations
+from finetune_operator.policies.adaptations import (
+    ACCUMULATION_FIELD,
+    BATCH_FIELD,
+    adapt_to_out_of_memory,
+    apply_adaptations,
+)
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merged, run_config, write_rows
 from recorded_run import (
@@ -124,7 +129,7 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
         changes.append(adaptation.set)
         pods.append(pod)
         run = next_attempt(run, adaptation, 2 * EVERY)
-    assert [(change[BATCH], change[ACCUMULATION]) for change in changes] == [(2, 2), (1, 4)]
+    assert [(change[BATCH_FIELD], change[ACCUMULATION_FIELD]) for change in changes] == [(2, 2), (1, 4)]
     with traced_pod(run, tmp_path / "attempt-3", bucket, breaks="memory-limit:19:1:1") as last:
         assert last.end() == 0, last.text[-4000:]
     resolved = last.termination_message().resolved
