@@ -71,7 +71,7 @@ class Run:
 
     def measure(self) -> dict[str, float]:
         """Apply the manifest, wait for the first step, delete the job and wait until its pods are gone. Errors: NotMeasured."""
-        selector = f"{names.Label.NAME.value}={self._name}"
+        selector = f"{names.Label.JOB_NAME.value}={self._name}"
         for target in (self._watch_jobs, self._watch_pods):
             threading.Thread(target=target, args=(selector,), daemon=True).start()
         self._timeline.applied = time.monotonic()

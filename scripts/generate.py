@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from chart_schema import schema
-from finetune_api.reference import pages
+from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
 def generated() -> dict[Path, str]:
     """Return the text of each generated file."""
     values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
-    reference = {REFERENCE / name: text for name, text in pages().items()}
+    reference = {REFERENCE / name: text for name, text in build_pages().items()}
     return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference
 
 

@@ -35,7 +35,7 @@ async def read_finished_job(client: Client, namespace: str) -> FinishedJob:
     name = job["metadata"]["name"]
     attempt = await client.send("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs/{names.attempt_job_name(name, 1)}")
     pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
-    return FinishedJob(job, attempt, next(pod for pod in pods if pod["metadata"]["labels"][names.Label.NAME] == name))
+    return FinishedJob(job, attempt, next(pod for pod in pods if pod["metadata"]["labels"][names.Label.JOB_NAME] == name))
 
 
 async def write_copies(client: Client, namespace: str, template: FinishedJob, count: int, pods: int, clients: int) -> None:
@@ -56,7 +56,7 @@ async def _write_copy(client: Client, namespace: str, template: FinishedJob, nam
     created = await client.send("POST", finetunejobs, copy_object(template.job, name))
     await client.send("PUT", f"{finetunejobs}/{name}/status", created | {"status": template.job["status"]})
     job_name = names.attempt_job_name(name, 1)
-    labels = {names.Label.NAME.value: name, names.Label.UID.value: created["metadata"]["uid"]}
+    labels = {names.Label.JOB_NAME.value: name, names.Label.JOB_UID.value: created["metadata"]["uid"]}
     attempt = copy_job(template.attempt, job_name, labels)
     attempt["spec"]["suspend"] = True
     attempt["metadata"]["ownerReferences"] = [_owner_reference(created, names.API_VERSION, names.KIND)]

@@ -117,7 +117,7 @@ class Cluster:
 
     def pods(self, name: str, attempt: int | None = None) -> list[Object]:
         """Return the pods of a job, sorted by attempt and completion index."""
-        selector = f"{Label.NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
+        selector = f"{Label.JOB_NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
         pods = self.call("GET", f"{CORE}/{self._namespaced('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
             pods, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))

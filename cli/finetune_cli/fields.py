@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.schema import crd
+from finetune_api.schema import build_crd
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Field:
 @functools.cache
 def fields() -> tuple[Field, ...]:
     """Return every field of spec and status, each group before its fields."""
-    root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return tuple(field for name in ("spec", "status") for field in _fields_below(name, root[name]))
 
 

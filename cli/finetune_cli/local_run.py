@@ -80,7 +80,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     notes = adapt_spec(spec, machine)
     checked = _check_spec(manifest, spec, overrides)
     require_s3_credentials(spec)
-    resolution = resolve(checked, platform=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
+    resolution = resolve(checked, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
         return _write_run(
             manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes)

@@ -25,7 +25,7 @@ CONFIG_MAP_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
 
 
 def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
-    """Return the values of `--set` texts and of named options, by spec path. Raises InvalidInput.
+    """Return the values given by `--set` and by dedicated options such as `--model`, by spec path. Raises InvalidInput.
 
     `options` maps the option's name to its value. The value None means that the option is not given.
     """

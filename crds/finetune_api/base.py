@@ -61,24 +61,24 @@ class ReportModel(LenientModel):
 def _without_values(data: dict[str, Any], locations: list[tuple[int | str, ...]]) -> dict[str, Any]:
     """Return a copy of `data` without the fields at `locations`. If a location is inside a list, only that list item is removed."""
     unreadable_items: dict[str, set[int]] = {}
-    kept = dict(data)
+    remaining_values = dict(data)
     for field, *inner in locations:
         if inner and isinstance(inner[0], int) and isinstance(data.get(str(field)), list):
             unreadable_items.setdefault(str(field), set()).add(inner[0])
         else:
-            kept.pop(str(field), None)
+            remaining_values.pop(str(field), None)
     for field, indices in unreadable_items.items():
-        kept[field] = [item for i, item in enumerate(data[field]) if i not in indices]
-    return kept
+        remaining_values[field] = [item for i, item in enumerate(data[field]) if i not in indices]
+    return remaining_values
 
 
-DEFAULT = "x-default"
-DEFAULT_TEXT = "x-default-text"
-EXAMPLE = "x-example"
-SINCE = "x-since"
+DEFAULT_KEY = "x-default"
+DEFAULT_TEXT_KEY = "x-default-text"
+EXAMPLE_KEY = "x-example"
+SINCE_KEY = "x-since"
 
 
-def option(
+def spec_field(
     description: str, *, default: Any = None, default_text: str = "", example: Any = None, since: str = "", **constraints: Any
 ) -> Any:
     """Declare an optional field of the spec. Without a user's value, the field is None until `defaults.resolve` fills it in.
@@ -86,15 +86,15 @@ def option(
     `default` is a constant default; `default_text` describes a default that depends on other fields. `since` is the release
     that added the field; the default of a newer field must keep the behaviour of older releases.
     """
-    given = {DEFAULT: default, DEFAULT_TEXT: default_text or None, EXAMPLE: example, SINCE: since or None}
-    extra = {key: value for key, value in given.items() if value is not None}
-    return Field(default=None, description=description, json_schema_extra=extra or None, **constraints)
+    given_metadata = {DEFAULT_KEY: default, DEFAULT_TEXT_KEY: default_text or None, EXAMPLE_KEY: example, SINCE_KEY: since or None}
+    schema_extra = {key: value for key, value in given_metadata.items() if value is not None}
+    return Field(default=None, description=description, json_schema_extra=schema_extra or None, **constraints)
 
 
-PROMPT = "x-prompt"
+PROMPT_KEY = "x-prompt"
 
 
-class Prompt(StrEnum):
+class PromptWrite(StrEnum):
     """Which changes of a status field the operator writes immediately. All other changes wait for the next periodic status write."""
 
     VALUE = "value"
@@ -109,13 +109,13 @@ def status_field(
     default: Any = None,
     default_factory: Any = None,
     example: Any = None,
-    prompt: Prompt | None = None,
+    prompt: PromptWrite | None = None,
 ) -> Any:
     """Declare a field of the status; `default=...` makes the field required."""
-    extra = {key: value for key, value in ((EXAMPLE, example), (PROMPT, prompt)) if value is not None}
+    schema_extra = {key: value for key, value in ((EXAMPLE_KEY, example), (PROMPT_KEY, prompt)) if value is not None}
     if default_factory is not None:
-        return Field(default_factory=default_factory, description=description, json_schema_extra=extra or None)
-    return Field(default=default, description=description, json_schema_extra=extra or None)
+        return Field(default_factory=default_factory, description=description, json_schema_extra=schema_extra or None)
+    return Field(default=default, description=description, json_schema_extra=schema_extra or None)
 
 
 class CelRule(NamedTuple):
@@ -155,31 +155,31 @@ def _groups_in(annotation: Any) -> Iterator[type[Group]]:
         yield from _groups_in(argument)
 
 
-def member_docs(enum: type[Enum]) -> dict[str, str]:
+def member_docs(enum_class: type[Enum]) -> dict[str, str]:
     """Return the docstrings of an enumeration's members, by member name."""
-    body = ast.parse(inspect.getsource(enum)).body[0]
+    body = ast.parse(inspect.getsource(enum_class)).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
+    docs_by_member: dict[str, str] = {}
     for node, follower in zip(body.body, body.body[1:], strict=False):
         if isinstance(node, ast.Assign) and isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
             target = node.targets[0]
             assert isinstance(target, ast.Name)
-            docs[target.id] = inspect.cleandoc(str(follower.value.value))
-    return docs
+            docs_by_member[target.id] = inspect.cleandoc(str(follower.value.value))
+    return docs_by_member
 
 
 @cache
 def fields_with_since(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """Map spec paths to the release that added the field. Fields of the first release are omitted."""
-    releases: dict[str, str] = {}
+    release_by_path: dict[str, str] = {}
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
-        if isinstance(info.json_schema_extra, dict) and SINCE in info.json_schema_extra:
-            releases[path] = str(info.json_schema_extra[SINCE])
+        if isinstance(info.json_schema_extra, dict) and SINCE_KEY in info.json_schema_extra:
+            release_by_path[path] = str(info.json_schema_extra[SINCE_KEY])
         group = nested_group(info.annotation)
         if group is not None:
-            releases |= fields_with_since(group, f"{path}.")
-    return releases
+            release_by_path |= fields_with_since(group, f"{path}.")
+    return release_by_path
 
 
 def version_key(release: str) -> tuple[int, ...]:
@@ -190,8 +190,8 @@ def version_key(release: str) -> tuple[int, ...]:
 def remove_path(value: dict[str, Any], path: str) -> None:
     """Remove the value at a dotted path from nested dicts, if the path exists."""
     *groups, name = path.split(".")
-    inner: Any = value
+    group_value: Any = value
     for group in groups:
-        inner = inner.get(group) if isinstance(inner, dict) else None
-    if isinstance(inner, dict):
-        inner.pop(name, None)
+        group_value = group_value.get(group) if isinstance(group_value, dict) else None
+    if isinstance(group_value, dict):
+        group_value.pop(name, None)

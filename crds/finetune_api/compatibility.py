@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Unknown:
+class UnknownItem:
     """A field, or a value of an enumeration, that this release does not know."""
 
     location: Location
@@ -35,13 +35,13 @@ class Unknown:
     is_field: bool
 
 
-def read_spec(raw: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
+def read_spec(raw_spec: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
     """Return the spec without unknown parts, and the spec paths of all unknown fields and unknown enumeration values.
 
     Errors: ValidationError for values that no release accepts.
     """
-    spec, unknown = _read_known(FineTuneJobSpec, dict(raw))
-    return spec, tuple(_path(item.location) for item in unknown)
+    spec, unknown_items = _read_known_items(FineTuneJobSpec, dict(raw_spec))
+    return spec, tuple(_dotted_path(item.location) for item in unknown_items)
 
 
 def read_run_config(data: bytes) -> RunConfig:
@@ -52,80 +52,80 @@ def read_run_config(data: bytes) -> RunConfig:
     if `run.json` requires a newer trainer; ConfigError `RunFileInvalid`.
     """
     try:
-        raw = json.loads(data)
+        raw_config = json.loads(data)
     except ValueError as error:
         raise ConfigError("RunFileInvalid", f"run.json is not JSON: {error}") from error
-    needed = str(read_marks(raw).get("minTrainerVersion", OLDEST_TRAINER)) if isinstance(raw, dict) else OLDEST_TRAINER
-    if version_key(needed) > version_key(RELEASE):
-        raise _too_old(f"run.json needs trainer {needed} or newer")
+    needed_release = str(read_marks(raw_config).get("minTrainerVersion", OLDEST_TRAINER)) if isinstance(raw_config, dict) else OLDEST_TRAINER
+    if version_key(needed_release) > version_key(RELEASE):
+        raise _too_old_error(f"run.json needs trainer {needed_release} or newer")
     try:
-        run, unknown = _read_known(RunConfig, raw)
+        run, unknown_items = _read_known_items(RunConfig, raw_config)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError("RunFileInvalid", f"run.json: {_path(first['loc'])}: {first['msg']}") from error
-    refused = [path for item in unknown for path in _paths_to_refuse(run, item)]
-    if refused:
-        raise _too_old(f"run.json contains {', '.join(refused)}, which this trainer does not know")
+        first_error = error.errors()[0]
+        raise ConfigError("RunFileInvalid", f"run.json: {_dotted_path(first_error['loc'])}: {first_error['msg']}") from error
+    refused_paths = [path for item in unknown_items for path in _paths_to_refuse(run, item)]
+    if refused_paths:
+        raise _too_old_error(f"run.json contains {', '.join(refused_paths)}, which this trainer does not know")
     return run
 
 
-def _too_old(problem: str) -> TooOldError:
+def _too_old_error(problem: str) -> TooOldError:
     hint = "use a trainer image of the operator's release: update or remove spec.placement.image"
     return TooOldError("TrainerTooOld", f"{problem}; this is trainer {RELEASE}", hint=hint)
 
 
-def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
+def _paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
     """Yield the paths of unknown fields and values in `unknown` that a trainer must not ignore."""
-    location, value = unknown.location, unknown.value
-    if not unknown.is_field:
-        yield f"{_path(location)}: {value}"
+    location, value = unknown_item.location, unknown_item.value
+    if not unknown_item.is_field:
+        yield f"{_dotted_path(location)}: {value}"
         return
-    path = _path(location[1:])
+    path = _dotted_path(location[1:])
     if location[0] != "spec" or (path in run.defaults and run.origin(path) is Origin.DEFAULT):
         return
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _paths_to_refuse(run, Unknown((*location, name), inner, is_field=True))
+            yield from _paths_to_refuse(run, UnknownItem((*location, name), inner, is_field=True))
     else:
         yield f"spec.{path}"
 
 
-def _read_known(model: type[Model], raw: Any) -> tuple[Model, list[Unknown]]:
+def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[UnknownItem]]:
     """Return a model of the known fields, and a list of the unknown fields and values. Errors: ValidationError for values that every release refuses."""
-    raw = copy.deepcopy(raw)
-    unknown: list[Unknown] = []
+    raw_values = copy.deepcopy(raw_values)
+    unknown_items: list[UnknownItem] = []
     while True:
         try:
-            return model.model_validate(raw), unknown
+            return model.model_validate(raw_values), unknown_items
         except ValidationError as error:
-            removed = {item.location for item in unknown}
-            removable = {
+            removed_locations = {item.location for item in unknown_items}
+            removable_items = {
                 item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD, *UNKNOWN_WORDS)
             } | {
                 # A group cannot be read without its required fields. If a required field has an unknown value, remove the whole group.
                 item["loc"][:-1]: item["type"] for item in error.errors()
-                if item["type"] == "missing" and item["loc"] in removed and len(item["loc"]) > 1
+                if item["type"] == "missing" and item["loc"] in removed_locations and len(item["loc"]) > 1
             }  # fmt: skip
-            if not removable:
+            if not removable_items:
                 raise
             # Remove items from the end of a list first, so that the indices of the other items remain valid.
-            for location in sorted(removable, key=_sort_key, reverse=True):
-                value = _remove(raw, location)
-                unknown.append(Unknown(location, value, is_field=removable[location] == UNKNOWN_FIELD))
+            for location in sorted(removable_items, key=_sort_key, reverse=True):
+                value = _remove_at(raw_values, location)
+                unknown_items.append(UnknownItem(location, value, is_field=removable_items[location] == UNKNOWN_FIELD))
 
 
 def _sort_key(location: Location) -> list[tuple[int, str]]:
     return [(part, "") if isinstance(part, int) else (0, part) for part in location]
 
 
-def _remove(raw: Any, location: Location) -> Any:
-    *outer, last = location
-    for part in outer:
-        raw = raw[part]
-    return raw.pop(last)
+def _remove_at(values: Any, location: Location) -> Any:
+    *parent_keys, last_key = location
+    for part in parent_keys:
+        values = values[part]
+    return values.pop(last_key)
 
 
-def _path(location: Location) -> str:
+def _dotted_path(location: Location) -> str:
     """Return a location as a dotted path: `("spec", "trainer", "rewards", 0)` is `spec.trainer.rewards[0]`."""
     text = ""
     for part in location:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from finetune_api.base import DEFAULT, Group, nested_group
+from finetune_api.base import DEFAULT_KEY, Group, nested_group
 from finetune_api.names import Origin
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.rules import (
@@ -55,7 +55,7 @@ class PlatformDefaults:
 
 
 @dataclass(frozen=True)
-class Resolution:
+class ResolvedSpec:
     """The result of `resolve`: the spec with all defaults, the filled-in values, and notes for the user."""
 
     spec: FineTuneJobSpec
@@ -77,29 +77,29 @@ OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
 """Groups without automatic defaults: a group is present only if the user sets it, or the method or objective needs it."""
 
 
-def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) -> Resolution:
+def resolve(spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None = None) -> ResolvedSpec:
     """Fill in every default. This function does not check the spec: call `rules.check` first."""
-    platform = platform or PlatformDefaults()
+    platform_defaults = platform_defaults or PlatformDefaults()
     value = spec.to_wire()
-    filled: dict[str, Any] = {}
+    filled_values: dict[str, Any] = {}
     notes: list[str] = []
-    for path, default in _computed_defaults(spec, platform).items():
-        _fill_in(value, path, default, filled)
+    for path, default in _computed_defaults(spec, platform_defaults).items():
+        _fill_in(value, path, default, filled_values)
     method = method_type_of(spec)
     if f"method.{method}" in METHOD_GROUPS:
         value.setdefault("method", {}).setdefault(method.value, {})
-    _fill_in_constants(FineTuneJobSpec, value, "", filled)
+    _fill_in_constants(FineTuneJobSpec, value, "", filled_values)
     if spec.training.max_steps is not None:
-        filled.pop("training.epochs", None)
+        filled_values.pop("training.epochs", None)
     notes += [f"{warning.path} {warning.message}" for warning in warnings(spec)]
     if method is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
         notes.append("method lora on a 4-bit base model is equivalent to method qlora")
     if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:
         notes.append("distributed.strategy ddp has no effect with a single rank")
-    return Resolution(FineTuneJobSpec.model_validate(value), filled, notes)
+    return ResolvedSpec(FineTuneJobSpec.model_validate(value), filled_values, notes)
 
 
-def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
+def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return the defaults that depend on other fields or on the platform, by spec path."""
     method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
@@ -107,12 +107,12 @@ def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dic
         "training.learningRate": _learning_rate(method, trainer),
         "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
         "resources.processesPerNode": gpus or 1,
-        "resources.gpuResource": platform.gpu_resource,
-        "resources.nodePool": platform.node_pool,
-        "resources.cpu": platform.cpu,
-        "resources.memory": platform.memory,
-        "resources.ephemeralStorage": platform.ephemeral_storage,
-        "resources.sharedMemory": platform.shared_memory,
+        "resources.gpuResource": platform_defaults.gpu_resource,
+        "resources.nodePool": platform_defaults.node_pool,
+        "resources.cpu": platform_defaults.cpu,
+        "resources.memory": platform_defaults.memory,
+        "resources.ephemeralStorage": platform_defaults.ephemeral_storage,
+        "resources.sharedMemory": platform_defaults.shared_memory,
         "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
         "evaluation.strategy": "steps" if has_validation_set(spec) else "no",
         "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,
@@ -123,7 +123,7 @@ def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dic
         result["training.warmupRatio"] = WARMUP_RATIO
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, When.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
-    result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform)
+    result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform_defaults)
     return {path: default for path, default in result.items() if default is not None}
 
 
@@ -154,14 +154,14 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
     return result
 
 
-def _storage_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
+def _storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return defaults of `spec.storage` from the operator's configuration.
 
     If the job sets its own endpoint, only `uri` has a default: region and credentials of the configured store do not fit another store.
     """
-    if platform.storage is None:
+    if platform_defaults.storage is None:
         return {}
-    default = platform.storage.to_wire()
+    default = platform_defaults.storage.to_wire()
     if spec.storage.endpoint is not None:
         default = {key: value for key, value in default.items() if key == "uri"}
     return {f"storage.{key}": value for key, value in default.items()}
@@ -172,12 +172,12 @@ FROM_PLATFORM = (
 )  # fmt: skip
 
 
-def origins_of(filled: Iterable[str]) -> dict[str, Origin]:
+def origins_of(filled_paths: Iterable[str]) -> dict[str, Origin]:
     """Return the origins of filled-in values, by spec path. Values of origin `default` are omitted."""
-    return {path: Origin.PLATFORM for path in filled if path in FROM_PLATFORM or path.startswith("storage.")}
+    return {path: Origin.PLATFORM for path in filled_paths if path in FROM_PLATFORM or path.startswith("storage.")}
 
 
-CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
+DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "checkpoint.steps": lambda group: group.get("strategy") in (None, "steps"),
     "training.epochs": lambda group: group.get("maxSteps") is None,
     "trainer.maxCompletionLength": lambda group: (
@@ -189,14 +189,14 @@ CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
     "method.spectrum.metric": lambda group: group.get("layers") is None,
 }
 """Constant defaults with a condition. The condition gets the fields of the same group, with camelCase keys."""
-COMPUTED = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
+COMPUTED_DEFAULTS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
 """Constant defaults that depend on other groups: `_computed_defaults` fills them in."""
 
 
 class _Field(NamedTuple):
     """The properties of a field that `_fill_in_constants` needs."""
 
-    wire: str
+    wire_name: str
     group: type[Group] | None
     can_be_empty: bool
     """Whether the field is a group without required fields."""
@@ -214,27 +214,27 @@ def _fields(model: type[BaseModel]) -> tuple[_Field, ...]:
     return tuple(fields)
 
 
-def _fill_in_constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled: dict[str, Any]) -> None:
+def _fill_in_constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled_values: dict[str, Any]) -> None:
     """Fill in every constant default of `value` and of the groups in `value`."""
-    for wire, group, can_be_empty, metadata in _fields(model):
-        path = f"{prefix}{wire}"
+    for wire_name, group, can_be_empty, metadata in _fields(model):
+        path = f"{prefix}{wire_name}"
         if group is not None:
             if can_be_empty and path not in OPTIONAL_GROUPS:
-                value.setdefault(wire, {})
-            if isinstance(value.get(wire), dict):
-                _fill_in_constants(group, value[wire], f"{path}.", filled)
-        elif DEFAULT in metadata and value.get(wire) is None and _applies(path, value):
-            value[wire] = filled[path] = metadata[DEFAULT]
+                value.setdefault(wire_name, {})
+            if isinstance(value.get(wire_name), dict):
+                _fill_in_constants(group, value[wire_name], f"{path}.", filled_values)
+        elif DEFAULT_KEY in metadata and value.get(wire_name) is None and _default_applies(path, value):
+            value[wire_name] = filled_values[path] = metadata[DEFAULT_KEY]
 
 
-def _applies(path: str, group: dict[str, Any]) -> bool:
-    return path not in COMPUTED and (path not in CONDITIONAL or CONDITIONAL[path](group))
+def _default_applies(path: str, group: dict[str, Any]) -> bool:
+    return path not in COMPUTED_DEFAULTS and (path not in DEFAULT_CONDITIONS or DEFAULT_CONDITIONS[path](group))
 
 
-def _fill_in(value: dict[str, Any], path: str, default: Any, filled: dict[str, Any]) -> None:
+def _fill_in(value: dict[str, Any], path: str, default: Any, filled_values: dict[str, Any]) -> None:
     """Set the value at `path` to `default`, unless a value is already set."""
     *groups, name = path.split(".")
     for group in groups:
         value = value.setdefault(group, {})
     if value.get(name) is None:
-        value[name] = filled[path] = default
+        value[name] = filled_values[path] = default

@@ -18,7 +18,7 @@ class FineTuneError(Exception):
     `code` is a CamelCase word (`DatasetEmpty`). Codes do not change between releases, so programs may compare codes.
     """
 
-    exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL_ERROR
 
     def __init__(self, code: str, message: str, *, hint: str | None = None, failure_class: FailureClass | None = None):
         super().__init__(message)
@@ -44,19 +44,19 @@ def _rebuild(
 class ConfigError(FineTuneError):
     """Exit code 64: the configuration cannot work. The user must change the spec."""
 
-    exit_code = ExitCode.CONFIG
+    exit_code = ExitCode.CONFIG_INVALID
 
 
 class DataError(FineTuneError):
     """Exit code 65: the data cannot be used for training."""
 
-    exit_code = ExitCode.DATA
+    exit_code = ExitCode.DATA_INVALID
 
 
 class NotFoundError(FineTuneError):
     """Exit code 66: a model or data set is missing or gated."""
 
-    exit_code = ExitCode.NOT_FOUND
+    exit_code = ExitCode.SOURCE_NOT_FOUND
 
 
 class StorageSetupError(FineTuneError):
@@ -68,13 +68,13 @@ class StorageSetupError(FineTuneError):
 class StorageError(FineTuneError):
     """Exit code 69: storage was unreachable, also after retries."""
 
-    exit_code = ExitCode.STORAGE
+    exit_code = ExitCode.STORAGE_UNREACHABLE
 
 
 class InternalError(FineTuneError):
     """Exit code 70: unclassified failure."""
 
-    exit_code = ExitCode.INTERNAL
+    exit_code = ExitCode.INTERNAL_ERROR
 
 
 class MemoryExhaustedError(FineTuneError):
@@ -86,7 +86,7 @@ class MemoryExhaustedError(FineTuneError):
 class DivergedError(FineTuneError):
     """Exit code 72: loss or gradient norm was not finite."""
 
-    exit_code = ExitCode.DIVERGED
+    exit_code = ExitCode.TRAINING_DIVERGED
 
 
 class NoCheckpointError(FineTuneError):
@@ -98,13 +98,13 @@ class NoCheckpointError(FineTuneError):
 class PeerError(FineTuneError):
     """Exit code 74: another rank or a collective operation failed, or training hung."""
 
-    exit_code = ExitCode.PEER
+    exit_code = ExitCode.PEER_FAILED
 
 
 class CredentialsError(FineTuneError):
     """Exit code 77: credentials or permissions are missing or wrong."""
 
-    exit_code = ExitCode.CREDENTIALS
+    exit_code = ExitCode.CREDENTIALS_REFUSED
 
 
 class InstallationBrokenError(FineTuneError):
@@ -116,7 +116,7 @@ class InstallationBrokenError(FineTuneError):
 class TooOldError(FineTuneError):
     """Exit code 79: this trainer release does not know a field that the user set."""
 
-    exit_code = ExitCode.TOO_OLD
+    exit_code = ExitCode.TRAINER_TOO_OLD
 
 
 class GateFailedError(FineTuneError):

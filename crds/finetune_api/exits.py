@@ -18,7 +18,7 @@ class RetryPolicy(StrEnum):
 
     NEVER = "never"
     """End the job: no further attempt can succeed."""
-    FREE = "free"
+    NOT_COUNTED = "free"
     """Start another attempt. The failed attempt does not count against `policy.retries`."""
     COUNTED = "counted"
     """Start another attempt after a backoff. The failed attempt counts against `policy.retries`, unless it committed a newer step."""
@@ -30,20 +30,20 @@ class RetryPolicy(StrEnum):
     """Start another attempt after a backoff. The number of attempts is not limited, and the failed attempt does not count against `policy.retries`."""
 
 
-class Precedence(IntEnum):
+class FailurePrecedence(IntEnum):
     """If several pods or ranks fail, the failure with the lowest precedence value decides the attempt's reason."""
 
-    INPUT = 0
+    FIXABLE_INPUT = 0
     """Failures of configuration, data, model, storage or installation, which a person can fix."""
-    NUMERIC = 1
+    NUMERIC_FAILURE = 1
     """GPU memory was exhausted, or training diverged."""
-    UNKNOWN = 2
+    UNKNOWN_CAUSE = 2
     """The cause is unknown."""
-    CLUSTER = 3
+    REMOVED_BY_CLUSTER = 3
     """The cluster removed or rejected the pod."""
-    PEER = 4
+    PEER_FAILURE = 4
     """The rank noticed that another rank failed."""
-    STOPPED = 5
+    STOPPED_ON_REQUEST = 5
     """The pod stopped on request."""
 
 
@@ -56,8 +56,8 @@ class ExitPolicy:
 
     code: ExitCode
     failure_class: FailureClass
-    retry: RetryPolicy
-    precedence: Precedence
+    retry_policy: RetryPolicy
+    precedence: FailurePrecedence
     reason: Reason
     """Reason in the status of an attempt that ends with this exit code."""
     default_failure_code: str
@@ -72,74 +72,74 @@ class ExitPolicy:
         All other exit codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for these codes would also fail a
         suspended Job, because the pods of a suspended Job exit with code 75.
         """
-        return self.retry in (RetryPolicy.NEVER, RetryPolicy.ROLL_BACK, RetryPolicy.WAIT)
+        return self.retry_policy in (RetryPolicy.NEVER, RetryPolicy.ROLL_BACK, RetryPolicy.WAIT)
 
 
 EXIT_POLICIES: dict[int, ExitPolicy] = {
     policy.code: policy
     for policy in (
         ExitPolicy(
-            ExitCode.CONFIG, FailureClass.USER, RetryPolicy.NEVER, Precedence.INPUT, Reason.USER_ERROR,
+            ExitCode.CONFIG_INVALID, FailureClass.USER, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.USER_ERROR,
             "ConfigurationInvalid", "create a new FineTuneJob with a corrected spec",
         ),
         ExitPolicy(
-            ExitCode.DATA, FailureClass.DATA, RetryPolicy.NEVER, Precedence.INPUT, Reason.DATA_ERROR,
+            ExitCode.DATA_INVALID, FailureClass.DATA, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.DATA_ERROR,
             "DataInvalid", "correct the data set, then create a new FineTuneJob",
         ),
         ExitPolicy(
-            ExitCode.NOT_FOUND, FailureClass.MODEL, RetryPolicy.NEVER, Precedence.INPUT, Reason.MODEL_ERROR,
+            ExitCode.SOURCE_NOT_FOUND, FailureClass.MODEL, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.MODEL_ERROR,
             "NotFound", "check the name of the model or data set; a gated model or data set also needs a token",
         ),
         ExitPolicy(
-            ExitCode.STORAGE_SETUP, FailureClass.STORAGE, RetryPolicy.NEVER, Precedence.INPUT, Reason.STORAGE_ERROR,
+            ExitCode.STORAGE_SETUP, FailureClass.STORAGE, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.STORAGE_ERROR,
             "StorageWronglySetUp", "check bucket, region, endpoint and addressingStyle in spec.storage",
         ),
         ExitPolicy(
-            ExitCode.STORAGE, FailureClass.STORAGE, RetryPolicy.COUNTED, Precedence.INPUT, Reason.STORAGE_ERROR,
+            ExitCode.STORAGE_UNREACHABLE, FailureClass.STORAGE, RetryPolicy.COUNTED, FailurePrecedence.FIXABLE_INPUT, Reason.STORAGE_ERROR,
             "StorageUnreachable", "check that the pods can reach the storage endpoint",
         ),
         ExitPolicy(
-            ExitCode.INTERNAL, FailureClass.INTERNAL, RetryPolicy.COUNTED, Precedence.UNKNOWN, Reason.INTERNAL_ERROR,
+            ExitCode.INTERNAL_ERROR, FailureClass.INTERNAL, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE, Reason.INTERNAL_ERROR,
             "Unclassified", "see the log of the pod",
         ),
         ExitPolicy(
-            ExitCode.OUT_OF_MEMORY, FailureClass.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC, Reason.OUT_OF_MEMORY,
+            ExitCode.OUT_OF_MEMORY, FailureClass.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY, FailurePrecedence.NUMERIC_FAILURE, Reason.OUT_OF_MEMORY,
             "GpuOutOfMemory", "lower training.batchSizePerDevice or dataset.maxSequenceLength, or use method qlora",
         ),
         ExitPolicy(
-            ExitCode.DIVERGED, FailureClass.DIVERGED, RetryPolicy.ROLL_BACK, Precedence.NUMERIC, Reason.DIVERGED,
+            ExitCode.TRAINING_DIVERGED, FailureClass.DIVERGED, RetryPolicy.ROLL_BACK, FailurePrecedence.NUMERIC_FAILURE, Reason.DIVERGED,
             "Diverged", "lower training.learningRate or training.maxGradNorm",
         ),
         ExitPolicy(
-            ExitCode.NO_CHECKPOINT, FailureClass.STORAGE, RetryPolicy.COUNTED, Precedence.INPUT, Reason.STORAGE_ERROR,
+            ExitCode.NO_CHECKPOINT, FailureClass.STORAGE, RetryPolicy.COUNTED, FailurePrecedence.FIXABLE_INPUT, Reason.STORAGE_ERROR,
             "NoLoadableCheckpoint", "check the checkpoints below spec.storage.uri with `finetune checkpoints`",
         ),
         ExitPolicy(
-            ExitCode.PEER, FailureClass.INFRASTRUCTURE, RetryPolicy.COUNTED, Precedence.PEER, Reason.PEER_FAILED,
+            ExitCode.PEER_FAILED, FailureClass.INFRASTRUCTURE, RetryPolicy.COUNTED, FailurePrecedence.PEER_FAILURE, Reason.PEER_FAILED,
             "PeerFailed", "see the log of the rank that failed first",
         ),
         ExitPolicy(
-            ExitCode.PREEMPTED_SAVED, FailureClass.PREEMPTED, RetryPolicy.FREE, Precedence.STOPPED, Reason.PREEMPTED,
+            ExitCode.PREEMPTED_SAVED, FailureClass.PREEMPTED, RetryPolicy.NOT_COUNTED, FailurePrecedence.STOPPED_ON_REQUEST, Reason.PREEMPTED,
             "PreemptedSaved", "no action is needed: the next attempt resumes from the saved step",
         ),
         ExitPolicy(
-            ExitCode.PREEMPTED_UNSAVED, FailureClass.PREEMPTED, RetryPolicy.FREE, Precedence.STOPPED, Reason.PREEMPTED,
+            ExitCode.PREEMPTED_UNSAVED, FailureClass.PREEMPTED, RetryPolicy.NOT_COUNTED, FailurePrecedence.STOPPED_ON_REQUEST, Reason.PREEMPTED,
             "PreemptedNotSaved", "raise policy.terminationGracePeriodSeconds so that a checkpoint can be saved in time",
         ),
         ExitPolicy(
-            ExitCode.CREDENTIALS, FailureClass.STORAGE, RetryPolicy.NEVER, Precedence.INPUT, Reason.STORAGE_ERROR,
+            ExitCode.CREDENTIALS_REFUSED, FailureClass.STORAGE, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.STORAGE_ERROR,
             "CredentialsRefused", "check the keys and their permissions in the Secret",
         ),
         ExitPolicy(
-            ExitCode.INSTALLATION_BROKEN, FailureClass.INFRASTRUCTURE, RetryPolicy.NEVER, Precedence.INPUT,
+            ExitCode.INSTALLATION_BROKEN, FailureClass.INFRASTRUCTURE, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT,
             Reason.INSTALLATION_BROKEN, "InstallationBroken", "use a trainer image that contains the missing compiler or library",
         ),
         ExitPolicy(
-            ExitCode.TOO_OLD, FailureClass.INFRASTRUCTURE, RetryPolicy.WAIT, Precedence.INPUT, Reason.TRAINER_TOO_OLD,
+            ExitCode.TRAINER_TOO_OLD, FailureClass.INFRASTRUCTURE, RetryPolicy.WAIT, FailurePrecedence.FIXABLE_INPUT, Reason.TRAINER_TOO_OLD,
             "TrainerTooOld", "use a trainer image of the operator's version, or remove the unknown fields from the spec",
         ),
         ExitPolicy(
-            ExitCode.GATE_FAILED, FailureClass.MODEL, RetryPolicy.NEVER, Precedence.INPUT, Reason.GATE_FAILED,
+            ExitCode.GATE_FAILED, FailureClass.MODEL, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.GATE_FAILED,
             "GateFailed", "status.evaluation shows the metric that failed its gate; status.output contains the location of the trained model",
         ),
     )

@@ -14,11 +14,11 @@ KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
-CATEGORY = "finetune"
+RESOURCE_CATEGORY = "finetune"
 MAX_NAME_LENGTH = 40
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
-MANAGER = "finetune-operator"
+MANAGER_NAME = "finetune-operator"
 """Value of the label `app.kubernetes.io/managed-by` on the operator's objects. Also the field manager of the operator's writes."""
 
 RELEASE = "0.2.0"
@@ -47,9 +47,9 @@ class Label(StrEnum):
 
     MANAGED_BY = "app.kubernetes.io/managed-by"
     """Always `finetune-operator`. The operator's watches use this label as their selector."""
-    NAME = f"{GROUP}/name"
+    JOB_NAME = f"{GROUP}/name"
     """Name of the FineTuneJob that the object belongs to."""
-    UID = f"{GROUP}/uid"
+    JOB_UID = f"{GROUP}/uid"
     """uid of the FineTuneJob that the object belongs to. A later FineTuneJob of the same name has another uid."""
     ATTEMPT = f"{GROUP}/attempt"
     """Number of the attempt; the first attempt has number 1."""
@@ -95,11 +95,11 @@ class Env(StrEnum):
     """Path of the file for the termination message; default `/dev/termination-log`."""
     PORT = "FINETUNE_PORT"
     """Port of the progress server; default 8080. In local runs 0: the progress server uses any free port."""
-    INCARNATION = "FINETUNE_INCARNATION"
+    INCARNATION_FOLDER = "FINETUNE_INCARNATION"
     """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets this variable for the ranks."""
-    FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
+    FINAL_UPLOAD_TIMEOUT_SECONDS = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
     """If the store is unavailable, the trainer retries the upload of the final model for this many seconds; default 1800."""
-    UNSAVED_TIMEOUT = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
+    NO_COMMIT_TIMEOUT_SECONDS = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
     """If uploads of checkpoints fail, training stops after this many seconds without a committed checkpoint; default 21600."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
@@ -139,7 +139,7 @@ CA_MOUNT = "/etc/finetune-ca"
 WORK_MOUNT = "/work"
 TERMINATION_LOG = "/dev/termination-log"
 MAX_TERMINATION_BYTES = 4096
-CONTAINER = "trainer"
+TRAINER_CONTAINER = "trainer"
 """Name of the trainer container in its pod."""
 PROGRESS_PORT = 8080
 PROGRESS_PORT_NAME = "progress"
@@ -162,41 +162,41 @@ class ExitCode(IntEnum):
 
     OK = 0
     """Success: the final model is committed to storage."""
-    CONFIG = 64
+    CONFIG_INVALID = 64
     """The configuration cannot work. The user must change the spec."""
-    DATA = 65
+    DATA_INVALID = 65
     """The data cannot be used for training."""
-    NOT_FOUND = 66
+    SOURCE_NOT_FOUND = 66
     """A model or data set is missing or gated."""
     STORAGE_SETUP = 67
     """Storage is wrongly configured: bucket, region, addressing, TLS."""
-    STORAGE = 69
+    STORAGE_UNREACHABLE = 69
     """Storage was unreachable, also after retries."""
-    INTERNAL = 70
+    INTERNAL_ERROR = 70
     """The failure belongs to no other class, for example an unexpected exception."""
     OUT_OF_MEMORY = 71
     """GPU memory was exhausted."""
-    DIVERGED = 72
+    TRAINING_DIVERGED = 72
     """Loss or gradient norm was not finite."""
     NO_CHECKPOINT = 73
     """The job has committed checkpoints, but none of them can be loaded."""
-    PEER = 74
+    PEER_FAILED = 74
     """Another rank or a collective operation failed, or training hung."""
     PREEMPTED_SAVED = 75
     """The pod stopped on request and saved a checkpoint."""
     PREEMPTED_UNSAVED = 76
     """The pod stopped on request, but could not save a checkpoint."""
-    CREDENTIALS = 77
+    CREDENTIALS_REFUSED = 77
     """Credentials or permissions are missing or wrong."""
     INSTALLATION_BROKEN = 78
     """The trainer image lacks a compiler or library that the run needs."""
-    TOO_OLD = 79
+    TRAINER_TOO_OLD = 79
     """The trainer image does not know a field that the user set. The job waits for a newer image."""
     GATE_FAILED = 80
     """The trained model failed a gate in `evaluation.gates`. The model is kept in storage."""
-    KILLED = 137
+    SIGKILL = 137
     """SIGKILL ended the container. If the container's reason is OOMKilled, host memory was exhausted."""
-    TERMINATED = 143
+    SIGTERM = 143
     """SIGTERM ended the container before the trainer installed its signal handler."""
 
 
@@ -429,14 +429,14 @@ def checkpoint_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def incarnation(attempt: int, pod_uid: str) -> str:
+def incarnation_folder(attempt: int, pod_uid: str) -> str:
     """Return the folder name of an incarnation: `a<attempt>-<first 8 hex digits of the pod's uid>`.
 
     An incarnation is one run of an attempt's pod 0. Each incarnation has its own name, so an old pod that still runs cannot overwrite
     the files of the new pod.
     """
-    digits = "".join(c for c in pod_uid.lower() if c in "0123456789abcdef")[:8]
-    return f"a{attempt}-{digits:0<8}"
+    uid_digits = "".join(c for c in pod_uid.lower() if c in "0123456789abcdef")[:8]
+    return f"a{attempt}-{uid_digits:0<8}"
 
 
 def attempt_of_uri(uri: str) -> int | None:

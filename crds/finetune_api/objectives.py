@@ -25,7 +25,7 @@ CONVERSATION_FORMATS = (
 class ObjectiveFacts:
     """Data formats, options and defaults of one objective."""
 
-    formats: tuple[DatasetFormat, ...]
+    dataset_formats: tuple[DatasetFormat, ...]
     """Data formats that the objective can learn from. Error messages suggest the first format."""
     options: frozenset[str] = frozenset()
     """Fields of `spec.trainer`, in camelCase, that the objective reads in addition to `type` and `backend`."""
@@ -35,24 +35,24 @@ class ObjectiveFacts:
     """Defaults of other fields, by spec path."""
 
 
-_BETA = {"trainer.dpo.beta": 0.1}
+_DPO_BETA_DEFAULT = {"trainer.dpo.beta": 0.1}
 OBJECTIVES: Mapping[TrainerType, ObjectiveFacts] = {
-    TrainerType.SFT: ObjectiveFacts(formats=(*CONVERSATION_FORMATS, *FORMATS_WITHOUT_TURNS)),
+    TrainerType.SFT: ObjectiveFacts(dataset_formats=(*CONVERSATION_FORMATS, *FORMATS_WITHOUT_TURNS)),
     TrainerType.DPO: ObjectiveFacts(
-        formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_BETA
+        dataset_formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_DPO_BETA_DEFAULT
     ),
     TrainerType.KTO: ObjectiveFacts(
-        formats=(DatasetFormat.UNPAIRED_PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6,
-        defaults=_BETA,
+        dataset_formats=(DatasetFormat.UNPAIRED_PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6,
+        defaults=_DPO_BETA_DEFAULT,
     ),
     TrainerType.ORPO: ObjectiveFacts(
-        formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_BETA
+        dataset_formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_DPO_BETA_DEFAULT
     ),
     TrainerType.GRPO: ObjectiveFacts(
-        formats=(DatasetFormat.PROMPT_ONLY, *CONVERSATION_FORMATS), options=frozenset({"grpo", "rewards", "maxCompletionLength"}),
+        dataset_formats=(DatasetFormat.PROMPT_ONLY, *CONVERSATION_FORMATS), options=frozenset({"grpo", "rewards", "maxCompletionLength"}),
         learning_rate=1e-6, defaults={"trainer.grpo.numGenerations": 8},
     ),
-    TrainerType.REWARD: ObjectiveFacts(formats=(DatasetFormat.PREFERENCE,)),
+    TrainerType.REWARD: ObjectiveFacts(dataset_formats=(DatasetFormat.PREFERENCE,)),
 }  # fmt: skip
 
 
@@ -61,6 +61,6 @@ def objectives_that_read(option: str) -> tuple[TrainerType, ...]:
     return tuple(objective for objective, facts in OBJECTIVES.items() if option in facts.options)
 
 
-def objective_for_format(form: DatasetFormat) -> TrainerType:
+def objective_for_format(dataset_format: DatasetFormat) -> TrainerType:
     """Return the first objective that can learn from data of this format. Error messages suggest this objective."""
-    return next(objective for objective, facts in OBJECTIVES.items() if form in facts.formats)
+    return next(objective for objective, facts in OBJECTIVES.items() if dataset_format in facts.dataset_formats)

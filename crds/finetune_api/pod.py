@@ -74,7 +74,7 @@ class Resume(WireModel):
     )
 
 
-_MARK = "#"
+_MARK_PREFIX = "#"
 _MIN_TRAINER_VERSION = "minTrainerVersion"
 
 
@@ -101,7 +101,7 @@ class RunConfig(WireModel):
     )
     before_adaptation: dict[str, Any] | None = Field(
         default=None,
-        description="Original values, by spec path, of the fields that an adaptation changed. The user's own configuration files still contain the original values.",
+        description="Original values, by spec path, of the fields that the operator changed after a failure, for example the micro-batch. The user's own configuration files still contain the original values.",
     )
     world: World = Field(description="Pods and ranks of the attempt.")
     storage: StoreTarget = Field(description="Root folder of the job: `<spec.storage.uri>/<namespace>/<name>/<uid>`.")
@@ -124,9 +124,9 @@ class RunConfig(WireModel):
                 remove_path(value["spec"], path)
             elif self.spec.value(path) is not None:
                 required_releases.add(release)
-        marks = [f"{_MARK}{origin} {path}" for path, origin in value.pop("origins").items()]
-        marks.append(f"{_MARK}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_key)}")
-        return value | {"defaults": [*self.defaults, *sorted(marks)]}
+        mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in value.pop("origins").items()]
+        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_key)}")
+        return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
     @classmethod
@@ -146,12 +146,12 @@ class RunConfig(WireModel):
 def read_marks(data: dict[str, Any]) -> dict[str, Any]:
     """Move the marks in the list `defaults` to the fields `origins` and `minTrainerVersion`, and return the new dict."""
     entries = data.get("defaults")
-    marks = [entry for entry in entries if str(entry).startswith(_MARK)] if isinstance(entries, list) else []
-    if not marks:
+    mark_entries = [entry for entry in entries if str(entry).startswith(_MARK_PREFIX)] if isinstance(entries, list) else []
+    if not mark_entries:
         return data
-    result = data | {"defaults": [entry for entry in data["defaults"] if entry not in marks], "origins": {}}
-    for mark in marks:
-        key, _, value = mark.removeprefix(_MARK).partition(" ")
+    result = data | {"defaults": [entry for entry in data["defaults"] if entry not in mark_entries], "origins": {}}
+    for mark in mark_entries:
+        key, _, value = mark.removeprefix(_MARK_PREFIX).partition(" ")
         if key == _MIN_TRAINER_VERSION:
             result["minTrainerVersion"] = value
         else:

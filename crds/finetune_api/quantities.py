@@ -12,8 +12,8 @@ CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|\.[0-9]{1,3}|[0-9]+m)$"
 SIZE_PATTERN = r"^([0-9]{7,}|[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])|[0-9]+[eE][0-9]+)$"
 """Bytes with a unit: `32Gi`, `500M`. A number without a unit needs at least 7 digits, because users who write `4` almost always mean gibibytes."""
 MIN_SIZE_BYTES = 1_000_000
-_NUMBER = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
-_UNITS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
+_NUMBER_PATTERN = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
+_UNIT_FACTORS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
     f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)
 }
 
@@ -32,8 +32,8 @@ class QuantityKind:
         return {"x-kubernetes-int-or-string": True, "pattern": self.pattern, "minimum": self.minimum}
 
 
-CPU = QuantityKind(CPU_PATTERN, 1, "4")
-SIZE = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
+CPU_KIND = QuantityKind(CPU_PATTERN, 1, "4")
+SIZE_KIND = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
 
 
 def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
@@ -44,41 +44,41 @@ def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | 
     if (
         isinstance(value, str)
         and re.match(kind.pattern, text)
-        and _amount(text) >= (kind.minimum if kind is SIZE else Decimal("0.001"))
+        and _parse_amount(text) >= (kind.minimum if kind is SIZE_KIND else Decimal("0.001"))
     ):
         return None
-    suggestion = _suggestion(text, kind)
-    expected = "a number of CPUs" if kind is CPU else "a number with a unit"
+    suggestion = _suggest_quantity(text, kind)
+    expected = "a number of CPUs" if kind is CPU_KIND else "a number with a unit"
     hint = f"write {suggestion}" if suggestion else f"write {expected}, for example {kind.example}"
-    if kind is SIZE and re.match(r"^\d+$", text):
+    if kind is SIZE_KIND and re.match(r"^\d+$", text):
         return f"{text} means {text} bytes", hint
-    return f"{text!r} is not {expected}" if kind is CPU else f"{text!r} is not an amount of memory or disk", hint
+    return f"{text!r} is not {expected}" if kind is CPU_KIND else f"{text!r} is not an amount of memory or disk", hint
 
 
-def _amount(text: str) -> Decimal:
+def _parse_amount(text: str) -> Decimal:
     """Convert a valid quantity to CPUs or bytes."""
     if text.endswith("m"):
         return Decimal(text[:-1]) / 1000
-    unit = next((suffix for suffix in sorted(_UNITS, key=len, reverse=True) if text.endswith(suffix)), "")
-    return Decimal(text.removesuffix(unit)) * _UNITS.get(unit, 1)
+    unit = next((suffix for suffix in sorted(_UNIT_FACTORS, key=len, reverse=True) if text.endswith(suffix)), "")
+    return Decimal(text.removesuffix(unit)) * _UNIT_FACTORS.get(unit, 1)
 
 
-def _suggestion(text: str, kind: QuantityKind) -> str:
+def _suggest_quantity(text: str, kind: QuantityKind) -> str:
     """Return the quantity that the user probably means. Return an empty string if the meaning is unclear."""
-    match = _NUMBER.match(text)
+    match = _NUMBER_PATTERN.match(text)
     if match is None or "%" in text or Decimal(match.group(1)) == 0:
         return ""
     number, unit = match.groups()
-    if kind is CPU:
+    if kind is CPU_KIND:
         return number if unit.lower() in ("", "c", "cpu", "cpus", "core", "cores", "vcpu", "vcpus") else ""
     letter = unit[:1].upper()
     if not unit:
         return f"{number}Gi"
-    return f"{number}{letter}i" if letter in "KMGTPE" and unit.lower() in _SPELLINGS[letter] else ""
+    return f"{number}{letter}i" if letter in "KMGTPE" and unit.lower() in _UNIT_SPELLINGS[letter] else ""
 
 
-_PREFIXES = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta", "E": "exa"}
-_SPELLINGS = {
+_UNIT_PREFIXES = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta", "E": "exa"}
+_UNIT_SPELLINGS = {
     letter: {unit.lower() for unit in (letter, f"{letter}i", f"{letter}b", f"{letter}ib", f"{prefix}byte", f"{prefix}bytes")}
-    for letter, prefix in _PREFIXES.items()
+    for letter, prefix in _UNIT_PREFIXES.items()
 }

@@ -15,21 +15,21 @@ from finetune_api import names
 from finetune_api.base import member_docs, nested_groups
 from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.rules import RULES
-from finetune_api.schema import COLUMNS, crd
+from finetune_api.schema import PRINTER_COLUMNS, build_crd
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
 
-NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n\n"
+GENERATED_NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n\n"
 
 
-def pages() -> dict[str, str]:
+def build_pages() -> dict[str, str]:
     """Return the text of each page, by file name."""
-    root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return {
-        "spec.md": NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_sections("spec", root["spec"])),
-        "status.md": NOTE + "# FineTuneJob: status\n\n" + _columns() + "\n".join(_sections("status", root["status"])),
-        "names.md": NOTE + _names(),
-        "rules.md": NOTE + _rules(),
+        "spec.md": GENERATED_NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_sections("spec", root["spec"])),
+        "status.md": GENERATED_NOTE + "# FineTuneJob: status\n\n" + _columns_section() + "\n".join(_sections("status", root["status"])),
+        "names.md": GENERATED_NOTE + _names_page(),
+        "rules.md": GENERATED_NOTE + _rules_page(),
     }
 
 
@@ -37,7 +37,7 @@ def _sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
     """Yield a section with the table of an object's fields, then the sections of all nested objects."""
     yield f"## {path}\n\n| field | type | meaning |\n|---|---|---|"
     for name, value in schema["properties"].items():
-        yield f"| `{name}` | {_type(value)} | {_cell(value.get('description', ''))} |"
+        yield f"| `{name}` | {_type_text(value)} | {_escape_cell(value.get('description', ''))} |"
     yield ""
     for name, value in schema["properties"].items():
         inner, suffix = (value["items"], "[]") if value.get("type") == "array" else (value, "")
@@ -45,13 +45,13 @@ def _sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
             yield from _sections(f"{path}.{name}{suffix}", inner)
 
 
-def _type(value: dict[str, Any]) -> str:
+def _type_text(value: dict[str, Any]) -> str:
     if "x-kubernetes-int-or-string" in value:
         return "quantity"
     if value["type"] == "array":
-        return f"list of {_type(value['items'])}"
+        return f"list of {_type_text(value['items'])}"
     if "additionalProperties" in value:
-        return f"map of {_type(value['additionalProperties'])}"
+        return f"map of {_type_text(value['additionalProperties'])}"
     if "enum" in value:
         return " \\| ".join(f"`{word}`" for word in value["enum"])
     low = f"{'>' if value.get('exclusiveMinimum') else '≥'} {value['minimum']:g}" if "minimum" in value else ""
@@ -59,14 +59,14 @@ def _type(value: dict[str, Any]) -> str:
     return " ".join(part for part in (value["type"], ", ".join(part for part in (low, high) if part)) if part)
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _columns() -> str:
+def _columns_section() -> str:
     rows = [
         f"| {name.upper()} | `{path}` | {'wide' if wide else 'always'} | {text} |"
-        for name, _, path, wide, text in COLUMNS
+        for name, _, path, wide, text in PRINTER_COLUMNS
     ]
     return "\n".join(
         [
@@ -80,9 +80,9 @@ def _columns() -> str:
     )
 
 
-def _table(title: str, enum: type[Enum]) -> str:
-    texts = member_docs(enum)
-    rows = [f"| `{member.value}` | {_cell(texts.get(member.name, ''))} |" for member in enum]
+def _enum_table(title: str, enum_class: type[Enum]) -> str:
+    member_texts = member_docs(enum_class)
+    rows = [f"| `{member.value}` | {_escape_cell(member_texts.get(member.name, ''))} |" for member in enum_class]
     return "\n".join([f"## {title}\n", "| name | meaning |", "|---|---|", *rows, "", ""])
 
 
@@ -92,14 +92,14 @@ def _exit_codes() -> str:
     rows = []
     for code in names.ExitCode:
         policy = EXIT_POLICIES.get(code)
-        cells = [policy.failure_class, policy.default_failure_code, policy.retry, policy.default_hint] if policy else [""] * 4
-        rows.append(f"| {code:d} | {_cell(descriptions[code.name])} | " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
+        cells = [policy.failure_class, policy.default_failure_code, policy.retry_policy, policy.default_hint] if policy else [""] * 4
+        rows.append(f"| {code:d} | {_escape_cell(descriptions[code.name])} | " + " | ".join(_escape_cell(str(cell)) for cell in cells) + " |")
     header = "| code | meaning | `failure.class` | `failure.code` | retry policy | hint |"
-    retries = _table("Retry policies after a failed attempt", RetryPolicy)
+    retries = _enum_table("Retry policies after a failed attempt", RetryPolicy)
     return "\n".join(["## Exit codes of a pod\n", header, "|---|---|---|---|---|---|", *rows, "", "", retries])
 
 
-def _names() -> str:
+def _names_page() -> str:
     parts: list[tuple[str, type[Enum]]] = [
         ("Labels on objects that the operator creates", names.Label),
         ("Annotations", names.Annotation),
@@ -108,18 +108,18 @@ def _names() -> str:
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
+    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_enum_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
 
 
-def _rules() -> str:
+def _rules_page() -> str:
     messages = {rule.code: [rule.message] if rule.cel else [] for rule in RULES}
     for cel in dict.fromkeys(cel for group in nested_groups(FineTuneJobSpec) for cel in group.cel):
         messages[cel.code].append(cel.message)
     rows = [
-        f"| `{rule.code}` | {'API server, ' if messages[rule.code] else ''}operator, command line | {_cell('; '.join(messages[rule.code]))} |"
+        f"| `{rule.code}` | {'API server, ' if messages[rule.code] else ''}operator, command line | {_escape_cell('; '.join(messages[rule.code]))} |"
         for rule in RULES
     ]
-    unsupported = [f"| `{wire_path(row.path)}` | {_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
+    unsupported = [f"| `{wire_path(row.path)}` | {_escape_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
             "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,
@@ -133,7 +133,7 @@ def main() -> None:
     """Write all pages into a folder. The first command-line argument is the folder's path."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in pages().items():
+    for name, text in build_pages().items():
         (folder / name).write_text(text)
 
 

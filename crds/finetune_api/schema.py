@@ -17,14 +17,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from finetune_api import names
-from finetune_api.base import DEFAULT, DEFAULT_TEXT, EXAMPLE, Group, member_docs
+from finetune_api.base import DEFAULT_KEY, DEFAULT_TEXT_KEY, EXAMPLE_KEY, Group, member_docs
 from finetune_api.rules import RULES
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
 Schema = dict[str, Any]
 
-MUTABLE = ("suspend", "cancel", "policy", "placement")
+MUTABLE_FIELDS = ("suspend", "cancel", "policy", "placement")
 """Mutable fields of the spec. Some fields inside `policy` and `placement` are immutable, as are all other fields of the spec."""
 MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished")
 """Mutable fields of `spec.policy`."""
@@ -37,7 +37,7 @@ LIST_MAP_KEYS = {
 }
 """Keys of the lists with `x-kubernetes-list-type: map`, by path."""
 
-COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
+PRINTER_COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Status", "string", ".status.phase", 0, "Phase of the job."),
     ("Progress", "string", ".status.progress.display", 0, "Completed optimizer steps."),
     ("Loss", "number", ".status.metrics.trainLoss", 0, "Latest training loss."),
@@ -52,59 +52,59 @@ COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Duration", "string", ".status.duration", 1, "Time from the start to the end of the job."),
 )  # fmt: skip
 """Printer columns of `kubectl get`: name, type, JSON path, priority (1: only with `-o wide`), description."""
-SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName")
+SELECTABLE_PATHS = (".status.phase", ".spec.model.source", ".spec.placement.queueName")
 """Paths that `kubectl get --field-selector` supports."""
 
 
-def describe(info: FieldInfo) -> str:
+def describe_field(field_info: FieldInfo) -> str:
     """Return the description of a field for `kubectl explain`: meaning, values, default, example."""
-    text = (info.description or "").strip()
-    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    text += explain_values(info.annotation)
-    if DEFAULT in extra:
-        text += f" Default: {_plain(extra[DEFAULT])}."
-    elif DEFAULT_TEXT in extra:
-        text += f" Default: {extra[DEFAULT_TEXT]}."
-    if EXAMPLE in extra:
-        text += f" Example: `{_plain(extra[EXAMPLE])}`."
+    text = (field_info.description or "").strip()
+    extra = field_info.json_schema_extra if isinstance(field_info.json_schema_extra, dict) else {}
+    text += explain_values(field_info.annotation)
+    if DEFAULT_KEY in extra:
+        text += f" Default: {_to_text(extra[DEFAULT_KEY])}."
+    elif DEFAULT_TEXT_KEY in extra:
+        text += f" Default: {extra[DEFAULT_TEXT_KEY]}."
+    if EXAMPLE_KEY in extra:
+        text += f" Example: `{_to_text(extra[EXAMPLE_KEY])}`."
     return text
 
 
 def explain_values(annotation: Any) -> str:
     """Return a sentence for each value of an enumeration. For other types, return an empty string."""
-    enum = _enum_in(annotation)
+    enum = _find_enum(annotation)
     if enum is None:
         return ""
-    docs = member_docs(enum)
-    return " Values: " + " ".join(f"`{member.value}`: {docs[member.name]}" for member in enum)
+    docs_by_member = member_docs(enum)
+    return " Values: " + " ".join(f"`{member.value}`: {docs_by_member[member.name]}" for member in enum)
 
 
-def _enum_in(annotation: Any) -> type[Enum] | None:
+def _find_enum(annotation: Any) -> type[Enum] | None:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return annotation
-    return next((enum for argument in get_args(annotation) if (enum := _enum_in(argument))), None)
+    return next((enum for argument in get_args(annotation) if (enum := _find_enum(argument))), None)
 
 
-def _plain(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
     """Return the structural schema of the model at `path`."""
     properties: Schema = {}
-    required: list[str] = []
-    for name, info in model.model_fields.items():
-        wire = info.alias or name
-        schema = type_schema(info.annotation, list(info.metadata), (*path, wire))
-        schema = {"description": describe(info), **schema}
-        if info.is_required():
-            required.append(wire)
-        elif isinstance(info.default, bool) and path == ("spec",):
-            schema["default"] = info.default
-        properties[wire] = schema
+    required_names: list[str] = []
+    for name, field_info in model.model_fields.items():
+        wire_name = field_info.alias or name
+        schema = type_schema(field_info.annotation, list(field_info.metadata), (*path, wire_name))
+        schema = {"description": describe_field(field_info), **schema}
+        if field_info.is_required():
+            required_names.append(wire_name)
+        elif isinstance(field_info.default, bool) and path == ("spec",):
+            schema["default"] = field_info.default
+        properties[wire_name] = schema
     result: Schema = {"type": "object", "properties": properties}
-    if required:
-        result["required"] = required
+    if required_names:
+        result["required"] = required_names
     rules = [{"rule": expression, "message": message} for expression, message in _rules(model, path)]
     if rules:
         result["x-kubernetes-validations"] = rules
@@ -135,7 +135,7 @@ def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> 
         return {"type": "string", "enum": list(get_args(annotation))}
     if origin is list:
         (item,) = get_args(annotation)
-        schema: Schema = {"type": "array", "items": type_schema(item, [], (*path, "*")), **_length(metadata, "Items")}
+        schema: Schema = {"type": "array", "items": type_schema(item, [], (*path, "*")), **_length_bounds(metadata, "Items")}
         keys = LIST_MAP_KEYS.get(path)
         return schema | (
             {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": keys}
@@ -149,12 +149,12 @@ def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> 
         return {
             "type": "object",
             "additionalProperties": type_schema(value, [], (*path, "*")),
-            **_length(metadata, "Properties"),
+            **_length_bounds(metadata, "Properties"),
         }
-    return _scalar(annotation, metadata, path)
+    return _scalar_schema(annotation, metadata, path)
 
 
-def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Schema:
+def _scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Schema:
     if issubclass(annotation, BaseModel):
         return model_schema(annotation, path)
     if issubclass(annotation, Enum):
@@ -164,15 +164,15 @@ def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Sch
     if issubclass(annotation, bool):
         return {"type": "boolean"}
     if issubclass(annotation, int):
-        return {"type": "integer", "format": "int64", **_bounds(metadata)}
+        return {"type": "integer", "format": "int64", **_number_bounds(metadata)}
     if issubclass(annotation, float):
-        return {"type": "number", **_bounds(metadata)}
+        return {"type": "number", **_number_bounds(metadata)}
     if issubclass(annotation, str):
-        return {"type": "string", **_length(metadata, "Length"), **_pattern(metadata)}
+        return {"type": "string", **_length_bounds(metadata, "Length"), **_pattern_schema(metadata)}
     raise TypeError(f"{'.'.join(path)}: no structural schema for {annotation}")
 
 
-def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
+def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of every constraint in `Field`, `StringConstraints` or other annotations."""
     for item in metadata:
         parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
@@ -186,25 +186,25 @@ def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
                 yield "enum", extra["enum"]
 
 
-def _bounds(metadata: list[Any]) -> Schema:
+def _number_bounds(metadata: list[Any]) -> Schema:
     """Return the bounds of a number.
 
     A fractional bound becomes a CEL rule, because the API server compares integers with a truncated bound: the value `0` would violate
     `maximum: 0.5, exclusiveMaximum: true`.
     """
     schema: Schema = {}
-    for name, value in constraints(metadata):
+    for name, value in iterate_constraints(metadata):
         if name == "enum":
             schema["enum"] = value
         elif isinstance(value, float) and not value.is_integer():
-            operator, phrase = COMPARISONS[name]
+            operator, phrase = CEL_COMPARISONS[name]
             rule = {"rule": f"self {operator} {value}", "message": f"should be {phrase} {value}"}
             schema.setdefault("x-kubernetes-validations", []).append(rule)
         else:
-            side = "minimum" if name in ("ge", "gt") else "maximum"
-            schema[side] = value
+            bound_name = "minimum" if name in ("ge", "gt") else "maximum"
+            schema[bound_name] = value
             if name in ("gt", "lt"):
-                schema[f"exclusive{side.capitalize()}"] = True
+                schema[f"exclusive{bound_name.capitalize()}"] = True
     return schema
 
 
@@ -214,34 +214,34 @@ def _int_or_string(metadata: list[Any]) -> Schema:
     return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 
 
-COMPARISONS = {
+CEL_COMPARISONS = {
     "ge": (">=", "greater than or equal to"), "gt": (">", "greater than"), "le": ("<=", "less than or equal to"), "lt": ("<", "less than"),
 }  # fmt: skip
 
 
-def _length(metadata: list[Any], unit: str) -> Schema:
+def _length_bounds(metadata: list[Any], length_suffix: str) -> Schema:
     """Return the bounds of a length, such as `maxItems`. `unit` is `Items`, `Properties` or `Length`."""
-    values = dict(constraints(metadata))
-    return {f"{side}{unit}": values[f"{side}_length"] for side in ("min", "max") if f"{side}_length" in values}
+    constraint_values = dict(iterate_constraints(metadata))
+    return {f"{bound_name}{length_suffix}": constraint_values[f"{bound_name}_length"] for bound_name in ("min", "max") if f"{bound_name}_length" in constraint_values}
 
 
-def _pattern(metadata: list[Any]) -> Schema:
-    values = dict(constraints(metadata))
-    return {"pattern": values["pattern"]} if "pattern" in values else {}
+def _pattern_schema(metadata: list[Any]) -> Schema:
+    constraint_values = dict(iterate_constraints(metadata))
+    return {"pattern": constraint_values["pattern"]} if "pattern" in constraint_values else {}
 
 
 def add_immutability_rules(spec: Schema) -> None:
     """Add CEL rules that make fields of an existing job immutable. The rules also forbid removing a group with immutable fields."""
     policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
     policy["default"], placement["default"] = {}, {}
-    _forbid_change(spec, "spec", [wire for wire in spec["properties"] if wire not in MUTABLE])
-    _forbid_change(policy, "spec.policy", [wire for wire in policy["properties"] if wire not in MUTABLE_POLICY])
-    _forbid_change(placement, "spec.placement", [wire for wire in placement["properties"] if wire != "queueName"])
-    _add(
+    _forbid_change(spec, "spec", [wire_name for wire_name in spec["properties"] if wire_name not in MUTABLE_FIELDS])
+    _forbid_change(policy, "spec.policy", [wire_name for wire_name in policy["properties"] if wire_name not in MUTABLE_POLICY])
+    _forbid_change(placement, "spec.placement", [wire_name for wire_name in placement["properties"] if wire_name != "queueName"])
+    _add_cel_rule(
         spec, "self.placement == oldSelf.placement || oldSelf.suspend || (has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '')",
         message="spec.placement.queueName can only change while the job is suspended: set spec.suspend to true first", fieldPath=".placement.queueName",
     )  # fmt: skip
-    _add(
+    _add_cel_rule(
         spec,
         "!oldSelf.cancel || self.cancel",
         message="spec.cancel cannot change from true to false: create a new FineTuneJob",
@@ -249,28 +249,28 @@ def add_immutability_rules(spec: Schema) -> None:
     )
 
 
-def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
+def _forbid_change(schema: Schema, path: str, wire_names: list[str]) -> None:
     """Forbid changing the fields `wires` of a group, and adding or removing these fields.
 
     The API server runs CEL rules at every status write, so the rules must be cheap. The rule of a field does not run if the field is
     absent. The rule of the group compares only the presence of fields.
     """
-    sentence = "cannot change after creation: create a new FineTuneJob"
-    for wire in wires:
-        _add(schema["properties"][wire], "self == oldSelf", message=f"{path}.{wire} {sentence}")
-    same_presence = {wire: f"has(self.{wire}) == has(oldSelf.{wire})" for wire in wires}
-    first = "".join(f"!({same}) ? '{path}.{wire}' : " for wire, same in same_presence.items())
-    _add(
-        schema, " && ".join(same_presence.values()), message=f"a field of {path} {sentence}",
-        messageExpression=f"({first}'{path}') + ' {sentence}'",
+    immutable_message = "cannot change after creation: create a new FineTuneJob"
+    for wire_name in wire_names:
+        _add_cel_rule(schema["properties"][wire_name], "self == oldSelf", message=f"{path}.{wire_name} {immutable_message}")
+    same_presence = {wire_name: f"has(self.{wire_name}) == has(oldSelf.{wire_name})" for wire_name in wire_names}
+    changed_field_cases = "".join(f"!({same_expression}) ? '{path}.{wire_name}' : " for wire_name, same_expression in same_presence.items())
+    _add_cel_rule(
+        schema, " && ".join(same_presence.values()), message=f"a field of {path} {immutable_message}",
+        messageExpression=f"({changed_field_cases}'{path}') + ' {immutable_message}'",
     )  # fmt: skip
 
 
-def _add(schema: Schema, rule: str, **messages: str) -> None:
-    schema.setdefault("x-kubernetes-validations", []).append({"rule": rule, "reason": "FieldValueForbidden", **messages})
+def _add_cel_rule(schema: Schema, rule: str, **message_fields: str) -> None:
+    schema.setdefault("x-kubernetes-validations", []).append({"rule": rule, "reason": "FieldValueForbidden", **message_fields})
 
 
-def crd() -> Schema:
+def build_crd() -> Schema:
     """The CustomResourceDefinition."""
     spec = model_schema(FineTuneJobSpec, ("spec",))
     add_immutability_rules(spec)
@@ -307,24 +307,24 @@ def crd() -> Schema:
             "group": names.GROUP, "scope": "Namespaced",
             "names": {
                 "kind": names.KIND, "listKind": f"{names.KIND}List", "plural": names.PLURAL, "singular": names.SINGULAR,
-                "shortNames": [names.SHORT_NAME], "categories": [names.CATEGORY],
+                "shortNames": [names.SHORT_NAME], "categories": [names.RESOURCE_CATEGORY],
             },
             "versions": [{
                 "name": names.VERSION, "served": True, "storage": True, "subresources": {"status": {}},
-                "additionalPrinterColumns": [_column(*column) for column in COLUMNS],
-                "selectableFields": [{"jsonPath": path} for path in SELECTABLE],
+                "additionalPrinterColumns": [_printer_column(*column) for column in PRINTER_COLUMNS],
+                "selectableFields": [{"jsonPath": path} for path in SELECTABLE_PATHS],
                 "schema": {"openAPIV3Schema": root},
             }],
         },
     }  # fmt: skip
 
 
-def _column(name: str, kind: str, path: str, priority: int, description: str) -> Schema:
-    column = {"name": name, "type": kind, "jsonPath": path, "description": description}
+def _printer_column(name: str, column_type: str, path: str, priority: int, description: str) -> Schema:
+    column = {"name": name, "type": column_type, "jsonPath": path, "description": description}
     return column | ({"priority": priority} if priority else {})
 
 
-HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails if this file is out of date.\n"
+GENERATED_HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails if this file is out of date.\n"
 
 
 def crd_yaml() -> str:
@@ -336,22 +336,22 @@ def crd_yaml() -> str:
     yaml, stream = YAML(), StringIO()
     yaml.width = 160
     yaml.representer.ignore_aliases = lambda *_: True
-    yaml.dump(_quoted(crd()), stream)
-    return HEADER + stream.getvalue()
+    yaml.dump(_quote_ambiguous_words(build_crd()), stream)
+    return GENERATED_HEADER + stream.getvalue()
 
 
-AMBIGUOUS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"})
+AMBIGUOUS_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"})
 
 
-def _quoted(value: Any) -> Any:
+def _quote_ambiguous_words(value: Any) -> Any:
     """Return a copy of `value` in which strings are quoted if YAML 1.1 would read them as booleans or null."""
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, dict):
-        return {key: _quoted(inner) for key, inner in value.items()}
+        return {key: _quote_ambiguous_words(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_quoted(item) for item in value]
-    return SingleQuotedScalarString(value) if isinstance(value, str) and value.lower() in AMBIGUOUS else value
+        return [_quote_ambiguous_words(item) for item in value]
+    return SingleQuotedScalarString(value) if isinstance(value, str) and value.lower() in AMBIGUOUS_WORDS else value
 
 
 def main() -> None:

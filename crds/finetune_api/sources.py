@@ -12,17 +12,17 @@ from urllib.parse import urlsplit
 
 from finetune_api.errors import ConfigError
 
-_REPO = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_REVISION = re.compile(r"^[\w./-]+$")
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-_OBJECT = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
-_INCARNATION = r"(/a\d+-[^/]{8})?$"
-_CHECKPOINT = re.compile(r"/checkpoints/step-\d{8,}" + _INCARNATION)
-_MODEL = re.compile(r"/model" + _INCARNATION)
-_DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
-_UID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
-NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
+_REPO_PATTERN = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_REVISION_PATTERN = re.compile(r"^[\w./-]+$")
+_BUCKET_PATTERN = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_OBJECT_NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+_CONFIG_MAP_KEY_PATTERN = re.compile(r"^[-._a-zA-Z0-9]+$")
+_INCARNATION_SUFFIX = r"(/a\d+-[^/]{8})?$"
+_CHECKPOINT_PATH_PATTERN = re.compile(r"/checkpoints/step-\d{8,}" + _INCARNATION_SUFFIX)
+_MODEL_PATH_PATTERN = re.compile(r"/model" + _INCARNATION_SUFFIX)
+_DATA_FILE_PATTERN = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
+_UID_PATTERN = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+SOURCE_NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class HttpsSource:
     @property
     def is_job_result(self) -> bool:
         """Whether the URL is the folder of a job's checkpoint or final model. The trainer can read no other folders from a web server."""
-        return bool(_CHECKPOINT.search(self._path) or _MODEL.search(self._path))
+        return bool(_CHECKPOINT_PATH_PATTERN.search(self._path) or _MODEL_PATH_PATTERN.search(self._path))
 
     @property
     def is_checkpoint(self) -> bool:
         """Whether the URL is the folder of a job's checkpoint."""
-        return bool(_CHECKPOINT.search(self._path))
+        return bool(_CHECKPOINT_PATH_PATTERN.search(self._path))
 
     @property
     def _path(self) -> str:
@@ -112,30 +112,30 @@ def parse(text: str, *, path: str = "model.source") -> Source:
     Errors: ConfigError `SourceInvalid`.
     """
     if text != text.strip() or not text:
-        raise _source_error(path, text, "the source is empty, or starts or ends with a space", NOTATIONS)
-    scheme, colon, rest = text.partition("://")
+        raise _source_error(path, text, "the source is empty, or starts or ends with a space", SOURCE_NOTATIONS)
+    scheme, colon, address = text.partition("://")
     if not colon:
-        return _hub(text, path, text)
+        return _parse_hub_source(text, path, text)
     match scheme:
         case "hf":
-            return _hub(rest, path, text)
+            return _parse_hub_source(address, path, text)
         case "s3":
-            return _s3(rest, path, text)
+            return _parse_s3_source(address, path, text)
         case "pvc":
-            claim, _, inside = rest.partition("/")
+            claim, _, volume_path = address.partition("/")
             _require(
-                bool(_OBJECT.match(claim)),
+                bool(_OBJECT_NAME_PATTERN.match(claim)),
                 path,
                 text,
                 "the name of the PersistentVolumeClaim is missing or invalid",
                 "pvc://claim/path",
             )
-            _require(".." not in inside.split("/"), path, text, "the path contains `..`", "pvc://claim/path")
-            return PvcSource(claim, inside.strip("/"))
+            _require(".." not in volume_path.split("/"), path, text, "the path contains `..`", "pvc://claim/path")
+            return PvcSource(claim, volume_path.strip("/"))
         case "configmap":
-            name, _, key = rest.partition("/")
+            name, _, key = address.partition("/")
             _require(
-                bool(_OBJECT.match(name)) and bool(_KEY.match(key)),
+                bool(_OBJECT_NAME_PATTERN.match(name)) and bool(_CONFIG_MAP_KEY_PATTERN.match(key)),
                 path,
                 text,
                 "the name or the key of the ConfigMap is missing or invalid",
@@ -143,25 +143,25 @@ def parse(text: str, *, path: str = "model.source") -> Source:
             )
             return ConfigMapSource(name, key)
         case "https" | "http":
-            return _web(scheme, text, path)
+            return _parse_web_source(scheme, text, path)
         case "file":
             _require(
-                rest.startswith("/"), path, text, "the path is not absolute", f"file:///{rest.lstrip('/') or 'path'}"
+                address.startswith("/"), path, text, "the path is not absolute", f"file:///{address.lstrip('/') or 'path'}"
             )
-            return FileSource("/" + rest.strip("/"))
+            return FileSource("/" + address.strip("/"))
         case _:
-            raise _source_error(path, text, f"`{scheme}://` is not a supported notation", NOTATIONS)
+            raise _source_error(path, text, f"`{scheme}://` is not a supported notation", SOURCE_NOTATIONS)
 
 
-def _hub(rest: str, path: str, text: str) -> HubSource:
-    repo, at, revision = rest.partition("@")
+def _parse_hub_source(address: str, path: str, text: str) -> HubSource:
+    repo, at, revision = address.partition("@")
     if text.startswith((".", "/", "~")):
-        absolute = text if text.startswith("/") else "/path/to/" + text.lstrip("./~")
+        absolute_path = text if text.startswith("/") else "/path/to/" + text.lstrip("./~")
         raise _source_error(
             path,
             text,
             "this seems to be a local path, but pods cannot read files of your machine",
-            f"file://{absolute} for a path in the trainer image, otherwise s3://bucket/key",
+            f"file://{absolute_path} for a path in the trainer image, otherwise s3://bucket/key",
         )
     if is_data_file_name(text):
         raise _source_error(
@@ -172,14 +172,14 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
             f"file:///path/{text}, for a hub repository hf://{text}; `finetune run --local` reads the relative path",
         )
     _require(
-        bool(_REPO.match(repo)) and "--" not in repo and ".." not in repo,
+        bool(_REPO_PATTERN.match(repo)) and "--" not in repo and ".." not in repo,
         path,
         text,
         "this is not the name of a hub repository",
-        NOTATIONS,
+        SOURCE_NOTATIONS,
     )
     _require(
-        not at or bool(_REVISION.match(revision)),
+        not at or bool(_REVISION_PATTERN.match(revision)),
         path,
         text,
         "the branch, tag or commit after @ is missing or invalid",
@@ -190,13 +190,13 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
 
 def is_data_file_name(text: str) -> bool:
     """Whether a source has no scheme and the extension of a data file, as in `data/train.jsonl`."""
-    return "://" not in text and bool(_DATA_FILE.search(text))
+    return "://" not in text and bool(_DATA_FILE_PATTERN.search(text))
 
 
-def _s3(rest: str, path: str, text: str) -> S3Source:
-    bucket, _, key = rest.partition("/")
+def _parse_s3_source(address: str, path: str, text: str) -> S3Source:
+    bucket, _, key = address.partition("/")
     _require(
-        bool(_BUCKET.match(bucket)),
+        bool(_BUCKET_PATTERN.match(bucket)),
         path,
         text,
         "the bucket name is missing or invalid (3 to 63 characters of a-z 0-9 . -)",
@@ -219,8 +219,8 @@ def model_name(source: str) -> str:
     text = redact_source(source).rstrip("/")
     if "://" not in text or text.startswith("hf://"):
         text = text.partition("@")[0] if "@" in text else text
-    folder = _MODEL.sub("", _CHECKPOINT.sub("", text))
-    parts = [part for part in re.sub(r"^[a-z0-9]+://", "", folder).split("/") if part and not _UID.match(part)]
+    folder = _MODEL_PATH_PATTERN.sub("", _CHECKPOINT_PATH_PATTERN.sub("", text))
+    parts = [part for part in re.sub(r"^[a-z0-9]+://", "", folder).split("/") if part and not _UID_PATTERN.match(part)]
     name = parts[-1] if parts else text
     return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
 
@@ -232,7 +232,7 @@ def redact_source(text: str) -> str:
     return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])
 
 
-def _web(scheme: str, text: str, path: str) -> HttpsSource:
+def _parse_web_source(scheme: str, text: str, path: str) -> HttpsSource:
     _require(scheme == "https", path, text, "plain http does not protect the file against modification", "https" + redact_source(text)[len("http") :])
     try:
         parts = urlsplit(text)

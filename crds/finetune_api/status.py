@@ -14,30 +14,30 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, PlainSerializer
 
-from finetune_api.base import PROMPT, Prompt, ReportModel, status_field
+from finetune_api.base import PROMPT_KEY, PromptWrite, ReportModel, status_field
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import FailureClass, Phase
 from finetune_api.spec.enums import OutputKind
 
 
-def rfc3339(moment: datetime) -> str:
+def format_rfc3339(time: datetime) -> str:
     """Return a time in the format of Kubernetes: UTC, whole seconds, `Z`."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str, when_used="json")]
+Time = Annotated[datetime, PlainSerializer(format_rfc3339, return_type=str, when_used="json")]
 
 
 class Condition(ReportModel):
     """A condition, with the fields of a Kubernetes condition."""
 
-    type: ConditionType = status_field("Name of the condition.", default=..., prompt=Prompt.VALUE)
+    type: ConditionType = status_field("Name of the condition.", default=..., prompt=PromptWrite.VALUE)
     status: Literal["True", "False", "Unknown"] = status_field(
         "Whether the condition is true. Values: `True`: the condition is true. `False`: the condition is false. `Unknown`: not known yet.",
-        default=..., prompt=Prompt.VALUE,
+        default=..., prompt=PromptWrite.VALUE,
     )  # fmt: skip
     reason: str = status_field(
-        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", prompt=Prompt.VALUE
+        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", prompt=PromptWrite.VALUE
     )
     message: str = status_field("Explanation of the condition's status in one sentence.", default="")
     last_transition_time: Time | None = status_field("Time of the last change of `status`.", example="2026-03-01T12:00:00Z")
@@ -49,14 +49,14 @@ class Condition(ReportModel):
 class Attempt(ReportModel):
     """One attempt to run the job. Each attempt is one Kubernetes Job."""
 
-    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, prompt=Prompt.VALUE)
+    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, prompt=PromptWrite.VALUE)
     start_time: Time | None = status_field(
         "Creation time of the attempt's Job. With a queue: time of the Job's admission.", example="2026-03-01T12:00:00Z"
     )
     end_time: Time | None = status_field(
-        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", prompt=Prompt.VALUE
+        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", prompt=PromptWrite.VALUE
     )
-    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", prompt=Prompt.VALUE)
+    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", prompt=PromptWrite.VALUE)
     message: str | None = status_field("Error message of the failed rank.")
     exit_code: int | None = status_field(
         "Exit code of the trainer container that explains the end of the attempt. docs/reference/names.md lists all exit codes.", example=71
@@ -223,50 +223,50 @@ class FineTuneJobStatus(ReportModel):
 
     observed_generation: int = status_field(
         "metadata.generation of the spec that this status describes. -1 until the operator has read the job.",
-        default=-1, example=1, prompt=Prompt.VALUE,
+        default=-1, example=1, prompt=PromptWrite.VALUE,
     )  # fmt: skip
     phase: Phase | None = status_field(
-        "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=Prompt.VALUE
+        "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=PromptWrite.VALUE
     )
     reason: str | None = status_field(
         "Reason why the job waits or failed, in one word. `-` if the phase needs no reason.",
-        example="Unschedulable", prompt=Prompt.VALUE,
+        example="Unschedulable", prompt=PromptWrite.VALUE,
     )  # fmt: skip
-    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=Prompt.VALUE)
-    attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=Prompt.VALUE)
-    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, prompt=Prompt.VALUE)
+    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=PromptWrite.VALUE)
+    attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=PromptWrite.VALUE)
+    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, prompt=PromptWrite.VALUE)
     retries_used: int | None = status_field(
-        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, prompt=Prompt.VALUE
+        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, prompt=PromptWrite.VALUE
     )
     active_seconds: int | None = status_field(
         "Running time of all ended attempts together, in seconds. Time in the queue and suspended time do not count.",
-        example=7200, prompt=Prompt.VALUE,
+        example=7200, prompt=PromptWrite.VALUE,
     )  # fmt: skip
-    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=Prompt.VALUE)
+    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=PromptWrite.VALUE)
     progress: Progress | None = status_field("Progress of training.")
     metrics: Metrics | None = status_field("Latest values of the training metrics.")
     checkpoints: list[Checkpoint] = status_field(
         "The newest five committed checkpoints, and the best checkpoint.", default_factory=list
     )
     latest_checkpoint: str | None = status_field(
-        "Folder of the newest committed checkpoint.", prompt=Prompt.PRESENCE,
+        "Folder of the newest committed checkpoint.", prompt=PromptWrite.PRESENCE,
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
     )  # fmt: skip
     latest_checkpoint_step: int | None = status_field("Optimizer step of the newest committed checkpoint.", example=400)
-    output: Output | None = status_field("The final model or adapter.", prompt=Prompt.VALUE)
-    failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=Prompt.VALUE)
+    output: Output | None = status_field("The final model or adapter.", prompt=PromptWrite.VALUE)
+    failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=PromptWrite.VALUE)
     adaptations: list[Adaptation] = status_field(
         "Changes that the operator made to the job's configuration, so that the job can continue.",
-        default_factory=list, prompt=Prompt.VALUE,
+        default_factory=list, prompt=PromptWrite.VALUE,
     )  # fmt: skip
     workers: Workers | None = status_field("Pods of the current attempt.")
     resolved: Resolved | None = status_field("The configuration in use.")
     start_time: Time | None = status_field(
         "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
-        example="2026-03-01T12:00:00Z", prompt=Prompt.VALUE,
+        example="2026-03-01T12:00:00Z", prompt=PromptWrite.VALUE,
     )  # fmt: skip
     completion_time: Time | None = status_field(
-        "Time at which the job ended.", example="2026-03-01T14:03:00Z", prompt=Prompt.VALUE
+        "Time at which the job ended.", example="2026-03-01T14:03:00Z", prompt=PromptWrite.VALUE
     )
     duration: str | None = status_field("Time from the start to the end of the job, as text.", example="2h3m")
 
@@ -274,14 +274,14 @@ class FineTuneJobStatus(ReportModel):
         """Return the condition of type `kind`. None: the status does not contain the condition."""
         return next((condition for condition in self.conditions if condition.type == kind), None)
 
-    def holds(self, kind: ConditionType) -> bool:
+    def is_true(self, condition_type: ConditionType) -> bool:
         """Whether the condition of type `kind` has status True."""
-        condition = self.condition(kind)
+        condition = self.condition(condition_type)
         return condition is not None and condition.status == "True"
 
     def prompt_part(self) -> dict[str, Any]:
         """Return all fields with `prompt` as JSON values. If two statuses have equal fields with `prompt`, the operator may write the newer status later."""
-        present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, Prompt.PRESENCE)}
+        present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, PromptWrite.PRESENCE)}
         return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
 
     @property
@@ -290,9 +290,9 @@ class FineTuneJobStatus(ReportModel):
         return (self.progress.step if self.progress else None) or 0
 
 
-def _fields_marked(model: type[BaseModel], mark: Prompt) -> Iterator[str]:
+def _fields_marked(model: type[BaseModel], mark: PromptWrite) -> Iterator[str]:
     for name, info in model.model_fields.items():
-        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(PROMPT) == mark:
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(PROMPT_KEY) == mark:
             yield name
 
 
@@ -303,7 +303,7 @@ def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
     If the items of a list have fields with `Prompt.VALUE`, the result includes only these fields of each item.
     """
     include: dict[str, Any] = {}
-    for name in _fields_marked(model, Prompt.VALUE):
+    for name in _fields_marked(model, PromptWrite.VALUE):
         items = [
             argument
             for argument in get_args(model.model_fields[name].annotation)

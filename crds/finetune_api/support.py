@@ -24,13 +24,13 @@ class UnsupportedField:
     """A field of the spec that this release does not implement. `path` is a dotted path of attribute names."""
 
     path: str
-    refuses: Callable[[Any], bool] = _is_set
+    is_refused: Callable[[Any], bool] = _is_set
     hint: str = "remove it"
 
     @property
     def refuses_every_value(self) -> bool:
         """Whether every value of the field is refused."""
-        return self.refuses is _is_set
+        return self.is_refused is _is_set
 
 
 def _any_of(*values: object) -> Callable[[Any], bool]:
@@ -67,7 +67,7 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
 
 def unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
     """Return one problem for each field that the spec sets but this release does not implement."""
-    return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.refuses(_value(spec, row.path))]
+    return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.is_refused(_value(spec, row.path))]
 
 
 def _value(spec: FineTuneJobSpec, path: str) -> Any:

@@ -111,7 +111,7 @@ class PlanExecutor:
             raise StaleFacts(f"the current attempt on the API server is {live.status.attempt}, not {attempt}")
         if live.generation != facts.job.generation or _stop_requests(live.spec) != _stop_requests(facts.job.spec):
             raise StaleFacts("the spec on the API server has changed")
-        listing = await self._kube.list(POD, facts.job.namespace, labels=f"{Label.UID}={facts.job.uid}")
+        listing = await self._kube.list(POD, facts.job.namespace, labels=f"{Label.JOB_UID}={facts.job.uid}")
         running = [pod.name for body in listing.items if (pod := read_pod(body)) is not None and not pod.is_finished]
         if running:
             raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running)}")

@@ -79,7 +79,7 @@ def cause_of_missing_job(facts: Facts) -> FailureCause:
     """Return why the current attempt ended. Called after the Job of the attempt was deleted."""
     from_pods = cause_of(None, facts.newest_pods)
     reason, record = facts.termination_reason, facts.attempt_record
-    if reason is None or record is None or from_pods.retry is RetryPolicy.NEVER:
+    if reason is None or record is None or from_pods.retry_policy is RetryPolicy.NEVER:
         # A pod's fatal error would recur in each further attempt. So this error takes precedence over the operator's reason for the end.
         return from_pods
     message = record.message or str(reason)
@@ -88,8 +88,8 @@ def cause_of_missing_job(facts: Facts) -> FailureCause:
         exit_code=from_pods.failure.exit_code, node=from_pods.failure.node,
     )  # fmt: skip
     if reason is Reason.STALLED:
-        failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=reason, message=message, exit_code=ExitCode.PEER)
-    return FailureCause(reason, failure, TERMINATION_RETRY.get(reason, RetryPolicy.FREE))
+        failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=reason, message=message, exit_code=ExitCode.PEER_FAILED)
+    return FailureCause(reason, failure, TERMINATION_RETRY.get(reason, RetryPolicy.NOT_COUNTED))
 
 
 def rank0_termination_message(facts: Facts) -> TerminationMessage | None:

@@ -158,7 +158,7 @@ def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
-    return status.holds(Kind.FINISHED)
+    return status.is_true(Kind.FINISHED)
 
 
 def build_event(job: JobObject, draft: EventDraft, instance: str, now: datetime) -> Object:

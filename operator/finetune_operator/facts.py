@@ -193,7 +193,7 @@ class Facts:
 
     def is_true(self, kind: Condition) -> bool:
         """Whether the status condition of this type is True."""
-        return self.job.status.holds(kind)
+        return self.job.status.is_true(kind)
 
     @property
     def is_finished(self) -> bool:

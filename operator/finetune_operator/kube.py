@@ -33,7 +33,7 @@ from finetune_operator.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
 
-USER_AGENT = names.MANAGER
+USER_AGENT = names.MANAGER_NAME
 MAX_TRIES = 5
 """Maximum number of tries of one request, including the first try."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
@@ -237,7 +237,7 @@ class KubeClient:
         Errors: AlreadyExists, Forbidden, Invalid, NamespaceTerminating, OutcomeUnknown (then read the object by name), Unavailable.
         """
         name = body["metadata"]["name"]
-        query = {"fieldManager": names.MANAGER}
+        query = {"fieldManager": names.MANAGER_NAME}
         return await self._send("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
 
     async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
@@ -247,7 +247,7 @@ class KubeClient:
         """
         name = body["metadata"]["name"]
         path = kind.path(namespace, name, subresource)
-        query = {"fieldManager": names.MANAGER}
+        query = {"fieldManager": names.MANAGER_NAME}
         return (await self._send_with_retries("update", kind, name, "PUT", path, body=body, query=query)).body
 
     async def patch(

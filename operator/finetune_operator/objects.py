@@ -40,5 +40,5 @@ EVENT = Kind("events.k8s.io/v1", "Event", "events")
 DEFAULT_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
-MANAGED_BY_SELECTOR = f"{names.Label.MANAGED_BY}={names.MANAGER}"
+MANAGED_BY_SELECTOR = f"{names.Label.MANAGED_BY}={names.MANAGER_NAME}"
 """Label selector of the Jobs and pods that the operator creates. With it, the operator need not watch all pods of the cluster."""

@@ -64,7 +64,7 @@ class JobObserver:
         state = self.states.get(key)
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
-        finished = job.status.holds(Kind.FINISHED)
+        finished = job.status.is_true(Kind.FINISHED)
         # If a CRD prunes fields, the spec changes but the generation does not.
         changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
@@ -95,7 +95,7 @@ class JobObserver:
         """Read the pods of a finished Job if the cache does not show how they ended. Returns whether a request was sent."""
         if not pods_lag_behind_job(facts):
             return False
-        selector = f"{Label.UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
+        selector = f"{Label.JOB_UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
         listing = await self._kube.list(POD, key.namespace, labels=selector)
         listed = set()
         for body in listing.items:

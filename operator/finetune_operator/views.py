@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.names import CONTAINER, KIND, MANAGER, Annotation, Label
+from finetune_api.names import KIND, MANAGER_NAME, TRAINER_CONTAINER, Annotation, Label
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
@@ -197,7 +197,7 @@ def read_job(body: Object) -> JobView | None:
         name=meta["name"],
         uid=meta["uid"],
         version=_version(meta),
-        owner_uid=owner or str(labels.get(Label.UID, "")),
+        owner_uid=owner or str(labels.get(Label.JOB_UID, "")),
         is_owned=owner is not None,
         job_name=job_name,
         attempt=attempt,
@@ -219,9 +219,9 @@ def read_job(body: Object) -> JobView | None:
 def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
     """Read the name of the FineTuneJob and the number of the attempt from the labels."""
     attempt = _number(labels.get(Label.ATTEMPT))
-    if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
+    if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
         return None
-    return str(labels[Label.NAME]), attempt
+    return str(labels[Label.JOB_NAME]), attempt
 
 
 def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
@@ -240,7 +240,7 @@ def read_pod(body: Object) -> PodView | None:
     meta = body["metadata"]
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     attempt = _number(labels.get(Label.ATTEMPT))
-    if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
+    if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
         return None
     status = body.get("status") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or []}
@@ -256,8 +256,8 @@ def read_pod(body: Object) -> PodView | None:
         uid=meta["uid"],
         version=_version(meta),
         job_uid=_controller(meta, "Job") or "",
-        owner_uid=str(labels.get(Label.UID, "")),
-        job_name=labels[Label.NAME],
+        owner_uid=str(labels.get(Label.JOB_UID, "")),
+        job_name=labels[Label.JOB_NAME],
         attempt=attempt,
         index=_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
         created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
@@ -284,7 +284,7 @@ def read_pod(body: Object) -> PodView | None:
 def _trainer_status(status: Object) -> Object:
     """Find the trainer container's status by name, because admission webhooks may add other containers."""
     containers: list[Object] = status.get("containerStatuses") or [{}]
-    return next((container for container in containers if container.get("name") == CONTAINER), containers[0])
+    return next((container for container in containers if container.get("name") == TRAINER_CONTAINER), containers[0])
 
 
 def _waiting_state(status: Object, state: Object) -> Object:

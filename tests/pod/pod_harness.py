@@ -58,7 +58,7 @@ def run_config(
     parsed_spec = FineTuneJobSpec.model_validate(
         merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
     )
-    resolution = resolve(parsed_spec, platform=PlatformDefaults(storage=StorageRoot(uri=root)))
+    resolution = resolve(parsed_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=root)))
     return RunConfig(
         name="job", namespace="team", uid=UID, attempt=attempt, spec=resolution.spec, defaults=sorted(resolution.defaults),
         world=World(

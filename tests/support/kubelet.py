@@ -35,7 +35,7 @@ from finetune_api.status import Stage
 from localcluster.api import Endpoint
 
 Object = dict[str, Any]
-SELECTOR = f"{Label.MANAGED_BY}={names.MANAGER}"
+SELECTOR = f"{Label.MANAGED_BY}={names.MANAGER_NAME}"
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 LEASE_DURATION_SECONDS = 40
 LEASE_RENEW_SECONDS = 5.0
@@ -104,7 +104,7 @@ def parse_pod(body: Object) -> FakePod:
     meta = body["metadata"]
     labels = meta.get("labels") or {}
     return FakePod(
-        namespace=meta["namespace"], name=meta["name"], uid=meta["uid"], job=labels.get(Label.NAME, ""),
+        namespace=meta["namespace"], name=meta["name"], uid=meta["uid"], job=labels.get(Label.JOB_NAME, ""),
         attempt=_number_or_zero(labels.get(Label.ATTEMPT)), index=_number_or_zero((meta.get("annotations") or {}).get(COMPLETION_INDEX)),
         node=(body.get("spec") or {}).get("nodeName", ""), phase=(body.get("status") or {}).get("phase", "Pending"),
         deleting=bool(meta.get("deletionTimestamp")), body=body,
@@ -452,7 +452,7 @@ class FakeKubelet:
             self._changed.notify_all()
         if pod is None or pod.phase != "Running" or f"/{rest[0] if rest else ''}" != names.Path.PROGRESS:
             raise web.HTTPNotFound
-        uid = pod.body["metadata"]["labels"].get(Label.UID, "")
+        uid = pod.body["metadata"]["labels"].get(Label.JOB_UID, "")
         report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (configured_report or {})
         return web.Response(body=json.dumps(report), content_type="application/json")
 
@@ -492,7 +492,7 @@ def _pod_status(pod: FakePod, state: Object, *, ready: bool) -> Object:
     is_ready = "True" if ready else "False"
     conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
     status = {
-        "name": container.get("name", names.CONTAINER), "image": container.get("image", ""), "restartCount": 0,
+        "name": container.get("name", names.TRAINER_CONTAINER), "image": container.get("image", ""), "restartCount": 0,
         "imageID": "simulated@sha256:" + "0" * 64, "ready": ready, "started": "running" in state, "state": state,
     }  # fmt: skip
     return {

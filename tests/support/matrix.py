@@ -82,7 +82,7 @@ def _verdict(result: Result) -> str:
         assert len(result.losses) == 2, result
         assert any(name.endswith(".safetensors") for name in result.files), result
         return WORKS
-    assert result.error["exitCode"] == ExitCode.CONFIG, f"{result.name}: {result.error}"
+    assert result.error["exitCode"] == ExitCode.CONFIG_INVALID, f"{result.name}: {result.error}"
     return f"{result.error['message']}; {result.error['hint']}"
 
 

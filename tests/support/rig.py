@@ -152,7 +152,7 @@ class Rig:
 
     def job_names(self, name: str = "job") -> list[str]:
         """Return the sorted names of the Jobs of a FineTuneJob."""
-        found = self.api.list("jobs", self.namespace, labels=f"{Label.NAME}={name}")
+        found = self.api.list("jobs", self.namespace, labels=f"{Label.JOB_NAME}={name}")
         return sorted(body["metadata"]["name"] for body in found)
 
     def event_reasons(self, name: str = "job") -> list[str]:

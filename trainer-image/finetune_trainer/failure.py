@@ -152,7 +152,7 @@ def _first_line(error: BaseException) -> str:
 
 def failure_from_message(message: dict[str, Any]) -> RankFailure:
     """The failure that a rank reported. An unreadable field gets a default value, so that the other fields can still be used."""
-    code = _int_or(message.get("exitCode"), ExitCode.INTERNAL)
+    code = _int_or(message.get("exitCode"), ExitCode.INTERNAL_ERROR)
     kind = ERROR_OF_CODE.get(code, InternalError)
     reported_class = message.get("failureClass")
     failure_class = FailureClass(reported_class) if reported_class in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
@@ -192,7 +192,7 @@ def failure_from_exit_code(rank: int, code: int, *, host_memory: bool = False) -
             _killed(rank, -code, name, host_memory), rank, reported=False, origin=-code != signal.SIGTERM
         )
     kind = ERROR_OF_CODE.get(code)
-    if kind is not None and code != ExitCode.INTERNAL:
+    if kind is not None and code != ExitCode.INTERNAL_ERROR:
         return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, reported=False)
     return RankFailure(
         InternalError("RankCrashed", f"rank {rank} ended with exit code {code} and gave no reason", hint="see the pod's log"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune_api import names
 from finetune_api.compatibility import read_run_config
 from finetune_api.errors import InternalError
-from finetune_api.names import Env, incarnation
+from finetune_api.names import Env, incarnation_folder
 from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
@@ -49,16 +49,16 @@ class Settings:
             node_name=env.get(Env.NODE_NAME, ""),
             pod_uid=env.get(Env.POD_UID) or os.urandom(4).hex(),
             final_upload_timeout=float(
-                env.get(Env.FINAL_UPLOAD_TIMEOUT)
+                env.get(Env.FINAL_UPLOAD_TIMEOUT_SECONDS)
                 or env.get(FINAL_UPLOAD_TIMEOUT_OF_0_1)
                 or FINAL_UPLOAD_TIMEOUT_SECONDS
             ),
-            unsaved_timeout=float(env.get(Env.UNSAVED_TIMEOUT) or UNSAVED_TIMEOUT_SECONDS),
+            unsaved_timeout=float(env.get(Env.NO_COMMIT_TIMEOUT_SECONDS) or UNSAVED_TIMEOUT_SECONDS),
         )
 
     def incarnation(self, run: RunConfig) -> str:
         """Name of the folders in storage that this incarnation writes. The ranks of all pods use the name of rank 0's pod."""
-        return incarnation(run.attempt, self.pod_uid)
+        return incarnation_folder(run.attempt, self.pod_uid)
 
 
 def load_run(settings: Settings) -> tuple[RunConfig, str]:

@@ -117,6 +117,6 @@ def merged_lines(
 
 
 def _log(cluster: Cluster, pod: dict[str, Any], follow: bool, tail: int | None) -> Iterator[str]:
-    from finetune_api.names import CONTAINER
+    from finetune_api.names import TRAINER_CONTAINER
 
-    return cluster.log(pod["metadata"]["name"], CONTAINER, follow=follow, tail=tail)
+    return cluster.log(pod["metadata"]["name"], TRAINER_CONTAINER, follow=follow, tail=tail)

@@ -70,7 +70,7 @@ def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
 
 def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
     """Return the redacted files of the archive by name. The file of an unreadable object contains the error."""
-    from finetune_api.names import CONTAINER
+    from finetune_api.names import TRAINER_CONTAINER
 
     from finetune_cli.cluster import ClusterError
     from finetune_cli.status_text import describe, event_line
@@ -94,7 +94,7 @@ def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
     for pod in pods:
         pod_name = pod["metadata"]["name"]
         try:
-            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.log(pod_name, CONTAINER, follow=False, tail=LOG_LINES))
+            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.log(pod_name, TRAINER_CONTAINER, follow=False, tail=LOG_LINES))
         except ClusterError as error:
             parts[f"logs/{pod_name}.txt"] = f"({error})"
     return {part: redact_for_report(text) for part, text in parts.items()}

@@ -90,7 +90,7 @@ def peek(document: Document) -> dict[str, Any]:
 
 
 def _guess_keys(text: str) -> dict[str, Any]:
-    """Guess the keys of invalid YAML. The keys select an importer, which then reports the syntax error."""
+    """Return the keys in a file that is not valid YAML. They select the importer, and that importer reports the syntax error."""
     result: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():

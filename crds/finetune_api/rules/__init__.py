@@ -57,7 +57,7 @@ from finetune_api.rules import quantities
 from finetune_api.rules.warnings import warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement, quantities)
+RULE_MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement, quantities)
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [

@@ -47,7 +47,7 @@ class Rule:
     """A registered rule. `cel` is empty if CEL cannot express the rule."""
 
     code: str
-    find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]
+    find_problems: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]
     cel: str = ""
     message: str = ""
 
@@ -69,24 +69,24 @@ def rule(
 
 def check(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
     """Return all problems of a spec, in the order of `RULES`."""
-    return [Problem(path, entry.code, message, hint) for entry in RULES for path, message, hint in entry.find(spec, target)]
+    return [Problem(path, entry.code, message, hint) for entry in RULES for path, message, hint in entry.find_problems(spec, target)]
 
 
-def new_problems(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
+def new_problems(old_spec: FineTuneJobSpec, new_spec: FineTuneJobSpec) -> list[Problem]:
     """Return the problems of `after` that `before` does not have. A change of a spec is refused only because of new problems."""
-    known = {(problem.code, problem.path) for problem in check(before)}
-    return [problem for problem in check(after) if (problem.code, problem.path) not in known]
+    known_problems = {(problem.code, problem.path) for problem in check(old_spec)}
+    return [problem for problem in check(new_spec) if (problem.code, problem.path) not in known_problems]
 
 
-def without_defaults(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
+def without_defaults(spec: FineTuneJobSpec, filled_paths: Iterable[str]) -> FineTuneJobSpec:
     """Return a copy of a resolved spec without the values at the paths `filled`. Rules need a spec without filled-in defaults."""
     value = spec.to_wire()
-    for path in filled:
+    for path in filled_paths:
         *groups, name = path.split(".")
-        inner: Any = value
+        group_value: Any = value
         for group in groups:
-            inner = inner.get(group, {}) if isinstance(inner, dict) else {}
-        inner.pop(name, None)
+            group_value = group_value.get(group, {}) if isinstance(group_value, dict) else {}
+        group_value.pop(name, None)
     return FineTuneJobSpec.model_validate({key: _without_empty(group) for key, group in value.items()})
 
 
@@ -107,5 +107,5 @@ def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
     """Check the rules with these codes, and raise the first problem as ConfigError with the rule's code."""
     for entry in RULES:
         if entry.code in codes:
-            for path, message, hint in entry.find(spec, ExecutionTarget.CLUSTER):
+            for path, message, hint in entry.find_problems(spec, ExecutionTarget.CLUSTER):
                 raise ConfigError(entry.code, f"{path}: {message}", hint=hint)

@@ -16,7 +16,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("SplitRatios")
-def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     split = spec.dataset.split
     if split is None:
         return
@@ -41,7 +41,7 @@ def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("DataOptionWithoutEffect")
-def data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dataset = spec.dataset
     if dataset.max_bad_row_ratio is not None and value_or_default(dataset, "bad_rows") != "skip":
         yield "dataset.maxBadRowRatio", "maxBadRowRatio has no effect without `badRows: skip`", "write `badRows: skip`, or remove maxBadRowRatio"
@@ -81,12 +81,12 @@ def data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("ResponseOnlyWithoutTurns")
-def response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    options, form = spec.dataset.response_only, spec.dataset.format
-    has_no_turns = form in FORMATS_WITHOUT_TURNS
+def check_response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    options, dataset_format = spec.dataset.response_only, spec.dataset.format
+    has_no_turns = dataset_format in FORMATS_WITHOUT_TURNS
     if options is not None and options.enabled and has_no_turns and not (options.question_marker or options.answer_marker):
         yield (
             "dataset.responseOnly.enabled",
-            f"true, but rows of format {form} have no turns, so the trainer cannot find the answers",
+            f"true, but rows of format {dataset_format} have no turns, so the trainer cannot find the answers",
             "write questionMarker and answerMarker, or remove responseOnly.enabled",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.base import DEFAULT, Group
+from finetune_api.base import DEFAULT_KEY, Group
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     LoraInit,
@@ -17,7 +17,7 @@ from finetune_api.spec.enums import (
 def constant_default(group: type[Group], field: str) -> Any:
     """Return the constant default of a field. None: the field has no constant default."""
     extra = group.model_fields[field].json_schema_extra
-    return extra.get(DEFAULT) if isinstance(extra, dict) else None
+    return extra.get(DEFAULT_KEY) if isinstance(extra, dict) else None
 
 
 def value_or_default(group: Group, field: str) -> Any:

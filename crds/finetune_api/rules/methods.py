@@ -33,7 +33,7 @@ from finetune_api.spec.enums import (
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'qlora') || !has(self.model.quantization) || !has(self.model.quantization.bits) || self.model.quantization.bits == 4",
     message="method.type qlora requires 4 bits: remove model.quantization.bits or write 4; for 8 bits write method.type lora",
 )
-def qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_type_of(spec) is MethodType.QLORA and bits not in (None, 4):
         yield (
@@ -48,7 +48,7 @@ def qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'full') || !has(self.model.quantization) || !has(self.model.quantization.bits)",
     message="method.type full cannot train quantised weights: remove model.quantization, or write method.type qlora",
 )
-def full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_type_of(spec) is MethodType.FULL and bits:
         yield (
@@ -65,7 +65,7 @@ def full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("QuantizationWithoutBits")
-def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     quantization = spec.model.quantization
     if quantization is None or method_type_of(spec) is MethodType.QLORA:
         return
@@ -86,7 +86,7 @@ def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'adapter') || (has(self.method.adapter) && has(self.method.adapter.source))",
     message="method.type adapter trains an existing adapter: write method.adapter.source",
 )
-def adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     source = spec.method.adapter.source if spec.method.adapter else None
     if method_type_of(spec) is MethodType.ADAPTER and not source:
         yield (
@@ -103,7 +103,7 @@ def adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("OptionOfAnotherMethod")
-def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     method = method_type_of(spec)
     if spec.method.lora is not None and method not in LORA_METHODS:
         yield (
@@ -147,7 +147,7 @@ def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     cel="!has(self.method) || !has(self.method.lora) || !has(self.method.lora.targetModules) || !self.method.lora.targetModules.exists(m, m == 'lm_head' || m == 'embed_out')",
     message="method.lora.targetModules must not contain the output head (lm_head): write the head into method.lora.modulesToSave",
 )
-def lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for module in (spec.method.lora and spec.method.lora.target_modules) or []:
         if module in OUTPUT_HEADS:
             yield (
@@ -158,7 +158,7 @@ def lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("LoraInitialisation")
-def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     lora = spec.method.lora
     if lora is None:
         return
@@ -244,7 +244,7 @@ def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
 
 
 @rule("BiasBesideReference")
-def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bias = spec.method.lora.bias if spec.method.lora else None
     if bias not in (None, LoraBias.NONE) and keeps_reference_adapter(spec):
         yield (
@@ -255,15 +255,15 @@ def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 
 
 @rule("NewTokensUntrained")
-def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """The method must train the embeddings of new tokens, and the strategy must support larger embeddings."""
     tokens, method = spec.model.new_tokens or [], method_type_of(spec)
     if not tokens:
         return
     path = "model.newTokens"
-    twice = next((token for token in tokens if tokens.count(token) > 1), None)
-    if twice is not None:
-        yield path, f"the list contains {twice} twice", "write each token once"
+    duplicate_token = next((token for token in tokens if tokens.count(token) > 1), None)
+    if duplicate_token is not None:
+        yield path, f"the list contains {duplicate_token} twice", "write each token once"
     if method in (MethodType.IA3, *PROMPT_METHODS):
         yield (
             path,
@@ -292,7 +292,7 @@ def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("HalfWeights")
-def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Loss scaling cannot train half-precision weights.
 
     The rule accepts DeepSpeed, because DeepSpeed keeps a 32-bit copy of the weights. The rule accepts spectrum on a quantised base,
@@ -311,13 +311,13 @@ def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("SpectrumLayers")
-def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     spectrum = spec.method.spectrum
     if spectrum is None or spectrum.layers is None:
         return
-    twice = sorted({layer for layer in spectrum.layers if spectrum.layers.count(layer) > 1})
-    if twice:
-        yield "method.spectrum.layers", f"the list contains {', '.join(map(str, twice))} more than once", "write each layer once"
+    duplicate_layers = sorted({layer for layer in spectrum.layers if spectrum.layers.count(layer) > 1})
+    if duplicate_layers:
+        yield "method.spectrum.layers", f"the list contains {', '.join(map(str, duplicate_layers))} more than once", "write each layer once"
     for name in ("snr_threshold", "metric"):
         if getattr(spectrum, name) is not None:
             wire = type(spectrum).model_fields[name].alias or name
@@ -329,7 +329,7 @@ def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("PromptTuning")
-def prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     method = method_type_of(spec)
     checkpointing = spec.training.gradient_checkpointing
     if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):

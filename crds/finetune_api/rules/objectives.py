@@ -22,9 +22,9 @@ from finetune_api.spec.enums import (
 
 
 @rule("FormatOfAnotherObjective")
-def format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_type_of(spec)
-    formats = OBJECTIVES[trainer].formats
+    formats = OBJECTIVES[trainer].dataset_formats
     given = [("dataset.format", spec.dataset.format)] + [
         (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
     ]
@@ -42,7 +42,7 @@ def format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
     cel="!(has(self.trainer) && has(self.trainer.type) && self.trainer.type == 'grpo') || has(self.trainer.rewards)",
     message="trainer.type grpo needs at least one reward: write trainer.rewards",
 )
-def rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_type_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
         yield (
             "trainer.rewards",
@@ -52,7 +52,7 @@ def rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("RewardIncomplete")
-def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, reward in enumerate(spec.trainer.rewards or []):
         path = f"trainer.rewards[{i}]"
         if (reward.builtin is None) == (reward.config_map_ref is None):
@@ -89,7 +89,7 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("OptionOfAnotherObjective")
-def options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_type_of(spec)
     options = {
         "dpo": (spec.trainer.dpo is not None, "remove trainer.dpo, or change trainer.type"),
@@ -146,14 +146,14 @@ LOSSES_WITH_LABEL_SMOOTHING = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
 
 
 @rule("DpoLosses")
-def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dpo = spec.trainer.dpo
     if dpo is None or trainer_type_of(spec) is not TrainerType.DPO:
         return
     losses = dpo.loss_types or [DpoLoss.SIGMOID]
-    twice = next((loss for loss in losses if losses.count(loss) > 1), None)
-    if twice is not None:
-        yield "trainer.dpo.lossTypes", f"the list contains {twice} twice", "write each loss once"
+    duplicate_loss = next((loss for loss in losses if losses.count(loss) > 1), None)
+    if duplicate_loss is not None:
+        yield "trainer.dpo.lossTypes", f"the list contains {duplicate_loss} twice", "write each loss once"
     if dpo.label_smoothing and not any(loss in LOSSES_WITH_LABEL_SMOOTHING for loss in losses):
         yield (
             "trainer.dpo.labelSmoothing",
@@ -174,7 +174,7 @@ def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
 
 
 @rule("BatchTooSmall")
-def kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if int(value_or_default(spec.training, "batch_size_per_device")) < min_batch_size_per_device(spec):
         yield (
             "training.batchSizePerDevice",
@@ -184,7 +184,7 @@ def kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("ObjectiveAndMethod")
-def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_type_of(spec) is TrainerType.ORPO and method_type_of(spec) is MethodType.PROMPT_TUNING:
         yield (
             "method.type",
@@ -194,7 +194,7 @@ def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
 
 
 @rule("GenerationsDoNotDivide")
-def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_type_of(spec) is not TrainerType.GRPO:
         return
     generations_per_prompt = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
@@ -212,8 +212,8 @@ def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     batch = (
         spec.evaluation.batch_size_per_device or int(value_or_default(spec.training, "batch_size_per_device"))
     ) * world_size(spec)
-    generates = evaluates_during_training(spec) or has_test_set(spec)
-    if generates and not any(batch % size == 0 for size in range(2, generations_per_prompt + 1)):
+    generates_answers = evaluates_during_training(spec) or has_test_set(spec)
+    if generates_answers and not any(batch % size == 0 for size in range(2, generations_per_prompt + 1)):
         yield (
             "evaluation.batchSizePerDevice",
             f"an evaluation batch of all ranks has {batch} answers, which cannot be divided into groups of two or more",

@@ -8,10 +8,10 @@ from finetune_api.spec import FineTuneJobSpec
 
 
 @rule("EnvironmentReserved")
-def environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    reserved = {member.value for member in Env}
+def check_environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    reserved_names = {member.value for member in Env}
     for i, variable in enumerate(spec.placement.env or []):
-        if variable.name in reserved or variable.name.startswith("FINETUNE_"):
+        if variable.name in reserved_names or variable.name.startswith("FINETUNE_"):
             yield (
                 f"placement.env[{i}].name",
                 f"the operator sets {variable.name}",
@@ -20,20 +20,20 @@ def environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("EnvironmentContradiction")
-def environment_values(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_environment_values(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, variable in enumerate(spec.placement.env or []):
         if variable.value is not None and variable.secret_key_ref is not None:
             yield f"placement.env[{i}]", f"{variable.name} has both `value` and `secretKeyRef`", "remove one of the two"
 
 
 @rule("VolumeContradiction")
-def volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, volume in enumerate(spec.placement.volumes or []):
-        given = [source for source in (volume.persistent_volume_claim, volume.config_map, volume.secret) if source is not None]
-        if len(given) != 1:
+        given_sources = [source for source in (volume.persistent_volume_claim, volume.config_map, volume.secret) if source is not None]
+        if len(given_sources) != 1:
             yield (
                 f"placement.volumes[{i}]",
-                f"{volume.name} has {len(given)} sources",
+                f"{volume.name} has {len(given_sources)} sources",
                 "write exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
             )
     names = [volume.name for volume in spec.placement.volumes or []]
@@ -48,7 +48,7 @@ def volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("PlacementNameTwice")
-def unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     placement = spec.placement
     keys = {
         "env[{}].name": [variable.name for variable in placement.env or []],

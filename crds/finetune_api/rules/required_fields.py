@@ -15,7 +15,7 @@ from finetune_api.spec import FineTuneJobSpec
     cel="has(self.model) && has(self.model.source)",
     message="spec.model.source is required: write for example org/name or s3://bucket/prefix",
 )
-def model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.model.source:
         yield (
             "model.source",
@@ -25,7 +25,7 @@ def model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("DatasetMissing")
-def dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.train is None and spec.dataset.mixture is None:
         yield (
             "dataset.train",
@@ -37,7 +37,7 @@ def dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("SourceInvalid")
-def sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for path, text in source_fields(spec):
         try:
             source = parse(text, path=path)

@@ -19,7 +19,7 @@ from finetune_api.spec.enums import (
     cel="!(has(self.output) && has(self.output.hub) && has(self.output.hub.push) && self.output.hub.push) || has(self.output.hub.repository)",
     message="output.hub.push needs output.hub.repository",
 )
-def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     hub = spec.output.hub
     if hub is None:
         return
@@ -46,7 +46,7 @@ def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("OutputOptionWithoutEffect")
-def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.output.layout is not None and spec.output.dir is None:
         yield (
             "output.layout",
@@ -68,7 +68,7 @@ def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("TrackerAndOptions")
-def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trackers_to_use = spec.tracking.report_to or []
     for tracker, group in (
         (Tracker.WANDB, spec.tracking.wandb),
@@ -109,7 +109,7 @@ def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("JudgeMissing")
-def judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     group = spec.evaluation.judge
     if group is not None and group.model is None and (group.input_price is not None or group.output_price is not None):
         yield (

@@ -23,19 +23,19 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
 
 
-def invalid_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+def invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """Yield (path, message, hint) for each invalid parameter of a built-in reward."""
-    known = REWARD_PARAMETERS[builtin]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        yield path, f"{builtin} has no parameter {', '.join(unknown)}", f"{builtin} has the parameters {', '.join(sorted(known))}"
-    required = REQUIRED_PARAMETERS.get(builtin)
-    if required is not None and required not in given:
-        yield f"{path}.{required}", f"missing, but {builtin} needs this parameter", f"write `parameters: {{{required}: ...}}`"
-    if builtin is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given):
+    known_names = REWARD_PARAMETERS[builtin_reward]
+    unknown_names = sorted(set(given_parameters) - set(known_names))
+    if unknown_names:
+        yield path, f"{builtin_reward} has no parameter {', '.join(unknown_names)}", f"{builtin_reward} has the parameters {', '.join(sorted(known_names))}"
+    required_name = REQUIRED_PARAMETERS.get(builtin_reward)
+    if required_name is not None and required_name not in given_parameters:
+        yield f"{path}.{required_name}", f"missing, but {builtin_reward} needs this parameter", f"write `parameters: {{{required_name}: ...}}`"
+    if builtin_reward is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given_parameters):
         yield path, "both minimum and maximum are missing", "write minimum, maximum or both"
-    for name, text in given.items():
-        hint = _hint_for_invalid_value(known[name], text) if name in known else None
+    for name, text in given_parameters.items():
+        hint = _hint_for_invalid_value(known_names[name], text) if name in known_names else None
         if hint is not None:
             yield f"{path}.{name}", f"{text[:200]!r} is not a valid value", hint
 

@@ -9,14 +9,14 @@ from finetune_api.spec.enums import EncryptionType
 
 
 @rule("StorageUriInvalid")
-def storage_uri(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_storage_uri(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     uri = spec.storage.uri or ""
     if ".." in uri.split("/"):
         yield "storage.uri", f"{uri} contains `..` and may therefore point outside of the volume or bucket", "write the path without `..`"
 
 
 @rule("EncryptionContradiction")
-def encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     connections = {
         "storage": spec.storage,
         "model.storage": spec.model.storage,

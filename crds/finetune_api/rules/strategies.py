@@ -25,7 +25,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("RanksAndGpus")
-def ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     gpus, ranks = gpus_per_node(spec), spec.resources.processes_per_node
     if target is ExecutionTarget.CLUSTER and gpus > 0 and ranks not in (None, gpus):
         yield (
@@ -36,7 +36,7 @@ def ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("StrategyAndRanks")
-def strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     strategy, ranks = spec.distributed.strategy, world_size(spec)
     if strategy is Strategy.NONE and ranks > 1:
         yield (
@@ -168,7 +168,7 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
 
 
 @rule("StrategyAndMethod")
-def strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     deepspeed = spec.distributed.deepspeed
     if spec.distributed.strategy is Strategy.FSDP:
         yield from incompatible_with_fsdp(spec)
@@ -179,7 +179,7 @@ def strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
 
 
 @rule("StateDictUnavailable")
-def state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     fsdp = spec.distributed.fsdp
     if fsdp is not None and fsdp.state_dict is FsdpStateDict.LOCAL:
         yield (
@@ -194,7 +194,7 @@ def state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     cel="!(has(self.trainer) && has(self.trainer.backend) && self.trainer.backend == 'unsloth') || !has(self.distributed) || !has(self.distributed.strategy) || self.distributed.strategy == 'none'",
     message="trainer.backend unsloth supports only a single GPU: remove distributed.strategy, or write backend transformers",
 )
-def backend_and_strategy(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_backend_and_strategy(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.trainer.backend is not Backend.UNSLOTH:
         return
     if spec.distributed.strategy not in (None, Strategy.NONE):

@@ -25,7 +25,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("WarmupTwice")
-def warmup_twice(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_warmup_twice(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.training.warmup_steps is not None and spec.training.warmup_ratio is not None:
         yield (
             "training.warmupRatio",
@@ -44,7 +44,7 @@ OPTIMIZERS = (
 
 
 @rule("OptimizerUnknown")
-def optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     name = spec.training.optimizer
     if name is not None and name not in OPTIMIZERS:
         alias = OPTIMIZER_ALIASES.get(name.lower()) or OPTIMIZER_ALIASES.get(normalise(name))
@@ -54,7 +54,7 @@ def optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
 
 
 @rule("PrecisionOnCpu")
-def precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
     if not cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
         return
@@ -75,7 +75,7 @@ def precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 
 @rule("DeviceOfAnotherMachine")
-def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     requested = spec.training.device
     if target is ExecutionTarget.LOCAL:
         return
@@ -100,7 +100,7 @@ def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     cel="!(has(self.checkpoint) && has(self.checkpoint.loadBestAtEnd) && self.checkpoint.loadBestAtEnd && has(self.checkpoint.steps) && has(self.evaluation) && has(self.evaluation.steps)) || self.checkpoint.steps % self.evaluation.steps == 0",
     message="with checkpoint.loadBestAtEnd, checkpoint.steps must be a multiple of evaluation.steps, so that every checkpoint is evaluated",
 )
-def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.checkpoint.load_best_at_end:
         return
     if not evaluates_during_training(spec):
@@ -128,7 +128,7 @@ def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 @rule("StepsWithoutEffect")
-def steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     save_strategy = value_or_default(spec.checkpoint, "strategy")
     if spec.checkpoint.steps is not None and save_strategy != When.STEPS:
         yield (
@@ -169,7 +169,7 @@ def adam_fields(optimizer: str) -> tuple[str, ...]:
 
 
 @rule("TrainingOptionWithoutEffect")
-def training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     training = spec.training
     name = str(value_or_default(training, "optimizer"))
     read = adam_fields(name)
@@ -189,7 +189,7 @@ def training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 
 @rule("ValidationMissing")
-def validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     hint = "add dataset.validation or dataset.split.validation, or remove this field"
     if has_validation_set(spec):
         if spec.training.early_stopping is not None and not evaluates_during_training(spec):

@@ -24,7 +24,7 @@ PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO, Tra
 
 def warnings(spec: FineTuneJobSpec) -> list[Problem]:
     """Return the warnings about a spec without filled-in defaults."""
-    return [*_learning_rate(spec), *_epochs(spec)]
+    return [*_learning_rate(spec), *_warn_about_epochs(spec)]
 
 
 def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
@@ -51,7 +51,7 @@ def _range_name(spec: FineTuneJobSpec) -> str:
     return "prompts" if method_type_of(spec) in (*PROMPT_METHODS, MethodType.IA3) else "adapters"
 
 
-def _epochs(spec: FineTuneJobSpec) -> Iterator[Problem]:
+def _warn_about_epochs(spec: FineTuneJobSpec) -> Iterator[Problem]:
     steps, epochs = spec.training.max_steps, spec.training.epochs
     if steps is not None and epochs is not None:
         message = f"{epochs:g} has no effect, because training.maxSteps is {steps}"

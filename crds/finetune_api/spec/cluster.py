@@ -6,13 +6,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import CelRule, Group, option
-from finetune_api.quantities import CPU, SIZE
+from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.quantities import CPU_KIND, SIZE_KIND
 from finetune_api.spec.common import ObjectName, SecretKeyRef, StorageConnection, StringMap, Word
 from finetune_api.spec.enums import OnDivergence, OnOutOfMemory
 
-CpuQuantity = Annotated[str | int, Field(json_schema_extra=CPU.schema, union_mode="left_to_right")]
-SizeQuantity = Annotated[str | int, Field(json_schema_extra=SIZE.schema, union_mode="left_to_right")]
+CpuQuantity = Annotated[str | int, Field(json_schema_extra=CPU_KIND.schema, union_mode="left_to_right")]
+SizeQuantity = Annotated[str | int, Field(json_schema_extra=SIZE_KIND.schema, union_mode="left_to_right")]
 LabelKey = Annotated[
     str,
     StringConstraints(
@@ -33,7 +33,7 @@ class StorageRoot(StorageConnection):
         ),
     )
 
-    uri: Annotated[str, StringConstraints(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?|file:///[^\s?#]*|pvc://[a-z0-9][-a-z0-9.]*(/[^\s?#]*)?)$", max_length=512)] | None = option(
+    uri: Annotated[str, StringConstraints(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?|file:///[^\s?#]*|pvc://[a-z0-9][-a-z0-9.]*(/[^\s?#]*)?)$", max_length=512)] | None = spec_field(
         "Root folder: `s3://bucket/prefix`, `pvc://claim/path` or `file:///path`. The job writes below "
         "`<uri>/<namespace>/<name>/<uid>/`.",
         default_text="the operator's configuration", example="s3://models/finetune",
@@ -43,33 +43,33 @@ class StorageRoot(StorageConnection):
 class Resources(Group):
     """`spec.resources`: pods, ranks, and the resources of each pod."""
 
-    nodes: Annotated[int, Field(ge=1, le=1024)] | None = option(
+    nodes: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Number of pods. Each pod runs on a different node.", default=1, example=2
     )
-    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = option(
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = spec_field(
         "GPUs per pod. 0: train on CPU.", default=1, example=8
     )
-    processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = option(
+    processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
         "Ranks per pod.", default_text="gpusPerNode; 1 on CPU", example=2
     )
-    gpu_resource: LabelKey | None = option(
+    gpu_resource: LabelKey | None = spec_field(
         "Kubernetes resource that the pods request as GPU. Set this field for MIG slices and for GPUs of other vendors.",
         default_text="the resource of the node pool; without a node pool nvidia.com/gpu",
         example="nvidia.com/mig-1g.10gb",
     )
-    node_pool: Word | None = option(
+    node_pool: Word | None = spec_field(
         "Name of a node pool in the operator's configuration.", default_text="the default pool if one is configured", example="h100"
     )
-    cpu: CpuQuantity | None = option("CPUs per pod (request).", default_text="the operator's configuration", example="4")
-    memory: SizeQuantity | None = option(
+    cpu: CpuQuantity | None = spec_field("CPUs per pod (request).", default_text="the operator's configuration", example="4")
+    memory: SizeQuantity | None = spec_field(
         "Memory per pod (request and limit).", default_text="the operator's configuration", example="32Gi"
     )
-    ephemeral_storage: SizeQuantity | None = option(
+    ephemeral_storage: SizeQuantity | None = spec_field(
         "Local disk per pod for downloads and staged checkpoints (request and limit).",
         default_text="the operator's configuration",
         example="100Gi",
     )
-    shared_memory: SizeQuantity | None = option(
+    shared_memory: SizeQuantity | None = spec_field(
         "Size of /dev/shm per pod. The memory limit of the pod includes /dev/shm.",
         default_text="the operator's configuration",
         example="8Gi",
@@ -79,26 +79,26 @@ class Resources(Group):
 class Toleration(Group):
     """A toleration, with the fields of a pod's toleration."""
 
-    key: LabelKey | None = option(
+    key: LabelKey | None = spec_field(
         "Key of the taint. If key is absent and operator is Exists, every taint is tolerated.",
         default_text="none",
         example="nvidia.com/gpu",
     )
-    operator: Literal["Exists", "Equal"] | None = option(
+    operator: Literal["Exists", "Equal"] | None = spec_field(
         "Comparison with the taint. `Exists`: the taint has the key. `Equal`: the taint has the key and the value.",
         default_text="Equal",
         example="Exists",
     )
-    value: Annotated[str, StringConstraints(max_length=63)] | None = option(
+    value: Annotated[str, StringConstraints(max_length=63)] | None = spec_field(
         "Value of the taint.", default_text="none", example="present"
     )
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = option(
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = spec_field(
         "Effect of the taint. `NoSchedule`: the node gets no new pods. `PreferNoSchedule`: the node gets new pods only if no other node "
         "fits. `NoExecute`: running pods are evicted, too.",
         default_text="all effects",
         example="NoSchedule",
     )
-    toleration_seconds: Annotated[int, Field(ge=0)] | None = option(
+    toleration_seconds: Annotated[int, Field(ge=0)] | None = spec_field(
         "Seconds for which a NoExecute taint is tolerated.", default_text="forever", example=300
     )
 
@@ -111,7 +111,7 @@ class NodeAffinityTerm(Group):
         description="Comparison with the label. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
         "`DoesNotExist`: the label does not exist. `Gt`: the label is an integer above the value. `Lt`: the label is an integer below the value. Required. Example: `In`."
     )
-    values: Annotated[list[Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = option(
+    values: Annotated[list[Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = spec_field(
         "Values for the comparison.", default_text="none", example=["eu-1a"]
     )
 
@@ -130,10 +130,10 @@ class EnvVar(Group):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] = Field(
         description="Name of the variable. Required. Example: `NCCL_DEBUG`."
     )
-    value: Annotated[str, StringConstraints(max_length=4096)] | None = option(
+    value: Annotated[str, StringConstraints(max_length=4096)] | None = spec_field(
         "Value of the variable. For secrets use secretKeyRef.", default_text="none", example="INFO"
     )
-    secret_key_ref: SecretKeyRef | None = option(
+    secret_key_ref: SecretKeyRef | None = spec_field(
         "Key of a Secret with the value of the variable.", default_text="none", example={"name": "proxy", "key": "password"}
     )
 
@@ -152,13 +152,13 @@ class Volume(Group):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)] = Field(
         description="Name of the volume. Required. Example: `cache`."
     )
-    persistent_volume_claim: ObjectName | None = option(
+    persistent_volume_claim: ObjectName | None = spec_field(
         "PersistentVolumeClaim in the job's namespace.", default_text="none", example="model-cache"
     )
-    config_map: ObjectName | None = option(
+    config_map: ObjectName | None = spec_field(
         "ConfigMap in the job's namespace.", default_text="none", example="extra-files"
     )
-    secret: ObjectName | None = option("Secret in the job's namespace.", default_text="none", example="certificates")
+    secret: ObjectName | None = spec_field("Secret in the job's namespace.", default_text="none", example="certificates")
 
 
 class VolumeMount(Group):
@@ -168,10 +168,10 @@ class VolumeMount(Group):
     mount_path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$", max_length=512)] = Field(
         description="Absolute mount path in the container. Required. Example: `/mnt/cache`."
     )
-    sub_path: Annotated[str, StringConstraints(max_length=512)] | None = option(
+    sub_path: Annotated[str, StringConstraints(max_length=512)] | None = spec_field(
         "Path in the volume.", default_text="the root of the volume", example="hub"
     )
-    read_only: bool | None = option("Mount the volume read-only.", default=False, example=True)
+    read_only: bool | None = spec_field("Mount the volume read-only.", default=False, example=True)
 
 
 class Placement(Group):
@@ -185,56 +185,56 @@ class Placement(Group):
         ),
     )
 
-    node_selector: Annotated[StringMap, Field(max_length=32)] | None = option(
+    node_selector: Annotated[StringMap, Field(max_length=32)] | None = spec_field(
         "Labels that a node must have. The node pool's labels are required, too.",
         default_text="none",
         example={"topology.kubernetes.io/zone": "eu-1a"},
     )
-    tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = option(
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = spec_field(
         "Tolerations of the pods. The node pool's tolerations apply, too.",
         default_text="none",
         example=[{"key": "nvidia.com/gpu", "operator": "Exists"}],
     )
-    node_affinity: Annotated[list[NodeAffinityTerm], Field(max_length=32)] | None = option(
+    node_affinity: Annotated[list[NodeAffinityTerm], Field(max_length=32)] | None = spec_field(
         "Requirements on node labels. A node must meet all requirements.",
         default_text="none",
         example=[{"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["eu-1a"]}],
     )
-    priority_class_name: ObjectName | None = option(
+    priority_class_name: ObjectName | None = spec_field(
         "PriorityClass of the pods.", default_text="the cluster's default", example="batch"
     )
-    scheduler_name: Word | None = option(
+    scheduler_name: Word | None = spec_field(
         "Scheduler of the pods.", default_text="the cluster's default", example="volcano"
     )
-    queue_name: ObjectName | None = option("Name of the Kueue LocalQueue.", default_text="no queue", example="team-a")
-    service_account_name: ObjectName | None = option(
+    queue_name: ObjectName | None = spec_field("Name of the Kueue LocalQueue.", default_text="no queue", example="team-a")
+    service_account_name: ObjectName | None = spec_field(
         "ServiceAccount of the pods, for workload identity. The ServiceAccount's token is not mounted.",
         default_text="the operator's configuration",
         example="trainer",
     )
-    image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16)] | None = option(
+    image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16)] | None = spec_field(
         "Secrets for pulling the trainer image.", default_text="the operator's configuration", example=["registry"]
     )
-    image: Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)] | None = option(
+    image: Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)] | None = spec_field(
         "Trainer image.", default_text="the operator's configuration", example="registry.example.com/trainer:0.2.0"
     )
-    env: Annotated[list[EnvVar], Field(max_length=64)] | None = option(
+    env: Annotated[list[EnvVar], Field(max_length=64)] | None = spec_field(
         "Additional environment variables of the trainer container.",
         default_text="none",
         example=[{"name": "NCCL_DEBUG", "value": "INFO"}],
     )
-    volumes: Annotated[list[Volume], Field(max_length=16)] | None = option(
+    volumes: Annotated[list[Volume], Field(max_length=16)] | None = spec_field(
         "Additional volumes.", default_text="none", example=[{"name": "cache", "persistentVolumeClaim": "model-cache"}]
     )
-    volume_mounts: Annotated[list[VolumeMount], Field(max_length=32)] | None = option(
+    volume_mounts: Annotated[list[VolumeMount], Field(max_length=32)] | None = spec_field(
         "Mounts of placement.volumes in the trainer container.",
         default_text="none",
         example=[{"name": "cache", "mountPath": "/mnt/cache"}],
     )
-    labels: Annotated[StringMap, Field(max_length=32)] | None = option(
+    labels: Annotated[StringMap, Field(max_length=32)] | None = spec_field(
         "Additional labels of the Job and its pods. The operator refuses labels with keys that the operator itself sets.", default_text="none", example={"kueue.x-k8s.io/priority-class": "high"}
     )
-    annotations: Annotated[StringMap, Field(max_length=32)] | None = option(
+    annotations: Annotated[StringMap, Field(max_length=32)] | None = spec_field(
         "Additional annotations of the Job and its pods. The operator refuses annotations with keys that the operator itself sets.", default_text="none", example={"example.com/cost-center": "42"}
     )
 
@@ -242,36 +242,36 @@ class Placement(Group):
 class Policy(Group):
     """`spec.policy`: time limits, and the reaction to failures."""
 
-    active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
         "Maximum running time of all attempts together, in seconds. After this time, the job fails. Time in the queue and suspended time do not count.",
         default_text="no limit",
         example=86400,
     )
-    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31536000)] | None = option(
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31536000)] | None = spec_field(
         "Seconds from the end of the FineTuneJob to the deletion of its Jobs and Pods. The FineTuneJob itself is not deleted.",
         default_text="Jobs and Pods are kept",
         example=3600,
     )
-    retries: Annotated[int, Field(ge=0, le=1000)] | None = option(
+    retries: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
         "Maximum number of consecutive failed attempts without progress. After one more failed attempt without progress, the job fails.", default=3, example=5
     )
-    termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = option(
+    termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
         "Seconds in which a stopping pod can save a checkpoint. If this field is not set and saving takes long, the operator raises "
         "the value to three times the duration of the newest checkpoint.",
         default=300,
         example=600,
     )
-    start_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
+    start_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
         "If the pods of an attempt do not run after this many seconds, the operator reports the job as stalled.", default=1800, example=7200
     )
-    stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
+    stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
         "After this many seconds without an optimizer step, the operator restarts the attempt.",
         default_text="computed from recent step durations, at least 600",
         example=900,
     )
-    on_out_of_memory: OnOutOfMemory | None = option(
+    on_out_of_memory: OnOutOfMemory | None = spec_field(
         "Reaction of the operator to exhausted GPU memory.", default="Adapt", example="Fail"
     )
-    on_divergence: OnDivergence | None = option(
+    on_divergence: OnDivergence | None = spec_field(
         "Reaction of the operator to a loss or gradients that are not finite.", default="Rollback", example="Fail"
     )

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from finetune_api.base import CelRule, Group, option
+from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 ObjectName = Annotated[
@@ -73,11 +73,11 @@ class Encryption(Group):
     )
 
     type: EncryptionType = Field(description="Owner of the encryption key. Required. Example: `kms`.")
-    kms_key_id: Annotated[str, StringConstraints(pattern=r"^\S+$", max_length=2048)] | None = option(
+    kms_key_id: Annotated[str, StringConstraints(pattern=r"^\S+$", max_length=2048)] | None = spec_field(
         "ID, ARN or alias of a key in the key management service. Only with type kms. Default: the account's default key.",
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
-    customer_key_secret_ref: SecretKeyRef | None = option(
+    customer_key_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with 32 random bytes in base64 (`openssl rand -base64 32`). Only with type customerKey. Default: none.",
         example={"name": "s3-customer-key", "key": "key"},
     )
@@ -94,33 +94,33 @@ class StorageConnection(Group):
         ),
     )
 
-    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = option(
+    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = spec_field(
         "URL of an S3-compatible store: scheme and host, without user, password or path.",
         default_text="the endpoint in the operator's configuration, otherwise AWS",
         example="https://s3.example.com",
     )
-    region: Word | None = option(
+    region: Word | None = spec_field(
         "Region in the signature of each request.",
         default_text="the region in the operator's configuration, otherwise us-east-1",
         example="eu-central-1",
     )
-    addressing_style: AddressingStyle | None = option(
+    addressing_style: AddressingStyle | None = spec_field(
         "Position of the bucket's name in URLs: path or host name.",
         default_text="path if endpoint is set, otherwise virtual",
         example="path",
     )
-    credentials_secret_ref: SecretRef | None = option(
+    credentials_secret_ref: SecretRef | None = spec_field(
         "Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN.",
         default_text="the Secret in the operator's configuration, otherwise the pod's own identity",
         example={"name": "s3-credentials"},
     )
-    ca_bundle_ref: ConfigMapKeyRef | None = option(
+    ca_bundle_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with the trusted CA certificates (PEM) of the endpoint. `https://` sources also trust the CA certificates of "
         "the image.",
         default_text="the CA certificates of the image",
         example={"name": "ca", "key": "ca.crt"},
     )
-    encryption: Encryption | None = option(
+    encryption: Encryption | None = spec_field(
         "Server-side encryption of every object that the job writes.",
         default_text="the setting of the bucket",
         example={"type": "s3"},

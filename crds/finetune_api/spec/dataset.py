@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_api.base import CelRule, Group, option
+from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.spec.common import Column, ConfigMapKeyRef, Line, Source, StorageConnection, Text
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, Overflow
 
@@ -16,21 +16,21 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class Columns(Group):
     """`dataset.columns`: column names, if they differ from the default names of the data format."""
 
-    question: Column | None = option(
+    question: Column | None = spec_field(
         "Column with the question, instruction or prompt.", default_text="the format's own", example="prompt"
     )
-    answer: Column | None = option(
+    answer: Column | None = spec_field(
         "Column with the answer, response or completion.", default_text="the format's own", example="response"
     )
-    system: Column | None = option(
+    system: Column | None = spec_field(
         "Column with the system prompt.", default_text="the column `system` if it exists", example="instructions"
     )
-    input: Column | None = option("Column with additional input (alpaca).", default_text="input", example="context")
-    chosen: Column | None = option("Column with the preferred answer.", default_text="chosen", example="better")
-    rejected: Column | None = option("Column with the rejected answer.", default_text="rejected", example="worse")
-    label: Column | None = option("Column with the label (unpairedPreference).", default_text="label", example="liked")
-    text: Column | None = option("Column with the text (plainText).", default_text="text", example="content")
-    messages: Column | None = option(
+    input: Column | None = spec_field("Column with additional input (alpaca).", default_text="input", example="context")
+    chosen: Column | None = spec_field("Column with the preferred answer.", default_text="chosen", example="better")
+    rejected: Column | None = spec_field("Column with the rejected answer.", default_text="rejected", example="worse")
+    label: Column | None = spec_field("Column with the label (unpairedPreference).", default_text="label", example="liked")
+    text: Column | None = spec_field("Column with the text (plainText).", default_text="text", example="content")
+    messages: Column | None = spec_field(
         "Column with the list of messages.", default_text="messages or conversations", example="dialogue"
     )
 
@@ -41,12 +41,12 @@ class Split(Group):
     The number of rows of each part is rounded down. The remaining rows go to training or, if `train` is set, to the last nonempty part.
     """
 
-    train: Annotated[float, Field(gt=0, le=1)] | None = option(
+    train: Annotated[float, Field(gt=0, le=1)] | None = spec_field(
         "Fraction of the rows for training.", default_text="1 - validation - test", example=0.8
     )
-    validation: Ratio | None = option("Fraction of the rows for validation.", default_text="0", example=0.1)
-    test: Ratio | None = option("Fraction of the rows for the test set.", default_text="0", example=0.1)
-    seed: Annotated[int, Field(ge=0, le=4294967295)] | None = option(
+    validation: Ratio | None = spec_field("Fraction of the rows for validation.", default_text="0", example=0.1)
+    test: Ratio | None = spec_field("Fraction of the rows for the test set.", default_text="0", example=0.1)
+    seed: Annotated[int, Field(ge=0, le=4294967295)] | None = spec_field(
         "Seed of the shuffle before the split.", default=42, example=7
     )
 
@@ -54,15 +54,15 @@ class Split(Group):
 class ResponseOnly(Group):
     """`dataset.responseOnly`: compute the loss only on answers."""
 
-    enabled: bool | None = option(
+    enabled: bool | None = spec_field(
         "Compute the loss only on answers.", default_text="true for formats with turns, otherwise false", example=False
     )
-    question_marker: Line | None = option(
+    question_marker: Line | None = spec_field(
         "Text that starts a question in the rendered row.",
         default_text="the turns of the chat template",
         example="<|user|>",
     )
-    answer_marker: Line | None = option(
+    answer_marker: Line | None = spec_field(
         "Text that starts an answer in the rendered row.",
         default_text="the turns of the chat template",
         example="<|assistant|>",
@@ -72,22 +72,22 @@ class ResponseOnly(Group):
 class Mcq(Group):
     """`dataset.mcq`: options of the multiple-choice format."""
 
-    include_options: bool | None = option("Write the options into the prompt.", default=True, example=False)
+    include_options: bool | None = spec_field("Write the options into the prompt.", default=True, example=False)
 
 
 class Checks(Group):
     """`dataset.checks`: checks of the data before training. status.resolved.notes contains the results."""
 
-    deduplicate: bool | None = option("Skip rows that are equal to an earlier row.", default=False, example=True)
-    validate_json: bool | None = option(
+    deduplicate: bool | None = spec_field("Skip rows that are equal to an earlier row.", default=False, example=True)
+    validate_json: bool | None = spec_field(
         "Treat rows whose answer is not valid JSON as bad rows.", default=False, example=True
     )
-    pii_scan: bool | None = option(
+    pii_scan: bool | None = spec_field(
         "Count rows that contain e-mail addresses, or phone, card or account numbers. The rows are not changed.",
         default=False,
         example=True,
     )
-    balance: bool | None = option("Report the most frequent answers.", default=False, example=True)
+    balance: bool | None = spec_field("Report the most frequent answers.", default=False, example=True)
 
 
 class MixtureItem(Group):
@@ -96,13 +96,13 @@ class MixtureItem(Group):
     source: Source = Field(
         description="Location of the data, in a notation of dataset.train. Required. Example: `s3://data/a.jsonl`."
     )
-    weight: Annotated[float, Field(gt=0, le=1000000)] | None = option(
+    weight: Annotated[float, Field(gt=0, le=1000000)] | None = spec_field(
         "Weight of this source, relative to the weights of the other sources.", default=1.0, example=0.5
     )
-    format: DatasetFormat | None = option(
+    format: DatasetFormat | None = spec_field(
         "Format of this source's rows.", default_text="dataset.format", example="messages"
     )
-    columns: Columns | None = option(
+    columns: Columns | None = spec_field(
         "Column names of this source's rows.", default_text="dataset.columns", example={"question": "q"}
     )
 
@@ -118,10 +118,10 @@ class ChatTemplate(Group):
         ),
     )
 
-    text: Text | None = option(
+    text: Text | None = spec_field(
         "Text of the template.", default_text="none", example="{% for m in messages %}...{% endfor %}"
     )
-    config_map_ref: ConfigMapKeyRef | None = option(
+    config_map_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with the template.", default_text="none", example={"name": "templates", "key": "chat.jinja"}
     )
 
@@ -147,98 +147,98 @@ class Dataset(Group):
         ),
     )
 
-    train: Source | None = option(
+    train: Source | None = spec_field(
         "Training data: `s3://bucket/key`, `configmap://name/key`, `pvc://claim/path`, `file:///path`, "
         "`https://host/path/file.jsonl` (one file), or a hub repository. Required if mixture is absent.",
         default_text="none",
         example="s3://data/train.jsonl",
     )
-    validation: Source | None = option(
+    validation: Source | None = spec_field(
         "Validation data, in a notation of dataset.train.",
         default_text="the part of dataset.split if set",
         example="s3://data/validation.jsonl",
     )
-    test: Source | None = option(
+    test: Source | None = spec_field(
         "Test data, in a notation of dataset.train.",
         default_text="the part of dataset.split if set",
         example="s3://data/test.jsonl",
     )
-    mixture: Annotated[list[MixtureItem], Field(min_length=1, max_length=64)] | None = option(
+    mixture: Annotated[list[MixtureItem], Field(min_length=1, max_length=64)] | None = spec_field(
         "Several sources of training data with weights. mixture replaces train.",
         default_text="none",
         example=[{"source": "s3://data/a.jsonl", "weight": 2}],
     )
-    storage: StorageConnection | None = option(
+    storage: StorageConnection | None = spec_field(
         "Connection to the store of `s3://` data. For `https://` data, only caBundleRef is used.",
         default_text="spec.storage",
         example={"endpoint": "https://s3.example.com"},
     )
-    format: DatasetFormat | None = option(
+    format: DatasetFormat | None = spec_field(
         "Data format of the rows. status.resolved.datasetFormat shows the detected format.",
         default_text="detected from the columns of the first rows",
         example="messages",
     )
-    file_format: FileFormat | None = option("File type.", default="auto", example="jsonl")
-    columns: Columns | None = option(
+    file_format: FileFormat | None = spec_field("File type.", default="auto", example="jsonl")
+    columns: Columns | None = spec_field(
         "Column names, if they differ from the default names of the data format.", default_text="none", example={"question": "prompt"}
     )
-    split: Split | None = option(
+    split: Split | None = spec_field(
         "Sizes of a validation set and a test set that are taken from the training data.", default_text="none", example={"validation": 0.1}
     )
-    system_prompt: Text | None = option(
+    system_prompt: Text | None = spec_field(
         "System prompt for all rows. This prompt replaces the system prompts in the data.",
         default_text="none",
         example="You answer briefly.",
     )
-    template: Text | None = option(
+    template: Text | None = spec_field(
         "Template of a row, with {column} placeholders. Only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
     )
-    chat_template: ChatTemplate | None = option(
+    chat_template: ChatTemplate | None = spec_field(
         "Chat template that replaces the chat template of the tokenizer.",
         default_text="the chat template of the tokenizer",
         example={"configMapRef": {"name": "templates", "key": "chat.jinja"}},
     )
-    use_chat_template: bool | None = option(
+    use_chat_template: bool | None = spec_field(
         "Render turns with the chat template.", default_text="true if the tokenizer has a chat template", example=False
     )
-    add_eos_token: bool | None = option(
+    add_eos_token: bool | None = spec_field(
         "End every row with exactly one end-of-sequence token.", default=True, example=False
     )
-    add_bos_token: bool | None = option(
+    add_bos_token: bool | None = spec_field(
         "Start every row with exactly one beginning-of-sequence token.",
         default_text="the behaviour of the tokenizer",
         example=True,
     )
-    response_only: ResponseOnly | None = option(
+    response_only: ResponseOnly | None = spec_field(
         "Compute the loss only on answers.",
         default_text="enabled for formats with turns",
         example={"enabled": False},
     )
-    packing: bool | None = option(
+    packing: bool | None = spec_field(
         "Put several rows into one sequence. Attention does not cross the border between rows.",
         default=False,
         example=True,
     )
-    max_sequence_length: Annotated[int, Field(ge=1, le=16777216)] | None = option(
+    max_sequence_length: Annotated[int, Field(ge=1, le=16777216)] | None = spec_field(
         "Maximum length of a sequence in tokens.",
         default_text="2048, or the model's limit if it is lower",
         example=4096,
     )
-    overflow: Overflow | None = option(
+    overflow: Overflow | None = spec_field(
         "Treatment of rows that are longer than maxSequenceLength.", default="truncate", example="drop"
     )
-    num_proc: Annotated[int, Field(ge=1, le=1024)] | None = option(
+    num_proc: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Number of processes that tokenise the data.", default_text="number of CPUs of the pod", example=4
     )
-    bad_rows: BadRows | None = option("Treatment of rows that cannot be used for training.", default="fail", example="skip")
-    max_bad_row_ratio: Ratio | None = option(
+    bad_rows: BadRows | None = spec_field("Treatment of rows that cannot be used for training.", default="fail", example="skip")
+    max_bad_row_ratio: Ratio | None = spec_field(
         "Maximum fraction of skipped rows. If the job skips more rows, the job fails. Only with `badRows: skip`.", default=0.05, example=0.01
     )
-    mcq: Mcq | None = option(
+    mcq: Mcq | None = spec_field(
         "Options of the multiple-choice format.",
         default_text="the defaults of the fields",
         example={"includeOptions": False},
     )
-    checks: Checks | None = option(
+    checks: Checks | None = spec_field(
         "Checks of the data before training.", default_text="none", example={"deduplicate": True}
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_api.base import Group, option
+from finetune_api.base import Group, spec_field
 from finetune_api.spec.common import Source, Word, one_of
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, SpectrumMetric, TaskType
 
@@ -14,7 +14,7 @@ from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, SpectrumMetr
 class Adapter(Group):
     """`method.adapter`: an existing adapter for further training."""
 
-    source: Source | None = option(
+    source: Source | None = spec_field(
         "Location of the existing adapter, in a notation of model.source. Required with `method.type: adapter`.",
         default_text="none",
         example="s3://models/my-adapter",
@@ -24,10 +24,10 @@ class Adapter(Group):
 class Loftq(Group):
     """`method.lora.loftq`: parameters of the LoftQ initialisation. This group implies `init: loftq`."""
 
-    bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = option(
+    bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = spec_field(
         "Bits per weight of the quantised base model: 2, 4 or 8. The adapter approximates the quantisation error.", default=4, example=4
     )
-    iterations: Annotated[int, Field(ge=1, le=64)] | None = option(
+    iterations: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
         "Number of iterations. Each iteration quantises the base model and approximates the error.", default=1, example=1
     )
 
@@ -35,38 +35,38 @@ class Loftq(Group):
 class Lora(Group):
     """`method.lora`: options of low-rank adapters, for methods lora, qlora, dora and adapter."""
 
-    rank: Annotated[int, Field(ge=1, le=4096)] | None = option("Rank of the weight update.", default=16, example=64)
-    alpha: Annotated[float, Field(gt=0, le=65536)] | None = option(
+    rank: Annotated[int, Field(ge=1, le=4096)] | None = spec_field("Rank of the weight update.", default=16, example=64)
+    alpha: Annotated[float, Field(gt=0, le=65536)] | None = spec_field(
         "Scale of the weight update: it is multiplied by alpha / rank.", default=32, example=128
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = option(
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
         "Dropout probability at the adapter's input.", default=0.05, example=0.1
     )
-    target_modules: Annotated[list[Word], Field(min_length=1, max_length=256)] | None = option(
+    target_modules: Annotated[list[Word], Field(min_length=1, max_length=256)] | None = spec_field(
         "Names of modules with an adapter. `all-linear`: all linear layers except the output head.",
         default_text="`all-linear`",
         example=["q_proj", "v_proj"],
     )
-    modules_to_save: Annotated[list[Word], Field(max_length=64)] | None = option(
+    modules_to_save: Annotated[list[Word], Field(max_length=64)] | None = spec_field(
         "Modules that are fully trained and saved with the adapter. The output head must be in modulesToSave instead of targetModules.",
         default_text="none",
         example=["lm_head"],
     )
-    bias: LoraBias | None = option("Biases that are trained.", default="none", example="loraOnly")
-    task_type: TaskType | None = option("Task of the model.", default="causalLM", example="causalLM")
-    rank_stabilized: bool | None = option(
+    bias: LoraBias | None = spec_field("Biases that are trained.", default="none", example="loraOnly")
+    task_type: TaskType | None = spec_field("Task of the model.", default="causalLM", example="causalLM")
+    rank_stabilized: bool | None = spec_field(
         "Scale the weight update by alpha / sqrt(rank) (rsLoRA).", default=False, example=True
     )
-    use_dora: bool | None = option(
+    use_dora: bool | None = spec_field(
         "Train magnitude and direction of each weight separately (DoRA). The effect is equal to `method.type: dora`.",
         default_text="true with method dora, otherwise false",
         example=True,
     )
-    plus_ratio: Annotated[float, Field(ge=1, le=1024)] | None = option(
+    plus_ratio: Annotated[float, Field(ge=1, le=1024)] | None = spec_field(
         "LoRA+: ratio of the learning rate of the B matrices to the learning rate of the A matrices. 1 turns LoRA+ off.", default=1, example=16
     )
-    init: LoraInit | None = option("Initialisation of the adapter.", default="default", example="pissa")
-    loftq: Loftq | None = option(
+    init: LoraInit | None = spec_field("Initialisation of the adapter.", default="default", example="pissa")
+    loftq: Loftq | None = spec_field(
         "Parameters of the LoftQ initialisation. This group implies `init: loftq`.",
         default_text="none",
         example={"bits": 4},
@@ -76,22 +76,22 @@ class Lora(Group):
 class Vision(Group):
     """`method.vision`: the parts of a vision-language model that are trained."""
 
-    vision_layers: bool | None = option("Train the vision layers.", default=True, example=False)
-    language_layers: bool | None = option("Train the language layers.", default=True, example=False)
-    attention_modules: bool | None = option("Train the attention modules.", default=True, example=False)
-    mlp_modules: bool | None = option("Train the MLP modules.", default=True, example=False)
+    vision_layers: bool | None = spec_field("Train the vision layers.", default=True, example=False)
+    language_layers: bool | None = spec_field("Train the language layers.", default=True, example=False)
+    attention_modules: bool | None = spec_field("Train the attention modules.", default=True, example=False)
+    mlp_modules: bool | None = spec_field("Train the MLP modules.", default=True, example=False)
 
 
 class Spectrum(Group):
     """`method.spectrum`: options of method spectrum."""
 
-    snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = option(
+    snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = spec_field(
         "Fraction of the modules of each kind that are frozen. With 0.25, the best 75 % are trained.", default=0.5, example=0.25
     )
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1024)] | None = option(
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1024)] | None = spec_field(
         "Numbers of the trained layers; the first layer is 0. If layers is set, the trainer does not measure the signal-to-noise ratio.", default_text="all layers are measured", example=[0, 1, 10]
     )
-    metric: SpectrumMetric | None = option(
+    metric: SpectrumMetric | None = spec_field(
         "Measure of the signal-to-noise ratio.", default="marchenkoPastur", example="meanOverStd"
     )
 
@@ -99,23 +99,23 @@ class Spectrum(Group):
 class Method(Group):
     """`spec.method`."""
 
-    type: MethodType | None = option("Fine-tuning method.", default="lora", example="qlora")
-    lora: Lora | None = option(
+    type: MethodType | None = spec_field("Fine-tuning method.", default="lora", example="qlora")
+    lora: Lora | None = spec_field(
         "Options of low-rank adapters, for methods lora, qlora, dora and adapter.",
         default_text="the defaults of the fields",
         example={"rank": 64, "alpha": 128},
     )
-    adapter: Adapter | None = option(
+    adapter: Adapter | None = spec_field(
         "Existing adapter for further training. Required with `method.type: adapter`.",
         default_text="none",
         example={"source": "s3://models/my-adapter"},
     )
-    spectrum: Spectrum | None = option(
+    spectrum: Spectrum | None = spec_field(
         "Options of method spectrum.", default_text="the defaults of the fields", example={"snrThreshold": 0.25}
     )
-    vision: Vision | None = option(
+    vision: Vision | None = spec_field(
         "Trained parts of a vision-language model.", default_text="none", example={"visionLayers": False}
     )
-    prompt_length: Annotated[int, Field(ge=1, le=4096)] | None = option(
+    prompt_length: Annotated[int, Field(ge=1, le=4096)] | None = spec_field(
         "Number of virtual tokens in methods prefixTuning and promptTuning.", default=20, example=50
     )

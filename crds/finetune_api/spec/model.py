@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_api.base import Group, option
+from finetune_api.base import Group, spec_field
 from finetune_api.spec.common import SecretKeyRef, Source, StorageConnection, Word, one_of
 from finetune_api.spec.enums import Attention, ComputeDtype, Dtype, Modality, QuantizationType
 
@@ -14,16 +14,16 @@ from finetune_api.spec.enums import Attention, ComputeDtype, Dtype, Modality, Qu
 class Quantization(Group):
     """`model.quantization`: quantisation of the base model with bitsandbytes."""
 
-    bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]}), one_of(4, 8)] | None = option(
+    bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]}), one_of(4, 8)] | None = spec_field(
         "Bits per weight of the frozen base model: 4 or 8.",
         default_text="4 with method qlora, otherwise no quantisation",
         example=4,
     )
-    type: QuantizationType | None = option("Data type of 4-bit weights.", default="nf4", example="fp4")
-    compute_dtype: ComputeDtype | None = option(
+    type: QuantizationType | None = spec_field("Data type of 4-bit weights.", default="nf4", example="fp4")
+    compute_dtype: ComputeDtype | None = spec_field(
         "Data type of matrix multiplications.", default_text="bfloat16 on GPU, float32 on CPU", example="float16"
     )
-    double_quant: bool | None = option(
+    double_quant: bool | None = spec_field(
         "Quantise the quantisation constants, too, to save about 0.4 bits per weight. Only with 4 bits.",
         default=True,
         example=False,
@@ -33,48 +33,48 @@ class Quantization(Group):
 class Model(Group):
     """`spec.model`."""
 
-    source: Source | None = option(
+    source: Source | None = spec_field(
         "Base model: `org/name[@revision]` or `hf://org/name[@revision]` (hub), `s3://bucket/prefix`, `pvc://claim/path`, "
         "`file:///path` (in the image), or a FineTuneJob's result on a web server: `https://host/jobs/model` or "
         "`https://host/jobs/checkpoints/step-00000100`. Required.",
         default_text="none",
         example="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
-    tokenizer: Source | None = option(
+    tokenizer: Source | None = spec_field(
         "Location of the tokenizer, in a notation of model.source.", default_text="model.source", example="s3://models/tokenizer"
     )
-    token_secret_ref: SecretKeyRef | None = option(
+    token_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with a hub token. Gated models need a token.", default_text="none", example={"name": "hub", "key": "token"}
     )
-    storage: StorageConnection | None = option(
+    storage: StorageConnection | None = spec_field(
         "Connection to the store of an `s3://` model. For an `https://` model, only caBundleRef is used.",
         default_text="spec.storage",
         example={"endpoint": "https://s3.example.com"},
     )
-    trust_remote_code: bool | None = option(
+    trust_remote_code: bool | None = spec_field(
         "Run Python code from the model repository. Set trustRemoteCode only for trusted repositories.", default=False, example=True
     )
-    dtype: Dtype | None = option("Data type of the loaded weights.", default="auto", example="bfloat16")
-    attention: Attention | None = option(
+    dtype: Dtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
+    attention: Attention | None = spec_field(
         "Attention implementation. If the implementation is not available, the trainer uses sdpa. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )
-    liger_kernels: bool | None = option("Use the fused kernels of Liger. Only on GPUs.", default=False, example=True)
-    quantization: Quantization | None = option(
+    liger_kernels: bool | None = spec_field("Use the fused kernels of Liger. Only on GPUs.", default=False, example=True)
+    quantization: Quantization | None = spec_field(
         "Quantisation of the frozen base model.", default_text="none", example={"bits": 4}
     )
-    pad_token: Word | None = option(
+    pad_token: Word | None = spec_field(
         "Padding token. `<eos>` means the end-of-sequence token. Padding tokens are not part of the loss.",
         default_text="the tokenizer's pad token, otherwise a reserved token",
         example="<pad>",
     )
-    new_tokens: Annotated[list[Word], Field(max_length=1024)] | None = option(
+    new_tokens: Annotated[list[Word], Field(max_length=1024)] | None = spec_field(
         "Tokens that are added to the vocabulary. The embeddings of the added tokens are trained.",
         default_text="none",
         example=["<think>", "</think>"],
     )
-    cache: Source | None = option(
+    cache: Source | None = spec_field(
         "Volume for downloaded models, as `pvc://claim/path`.", default_text="none", example="pvc://model-cache/hub"
     )
-    modality: Modality | None = option("Kind of model.", default="text", example="text")
+    modality: Modality | None = spec_field("Kind of model.", default="text", example="text")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Group, option
+from finetune_api.base import Group, spec_field
 from finetune_api.spec.common import ConfigMapKeyRef, Line, SecretKeyRef, Word
 from finetune_api.spec.enums import ExportFormat, Layout, Metric, Tracker, When
 
@@ -16,22 +16,22 @@ NamePart = Annotated[str, StringConstraints(pattern=r"^[^$#@&*!]*$", max_length=
 class RunName(Group):
     """`output.runName`: name of the run in trackers."""
 
-    name: NamePart | None = option(
+    name: NamePart | None = spec_field(
         "Name of the run, without $ # @ & * !.", default_text="the FineTuneJob's name", example="support-bot"
     )
-    prefix: NamePart | None = option("Text before the name.", default_text="none", example="team-a-")
-    suffix: NamePart | None = option("Text after the name.", default_text="none", example="-v2")
+    prefix: NamePart | None = spec_field("Text before the name.", default_text="none", example="team-a-")
+    suffix: NamePart | None = spec_field("Text after the name.", default_text="none", example="-v2")
 
 
 class Hub(Group):
     """`output.hub`: push the final model to a model hub."""
 
-    push: bool | None = option("Push the final model to the hub.", default=False, example=True)
-    repository: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=256)] | None = option(
+    push: bool | None = spec_field("Push the final model to the hub.", default=False, example=True)
+    repository: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=256)] | None = spec_field(
         "Name of the hub repository. Required with `push: true`.", default_text="none", example="org/my-model"
     )
-    private: bool | None = option("Create a private repository.", default=True, example=False)
-    token_secret_ref: SecretKeyRef | None = option(
+    private: bool | None = spec_field("Create a private repository.", default=True, example=False)
+    token_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with a hub token that has write permission.",
         default_text="model.tokenSecretRef",
         example={"name": "hub", "key": "token"},
@@ -41,21 +41,21 @@ class Hub(Group):
 class Output(Group):
     """`spec.output`."""
 
-    dir: Annotated[str, StringConstraints(pattern=r"^[^/\s][^\s]*$", max_length=512)] | None = option(
+    dir: Annotated[str, StringConstraints(pattern=r"^[^/\s][^\s]*$", max_length=512)] | None = spec_field(
         "Folder below storage.uri for an additional copy of the results.", default_text="none", example="results"
     )
-    project: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$", max_length=128)] | None = option(
+    project: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$", max_length=128)] | None = spec_field(
         "Project name in the folders below output.dir and in trackers.", default_text="the namespace", example="support"
     )
-    run_name: RunName | None = option(
+    run_name: RunName | None = spec_field(
         "Name of the run in trackers.", default_text="the FineTuneJob's name", example={"name": "support-bot"}
     )
-    layout: Layout | None = option("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
-    hub: Hub | None = option(
+    layout: Layout | None = spec_field("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
+    hub: Hub | None = spec_field(
         "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
-    merge_adapter: bool | None = option("Also save a model in which the adapter is merged into the base model.", default=False, example=True)
-    export: Annotated[list[ExportFormat], Field(max_length=8)] | None = option(
+    merge_adapter: bool | None = spec_field("Also save a model in which the adapter is merged into the base model.", default=False, example=True)
+    export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
         "Additional formats of the final model.", default_text="none", example=["gguf"]
     )
 
@@ -64,7 +64,7 @@ class Benchmark(Group):
     """One benchmark that runs after training."""
 
     name: Word = Field(description="Name of the benchmark harness or domain set. Required. Example: `lm-eval`.")
-    tasks: Annotated[list[Word], Field(max_length=128)] | None = option(
+    tasks: Annotated[list[Word], Field(max_length=128)] | None = spec_field(
         "Tasks of the benchmark harness.", default_text="all tasks", example=["arc_easy"]
     )
 
@@ -72,12 +72,12 @@ class Benchmark(Group):
 class Judge(Group):
     """`evaluation.judge`: a model that scores answers."""
 
-    model: Word | None = option("Model that scores answers.", default_text="none", example="my-judge")
-    embedding: Word | None = option("Model that computes embeddings.", default_text="none", example="my-embedder")
-    input_price: Annotated[float, Field(ge=0, le=1000000)] | None = option(
+    model: Word | None = spec_field("Model that scores answers.", default_text="none", example="my-judge")
+    embedding: Word | None = spec_field("Model that computes embeddings.", default_text="none", example="my-embedder")
+    input_price: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
         "Price of a million input tokens, for the cost report.", default_text="none", example=0.5
     )
-    output_price: Annotated[float, Field(ge=0, le=1000000)] | None = option(
+    output_price: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
         "Price of a million output tokens, for the cost report.", default_text="none", example=1.5
     )
 
@@ -85,19 +85,19 @@ class Judge(Group):
 class Generation(Group):
     """`evaluation.comparison.generation`: options for generating answers."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, le=1048576)] | None = option(
+    max_new_tokens: Annotated[int, Field(ge=1, le=1048576)] | None = spec_field(
         "Maximum length of an answer in tokens.", default=256, example=128
     )
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = option("Sampling temperature.", default=1.0, example=0.7)
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = option("Nucleus sampling: sample only among the most likely tokens with this total probability.", default=1.0, example=0.9)
-    top_k: Annotated[int, Field(ge=0, le=1000000)] | None = option(
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = spec_field("Sampling temperature.", default=1.0, example=0.7)
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = spec_field("Nucleus sampling: sample only among the most likely tokens with this total probability.", default=1.0, example=0.9)
+    top_k: Annotated[int, Field(ge=0, le=1000000)] | None = spec_field(
         "Sample only among the k most likely tokens. 0: sample among all tokens.", default=0, example=50
     )
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = option(
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = spec_field(
         "Minimum probability of a token, as a fraction of the most likely token's probability.", default=0.0, example=0.05
     )
-    do_sample: bool | None = option("Sample tokens. If false, generate the most likely token.", default=False, example=True)
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = option(
+    do_sample: bool | None = spec_field("Sample tokens. If false, generate the most likely token.", default=False, example=True)
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = spec_field(
         "Penalty on repeated tokens. 1: no penalty.", default=1.0, example=1.1
     )
 
@@ -105,10 +105,10 @@ class Generation(Group):
 class Comparison(Group):
     """`evaluation.comparison`: compare the answers of the base model and of the tuned model to the same prompts."""
 
-    prompts_ref: ConfigMapKeyRef | None = option(
+    prompts_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with one prompt per line.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
     )
-    generation: Generation | None = option(
+    generation: Generation | None = spec_field(
         "Options for generating answers.", default_text="the defaults of the fields", example={"maxNewTokens": 128}
     )
 
@@ -116,23 +116,23 @@ class Comparison(Group):
 class Evaluation(Group):
     """`spec.evaluation`."""
 
-    strategy: When | None = option(
+    strategy: When | None = spec_field(
         "When the trainer measures the validation loss.", default_text="steps with validation data, otherwise no", example="epoch"
     )
-    steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
+    steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Optimizer steps between evaluations.", default_text="checkpoint.steps", example=100
     )
-    batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = option(
+    batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
         "Rows per rank in one forward pass of the evaluation.", default_text="training.batchSizePerDevice", example=8
     )
-    metrics: Annotated[list[Metric], Field(max_length=16)] | None = option(
+    metrics: Annotated[list[Metric], Field(max_length=16)] | None = spec_field(
         "Metrics that are computed after training.", default_text="none", example=["perplexity"]
     )
-    benchmarks: Annotated[list[Benchmark], Field(max_length=32)] | None = option(
+    benchmarks: Annotated[list[Benchmark], Field(max_length=32)] | None = spec_field(
         "Benchmarks that run after training.", default_text="none", example=[{"name": "lm-eval"}]
     )
-    judge: Judge | None = option("Model that scores answers.", default_text="none", example={"model": "my-judge"})
-    comparison: Comparison | None = option(
+    judge: Judge | None = spec_field("Model that scores answers.", default_text="none", example={"model": "my-judge"})
+    comparison: Comparison | None = spec_field(
         "Prompts for a comparison of the base model and the tuned model.", default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
     )
 
@@ -140,18 +140,18 @@ class Evaluation(Group):
 class Mlflow(Group):
     """`tracking.mlflow`."""
 
-    tracking_uri: Line | None = option(
+    tracking_uri: Line | None = spec_field(
         "URL of the MLflow server. Required with reportTo mlflow.", default_text="none", example="http://mlflow.mlops:5000"
     )
-    experiment_name: Word | None = option("Name of the MLflow experiment.", default_text="output.project", example="support")
+    experiment_name: Word | None = spec_field("Name of the MLflow experiment.", default_text="output.project", example="support")
 
 
 class Wandb(Group):
     """`tracking.wandb`."""
 
-    project: Word | None = option("Name of the W&B project.", default_text="output.project", example="support")
-    entity: Word | None = option("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
-    api_key_secret_ref: SecretKeyRef | None = option(
+    project: Word | None = spec_field("Name of the W&B project.", default_text="output.project", example="support")
+    entity: Word | None = spec_field("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
+    api_key_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with the API key. Required with reportTo wandb.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
 
@@ -159,34 +159,34 @@ class Wandb(Group):
 class Mongodb(Group):
     """`tracking.mongodb`."""
 
-    uri_secret_ref: SecretKeyRef | None = option(
+    uri_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with the connection URI. Required with reportTo mongodb.", default_text="none", example={"name": "mongo", "key": "uri"}
     )
-    database: Word | None = option("Name of the database.", default="finetuning", example="experiments")
+    database: Word | None = spec_field("Name of the database.", default="finetuning", example="experiments")
 
 
 class Tracking(Group):
     """`spec.tracking`."""
 
-    report_to: Annotated[list[Tracker], Field(max_length=4)] | None = option(
+    report_to: Annotated[list[Tracker], Field(max_length=4)] | None = spec_field(
         "Trackers that receive the metrics.", default_text="none", example=["tensorboard"]
     )
-    logging_steps: Annotated[int, Field(ge=1, le=1000000)] | None = option(
+    logging_steps: Annotated[int, Field(ge=1, le=1000000)] | None = spec_field(
         "Optimizer steps between two logged values of a metric.", default=10, example=50
     )
-    log_first_step: bool | None = option("Log the first optimizer step, too.", default=True, example=False)
-    mlflow: Mlflow | None = option("Connection to MLflow.", default_text="none", example={"trackingUri": "http://mlflow.mlops:5000"})
-    wandb: Wandb | None = option("Connection to Weights & Biases.", default_text="none", example={"project": "support"})
-    mongodb: Mongodb | None = option("Connection to MongoDB.", default_text="none", example={"database": "experiments"})
-    system_metrics: bool | None = option("Also report CPU, memory and GPU usage.", default=False, example=True)
+    log_first_step: bool | None = spec_field("Log the first optimizer step, too.", default=True, example=False)
+    mlflow: Mlflow | None = spec_field("Connection to MLflow.", default_text="none", example={"trackingUri": "http://mlflow.mlops:5000"})
+    wandb: Wandb | None = spec_field("Connection to Weights & Biases.", default_text="none", example={"project": "support"})
+    mongodb: Mongodb | None = spec_field("Connection to MongoDB.", default_text="none", example={"database": "experiments"})
+    system_metrics: bool | None = spec_field("Also report CPU, memory and GPU usage.", default=False, example=True)
 
 
 class Phases(Group):
     """`spec.phases`: the phases of the job."""
 
-    train: bool | None = option("Train the model.", default=True, example=False)
-    infer: bool | None = option("Generate answers to the test set with the tuned model.", default=False, example=True)
-    evaluate: bool | None = option(
+    train: bool | None = spec_field("Train the model.", default=True, example=False)
+    infer: bool | None = spec_field("Generate answers to the test set with the tuned model.", default=False, example=True)
+    evaluate: bool | None = spec_field(
         "Compute evaluation.metrics after training.",
         default_text="true if evaluation.metrics is set, otherwise false",
         example=True,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import CelRule, Group, option
+from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.spec.common import ConfigMapKeyRef, Source, StringMap, Word
 from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, TrainerType
 
@@ -14,16 +14,16 @@ from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, T
 class Dpo(Group):
     """`trainer.dpo`: options of dpo. kto uses beta and referenceModel. orpo uses only beta."""
 
-    beta: Annotated[float, Field(gt=0, le=100)] | None = option(
+    beta: Annotated[float, Field(gt=0, le=100)] | None = spec_field(
         "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
     )
-    loss_types: Annotated[list[DpoLoss], Field(min_length=1, max_length=8)] | None = option(
+    loss_types: Annotated[list[DpoLoss], Field(min_length=1, max_length=8)] | None = spec_field(
         "Loss functions. The training loss is the sum of these functions.", default=["sigmoid"], example=["sigmoid", "sft"]
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = option(
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = spec_field(
         "Assumed probability (below 0.5) that the labels of a pair are swapped.", default=0.0, example=0.1
     )
-    reference_model: Source | None = option(
+    reference_model: Source | None = spec_field(
         "Location of the reference model, in a notation of model.source.",
         default_text="the untrained model",
         example="s3://models/sft",
@@ -33,19 +33,19 @@ class Dpo(Group):
 class Grpo(Group):
     """`trainer.grpo`: group relative policy optimisation."""
 
-    num_generations: Annotated[int, Field(ge=2, le=1024)] | None = option(
+    num_generations: Annotated[int, Field(ge=2, le=1024)] | None = spec_field(
         "Number of completions that are generated for each prompt.", default=8, example=16
     )
-    temperature: Annotated[float, Field(gt=0, le=10)] | None = option("Sampling temperature.", default=1.0, example=0.9)
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = option(
+    temperature: Annotated[float, Field(gt=0, le=10)] | None = spec_field("Sampling temperature.", default=1.0, example=0.9)
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = spec_field(
         "Nucleus sampling: sample only among the most likely tokens with this total probability.",
         default=1.0,
         example=0.95,
     )
-    beta: Annotated[float, Field(ge=0, le=100)] | None = option(
+    beta: Annotated[float, Field(ge=0, le=100)] | None = spec_field(
         "Weight of the KL divergence in the loss. With 0, no reference model is loaded.", default=0.0, example=0.04
     )
-    loss_type: GrpoLoss | None = option("Average of the token losses.", default="dapo", example="drGrpo")
+    loss_type: GrpoLoss | None = spec_field("Average of the token losses.", default="dapo", example="drGrpo")
 
 
 class Reward(Group):
@@ -59,23 +59,23 @@ class Reward(Group):
         ),
     )
 
-    name: Word | None = option(
+    name: Word | None = spec_field(
         "Name of the reward in metrics.", default_text="the name of the built-in reward or function", example="format"
     )
-    builtin: BuiltinReward | None = option("Name of a built-in reward.", default_text="none", example="regex")
-    config_map_ref: ConfigMapKeyRef | None = option(
+    builtin: BuiltinReward | None = spec_field("Name of a built-in reward.", default_text="none", example="regex")
+    config_map_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with a Python file.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
     )
-    function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = option(
+    function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = spec_field(
         "Name of the function in the file of configMapRef. The function has the keyword arguments prompts, completions and the columns of the "
         "data, and returns a list of numbers.",
         default_text="reward",
         example="score_answer",
     )
-    weight: Annotated[float, Field(ge=-1000, le=1000)] | None = option(
+    weight: Annotated[float, Field(ge=-1000, le=1000)] | None = spec_field(
         "Weight in the sum of rewards.", default=1.0, example=0.5
     )
-    parameters: StringMap | None = option(
+    parameters: StringMap | None = spec_field(
         "Parameters of a built-in reward. All values are strings.", default_text="none", example={"pattern": "^Answer: "}
     )
 
@@ -83,20 +83,20 @@ class Reward(Group):
 class Trainer(Group):
     """`spec.trainer`."""
 
-    type: TrainerType | None = option("Training objective.", default="sft", example="dpo")
-    backend: Backend | None = option("Implementation of the training loop.", default="transformers", example="unsloth")
-    max_completion_length: Annotated[int, Field(ge=1, le=1048576)] | None = option(
+    type: TrainerType | None = spec_field("Training objective.", default="sft", example="dpo")
+    backend: Backend | None = spec_field("Implementation of the training loop.", default="transformers", example="unsloth")
+    max_completion_length: Annotated[int, Field(ge=1, le=1048576)] | None = spec_field(
         "Maximum length of a completion in tokens. dpo, kto and orpo truncate longer completions; grpo stops generating.",
         default=512,
         example=1024,
     )
-    dpo: Dpo | None = option(
+    dpo: Dpo | None = spec_field(
         "Options of dpo, kto and orpo.", default_text="the defaults of the fields", example={"beta": 0.3}
     )
-    grpo: Grpo | None = option(
+    grpo: Grpo | None = spec_field(
         "Options of grpo.", default_text="the defaults of the fields", example={"numGenerations": 16}
     )
-    rewards: Annotated[list[Reward], Field(min_length=1, max_length=32)] | None = option(
+    rewards: Annotated[list[Reward], Field(min_length=1, max_length=32)] | None = spec_field(
         "Reward functions of grpo. Required with grpo.",
         default_text="none",
         example=[{"builtin": "regex", "parameters": {"pattern": "^Answer: "}}],

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import CelRule, Group, option
+from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.spec.common import ConfigMapKeyRef, StringMap
 from finetune_api.spec.enums import (
     Device,
@@ -23,10 +23,10 @@ from finetune_api.spec.enums import (
 class EarlyStopping(Group):
     """`training.earlyStopping`: end training if the validation loss no longer falls."""
 
-    patience: Annotated[int, Field(ge=1, le=10000)] | None = option(
+    patience: Annotated[int, Field(ge=1, le=10000)] | None = spec_field(
         "Training ends after this number of consecutive evaluations without improvement.", default=3, example=5
     )
-    threshold: Annotated[float, Field(ge=0, le=1000)] | None = option(
+    threshold: Annotated[float, Field(ge=0, le=1000)] | None = spec_field(
         "Smallest decrease of the validation loss that counts as improvement, in nats per token.",
         default=0.0,
         example=0.001,
@@ -44,75 +44,75 @@ class Training(Group):
         ),
     )
 
-    epochs: Annotated[float, Field(gt=0, le=100000)] | None = option(
+    epochs: Annotated[float, Field(gt=0, le=100000)] | None = spec_field(
         "Number of passes over the training data.", default=3, example=1
     )
-    max_steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
+    max_steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Number of optimizer steps. maxSteps takes precedence over epochs.", default_text="none; epochs sets the number", example=500
     )
-    batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = option(
+    batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
         "Micro-batch size: rows per rank in one forward pass.", default=4, example=8
     )
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = option(
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
         "Micro-batches per optimizer step.", default=4, example=8
     )
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = option(
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = spec_field(
         "Peak learning rate.",
         default_text="2e-4 for adapters, 2e-5 for full and spectrum, 5e-6 for dpo, kto and orpo, 1e-6 for grpo",
         example=1e-4,
     )
-    scheduler: Scheduler | None = option(
+    scheduler: Scheduler | None = spec_field(
         "Learning rate schedule after the warm-up.", default="cosine", example="linear"
     )
-    scheduler_parameters: StringMap | None = option(
+    scheduler_parameters: StringMap | None = spec_field(
         "Parameters of the scheduler. All values are strings.", default_text="none", example={"min_lr_rate": "0.1"}
     )
-    warmup_steps: Annotated[int, Field(ge=0, le=1000000000)] | None = option(
+    warmup_steps: Annotated[int, Field(ge=0, le=1000000000)] | None = spec_field(
         "Number of optimizer steps of the warm-up.",
         default_text="none; warmupRatio sets the number",
         example=10,
     )
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = option(
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
         "Optimizer steps of the warm-up, as a fraction of all optimizer steps.",
         default_text="0.03 if warmupSteps is absent",
         example=0.1,
     )
-    max_grad_norm: Annotated[float, Field(ge=0, le=1000000)] | None = option(
+    max_grad_norm: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
         "Maximum norm of gradients. Larger gradients are clipped. 0 turns clipping off.", default=1.0, example=0.5
     )
-    optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] | None = option(
+    optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] | None = spec_field(
         "Name of the optimizer, as in transformers.", default="adamw_torch_fused", example="paged_adamw_8bit"
     )
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = option(
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
         "Decay rate of Adam's first moment.", default=0.9, example=0.95
     )
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = option(
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
         "Decay rate of Adam's second moment.", default=0.999, example=0.95
     )
-    adam_epsilon: Annotated[float, Field(gt=0, le=1)] | None = option(
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)] | None = spec_field(
         "Constant in Adam's denominator.", default=1e-8, example=1e-6
     )
-    weight_decay: Annotated[float, Field(ge=0, le=10)] | None = option(
+    weight_decay: Annotated[float, Field(ge=0, le=10)] | None = spec_field(
         "Weight decay coefficient.", default=0.0, example=0.01
     )
-    mixed_precision: MixedPrecision | None = option("Data type of the forward pass.", default="auto", example="bf16")
-    gradient_checkpointing: GradientCheckpointing | None = option(
+    mixed_precision: MixedPrecision | None = spec_field("Data type of the forward pass.", default="auto", example="bf16")
+    gradient_checkpointing: GradientCheckpointing | None = spec_field(
         "Whether activations are recomputed to save GPU memory.",
         default_text="enabled on GPU, disabled on CPU and for prefixTuning",
         example="disabled",
     )
-    checkpoint_every_n_layers: Annotated[int, Field(ge=1, le=1024)] | None = option(
+    checkpoint_every_n_layers: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Recompute only the activations of every n-th layer. Requires gradientCheckpointing.", default=1, example=2
     )
-    group_by_length: bool | None = option("Put rows of similar length into one batch.", default=False, example=True)
-    neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000)] | None = option(
+    group_by_length: bool | None = spec_field("Put rows of similar length into one batch.", default=False, example=True)
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000)] | None = spec_field(
         "Scale of NEFTune noise on the embeddings.", default_text="no noise", example=5
     )
-    seed: Annotated[int, Field(ge=0, le=4294967295)] | None = option(
+    seed: Annotated[int, Field(ge=0, le=4294967295)] | None = spec_field(
         "Seed of all random number generators.", default=42, example=7
     )
-    device: Device | None = option("Device to train on.", default="auto", example="cpu")
-    early_stopping: EarlyStopping | None = option(
+    device: Device | None = spec_field("Device to train on.", default="auto", example="cpu")
+    early_stopping: EarlyStopping | None = spec_field(
         "End training if the validation loss no longer falls.", default_text="none", example={"patience": 3}
     )
 
@@ -120,18 +120,18 @@ class Training(Group):
 class Deepspeed(Group):
     """`distributed.deepspeed`."""
 
-    config_ref: ConfigMapKeyRef | None = option(
+    config_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with a DeepSpeed configuration in JSON. The trainer replaces `auto` values in this JSON.",
         default_text="none",
         example={"name": "deepspeed", "key": "zero2.json"},
     )
-    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = option(
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = spec_field(
         "ZeRO stage. 1 shards the optimizer state. 2 also shards gradients. 3 also shards parameters. 0 shards nothing.",
         default_text="the stage in the JSON of configRef, otherwise 2",
         example=3,
     )
-    offload_optimizer: bool | None = option("Keep the optimizer state in host memory.", default=False, example=True)
-    offload_parameters: bool | None = option(
+    offload_optimizer: bool | None = spec_field("Keep the optimizer state in host memory.", default=False, example=True)
+    offload_parameters: bool | None = spec_field(
         "Keep the parameters in host memory. Only with zeroStage 3.", default=False, example=True
     )
 
@@ -139,11 +139,11 @@ class Deepspeed(Group):
 class Fsdp(Group):
     """`distributed.fsdp`: fully sharded data parallel, version 2."""
 
-    sharding: FsdpSharding | None = option("Tensors that are sharded over the ranks.", default="fullShard", example="shardGradOp")
-    state_dict: FsdpStateDict | None = option(
+    sharding: FsdpSharding | None = spec_field("Tensors that are sharded over the ranks.", default="fullShard", example="shardGradOp")
+    state_dict: FsdpStateDict | None = spec_field(
         "Format of the optimizer state in checkpoints.", default="sharded", example="full"
     )
-    config_ref: ConfigMapKeyRef | None = option(
+    config_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with an accelerate configuration.",
         default_text="none",
         example={"name": "accelerate", "key": "fsdp.yaml"},
@@ -153,13 +153,13 @@ class Fsdp(Group):
 class Distributed(Group):
     """`spec.distributed`. `spec.resources` sets the number of nodes and GPUs."""
 
-    strategy: Strategy | None = option(
+    strategy: Strategy | None = spec_field(
         "Distributed strategy.", default_text="ddp with several ranks, otherwise none", example="fsdp"
     )
-    deepspeed: Deepspeed | None = option(
+    deepspeed: Deepspeed | None = spec_field(
         "Options of DeepSpeed.", default_text="the defaults of the fields", example={"zeroStage": 3}
     )
-    fsdp: Fsdp | None = option(
+    fsdp: Fsdp | None = spec_field(
         "Options of FSDP.", default_text="the defaults of the fields", example={"sharding": "shardGradOp"}
     )
 
@@ -167,24 +167,24 @@ class Distributed(Group):
 class Checkpoint(Group):
     """`spec.checkpoint`."""
 
-    strategy: When | None = option("When the trainer saves checkpoints.", default="steps", example="epoch")
-    steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
+    strategy: When | None = spec_field("When the trainer saves checkpoints.", default="steps", example="epoch")
+    steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Optimizer steps between checkpoints.", default=100, example=500
     )
-    keep: Annotated[int, Field(ge=0, le=100000)] | None = option(
+    keep: Annotated[int, Field(ge=0, le=100000)] | None = spec_field(
         "Number of newest checkpoints that are kept in storage. 0 keeps all. The best checkpoint and pinned checkpoints are also kept.",
         default=3,
         example=5,
     )
-    resume: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = option(
+    resume: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = spec_field(
         "Checkpoint from which the first attempt starts: `auto` (the newest healthy checkpoint of this job), `never` (no checkpoint), or the "
         "`s3://`, `pvc://`, `file://` or `https://` URI of a checkpoint, `<root>/checkpoints/step-00000100`.",
         default="auto",
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000100",
     )
-    load_best_at_end: bool | None = option(
+    load_best_at_end: bool | None = spec_field(
         "Use the checkpoint with the lowest validation loss as the final model.", default=False, example=True
     )
-    pinned: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=64)] | None = option(
+    pinned: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=64)] | None = spec_field(
         "Optimizer steps of checkpoints that are never removed.", default_text="none", example=[1000]
     )

@@ -64,9 +64,9 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 def build_service(job: JobView) -> Object:
     """Return the headless Service of an attempt with several pods. With this Service, DNS resolves rank 0's pod before the pod is ready."""
     labels = {
-        Label.MANAGED_BY.value: names.MANAGER,
-        Label.NAME.value: job.job_name,
-        Label.UID.value: job.owner_uid,
+        Label.MANAGED_BY.value: names.MANAGER_NAME,
+        Label.JOB_NAME.value: job.job_name,
+        Label.JOB_UID.value: job.owner_uid,
         Label.ATTEMPT.value: str(job.attempt),
     }
     return {
@@ -99,9 +99,9 @@ def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
 def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
     """Labels of the Job and the pods of an attempt."""
     return {
-        Label.MANAGED_BY.value: names.MANAGER,
-        Label.NAME.value: job.name,
-        Label.UID.value: job.uid,
+        Label.MANAGED_BY.value: names.MANAGER_NAME,
+        Label.JOB_NAME.value: job.name,
+        Label.JOB_UID.value: job.uid,
         Label.ATTEMPT.value: str(attempt),
     }
 
@@ -122,7 +122,7 @@ def _failure_rules() -> list[Object]:
         {
             "action": "FailJob",
             "onExitCodes": {
-                "containerName": names.CONTAINER, "operator": "In", "values": codes_that_fail_the_job(),
+                "containerName": names.TRAINER_CONTAINER, "operator": "In", "values": codes_that_fail_the_job(),
             },
         },
     ]  # fmt: skip
@@ -134,7 +134,7 @@ def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: Op
         "labels": {**config.trainer.labels, **(spec.placement.labels or {}), **labels},
         "annotations": {
             **annotations,
-            DEFAULT_CONTAINER_ANNOTATION: names.CONTAINER,
+            DEFAULT_CONTAINER_ANNOTATION: names.TRAINER_CONTAINER,
             Annotation.RUN_CONFIG.value: data.decode(),
         },
     }
@@ -172,7 +172,7 @@ def _pod_spec(name: str, run: RunConfig, digest: str, pool: NodePool | None, con
 def _container(run: RunConfig, digest: str, config: OperatorConfig, extra_mounts: list[Object]) -> Object:
     spec = run.spec
     return {
-        "name": names.CONTAINER,
+        "name": names.TRAINER_CONTAINER,
         "image": spec.placement.image or config.trainer.image,
         "imagePullPolicy": config.trainer.image_pull_policy.value,
         "args": ["supervise"],

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.compatibility import read_spec
-from finetune_api.defaults import PlatformDefaults, Resolution, resolve
+from finetune_api.defaults import PlatformDefaults, ResolvedSpec, resolve
 from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
@@ -118,7 +118,7 @@ def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> Refus
     return RefusedSpec(Reason.REJECTED, clean("; ".join(conflicts)), "remove the value, or choose another pool")
 
 
-def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> RefusedSpec | None:
+def _refuse_storage(resolution: ResolvedSpec, first: FirstAttempt | None) -> RefusedSpec | None:
     """Refuse a storage URI that is missing or cannot be parsed. If the bad URI is in the operator's configuration, the job waits."""
     uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
     if uri is None:
@@ -134,7 +134,7 @@ def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> Refus
     return None
 
 
-def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> RefusedSpec | None:
+def _refuse_size(resolution: ResolvedSpec, first: FirstAttempt | None) -> RefusedSpec | None:
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size <= MAX_SPEC_BYTES:
         return None
@@ -143,14 +143,14 @@ def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> RefusedS
     return RefusedSpec(Reason.REJECTED, message, hint, is_final=first is None)
 
 
-def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> Resolution:
+def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> ResolvedSpec:
     """Fill in the defaults. The defaults of the first attempt take precedence over the current defaults."""
-    resolution, kept = resolve(spec, platform=platform), first.defaults
+    resolution, kept = resolve(spec, platform_defaults=platform), first.defaults
     store_differs = any(resolution.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
     if store_differs and any(path in kept for path in STORE_IDENTITY):
         storage = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
         try:
-            resolution = resolve(spec, platform=replace(platform, storage=StorageRoot.model_validate(storage)))
+            resolution = resolve(spec, platform_defaults=replace(platform, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
     differing = {
@@ -160,7 +160,7 @@ def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAtte
     return _with_defaults(resolution, differing) if differing else resolution
 
 
-def _with_defaults(resolution: Resolution, values: Mapping[str, Any]) -> Resolution:
+def _with_defaults(resolution: ResolvedSpec, values: Mapping[str, Any]) -> ResolvedSpec:
     """Return the resolution with other defaults. `values` contains the new defaults by path."""
     try:
         return replace(resolution, spec=resolution.spec.with_values(values), defaults={**resolution.defaults, **values})

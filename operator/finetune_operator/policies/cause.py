@@ -1,6 +1,6 @@
 """Finds out why an attempt ended. If several pods failed, one failure is the cause, and the other failures are its consequences.
 
-The failure with the lowest `Precedence` is the cause. If several failures have the same precedence, a rank's own failure takes
+The failure with the lowest `FailurePrecedence` is the cause. If several failures have the same precedence, a rank's own failure takes
 precedence over the report of a rank that lost contact to another rank. If several failures remain, the earliest failure is the cause.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS, ExitPolicy, Precedence, attempt_reason
+from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS, ExitPolicy, FailurePrecedence, attempt_reason
 from finetune_api.names import ExitCode, FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Failure
@@ -51,9 +51,9 @@ def pod_cause(pod: PodView) -> FailureCause | None:
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED_REASON:
         return _cause_of_memory_limit(pod)
     # An eviction can cause an unknown exit code, a stop or a lost peer. A disruption can cause a stop or a lost peer.
-    if pod.reason == EVICTED_REASON and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
+    if pod.reason == EVICTED_REASON and not pod.disruption and (policy is None or policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
         return _cause_of_eviction(pod)
-    if policy is not None and not (pod.disruption and policy.precedence >= Precedence.PEER):
+    if policy is not None and not (pod.disruption and policy.precedence >= FailurePrecedence.PEER_FAILURE):
         return _cause_of_known_exit(pod, policy)
     if pod.disruption:
         return _cause_of_disruption(pod)
@@ -67,11 +67,11 @@ def _cause_of_known_exit(pod: PodView, policy: ExitPolicy) -> FailureCause:
     failure_class = reported.class_ or policy.failure_class
     message = reported.message or _last_log_line(pod) or f"exit code {policy.code:d}"
     failure = _failure(pod, failure_class, reported.code or policy.default_failure_code, message, policy.default_hint)
-    return FailureCause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
+    return FailureCause(attempt_reason(policy, failure_class), failure, policy.retry_policy, policy.precedence)
 
 
 def _cause_with_policy(reason: Reason, failure: Failure, end: PodEnd) -> FailureCause:
-    return FailureCause(reason, failure, end.value.retry, end.value.precedence)
+    return FailureCause(reason, failure, end.value.retry_policy, end.value.precedence)
 
 
 def _cause_of_memory_limit(pod: PodView) -> FailureCause:
@@ -96,7 +96,7 @@ def _cause_of_disruption(pod: PodView) -> FailureCause:
 
 
 def _cause_of_unknown_exit(pod: PodView, code: int) -> FailureCause:
-    if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deletion_timestamp is not None:
+    if code in (ExitCode.SIGTERM, ExitCode.SIGKILL) and pod.deletion_timestamp is not None:
         message = "the pod was deleted, and the trainer was killed before it had saved a checkpoint"
         failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
         return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)

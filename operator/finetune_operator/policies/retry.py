@@ -13,7 +13,7 @@ from datetime import datetime
 from enum import Enum
 from typing import NamedTuple
 
-from finetune_api.exits import Precedence, RetryPolicy
+from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Attempt, Failure, FineTuneJobStatus
@@ -33,28 +33,28 @@ SHORTEST_BLOCKED_RETRY_SECONDS, LONGEST_BLOCKED_RETRY_SECONDS = 15.0, 300.0
 class EndPolicy(NamedTuple):
     """Retry policy and precedence of a pod's end without an exit code of the trainer."""
 
-    retry: RetryPolicy
-    precedence: Precedence
+    retry_policy: RetryPolicy
+    precedence: FailurePrecedence
 
 
 class PodEnd(Enum):
     """How a pod can end without one of the trainer's exit codes."""
 
-    OUT_OF_HOST_MEMORY = EndPolicy(RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC)
+    OUT_OF_HOST_MEMORY = EndPolicy(RetryPolicy.ADAPT_MEMORY, FailurePrecedence.NUMERIC_FAILURE)
     """The kernel killed the container at its memory limit."""
-    EXCEEDED_LIMIT = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
+    EXCEEDED_LIMIT = EndPolicy(RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
     """The kubelet evicted the pod because the pod used too much disk or memory. The next attempt will probably exceed the limit as well."""
-    DISRUPTED = EndPolicy(RetryPolicy.FREE, Precedence.CLUSTER)
+    DISRUPTED = EndPolicy(RetryPolicy.NOT_COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
     """The cluster removed the pod because of a preemption, or because its node was drained or lost."""
-    DELETED_UNSAVED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
+    DELETED_UNSAVED = EndPolicy(RetryPolicy.NOT_COUNTED, FailurePrecedence.STOPPED_ON_REQUEST)
     """The pod was deleted, and its container was killed before it had saved a checkpoint."""
-    DELETED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
+    DELETED = EndPolicy(RetryPolicy.NOT_COUNTED, FailurePrecedence.STOPPED_ON_REQUEST)
     """The pod was deleted before any container ended."""
-    UNKNOWN_EXIT = EndPolicy(RetryPolicy.COUNTED, Precedence.UNKNOWN)
+    UNKNOWN_EXIT = EndPolicy(RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE)
     """The container ended with an exit code that the trainer never uses."""
-    NOT_STARTED = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
+    NOT_STARTED = EndPolicy(RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
     """The kubelet rejected the pod, or an init container failed."""
-    UNKNOWN = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
+    UNKNOWN = EndPolicy(RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
     """The attempt failed, but the operator found no failed pod of the attempt."""
 
 
@@ -63,7 +63,7 @@ TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
     # Here Reason.PREEMPTED means that another client deleted the Job. That client may delete the Job of every attempt.
     Reason.PREEMPTED: RetryPolicy.COUNTED,
 }
-"""Retry policy of an attempt whose Job was deleted, by termination reason. For all other reasons the policy is FREE."""
+"""Retry policy of an attempt whose Job was deleted, by termination reason. For all other reasons the policy is NOT_COUNTED."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class FailureCause:
 
     reason: Reason
     failure: Failure
-    retry: RetryPolicy
-    precedence: Precedence = Precedence.UNKNOWN
+    retry_policy: RetryPolicy
+    precedence: FailurePrecedence = FailurePrecedence.UNKNOWN_CAUSE
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def retry_or_give_up(
     If `spec_is_readable` is False, the next attempt must wait for a newer operator. Until then the operator neither adapts values nor
     counts attempts.
     """
-    match cause.retry:
+    match cause.retry_policy:
         case RetryPolicy.NEVER:
             return GiveUp(cause.reason, cause.failure)
-        case RetryPolicy.FREE | RetryPolicy.WAIT:
+        case RetryPolicy.NOT_COUNTED | RetryPolicy.WAIT:
             return RetryDecision(made_progress=made_progress)
         case _ if not spec_is_readable:
             return RetryDecision(made_progress=made_progress)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from finetune_api.names import CONTAINER, Env
+from finetune_api.names import TRAINER_CONTAINER, Env
 from finetune_api.status import FineTuneJobStatus, OutputKind
 
 from tests.e2e.jobs.installation import MODEL, JobNamespace
@@ -86,6 +86,6 @@ def test_imported_job_trains(imports: Imports, name: str) -> None:
 def check_token_from_secret(job_namespace: JobNamespace, name: str) -> None:
     """Check that the pod reads its Hugging Face token from the Secret that the import wrote."""
     (pod,) = job_namespace.pods(name)
-    (container,) = [one for one in pod["spec"]["containers"] if one["name"] == CONTAINER]
+    (container,) = [one for one in pod["spec"]["containers"] if one["name"] == TRAINER_CONTAINER]
     (variable,) = [one for one in container["env"] if one["name"] == Env.HF_TOKEN.value]
     assert variable["valueFrom"]["secretKeyRef"] == {"name": f"{name}-import", "key": "hf-token"}

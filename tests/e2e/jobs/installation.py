@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finetune_api.names import CONTAINER, PLURAL, Label, Phase
+from finetune_api.names import PLURAL, TRAINER_CONTAINER, Label, Phase
 from finetune_api.status import FineTuneJobStatus
 
 from localcluster import NodeCluster, S3Endpoint
@@ -162,13 +162,13 @@ class JobNamespace:
 
     def pods(self, name: str) -> list[Object]:
         """Pods of a job, sorted by attempt."""
-        found = self.installation.api.list("pods", self.namespace, labels=f"{Label.NAME}={name}")
+        found = self.installation.api.list("pods", self.namespace, labels=f"{Label.JOB_NAME}={name}")
         return sorted(found, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
 
     def exec_script(self, pod: str, script: str) -> str:
         """Run a shell script in a trainer container."""
         return self.installation.cluster.kubectl(
-            "-n", self.namespace, "exec", pod, "-c", CONTAINER, "--", "sh", "-c", script
+            "-n", self.namespace, "exec", pod, "-c", TRAINER_CONTAINER, "--", "sh", "-c", script
         )
 
     def _pod_logs(self, name: str) -> str:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from finetune_api.names import CONTAINER, Condition, ExitCode, FailureClass, Phase, Reason
+from finetune_api.names import TRAINER_CONTAINER, Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.status import FineTuneJobStatus
 
 from tests.e2e.jobs.installation import MODEL, Installation, JobNamespace, job
@@ -61,37 +61,37 @@ def storage(installation: Installation, **more: Any) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[Installation], InvalidInput]] = {
     "dataset-missing": lambda _: InvalidInput(
-        data("nowhere.jsonl"), ExitCode.NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATA}/nowhere.jsonl",)
+        data("nowhere.jsonl"), ExitCode.SOURCE_NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATA}/nowhere.jsonl",)
     ),
     "dataset-empty": lambda _: InvalidInput(
-        data("empty.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetEmpty", ("empty.jsonl",)
+        data("empty.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetEmpty", ("empty.jsonl",)
     ),
     "dataset-not-utf8": lambda _: InvalidInput(
-        data("latin1.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetNotUtf8",
+        data("latin1.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetNotUtf8",
         ("latin1.jsonl", str(len(b"".join(VALID_ROWS[:3])) + FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
     ),
     "row-malformed": lambda _: InvalidInput(
-        data("row17.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
+        data("row17.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
     ),
     "role-unknown": lambda _: InvalidInput(
-        data("role.jsonl"), ExitCode.DATA, FailureClass.DATA, "UnknownRole", ("role.jsonl", "5", "robot", "assistant")
+        data("role.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "UnknownRole", ("role.jsonl", "5", "robot", "assistant")
     ),
     "no-answer": lambda _: InvalidInput(
-        data("unanswered.jsonl"), ExitCode.DATA, FailureClass.DATA, "NoTrainableToken", ("unanswered.jsonl",)
+        data("unanswered.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "NoTrainableToken", ("unanswered.jsonl",)
     ),
     "model-missing": lambda _: InvalidInput(
-        {"model": {"source": f"{MODEL}-2"}}, ExitCode.NOT_FOUND, FailureClass.MODEL, "ModelNotFound", (f"{MODEL}-2",)
+        {"model": {"source": f"{MODEL}-2"}}, ExitCode.SOURCE_NOT_FOUND, FailureClass.MODEL, "ModelNotFound", (f"{MODEL}-2",)
     ),
     "bucket-missing": lambda installation: InvalidInput(
         storage(installation, uri="s3://no-such-bucket/jobs"), ExitCode.STORAGE_SETUP, FailureClass.STORAGE, "BucketNotFound",
         ("no-such-bucket", "storage.uri"),
     ),
     "keys-wrong": lambda installation: InvalidInput(
-        storage(installation, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS, FailureClass.STORAGE,
+        storage(installation, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS_REFUSED, FailureClass.STORAGE,
         "CredentialsRejected", ("storage.credentialsSecretRef",),
     ),
     "endpoint-silent": lambda installation: InvalidInput(
-        {**storage(installation, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE,
+        {**storage(installation, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE_UNREACHABLE,
         FailureClass.STORAGE, "EndpointUnreachable", ("nobody.s3.svc:8333",),
     ),
 }  # fmt: skip
@@ -147,7 +147,7 @@ def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:
         status = failing_jobs.wait_finished(name, Phase.FAILED)
         (pod,) = failing_jobs.pods(name)
         logs = failing_jobs.installation.cluster.kubectl(
-            "-n", failing_jobs.namespace, "logs", pod["metadata"]["name"], "-c", CONTAINER
+            "-n", failing_jobs.namespace, "logs", pod["metadata"]["name"], "-c", TRAINER_CONTAINER
         )
         for secret in (failing_jobs.installation.cluster.s3.secret_key, "nothing"):
             assert secret not in logs.split()

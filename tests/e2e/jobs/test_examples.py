@@ -94,7 +94,7 @@ def test_pods_are_restricted_and_have_no_cluster_credentials(examples: Examples)
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-    assert pod["metadata"]["labels"][Label.NAME] == "quickstart"
+    assert pod["metadata"]["labels"][Label.JOB_NAME] == "quickstart"
 
 
 def test_kubectl_get_shows_every_column(examples: Examples) -> None:

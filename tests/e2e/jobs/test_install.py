@@ -36,7 +36,7 @@ def test_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) ->
     kubectl = installation.cluster.kubectl
     kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=0", "--timeout=60s")
     installation.api.wait_list("pods", demo.RELEASE, lambda pods: not pods, timeout=60)
-    labels = f"{Label.NAME}=alone"
+    labels = f"{Label.JOB_NAME}=alone"
     installation.api.wait_list(
         "jobs",
         job_namespace.namespace,

@@ -139,7 +139,7 @@ def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
         "pods",
         shared_namespace.namespace,
         lambda pods: all(has_ended(pod) for pod in pods),
-        labels=f"{Label.NAME}={name}",
+        labels=f"{Label.JOB_NAME}={name}",
     )
     (first,) = status.attempts
     assert first.counted is not True, "a suspension does not use up a retry"

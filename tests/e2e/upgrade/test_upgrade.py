@@ -173,5 +173,5 @@ def test_jobs_in_every_phase_survive_the_upgrade_from_0_1_0_and_the_rollback(
     rollback_namespace = installation.create_namespace(f"{job_namespace.namespace}-back")
     bring_into_every_phase(rollback_namespace)
     replace_operator_and_finish(rollback_namespace, old_release)
-    assert installation.api.list("pods", rollback_namespace.namespace, labels=f"{Label.NAME}=running")
+    assert installation.api.list("pods", rollback_namespace.namespace, labels=f"{Label.JOB_NAME}=running")
     installation.api.delete("namespaces", None, rollback_namespace.namespace)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.names import CONTAINER, GROUP, Condition, Phase, Reason
+from finetune_api.names import GROUP, TRAINER_CONTAINER, Condition, Phase, Reason
 from ruamel.yaml import YAML
 
 from tests.support.apiproxy import ApiProxy
@@ -288,7 +288,7 @@ def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
     rig.operator()
-    rig.submit(placement={"annotations": {f"container.apparmor.security.beta.kubernetes.io/{CONTAINER}": "unconfined"}})
+    rig.submit(placement={"annotations": {f"container.apparmor.security.beta.kubernetes.io/{TRAINER_CONTAINER}": "unconfined"}})
     body = rig.wait(
         lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
     )

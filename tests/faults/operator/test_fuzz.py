@@ -92,13 +92,13 @@ def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
 
 @pytest.mark.row(49)
 def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
-    labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "x", Label.ATTEMPT.value: "1"}
+    labels = {Label.MANAGED_BY.value: names.MANAGER_NAME, Label.JOB_NAME.value: "job", Label.JOB_UID.value: "x", Label.ATTEMPT.value: "1"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
     rng = random.Random(49)
     foreign = []
     for number in range(12):
         random_labels = {k: rng.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
-        random_labels[Label.MANAGED_BY.value] = names.MANAGER
+        random_labels[Label.MANAGED_BY.value] = names.MANAGER_NAME
         meta = {
             "name": f"job-{number + 100}", "labels": random_labels, "annotations": {Annotation.RUN_CONFIG_SHA256.value: "?" * number},
             "ownerReferences": [

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
-from finetune_api.base import DEFAULT
-from finetune_api.schema import constraints
+from finetune_api.base import DEFAULT_KEY
+from finetune_api.schema import iterate_constraints
 from finetune_api.spec import FineTuneJobSpec, load_spec
 from pydantic import BaseModel, ValidationError
 
@@ -66,7 +66,7 @@ def spellings(value: float) -> list[str]:
 def numbers(model: type[BaseModel], prefix: str = "") -> Iterator[Number]:
     for name, info in model.model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        yield from _numbers(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT))
+        yield from _numbers(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT_KEY))
 
 
 def _numbers(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[Number]:
@@ -82,7 +82,7 @@ def _numbers(annotation: Any, metadata: list[Any], path: str, default: Any) -> I
     elif issubclass(annotation, BaseModel):
         yield from numbers(annotation, f"{path}.")
     elif issubclass(annotation, int | float) and not issubclass(annotation, bool):
-        yield Number(path, issubclass(annotation, int), dict(constraints(metadata)), default)
+        yield Number(path, issubclass(annotation, int), dict(iterate_constraints(metadata)), default)
 
 
 NUMBERS = tuple(numbers(FineTuneJobSpec))

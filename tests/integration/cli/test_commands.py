@@ -232,13 +232,13 @@ def test_diff_lists_the_changed_fields(finetune: Finetune, job: Job) -> None:
 
 def pod(name: str, attempt: int, index: int) -> dict[str, Any]:
     labels = {
-        names.Label.NAME: "bot",
+        names.Label.JOB_NAME: "bot",
         names.Label.ATTEMPT: str(attempt),
         "batch.kubernetes.io/job-completion-index": str(index),
     }
     return {
         "metadata": {"name": name, "labels": labels},
-        "spec": {"containers": [{"name": names.CONTAINER, "image": "x"}]},
+        "spec": {"containers": [{"name": names.TRAINER_CONTAINER, "image": "x"}]},
     }
 
 

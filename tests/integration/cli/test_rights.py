@@ -56,13 +56,13 @@ def test_documented_role_is_sufficient(
     as_user: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     job(status=RUNNING)
-    labels = {names.Label.NAME: "bot", names.Label.ATTEMPT: "1"}
+    labels = {names.Label.JOB_NAME: "bot", names.Label.ATTEMPT: "1"}
     api.create(
         "pods",
         namespace,
         {
             "metadata": {"name": "bot-1-0", "labels": labels},
-            "spec": {"containers": [{"name": names.CONTAINER, "image": "x"}]},
+            "spec": {"containers": [{"name": names.TRAINER_CONTAINER, "image": "x"}]},
         },
     )
     manifest = tmp_path / "job.yaml"
@@ -175,8 +175,8 @@ def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
     job("done", status=DONE, storage=storage)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": keys})
-    labels = {names.Label.NAME: "bot", names.Label.ATTEMPT: "1"}
-    container = {"name": names.CONTAINER, "image": "x"}
+    labels = {names.Label.JOB_NAME: "bot", names.Label.ATTEMPT: "1"}
+    container = {"name": names.TRAINER_CONTAINER, "image": "x"}
     api.create(
         "pods", namespace, {"metadata": {"name": "bot-1-0", "labels": labels}, "spec": {"containers": [container]}}
     )

@@ -83,7 +83,7 @@ class Progress:
     def put(self, pod: Object, report: Object) -> None:
         """Set the report of a pod. The pod's labels provide the uid and the attempt."""
         meta = pod["metadata"]
-        full = {"uid": meta["labels"][Label.UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
+        full = {"uid": meta["labels"][Label.JOB_UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
 
     def silence(self, pod: Object) -> None:

@@ -103,7 +103,7 @@ async def test_data_error_fails_the_job_with_the_trainers_message(world: Rig) ->
     await world.create()
     pod = await world.pod("run-1", 0, "Running")
     message = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="fix it", rank=0)
-    await world.kubelet.end(pod, ExitCode.DATA, message)
+    await world.kubelet.end(pod, ExitCode.DATA_INVALID, message)
     status = await world.phase("Failed")
     assert status["failure"] == {
         "class": "Data", "code": "RowMalformed", "message": "row 17: not JSON", "hint": "fix it", "rank": 0,
@@ -145,7 +145,7 @@ async def test_retry_counter_resets_after_progress(world: Rig) -> None:
     for number, step in ((1, 0), (2, 20), (3, 0)):
         pod = await world.pod(f"run-{number}", 0, "Running")
         message = TerminationMessage(code="Odd", message="odd", committed_step=step or None)
-        await world.kubelet.end(pod, ExitCode.INTERNAL, message)
+        await world.kubelet.end(pod, ExitCode.INTERNAL_ERROR, message)
         await world.job(f"run-{number + 1}")
     await world.ended_attempt(3)
     status = world.status()
@@ -161,7 +161,7 @@ async def test_out_of_memory_halves_the_batch_and_keeps_the_effective_batch(worl
     run = run_config(await world.job("run-2"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (2, 4)
     pod = await world.pod("run-2", 0, "Running")
-    await world.kubelet.end(pod, ExitCode.KILLED, reason="OOMKilled")
+    await world.kubelet.end(pod, ExitCode.SIGKILL, reason="OOMKilled")
     run = run_config(await world.job("run-3"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (1, 8)
     assert run.before_adaptation == {"training.batchSizePerDevice": 4, "training.gradientAccumulationSteps": 2}
@@ -183,7 +183,7 @@ async def test_diverged_run_is_replayed_then_rolled_back_then_fails(world: Rig) 
         limits.append(run.resume.max_step)
         pod = await world.pod(f"run-{number}", 0, "Running")
         message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
-        await world.kubelet.end(pod, ExitCode.DIVERGED, message)
+        await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
     status = await world.phase("Failed")
     assert rates == [0.001, 0.001, 0.0005, 0.00025]
     assert limits == [None, None, 20, 10]
@@ -197,7 +197,7 @@ async def test_attempt_after_a_rollback_starts_from_its_newest_checkpoint(world:
     for number in (1, 2):
         pod = await world.pod(f"run-{number}", 0, "Running")
         message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
-        await world.kubelet.end(pod, ExitCode.DIVERGED, message)
+        await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
     assert run_config(await world.job("run-3")).resume.max_step == 20
     later_checkpoints = [*checkpoints, checkpoint(60, attempt=3)]
     saved = {"code": "StoppedSaved", "checkpoints": later_checkpoints, "committedStep": 60, "checkpoint": later_checkpoints[-1]["uri"], "step": 60}
@@ -288,7 +288,7 @@ async def test_one_failed_rank_ends_the_attempt_for_all(world: Rig) -> None:
     await world.create(resources={"nodes": 2})
     first, second = await world.pod("run-1", 0, "Running"), await world.pod("run-1", 1, "Running")
     message = TerminationMessage(code="Boom", message="boom", rank=1, origin=True)
-    await world.kubelet.end(second, ExitCode.INTERNAL, message)
+    await world.kubelet.end(second, ExitCode.INTERNAL_ERROR, message)
     await world.job("run-2")
     attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"]) == ("InternalError", 70)

@@ -45,7 +45,7 @@ def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes
     metadata = rig.get()["metadata"]
     assert "finalizers" not in metadata
     assert "annotations" not in metadata
-    assert {m["subresource"] for m in metadata["managedFields"] if m["manager"] == names.MANAGER} == {"status"}
+    assert {m["subresource"] for m in metadata["managedFields"] if m["manager"] == names.MANAGER_NAME} == {"status"}
 
 
 @pytest.mark.row(2)
@@ -164,7 +164,7 @@ def test_stale_cache_does_not_create_a_second_job(rig: Rig) -> None:
 
 @pytest.mark.row(20)
 def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
-    labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "another"}
+    labels = {Label.MANAGED_BY.value: names.MANAGER_NAME, Label.JOB_NAME.value: "job", Label.JOB_UID.value: "another"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
 
     def foreign(name: str, attempt: int) -> str:

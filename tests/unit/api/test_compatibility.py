@@ -25,7 +25,7 @@ RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json"
 
 def run_config(**changes: Any) -> RunConfig:
     platform = PlatformDefaults(storage=StorageRoot(uri="s3://bucket/prefix"), cpu="4")
-    resolution = resolve(FineTuneJobSpec.model_validate(MINIMAL | changes), platform=platform)
+    resolution = resolve(FineTuneJobSpec.model_validate(MINIMAL | changes), platform_defaults=platform)
     return RunConfig(
         name="job", namespace="team", uid="u-1", attempt=1, spec=resolution.spec,
         defaults=sorted(resolution.defaults), origins=origins_of(resolution.defaults),

@@ -18,7 +18,7 @@ MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/tr
 
 
 def resolved(change: dict[str, Any] | None = None, platform: PlatformDefaults | None = None) -> Any:
-    return resolve(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform=platform)
+    return resolve(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform_defaults=platform)
 
 
 def test_defaults_of_the_smallest_job() -> None:

@@ -8,7 +8,7 @@ from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS
 
 
 def test_every_failing_exit_code_has_a_policy_and_every_failure_class_a_reason() -> None:
-    without_policy = {names.ExitCode.OK, names.ExitCode.KILLED, names.ExitCode.TERMINATED}
+    without_policy = {names.ExitCode.OK, names.ExitCode.SIGKILL, names.ExitCode.SIGTERM}
     assert set(EXIT_POLICIES) == set(names.ExitCode) - without_policy
     assert set(REASON_OF_CLASS) == set(names.FailureClass)
 

@@ -16,12 +16,12 @@ def test_exit_codes_of_a_stop_on_request_do_not_fail_a_suspended_job() -> None:
 
 
 def test_a_too_old_trainer_is_retried_without_limit_and_a_broken_installation_ends_the_job() -> None:
-    assert EXIT_POLICIES[ExitCode.TOO_OLD].retry is RetryPolicy.WAIT
-    assert EXIT_POLICIES[ExitCode.INSTALLATION_BROKEN].retry is RetryPolicy.NEVER
+    assert EXIT_POLICIES[ExitCode.TRAINER_TOO_OLD].retry_policy is RetryPolicy.WAIT
+    assert EXIT_POLICIES[ExitCode.INSTALLATION_BROKEN].retry_policy is RetryPolicy.NEVER
 
 
 def test_the_failure_class_of_the_termination_message_decides_the_reason() -> None:
-    policy = EXIT_POLICIES[ExitCode.NOT_FOUND]
+    policy = EXIT_POLICIES[ExitCode.SOURCE_NOT_FOUND]
     assert attempt_reason(policy, FailureClass.MODEL) is Reason.MODEL_ERROR
     assert attempt_reason(policy, FailureClass.DATA) is Reason.DATA_ERROR
 

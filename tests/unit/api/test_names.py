@@ -6,5 +6,5 @@ from finetune_api import names
 
 
 def test_incarnation_contains_attempt_and_pod_uid() -> None:
-    assert names.incarnation(2, "1f3c9a2b-77aa-4c1e-9d7f-000000000000") == "a2-1f3c9a2b"
+    assert names.incarnation_folder(2, "1f3c9a2b-77aa-4c1e-9d7f-000000000000") == "a2-1f3c9a2b"
     assert names.checkpoint_folder(500) == "step-00000500"

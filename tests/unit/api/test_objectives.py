@@ -17,21 +17,21 @@ def spec_of(trainer: TrainerType, form: DatasetFormat) -> FineTuneJobSpec:
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
 def test_every_objective_has_a_data_format(trainer: TrainerType) -> None:
-    assert OBJECTIVES[trainer].formats
+    assert OBJECTIVES[trainer].dataset_formats
 
 
 @pytest.mark.parametrize("form", list(DatasetFormat))
 @pytest.mark.parametrize("trainer", list(TrainerType))
 def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType, form: DatasetFormat) -> None:
     refused = [problem for problem in check(spec_of(trainer, form)) if problem.code == "FormatOfAnotherObjective"]
-    assert bool(refused) is (form not in OBJECTIVES[trainer].formats)
+    assert bool(refused) is (form not in OBJECTIVES[trainer].dataset_formats)
     if refused:
         assert f"trainer: {{type: {objective_for_format(form)}}}" in str(refused[0])
 
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
 def test_default_learning_rate_of_the_objective_takes_precedence_over_that_of_the_method(trainer: TrainerType) -> None:
-    rate = resolve(spec_of(trainer, OBJECTIVES[trainer].formats[0])).spec.training.learning_rate
+    rate = resolve(spec_of(trainer, OBJECTIVES[trainer].dataset_formats[0])).spec.training.learning_rate
     assert rate == (OBJECTIVES[trainer].learning_rate or 2e-4)
 
 

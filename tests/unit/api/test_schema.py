@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune_api.base import DEFAULT, DEFAULT_TEXT
-from finetune_api.schema import HEADER, crd
+from finetune_api.base import DEFAULT_KEY, DEFAULT_TEXT_KEY
+from finetune_api.schema import GENERATED_HEADER, build_crd
 from finetune_api.spec import FineTuneJobSpec
 from ruamel.yaml import YAML
 
@@ -26,7 +26,7 @@ def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, A
 
 
 def schema_of(part: str) -> dict[str, Any]:
-    return crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part]
+    return build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part]
 
 
 def test_description_of_every_spec_field_contains_its_default_or_required() -> None:
@@ -45,7 +45,7 @@ def test_every_field_of_the_status_is_described() -> None:
 
 
 def test_the_schema_is_structural() -> None:
-    text = json.dumps(crd())
+    text = json.dumps(build_crd())
     assert "$ref" not in text
     assert "oneOf" not in text
     for path, value in fields(schema_of("spec"), "spec"):
@@ -60,8 +60,8 @@ def test_schema_sets_defaults_only_for_suspend_cancel_policy_and_placement() -> 
 def test_checked_in_crd_is_up_to_date_and_below_200_kb() -> None:
     path = ROOT / "crds" / "finetunejobs.yaml"
     text = path.read_text()
-    assert text.startswith(HEADER)
-    assert YAML(typ="safe").load(text) == json.loads(json.dumps(crd()))
+    assert text.startswith(GENERATED_HEADER)
+    assert YAML(typ="safe").load(text) == json.loads(json.dumps(build_crd()))
     assert path.stat().st_size < 200_000
 
 
@@ -75,12 +75,12 @@ def test_no_field_has_both_a_constant_default_and_a_default_text() -> None:
 
     for path, info in walk(FineTuneJobSpec):
         extra = info.json_schema_extra or {}
-        assert not (DEFAULT in extra and DEFAULT_TEXT in extra), path
+        assert not (DEFAULT_KEY in extra and DEFAULT_TEXT_KEY in extra), path
 
 
 @pytest.mark.parametrize("name", ["crds/finetunejobs.yaml", "helm/finetune-operator/files/finetunejobs.yaml"])
 def test_crd_file_means_the_same_in_yaml_1_1(name: str) -> None:
-    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) == crd()
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) == build_crd()
 
 
 def test_description_of_every_spec_field_contains_an_example() -> None:

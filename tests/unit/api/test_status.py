@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Phase, Reason
-from finetune_api.schema import COLUMNS
+from finetune_api.schema import PRINTER_COLUMNS
 from finetune_api.sources import MAX_MODEL_NAME_LENGTH
 from finetune_api.spec.enums import MethodType
 from finetune_api.status import FineTuneJobStatus
@@ -106,9 +106,9 @@ LONGEST = {
 
 def test_the_wide_table_stays_below_200_characters() -> None:
     name = len("team-a-support-bot-v12")
-    widths = [max(len(column), LONGEST[column]) for column, *_ in COLUMNS]
+    widths = [max(len(column), LONGEST[column]) for column, *_ in PRINTER_COLUMNS]
     assert sum(width + len("   ") for width in [name, *widths]) < 200
 
 
 def test_the_default_table_ends_with_reason_and_age() -> None:
-    assert [column for column, _, _, priority, _ in COLUMNS if priority == 0][-2:] == ["Reason", "Age"]
+    assert [column for column, _, _, priority, _ in PRINTER_COLUMNS if priority == 0][-2:] == ["Reason", "Age"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_api.names import CONTAINER, MANAGER, Condition, Label
+from finetune_api.names import MANAGER_NAME, TRAINER_CONTAINER, Condition, Label
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.facts import Facts, ReceivedReport
@@ -127,9 +127,9 @@ def report(**fields: Any) -> ProgressReport:
 def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
     """Parse a pod with these container states: `trainer`, `injected` (a sidecar listed before the trainer), `init` (an init container)."""
-    labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
+    labels = {Label.MANAGED_BY: MANAGER_NAME, Label.JOB_NAME: "run", Label.JOB_UID: UID, Label.ATTEMPT: "1"}
     states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
-    states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
+    states.append({"name": TRAINER_CONTAINER, "imageID": "trainer", "state": trainer})
     body = {
         "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
         "spec": {"schedulingGates": [{"name": gate} for gate in gates or []]},

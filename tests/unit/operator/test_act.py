@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_api.errors import ConfigError
-from finetune_api.names import MANAGER, Label, Reason
+from finetune_api.names import MANAGER_NAME, Label, Reason
 from finetune_operator import act as act_module
 from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
 from finetune_operator.decide import decide
@@ -73,7 +73,7 @@ async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server
 
 
 def pod_body(phase: str, uid: str = UID, attempt: int = 1) -> Object:
-    labels = {Label.MANAGED_BY.value: MANAGER, Label.NAME.value: "run", Label.UID.value: uid, Label.ATTEMPT.value: str(attempt)}
+    labels = {Label.MANAGED_BY.value: MANAGER_NAME, Label.JOB_NAME.value: "run", Label.JOB_UID.value: uid, Label.ATTEMPT.value: str(attempt)}
     meta = {"name": "run-1-0-x", "namespace": "team", "labels": labels}
     return {"metadata": meta, "status": {"phase": phase}}
 

@@ -28,7 +28,7 @@ INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
         (67, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (69, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
         (70, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED), (71, Reason.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY),
         (72, Reason.DIVERGED, RetryPolicy.ROLL_BACK), (73, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
-        (74, Reason.PEER_FAILED, RetryPolicy.COUNTED), (75, Reason.PREEMPTED, RetryPolicy.FREE), (76, Reason.PREEMPTED, RetryPolicy.FREE),
+        (74, Reason.PEER_FAILED, RetryPolicy.COUNTED), (75, Reason.PREEMPTED, RetryPolicy.NOT_COUNTED), (76, Reason.PREEMPTED, RetryPolicy.NOT_COUNTED),
         (77, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (78, Reason.INSTALLATION_BROKEN, RetryPolicy.NEVER),
         (79, Reason.TRAINER_TOO_OLD, RetryPolicy.WAIT), (80, Reason.GATE_FAILED, RetryPolicy.NEVER), (1, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
         (137, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
@@ -37,7 +37,7 @@ INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
 def test_exit_code_decides_reason_and_retry_policy(code: int, reason: Reason, retry: RetryPolicy) -> None:
     cause = pod_cause(ended(pod(), code))
     assert cause is not None
-    assert (cause.reason, cause.retry, cause.failure.exit_code) == (reason, retry, code)
+    assert (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
 
 
 def test_class_in_the_termination_message_takes_precedence_over_the_exit_codes_class() -> None:
@@ -67,7 +67,7 @@ def test_disruption_does_not_count_as_a_retry(disruption: str, code: int | None,
     disrupted_pod = replace(pod(), disruption=disruption, phase="Failed")
     cause = pod_cause(ended(disrupted_pod, code) if code is not None else disrupted_pod)
     assert cause is not None
-    assert (cause.reason, cause.retry) == (reason, RetryPolicy.FREE)
+    assert (cause.reason, cause.retry_policy) == (reason, RetryPolicy.NOT_COUNTED)
 
 
 def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
@@ -79,7 +79,7 @@ def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
 def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
     cause = pod_cause(ended(pod(), 137, reason="OOMKilled"))
     assert cause is not None
-    assert (cause.reason, cause.retry, cause.failure.code) == (
+    assert (cause.reason, cause.retry_policy, cause.failure.code) == (
         Reason.OUT_OF_MEMORY,
         RetryPolicy.ADAPT_MEMORY,
         "OOMKilled",
@@ -89,13 +89,13 @@ def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
 def test_pod_killed_while_being_deleted_is_preempted() -> None:
     cause = pod_cause(replace(ended(pod(), 137), deletion_timestamp=T0))
     assert cause is not None
-    assert (cause.reason, cause.retry) == (Reason.PREEMPTED, RetryPolicy.FREE)
+    assert (cause.reason, cause.retry_policy) == (Reason.PREEMPTED, RetryPolicy.NOT_COUNTED)
 
 
 def test_pod_rejected_by_its_node_counts_as_a_retry() -> None:
     cause = pod_cause(replace(pod(), phase="Failed", reason="OutOfnvidia.com/gpu", message="no"))
     assert cause is not None
-    assert (cause.retry, cause.failure.code) == (RetryPolicy.COUNTED, "OutOfnvidia.com/gpu")
+    assert (cause.retry_policy, cause.failure.code) == (RetryPolicy.COUNTED, "OutOfnvidia.com/gpu")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_disruption_is_the_cause_of_peer_failures() -> None:
 def test_condition_of_the_job_is_the_cause_if_no_pod_is_known() -> None:
     failed = job(failed_at=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
     cause = cause_of(failed, [])
-    assert (cause.failure.code, cause.retry) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
+    assert (cause.failure.code, cause.retry_policy) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
     assert cause_of(None, []).failure.code == "PodsLost"
 
 
@@ -142,13 +142,13 @@ def test_exit_code_of_an_injected_container_is_ignored() -> None:
     assert failed_pod.image_id == "trainer"
     cause = pod_cause(failed_pod)
     assert cause is not None
-    assert (cause.failure.exit_code, cause.retry) == (65, RetryPolicy.NEVER)
+    assert (cause.failure.exit_code, cause.retry_policy) == (65, RetryPolicy.NEVER)
 
 
 def test_failed_init_container_is_named() -> None:
     failed = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
     cause = cause_of(None, [parse_pod("Failed", INITIALIZING, init=failed)])
-    assert (cause.failure.code, cause.retry) == ("InitContainerFailed", RetryPolicy.COUNTED)
+    assert (cause.failure.code, cause.retry_policy) == ("InitContainerFailed", RetryPolicy.COUNTED)
     assert cause.failure.message == "init container setup ended with exit code 3: no route to the vault"
 
 
@@ -163,8 +163,8 @@ def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) 
         "Evicted",
         kubelet_message,
     )
-    assert cause.retry is RetryPolicy.COUNTED
+    assert cause.retry_policy is RetryPolicy.COUNTED
     assert "resources.ephemeralStorage" in (cause.failure.hint or "")
     disruption = pod_cause(replace(evicted, disruption="TerminationByKubelet"))
     assert disruption is not None
-    assert disruption.retry is RetryPolicy.FREE
+    assert disruption.retry_policy is RetryPolicy.NOT_COUNTED

@@ -74,7 +74,7 @@ def test_gang_with_a_finished_pod_is_not_terminated() -> None:
 
 
 def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
-    assert TERMINATION_RETRY.get(Reason.GANG_INCOMPLETE, RetryPolicy.FREE) is RetryPolicy.FREE
+    assert TERMINATION_RETRY.get(Reason.GANG_INCOMPLETE, RetryPolicy.NOT_COUNTED) is RetryPolicy.NOT_COUNTED
     terminated = status(attempt=1, attempts=[{**BEGUN, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
     plan = decide(facts(written=GANG, known=terminated, now=at(700)))
     assert plan.attempt_end is not None and plan.job_end is None

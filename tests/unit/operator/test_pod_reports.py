@@ -172,7 +172,7 @@ def test_any_json_is_read_without_an_error(changes: dict[str, Any]) -> None:
 
 def test_termination_message_is_read_with_its_nanoseconds() -> None:
     message = TerminationMessage(
-        class_=FailureClass.DATA, code="RowMalformed", message="row 17", exit_code=int(ExitCode.DATA), time_ns=1_763_726_400_000_000_001
+        class_=FailureClass.DATA, code="RowMalformed", message="row 17", exit_code=int(ExitCode.DATA_INVALID), time_ns=1_763_726_400_000_000_001
     )
     assert read_termination_message(message.to_json()) == message
 

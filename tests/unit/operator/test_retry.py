@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from finetune_api.exits import Precedence, RetryPolicy
+from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 from finetune_operator.policies.cause import pod_cause
@@ -12,7 +12,7 @@ from finetune_operator.settings import RetrySettings
 
 from tests.unit.operator.samples import T0, accepted, ended, pod, spec
 
-CAUSE = FailureCause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryPolicy.COUNTED, Precedence.UNKNOWN)  # type: ignore[union-attr] # it fails
+CAUSE = FailureCause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE)  # type: ignore[union-attr] # it fails
 
 
 def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:

@@ -184,13 +184,13 @@ class SimulatedCluster:
         """End the container. A container that is not killed writes its termination message."""
         if p.is_finished:
             return
-        message = self._termination_message(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
+        message = self._termination_message(p) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and p.phase == "Running" else None
         if message is not None and p.index == 0:
             self.reported |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
         ended_pod = end_pod(p, code, message)
         assert ended_pod.terminated is not None
         self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, finished_at=self.now))
-        if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry is RetryPolicy.COUNTED:
+        if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry_policy is RetryPolicy.COUNTED:
             self.may_count.add(p.attempt)
 
     # Nodes

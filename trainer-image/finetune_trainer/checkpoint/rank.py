@@ -60,7 +60,7 @@ def finish(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, 
 
 def _incarnation(channel: Channel, shared: GangStore) -> str:
     """The name of this incarnation. All ranks use the name of rank 0's pod."""
-    own = os.environ.get(Env.INCARNATION, "a1-00000000")
+    own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
         shared.set(INCARNATION, own)
         return own

@@ -266,7 +266,7 @@ class Uploader:
             self._upload_and_commit(staged, started)
         except StorageError as error:
             final = staged.step is None and time.monotonic() - started < self._final_upload_timeout
-            if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE:
+            if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE_UNREACHABLE:
                 raise
             log.warning("%s was not stored, will retry: %s", prefix_of(staged.step), error)
             return False

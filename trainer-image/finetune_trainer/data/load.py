@@ -229,7 +229,7 @@ class _Reader:
 
     def _require_format_of_objective(self, form: DatasetFormat) -> None:
         """Check that the run's `trainer.type` supports the format. Errors: ConfigError FormatMismatch."""
-        formats = OBJECTIVES[self.trainer].formats
+        formats = OBJECTIVES[self.trainer].dataset_formats
         if form not in formats:
             needs = (
                 f"needs {formats[0]} data; the rows are {form}"

@@ -40,5 +40,5 @@ def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) 
         "PYTHONWARNINGS": "ignore::FutureWarning",  # users cannot act on these warnings: the image pins the libraries
         **inherited,
         SOCKET: channel_address, Env.WORK_DIR: str(settings.work), Env.RUN_FILE: str(settings.run_file),
-        Env.INCARNATION: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),
+        Env.INCARNATION_FOLDER: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),
     }  # fmt: skip
