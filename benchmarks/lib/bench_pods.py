@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_api.pod import Resume, StoreTarget
+from finetune_api.pod import ResumeConfig, StoreTarget
 
 from localcluster.s3 import S3Endpoint, S3Process
 from tests.pod.pod_harness import PYTHONPATH, UID, Pod, run_config, write_rows
@@ -58,7 +58,7 @@ class Workspace:
         attempt: int = 1, newest: int = 0, env: dict[str, str] | None = None,
     ) -> Pod:  # fmt: skip
         """Create a pod with one rank that runs `module` instead of the training."""
-        run = run_config(spec, target, attempt=attempt, resume=Resume(mode="auto", expect_step=newest))
+        run = run_config(spec, target, attempt=attempt, resume=ResumeConfig(mode="auto", expect_step=newest))
         settings = {"PYTHONPATH": MODULES, "FINETUNE_TRAINER_MODULE": module, **self.keys}
         return Pod(run, self.folder / name, settings | (env or {}))
 

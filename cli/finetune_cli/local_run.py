@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.defaults import PlatformDefaults, origins_of, resolve
+from finetune_api.defaults import PlatformDefaults, origins_of, resolve_defaults
 from finetune_api.names import Env, ExitCode, FailureClass
-from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
+from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import ExecutionTarget
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -80,7 +80,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     notes = adapt_spec(spec, machine)
     checked = _check_spec(manifest, spec, overrides)
     require_s3_credentials(spec)
-    resolution = resolve(checked, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
+    resolution = resolve_defaults(checked, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
         return _write_run(
             manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes)
@@ -136,7 +136,7 @@ def _write_run(
         ),
         storage=StoreTarget(uri=f"file://{job_folder}"),
         publish=f"file://{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
-        resume=Resume(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
+        resume=ResumeConfig(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
         grace_seconds=GRACE_SECONDS,
     )  # fmt: skip
     run_file = state_folder / names.RUN_FILE_NAME

@@ -81,7 +81,7 @@ SINCE_KEY = "x-since"
 def spec_field(
     description: str, *, default: Any = None, default_text: str = "", example: Any = None, since: str = "", **constraints: Any
 ) -> Any:
-    """Declare an optional field of the spec. Without a user's value, the field is None until `defaults.resolve` fills it in.
+    """Declare an optional field of the spec. Without a user's value, the field is None until `defaults.resolve_defaults` fills it in.
 
     `default` is a constant default; `default_text` describes a default that depends on other fields. `since` is the release
     that added the field; the default of a newer field must keep the behaviour of older releases.

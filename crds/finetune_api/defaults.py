@@ -32,7 +32,7 @@ from finetune_api.rules import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
-from finetune_api.spec.enums import LoraInit, MethodType, Strategy, TrainerType, When
+from finetune_api.spec.enums import IntervalStrategy, LoraInit, MethodType, StrategyType, TrainerType
 from finetune_api.spec.method import Method
 
 LEARNING_RATE_FULL = 2e-5
@@ -56,7 +56,7 @@ class PlatformDefaults:
 
 @dataclass(frozen=True)
 class ResolvedSpec:
-    """The result of `resolve`: the spec with all defaults, the filled-in values, and notes for the user."""
+    """The result of `resolve_defaults`: the spec with all defaults, the filled-in values, and notes for the user."""
 
     spec: FineTuneJobSpec
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class ResolvedSpec:
 METHOD_GROUPS = frozenset(
     f"method.{info.alias or name}" for name, info in Method.model_fields.items() if nested_group(info.annotation)
 )
-"""The groups of `spec.method`. `resolve` adds the group that has the name of the method; a group of another method would be refused."""
+"""The groups of `spec.method`. `resolve_defaults` adds the group that has the name of the method; a group of another method would be refused."""
 OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
     "trainer.dpo", "trainer.grpo", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
@@ -77,7 +77,7 @@ OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
 """Groups without automatic defaults: a group is present only if the user sets it, or the method or objective needs it."""
 
 
-def resolve(spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None = None) -> ResolvedSpec:
+def resolve_defaults(spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None = None) -> ResolvedSpec:
     """Fill in every default. This function does not check the spec: call `rules.check` first."""
     platform_defaults = platform_defaults or PlatformDefaults()
     value = spec.to_wire()
@@ -94,7 +94,7 @@ def resolve(spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None
     notes += [f"{warning.path} {warning.message}" for warning in warnings(spec)]
     if method is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
         notes.append("method lora on a 4-bit base model is equivalent to method qlora")
-    if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:
+    if spec.distributed.strategy is StrategyType.DDP and world_size(spec) == 1:
         notes.append("distributed.strategy ddp has no effect with a single rank")
     return ResolvedSpec(FineTuneJobSpec.model_validate(value), filled_values, notes)
 
@@ -121,7 +121,7 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
     }
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
-    if evaluates_during_training(spec) and spec.evaluation.strategy in (None, When.STEPS):
+    if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
     result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform_defaults)
     return {path: default for path, default in result.items() if default is not None}

@@ -17,7 +17,7 @@ from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
-from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved, Stage
+from finetune_api.status import Checkpoint, Metrics, Output, Progress, ResolvedConfig, Stage
 
 
 class StoreTarget(WireModel):
@@ -58,7 +58,7 @@ class World(WireModel):
         return self.nodes * self.processes_per_node
 
 
-class Resume(WireModel):
+class ResumeConfig(WireModel):
     """The checkpoint from which an attempt starts."""
 
     mode: str = Field(
@@ -108,7 +108,7 @@ class RunConfig(WireModel):
     publish: str | None = Field(default=None, description="Folder for the published copy of the final model. Absent without `output.dir`.")
     model_store: StoreTarget | None = Field(default=None, description="Connection to the store of an s3:// model. Default: the connection of `storage`.")
     dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. Default: the connection of `storage`.")
-    resume: Resume = Field(description="The checkpoint from which the attempt starts.")
+    resume: ResumeConfig = Field(description="The checkpoint from which the attempt starts.")
     grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
     def origin(self, path: str) -> Origin:
@@ -160,7 +160,7 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-class Health(ReportModel):
+class HealthReport(ReportModel):
     """Health of training. The operator uses this report to detect stalls, divergence and checkpoint problems."""
 
     healthy: bool = Field(
@@ -202,10 +202,10 @@ class ProgressReport(ReportModel):
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     latest_checkpoint: str | None = None
     resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
-    resolved: Resolved = Field(
-        default_factory=Resolved, description="The configuration in use, without fields that this trainer release does not know."
+    resolved: ResolvedConfig = Field(
+        default_factory=ResolvedConfig, description="The configuration in use, without fields that this trainer release does not know."
     )
-    health: Health = Field(default_factory=Health)
+    health: HealthReport = Field(default_factory=HealthReport)
     timings: dict[str, float] = Field(default_factory=dict, description="Durations of the stages in seconds, by name of the stage.")
 
 
@@ -232,7 +232,7 @@ class TerminationMessage(ReportModel):
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     latest_checkpoint: str | None = None
     resumed_from_step: int | None = None
-    resolved: Resolved | None = None
+    resolved: ResolvedConfig | None = None
 
     def to_json(self) -> str:
         """Return the message as JSON of at most 4096 bytes, the kubelet's limit. Optional fields are dropped first, then long texts are cut."""

@@ -174,7 +174,7 @@ class Workers(ReportModel):
     display: str = status_field("Number of ready pods and number of all pods, as text.", default="0/0", example="2/2")
 
 
-class Resolved(ReportModel):
+class ResolvedConfig(ReportModel):
     """The configuration in use: the spec with defaults, and values that the operator and the trainer computed."""
 
     world_size: int | None = status_field("Number of ranks.", example=8)
@@ -260,7 +260,7 @@ class FineTuneJobStatus(ReportModel):
         default_factory=list, prompt=PromptWrite.VALUE,
     )  # fmt: skip
     workers: Workers | None = status_field("Pods of the current attempt.")
-    resolved: Resolved | None = status_field("The configuration in use.")
+    resolved: ResolvedConfig | None = status_field("The configuration in use.")
     start_time: Time | None = status_field(
         "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
         example="2026-03-01T12:00:00Z", prompt=PromptWrite.VALUE,

@@ -23,7 +23,7 @@ from finetune_api.status import (
     Metrics,
     Output,
     Progress,
-    Resolved,
+    ResolvedConfig,
     Stage,
     Workers,
 )
@@ -105,7 +105,7 @@ def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTun
 
     If the API server rejects `new`, the reduced status is written, so that suspend, cancel and the deadline still work.
     """
-    resolved = new.resolved or Resolved()
+    resolved = new.resolved or ResolvedConfig()
     return FineTuneJobStatus(
         observed_generation=new.observed_generation,
         phase=new.phase,
@@ -126,7 +126,7 @@ def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTun
         adaptations=new.adaptations,
         workers=new.workers,
         resolved=merge(
-            stored.resolved or Resolved(), Resolved(defaults=resolved.defaults, spec_sha256=resolved.spec_sha256)
+            stored.resolved or ResolvedConfig(), ResolvedConfig(defaults=resolved.defaults, spec_sha256=resolved.spec_sha256)
         ),
         start_time=new.start_time,
         completion_time=new.completion_time,
@@ -392,27 +392,27 @@ def _step_of(uri: str | None, kept: list[Checkpoint]) -> int | None:
 # The resolved configuration
 
 
-def _resolved(view: StatusInput) -> Resolved:
+def _resolved(view: StatusInput) -> ResolvedConfig:
     """Merge the run's configuration from the spec, the pods and the trainer's report. Later sources in this list take precedence."""
     facts, received, message = view.facts, view.last_report, view.termination_message
     # A running attempt keeps the values of its start, even if the operator's configuration changes later.
     is_running = facts.current_job is not None and facts.attempt_record is not None
     from_spec = _from_spec(view, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
     job = view.current_job
-    observed = Resolved(
+    observed = ResolvedConfig(
         config_sha256=(job.config_sha256 if job else None) or None,
         image_digest=next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None),
     )
     trainer = [received.resolved if received else None, message.resolved if message else None]
-    return merge(view.old.resolved or Resolved(), from_spec, observed, *trainer)
+    return merge(view.old.resolved or ResolvedConfig(), from_spec, observed, *trainer)
 
 
-def _from_spec(view: StatusInput, acceptance: AcceptedSpec) -> Resolved:
+def _from_spec(view: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
     spec = view.facts.spec
     gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
     ranks = (spec.resources.nodes or 1) * (spec.resources.processes_per_node or max(gpus, 1))
     training = spec.training
-    return Resolved(
+    return ResolvedConfig(
         method=spec.method.type,
         model_name=" ".join(clean(model_name(spec.model.source)).split()) if spec.model.source else None,
         world_size=ranks,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.defaults import PlatformDefaults, resolve
-from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
+from finetune_api.defaults import PlatformDefaults, resolve_defaults
+from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 
@@ -51,21 +51,21 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def run_config(
     spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
-    resume: Resume | None = None, master_port: int = 0, grace: int = 60,
+    resume: ResumeConfig | None = None, master_port: int = 0, grace: int = 60,
 ) -> RunConfig:  # fmt: skip
     """Build the run configuration that the operator would write for this spec."""
     root = storage.uri.rsplit("/", 3)[0]
     parsed_spec = FineTuneJobSpec.model_validate(
         merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
     )
-    resolution = resolve(parsed_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=root)))
+    resolution = resolve_defaults(parsed_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=root)))
     return RunConfig(
         name="job", namespace="team", uid=UID, attempt=attempt, spec=resolution.spec, defaults=sorted(resolution.defaults),
         world=World(
             nodes=nodes, processes_per_node=processes, gpus_per_node=0, master_address="127.0.0.1", master_port=master_port,
             rendezvous_id=f"{UID}-{attempt}",
         ),
-        storage=storage, resume=resume or Resume(mode="auto"), grace_seconds=grace,
+        storage=storage, resume=resume or ResumeConfig(mode="auto"), grace_seconds=grace,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import Resume, TerminationMessage
+from finetune_api.pod import ResumeConfig, TerminationMessage
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merged, run_config, write_rows
 
@@ -124,7 +124,7 @@ def test_an_unknown_role_is_reported_with_its_row(bucket: Bucket, tmp_path: Path
 
 
 def test_a_job_with_progress_but_without_checkpoints_has_a_storage_failure(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
-    run = run_config(spec, bucket.target(), attempt=2, resume=Resume(mode="auto", expect_step=100))
+    run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=100))
     with Pod(run, tmp_path / "pod", bucket.env) as pod:
         assert pod.end() == 73
     check(pod.termination_message(), 73, "NoLoadableCheckpoint", FailureClass.STORAGE, "100")

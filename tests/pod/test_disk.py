@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.names import Env
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.rank import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
@@ -64,7 +64,7 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
         pod.terminate()
         assert pod.end() == 75, pod.text[-4000:]
     assert committed(bucket) == [19]
-    resume = Resume(mode="auto", expect_step=19)
+    resume = ResumeConfig(mode="auto", expect_step=19)
     with traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
         assert again.end() == 0, again.text[-4000:]
     assert record_run(bucket, [pod, again], again.termination_message()) == expected_run

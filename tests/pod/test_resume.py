@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
 from recorded_run import EVERY, STEPS, committed, record_run, run_uninterrupted, spec_of, traced_pod
@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     assert max(committed(bucket)) == at and not bucket.keys("model/")
 
     again = run_config(
-        spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=newest)
+        spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest)
     )
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
@@ -117,7 +117,7 @@ def test_a_stop_during_an_evaluation_completes_the_evaluation(
         first.terminate()
         assert first.end() == 75, first.text[-4000:]
     assert first.termination_message().committed_step == 17
-    again = run_config(spec, bucket.target(), attempt=2, resume=Resume(mode="auto", expect_step=17))
+    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=17))
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert second.termination_message().resumed_from_step == 17
@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
     newest = 0
     for attempt in range(1, 7):
         at = draw.randint(newest + 1, min(STEPS, newest + 2 * EVERY)) if attempt < 6 else 0
-        resume = Resume(mode="auto", expect_step=newest)
+        resume = ResumeConfig(mode="auto", expect_step=newest)
         run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
         pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold=f"forward:{at}" if at else "")
         pods.append(pod)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import Resume, RunConfig, TerminationMessage
+from finetune_api.pod import ResumeConfig, RunConfig, TerminationMessage
 from finetune_api.status import Adaptation
 from finetune_operator.policies.adaptations import (
     ACCUMULATION_FIELD,
@@ -51,7 +51,7 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     termination = first.termination_message()
     assert (termination.code, termination.class_) == ("LossNotFinite", FailureClass.DIVERGED), logged
     assert committed(bucket) == [EVERY, 2 * EVERY]
-    again = run_config(spec, bucket.target(), attempt=2, resume=Resume(mode="auto", expect_step=2 * EVERY))
+    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * EVERY))
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
@@ -69,7 +69,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
     with traced_pod(run, tmp_path / "one", bucket, breaks="nan:20") as first:
         assert first.end() == 72, first.text[-4000:]
     slower = merged(spec, {"training": {"learningRate": 5e-4}})
-    resume = Resume(mode="auto", expect_step=EVERY, max_step=EVERY)
+    resume = ResumeConfig(mode="auto", expect_step=EVERY, max_step=EVERY)
     again = run_config(slower, bucket.target(), processes=processes, attempt=2, resume=resume)
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
@@ -92,7 +92,7 @@ def test_a_smaller_micro_batch_gives_close_losses(
         assert first.end() == 71, first.text[-4000:]
     assert (first.termination_message().code, first.termination_message().committed_step) == ("GpuOutOfMemory", 2 * EVERY)
     smaller = merged(spec, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 4}})
-    again = run_config(smaller, bucket.target(), attempt=2, resume=Resume(mode="auto", expect_step=2 * EVERY))
+    again = run_config(smaller, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * EVERY))
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     resolved = second.termination_message().resolved
@@ -143,7 +143,7 @@ def next_attempt(run: RunConfig, adaptation: Adaptation, expect: int) -> RunConf
     number = run.attempt + 1
     return run.model_copy(
         update={
-            "attempt": number, "spec": apply_adaptations(run.spec, [adaptation]), "resume": Resume(mode="auto", expect_step=expect),
+            "attempt": number, "spec": apply_adaptations(run.spec, [adaptation]), "resume": ResumeConfig(mode="auto", expect_step=expect),
             "world": run.world.model_copy(update={"rendezvous_id": f"{run.uid}-{number}"}),
         }
     )  # fmt: skip
@@ -200,7 +200,7 @@ def resized(
 ) -> Pod:  # fmt: skip
     """A pod with `ranks` ranks that trains four rows per step. `hold`: the pod waits for a stop request before this step."""
     change = {"distributed": {"strategy": strategy}, "training": {"gradientAccumulationSteps": 4 // ranks}}
-    resume = Resume(mode="auto", expect_step=expect)
+    resume = ResumeConfig(mode="auto", expect_step=expect)
     run = run_config(merged(spec, change), bucket.target(), processes=ranks, attempt=attempt, resume=resume)
     return traced_pod(run, folder, bucket, hold=f"forward:{hold}" if hold else "")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import Resume, StoreTarget, TerminationMessage
+from finetune_api.pod import ResumeConfig, StoreTarget, TerminationMessage
 from pod_harness import PYTHONPATH, UID, Pod, merged, run_config
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[st
     assert (code, termination.class_, termination.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
     assert termination.step == termination.committed_step and committed(tmp_path) == [termination.step]
     again = {"steps": termination.step + 5, "every": 1000}
-    with toy(tmp_path, spec, again, name="two", attempt=2, resume=Resume(mode="auto", expect_step=termination.step)) as pod:
+    with toy(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
         code, second = ended(pod)
     assert (code, second.resumed_from_step) == (0, termination.step)
 
@@ -213,7 +213,7 @@ def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict
 def test_a_new_attempt_of_a_finished_run_reports_the_existing_output(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {}) as pod:
         _, first = ended(pod)
-    with toy(tmp_path, spec, {}, name="two", attempt=2, resume=Resume(mode="auto", expect_step=20)) as pod:
+    with toy(tmp_path, spec, {}, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as pod:
         code, second = ended(pod)
     assert code == 0 and first.output == second.output and first.output is not None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.pod import Resume, StoreTarget, TerminationMessage
+from finetune_api.pod import ResumeConfig, StoreTarget, TerminationMessage
 from finetune_trainer.agent import free_port
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
@@ -28,7 +28,7 @@ class TwoPods:
 
     def start(self, attempt: int, expect: int, target: StoreTarget, *, hold: str = "", signalled: int = 0) -> list[Pod]:
         """Start an attempt. The pod `signalled` waits in the phase `hold`."""
-        resume = Resume(mode="auto", expect_step=expect)
+        resume = ResumeConfig(mode="auto", expect_step=expect)
         run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_port(), resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.defaults import resolve
-from finetune_api.pod import Resume, RunConfig, StoreTarget, World
+from finetune_api.defaults import resolve_defaults
+from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
@@ -60,7 +60,7 @@ def make_run(
     }  # fmt: skip
     if held:
         base["dataset"]["validation"] = f"file://{held[0]}"
-    resolution = resolve(FineTuneJobSpec.model_validate(merged(base, spec or {})))
+    resolution = resolve_defaults(FineTuneJobSpec.model_validate(merged(base, spec or {})))
     for name, keys in (config_maps or {}).items():
         for key, text in keys.items():
             (folder / "configmaps" / name).mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def make_run(
             nodes=1, processes_per_node=ranks, gpus_per_node=resolution.spec.resources.gpus_per_node or 0,
             master_address="127.0.0.1", master_port=0, rendezvous_id="r",
         ),
-        resume=Resume(mode="auto"), grace_seconds=30,
+        resume=ResumeConfig(mode="auto"), grace_seconds=30,
     )  # fmt: skip
     inputs = Inputs(
         model=model, train=[train], validation=held, model_revision="tiny", dataset_digest="d" * 64, restore=restore,

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import Backend, GradientCheckpointing, Scheduler, When
+from finetune_api.spec.enums import GradientCheckpointing, IntervalStrategy, LearningRateSchedule, TrainerBackend
 
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.hardware import Hardware
@@ -39,7 +39,7 @@ class MemorySavers:
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
         liger = run.spec.model.liger_kernels is True
-        if run.spec.trainer.backend is not Backend.UNSLOTH:
+        if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
             return MemorySavers(mode, name, liger)
         if hardware.is_cpu:
             raise ConfigError(
@@ -71,7 +71,7 @@ def shared_arguments(
         "num_train_epochs": 3.0 if training.epochs is None else training.epochs,
         "max_steps": training.max_steps or -1,
         "learning_rate": training.learning_rate or 2e-4,
-        "lr_scheduler_type": SCHEDULER_NAMES[training.scheduler or Scheduler.COSINE],
+        "lr_scheduler_type": SCHEDULER_NAMES[training.scheduler or LearningRateSchedule.COSINE],
         "lr_scheduler_kwargs": scheduler_parameters(run),
         "warmup_steps": _warmup(run),
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
@@ -108,7 +108,7 @@ def _seed(run: RunConfig) -> int:
 def unused_warmup_notes(run: RunConfig) -> list[str]:
     """Return notes about warm-up settings that the constant schedule ignores. Schedule-free optimizers apply the warm-up themselves."""
     training = run.spec.training
-    if training.scheduler is not Scheduler.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
+    if training.scheduler is not LearningRateSchedule.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
         return []
     warmup_settings = {"training.warmupSteps": training.warmup_steps, "training.warmupRatio": training.warmup_ratio}
     return [
@@ -128,8 +128,8 @@ def _warmup(run: RunConfig) -> float | int:
 def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
     """Return the arguments that set when to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
     checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
-    evaluation_strategy = evaluation.strategy or When.NO
-    if evaluation_strategy is not When.NO and not evaluates:
+    evaluation_strategy = evaluation.strategy or IntervalStrategy.NO
+    if evaluation_strategy is not IntervalStrategy.NO and not evaluates:
         raise ConfigError(
             "EvaluationWithoutData", f"evaluation.strategy is {evaluation_strategy}, but there is no validation data",
             hint="give dataset.validation or dataset.split.validation, or write `strategy: no`",
@@ -139,7 +139,7 @@ def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
         "logging_strategy": "steps",
         "logging_steps": tracking.logging_steps or 10,
         "logging_first_step": tracking.log_first_step is not False,
-        "save_strategy": str(checkpoint.strategy or When.STEPS),
+        "save_strategy": str(checkpoint.strategy or IntervalStrategy.STEPS),
         "save_steps": checkpoint.steps or 100,
         "eval_strategy": str(evaluation_strategy),
         "eval_steps": evaluation.steps or checkpoint.steps or 100,

@@ -34,7 +34,7 @@ from finetune_api.base import WireModel
 from finetune_api.errors import FineTuneError, InternalError
 from finetune_api.names import WORK_MOUNT, Env
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Metrics, Progress, Resolved, Stage
+from finetune_api.status import Metrics, Progress, ResolvedConfig, Stage
 
 from finetune_trainer.inputs import Inputs
 
@@ -124,7 +124,7 @@ class Channel:
         """Report the newest metrics. The supervisor merges them into earlier reports. The caller leaves out non-finite values."""
         self._send_if_possible("metrics", value=metrics.to_wire())
 
-    def report_resolved(self, resolved: Resolved) -> None:
+    def report_resolved(self, resolved: ResolvedConfig) -> None:
         """Report the effective configuration of the run. The supervisor merges it into earlier reports."""
         self._send_reliably("resolved", value=resolved.to_wire())
 

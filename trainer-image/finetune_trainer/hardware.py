@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import given_bits, trains_base_weights
-from finetune_api.spec.enums import Attention, Device, Dtype, MixedPrecision
+from finetune_api.spec.enums import AttentionImplementation, Device, MixedPrecision, WeightDtype
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,9 @@ def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | st
     """Choose the dtype of the weights. Trained base weights default to 32 bits, because 16-bit weights lose small updates."""
     import torch
 
-    requested = run.spec.model.dtype or Dtype.AUTO
-    if requested is not Dtype.AUTO:
-        return {Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[requested]
+    requested = run.spec.model.dtype or WeightDtype.AUTO
+    if requested is not WeightDtype.AUTO:
+        return {WeightDtype.FLOAT16: torch.float16, WeightDtype.BFLOAT16: torch.bfloat16, WeightDtype.FLOAT32: torch.float32}[requested]
     if trains_on_quantized_base(run):
         return torch.bfloat16
     if device.type == "cpu" or trains_base_weights(run.spec):
@@ -130,13 +130,13 @@ def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | st
 
 def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
     """Return transformers' name of the attention implementation, and notes for the status."""
-    requested = run.spec.model.attention or Attention.AUTO
-    if requested is Attention.FLASH_ATTENTION_2:
+    requested = run.spec.model.attention or AttentionImplementation.AUTO
+    if requested is AttentionImplementation.FLASH_ATTENTION_2:
         if device.type == "cuda" and find_spec("flash_attn") is not None:
             return FLASH_ATTENTION, []
         reason = "flash-attn is not installed" if device.type == "cuda" else "the run uses no GPU"
         return "sdpa", [f"model.attention flashAttention2 is not available ({reason}): sdpa is used"]
-    return {Attention.AUTO: "sdpa", Attention.SDPA: "sdpa", Attention.EAGER: "eager"}[requested], []
+    return {AttentionImplementation.AUTO: "sdpa", AttentionImplementation.SDPA: "sdpa", AttentionImplementation.EAGER: "eager"}[requested], []
 
 
 def _name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
-from finetune_api.spec.enums import Backend, Strategy
+from finetune_api.spec.enums import StrategyType, TrainerBackend
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -34,12 +34,12 @@ def needs_bitsandbytes(run: RunConfig) -> bool:
     """Whether the job needs bitsandbytes for a quantised base model, for its optimizer or for unsloth."""
     spec = run.spec
     by_optimizer = BITSANDBYTES_OPTIMIZER.search(spec.training.optimizer or "") is not None
-    return base_bits(spec) is not None or by_optimizer or spec.trainer.backend is Backend.UNSLOTH
+    return base_bits(spec) is not None or by_optimizer or spec.trainer.backend is TrainerBackend.UNSLOTH
 
 
 def needs_deepspeed(run: RunConfig) -> bool:
     """Whether the job uses DeepSpeed."""
-    return run.spec.distributed.strategy is Strategy.DEEPSPEED
+    return run.spec.distributed.strategy is StrategyType.DEEPSPEED
 
 
 def preload(run: RunConfig, objective_module: str) -> None:

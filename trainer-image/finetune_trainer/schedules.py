@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import Scheduler
+from finetune_api.spec.enums import LearningRateSchedule
 
 SCHEDULER_NAMES = {
-    Scheduler.LINEAR: "linear", Scheduler.COSINE: "cosine", Scheduler.COSINE_WITH_RESTARTS: "cosine_with_restarts",
-    Scheduler.COSINE_WITH_MIN_LR: "cosine_with_min_lr", Scheduler.POLYNOMIAL: "polynomial", Scheduler.CONSTANT: "constant",
-    Scheduler.CONSTANT_WITH_WARMUP: "constant_with_warmup", Scheduler.INVERSE_SQRT: "inverse_sqrt",
-    Scheduler.WARMUP_STABLE_DECAY: "warmup_stable_decay",
+    LearningRateSchedule.LINEAR: "linear", LearningRateSchedule.COSINE: "cosine", LearningRateSchedule.COSINE_WITH_RESTARTS: "cosine_with_restarts",
+    LearningRateSchedule.COSINE_WITH_MIN_LR: "cosine_with_min_lr", LearningRateSchedule.POLYNOMIAL: "polynomial", LearningRateSchedule.CONSTANT: "constant",
+    LearningRateSchedule.CONSTANT_WITH_WARMUP: "constant_with_warmup", LearningRateSchedule.INVERSE_SQRT: "inverse_sqrt",
+    LearningRateSchedule.WARMUP_STABLE_DECAY: "warmup_stable_decay",
 }  # fmt: skip
 
 
@@ -21,7 +21,7 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 
     parameters = run.spec.training.scheduler_parameters or {}
-    scheduler = run.spec.training.scheduler or Scheduler.COSINE
+    scheduler = run.spec.training.scheduler or LearningRateSchedule.COSINE
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULER_NAMES[scheduler])]
     known = set(inspect.signature(function).parameters) - {
         "optimizer",

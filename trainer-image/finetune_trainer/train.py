@@ -14,7 +14,7 @@ from finetune_api.errors import FineTuneError, InternalError, MemoryExhaustedErr
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Resolved, Stage
+from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
@@ -220,7 +220,7 @@ class Session:
             verification.require_kernels(base)
         self.objective.verify_trainer(trainer)
         self.channel.report_resolved(
-            Resolved(
+            ResolvedConfig(
                 world_size=self.channel.world_size,
                 effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.channel.world_size,
                 strategy=active_strategy, attention=attention, device=self.hardware.name,

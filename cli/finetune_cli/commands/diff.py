@@ -54,12 +54,12 @@ def diff(
 
 def _resolved(spec: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a spec with all defaults filled in. Raises Exit for an invalid spec."""
-    from finetune_api.defaults import resolve
+    from finetune_api.defaults import resolve_defaults
     from finetune_api.spec import FineTuneJobSpec
     from pydantic import ValidationError
 
     try:
-        return resolve(FineTuneJobSpec.model_validate(spec)).spec.to_wire()
+        return resolve_defaults(FineTuneJobSpec.model_validate(spec)).spec.to_wire()
     except ValidationError as error:
         raise output.fail(
             f"{name}: the spec has {error.error_count()} errors; `finetune validate` lists them"

@@ -15,7 +15,7 @@ from typing import Any
 from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
 from finetune_api.rules import OPTIMIZERS_FOR_SHARDED_WEIGHTS, Problem, check
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.spec.enums import DatasetFormat, MethodType, Strategy, TrainerType
+from finetune_api.spec.enums import DatasetFormat, MethodType, StrategyType, TrainerType
 from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
@@ -102,7 +102,7 @@ def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
     optimizer = default.value if default.path == "training.optimizer" else None
     if (
         optimizer not in (None, *OPTIMIZERS_FOR_SHARDED_WEIGHTS)
-        and draft.value("distributed.strategy") == Strategy.FSDP
+        and draft.value("distributed.strategy") == StrategyType.FSDP
     ):
         return "FSDP cannot use the default optimizer of the tool"
     return None
@@ -443,7 +443,7 @@ DISCRIMINATORS: dict[str, tuple[str, ...]] = {
     "method.type": tuple(MethodType),
     "trainer.type": tuple(TrainerType),
     "dataset.format": tuple(DatasetFormat),
-    "distributed.strategy": tuple(Strategy),
+    "distributed.strategy": tuple(StrategyType),
 }
 """Fields that decide which other fields are allowed.
 

@@ -7,10 +7,10 @@ from typing import Any
 from finetune_api.base import DEFAULT_KEY, Group
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    IntervalStrategy,
     LoraInit,
     MethodType,
     TrainerType,
-    When,
 )
 
 
@@ -100,4 +100,4 @@ def evaluates_during_training(spec: FineTuneJobSpec) -> bool:
     """Whether the validation loss is measured during training."""
     if spec.evaluation.strategy is None:
         return has_validation_set(spec)
-    return spec.evaluation.strategy is not When.NO
+    return spec.evaluation.strategy is not IntervalStrategy.NO

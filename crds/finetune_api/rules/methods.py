@@ -17,14 +17,14 @@ from finetune_api.rules.derived_values import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
-    Dtype,
     GradientCheckpointing,
     LoraBias,
     LoraInit,
     MethodType,
     MixedPrecision,
-    Strategy,
+    StrategyType,
     TrainerType,
+    WeightDtype,
 )
 
 
@@ -277,13 +277,13 @@ def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
             "remove model.quantization, or write method qlora",
         )
     strategy, deepspeed = spec.distributed.strategy, spec.distributed.deepspeed
-    if strategy is Strategy.FSDP and method in LORA_METHODS:
+    if strategy is StrategyType.FSDP and method in LORA_METHODS:
         yield (
             path,
             "an adapter trains only the new rows of the embeddings, but FSDP cannot shard single rows",
             "write `distributed: {strategy: ddp}`, or method full",
         )
-    if strategy is Strategy.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
+    if strategy is StrategyType.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
         yield (
             path,
             "new tokens enlarge the embeddings, but with ZeRO stage 3 no rank has the whole embeddings",
@@ -301,8 +301,8 @@ def check_half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     trains_weights = method_type_of(spec) is MethodType.FULL or (
         method_type_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
     )
-    is_half_precision = spec.model.dtype is Dtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
-    if trains_weights and is_half_precision and spec.distributed.strategy is not Strategy.DEEPSPEED:
+    is_half_precision = spec.model.dtype is WeightDtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
+    if trains_weights and is_half_precision and spec.distributed.strategy is not StrategyType.DEEPSPEED:
         yield (
             "model.dtype",
             f"float16, but method {method_type_of(spec)} with mixedPrecision fp16 needs 32-bit weights for loss scaling",

@@ -16,10 +16,10 @@ from finetune_api.rules.derived_values import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
-    Backend,
     FsdpStateDict,
     MethodType,
-    Strategy,
+    StrategyType,
+    TrainerBackend,
     TrainerType,
 )
 
@@ -38,25 +38,25 @@ def check_ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
 @rule("StrategyAndRanks")
 def check_strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     strategy, ranks = spec.distributed.strategy, world_size(spec)
-    if strategy is Strategy.NONE and ranks > 1:
+    if strategy is StrategyType.NONE and ranks > 1:
         yield (
             "distributed.strategy",
             f"none, but the job has {ranks} ranks, and each rank would train a separate model",
             "write ddp, fsdp or deepspeed, or remove strategy",
         )
-    if strategy is Strategy.FSDP and ranks == 1:
+    if strategy is StrategyType.FSDP and ranks == 1:
         yield (
             "distributed.strategy",
             "fsdp, but the job has only one rank, and FSDP needs several ranks to shard a model",
             "raise resources.gpusPerNode or resources.nodes, or remove strategy",
         )
-    if spec.distributed.deepspeed is not None and strategy is not Strategy.DEEPSPEED:
+    if spec.distributed.deepspeed is not None and strategy is not StrategyType.DEEPSPEED:
         yield (
             "distributed.deepspeed",
             f"distributed.deepspeed has no effect, because distributed.strategy is {strategy or 'missing'}",
             "write `strategy: deepspeed`, or remove distributed.deepspeed",
         )
-    if spec.distributed.fsdp is not None and strategy is not Strategy.FSDP:
+    if spec.distributed.fsdp is not None and strategy is not StrategyType.FSDP:
         yield (
             "distributed.fsdp",
             f"distributed.fsdp has no effect, because distributed.strategy is {strategy or 'missing'}",
@@ -170,11 +170,11 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
 @rule("StrategyAndMethod")
 def check_strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     deepspeed = spec.distributed.deepspeed
-    if spec.distributed.strategy is Strategy.FSDP:
+    if spec.distributed.strategy is StrategyType.FSDP:
         yield from incompatible_with_fsdp(spec)
-    if spec.distributed.strategy is Strategy.DEEPSPEED:
+    if spec.distributed.strategy is StrategyType.DEEPSPEED:
         yield from incompatible_with_deepspeed(spec)
-    if spec.distributed.strategy is Strategy.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
+    if spec.distributed.strategy is StrategyType.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
         yield from incompatible_with_zero3(spec)
 
 
@@ -195,9 +195,9 @@ def check_state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
     message="trainer.backend unsloth supports only a single GPU: remove distributed.strategy, or write backend transformers",
 )
 def check_backend_and_strategy(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if spec.trainer.backend is not Backend.UNSLOTH:
+    if spec.trainer.backend is not TrainerBackend.UNSLOTH:
         return
-    if spec.distributed.strategy not in (None, Strategy.NONE):
+    if spec.distributed.strategy not in (None, StrategyType.NONE):
         yield (
             "trainer.backend",
             f"unsloth supports only a single GPU, but distributed.strategy is {spec.distributed.strategy}",

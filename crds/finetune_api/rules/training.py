@@ -18,9 +18,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     Device,
     GradientCheckpointing,
+    IntervalStrategy,
     MethodType,
     MixedPrecision,
-    When,
 )
 
 
@@ -110,8 +110,8 @@ def check_best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
             "add dataset.validation or dataset.split.validation, or remove loadBestAtEnd",
         )
         return
-    save_strategy, eval_strategy = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
-    if save_strategy == When.NO or save_strategy != eval_strategy:
+    save_strategy, eval_strategy = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or IntervalStrategy.STEPS
+    if save_strategy == IntervalStrategy.NO or save_strategy != eval_strategy:
         yield (
             "checkpoint.strategy",
             f"{save_strategy}, but evaluation.strategy is {eval_strategy}, and loadBestAtEnd needs the same strategy for both",
@@ -119,7 +119,7 @@ def check_best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
         )
     save_steps = int(value_or_default(spec.checkpoint, "steps"))
     eval_steps = spec.evaluation.steps or save_steps
-    if save_strategy == When.STEPS and eval_strategy is When.STEPS and save_steps % eval_steps:
+    if save_strategy == IntervalStrategy.STEPS and eval_strategy is IntervalStrategy.STEPS and save_steps % eval_steps:
         yield (
             "checkpoint.steps",
             f"{save_steps} is not a multiple of evaluation.steps {eval_steps}, but loadBestAtEnd needs an evaluation of every checkpoint",
@@ -130,13 +130,13 @@ def check_best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 @rule("StepsWithoutEffect")
 def check_steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     save_strategy = value_or_default(spec.checkpoint, "strategy")
-    if spec.checkpoint.steps is not None and save_strategy != When.STEPS:
+    if spec.checkpoint.steps is not None and save_strategy != IntervalStrategy.STEPS:
         yield (
             "checkpoint.steps",
             f"checkpoint.steps has no effect, because checkpoint.strategy is {save_strategy}",
             "remove checkpoint.steps or checkpoint.strategy",
         )
-    if spec.evaluation.steps is not None and spec.evaluation.strategy in (When.EPOCH, When.NO):
+    if spec.evaluation.steps is not None and spec.evaluation.strategy in (IntervalStrategy.EPOCH, IntervalStrategy.NO):
         yield (
             "evaluation.steps",
             f"evaluation.steps has no effect, because evaluation.strategy is {spec.evaluation.strategy}",
@@ -199,7 +199,7 @@ def check_validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
                 "write `evaluation: {strategy: steps}`, or remove earlyStopping",
             )
         return
-    if spec.evaluation.strategy not in (None, When.NO):
+    if spec.evaluation.strategy not in (None, IntervalStrategy.NO):
         yield "evaluation.strategy", f"{spec.evaluation.strategy}, but the spec has no validation data", hint
     if spec.evaluation.steps is not None and spec.evaluation.strategy is None:
         yield "evaluation.steps", "evaluation.steps has no effect without validation data", hint

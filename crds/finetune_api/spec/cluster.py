@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.quantities import CPU_KIND, SIZE_KIND
-from finetune_api.spec.common import ObjectName, SecretKeyRef, StorageConnection, StringMap, Word
+from finetune_api.spec.common import ObjectName, SecretKeyRef, ShortText, StorageConnection, StringMap
 from finetune_api.spec.enums import OnDivergence, OnOutOfMemory
 
 CpuQuantity = Annotated[str | int, Field(json_schema_extra=CPU_KIND.schema, union_mode="left_to_right")]
@@ -57,7 +57,7 @@ class Resources(Group):
         default_text="the resource of the node pool; without a node pool nvidia.com/gpu",
         example="nvidia.com/mig-1g.10gb",
     )
-    node_pool: Word | None = spec_field(
+    node_pool: ShortText | None = spec_field(
         "Name of a node pool in the operator's configuration.", default_text="the default pool if one is configured", example="h100"
     )
     cpu: CpuQuantity | None = spec_field("CPUs per pod (request).", default_text="the operator's configuration", example="4")
@@ -164,7 +164,7 @@ class Volume(Group):
 class VolumeMount(Group):
     """A mount of a volume in the trainer container."""
 
-    name: Word = Field(description="Name of a volume in placement.volumes. Required. Example: `cache`.")
+    name: ShortText = Field(description="Name of a volume in placement.volumes. Required. Example: `cache`.")
     mount_path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$", max_length=512)] = Field(
         description="Absolute mount path in the container. Required. Example: `/mnt/cache`."
     )
@@ -203,7 +203,7 @@ class Placement(Group):
     priority_class_name: ObjectName | None = spec_field(
         "PriorityClass of the pods.", default_text="the cluster's default", example="batch"
     )
-    scheduler_name: Word | None = spec_field(
+    scheduler_name: ShortText | None = spec_field(
         "Scheduler of the pods.", default_text="the cluster's default", example="volcano"
     )
     queue_name: ObjectName | None = spec_field("Name of the Kueue LocalQueue.", default_text="no queue", example="team-a")

@@ -16,9 +16,9 @@ Key = Annotated[str, StringConstraints(pattern=r"^[-._a-zA-Z0-9]+$", min_length=
 Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Text = Annotated[str, StringConstraints(max_length=16384)]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-Word = Annotated[str, StringConstraints(min_length=1, max_length=253)]
-Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
-StringMap = Annotated[dict[Word, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+StringMap = Annotated[dict[ShortText, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)]
 
 
 def one_of(*allowed: int) -> AfterValidator:
@@ -99,7 +99,7 @@ class StorageConnection(Group):
         default_text="the endpoint in the operator's configuration, otherwise AWS",
         example="https://s3.example.com",
     )
-    region: Word | None = spec_field(
+    region: ShortText | None = spec_field(
         "Region in the signature of each request.",
         default_text="the region in the operator's configuration, otherwise us-east-1",
         example="eu-central-1",

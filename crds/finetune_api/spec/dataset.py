@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import CelRule, Group, spec_field
-from finetune_api.spec.common import Column, ConfigMapKeyRef, Line, Source, StorageConnection, Text
-from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, Overflow
+from finetune_api.spec.common import ColumnName, ConfigMapKeyRef, Line, Source, StorageConnection, Text
+from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, OverflowPolicy
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -16,21 +16,21 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class Columns(Group):
     """`dataset.columns`: column names, if they differ from the default names of the data format."""
 
-    question: Column | None = spec_field(
+    question: ColumnName | None = spec_field(
         "Column with the question, instruction or prompt.", default_text="the format's own", example="prompt"
     )
-    answer: Column | None = spec_field(
+    answer: ColumnName | None = spec_field(
         "Column with the answer, response or completion.", default_text="the format's own", example="response"
     )
-    system: Column | None = spec_field(
+    system: ColumnName | None = spec_field(
         "Column with the system prompt.", default_text="the column `system` if it exists", example="instructions"
     )
-    input: Column | None = spec_field("Column with additional input (alpaca).", default_text="input", example="context")
-    chosen: Column | None = spec_field("Column with the preferred answer.", default_text="chosen", example="better")
-    rejected: Column | None = spec_field("Column with the rejected answer.", default_text="rejected", example="worse")
-    label: Column | None = spec_field("Column with the label (unpairedPreference).", default_text="label", example="liked")
-    text: Column | None = spec_field("Column with the text (plainText).", default_text="text", example="content")
-    messages: Column | None = spec_field(
+    input: ColumnName | None = spec_field("Column with additional input (alpaca).", default_text="input", example="context")
+    chosen: ColumnName | None = spec_field("Column with the preferred answer.", default_text="chosen", example="better")
+    rejected: ColumnName | None = spec_field("Column with the rejected answer.", default_text="rejected", example="worse")
+    label: ColumnName | None = spec_field("Column with the label (unpairedPreference).", default_text="label", example="liked")
+    text: ColumnName | None = spec_field("Column with the text (plainText).", default_text="text", example="content")
+    messages: ColumnName | None = spec_field(
         "Column with the list of messages.", default_text="messages or conversations", example="dialogue"
     )
 
@@ -224,7 +224,7 @@ class Dataset(Group):
         default_text="2048, or the model's limit if it is lower",
         example=4096,
     )
-    overflow: Overflow | None = spec_field(
+    overflow: OverflowPolicy | None = spec_field(
         "Treatment of rows that are longer than maxSequenceLength.", default="truncate", example="drop"
     )
     num_proc: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(

@@ -23,7 +23,7 @@ class EncryptionType(StrEnum):
     """The user owns the key (SSE-C). The store has no copy of the key, so the objects cannot be read without the key."""
 
 
-class Dtype(StrEnum):
+class WeightDtype(StrEnum):
     AUTO = "auto"
     """bfloat16 on GPUs that support bfloat16. float32 on CPU and for methods that train base weights."""
     FLOAT16 = "float16"
@@ -43,7 +43,7 @@ class ComputeDtype(StrEnum):
     """32 bits."""
 
 
-class Attention(StrEnum):
+class AttentionImplementation(StrEnum):
     AUTO = "auto"
     """Same implementation as sdpa."""
     EAGER = "eager"
@@ -140,7 +140,7 @@ class TrainerType(StrEnum):
     """Train a reward model that gives each answer a score."""
 
 
-class Backend(StrEnum):
+class TrainerBackend(StrEnum):
     TRANSFORMERS = "transformers"
     """Standard implementation, for CPU and any number of GPUs."""
     UNSLOTH = "unsloth"
@@ -240,7 +240,7 @@ class FileFormat(StrEnum):
     """Apache Parquet."""
 
 
-class Overflow(StrEnum):
+class OverflowPolicy(StrEnum):
     TRUNCATE = "truncate"
     """Truncate the row to the maximum length."""
     DROP = "drop"
@@ -256,7 +256,7 @@ class BadRows(StrEnum):
     """Skip the row and count skipped rows."""
 
 
-class Scheduler(StrEnum):
+class LearningRateSchedule(StrEnum):
     LINEAR = "linear"
     """The learning rate falls linearly to 0."""
     COSINE = "cosine"
@@ -308,7 +308,7 @@ class Device(StrEnum):
     """Apple GPU. Only in local runs."""
 
 
-class Strategy(StrEnum):
+class StrategyType(StrEnum):
     NONE = "none"
     """No distribution: the job has a single rank."""
     DDP = "ddp"
@@ -337,7 +337,7 @@ class FsdpStateDict(StrEnum):
     """Not supported by FSDP version 2; the operator refuses this value."""
 
 
-class When(StrEnum):
+class IntervalStrategy(StrEnum):
     STEPS = "steps"
     """After every `steps` optimizer steps."""
     EPOCH = "epoch"
@@ -346,7 +346,7 @@ class When(StrEnum):
     """Never."""
 
 
-class Layout(StrEnum):
+class OutputLayout(StrEnum):
     PROJECT_MODEL_TIME = "projectModelTime"
     """`<project>/<model>/<YYYYMMDD_HHMMSS>/`."""
     FLAT = "flat"
@@ -362,7 +362,7 @@ class ExportFormat(StrEnum):
     """ONNX graph."""
 
 
-class Metric(StrEnum):
+class EvaluationMetric(StrEnum):
     ACCURACY = "accuracy"
     """Fraction of correct answers."""
     F1 = "f1"

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Group, spec_field
-from finetune_api.spec.common import Source, Word, one_of
+from finetune_api.spec.common import ShortText, Source, one_of
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, SpectrumMetric, TaskType
 
 
@@ -42,12 +42,12 @@ class Lora(Group):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
         "Dropout probability at the adapter's input.", default=0.05, example=0.1
     )
-    target_modules: Annotated[list[Word], Field(min_length=1, max_length=256)] | None = spec_field(
+    target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=256)] | None = spec_field(
         "Names of modules with an adapter. `all-linear`: all linear layers except the output head.",
         default_text="`all-linear`",
         example=["q_proj", "v_proj"],
     )
-    modules_to_save: Annotated[list[Word], Field(max_length=64)] | None = spec_field(
+    modules_to_save: Annotated[list[ShortText], Field(max_length=64)] | None = spec_field(
         "Modules that are fully trained and saved with the adapter. The output head must be in modulesToSave instead of targetModules.",
         default_text="none",
         example=["lm_head"],

@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Group, spec_field
-from finetune_api.spec.common import SecretKeyRef, Source, StorageConnection, Word, one_of
-from finetune_api.spec.enums import Attention, ComputeDtype, Dtype, Modality, QuantizationType
+from finetune_api.spec.common import SecretKeyRef, ShortText, Source, StorageConnection, one_of
+from finetune_api.spec.enums import AttentionImplementation, ComputeDtype, Modality, QuantizationType, WeightDtype
 
 
 class Quantization(Group):
@@ -54,8 +54,8 @@ class Model(Group):
     trust_remote_code: bool | None = spec_field(
         "Run Python code from the model repository. Set trustRemoteCode only for trusted repositories.", default=False, example=True
     )
-    dtype: Dtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
-    attention: Attention | None = spec_field(
+    dtype: WeightDtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
+    attention: AttentionImplementation | None = spec_field(
         "Attention implementation. If the implementation is not available, the trainer uses sdpa. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
@@ -64,12 +64,12 @@ class Model(Group):
     quantization: Quantization | None = spec_field(
         "Quantisation of the frozen base model.", default_text="none", example={"bits": 4}
     )
-    pad_token: Word | None = spec_field(
+    pad_token: ShortText | None = spec_field(
         "Padding token. `<eos>` means the end-of-sequence token. Padding tokens are not part of the loss.",
         default_text="the tokenizer's pad token, otherwise a reserved token",
         example="<pad>",
     )
-    new_tokens: Annotated[list[Word], Field(max_length=1024)] | None = spec_field(
+    new_tokens: Annotated[list[ShortText], Field(max_length=1024)] | None = spec_field(
         "Tokens that are added to the vocabulary. The embeddings of the added tokens are trained.",
         default_text="none",
         example=["<think>", "</think>"],

@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import Group, spec_field
-from finetune_api.spec.common import ConfigMapKeyRef, Line, SecretKeyRef, Word
-from finetune_api.spec.enums import ExportFormat, Layout, Metric, Tracker, When
+from finetune_api.spec.common import ConfigMapKeyRef, Line, SecretKeyRef, ShortText
+from finetune_api.spec.enums import EvaluationMetric, ExportFormat, IntervalStrategy, OutputLayout, Tracker
 
 NamePart = Annotated[str, StringConstraints(pattern=r"^[^$#@&*!]*$", max_length=128)]
 
@@ -50,7 +50,7 @@ class Output(Group):
     run_name: RunName | None = spec_field(
         "Name of the run in trackers.", default_text="the FineTuneJob's name", example={"name": "support-bot"}
     )
-    layout: Layout | None = spec_field("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
+    layout: OutputLayout | None = spec_field("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
     hub: Hub | None = spec_field(
         "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
@@ -63,8 +63,8 @@ class Output(Group):
 class Benchmark(Group):
     """One benchmark that runs after training."""
 
-    name: Word = Field(description="Name of the benchmark harness or domain set. Required. Example: `lm-eval`.")
-    tasks: Annotated[list[Word], Field(max_length=128)] | None = spec_field(
+    name: ShortText = Field(description="Name of the benchmark harness or domain set. Required. Example: `lm-eval`.")
+    tasks: Annotated[list[ShortText], Field(max_length=128)] | None = spec_field(
         "Tasks of the benchmark harness.", default_text="all tasks", example=["arc_easy"]
     )
 
@@ -72,8 +72,8 @@ class Benchmark(Group):
 class Judge(Group):
     """`evaluation.judge`: a model that scores answers."""
 
-    model: Word | None = spec_field("Model that scores answers.", default_text="none", example="my-judge")
-    embedding: Word | None = spec_field("Model that computes embeddings.", default_text="none", example="my-embedder")
+    model: ShortText | None = spec_field("Model that scores answers.", default_text="none", example="my-judge")
+    embedding: ShortText | None = spec_field("Model that computes embeddings.", default_text="none", example="my-embedder")
     input_price: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
         "Price of a million input tokens, for the cost report.", default_text="none", example=0.5
     )
@@ -116,7 +116,7 @@ class Comparison(Group):
 class Evaluation(Group):
     """`spec.evaluation`."""
 
-    strategy: When | None = spec_field(
+    strategy: IntervalStrategy | None = spec_field(
         "When the trainer measures the validation loss.", default_text="steps with validation data, otherwise no", example="epoch"
     )
     steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
@@ -125,7 +125,7 @@ class Evaluation(Group):
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
         "Rows per rank in one forward pass of the evaluation.", default_text="training.batchSizePerDevice", example=8
     )
-    metrics: Annotated[list[Metric], Field(max_length=16)] | None = spec_field(
+    metrics: Annotated[list[EvaluationMetric], Field(max_length=16)] | None = spec_field(
         "Metrics that are computed after training.", default_text="none", example=["perplexity"]
     )
     benchmarks: Annotated[list[Benchmark], Field(max_length=32)] | None = spec_field(
@@ -143,14 +143,14 @@ class Mlflow(Group):
     tracking_uri: Line | None = spec_field(
         "URL of the MLflow server. Required with reportTo mlflow.", default_text="none", example="http://mlflow.mlops:5000"
     )
-    experiment_name: Word | None = spec_field("Name of the MLflow experiment.", default_text="output.project", example="support")
+    experiment_name: ShortText | None = spec_field("Name of the MLflow experiment.", default_text="output.project", example="support")
 
 
 class Wandb(Group):
     """`tracking.wandb`."""
 
-    project: Word | None = spec_field("Name of the W&B project.", default_text="output.project", example="support")
-    entity: Word | None = spec_field("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
+    project: ShortText | None = spec_field("Name of the W&B project.", default_text="output.project", example="support")
+    entity: ShortText | None = spec_field("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
     api_key_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with the API key. Required with reportTo wandb.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
@@ -162,7 +162,7 @@ class Mongodb(Group):
     uri_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with the connection URI. Required with reportTo mongodb.", default_text="none", example={"name": "mongo", "key": "uri"}
     )
-    database: Word | None = spec_field("Name of the database.", default="finetuning", example="experiments")
+    database: ShortText | None = spec_field("Name of the database.", default="finetuning", example="experiments")
 
 
 class Tracking(Group):

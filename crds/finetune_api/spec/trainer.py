@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
-from finetune_api.spec.common import ConfigMapKeyRef, Source, StringMap, Word
-from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, TrainerType
+from finetune_api.spec.common import ConfigMapKeyRef, ShortText, Source, StringMap
+from finetune_api.spec.enums import BuiltinReward, DpoLoss, GrpoLoss, TrainerBackend, TrainerType
 
 
 class Dpo(Group):
@@ -59,7 +59,7 @@ class Reward(Group):
         ),
     )
 
-    name: Word | None = spec_field(
+    name: ShortText | None = spec_field(
         "Name of the reward in metrics.", default_text="the name of the built-in reward or function", example="format"
     )
     builtin: BuiltinReward | None = spec_field("Name of a built-in reward.", default_text="none", example="regex")
@@ -84,7 +84,7 @@ class Trainer(Group):
     """`spec.trainer`."""
 
     type: TrainerType | None = spec_field("Training objective.", default="sft", example="dpo")
-    backend: Backend | None = spec_field("Implementation of the training loop.", default="transformers", example="unsloth")
+    backend: TrainerBackend | None = spec_field("Implementation of the training loop.", default="transformers", example="unsloth")
     max_completion_length: Annotated[int, Field(ge=1, le=1048576)] | None = spec_field(
         "Maximum length of a completion in tokens. dpo, kto and orpo truncate longer completions; grpo stops generating.",
         default=512,

@@ -13,10 +13,10 @@ from finetune_api.spec.enums import (
     FsdpSharding,
     FsdpStateDict,
     GradientCheckpointing,
+    IntervalStrategy,
+    LearningRateSchedule,
     MixedPrecision,
-    Scheduler,
-    Strategy,
-    When,
+    StrategyType,
 )
 
 
@@ -61,7 +61,7 @@ class Training(Group):
         default_text="2e-4 for adapters, 2e-5 for full and spectrum, 5e-6 for dpo, kto and orpo, 1e-6 for grpo",
         example=1e-4,
     )
-    scheduler: Scheduler | None = spec_field(
+    scheduler: LearningRateSchedule | None = spec_field(
         "Learning rate schedule after the warm-up.", default="cosine", example="linear"
     )
     scheduler_parameters: StringMap | None = spec_field(
@@ -153,7 +153,7 @@ class Fsdp(Group):
 class Distributed(Group):
     """`spec.distributed`. `spec.resources` sets the number of nodes and GPUs."""
 
-    strategy: Strategy | None = spec_field(
+    strategy: StrategyType | None = spec_field(
         "Distributed strategy.", default_text="ddp with several ranks, otherwise none", example="fsdp"
     )
     deepspeed: Deepspeed | None = spec_field(
@@ -167,7 +167,7 @@ class Distributed(Group):
 class Checkpoint(Group):
     """`spec.checkpoint`."""
 
-    strategy: When | None = spec_field("When the trainer saves checkpoints.", default="steps", example="epoch")
+    strategy: IntervalStrategy | None = spec_field("When the trainer saves checkpoints.", default="steps", example="epoch")
     steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Optimizer steps between checkpoints.", default=100, example=500
     )

@@ -15,7 +15,7 @@ from finetune_api.names import (
     Env,
     attempt_job_name,
 )
-from finetune_api.pod import Resume, RunConfig, StoreTarget, World
+from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import StorageConnection
 
@@ -85,12 +85,12 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
     )
 
 
-def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
+def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> ResumeConfig:
     """Later attempts continue from the job's own checkpoints. If a rollback excludes all checkpoints, an attempt starts like the first one."""
     requested = spec.checkpoint.resume or "auto"
     expected = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected or requested == "never") else requested
-    return Resume(mode=mode, expect_step=expected, max_step=max_step)
+    return ResumeConfig(mode=mode, expect_step=expected, max_step=max_step)
 
 
 def _target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:

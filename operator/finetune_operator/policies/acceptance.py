@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.compatibility import read_spec
-from finetune_api.defaults import PlatformDefaults, ResolvedSpec, resolve
+from finetune_api.defaults import PlatformDefaults, ResolvedSpec, resolve_defaults
 from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
@@ -145,12 +145,12 @@ def _refuse_size(resolution: ResolvedSpec, first: FirstAttempt | None) -> Refuse
 
 def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> ResolvedSpec:
     """Fill in the defaults. The defaults of the first attempt take precedence over the current defaults."""
-    resolution, kept = resolve(spec, platform_defaults=platform), first.defaults
+    resolution, kept = resolve_defaults(spec, platform_defaults=platform), first.defaults
     store_differs = any(resolution.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
     if store_differs and any(path in kept for path in STORE_IDENTITY):
         storage = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
         try:
-            resolution = resolve(spec, platform_defaults=replace(platform, storage=StorageRoot.model_validate(storage)))
+            resolution = resolve_defaults(spec, platform_defaults=replace(platform, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
     differing = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import FineTuneError
-from finetune_api.pod import Resume, StoreTarget
+from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_api.spec.enums import EncryptionType
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.restore import restore
@@ -36,7 +36,7 @@ def test_an_encrypted_checkpoint_is_committed_and_restored(
     tree = Tree(S3Store(target))
     entries = tree.upload(prefix_of(5), "a1-00000000", checkpoint)
     tree.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
-    found = restore(tree, Resume(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")
+    found = restore(tree, ResumeConfig(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")
     assert (found.step, found.damaged) == (5, [])
     assert found.path is not None and (found.path / "large").read_bytes() == bytes(11 * s3.MIB)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import prefix_of, step_of
 from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
 
@@ -81,7 +81,7 @@ class Scene:
     def resume_from(self, step: int) -> None:
         """Run the second attempt until it ends. Compare its logs and its result with those of an uninterrupted run."""
         last = step + 3 * EVERY
-        resume = Resume(mode="auto", expect_step=step)
+        resume = ResumeConfig(mode="auto", expect_step=step)
         script = SCRIPT | {"steps": last}
         with toy(self.folder / "two", self.spec, self.storage, self.server, script, attempt=2, resume=resume) as pod:
             assert pod.end() == 0, pod.text[-3000:]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from finetune_trainer.processes import descendants
 from pod_harness import Pod
 from proxied_tree import ProxiedTree, toy
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
     steps = storage.verify_all(tmp_path / "check")
     last = {"steps": steps[0] + 3, "every": 20}
     again = tmp_path / "again"
-    with toy(again, spec, storage, s3_server, last, attempt=2, resume=Resume(mode="auto", expect_step=20)) as second:
+    with toy(again, spec, storage, s3_server, last, attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == steps[0]
     folders = {stat.key.split("/")[1] for stat in storage.direct.store.list("checkpoints/")}
@@ -206,7 +206,7 @@ def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
         frozen = [stale.process.pid, *descendants(stale.process.pid)]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
-        resume = Resume(mode="auto", expect_step=10)
+        resume = ResumeConfig(mode="auto", expect_step=10)
         with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
             assert second.end() == 0, second.text[-3000:]
         before = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_replaced(
     newest, before = storage.direct.committed()[:2]
     assert newest.step == 15 and before.step is not None
     storage.direct.store.put(f"{newest.folder}/state-0", b"x" * 1000)
-    resume = Resume(mode="auto", expect_step=15)
+    resume = ResumeConfig(mode="auto", expect_step=15)
     with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == before.step

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
 
 from localcluster.s3 import S3Endpoint
@@ -29,7 +29,7 @@ def test_a_rank_killed_at_a_random_step_loses_only_steps_after_the_newest_checkp
     assert first.termination_message().committed_step == (newest or None), "checkpoints that were staged before the kill must be uploaded"
     assert storage.verify_all(tmp_path / "check")[:1] == ([newest] if newest else [])
 
-    resume = Resume(mode="auto", expect_step=newest)
+    resume = ResumeConfig(mode="auto", expect_step=newest)
     with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == (newest or None)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_api.errors import FineTuneError, NoCheckpointError
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import Restored, restore
 from finetune_trainer.storage.preflight import preflight
@@ -38,8 +38,8 @@ def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
     return storage
 
 
-def restore_newest(storage: ProxiedTree, folder: Path, resume: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
-    return restore(storage.proxied, resume or Resume(mode="auto", expect_step=10), facts, folder / "restored")
+def restore_newest(storage: ProxiedTree, folder: Path, resume: ResumeConfig | None = None, facts: RunFacts = FACTS) -> Restored:
+    return restore(storage.proxied, resume or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
 def flip(storage: ProxiedTree, key: str) -> None:

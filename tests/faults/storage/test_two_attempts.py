@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_api.names import FailureClass
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import prefix_of, step_of
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage.s3 import S3Store
@@ -70,7 +70,7 @@ class TwoAttempts:
     def start_later(self) -> Pod:
         """Create the pod of the second attempt while the first attempt runs. It ends twelve checkpoints after the step from which it resumes."""
         self.start = max(one.step or 0 for one in self.storage.direct.committed())
-        script, resume = SCRIPT | {"further": 12 * EVERY}, Resume(mode="auto", expect_step=self.start)
+        script, resume = SCRIPT | {"further": 12 * EVERY}, ResumeConfig(mode="auto", expect_step=self.start)
         return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
 
     @contextmanager

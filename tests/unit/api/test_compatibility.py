@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from finetune_api.compatibility import read_run_config, read_spec
-from finetune_api.defaults import PlatformDefaults, origins_of, resolve
+from finetune_api.defaults import PlatformDefaults, origins_of, resolve_defaults
 from finetune_api.errors import ConfigError, FineTuneError, TooOldError
 from finetune_api.names import CONTRACT_VERSION, RELEASE, Origin
-from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
+from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.status import FineTuneJobStatus
@@ -25,12 +25,12 @@ RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json"
 
 def run_config(**changes: Any) -> RunConfig:
     platform = PlatformDefaults(storage=StorageRoot(uri="s3://bucket/prefix"), cpu="4")
-    resolution = resolve(FineTuneJobSpec.model_validate(MINIMAL | changes), platform_defaults=platform)
+    resolution = resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL | changes), platform_defaults=platform)
     return RunConfig(
         name="job", namespace="team", uid="u-1", attempt=1, spec=resolution.spec,
         defaults=sorted(resolution.defaults), origins=origins_of(resolution.defaults),
         world=World(nodes=1, processes_per_node=1, gpus_per_node=1, master_address="127.0.0.1", master_port=0, rendezvous_id="u-1-1"),
-        storage=StoreTarget(uri="s3://bucket/prefix/team/job/u-1"), resume=Resume(mode="auto"), grace_seconds=300,
+        storage=StoreTarget(uri="s3://bucket/prefix/team/job/u-1"), resume=ResumeConfig(mode="auto"), grace_seconds=300,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_api.base import nested_group
-from finetune_api.defaults import PlatformDefaults, resolve
+from finetune_api.defaults import PlatformDefaults, resolve_defaults
 from finetune_api.rules import LORA_METHODS, check
 from finetune_api.rules.derived_values import constant_default
 from finetune_api.spec import FineTuneJobSpec
@@ -18,7 +18,7 @@ MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/tr
 
 
 def resolved(change: dict[str, Any] | None = None, platform: PlatformDefaults | None = None) -> Any:
-    return resolve(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform_defaults=platform)
+    return resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform_defaults=platform)
 
 
 def test_defaults_of_the_smallest_job() -> None:
@@ -67,7 +67,7 @@ def test_the_learning_rate_depends_on_method_and_objective(change: dict[str, Any
 
 def test_resolving_a_resolved_spec_changes_nothing() -> None:
     once = resolved({"method": {"type": "qlora"}, "training": {"maxSteps": 40}})
-    twice = resolve(once.spec)
+    twice = resolve_defaults(once.spec)
     assert twice.spec == once.spec
     assert twice.defaults == {}
     assert check(once.spec) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from finetune_api.defaults import resolve
+from finetune_api.defaults import resolve_defaults
 from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
 from finetune_api.rules import check
 from finetune_api.spec import FineTuneJobSpec
@@ -31,7 +31,7 @@ def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType,
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
 def test_default_learning_rate_of_the_objective_takes_precedence_over_that_of_the_method(trainer: TrainerType) -> None:
-    rate = resolve(spec_of(trainer, OBJECTIVES[trainer].dataset_formats[0])).spec.training.learning_rate
+    rate = resolve_defaults(spec_of(trainer, OBJECTIVES[trainer].dataset_formats[0])).spec.training.learning_rate
     assert rate == (OBJECTIVES[trainer].learning_rate or 2e-4)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from finetune_api import names
-from finetune_api.defaults import resolve
-from finetune_api.pod import Resume, RunConfig, StoreTarget, TerminationMessage, World
+from finetune_api.defaults import resolve_defaults
+from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Checkpoint, Metrics, Resolved
+from finetune_api.status import Checkpoint, Metrics, ResolvedConfig
 
 MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
 def run_config() -> RunConfig:
     return RunConfig(
-        name="job", namespace="team", uid="u-1", attempt=1, spec=resolve(FineTuneJobSpec.model_validate(MINIMAL)).spec,
+        name="job", namespace="team", uid="u-1", attempt=1, spec=resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL)).spec,
         world=World(nodes=2, processes_per_node=4, gpus_per_node=4, master_address="job-1-0.job-1", master_port=29400, rendezvous_id="u-1-1"),
-        storage=StoreTarget(uri="s3://bucket/team/job/u-1"), resume=Resume(mode="auto"), grace_seconds=300,
+        storage=StoreTarget(uri="s3://bucket/team/job/u-1"), resume=ResumeConfig(mode="auto"), grace_seconds=300,
     )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_run_config_is_equal_after_reading_its_bytes() -> None:
 def test_termination_message_fits_into_4096_bytes() -> None:
     message = TerminationMessage(
         class_="Data", code="DatasetRowInvalid", message="ü" * 5000, hint="h" * 3000, metrics=Metrics(train_loss=1.0),
-        checkpoints=[Checkpoint(step=i, uri="s3://bucket/" + "x" * 300) for i in range(6)], resolved=Resolved(notes=["n" * 900]),
+        checkpoints=[Checkpoint(step=i, uri="s3://bucket/" + "x" * 300) for i in range(6)], resolved=ResolvedConfig(notes=["n" * 900]),
     )  # fmt: skip
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES

@@ -472,7 +472,7 @@ def test_rule_codes_are_unique() -> None:
 
 
 def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
-    from finetune_api.defaults import resolve
+    from finetune_api.defaults import resolve_defaults
     from finetune_api.errors import ConfigError
     from finetune_api.rules import enforce_rules, without_defaults
 
@@ -484,12 +484,12 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         ZERO3,
     ):
         user_spec = spec(change)
-        resolution = resolve(user_spec)
+        resolution = resolve_defaults(user_spec)
         written = without_defaults(resolution.spec, resolution.defaults)
         given = {key: value for key, value in user_spec.to_wire().items() if value not in ({}, False)}
         assert {key: value for key, value in written.to_wire().items() if value not in ({}, False)} == given
         assert check(written) == check(user_spec) == []
-    broken = resolve(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
+    broken = resolve_defaults(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: 1, but kto"):
         enforce_rules(without_defaults(broken.spec, broken.defaults), "BatchTooSmall")
     enforce_rules(broken.spec, "DpoLosses")

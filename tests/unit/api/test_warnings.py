@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.defaults import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, resolve
+from finetune_api.defaults import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, resolve_defaults
 from finetune_api.objectives import OBJECTIVES
 from finetune_api.rules import warnings
 from finetune_api.rules.warnings import LEARNING_RATE_RANGES
@@ -58,7 +58,7 @@ def test_epochs_next_to_max_steps_give_a_warning() -> None:
 
 def test_notes_of_a_resolution_contain_the_warnings() -> None:
     job = spec(training={"epochs": 2, "maxSteps": 40, "learningRate": 5})
-    notes = resolve(job).notes
+    notes = resolve_defaults(job).notes
     assert (
         notes[0]
         == "training.learningRate 5 is unusually large for trainer sft with method lora, and usually makes training diverge"

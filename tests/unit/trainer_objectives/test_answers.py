@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.errors import DataError
-from finetune_api.spec.enums import Overflow, TrainerType
+from finetune_api.spec.enums import OverflowPolicy, TrainerType
 from finetune_trainer.objective.answers import (
     EncodedAnswers,
     LengthLimits,
@@ -15,7 +15,7 @@ from finetune_trainer.objective.answers import (
 
 
 def fit(
-    row: EncodedAnswers, kind: TrainerType, overflow: Overflow = Overflow.TRUNCATE, answer: int | None = None
+    row: EncodedAnswers, kind: TrainerType, overflow: OverflowPolicy = OverflowPolicy.TRUNCATE, answer: int | None = None
 ) -> tuple[EncodedAnswers | None, RowCounts]:
     """Fit the row into a sequence of 6 tokens. Returns the row and the counts."""
     counts = RowCounts()
@@ -45,9 +45,9 @@ def test_a_reward_model_keeps_rows_that_fit() -> None:
 
 
 def test_overflow_drop_drops_the_row_and_fail_names_it() -> None:
-    assert fit(LONG, TrainerType.DPO, Overflow.DROP)[0] is None
+    assert fit(LONG, TrainerType.DPO, OverflowPolicy.DROP)[0] is None
     with pytest.raises(DataError, match="train.jsonl, row 1: 7 tokens, more than dataset.maxSequenceLength 6"):
-        fit(LONG, TrainerType.DPO, Overflow.FAIL)
+        fit(LONG, TrainerType.DPO, OverflowPolicy.FAIL)
 
 
 def test_a_prompt_that_leaves_no_token_for_an_answer_is_dropped() -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from finetune_api.errors import ConfigError, NoCheckpointError
 from finetune_api.names import Storage
-from finetune_api.pod import Resume, StoreTarget
+from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_api.sources import redact_source
-from finetune_api.spec.enums import Strategy
+from finetune_api.spec.enums import StrategyType
 
 from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of, step_of
 from finetune_trainer.checkpoint.tree import Committed, Tree
@@ -59,7 +59,7 @@ class Restored:
 
 
 def restore(
-    tree: Tree, resume: Resume, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
+    tree: Tree, resume: ResumeConfig, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
     count: Counter | None = None, attempt: int | None = None,
 ) -> Restored:  # fmt: skip
     """Find, check and download the checkpoint to resume from.
@@ -237,7 +237,7 @@ def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
                 "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since",
                 hint="restore the earlier contents, or write checkpoint.resume: never to start again",
             )  # fmt: skip
-    sharded = Strategy.DEEPSPEED in (found.strategy, now.strategy)
+    sharded = StrategyType.DEEPSPEED in (found.strategy, now.strategy)
     if sharded and (found.world_size != now.world_size or found.strategy != now.strategy):
         raise ConfigError(
             "CheckpointIncompatible",
@@ -245,7 +245,7 @@ def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
             "DeepSpeed cannot split its optimizer state for another number of ranks or strategy",
             hint="use the same strategy and number of ranks, or fsdp",
         )  # fmt: skip
-    if found.strategy and now.strategy and (found.strategy == Strategy.FSDP) != (now.strategy == Strategy.FSDP):
+    if found.strategy and now.strategy and (found.strategy == StrategyType.FSDP) != (now.strategy == StrategyType.FSDP):
         raise ConfigError(
             "CheckpointIncompatible",
             f"{uri} was made by {found.strategy}, this run uses {now.strategy}: fsdp stores the optimizer's state in another form",

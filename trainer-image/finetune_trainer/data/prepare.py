@@ -19,7 +19,7 @@ from finetune_api.errors import ConfigError, DataError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of, value_or_default
-from finetune_api.spec.enums import BadRows, DatasetFormat, Overflow
+from finetune_api.spec.enums import BadRows, DatasetFormat, OverflowPolicy
 
 from finetune_trainer.data.load import DEFAULT_MAX_BAD_ROW_RATIO, LoadedData, load, trains_on_answers_only
 from finetune_trainer.data.parallel import SupervisedEncoder, encode_rows, usable_cpus
@@ -173,7 +173,7 @@ def _tokenise_splits(
     spec = run.spec.dataset
     loaded = load(run, inputs)
     options = TokeniseOptions(
-        length, spec.overflow or Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
+        length, spec.overflow or OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
     )
     encoder = SupervisedEncoder(render_options(run, tokenizer, templated, loaded.summary.format_with_turns), options)
     notes = list(loaded.summary.notes)

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from finetune_api.errors import ConfigError, DataError
-from finetune_api.spec.enums import Overflow
+from finetune_api.spec.enums import OverflowPolicy
 
 from finetune_trainer.data.pack import pack, padding_share
 from finetune_trainer.data.template import Rendered
@@ -32,7 +32,7 @@ class TokeniseOptions:
     """Limits and special tokens for the token sequences."""
 
     max_length: int
-    overflow: Overflow
+    overflow: OverflowPolicy
     add_eos: bool
     add_bos: bool | None
     """Whether rows get a beginning token. If None, the tokenizer's default applies."""
@@ -111,12 +111,12 @@ def tokenise(
             )
             continue
         if len(ids) > options.max_length:
-            if options.overflow is Overflow.FAIL:
+            if options.overflow is OverflowPolicy.FAIL:
                 raise DataError(
                     "RowTooLong", f"{location}: {len(ids)} tokens, more than dataset.maxSequenceLength {options.max_length}",
                     hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
                 )  # fmt: skip
-            if options.overflow is Overflow.DROP:
+            if options.overflow is OverflowPolicy.DROP:
                 report.dropped += 1
                 continue
             ids, labels = ids[: options.max_length], labels[: options.max_length]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import FsdpSharding, Strategy
+from finetune_api.spec.enums import FsdpSharding, StrategyType
 
 from finetune_trainer.distributed.base import Ddp, DistributedStrategy
 from finetune_trainer.hardware import Hardware
@@ -12,11 +12,11 @@ from finetune_trainer.inputs import Inputs
 
 def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
     """Choose the strategy of a run. Errors: ConfigError if a combination cannot run or a configuration file contradicts the spec."""
-    requested = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
+    requested = run.spec.distributed.strategy or (StrategyType.DDP if world_size > 1 else StrategyType.NONE)
     match requested:
-        case Strategy.FSDP:
+        case StrategyType.FSDP:
             return _fsdp(run, hardware, inputs, world_size)
-        case Strategy.DEEPSPEED:
+        case StrategyType.DEEPSPEED:
             from finetune_trainer.distributed import deepspeed
 
             return deepspeed.Deepspeed(run, hardware, world_size, deepspeed.options(run, inputs, hardware, world_size))

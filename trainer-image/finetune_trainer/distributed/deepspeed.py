@@ -24,7 +24,7 @@ from finetune_api.rules import (
     min_batch_size_per_device,
     raise_first_finding,
 )
-from finetune_api.spec.enums import Scheduler
+from finetune_api.spec.enums import LearningRateSchedule
 from pydantic import ValidationError
 
 from finetune_trainer.distributed.base import DistributedStrategy
@@ -108,7 +108,7 @@ OFFLOADS = (
 )  # fmt: skip
 """For each offload: section of zero_optimization, field of the spec, Python attribute of the field."""
 DEEPSPEED_SCHEDULERS = {
-    "WarmupLR": Scheduler.CONSTANT_WITH_WARMUP, "WarmupDecayLR": Scheduler.LINEAR, "WarmupCosineLR": Scheduler.COSINE,
+    "WarmupLR": LearningRateSchedule.CONSTANT_WITH_WARMUP, "WarmupDecayLR": LearningRateSchedule.LINEAR, "WarmupCosineLR": LearningRateSchedule.COSINE,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
-from finetune_api.spec.enums import DatasetFormat, Overflow, TrainerType
+from finetune_api.spec.enums import DatasetFormat, OverflowPolicy, TrainerType
 
 from finetune_trainer.data.load import Rows, load
 from finetune_trainer.data.parallel import RejectedRow, encode_rows, usable_cpus
@@ -45,7 +45,7 @@ class LengthLimits:
 
     sequence: int
     answer: int | None
-    overflow: Overflow
+    overflow: OverflowPolicy
 
 
 @dataclass
@@ -105,7 +105,7 @@ class _Split:
 def length_limits(context: TrainingContext) -> LengthLimits:
     """The limits of this run. Errors: ConfigError CompletionTooLong, SequenceTooLong."""
     sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
-    overflow = context.run.spec.dataset.overflow or Overflow.TRUNCATE
+    overflow = context.run.spec.dataset.overflow or OverflowPolicy.TRUNCATE
     return LengthLimits(sequence, max_answer_length(context, sequence), overflow)
 
 
@@ -185,7 +185,7 @@ def _encode_split(
     bad_rows = BadRowPolicy(context.run, len(rows))
     split = _Split()
     spec = context.run.spec.dataset
-    options = TokeniseOptions(NO_LIMIT, Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
+    options = TokeniseOptions(NO_LIMIT, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
     encoder = AnswerEncoder(render_with, options)
     for location, row in encode_rows(rows, encoder, processes=spec.num_proc or usable_cpus(), on_bad_row=bad_rows):
         split.counts.longest = max(split.counts.longest, row.longest_row)
@@ -209,13 +209,13 @@ def fit_to_limits(
     answers = [answer[: limits.answer] for answer in row.answers]
     available = limits.sequence - len(row.prompt)
     if max(map(len, answers)) > available:
-        if limits.overflow is Overflow.FAIL:
+        if limits.overflow is OverflowPolicy.FAIL:
             raise DataError(
                 "RowTooLong", f"{location}: {row.longest_row} tokens, more than dataset.maxSequenceLength {limits.sequence}",
                 hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
             )  # fmt: skip
         # A reward model reads the score at the end of the answer, so the answer must not be cut.
-        if limits.overflow is Overflow.DROP or available < 1 or kind is TrainerType.REWARD:
+        if limits.overflow is OverflowPolicy.DROP or available < 1 or kind is TrainerType.REWARD:
             counts.left_out += 1
             return None
         answers = [answer[:available] for answer in answers]

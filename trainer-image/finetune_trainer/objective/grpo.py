@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.rules import has_test_set
-from finetune_api.spec.enums import GrpoLoss, Overflow, TrainerType
+from finetune_api.spec.enums import GrpoLoss, OverflowPolicy, TrainerType
 from finetune_api.spec.trainer import Grpo as GrpoSpec
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
@@ -184,7 +184,7 @@ def _drop_long_prompts(
     problem = (
         f"{split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
     )
-    if context.run.spec.dataset.overflow is Overflow.FAIL:
+    if context.run.spec.dataset.overflow is OverflowPolicy.FAIL:
         raise DataError("RowTooLong", problem, hint="raise maxSequenceLength, or set dataset.overflow to drop")
     if not fitting:
         raise DataError(

@@ -17,7 +17,7 @@ from typing import TypeVar
 from finetune_api.errors import StorageError
 from finetune_api.names import CONFIGMAP_MOUNT, Reason
 from finetune_api.pod import RunConfig
-from finetune_api.status import Resolved, Stage
+from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import Restored, restore
@@ -56,7 +56,7 @@ class Preparation:
     def _preflight(self) -> None:
         abilities = self._retry_while_busy(lambda: preflight(self._run.storage, write=self._node_rank == 0))
         if self._node_rank == 0:
-            self._state.merge_resolved(Resolved(storage=abilities.to_wire()))
+            self._state.merge_resolved(ResolvedConfig(storage=abilities.to_wire()))
             if not abilities.can_delete:
                 self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints are not removed")
 
@@ -106,7 +106,7 @@ class Preparation:
             self._state.add_note(f"skipped: {sentence}")  # the next commit clears the problem, but not the note
         if restored.manifest is not None:
             self._state.resumed_from_step = restored.step
-            self._state.merge_resolved(Resolved(resume_exact=restored.exact, resume_note=restored.inexact_reason))
+            self._state.merge_resolved(ResolvedConfig(resume_exact=restored.exact, resume_note=restored.inexact_reason))
             if restored.changed_inputs:
                 self._state.add_note(
                     f"resumed from step {restored.step} with changed {', '.join(restored.changed_inputs)}"
@@ -150,7 +150,7 @@ class Preparation:
         for note in summary.notes:
             self._state.add_note(note)
         self._state.merge_resolved(
-            Resolved(
+            ResolvedConfig(
                 model_revision=inputs.model_revision,
                 dataset_digest=inputs.dataset_digest,
                 dataset_rows=summary.rows.get("train"),

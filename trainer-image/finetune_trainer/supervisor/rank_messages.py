@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from finetune_api.status import Metrics, Progress, Resolved, Stage
+from finetune_api.status import Metrics, Progress, ResolvedConfig, Stage
 
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts
@@ -68,7 +68,7 @@ class RankMessages:
             case "metrics":
                 state.merge_metrics(Metrics.model_validate(message["value"]))
             case "resolved":
-                state.merge_resolved(Resolved.model_validate(message["value"]))
+                state.merge_resolved(ResolvedConfig.model_validate(message["value"]))
             case "log":
                 self._metric_log.append(message["step"], message["values"])
             case "skipped":

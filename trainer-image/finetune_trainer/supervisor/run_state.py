@@ -13,8 +13,8 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.pod import Health, ProgressReport, RunConfig
-from finetune_api.status import Checkpoint, Metrics, Progress, Resolved, Stage
+from finetune_api.pod import HealthReport, ProgressReport, RunConfig
+from finetune_api.status import Checkpoint, Metrics, Progress, ResolvedConfig, Stage
 
 RECENT_STEPS = 50
 NEWEST_CHECKPOINTS = 5
@@ -30,7 +30,7 @@ class RunState:
         self._detail: str | None = None
         self._progress = Progress()
         self._metrics = Metrics()
-        self._resolved = Resolved()
+        self._resolved = ResolvedConfig()
         self._notes: list[str] = []
         self._checkpoints: dict[int, Checkpoint] = {}
         self._recent_step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -38,14 +38,14 @@ class RunState:
         self._activity_time: float | None = None
         self._stage_since = time.monotonic()
         self._timings: dict[str, float] = {}
-        self._health = Health()
+        self._health = HealthReport()
         self.resumed_from_step: int | None = None
         self.counters: dict[str, float] = {}
 
     def set_run_config(self, run: RunConfig, config_sha256: str) -> None:
         with self._lock:
             self._run = run
-            self.merge_resolved(Resolved(config_sha256=config_sha256, world_size=run.world.size))
+            self.merge_resolved(ResolvedConfig(config_sha256=config_sha256, world_size=run.world.size))
 
     # ---- updates ----
 
@@ -96,7 +96,7 @@ class RunState:
         with self._lock:
             self._metrics = self._metrics.model_copy(update=metrics.model_dump(exclude_none=True))
 
-    def merge_resolved(self, resolved: Resolved) -> None:
+    def merge_resolved(self, resolved: ResolvedConfig) -> None:
         """Merge a report: fields that are None keep their earlier value."""
         with self._lock:
             self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
@@ -199,7 +199,7 @@ class RunState:
                 },
             )
 
-    def _health_with_ages(self) -> Health:
+    def _health_with_ages(self) -> HealthReport:
         since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
         median = self.median_step_seconds()
         silent = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import ConfigError, CredentialsError, NoCheckpointError
 from finetune_api.names import Storage
-from finetune_api.pod import Resume, StoreTarget
+from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.restore import Restored, restore
 from finetune_trainer.checkpoint.tree import Fenced, Swept, Tree
@@ -47,25 +47,25 @@ def other(tmp_path: Path) -> Tree:
     return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
-def resume(job: Tree, folder: Path, options: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
-    return restore(job, options or Resume(mode="auto", expect_step=10), facts, folder / "restored")
+def resume(job: Tree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> Restored:
+    return restore(job, options or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
 def test_a_job_with_progress_but_without_checkpoints_fails(job: Tree, tmp_path: Path) -> None:
     with pytest.raises(NoCheckpointError):
-        resume(job, tmp_path, Resume(mode="auto", expect_step=7))
-    assert resume(job, tmp_path, Resume(mode="auto")).step == 0
+        resume(job, tmp_path, ResumeConfig(mode="auto", expect_step=7))
+    assert resume(job, tmp_path, ResumeConfig(mode="auto")).step == 0
 
 
 def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: Tree, other: Tree, tmp_path: Path) -> None:
-    assert resume(other, tmp_path, Resume(mode="never", expect_step=0)).step == 0
-    assert resume(two_checkpoints, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
+    assert resume(other, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
+    assert resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
 def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
     named = uri.format(root=two_checkpoints.store.uri)
-    assert resume(other, tmp_path, Resume(mode=named)).step == 5
+    assert resume(other, tmp_path, ResumeConfig(mode=named)).step == 5
 
 
 def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: Tree, tmp_path: Path, server: Web) -> None:
@@ -75,13 +75,13 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: Tree, tmp_p
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
     own = Tree(store)
     job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
-    found = resume(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
+    found = resume(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
     assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
     assert found.path is not None and (found.path / "weights").read_text() == "w"
     (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
     for step, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
         with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-            resume(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-000000{step}{secret}"))
+            resume(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-000000{step}{secret}"))
         assert caught.value.code == code and "hidden" not in str(caught.value)
 
 
@@ -93,7 +93,7 @@ def test_own_progress_takes_precedence_over_the_configured_start(
     folder = tmp_path / "staged"
     files = other.upload(prefix_of(150), "a1-00000000", folder)
     other.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
-    wanted = Resume(mode=mode.format(root=two_checkpoints.store.uri))
+    wanted = ResumeConfig(mode=mode.format(root=two_checkpoints.store.uri))
     assert resume(other, tmp_path, wanted).step == 150
     rolled_back = resume(other, tmp_path, wanted.model_copy(update={"max_step": 0}))
     assert rolled_back.step == (0 if mode == "never" else 5)
@@ -106,7 +106,7 @@ def test_own_progress_takes_precedence_over_the_configured_start(
 )
 def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-        resume(other, tmp_path, Resume(mode=uri.format(root=two_checkpoints.store.uri)))
+        resume(other, tmp_path, ResumeConfig(mode=uri.format(root=two_checkpoints.store.uri)))
     assert caught.value.code == code
 
 
@@ -152,13 +152,13 @@ def test_an_inexact_resume_reports_the_reason(two_checkpoints: Tree, tmp_path: P
 
 def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: Tree, tmp_path: Path) -> None:
     """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
-    rolled = resume(two_checkpoints, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
+    rolled = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
     two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
     damaged = resume(two_checkpoints, tmp_path)
     assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
     assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
-    whole = resume(two_checkpoints, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
+    whole = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
     assert [one.step for one in whole.ancestors] == [5]
 
 
@@ -231,7 +231,7 @@ def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two
 def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: Tree, tmp_path: Path) -> None:
     """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
     two_checkpoints.mark_healthy(10)
-    (old,) = resume(two_checkpoints, tmp_path, Resume(mode="auto", max_step=9)).skipped
+    (old,) = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped
     files = two_checkpoints.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
     ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(Fenced):
@@ -315,7 +315,7 @@ def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: Tree, tmp_
 def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Tree, tmp_path: Path) -> None:
     job.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
     with pytest.raises(NoCheckpointError, match="had reached step 7") as caught:
-        resume(job, tmp_path, Resume(mode="auto"))
+        resume(job, tmp_path, ResumeConfig(mode="auto"))
     assert "_COMMITTED is damaged" in caught.value.message
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import StorageError
-from finetune_api.pod import Resume
+from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.restore import restore
 from finetune_trainer.checkpoint.tree import Fenced, Tree
@@ -93,7 +93,7 @@ def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Pa
     store.before_marker = begin_and_sweep
     with pytest.raises(Fenced, match="another incarnation has removed"):
         commit(tree, tmp_path / "staged", 10, 1)
-    assert restore(tree, Resume(mode="auto"), FACTS, tmp_path / "out").step == 0
+    assert restore(tree, ResumeConfig(mode="auto"), FACTS, tmp_path / "out").step == 0
 
 
 def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
 def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollback(
     store: SlowStore, tmp_path: Path
 ) -> None:
-    tree, rolled_back = Tree(store), Resume(mode="auto", max_step=10)
+    tree, rolled_back = Tree(store), ResumeConfig(mode="auto", max_step=10)
     for step, attempt in ((10, 1), (30, 2), (20, 3)):
         commit(tree, tmp_path / "staged", step, attempt)
     found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)

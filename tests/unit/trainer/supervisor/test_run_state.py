@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from finetune_api.status import Checkpoint, Metrics, Progress, Resolved, Stage
+from finetune_api.status import Checkpoint, Metrics, Progress, ResolvedConfig, Stage
 from finetune_trainer.supervisor.run_state import RunState, format_duration, newest_and_best
 
 from tests.unit.trainer.supervisor.conftest import Clock
@@ -38,8 +38,8 @@ def test_missing_fields_keep_their_earlier_value(clock: Clock) -> None:
     state = RunState()
     state.merge_metrics(Metrics(train_loss=1.0))
     state.merge_metrics(Metrics(eval_loss=2.0))
-    state.merge_resolved(Resolved(strategy="ddp"))
-    state.merge_resolved(Resolved(device="cpu"))
+    state.merge_resolved(ResolvedConfig(strategy="ddp"))
+    state.merge_resolved(ResolvedConfig(device="cpu"))
     state.add_note("once")
     state.add_note("once")
     report = state.report()
