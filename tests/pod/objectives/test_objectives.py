@@ -358,7 +358,7 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
     "orpo with prompt tuning": (
         {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
     ),
-    "groups that do not divide the batch": (grpo(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "3 does not divide the 2 completions"),
+    "groups that do not divide the batch": (grpo(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "2 is not divisible by 3"),
     "a missing column": (
         grpo(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
     ),
