@@ -23,7 +23,7 @@ RENDEZVOUS_SECONDS = 1800
 MONITOR_SECONDS = 0.05
 SHUTDOWN_SECONDS = 5
 """Seconds between SIGTERM and SIGKILL for the remaining ranks after one rank has failed."""
-COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
+RANK_COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_single_rank() -> Failures:
-    rank = subprocess.Popen(COMMAND)
+    rank = subprocess.Popen(RANK_COMMAND)
     code = rank.wait()
     return {"0": {"exitCode": code, "pid": rank.pid, "time": int(time.time())}} if code else {}
 
@@ -56,7 +56,7 @@ def _run_ranks(options: argparse.Namespace) -> Failures:
         shutdown_timeout=SHUTDOWN_SECONDS, local_addr=options.local_address,
     )  # fmt: skip
     try:
-        elastic_launch(config, COMMAND[0])(*COMMAND[1:])
+        elastic_launch(config, RANK_COMMAND[0])(*RANK_COMMAND[1:])
     except ChildFailedError as error:
         return {str(rank): _as_json(failure) for rank, failure in error.failures.items()}
     return {}

@@ -38,7 +38,7 @@ from finetune_api.status import Metrics, Progress, ResolvedConfig, Stage
 
 from finetune_trainer.inputs import Inputs
 
-SOCKET = "FINETUNE_CHANNEL"
+SOCKET_VARIABLE = "FINETUNE_CHANNEL"
 """Environment variable with the path of the supervisor's socket. Only supervisor and ranks use it."""
 STOP_FILE = "stop"
 """The supervisor creates this file in the work folder when the pod must stop. It holds the deadline in seconds since 1970."""
@@ -69,7 +69,7 @@ class Channel:
         numbers = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
         node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
-        address = os.environ.get(SOCKET)
+        address = os.environ.get(SOCKET_VARIABLE)
         return cls(socket_sender(address) if address else _discard, work, node_rank=node, **numbers)
 
     @classmethod

@@ -19,7 +19,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
 from finetune_api.spec.enums import StrategyType, TrainerBackend
 
-ENVIRONMENT = {
+LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -44,7 +44,7 @@ def needs_deepspeed(run: RunConfig) -> bool:
 
 def preload(run: RunConfig, objective_module: str) -> None:
     """Hide the libraries that the job does not need, and import the others and `objective_module`."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     threads = run.spec.dataset.num_proc
     if threads is not None:

@@ -21,7 +21,7 @@ from finetune_trainer.failure import classify
 from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 
-TRAINER = "FINETUNE_TRAINER_MODULE"
+TRAINER_MODULE_VARIABLE = "FINETUNE_TRAINER_MODULE"
 """Environment variable for tests: the module to run instead of `finetune_trainer.train`."""
 
 
@@ -60,7 +60,7 @@ def _run_and_report(channel: Channel) -> int:
 
 
 def _train(run: RunConfig, channel: Channel) -> None:
-    module: ModuleType = importlib.import_module(os.environ.get(TRAINER, "finetune_trainer.train"))
+    module: ModuleType = importlib.import_module(os.environ.get(TRAINER_MODULE_VARIABLE, "finetune_trainer.train"))
     if hasattr(module, "preload"):
         module.preload(run)
     channel.message("ready")

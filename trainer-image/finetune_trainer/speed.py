@@ -30,7 +30,7 @@ PEAK_BF16 = {
 SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
 """Words in the names of slower devices (MIG slices, workstation and laptop GPUs), to distinguish them from those in `PEAK_BF16`."""
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields of a model's configuration that hold the number of experts in a layer."""
 
 
@@ -64,7 +64,7 @@ def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
     lookup_ids = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
-    experts = next((count for name in EXPERTS if (count := getattr(config, name, None))), None)
+    experts = next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(config, name, None))), None)
     experts_per_token = getattr(config, "num_experts_per_tok", None)
     for name, parameter in _effective_parameters(model, head_ids):
         if ".lora_" not in name and id(parameter) not in lookup_ids:

@@ -13,7 +13,7 @@ from tests.support.learning import make_run, run_training, train_here
 from tests.support.preferences import LABELLED, PAIRS, PROMPTS, user
 from tests.support.tiny import make_tiny_model
 
-METHODS: dict[str, dict[str, Any]] = {
+METHOD_CLASSES: dict[str, dict[str, Any]] = {
     "spectrum on 4 bits": {"method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}},
     "spectrum": {"method": {"type": "spectrum"}},
 }
@@ -35,14 +35,14 @@ def same_matmul_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_CLASSES)
 def test_first_dpo_loss_shows_that_reference_and_model_are_equal(method: str, model: Path, tmp_path: Path) -> None:
-    spec = {**METHODS[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
+    spec = {**METHOD_CLASSES[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
 
 
 def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tmp_path: Path) -> None:
-    spec = {**METHODS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
+    spec = {**METHOD_CLASSES["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, LABELLED).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
@@ -50,7 +50,7 @@ def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tm
 def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path: Path) -> None:
     """The run logs the KL divergence from the reference model. To read prompts with a new token, the reference model needs the token's row."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
-    spec = {**METHODS.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
+    spec = {**METHOD_CLASSES.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
     assert [line["kl"] for line in run_training(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from finetune_trainer.storage.base import join, sha256_file
 
-_STEP = re.compile(r"^step-(\d{8,})$")
+_STEP_FOLDER_PATTERN = re.compile(r"^step-(\d{8,})$")
 
 
 class FileEntry(LenientModel):
@@ -129,7 +129,7 @@ def entries_of(folder: Path) -> list[FileEntry]:
 
 def step_of(folder: str) -> int | None:
     """Return the step in the name of a checkpoint's folder; None if the name is not that of a checkpoint."""
-    match = _STEP.match(folder)
+    match = _STEP_FOLDER_PATTERN.match(folder)
     return int(match[1]) if match else None
 
 

@@ -28,7 +28,7 @@ from finetune_trainer.checkpoint.window import Window
 from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 
-INCARNATION = "incarnation"
+INCARNATION_KEY = "incarnation"
 START_SECONDS = 1800.0
 """How long to wait for other pods that still download their inputs."""
 HEARTBEAT_SECONDS = 1.0
@@ -62,9 +62,9 @@ def _incarnation(channel: Channel, shared: GangStore) -> str:
     """The name of this incarnation. All ranks use the name of rank 0's pod."""
     own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
-        shared.set(INCARNATION, own)
+        shared.set(INCARNATION_KEY, own)
         return own
-    return shared.get_all([INCARNATION], START_SECONDS)[0]
+    return shared.get_all([INCARNATION_KEY], START_SECONDS)[0]
 
 
 def agree_on_start(channel: Channel, shared: GangStore, step: int) -> None:

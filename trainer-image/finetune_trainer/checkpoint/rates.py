@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-SETTINGS = ("betas", "eps", "weight_decay")
+KEPT_SETTINGS = ("betas", "eps", "weight_decay")
 """Entries of a parameter group that are settings. Other entries, such as a schedule-free optimizer's sums, are state."""
 
 
@@ -19,7 +19,7 @@ def load_states_keeping_settings(optimizer: Any, scheduler: Any, load: Callable[
     A scheduler without base rates (such as ReduceLROnPlateau) keeps the loaded settings.
     """
     base_rates = list(getattr(scheduler, "base_lrs", ()))
-    settings = [{name: group[name] for name in SETTINGS if name in group} for group in _groups(optimizer)]
+    settings = [{name: group[name] for name in KEPT_SETTINGS if name in group} for group in _groups(optimizer)]
     load()
     for group, before in zip(_groups(optimizer), settings, strict=True):
         group.update({name: value for name, value in before.items() if group.get(name) != value})

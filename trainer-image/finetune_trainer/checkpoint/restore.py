@@ -26,7 +26,7 @@ from finetune_trainer.storage.base import Counter, join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import split_query
 
-THREADS = 4
+DOWNLOAD_THREADS = 4
 LARGE_FILE_BYTES = 32 << 20
 """Files above this size are downloaded one at a time."""
 
@@ -192,7 +192,7 @@ def fetch_verified(
     entries = [entry for entry in manifest.files if wanted(entry.path)]
     large = [entry for entry in entries if entry.size > LARGE_FILE_BYTES]
     small = [entry for entry in entries if entry.size <= LARGE_FILE_BYTES]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
         problems = [problem for problem in pool.map(fetch, small) if problem]
     # Large files are downloaded one at a time, because each download holds several ranges of the file in memory.
     problems += [problem for problem in map(fetch, large) if problem]

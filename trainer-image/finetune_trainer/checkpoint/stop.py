@@ -19,7 +19,7 @@ from finetune_trainer.channel import Channel
 POLL_SECONDS = 0.1
 ANSWER_SECONDS = 60.0
 """How long a rank that has published its step waits for the steps of the other ranks."""
-REQUEST = "request"
+STOP_REQUEST_KEY = "request"
 
 
 class Stopped(BaseException):  # noqa: N818 - not an error: `except Exception` in a library must not swallow it
@@ -128,8 +128,8 @@ class StopAgreement:
         try:
             while not self._ended.wait(self._poll_seconds):
                 if self._channel.stop_deadline() is not None:
-                    self._shared.set(REQUEST, str(self._channel.rank))
-                elif not self._shared.has(REQUEST):
+                    self._shared.set(STOP_REQUEST_KEY, str(self._channel.rank))
+                elif not self._shared.has(STOP_REQUEST_KEY):
                     continue
                 self._agree()
                 return

@@ -30,7 +30,7 @@ from finetune_trainer.checkpoint.manifest import (
 from finetune_trainer.storage.base import Counter, Created, Stat, Store, join
 
 log = logging.getLogger(__name__)
-PARTS = ".parts"
+PARTS_FOLDER = ".parts"
 UPLOAD_INCOMPLETE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
 MARKER_READS = 10
@@ -133,7 +133,7 @@ class Tree:
         """Report to rank 0's pod which files this pod has uploaded; `entries` None: this pod skips the checkpoint."""
         part = Part(node=node, files=entries or [], dropped=entries is None)
         self.store.put(
-            join(prefix, incarnation, PARTS, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
+            join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
         )
 
     def wait_parts(
@@ -147,7 +147,7 @@ class Tree:
         end = time.monotonic() + timeout
         files: list[FileEntry] = []
         for node in range(1, nodes):
-            key = join(prefix, incarnation, PARTS, f"node-{node}.json")
+            key = join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json")
             while (data := self.store.get(key)) is None:
                 if time.monotonic() > end or give_up():
                     raise PeerError(
@@ -191,7 +191,7 @@ class Tree:
                 raise Fenced(
                     "FencedOut", f"another incarnation has removed {prefix}; this incarnation, {marker.path}, must end"
                 )
-            self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
+            self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS_FOLDER) + "/")])
         except Fenced:
             raise
         except FineTuneError as error:  # the checkpoint is committed, even if a later request fails

@@ -28,11 +28,11 @@ from finetune_trainer.library_internals import (
     trained_tokens,
 )
 
-FILE = "window-{rank}.json"
-TRAIN = "train"
+WINDOW_FILE = "window-{rank}.json"
+TRAIN_MODE = "train"
 STORED_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
 """Names in the file for sums that have been renamed since version 0.1.0. One run may use both versions."""
-NAMES = {stored: name for name, stored in STORED_NAMES.items()}
+CURRENT_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
 class Sums(LenientModel):
@@ -65,15 +65,15 @@ class Window:
             tokens=trained_tokens(trainer),
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
-        (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
+        (folder / WINDOW_FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
     def read(self, folder: Path) -> None:
         """Restore the sums from a checkpoint. If the checkpoint (of an earlier version) has no sums, the window starts empty."""
-        files = sorted(folder.glob(FILE.format(rank="*")))
+        files = sorted(folder.glob(WINDOW_FILE.format(rank="*")))
         all_sums = [Sums.model_validate(json.loads(file.read_text())) for file in files]
         if not all_sums:
             return
-        own = folder / FILE.format(rank=self._rank)
+        own = folder / WINDOW_FILE.format(rank=self._rank)
         if len(all_sums) == self._world_size and own in files:
             self._set(all_sums[files.index(own)])
         else:  # the number of ranks has changed: redistribute the sums, so that means and totals stay the same
@@ -83,13 +83,13 @@ class Window:
         trainer = self._trainer
         set_last_logged_step(trainer, sums.since)
         loss_sum(trainer).fill_(sums.loss)
-        self._own_sums().update({NAMES.get(name, name): value for name, value in sums.ours.items()})
+        self._own_sums().update({CURRENT_NAMES.get(name, name): value for name, value in sums.ours.items()})
         self._trl_values().update(sums.values)
         set_trained_tokens(trainer, sums.tokens)
 
     def _own_sums(self) -> dict[str, Any]:
-        kept: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN: {}})
-        return kept[TRAIN]
+        kept: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
+        return kept[TRAIN_MODE]
 
     def _trl_values(self) -> MutableMapping[str, Any]:
         return metric_lists(self._trainer)

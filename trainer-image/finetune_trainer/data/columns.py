@@ -25,8 +25,8 @@ class ColumnRole:
     """Column names to try if `dataset.columns` does not set the field."""
 
 
-SYSTEM = ColumnRole("system", ("system", "system_prompt"))
-PROMPT = ColumnRole("question", ("prompt", "question", "instruction", "query"))
+SYSTEM_COLUMN = ColumnRole("system", ("system", "system_prompt"))
+PROMPT_COLUMN = ColumnRole("question", ("prompt", "question", "instruction", "query"))
 
 
 def find_column(role: ColumnRole, names: Collection[str], columns: Columns) -> str | None:

@@ -19,9 +19,9 @@ from finetune_api.errors import ConfigError
 from finetune_trainer.data.rows import Completion, Conversation, Example, RowError, Text, Turn
 
 Span = tuple[int, int]
-_SENTINEL = "\ue000\ue001\ue002"
+_SENTINEL_TEXT = "\ue000\ue001\ue002"
 """Private-use characters that no tokenizer, template or data set contains."""
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTokenizer(Protocol):
@@ -158,7 +158,7 @@ def _generation_spans(
     any_tokenizer: Any = tokenizer
     functions = list(tools) or None
     source = any_tokenizer.get_chat_template(None, functions)
-    if not _GENERATION.search(source):
+    if not _GENERATION_TAG_PATTERN.search(source):
         return None
     rendering: Any = render_jinja_template(
         [[dict(turn.message()) for turn in turns]], tools=functions, chat_template=source, return_assistant_tokens_mask=True,
@@ -190,13 +190,13 @@ def _content_span(
     Errors: ConfigError TemplateSpansUnknown.
     """
     turn = turns[index]
-    changed_turns = (*turns[:index], Turn(turn.role, _SENTINEL, turn.weight, turn.extra), *turns[index + 1 :])
+    changed_turns = (*turns[:index], Turn(turn.role, _SENTINEL_TEXT, turn.weight, turn.extra), *turns[index + 1 :])
     changed = _apply(tokenizer, changed_turns, tools)
-    start = changed.find(_SENTINEL)
-    tail = len(changed) - start - len(_SENTINEL)
+    start = changed.find(_SENTINEL_TEXT)
+    tail = len(changed) - start - len(_SENTINEL_TEXT)
     if (
         start < 0
-        or changed.count(_SENTINEL) != 1
+        or changed.count(_SENTINEL_TEXT) != 1
         or text[:start] != changed[:start]
         or text[len(text) - tail :] != changed[len(changed) - tail :]
     ):

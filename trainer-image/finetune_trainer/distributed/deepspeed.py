@@ -29,14 +29,14 @@ from pydantic import ValidationError
 
 from finetune_trainer.distributed.base import DistributedStrategy
 from finetune_trainer.distributed.user_config import (
-    AUTO,
-    COUNT,
-    FLAG,
-    MAPPING,
-    NOT_NEGATIVE,
-    POSITIVE,
-    STEPS,
-    TEXT,
+    AUTO_VALUE,
+    BOOLEAN_TYPE,
+    COUNT_TYPE,
+    MAPPING_TYPE,
+    NOT_NEGATIVE_TYPE,
+    POSITIVE_TYPE,
+    STEP_COUNT_TYPE,
+    TEXT_TYPE,
     FileMerge,
     ValueType,
     check_keys,
@@ -51,7 +51,7 @@ DEFAULT_STAGE = 2
 AUTO_ALLOWED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys of zero_optimization that may be `auto`: transformers computes their values from the model's size."""
 _SET_IN_TRACKING = "the spec's `tracking` decides where metrics are sent"
-_REMOVED = "this version of DeepSpeed does not have this section"
+_REMOVED_SECTION_REASON = "this version of DeepSpeed does not have this section"
 REFUSED_SECTIONS = {
     "tensor_parallel": "tensor parallelism is not supported", "sequence_parallel_size": "sequence parallelism is not supported",
     "expert_parallel": "expert parallelism is not supported", "elasticity": "the operator decides the number of ranks",
@@ -63,47 +63,50 @@ REFUSED_SECTIONS = {
     "tensorboard": _SET_IN_TRACKING, "wandb": _SET_IN_TRACKING, "comet": _SET_IN_TRACKING, "csv_monitor": _SET_IN_TRACKING,
 } | dict.fromkeys(
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
-    _REMOVED,
+    _REMOVED_SECTION_REASON,
 )  # fmt: skip
 """Refused sections and the reason. A section that the file disables (`enabled: false`) is not refused."""
 REFUSED_IN_ZERO = {
     "cpu_offload": "the key is called offload_optimizer", "cpu_offload_param": "the key is called offload_param",
     "cpu_offload_use_pin_memory": "the key is called pin_memory, in offload_optimizer and offload_param",
 }  # fmt: skip
-ROWS, ROWS_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
-ACCUMULATION, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
+MICRO_BATCH_KEY, MICRO_BATCH_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
+ACCUMULATION_KEY, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
 """Upper limit of batchSizePerDevice and gradientAccumulationSteps in the API."""
-BATCH = ValueType(
-    f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda value: COUNT.accepts(value) and value <= MAX_BATCH_VALUE
+BATCH_VALUE_TYPE = ValueType(
+    f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda value: COUNT_TYPE.accepts(value) and value <= MAX_BATCH_VALUE
 )
 TOP_LEVEL_KEYS = {
-    "train_batch_size": COUNT, ROWS: BATCH, ACCUMULATION: BATCH, "gradient_clipping": NOT_NEGATIVE,
-    "bf16": MAPPING, "fp16": MAPPING, "zero_optimization": MAPPING, "optimizer": MAPPING, "scheduler": MAPPING, "zero_allow_untested_optimizer": FLAG,
-    "zero_force_ds_cpu_optimizer": FLAG, "communication_data_type": TEXT, "data_types": MAPPING, "prescale_gradients": FLAG,
-    "gradient_predivide_factor": POSITIVE, "gradient_allreduce_op": TEXT, "checkpoint": MAPPING, "comms_logger": MAPPING, "flops_profiler": MAPPING,
-    "timers": MAPPING, "steps_per_print": POSITIVE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
-    "disable_python_gc": FLAG, "log_level": TEXT,
+    "train_batch_size": COUNT_TYPE, MICRO_BATCH_KEY: BATCH_VALUE_TYPE, ACCUMULATION_KEY: BATCH_VALUE_TYPE, "gradient_clipping": NOT_NEGATIVE_TYPE,
+    "bf16": MAPPING_TYPE, "fp16": MAPPING_TYPE, "zero_optimization": MAPPING_TYPE, "optimizer": MAPPING_TYPE, "scheduler": MAPPING_TYPE,
+    "zero_allow_untested_optimizer": BOOLEAN_TYPE, "zero_force_ds_cpu_optimizer": BOOLEAN_TYPE, "communication_data_type": TEXT_TYPE,
+    "data_types": MAPPING_TYPE, "prescale_gradients": BOOLEAN_TYPE, "gradient_predivide_factor": POSITIVE_TYPE, "gradient_allreduce_op": TEXT_TYPE,
+    "checkpoint": MAPPING_TYPE, "comms_logger": MAPPING_TYPE, "flops_profiler": MAPPING_TYPE, "timers": MAPPING_TYPE,
+    "steps_per_print": POSITIVE_TYPE, "wall_clock_breakdown": BOOLEAN_TYPE, "memory_breakdown": BOOLEAN_TYPE, "dump_state": BOOLEAN_TYPE,
+    "disable_python_gc": BOOLEAN_TYPE, "log_level": TEXT_TYPE,
 }  # fmt: skip
 """Type of each key at the top level of the JSON. DeepSpeed checks the keys inside the sections, see `validate_with_deepspeed`."""
-TYPED_SECTION = {"type": TEXT, "params": MAPPING}
-DECAY = ValueType(
-    "a number from 0 to below 1", lambda value: value == AUTO or NOT_NEGATIVE.accepts(value) and value < 1
+TYPED_SECTION = {"type": TEXT_TYPE, "params": MAPPING_TYPE}
+BETA_TYPE = ValueType(
+    "a number from 0 to below 1", lambda value: value == AUTO_VALUE or NOT_NEGATIVE_TYPE.accepts(value) and value < 1
 )
-BETAS = ValueType(
+BETA_PAIR_TYPE = ValueType(
     "two numbers from 0 to below 1",
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(DECAY.accepts, value)),
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(BETA_TYPE.accepts, value)),
 )
 ADAM_PARAMETERS = {
-    "lr": POSITIVE, "betas": BETAS, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "adam_w_mode": FLAG, "torch_adam": FLAG,
+    "lr": POSITIVE_TYPE, "betas": BETA_PAIR_TYPE, "eps": POSITIVE_TYPE, "weight_decay": NOT_NEGATIVE_TYPE, "adam_w_mode": BOOLEAN_TYPE,
+    "torch_adam": BOOLEAN_TYPE,
 }  # fmt: skip
 WARMUP_PARAMETERS = {
-    "warmup_num_steps": STEPS, "warmup_min_lr": NOT_NEGATIVE, "warmup_max_lr": NOT_NEGATIVE, "total_num_steps": COUNT, "warmup_type": TEXT,
+    "warmup_num_steps": STEP_COUNT_TYPE, "warmup_min_lr": NOT_NEGATIVE_TYPE, "warmup_max_lr": NOT_NEGATIVE_TYPE, "total_num_steps": COUNT_TYPE,
+    "warmup_type": TEXT_TYPE,
 }  # fmt: skip
 OFFLOAD_DEVICE = one_of("none", "cpu", "nvme")
 FUSED_ADAMW = "adamw_torch_fused"
 TORCH_ADAMW = ("adamw_torch", FUSED_ADAMW)
-OFFLOADS = (
+OFFLOAD_FIELDS = (
     ("offload_optimizer", "offloadOptimizer", "offload_optimizer"), ("offload_param", "offloadParameters", "offload_parameters"),
 )  # fmt: skip
 """For each offload: section of zero_optimization, field of the spec, Python attribute of the field."""
@@ -159,13 +162,13 @@ def _checked(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
     _refuse(REFUSED_SECTIONS, "", config)
     check_keys(FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
-        _check_read_keys(name, config.get(name), {"enabled": FLAG})
+        _check_read_keys(name, config.get(name), {"enabled": BOOLEAN_TYPE})
     zero = config.get("zero_optimization", {})
     _refuse(REFUSED_IN_ZERO, "zero_optimization.", zero)
     _check_read_keys(
-        "zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING for section, _, _ in OFFLOADS}}
+        "zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING_TYPE for section, _, _ in OFFLOAD_FIELDS}}
     )
-    for section, _, _ in OFFLOADS:
+    for section, _, _ in OFFLOAD_FIELDS:
         _check_read_keys(
             f"zero_optimization.{section}", zero.get(section), {"device": OFFLOAD_DEVICE}, allows_auto=False
         )
@@ -205,7 +208,7 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
     merge.require_equal(
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
-    config |= {ROWS: rows, ACCUMULATION: steps, "train_batch_size": effective_batch, "gradient_clipping": clip}
+    config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": effective_batch, "gradient_clipping": clip}
     result.training |= {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": steps,
@@ -220,25 +223,28 @@ def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) ->
     """
     training = run.spec.training
     requested = training.batch_size_per_device
-    before = merge.before_adaptation(ROWS_PATH, requested)
+    before = merge.before_adaptation(MICRO_BATCH_PATH, requested)
     is_adapted = before != requested
     asked_steps = training.gradient_accumulation_steps
     spec_steps = merge.before_adaptation(ACCUMULATION_PATH, asked_steps) if is_adapted else asked_steps
-    rows = merge.merge(ROWS, config.get(ROWS), ROWS_PATH, before)
-    steps = merge.merge(ACCUMULATION, config.get(ACCUMULATION), ACCUMULATION_PATH, spec_steps)
+    rows = merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, before)
+    steps = merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
     if not is_adapted or merge.conflicts:
         return rows, steps
-    merge.file_values |= {ROWS_PATH: rows, ACCUMULATION_PATH: steps}
+    merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
     reduced = _reduced_rows(rows, steps, rows * requested / before, merge, run)
     if (rows, steps) != (before, spec_steps):
-        change = f"the operator changed {ROWS_PATH} from {before} to {requested}"
+        change = f"the operator changed {MICRO_BATCH_PATH} from {before} to {requested}"
         if reduced == rows:
-            note = f"{ROWS} of the file stays {rows}, although {change}: no smaller divisor of {rows} is allowed"
+            note = f"{MICRO_BATCH_KEY} of the file stays {rows}, although {change}: no smaller divisor of {rows} is allowed"
         else:
-            note = f"{change}; {ROWS} of the file therefore changes from {rows} to {reduced}, and {ACCUMULATION} from {steps} to {steps * rows // reduced}"
+            note = (
+                f"{change}; {MICRO_BATCH_KEY} of the file therefore changes from {rows} to {reduced}, and {ACCUMULATION_KEY} "
+                f"from {steps} to {steps * rows // reduced}"
+            )
         merge.notes.append(note)
     steps = steps * rows // reduced
-    merge.file_values |= {ROWS_PATH: reduced, ACCUMULATION_PATH: steps}
+    merge.file_values |= {MICRO_BATCH_PATH: reduced, ACCUMULATION_PATH: steps}
     return reduced, steps
 
 
@@ -253,7 +259,7 @@ def _reduced_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: Ru
         for part in range(min_batch_size_per_device(run.spec), rows)
         if rows % part == 0
         and steps * rows // part <= MAX_BATCH_VALUE
-        and merge.allows({ROWS_PATH: part, ACCUMULATION_PATH: steps * rows // part})
+        and merge.allows({MICRO_BATCH_PATH: part, ACCUMULATION_PATH: steps * rows // part})
     ]
     return max((part for part in divisors if part <= limit), default=min(divisors, default=rows))
 
@@ -290,8 +296,8 @@ def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
     name = training.optimizer
     if name not in TORCH_ADAMW:
         name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, shown=kind)
-    betas = parameters.get("betas", AUTO)
-    first, second = (AUTO, AUTO) if betas == AUTO else betas
+    betas = parameters.get("betas", AUTO_VALUE)
+    first, second = (AUTO_VALUE, AUTO_VALUE) if betas == AUTO_VALUE else betas
     result.training |= {
         "optim": name,
         "adam_beta1": merge.merge("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
@@ -348,7 +354,7 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
 def _warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Options) -> None:
     """Use the file's warm-up steps. They replace the warm-up ratio of the spec if that is a default."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
-    if steps in (None, AUTO):
+    if steps in (None, AUTO_VALUE):
         return
     if training.warmup_ratio and "training.warmupRatio" not in run.defaults:
         merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
@@ -367,7 +373,7 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
         spec.zero_stage if spec else None,
     )
     result.stage = zero["stage"] = DEFAULT_STAGE if stage is None else stage
-    for key, path, attribute in OFFLOADS:
+    for key, path, attribute in OFFLOAD_FIELDS:
         section, requested = zero.get(key) or {}, getattr(spec, attribute) if spec else None
         if section.get("device") == "nvme":
             raise ConfigError(
@@ -419,7 +425,7 @@ def _auto_keys(value: Any, path: str = "") -> list[str]:
             for key, inner in value.items()
             for nested in _auto_keys(inner, f"{path}.{key}" if path else str(key))
         ]
-    return [path] if value == AUTO else []
+    return [path] if value == AUTO_VALUE else []
 
 
 def validate_with_deepspeed(config: dict[str, Any]) -> None:

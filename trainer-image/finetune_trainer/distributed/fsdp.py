@@ -21,9 +21,9 @@ from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpo
 
 from finetune_trainer.distributed.base import DistributedStrategy
 from finetune_trainer.distributed.user_config import (
-    COUNT,
-    MAPPING,
-    TEXT,
+    COUNT_TYPE,
+    MAPPING_TYPE,
+    TEXT_TYPE,
     FileMerge,
     ValueType,
     check_keys,
@@ -34,13 +34,13 @@ from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
 FILE_FIELD = "distributed.fsdp.configRef"
-SHARDING = {
+SHARDING_BY_FILE_VALUE = {
     "FULL_SHARD": FsdpSharding.FULL_SHARD, "SHARD_GRAD_OP": FsdpSharding.SHARD_GRAD_OP, "NO_SHARD": FsdpSharding.NO_SHARD,
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
     "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
 }  # fmt: skip
 """The spec's `sharding` for each value in accelerate's file. Files for FSDP version 2 have a boolean: whether to reshard after the forward pass."""
-STATE_DICT = {
+STATE_DICT_BY_FILE_VALUE = {
     "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
 }  # fmt: skip
 LAUNCHER_KEYS = (
@@ -55,8 +55,8 @@ WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 BY_LAYER, BY_SIZE, _ = WRAP_POLICIES
 BOOLEAN_SPELLINGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 """Spellings of booleans that `accelerate config` writes."""
-BOOLEAN_TEXT = ValueType("true or false", lambda value: str(value).lower() in BOOLEAN_SPELLINGS)
-SIZE = ValueType(
+BOOLEAN_TEXT_TYPE = ValueType("true or false", lambda value: str(value).lower() in BOOLEAN_SPELLINGS)
+SIZE_TYPE = ValueType(
     "a whole number of at least 0",
     lambda value: str(value).isdecimal() or isinstance(value, float) and value >= 0 and value.is_integer(),
 )
@@ -64,19 +64,19 @@ LAYER_CLASSES = ValueType(
     "names of layer classes",
     lambda value: isinstance(value, str) or isinstance(value, list) and all(isinstance(name, str) for name in value),
 )
-ANYTHING = ValueType("anything", lambda value: True)
+ANY_TYPE = ValueType("anything", lambda value: True)
 TOP_LEVEL_KEYS = {
-    "distributed_type": TEXT, "num_processes": COUNT, "num_machines": COUNT, "fsdp_config": MAPPING,
-    "mixed_precision": one_of("no", "fp16", "bf16", "fp8", False), **dict.fromkeys(LAUNCHER_KEYS, ANYTHING),
+    "distributed_type": TEXT_TYPE, "num_processes": COUNT_TYPE, "num_machines": COUNT_TYPE, "fsdp_config": MAPPING_TYPE,
+    "mixed_precision": one_of("no", "fp16", "bf16", "fp8", False), **dict.fromkeys(LAUNCHER_KEYS, ANY_TYPE),
 }  # fmt: skip
 FSDP_KEYS = {
-    "version": one_of(1, 2, "1", "2"), "sharding_strategy": ANYTHING, "reshard_after_forward": ANYTHING, "state_dict_type": ANYTHING,
-    "offload_params": BOOLEAN_TEXT, "activation_checkpointing": BOOLEAN_TEXT, "cpu_ram_efficient_loading": BOOLEAN_TEXT,
+    "version": one_of(1, 2, "1", "2"), "sharding_strategy": ANY_TYPE, "reshard_after_forward": ANY_TYPE, "state_dict_type": ANY_TYPE,
+    "offload_params": BOOLEAN_TEXT_TYPE, "activation_checkpointing": BOOLEAN_TEXT_TYPE, "cpu_ram_efficient_loading": BOOLEAN_TEXT_TYPE,
     "transformer_layer_cls_to_wrap": LAYER_CLASSES,
-    "min_num_params": SIZE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
-    **dict.fromkeys(VERSION_1_KEYS, ANYTHING),
+    "min_num_params": SIZE_TYPE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
+    **dict.fromkeys(VERSION_1_KEYS, ANY_TYPE),
 }  # fmt: skip
-"""Type of each key of fsdp_config, without its prefix. `_look_up` checks the values for `SHARDING` and `STATE_DICT`."""
+"""Type of each key of fsdp_config, without its prefix. `_look_up` checks the values for `SHARDING_BY_FILE_VALUE` and `STATE_DICT_BY_FILE_VALUE`."""
 
 
 @dataclass
@@ -155,7 +155,7 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: R
             hint="write 2, or remove it",
         )
     shardings = {
-        key: _look_up(inner.get(key), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
+        key: _look_up(inner.get(key), SHARDING_BY_FILE_VALUE, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
     shardings_set = {key: sharding for key, sharding in shardings.items() if sharding is not None}
     if len(set(shardings_set.values())) > 1:
@@ -164,7 +164,7 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: R
         )
     for key, sharding in shardings_set.items():
         result.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", result.sharding)
-    state_dict_type = _look_up(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
+    state_dict_type = _look_up(inner.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
     result.state_dict = merge.merge(
         "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", result.state_dict
     )

@@ -24,7 +24,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import ValidationError
 
-AUTO = "auto"
+AUTO_VALUE = "auto"
 """DeepSpeed's placeholder for a value that transformers or this module fills in."""
 
 
@@ -44,13 +44,13 @@ def one_of(*values: Any) -> ValueType:
     )
 
 
-COUNT = ValueType("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
-STEPS = ValueType("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
-POSITIVE = ValueType("a number above 0", lambda value: _is_number(value) and value > 0)
-NOT_NEGATIVE = ValueType("a number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf)
-FLAG = ValueType("true or false", lambda value: isinstance(value, bool))
-TEXT = ValueType("text", lambda value: isinstance(value, str))
-MAPPING = ValueType("a mapping of keys and values", lambda value: isinstance(value, dict))
+COUNT_TYPE = ValueType("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+STEP_COUNT_TYPE = ValueType("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
+POSITIVE_TYPE = ValueType("a number above 0", lambda value: _is_number(value) and value > 0)
+NOT_NEGATIVE_TYPE = ValueType("a number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf)
+BOOLEAN_TYPE = ValueType("true or false", lambda value: isinstance(value, bool))
+TEXT_TYPE = ValueType("text", lambda value: isinstance(value, str))
+MAPPING_TYPE = ValueType("a mapping of keys and values", lambda value: isinstance(value, dict))
 
 
 def check_keys(
@@ -65,7 +65,7 @@ def check_keys(
     wrong = [
         f"{_key_path(group, key)} is {_as_text(value)}, not {kind.description}"
         for key, kind, value in ((key, types[key], value) for key, value in keys.items() if key in types)
-        if value is not None and not (allows_auto and value == AUTO and kind is not MAPPING) and not kind.accepts(value)
+        if value is not None and not (allows_auto and value == AUTO_VALUE and kind is not MAPPING_TYPE) and not kind.accepts(value)
     ]
     problems = ([f"{', '.join(unknown)} would have no effect"] if unknown else []) + wrong
     if problems:
@@ -152,7 +152,7 @@ class FileMerge:
 
     def _file_wins(self, key: str, file_value: Any, path: str, before: Any, shown: str | None = None) -> bool:
         """Whether the file's value replaces the spec's value `before`. Record a note if it does, or a conflict if the user set both."""
-        if file_value is None or file_value == AUTO or _equal(file_value, before):
+        if file_value is None or file_value == AUTO_VALUE or _equal(file_value, before):
             return False
         text = _as_text(file_value) if shown is None else shown
         if before is not None and path not in self.run.defaults:
@@ -184,7 +184,7 @@ class FileMerge:
 
     def require_equal(self, key: str, file_value: Any, subject: str, actual: Any) -> None:
         """Record a conflict if the file's value differs from a value that the file cannot set, such as the number of ranks."""
-        if file_value is not None and file_value != AUTO and not _equal(file_value, actual):
+        if file_value is not None and file_value != AUTO_VALUE and not _equal(file_value, actual):
             self.conflicts.append(f"{key} is {_as_text(file_value)}, {subject} is {_as_text(actual)}")
 
     def finish(self, file: str) -> None:

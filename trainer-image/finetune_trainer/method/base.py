@@ -23,7 +23,7 @@ from finetune_trainer.library_internals import copied_modules
 from finetune_trainer.method.precision import require_scalable_weights
 from finetune_trainer.model import count_parameters
 
-METHODS: dict[MethodType, type[Method]] = {}
+METHOD_CLASSES: dict[MethodType, type[Method]] = {}
 """The class of every `method.type`. Importing a module of this package adds its classes (see `registry`)."""
 
 
@@ -68,10 +68,10 @@ class Method:
     def __init_subclass__(cls, types: tuple[MethodType, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
         for method_type in types:
-            assert method_type not in METHODS, (
-                f"{METHODS[method_type].__name__} and {cls.__name__} both implement method.type {method_type}"
+            assert method_type not in METHOD_CLASSES, (
+                f"{METHOD_CLASSES[method_type].__name__} and {cls.__name__} both implement method.type {method_type}"
             )
-            METHODS[method_type] = cls
+            METHOD_CLASSES[method_type] = cls
 
     def __init__(self, context: MethodContext):
         self.context = context

@@ -10,7 +10,7 @@ from finetune_api.rules import method_type_of
 from finetune_api.spec.enums import MethodType
 
 import finetune_trainer.method
-from finetune_trainer.method.base import METHODS, Method, MethodContext
+from finetune_trainer.method.base import METHOD_CLASSES, Method, MethodContext
 
 
 @cache
@@ -18,7 +18,7 @@ def all_methods() -> dict[MethodType, type[Method]]:
     """Return the class of every `method.type`. Imports all modules of this package, because each import registers classes."""
     for module in pkgutil.iter_modules(finetune_trainer.method.__path__, f"{finetune_trainer.method.__name__}."):
         importlib.import_module(module.name)
-    return METHODS
+    return METHOD_CLASSES
 
 
 def create_method(context: MethodContext) -> Method:

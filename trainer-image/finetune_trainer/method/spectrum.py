@@ -38,7 +38,7 @@ from finetune_trainer.model import load_model
 SNR_FILE = "spectrum_snr.json"
 CACHE_VERSION = 2
 """Part of the scan's file name. Increase it when the fields of `Module` change, because local runs reuse their work folder."""
-_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
+_LAYER_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
 def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield the linear modules inside numbered layers: name, (layer, type)."""
     for name, module in model.named_modules():
-        match = _LAYER.match(name)
+        match = _LAYER_PATTERN.match(name)
         if match and getattr(module, "weight", None) is not None and "Linear" in type(module).__name__:
             yield name, (int(match["index"]), match["type"])
 

@@ -23,7 +23,7 @@ from finetune_trainer.objective.base import (
 )
 from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
 
-LOSSES = {
+TRL_LOSS_NAMES = {
     DpoLoss.SIGMOID: "sigmoid", DpoLoss.HINGE: "hinge", DpoLoss.IPO: "ipo", DpoLoss.EXO_PAIR: "exo_pair", DpoLoss.NCA_PAIR: "nca_pair",
     DpoLoss.ROBUST: "robust", DpoLoss.BCO_PAIR: "bco_pair", DpoLoss.APO_ZERO: "apo_zero", DpoLoss.APO_DOWN: "apo_down", DpoLoss.SFT: "sft",
 }  # fmt: skip
@@ -50,7 +50,7 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
         return DPOConfig(
             **shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
             beta=0.1 if spec.beta is None else spec.beta,
-            loss_type=[LOSSES[loss] for loss in losses],
+            loss_type=[TRL_LOSS_NAMES[loss] for loss in losses],
             label_smoothing=spec.label_smoothing or 0.0,
             max_length=None,
         )

@@ -29,7 +29,7 @@ from finetune_trainer.objective.base import TEST_LOSS, DataFacts, HeldOutMetric,
 from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
 from finetune_trainer.objective.rewards import RESERVED_ARGUMENTS, RewardFunction, build_rewards, require_columns
 
-LOSSES = {GrpoLoss.GRPO: "grpo", GrpoLoss.BNPO: "bnpo", GrpoLoss.DR_GRPO: "dr_grpo", GrpoLoss.DAPO: "dapo"}
+TRL_LOSS_NAMES = {GrpoLoss.GRPO: "grpo", GrpoLoss.BNPO: "bnpo", GrpoLoss.DR_GRPO: "dr_grpo", GrpoLoss.DAPO: "dapo"}
 """TRL's names of the losses."""
 
 
@@ -82,7 +82,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
             temperature=1.0 if spec.temperature is None else spec.temperature,
             top_p=1.0 if spec.top_p is None else spec.top_p,
             beta=0.0 if spec.beta is None else spec.beta,
-            loss_type=LOSSES[spec.loss_type or GrpoLoss.DAPO],
+            loss_type=TRL_LOSS_NAMES[spec.loss_type or GrpoLoss.DAPO],
             reward_weights=[reward.weight for reward in reward_functions(context)],
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_trainer.objective.base import HeldOutMetric
 
-ROWS = "testRows"
+ROW_COUNT_KEY = "testRows"
 
 
 def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
@@ -25,7 +25,7 @@ def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[s
     before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test, metric_key_prefix="test")
     logged = {key: value for line in trainer.state.log_history[before:] for key, value in line.items()}
-    measured: dict[str, float] = {ROWS: len(test)}
+    measured: dict[str, float] = {ROW_COUNT_KEY: len(test)}
     for metric in metrics:
         # TRL logs its own metrics with the prefix "eval_" for every data set.
         value = logged.get(f"test_{metric.logged_as}", logged.get(f"eval_{metric.logged_as}"))
@@ -39,4 +39,4 @@ def summarise(measured: dict[str, float], metrics: Sequence[HeldOutMetric]) -> s
     values = [
         f"{metric.label} {measured[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured
     ]
-    return ", ".join([f"test: {measured[ROWS]:g} rows", *values])
+    return ", ".join([f"test: {measured[ROW_COUNT_KEY]:g} rows", *values])

@@ -19,7 +19,7 @@ from finetune_api.errors import (
 
 from finetune_trainer.failure import local_disk_full
 
-PERMISSION = {
+PERMISSIONS_BY_OPERATION = {
     "PutObject": "s3:PutObject", "CreateMultipartUpload": "s3:PutObject", "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject", "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject",
     "ListObjectsV2": "s3:ListBucket", "ListObjects": "s3:ListBucket", "HeadBucket": "s3:ListBucket",
@@ -240,7 +240,7 @@ def _known_failure(
             hint=f"write the bucket's region in {group}.region",
         )
     if code in ("AccessDenied", "AllAccessDisabled", "403", "Forbidden", "AccountProblem") or status == 403:
-        permission = PERMISSION.get(operation, operation)
+        permission = PERMISSIONS_BY_OPERATION.get(operation, operation)
         return CredentialsError(
             "PermissionDenied",
             f"{location} refuses {permission}" + (f" on {key}" if key else ""),

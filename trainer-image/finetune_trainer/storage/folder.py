@@ -19,7 +19,7 @@ from finetune_api.errors import CredentialsError, FineTuneError, StorageError, S
 from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat
 from finetune_trainer.storage.errors import of_local_disk
 
-PARTIAL = ".partial-"
+PARTIAL_FILE_PREFIX = ".partial-"
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 """Errno values of file systems without hard links (SMB, many FUSE file systems)."""
 
@@ -112,7 +112,7 @@ class FolderStore:
 
     def sweep(self, prefix: str) -> int:
         base = self.root / prefix
-        partial = [path for path in base.rglob(PARTIAL + "*") if path.is_file()] if base.is_dir() else []
+        partial = [path for path in base.rglob(PARTIAL_FILE_PREFIX + "*") if path.is_file()] if base.is_dir() else []
         for path in partial:
             path.unlink(missing_ok=True)
         return len(partial)
@@ -132,7 +132,7 @@ class FolderStore:
     def _writing(self, key: str) -> Iterator[Path]:
         """Provide a hidden file next to `key`, and remove it at the end unless it was renamed."""
         target = self.root / key
-        partial = target.parent / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
+        partial = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
         with self._errors(f"write {key}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -174,7 +174,7 @@ def _files(base: Path) -> Iterator[Path]:
             raise error
 
     for folder, _, names in os.walk(base, onerror=raise_if_unreadable):
-        yield from (Path(folder, name) for name in names if not name.startswith(PARTIAL))
+        yield from (Path(folder, name) for name in names if not name.startswith(PARTIAL_FILE_PREFIX))
 
 
 def _create_in_place(target: Path, data: bytes) -> Created:

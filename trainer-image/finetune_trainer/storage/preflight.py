@@ -19,7 +19,7 @@ from finetune_trainer.storage.base import Created, Store, join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.s3 import S3Store
 
-PROBES = ".probe"
+PROBE_FOLDER = ".probe"
 PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
 """Options of S3Store for requests that must succeed or fail within about 10 s."""
 
@@ -62,10 +62,10 @@ def _try_all(store: Store, write: bool) -> Abilities:
     kind = "s3" if isinstance(store, S3Store) else "folder"
     if kind == "folder" and not write:
         return Abilities(kind, True)
-    next(iter(store.list(PROBES + "/")), None)
+    next(iter(store.list(PROBE_FOLDER + "/")), None)
     if not write:
         return Abilities(kind, False)
-    key = join(PROBES, uuid.uuid4().hex)
+    key = join(PROBE_FOLDER, uuid.uuid4().hex)
     store.create(key, b"first")  # EXISTS here means that the response to the first try was lost
     if store.get(key) != b"first":
         raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
@@ -107,7 +107,7 @@ def _encryption_fails(store: S3Store) -> bool:
     if store.target.encryption is None:
         return False
     plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
-    key = join(PROBES, uuid.uuid4().hex)
+    key = join(PROBE_FOLDER, uuid.uuid4().hex)
     try:
         plain.put(key, b"")
         with contextlib.suppress(CredentialsError):  # a missing permission to delete is reported by the preflight

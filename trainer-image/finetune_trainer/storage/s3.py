@@ -31,12 +31,12 @@ from finetune_trainer.storage.errors import Connection, explain, status_of
 
 MIB = 1024 * 1024
 PART_BYTES = 8 * MIB
-FORBIDDEN = 403
+FORBIDDEN_STATUS = 403
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
-CONCURRENCY = 10
+MAX_PARALLEL_TRANSFERS = 10
 """Parts or ranges that are transferred in parallel. A download holds these ranges and one more in memory: at most 88 MiB."""
-ATTEMPTS = 9
+MAX_ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
 MAX_DELETE_KEYS = 1000
@@ -59,7 +59,7 @@ class S3Store:
     """Objects below `s3://bucket/prefix`. Thread-safe, as boto3's clients are."""
 
     def __init__(
-        self, target: StoreTarget, *, attempts: int = ATTEMPTS, connect_timeout: float = 5, read_timeout: float = 60
+        self, target: StoreTarget, *, attempts: int = MAX_ATTEMPTS, connect_timeout: float = 5, read_timeout: float = 60
     ) -> None:
         match = re.fullmatch(r"s3://([^/]+)(?:/(.*))?", target.uri)
         if match is None:
@@ -211,11 +211,11 @@ class S3Store:
                 return None
             digest = hashlib.sha256()
             starts = range(0, stat.size, RANGE_BYTES)
-            with target.open("wb") as writer, ThreadPoolExecutor(min(CONCURRENCY, max(1, len(starts)))) as pool:
+            with target.open("wb") as writer, ThreadPoolExecutor(min(MAX_PARALLEL_TRANSFERS, max(1, len(starts)))) as pool:
                 pending: deque[Future[bytes]] = deque()
                 for start in starts:
                     pending.append(pool.submit(self._range, key, stat, start))
-                    if len(pending) > CONCURRENCY:
+                    if len(pending) > MAX_PARALLEL_TRANSFERS:
                         _append(pending.popleft().result(), digest, writer, count)
                 while pending:
                     _append(pending.popleft().result(), digest, writer, count)
@@ -256,12 +256,12 @@ class S3Store:
 
     def _with_reason(self, error: Exception, key: str) -> Exception:
         """Repeat a refused HEAD as GET and return the GET's error. Only the GET's response has a body that states the reason."""
-        if status_of(error)[0] != FORBIDDEN:
+        if status_of(error)[0] != FORBIDDEN_STATUS:
             return error
         try:
             self._client.get_object(Bucket=self.bucket, Key=self.key(key), Range="bytes=0-0", **self._encryption.read)
         except Exception as repeated:
-            return repeated if status_of(repeated)[0] == FORBIDDEN else error
+            return repeated if status_of(repeated)[0] == FORBIDDEN_STATUS else error
         return error
 
     def list(self, prefix: str) -> Iterator[Stat]:
@@ -344,7 +344,7 @@ def _client(
     config = Config(
         s3={"addressing_style": connection.addressing},
         retries={"total_max_attempts": attempts, "mode": "standard"},
-        connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * CONCURRENCY,
+        connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * MAX_PARALLEL_TRANSFERS,
         signature_version="s3v4", **(checksum_options if connection.endpoint else {}),
     )  # fmt: skip
     prefix = target.credentials_prefix
@@ -371,7 +371,7 @@ def _transfer(size: int) -> Any:
     return TransferConfig(
         multipart_threshold=PART_BYTES,
         multipart_chunksize=part,
-        max_concurrency=CONCURRENCY,
+        max_concurrency=MAX_PARALLEL_TRANSFERS,
         preferred_transfer_client="classic",
     )
 

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     import requests
 
 log = logging.getLogger(__name__)
-READ_HINT = "write https://host/path"
+URL_HINT = "write https://host/path"
 WRITE_HINT = "write s3://bucket/prefix, pvc://claim/path or file:///path for a store that is written to"
-ATTEMPTS = 5
+MAX_ATTEMPTS = 5
 TIMEOUT_SECONDS = 30.0
 """Time limit for connecting, and between two chunks of a response."""
 PAUSE_SECONDS = 1.0
@@ -49,7 +49,7 @@ PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 """Upper limit for a pause, even if the server's Retry-After is longer."""
 READ_BYTES = 256 * 1024
-BUSY = (429, 500, 502, 503, 504)
+RETRIED_STATUS_CODES = (429, 500, 502, 503, 504)
 HEAD_REFUSED = (403, 405, 501)
 """HEAD may fail with these statuses although GET succeeds: a signed URL may be valid for GET only."""
 
@@ -62,7 +62,7 @@ class WebStore:
     """
 
     def __init__(
-        self, target: StoreTarget, *, attempts: int = ATTEMPTS, connect_timeout: float = TIMEOUT_SECONDS,
+        self, target: StoreTarget, *, attempts: int = MAX_ATTEMPTS, connect_timeout: float = TIMEOUT_SECONDS,
         read_timeout: float = TIMEOUT_SECONDS,
     ) -> None:  # fmt: skip
         self.target = target
@@ -201,7 +201,7 @@ class WebStore:
         """Whether the object does not exist. Errors: `_RetryableError` for a busy server, a FineTuneError for other refusals."""
         status = response.status_code
         message = f"{self._uri_without_query(key)} answers {status}"
-        if status in BUSY:
+        if status in RETRIED_STATUS_CODES:
             raise _RetryableError(StorageError("DownloadFailed", message), _retry_after(response))
         if status in (401, 403):
             raise CredentialsError(
@@ -246,7 +246,7 @@ class WebStore:
             raise StorageError("DownloadFailed", f"{self._uri_without_query(key)} is redirected endlessly") from None
         except (web.RequestException, LocationParseError, UnicodeError) as error:
             raise ConfigError(
-                "SourceInvalid", f"{self._uri_without_query(key)} is not a valid URL ({type(error).__name__})", hint=READ_HINT
+                "SourceInvalid", f"{self._uri_without_query(key)} is not a valid URL ({type(error).__name__})", hint=URL_HINT
             ) from None  # fmt: skip
 
     def _unreachable(self, cause: BaseException) -> StorageError:
@@ -327,7 +327,7 @@ def _require_valid_url(uri: str) -> None:
     except ValueError:
         is_valid, has_credentials = False, False
     if not is_valid:
-        raise ConfigError("SourceInvalid", f"{redact_source(uri)} is not a valid URL", hint=READ_HINT)
+        raise ConfigError("SourceInvalid", f"{redact_source(uri)} is not a valid URL", hint=URL_HINT)
     if has_credentials:
         raise ConfigError(
             "SourceInvalid", f"{redact_source(uri)} contains a user or password; everyone who can read the job could see them",

@@ -8,11 +8,11 @@ import sys
 from finetune_api.names import Env
 from finetune_api.pod import RunConfig
 
-from finetune_trainer.channel import SOCKET
+from finetune_trainer.channel import SOCKET_VARIABLE
 from finetune_trainer.processes import Child
 from finetune_trainer.settings import Settings
 
-CREDENTIALS = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)
+CREDENTIAL_VARIABLES = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)
 
 
 def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Child:
@@ -31,7 +31,7 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
 
 def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
     """The environment of agent and ranks. It has no storage credentials, because ranks never access storage."""
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith(tuple(CREDENTIALS))}
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith(tuple(CREDENTIAL_VARIABLES))}
     cpus = len(os.sched_getaffinity(0))
     return {
         "OMP_NUM_THREADS": str(max(1, cpus // run.world.processes_per_node)),
@@ -39,6 +39,6 @@ def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) 
         "HF_HOME": str(settings.work / "hub"),
         "PYTHONWARNINGS": "ignore::FutureWarning",  # users cannot act on these warnings: the image pins the libraries
         **inherited,
-        SOCKET: channel_address, Env.WORK_DIR: str(settings.work), Env.RUN_FILE: str(settings.run_file),
+        SOCKET_VARIABLE: channel_address, Env.WORK_DIR: str(settings.work), Env.RUN_FILE: str(settings.run_file),
         Env.INCARNATION_FOLDER: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),
     }  # fmt: skip

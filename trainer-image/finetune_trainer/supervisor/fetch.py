@@ -36,7 +36,7 @@ from finetune_trainer.storage.preflight import PREFLIGHT_OPTIONS
 from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.storage.web import WebStore
 
-THREADS = 4
+DOWNLOAD_THREADS = 4
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken")
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
 SMALL_FILE_BYTES = 8 * 1024 * 1024
@@ -56,8 +56,8 @@ class SourceKind:
     repo_type: str
 
 
-MODEL = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
-DATA = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
+MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
+DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
 
 
 @dataclass(frozen=True)
@@ -81,25 +81,25 @@ class Fetcher:
 
         Errors: NotFoundError ModelNotFound, ModelGated, ModelInvalid (66); storage errors.
         """
-        fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL)
+        fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL_SOURCE)
         if not fetched.path.is_dir():
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
-                hint="write the path of the folder", failure_class=MODEL.failure_class,
+                hint="write the path of the folder", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         if not any((fetched.path / file).exists() for file in _REQUIRED_ONE_OF):
             names = ", ".join(sorted(file.name for file in fetched.path.iterdir())[:5]) or "no files"
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, a folder without config.json (it holds {names})",
-                hint="write the path of the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
+                hint="write the path of the folder that holds config.json and the weights", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         return fetched
 
     def data(self, text: str, path: str, name: str) -> list[Path]:
         """Fetch the files of a data source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""
-        files = self._fetch(text, path, self.work / "fetched" / name, DATA).files
+        files = self._fetch(text, path, self.work / "fetched" / name, DATA_SOURCE).files
         if not files:
-            raise self._missing(DATA, path, text, "holds no data file")
+            raise self._missing(DATA_SOURCE, path, text, "holds no data file")
         return files
 
     def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> Fetched:
@@ -134,7 +134,7 @@ class Fetcher:
     # ---- S3 ----
 
     def _store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
-        own_store = self.run.model_store if kind is MODEL else self.run.dataset_store
+        own_store = self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store
         base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
@@ -149,7 +149,7 @@ class Fetcher:
             self._require_space(sum(stat.size for stat in objects), path)
             root = "" if [stat.key for stat in objects] == [source.key] else source.key
             jobs = [(stat, target / _relative_path(stat.key, root)) for stat in objects]
-            with ThreadPoolExecutor(THREADS) as pool:
+            with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
                 sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
             for stat, digest in zip(objects, sums, strict=True):
                 if digest is None:
@@ -184,7 +184,7 @@ class Fetcher:
         try:
             return (
                 self._committed_model(source, path, target)
-                if kind is MODEL
+                if kind is MODEL_SOURCE
                 else self._web_file(source, path, target, kind)
             )
         except FineTuneError as error:
@@ -216,10 +216,10 @@ class Fetcher:
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing; only models and checkpoints of a job can be read",
                 hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub repository as org/name, or s3://bucket/prefix",
-                failure_class=MODEL.failure_class,
+                failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         where = parse_address(source.url)
-        store = self._web_store(where.root, MODEL)
+        store = self._web_store(where.root, MODEL_SOURCE)
         try:
             committed = Tree(store).marker(where.step)
             problem = "holds no _COMMITTED object"
@@ -231,17 +231,17 @@ class Fetcher:
         finally:
             store.close()
         if committed is None:
-            raise self._missing(MODEL, path, redact_source(source.url), problem)
+            raise self._missing(MODEL_SOURCE, path, redact_source(source.url), problem)
         if problem is not None:
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
-                hint="upload the model again", failure_class=MODEL.failure_class,
+                hint="upload the model again", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         return Fetched(target, _data_files(target))
 
     def _web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """A web store with the CA bundle of the configured connection."""
-        store = (self.run.model_store if kind is MODEL else self.run.dataset_store) or self.run.storage
+        store = (self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
     def _hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> Fetched:
@@ -252,7 +252,7 @@ class Fetcher:
         try:
             folder = huggingface_hub.snapshot_download(
                 source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work / "hub",
-                token=os.environ.get(Env.HF_TOKEN) or False, allow_patterns=list(kind.patterns), max_workers=THREADS,
+                token=os.environ.get(Env.HF_TOKEN) or False, allow_patterns=list(kind.patterns), max_workers=DOWNLOAD_THREADS,
             )  # fmt: skip
         except hub.GatedRepoError as error:
             raise NotFoundError(

@@ -38,7 +38,7 @@ NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
 """Fields that are left out of the hashes: some are compared separately, the others only say how to reach a source."""
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
 class Preparation:
@@ -245,7 +245,7 @@ def package_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for package in PACKAGES:
+    for package in RECORDED_PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # an image may leave out packages that its jobs do not need

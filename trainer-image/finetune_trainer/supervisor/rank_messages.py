@@ -16,7 +16,7 @@ from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.staging import Staging
 
-HEARTBEATS = ("heartbeat", "alive", "stage", "staged", "log")
+HEARTBEAT_MESSAGE_KINDS = ("heartbeat", "alive", "stage", "staged", "log")
 """Kinds of messages that count as heartbeats."""
 
 
@@ -32,7 +32,7 @@ class RankMessages:
     def apply(self, message: dict[str, Any]) -> None:
         """Handle one message. Errors: StorageError `StagingFailed` if the final artefact cannot be staged."""
         kind = message.get("kind")
-        if kind in HEARTBEATS:
+        if kind in HEARTBEAT_MESSAGE_KINDS:
             self._state.record_activity()
         match kind:
             case "note":

@@ -20,9 +20,9 @@ from finetune_api.status import Metrics, Progress
 
 from finetune_trainer.supervisor.run_state import RunState
 
-LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 MAX_BODY_BYTES = 64 * 1024
-PREFIX = "finetune_trainer"
+METRIC_PREFIX = "finetune_trainer"
 KUBEFLOW_METRICS = {
     "loss": "trainLoss",
     "eval_loss": "evalLoss",
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, *route())
 
     def do_POST(self) -> None:
-        if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK:
+        if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK_ADDRESSES:
             self._send(404, "text/plain", b"not found\n")
             return
         length = int(self.headers.get("Content-Length") or 0)
@@ -154,12 +154,12 @@ def format_metrics(run_state: RunState) -> str:
     lines: list[str] = []
     for name, (text, value) in gauges.items():
         if value is not None:
-            lines += [f"# HELP {PREFIX}_{name} {text}", f"# TYPE {PREFIX}_{name} gauge", f"{PREFIX}_{name} {value:g}"]
+            lines += [f"# HELP {METRIC_PREFIX}_{name} {text}", f"# TYPE {METRIC_PREFIX}_{name} gauge", f"{METRIC_PREFIX}_{name} {value:g}"]
     for name, value in sorted(run_state.counters.items()):
-        lines += [f"# TYPE {PREFIX}_{name}_total counter", f"{PREFIX}_{name}_total {value:g}"]
+        lines += [f"# TYPE {METRIC_PREFIX}_{name}_total counter", f"{METRIC_PREFIX}_{name}_total {value:g}"]
     lines += [
-        f"# HELP {PREFIX}_stage Current stage of the pod.",
-        f"# TYPE {PREFIX}_stage gauge",
-        f'{PREFIX}_stage{{stage="{report.stage}"}} 1',
+        f"# HELP {METRIC_PREFIX}_stage Current stage of the pod.",
+        f"# TYPE {METRIC_PREFIX}_stage gauge",
+        f'{METRIC_PREFIX}_stage{{stage="{report.stage}"}} 1',
     ]
     return "\n".join(lines) + "\n"

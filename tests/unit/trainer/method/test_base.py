@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.spec.enums import MethodType
-from finetune_trainer.method.base import METHODS, Method, TrainableModel
+from finetune_trainer.method.base import METHOD_CLASSES, Method, TrainableModel
 from finetune_trainer.method.full import Full
 from finetune_trainer.method.registry import all_methods
 
@@ -41,7 +41,7 @@ def test_a_second_class_for_the_same_method_is_refused() -> None:
     all_methods()
     with pytest.raises(AssertionError, match="Full and Copy both implement method.type full"):
         type("Copy", (Method,), {}, types=(MethodType.FULL,))
-    assert METHODS[MethodType.FULL] is Full
+    assert METHOD_CLASSES[MethodType.FULL] is Full
 
 
 def test_a_method_that_trains_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.storage.base import Stat
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.roots import open_store
-from finetune_trainer.storage.web import ATTEMPTS, LONGEST_PAUSE_SECONDS, READ_BYTES, WebStore
+from finetune_trainer.storage.web import LONGEST_PAUSE_SECONDS, MAX_ATTEMPTS, READ_BYTES, WebStore
 from web_server import Fault, Web
 
 SECRET = "?X-Amz-Signature=hidden-word"
@@ -75,9 +75,9 @@ def test_a_busy_server_is_retried(
 def test_a_server_that_stays_busy_fails_after_all_tries(
     store: WebStore, server: Web, pauses: list[float], tmp_path: Path
 ) -> None:
-    server.faults = [Fault(503)] * ATTEMPTS
+    server.faults = [Fault(503)] * MAX_ATTEMPTS
     error = download_error(store, tmp_path / "weights")
-    assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", ATTEMPTS - 1)
+    assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", MAX_ATTEMPTS - 1)
     assert error.message == f"{server.url}/a b/weights answers 503"
 
 
@@ -120,7 +120,7 @@ def test_an_interrupted_download_that_cannot_continue_restarts(
 
 def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: Web, tmp_path: Path) -> None:
     server.ranges = False
-    server.faults = [Fault(cut=10)] * ATTEMPTS
+    server.faults = [Fault(cut=10)] * MAX_ATTEMPTS
     error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (69, "DownloadBroken")
     assert f"ended after 10 of {len(BODY)} bytes" in error.message

@@ -17,7 +17,7 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage.roots import open_store
-from finetune_trainer.storage.web import ATTEMPTS
+from finetune_trainer.storage.web import MAX_ATTEMPTS
 from finetune_trainer.supervisor.fetch import Fetcher
 from web_server import Fault, Web
 
@@ -46,8 +46,8 @@ def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
         ([Fault(404)], 66, "DatasetNotFound", "answers 404"),
         ([Fault(410)], 66, "DatasetNotFound", "answers 410"),
         ([Fault(403)], 77, "PermissionDenied", "answers 403"),
-        ([Fault(503)] * ATTEMPTS, 69, "DownloadFailed", "answers 503"),
-        ([Fault(headers={"Content-Length": "20"}, cut=10)] * ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
+        ([Fault(503)] * MAX_ATTEMPTS, 69, "DownloadFailed", "answers 503"),
+        ([Fault(headers={"Content-Length": "20"}, cut=10)] * MAX_ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
     ],
 )
 def test_an_error_response_has_a_named_failure(
@@ -86,7 +86,7 @@ def test_an_interrupted_download_has_a_named_failure(
         raise interruption
 
     monkeypatch.setattr(HTTPResponse, "stream", stream)
-    server.ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * ATTEMPTS
+    server.ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * MAX_ATTEMPTS
     error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, code) and text in error.message
 

@@ -9,34 +9,41 @@ from typing import Any
 from finetune_api.spec.dataset import Columns
 from finetune_api.spec.enums import DatasetFormat
 
-from finetune_trainer.data.columns import SYSTEM, ColumnRole, column_value, find_column, optional_text, required_value
+from finetune_trainer.data.columns import (
+    SYSTEM_COLUMN,
+    ColumnRole,
+    column_value,
+    find_column,
+    optional_text,
+    required_value,
+)
 from finetune_trainer.data.formats.base import Format, ReadOptions
 from finetune_trainer.data.formats.questions import read_question_and_answer
 from finetune_trainer.data.formats.turns import parse_conversation, parse_json_column
 from finetune_trainer.data.rows import Conversation, RawRow, RowError
 
-MESSAGES = ColumnRole("messages", ("messages", "conversations", "conversation"))
-QUESTION = ColumnRole("question", ("question", "prompt"))
-ANSWER = ColumnRole("answer", ("answer", "response"))
+MESSAGES_COLUMN = ColumnRole("messages", ("messages", "conversations", "conversation"))
+QUESTION_COLUMN = ColumnRole("question", ("question", "prompt"))
+ANSWER_COLUMN = ColumnRole("answer", ("answer", "response"))
 
 
 class Messages(Format):
     """Messages with `role` and `content`, as in chat APIs; or a question and an answer in columns that `dataset.columns` names."""
 
     name = DatasetFormat.MESSAGES
-    required = (MESSAGES,)
+    required = (MESSAGES_COLUMN,)
 
     def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
         has_pairs = all(_has_pair_instead(row.value.keys(), columns) for row in sample)
-        return (QUESTION, ANSWER) if has_pairs else self.required
+        return (QUESTION_COLUMN, ANSWER_COLUMN) if has_pairs else self.required
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         if _has_pair_instead(row.keys(), options.columns):
-            return read_question_and_answer(row, options, QUESTION, ANSWER)
-        messages = required_value(MESSAGES, row, options.columns)
+            return read_question_and_answer(row, options, QUESTION_COLUMN, ANSWER_COLUMN)
+        messages = required_value(MESSAGES_COLUMN, row, options.columns)
         if isinstance(messages, str):
             messages = parse_json_column(messages)
-        conversation = parse_conversation(messages, options, system=optional_text(SYSTEM, row, options.columns))
+        conversation = parse_conversation(messages, options, system=optional_text(SYSTEM_COLUMN, row, options.columns))
         tools = row.get("tools")
         tools = parse_json_column(tools) if isinstance(tools, str) and tools.strip() else tools
         if tools is not None and not isinstance(tools, list):
@@ -53,7 +60,7 @@ class ShareGpt(Messages):
         return self.required
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
-        messages = column_value(MESSAGES, row, columns)
+        messages = column_value(MESSAGES_COLUMN, row, columns)
         first = messages[0] if isinstance(messages, list) and messages else None
         return isinstance(first, dict) and ("from" in first or "value" in first)
 
@@ -61,4 +68,4 @@ class ShareGpt(Messages):
 def _has_pair_instead(names: Collection[str], columns: Columns) -> bool:
     """Whether `dataset.columns` names a question or answer column, and the row has no column of messages."""
     is_named = columns.question is not None or columns.answer is not None
-    return is_named and find_column(MESSAGES, names, columns) is None
+    return is_named and find_column(MESSAGES_COLUMN, names, columns) is None

@@ -16,7 +16,7 @@ from finetune_trainer.data.formats.base import Format, ReadOptions, attempt
 from finetune_trainer.data.formats.turns import parse_conversation
 from finetune_trainer.data.rows import Conversation, Example, RawRow, RowError
 
-_HINT = "write message_id, parent_id, role and text, or a tree: prompt {text, role, replies [...]}"
+_COLUMNS_HINT = "write message_id, parent_id, role and text, or a tree: prompt {text, role, replies [...]}"
 MessagePath = list[Mapping[str, Any]]
 
 
@@ -47,7 +47,7 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
             yield row, list(_nested_path(value["prompt"]))
         elif "message_id" not in value or "text" not in value or "role" not in value:
             present = ", ".join(value) or "no columns"
-            yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present}", _HINT)
+            yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present}", _COLUMNS_HINT)
         elif (first := flat.setdefault(str(value["message_id"]), row)) is not row:
             message = f"message_id {value['message_id']!r} is also the id of {first.location}"
             yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two")

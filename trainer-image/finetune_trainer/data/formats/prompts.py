@@ -14,8 +14,8 @@ from finetune_api.spec.dataset import Columns
 from finetune_api.spec.enums import DatasetFormat
 
 from finetune_trainer.data.columns import (
-    PROMPT,
-    SYSTEM,
+    PROMPT_COLUMN,
+    SYSTEM_COLUMN,
     ColumnRole,
     column_value,
     find_column,
@@ -27,9 +27,9 @@ from finetune_trainer.data.formats.turns import is_trainable, make_conversation,
 from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer, Preference, Prompt, RowError, Turn
 
 TurnsOrText = tuple[Turn, ...] | str
-CHOSEN = ColumnRole("chosen", ("chosen",))
-REJECTED = ColumnRole("rejected", ("rejected",))
-LABEL = ColumnRole("label", ("label",))
+CHOSEN_COLUMN = ColumnRole("chosen", ("chosen",))
+REJECTED_COLUMN = ColumnRole("rejected", ("rejected",))
+LABEL_COLUMN = ColumnRole("label", ("label",))
 
 
 class PromptCompletion(Format):
@@ -46,7 +46,7 @@ class PromptCompletion(Format):
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation | Completion:
         prompt = _turns_or_text(required_value(self.question, row, options.columns), "prompt")
         completion = _turns_or_text(required_value(self.answer, row, options.columns), "completion")
-        system = optional_text(SYSTEM, row, options.columns)
+        system = optional_text(SYSTEM_COLUMN, row, options.columns)
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
                 raise RowError("NoTrainableToken", "the completion is empty", "write a text, or remove the row")
@@ -65,17 +65,17 @@ class PairedPreference(Format):
     """A better and a worse answer to one prompt. If there is no prompt column, the shared beginning of the answers is the prompt."""
 
     name = DatasetFormat.PREFERENCE
-    required = (CHOSEN, REJECTED)
+    required = (CHOSEN_COLUMN, REJECTED_COLUMN)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Preference:
-        chosen = _turns_or_text(required_value(CHOSEN, row, options.columns), "chosen")
-        rejected = _turns_or_text(required_value(REJECTED, row, options.columns), "rejected")
-        given = column_value(PROMPT, row, options.columns)
+        chosen = _turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
+        rejected = _turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
+        given = column_value(PROMPT_COLUMN, row, options.columns)
         prompt = _turns_or_text(given, "prompt") if given is not None else None
         is_implicit = prompt is None or _is_implicit(prompt, chosen, rejected)
         if is_implicit:
             prompt, chosen, rejected = _split_shared_beginning(chosen, rejected)
-        system = optional_text(SYSTEM, row, options.columns)
+        system = optional_text(SYSTEM_COLUMN, row, options.columns)
         prompt, chosen, rejected = _to_same_type(
             prompt, options, system, is_separate=is_implicit, chosen=chosen, rejected=rejected
         )
@@ -94,16 +94,16 @@ class UnpairedPreference(Format):
 
     name = DatasetFormat.UNPAIRED_PREFERENCE
     answer = ColumnRole("answer", ("completion", "response", "answer"))
-    required = (PROMPT, answer, LABEL)
+    required = (PROMPT_COLUMN, answer, LABEL_COLUMN)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> LabelledAnswer:
-        prompt = _turns_or_text(required_value(PROMPT, row, options.columns), "prompt")
+        prompt = _turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
         completion = _turns_or_text(required_value(self.answer, row, options.columns), "completion")
-        value = required_value(LABEL, row, options.columns)
+        value = required_value(LABEL_COLUMN, row, options.columns)
         label = {"true": True, "false": False, "1": True, "0": False}.get(str(value).strip().lower())
         if label is None:
             raise RowError("DatasetRowInvalid", f"label is {value!r}", "write true or false")
-        system = optional_text(SYSTEM, row, options.columns)
+        system = optional_text(SYSTEM_COLUMN, row, options.columns)
         is_implicit = _is_implicit(prompt, completion)
         if is_implicit and not isinstance(completion, str):
             prompt, completion = _split_at_first_answer(completion)
@@ -115,12 +115,12 @@ class PromptOnly(Format):
     """A prompt for which the model generates answers. The row's other columns are passed to the rewards."""
 
     name = DatasetFormat.PROMPT_ONLY
-    required = (PROMPT,)
+    required = (PROMPT_COLUMN,)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Prompt:
-        prompt = _turns_or_text(required_value(PROMPT, row, options.columns), "prompt")
-        name = find_column(PROMPT, row.keys(), options.columns)
-        (prompt,) = _to_same_type(prompt, options, optional_text(SYSTEM, row, options.columns))
+        prompt = _turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
+        name = find_column(PROMPT_COLUMN, row.keys(), options.columns)
+        (prompt,) = _to_same_type(prompt, options, optional_text(SYSTEM_COLUMN, row, options.columns))
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise RowError("RowEmpty", "the prompt is empty", "write a text, or remove the row")
         return Prompt(prompt, {key: value for key, value in row.items() if key != name})

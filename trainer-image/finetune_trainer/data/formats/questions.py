@@ -9,7 +9,7 @@ from finetune_api.spec.dataset import Columns
 from finetune_api.spec.enums import DatasetFormat
 
 from finetune_trainer.data.columns import (
-    SYSTEM,
+    SYSTEM_COLUMN,
     ColumnRole,
     find_column,
     optional_text,
@@ -20,9 +20,9 @@ from finetune_trainer.data.formats.base import Format, ReadOptions, require_text
 from finetune_trainer.data.formats.turns import make_conversation, parse_json_column
 from finetune_trainer.data.rows import Conversation, RowError, Turn
 
-INPUT = ColumnRole("input", ("input", "context"))
+INPUT_COLUMN = ColumnRole("input", ("input", "context"))
 """Column with text to add after the question."""
-PASSAGE = ColumnRole("input", ("context", "passage"))
+PASSAGE_COLUMN = ColumnRole("input", ("context", "passage"))
 """Column with text to add before the question."""
 
 
@@ -39,7 +39,7 @@ class Instruction(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
-            row, options, self.question, self.answer, ("Instruction", "Response"), after=INPUT
+            row, options, self.question, self.answer, ("Instruction", "Response"), after=INPUT_COLUMN
         )
 
 
@@ -56,7 +56,7 @@ class Alpaca(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
-            row, options, self.question, self.answer, ("Instruction", "Output"), after=INPUT
+            row, options, self.question, self.answer, ("Instruction", "Output"), after=INPUT_COLUMN
         )
 
 
@@ -70,7 +70,7 @@ class QuestionAnswer(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
-            row, options, self.question, self.answer, ("Question", "Answer"), before=PASSAGE
+            row, options, self.question, self.answer, ("Question", "Answer"), before=PASSAGE_COLUMN
         )
 
 
@@ -99,7 +99,7 @@ class MultipleChoice(Format):
             question += "\n" + "\n".join(f"{key}. {text}" for key, text in choices.items())
         return make_conversation(
             (Turn("user", question), Turn("assistant", letter)), options, role_names=("Question", "Answer"),
-            system=optional_text(SYSTEM, row, options.columns), columns={"options": tuple(choices)},
+            system=optional_text(SYSTEM_COLUMN, row, options.columns), columns={"options": tuple(choices)},
         )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def read_question_and_answer(
     if after and (text := optional_text(after, row, options.columns)):
         question_text = f"{question_text}\n\n{text}"
     turns = (Turn("user", require_text(question_text, "question")), Turn("assistant", answered))
-    system = optional_text(SYSTEM, row, options.columns)
+    system = optional_text(SYSTEM_COLUMN, row, options.columns)
     return make_conversation(turns, options, system=system, role_names=role_names)
 
 

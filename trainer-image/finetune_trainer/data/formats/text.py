@@ -13,17 +13,17 @@ from finetune_trainer.data.columns import ColumnRole, as_text, required_text
 from finetune_trainer.data.formats.base import Format, ReadOptions, require_text
 from finetune_trainer.data.rows import RowError, Text
 
-TEXT = ColumnRole("text", ("text", "content"))
+TEXT_COLUMN = ColumnRole("text", ("text", "content"))
 
 
 class PlainText(Format):
     """One column of text."""
 
     name = DatasetFormat.PLAIN_TEXT
-    required = (TEXT,)
+    required = (TEXT_COLUMN,)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Text:
-        return Text(require_text(required_text(TEXT, row, options.columns), "text"))
+        return Text(require_text(required_text(TEXT_COLUMN, row, options.columns), "text"))
 
 
 class Custom(Format):

@@ -9,7 +9,7 @@ from typing import Any
 from finetune_trainer.data.formats.base import ReadOptions
 from finetune_trainer.data.rows import Conversation, RowError, Turn
 
-ROLES = {
+ROLE_OF_NAME = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
@@ -60,10 +60,10 @@ def _parse_turn(message: Any, number: int) -> Turn:
             f"message {number} has neither `role` nor `from`; it has {', '.join(message)}",
             "write `role`",
         )
-    template_role = ROLES.get(str(role).strip().lower())
+    template_role = ROLE_OF_NAME.get(str(role).strip().lower())
     if template_role is None:
         raise RowError(
-            "UnknownRole", f"message {number} has the unknown role {role!r}", f"write one of {', '.join(ROLES)}"
+            "UnknownRole", f"message {number} has the unknown role {role!r}", f"write one of {', '.join(ROLE_OF_NAME)}"
         )
     extra = {
         key: message[key]
