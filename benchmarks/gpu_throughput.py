@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure tokens per second and MFU of both programs, and their ratio. Errors: SystemExit if the chosen device is not available."""
     import torch
     from finetune_trainer.hardware import detect
-    from finetune_trainer.speed import Shape, flops_per_token, peak_of
+    from finetune_trainer.speed import ModelShape, flops_per_token, peak_of
     from trainer_overhead import run_our_trainer, run_plain_trl
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     (summary,) = (folder / "work" / "tokens").glob("*/summary.json")
     row_counts = json.loads(summary.read_text())["reports"]["train"]
     tokens = options.steps * options.batch * row_counts["tokens"] / row_counts["sequences"]
-    shape = Shape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
+    shape = ModelShape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
     work = flops_per_token(shape, row_counts["tokens"] / row_counts["rows"], frozen_base=options.method != "full")
     peak = peak_of(device)
     figures: dict[str, Any] = {

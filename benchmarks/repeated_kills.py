@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.checkpoint.restore import fetch_verified
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.roots import open_store
 from pydantic import BaseModel, Field
 
@@ -64,11 +64,11 @@ def kill_victim(pod: Pod, victim: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def verify_checkpoints(tree: Tree, folder: Path, run_record: RunRecord) -> int:
+def verify_checkpoints(tree: CheckpointTree, folder: Path, run_record: RunRecord) -> int:
     """Compare each committed checkpoint with its manifest. Returns the newest committed step."""
     newest = 0
-    for committed in tree.committed():
-        manifest = tree.manifest(committed)
+    for committed in tree.list_committed():
+        manifest = tree.read_manifest(committed)
         assert manifest is not None, f"{committed.folder} is committed without its manifest"
         problem = fetch_verified(tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
         assert problem is None, problem
@@ -85,7 +85,7 @@ def expected_states(steps: int) -> list[str]:
     return states
 
 
-def compare_states(tree: Tree, steps: int) -> int:
+def compare_states(tree: CheckpointTree, steps: int) -> int:
     """Compare all logged states with the expected states. Returns their number. Fails if a state differs or a step has no logged state."""
     states, compared = expected_states(steps), 0
     seen: set[int] = set()
@@ -97,7 +97,7 @@ def compare_states(tree: Tree, steps: int) -> int:
             seen.add(value["step"])
     unlogged = set(range(1, steps + 1)) - seen
     assert not unlogged, f"steps without a logged line: {sorted(unlogged)[:10]}"
-    model = tree.marker(None)
+    model = tree.get_committed(None)
     assert model is not None and tree.store.get(f"{model.folder}/{CHAIN.format(0)}") == states[-1].encode()
     return compared
 
@@ -108,7 +108,7 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
     target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.spec(checkpoint={"steps": options.every})
     script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
-    began, tree = time.monotonic(), Tree(open_store(target))
+    began, tree = time.monotonic(), CheckpointTree(open_store(target))
     with workspace.pod(
         name, spec, target, "toy_rank", attempt=run_record.attempt, newest=run_record.newest, env={"TOY_SCRIPT": script}
     ) as pod:
@@ -134,7 +134,7 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
 
 
 def figures_of(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
-    compared = compare_states(Tree(open_store(workspace.target("repeated-kills"))), options.steps)
+    compared = compare_states(CheckpointTree(open_store(workspace.target("repeated-kills"))), options.steps)
     return {
         "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": run_record.kills,
         "attempts": run_record.attempt, "endings": dict(sorted(run_record.codes.items())), "podSeconds": round(run_record.pod_seconds, 1),

@@ -72,16 +72,16 @@ class Hooks:
         self._measurements = measurements
         self.trainer_arguments: dict[str, Any] = {}
 
-    def callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
+    def create_callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
         """Return the rank's callbacks for checkpoints and reporting, followed by the measuring callback."""
         from finetune_trainer.checkpoint import rank
 
-        return [*rank.callbacks(run, channel, inputs), timing_callback(self._measurements)]
+        return [*rank.create_callbacks(run, channel, inputs), timing_callback(self._measurements)]
 
     def resume_path(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
 
-    def finish(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def deliver_output(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
         """Do nothing: the artefact is not uploaded."""
 
 
@@ -94,8 +94,8 @@ def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     from finetune_trainer.channel import Channel
 
     measurements = RunMeasurements()
-    channel = Channel.recording(folder / "work")
-    train.Session(run, channel, inputs, Hooks(measurements)).execute()
+    channel = Channel.create_recording(folder / "work")
+    train.TrainingSession(run, channel, inputs, Hooks(measurements)).execute()
     return measurements
 
 

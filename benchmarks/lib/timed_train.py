@@ -18,7 +18,7 @@ preload = train.preload
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
-    original_heartbeat, original_staged = channel.heartbeat, channel.staged
+    original_heartbeat, original_staged = channel.report_step, channel.report_staged_files
 
     def heartbeat(step: int) -> None:
         record(channel, step=step, ended=time.monotonic())
@@ -28,7 +28,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         record(channel, step=step, stall=values["stallSeconds"])
         original_staged(step, folder, **values)
 
-    channel.heartbeat, channel.staged = heartbeat, staged  # type: ignore[method-assign] # to be timed
+    channel.report_step, channel.report_staged_files = heartbeat, staged  # type: ignore[method-assign] # to be timed
     train.main(run, channel, inputs)
 
 

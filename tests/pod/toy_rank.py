@@ -21,7 +21,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Metrics, Progress, Stage
 from finetune_trainer.channel import Channel
-from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, Stopped, TcpGangStore
+from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, TcpGangStore, TrainingStopped
 from finetune_trainer.inputs import Inputs
 
 CHAIN = "chain-{}"
@@ -39,18 +39,18 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     step = inputs.restore.step if inputs.restore else 0
     steps = step + SCRIPT["further"] if "further" in SCRIPT else steps
     chain = (inputs.restore.path / CHAIN.format(channel.rank)).read_text() if inputs.restore else ""
-    channel.stage(Stage.TRAINING)
-    channel.progress(Progress(step=step, total_steps=steps, epoch=0.0))
+    channel.report_stage(Stage.TRAINING)
+    channel.report_progress(Progress(step=step, total_steps=steps, epoch=0.0))
     agreement.start(step)
     while step < steps:
         time.sleep(pause)
         step += 1
         run_scripted_event(channel.rank, step)
         chain = link(chain, channel.rank, step)
-        channel.heartbeat(step)
-        channel.metrics(Metrics(train_loss=1.0 / step))
-        channel.log(step, {"loss": 1.0 / step, "chain": chain})
-        stopping = agreement.reached(step)
+        channel.report_step(step)
+        channel.report_metrics(Metrics(train_loss=1.0 / step))
+        channel.report_log_line(step, {"loss": 1.0 / step, "chain": chain})
+        stopping = agreement.must_stop(step)
         if step % every == 0 or stopping:
             save(channel, inputs, step, chain, stopping)
     if channel.rank == 0:
@@ -58,7 +58,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         final.mkdir()
         (final / "adapter_model.safetensors").write_text(f"final {step}")
         (final / CHAIN.format(channel.rank)).write_text(chain)
-        channel.finished(final, OutputKind.ADAPTER, {})
+        channel.report_output(final, OutputKind.ADAPTER, {})
 
 
 def link(chain: str, rank: int, step: int) -> str:
@@ -71,9 +71,9 @@ def save(channel: Channel, inputs: Inputs, step: int, chain: str, stopping: bool
     folder.mkdir(exist_ok=True)
     (folder / f"state-{channel.rank}").write_bytes(bytes([step % 256]) * SCRIPT.get("bytes", 1000))
     (folder / CHAIN.format(channel.rank)).write_text(chain)
-    channel.staged(step, folder, incarnation=os.environ["FINETUNE_INCARNATION"], graceful=stopping, stallSeconds=0.0)
+    channel.report_staged_files(step, folder, incarnation=os.environ["FINETUNE_INCARNATION"], graceful=stopping, stallSeconds=0.0)
     if stopping:
-        raise Stopped(step)
+        raise TrainingStopped(step)
 
 
 def run_scripted_event(rank: int | str, step: int) -> None:

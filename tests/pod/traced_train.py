@@ -123,5 +123,5 @@ def hold(channel: Channel, phase: str, step: int) -> None:
     if os.environ.get(HOLD) != f"{phase}:{step}":
         return
     (channel.work / "held").touch()
-    while not any(agreement.stop for agreement in agreements):
+    while not any(agreement.stop_step for agreement in agreements):
         time.sleep(0.005)

@@ -124,7 +124,7 @@ def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
     _barrier(ranks)
     run, inputs = _make(cell, folder, ranks, resume)
     _barrier(ranks)
-    channel = Channel.recording(folder / "work", rank=rank, local_rank=rank, world_size=ranks)
+    channel = Channel.create_recording(folder / "work", rank=rank, local_rank=rank, world_size=ranks)
     train.preload(run)
     freeze_libraries()
     try:

@@ -9,7 +9,7 @@ import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import RunConfig
 from finetune_trainer.data import check_files, load
-from finetune_trainer.data.prepare import Prepared, prepare
+from finetune_trainer.data.prepare import PreparedData, prepare
 from finetune_trainer.data.rows import Turn
 from finetune_trainer.data.template import RenderOptions, render
 from finetune_trainer.inputs import Inputs
@@ -78,13 +78,13 @@ def trained_texts(example: Any, options: RenderOptions) -> list[str]:
 
 def prepare_rows(
     folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN, limit: int = 512
-) -> Prepared:
+) -> PreparedData:
     """Tokenise the rows and return the token sequences."""
     run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
     return prepare(run, inputs, tok, max_positions=limit, cache=folder / "tokens")
 
 
-def decoded(tok: Any, data: Prepared) -> list[tuple[str, str]]:
+def decoded(tok: Any, data: PreparedData) -> list[tuple[str, str]]:
     """Return (whole text, trained text) for every training sequence."""
     return [
         (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))

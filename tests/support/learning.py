@@ -155,7 +155,7 @@ class Hooks:
     def __init__(self) -> None:
         self.outcome = Outcome()
 
-    def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
+    def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
         """Return a callback that records the logs."""
         from transformers import TrainerCallback
 
@@ -175,7 +175,7 @@ class Hooks:
         """Folder of the restored checkpoint."""
         return inputs.restore.path if inputs.restore else None
 
-    def finish(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def deliver_output(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
         """Record the folder of the artefact instead of uploading it."""
         self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
 
@@ -187,7 +187,7 @@ def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
     train.preload(run)
     freeze_libraries()
     hooks = Hooks()
-    channel = Channel.recording(inputs.output_dir.parent / "work")
+    channel = Channel.create_recording(inputs.output_dir.parent / "work")
     train.main(run, channel, inputs, hooks)
     return hooks.outcome
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.agent_result import Failures, write_failures
+from finetune_trainer.agent_result import FailuresByRank, write_failures
 from finetune_trainer.processes import die_with_parent
 
 RENDEZVOUS_SECONDS = 1800
@@ -35,13 +35,13 @@ def main(arguments: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _run_single_rank() -> Failures:
+def _run_single_rank() -> FailuresByRank:
     rank = subprocess.Popen(RANK_COMMAND)
     code = rank.wait()
     return {"0": {"exitCode": code, "pid": rank.pid, "time": int(time.time())}} if code else {}
 
 
-def _run_ranks(options: argparse.Namespace) -> Failures:
+def _run_ranks(options: argparse.Namespace) -> FailuresByRank:
     """Run this pod's ranks with torchelastic."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 RESULT_FILE = "agent.json"
-Failures = dict[str, dict[str, int]]
+FailuresByRank = dict[str, dict[str, int]]
 """Exit code, pid and time (seconds since 1970) of each failed rank, by rank."""
 
 
-def write_failures(work: Path, failures: Failures) -> None:
+def write_failures(work: Path, failures: FailuresByRank) -> None:
     """Write the file atomically. Empty `failures` mean that all ranks ended with exit code 0."""
     partial = work / f".{RESULT_FILE}"
     partial.write_text(json.dumps({"failures": failures, "time": time.time()}))

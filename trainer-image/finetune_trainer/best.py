@@ -43,7 +43,7 @@ class KeepBest(TrainerCallback):
             return
         best_weights = Path(str(args.output_dir)) / BEST_FOLDER
         resumed_is_best = state.best_global_step == state.global_step
-        files = list(_weights(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
+        files = list(_weight_files(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
         if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds the best weights
             return
         if args.local_process_index == 0:
@@ -57,10 +57,10 @@ class KeepBest(TrainerCallback):
         root = Path(str(args.output_dir))
         folder, best_weights = root / f"checkpoint-{state.global_step}", root / BEST_FOLDER
         if state.best_global_step == state.global_step:
-            _replace_files(best_weights, _weights(folder))
+            _replace_files(best_weights, _weight_files(folder))
         elif folder.is_dir():
-            for name, file in _weights(best_weights):
-                _link(file, folder / (BEST_PREFIX + name))
+            for name, file in _weight_files(best_weights):
+                _link_or_copy(file, folder / (BEST_PREFIX + name))
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:
@@ -73,7 +73,7 @@ def copy_to_all_nodes(args: TrainingArguments) -> None:
     if is_writer:
         shutil.rmtree(received, ignore_errors=True)
         received.mkdir(parents=True)
-    chunks = _chunks(best_weights) if args.process_index == 0 else iter(())
+    chunks = _read_chunks(best_weights) if args.process_index == 0 else iter(())
     while True:
         message = [next(chunks, None)]
         distributed.broadcast_object_list(message, src=0, device=args.device)
@@ -84,14 +84,14 @@ def copy_to_all_nodes(args: TrainingArguments) -> None:
             with (received / name).open("ab") as file:
                 file.write(data)
     if is_writer:
-        _replace_files(best_weights, _weights(received))
+        _replace_files(best_weights, _weight_files(received))
         shutil.rmtree(received)
     distributed.barrier()
 
 
-def _chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
+def _read_chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the weight files in chunks: file name and at most `CHUNK_BYTES` of its contents."""
-    for name, file in _weights(folder):
+    for name, file in _weight_files(folder):
         with file.open("rb") as source:
             while data := source.read(CHUNK_BYTES):
                 yield name, data
@@ -101,7 +101,7 @@ def best_folder(trainer: Any) -> Path:
     """Folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
     best_weights = Path(str(trainer.args.output_dir)) / BEST_FOLDER
     for folder in (best_weights, Path(str(trainer.state.best_model_checkpoint))):
-        if any(True for _ in _weights(folder)):
+        if any(True for _ in _weight_files(folder)):
             return folder
     raise NoCheckpointError(
         "BestCheckpointMissing", f"the best checkpoint (step {trainer.state.best_global_step}) is no longer on this disk",
@@ -115,12 +115,12 @@ def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, file in files:
-        _link(file, temporary / name)
+        _link_or_copy(file, temporary / name)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
+def _weight_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield name and path of each weight file of a checkpoint."""
     if folder.is_dir():
         yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHT_FILE.match(file.name))
@@ -133,7 +133,7 @@ def _included_best_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield file.name.removeprefix(BEST_PREFIX), file
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """Create a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)

@@ -8,13 +8,13 @@ Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists,
 
     channel = Channel.from_env()
     inputs = channel.wait_inputs()           # after the heavy imports
-    channel.stage(Stage.LOADING)
+    channel.report_stage(Stage.LOADING)
     channel.report_resolved(Resolved(device="cpu", trainable_parameters=1))
     raise DataError("NoTrainableToken", ...)  # any FineTuneError: `rank.main` reports it and exits with its code
 
-Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.callbacks`. Models passed to
-`progress`, `metrics` and `resolved` are merged field by field: a field that is None keeps its earlier value.
-Tests use `Channel.recording()`, which keeps its messages in `sent`.
+Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.create_callbacks`. Models passed to
+`report_progress`, `report_metrics` and `report_resolved` are merged field by field: a field that is None keeps its earlier value.
+Tests use `Channel.create_recording()`, which keeps its messages in `sent`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class Channel:
         node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
         address = os.environ.get(SOCKET_VARIABLE)
-        return cls(socket_sender(address) if address else _discard, work, node_rank=node, **numbers)
+        return cls(socket_sender(address) if address else _discard_message, work, node_rank=node, **numbers)
 
     @classmethod
-    def recording(cls, work: Path, **world: int) -> Channel:
+    def create_recording(cls, work: Path, **world: int) -> Channel:
         """Create a channel for tests: it has no supervisor and keeps its messages in `sent`."""
-        channel = cls(_discard, work, **world)
+        channel = cls(_discard_message, work, **world)
 
         def record(message: dict[str, Any], _timeout: float) -> bool:
             channel.sent.append(message)
@@ -108,19 +108,19 @@ class Channel:
 
     # ---- reports, dropped while the supervisor is busy ----
 
-    def hello(self) -> None:
+    def report_start(self) -> None:
         """Report that this rank's process runs."""
         self._send_reliably("hello", pid=os.getpid())
 
-    def stage(self, stage: Stage, detail: str | None = None) -> None:
+    def report_stage(self, stage: Stage, detail: str | None = None) -> None:
         """Report the stage of this rank, with an optional detail text."""
         self._send_if_possible("stage", stage=stage.value, detail=detail)
 
-    def progress(self, progress: Progress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """Report progress. The supervisor merges it into earlier reports."""
         self._send_if_possible("progress", value=progress.to_wire())
 
-    def metrics(self, metrics: Metrics) -> None:
+    def report_metrics(self, metrics: Metrics) -> None:
         """Report the newest metrics. The supervisor merges them into earlier reports. The caller leaves out non-finite values."""
         self._send_if_possible("metrics", value=metrics.to_wire())
 
@@ -128,25 +128,25 @@ class Channel:
         """Report the effective configuration of the run. The supervisor merges it into earlier reports."""
         self._send_reliably("resolved", value=resolved.to_wire())
 
-    def note(self, text: str) -> None:
+    def report_note(self, text: str) -> None:
         """Add a sentence to `status.resolved.notes`."""
         self._send_reliably("note", text=text)
 
-    def heartbeat(self, step: int) -> None:
+    def report_step(self, step: int) -> None:
         """Report that an optimizer step is done."""
         self._send_if_possible("heartbeat", step=step)
 
-    def alive(self) -> None:
+    def send_heartbeat(self) -> None:
         """Send a heartbeat within a long step or an evaluation."""
         self._send_if_possible("alive")
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def report_log_line(self, step: int, values: dict[str, Any]) -> None:
         """Send the values of one log call, for `metrics/` in storage. Non-finite numbers are sent as strings."""
         self._send_reliably("log", step=step, values=values)
 
     # ---- messages that must arrive ----
 
-    def failed(self, error: FineTuneError, *, step: int | None = None, origin: bool = True) -> None:
+    def report_failure(self, error: FineTuneError, *, step: int | None = None, origin: bool = True) -> None:
         """Report a failure; the process then exits with `error.exit_code`. `origin` is False if another rank failed first."""
         message = error.message if len(error.message) < 8000 else error.message[:8000] + " ..."
         self._send_reliably(
@@ -154,25 +154,25 @@ class Channel:
             exitCode=int(error.exit_code), step=step, origin=origin,
         )  # fmt: skip
 
-    def staged(self, step: int, folder: Path, **facts: Any) -> None:
+    def report_staged_files(self, step: int, folder: Path, **facts: Any) -> None:
         """Report that this rank's files of the checkpoint of `step` are complete in `folder`."""
         self._send_reliably("staged", step=step, folder=str(folder), **facts)
 
-    def finished(self, folder: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
+    def report_output(self, folder: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
         """Report that the final artefact is complete in `folder`."""
         self._send_reliably("finished", folder=str(folder), outputKind=kind.value, extra=extra)
 
-    def message(self, kind: str, **fields: Any) -> None:
+    def send_message(self, kind: str, **fields: Any) -> None:
         """Send a message of another kind; it is retried while the supervisor is busy."""
         self._send_reliably(kind, **fields)
 
     def _send_if_possible(self, kind: str, **fields: Any) -> None:
-        self._send(self._envelope(kind, fields), 0.0)
+        self._send(self._build_message(kind, fields), 0.0)
 
     def _send_reliably(self, kind: str, **fields: Any) -> None:
-        self._send(self._envelope(kind, fields), SEND_TIMEOUT_SECONDS)
+        self._send(self._build_message(kind, fields), SEND_TIMEOUT_SECONDS)
 
-    def _envelope(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    def _build_message(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         header = {"kind": kind, "rank": self.rank, "localRank": self.local_rank, "timeNs": time.time_ns()}
         return header | {name: _to_json_value(value) for name, value in fields.items() if value is not None}
 
@@ -190,7 +190,7 @@ def _to_json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _discard(_message: dict[str, Any], _timeout: float) -> bool:
+def _discard_message(_message: dict[str, Any], _timeout: float) -> bool:
     return True
 
 
@@ -203,7 +203,7 @@ def socket_sender(address: str) -> Sender:
         data = json.dumps(message, separators=(",", ":"), default=str).encode()
         if len(data) > MAX_MESSAGE_BYTES:
             try:
-                data = _spill(data, Path(address).parent)
+                data = _write_spill_file(data, Path(address).parent)
             except OSError:  # the supervisor is gone, or the disk is full
                 return False
         end = time.monotonic() + timeout
@@ -221,7 +221,7 @@ def socket_sender(address: str) -> Sender:
     return send
 
 
-def _spill(data: bytes, folder: Path) -> bytes:
+def _write_spill_file(data: bytes, folder: Path) -> bytes:
     """Write a message that is too large for a datagram to a file next to the socket. Return a message that names the file."""
     name = f"{uuid.uuid4().hex}{SPILL_SUFFIX}"
     (folder / f".{name}").write_bytes(data)
@@ -230,7 +230,7 @@ def _spill(data: bytes, folder: Path) -> bytes:
 
 
 def read_spilled(message: dict[str, Any], folder: Path) -> Any:
-    """If the message only names a file (see `_spill`), return the file's contents and delete the file. Errors: OSError, ValueError."""
+    """If the message only names a file (see `_write_spill_file`), return the file's contents and delete the file. Errors: OSError, ValueError."""
     name = message.get("spilled")
     if not (isinstance(name, str) and name.endswith(SPILL_SUFFIX)):
         return message

@@ -27,7 +27,7 @@ from finetune_trainer.best import best_folder, copy_to_all_nodes
 from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
-from finetune_trainer.speed import Meter
+from finetune_trainer.speed import SpeedMeter
 
 logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +40,7 @@ class GuardedTrainer(OpenTrainer):
     """Mix-in for TRL trainers. `distributed.connect_trainer_class` derives a class from it and sets `strategy`."""
 
     strategy: DistributedStrategy
-    meter: Meter | None = None
+    meter: SpeedMeter | None = None
     lora_plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
 
@@ -144,7 +144,7 @@ class GuardedTrainer(OpenTrainer):
             )  # fmt: skip
 
 
-def _timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
+def _timed(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
     """Yield the batches, and add the time spent waiting for each batch to the meter.
 
     `get_batch_samples` as a whole is not timed: it also counts the tokens of all ranks, so it waits for the slowest rank.

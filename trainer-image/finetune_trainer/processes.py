@@ -29,7 +29,7 @@ def die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-class Child:
+class ChildProcess:
     """A direct child process in its own process group."""
 
     def __init__(self, command: list[str], env: dict[str, str], *, cwd: Path | None = None) -> None:

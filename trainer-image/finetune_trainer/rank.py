@@ -16,7 +16,7 @@ from finetune_api.names import ExitCode
 from finetune_api.pod import RunConfig
 
 from finetune_trainer.channel import Channel
-from finetune_trainer.checkpoint.stop import Stopped
+from finetune_trainer.checkpoint.stop import TrainingStopped
 from finetune_trainer.failure import classify
 from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
@@ -33,7 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(message)s", stream=sys.stderr)
     channel = Channel.from_env()
-    channel.hello()
+    channel.report_start()
     code = _run_and_report(channel)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -45,8 +45,8 @@ def _run_and_report(channel: Channel) -> int:
         run, _ = load_run(Settings.from_env())
         _train(run, channel)
         return ExitCode.OK
-    except Stopped as stopped:
-        channel.message("stopped", step=stopped.step)
+    except TrainingStopped as stopped:
+        channel.send_message("stopped", step=stopped.step)
         return ExitCode.OK
     except BaseException as error:
         # If an InternalError only wraps a library's exception, classify that exception: its type is more specific.
@@ -55,7 +55,7 @@ def _run_and_report(channel: Channel) -> int:
         )
         failure, origin = classify(cause)
         traceback.print_exc()
-        channel.failed(failure, origin=origin)
+        channel.report_failure(failure, origin=origin)
         return int(failure.exit_code)
 
 
@@ -63,6 +63,6 @@ def _train(run: RunConfig, channel: Channel) -> None:
     module: ModuleType = importlib.import_module(os.environ.get(TRAINER_MODULE_VARIABLE, "finetune_trainer.train"))
     if hasattr(module, "preload"):
         module.preload(run)
-    channel.message("ready")
+    channel.send_message("ready")
     inputs = channel.wait_inputs()
     module.main(run, channel, inputs)

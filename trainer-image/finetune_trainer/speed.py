@@ -35,7 +35,7 @@ EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of a model that determine its FLOPs per token."""
 
     matrix_parameters: int
@@ -44,12 +44,12 @@ class Shape:
     head_size: int
 
     @staticmethod
-    def of(model: Any) -> Shape:
+    def of(model: Any) -> ModelShape:
         """The sizes of a transformers model, with or without PEFT layers."""
         config = model.config.get_text_config()
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
         head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-        return Shape(
+        return ModelShape(
             sum(numbers for _, numbers in _matrices(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(head_size)
         )  # fmt: skip
 
@@ -81,12 +81,12 @@ def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterat
             yield name, parameter
 
 
-def attention_flops(shape: Shape, length: float, *, causal: bool = True) -> float:
+def attention_flops(shape: ModelShape, length: float, *, causal: bool = True) -> float:
     """FLOPs of the attention products per token, in documents of `length` tokens."""
     return 4 * shape.layers * shape.heads * shape.head_size * length * (0.5 if causal else 1.0)
 
 
-def flops_per_token(shape: Shape, length: float, *, frozen_base: bool, trained: int = 0, causal: bool = True) -> float:
+def flops_per_token(shape: ModelShape, length: float, *, frozen_base: bool, trained: int = 0, causal: bool = True) -> float:
     """FLOPs of training per token. `trained`: number of trained parameters of an otherwise frozen base model."""
     attention = attention_flops(shape, length, causal=causal)
     matrix = 2 * shape.matrix_parameters
@@ -100,7 +100,7 @@ def peak_of(device: str) -> float | None:
     return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
 
 
-class Meter:
+class SpeedMeter:
     """Throughput between log lines. Times are seconds of the wall clock; tokens are counted over all ranks."""
 
     def __init__(self, *, flops_of_token: float, peak: float | None, ranks: int):

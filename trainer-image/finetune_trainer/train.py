@@ -54,39 +54,39 @@ class NeedsTrainer(Protocol):
         """Called with the Trainer before training begins."""
 
 
-class Hooks(Protocol):
+class TrainingHooks(Protocol):
     """Reporting, checkpoints and the delivery of the final artefact. Implemented by `finetune_trainer.checkpoint.rank`, and by tests."""
 
-    def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
+    def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
         """Callbacks for the Trainer."""
 
     def resume_path(self, inputs: Inputs) -> Path | None:
         """Folder of the checkpoint to resume from."""
 
-    def finish(
+    def deliver_output(
         self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]
     ) -> None:
         """Deliver the final artefact in folder `model_dir`."""
 
 
-def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None = None) -> None:
+def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks | None = None) -> None:
     """Train and save on this rank, report over `channel`, and deliver the final artefact.
 
     Errors: FineTuneError; exceptions of libraries are converted by `to_finetune_error`.
     """
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     try:
-        Session(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
+        TrainingSession(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
     except FineTuneError:
         raise
     except Exception as error:
         raise to_finetune_error(error) from error
 
 
-class Session:
+class TrainingSession:
     """The training run of one rank. `execute` runs all steps."""
 
-    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks):
+    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks):
         from finetune_trainer import distributed, hardware
 
         _disable_progress_bars()
@@ -102,17 +102,17 @@ class Session:
 
     def execute(self) -> None:
         """Train, evaluate the test set, save and deliver."""
-        self.channel.stage(Stage.LOADING)
-        trainer, trainable = self._build(self.hooks.callbacks(self.run, self.channel, self.inputs))
+        self.channel.report_stage(Stage.LOADING)
+        trainer, trainable = self._build(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
         if self.resume_path is not None:
-            self.channel.stage(Stage.RESTORING)
+            self.channel.report_stage(Stage.RESTORING)
         trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
         test_metrics = self._evaluate_test_set(trainer)
-        self.channel.stage(Stage.SAVING)
+        self.channel.report_stage(Stage.SAVING)
         folder, extra = self._save(trainer, trainable)
         if test_metrics:
             extra["evaluation"] = test_metrics
-        self.hooks.finish(self.run, self.channel, folder, trainable.kind, extra)
+        self.hooks.deliver_output(self.run, self.channel, folder, trainable.kind, extra)
 
     def _build(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
         """Build arguments, data, base model, method and Trainer, in this order. Returns the Trainer and its model.
@@ -229,7 +229,7 @@ class Session:
                 dataset_rows=self.facts.rows, dataset_format=self.facts.format.value,
             )
         )  # fmt: skip
-        self.channel.stage(Stage.TRAINING)
+        self.channel.report_stage(Stage.TRAINING)
 
     def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
         """Evaluate the test set on the final weights. Returns its metrics; empty without a test set."""
@@ -237,7 +237,7 @@ class Session:
 
         if self.test_rows is None:
             return {}
-        self.channel.stage(Stage.EVALUATING)
+        self.channel.report_stage(Stage.EVALUATING)
         metrics = held_out.measure(trainer, self.test_rows, self.objective.held_out_metrics)
         self._emit_notes(held_out.summarise(metrics, self.objective.held_out_metrics))
         return metrics
@@ -274,13 +274,13 @@ class Session:
             if note not in self._emitted_notes:
                 self._emitted_notes.add(note)
                 if self.channel.rank == 0:
-                    self.channel.note(note)
+                    self.channel.report_note(note)
 
 
-def _checkpoint_hooks() -> Hooks:
+def _checkpoint_hooks() -> TrainingHooks:
     from finetune_trainer.checkpoint import rank
 
-    return rank  # type: ignore[return-value]  # the module has the functions of Hooks
+    return rank  # type: ignore[return-value]  # the module has the functions of TrainingHooks
 
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:

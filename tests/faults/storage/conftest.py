@@ -17,7 +17,7 @@ sys.path[:0] = [
 ]
 
 from finetune_api.pod import StoreTarget  # noqa: E402 - the path comes first
-from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - the path comes first
+from finetune_trainer.checkpoint.tree import CheckpointTree  # noqa: E402 - the path comes first
 from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - the path comes first
 from pod_harness import write_rows  # noqa: E402 - the path comes first
 from proxied_tree import ProxiedTree  # noqa: E402 - the path comes first
@@ -57,8 +57,8 @@ def bucket_name(s3_server: S3Endpoint) -> str:
 def storage(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> ProxiedTree:
     uri = f"s3://{bucket_name}/{uuid.uuid4().hex}/team/job/uid"
     return ProxiedTree(
-        Tree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),
-        Tree(S3Store(StoreTarget(uri=uri, endpoint=s3_server.host_url))),
+        CheckpointTree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),
+        CheckpointTree(S3Store(StoreTarget(uri=uri, endpoint=s3_server.host_url))),
         s3_server.client(), bucket_name,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from pod_harness import PYTHONPATH, Pod, run_config
 from toy_rank import link
 
@@ -23,8 +23,8 @@ PODS = Path(__file__).parents[2] / "pod"
 class ProxiedTree:
     """The storage of one job, with two clients: `proxied` uses the fault proxy, like the pod; `direct` uses the store itself."""
 
-    proxied: Tree
-    direct: Tree
+    proxied: CheckpointTree
+    direct: CheckpointTree
     client: Any
     bucket: str
 
@@ -43,8 +43,8 @@ class ProxiedTree:
         from finetune_trainer.checkpoint.restore import fetch_verified
 
         steps = []
-        for committed in self.direct.committed():
-            manifest = self.direct.manifest(committed)
+        for committed in self.direct.list_committed():
+            manifest = self.direct.read_manifest(committed)
             assert manifest is not None, committed
             problem = fetch_verified(
                 self.direct, committed.folder, manifest, folder / committed.folder, lambda path: True
@@ -74,7 +74,7 @@ def logged_states(storage: ProxiedTree) -> dict[int, str]:
 
 def final_state(storage: ProxiedTree) -> str:
     """Read the state of rank 0 from the committed model."""
-    model = storage.direct.marker(None)
+    model = storage.direct.get_committed(None)
     assert model is not None, "no model is committed"
     return (storage.direct.store.get(f"{model.folder}/chain-0") or b"").decode()
 

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from finetune_api.errors import FineTuneError, StorageError
 from finetune_trainer.checkpoint.manifest import prefix_of
-from finetune_trainer.checkpoint.tree import Fenced
+from finetune_trainer.checkpoint.tree import FencedOutError
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
 from proxied_tree import ProxiedTree
@@ -68,7 +68,7 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
         try:
             storage.commit(5, checkpoint, incarnation, attempt)
             results[incarnation] = "committed"
-        except Fenced as error:
+        except FencedOutError as error:
             results[incarnation] = error
 
     incarnations = [("a1-00000001", 1), (f"a{second_attempt}-00000002", second_attempt)]
@@ -79,8 +79,8 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
         thread.join()
     committed = [name for name, result in results.items() if result == "committed"]
     if second_attempt == 1:
-        assert sorted(type(result).__name__ for result in results.values()) == ["Fenced", "str"]
-    found = storage.direct.marker(5)
+        assert sorted(type(result).__name__ for result in results.values()) == ["FencedOutError", "str"]
+    found = storage.direct.get_committed(5)
     assert found is not None and found.marker.path == (committed[0] if second_attempt == 1 else incarnations[1][0])
     assert found.marker.path in committed
     assert storage.verify_all(tmp_path / "check") == [5]
@@ -105,7 +105,7 @@ def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
     storage.commit(5, checkpoint, "a2-00000002", 2)
-    found = storage.direct.marker(5)
+    found = storage.direct.get_committed(5)
     assert found is not None and found.marker.path == "a2-00000002"
     assert storage.verify_all(tmp_path / "check") == [5]
     fault.remove()
@@ -120,7 +120,7 @@ def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTre
     with pytest.raises(StorageError) as caught:
         storage.proxied.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     assert caught.value.code == "UploadIncomplete" and "optimizer.pt" in caught.value.message
-    assert storage.direct.committed() == []
+    assert storage.direct.list_committed() == []
 
 
 @pytest.mark.parametrize("key", ["trainer_state.json", "manifest.json", "_COMMITTED"])
@@ -156,9 +156,9 @@ def test_a_committed_step_is_complete_at_every_instant(
 
     def watch() -> None:
         while not done.is_set():
-            for committed in storage.direct.committed():
-                manifest = storage.direct.manifest(committed)
-                is_removed = storage.direct.marker(committed.step or 0) is None  # the checkpoint was removed after `committed()` had listed it
+            for committed in storage.direct.list_committed():
+                manifest = storage.direct.read_manifest(committed)
+                is_removed = storage.direct.get_committed(committed.step or 0) is None  # the checkpoint was removed after `committed()` had listed it
                 if manifest is None and not is_removed:
                     incomplete.append(committed)
                 reads[0] += 1
@@ -233,7 +233,7 @@ def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint)
-    with pytest.raises(Fenced):
+    with pytest.raises(FencedOutError):
         storage.commit(5, checkpoint, "a1-22222222")
     assert storage.verify_all(tmp_path / "check") == [5]
 

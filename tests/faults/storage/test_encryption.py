@@ -11,7 +11,7 @@ from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_api.spec.enums import EncryptionType
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.restore import restore
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
@@ -33,7 +33,7 @@ def test_an_encrypted_checkpoint_is_committed_and_restored(
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "large").write_bytes(bytes(11 * s3.MIB))
     assert preflight(target).conditional_writes
-    tree = Tree(S3Store(target))
+    tree = CheckpointTree(S3Store(target))
     entries = tree.upload(prefix_of(5), "a1-00000000", checkpoint)
     tree.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     found = restore(tree, ResumeConfig(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")

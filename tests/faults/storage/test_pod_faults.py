@@ -51,7 +51,7 @@ def test_training_survives_an_outage_of_the_store(
         down = proxy.fault(Reset())
         before = pod.step()
         pod.wait_step(before + 30)
-        during = [committed.step or 0 for committed in storage.direct.committed()]
+        during = [committed.step or 0 for committed in storage.direct.list_committed()]
         assert max(during) <= before + 10
         down.remove()
         assert down.hits > 0
@@ -227,7 +227,7 @@ def test_a_damaged_checkpoint_is_replaced(
     script = {"steps": 17, "every": 5}
     with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
-    newest, before = storage.direct.committed()[:2]
+    newest, before = storage.direct.list_committed()[:2]
     assert newest.step == 15 and before.step is not None
     storage.direct.store.put(f"{newest.folder}/state-0", b"x" * 1000)
     resume = ResumeConfig(mode="auto", expect_step=15)
@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_replaced(
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == before.step
     assert storage.verify_all(tmp_path / "check")[0] == 15
-    replaced = storage.direct.marker(15)
+    replaced = storage.direct.get_committed(15)
     assert replaced is not None and replaced.marker.attempt == 2
     assert {stat.key.split("/")[2] for stat in storage.direct.store.list("checkpoints/step-00000015/a")} == {
         replaced.marker.path
@@ -284,4 +284,4 @@ def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
         assert pod.end(120) == (75 if saved else 76), pod.text[-3000:]
     termination = pod.termination_message()
     assert (termination.code, termination.committed_step) == (("StoppedSaved", 20) if saved else ("StoppedUnsaved", 15))
-    assert storage.direct.marker(None) is None
+    assert storage.direct.get_committed(None) is None

@@ -15,7 +15,7 @@ from aiohttp import web
 from finetune_api.errors import FineTuneError, NoCheckpointError
 from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import RunFacts
-from finetune_trainer.checkpoint.restore import Restored, restore
+from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.supervisor.fetch import Fetcher
@@ -38,7 +38,7 @@ def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
     return storage
 
 
-def restore_newest(storage: ProxiedTree, folder: Path, resume: ResumeConfig | None = None, facts: RunFacts = FACTS) -> Restored:
+def restore_newest(storage: ProxiedTree, folder: Path, resume: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
     return restore(storage.proxied, resume or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
     found = restore_newest(two, tmp_path)
     assert (found.step, len(found.damaged)) == (5, 1)
     assert "optimizer.pt is missing" in found.damaged[0]
-    assert [committed.step for committed in two.direct.committed()] == [5]
+    assert [committed.step for committed in two.direct.list_committed()] == [5]
 
 
 def test_a_wrong_clock_is_reported_without_endless_retries(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from aiohttp import web
 from finetune_api.names import FailureClass
 from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import prefix_of, step_of
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.s3 import S3Store
 from pod_harness import Pod
 from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
@@ -69,7 +69,7 @@ class TwoAttempts:
 
     def start_later(self) -> Pod:
         """Create the pod of the second attempt while the first attempt runs. It ends twelve checkpoints after the step from which it resumes."""
-        self.start = max(one.step or 0 for one in self.storage.direct.committed())
+        self.start = max(one.step or 0 for one in self.storage.direct.list_committed())
         script, resume = SCRIPT | {"further": 12 * EVERY}, ResumeConfig(mode="auto", expect_step=self.start)
         return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
 
@@ -80,7 +80,7 @@ class TwoAttempts:
 
         def watch() -> None:
             while not done.wait(READ_INTERVAL_SECONDS):
-                for one in self.storage.direct.committed():
+                for one in self.storage.direct.list_committed():
                     paths = self.markers_seen.setdefault(one.step or 0, [])
                     if paths[-1:] != [one.marker.path]:
                         paths.append(one.marker.path)
@@ -104,12 +104,12 @@ class TwoAttempts:
         resumed = later.termination_message().resumed_from_step
         assert resumed is not None and resumed >= self.start
         last = resumed + 12 * EVERY
-        for one in self.storage.direct.committed():
+        for one in self.storage.direct.list_committed():
             assert one.marker.attempt == (1 if (one.step or 0) <= resumed else 2), one
         for step, paths in self.markers_seen.items():
             assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
         assert last in self.storage.verify_all(self.folder / "after")
-        committed_folders = {f"{one.folder}/" for one in self.storage.direct.committed()}
+        committed_folders = {f"{one.folder}/" for one in self.storage.direct.list_committed()}
         data = [
             stat.key
             for stat in self.storage.direct.store.list("checkpoints/")
@@ -125,7 +125,7 @@ class TwoAttempts:
 def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[TwoAttempts]:
     with S3Proxy(s3_server.host_url) as other:
         target = storage.direct.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
-        second = ProxiedTree(Tree(S3Store(target)), storage.direct, storage.client, storage.bucket)
+        second = ProxiedTree(CheckpointTree(S3Store(target)), storage.direct, storage.client, storage.bucket)
         yield TwoAttempts(tmp_path, spec, storage, second, (proxy, other), s3_server)
 
 
@@ -160,7 +160,7 @@ class Race:
 
     def marked_attempt(self) -> int:
         """Return the number of the attempt that the step's marker names; 0 if there is no marker."""
-        found = self.two.storage.direct.marker(self.step)
+        found = self.two.storage.direct.get_committed(self.step)
         return found.marker.attempt if found is not None else 0
 
     def finish_earlier(self) -> None:

@@ -308,8 +308,8 @@ def test_weights_that_become_nan_after_the_last_step_are_not_published(
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             next(parameter for parameter in model.parameters() if parameter.requires_grad).data[0] = float("nan")
 
-    original = Hooks.callbacks
-    monkeypatch.setattr(Hooks, "callbacks", lambda self, *args: [*original(self, *args), Poison()])
+    original = Hooks.create_callbacks
+    monkeypatch.setattr(Hooks, "create_callbacks", lambda self, *args: [*original(self, *args), Poison()])
     with pytest.raises(DivergedError) as caught:
         run_training(tmp_path, model, {"method": {"type": method}})
     assert caught.value.code == "WeightsNotFinite" and int(caught.value.exit_code) == 72

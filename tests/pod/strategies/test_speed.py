@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer.speed import Shape, flops_per_token
+from finetune_trainer.speed import ModelShape, flops_per_token
 
 from tests.support.learning import TEN, Outcome, run_training
 from tests.support.tiny import make_tiny_model
@@ -31,7 +31,7 @@ def matrices(folder: Path) -> int:
 def test_every_method_reports_the_shape_of_the_base_model(method: str, model: Path, tmp_path: Path) -> None:
     trained = run_training(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
     base = getattr(trained, "get_base_model", lambda: trained)()
-    assert Shape.of(base) == Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
+    assert ModelShape.of(base) == ModelShape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
 
 
 def test_a_tied_head_counts_once(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN, layers=LAYERS, tied=True)
     tied = AutoModelForCausalLM.from_pretrained(folder)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
-    assert Shape.of(tied).matrix_parameters == sum(weight.numel() for weight in tied.parameters())
+    assert ModelShape.of(tied).matrix_parameters == sum(weight.numel() for weight in tied.parameters())
 
 
 @pytest.mark.parametrize(("method", "frozen"), [("lora", True), ("full", False)])
@@ -53,7 +53,7 @@ def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
     monkeypatch.setattr(sft, "peak_of", lambda name: peak)
     outcome = run_training(tmp_path, model, {"method": {"type": method}})
     report = outcome.extra["data"]["tokens"]["train"]
-    shape = Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
+    shape = ModelShape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
     flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
     lines = [line for line in outcome.logs if "mfu" in line]
     assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured between two log lines

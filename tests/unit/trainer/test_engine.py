@@ -12,7 +12,7 @@ from finetune_api.errors import DivergedError, NoCheckpointError
 torch = pytest.importorskip("torch")
 from finetune_trainer import engine, speed  # noqa: E402 - the module needs torch
 from finetune_trainer.engine import FiniteGuard, GuardedTrainer  # noqa: E402 - the module needs torch
-from finetune_trainer.speed import Meter  # noqa: E402 - the module needs torch
+from finetune_trainer.speed import SpeedMeter  # noqa: E402 - the module needs torch
 from safetensors.torch import load_file, save_file  # noqa: E402 - the module needs torch
 from transformers import Trainer, TrainingArguments  # noqa: E402 - the module needs torch
 
@@ -148,7 +148,7 @@ def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
         use_cpu=True, disable_tqdm=True, include_num_input_tokens_seen="no",
     )  # fmt: skip
     trainer = ClockedTrainer(model=Linear(), args=args, train_dataset=SlowRows())
-    trainer.meter = Meter(flops_of_token=1, peak=None, ranks=1)
+    trainer.meter = SpeedMeter(flops_of_token=1, peak=None, ranks=1)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "data_wait_share" in line]
     step_seconds = FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer.speed import Meter, Shape, attention_flops, flops_per_token, peak_of, trained_parameters
+from finetune_trainer.speed import ModelShape, SpeedMeter, attention_flops, flops_per_token, peak_of, trained_parameters
 
 from tests.support.learning import run_training
 from tests.support.tiny import make_tiny_model
 
-LLAMA_3_8B = Shape(matrix_parameters=7_504_924_672, layers=32, heads=32, head_size=128)
+LLAMA_3_8B = ModelShape(matrix_parameters=7_504_924_672, layers=32, heads=32, head_size=128)
 """Llama 3 8B: 8.03 billion parameters, minus the embedding table of 128,256 x 4,096."""
 VOCABULARY, HIDDEN, MLP, LAYERS = 48, 16, 32, 2
 TABLE = VOCABULARY * HIDDEN
@@ -57,12 +57,12 @@ def test_peak_flops_are_known_by_device_name_and_none_otherwise() -> None:
 
 
 def test_meter_measures_throughput_between_log_lines() -> None:
-    meter = Meter(flops_of_token=2.0, peak=100.0, ranks=2)
+    meter = SpeedMeter(flops_of_token=2.0, peak=100.0, ranks=2)
     assert meter.read(10, now=1.0) == {}
     meter.waited = 0.5
     assert meter.read(60, now=3.0) == {"tokens_per_second": 25.0, "data_wait_share": 0.25, "mfu": 0.25}
     assert meter.read(60, now=4.0) == {}
-    assert "mfu" not in (Meter(flops_of_token=1, peak=None, ranks=1).read(1, now=1.0) | {})
+    assert "mfu" not in (SpeedMeter(flops_of_token=1, peak=None, ranks=1).read(1, now=1.0) | {})
 
 
 def llama(*, tied: bool = False) -> Any:
@@ -85,7 +85,7 @@ def with_lora(model: Any, **options: Any) -> Any:
 
 
 def matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
-    return Shape.of(model).matrix_parameters, trained_parameters(model)
+    return ModelShape.of(model).matrix_parameters, trained_parameters(model)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -119,12 +119,12 @@ def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
         parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
     learned = 3 * HIDDEN * MLP + TABLE  # the embedding lookup is not a matrix product
     assert matrix_and_trained_parameters(model) == (BODY + TABLE, learned)
-    flops = flops_per_token(Shape.of(model), 0, frozen_base=True, trained=trained_parameters(model))
+    flops = flops_per_token(ModelShape.of(model), 0, frozen_base=True, trained=trained_parameters(model))
     assert flops == 4 * (BODY + TABLE) + 2 * learned
 
 
 def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> None:
-    shape = Shape.of(llama())
+    shape = ModelShape.of(llama())
     every_parameter = flops_per_token(shape, 8, frozen_base=True, trained=trained_parameters(llama()))
     assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
 
@@ -155,7 +155,7 @@ def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeyp
     matrices, trained = matrix_and_trained_parameters(outcome.model)
     assert 0 < trained < matrices
     flops = flops_per_token(
-        Shape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained=trained
+        ModelShape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained=trained
     )
     (line,) = [line for line in outcome.logs if "mfu" in line]
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e12, rel=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError, FineTuneError
-from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, Prepared, max_sequence_length, prepare
+from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, max_sequence_length, prepare
 from finetune_trainer.data.rows import Completion
 
 from tests.support.data import decoded, prepare_rows, render_options, tokenizer, trained_texts
@@ -107,7 +107,7 @@ def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_p
     files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN[:2]) for name in ("validation", "test")}
     inputs = inputs.model_copy(update={name: [file] for name, file in files.items()})
 
-    def prepare_again() -> Prepared:
+    def prepare_again() -> PreparedData:
         return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
 
     assert (prepare_again().is_from_cache, prepare_again().is_from_cache) == (False, True)
@@ -122,7 +122,7 @@ def test_changed_seed_changes_the_mixture(tmp_path: Path) -> None:
     sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN[i * 5 : i * 5 + 5])] for i in range(2)]
     mixture = [{"source": f"s3://data/{i}.jsonl", "weight": 1 + 3 * i} for i in range(2)]
 
-    def mixed(seed: int) -> Prepared:
+    def mixed(seed: int) -> PreparedData:
         spec = {"dataset": {"train": None, "mixture": mixture}, "training": {"seed": seed}}
         run, inputs = make_run(tmp_path, Path("/models/tiny"), spec)
         inputs = inputs.model_copy(update={"train": [], "mixture": sources})

@@ -10,7 +10,7 @@ from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.rules import REWARD_PARAMETERS, invalid_parameters
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
-from finetune_trainer.objective.rewards import BUILTIN_REWARDS, Parameters, build_rewards, require_columns, text_of
+from finetune_trainer.objective.rewards import BUILTIN_REWARDS, RewardParameters, build_rewards, require_columns, text_of
 
 CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
 
@@ -221,7 +221,7 @@ def test_builtin_rewards_read_the_parameters_that_the_api_lists(builtin: Builtin
     needed = {
         BuiltinReward.REGEX: {"pattern": "x"}, BuiltinReward.JSON_SCHEMA: {"schema": "{}"}, BuiltinReward.LENGTH: {"minimum": "1"},
     }  # fmt: skip
-    read = Parameters("trainer.rewards[0]", needed.get(builtin, {}))
+    read = RewardParameters("trainer.rewards[0]", needed.get(builtin, {}))
     BUILTIN_REWARDS[builtin](read)
     assert set(read.known) == set(REWARD_PARAMETERS[builtin])
     assert list(invalid_parameters("p", builtin, needed.get(builtin, {}))) == []

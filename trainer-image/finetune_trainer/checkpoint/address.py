@@ -14,13 +14,13 @@ from finetune_api.names import Storage, attempt_of_uri
 
 from finetune_trainer.checkpoint.manifest import prefix_of, step_of
 from finetune_trainer.checkpoint.restore import fetch_verified
-from finetune_trainer.checkpoint.tree import Committed, Tree
-from finetune_trainer.storage.base import Counter, join
+from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
+from finetune_trainer.storage.base import ByteCounter, join
 from finetune_trainer.storage.web import split_query
 
 
 @dataclass(frozen=True)
-class Address:
+class JobAddress:
     """A parsed URI. `root` includes the query of a web address. `step` or `model` is set if the URI names a checkpoint or the model."""
 
     root: str
@@ -32,28 +32,28 @@ class Address:
         return self.step is None and not self.model
 
 
-def parse_address(uri: str) -> Address:
+def parse_address(uri: str) -> JobAddress:
     """Parse a URI from a job's status. The last part may be the incarnation's folder."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 2, -1):
         step = step_of(parts[index])
         if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
-            return Address("/".join(parts[: index - 1]) + query, step)
+            return JobAddress("/".join(parts[: index - 1]) + query, step)
         if parts[index] == Storage.MODEL and (
             index == len(parts) - 1 or (index == len(parts) - 2 and attempt_of_uri(address.rstrip("/")) is not None)
         ):
-            return Address("/".join(parts[:index]) + query, model=True)
+            return JobAddress("/".join(parts[:index]) + query, model=True)
         if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
-            return Address("/".join(parts[:index]) + query)
-    return Address("/".join(parts) + query)
+            return JobAddress("/".join(parts[:index]) + query)
+    return JobAddress("/".join(parts) + query)
 
 
-def find_committed(tree: Tree, where: Address) -> Iterator[Committed]:
+def find_committed(tree: CheckpointTree, where: JobAddress) -> Iterator[CommittedCheckpoint]:
     """Yield the committed checkpoints at the address, newest first, then the committed model. Errors: NotFoundError `NothingCommitted`."""
-    committed = tree.committed() if where.whole_job else [one for one in [_committed_step(tree, where.step)] if one]
+    committed = tree.list_committed() if where.whole_job else [one for one in [_get_committed_step(tree, where.step)] if one]
     if where.whole_job:
-        committed += [model] if (model := tree.marker(None)) else []
+        committed += [model] if (model := tree.get_committed(None)) else []
     if not committed:
         raise NotFoundError(
             "NothingCommitted", f"nothing is committed at {tree.uri(prefix_of(where.step)) if not where.whole_job else tree.store.uri}",
@@ -62,17 +62,17 @@ def find_committed(tree: Tree, where: Address) -> Iterator[Committed]:
     yield from committed
 
 
-def _committed_step(tree: Tree, step: int | None) -> Committed | None:
+def _get_committed_step(tree: CheckpointTree, step: int | None) -> CommittedCheckpoint | None:
     if step is None:
-        return tree.marker(None)
-    return tree.marker(step, healthy=tree.store.get(join(prefix_of(step), Storage.HEALTHY)) is not None)
+        return tree.get_committed(None)
+    return tree.get_committed(step, healthy=tree.store.get(join(prefix_of(step), Storage.HEALTHY)) is not None)
 
 
 def download_committed(
-    tree: Tree, committed: Committed, folder: Path, *, count: Counter | None = None, check_space: Counter | None = None
+    tree: CheckpointTree, committed: CommittedCheckpoint, folder: Path, *, count: ByteCounter | None = None, check_space: ByteCounter | None = None
 ) -> str | None:
     """Call `check_space` with the size in bytes, then download and verify the files. Return the first problem, or None."""
-    manifest = tree.manifest(committed)
+    manifest = tree.read_manifest(committed)
     if manifest is None:
         return f"{tree.uri(join(committed.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
     if check_space:

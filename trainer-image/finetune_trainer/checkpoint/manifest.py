@@ -84,7 +84,7 @@ class Manifest(LenientModel):
         return sum(file.size for file in self.files)
 
 
-class Marker(WireModel):
+class CommitMarker(WireModel):
     """The object `_COMMITTED`: a checkpoint exists if and only if it has a valid marker."""
 
     attempt: int
@@ -95,15 +95,15 @@ class Marker(WireModel):
         return json.dumps(self.to_wire(), sort_keys=True).encode()
 
     @staticmethod
-    def parse(data: bytes) -> Marker | None:
+    def parse(data: bytes) -> CommitMarker | None:
         """The marker, or None if the bytes are not a valid marker."""
         try:
-            return Marker.model_validate_json(data)
+            return CommitMarker.model_validate_json(data)
         except ValueError:
             return None
 
 
-class Part(LenientModel):
+class UploadedPart(LenientModel):
     """The files that one of several pods has uploaded. The object `<incarnation>/.parts/node-<n>.json` exists until the commit."""
 
     node: int

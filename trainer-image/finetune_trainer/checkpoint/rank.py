@@ -23,8 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from finetune_trainer.channel import Channel
-from finetune_trainer.checkpoint.stop import GangStore, SingleRankStore, StopAgreement, Stopped, TcpGangStore
-from finetune_trainer.checkpoint.window import Window
+from finetune_trainer.checkpoint.stop import GangStore, SingleRankStore, StopAgreement, TcpGangStore, TrainingStopped
+from finetune_trainer.checkpoint.window import LoggingWindow
 from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 
@@ -38,12 +38,12 @@ OPTIMIZER_BYTES = 8
 """Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
 
 
-def callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
+def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
     """Return the callbacks for this run. The Trainer must call them after all other callbacks, in this order."""
     shared: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
     agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, shared)
-    return [Reporter(channel), Stager(channel, agreement, _incarnation(channel, shared), resume_path(inputs))]
+    return [ProgressReporter(channel), CheckpointStager(channel, agreement, _agree_on_incarnation(channel, shared), resume_path(inputs))]
 
 
 def resume_path(inputs: Inputs) -> Path | None:
@@ -51,14 +51,14 @@ def resume_path(inputs: Inputs) -> Path | None:
     return inputs.restore.path if inputs.restore else None
 
 
-def finish(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
+def deliver_output(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
     """Hand the complete final artefact over to the supervisor, which uploads and commits it."""
     if channel.rank == 0:
-        channel.stage(Stage.UPLOADING)
-        channel.finished(model_dir, kind, extra)
+        channel.report_stage(Stage.UPLOADING)
+        channel.report_output(model_dir, kind, extra)
 
 
-def _incarnation(channel: Channel, shared: GangStore) -> str:
+def _agree_on_incarnation(channel: Channel, shared: GangStore) -> str:
     """The name of this incarnation. All ranks use the name of rank 0's pod."""
     own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
@@ -79,7 +79,7 @@ def agree_on_start(channel: Channel, shared: GangStore, step: int) -> None:
         raise PeerError("StartsDiffer", f"the pods restored checkpoints of different steps: {steps}")
 
 
-class Reporter(TrainerCallback):
+class ProgressReporter(TrainerCallback):
     """Reports steps, losses and throughput to the supervisor. Local rank 0 reports; the other ranks only send heartbeats."""
 
     def __init__(self, channel: Channel) -> None:
@@ -89,10 +89,10 @@ class Reporter(TrainerCallback):
         self._tokens: list[tuple[float, int]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._channel.progress(Progress(step=state.global_step, total_steps=state.max_steps, epoch=state.epoch or 0.0))
+        self._channel.report_progress(Progress(step=state.global_step, total_steps=state.max_steps, epoch=state.epoch or 0.0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._channel.heartbeat(state.global_step)
+        self._channel.report_step(state.global_step)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._send_heartbeat()
@@ -106,7 +106,7 @@ class Reporter(TrainerCallback):
         now = time.monotonic()
         if now - self._last_heartbeat > HEARTBEAT_SECONDS:
             self._last_heartbeat = now
-            self._channel.alive()
+            self._channel.send_heartbeat()
 
     def on_log(
         self,
@@ -118,18 +118,18 @@ class Reporter(TrainerCallback):
     ) -> None:
         if not self._reports or not logs:
             return
-        self._channel.log(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
+        self._channel.report_log_line(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
         tokens = int(state.num_input_tokens_seen or 0)
-        self._channel.progress(
+        self._channel.report_progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=tokens or None, tokens_per_second=_finite(logs.get("tokens_per_second"), 1) or self._recent_throughput(tokens),
+                tokens_seen=tokens or None, tokens_per_second=_rounded_or_none(logs.get("tokens_per_second"), 1) or self._recent_throughput(tokens),
             )
         )  # fmt: skip
-        self._channel.metrics(
+        self._channel.report_metrics(
             Metrics(
-                train_loss=_finite(logs.get("loss")), learning_rate=_finite(logs.get("learning_rate"), 12),
-                grad_norm=_finite(logs.get("grad_norm")),
+                train_loss=_rounded_or_none(logs.get("loss")), learning_rate=_rounded_or_none(logs.get("learning_rate"), 12),
+                grad_norm=_rounded_or_none(logs.get("grad_norm")),
             )
         )  # fmt: skip
 
@@ -143,11 +143,11 @@ class Reporter(TrainerCallback):
         if not self._reports:
             return
         loss, best, step = eval_loss(state), *best_eval(state)
-        self._channel.metrics(Metrics(eval_loss=_finite(loss), best_eval_loss=_finite(best), best_step=step))
-        self._channel.stage(Stage.TRAINING)
+        self._channel.report_metrics(Metrics(eval_loss=_rounded_or_none(loss), best_eval_loss=_rounded_or_none(best), best_step=step))
+        self._channel.report_stage(Stage.TRAINING)
 
 
-class Stager(TrainerCallback):
+class CheckpointStager(TrainerCallback):
     """Reports each checkpoint that is complete on disk, and ends the run at the agreed step."""
 
     def __init__(
@@ -155,7 +155,7 @@ class Stager(TrainerCallback):
     ) -> None:
         self._channel, self._agreement, self._incarnation = channel, agreement, incarnation
         self._resumed = resumed
-        self._window: Window | None = None
+        self._window: LoggingWindow | None = None
         self._open_tokens = 0
         """Tokens of the current logging window. The Trainer adds them to its state only at the next log line."""
         self._stopping = False
@@ -167,7 +167,7 @@ class Stager(TrainerCallback):
 
     def on_trainer_created(self, trainer: Any) -> None:
         """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks."""
-        self._window = Window(trainer, self._channel.rank, self._channel.world_size)
+        self._window = LoggingWindow(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._resumed is not None and self._window is not None:
@@ -175,14 +175,14 @@ class Stager(TrainerCallback):
         self._agreement.start(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._agreement.end()
+        self._agreement.stop_watching()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # log the last window even if it is short
-        if self._agreement.reached(state.global_step):
+        if self._agreement.must_stop(state.global_step):
             self._stopping = True
             control.should_save = True
         if control.should_save and _waits_for_epoch_end(args, state):
@@ -201,12 +201,12 @@ class Stager(TrainerCallback):
             return
         if not self._has_disk_space(args, model):
             control.should_save = False
-            self._channel.message(
+            self._channel.send_message(
                 "skipped", step=state.global_step, reason=Reason.STAGING_DISK_FULL.value,
                 sentence=f"the checkpoint of step {state.global_step} was skipped: the pod's disk is full",
             )  # fmt: skip
             if self._stopping:
-                raise Stopped(state.global_step)
+                raise TrainingStopped(state.global_step)
             return
         self._save_started = time.monotonic()
         self._open_tokens = 0
@@ -232,14 +232,14 @@ class Stager(TrainerCallback):
             self._window.write(folder)
         if self._channel.local_rank == 0:
             self._last_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        self._channel.staged(
+        self._channel.report_staged_files(
             step, folder, incarnation=self._incarnation, graceful=self._stopping, epoch=state.epoch,
-            tokens=int(state.num_input_tokens_seen or 0) + self._open_tokens or None, evalLoss=_finite(eval_loss(state, step)),
+            tokens=int(state.num_input_tokens_seen or 0) + self._open_tokens or None, evalLoss=_rounded_or_none(eval_loss(state, step)),
             samples=step * args.train_batch_size * args.gradient_accumulation_steps * self._channel.world_size,
             stallSeconds=round(time.monotonic() - self._save_started, 4),
         )  # fmt: skip
         if self._stopping:
-            raise Stopped(step)
+            raise TrainingStopped(step)
 
 
 def _estimated_size(model: Any) -> int:
@@ -268,7 +268,7 @@ def best_eval(state: TrainerState) -> tuple[float | None, int | None]:
     return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(None, None))
 
 
-def _finite(value: Any, digits: int = 6) -> float | None:
+def _rounded_or_none(value: Any, digits: int = 6) -> float | None:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return round(float(value), digits)

@@ -26,14 +26,14 @@ def load_states_keeping_settings(optimizer: Any, scheduler: Any, load: Callable[
     loaded = getattr(scheduler, "base_lrs", ())
     for number, (old, new) in enumerate(zip(loaded, base_rates, strict=True)):
         if old != new and old:
-            _scale(_groups(optimizer)[number], scheduler, number, new, new / old)
+            _scale_rates(_groups(optimizer)[number], scheduler, number, new, new / old)
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return getattr(optimizer, "param_groups", None) or []
 
 
-def _scale(group: dict[str, Any], scheduler: Any, number: int, base_rate: float, factor: float) -> None:
+def _scale_rates(group: dict[str, Any], scheduler: Any, number: int, base_rate: float, factor: float) -> None:
     scheduler.base_lrs[number] = base_rate
     scheduler._last_lr[number] *= factor
     group["initial_lr"] = base_rate

@@ -21,8 +21,8 @@ from finetune_api.sources import redact_source
 from finetune_api.spec.enums import StrategyType
 
 from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of, step_of
-from finetune_trainer.checkpoint.tree import Committed, Tree
-from finetune_trainer.storage.base import Counter, join
+from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
+from finetune_trainer.storage.base import ByteCounter, join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import split_query
 
@@ -32,10 +32,10 @@ LARGE_FILE_BYTES = 32 << 20
 
 
 @dataclass
-class Restored:
+class RestoreResult:
     """The result of a restore. `committed` is None if the run starts from zero."""
 
-    committed: Committed | None = None
+    committed: CommittedCheckpoint | None = None
     manifest: Manifest | None = None
     path: Path | None = None
     uri: str = ""
@@ -47,9 +47,9 @@ class Restored:
     """Inputs other than model and training data that have changed since the checkpoint, such as `validation data`."""
     damaged: list[str] = field(default_factory=list)
     """One sentence for each damaged checkpoint, with the object's address."""
-    ancestors: list[Committed] = field(default_factory=list)
+    ancestors: list[CommittedCheckpoint] = field(default_factory=list)
     """The job's own checkpoints up to the restored step."""
-    skipped: list[Committed] = field(default_factory=list)
+    skipped: list[CommittedCheckpoint] = field(default_factory=list)
     """The job's own checkpoints after the restored step: damaged, or later than the step of a rollback."""
 
     @property
@@ -59,9 +59,9 @@ class Restored:
 
 
 def restore(
-    tree: Tree, resume: ResumeConfig, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
-    count: Counter | None = None, attempt: int | None = None,
-) -> Restored:  # fmt: skip
+    tree: CheckpointTree, resume: ResumeConfig, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
+    count: ByteCounter | None = None, attempt: int | None = None,
+) -> RestoreResult:  # fmt: skip
     """Find, check and download the checkpoint to resume from.
 
     `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. A URI in `checkpoint.resume`
@@ -72,7 +72,7 @@ def restore(
     `CheckpointIncompatible`, with the difference, if the newest undamaged checkpoint belongs to a different run.
     """
     own, unreadable = tree.list_committed_and_damaged()
-    result = Restored(skipped=own)
+    result = RestoreResult(skipped=own)
     if resume.max_step is None:
         candidates = own
     else:
@@ -100,11 +100,11 @@ def restore(
 
 
 def _try_to_restore(
-    tree: Tree, candidate: Committed, facts: RunFacts, target: Path, result: Restored, wanted: Callable[[str], bool],
-    count: Counter | None,
+    tree: CheckpointTree, candidate: CommittedCheckpoint, facts: RunFacts, target: Path, result: RestoreResult, wanted: Callable[[str], bool],
+    count: ByteCounter | None,
 ) -> str | None:  # fmt: skip
     """Download one checkpoint and fill `result`; returns why the checkpoint cannot be used, or None."""
-    manifest = tree.manifest(candidate)
+    manifest = tree.read_manifest(candidate)
     if manifest is None:
         return (
             f"{tree.uri(join(candidate.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
@@ -122,9 +122,9 @@ def _try_to_restore(
 
 
 def _restore_named(
-    uri: str, facts: RunFacts, target: Path, tree: Tree, wanted: Callable[[str], bool], count: Counter | None,
-    result: Restored,
-) -> Restored:  # fmt: skip
+    uri: str, facts: RunFacts, target: Path, tree: CheckpointTree, wanted: Callable[[str], bool], count: ByteCounter | None,
+    result: RestoreResult,
+) -> RestoreResult:  # fmt: skip
     """Restore the checkpoint at the URI in `checkpoint.resume`. The URI names the folder of a step or of one incarnation of a step."""
     root, folder, step = _parse_checkpoint_uri(uri)
     own_store = getattr(tree.store, "target", None)
@@ -132,8 +132,8 @@ def _restore_named(
         target_store = own_store.model_copy(update={"uri": root})
     else:
         target_store = StoreTarget(uri=root, ca_bundle=own_store.ca_bundle if own_store else None)
-    other = Tree(open_store(target_store))
-    candidate = other.marker(step)
+    other = CheckpointTree(open_store(target_store))
+    candidate = other.get_committed(step)
     uri = redact_source(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
         raise NoCheckpointError(
@@ -163,12 +163,12 @@ def _parse_checkpoint_uri(uri: str) -> tuple[str, str, int]:
 
 
 def fetch_verified(
-    tree: Tree,
+    tree: CheckpointTree,
     folder: str,
     manifest: Manifest,
     target: Path,
     wanted: Callable[[str], bool],
-    count: Counter | None = None,
+    count: ByteCounter | None = None,
 ) -> str | None:
     """Download the wanted files and compare them with the manifest; returns the first difference, or None.
 

@@ -14,7 +14,7 @@ MIN_HEALTHY = 2
 
 
 @dataclass(frozen=True)
-class Kept:
+class RetentionCandidate:
     """The facts about a committed checkpoint that decide whether it is kept."""
 
     step: int
@@ -22,14 +22,14 @@ class Kept:
     eval_loss: float | None = None
 
 
-def best_step(checkpoints: Iterable[Kept]) -> int | None:
+def best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
     """Step with the lowest validation loss (the earliest, if several are equal); None if no checkpoint has a loss."""
     evaluated = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
     return min(evaluated)[1] if evaluated else None
 
 
 def steps_to_remove(
-    checkpoints: Sequence[Kept], keep: int, *, pinned: Iterable[int] = (), finished: bool = False
+    checkpoints: Sequence[RetentionCandidate], keep: int, *, pinned: Iterable[int] = (), finished: bool = False
 ) -> list[int]:
     """Steps to remove, oldest first. `keep` 0 keeps all. If `finished`, the two newest healthy checkpoints may be removed too."""
     if keep == 0:

@@ -22,7 +22,7 @@ ANSWER_SECONDS = 60.0
 STOP_REQUEST_KEY = "request"
 
 
-class Stopped(BaseException):  # noqa: N818 - not an error: `except Exception` in a library must not swallow it
+class TrainingStopped(BaseException):  # noqa: N818 - not an error: `except Exception` in a library must not swallow it
     """Raised to end training at this step because of a stop request."""
 
     def __init__(self, step: int) -> None:
@@ -82,14 +82,14 @@ class TcpGangStore:
 
 
 class StopAgreement:
-    """Agrees with the other ranks on the step at which all stop. The Trainer calls `reached(step)` after every optimizer step."""
+    """Agrees with the other ranks on the step at which all stop. The Trainer calls `must_stop(step)` after every optimizer step."""
 
     def __init__(self, channel: Channel, shared: GangStore, *, poll_seconds: float = POLL_SECONDS) -> None:
         self._channel, self._shared, self._poll_seconds = channel, shared, poll_seconds
         self._agreed = threading.Condition()
         self._step = 0
         self._published = False
-        self._stop: int | None = None
+        self._stop_step: int | None = None
         self._failed: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
@@ -99,30 +99,30 @@ class StopAgreement:
         self._step = step
         self._thread.start()
 
-    def end(self) -> None:
+    def stop_watching(self) -> None:
         """Stop watching for stop requests."""
         self._ended.set()
 
-    def reached(self, step: int) -> bool:
+    def must_stop(self, step: int) -> bool:
         """Whether to save and stop after this step.
 
         Blocks after this rank has published its step, until the agreed step is known. Raises the store's error if the other
         ranks do not publish their steps.
         """
-        if not self._published and self._stop is None:
+        if not self._published and self._stop_step is None:
             self._step = step
             if not self._published:  # check again: either this thread sees the flag, or the watcher sees the new step
                 return False
         with self._agreed:
-            self._agreed.wait_for(lambda: self._stop is not None or self._failed is not None)
+            self._agreed.wait_for(lambda: self._stop_step is not None or self._failed is not None)
             if self._failed is not None:
                 raise self._failed
-            return self._stop is not None and step >= self._stop
+            return self._stop_step is not None and step >= self._stop_step
 
     @property
-    def stop(self) -> int | None:
+    def stop_step(self) -> int | None:
         """The agreed step; None until it is known."""
-        return self._stop
+        return self._stop_step
 
     def _watch(self) -> None:
         try:
@@ -131,20 +131,20 @@ class StopAgreement:
                     self._shared.set(STOP_REQUEST_KEY, str(self._channel.rank))
                 elif not self._shared.has(STOP_REQUEST_KEY):
                     continue
-                self._agree()
+                self._agree_on_step()
                 return
         except Exception as error:  # rank 0's pod is lost, and the store with it: wake the training thread
             with self._agreed:
                 self._failed = error if self._published else None
                 self._agreed.notify_all()
 
-    def _agree(self) -> None:
-        # Set the flag before reading the step. If a step ends in between, it is published, or this rank waits in `reached`.
+    def _agree_on_step(self) -> None:
+        # Set the flag before reading the step. If a step ends in between, it is published, or this rank waits in `must_stop`.
         self._published = True
         self._shared.set(f"at-{self._channel.rank}", str(self._step))
         keys = [f"at-{rank}" for rank in range(self._channel.world_size)]
         steps = [int(value) for value in self._shared.get_all(keys, ANSWER_SECONDS)]
         with self._agreed:
-            self._stop = max(steps) + 1
+            self._stop_step = max(steps) + 1
             self._agreed.notify_all()
-        self._channel.message("stopping", step=self._stop)
+        self._channel.send_message("stopping", step=self._stop_step)

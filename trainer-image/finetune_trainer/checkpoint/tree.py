@@ -18,16 +18,16 @@ from finetune_api.errors import FineTuneError, PeerError, StorageError
 from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_folder
 
 from finetune_trainer.checkpoint.manifest import (
+    CommitMarker,
     FileEntry,
     Manifest,
-    Marker,
-    Part,
+    UploadedPart,
     entries_of,
     prefix_of,
     sha256_bytes,
     step_of,
 )
-from finetune_trainer.storage.base import Counter, Created, Stat, Store, join
+from finetune_trainer.storage.base import ByteCounter, CreateResult, ObjectStat, Store, join
 
 log = logging.getLogger(__name__)
 PARTS_FOLDER = ".parts"
@@ -38,11 +38,11 @@ MARKER_READS = 10
 
 
 @dataclass(frozen=True)
-class Committed:
+class CommittedCheckpoint:
     """A committed checkpoint, or the final model (step None)."""
 
     step: int | None
-    marker: Marker
+    marker: CommitMarker
     healthy: bool = False
 
     @property
@@ -52,18 +52,18 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """The number of objects and unfinished uploads that a sweep removed, and its first error."""
 
     count: int
     problem: FineTuneError | None = None
 
 
-class Fenced(PeerError):
+class FencedOutError(PeerError):
     """This incarnation must end, because another incarnation has replaced it."""
 
 
-class Tree:
+class CheckpointTree:
     """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
@@ -75,11 +75,11 @@ class Tree:
 
     # ---- reading ----
 
-    def committed(self) -> list[Committed]:
+    def list_committed(self) -> list[CommittedCheckpoint]:
         """Every committed checkpoint, newest first."""
         return self.list_committed_and_damaged()[0]
 
-    def list_committed_and_damaged(self) -> tuple[list[Committed], list[int]]:
+    def list_committed_and_damaged(self) -> tuple[list[CommittedCheckpoint], list[int]]:
         """Every committed checkpoint, and the steps whose marker cannot be read. Newest first."""
         marked: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
@@ -94,23 +94,23 @@ class Tree:
         committed, damaged = [], []
         for step, healthy in sorted(marked.items(), reverse=True):
             data = self.store.get(join(prefix_of(step), Storage.COMMITTED))
-            marker = Marker.parse(data) if data is not None else None
+            marker = CommitMarker.parse(data) if data is not None else None
             if marker is not None:
-                committed.append(Committed(step, marker, healthy))
+                committed.append(CommittedCheckpoint(step, marker, healthy))
             elif data is not None:
                 damaged.append(step)
         return committed, damaged
 
-    def marker(self, step: int | None, healthy: bool = False) -> Committed | None:
+    def get_committed(self, step: int | None, healthy: bool = False) -> CommittedCheckpoint | None:
         """The committed checkpoint of a step (None: the final model); None if nothing is committed there."""
-        marker = self._marker(prefix_of(step))
-        return Committed(step, marker, healthy) if marker else None
+        marker = self._read_marker(prefix_of(step))
+        return CommittedCheckpoint(step, marker, healthy) if marker else None
 
-    def _marker(self, prefix: str) -> Marker | None:
+    def _read_marker(self, prefix: str) -> CommitMarker | None:
         data = self.store.get(join(prefix, Storage.COMMITTED))
-        return Marker.parse(data) if data is not None else None
+        return CommitMarker.parse(data) if data is not None else None
 
-    def manifest(self, committed: Committed) -> Manifest | None:
+    def read_manifest(self, committed: CommittedCheckpoint) -> Manifest | None:
         """The manifest that the marker names; None if it is missing or has another sha256."""
         data = self.store.get(join(committed.folder, Storage.MANIFEST))
         if data is None or sha256_bytes(data) != committed.marker.manifest_sha256:
@@ -122,7 +122,7 @@ class Tree:
 
     # ---- writing ----
 
-    def upload(self, prefix: str, incarnation: str, folder: Path, *, count: Counter | None = None) -> list[FileEntry]:
+    def upload(self, prefix: str, incarnation: str, folder: Path, *, count: ByteCounter | None = None) -> list[FileEntry]:
         """Upload the files of a local folder to the incarnation's folder; returns their entries."""
         entries = entries_of(folder)
         for entry in entries:
@@ -131,7 +131,7 @@ class Tree:
 
     def report_part(self, prefix: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:
         """Report to rank 0's pod which files this pod has uploaded; `entries` None: this pod skips the checkpoint."""
-        part = Part(node=node, files=entries or [], dropped=entries is None)
+        part = UploadedPart(node=node, files=entries or [], dropped=entries is None)
         self.store.put(
             join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
         )
@@ -154,7 +154,7 @@ class Tree:
                         "PartMissing", f"pod {node} did not write its part of {prefix} within {timeout:.0f} s"
                     )
                 time.sleep(PART_POLL_SECONDS)
-            part = Part.model_validate_json(data)
+            part = UploadedPart.model_validate_json(data)
             if part.dropped:
                 raise PeerError("PartMissing", f"pod {node} skipped {prefix}, or could not store its part")
             files += part.files
@@ -170,17 +170,17 @@ class Tree:
                 raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {prefix}, with different contents")
         return list(merged.values())
 
-    def commit(self, prefix: str, manifest: Manifest, *, replaces: Marker | None = None) -> Marker:
+    def commit(self, prefix: str, manifest: Manifest, *, replaces: CommitMarker | None = None) -> CommitMarker:
         """Write the manifest, check every object, create the marker.
 
         An existing marker is replaced if it equals `replaces` (a checkpoint that this attempt skipped at its start), if it is not
         valid, or if it belongs to an earlier attempt. (A node that the operator cannot reach may still run an earlier attempt.)
-        Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if a later attempt has
+        Errors: StorageError `UploadIncomplete` if an object is missing or has another size; FencedOutError if a later attempt has
         begun, or if another incarnation of this attempt has committed the step.
         """
         folder = join(prefix, manifest.incarnation)
         data = manifest.to_bytes()
-        marker = Marker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
+        marker = CommitMarker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
         self._check_objects(folder, manifest)
         self.require_newest_attempt(manifest.attempt)
@@ -188,11 +188,11 @@ class Tree:
         try:
             if self._is_swept(folder, manifest):
                 self._remove_marker(prefix, marker)
-                raise Fenced(
+                raise FencedOutError(
                     "FencedOut", f"another incarnation has removed {prefix}; this incarnation, {marker.path}, must end"
                 )
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS_FOLDER) + "/")])
-        except Fenced:
+        except FencedOutError:
             raise
         except FineTuneError as error:  # the checkpoint is committed, even if a later request fails
             log.warning("%s is committed, but could not be checked again: %s", prefix, error)
@@ -203,40 +203,40 @@ class Tree:
         self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
 
     def require_newest_attempt(self, attempt: int) -> None:
-        """Errors: Fenced if a later attempt has begun."""
+        """Errors: FencedOutError if a later attempt has begun."""
         if self.is_superseded(attempt):
-            raise Fenced("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
+            raise FencedOutError("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
 
     def is_superseded(self, attempt: int) -> bool:
         """Whether a later attempt has begun, that is, has stored its run configuration."""
         begun = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
         return any(number is not None and number > attempt for number in begun)
 
-    def _remove_marker(self, prefix: str, marker: Marker) -> None:
+    def _remove_marker(self, prefix: str, marker: CommitMarker) -> None:
         """Remove a marker whose data was removed, unless another marker has replaced it."""
-        if self._marker(prefix) == marker:
+        if self._read_marker(prefix) == marker:
             self.store.delete([join(prefix, Storage.COMMITTED)])
 
-    def _create_marker(self, prefix: str, marker: Marker, replaces: Marker | None) -> None:
-        """Create the marker, or replace an existing marker (see `commit`). Errors: Fenced; StorageError `MarkerUnreadable`."""
+    def _create_marker(self, prefix: str, marker: CommitMarker, replaces: CommitMarker | None) -> None:
+        """Create the marker, or replace an existing marker (see `commit`). Errors: FencedOutError; StorageError `MarkerUnreadable`."""
         key = join(prefix, Storage.COMMITTED)
         for _ in range(MARKER_READS):
-            if self.store.create(key, marker.to_bytes()) is Created.NEW:
+            if self.store.create(key, marker.to_bytes()) is CreateResult.NEW:
                 return
             data = self.store.get(key)
             if data is None:
                 time.sleep(PART_POLL_SECONDS)
                 continue
-            existing = Marker.parse(data)
+            existing = CommitMarker.parse(data)
             if existing is not None and existing.manifest_sha256 == marker.manifest_sha256:
                 return
             if existing is None or existing == replaces or existing.attempt < marker.attempt:
                 self._replace_marker(prefix, marker)
                 return
-            raise Fenced("FencedOut", f"{prefix} was committed by {existing.path}; this incarnation, {marker.path}, must end")
+            raise FencedOutError("FencedOut", f"{prefix} was committed by {existing.path}; this incarnation, {marker.path}, must end")
         raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists, but cannot be read")
 
-    def _replace_marker(self, prefix: str, marker: Marker) -> None:
+    def _replace_marker(self, prefix: str, marker: CommitMarker) -> None:
         """Replace another marker. Remove the `_HEALTHY` object first, because it belongs to the replaced checkpoint."""
         try:
             self.store.delete([join(prefix, Storage.HEALTHY)])
@@ -246,7 +246,7 @@ class Tree:
 
     def _check_objects(self, folder: str, manifest: Manifest) -> None:
         """Errors: StorageError `UploadIncomplete`."""
-        sizes: dict[str, Stat] = {stat.key: stat for stat in self.store.list(folder + "/")}
+        sizes: dict[str, ObjectStat] = {stat.key: stat for stat in self.store.list(folder + "/")}
         for entry in manifest.files:
             stat = sizes.get(join(folder, entry.path))
             if stat is None or stat.size != entry.size:  # some stores list new objects with a delay
@@ -281,7 +281,7 @@ class Tree:
         self.store.delete(manifests)
         self.store.delete([key for key in keys if key not in manifests])
 
-    def sweep(self) -> Swept:
+    def sweep(self) -> SweepResult:
         """Remove the leftovers of killed incarnations: data that no marker names, and unfinished uploads.
 
         Call this only while no other incarnation can commit. Errors are returned, because leftovers only cost space.
@@ -292,7 +292,7 @@ class Tree:
                 count += sweep()
             except FineTuneError as error:
                 problem = problem or error
-        return Swept(count, problem)
+        return SweepResult(count, problem)
 
     def _sweep_uploads(self) -> int:
         return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL))
@@ -301,7 +301,7 @@ class Tree:
         unreferenced = {
             prefix: keys
             for prefix, below in self._keys_by_prefix().items()
-            if (keys := self._unreferenced(prefix, below))
+            if (keys := self._unreferenced_keys(prefix, below))
         }
         self.store.delete([key for keys in unreferenced.values() for key in keys])
         for prefix, keys in unreferenced.items():
@@ -314,7 +314,7 @@ class Tree:
         The stale incarnation checks its data after creating the marker. This sweep checks the marker after deleting the data.
         At least one of the two therefore detects the conflict.
         """
-        marker = self._marker(prefix)
+        marker = self._read_marker(prefix)
         if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept):
             self._remove_marker(prefix, marker)
 
@@ -329,13 +329,13 @@ class Tree:
                     keys.setdefault(prefix_of(step), []).append(stat.key)
         return keys
 
-    def _unreferenced(self, prefix: str, keys: list[str]) -> list[str]:
+    def _unreferenced_keys(self, prefix: str, keys: list[str]) -> list[str]:
         """Keys that do not belong to the committed checkpoint. The marker is read even if it is not listed: some listings lag behind."""
         marker_key = join(prefix, Storage.COMMITTED)
         data = self.store.get(marker_key)
         if data is None:
             return keys if marker_key not in keys else []  # a marker that is listed but not readable yet may be valid
-        marker = Marker.parse(data)
+        marker = CommitMarker.parse(data)
         if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
             return []  # marker or manifest is damaged: the checkpoint's data is unknown, so nothing is removed
         own = (marker_key, join(prefix, Storage.HEALTHY))

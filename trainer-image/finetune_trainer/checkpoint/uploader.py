@@ -23,9 +23,9 @@ from finetune_api.names import ExitCode
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Checkpoint, Output
 
-from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, Marker, RunFacts, prefix_of
-from finetune_trainer.checkpoint.retention import Kept, steps_to_remove
-from finetune_trainer.checkpoint.tree import Committed, Fenced, Tree
+from finetune_trainer.checkpoint.manifest import CommitMarker, FileEntry, Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.retention import RetentionCandidate, steps_to_remove
+from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint, FencedOutError
 from finetune_trainer.storage.base import join
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class CheckpointReporter(Protocol):
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedCheckpoint:
     """A checkpoint that is complete on this pod's disk; step None: the final model."""
 
     step: int | None
@@ -81,7 +81,7 @@ class Uploader:
     """The uploader of one pod. Rank 0's pod commits; the other pods upload their files and report them."""
 
     def __init__(
-        self, tree: Tree, reporter: CheckpointReporter, facts: RunFacts, policy: KeepPolicy, *, job: str, attempt: int, node: int = 0,
+        self, tree: CheckpointTree, reporter: CheckpointReporter, facts: RunFacts, policy: KeepPolicy, *, job: str, attempt: int, node: int = 0,
         nodes: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
         part_timeout: float = PART_TIMEOUT_SECONDS, final_upload_timeout: float = 0,
     ) -> None:  # fmt: skip
@@ -91,12 +91,12 @@ class Uploader:
         self._final_upload_timeout = final_upload_timeout
         self._part_wait_end: float | None = None
         self._changed = threading.Condition()
-        self._queued: Staged | None = None
-        self._final: Staged | None = None
-        self._uploading: Staged | None = None
+        self._queued: StagedCheckpoint | None = None
+        self._final: StagedCheckpoint | None = None
+        self._uploading: StagedCheckpoint | None = None
         self._closing = False
-        self._committed: dict[int, Kept] = {}
-        self._skipped: dict[int | None, Marker] = {}
+        self._committed: dict[int, RetentionCandidate] = {}
+        self._skipped: dict[int | None, CommitMarker] = {}
         """Markers of checkpoints after the restored step. If this attempt repeats such a step, its checkpoint replaces the old one."""
         self._own_step = 0
         """Newest step that this incarnation has committed."""
@@ -110,7 +110,7 @@ class Uploader:
         self.output: Output | None = None
         self.uploaded_step = 0
         """Newest step whose files this pod has uploaded. Only set in pods other than rank 0's."""
-        self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
+        self._thread = threading.Thread(target=self._run_uploads, name="uploader", daemon=True)
         self._thread.start()
 
     # ---- called by the supervisor ----
@@ -128,10 +128,10 @@ class Uploader:
     def adopt_committed(self, checkpoints: list[Checkpoint]) -> None:
         """Add the checkpoints of earlier attempts up to the restored step."""
         for checkpoint in checkpoints:
-            self._committed[checkpoint.step] = Kept(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
+            self._committed[checkpoint.step] = RetentionCandidate(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
             self._reporter.add_checkpoint(checkpoint)
 
-    def set_skipped(self, committed: Iterable[Committed]) -> None:
+    def set_skipped(self, committed: Iterable[CommittedCheckpoint]) -> None:
         """Set the checkpoints after the restored step: damaged, or later than the step of a rollback.
 
         They do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
@@ -139,7 +139,7 @@ class Uploader:
         """
         self._skipped |= {one.step: one.marker for one in committed}
 
-    def offer(self, staged: Staged) -> None:
+    def enqueue(self, staged: StagedCheckpoint) -> None:
         """Queue a staged checkpoint or the final model. The uploader removes the staging folder afterwards."""
         dropped = None
         if staged.step is not None:
@@ -154,7 +154,7 @@ class Uploader:
                 dropped, self._queued, self._queued_since = before, staged, time.monotonic()
             self._changed.notify_all()
         if dropped is not None:
-            self._drop(dropped, staged.step)
+            self._drop_staged(dropped, staged.step)
 
     def record_unsaved(self) -> None:
         """Record that a checkpoint is due now. Its step counts as unsaved until the next commit."""
@@ -183,19 +183,19 @@ class Uploader:
             hint="check the store; the next attempt continues from the newest committed checkpoint",
         )  # fmt: skip
 
-    def _drop(self, dropped: Staged, newer: int | None) -> None:
+    def _drop_staged(self, dropped: StagedCheckpoint, newer: int | None) -> None:
         shutil.rmtree(dropped.folder, ignore_errors=True)
         self._reporter.increment_counter("checkpoints_skipped")
         log.warning(
             "checkpoints are made faster than storage accepts them: step %s was replaced by step %s before its upload began", dropped.step, newer
         )  # fmt: skip
         self._reporter.add_note("checkpoints are made faster than storage accepts them: some were skipped")
-        if self._node > 0:  # in its own thread, because `offer` must not delay the thread that receives the ranks' messages
+        if self._node > 0:  # in its own thread, because `enqueue` must not delay the thread that receives the ranks' messages
             threading.Thread(
                 target=self._report_skipped_part, args=(dropped,), name="skipped-part", daemon=True
             ).start()
 
-    def _report_skipped_part(self, dropped: Staged) -> None:
+    def _report_skipped_part(self, dropped: StagedCheckpoint) -> None:
         """Report to rank 0's pod that this pod skips the checkpoint, so that rank 0's pod does not wait for its files."""
         with contextlib.suppress(FineTuneError):
             self.tree.report_part(prefix_of(dropped.step), dropped.incarnation, self._node, None)
@@ -204,7 +204,7 @@ class Uploader:
         """Wait at most `seconds` from now for the files of other pods. Called after the gang has failed."""
         self._part_wait_end = time.monotonic() + seconds
 
-    def drain(self, timeout: float) -> bool:
+    def wait_until_idle(self, timeout: float) -> bool:
         """Wait until every offered checkpoint is committed or has failed; returns False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(self._is_idle, timeout)
@@ -220,7 +220,7 @@ class Uploader:
 
     # ---- the uploader's thread ----
 
-    def _work(self) -> None:
+    def _run_uploads(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: not self._is_idle() or self._closing)
@@ -239,13 +239,13 @@ class Uploader:
                     self._uploading = None
                     self._changed.notify_all()
 
-    def _store(self, staged: Staged) -> None:
+    def _store(self, staged: StagedCheckpoint) -> None:
         """Upload and commit one checkpoint, or record why that failed."""
         started = time.monotonic()
         try:
             while self._failure is None and not self._try_to_store(staged, started):
-                self._pause()
-        except Fenced as error:
+                self._wait_before_retry()
+        except FencedOutError as error:
             self._failure = error
         except FineTuneError as error:
             self._record_failure(staged, error)
@@ -257,7 +257,7 @@ class Uploader:
             self._counted_retries = self.tree.store.retries
             shutil.rmtree(staged.folder, ignore_errors=True)
 
-    def _try_to_store(self, staged: Staged, started: float) -> bool:
+    def _try_to_store(self, staged: StagedCheckpoint, started: float) -> bool:
         """Upload and commit once. Returns False if this failed and must be retried, because no later checkpoint follows."""
         if staged.step is not None and staged.step <= self._own_step:
             self._record_saved()
@@ -272,11 +272,11 @@ class Uploader:
             return False
         return True
 
-    def _pause(self) -> None:
+    def _wait_before_retry(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._closing, RETRY_PAUSE_SECONDS)
 
-    def _record_failure(self, staged: Staged, error: FineTuneError) -> None:
+    def _record_failure(self, staged: StagedCheckpoint, error: FineTuneError) -> None:
         """Record that an upload failed. A failed checkpoint is reported in the status; a failed final model ends the attempt."""
         log.error("step %s could not be stored: %s", staged.step, error)
         self._reporter.increment_counter("checkpoint_failures")
@@ -287,9 +287,9 @@ class Uploader:
         if self._node > 0:
             self._report_skipped_part(staged)
 
-    def _upload_and_commit(self, staged: Staged, started: float) -> None:
+    def _upload_and_commit(self, staged: StagedCheckpoint, started: float) -> None:
         prefix = prefix_of(staged.step)
-        entries = self.tree.upload(prefix, staged.incarnation, staged.folder, count=self._count)
+        entries = self.tree.upload(prefix, staged.incarnation, staged.folder, count=self._count_uploaded_bytes)
         if self._node > 0:
             self.tree.report_part(prefix, staged.incarnation, self._node, entries)
             self.uploaded_step = staged.step or 0
@@ -300,7 +300,7 @@ class Uploader:
                 prefix, staged.incarnation, self._nodes, self._part_timeout, self._must_not_wait
             )
             entries = self.tree.merge_parts(prefix, entries, others)
-        manifest = self._manifest(staged, entries)
+        manifest = self._build_manifest(staged, entries)
         if (
             not staged.graceful and not self._must_not_wait()
         ):  # after a stop request there is little time: commit at once
@@ -329,11 +329,11 @@ class Uploader:
         with self._changed:
             self._unsaved_since = self._queued_since if self._queued is not None else None
 
-    def _record_commit(self, staged: Staged, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
+    def _record_commit(self, staged: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
         step = self._own_step = manifest.step
         self._record_saved()
         self._mark_healthy(before=step)
-        self._committed[step] = Kept(step, staged.graceful, manifest.eval_loss)
+        self._committed[step] = RetentionCandidate(step, staged.graceful, manifest.eval_loss)
         self._reporter.increment_counter("checkpoints")
         self._reporter.add_checkpoint(
             Checkpoint(
@@ -345,44 +345,44 @@ class Uploader:
         self._reporter.clear_checkpoint_problem()
         self._after_commit()
         if staged.graceful:
-            with self._failure_as_note("marking a checkpoint healthy"):
+            with self._record_failure_as_note("marking a checkpoint healthy"):
                 self.tree.mark_healthy(step)
-        self.retain()
+        self.apply_retention()
 
     def _mark_healthy(self, *, before: int | None) -> None:
         """Mark the checkpoints before this step (None: all) as healthy: the losses after them were finite."""
         for step, kept in sorted(self._committed.items()):
             if not kept.healthy and (before is None or step < before):
-                with self._failure_as_note("marking a checkpoint healthy"):
+                with self._record_failure_as_note("marking a checkpoint healthy"):
                     self.tree.mark_healthy(step)
-                    self._committed[step] = Kept(step, True, kept.eval_loss)
+                    self._committed[step] = RetentionCandidate(step, True, kept.eval_loss)
                     self._reporter.mark_checkpoint_healthy(step)
 
-    def retain(self, *, finished: bool = False) -> None:
+    def apply_retention(self, *, finished: bool = False) -> None:
         """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note is added."""
         steps = steps_to_remove(
             list(self._committed.values()), self._policy.keep, pinned=self._policy.pinned, finished=finished
         )
         for step in steps:
-            with self._failure_as_note(f"removing the checkpoint of step {step}"):
+            with self._record_failure_as_note(f"removing the checkpoint of step {step}"):
                 self.tree.remove(step)
                 self._committed.pop(step, None)
                 self._reporter.remove_checkpoint(step)
         for step in [one for one in self._skipped if one is not None and one < self.committed_step]:
             if step not in self._policy.pinned:
-                with self._failure_as_note(f"removing the skipped checkpoint of step {step}"):
+                with self._record_failure_as_note(f"removing the skipped checkpoint of step {step}"):
                     self.tree.remove(step)
                     self._skipped.pop(step)
 
     @contextlib.contextmanager
-    def _failure_as_note(self, action: str) -> Iterator[None]:
+    def _record_failure_as_note(self, action: str) -> Iterator[None]:
         try:
             yield
         except FineTuneError as error:
             log.warning("%s failed: %s", action, error)
             self._reporter.add_note(f"{action} failed: {error.code}")
 
-    def _manifest(self, staged: Staged, entries: list[FileEntry]) -> Manifest:
+    def _build_manifest(self, staged: StagedCheckpoint, entries: list[FileEntry]) -> Manifest:
         reported = staged.rank0_report
         return Manifest(
             job=self._job,
@@ -400,15 +400,15 @@ class Uploader:
             files=sorted(entries, key=lambda entry: entry.path),
         )
 
-    def _count(self, count: int) -> None:
+    def _count_uploaded_bytes(self, count: int) -> None:
         self._reporter.increment_counter("uploaded_bytes", count)
 
 
-def checkpoints_for_status(tree: Tree, committed: Iterable[Committed]) -> list[Checkpoint]:
+def checkpoints_for_status(tree: CheckpointTree, committed: Iterable[CommittedCheckpoint]) -> list[Checkpoint]:
     """Convert committed checkpoints to entries of the job's status. A checkpoint with a damaged manifest has no size."""
     checkpoints = []
     for one in committed:
-        manifest = tree.manifest(one)
+        manifest = tree.read_manifest(one)
         checkpoints.append(
             Checkpoint(
                 step=one.step or 0, uri=tree.uri(one.folder), sha256=one.marker.manifest_sha256, healthy=one.healthy,

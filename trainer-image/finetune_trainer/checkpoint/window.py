@@ -35,7 +35,7 @@ STORED_NAMES = {"trained": "learned", "positions": "places", "correct_letters": 
 CURRENT_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
-class Sums(LenientModel):
+class WindowSums(LenientModel):
     """One rank's sums. Writing floats to JSON and reading them back preserves every bit."""
 
     since: int = Field(description="Step of the last log line.")
@@ -49,7 +49,7 @@ class Sums(LenientModel):
     tokens: int = Field(default=0, description="TRL's token count since the start of the run.")
 
 
-class Window:
+class LoggingWindow:
     """The sums of one rank's current logging window. transformers and TRL keep them in attributes of the trainer."""
 
     def __init__(self, trainer: Any, rank: int, world_size: int) -> None:
@@ -58,7 +58,7 @@ class Window:
     def write(self, folder: Path) -> None:
         """Write this rank's sums to a checkpoint."""
         trainer = self._trainer
-        sums = Sums(
+        sums = WindowSums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
             ours={STORED_NAMES.get(name, name): _number(value) for name, value in self._own_sums().items()},
             values={name: [_number(one) for one in values] for name, values in self._trl_values().items()},
@@ -70,7 +70,7 @@ class Window:
     def read(self, folder: Path) -> None:
         """Restore the sums from a checkpoint. If the checkpoint (of an earlier version) has no sums, the window starts empty."""
         files = sorted(folder.glob(WINDOW_FILE.format(rank="*")))
-        all_sums = [Sums.model_validate(json.loads(file.read_text())) for file in files]
+        all_sums = [WindowSums.model_validate(json.loads(file.read_text())) for file in files]
         if not all_sums:
             return
         own = folder / WINDOW_FILE.format(rank=self._rank)
@@ -79,7 +79,7 @@ class Window:
         else:  # the number of ranks has changed: redistribute the sums, so that means and totals stay the same
             self._set(_share_of(all_sums, first=self._rank == 0))
 
-    def _set(self, sums: Sums) -> None:
+    def _set(self, sums: WindowSums) -> None:
         trainer = self._trainer
         set_last_logged_step(trainer, sums.since)
         loss_sum(trainer).fill_(sums.loss)
@@ -99,7 +99,7 @@ class Window:
 
         A collective: every rank must call it. Errors: DivergedError LossNotFinite, WeightsNotFinite.
         """
-        loss, weights = loss_sum(self._trainer), _norm(model)
+        loss, weights = loss_sum(self._trainer), _weight_norm(model)
         tokens = _number(self._own_sums().get("tokens", 0))
         facts = torch.tensor(
             [float(not torch.isfinite(loss)), float(not math.isfinite(weights)), tokens],
@@ -116,10 +116,10 @@ class Window:
         return int(tokens)
 
 
-def _share_of(all_sums: list[Sums], *, first: bool) -> Sums:
+def _share_of(all_sums: list[WindowSums], *, first: bool) -> WindowSums:
     """One rank's share when the number of ranks has changed: each rank gets the mean loss, the first rank gets all other sums."""
     names = {name for one in all_sums for name in one.ours} if first else set()
-    return Sums(
+    return WindowSums(
         since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),
         ours={name: sum(one.ours.get(name, 0) for one in all_sums) for name in names},
         values=all_sums[0].values, tokens=all_sums[0].tokens,
@@ -130,7 +130,7 @@ def _number(value: Any) -> float | int:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _norm(model: Any) -> float:
+def _weight_norm(model: Any) -> float:
     """Norm of this rank's part of the trained weights; not finite if any weight is not finite."""
     if model is None:
         return 0.0

@@ -36,7 +36,7 @@ TOP_ANSWERS = 10
 
 
 @dataclass
-class Findings:
+class CheckFindings:
     """Results of the checks. A field is None if its check was not requested."""
 
     duplicates: int | None = None

@@ -45,7 +45,7 @@ class DataSummary:
     rows: dict[str, int] = field(default_factory=dict)
     """Usable rows per split: train, validation, test."""
     bad_rows: int = 0
-    findings: checks.Findings = field(default_factory=checks.Findings)
+    findings: checks.CheckFindings = field(default_factory=checks.CheckFindings)
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
 

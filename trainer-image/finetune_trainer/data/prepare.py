@@ -56,7 +56,7 @@ class Splits:
 
 
 @dataclass
-class Prepared(Splits):
+class PreparedData(Splits):
     """The data sets as token sequences, with token and row counts."""
 
     format: DatasetFormat = DatasetFormat.MESSAGES
@@ -74,7 +74,7 @@ class Prepared(Splits):
 def prepare(
     run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
     one_rank_first: AbstractContextManager[Any] | None = None,
-) -> Prepared:  # fmt: skip
+) -> PreparedData:  # fmt: skip
     """Return the token sequences for supervised training.
 
     `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context manager that lets one rank of the
@@ -303,9 +303,9 @@ def load_cached(folder: Path) -> tuple[Splits, Any]:
     return Splits(train, validation, test), json.loads((folder / SUMMARY_FILE).read_text())
 
 
-def _load_prepared(folder: Path, length: int, is_cached: bool) -> Prepared:
+def _load_prepared(folder: Path, length: int, is_cached: bool) -> PreparedData:
     splits, summary = load_cached(folder)
-    return Prepared(
+    return PreparedData(
         **vars(splits),
         format=DatasetFormat(summary["format"]),
         max_sequence_length=length,

@@ -18,7 +18,7 @@ from finetune_api.errors import ConfigError
 
 from finetune_trainer.data.rows import Completion, Conversation, Example, RowError, Text, Turn
 
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
 """Private-use characters that no tokenizer, template or data set contains."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -37,7 +37,7 @@ class Rendered:
     """A text and the half-open character spans that are trained on."""
 
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[CharSpan, ...]
     is_templated: bool
     """Whether a chat template rendered the text. Such a text already contains its special tokens."""
 
@@ -90,8 +90,8 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
     """Render one line per turn, such as `Question: ...` and `Answer: ...`, with the format's role names."""
     names = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
     text = ""
-    trained: list[Span] = []
-    untrained: list[Span] = []
+    trained: list[CharSpan] = []
+    untrained: list[CharSpan] = []
     for turn in example.turns:
         text += ("\n" if text else "") + f"{names[turn.role]}: "
         if turn.role == "assistant":
@@ -100,7 +100,7 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
     return Rendered(text, tuple(trained) if options.response_only else _spans_without(untrained, text), False)
 
 
-def _spans_without(untrained: Sequence[Span], text: str) -> tuple[Span, ...]:
+def _spans_without(untrained: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
     """Return the spans that cover the text except the `untrained` spans (answers of weight 0)."""
     ends = [0, *(end for span in untrained for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
@@ -126,7 +126,7 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
 
 def _spans_from_generation_markers(
     example: Conversation, weight: int, text: str, options: RenderOptions
-) -> list[Span] | None:
+) -> list[CharSpan] | None:
     """Find the answers with this weight, each with its end token, by the template's generation markers.
 
     The marked spans are matched to the answers by order. If there are not as many spans as answers, the spans are usable only if all
@@ -151,7 +151,7 @@ def _spans_from_generation_markers(
 
 def _generation_spans(
     tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
-) -> list[Span] | None:
+) -> list[CharSpan] | None:
     """Spans of `text` between generation markers. None if there are no markers, or if rendering with markers yields a different text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -169,7 +169,7 @@ def _generation_spans(
     return nonempty if nonempty and rendered == text else None
 
 
-def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> Span:
+def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
     """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
     head = _apply(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
@@ -184,7 +184,7 @@ def _answer_span(example: Conversation, index: int, text: str, options: RenderOp
 
 def _content_span(
     turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, tokenizer: ChatTokenizer
-) -> Span:
+) -> CharSpan:
     """Find the turn's content in `text`: render the conversation again with a sentinel in place of the content.
 
     Errors: ConfigError TemplateSpansUnknown.
@@ -207,7 +207,7 @@ def _content_span(
     return start, len(text) - tail
 
 
-def _with_end_token(text: str, span: Span, specials: tuple[str, ...]) -> Span:
+def _with_end_token(text: str, span: CharSpan, specials: tuple[str, ...]) -> CharSpan:
     """Extend the span by the special token that ends the turn. Without training on this token, the model would never stop."""
     start, end = span
     if any(text[start:end].rstrip().endswith(token) for token in specials):

@@ -37,12 +37,12 @@ from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
 CACHE_VERSION = 2
-"""Part of the scan's file name. Increase it when the fields of `Module` change, because local runs reuse their work folder."""
+"""Part of the scan's file name. Increase it when the fields of `ScannedModule` change, because local runs reuse their work folder."""
 _LAYER_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
 @dataclass(frozen=True)
-class Module:
+class ScannedModule:
     """One linear module of a layer, and its SNR."""
 
     name: str
@@ -53,12 +53,12 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Selection:
+class ModuleSelection:
     """The modules to train. `scan`, `metric` and `threshold` are empty if the spec lists the layers."""
 
     modules: tuple[str, ...]
     """Names without `.weight`."""
-    scan: tuple[Module, ...] = ()
+    scan: tuple[ScannedModule, ...] = ()
     metric: str | None = None
     threshold: float | None = None
 
@@ -79,7 +79,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        self._selection: Selection | None = None
+        self._selection: ModuleSelection | None = None
         """Modules selected before a quantised base model is loaded. None for an unquantised base model: `apply` then selects the modules."""
         self._before_construction: TrainedWeightsCopy | None = None
 
@@ -120,7 +120,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         super().on_trainer_created(trainer)
 
 
-def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
+def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelection:
     """Select the modules of `layers`, or the best modules of a scan. The scan is cached by the model's revision.
 
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
@@ -135,7 +135,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
                 "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent))}; the model has layers 0 to {max(model_layers)}",
                 hint="name layers that the model has",
             )  # fmt: skip
-        return Selection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
+        return ModuleSelection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
     file = inputs.output_dir.parent / f"spectrum-{CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
@@ -149,7 +149,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
         )  # fmt: skip
     # Every rank must train the same modules, but if two SNRs are close, rounding errors may rank them differently on other nodes.
     selected = list(broadcast_object_list(selected))
-    return Selection(tuple(selected), tuple(scan), metric.value, threshold)
+    return ModuleSelection(tuple(selected), tuple(scan), metric.value, threshold)
 
 
 def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
@@ -160,12 +160,12 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
             yield name, (int(match["index"]), match["type"])
 
 
-def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[Module]:
+def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[ScannedModule]:
     """Scan the model, or read the scan from `file` if an earlier run scanned the same weights."""
     if file.exists():
-        return [Module(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
+        return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
-        Module(name, layer, kind, signal_to_noise(_weight(model, name, device), metric))
+        ScannedModule(name, layer, kind, signal_to_noise(_weight(model, name, device), metric))
         for name, (layer, kind) in _linear_modules(model)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,9 +196,9 @@ def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
     return signal / noise / largest if noise > 0 else math.inf
 
 
-def _best_of_each_type(scan: Sequence[Module], share: float) -> list[str]:
+def _best_of_each_type(scan: Sequence[ScannedModule], share: float) -> list[str]:
     """Names of the modules with the highest SNR: a `share` of the modules of each type, rounded down."""
-    types: dict[str, list[Module]] = {}
+    types: dict[str, list[ScannedModule]] = {}
     for module in scan:
         types.setdefault(module.type, []).append(module)
     selected = {
@@ -209,7 +209,7 @@ def _best_of_each_type(scan: Sequence[Module], share: float) -> list[str]:
     return [module.name for module in scan if module.name in selected]
 
 
-def _best_layers(scan: Sequence[Module], threshold: float) -> list[str]:
+def _best_layers(scan: Sequence[ScannedModule], threshold: float) -> list[str]:
     """Names of the modules in the best layers. A layer is selected if its mean SNR reaches the quantile `threshold` of all layers."""
     layers: dict[int, list[float]] = {}
     for module in scan:

@@ -94,7 +94,7 @@ def text_of(completion: Any) -> str:
 # ---- built-in rewards
 
 
-class Parameters:
+class RewardParameters:
     """The `parameters` of one built-in reward, read by name and type. `refuse_unknown` rejects parameters that were never read."""
 
     def __init__(self, path: str, given: Mapping[str, str]):
@@ -164,7 +164,7 @@ class Parameters:
             )  # fmt: skip
 
 
-def _build_citation_reward(parameters: Parameters) -> ScoreFunction:
+def _build_citation_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the whole completion is one cited_answer block (an answer, then citations that name a source), else 0."""
     flags = re.DOTALL if parameters.flag("multiline", False) else 0
     gap = r"\s*" if flags else r"[ \t]*"
@@ -175,7 +175,7 @@ def _build_citation_reward(parameters: Parameters) -> ScoreFunction:
     return lambda text, **_: float(block.fullmatch(text.strip()) is not None)
 
 
-def _build_think_reward(parameters: Parameters) -> ScoreFunction:
+def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion is one think block with text after it, else 0. With `emptyAnswer`, the text after it is optional."""
     may_be_empty = parameters.flag("emptyAnswer", False)
 
@@ -188,7 +188,7 @@ def _build_think_reward(parameters: Parameters) -> ScoreFunction:
     return score
 
 
-def _build_regex_reward(parameters: Parameters) -> ScoreFunction:
+def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the pattern matches, else 0. It may match any part of the completion; `match: full` requires the whole completion."""
     flags = re.IGNORECASE if parameters.flag("ignoreCase", False) else 0
     flags |= re.DOTALL if parameters.flag("dotAll", False) else 0
@@ -199,7 +199,7 @@ def _build_regex_reward(parameters: Parameters) -> ScoreFunction:
     return lambda text, **_: float(match(text) is not None)
 
 
-def _build_exact_match_reward(parameters: Parameters) -> ScoreFunction:
+def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion equals a column of the row, else 0. With pattern `extract`, only its last match is compared."""
     column = parameters.text("column", "answer")
     ignores_case = parameters.flag("ignoreCase", False)
@@ -221,7 +221,7 @@ def _build_exact_match_reward(parameters: Parameters) -> ScoreFunction:
     return score
 
 
-def _build_length_reward(parameters: Parameters) -> ScoreFunction:
+def _build_length_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 for lengths from `minimum` to `maximum`. Outside this range, the reward falls linearly to 0 (at 0 and at twice `maximum`)."""
     unit = parameters.choice("unit", "tokens", ("tokens", "words", "characters"))
     least = parameters.number("minimum", 0.0, least=0) or 0.0
@@ -245,7 +245,7 @@ def _build_length_reward(parameters: Parameters) -> ScoreFunction:
     return score
 
 
-def _build_json_schema_reward(parameters: Parameters) -> ScoreFunction:
+def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion is JSON that matches `schema`, and the value of `parsed` (default 0) for other JSON; else 0."""
     if find_spec("jsonschema") is None:
         raise ConfigError(
@@ -284,7 +284,7 @@ def _without_fence(text: str) -> str:
     return fenced.group(1) if fenced else text
 
 
-BUILTIN_REWARDS: dict[BuiltinReward, Callable[[Parameters], ScoreFunction]] = {
+BUILTIN_REWARDS: dict[BuiltinReward, Callable[[RewardParameters], ScoreFunction]] = {
     BuiltinReward.CITATION_FORMAT: _build_citation_reward,
     BuiltinReward.THINK_FORMAT: _build_think_reward,
     BuiltinReward.REGEX: _build_regex_reward,
@@ -296,7 +296,7 @@ BUILTIN_REWARDS: dict[BuiltinReward, Callable[[Parameters], ScoreFunction]] = {
 
 def _builtin_reward(spec: Reward, path: str) -> RewardFunction:
     assert spec.builtin is not None, "the caller has checked it"
-    parameters = Parameters(path, spec.parameters or {})
+    parameters = RewardParameters(path, spec.parameters or {})
     score = BUILTIN_REWARDS[spec.builtin](parameters)
     parameters.refuse_unknown(spec.builtin)
     columns = [(spec.parameters or {}).get("column", "answer")] if spec.builtin is BuiltinReward.EXACT_MATCH else []

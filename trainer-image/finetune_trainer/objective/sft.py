@@ -14,7 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.arguments import shared_arguments
-from finetune_trainer.data.prepare import Prepared, prepare
+from finetune_trainer.data.prepare import PreparedData, prepare
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import attention_implementation
 from finetune_trainer.objective.base import (
@@ -25,7 +25,7 @@ from finetune_trainer.objective.base import (
     Objective,
     TrainingContext,
 )
-from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of, trained_parameters
+from finetune_trainer.speed import ModelShape, SpeedMeter, flops_per_token, peak_of, trained_parameters
 
 
 class SftTrainer(GuardedTrainer, SFTTrainer):
@@ -145,14 +145,14 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         return dict(zip(names, total.tolist(), strict=True))
 
 
-class SftObjective(Objective[Prepared, SFTConfig]):
+class SftObjective(Objective[PreparedData, SFTConfig]):
     """`trainer.type: sft`."""
 
     trainer_type = TrainerType.SFT
     trainer_class = SftTrainer
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
-    def load_data(self, context: TrainingContext) -> tuple[Prepared, DataFacts]:
+    def load_data(self, context: TrainingContext) -> tuple[PreparedData, DataFacts]:
         """Load the token sequences. One rank per node prepares them."""
         from accelerate import PartialState
 
@@ -176,10 +176,10 @@ class SftObjective(Objective[Prepared, SFTConfig]):
             average_tokens_across_devices=True,
         )
 
-    def trainer_attributes(self, data: Prepared) -> dict[str, Any]:
+    def trainer_attributes(self, data: PreparedData) -> dict[str, Any]:
         return {"multiple_choice": data.multiple_choice}
 
-    def build_trainer(self, context: TrainingContext, args: SFTConfig, model: Any, data: Prepared) -> SftTrainer:
+    def build_trainer(self, context: TrainingContext, args: SFTConfig, model: Any, data: PreparedData) -> SftTrainer:
         """Build the Trainer with a meter for tokens per second and MFU."""
         arrays = replace(data, train=_as_arrays(data.train), validation=data.validation and _as_arrays(data.validation))
         trainer: SftTrainer = super().build_trainer(context, args, model, arrays)
@@ -187,8 +187,8 @@ class SftObjective(Objective[Prepared, SFTConfig]):
         is_full = context.run.spec.method.type is MethodType.FULL
         report = data.reports["train"]
         mean_length = report.tokens / max(1, report.rows)
-        flops = flops_per_token(Shape.of(base), mean_length, frozen_base=not is_full, trained=trained_parameters(base))
-        trainer.meter = Meter(
+        flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained=trained_parameters(base))
+        trainer.meter = SpeedMeter(
             flops_of_token=flops, peak=peak_of(context.hardware.name), ranks=context.strategy.world_size
         )
         return trainer

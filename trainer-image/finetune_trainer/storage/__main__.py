@@ -19,25 +19,25 @@ from finetune_api.names import Env, ExitCode
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
-from finetune_trainer.checkpoint.address import Address, download_committed, find_committed, parse_address
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.address import JobAddress, download_committed, find_committed, parse_address
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import split_query
 
 
-def show(tree: Tree, where: Address) -> None:
+def show(tree: CheckpointTree, where: JobAddress) -> None:
     """Print one line for each committed checkpoint and for the model."""
     committed = list(find_committed(tree, where))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
     for one in committed:
-        manifest = tree.manifest(one)
+        manifest = tree.read_manifest(one)
         name = "model" if one.step is None else f"step {one.step}"
         files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
         healthy = "-" if one.step is None else "yes" if one.healthy else "unknown"
         print(f"{name:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
 
 
-def verify(tree: Tree, where: Address) -> None:
+def verify(tree: CheckpointTree, where: JobAddress) -> None:
     """Download every file and compare it with the manifest. Errors: DataError `CheckpointDamaged`."""
     problems: list[str] = []
     for one in find_committed(tree, where):
@@ -49,7 +49,7 @@ def verify(tree: Tree, where: Address) -> None:
         raise DataError("CheckpointDamaged", f"{len(problems)} damaged: {problems[0]}")
 
 
-def download(tree: Tree, where: Address, target: Path) -> None:
+def download(tree: CheckpointTree, where: JobAddress, target: Path) -> None:
     """Download the committed checkpoint or model. For the URI of a job: the model, or the newest checkpoint if there is no model.
 
     Errors: DataError `CheckpointDamaged`.
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         ca_bundle=options.ca_bundle, encryption=EncryptionType.CUSTOMER_KEY if os.environ.get(Env.STORAGE_CUSTOMER_KEY) else None,
     )  # fmt: skip
     try:
-        tree = Tree(open_store(target))
+        tree = CheckpointTree(open_store(target))
         match options.command:
             case "list":
                 show(tree, where)

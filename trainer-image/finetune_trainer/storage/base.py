@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 CHUNK_BYTES = 4 * 1024 * 1024
-Counter = Callable[[int], None]
+ByteCounter = Callable[[int], None]
 """Function that receives a number of bytes, for example the size of the chunk that was just transferred."""
 
 
 @dataclass(frozen=True)
-class Stat:
+class ObjectStat:
     """An object: key relative to the root, size in bytes, and the store's version tag (ETag or mtime)."""
 
     key: str
@@ -27,7 +27,7 @@ class Stat:
     tag: str = ""
 
 
-class Created(Enum):
+class CreateResult(Enum):
     """The result of a conditional creation: the object was created, or it existed already."""
 
     NEW = "new"
@@ -41,25 +41,25 @@ class Store(Protocol):
     retries: int
     """Number of requests that were retried so far."""
 
-    def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
         """Upload a file atomically: readers see the old object or the complete new one."""
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small object, replacing an existing one."""
 
-    def create(self, key: str, data: bytes) -> Created:
-        """Write a small object unless it exists. Not atomic on stores without conditional writes (`preflight.Abilities`)."""
+    def create(self, key: str, data: bytes) -> CreateResult:
+        """Write a small object unless it exists. Not atomic on stores without conditional writes (`preflight.StoreAbilities`)."""
 
     def get(self, key: str) -> bytes | None:
         """The bytes of a small object, or None if it does not exist."""
 
-    def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
+    def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
         """Download an object to a file; returns the sha256 (hex) of its bytes, or None if it does not exist."""
 
-    def stat(self, key: str) -> Stat | None:
+    def stat(self, key: str) -> ObjectStat | None:
         """Size and tag of an object, or None if it does not exist."""
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
         """All objects whose key starts with the prefix, in the order of their keys."""
 
     def delete(self, keys: Iterable[str]) -> None:

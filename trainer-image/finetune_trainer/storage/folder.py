@@ -16,7 +16,7 @@ from pathlib import Path
 
 from finetune_api.errors import CredentialsError, FineTuneError, StorageError, StorageSetupError
 
-from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat
+from finetune_trainer.storage.base import CHUNK_BYTES, ByteCounter, CreateResult, ObjectStat
 from finetune_trainer.storage.errors import of_local_disk
 
 PARTIAL_FILE_PREFIX = ".partial-"
@@ -32,7 +32,7 @@ class FolderStore:
         self.uri = uri.rstrip("/")
         self.retries = 0
 
-    def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
         with self._writing(key) as partial:
             with source.open("rb") as reader, partial.open("wb") as writer:
                 while chunk := reader.read(CHUNK_BYTES):
@@ -48,18 +48,18 @@ class FolderStore:
             _write(partial, data)
             partial.rename(self.root / key)
 
-    def create(self, key: str, data: bytes) -> Created:
+    def create(self, key: str, data: bytes) -> CreateResult:
         with self._writing(key) as partial:
             _write(partial, data)
             try:
                 (self.root / key).hardlink_to(partial)
             except FileExistsError:
-                return Created.EXISTS
+                return CreateResult.EXISTS
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
                 return _create_in_place(self.root / key, data)
-        return Created.NEW
+        return CreateResult.NEW
 
     def get(self, key: str) -> bytes | None:
         with self._errors(f"read {key}"):
@@ -68,7 +68,7 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
+    def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
         digest = hashlib.sha256()
         with self._errors(f"read {key}"), contextlib.ExitStack() as stack:
             try:
@@ -88,15 +88,15 @@ class FolderStore:
                 writer.flush()
         return digest.hexdigest()
 
-    def stat(self, key: str) -> Stat | None:
+    def stat(self, key: str) -> ObjectStat | None:
         with self._errors(f"read {key}"):
             try:
                 status = (self.root / key).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return Stat(key, status.st_size, str(status.st_mtime_ns))
+        return ObjectStat(key, status.st_size, str(status.st_mtime_ns))
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
         base = self.root / prefix.rpartition("/")[0]
         with self._errors(f"list {prefix}"):
             for path in sorted(_files(base)):
@@ -177,17 +177,17 @@ def _files(base: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith(PARTIAL_FILE_PREFIX))
 
 
-def _create_in_place(target: Path, data: bytes) -> Created:
+def _create_in_place(target: Path, data: bytes) -> CreateResult:
     """Create a file unless it exists, on file systems without hard links. A reader may see an empty file for a moment."""
     try:
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
-        return Created.EXISTS
+        return CreateResult.EXISTS
     with os.fdopen(handle, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    return Created.NEW
+    return CreateResult.NEW
 
 
 @contextlib.contextmanager

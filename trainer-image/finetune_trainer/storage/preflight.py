@@ -15,7 +15,7 @@ from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, St
 from finetune_api.pod import StoreTarget
 from finetune_api.sources import redact_source
 
-from finetune_trainer.storage.base import Created, Store, join
+from finetune_trainer.storage.base import CreateResult, Store, join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.s3 import S3Store
 
@@ -25,7 +25,7 @@ PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
 
 
 @dataclass(frozen=True)
-class Abilities:
+class StoreAbilities:
     """Features that a store supports, for `status.resolved.storage`."""
 
     kind: str
@@ -37,7 +37,7 @@ class Abilities:
         return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
 
 
-def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
+def preflight(target: StoreTarget, *, write: bool = True) -> StoreAbilities:
     """Try every kind of request that checkpoints need, with a small object.
 
     Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
@@ -58,13 +58,13 @@ def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
         store.close()
 
 
-def _try_all(store: Store, write: bool) -> Abilities:
+def _try_all(store: Store, write: bool) -> StoreAbilities:
     kind = "s3" if isinstance(store, S3Store) else "folder"
     if kind == "folder" and not write:
-        return Abilities(kind, True)
+        return StoreAbilities(kind, True)
     next(iter(store.list(PROBE_FOLDER + "/")), None)
     if not write:
-        return Abilities(kind, False)
+        return StoreAbilities(kind, False)
     key = join(PROBE_FOLDER, uuid.uuid4().hex)
     store.create(key, b"first")  # EXISTS here means that the response to the first try was lost
     if store.get(key) != b"first":
@@ -77,7 +77,7 @@ def _try_all(store: Store, write: bool) -> Abilities:
     except CredentialsError:
         can_delete = False
     conditional = not isinstance(store, S3Store) or store.conditional
-    return Abilities(kind, conditional and second_creation is Created.EXISTS and data == b"first", can_delete)
+    return StoreAbilities(kind, conditional and second_creation is CreateResult.EXISTS and data == b"first", can_delete)
 
 
 def _more_precise(error: StorageError, store: Store) -> FineTuneError:

@@ -26,7 +26,7 @@ from finetune_api.names import Env
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
-from finetune_trainer.storage.base import Counter, Created, Stat, join
+from finetune_trainer.storage.base import ByteCounter, CreateResult, ObjectStat, join
 from finetune_trainer.storage.errors import Connection, explain, status_of
 
 MIB = 1024 * 1024
@@ -94,7 +94,7 @@ class S3Store:
 
     # ---- writing ----
 
-    def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
         size = source.stat().st_size
         if size <= PART_BYTES:
             self.put(key, source.read_bytes())
@@ -121,17 +121,17 @@ class S3Store:
         except Exception as error:
             raise explain(error, self.connection, key=key) from error
 
-    def create(self, key: str, data: bytes) -> Created:
+    def create(self, key: str, data: bytes) -> CreateResult:
         for is_last_try in (False, False, False, True):
             try:
                 self._client.put_object(
                     Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*", **self._encryption.write
                 )
-                return Created.NEW
+                return CreateResult.NEW
             except Exception as error:
                 status, code = status_of(error)
                 if status == 412 or code == "PreconditionFailed":
-                    return Created.EXISTS
+                    return CreateResult.EXISTS
                 if status == 409 and not is_last_try:  # another writer is creating the object
                     time.sleep(CONFLICT_SECONDS)
                     continue
@@ -140,9 +140,9 @@ class S3Store:
                     break
                 raise explain(error, self.connection, key=key) from error
         if self.stat(key) is not None:
-            return Created.EXISTS
+            return CreateResult.EXISTS
         self.put(key, data)
-        return Created.NEW
+        return CreateResult.NEW
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [self.key(key) for key in keys]
@@ -202,7 +202,7 @@ class S3Store:
                     raise explain(error, self.connection, key=key) from error
         raise AssertionError("unreachable")
 
-    def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
+    def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
         """Download ranges in parallel and hash them in order, so that the file need not be read again."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ class S3Store:
             raise explain(error, self.connection, operation="GetObject", key=key) from error
         return digest.hexdigest()
 
-    def _range(self, key: str, stat: Stat, start: int) -> bytes:
+    def _range(self, key: str, stat: ObjectStat, start: int) -> bytes:
         """Download one range of an object; retries interrupted responses. Errors: StorageError `ObjectChanged`."""
         end = min(start + RANGE_BYTES, stat.size) - 1
         tries_left = 4
@@ -245,14 +245,14 @@ class S3Store:
                 if tries_left == 0 or status_of(error)[0] or isinstance(error, StorageError):
                     raise
 
-    def stat(self, key: str) -> Stat | None:
+    def stat(self, key: str) -> ObjectStat | None:
         try:
             response = self._client.head_object(Bucket=self.bucket, Key=self.key(key), **self._encryption.read)
         except Exception as error:
             if _is_missing(error):
                 return None
             raise explain(self._with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
-        return Stat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
+        return ObjectStat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def _with_reason(self, error: Exception, key: str) -> Exception:
         """Repeat a refused HEAD as GET and return the GET's error. Only the GET's response has a body that states the reason."""
@@ -264,13 +264,13 @@ class S3Store:
             return repeated if status_of(repeated)[0] == FORBIDDEN_STATUS else error
         return error
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
         prefix_length = len(self.prefix) + 1 if self.prefix else 0
         full = f"{self.prefix}/{prefix}" if self.prefix else prefix
         try:
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full):
                 for entry in page.get("Contents", []):
-                    yield Stat(entry["Key"][prefix_length:], int(entry["Size"]), str(entry.get("ETag", "")).strip('"'))
+                    yield ObjectStat(entry["Key"][prefix_length:], int(entry["Size"]), str(entry.get("ETag", "")).strip('"'))
         except Exception as error:
             raise explain(error, self.connection, operation="ListObjectsV2") from error
 
@@ -278,7 +278,7 @@ class S3Store:
         self._client.close()
 
 
-def _append(data: bytes, digest: Any, writer: IO[bytes], count: Counter | None) -> None:
+def _append(data: bytes, digest: Any, writer: IO[bytes], count: ByteCounter | None) -> None:
     digest.update(data)
     writer.write(data)
     if count:

@@ -32,7 +32,7 @@ from finetune_api.errors import (
 from finetune_api.pod import StoreTarget
 from finetune_api.sources import redact_source
 
-from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat
+from finetune_trainer.storage.base import CHUNK_BYTES, ByteCounter, CreateResult, ObjectStat
 from finetune_trainer.storage.errors import of_local_disk
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class WebStore:
         return buffer.getvalue() if self._download(key, _Download(buffer)) is not None else None
 
     def download(
-        self, key: str, target: Path, *, count: Counter | None = None, check_space: Counter | None = None
+        self, key: str, target: Path, *, count: ByteCounter | None = None, check_space: ByteCounter | None = None
     ) -> str | None:
         """Download an object. The key "" is the root itself.
 
@@ -97,8 +97,8 @@ class WebStore:
             raise of_local_disk(error) from error
         return digest
 
-    def stat(self, key: str) -> Stat | None:
-        def request_stat() -> Stat | None:
+    def stat(self, key: str) -> ObjectStat | None:
+        def request_stat() -> ObjectStat | None:
             with self._request("HEAD", key) as response:
                 if response.status_code not in HEAD_REFUSED:
                     return self._stat(key, response)
@@ -107,7 +107,7 @@ class WebStore:
 
         return self._with_retries(key, request_stat)
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
         raise StorageSetupError(
             "StorageNotListable", f"{self.uri} cannot be listed: a web server has no listing",
             hint=f"write the URI of one checkpoint or of the model: {self.uri}/checkpoints/step-00000100 or {self.uri}/model",
@@ -115,13 +115,13 @@ class WebStore:
 
     # ---- writing: refused ----
 
-    def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
         self._refuse_writing("write", key)
 
     def put(self, key: str, data: bytes) -> None:
         self._refuse_writing("write", key)
 
-    def create(self, key: str, data: bytes) -> Created:
+    def create(self, key: str, data: bytes) -> CreateResult:
         self._refuse_writing("create", key)
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -159,13 +159,13 @@ class WebStore:
         finally:
             response.close()
 
-    def _stat(self, key: str, response: requests.Response) -> Stat | None:
+    def _stat(self, key: str, response: requests.Response) -> ObjectStat | None:
         if self._is_missing(key, response):
             return None
         length = response.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise StorageError("SizeUnknown", f"{self._uri_without_query(key)}: the server does not report its size")
-        return Stat(key, int(length), _strong_etag(response))
+        return ObjectStat(key, int(length), _strong_etag(response))
 
     def _download(self, key: str, download: _Download) -> str | None:
         """Download an object; returns its sha256, or None if it does not exist."""
@@ -269,7 +269,7 @@ class _RetryableError(Exception):
 class _Download:
     """A download that continues after an interruption if the server's ETag shows that the object is still the same."""
 
-    def __init__(self, file: IO[bytes], count: Counter | None = None, check_space: Counter | None = None) -> None:
+    def __init__(self, file: IO[bytes], count: ByteCounter | None = None, check_space: ByteCounter | None = None) -> None:
         self._file, self._count, self._check_space = file, count, check_space
         self.furthest = 0
         self.restart()

@@ -9,13 +9,13 @@ from finetune_api.names import Env
 from finetune_api.pod import RunConfig
 
 from finetune_trainer.channel import SOCKET_VARIABLE
-from finetune_trainer.processes import Child
+from finetune_trainer.processes import ChildProcess
 from finetune_trainer.settings import Settings
 
 CREDENTIAL_VARIABLES = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)
 
 
-def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Child:
+def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> ChildProcess:
     """Start `finetune-trainer agent`. `channel_address`: the socket that ranks report to."""
     world, several_nodes = run.world, run.world.nodes > 1
     command = [
@@ -26,7 +26,7 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
     ]  # fmt: skip
     if not several_nodes:
         command += ["--local-address", "127.0.0.1"]
-    return Child(command, _rank_environment(run, settings, channel_address))
+    return ChildProcess(command, _rank_environment(run, settings, channel_address))
 
 
 def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:

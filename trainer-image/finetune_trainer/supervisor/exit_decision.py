@@ -42,33 +42,33 @@ class AttemptFacts:
 
 
 @dataclass(frozen=True)
-class Exit:
+class ExitDecision:
     """An exit code and the failure that caused it. Success and a requested stop have no failure."""
 
     code: int
     failure: RankFailure | None = None
 
 
-def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> Exit:
+def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> ExitDecision:
     """Decide the exit of this pod. `exit_code_failures`: failures known only from exit codes; `is_saved`: see `is_state_saved`."""
     if facts.output is not None:
-        return Exit(ExitCode.OK)
+        return ExitDecision(ExitCode.OK)
     if facts.error is None and facts.stop_requested_at is not None:
         return _exit_after_stop(facts, is_saved)
     failure = _root_cause(facts, exit_code_failures)
     if failure is None and node_rank > 0 and facts.agent_code == 0:
-        return Exit(ExitCode.OK)  # rank 0's pod commits the final artefact
+        return ExitDecision(ExitCode.OK)  # rank 0's pod commits the final artefact
     if failure is None:
         failure = RankFailure(_failure_of_agent(facts.agent_code), reported=False)
-    return Exit(int(failure.error.exit_code), failure)
+    return ExitDecision(int(failure.error.exit_code), failure)
 
 
-def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
+def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
     """If a rank failed by itself, its failure decides. Otherwise return 75 if the trained steps are saved, else 76."""
     rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
     if rank_failure is not None:
-        return Exit(int(rank_failure.error.exit_code), rank_failure)
-    return Exit(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
+        return ExitDecision(int(rank_failure.error.exit_code), rank_failure)
+    return ExitDecision(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
 
 
 def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:

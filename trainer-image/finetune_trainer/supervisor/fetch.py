@@ -29,9 +29,9 @@ from finetune_api.sources import (
 )
 
 from finetune_trainer.checkpoint.address import download_committed, parse_address
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.disk import free_bytes
-from finetune_trainer.storage.base import Counter, Stat
+from finetune_trainer.storage.base import ByteCounter, ObjectStat
 from finetune_trainer.storage.preflight import PREFLIGHT_OPTIONS
 from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.storage.web import WebStore
@@ -61,7 +61,7 @@ DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedSource:
     """A source on the local disk: a folder, or files in the order of their names."""
 
     path: Path
@@ -73,10 +73,10 @@ class Fetched:
 class Fetcher:
     """Fetches the sources of one run. `count` is called with the number of bytes of each downloaded chunk."""
 
-    def __init__(self, run: RunConfig, work: Path, *, count: Counter | None = None) -> None:
+    def __init__(self, run: RunConfig, work: Path, *, count: ByteCounter | None = None) -> None:
         self.run, self.work, self.count = run, work, count
 
-    def model(self, text: str, path: str, name: str) -> Fetched:
+    def model(self, text: str, path: str, name: str) -> FetchedSource:
         """Fetch a folder with a model, tokenizer or adapter. `path` is the spec field, `name` the folder to download into.
 
         Errors: NotFoundError ModelNotFound, ModelGated, ModelInvalid (66); storage errors.
@@ -102,7 +102,7 @@ class Fetcher:
             raise self._missing(DATA_SOURCE, path, text, "holds no data file")
         return files
 
-    def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> Fetched:
+    def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         source = parse(text, path=path)
         match source:
             case FileSource(path=local):
@@ -118,12 +118,12 @@ class Fetcher:
             case HubSource():
                 return self._hub(source, path, target, kind)
 
-    def _local(self, local: Path, path: str, text: str, kind: SourceKind) -> Fetched:
+    def _local(self, local: Path, path: str, text: str, kind: SourceKind) -> FetchedSource:
         try:
             if local.is_file():
-                return Fetched(local, [local])
+                return FetchedSource(local, [local])
             if local.is_dir():
-                return Fetched(local, _data_files(local))
+                return FetchedSource(local, _data_files(local))
         except PermissionError as error:
             raise CredentialsError(
                 "PermissionDenied", f"{path} is {text}, which user {os.getuid()} may not read",
@@ -138,7 +138,7 @@ class Fetcher:
         base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
-    def _s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> Fetched:
+    def _s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         store = self._store(source.bucket, kind)
         try:
             objects = self._list_with_short_timeouts(source, kind)
@@ -161,9 +161,9 @@ class Fetcher:
         finally:
             store.close()
         files = [file for _, file in jobs]
-        return Fetched(files[0] if not root and len(files) == 1 else target, files)
+        return FetchedSource(files[0] if not root and len(files) == 1 else target, files)
 
-    def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[Stat]:
+    def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
         """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""
         store = self._store(source.bucket, kind, **PREFLIGHT_OPTIONS)
         try:
@@ -171,7 +171,7 @@ class Fetcher:
         finally:
             store.close()
 
-    def _objects(self, store: S3Store, key: str) -> list[Stat]:
+    def _objects(self, store: S3Store, key: str) -> list[ObjectStat]:
         """The object with this key, or all objects below it."""
         if key and (stat := store.stat(key)) is not None:
             return [stat]
@@ -180,7 +180,7 @@ class Fetcher:
 
     # ---- the web and the hub ----
 
-    def _web(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> Fetched:
+    def _web(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         try:
             return (
                 self._committed_model(source, path, target)
@@ -194,7 +194,7 @@ class Fetcher:
                 error.failure_class = kind.failure_class
             raise
 
-    def _web_file(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> Fetched:
+    def _web_file(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         """Download one file of a web server and keep the file's name."""
         file = target / (PurePosixPath(unquote(urlsplit(source.url).path)).name or "data")
         store = self._web_store(source.url, kind)
@@ -208,9 +208,9 @@ class Fetcher:
             store.close()
         if digest is None:
             raise self._missing(kind, path, store.uri, "answers 404")
-        return Fetched(file, [file])
+        return FetchedSource(file, [file])
 
-    def _committed_model(self, source: HttpsSource, path: str, target: Path) -> Fetched:
+    def _committed_model(self, source: HttpsSource, path: str, target: Path) -> FetchedSource:
         """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server has no listing."""
         if not source.is_job_result:
             raise NotFoundError(
@@ -221,11 +221,11 @@ class Fetcher:
         where = parse_address(source.url)
         store = self._web_store(where.root, MODEL_SOURCE)
         try:
-            committed = Tree(store).marker(where.step)
+            committed = CheckpointTree(store).get_committed(where.step)
             problem = "holds no _COMMITTED object"
             if committed is not None:
                 problem = download_committed(
-                    Tree(store), committed, target, count=self.count,
+                    CheckpointTree(store), committed, target, count=self.count,
                     check_space=lambda size: self._require_space(size, path),
                 )  # fmt: skip
         finally:
@@ -237,14 +237,14 @@ class Fetcher:
                 "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
                 hint="upload the model again", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
-        return Fetched(target, _data_files(target))
+        return FetchedSource(target, _data_files(target))
 
     def _web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """A web store with the CA bundle of the configured connection."""
         store = (self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
-    def _hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> Fetched:
+    def _hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         import huggingface_hub
         from huggingface_hub import errors as hub
 
@@ -266,7 +266,7 @@ class Fetcher:
         except Exception as error:  # the hub's client does not wrap the exceptions of its HTTP library
             raise _hub_unreachable(kind, path, repository, error) from error
         local = Path(folder)
-        return Fetched(local, _data_files(local), revision=local.name)
+        return FetchedSource(local, _data_files(local), revision=local.name)
 
     # ---- shared ----
 

@@ -20,8 +20,8 @@ from finetune_api.pod import RunConfig
 from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
-from finetune_trainer.checkpoint.restore import Restored, restore
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.restore import RestoreResult, restore
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.base import sha256_file
@@ -80,11 +80,11 @@ class Preparation:
         self._timed("check", lambda: self._check(inputs))
         return inputs, run_facts_of(self._run, self._sha256, inputs)
 
-    def claim_storage(self, tree: Tree) -> None:
+    def claim_storage(self, tree: CheckpointTree) -> None:
         """Fence out earlier attempts, then remove the leftovers of killed incarnations. Only rank 0's pod does this.
 
         The order matters: after `begin_attempt`, no earlier attempt can commit. Otherwise the sweep could remove data that an
-        earlier attempt is about to commit. Errors: Fenced if a later attempt has begun.
+        earlier attempt is about to commit. Errors: FencedOutError if a later attempt has begun.
         """
         if self._node_rank > 0:
             return
@@ -92,7 +92,7 @@ class Preparation:
         tree.begin_attempt(self._run.attempt, self._run.to_bytes())
         sweep(tree, self._state)
 
-    def restore(self, tree: Tree, facts: RunFacts) -> Restored:
+    def restore(self, tree: CheckpointTree, facts: RunFacts) -> RestoreResult:
         """Download the checkpoint to resume from. Errors: exit codes 64 (`CheckpointIncompatible`), 73."""
         self._state.enter_stage(Stage.RESTORING)
         restored = self._timed(
@@ -170,7 +170,7 @@ class Preparation:
         self._state.enter_stage(self._state.current_stage, f"{self._bytes / 1e6:.0f} MB")
 
 
-def sweep(tree: Tree, run_state: RunState) -> None:
+def sweep(tree: CheckpointTree, run_state: RunState) -> None:
     """Remove the leftovers of killed incarnations. A failure only adds a note, because the leftovers only cost space."""
     swept = tree.sweep()
     if swept.count:
@@ -180,7 +180,7 @@ def sweep(tree: Tree, run_state: RunState) -> None:
         run_state.add_note(f"storage: unfinished uploads could not be removed: {swept.problem.message}")
 
 
-def with_restored(inputs: Inputs, restored: Restored) -> Inputs:
+def with_restored(inputs: Inputs, restored: RestoreResult) -> Inputs:
     """Add the checkpoint to resume from, if there is one, to the inputs."""
     if restored.manifest is None or restored.path is None:
         return inputs

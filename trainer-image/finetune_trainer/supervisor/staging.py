@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune_api.errors import StorageError
 
-from finetune_trainer.checkpoint.uploader import Staged, Uploader
+from finetune_trainer.checkpoint.uploader import StagedCheckpoint, Uploader
 from finetune_trainer.supervisor.run_state import RunState
 
 
@@ -49,8 +49,8 @@ class Staging:
         finally:  # the Trainer does not need this folder: the module `best` keeps the best weights
             shutil.rmtree(source, ignore_errors=True)
         rank0_report = reported.get(0, message)
-        self.uploader.offer(
-            Staged(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), rank0_report=rank0_report)
+        self.uploader.enqueue(
+            StagedCheckpoint(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), rank0_report=rank0_report)
         )
 
     def skip_checkpoint(self, reason: str, sentence: str) -> None:
@@ -71,7 +71,7 @@ class Staging:
             raise StorageError(
                 "StagingFailed", f"the final model cannot be staged on the pod's disk: {error.strerror or error}"
             ) from error
-        self.uploader.offer(Staged(None, target, incarnation, rank0_report=message | {"step": self._state.step}))
+        self.uploader.enqueue(StagedCheckpoint(None, target, incarnation, rank0_report=message | {"step": self._state.step}))
 
 
 def hard_link_tree(source: Path, target: Path) -> None:

@@ -22,15 +22,21 @@ from finetune_trainer import processes
 from finetune_trainer.agent_result import RESULT_FILE, read_exit_codes
 from finetune_trainer.channel import STOP_FILE
 from finetune_trainer.checkpoint.manifest import RunFacts
-from finetune_trainer.checkpoint.restore import Restored
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.restore import RestoreResult
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
 from finetune_trainer.failure import RankFailure, failure_from_exit_code
 from finetune_trainer.inputs import FILE_NAME
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
-from finetune_trainer.supervisor.exit_decision import AttemptFacts, Exit, decide_exit, is_state_saved, stop_deadline
+from finetune_trainer.supervisor.exit_decision import (
+    AttemptFacts,
+    ExitDecision,
+    decide_exit,
+    is_state_saved,
+    stop_deadline,
+)
 from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep, with_restored
 from finetune_trainer.supervisor.rank_channel import RankChannel
@@ -64,7 +70,7 @@ class Supervisor:
         self._must_end = threading.Event()
         self._failure_lock = threading.Lock()
         self._run: RunConfig | None = None
-        self._tree: Tree | None = None
+        self._tree: CheckpointTree | None = None
         self._uploader: Uploader | None = None
         self._staging: Staging | None = None
         self._metric_log: MetricLog | None = None
@@ -160,7 +166,7 @@ class Supervisor:
         with self._failures("PreparationFailed"):
             preparation = Preparation(run, sha256, self._settings, self._state)
             preparation.preflight()
-            tree = self._tree = Tree(open_store(run.storage))
+            tree = self._tree = CheckpointTree(open_store(run.storage))
             self._facts.output = committed_output(tree)
             if self._facts.output is not None:
                 self._must_end.set()
@@ -173,7 +179,7 @@ class Supervisor:
             self._state.enter_stage(Stage.LOADING)
             with_restored(inputs, restored).write(self._settings.work)  # the ranks wait for this file
 
-    def _start_uploader(self, run: RunConfig, tree: Tree, facts: RunFacts, restored: Restored) -> None:
+    def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restored: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
         keep = 3 if checkpoint.keep is None else checkpoint.keep
         uploader = Uploader(
@@ -183,7 +189,7 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(checkpoints_for_status(tree, restored.ancestors))
-            model_marker = tree.marker(None)  # such a marker has no readable manifest: otherwise `_prepare` would have ended the attempt
+            model_marker = tree.get_committed(None)  # such a marker has no readable manifest: otherwise `_prepare` would have ended the attempt
             uploader.set_skipped([*restored.skipped, *([model_marker] if model_marker else [])])
         self._uploader = uploader
         assert self._staging is not None
@@ -204,7 +210,7 @@ class Supervisor:
 
     # ---- 5: watch ----
 
-    def _watch(self, run: RunConfig, agent: processes.Child) -> None:
+    def _watch(self, run: RunConfig, agent: processes.ChildProcess) -> None:
         """Return when the agent has ended, or when the attempt must end for another reason."""
         stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds)
         stop_was_handled = False
@@ -297,7 +303,7 @@ class Supervisor:
             self._fail(uploader.failure)
         if uploader.output is not None:
             self._facts.output = uploader.output
-            self._clean_up(lambda: uploader.retain(finished=True))
+            self._clean_up(lambda: uploader.apply_retention(finished=True))
             self._clean_up(self._sweep_unless_superseded)
         self._clean_up(self._upload_metric_log)
 
@@ -308,11 +314,11 @@ class Supervisor:
         while not self._facts.deadline_passed:
             deadline = self._deadline()
             seconds_left = min(end, math.inf if deadline is None else deadline) - time.monotonic()
-            if uploader.drain(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
+            if uploader.wait_until_idle(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
                 return True
             if seconds_left <= 0:
                 return False
-        return uploader.drain(0)
+        return uploader.wait_until_idle(0)
 
     def _clean_up(self, work: Callable[[], None]) -> None:
         """Run optional work in a thread. Wait only as long as there is still time to write the termination message."""
@@ -329,7 +335,7 @@ class Supervisor:
 
     # ---- 8: end ----
 
-    def _decide_exit(self) -> Exit:
+    def _decide_exit(self) -> ExitDecision:
         saved = is_state_saved(
             self._facts, step=self._state.step, node_rank=self._settings.node_rank,
             committed_step=self._uploader.committed_step if self._uploader else 0,
@@ -339,7 +345,7 @@ class Supervisor:
             self._facts, exit_code_failures(self._settings.work), is_saved=saved, node_rank=self._settings.node_rank
         )
 
-    def _report_end(self, decided: Exit) -> None:
+    def _report_end(self, decided: ExitDecision) -> None:
         message = termination_message(
             decided, self._state.report(), output=self._facts.output, start_step=self._facts.start_step,
             node_name=self._settings.node_name,
@@ -350,10 +356,10 @@ class Supervisor:
             self._server.close()
 
 
-def committed_output(tree: Tree) -> Output | None:
+def committed_output(tree: CheckpointTree) -> Output | None:
     """Return the committed final artefact, or None. An earlier incarnation may have committed it and ended before its report."""
-    committed = tree.marker(None)
-    manifest = tree.manifest(committed) if committed else None
+    committed = tree.get_committed(None)
+    manifest = tree.read_manifest(committed) if committed else None
     if committed is None or manifest is None:
         return None
     log.info("the final artefact was committed by %s", committed.marker.path)

@@ -11,13 +11,13 @@ from finetune_api.names import ExitCode, FailureClass
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import Output
 
-from finetune_trainer.supervisor.exit_decision import Exit
+from finetune_trainer.supervisor.exit_decision import ExitDecision
 
 log = logging.getLogger(__name__)
 
 
 def termination_message(
-    decided: Exit, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
+    decided: ExitDecision, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
 ) -> TerminationMessage:
     newest = report.checkpoints[0] if report.checkpoints else None
     common: dict[str, Any] = {

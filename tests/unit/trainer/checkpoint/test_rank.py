@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from finetune_api.errors import DivergedError  # noqa: E402 - likewise
 from finetune_trainer.channel import STOP_FILE, Channel  # noqa: E402 - torch first: without it there is nothing to test
 from finetune_trainer.checkpoint import rank as subject  # noqa: E402 - likewise
-from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, Stopped  # noqa: E402 - likewise
+from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, TrainingStopped  # noqa: E402 - likewise
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402 - likewise
 
 
@@ -21,10 +21,10 @@ class Run:
 
     def __init__(self, folder: Path, *, steps_per_epoch: int = 10, **arguments: Any) -> None:
         (folder / "work").mkdir()
-        self.channel = Channel.recording(folder / "work")
+        self.channel = Channel.create_recording(folder / "work")
         self.agreement = StopAgreement(self.channel, SingleRankStore(), poll_seconds=0.001)
-        self.stager = subject.Stager(self.channel, self.agreement, "a1-00000000")
-        self.reporter = subject.Reporter(self.channel)
+        self.stager = subject.CheckpointStager(self.channel, self.agreement, "a1-00000000")
+        self.reporter = subject.ProgressReporter(self.channel)
         defaults = {
             "logging_steps": 100,
             "save_strategy": "steps",
@@ -93,7 +93,7 @@ def test_a_checkpoint_is_reported_and_adds_no_log_line(run: Run) -> None:
 def test_a_stop_request_saves_and_ends_after_the_next_step(run: Run) -> None:
     run.step()
     run.ask_to_stop()
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(TrainingStopped) as stopped:
         run.step()
     assert stopped.value.step == 2 and run.saved == [2] and run.logged == []
     assert run.sent("staged")[0]["graceful"] is True
@@ -121,7 +121,7 @@ def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> Non
     (message,) = run.sent("staged")
     assert message["tokens"] == 107
     later = SimpleNamespace(args=run.args, _globalstep_last_logged=2, _tr_loss=torch.tensor(0.0), _sums={"train": {}})
-    again = subject.Stager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
+    again = subject.CheckpointStager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
     again.on_trainer_created(later)
     run.agreement.start = lambda step: None  # type: ignore[method-assign] # the thread runs already
     again.on_train_begin(run.args, run.state, run.control)
@@ -176,7 +176,7 @@ def test_a_checkpoint_at_an_epochs_end_is_saved_after_the_evaluation(tmp_path: P
 
 
 def test_a_stop_is_not_caught_by_except_exception(run: Run) -> None:
-    assert not issubclass(Stopped, Exception)
+    assert not issubclass(TrainingStopped, Exception)
 
 
 def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> Non
     run.ask_to_stop()
     run.step()
     assert run.saved == []
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingStopped):
         run.epoch_end()
     assert run.saved == [2]
 
@@ -195,7 +195,7 @@ def test_a_stop_at_an_epochs_end_without_evaluation_is_immediate(tmp_path: Path)
     run = Run(tmp_path, steps_per_epoch=2)
     run.step()
     run.ask_to_stop()
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingStopped):
         run.step()
 
 
@@ -219,7 +219,7 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: 
     set_free_bytes(monkeypatch, 0)
     run.step()
     run.ask_to_stop()
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingStopped):
         run.step()
     assert run.saved == [] and run.sent("skipped")
 
@@ -258,6 +258,6 @@ def test_pods_that_restored_different_steps_do_not_start(tmp_path: Path) -> None
     shared = SingleRankStore()
     shared.set("start-1", "5")
     with pytest.raises(PeerError) as caught:
-        subject.agree_on_start(Channel.recording(tmp_path, world_size=2), shared, 10)
+        subject.agree_on_start(Channel.create_recording(tmp_path, world_size=2), shared, 10)
     assert caught.value.code == "StartsDiffer" and "[5, 10]" in caught.value.message
-    subject.agree_on_start(Channel.recording(tmp_path, world_size=2), shared, 5)
+    subject.agree_on_start(Channel.create_recording(tmp_path, world_size=2), shared, 5)

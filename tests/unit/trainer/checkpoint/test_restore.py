@@ -10,9 +10,9 @@ from finetune_api.errors import ConfigError, CredentialsError, NoCheckpointError
 from finetune_api.names import Storage
 from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of
-from finetune_trainer.checkpoint.restore import Restored, restore
-from finetune_trainer.checkpoint.tree import Fenced, Swept, Tree
-from finetune_trainer.storage.base import Created, Stat
+from finetune_trainer.checkpoint.restore import RestoreResult, restore
+from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError, SweepResult
+from finetune_trainer.storage.base import CreateResult, ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from web_server import Web
@@ -25,12 +25,12 @@ FACTS = RunFacts(
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Tree:
-    return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/job/uid")))
+def job(tmp_path: Path) -> CheckpointTree:
+    return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/job/uid")))
 
 
 @pytest.fixture
-def two_checkpoints(job: Tree, tmp_path: Path) -> Tree:
+def two_checkpoints(job: CheckpointTree, tmp_path: Path) -> CheckpointTree:
     """Storage of a job with committed checkpoints of steps 5 and 10."""
     folder = tmp_path / "staged"
     folder.mkdir()
@@ -42,38 +42,38 @@ def two_checkpoints(job: Tree, tmp_path: Path) -> Tree:
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Tree:
+def other(tmp_path: Path) -> CheckpointTree:
     """The empty storage of another job."""
-    return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
+    return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
-def resume(job: Tree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> Restored:
+def resume(job: CheckpointTree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
     return restore(job, options or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
-def test_a_job_with_progress_but_without_checkpoints_fails(job: Tree, tmp_path: Path) -> None:
+def test_a_job_with_progress_but_without_checkpoints_fails(job: CheckpointTree, tmp_path: Path) -> None:
     with pytest.raises(NoCheckpointError):
         resume(job, tmp_path, ResumeConfig(mode="auto", expect_step=7))
     assert resume(job, tmp_path, ResumeConfig(mode="auto")).step == 0
 
 
-def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: Tree, other: Tree, tmp_path: Path) -> None:
+def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path) -> None:
     assert resume(other, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
     assert resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
+def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path, uri: str) -> None:
     named = uri.format(root=two_checkpoints.store.uri)
     assert resume(other, tmp_path, ResumeConfig(mode=named)).step == 5
 
 
-def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: Tree, tmp_path: Path, server: Web) -> None:
+def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointTree, tmp_path: Path, server: Web) -> None:
     """The request uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
-    own = Tree(store)
+    own = CheckpointTree(store)
     job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
     found = resume(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
     assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: Tree, tmp_p
 
 @pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
 def test_own_progress_takes_precedence_over_the_configured_start(
-    two_checkpoints: Tree, other: Tree, tmp_path: Path, mode: str
+    two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path, mode: str
 ) -> None:
     """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than expected."""
     folder = tmp_path / "staged"
@@ -104,7 +104,7 @@ def test_own_progress_takes_precedence_over_the_configured_start(
     ("uri", "code"),
     [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
 )
-def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
+def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
         resume(other, tmp_path, ResumeConfig(mode=uri.format(root=two_checkpoints.store.uri)))
     assert caught.value.code == code
@@ -125,7 +125,7 @@ def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: Tree, other: Tre
     ],
 )
 def test_a_checkpoint_of_a_different_run_is_refused(
-    two_checkpoints: Tree, tmp_path: Path, change: dict[str, object], word: str
+    two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         resume(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
@@ -145,12 +145,12 @@ def test_a_checkpoint_of_a_different_run_is_refused(
         ({"other_inputs": {"contents of ConfigMaps": "b"}}, "made with other contents of ConfigMaps"),
     ],
 )
-def test_an_inexact_resume_reports_the_reason(two_checkpoints: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
+def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str) -> None:
     found = resume(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
     assert found.step == 10 and found.exact is False and word in (found.inexact_reason or "")
 
 
-def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: Tree, tmp_path: Path) -> None:
+def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
     rolled = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
@@ -163,7 +163,7 @@ def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: Tree, tmp_path: 
 
 
 @pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
-def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints: Tree, tmp_path: Path, path: str) -> None:
+def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints: CheckpointTree, tmp_path: Path, path: str) -> None:
     files = [FileEntry(path=path, size=1, sha256="0" * 64)]
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
     manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
@@ -180,7 +180,7 @@ class DelayedStore(FolderStore):
     unread: tuple[str, ...] = ()
     refuse_deletes = False
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
         return (stat for stat in super().list(prefix) if not stat.key.endswith(self.unlisted or ("\0",)))
 
     def get(self, key: str) -> bytes | None:
@@ -193,7 +193,7 @@ class DelayedStore(FolderStore):
 
 
 @pytest.fixture
-def delayed(two_checkpoints: Tree) -> DelayedStore:
+def delayed(two_checkpoints: CheckpointTree) -> DelayedStore:
     assert isinstance(two_checkpoints.store, FolderStore)
     store = DelayedStore(two_checkpoints.store.root, two_checkpoints.store.uri)
     two_checkpoints.store = store
@@ -202,7 +202,7 @@ def delayed(two_checkpoints: Tree) -> DelayedStore:
 
 @pytest.mark.parametrize(("unlisted", "unread"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
 def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
-    two_checkpoints: Tree, delayed: DelayedStore, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
+    two_checkpoints: CheckpointTree, delayed: DelayedStore, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
 ) -> None:
     delayed.unlisted, delayed.unread = unlisted, unread
     assert two_checkpoints.sweep().count == 0
@@ -210,14 +210,14 @@ def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
     assert resume(two_checkpoints, tmp_path).step == 10
 
 
-def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two_checkpoints: Tree, delayed: DelayedStore) -> None:
+def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two_checkpoints: CheckpointTree, delayed: DelayedStore) -> None:
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     delayed.refuse_deletes = True
     swept = two_checkpoints.sweep()
     assert swept.count == 0 and swept.problem is not None and swept.problem.code == "PermissionDenied"
 
 
-def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two_checkpoints: Tree, tmp_path: Path) -> None:
+def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
     assert two_checkpoints.sweep().count == 1
     assert list(two_checkpoints.store.list("model/")) == []
@@ -228,27 +228,27 @@ def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two
     assert {stat.key.split("/")[1] for stat in two_checkpoints.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
 
 
-def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: Tree, tmp_path: Path) -> None:
+def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
     two_checkpoints.mark_healthy(10)
     (old,) = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped
     files = two_checkpoints.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
     ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
-    with pytest.raises(Fenced):
+    with pytest.raises(FencedOutError):
         two_checkpoints.commit(prefix_of(10), ours)
     two_checkpoints.commit(prefix_of(10), ours, replaces=old.marker)
-    found = two_checkpoints.marker(10)
-    assert found is not None and (found.marker.path, [one.healthy for one in two_checkpoints.committed()]) == (
+    found = two_checkpoints.get_committed(10)
+    assert found is not None and (found.marker.path, [one.healthy for one in two_checkpoints.list_committed()]) == (
         "a1-22222222",
         [False, False],
     )
-    with pytest.raises(Fenced):
+    with pytest.raises(FencedOutError):
         two_checkpoints.commit(
             prefix_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaces=old.marker
         )
 
 
-def commit(tree: Tree, folder: Path, step: int, attempt: int = 1) -> Manifest:
+def commit(tree: CheckpointTree, folder: Path, step: int, attempt: int = 1) -> Manifest:
     """Upload and commit a checkpoint of this step and attempt."""
     incarnation = f"a{attempt}-00000000"
     files = tree.upload(prefix_of(step), incarnation, folder / "staged")
@@ -257,43 +257,43 @@ def commit(tree: Tree, folder: Path, step: int, attempt: int = 1) -> Manifest:
     return manifest
 
 
-def begin(tree: Tree, attempt: int) -> None:
+def begin(tree: CheckpointTree, attempt: int) -> None:
     tree.begin_attempt(attempt, b"{}")
     assert tree.store.get(f"run/attempt-{attempt}/run.json") == b"{}"
 
 
-def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: Tree, tmp_path: Path) -> None:
+def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """An attempt that reaches the step of an earlier attempt's checkpoint replaces this checkpoint."""
     commit(two_checkpoints, tmp_path, 20)
     begin(two_checkpoints, 2)
-    with pytest.raises(Fenced, match="a later attempt has begun"):
+    with pytest.raises(FencedOutError, match="a later attempt has begun"):
         commit(two_checkpoints, tmp_path, 30)
     commit(two_checkpoints, tmp_path, 20, attempt=2)
-    found = two_checkpoints.marker(20)
+    found = two_checkpoints.get_committed(20)
     assert found is not None and found.marker.attempt == 2
-    with pytest.raises(Fenced):
+    with pytest.raises(FencedOutError):
         commit(two_checkpoints, tmp_path, 20)
-    assert [one.step for one in two_checkpoints.committed()] == [20, 10, 5]
+    assert [one.step for one in two_checkpoints.list_committed()] == [20, 10, 5]
 
 
 def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
-    two_checkpoints: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_checkpoints: CheckpointTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next attempt begins and sweeps between the last check of the commit and the creation of the marker."""
     create = two_checkpoints.store.create
 
-    def create_after_sweep(key: str, data: bytes) -> Created:
+    def create_after_sweep(key: str, data: bytes) -> CreateResult:
         begin(two_checkpoints, 2)
         assert two_checkpoints.sweep().count == 2
         return create(key, data)
 
     monkeypatch.setattr(two_checkpoints.store, "create", create_after_sweep)
-    with pytest.raises(Fenced, match="has removed"):
+    with pytest.raises(FencedOutError, match="has removed"):
         commit(two_checkpoints, tmp_path, 20)
-    assert [one.step for one in two_checkpoints.committed()] == [10, 5]
+    assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 
 
-def test_attempts_are_compared_by_number(two_checkpoints: Tree) -> None:
+def test_attempts_are_compared_by_number(two_checkpoints: CheckpointTree) -> None:
     begin(two_checkpoints, 9)
     begin(two_checkpoints, 10)
     assert [attempt for attempt in (1, 9, 10, 11) if two_checkpoints.is_superseded(attempt)] == [1, 9]
@@ -302,30 +302,30 @@ def test_attempts_are_compared_by_number(two_checkpoints: Tree) -> None:
 @pytest.mark.parametrize(
     "damage", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)]
 )
-def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: Tree, tmp_path: Path, damage: bytes) -> None:
+def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: CheckpointTree, tmp_path: Path, damage: bytes) -> None:
     two_checkpoints.store.put("checkpoints/step-00000010/_COMMITTED", damage)
     two_checkpoints.sweep()
     assert two_checkpoints.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
     found = resume(two_checkpoints, tmp_path)
     assert found.step == 5 and "step-00000010" in found.damaged[0]
     commit(two_checkpoints, tmp_path, 10, attempt=2)
-    assert [one.step for one in two_checkpoints.committed()] == [10, 5]
+    assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 
 
-def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Tree, tmp_path: Path) -> None:
+def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: CheckpointTree, tmp_path: Path) -> None:
     job.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
     with pytest.raises(NoCheckpointError, match="had reached step 7") as caught:
         resume(job, tmp_path, ResumeConfig(mode="auto"))
     assert "_COMMITTED is damaged" in caught.value.message
 
 
-def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: Tree, delayed: DelayedStore, tmp_path: Path) -> None:
+def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: CheckpointTree, delayed: DelayedStore, tmp_path: Path) -> None:
     """The response to the request that creates the marker is lost, and the marker can be read only after a delay."""
     reads: list[str] = []
     create, get = delayed.create, delayed.get
 
-    def create_with_lost_response(key: str, data: bytes) -> Created:
-        return create(key, data) and Created.EXISTS
+    def create_with_lost_response(key: str, data: bytes) -> CreateResult:
+        return create(key, data) and CreateResult.EXISTS
 
     def get_with_delay(key: str) -> bytes | None:
         reads.append(key)
@@ -334,14 +334,14 @@ def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: Tre
     delayed.create, delayed.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
     files = two_checkpoints.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
     two_checkpoints.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
-    assert len(reads) == 3 and [one.step for one in two_checkpoints.committed()] == [15, 10, 5]
+    assert len(reads) == 3 and [one.step for one in two_checkpoints.list_committed()] == [15, 10, 5]
 
 
-def test_a_sweep_removes_only_data_without_a_marker(two_checkpoints: Tree, tmp_path: Path) -> None:
+def test_a_sweep_removes_only_data_without_a_marker(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     before = {stat.key for stat in two_checkpoints.store.list("checkpoints/")}
     two_checkpoints.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     two_checkpoints.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
-    assert two_checkpoints.sweep() == Swept(3)
+    assert two_checkpoints.sweep() == SweepResult(3)
     assert {stat.key for stat in two_checkpoints.store.list("checkpoints/")} == before
     assert resume(two_checkpoints, tmp_path).step == 10

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from finetune_trainer.checkpoint.retention import Kept, best_step, steps_to_remove
+from finetune_trainer.checkpoint.retention import RetentionCandidate, best_step, steps_to_remove
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = None) -> list[Kept]:
-    return [Kept(step, healthy, (losses or {}).get(step)) for step in steps]
+def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = None) -> list[RetentionCandidate]:
+    return [RetentionCandidate(step, healthy, (losses or {}).get(step)) for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = No
         ([], 3, {}, []),
     ],
 )
-def test_steps_to_remove_of_examples_are_as_expected(checkpoints: list[Kept], keep: int, options: dict[str, object], removed: list[int]) -> None:
+def test_steps_to_remove_of_examples_are_as_expected(checkpoints: list[RetentionCandidate], keep: int, options: dict[str, object], removed: list[int]) -> None:
     assert steps_to_remove(checkpoints, keep, **options) == removed  # type: ignore[arg-type] # options of the examples
 
 
@@ -33,11 +33,11 @@ HISTORY = st.lists(
     st.tuples(st.integers(1, 1000), st.booleans(), st.none() | st.floats(0, 10)),
     unique_by=lambda one: one[0],
     max_size=12,
-).map(lambda found: [Kept(*one) for one in found])
+).map(lambda found: [RetentionCandidate(*one) for one in found])
 
 
 @given(HISTORY, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
-def test_kept_steps_are_never_removed(checkpoints: list[Kept], keep: int, pinned: set[int], finished: bool) -> None:
+def test_kept_steps_are_never_removed(checkpoints: list[RetentionCandidate], keep: int, pinned: set[int], finished: bool) -> None:
     removed = set(steps_to_remove(checkpoints, keep, pinned=pinned, finished=finished))
     newest = sorted((one.step for one in checkpoints), reverse=True)
     healthy = sorted((one.step for one in checkpoints if one.healthy), reverse=True)

@@ -52,7 +52,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
     def train(rank: int) -> None:
         work = tmp_path / str(rank)
         work.mkdir()
-        agreement = StopAgreement(Channel.recording(work, rank=rank, world_size=ranks), shared, poll_seconds=0.003)
+        agreement = StopAgreement(Channel.create_recording(work, rank=rank, world_size=ranks), shared, poll_seconds=0.003)
         agreement.start(0)
         step = 0
         while True:
@@ -60,7 +60,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
                 barrier.wait(20)
             time.sleep(pauses[rank])
             step += 1
-            if agreement.reached(step):
+            if agreement.must_stop(step):
                 break
             if rank == requested_rank % ranks and step == 1 + seed % 7:
                 (work / STOP_FILE).write_text("")
@@ -76,7 +76,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
 
 def test_a_lost_store_ends_the_wait_for_the_agreed_step(tmp_path: Path) -> None:
     shared = ThreadStore()
-    agreement = StopAgreement(Channel.recording(tmp_path, rank=0, world_size=2), shared, poll_seconds=0.003)
+    agreement = StopAgreement(Channel.create_recording(tmp_path, rank=0, world_size=2), shared, poll_seconds=0.003)
     agreement.start(0)
     (tmp_path / STOP_FILE).write_text("")
 
@@ -90,5 +90,5 @@ def test_a_lost_store_ends_the_wait_for_the_agreed_step(tmp_path: Path) -> None:
     breaker.start()
     with pytest.raises(ConnectionError):
         for step in range(1, 10**9):
-            assert not agreement.reached(step)
+            assert not agreement.must_stop(step)
     breaker.join()

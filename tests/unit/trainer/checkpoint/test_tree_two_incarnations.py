@@ -10,8 +10,8 @@ from finetune_api.errors import StorageError
 from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.restore import restore
-from finetune_trainer.checkpoint.tree import Fenced, Tree
-from finetune_trainer.storage.base import Created, Stat
+from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
+from finetune_trainer.storage.base import CreateResult, ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 
 FACTS = RunFacts()
@@ -43,7 +43,7 @@ class SlowStore(FolderStore):
         self.delays_deletions = False
         self.delete(self.delayed_keys)
 
-    def create(self, key: str, data: bytes) -> Created:
+    def create(self, key: str, data: bytes) -> CreateResult:
         self.before_marker()
         return super().create(key, data)
 
@@ -61,7 +61,7 @@ def store(tmp_path: Path) -> SlowStore:
     return SlowStore(tmp_path / "root")
 
 
-def commit(tree: Tree, staged: Path, step: int, attempt: int, pod_uid: str = "00000000") -> None:
+def commit(tree: CheckpointTree, staged: Path, step: int, attempt: int, pod_uid: str = "00000000") -> None:
     incarnation = f"a{attempt}-{pod_uid}"
     files = tree.upload(prefix_of(step), incarnation, staged)
     tree.commit(
@@ -71,18 +71,18 @@ def commit(tree: Tree, staged: Path, step: int, attempt: int, pod_uid: str = "00
 
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
     """The old attempt passes its last check, the sweep deletes the data, and the old attempt creates its marker. The sweep removes the marker."""
-    tree, key = Tree(store), f"{prefix_of(10)}/_COMMITTED"
+    tree, key = CheckpointTree(store), f"{prefix_of(10)}/_COMMITTED"
     commit(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)
     assert marker is not None
     store.delete([key])  # the hook below creates the marker again during the sweep
     store.before_delete = lambda: store.put(key, marker)
     assert tree.sweep().problem is None
-    assert (tree.marker(10), list(store.list("checkpoints/"))) == (None, [])
+    assert (tree.get_committed(10), list(store.list("checkpoints/"))) == (None, [])
 
 
 def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Path) -> None:
-    tree = Tree(store)
+    tree = CheckpointTree(store)
 
     def begin_and_sweep() -> None:
         store.delays_deletions = True
@@ -91,14 +91,14 @@ def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Pa
         store.apply_deletions()
 
     store.before_marker = begin_and_sweep
-    with pytest.raises(Fenced, match="another incarnation has removed"):
+    with pytest.raises(FencedOutError, match="another incarnation has removed"):
         commit(tree, tmp_path / "staged", 10, 1)
     assert restore(tree, ResumeConfig(mode="auto"), FACTS, tmp_path / "out").step == 0
 
 
 def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
     """A queue starts the same attempt again. The sweep of the new pods lists the data before the old pods have written the manifest."""
-    tree = Tree(store)
+    tree = CheckpointTree(store)
 
     def start_sweep() -> None:
         store.delays_deletions = True
@@ -107,34 +107,34 @@ def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: S
 
     store.before_manifest = start_sweep
     store.before_marker = store.apply_deletions
-    with pytest.raises(Fenced, match="another incarnation has removed"):
+    with pytest.raises(FencedOutError, match="another incarnation has removed"):
         commit(tree, tmp_path / "staged", 10, 1)
-    assert tree.committed() == []
+    assert tree.list_committed() == []
 
 
 @pytest.mark.parametrize("method", ["stat", "list"])
 def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
     store: SlowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    tree = Tree(store)
+    tree = CheckpointTree(store)
     original = getattr(store, method)
 
-    def fail_after_marker(key: str) -> Stat | None:
-        if tree.marker(10) is not None and not key.startswith("run/"):
+    def fail_after_marker(key: str) -> ObjectStat | None:
+        if tree.get_committed(10) is not None and not key.startswith("run/"):
             raise StorageError("StorageFailed", "503")
-        found: Stat | None = original(key)
+        found: ObjectStat | None = original(key)
         return found
 
     monkeypatch.setattr(store, method, fail_after_marker)
     commit(tree, tmp_path / "staged", 10, 1)
     monkeypatch.undo()
-    assert [one.step for one in tree.committed()] == [10]
+    assert [one.step for one in tree.list_committed()] == [10]
 
 
 def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollback(
     store: SlowStore, tmp_path: Path
 ) -> None:
-    tree, rolled_back = Tree(store), ResumeConfig(mode="auto", max_step=10)
+    tree, rolled_back = CheckpointTree(store), ResumeConfig(mode="auto", max_step=10)
     for step, attempt in ((10, 1), (30, 2), (20, 3)):
         commit(tree, tmp_path / "staged", step, attempt)
     found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)
@@ -143,8 +143,8 @@ def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollbac
 
 
 def test_an_attempt_is_fenced_before_training_if_a_later_one_has_begun(store: SlowStore) -> None:
-    tree = Tree(store)
+    tree = CheckpointTree(store)
     tree.begin_attempt(5, b"{}")
     tree.require_newest_attempt(5)
-    with pytest.raises(Fenced, match="a later attempt has begun; this attempt, 4, must end"):
+    with pytest.raises(FencedOutError, match="a later attempt has begun; this attempt, 4, must end"):
         tree.require_newest_attempt(4)

@@ -138,7 +138,7 @@ def test_an_invalid_key_is_reported_and_never_shown(monkeypatch: pytest.MonkeyPa
 def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_api.pod import ResumeConfig
     from finetune_trainer.checkpoint.manifest import RunFacts
-    from finetune_trainer.checkpoint.tree import Tree
+    from finetune_trainer.checkpoint.tree import CheckpointTree
 
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
     stubbed, opened = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
@@ -150,7 +150,7 @@ def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, mon
     monkeypatch.setattr("finetune_trainer.checkpoint.restore.open_store", record_target)
     uri = "s3://other/team/job/uid/checkpoints/step-00000005"
     with pytest.raises(FineTuneError, match="no committed checkpoint"):
-        restore(Tree(stubbed.store), ResumeConfig(mode=uri), RunFacts(), tmp_path)
+        restore(CheckpointTree(stubbed.store), ResumeConfig(mode=uri), RunFacts(), tmp_path)
     assert opened == [stubbed.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
 
 

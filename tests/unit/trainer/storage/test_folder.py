@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import StoreTarget
-from finetune_trainer.storage.base import Created
+from finetune_trainer.storage.base import CreateResult
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.supervisor.staging import hard_link_tree
@@ -34,7 +34,7 @@ def test_only_one_writer_creates_an_object_without_hard_links(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(Path, "hardlink_to", failing_with(number))
-    results: list[Created] = []
+    results: list[CreateResult] = []
     start = threading.Barrier(8)
 
     def create(data: bytes) -> None:

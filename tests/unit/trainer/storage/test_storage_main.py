@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from finetune_api.pod import StoreTarget
-from finetune_trainer.checkpoint.address import Address, parse_address
+from finetune_trainer.checkpoint.address import JobAddress, parse_address
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.__main__ import main
 from finetune_trainer.storage.roots import open_store
 from web_server import Web
@@ -20,25 +20,25 @@ ROOT = "s3://bucket/root/team/job/uid"
 @pytest.mark.parametrize(
     ("uri", "address"),
     [
-        (ROOT, Address(ROOT)),
-        (f"{ROOT}/", Address(ROOT)),
-        (f"{ROOT}/checkpoints", Address(ROOT)),
-        (f"{ROOT}/checkpoints/step-00000100", Address(ROOT, 100)),
-        (f"{ROOT}/checkpoints/step-00000100/a1-12345678/", Address(ROOT, 100)),
-        (f"{ROOT}/model", Address(ROOT, model=True)),
-        (f"{ROOT}/model/a2-12345678", Address(ROOT, model=True)),
-        ("s3://bucket/root/team/model/0a1b2c3d-0000", Address("s3://bucket/root/team/model/0a1b2c3d-0000")),
+        (ROOT, JobAddress(ROOT)),
+        (f"{ROOT}/", JobAddress(ROOT)),
+        (f"{ROOT}/checkpoints", JobAddress(ROOT)),
+        (f"{ROOT}/checkpoints/step-00000100", JobAddress(ROOT, 100)),
+        (f"{ROOT}/checkpoints/step-00000100/a1-12345678/", JobAddress(ROOT, 100)),
+        (f"{ROOT}/model", JobAddress(ROOT, model=True)),
+        (f"{ROOT}/model/a2-12345678", JobAddress(ROOT, model=True)),
+        ("s3://bucket/root/team/model/0a1b2c3d-0000", JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000")),
         (
             "s3://bucket/root/team/model/0a1b2c3d-0000/model",
-            Address("s3://bucket/root/team/model/0a1b2c3d-0000", model=True),
+            JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000", model=True),
         ),
-        ("s3://bucket/model/team/job/uid", Address("s3://bucket/model/team/job/uid")),
-        ("https://host/uid/model/?sig=a/b", Address("https://host/uid?sig=a/b", model=True)),
-        ("https://host/uid/checkpoints/step-00000100/a1-12345678?sig", Address("https://host/uid?sig", 100)),
-        ("https://host/uid?sig", Address("https://host/uid?sig")),
+        ("s3://bucket/model/team/job/uid", JobAddress("s3://bucket/model/team/job/uid")),
+        ("https://host/uid/model/?sig=a/b", JobAddress("https://host/uid?sig=a/b", model=True)),
+        ("https://host/uid/checkpoints/step-00000100/a1-12345678?sig", JobAddress("https://host/uid?sig", 100)),
+        ("https://host/uid?sig", JobAddress("https://host/uid?sig")),
     ],
 )
-def test_an_address_is_parsed(uri: str, address: Address) -> None:
+def test_an_address_is_parsed(uri: str, address: JobAddress) -> None:
     assert parse_address(uri) == address
 
 
@@ -49,7 +49,7 @@ def root(tmp_path: Path) -> str:
 
 def fill_tree(tmp_path: Path, folder: Path) -> str:
     """Commit two checkpoints and a model below `folder`, and return the URI."""
-    tree = Tree(open_store(StoreTarget(uri=f"file://{folder}")))
+    tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{folder}")))
     for step in (5, 10, None):
         staged = tmp_path / f"staged-{step}"
         (staged / "sub").mkdir(parents=True)

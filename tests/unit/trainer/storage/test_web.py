@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import StoreTarget
-from finetune_trainer.storage.base import Stat
+from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import LONGEST_PAUSE_SECONDS, MAX_ATTEMPTS, READ_BYTES, WebStore
@@ -47,7 +47,7 @@ def test_a_download_returns_the_sha256_of_the_object(store: WebStore, server: We
     found = store.download("weights", tmp_path / "deep/weights", count=chunk_sizes.append)
     assert found == hashlib.sha256(BODY).hexdigest() and sum(chunk_sizes) == len(BODY)
     assert (tmp_path / "deep/weights").read_bytes() == BODY == store.get("weights")
-    assert store.stat("weights") == Stat("weights", len(BODY), found[:12])
+    assert store.stat("weights") == ObjectStat("weights", len(BODY), found[:12])
     assert server.requests[0] == f"GET /a%20b/weights{SECRET}" and store.uri == f"{server.url}/a b"
     assert store.retries == 0
 

@@ -15,7 +15,7 @@ from finetune_api.errors import FineTuneError
 from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_ATTEMPTS
 from finetune_trainer.supervisor.fetch import Fetcher
@@ -125,7 +125,7 @@ def test_a_file_larger_than_the_disk_is_not_downloaded(
 @pytest.fixture
 def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
     """URL of a storage root that contains a committed checkpoint and a committed model."""
-    tree = Tree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
+    tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
     for step in (100, None):
         staged = tmp_path / f"staged-{step}"
         (staged / "sub").mkdir(parents=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finetune_trainer.checkpoint.tree import Fenced, Tree
+from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.folder import FolderStore
@@ -101,20 +101,20 @@ def test_leftovers_are_removed_only_after_earlier_attempts_are_fenced_out(
     store: RecordingStore, tmp_path: Path
 ) -> None:
     """Before the sweep, an earlier attempt that still runs must be fenced out, because it could commit data that the sweep removes."""
-    preparation(tmp_path, 2).claim_storage(Tree(store))
+    preparation(tmp_path, 2).claim_storage(CheckpointTree(store))
     assert store.changes == [
         "put run/attempt-2/run.json", "delete checkpoints/step-00000005/a1-00000000/weights"
     ]  # fmt: skip
 
 
 def test_an_attempt_that_starts_after_a_later_one_changes_nothing_in_storage(store: RecordingStore, tmp_path: Path) -> None:
-    Tree(store).begin_attempt(3, b"{}")
+    CheckpointTree(store).begin_attempt(3, b"{}")
     store.changes.clear()
-    with pytest.raises(Fenced):
-        preparation(tmp_path, 2).claim_storage(Tree(store))
+    with pytest.raises(FencedOutError):
+        preparation(tmp_path, 2).claim_storage(CheckpointTree(store))
     assert store.changes == []
 
 
 def test_only_rank_0s_pod_claims_storage(store: RecordingStore, tmp_path: Path) -> None:
-    preparation(tmp_path, 2, node_rank=1).claim_storage(Tree(store))
+    preparation(tmp_path, 2, node_rank=1).claim_storage(CheckpointTree(store))
     assert store.changes == []

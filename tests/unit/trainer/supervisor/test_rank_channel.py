@@ -79,6 +79,6 @@ def test_an_invalid_message_does_not_stop_the_channel(recorder: Recorder, tmp_pa
 def test_sending_to_an_ended_supervisor_is_no_error(recorder: Recorder, tmp_path: Path) -> None:
     sender = rank(recorder, tmp_path)
     recorder.channel.close()
-    sender.note("not received")
-    sender.finished(tmp_path, OutputKind.MODEL, {"long": "x" * MAX_MESSAGE_BYTES})
+    sender.report_note("not received")
+    sender.report_output(tmp_path, OutputKind.MODEL, {"long": "x" * MAX_MESSAGE_BYTES})
     assert recorder.received == []

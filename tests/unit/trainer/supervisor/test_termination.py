@@ -12,14 +12,14 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, Output, Progress
 from finetune_trainer.channel import Channel
 from finetune_trainer.failure import classify, failure_from_message
-from finetune_trainer.supervisor.exit_decision import AttemptFacts, Exit, decide_exit
+from finetune_trainer.supervisor.exit_decision import AttemptFacts, ExitDecision, decide_exit
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
 
 KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
 
 
-def message_of(decided: Exit, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
+def message_of(decided: ExitDecision, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
     """The termination message after it was written and parsed, as the operator gets it."""
     state = RunState()
     state.merge_progress(Progress(step=step))
@@ -30,9 +30,9 @@ def message_of(decided: Exit, *, step: int = 7, output: Output | None = None) ->
 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
 def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[FineTuneError]) -> None:
-    channel = Channel.recording(tmp_path, rank=3)
+    channel = Channel.create_recording(tmp_path, rank=3)
     error, origin = classify(kind("Expected", "what was wrong", hint="what to write"))
-    channel.failed(error, origin=origin)
+    channel.report_failure(error, origin=origin)
     facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
     found = message_of(decide_exit(facts, [], is_saved=False, node_rank=0))
     assert (found.exit_code, found.code, found.message, found.hint) == (
@@ -46,20 +46,20 @@ def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[Fi
     ("code", "word"), [(ExitCode.PREEMPTED_SAVED, "StoppedSaved"), (ExitCode.PREEMPTED_UNSAVED, "StoppedUnsaved")]
 )
 def test_a_stop_is_reported_as_preemption(code: ExitCode, word: str) -> None:
-    found = message_of(Exit(code))
+    found = message_of(ExitDecision(code))
     assert (found.exit_code, found.code, found.class_, found.origin) == (code, word, FailureClass.PREEMPTED, True)
     assert "at step 7" in (found.message or "")
 
 
 def test_success_has_the_output_and_no_failure() -> None:
-    found = message_of(Exit(ExitCode.OK), output=Output(uri="s3://b/model"))
+    found = message_of(ExitDecision(ExitCode.OK), output=Output(uri="s3://b/model"))
     assert (found.exit_code, found.class_, found.code) == (0, None, None)
     assert found.output is not None and found.output.uri == "s3://b/model"
 
 
 def test_a_message_is_cut_to_the_size_that_the_kubelet_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failure = failure_from_message({"exitCode": 70, "code": "TrainerCrashed", "message": "\N{SNOWMAN}" * 5000, "hint": "h" * 5000})
-    message = message_of(Exit(70, failure))
+    message = message_of(ExitDecision(70, failure))
     write_termination_message(message, tmp_path / "termination")
     assert len((tmp_path / "termination").read_bytes()) <= MAX_TERMINATION_BYTES
     write_termination_message(message, tmp_path / "missing" / "termination")
