@@ -37,28 +37,28 @@ def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(run.spec.model.trust_remote_code))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable("TokenizerUnreadable", "tokenizer", run.spec.model.tokenizer, folder, error, run) from error
+        raise _unreadable_error("TokenizerUnreadable", "tokenizer", run.spec.model.tokenizer, folder, error, run) from error
     tokenizer.padding_side = "right"
-    added = vocabulary.add_tokens(tokenizer, run.spec.model.new_tokens)
-    notes = [f"{len(added)} new tokens, ids {added[0]} to {added[-1]}"] if added else []
+    added_ids = vocabulary.add_tokens(tokenizer, run.spec.model.new_tokens)
+    notes = [f"{len(added_ids)} new tokens, ids {added_ids[0]} to {added_ids[-1]}"] if added_ids else []
     return tokenizer, [*notes, *_choose_pad_token(tokenizer, run.spec.model.pad_token)]
 
 
-def _choose_pad_token(tokenizer: Any, requested: str | None) -> list[str]:
+def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
     """Set the pad token: the requested token, the tokenizer's own pad token, a reserved token, or the end token, in this order."""
-    known = tokenizer.get_vocab()
-    if requested is not None:
-        token = tokenizer.eos_token if requested == END_OF_SEQUENCE else requested
-        if token not in known:
+    vocabulary = tokenizer.get_vocab()
+    if requested_token is not None:
+        token = tokenizer.eos_token if requested_token == END_OF_SEQUENCE else requested_token
+        if token not in vocabulary:
             raise ConfigError(
-                "PadTokenUnknown", f"model.padToken {requested!r} is not in the vocabulary",
+                "PadTokenUnknown", f"model.padToken {requested_token!r} is not in the vocabulary",
                 hint=f"write a token of the vocabulary, write {END_OF_SEQUENCE} for the end token, or remove the field",
             )  # fmt: skip
         tokenizer.pad_token = token
         return []
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return []
-    reserved = sorted(token for token in known if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
+    reserved = sorted(token for token in vocabulary if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
     tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
@@ -77,7 +77,7 @@ def load_config(run: RunConfig, inputs: Inputs) -> Any:
     try:
         return AutoConfig.from_pretrained(inputs.model, trust_remote_code=bool(spec.trust_remote_code))
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
+        raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
 
 
 def load_model(
@@ -86,13 +86,13 @@ def load_model(
     hardware: Hardware,
     *,
     skip_quantization: tuple[str, ...] = (),
-    sharded: bool = False,
+    is_sharded: bool = False,
     kind: str = "causal",
     quantize: bool = True,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the base model and check that no weight is missing. Returns the model and notes for the status.
 
-    `skip_quantization`: modules that stay unquantised. `sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
+    `skip_quantization`: modules that stay unquantised. `is_sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
     `reward` for a head with one output. If `quantize` is False, the spec's quantisation is ignored.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
@@ -106,17 +106,17 @@ def load_model(
         "attn_implementation": hardware.attention,
         "trust_remote_code": bool(spec.trust_remote_code),
     }
-    quantization = quantization_config(run, hardware, skip=skip_quantization, sharded=sharded) if quantize else None
+    quantization = quantization_config(run, hardware, skipped_modules=skip_quantization, is_sharded=is_sharded) if quantize else None
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
     loader = AutoModelForCausalLM
     if kind == "reward":
         loader, options["num_labels"] = AutoModelForSequenceClassification, 1
     try:
-        model, info = loader.from_pretrained(inputs.model, output_loading_info=True, **options)
+        model, loading_info = loader.from_pretrained(inputs.model, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
-    _check_complete(info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())
+        raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
+    _check_complete(loading_info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())
     return model, notes
 
 
@@ -127,9 +127,9 @@ def max_positions(config: Any) -> int | None:
 
 
 def quantization_config(
-    run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False
+    run: RunConfig, hardware: Hardware, *, skipped_modules: tuple[str, ...] = (), is_sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """Quantisation of the frozen base model; None without quantisation. `skip`: modules that stay unquantised, in addition to the head."""
+    """Quantisation of the frozen base model; None without quantisation. `skipped_modules`: modules that stay unquantised, in addition to the head."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -137,7 +137,7 @@ def quantization_config(
     bits = base_bits(run.spec)
     if bits is None:
         return None
-    unquantized = ["lm_head", "score", *skip] if skip else None
+    unquantized = ["lm_head", "score", *skipped_modules] if skipped_modules else None
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
     types = {
@@ -156,7 +156,7 @@ def quantization_config(
         bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
         bnb_4bit_compute_dtype=compute,
         # FSDP does not shard weights of an integer type (it only warns), so the bytes are stored as floats.
-        bnb_4bit_quant_storage=compute if sharded else torch.uint8,
+        bnb_4bit_quant_storage=compute if is_sharded else torch.uint8,
         llm_int8_skip_modules=unquantized,
     )
 
@@ -191,12 +191,12 @@ def _loads_in_8_bits(quantization: Any) -> bool:
     return bool(in_8_bits)
 
 
-def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
+def _check_complete(loading_info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
     """Refuse a model with missing weights. transformers only warns and initialises missing weights randomly.
     `expected_missing`: the weights of a new head. Errors: NotFoundError ModelIncomplete.
     """
-    missing = sorted(set(info.get("missing_keys", ())) - set(expected_missing))
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
+    missing = sorted(set(loading_info.get("missing_keys", ())) - set(expected_missing))
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading_info.get("mismatched_keys", ()))
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])
         raise NotFoundError(
@@ -206,18 +206,18 @@ def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...]
         )  # fmt: skip
 
 
-def _unreadable(
-    code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
+def _unreadable_error(
+    code: str, unreadable_object: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
     """Return the error for an unreadable folder: the first line of the library's message, with `source` instead of the local path."""
-    source = redact_source(source or what)
+    source = redact_source(source or unreadable_object)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
     needs_remote_code = "trust_remote_code" in first or "custom code" in first
     hint = (
         "set model.trustRemoteCode: true if you trust the source"
         if needs_remote_code
-        else f"give a {what} folder in the layout of the Hugging Face hub; this folder holds {', '.join(files) or 'no files'}"
+        else f"give a {unreadable_object} folder in the layout of the Hugging Face hub; this folder holds {', '.join(files) or 'no files'}"
     )
     return NotFoundError(code, f"{source}: {first}", hint=hint)
 
@@ -230,5 +230,5 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def parameter_size(parameter: Any) -> int:
     """Number of values in a parameter: two per byte for a 4-bit weight, the unsharded size for a ZeRO-3 parameter."""
-    stored = int(getattr(parameter, "ds_numel", None) or parameter.numel())
-    return stored * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored
+    stored_count = int(getattr(parameter, "ds_numel", None) or parameter.numel())
+    return stored_count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored_count

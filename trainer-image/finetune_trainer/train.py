@@ -133,7 +133,7 @@ class TrainingSession:
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
         base, notes = model.load_model(
-            self.run, self.inputs, self.hardware, sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
+            self.run, self.inputs, self.hardware, is_sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
             skip_quantization=context.unquantized,
         )  # fmt: skip
         vocabulary.fit_embeddings(base, tokenizer, self.run, [data.train, data.validation, data.test])

@@ -20,7 +20,7 @@ def test_scan_of_a_long_row_without_spaces_takes_linear_time(tmp_path: Path) -> 
     rows = [{"text": dots}, {"text": f"{dots}@{dots}"}, {"text": "to a.b@mail.example.org."}, {"text": "a@b"}]
     run, inputs = run_for(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)
     findings = check_files(run, inputs).findings
-    assert findings.personal is not None and findings.personal["email"] == 1
+    assert findings.personal_data_counts is not None and findings.personal_data_counts["email"] == 1
 
 
 def test_an_answer_that_is_not_json_is_a_bad_row(tmp_path: Path) -> None:
@@ -39,8 +39,8 @@ def test_check_results_are_reported(tmp_path: Path) -> None:
     )
     summary = check_files(run, inputs)
     assert summary.rows["train"] == 4
-    assert summary.findings.duplicates == 1
-    assert summary.findings.personal == {"email": 1, "phone": 1, "creditCard": 0, "ipAddress": 0, "iban": 0}
-    assert summary.findings.answers is not None and summary.findings.answers["yes"] == 2
+    assert summary.findings.duplicate_count == 1
+    assert summary.findings.personal_data_counts == {"email": 1, "phone": 1, "creditCard": 0, "ipAddress": 0, "iban": 0}
+    assert summary.findings.top_answer_counts is not None and summary.findings.top_answer_counts["yes"] == 2
     assert summary.findings.share_of_top_answer == 0.5
     assert not any("example.org" in note for note in summary.notes if "personal" in note)

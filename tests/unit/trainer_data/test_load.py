@@ -98,7 +98,7 @@ def test_deduplication_keeps_the_weights_of_a_mixture(tmp_path: Path) -> None:
     loaded = load_mixture(
         tmp_path, {"checks": {"deduplicate": True}}, text_rows(2) * 2, [*text_rows(1), *text_rows(8, 100)]
     )
-    assert loaded.summary.findings.duplicates == 3
+    assert loaded.summary.findings.duplicate_count == 3
     assert [row.text.startswith("text 10") for _, row in loaded.train].count(False) == 9
     assert len(loaded.train) == 10
 

@@ -10,7 +10,13 @@ from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.rules import REWARD_PARAMETERS, invalid_parameters
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
-from finetune_trainer.objective.rewards import BUILTIN_REWARDS, RewardParameters, build_rewards, require_columns, text_of
+from finetune_trainer.objective.rewards import (
+    BUILTIN_REWARDS,
+    RewardParameters,
+    build_rewards,
+    require_columns,
+    text_of,
+)
 
 CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
 

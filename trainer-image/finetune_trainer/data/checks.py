@@ -39,10 +39,10 @@ TOP_ANSWERS = 10
 class CheckFindings:
     """Results of the checks. A field is None if its check was not requested."""
 
-    duplicates: int | None = None
-    personal: dict[str, int] | None = None
+    duplicate_count: int | None = None
+    personal_data_counts: dict[str, int] | None = None
     """Number of rows with at least one match, by kind of personal data. The matches themselves are not stored."""
-    answers: dict[str, int] | None = None
+    top_answer_counts: dict[str, int] | None = None
     """The most frequent answers with their counts."""
     share_of_top_answer: float | None = None
 
@@ -64,7 +64,7 @@ def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Exampl
     return unique_rows, sum(map(len, sources)) - sum(map(len, unique_rows))
 
 
-def json_error(example: Example) -> RowError | None:
+def find_json_error(example: Example) -> RowError | None:
     """Return an error if an answer of the example is not JSON, else None."""
     for answer in answer_texts(example):
         try:
@@ -103,9 +103,9 @@ def answer_texts(example: Example) -> list[str]:
         case Completion(_, completion):
             return [completion]
         case Preference(_, chosen, _):
-            return list(_texts_of(chosen))
+            return list(_list_texts(chosen))
         case LabelledAnswer(_, completion, _):
-            return list(_texts_of(completion))
+            return list(_list_texts(completion))
         case _:
             return []
 
@@ -120,12 +120,12 @@ def all_texts(example: Example) -> list[str]:
         case Completion(prompt, completion):
             return [prompt, completion]
         case Preference(prompt, chosen, rejected):
-            return [*_texts_of(prompt), *_texts_of(chosen), *_texts_of(rejected)]
+            return [*_list_texts(prompt), *_list_texts(chosen), *_list_texts(rejected)]
         case LabelledAnswer(prompt, completion, _):
-            return [*_texts_of(prompt), *_texts_of(completion)]
+            return [*_list_texts(prompt), *_list_texts(completion)]
         case Prompt(prompt, _):
-            return list(_texts_of(prompt))
+            return list(_list_texts(prompt))
 
 
-def _texts_of(part: tuple[Turn, ...] | str) -> Iterable[str]:
+def _list_texts(part: tuple[Turn, ...] | str) -> Iterable[str]:
     return [part] if isinstance(part, str) else [turn.content for turn in part]

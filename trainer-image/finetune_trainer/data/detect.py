@@ -16,7 +16,7 @@ SAMPLE_ROWS = 50
 """Number of rows to inspect. With several rows, an unusual first row does not decide the format."""
 
 
-def detect(sample: Sequence[RawRow], columns: Columns) -> Format:
+def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
     """The format that matches most of the sampled rows. Errors: DatasetEmpty, FormatUnknown."""
     if not sample:
         raise DataError("DatasetEmpty", "the data set has no rows", hint="give a file with at least one row")

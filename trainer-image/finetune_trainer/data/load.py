@@ -20,9 +20,9 @@ from finetune_api.spec.dataset import Columns, Dataset, Split
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
 from finetune_trainer.data import checks
-from finetune_trainer.data.detect import SAMPLE_ROWS, detect, is_alpaca_instead, require_columns
+from finetune_trainer.data.detect import SAMPLE_ROWS, detect_format, is_alpaca_instead, require_columns
 from finetune_trainer.data.formats import Format, ReadOptions, format_named
-from finetune_trainer.data.read import data_files, read_rows, row_failure
+from finetune_trainer.data.read import data_files, read_rows, row_error_as_data_error
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RawRow, RowError
 from finetune_trainer.data.split import cut, mix
 
@@ -85,12 +85,12 @@ def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
 def load(run: RunConfig, inputs: Inputs) -> LoadedData:
     """All examples of a run. Errors: see `check_files`."""
     spec = run.spec.dataset
-    reader = _Reader(run)
+    reader = _SourceReader(run)
     sources = reader.apply_checks(_read_sources(reader, run, inputs))
     validation = reader.read(inputs.validation, spec.format, spec.columns) if inputs.validation else []
     test = reader.read(inputs.test, spec.format, spec.columns) if inputs.test else []
     if spec.split is not None:
-        sources, cut_validation, cut_test = _cut_splits(sources, spec.split)
+        sources, cut_validation, cut_test = _split_sources(sources, spec.split)
         validation, test = validation or cut_validation, test or cut_test
     train = _mix_sources(reader.summary, run, sources) if inputs.mixture else sources[0]
     reader.summary.rows = {"train": len(train), "validation": len(validation), "test": len(test)}
@@ -115,7 +115,7 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
     )  # fmt: skip
 
 
-def _read_sources(reader: _Reader, run: RunConfig, inputs: Inputs) -> list[Rows]:
+def _read_sources(reader: _SourceReader, run: RunConfig, inputs: Inputs) -> list[Rows]:
     """Training rows of each source."""
     spec = run.spec.dataset
     if not inputs.mixture:
@@ -126,7 +126,7 @@ def _read_sources(reader: _Reader, run: RunConfig, inputs: Inputs) -> list[Rows]
     ]
 
 
-def _cut_splits(sources: Sequence[Rows], split: Split) -> tuple[list[Rows], Rows, Rows]:
+def _split_sources(sources: Sequence[Rows], split: Split) -> tuple[list[Rows], Rows, Rows]:
     """Training rows per source, validation rows and test rows.
 
     The rows are split before the sources are mixed, because a mixture repeats the rows of a small source. If the mixture were split,
@@ -157,7 +157,7 @@ def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Rows]) 
     return mixed
 
 
-def as_prompt(example: Example, row: RawRow) -> Example | RowError:
+def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
     """Convert an example to a prompt. The answer and the other columns of the row are kept for the rewards."""
     match example:
         case Conversation(turns):
@@ -173,7 +173,7 @@ def as_prompt(example: Example, row: RawRow) -> Example | RowError:
             return example
 
 
-class _Reader:
+class _SourceReader:
     """Reads the sources one after the other, with one policy for bad rows and one summary."""
 
     def __init__(self, run: RunConfig):
@@ -195,8 +195,8 @@ class _Reader:
         if not sample and not bad_rows:
             raise DataError("DatasetEmpty", f"{names}: no rows", hint="give a file with at least one row")
         form, columns = self._choose_format(sample, spec_format, columns or Columns())
-        examples = self._examples(chain(sample, stream), form, columns, bad_rows)
-        self._tolerate(bad_rows, len(examples) + len(bad_rows))
+        examples = self._read_examples(chain(sample, stream), form, columns, bad_rows)
+        self._limit_bad_rows(bad_rows, len(examples) + len(bad_rows))
         if not examples:
             raise DataError("DatasetEmpty", f"{names}: no usable rows", hint="fix the rows")
         self.summary.bad_rows += len(bad_rows)
@@ -218,7 +218,7 @@ class _Reader:
         elif self.trainer is TrainerType.GRPO and all(isinstance(row.value.get("prompt"), list) for row in sample):
             form = format_named(DatasetFormat.PROMPT_ONLY)
         else:
-            form = detect(sample, columns)
+            form = detect_format(sample, columns)
         self._require_format_of_objective(form.name)
         require_columns(sample, form, columns)
         if not self.summary.formats:
@@ -249,7 +249,7 @@ class _Reader:
             needs_answer=self.trainer is TrainerType.SFT and trains_on_answers_only(self.run, form.name),
         )  # fmt: skip
 
-    def _examples(
+    def _read_examples(
         self, rows: Iterable[RawRow], form: Format, columns: Columns, bad_rows: list[tuple[RawRow, RowError]]
     ) -> Rows:
         """Return the usable rows, and add the bad rows to `bad_rows`. Errors: DataError for the first bad row if bad rows are not skipped."""
@@ -257,18 +257,18 @@ class _Reader:
         usable: Rows = []
         for row, result in form.read_all(rows, self._read_options(form, columns)):
             if self.trainer is TrainerType.GRPO and not isinstance(result, RowError):
-                result = as_prompt(result, row)
+                result = convert_to_prompt(result, row)
             if needs_json and not isinstance(result, RowError):
-                result = checks.json_error(result) or result
+                result = checks.find_json_error(result) or result
             if not isinstance(result, RowError):
                 usable.append((row, result))
             elif self.skips_bad_rows:
                 bad_rows.append((row, result))
             else:
-                raise row_failure(row, result)
+                raise row_error_as_data_error(row, result)
         return usable
 
-    def _tolerate(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
+    def _limit_bad_rows(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
         """Add a note about the skipped rows. Errors: TooManyBadRows if there are more bad rows than allowed."""
         if not bad_rows:
             return
@@ -289,17 +289,17 @@ class _Reader:
         if options is None:
             return sources
         if options.deduplicate:
-            sources, findings.duplicates = checks.deduplicate(sources)
-            notes.append(f"{findings.duplicates} duplicate rows were left out")
+            sources, findings.duplicate_count = checks.deduplicate(sources)
+            notes.append(f"{findings.duplicate_count} duplicate rows were left out")
         rows = list(chain.from_iterable(sources))
         if options.pii_scan:
-            findings.personal = checks.scan_personal(rows)
-            hits = ", ".join(f"{kind} in {count}" for kind, count in findings.personal.items() if count)
+            findings.personal_data_counts = checks.scan_personal(rows)
+            hits = ", ".join(f"{kind} in {count}" for kind, count in findings.personal_data_counts.items() if count)
             notes.append(f"rows that may hold personal data: {hits or 'none'}")
         if options.balance:
-            findings.answers, findings.share_of_top_answer = checks.count_top_answers(rows)
-            if findings.answers:
-                top = next(iter(findings.answers))
+            findings.top_answer_counts, findings.share_of_top_answer = checks.count_top_answers(rows)
+            if findings.top_answer_counts:
+                top = next(iter(findings.top_answer_counts))
                 notes.append(f"most frequent answer: {top!r}, {findings.share_of_top_answer:.1%} of all")
         return sources
 

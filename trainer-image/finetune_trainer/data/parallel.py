@@ -54,14 +54,14 @@ class SupervisedEncoder:
         """Render and tokenise the rows. Errors: ConfigError of `render` and `encode`."""
         rejected: list[tuple[int, RejectedRow]] = []
 
-        def rendered() -> Iterator[tuple[str, Rendered]]:
+        def render_rows() -> Iterator[tuple[str, Rendered]]:
             for number, (location, example) in enumerate(rows):
                 try:
                     yield location, render(example, self.render_with)
                 except RowError as error:
                     rejected.append((number, RejectedRow(location, error.code, error.message, error.hint)))
 
-        results: list[EncodedRow | RejectedRow] = list(encode(rendered(), self.render_with.tokenizer, self.options))
+        results: list[EncodedRow | RejectedRow] = list(encode(render_rows(), self.render_with.tokenizer, self.options))
         for number, row in rejected:
             results.insert(number, row)
         return results
@@ -86,7 +86,7 @@ def encode_rows(
     on_bad_row: Callable[[str, str, str, str], None],
 ) -> Iterator[Result]:  # fmt: skip
     """Yield the encoder's result for every row, in order. Rejected rows are passed to `on_bad_row`, and skipped if it does not raise."""
-    batches = _batches(rows)
+    batches = _split_into_batches(rows)
     workers = min(processes, len(rows) // ROWS_PER_WORKER)
     pool = _start_pool(encoder, workers) if workers > 1 else None
     with pool or nullcontext():
@@ -102,7 +102,7 @@ def _start_pool(encoder: BatchEncoder[Any], workers: int) -> ProcessPoolExecutor
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
 
 
-def _batches(rows: Sequence[tuple[Any, Example]]) -> Iterator[list[tuple[str, Example]]]:
+def _split_into_batches(rows: Sequence[tuple[Any, Example]]) -> Iterator[list[tuple[str, Example]]]:
     stream = iter(rows)
     while batch := [(raw.location, example) for raw, example in islice(stream, BATCH_ROWS)]:
         yield batch

@@ -82,14 +82,14 @@ def prepare(
     Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row);
     ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
-    length = max_sequence_length(run, tokenizer, max_positions)
-    templated = use_chat_template(run, inputs, tokenizer)
-    folder = cache / cache_key(run, inputs, tokenizer, length)
+    max_length = max_sequence_length(run, tokenizer, max_positions)
+    is_templated = use_chat_template(run, inputs, tokenizer)
+    folder = cache / cache_key(run, inputs, tokenizer, max_length)
     with one_rank_first or nullcontext():
         is_cached = (folder / SUMMARY_FILE).exists()
         if not is_cached:
-            _write_tokens(folder, *_tokenise_splits(run, inputs, tokenizer, length, templated))
-    return _load_prepared(folder, length, is_cached)
+            _write_tokens(folder, *_tokenise_splits(run, inputs, tokenizer, max_length, is_templated))
+    return _load_prepared(folder, max_length, is_cached)
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
@@ -155,31 +155,31 @@ def _chat_template_text(option: Any, config_maps: Path) -> str:
         ) from None  # fmt: skip
 
 
-def render_options(run: RunConfig, tokenizer: Any, templated: bool, form: DatasetFormat) -> RenderOptions:
-    """Options for rendering the rows of this run. `templated`: whether the tokenizer's chat template is used."""
+def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: DatasetFormat) -> RenderOptions:
+    """Options for rendering the rows of this run. `is_templated`: whether the tokenizer's chat template is used."""
     option = run.spec.dataset.response_only
     markers = (option.question_marker or "", option.answer_marker or "") if option else ("", "")
-    specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    special_tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     return RenderOptions(
-        tokenizer, templated, trains_on_answers_only(run, form), markers if markers[1] else None, tuple(specials),
+        tokenizer, is_templated, trains_on_answers_only(run, form), markers if markers[1] else None, tuple(special_tokens),
         text_as_turns=run.spec.dataset.use_chat_template is True,
     )  # fmt: skip
 
 
 def _tokenise_splits(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, templated: bool
+    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool
 ) -> tuple[LoadedData, dict[str, TokenisedSplit], list[str]]:
     """Load, render, tokenise and pack all splits. Returns the splits and the notes for the status."""
     spec = run.spec.dataset
     loaded = load(run, inputs)
     options = TokeniseOptions(
-        length, spec.overflow or OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
+        max_length, spec.overflow or OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
     )
-    encoder = SupervisedEncoder(render_options(run, tokenizer, templated, loaded.summary.format_with_turns), options)
+    encoder = SupervisedEncoder(render_options(run, tokenizer, is_templated, loaded.summary.format_with_turns), options)
     notes = list(loaded.summary.notes)
     splits: dict[str, TokenisedSplit] = {}
     for name, rows in loaded.splits():
-        if templated and spec.use_chat_template is None and any(isinstance(example, Completion) for _, example in rows):
+        if is_templated and spec.use_chat_template is None and any(isinstance(example, Completion) for _, example in rows):
             notes.append(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
@@ -188,7 +188,7 @@ def _tokenise_splits(
         splits[name] = tokenise(stream, options, on_bad_row=bad_rows)
         notes += bad_rows.notes(name) + [f"{name}: {note}" for note in splits[name].report.notes(options)]
     if spec.packing:
-        splits["train"] = pack_split(splits["train"], length)
+        splits["train"] = pack_split(splits["train"], max_length)
         notes.append(f"train: {splits['train'].report.notes(options)[-1]}")
     return loaded, splits, list(dict.fromkeys(notes))
 
@@ -227,7 +227,7 @@ class BadRowPolicy:
 # ---- cache
 
 
-def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
+def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int) -> str:
     """Hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the cache version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     mixture = (path for source in inputs.mixture for path in source)
@@ -243,7 +243,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> st
         run.spec.trainer.type,
         run.spec.trainer.max_completion_length,
         _defaulted_options(run),
-        length,
+        max_length,
         seed,
         tokenizer.chat_template,
     ]
@@ -303,12 +303,12 @@ def load_cached(folder: Path) -> tuple[Splits, Any]:
     return Splits(train, validation, test), json.loads((folder / SUMMARY_FILE).read_text())
 
 
-def _load_prepared(folder: Path, length: int, is_cached: bool) -> PreparedData:
+def _load_prepared(folder: Path, max_length: int, is_cached: bool) -> PreparedData:
     splits, summary = load_cached(folder)
     return PreparedData(
         **vars(splits),
         format=DatasetFormat(summary["format"]),
-        max_sequence_length=length,
+        max_sequence_length=max_length,
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},
         rows=summary["rows"],
         notes=summary["notes"],

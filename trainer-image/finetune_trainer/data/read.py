@@ -57,12 +57,12 @@ def read_rows(
             if isinstance(row, RawRow):
                 yield row
             elif bad_rows is None:
-                raise row_failure(*row)
+                raise row_error_as_data_error(*row)
             else:
                 bad_rows.append(row)
 
 
-def row_failure(row: RawRow, error: RowError) -> DataError:
+def row_error_as_data_error(row: RawRow, error: RowError) -> DataError:
     """The error that ends a job because of one row."""
     skip = f"; or `dataset.badRows: {BadRows.SKIP}` to leave such rows out"
     return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip)
@@ -75,7 +75,7 @@ def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
     format_by_name = FILE_FORMATS.get(_suffix(file))
     if format_by_name is not None:
         return format_by_name
-    with _open(file) as stream:
+    with _open_decompressed(file) as stream:
         head = stream.read(4096)
     if head.startswith(b"PAR1"):
         return FileFormat.PARQUET
@@ -94,7 +94,7 @@ def _suffix(file: Path) -> str:
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[IO[bytes]]:
+def _open_decompressed(file: Path) -> Iterator[IO[bytes]]:
     """Open the file for reading, and decompress it if its name ends in .gz. Errors: DatasetRowInvalid for an unreadable .gz file."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
@@ -109,32 +109,32 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
 def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     match file_format_of(file, file_format):
         case FileFormat.JSONL:
-            return _jsonl(file)
+            return _read_jsonl(file)
         case FileFormat.JSON:
-            return _json(file)
+            return _read_json(file)
         case FileFormat.CSV:
-            return _csv(file)
+            return _read_csv(file)
         case FileFormat.PARQUET:
-            return _parquet(file)
+            return _read_parquet(file)
         case _:
-            return _text(file)
+            return _read_text_lines(file)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their line numbers. Errors: DatasetNotUtf8."""
     offset = 0
-    with _open(file) as stream:
+    with _open_decompressed(file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise _not_utf8(file, offset + error.start, line) from None
+                raise _encoding_error(file, offset + error.start, line) from None
             offset += len(line)
             if text.strip():
                 yield number, text
 
 
-def _not_utf8(file: Path, offset: int, head: bytes) -> DataError:
+def _encoding_error(file: Path, offset: int, head: bytes) -> DataError:
     other = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "another encoding"
     return DataError(
         "DatasetNotUtf8", f"{file.name}: byte {offset} is not UTF-8 (the file looks like {other})",
@@ -143,12 +143,12 @@ def _not_utf8(file: Path, offset: int, head: bytes) -> DataError:
 
 
 def _read_text(file: Path) -> str:
-    with _open(file) as stream:
+    with _open_decompressed(file) as stream:
         data = stream.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, error.start, data[:4]) from None
+        raise _encoding_error(file, error.start, data[:4]) from None
 
 
 def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
@@ -174,8 +174,8 @@ def _surrogate_error(value: Any) -> RowError | None:
     return None
 
 
-def _jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
-    for number, line in _lines(file):
+def _read_jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
+    for number, line in _numbered_lines(file):
         try:
             value = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
@@ -190,13 +190,13 @@ def _jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
         yield _object_row(file, number, value, has_surrogates=SURROGATE_ESCAPE in line.lower())
 
 
-def _json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
+def _read_json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     text = _read_text(file)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # most likely a JSONL file with the wrong extension
-            yield from _jsonl(file)
+            yield from _read_jsonl(file)
             return
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}",
@@ -221,7 +221,7 @@ def _json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
         yield _object_row(file, number, item, has_surrogates=has_surrogates)
 
 
-def _csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
+def _read_csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
     text = _read_text(file)
     header_line = text.split("\n", 1)[0]
@@ -256,12 +256,12 @@ def _require_unique_names(header: list[str], file: Path) -> None:
         )  # fmt: skip
 
 
-def _text(file: Path) -> Iterator[RawRow]:
-    for number, line in _lines(file):
+def _read_text_lines(file: Path) -> Iterator[RawRow]:
+    for number, line in _numbered_lines(file):
         yield RawRow(file, number, {"text": line.strip("\r\n")})
 
 
-def _parquet(file: Path) -> Iterator[RawRow]:
+def _read_parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 

@@ -49,9 +49,9 @@ class RenderOptions:
     tokenizer: ChatTokenizer
     use_chat_template: bool
     response_only: bool
-    markers: tuple[str, str] | None = None
+    turn_markers: tuple[str, str] | None = None
     """Question marker and answer marker of the spec. The question marker may be empty."""
-    specials: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
     """Special tokens of the tokenizer, longest first. The special token that ends an answer belongs to the trained span."""
     text_as_turns: bool = True
     """Whether a text prompt and its text completion are rendered as turns. If False, the two texts are joined."""
@@ -80,7 +80,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
                 f"{type(example).__name__} rows have no text to learn",
                 "choose a trainer.type that reads such rows",
             )
-    return _spans_from_markers(rendered, options.markers) if options.markers and options.response_only else rendered
+    return _spans_from_markers(rendered, options.turn_markers) if options.turn_markers and options.response_only else rendered
 
 
 # ---- without a template
@@ -110,8 +110,8 @@ def _spans_without(untrained: Sequence[CharSpan], text: str) -> tuple[CharSpan, 
 
 
 def _render_with_template(example: Conversation, options: RenderOptions) -> Rendered:
-    text = _apply(options.tokenizer, example.turns, example.tools)
-    if options.response_only and options.markers:
+    text = _apply_template(options.tokenizer, example.turns, example.tools)
+    if options.response_only and options.turn_markers:
         return Rendered(text, (), True)
     weight = int(options.response_only)
     spans = _spans_from_generation_markers(example, weight, text, options)
@@ -143,7 +143,7 @@ def _spans_from_generation_markers(
             return None
         weights = weights[:1] * len(marked)
     return [
-        _with_end_token(text, span, options.specials)
+        _with_end_token(text, span, options.special_tokens)
         for span, own_weight in zip(marked, weights, strict=True)
         if own_weight == weight
     ]
@@ -172,14 +172,14 @@ def _generation_spans(
 def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
     """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
-    head = _apply(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
-    whole = text if index == len(turns) - 1 else _apply(options.tokenizer, turns[: index + 1], tools)
+    head = _apply_template(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
+    whole = text if index == len(turns) - 1 else _apply_template(options.tokenizer, turns[: index + 1], tools)
     if head and text.startswith(head) and text.startswith(whole) and len(whole) > len(head):
-        return _with_end_token(text, (len(head), len(head) + len(whole[len(head) :].rstrip())), options.specials)
+        return _with_end_token(text, (len(head), len(head) + len(whole[len(head) :].rstrip())), options.special_tokens)
     start, end = _content_span(turns, tools, index, text, options.tokenizer)
     if head and text.startswith(head) and len(head) <= start:
         start = len(head)
-    return _with_end_token(text, (start, end), options.specials)
+    return _with_end_token(text, (start, end), options.special_tokens)
 
 
 def _content_span(
@@ -191,7 +191,7 @@ def _content_span(
     """
     turn = turns[index]
     changed_turns = (*turns[:index], Turn(turn.role, _SENTINEL_TEXT, turn.weight, turn.extra), *turns[index + 1 :])
-    changed = _apply(tokenizer, changed_turns, tools)
+    changed = _apply_template(tokenizer, changed_turns, tools)
     start = changed.find(_SENTINEL_TEXT)
     tail = len(changed) - start - len(_SENTINEL_TEXT)
     if (
@@ -207,18 +207,18 @@ def _content_span(
     return start, len(text) - tail
 
 
-def _with_end_token(text: str, span: CharSpan, specials: tuple[str, ...]) -> CharSpan:
+def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) -> CharSpan:
     """Extend the span by the special token that ends the turn. Without training on this token, the model would never stop."""
     start, end = span
-    if any(text[start:end].rstrip().endswith(token) for token in specials):
+    if any(text[start:end].rstrip().endswith(token) for token in special_tokens):
         return span
-    following = next((token for token in specials if text.startswith(token, end)), "")
+    following = next((token for token in special_tokens if text.startswith(token, end)), "")
     return start, end + len(following)
 
 
-def _spans_from_markers(rendered: Rendered, markers: tuple[str, str]) -> Rendered:
+def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
     """Set the spans: from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
-    question, answer = markers
+    question, answer = turn_markers
     spans, position = [], 0
     while answer and (marker_start := rendered.text.find(answer, position)) >= 0:
         start = marker_start + len(answer)
@@ -234,7 +234,7 @@ def _spans_from_markers(rendered: Rendered, markers: tuple[str, str]) -> Rendere
     return Rendered(rendered.text, tuple(spans), rendered.is_templated)
 
 
-def _apply(
+def _apply_template(
     tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
 ) -> str:
     """Render the turns with the chat template. Errors: RowError TemplateRefusedRow with the template's own message."""

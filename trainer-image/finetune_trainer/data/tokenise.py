@@ -184,7 +184,7 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
         )
         for (location, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             labels = labels_of(ids, offsets, item.spans)
-            yield location, *boundary.apply(list(ids), labels, is_templated=item.is_templated)
+            yield location, *boundary.add_boundary_tokens(list(ids), labels, is_templated=item.is_templated)
 
 
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -201,11 +201,11 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 class _BoundaryTokens:
     """Beginning and end token of a row. Each of them occurs at most once, even if template and tokenizer both add it."""
 
-    bos: int | None
-    eos: int | None
+    bos_id: int | None
+    eos_id: int | None
     """None if rows get no end token."""
-    specials: frozenset[int]
-    blanks: frozenset[int]
+    special_ids: frozenset[int]
+    blank_ids: frozenset[int]
     """Tokens that consist of white space."""
     add_bos_to_plain: bool
     """Whether a text without chat template gets a beginning token."""
@@ -215,51 +215,51 @@ class _BoundaryTokens:
     @staticmethod
     def of(tokenizer: Any, options: TokeniseOptions) -> _BoundaryTokens:
         """Read the boundary tokens from the tokenizer and the options. Errors: ConfigError BosMissing, EosMissing."""
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if options.add_bos and bos is None:
+        bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if options.add_bos and bos_id is None:
             raise ConfigError(
                 "BosMissing",
                 "dataset.addBosToken is true, but the tokenizer has no beginning token",
                 hint="leave addBosToken out",
             )
-        if options.add_eos and eos is None:
+        if options.add_eos and eos_id is None:
             raise ConfigError(
                 "EosMissing",
                 "the tokenizer has no end token",
                 hint="set dataset.addEosToken: false, or give another model.tokenizer",
             )
-        adds_bos_itself = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        blanks = frozenset(token for text in ("\n", " ", "\n\n") for token in _single_token(tokenizer, text))
+        adds_bos_itself = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+        blank_ids = frozenset(token for text in ("\n", " ", "\n\n") for token in _single_token(tokenizer, text))
         return _BoundaryTokens(
-            bos, eos if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_specials(tokenizer), blanks,
+            bos_id, eos_id if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_special_ids(tokenizer), blank_ids,
             adds_bos_itself if options.add_bos is None else options.add_bos, options.add_bos,
         )  # fmt: skip
 
-    def apply(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
+    def add_boundary_tokens(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
         """Add or remove beginning and end tokens. Returns the new ids and labels."""
         adds_bos = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
-        leading = 0
-        while self.bos is not None and leading < len(ids) and ids[leading] == self.bos:
-            leading += 1
-        count = (1 if leading else 0) if adds_bos is None else int(adds_bos)
-        if self.bos is not None and leading != count:
-            ids, labels = [self.bos] * count + ids[leading:], [IGNORED_LABEL] * count + labels[leading:]
-        if self.eos is not None and not self._has_end(ids, is_templated):
+        leading_count = 0
+        while self.bos_id is not None and leading_count < len(ids) and ids[leading_count] == self.bos_id:
+            leading_count += 1
+        count = (1 if leading_count else 0) if adds_bos is None else int(adds_bos)
+        if self.bos_id is not None and leading_count != count:
+            ids, labels = [self.bos_id] * count + ids[leading_count:], [IGNORED_LABEL] * count + labels[leading_count:]
+        if self.eos_id is not None and not self._has_end(ids, is_templated):
             last = self._last_nonblank(ids)
             is_trained = last < 0 or labels[last] != IGNORED_LABEL  # the end token of an untrained answer gets no label
-            ids, labels = [*ids, self.eos], [*labels, self.eos if is_trained else IGNORED_LABEL]
+            ids, labels = [*ids, self.eos_id], [*labels, self.eos_id if is_trained else IGNORED_LABEL]
         return ids, labels
 
     def _has_end(self, ids: list[int], is_templated: bool) -> bool:
-        """Whether the row already has an end token. Plain text ends with `eos`; text from a chat template ends with any special token."""
+        """Whether the row already has an end token. Plain text ends with `eos_id`; text from a chat template ends with any special token."""
         if not is_templated:
-            return bool(ids) and ids[-1] == self.eos
+            return bool(ids) and ids[-1] == self.eos_id
         last = self._last_nonblank(ids)
-        return last >= 0 and ids[last] in self.specials
+        return last >= 0 and ids[last] in self.special_ids
 
     def _last_nonblank(self, ids: list[int]) -> int:
         """Index of the last token that is not blank, or -1 if all are blank."""
-        return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blanks), -1)
+        return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blank_ids), -1)
 
 
 def _single_token(tokenizer: Any, text: str) -> list[int]:
@@ -268,5 +268,5 @@ def _single_token(tokenizer: Any, text: str) -> list[int]:
     return list(ids) if len(ids) == 1 else []
 
 
-def _added_specials(tokenizer: Any) -> frozenset[int]:
+def _added_special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

@@ -48,7 +48,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         self._require_new_tokens(config, source)
         weights = _read_weights(folder, source)
         try:
-            wrapped = self._load(model, folder, weights, f"{source} does not fit {base}")
+            wrapped = self._load_adapter(model, folder, weights, f"{source} does not fit {base}")
         except (RuntimeError, ValueError, KeyError) as error:
             lines = [line.strip() for line in str(error).strip().split("\n")]
             reason = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
@@ -72,7 +72,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
                 hint="remove newTokens, give only tokens that the adapter was trained with, or write method lora",
             )  # fmt: skip
 
-    def _load(self, model: Any, folder: Path, weights: Mapping[str, Any], error_prefix: str) -> Any:
+    def _load_adapter(self, model: Any, folder: Path, weights: Mapping[str, Any], error_prefix: str) -> Any:
         """Load the adapter into the model with trainable weights. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; errors of PEFT."""
         import torch
         from peft import PeftModel
@@ -157,11 +157,11 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
     return dict(weights)
 
 
-def _require_all_keys(absent: list[str], unexpected: list[str], error_prefix: str) -> None:
+def _require_all_keys(absent_names: list[str], unexpected_names: list[str], error_prefix: str) -> None:
     """Check that file and model have the same adapter weights. Errors: ConfigError AdapterOfAnotherBase."""
-    reasons = [f"{len(absent)} weights are not in the adapter file, first {absent[0]}"] if absent else []
-    if unexpected:
-        reasons.append(f"{len(unexpected)} weights of the adapter file are not in the model, first {unexpected[0]}")
+    reasons = [f"{len(absent_names)} weights are not in the adapter file, first {absent_names[0]}"] if absent_names else []
+    if unexpected_names:
+        reasons.append(f"{len(unexpected_names)} weights of the adapter file are not in the model, first {unexpected_names[0]}")
     if reasons:
         raise ConfigError(
             "AdapterOfAnotherBase", f"{error_prefix}: {'; '.join(reasons)}",
@@ -169,13 +169,13 @@ def _require_all_keys(absent: list[str], unexpected: list[str], error_prefix: st
         )  # fmt: skip
 
 
-def _absent_weights(wrapped: Any, missing: Set[str]) -> list[str]:
+def _absent_weights(wrapped: Any, missing_names: Set[str]) -> list[str]:
     """Names of trained parameters that the file lacks. A parameter that layers share has several names (VB-LoRA's vector bank)."""
     names: dict[int, list[str]] = {}
     for name, parameter in wrapped.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(name)
-    return sorted(aliases[0] for aliases in names.values() if missing.issuperset(aliases))
+    return sorted(aliases[0] for aliases in names.values() if missing_names.issuperset(aliases))
 
 
 def _base_name(name: str) -> str:

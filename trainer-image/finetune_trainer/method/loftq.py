@@ -17,10 +17,10 @@ from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 
 @torch.no_grad()
-def correct_quantization_error(model: Any, unquantized: Any) -> int:
+def correct_quantization_error(model: Any, unquantized_model: Any) -> int:
     """Set A and B of every adapter on a 4-bit layer. Returns the number of layers.
 
-    `model`: the PEFT model. `unquantized`: the base model with unquantised weights.
+    `model`: the PEFT model. `unquantized_model`: the base model with unquantised weights.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import Linear4bit
@@ -31,7 +31,7 @@ def correct_quantization_error(model: Any, unquantized: Any) -> int:
     for name, layer in layers:
         packed = layer.get_base_layer().weight
         quantized = dequantize_4bit(packed.data, packed.quant_state).float()
-        weight = unquantized.get_submodule(name).weight.to(quantized.device, torch.float32)
+        weight = unquantized_model.get_submodule(name).weight.to(quantized.device, torch.float32)
         b, a = low_rank_factors(weight - quantized, layer.r[ADAPTER_NAME])
         layer.lora_A[ADAPTER_NAME].weight.copy_(a)
         layer.lora_B[ADAPTER_NAME].weight.copy_(b / layer.scaling[ADAPTER_NAME])

@@ -157,39 +157,39 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
             )  # fmt: skip
 
 
-def target_modules(model: Any, requested: Sequence[str] | None) -> str | list[str]:
+def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | list[str]:
     """Return the target modules for PEFT's configuration. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
-    if not requested or list(requested) == [ALL_LINEAR]:
+    if not requested_names or list(requested_names) == [ALL_LINEAR]:
         return ALL_LINEAR
-    heads = [name for name in requested if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
+    heads = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if heads:
         raise ConfigError(
             "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but the loss bypasses an adapter on the head: it would never learn",
             hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
         )  # fmt: skip
-    _require_modules(model, requested, "method.lora.targetModules", linear_layer_names(model))
-    return list(requested)
+    _require_modules(model, requested_names, "method.lora.targetModules", linear_layer_names(model))
+    return list(requested_names)
 
 
-def modules_to_save(model: Any, requested: Sequence[str] | None) -> list[str] | None:
+def modules_to_save(model: Any, requested_names: Sequence[str] | None) -> list[str] | None:
     """Return the modules to train in full together with the adapter. Errors: ConfigError TargetModulesMissing for unknown names."""
-    if not requested:
+    if not requested_names:
         return None
     last_parts = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-    available = [name for name in last_parts if not name.isdigit()]
-    _require_modules(model, requested, "method.lora.modulesToSave", available)
-    return list(requested)
+    available_names = [name for name in last_parts if not name.isdigit()]
+    _require_modules(model, requested_names, "method.lora.modulesToSave", available_names)
+    return list(requested_names)
 
 
-def _require_modules(model: Any, requested: Sequence[str], field: str, available: Sequence[str]) -> None:
+def _require_modules(model: Any, requested_names: Sequence[str], field: str, available_names: Sequence[str]) -> None:
     names = [name for name, _ in model.named_modules()]
-    absent = [
-        module for module in requested if not any(name == module or name.endswith("." + module) for name in names)
+    absent_names = [
+        module for module in requested_names if not any(name == module or name.endswith("." + module) for name in names)
     ]
-    if absent:
+    if absent_names:
         raise ConfigError(
-            "TargetModulesMissing", f"{field} names {', '.join(absent)}, but the model has no such module",
-            hint=f"name modules of the model ({', '.join(available)}), or remove the field",
+            "TargetModulesMissing", f"{field} names {', '.join(absent_names)}, but the model has no such module",
+            hint=f"name modules of the model ({', '.join(available_names)}), or remove the field",
         )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from finetune_trainer.model import load_model
 SNR_FILE = "spectrum_snr.json"
 CACHE_VERSION = 2
 """Part of the scan's file name. Increase it when the fields of `ScannedModule` change, because local runs reuse their work folder."""
-_LAYER_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
+_LAYER_NAME_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class ModuleSelection:
 
     modules: tuple[str, ...]
     """Names without `.weight`."""
-    scan: tuple[ScannedModule, ...] = ()
+    scanned_modules: tuple[ScannedModule, ...] = ()
     metric: str | None = None
-    threshold: float | None = None
+    snr_threshold: float | None = None
 
     def to_json(self) -> str:
         """The contents of `spectrum_snr.json`. An infinite SNR is written as null."""
-        modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.type} for m in self.scan}
+        modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.type} for m in self.scanned_modules}
         value = {
             "metric": self.metric,
-            "snrThreshold": self.threshold,
+            "snrThreshold": self.snr_threshold,
             "modules": modules,
             "trained": list(self.modules),
         }
@@ -155,7 +155,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
 def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield the linear modules inside numbered layers: name, (layer, type)."""
     for name, module in model.named_modules():
-        match = _LAYER_PATTERN.match(name)
+        match = _LAYER_NAME_PATTERN.match(name)
         if match and getattr(module, "weight", None) is not None and "Linear" in type(module).__name__:
             yield name, (int(match["index"]), match["type"])
 
@@ -165,7 +165,7 @@ def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.d
     if file.exists():
         return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
-        ScannedModule(name, layer, kind, signal_to_noise(_weight(model, name, device), metric))
+        ScannedModule(name, layer, kind, signal_to_noise(_read_weight(model, name, device), metric))
         for name, (layer, kind) in _linear_modules(model)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.d
     return scan
 
 
-def _weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
+def _read_weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
     """Copy one weight to the device in 32 bits. The singular values of a large matrix take minutes on a CPU."""
     return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
@@ -186,40 +186,40 @@ def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
         deviation = float(weight.std())
         return float(weight.abs().mean()) / deviation if deviation > 0 else 0.0
     values = torch.linalg.svdvals(weight)
-    low, high = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device)).tolist()
-    small, large = sorted(weight.shape)
-    cut = (high - low) / 1.349 * (1 + math.sqrt(small / large))
-    signal, noise = float(values[values > cut].sum()), float(values[values <= cut].sum())
+    lower_quartile, upper_quartile = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device)).tolist()
+    short_side, long_side = sorted(weight.shape)
+    noise_limit = (upper_quartile - lower_quartile) / 1.349 * (1 + math.sqrt(short_side / long_side))
+    signal, noise = float(values[values > noise_limit].sum()), float(values[values <= noise_limit].sum())
     largest = float(values.max())
     if largest == 0:
         return 0.0
     return signal / noise / largest if noise > 0 else math.inf
 
 
-def _best_of_each_type(scan: Sequence[ScannedModule], share: float) -> list[str]:
-    """Names of the modules with the highest SNR: a `share` of the modules of each type, rounded down."""
+def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share: float) -> list[str]:
+    """Names of the modules with the highest SNR: a `selected_share` of the modules of each type, rounded down."""
     types: dict[str, list[ScannedModule]] = {}
-    for module in scan:
+    for module in scanned_modules:
         types.setdefault(module.type, []).append(module)
     selected = {
         m.name
         for group in types.values()
-        for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _floor(len(group) * share)]
+        for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _round_down(len(group) * selected_share)]
     }
-    return [module.name for module in scan if module.name in selected]
+    return [module.name for module in scanned_modules if module.name in selected]
 
 
-def _best_layers(scan: Sequence[ScannedModule], threshold: float) -> list[str]:
-    """Names of the modules in the best layers. A layer is selected if its mean SNR reaches the quantile `threshold` of all layers."""
+def _best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
+    """Names of the modules in the best layers. A layer is selected if its mean SNR reaches the quantile `quantile` of all layers."""
     layers: dict[int, list[float]] = {}
-    for module in scan:
+    for module in scanned_modules:
         layers.setdefault(module.layer, []).append(module.snr)
     means: Mapping[int, float] = {layer: sum(values) / len(values) for layer, values in layers.items()}
-    limit = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), threshold))
-    return [module.name for module in scan if means[module.layer] >= limit - 1e-12]
+    limit = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), quantile))
+    return [module.name for module in scanned_modules if means[module.layer] >= limit - 1e-12]
 
 
-def _floor(count: float) -> int:
+def _round_down(count: float) -> int:
     """Round down, but tolerate rounding errors of a product: 0.7 * 10 counts as 7."""
     return int(count + 1e-9)
 

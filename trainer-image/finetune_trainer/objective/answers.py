@@ -43,8 +43,8 @@ TurnsOrText = tuple[Turn, ...] | str
 class LengthLimits:
     """Maximum lengths of a row and of an answer in tokens, and the policy for longer rows."""
 
-    sequence: int
-    answer: int | None
+    max_row_length: int
+    max_answer_length: int | None
     overflow: OverflowPolicy
 
 
@@ -66,14 +66,14 @@ class RowCounts:
         notes = [f"{split}: {self.rows} rows, the longest has {self.longest} tokens"]
         if self.cut:
             limit = (
-                f"{MAX_COMPLETION_LENGTH} {limits.answer}"
-                if limits.answer
-                else f"dataset.maxSequenceLength {limits.sequence}"
+                f"{MAX_COMPLETION_LENGTH} {limits.max_answer_length}"
+                if limits.max_answer_length
+                else f"dataset.maxSequenceLength {limits.max_row_length}"
             )
             notes.append(f"{split}: answers of {self.cut} rows were cut to {limit}")
         if self.left_out:
             notes.append(
-                f"{split}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.sequence} were left out"
+                f"{split}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.max_row_length} were left out"
             )
         if self.same:
             notes.append(
@@ -104,12 +104,12 @@ class _Split:
 
 def length_limits(context: TrainingContext) -> LengthLimits:
     """The limits of this run. Errors: ConfigError CompletionTooLong, SequenceTooLong."""
-    sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
+    max_row_length = max_sequence_length(context.run, context.tokenizer, context.max_positions)
     overflow = context.run.spec.dataset.overflow or OverflowPolicy.TRUNCATE
-    return LengthLimits(sequence, max_answer_length(context, sequence), overflow)
+    return LengthLimits(max_row_length, max_answer_length(context, max_row_length), overflow)
 
 
-def max_answer_length(context: TrainingContext, sequence: int) -> int | None:
+def max_answer_length(context: TrainingContext, max_row_length: int) -> int | None:
     """Maximum length of an answer in tokens. A default is lowered to half of the sequence, to leave the other half for the prompt.
     Errors: ConfigError CompletionTooLong.
     """
@@ -117,42 +117,42 @@ def max_answer_length(context: TrainingContext, sequence: int) -> int | None:
     if requested is None:
         return None
     if MAX_COMPLETION_LENGTH in context.run.defaults:
-        return min(requested, max(1, sequence // 2))
-    if requested < sequence:
+        return min(requested, max(1, max_row_length // 2))
+    if requested < max_row_length:
         return requested
     raise ConfigError(
-        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} {requested} leaves no token of dataset.maxSequenceLength {sequence} for the prompt",
+        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} {requested} leaves no token of dataset.maxSequenceLength {max_row_length} for the prompt",
         hint="write a smaller number, or raise dataset.maxSequenceLength",
     )  # fmt: skip
 
 
 def load_pairs(context: TrainingContext) -> tuple[Splits, DataFacts]:
     """Load pairs as columns prompt_ids, chosen_ids, rejected_ids. Errors: DataError of the data stages, RowTooLong, NoTrainableToken."""
-    return _load(
+    return _load_columns(
         context, lambda row: {"prompt_ids": row.prompt, "chosen_ids": row.answers[0], "rejected_ids": row.answers[1]}
     )
 
 
 def load_labelled_answers(context: TrainingContext) -> tuple[Splits, DataFacts]:
     """Load answers as columns prompt_ids, completion_ids, label. Errors: see `load_pairs`."""
-    return _load(context, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
+    return _load_columns(context, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
 
 
-def _load(context: TrainingContext, columns: Callable[[EncodedAnswers], dict[str, Any]]) -> tuple[Splits, DataFacts]:
+def _load_columns(context: TrainingContext, columns_of: Callable[[EncodedAnswers], dict[str, Any]]) -> tuple[Splits, DataFacts]:
     """Load the encoded rows. One rank per node encodes the rows and writes them to the token cache; all ranks read the cache."""
-    templated = use_chat_template(context.run, context.inputs, context.tokenizer)
+    is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
     limits = length_limits(context)
-    folder = context.token_cache / cache_key(context.run, context.inputs, context.tokenizer, limits.sequence)
+    folder = context.token_cache / cache_key(context.run, context.inputs, context.tokenizer, limits.max_row_length)
     with PartialState().local_main_process_first():
         if not (folder / SUMMARY_FILE).exists():
-            write_cached(folder, *_encode_splits(context, columns, templated, limits))
+            write_cached(folder, *_encode_splits(context, columns_of, is_templated, limits))
     splits, summary = load_cached(folder)
     report = {"rows": summary["rows"], "tokens": summary["tokens"]}
     return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), summary["notes"], report)
 
 
 def _encode_splits(
-    context: TrainingContext, columns: Callable[[EncodedAnswers], dict[str, Any]], templated: bool, limits: LengthLimits
+    context: TrainingContext, columns_of: Callable[[EncodedAnswers], dict[str, Any]], is_templated: bool, limits: LengthLimits
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
     loaded = load(context.run, context.inputs)
     notes = list(loaded.summary.notes)
@@ -160,15 +160,15 @@ def _encode_splits(
     reports: dict[str, Any] = {}
     for name, rows in loaded.splits():
         options = replace(
-            render_options(context.run, context.tokenizer, templated, loaded.summary.format),
-            response_only=True, markers=None,
+            render_options(context.run, context.tokenizer, is_templated, loaded.summary.format),
+            response_only=True, turn_markers=None,
         )  # fmt: skip
         split = _encode_split(context, rows, options, limits, notes, name)
-        datasets[name] = Dataset.from_list([columns(row) for row in split.rows])
+        datasets[name] = Dataset.from_list([columns_of(row) for row in split.rows])
         is_joined = any(
             isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str) for _, example in rows
         )
-        if is_joined and templated and context.run.spec.dataset.use_chat_template is None:
+        if is_joined and is_templated and context.run.spec.dataset.use_chat_template is None:
             notes.append(
                 "prompts and answers are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
@@ -197,7 +197,7 @@ def _encode_split(
     if not split.rows:
         raise DataError(
             "NoTrainableToken", f"no row of the {name} data is left: {split.counts.left_out} rows are too long, {split.counts.same} have two equal answers",
-            hint=f"raise dataset.maxSequenceLength (now {limits.sequence}), or fix the rows",
+            hint=f"raise dataset.maxSequenceLength (now {limits.max_row_length}), or fix the rows",
         )  # fmt: skip
     return split
 
@@ -206,12 +206,12 @@ def fit_to_limits(
     location: str, row: EncodedAnswers, limits: LengthLimits, counts: RowCounts, kind: TrainerType | None
 ) -> EncodedAnswers | None:
     """Cut the answers of the row to the limits. Returns None if the row is dropped. Errors: DataError RowTooLong."""
-    answers = [answer[: limits.answer] for answer in row.answers]
-    available = limits.sequence - len(row.prompt)
+    answers = [answer[: limits.max_answer_length] for answer in row.answers]
+    available = limits.max_row_length - len(row.prompt)
     if max(map(len, answers)) > available:
         if limits.overflow is OverflowPolicy.FAIL:
             raise DataError(
-                "RowTooLong", f"{location}: {row.longest_row} tokens, more than dataset.maxSequenceLength {limits.sequence}",
+                "RowTooLong", f"{location}: {row.longest_row} tokens, more than dataset.maxSequenceLength {limits.max_row_length}",
                 hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
             )  # fmt: skip
         # A reward model reads the score at the end of the answer, so the answer must not be cut.
@@ -239,17 +239,17 @@ class AnswerEncoder:
         encoded: dict[int, list[tuple[list[int], list[int]]]] = {}
         row_of_text: list[int] = []
 
-        def texts() -> Iterator[tuple[str, Rendered]]:
+        def render_rows() -> Iterator[tuple[str, Rendered]]:
             for number, (location, example) in enumerate(rows):
                 try:
-                    answers = self._render(example)
+                    answers = self._render_answers(example)
                 except RowError as error:
                     rejected[number] = RejectedRow(location, error.code, error.message, error.hint)
                     continue
                 row_of_text.extend([number] * len(answers))
                 yield from ((location, text) for text in answers)
 
-        for position, (_, ids, labels) in enumerate(encode(texts(), self.render_with.tokenizer, self.options)):
+        for position, (_, ids, labels) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
             start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
             encoded.setdefault(row_of_text[position], []).append((ids[:start], ids[start:]))
         return [
@@ -259,7 +259,7 @@ class AnswerEncoder:
             for number, (location, example) in enumerate(rows)
         ]
 
-    def _render(self, example: Example) -> list[Rendered]:
+    def _render_answers(self, example: Example) -> list[Rendered]:
         """Render the prompt with each answer. Text is joined without a template, unless `dataset.useChatTemplate` is true."""
         assert isinstance(example, Preference | LabelledAnswer), "`load` has checked the format"
         answers = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
@@ -295,8 +295,8 @@ def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptio
         if not answer:
             raise RowError("AnswerEmpty", "an answer is empty", "write a text, or remove the row")
         return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), False)
-    turns = tuple(replace(turn, weight=0) for turn in _as_turns(prompt, "user"))
-    turns += tuple(replace(turn, weight=int(turn.role == "assistant")) for turn in _as_turns(answer, "assistant"))
+    turns = tuple(replace(turn, weight=0) for turn in _to_turns(prompt, "user"))
+    turns += tuple(replace(turn, weight=int(turn.role == "assistant")) for turn in _to_turns(answer, "assistant"))
     rendered = render(Conversation(turns), options)
     if not rendered.spans:
         raise RowError("AnswerEmpty", "an answer has no assistant turn", "add an assistant turn, or remove the row")
@@ -304,5 +304,5 @@ def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptio
     return Rendered(rendered.text[:end], ((start, end),), rendered.is_templated)
 
 
-def _as_turns(part: TurnsOrText, role: str) -> tuple[Turn, ...]:
+def _to_turns(part: TurnsOrText, role: str) -> tuple[Turn, ...]:
     return (Turn(role, part),) if isinstance(part, str) else part

@@ -49,18 +49,18 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
 
         Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken.
         """
-        templated = use_chat_template(context.run, context.inputs, context.tokenizer)
+        is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
         loaded = load(context.run, context.inputs)
         notes = list(loaded.summary.notes)
         functions = reward_functions(context)
         datasets: dict[str, Dataset] = {}
         for name, rows in loaded.splits():
             options = replace(
-                render_options(context.run, context.tokenizer, templated, loaded.summary.format), markers=None
+                render_options(context.run, context.tokenizer, is_templated, loaded.summary.format), turn_markers=None
             )
             prompts = _prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
             require_columns(functions, [column for column in prompts[0] if column != "prompt"])
-            datasets[name] = _dataset(_drop_long_prompts(prompts, context, notes, name))
+            datasets[name] = _pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
         splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
         return splits, DataFacts(len(splits.train), loaded.summary.format, notes, {"rows": loaded.summary.rows})
 
@@ -103,12 +103,12 @@ def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> lis
     for _, example in rows:
         assert isinstance(example, Prompt), "`load` has checked the format"
         columns = {name: value for name, value in example.columns.items() if name not in reserved}
-        prompts.append({"prompt": _prompt(example.prompt, options, text_as_turns), **columns})
+        prompts.append({"prompt": _convert_prompt(example.prompt, options, text_as_turns), **columns})
     all_columns = dict.fromkeys(name for row in prompts for name in row)
     return [{**all_columns, **row} for row in prompts]
 
 
-def _prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turns: bool) -> str | list[dict[str, Any]]:
+def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turns: bool) -> str | list[dict[str, Any]]:
     """Convert the prompt for TRL. Turns become messages if there is a chat template, else a text that ends before the answer."""
     if isinstance(prompt, str):
         if not text_as_turns:
@@ -119,15 +119,15 @@ def _prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turn
     return render(Conversation((*prompt, Turn("assistant", ""))), options).text
 
 
-def _dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
+def _pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
     """Build a data set of pickled rows, so that the rows stay unchanged.
 
     Arrow alone would require one type per column, and would add the keys of all messages to every message.
     """
-    return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpickle)
+    return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpickle_rows)
 
 
-def _unpickle(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
+def _unpickle_rows(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
     rows = [pickle.loads(row) for row in batch["row"]]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -157,9 +157,9 @@ def reward_functions(context: TrainingContext) -> list[RewardFunction]:
 
 def _generations_for_evaluation(batch: int, generations: int) -> int:
     """Answers per prompt in evaluations: the largest number up to `generations` that divides the batch size of all ranks together."""
-    fitting = [size for size in range(2, generations + 1) if batch % size == 0]
-    assert fitting, "the API's rules refuse a batch without a whole group"
-    return fitting[-1]
+    fitting_rows = [size for size in range(2, generations + 1) if batch % size == 0]
+    assert fitting_rows, "the API's rules refuse a batch without a whole group"
+    return fitting_rows[-1]
 
 
 def _length_limits(context: TrainingContext) -> tuple[int, int]:
@@ -177,21 +177,21 @@ def _drop_long_prompts(
     Errors: DataError RowTooLong, NoTrainableToken.
     """
     limit, answer = _length_limits(context)
-    fitting = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
-    if len(fitting) == len(prompts):
+    fitting_rows = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
+    if len(fitting_rows) == len(prompts):
         return prompts
     limits = f"dataset.maxSequenceLength {limit + answer} minus {answer} for the answer"
     problem = (
-        f"{split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
+        f"{split}: {len(prompts) - len(fitting_rows)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
     )
     if context.run.spec.dataset.overflow is OverflowPolicy.FAIL:
         raise DataError("RowTooLong", problem, hint="raise maxSequenceLength, or set dataset.overflow to drop")
-    if not fitting:
+    if not fitting_rows:
         raise DataError(
             "NoTrainableToken", f"{problem}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
         )
     notes.append(f"{problem} and were left out")
-    return fitting
+    return fitting_rows
 
 
 def _count_tokens(prompt: Any, tokenizer: Any) -> int:

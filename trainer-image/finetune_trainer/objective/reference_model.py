@@ -51,7 +51,7 @@ def load_reference_model(context: TrainingContext) -> Any:
         return None
     inputs = context.inputs.model_copy(update={"model": context.inputs.reference or context.inputs.model})
     model, _ = load_model(
-        context.run, inputs, context.hardware, sharded=context.strategy.shards_weights,
+        context.run, inputs, context.hardware, is_sharded=context.strategy.shards_weights,
         skip_quantization=context.unquantized,
     )  # fmt: skip
     if context.inputs.reference is None:

@@ -50,10 +50,10 @@ class Format(ABC):
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
         """Yield every row with its example or its error. Formats whose examples span several rows override this method."""
         for row in rows:
-            yield row, attempt(self.read, row.value, options)
+            yield row, try_to_read(self.read, row.value, options)
 
 
-def attempt(read: Callable[[Value, ReadOptions], Example], value: Value, options: ReadOptions) -> Example | RowError:
+def try_to_read(read: Callable[[Value, ReadOptions], Example], value: Value, options: ReadOptions) -> Example | RowError:
     """Return the example, or the RowError that `read` raised."""
     try:
         return read(value, options)

@@ -12,7 +12,7 @@ from typing import Any
 from finetune_api.spec.dataset import Columns
 from finetune_api.spec.enums import DatasetFormat
 
-from finetune_trainer.data.formats.base import Format, ReadOptions, attempt
+from finetune_trainer.data.formats.base import Format, ReadOptions, try_to_read
 from finetune_trainer.data.formats.turns import parse_conversation
 from finetune_trainer.data.rows import Conversation, Example, RawRow, RowError
 
@@ -31,11 +31,11 @@ class Oasst(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         """Convert one nested tree to a conversation."""
-        return parse_conversation(list(_nested_path(row["prompt"])), options)
+        return parse_conversation(list(_best_path_of_tree(row["prompt"])), options)
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
         for row, path in best_paths(rows):
-            yield row, path if isinstance(path, RowError) else attempt(parse_conversation, path, options)
+            yield row, path if isinstance(path, RowError) else try_to_read(parse_conversation, path, options)
 
 
 def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
@@ -44,7 +44,7 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
     for row in rows:
         value = row.value
         if isinstance(value.get("prompt"), Mapping):
-            yield row, list(_nested_path(value["prompt"]))
+            yield row, list(_best_path_of_tree(value["prompt"]))
         elif "message_id" not in value or "text" not in value or "role" not in value:
             present = ", ".join(value) or "no columns"
             yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present}", _COLUMNS_HINT)
@@ -60,7 +60,7 @@ def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, Mess
     for row in rows_by_id.values():
         replies.setdefault(_parent_id(row), []).append(row)
     roots = replies.pop("", [])
-    seen = {id(row) for root in roots for row in _subtree(root, replies)}
+    seen = {id(row) for root in roots for row in _messages_below(root, replies)}
     for parent in [row_id for row_id in replies if row_id not in rows_by_id]:
         error = RowError(
             "ParentMissing",
@@ -69,7 +69,7 @@ def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, Mess
         )
         for reply in replies[parent]:
             yield reply, error
-            for row in _subtree(reply, replies):
+            for row in _messages_below(reply, replies):
                 seen.add(id(row))
                 if row is not reply:
                     message = f"its ancestor {reply.location} has the parent_id {parent!r}, but no row has that message_id"
@@ -79,7 +79,7 @@ def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, Mess
             message = f"the chain of parents that starts at parent_id {_parent_id(row)!r} is a cycle"
             yield row, RowError("ParentsInCircle", message, "leave parent_id of each tree's first message empty")
     for root in roots:
-        yield root, list(_flat_path(root, replies))
+        yield root, list(_best_path_of_rows(root, replies))
 
 
 def _parent_id(row: RawRow) -> str:
@@ -88,7 +88,7 @@ def _parent_id(row: RawRow) -> str:
     return "" if parent is None else str(parent)
 
 
-def _subtree(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[RawRow]:
+def _messages_below(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[RawRow]:
     """Yield the message and all messages below it. There are no cycles: ids are unique, and a root has no parent."""
     pending = [root]
     while pending:
@@ -97,23 +97,23 @@ def _subtree(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[RawR
         pending += reversed(replies.get(str(row.value["message_id"]), []))
 
 
-def _flat_path(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[Mapping[str, Any]]:
+def _best_path_of_rows(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[Mapping[str, Any]]:
     row: RawRow | None = root
     while row is not None:
         yield row.value
         candidates = replies.get(str(row.value["message_id"]), [])
-        row = min(candidates, key=lambda reply: _rank(reply.value)) if candidates else None
+        row = min(candidates, key=lambda reply: _reply_rank(reply.value)) if candidates else None
 
 
-def _nested_path(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _best_path_of_tree(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     while True:
         yield node
         replies = [reply for reply in node.get("replies") or () if isinstance(reply, Mapping)]
         if not replies:
             return
-        node = min(replies, key=_rank)
+        node = min(replies, key=_reply_rank)
 
 
-def _rank(message: Mapping[str, Any]) -> tuple[int, float]:
+def _reply_rank(message: Mapping[str, Any]) -> tuple[int, float]:
     rank = message.get("rank")
     return (0, float(rank)) if isinstance(rank, int | float) else (1, 0.0)

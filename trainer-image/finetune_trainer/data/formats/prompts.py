@@ -44,16 +44,16 @@ class PromptCompletion(Format):
         return columns.question is None and columns.answer is None and row.keys() >= {"prompt", "completion"}
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation | Completion:
-        prompt = _turns_or_text(required_value(self.question, row, options.columns), "prompt")
-        completion = _turns_or_text(required_value(self.answer, row, options.columns), "completion")
+        prompt = _parse_turns_or_text(required_value(self.question, row, options.columns), "prompt")
+        completion = _parse_turns_or_text(required_value(self.answer, row, options.columns), "completion")
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
                 raise RowError("NoTrainableToken", "the completion is empty", "write a text, or remove the row")
             return Completion(_with_leading_system_prompt(prompt, options, system), completion)
         question, answer = _remove_prompt_from_answers(
-            () if _is_implicit(prompt, completion) else _as_turns(prompt, "user"),
-            completion=_as_turns(completion, "assistant"),
+            () if _is_implicit(prompt, completion) else _to_turns(prompt, "user"),
+            completion=_to_turns(completion, "assistant"),
             ignores_system_prompts=_replaces_system_prompts(options, system),
             allows_further_question=not isinstance(prompt, str),
         )
@@ -68,10 +68,10 @@ class PairedPreference(Format):
     required = (CHOSEN_COLUMN, REJECTED_COLUMN)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Preference:
-        chosen = _turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
-        rejected = _turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
+        chosen = _parse_turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
+        rejected = _parse_turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
         given = column_value(PROMPT_COLUMN, row, options.columns)
-        prompt = _turns_or_text(given, "prompt") if given is not None else None
+        prompt = _parse_turns_or_text(given, "prompt") if given is not None else None
         is_implicit = prompt is None or _is_implicit(prompt, chosen, rejected)
         if is_implicit:
             prompt, chosen, rejected = _split_shared_beginning(chosen, rejected)
@@ -97,8 +97,8 @@ class UnpairedPreference(Format):
     required = (PROMPT_COLUMN, answer, LABEL_COLUMN)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> LabelledAnswer:
-        prompt = _turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
-        completion = _turns_or_text(required_value(self.answer, row, options.columns), "completion")
+        prompt = _parse_turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
+        completion = _parse_turns_or_text(required_value(self.answer, row, options.columns), "completion")
         value = required_value(LABEL_COLUMN, row, options.columns)
         label = {"true": True, "false": False, "1": True, "0": False}.get(str(value).strip().lower())
         if label is None:
@@ -118,7 +118,7 @@ class PromptOnly(Format):
     required = (PROMPT_COLUMN,)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Prompt:
-        prompt = _turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
+        prompt = _parse_turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
         name = find_column(PROMPT_COLUMN, row.keys(), options.columns)
         (prompt,) = _to_same_type(prompt, options, optional_text(SYSTEM_COLUMN, row, options.columns))
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
@@ -126,7 +126,7 @@ class PromptOnly(Format):
         return Prompt(prompt, {key: value for key, value in row.items() if key != name})
 
 
-def _turns_or_text(value: Any, column: str) -> TurnsOrText:
+def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
     """Parse a column that holds text, messages, or an object with messages. Errors: RowError."""
     if isinstance(value, str):
         return value
@@ -151,7 +151,7 @@ def _messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
     return list(value["messages"])
 
 
-def _as_turns(value: TurnsOrText, role: str) -> tuple[Turn, ...]:
+def _to_turns(value: TurnsOrText, role: str) -> tuple[Turn, ...]:
     return (Turn(role, value),) if isinstance(value, str) else value
 
 
@@ -210,8 +210,8 @@ def _to_same_type(
     """
     if all(isinstance(part, str) for part in (prompt, *answers.values())):
         return (_with_leading_system_prompt(prompt, options, system), *answers.values())
-    answer_turns = {name: _as_turns(answer, "assistant") for name, answer in answers.items()}
-    turns, answers_after_prompt = _as_turns(prompt, "user"), list(answer_turns.values())
+    answer_turns = {name: _to_turns(answer, "assistant") for name, answer in answers.items()}
+    turns, answers_after_prompt = _to_turns(prompt, "user"), list(answer_turns.values())
     if not is_separate:
         turns, *answers_after_prompt = _remove_prompt_from_answers(
             turns, ignores_system_prompts=_replaces_system_prompts(options, system), **answer_turns
@@ -232,7 +232,7 @@ def _remove_prompt_from_answers(
     rest = []
     for name, answer in answers.items():
         own_system, turns = _split_system_prompt(answer)
-        if question and _is_same(turns[: len(question)], question):
+        if question and _has_same_contents(turns[: len(question)], question):
             turns = turns[len(question) :]
             if not turns:
                 raise RowError(
@@ -242,13 +242,13 @@ def _remove_prompt_from_answers(
             question
             and turns
             and question[-1].role == turns[0].role == "user"
-            and (not allows_further_question or _contains(turns, question))
+            and (not allows_further_question or _contains_turns(turns, question))
         ):
             raise RowError(
                 "PromptMismatch", f"`{name}` begins with a user message that is not the prompt",
                 f"begin `{name}` with the whole prompt or with the answer; or leave out `prompt` if chosen and rejected contain the prompt",
             )  # fmt: skip
-        if own_system and system and not ignores_system_prompts and not _is_same(own_system, system):
+        if own_system and system and not ignores_system_prompts and not _has_same_contents(own_system, system):
             raise RowError(
                 "PromptMismatch",
                 f"`{name}` has a system prompt that differs from another system prompt of the row",
@@ -265,11 +265,11 @@ def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tup
     return turns[:count], turns[count:]
 
 
-def _contains(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
-    return any(_is_same(turns[start : start + len(part)], part) for start in range(len(turns)))
+def _contains_turns(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
+    return any(_has_same_contents(turns[start : start + len(part)], part) for start in range(len(turns)))
 
 
-def _is_same(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:
+def _has_same_contents(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:
     """Whether roles and contents are equal. Leading and trailing blanks are ignored, because columns of a row often differ only in blanks."""
     return [(turn.role, turn.content.strip(), turn.extra) for turn in left] == [
         (turn.role, turn.content.strip(), turn.extra) for turn in right

@@ -35,7 +35,7 @@ class Custom(Format):
         return False  # this format is used only if dataset.format names it
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Text:
-        def replacement(match: re.Match[str]) -> str:
+        def replace_match(match: re.Match[str]) -> str:
             matched = match.group(0)
             if matched in ("{{", "}}"):
                 return matched[0]
@@ -49,5 +49,5 @@ class Custom(Format):
                 )
             return as_text(row[name], name) if row[name] is not None else ""
 
-        text = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", replacement, options.template or "")
+        text = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", replace_match, options.template or "")
         return Text(require_text(text, "rendered template"))
