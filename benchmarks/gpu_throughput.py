@@ -85,7 +85,7 @@ def make_rows(length: int, sequences: int) -> list[dict[str, str]]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure tokens per second and MFU of both programs, and their ratio. Errors: SystemExit if the chosen device is not available."""
     import torch
-    from finetune_trainer.hardware import detect
+    from finetune_trainer.hardware import detect_hardware
     from finetune_trainer.speed import ModelShape, flops_per_token, peak_of
     from trainer_overhead import run_our_trainer, run_plain_trl
     from transformers import AutoModelForCausalLM
@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
     }  # fmt: skip
     run, inputs = make_run(folder, model, spec, make_rows(options.length, 2 * options.batch * options.steps))
-    device = detect(run, 0).name
+    device = detect_hardware(run, 0).name
     if gpu == (device == "cpu"):
         raise SystemExit(f"--device {options.device} is not available: the runs would use {device}")
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}

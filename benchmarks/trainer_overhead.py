@@ -104,14 +104,14 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     from datasets import Dataset
     from finetune_trainer.arguments import shared_arguments
     from finetune_trainer.distributed import DistributedStrategy
-    from finetune_trainer.hardware import detect
+    from finetune_trainer.hardware import detect_hardware
     from finetune_trainer.model import quantization_config
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
     measurements = RunMeasurements()
-    hardware, dataset = detect(run, 0), run.spec.dataset
+    hardware, dataset = detect_hardware(run, 0), run.spec.dataset
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     model = AutoModelForCausalLM.from_pretrained(

@@ -70,7 +70,7 @@ class GuardedTrainer(OpenTrainer):
         """Fetch the micro-batches of a step, and measure the time spent waiting for them."""
         if self.meter is None:
             return super().get_batch_samples(batches, *args, **options)
-        return super().get_batch_samples(_timed(batches, self.meter), *args, **options)
+        return super().get_batch_samples(_time_waiting(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to the logged values: the throughput since the last log line, and the peak GPU memory."""
@@ -144,7 +144,7 @@ class GuardedTrainer(OpenTrainer):
             )  # fmt: skip
 
 
-def _timed(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
+def _time_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
     """Yield the batches, and add the time spent waiting for each batch to the meter.
 
     `get_batch_samples` as a whole is not timed: it also counts the tokens of all ranks, so it waits for the slowest rank.
@@ -152,7 +152,7 @@ def _timed(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
     while True:
         began = time.perf_counter()
         batch = next(batches, None)
-        meter.waited += time.perf_counter() - began
+        meter.waited_seconds += time.perf_counter() - began
         if batch is None:
             return
         yield batch

@@ -75,7 +75,7 @@ def local_disk_full() -> StorageError:
     )  # fmt: skip
 
 
-def classify(error: BaseException) -> tuple[FineTuneError, bool]:
+def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
     """Return the named failure for an exception of a rank, and whether this rank failed by itself (False: another rank failed first)."""
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
@@ -159,8 +159,8 @@ def failure_from_message(message: dict[str, Any]) -> RankFailure:
     hint = message.get("hint")
     error = kind(
         str(message.get("code", "Unknown")),
-        printable(str(message.get("message", ""))),
-        hint=printable(hint) if hint else None,
+        replace_unpaired_surrogates(str(message.get("message", ""))),
+        hint=replace_unpaired_surrogates(hint) if hint else None,
         failure_class=failure_class,
     )
     return RankFailure(
@@ -179,7 +179,7 @@ def _int_or(value: Any, default: Default) -> int | Default:
     return int(value) if isinstance(value, int | float) and math.isfinite(value) else default
 
 
-def printable(text: str) -> str:
+def replace_unpaired_surrogates(text: str) -> str:
     """Replace characters that UTF-8 cannot encode, because messages of libraries may contain unpaired surrogates."""
     return text.encode(errors="replace").decode()
 
@@ -189,7 +189,7 @@ def failure_from_exit_code(rank: int, code: int, *, host_memory: bool = False) -
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
         return RankFailure(
-            _killed(rank, -code, name, host_memory), rank, reported=False, origin=-code != signal.SIGTERM
+            _error_of_signal(rank, -code, name, host_memory), rank, reported=False, origin=-code != signal.SIGTERM
         )
     kind = ERROR_OF_CODE.get(code)
     if kind is not None and code != ExitCode.INTERNAL_ERROR:
@@ -200,7 +200,7 @@ def failure_from_exit_code(rank: int, code: int, *, host_memory: bool = False) -
     )  # fmt: skip
 
 
-def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneError:
+def _error_of_signal(rank: int, number: int, name: str, host_memory: bool) -> FineTuneError:
     if number == signal.SIGKILL and host_memory:
         return MemoryExhaustedError(
             "HostMemory", f"rank {rank} was killed because the pod's memory is exhausted", hint="raise resources.memory"

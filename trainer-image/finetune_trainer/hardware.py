@@ -36,7 +36,7 @@ class Hardware:
         return self.device.type == "cpu"
 
 
-def detect(run: RunConfig, local_rank: int) -> Hardware:
+def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
     """Choose device, precision and attention for this rank.
 
     Errors: ConfigError DeviceAbsent (cuda or mps is requested and missing), PrecisionUnavailable (the device cannot compute in fp16 or
@@ -44,10 +44,10 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     """
     import torch
 
-    device = _device(run, local_rank)
-    bf16, fp16 = _precision(run, device)
-    attention, notes = _attention(run, device)
-    dtype = _dtype(run, device, bf16)
+    device = _choose_device(run, local_rank)
+    bf16, fp16 = _choose_precision(run, device)
+    attention, notes = _choose_attention(run, device)
+    dtype = _choose_dtype(run, device, bf16)
     if attention == FLASH_ATTENTION and dtype is torch.float32 and not (bf16 or fp16):
         raise ConfigError(
             "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, but training.mixedPrecision is no (32 bits)",
@@ -55,7 +55,7 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
         )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return Hardware(device, _name(device), dtype, bf16, fp16, attention, tuple(notes))
+    return Hardware(device, _device_name(device), dtype, bf16, fp16, attention, tuple(notes))
 
 
 def trains_on_quantized_base(run: RunConfig) -> bool:
@@ -69,7 +69,7 @@ def uses_gpu(run: RunConfig) -> bool:
     return requested is Device.CUDA or (requested is Device.AUTO and run.world.gpus_per_node > 0)
 
 
-def _device(run: RunConfig, local_rank: int) -> torch.device:
+def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
     import torch
 
     requested = run.spec.training.device or Device.AUTO
@@ -95,7 +95,7 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
+def _choose_precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
     """Whether the forward pass uses bf16, and whether it uses fp16."""
     import torch
 
@@ -110,11 +110,11 @@ def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
             "PrecisionUnavailable", "training.mixedPrecision is fp16, but fp16 needs a GPU", hint="write bf16, no or auto"
         )
     if requested is MixedPrecision.BF16 and not supports_bf16:
-        raise ConfigError("PrecisionUnavailable", f"{_name(device)} cannot compute in bf16", hint="write fp16 or auto")
+        raise ConfigError("PrecisionUnavailable", f"{_device_name(device)} cannot compute in bf16", hint="write fp16 or auto")
     return requested is MixedPrecision.BF16, requested is MixedPrecision.FP16
 
 
-def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | str:
+def _choose_dtype(run: RunConfig, device: torch.device, computes_in_bf16: bool) -> torch.dtype | str:
     """Choose the dtype of the weights. Trained base weights default to 32 bits, because 16-bit weights lose small updates."""
     import torch
 
@@ -125,10 +125,10 @@ def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | st
         return torch.bfloat16
     if device.type == "cpu" or trains_base_weights(run.spec):
         return torch.float32
-    return "auto" if device.type == "cuda" and not bf16 else torch.bfloat16 if bf16 else "auto"
+    return "auto" if device.type == "cuda" and not computes_in_bf16 else torch.bfloat16 if computes_in_bf16 else "auto"
 
 
-def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
+def _choose_attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
     """Return transformers' name of the attention implementation, and notes for the status."""
     requested = run.spec.model.attention or AttentionImplementation.AUTO
     if requested is AttentionImplementation.FLASH_ATTENTION_2:
@@ -139,7 +139,7 @@ def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
     return {AttentionImplementation.AUTO: "sdpa", AttentionImplementation.SDPA: "sdpa", AttentionImplementation.EAGER: "eager"}[requested], []
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

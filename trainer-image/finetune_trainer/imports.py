@@ -51,8 +51,8 @@ def preload(run: RunConfig, objective_module: str) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # the thread pool of tokenizers reads this once
     for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
         if not needed:
-            _hide(name)
-    with _hidden("scipy"):
+            _hide_package(name)
+    with _hide_temporarily("scipy"):
         for name in ("torch", "transformers", "peft", "datasets", objective_module):
             importlib.import_module(name)
         from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  transformers loads these names on access
@@ -60,19 +60,19 @@ def preload(run: RunConfig, objective_module: str) -> None:
 
 
 @contextmanager
-def _hidden(name: str) -> Iterator[None]:
+def _hide_temporarily(name: str) -> Iterator[None]:
     """Hide the package `name` during the first import of transformers, unless the package is imported already."""
     if "transformers" in sys.modules or name in sys.modules:
         yield
         return
-    _hide(name)
+    _hide_package(name)
     try:
         yield
     finally:
         del sys.modules[name]
 
 
-def _hide(name: str) -> None:
+def _hide_package(name: str) -> None:
     """Make the package `name` appear as not installed, unless it is imported already (in tests with several jobs per process)."""
     if sys.modules.get(name) is None:
         sys.modules[name] = None  # type: ignore[assignment]  # the documented way to block an import

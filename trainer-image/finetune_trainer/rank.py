@@ -17,7 +17,7 @@ from finetune_api.pod import RunConfig
 
 from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import TrainingStopped
-from finetune_trainer.failure import classify
+from finetune_trainer.failure import classify_error
 from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 
@@ -53,7 +53,7 @@ def _run_and_report(channel: Channel) -> int:
         cause = (
             error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
         )
-        failure, origin = classify(cause)
+        failure, origin = classify_error(cause)
         traceback.print_exc()
         channel.report_failure(failure, origin=origin)
         return int(failure.exit_code)

@@ -35,10 +35,10 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
             "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no parameter {', '.join(unknown)}",
             hint=f"parameters of this scheduler: {', '.join(sorted(known)) or 'none'}",
         )  # fmt: skip
-    return {name: _parse(text) for name, text in parameters.items()}
+    return {name: _parse_parameter(text) for name, text in parameters.items()}
 
 
-def _parse(text: str) -> float | int | str | bool:
+def _parse_parameter(text: str) -> float | int | str | bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -50,16 +50,16 @@ class ModelShape:
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
         head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         return ModelShape(
-            sum(numbers for _, numbers in _matrices(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(head_size)
+            sum(used_count for _, used_count in _matrix_parameters(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(head_size)
         )  # fmt: skip
 
 
 def trained_parameters(model: Any) -> int:
     """Number of trained parameters in matrix products of the base model, without adapters."""
-    return sum(numbers for parameter, numbers in _matrices(model) if parameter.requires_grad)
+    return sum(used_count for parameter, used_count in _matrix_parameters(model) if parameter.requires_grad)
 
 
-def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
+def _matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
     """Yield the parameters of the base model in matrix products, each with the number of its values that one token uses."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
@@ -68,8 +68,8 @@ def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
     experts_per_token = getattr(config, "num_experts_per_tok", None)
     for name, parameter in _effective_parameters(model, head_ids):
         if ".lora_" not in name and id(parameter) not in lookup_ids:
-            numbers = parameter_size(parameter)
-            yield parameter, numbers * experts_per_token // experts if experts and experts_per_token and ".experts." in name else numbers
+            used_count = parameter_size(parameter)
+            yield parameter, used_count * experts_per_token // experts if experts and experts_per_token and ".experts." in name else used_count
 
 
 def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
@@ -81,16 +81,16 @@ def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterat
             yield name, parameter
 
 
-def attention_flops(shape: ModelShape, length: float, *, causal: bool = True) -> float:
-    """FLOPs of the attention products per token, in documents of `length` tokens."""
-    return 4 * shape.layers * shape.heads * shape.head_size * length * (0.5 if causal else 1.0)
+def attention_flops(shape: ModelShape, document_length: float, *, is_causal: bool = True) -> float:
+    """FLOPs of the attention products per token, in documents of `document_length` tokens."""
+    return 4 * shape.layers * shape.heads * shape.head_size * document_length * (0.5 if is_causal else 1.0)
 
 
-def flops_per_token(shape: ModelShape, length: float, *, frozen_base: bool, trained: int = 0, causal: bool = True) -> float:
-    """FLOPs of training per token. `trained`: number of trained parameters of an otherwise frozen base model."""
-    attention = attention_flops(shape, length, causal=causal)
+def flops_per_token(shape: ModelShape, mean_length: float, *, frozen_base: bool, trained_count: int = 0, is_causal: bool = True) -> float:
+    """FLOPs of training per token. `trained_count`: number of trained parameters of an otherwise frozen base model."""
+    attention = attention_flops(shape, mean_length, is_causal=is_causal)
     matrix = 2 * shape.matrix_parameters
-    return 2 * (matrix + trained) + 3 * attention if frozen_base else 3 * (matrix + attention)
+    return 2 * (matrix + trained_count) + 3 * attention if frozen_base else 3 * (matrix + attention)
 
 
 def peak_of(device: str) -> float | None:
@@ -103,27 +103,27 @@ def peak_of(device: str) -> float | None:
 class SpeedMeter:
     """Throughput between log lines. Times are seconds of the wall clock; tokens are counted over all ranks."""
 
-    def __init__(self, *, flops_of_token: float, peak: float | None, ranks: int):
-        self._flops, self._peak, self._ranks = flops_of_token, peak, ranks
+    def __init__(self, *, flops_of_token: float, peak_flops: float | None, rank_count: int):
+        self._flops, self._peak, self._ranks = flops_of_token, peak_flops, rank_count
         self._since: tuple[float, int] | None = None
         """Time and tokens at the last log line."""
-        self.waited = 0.0
+        self.waited_seconds = 0.0
         """Seconds spent waiting for data since the last log line."""
 
     def start(self, tokens: int, now: float | None = None) -> None:
         """Start a new measurement when `tokens` tokens have been processed."""
-        self._since, self.waited = (time.perf_counter() if now is None else now, tokens), 0.0
+        self._since, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
         """Throughput since the last call, as log values. Empty on the first call and if no token was counted."""
         now = time.perf_counter() if now is None else now
-        since, waited = self._since, self.waited
+        last_reading, waited_seconds = self._since, self.waited_seconds
         self.start(tokens, now)
-        if since is None or now <= since[0] or tokens <= since[1]:
+        if last_reading is None or now <= last_reading[0] or tokens <= last_reading[1]:
             return {}
-        seconds = now - since[0]
-        tokens_per_second = (tokens - since[1]) / seconds
-        values = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited / seconds)}
+        seconds = now - last_reading[0]
+        tokens_per_second = (tokens - last_reading[1]) / seconds
+        values = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited_seconds / seconds)}
         if self._peak:
             values["mfu"] = tokens_per_second * self._flops / (self._peak * self._ranks)
         return values

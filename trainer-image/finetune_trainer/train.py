@@ -93,7 +93,7 @@ class TrainingSession:
         rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *RULES_CHECKED_AGAIN)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = load_objective(rules.trainer_type_of(run.spec))
-        self.hardware = hardware.detect(run, channel.local_rank)
+        self.hardware = hardware.detect_hardware(run, channel.local_rank)
         self.strategy = distributed.choose(run, self.hardware, inputs, channel.world_size)
         self.strategy.prepare_process()
         self.resume_path = hooks.resume_path(inputs)

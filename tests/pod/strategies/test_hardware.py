@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.errors import ConfigError
-from finetune_trainer.hardware import Hardware, detect
+from finetune_trainer.hardware import Hardware, detect_hardware
 
 from tests.support.learning import make_run
 
@@ -28,7 +28,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def detected(folder: Path, spec: dict[str, Any]) -> Hardware:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
     world = run.world.model_copy(update={"gpus_per_node": run.spec.resources.gpus_per_node})
-    return detect(run.model_copy(update={"world": world}), 0)
+    return detect_hardware(run.model_copy(update={"world": world}), 0)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
         use_cpu=True, disable_tqdm=True, include_num_input_tokens_seen="no",
     )  # fmt: skip
     trainer = ClockedTrainer(model=Linear(), args=args, train_dataset=SlowRows())
-    trainer.meter = SpeedMeter(flops_of_token=1, peak=None, ranks=1)
+    trainer.meter = SpeedMeter(flops_of_token=1, peak_flops=None, rank_count=1)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "data_wait_share" in line]
     step_seconds = FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS

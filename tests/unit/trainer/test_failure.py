@@ -8,7 +8,13 @@ import signal
 import pytest
 from finetune_api.errors import DataError, FineTuneError, InternalError, PeerError
 from finetune_api.names import FailureClass
-from finetune_trainer.failure import RankFailure, classify, failure_from_exit_code, failure_from_message, root_cause
+from finetune_trainer.failure import (
+    RankFailure,
+    classify_error,
+    failure_from_exit_code,
+    failure_from_message,
+    root_cause,
+)
 
 
 class DistStoreError(RuntimeError):
@@ -85,7 +91,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_exception_is_classified(error: Exception, code: str, exit_code: int, origin: bool) -> None:
-    parsed, own = classify(error)
+    parsed, own = classify_error(error)
     assert (parsed.code, parsed.exit_code, own) == (code, exit_code, origin)
 
 

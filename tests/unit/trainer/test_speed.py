@@ -26,14 +26,14 @@ def test_published_throughputs_give_the_published_utilisation() -> None:
     lora = 12_473 * flops_per_token(LLAMA_3_8B, 4096, frozen_base=True)
     assert lora / 1e12 == pytest.approx(402, rel=0.05)
     # Published for full training with 8192 tokens: 5,762 tokens/s, 33.7 % of 989 TFLOP/s. Attention is counted as not causal.
-    full = 5_762 * flops_per_token(LLAMA_3_8B, 8192, frozen_base=False, causal=False)
+    full = 5_762 * flops_per_token(LLAMA_3_8B, 8192, frozen_base=False, is_causal=False)
     assert full / 989e12 == pytest.approx(0.337, abs=0.003)
 
 
 def test_a_frozen_base_needs_two_thirds_of_the_matrix_flops() -> None:
     assert flops_per_token(LLAMA_3_8B, 0, frozen_base=True) == 4 * LLAMA_3_8B.matrix_parameters
     assert flops_per_token(LLAMA_3_8B, 0, frozen_base=False) == 6 * LLAMA_3_8B.matrix_parameters
-    assert attention_flops(LLAMA_3_8B, 100, causal=False) == 2 * attention_flops(LLAMA_3_8B, 100)
+    assert attention_flops(LLAMA_3_8B, 100, is_causal=False) == 2 * attention_flops(LLAMA_3_8B, 100)
 
 
 def test_peak_flops_are_known_by_device_name_and_none_otherwise() -> None:
@@ -57,12 +57,12 @@ def test_peak_flops_are_known_by_device_name_and_none_otherwise() -> None:
 
 
 def test_meter_measures_throughput_between_log_lines() -> None:
-    meter = SpeedMeter(flops_of_token=2.0, peak=100.0, ranks=2)
+    meter = SpeedMeter(flops_of_token=2.0, peak_flops=100.0, rank_count=2)
     assert meter.read(10, now=1.0) == {}
-    meter.waited = 0.5
+    meter.waited_seconds = 0.5
     assert meter.read(60, now=3.0) == {"tokens_per_second": 25.0, "data_wait_share": 0.25, "mfu": 0.25}
     assert meter.read(60, now=4.0) == {}
-    assert "mfu" not in (SpeedMeter(flops_of_token=1, peak=None, ranks=1).read(1, now=1.0) | {})
+    assert "mfu" not in (SpeedMeter(flops_of_token=1, peak_flops=None, rank_count=1).read(1, now=1.0) | {})
 
 
 def llama(*, tied: bool = False) -> Any:
@@ -119,13 +119,13 @@ def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
         parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
     learned = 3 * HIDDEN * MLP + TABLE  # the embedding lookup is not a matrix product
     assert matrix_and_trained_parameters(model) == (BODY + TABLE, learned)
-    flops = flops_per_token(ModelShape.of(model), 0, frozen_base=True, trained=trained_parameters(model))
+    flops = flops_per_token(ModelShape.of(model), 0, frozen_base=True, trained_count=trained_parameters(model))
     assert flops == 4 * (BODY + TABLE) + 2 * learned
 
 
 def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> None:
     shape = ModelShape.of(llama())
-    every_parameter = flops_per_token(shape, 8, frozen_base=True, trained=trained_parameters(llama()))
+    every_parameter = flops_per_token(shape, 8, frozen_base=True, trained_count=trained_parameters(llama()))
     assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
 
 
@@ -155,7 +155,7 @@ def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeyp
     matrices, trained = matrix_and_trained_parameters(outcome.model)
     assert 0 < trained < matrices
     flops = flops_per_token(
-        ModelShape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained=trained
+        ModelShape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained_count=trained
     )
     (line,) = [line for line in outcome.logs if "mfu" in line]
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e12, rel=1e-9)

@@ -14,8 +14,8 @@ from finetune_trainer.objective.rewards import (
     BUILTIN_REWARDS,
     RewardParameters,
     build_rewards,
+    completion_text,
     require_columns,
-    text_of,
 )
 
 CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
@@ -112,7 +112,7 @@ def test_json_schema_scores_valid_and_parsed_json() -> None:
 
 
 def test_messages_are_read_as_text() -> None:
-    assert text_of([{"role": "assistant", "content": "four"}]) == "four"
+    assert completion_text([{"role": "assistant", "content": "four"}]) == "four"
     assert build_one_reward(builtin="regex", parameters={"pattern": "^four$"})(
         completions=[[{"role": "assistant", "content": "four"}]]
     ) == [1.0]
@@ -229,5 +229,5 @@ def test_builtin_rewards_read_the_parameters_that_the_api_lists(builtin: Builtin
     }  # fmt: skip
     read = RewardParameters("trainer.rewards[0]", needed.get(builtin, {}))
     BUILTIN_REWARDS[builtin](read)
-    assert set(read.known) == set(REWARD_PARAMETERS[builtin])
+    assert set(read.read_names) == set(REWARD_PARAMETERS[builtin])
     assert list(invalid_parameters("p", builtin, needed.get(builtin, {}))) == []

@@ -42,7 +42,7 @@ class RewardFunction:
     def __call__(self, **arguments: Any) -> list[float | None]:
         """Return one reward per completion; None means no opinion. Errors: ConfigError RewardFailed, RewardInvalid."""
         try:
-            returned = self._function(**arguments)
+            returned_values = self._function(**arguments)
         except FineTuneError:
             raise
         except Exception as error:  # the user's code may raise anything
@@ -50,7 +50,7 @@ class RewardFunction:
                 "RewardFailed", f"reward {self.__name__} raised {type(error).__name__}: {_first_line(error)}{_line_of(error)}",
                 hint="fix the function: it must return a list with one number, or None, for every completion",
             ) from error  # fmt: skip
-        return _check_returned(self.__name__, returned, len(arguments["completions"]))
+        return _check_returned(self.__name__, returned_values, len(arguments["completions"]))
 
 
 def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunction]:
@@ -72,19 +72,19 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
     return functions
 
 
-def require_columns(functions: Sequence[RewardFunction], present: Sequence[str]) -> None:
+def require_columns(reward_functions: Sequence[RewardFunction], present_columns: Sequence[str]) -> None:
     """Refuse data if a column for a built-in reward is missing. Errors: ConfigError RewardColumnMissing."""
-    columns = ", ".join(sorted(present)) or "no other columns"
-    for function in functions:
+    columns = ", ".join(sorted(present_columns)) or "no other columns"
+    for function in reward_functions:
         for column in function.columns:
-            if column not in present:
+            if column not in present_columns:
                 raise ConfigError(
                     "RewardColumnMissing", f"reward {function.__name__} reads column {column!r}, but the rows have {columns}",
                     hint="name an existing column in the reward's `parameters: {column: ...}`, or add the column to the data",
                 )  # fmt: skip
 
 
-def text_of(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
     """The text of a completion. TRL passes a string, or messages if the prompt consists of messages."""
     if isinstance(completion, str):
         return completion
@@ -97,76 +97,76 @@ def text_of(completion: Any) -> str:
 class RewardParameters:
     """The `parameters` of one built-in reward, read by name and type. `refuse_unknown` rejects parameters that were never read."""
 
-    def __init__(self, path: str, given: Mapping[str, str]):
-        self.path, self._given = f"{path}.parameters", dict(given)
-        self.known: list[str] = []
+    def __init__(self, path: str, spec_parameters: Mapping[str, str]):
+        self.path, self._spec_parameters = f"{path}.parameters", dict(spec_parameters)
+        self.read_names: list[str] = []
         """Names of the parameters that were read."""
 
-    def text(self, name: str, default: str | None = None) -> str:
+    def read_text(self, name: str, default: str | None = None) -> str:
         """Return a string parameter. The parameter is required if there is no default."""
-        self.known.append(name)
-        value = self._given.get(name, default)
+        self.read_names.append(name)
+        value = self._spec_parameters.get(name, default)
         if value is None:
             raise ConfigError(
                 "RewardParameterInvalid", f"{self.path}.{name} is missing", hint=f"write `parameters: {{{name}: ...}}`"
             )
         return value
 
-    def flag(self, name: str, default: bool) -> bool:
+    def read_flag(self, name: str, default: bool) -> bool:
         """Return a boolean parameter, written `true` or `false`."""
-        value = self.text(name, str(default).lower())
+        value = self.read_text(name, str(default).lower())
         if value not in ("true", "false"):
-            raise self.invalid(name, value, "write true or false")
+            raise self.invalid_value_error(name, value, "write true or false")
         return value == "true"
 
-    def number(
-        self, name: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
+    def read_number(
+        self, name: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float | None:
         """Return a parameter that is a finite number within bounds."""
-        self.known.append(name)
-        text = self._given.get(name)
+        self.read_names.append(name)
+        text = self._spec_parameters.get(name)
         if text is None:
             return default
         try:
             value = float(text)
         except ValueError:
-            raise self.invalid(name, text, "write a number") from None
-        if not (math.isfinite(value) and least <= value <= most):
-            raise self.invalid(name, text, f"write a number from {least:g} to {most:g}")
+            raise self.invalid_value_error(name, text, "write a number") from None
+        if not (math.isfinite(value) and minimum <= value <= maximum):
+            raise self.invalid_value_error(name, text, f"write a number from {minimum:g} to {maximum:g}")
         return value
 
-    def choice(self, name: str, default: str, allowed: Sequence[str]) -> str:
+    def read_choice(self, name: str, default: str, allowed: Sequence[str]) -> str:
         """Return a parameter that is one of the allowed values."""
-        value = self.text(name, default)
+        value = self.read_text(name, default)
         if value not in allowed:
-            raise self.invalid(name, value, f"write one of {', '.join(allowed)}")
+            raise self.invalid_value_error(name, value, f"write one of {', '.join(allowed)}")
         return value
 
-    def pattern(self, name: str, default: str | None = None, flags: int = 0) -> re.Pattern[str]:
+    def read_pattern(self, name: str, default: str | None = None, flags: int = 0) -> re.Pattern[str]:
         """Return a parameter that is a regular expression of Python's `re`."""
-        text = self.text(name, default)
+        text = self.read_text(name, default)
         try:
             return re.compile(text, flags)
         except re.error as error:
-            raise self.invalid(name, text, f"it is not a regular expression: {error}") from None
+            raise self.invalid_value_error(name, text, f"it is not a regular expression: {error}") from None
 
-    def invalid(self, name: str, value: str, hint: str) -> ConfigError:
+    def invalid_value_error(self, name: str, value: str, hint: str) -> ConfigError:
         """Return the error for one parameter."""
         return ConfigError("RewardParameterInvalid", f"{self.path}.{name} is {value[:200]!r}", hint=hint)
 
     def refuse_unknown(self, builtin: BuiltinReward) -> None:
         """Refuse parameters that the reward never read. Errors: ConfigError RewardParameterInvalid."""
-        unknown = sorted(set(self._given) - set(self.known))
+        unknown = sorted(set(self._spec_parameters) - set(self.read_names))
         if unknown:
             raise ConfigError(
                 "RewardParameterInvalid", f"{self.path}: {builtin} has no parameter {', '.join(unknown)}",
-                hint=f"the parameters of {builtin} are: {', '.join(sorted(set(self.known))) or 'none'}",
+                hint=f"the parameters of {builtin} are: {', '.join(sorted(set(self.read_names))) or 'none'}",
             )  # fmt: skip
 
 
 def _build_citation_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the whole completion is one cited_answer block (an answer, then citations that name a source), else 0."""
-    flags = re.DOTALL if parameters.flag("multiline", False) else 0
+    flags = re.DOTALL if parameters.read_flag("multiline", False) else 0
     gap = r"\s*" if flags else r"[ \t]*"
     source = gap.join((
         "<cited_answer>", "<answer>.+?</answer>", "<citations>.*?<source_id>.+?</source_id>.*?</citations>", "</cited_answer>",
@@ -177,7 +177,7 @@ def _build_citation_reward(parameters: RewardParameters) -> ScoreFunction:
 
 def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion is one think block with text after it, else 0. With `emptyAnswer`, the text after it is optional."""
-    may_be_empty = parameters.flag("emptyAnswer", False)
+    may_be_empty = parameters.read_flag("emptyAnswer", False)
 
     def score(text: str, **_: Any) -> float:
         if text.count("<think>") != 1 or text.count("</think>") != 1 or not text.lstrip().startswith("<think>"):
@@ -190,23 +190,23 @@ def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
 
 def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the pattern matches, else 0. It may match any part of the completion; `match: full` requires the whole completion."""
-    flags = re.IGNORECASE if parameters.flag("ignoreCase", False) else 0
-    flags |= re.DOTALL if parameters.flag("dotAll", False) else 0
-    flags |= re.MULTILINE if parameters.flag("multiline", False) else 0
-    pattern = parameters.pattern("pattern", flags=flags)
-    is_full = parameters.choice("match", "search", ("search", "full")) == "full"
+    flags = re.IGNORECASE if parameters.read_flag("ignoreCase", False) else 0
+    flags |= re.DOTALL if parameters.read_flag("dotAll", False) else 0
+    flags |= re.MULTILINE if parameters.read_flag("multiline", False) else 0
+    pattern = parameters.read_pattern("pattern", flags=flags)
+    is_full = parameters.read_choice("match", "search", ("search", "full")) == "full"
     match = pattern.fullmatch if is_full else pattern.search
     return lambda text, **_: float(match(text) is not None)
 
 
 def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion equals a column of the row, else 0. With pattern `extract`, only its last match is compared."""
-    column = parameters.text("column", "answer")
-    ignores_case = parameters.flag("ignoreCase", False)
-    strips = parameters.flag("strip", True)
-    extract = parameters.pattern("extract", "")
+    column = parameters.read_text("column", "answer")
+    ignores_case = parameters.read_flag("ignoreCase", False)
+    strips = parameters.read_flag("strip", True)
+    extract = parameters.read_pattern("extract", "")
 
-    def normalised(text: str) -> str:
+    def normalise(text: str) -> str:
         text = text.strip() if strips else text
         return text.casefold() if ignores_case else text
 
@@ -216,16 +216,16 @@ def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
             if not matches:
                 return 0.0
             text = matches[-1].group(1 if extract.groups else 0) or ""
-        return float(normalised(text) == normalised(str(row[column])))
+        return float(normalise(text) == normalise(str(row[column])))
 
     return score
 
 
 def _build_length_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 for lengths from `minimum` to `maximum`. Outside this range, the reward falls linearly to 0 (at 0 and at twice `maximum`)."""
-    unit = parameters.choice("unit", "tokens", ("tokens", "words", "characters"))
-    least = parameters.number("minimum", 0.0, least=0) or 0.0
-    most = parameters.number("maximum", math.inf, least=1)
+    unit = parameters.read_choice("unit", "tokens", ("tokens", "words", "characters"))
+    least = parameters.read_number("minimum", 0.0, minimum=0) or 0.0
+    most = parameters.read_number("maximum", math.inf, minimum=1)
     assert most is not None, "the parameter has a default"
     if least == 0 and most == math.inf:
         raise ConfigError(
@@ -234,7 +234,7 @@ def _build_length_reward(parameters: RewardParameters) -> ScoreFunction:
             hint="write minimum, maximum or both",
         )
     if least > most:
-        raise parameters.invalid("minimum", f"{least:g}", f"write a number up to the maximum, {most:g}")
+        raise parameters.invalid_value_error("minimum", f"{least:g}", f"write a number up to the maximum, {most:g}")
 
     def score(text: str, *, ids: Sequence[int], **_: Any) -> float:
         size = {"tokens": len(ids), "words": len(text.split()), "characters": len(text)}[unit]
@@ -255,17 +255,17 @@ def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
         )
     import jsonschema  # type: ignore[import-untyped]  # it ships no types
 
-    text = parameters.text("schema")
-    reward_for_json = parameters.number("parsed", 0.0, least=0, most=1)
+    text = parameters.read_text("schema")
+    reward_for_json = parameters.read_number("parsed", 0.0, minimum=0, maximum=1)
     try:
         schema = json.loads(text)
     except ValueError as error:
-        raise parameters.invalid("schema", text, f"it is not JSON: {error}") from None
+        raise parameters.invalid_value_error("schema", text, f"it is not JSON: {error}") from None
     validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         validator_class.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise parameters.invalid("schema", text, f"it is not a JSON schema: {error.message}") from None
+        raise parameters.invalid_value_error("schema", text, f"it is not a JSON schema: {error.message}") from None
     validator = validator_class(schema)
 
     def score(text: str, **_: Any) -> float:
@@ -301,17 +301,17 @@ def _builtin_reward(spec: Reward, path: str) -> RewardFunction:
     parameters.refuse_unknown(spec.builtin)
     columns = [(spec.parameters or {}).get("column", "answer")] if spec.builtin is BuiltinReward.EXACT_MATCH else []
 
-    def function(
+    def score_completions(
         completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] = (), **data_columns: Any
     ) -> list[float | None]:
         ids = completion_ids or [[] for _ in completions]
         rewards: list[float | None] = []
         for index, completion in enumerate(completions):
             row = {name: data_columns[name][index] for name in columns}
-            rewards.append(score(text_of(completion), ids=ids[index], row=row))
+            rewards.append(score(completion_text(completion), ids=ids[index], row=row))
         return rewards
 
-    return RewardFunction(spec.name or spec.builtin.value, _weight(spec), function, columns)
+    return RewardFunction(spec.name or spec.builtin.value, _reward_weight(spec), score_completions, columns)
 
 
 # ---- the user's own functions
@@ -340,7 +340,7 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
             hint=f"define the function, or name another function in {path}.function",
         )
     _check_signature(function, location, name)
-    return RewardFunction(spec.name or name, _weight(spec), function)
+    return RewardFunction(spec.name or name, _reward_weight(spec), function)
 
 
 def _run_file(file: Path, location: str) -> dict[str, Any]:
@@ -376,21 +376,21 @@ def _check_signature(function: Callable[..., Any], location: str, name: str) -> 
     )  # fmt: skip
 
 
-def _weight(spec: Reward) -> float:
+def _reward_weight(spec: Reward) -> float:
     return 1.0 if spec.weight is None else spec.weight
 
 
-def _check_returned(name: str, returned: Any, completions: int) -> list[float | None]:
+def _check_returned(name: str, returned_values: Any, completion_count: int) -> list[float | None]:
     """Return the function's values, after a check for one finite number or None per completion. Errors: ConfigError RewardInvalid."""
     hint = "return a list with one number, or None, for every completion"
-    if isinstance(returned, str | bytes) or not hasattr(returned, "__iter__"):
+    if isinstance(returned_values, str | bytes) or not hasattr(returned_values, "__iter__"):
         raise ConfigError(
-            "RewardInvalid", f"reward {name} returned {type(returned).__name__}, not a list of numbers", hint=hint
+            "RewardInvalid", f"reward {name} returned {type(returned_values).__name__}, not a list of numbers", hint=hint
         )
-    values = list(returned)
-    if len(values) != completions:
+    values = list(returned_values)
+    if len(values) != completion_count:
         raise ConfigError(
-            "RewardInvalid", f"reward {name} returned {len(values)} values for {completions} completions", hint=hint
+            "RewardInvalid", f"reward {name} returned {len(values)} values for {completion_count} completions", hint=hint
         )
     for index, value in enumerate(values):
         if value is None:

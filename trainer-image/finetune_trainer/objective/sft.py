@@ -187,9 +187,9 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         is_full = context.run.spec.method.type is MethodType.FULL
         report = data.reports["train"]
         mean_length = report.tokens / max(1, report.rows)
-        flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained=trained_parameters(base))
+        flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
         trainer.meter = SpeedMeter(
-            flops_of_token=flops, peak=peak_of(context.hardware.name), ranks=context.strategy.world_size
+            flops_of_token=flops, peak_flops=peak_of(context.hardware.name), rank_count=context.strategy.world_size
         )
         return trainer
 

@@ -36,7 +36,7 @@ class Connection:
     bucket: str
     endpoint: str | None
     region: str
-    addressing: str
+    addressing_style: str
     prefix: str = ""
     """Prefix of the environment variables with the credentials: empty, `MODEL_` or `DATASET_`."""
     encryption: str | None = None
@@ -59,7 +59,7 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
     if isinstance(error, FineTuneError):
         return error
     if isinstance(error, boto.ClientError):
-        return _failure_of_response(error, connection, operation or error.operation_name, key)
+        return _response_error(error, connection, operation or error.operation_name, key)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return CredentialsError(
             "CredentialsMissing", f"there are no S3 credentials for bucket {connection.bucket} at {connection.host}",
@@ -67,13 +67,13 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
             "or give the pod's ServiceAccount an identity",
         )  # fmt: skip
     if isinstance(error, boto.SSLError):
-        return _tls_failure(error, connection)
+        return _tls_error(error, connection)
     if isinstance(error, OSError) and error.errno in LOCAL_DISK_ERRNOS:
         return of_local_disk(error)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
-        return unreachable(connection, str(error))
+        return unreachable_error(connection, str(error))
     if isinstance(error, RecursionError):  # botocore follows redirects to another region endlessly
-        return _wrong_region(connection)
+        return _wrong_region_error(connection)
     if isinstance(error, boto.ParamValidationError | ValueError):
         return StorageSetupError(
             "EndpointInvalid",
@@ -100,7 +100,7 @@ def of_local_disk(error: OSError) -> StorageError:
     return StorageError("LocalDiskFailed", f"the pod's local disk failed: {error.strerror or error}")
 
 
-def unreachable(connection: Connection, text: str = "") -> StorageError:
+def unreachable_error(connection: Connection, text: str = "") -> StorageError:
     """The failure for a store that does not respond (69)."""
     reason = "it refused the connection" if "refused" in text.lower() else "it did not respond"
     if "resolve" in text.lower() or "Name or service" in text or "Could not connect" in text:
@@ -111,7 +111,7 @@ def unreachable(connection: Connection, text: str = "") -> StorageError:
     )  # fmt: skip
 
 
-def _tls_failure(error: Exception, connection: Connection) -> StorageSetupError:
+def _tls_error(error: Exception, connection: Connection) -> StorageSetupError:
     text = str(error)
     if "WRONG_VERSION_NUMBER" in text or "record layer" in text.lower():
         reason, hint = (
@@ -128,7 +128,7 @@ def _tls_failure(error: Exception, connection: Connection) -> StorageSetupError:
     return StorageSetupError("TlsFailed", f"{connection.host}: {reason}", hint=hint)
 
 
-def _wrong_region(connection: Connection) -> StorageSetupError:
+def _wrong_region_error(connection: Connection) -> StorageSetupError:
     return StorageSetupError(
         "RegionWrong",
         f"bucket {connection.bucket} at {connection.host} is not in region {connection.region}",
@@ -136,7 +136,7 @@ def _wrong_region(connection: Connection) -> StorageSetupError:
     )
 
 
-def _failure_of_response(error: Exception, connection: Connection, operation: str, key: str) -> FineTuneError:
+def _response_error(error: Exception, connection: Connection, operation: str, key: str) -> FineTuneError:
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -231,8 +231,8 @@ def _known_failure(
     ):
         if status == 301 and connection.endpoint and "endpoint" in message.lower():
             return StorageSetupError(
-                "AddressingWrong", f"{location} does not support {connection.addressing} addressing at this endpoint",
-                hint=f"write {group}.addressingStyle: {'path' if connection.addressing == 'virtual' else 'virtual'}, or the bucket's own endpoint",
+                "AddressingWrong", f"{location} does not support {connection.addressing_style} addressing at this endpoint",
+                hint=f"write {group}.addressingStyle: {'path' if connection.addressing_style == 'virtual' else 'virtual'}, or the bucket's own endpoint",
             )  # fmt: skip
         return StorageSetupError(
             "RegionWrong",

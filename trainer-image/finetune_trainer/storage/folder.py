@@ -33,7 +33,7 @@ class FolderStore:
         self.retries = 0
 
     def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
-        with self._writing(key) as partial:
+        with self._open_partial_file(key) as partial:
             with source.open("rb") as reader, partial.open("wb") as writer:
                 while chunk := reader.read(CHUNK_BYTES):
                     writer.write(chunk)
@@ -44,13 +44,13 @@ class FolderStore:
             partial.rename(self.root / key)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._writing(key) as partial:
-            _write(partial, data)
+        with self._open_partial_file(key) as partial:
+            _write_and_sync(partial, data)
             partial.rename(self.root / key)
 
     def create(self, key: str, data: bytes) -> CreateResult:
-        with self._writing(key) as partial:
-            _write(partial, data)
+        with self._open_partial_file(key) as partial:
+            _write_and_sync(partial, data)
             try:
                 (self.root / key).hardlink_to(partial)
             except FileExistsError:
@@ -62,7 +62,7 @@ class FolderStore:
         return CreateResult.NEW
 
     def get(self, key: str) -> bytes | None:
-        with self._errors(f"read {key}"):
+        with self._translate_os_errors(f"read {key}"):
             try:
                 return (self.root / key).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
@@ -70,26 +70,26 @@ class FolderStore:
 
     def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
         digest = hashlib.sha256()
-        with self._errors(f"read {key}"), contextlib.ExitStack() as stack:
+        with self._translate_os_errors(f"read {key}"), contextlib.ExitStack() as stack:
             try:
                 reader = stack.enter_context((self.root / key).open("rb"))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            with _local_disk():
+            with _translate_local_errors():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 writer = stack.enter_context(target.open("wb"))
             while chunk := reader.read(CHUNK_BYTES):
                 digest.update(chunk)
-                with _local_disk():
+                with _translate_local_errors():
                     writer.write(chunk)
                 if count:
                     count(len(chunk))
-            with _local_disk():
+            with _translate_local_errors():
                 writer.flush()
         return digest.hexdigest()
 
     def stat(self, key: str) -> ObjectStat | None:
-        with self._errors(f"read {key}"):
+        with self._translate_os_errors(f"read {key}"):
             try:
                 status = (self.root / key).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -98,15 +98,15 @@ class FolderStore:
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         base = self.root / prefix.rpartition("/")[0]
-        with self._errors(f"list {prefix}"):
-            for path in sorted(_files(base)):
+        with self._translate_os_errors(f"list {prefix}"):
+            for path in sorted(_list_files(base)):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and (stat := self.stat(key)):
                     yield stat
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            with self._errors(f"delete {key}"):
+            with self._translate_os_errors(f"delete {key}"):
                 (self.root / key).unlink(missing_ok=True)
                 self._remove_empty_folders((self.root / key).parent)
 
@@ -129,11 +129,11 @@ class FolderStore:
             folder = folder.parent
 
     @contextlib.contextmanager
-    def _writing(self, key: str) -> Iterator[Path]:
+    def _open_partial_file(self, key: str) -> Iterator[Path]:
         """Provide a hidden file next to `key`, and remove it at the end unless it was renamed."""
         target = self.root / key
         partial = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
-        with self._errors(f"write {key}"):
+        with self._translate_os_errors(f"write {key}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield partial
@@ -141,7 +141,7 @@ class FolderStore:
                 partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _errors(self, action: str) -> Iterator[None]:
+    def _translate_os_errors(self, action: str) -> Iterator[None]:
         try:
             yield
         except FineTuneError:
@@ -166,7 +166,7 @@ class FolderStore:
             raise StorageError("StorageFailed", f"cannot {action} below {self.uri}: {error.strerror or error}") from error
 
 
-def _files(base: Path) -> Iterator[Path]:
+def _list_files(base: Path) -> Iterator[Path]:
     """Files below a folder, except hidden partial files. An unreadable folder raises an error, because it must not appear empty."""
 
     def raise_if_unreadable(error: OSError) -> None:
@@ -191,14 +191,14 @@ def _create_in_place(target: Path, data: bytes) -> CreateResult:
 
 
 @contextlib.contextmanager
-def _local_disk() -> Iterator[None]:
+def _translate_local_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise of_local_disk(error) from error
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write_and_sync(path: Path, data: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -37,7 +37,7 @@ class StoreAbilities:
         return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
 
 
-def preflight(target: StoreTarget, *, write: bool = True) -> StoreAbilities:
+def preflight(target: StoreTarget, *, needs_write: bool = True) -> StoreAbilities:
     """Try every kind of request that checkpoints need, with a small object.
 
     Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
@@ -51,19 +51,19 @@ def preflight(target: StoreTarget, *, write: bool = True) -> StoreAbilities:
         )  # fmt: skip
     store = open_store(target, **PREFLIGHT_OPTIONS)
     try:
-        return _try_all(store, write)
+        return _try_all(store, needs_write)
     except StorageError as error:
         raise _more_precise(error, store) from error
     finally:
         store.close()
 
 
-def _try_all(store: Store, write: bool) -> StoreAbilities:
+def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
     kind = "s3" if isinstance(store, S3Store) else "folder"
-    if kind == "folder" and not write:
+    if kind == "folder" and not needs_write:
         return StoreAbilities(kind, True)
     next(iter(store.list(PROBE_FOLDER + "/")), None)
-    if not write:
+    if not needs_write:
         return StoreAbilities(kind, False)
     key = join(PROBE_FOLDER, uuid.uuid4().hex)
     store.create(key, b"first")  # EXISTS here means that the response to the first try was lost
@@ -91,7 +91,7 @@ def _more_precise(error: StorageError, store: Store) -> FineTuneError:
     if error.code != "EndpointUnreachable" or not isinstance(store, S3Store):
         return error
     connection = store.connection
-    if connection.addressing != "virtual" or not connection.endpoint:
+    if connection.addressing_style != "virtual" or not connection.endpoint:
         return error
     parts = urlsplit(connection.endpoint)
     if not _accepts_connections(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)):

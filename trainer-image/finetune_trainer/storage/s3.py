@@ -67,7 +67,7 @@ class S3Store:
         self.bucket, self.prefix = match[1], (match[2] or "").strip("/")
         self.uri = target.uri.rstrip("/")
         self.target = target
-        self.connection = connection_of(target, self.bucket)
+        self.connection = describe_connection(target, self.bucket)
         self.retries = 0
         self.conditional = True
         """Whether the store supports conditional writes. True until a conditional write is refused."""
@@ -106,7 +106,7 @@ class S3Store:
                 str(source),
                 self.bucket,
                 self.key(key),
-                Config=_transfer(size),
+                Config=_transfer_config(size),
                 Callback=count,
                 ExtraArgs=self._encryption.write,
             )
@@ -214,18 +214,18 @@ class S3Store:
             with target.open("wb") as writer, ThreadPoolExecutor(min(MAX_PARALLEL_TRANSFERS, max(1, len(starts)))) as pool:
                 pending: deque[Future[bytes]] = deque()
                 for start in starts:
-                    pending.append(pool.submit(self._range, key, stat, start))
+                    pending.append(pool.submit(self._get_range, key, stat, start))
                     if len(pending) > MAX_PARALLEL_TRANSFERS:
-                        _append(pending.popleft().result(), digest, writer, count)
+                        _append_bytes(pending.popleft().result(), digest, writer, count)
                 while pending:
-                    _append(pending.popleft().result(), digest, writer, count)
+                    _append_bytes(pending.popleft().result(), digest, writer, count)
         except Exception as error:
             if _is_missing(error):
                 return None
             raise explain(error, self.connection, operation="GetObject", key=key) from error
         return digest.hexdigest()
 
-    def _range(self, key: str, stat: ObjectStat, start: int) -> bytes:
+    def _get_range(self, key: str, stat: ObjectStat, start: int) -> bytes:
         """Download one range of an object; retries interrupted responses. Errors: StorageError `ObjectChanged`."""
         end = min(start + RANGE_BYTES, stat.size) - 1
         tries_left = 4
@@ -278,14 +278,14 @@ class S3Store:
         self._client.close()
 
 
-def _append(data: bytes, digest: Any, writer: IO[bytes], count: ByteCounter | None) -> None:
+def _append_bytes(data: bytes, digest: Any, writer: IO[bytes], count: ByteCounter | None) -> None:
     digest.update(data)
     writer.write(data)
     if count:
         count(len(data))
 
 
-def connection_of(target: StoreTarget, bucket: str) -> Connection:
+def describe_connection(target: StoreTarget, bucket: str) -> Connection:
     """The connection that a target describes. Missing fields come from AWS_ variables or get defaults."""
     endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
@@ -342,7 +342,7 @@ def _client(
 
     checksum_options = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     config = Config(
-        s3={"addressing_style": connection.addressing},
+        s3={"addressing_style": connection.addressing_style},
         retries={"total_max_attempts": attempts, "mode": "standard"},
         connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * MAX_PARALLEL_TRANSFERS,
         signature_version="s3v4", **(checksum_options if connection.endpoint else {}),
@@ -363,7 +363,7 @@ def _client(
         raise explain(error, connection) from error
 
 
-def _transfer(size: int) -> Any:
+def _transfer_config(size: int) -> Any:
     """The transfer settings for a file of `size` bytes. The part size grows so that the number of parts stays below S3's limit."""
     from boto3.s3.transfer import TransferConfig
 

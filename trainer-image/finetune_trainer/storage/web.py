@@ -72,7 +72,7 @@ class WebStore:
         self._attempts, self._timeout = max(1, attempts), (connect_timeout, read_timeout)
         self._lock = threading.Lock()
         _require_valid_url(target.uri)
-        self._adapter = _adapter(target.ca_bundle)
+        self._adapter = _create_adapter(target.ca_bundle)
 
     # ---- reading ----
 
@@ -101,9 +101,9 @@ class WebStore:
         def request_stat() -> ObjectStat | None:
             with self._request("HEAD", key) as response:
                 if response.status_code not in HEAD_REFUSED:
-                    return self._stat(key, response)
+                    return self._stat_from_response(key, response)
             with self._request("GET", key) as response:
-                return self._stat(key, response)
+                return self._stat_from_response(key, response)
 
         return self._with_retries(key, request_stat)
 
@@ -159,7 +159,7 @@ class WebStore:
         finally:
             response.close()
 
-    def _stat(self, key: str, response: requests.Response) -> ObjectStat | None:
+    def _stat_from_response(self, key: str, response: requests.Response) -> ObjectStat | None:
         if self._is_missing(key, response):
             return None
         length = response.headers.get("Content-Length", "")
@@ -183,13 +183,13 @@ class WebStore:
                 for chunk in response.raw.stream(READ_BYTES, decode_content=False):
                     download.write(chunk)
             except _stream_errors() as error:
-                raise self._interrupted(key, download, error) from error
+                raise self._interrupted_error(key, download, error) from error
         return download.digest.hexdigest()
 
-    def _interrupted(self, key: str, download: _Download, error: Exception) -> _RetryableError:
-        cause = _innermost(error)
+    def _interrupted_error(self, key: str, download: _Download, error: Exception) -> _RetryableError:
+        cause = _innermost_cause(error)
         if isinstance(cause, ssl.SSLError | TimeoutError | ConnectionError):
-            return _RetryableError(self._unreachable(cause))
+            return _RetryableError(self._unreachable_error(cause))
         problem = (
             f"ended after {download.size} of {download.total} bytes"
             if download.total
@@ -238,10 +238,10 @@ class WebStore:
         try:
             return send()
         except (web.ConnectionError, web.Timeout) as error:
-            cause = _innermost(error)
+            cause = _innermost_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise self._unreachable(cause) from None
-            raise _RetryableError(self._unreachable(cause)) from None
+                raise self._unreachable_error(cause) from None
+            raise _RetryableError(self._unreachable_error(cause)) from None
         except web.TooManyRedirects:
             raise StorageError("DownloadFailed", f"{self._uri_without_query(key)} is redirected endlessly") from None
         except (web.RequestException, LocationParseError, UnicodeError) as error:
@@ -249,7 +249,7 @@ class WebStore:
                 "SourceInvalid", f"{self._uri_without_query(key)} is not a valid URL ({type(error).__name__})", hint=URL_HINT
             ) from None  # fmt: skip
 
-    def _unreachable(self, cause: BaseException) -> StorageError:
+    def _unreachable_error(self, cause: BaseException) -> StorageError:
         untrusted = isinstance(cause, ssl.SSLCertVerificationError)
         return StorageError(
             "EndpointUnreachable", f"{urlsplit(self.uri).netloc} could not be reached ({type(cause).__name__})",
@@ -335,7 +335,7 @@ def _require_valid_url(uri: str) -> None:
         )  # fmt: skip
 
 
-def _adapter(ca_bundle: str | None) -> Any:
+def _create_adapter(ca_bundle: str | None) -> Any:
     """Create a connection pool. Errors: StorageSetupError `TlsFailed` if the bundle cannot be read."""
     from finetune_trainer.storage.session import Adapter
 
@@ -364,7 +364,7 @@ def _stream_errors() -> tuple[type[Exception], ...]:
     return pool.ProtocolError, pool.TimeoutError, pool.SSLError
 
 
-def _innermost(error: BaseException) -> BaseException:
+def _innermost_cause(error: BaseException) -> BaseException:
     """The innermost exception of a chain of exceptions that wrap one another."""
     for _ in range(8):
         causes = (getattr(error, "reason", None), error.__cause__, *error.args)

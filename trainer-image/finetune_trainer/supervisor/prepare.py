@@ -54,7 +54,7 @@ class Preparation:
         self._timed("preflight", self._preflight)
 
     def _preflight(self) -> None:
-        abilities = self._retry_while_busy(lambda: preflight(self._run.storage, write=self._node_rank == 0))
+        abilities = self._retry_while_busy(lambda: preflight(self._run.storage, needs_write=self._node_rank == 0))
         if self._node_rank == 0:
             self._state.merge_resolved(ResolvedConfig(storage=abilities.to_wire()))
             if not abilities.can_delete:

@@ -380,7 +380,7 @@ def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
         assert uploader.wait_until_idle(20)
         uploader.close()
     (found,) = CheckpointTree(store).list_committed()
-    manifest = CheckpointTree(store).manifest(found)
+    manifest = CheckpointTree(store).read_manifest(found)
     assert manifest is not None
     assert [one.path for one in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
     assert not list(store.list(f"{prefix_of(5)}/a1-00000000/.parts"))

@@ -25,5 +25,5 @@ def test_a_scan_that_version_0_1_0_left_in_the_work_folder_is_ignored(tmp_path: 
     old = [{"name": f"layers.{layer}.proj", "layer": layer, "kind": "proj", "snr": "1.0"} for layer in range(2)]
     (tmp_path / "spectrum-marchenkoPastur-tiny.json").write_text(json.dumps(old))
     selection = spectrum.select_modules(run, inputs, Layers())
-    assert [module.type for module in selection.scan] == ["proj", "proj"]
+    assert [module.type for module in selection.scanned_modules] == ["proj", "proj"]
     assert spectrum.select_modules(run, inputs, Layers()) == selection, "the scan is cached"

@@ -13,7 +13,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from finetune_api.errors import CredentialsError, FineTuneError, StorageError
 from finetune_api.pod import StoreTarget
 from finetune_trainer.storage import s3
-from finetune_trainer.storage.s3 import MIB, PART_BYTES, RANGE_BYTES, S3Store, _transfer
+from finetune_trainer.storage.s3 import MIB, PART_BYTES, RANGE_BYTES, S3Store, _transfer_config
 
 MAX_PARTS = 10_000
 """Maximum number of parts of an S3 object."""
@@ -49,7 +49,7 @@ def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Stor
     ],
 )  # fmt: skip
 def test_the_part_size_keeps_the_number_of_parts_below_the_limit(size: int, part: int) -> None:
-    config = _transfer(size)
+    config = _transfer_config(size)
     assert config.multipart_chunksize == part
     assert -(-size // part) <= MAX_PARTS and PART_BYTES <= part <= MAX_PART_BYTES
     assert config.preferred_transfer_client == "classic", "boto3's CRT client ignores a custom endpoint"

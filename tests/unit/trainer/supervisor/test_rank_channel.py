@@ -46,7 +46,7 @@ def rank(recorder: Recorder, work: Path) -> Channel:
 def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: Path) -> None:
     """The report about the final model may be larger than a datagram."""
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
-    rank(recorder, tmp_path).finished(tmp_path / "final", OutputKind.ADAPTER, report)
+    rank(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()
     assert [one["extra"] for one in recorder.received] == [report]
     assert not Path(recorder.channel.address).parent.exists()
@@ -56,7 +56,7 @@ def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_pat
     """Each character of the message has twelve bytes in JSON."""
     text = "\N{FIRE}" * 8000
     assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
-    rank(recorder, tmp_path).failed(DataError("RowBroken", text))
+    rank(recorder, tmp_path).report_failure(DataError("RowBroken", text))
     recorder.channel.close()
     (found,) = recorder.received
     assert failure_from_message(found).error.message.startswith("\N{FIRE}" * 100)
@@ -71,7 +71,7 @@ def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_pat
 def test_an_invalid_message_does_not_stop_the_channel(recorder: Recorder, tmp_path: Path, data: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(data, recorder.channel.address)
-    rank(recorder, tmp_path).note("still listening")
+    rank(recorder, tmp_path).report_note("still listening")
     recorder.channel.close()
     assert recorder.received[-1]["text"] == "still listening"
 

@@ -11,7 +11,7 @@ from finetune_api.names import MAX_TERMINATION_BYTES, ExitCode, FailureClass
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, Output, Progress
 from finetune_trainer.channel import Channel
-from finetune_trainer.failure import classify, failure_from_message
+from finetune_trainer.failure import classify_error, failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, ExitDecision, decide_exit
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
@@ -31,7 +31,7 @@ def message_of(decided: ExitDecision, *, step: int = 7, output: Output | None = 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
 def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[FineTuneError]) -> None:
     channel = Channel.create_recording(tmp_path, rank=3)
-    error, origin = classify(kind("Expected", "what was wrong", hint="what to write"))
+    error, origin = classify_error(kind("Expected", "what was wrong", hint="what to write"))
     channel.report_failure(error, origin=origin)
     facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
     found = message_of(decide_exit(facts, [], is_saved=False, node_rank=0))
