@@ -282,7 +282,7 @@ BATCHES = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps":
         ({"train_micro_batch_size_per_gpu": 1}, merged(BATCHES, KTO), "BatchTooSmall", "kto compares"),
         (
             {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merged(BATCHES, GRPO),
-            "GenerationsDoNotDivide", "6 is not divisible by 4",
+            "GenerationsDoNotDivide", "one optimizer step has 6 completions",
         ),
         ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum needs whole"),
     ],
