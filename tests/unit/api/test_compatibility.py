@@ -17,15 +17,15 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
-MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
-GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
+MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+GRPO_SPEC = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
 RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json").read_text())
 """All fields that trainer 0.1.0 knows in a RunConfig, as nested objects. A leaf is None, or the list of an enumeration's values."""
 
 
 def run_config(**changes: Any) -> RunConfig:
     platform = PlatformDefaults(storage=StorageRoot(uri="s3://bucket/prefix"), cpu="4")
-    resolution = resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL | changes), platform_defaults=platform)
+    resolution = resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC | changes), platform_defaults=platform)
     return RunConfig(
         name="job", namespace="team", uid="u-1", attempt=1, spec=resolution.spec,
         defaults=sorted(resolution.defaults), origins=origins_of(resolution.defaults),
@@ -34,23 +34,23 @@ def run_config(**changes: Any) -> RunConfig:
     )  # fmt: skip
 
 
-def set_at_path(value: Any, path: str, new: Any) -> None:
+def set_at_path(value: Any, path: str, new_value: Any) -> None:
     *groups, name = path.split(".")
     for group in groups:
         value = value[int(group)] if isinstance(value, list) else value.setdefault(group, {})
-    value[name] = new
+    value[name] = new_value
 
 
-def written_by_newer(path: str, value: Any, *marks: str, **changes: Any) -> bytes:
-    """Return the run.json of a newer operator, with `value` at `path` and with `marks` added to `defaults`."""
+def run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **changes: Any) -> bytes:
+    """Return the run.json of a newer operator, with `value` at `path` and with `added_defaults` added to `defaults`."""
     raw = json.loads(run_config(**changes).to_bytes())
     set_at_path(raw, path, value)
-    raw["defaults"] += marks
+    raw["defaults"] += added_defaults
     return json.dumps(raw).encode()
 
 
 DEFAULT, IGNORED = Origin.DEFAULT, None
-SKEW = [
+SKEW_CASES = [
     # path in run.json, value, additional entries of `defaults`, expected text of the refusal (None: the value is ignored)
     ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize"], IGNORED),
     ("spec.training.effectiveBatchSize", 64, [], "spec.training.effectiveBatchSize"),
@@ -76,13 +76,13 @@ SKEW = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value", "marks", "refusal"), SKEW, ids=[f"{case[0]}-{case[2]}" for case in SKEW])
-def test_trainer_reads_run_config_of_a_newer_operator(path: str, value: Any, marks: list[str], refusal: str | None) -> None:
-    changes = GRPO if "rewards" in path else {}
-    data = written_by_newer(path, value, *marks, **changes)
+@pytest.mark.parametrize(("path", "value", "added_defaults", "refusal"), SKEW_CASES, ids=[f"{case[0]}-{case[2]}" for case in SKEW_CASES])
+def test_trainer_reads_run_config_of_a_newer_operator(path: str, value: Any, added_defaults: list[str], refusal: str | None) -> None:
+    changes = GRPO_SPEC if "rewards" in path else {}
+    data = run_json_of_newer_operator(path, value, *added_defaults, **changes)
     if refusal is None:
-        known = json.loads(run_config(**changes).to_bytes())["spec"]
-        assert read_run_config(data).spec == FineTuneJobSpec.model_validate(known | known_part(path, value, known))
+        known_spec = json.loads(run_config(**changes).to_bytes())["spec"]
+        assert read_run_config(data).spec == FineTuneJobSpec.model_validate(known_spec | known_part(path, value, known_spec))
         return
     with pytest.raises(TooOldError) as error:
         read_run_config(data)
@@ -90,8 +90,8 @@ def test_trainer_reads_run_config_of_a_newer_operator(path: str, value: Any, mar
     assert (error.value.exit_code, error.value.code) == (79, "TrainerTooOld")
 
 
-def known_part(path: str, value: Any, known: dict[str, Any]) -> dict[str, Any]:
-    return {"training": known["training"] | {"optimizer": value}} if path.endswith("optimizer") else {}
+def known_part(path: str, value: Any, known_spec: dict[str, Any]) -> dict[str, Any]:
+    return {"training": known_spec["training"] | {"optimizer": value}} if path.endswith("optimizer") else {}
 
 
 def test_refusal_names_all_unknown_fields() -> None:
@@ -102,7 +102,7 @@ def test_refusal_names_all_unknown_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"{", b"[]", b'{"version": 2}', written_by_newer("attempt", 0), written_by_newer("spec.training.maxSteps", -1)],
+    "data", [b"{", b"[]", b'{"version": 2}', run_json_of_newer_operator("attempt", 0), run_json_of_newer_operator("spec.training.maxSteps", -1)],
     ids=["torn", "list", "empty", "attempt 0", "maxSteps -1"],
 )  # fmt: skip
 def test_invalid_values_in_run_config_are_configuration_errors(data: bytes) -> None:
@@ -136,7 +136,7 @@ def unknown_to_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
     "changes",
     [
         {},
-        GRPO,
+        GRPO_SPEC,
         {"trainer": {"type": "dpo", "dpo": {"beta": 0.2}}},
         {"method": {"type": "qlora"}, "resources": {"gpusPerNode": 2}, "distributed": {"strategy": "ddp"}},
         {"method": {"type": "spectrum"}, "training": {"maxSteps": 5}, "checkpoint": {"keep": 1}},
@@ -181,7 +181,7 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
     ids=str,
 )  # fmt: skip
 def test_operator_reads_the_known_fields_of_a_newer_spec_and_names_the_unknown_ones(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
-    spec, unknown_paths = read_spec(MINIMAL | change)
+    spec, unknown_paths = read_spec(MINIMAL_SPEC | change)
     assert unknown_paths == unknown
     assert spec.model.source == "org/name"
     if "evaluation" in change:
@@ -191,14 +191,14 @@ def test_operator_reads_the_known_fields_of_a_newer_spec_and_names_the_unknown_o
 
 
 def test_reading_a_spec_leaves_the_original_untouched() -> None:
-    raw = MINIMAL | {"training": {"effectiveBatchSize": 64}}
+    raw = MINIMAL_SPEC | {"training": {"effectiveBatchSize": 64}}
     read_spec(raw)
     assert raw["training"] == {"effectiveBatchSize": 64}
 
 
 def test_invalid_value_in_a_spec_is_a_validation_error() -> None:
     with pytest.raises(ValidationError):
-        read_spec(MINIMAL | {"training": {"epochs": -1}})
+        read_spec(MINIMAL_SPEC | {"training": {"epochs": -1}})
 
 
 # The operator reads reports and statuses

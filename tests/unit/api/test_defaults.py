@@ -14,15 +14,15 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import MethodType
 from finetune_api.spec.method import Method
 
-MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+MINIMAL_SPEC = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
-def resolved(change: dict[str, Any] | None = None, platform: PlatformDefaults | None = None) -> Any:
-    return resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform_defaults=platform)
+def resolve_spec(change: dict[str, Any] | None = None, platform: PlatformDefaults | None = None) -> Any:
+    return resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC | (change or {})), platform_defaults=platform)
 
 
 def test_defaults_of_the_smallest_job() -> None:
-    resolution = resolved()
+    resolution = resolve_spec()
     spec = resolution.spec
     assert (spec.method.type, spec.method.lora.rank, spec.method.lora.alpha, spec.method.lora.dropout) == (
         "lora",
@@ -62,11 +62,11 @@ def test_defaults_of_the_smallest_job() -> None:
     ],
 )
 def test_the_learning_rate_depends_on_method_and_objective(change: dict[str, Any], rate: float) -> None:
-    assert resolved(change).spec.training.learning_rate == rate
+    assert resolve_spec(change).spec.training.learning_rate == rate
 
 
 def test_resolving_a_resolved_spec_changes_nothing() -> None:
-    once = resolved({"method": {"type": "qlora"}, "training": {"maxSteps": 40}})
+    once = resolve_spec({"method": {"type": "qlora"}, "training": {"maxSteps": 40}})
     twice = resolve_defaults(once.spec)
     assert twice.spec == once.spec
     assert twice.defaults == {}
@@ -77,7 +77,7 @@ def test_resolving_a_resolved_spec_changes_nothing() -> None:
 def test_a_method_gets_the_defaults_of_its_own_options_only(method: MethodType) -> None:
     """A group of another method would be refused, and trainers of earlier releases do not know new groups."""
     change = {"type": method, **({"adapter": {"source": "org/adapter"}} if method is MethodType.ADAPTER else {})}
-    options = resolved({"method": change}).spec.method
+    options = resolve_spec({"method": change}).spec.method
     groups = {name for name, info in Method.model_fields.items() if nested_group(info.annotation)}
     own = {"lora"} if method in LORA_METHODS and method is not MethodType.ADAPTER else {method.value} & groups
     assert {name for name in groups if getattr(options, name) is not None} == own
@@ -89,12 +89,12 @@ def test_a_method_gets_the_defaults_of_its_own_options_only(method: MethodType) 
 
 
 def test_numbered_layers_of_spectrum_get_no_defaults_of_the_scan() -> None:
-    spectrum = resolved({"method": {"type": "spectrum", "spectrum": {"layers": [0]}}}).spec.method.spectrum
+    spectrum = resolve_spec({"method": {"type": "spectrum", "spectrum": {"layers": [0]}}}).spec.method.spectrum
     assert (spectrum.layers, spectrum.snr_threshold, spectrum.metric) == ([0], None, None)
 
 
 def test_max_steps_takes_precedence_over_epochs_with_a_note() -> None:
-    resolution = resolved({"training": {"maxSteps": 40, "epochs": 2}})
+    resolution = resolve_spec({"training": {"maxSteps": 40, "epochs": 2}})
     assert resolution.notes == ["training.epochs 2 has no effect, because training.maxSteps is 40"]
 
 
@@ -103,6 +103,6 @@ def test_default_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
         uri="s3://models/x", endpoint="https://s3.internal", region="eu", credentials_secret_ref={"name": "s3"}
     )
     platform = PlatformDefaults(storage=default)
-    assert resolved(None, platform).spec.storage == default
-    storage = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
+    assert resolve_spec(None, platform).spec.storage == default
+    storage = resolve_spec({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
     assert storage.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}

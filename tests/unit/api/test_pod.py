@@ -8,12 +8,12 @@ from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, TerminationMe
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Checkpoint, Metrics, ResolvedConfig
 
-MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+MINIMAL_SPEC = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
 def run_config() -> RunConfig:
     return RunConfig(
-        name="job", namespace="team", uid="u-1", attempt=1, spec=resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL)).spec,
+        name="job", namespace="team", uid="u-1", attempt=1, spec=resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC)).spec,
         world=World(nodes=2, processes_per_node=4, gpus_per_node=4, master_address="job-1-0.job-1", master_port=29400, rendezvous_id="u-1-1"),
         storage=StoreTarget(uri="s3://bucket/team/job/u-1"), resume=ResumeConfig(mode="auto"), grace_seconds=300,
     )  # fmt: skip

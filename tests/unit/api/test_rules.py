@@ -8,34 +8,34 @@ import pytest
 from finetune_api.rules import RULES, ExecutionTarget, check, new_problems
 from finetune_api.spec import FineTuneJobSpec
 
-MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
-def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in change.items():
         old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
 def spec(change: dict[str, Any]) -> FineTuneJobSpec:
-    return FineTuneJobSpec.model_validate(merged(MINIMAL, change))
+    return FineTuneJobSpec.model_validate(merge(MINIMAL_SPEC, change))
 
 
-ADAPTER: dict[str, Any] = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
-FSDP: dict[str, Any] = {"distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}}
-ZERO3: dict[str, Any] = {
+ADAPTER_SPEC: dict[str, Any] = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
+FSDP_SPEC: dict[str, Any] = {"distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}}
+ZERO3_SPEC: dict[str, Any] = {
     "distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
     "resources": {"gpusPerNode": 2},
 }
 
 
-def grpo(reward: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return merged({"trainer": {"type": "grpo", "rewards": [reward]}}, more)
+def grpo_spec(reward: dict[str, Any], **groups: Any) -> dict[str, Any]:
+    return merge({"trainer": {"type": "grpo", "rewards": [reward]}}, groups)
 
 
-CASES: list[tuple[str, dict[str, Any], str]] = [
+PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ModelMissing", {"model": {"source": None}}, "model.source"),
     ("DatasetMissing", {"dataset": {"train": None}}, "dataset.train"),
     ("DatasetMissing", {"dataset": {"mixture": [{"source": "a/b"}]}}, "dataset.mixture"),
@@ -99,7 +99,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "dataset": {"packing": True}}, "dataset.packing"),
     ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "trainer": {"type": "dpo"}}, "method.lora.init"),
-    ("OptionOfAnotherMethod", ADAPTER | {"method": {**ADAPTER["method"], "lora": {"rank": 8}}}, "method.lora.rank"),
+    ("OptionOfAnotherMethod", ADAPTER_SPEC | {"method": {**ADAPTER_SPEC["method"], "lora": {"rank": 8}}}, "method.lora.rank"),
     ("NewTokensUntrained", {"model": {"newTokens": ["<a>", "<a>"]}}, "model.newTokens"),
     ("NewTokensUntrained", {"model": {"newTokens": ["<a>"]}, "method": {"type": "ia3"}}, "model.newTokens"),
     (
@@ -112,7 +112,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"model": {"newTokens": ["<a>"]}, "distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}},
         "model.newTokens",
     ),
-    ("NewTokensUntrained", {"model": {"newTokens": ["<a>"]}, **ZERO3}, "model.newTokens"),
+    ("NewTokensUntrained", {"model": {"newTokens": ["<a>"]}, **ZERO3_SPEC}, "model.newTokens"),
     ("SpectrumLayers", {"method": {"type": "spectrum", "spectrum": {"layers": [1, 1]}}}, "method.spectrum.layers"),
     (
         "SpectrumLayers",
@@ -160,27 +160,27 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "training.batchSizePerDevice",
     ),
     ("ObjectiveAndMethod", {"trainer": {"type": "orpo"}, "method": {"type": "promptTuning"}}, "method.type"),
-    ("RewardIncomplete", grpo({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
+    ("RewardIncomplete", grpo_spec({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
     (
         "RewardIncomplete",
-        grpo({"builtin": "regex", "parameters": {"pattern": "("}}),
+        grpo_spec({"builtin": "regex", "parameters": {"pattern": "("}}),
         "trainer.rewards[0].parameters.pattern",
     ),
-    ("RewardIncomplete", grpo({"builtin": "thinkFormat", "parameters": {"x": "1"}}), "trainer.rewards[0].parameters"),
-    ("RewardIncomplete", grpo({"builtin": "length"}), "trainer.rewards[0].parameters"),
+    ("RewardIncomplete", grpo_spec({"builtin": "thinkFormat", "parameters": {"x": "1"}}), "trainer.rewards[0].parameters"),
+    ("RewardIncomplete", grpo_spec({"builtin": "length"}), "trainer.rewards[0].parameters"),
     (
         "RewardIncomplete",
-        grpo({"builtin": "length", "parameters": {"minimum": "many"}}),
+        grpo_spec({"builtin": "length", "parameters": {"minimum": "many"}}),
         "trainer.rewards[0].parameters.minimum",
     ),
     (
         "RewardIncomplete",
-        grpo({"builtin": "jsonSchema", "parameters": {"schema": "{"}}),
+        grpo_spec({"builtin": "jsonSchema", "parameters": {"schema": "{"}}),
         "trainer.rewards[0].parameters.schema",
     ),
     (
         "RewardIncomplete",
-        grpo({"configMapRef": {"name": "r", "key": "r.py"}, "parameters": {"x": "1"}}),
+        grpo_spec({"configMapRef": {"name": "r", "key": "r.py"}, "parameters": {"x": "1"}}),
         "trainer.rewards[0].parameters",
     ),
     (
@@ -190,7 +190,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "GenerationsDoNotDivide",
-        grpo(
+        grpo_spec(
             {"builtin": "thinkFormat"},
             evaluation={"batchSizePerDevice": 1},
             dataset={"validation": "a/b"},
@@ -203,20 +203,20 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"dataset": {"format": "plainText", "responseOnly": {"enabled": True}}},
         "dataset.responseOnly.enabled",
     ),
-    ("StrategyAndMethod", {**FSDP, "method": {"type": "prefixTuning"}}, "method.type"),
-    ("StrategyAndMethod", {**FSDP, "model": {"quantization": {"bits": 8}}}, "model.quantization.bits"),
+    ("StrategyAndMethod", {**FSDP_SPEC, "method": {"type": "prefixTuning"}}, "method.type"),
+    ("StrategyAndMethod", {**FSDP_SPEC, "model": {"quantization": {"bits": 8}}}, "model.quantization.bits"),
     (
         "StrategyAndMethod",
-        {**FSDP, "model": {"quantization": {"bits": 4}}, "method": {"type": "spectrum"}},
+        {**FSDP_SPEC, "model": {"quantization": {"bits": 4}}, "method": {"type": "spectrum"}},
         "model.quantization.bits",
     ),
-    ("StrategyAndMethod", {**ZERO3, "method": {"type": "spectrum"}}, "method.type"),
-    ("StrategyAndMethod", {**ZERO3, "method": {"type": "promptTuning"}}, "method.type"),
-    ("StrategyAndMethod", {**ZERO3, "method": {"lora": {"init": "pissa"}}}, "method.lora.init"),
-    ("StrategyAndMethod", {**ZERO3, "method": {"lora": {"init": "loftq"}}}, "distributed.deepspeed.zeroStage"),
+    ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"type": "spectrum"}}, "method.type"),
+    ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"type": "promptTuning"}}, "method.type"),
+    ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"lora": {"init": "pissa"}}}, "method.lora.init"),
+    ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"lora": {"init": "loftq"}}}, "distributed.deepspeed.zeroStage"),
     (
         "StateDictUnavailable",
-        merged(FSDP, {"distributed": {"fsdp": {"stateDict": "local"}}}),
+        merge(FSDP_SPEC, {"distributed": {"fsdp": {"stateDict": "local"}}}),
         "distributed.fsdp.stateDict",
     ),
     ("OptionOfAnotherObjective", {"trainer": {"grpo": {"beta": 0.1}}}, "trainer.grpo"),
@@ -429,7 +429,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("code", "change", "path"), CASES, ids=[f"{code}-{path}" for code, _, path in CASES])
+@pytest.mark.parametrize(("code", "change", "path"), PROBLEM_CASES, ids=[f"{code}-{path}" for code, _, path in PROBLEM_CASES])
 def test_problem_names_the_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
     found = [problem for problem in check(spec(change)) if problem.code == code]
     assert [problem.path for problem in found] == [path]
@@ -463,7 +463,7 @@ def test_problem_of_a_source_does_not_contain_its_signature(text: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {rule.code for rule in RULES} == {code for code, _, _ in CASES}
+    assert {rule.code for rule in RULES} == {code for code, _, _ in PROBLEM_CASES}
 
 
 def test_rule_codes_are_unique() -> None:
@@ -480,8 +480,8 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         {},
         {"trainer": {"type": "kto"}},
         {"trainer": {"type": "orpo", "dpo": {"beta": 0.2}}},
-        ADAPTER,
-        ZERO3,
+        ADAPTER_SPEC,
+        ZERO3_SPEC,
     ):
         user_spec = spec(change)
         resolution = resolve_defaults(user_spec)
@@ -524,25 +524,25 @@ def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
     assert check(spec(change)) == []
 
 
-VALIDATED: dict[str, Any] = {"train": "a/b", "validation": "a/c"}
+DATASET_WITH_VALIDATION: dict[str, Any] = {"train": "a/b", "validation": "a/c"}
 
 
 @pytest.mark.parametrize(
-    ("save_steps", "eval_steps", "refused"),
+    ("save_steps", "eval_steps", "is_refused"),
     [(40, 20, False), (20, 40, True), (40, 40, False), (30, 20, True), (None, 50, False), (None, 200, True), (40, None, False)],
 )
-def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eval_steps: int | None, refused: bool) -> None:
+def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eval_steps: int | None, is_refused: bool) -> None:
     change = {
-        "dataset": VALIDATED,
+        "dataset": DATASET_WITH_VALIDATION,
         "checkpoint": {"loadBestAtEnd": True, "steps": save_steps},
         "evaluation": {"steps": eval_steps},
     }
     codes = {problem.code for problem in check(spec(change))}
-    assert ("BestNeedsMatchingSteps" in codes) == refused
+    assert ("BestNeedsMatchingSteps" in codes) == is_refused
 
 
 @pytest.mark.parametrize(
-    ("resources", "refused"),
+    ("resources", "is_refused"),
     [
         ({"gpusPerNode": 8}, False),
         ({"gpusPerNode": 4, "nodes": 2}, False),
@@ -552,20 +552,20 @@ def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eva
     ],
     ids=str,
 )
-def test_completions_of_all_ranks_together_must_be_divisible_by_the_generations(resources: dict[str, int], refused: bool) -> None:
-    change = grpo({"builtin": "thinkFormat"}, training={"batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, resources=resources)
+def test_completions_of_all_ranks_together_must_be_divisible_by_the_generations(resources: dict[str, int], is_refused: bool) -> None:
+    change = grpo_spec({"builtin": "thinkFormat"}, training={"batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, resources=resources)
     codes = {problem.code for problem in check(spec(change))}
-    assert ("GenerationsDoNotDivide" in codes) == refused
+    assert ("GenerationsDoNotDivide" in codes) == is_refused
 
 
-@pytest.mark.parametrize(("gpus", "refused"), [(1, True), (2, False)])
-def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, refused: bool) -> None:
-    change = grpo(
-        {"builtin": "thinkFormat"}, dataset=VALIDATED, resources={"gpusPerNode": gpus},
+@pytest.mark.parametrize(("gpus", "is_refused"), [(1, True), (2, False)])
+def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, is_refused: bool) -> None:
+    change = grpo_spec(
+        {"builtin": "thinkFormat"}, dataset=DATASET_WITH_VALIDATION, resources={"gpusPerNode": gpus},
         evaluation={"batchSizePerDevice": 1},
     )  # fmt: skip
     paths = {problem.path for problem in check(spec(change)) if problem.code == "GenerationsDoNotDivide"}
-    assert ("evaluation.batchSizePerDevice" in paths) == refused
+    assert ("evaluation.batchSizePerDevice" in paths) == is_refused
 
 
 def test_apple_gpu_is_allowed_in_local_runs() -> None:

@@ -10,8 +10,8 @@ from finetune_api.rules import Problem, check
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.method import Method
 
-GRPO: dict[str, Any] = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}
-TWO: dict[str, Any] = {"gpusPerNode": 2}
+GRPO_TRAINER: dict[str, Any] = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}
+TWO_GPUS: dict[str, Any] = {"gpusPerNode": 2}
 
 
 def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
@@ -23,11 +23,11 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize(
-    ("lora", "groups", "named"),
+    ("lora", "groups", "expected_text"),
     [
         ({}, {"trainer": {"type": "dpo"}}, "trainer.type dpo"),
         ({}, {"trainer": {"type": "kto"}}, "trainer.type kto"),
-        ({}, {"trainer": {**GRPO, "grpo": {"beta": 0.1}}}, "trainer.type grpo"),
+        ({}, {"trainer": {**GRPO_TRAINER, "grpo": {"beta": 0.1}}}, "trainer.type grpo"),
         ({}, {"trainer": {"type": "reward"}}, "trainer.type reward"),
         ({"modulesToSave": ["lm_head"]}, {}, "method.lora.modulesToSave"),
         ({"bias": "loraOnly"}, {}, "method.lora.bias loraOnly"),
@@ -39,11 +39,11 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
     ],
 )
 def test_initialisation_that_changes_the_base_is_refused_with_conflicting_options(
-    init: str, lora: dict[str, Any], groups: dict[str, Any], named: str
+    init: str, lora: dict[str, Any], groups: dict[str, Any], expected_text: str
 ) -> None:
     found = problems({"init": init, **lora}, **groups)
     assert [(problem.code, problem.path) for problem in found] == [("LoraInitialisation", "method.lora.init")]
-    assert f"{init} moves a part of the base" in found[0].message and named in found[0].message
+    assert f"{init} moves a part of the base" in found[0].message and expected_text in found[0].message
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_initialisation_that_changes_the_base_is_refused_with_conflicting_option
     [
         {},
         {"trainer": {"type": "orpo"}},
-        {"trainer": GRPO},
+        {"trainer": GRPO_TRAINER},
         {"trainer": {"type": "dpo", "dpo": {"referenceModel": "a/b"}}},
-        {"distributed": {"strategy": "ddp"}, "resources": TWO},
-        {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "resources": TWO},
+        {"distributed": {"strategy": "ddp"}, "resources": TWO_GPUS},
+        {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "resources": TWO_GPUS},
     ],
 )
 def test_objective_without_reference_adapter_allows_changing_the_base(groups: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def test_all_conflicting_options_are_named_at_once() -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_fsdp_refuses_initialisations_that_change_the_base(init: str) -> None:
-    (found,) = problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO)
+    (found,) = problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO_GPUS)
     assert (found.code, found.path) == ("StrategyAndMethod", "method.lora.init")
 
 
@@ -92,7 +92,7 @@ def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
         return [problem.code for problem in check(FineTuneJobSpec.model_validate({**other_groups, **groups}))]
 
     full, spectrum, four_bits = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
-    deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO}
+    deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO_GPUS}
     assert problem_codes("float16", "fp16", method=full) == problem_codes("float16", "fp16", method=spectrum) == ["HalfWeights"]
     assert problem_codes("float16", "bf16", method=full) == problem_codes("float32", "fp16", method=full) == []
     assert problem_codes("float16", "fp16", method=full, **deepspeed) == []

@@ -8,7 +8,7 @@ import pytest
 from finetune_api.spec import FineTuneJobSpec, load_spec
 from pydantic import ValidationError
 
-MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+MINIMAL_SPEC = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
 def test_unknown_fields_nan_and_values_outside_bounds_are_refused() -> None:
@@ -18,34 +18,34 @@ def test_unknown_fields_nan_and_values_outside_bounds_are_refused() -> None:
         {"training": {"maxSteps": 0}},
     ):
         with pytest.raises(ValidationError):
-            FineTuneJobSpec.model_validate(MINIMAL | change)
+            FineTuneJobSpec.model_validate(MINIMAL_SPEC | change)
 
 
 @pytest.mark.parametrize(
     "change", [{"training": {"maxSteps": True}}, {"training": {"maxSteps": "3"}}, {"suspend": "true"}]
 )
 def test_loading_refuses_booleans_and_strings_as_numbers(change: dict[str, Any]) -> None:
-    assert load_spec(MINIMAL | {"training": {"learningRate": 1}, "method": {"type": "qlora"}}).training.learning_rate == 1
+    assert load_spec(MINIMAL_SPEC | {"training": {"learningRate": 1}, "method": {"type": "qlora"}}).training.learning_rate == 1
     with pytest.raises(ValidationError):
-        load_spec(MINIMAL | change)
+        load_spec(MINIMAL_SPEC | change)
 
 
 @pytest.mark.parametrize("endpoint", ["https://s3.example.com", "http://10.0.0.7:8333/", "http://[fd00::7]:8333"])
 def test_endpoint_with_scheme_and_host_is_accepted(endpoint: str) -> None:
-    assert load_spec(MINIMAL | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
+    assert load_spec(MINIMAL_SPEC | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
 
 
 @pytest.mark.parametrize("endpoint", ["https://key:secret@s3.example.com", "https://s3.example.com/bucket", "s3.example.com"])
 def test_endpoint_with_credentials_or_a_path_or_without_scheme_is_refused(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="storage.endpoint"):
-        load_spec(MINIMAL | {"storage": {"endpoint": endpoint}})
+        load_spec(MINIMAL_SPEC | {"storage": {"endpoint": endpoint}})
 
 
 def test_loading_accepts_every_spelling_of_an_integer() -> None:
-    assert load_spec(MINIMAL | {"training": {"maxSteps": 20.0, "epochs": 1}}).training.max_steps == 20
+    assert load_spec(MINIMAL_SPEC | {"training": {"maxSteps": 20.0, "epochs": 1}}).training.max_steps == 20
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 16])
 def test_quantisation_to_other_than_4_or_8_bits_is_refused(bits: int) -> None:
     with pytest.raises(ValidationError, match="should be 4 or 8"):
-        load_spec(MINIMAL | {"model": {"source": "a/b", "quantization": {"bits": bits}}})
+        load_spec(MINIMAL_SPEC | {"model": {"source": "a/b", "quantization": {"bits": bits}}})

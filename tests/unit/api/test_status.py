@@ -87,7 +87,7 @@ def test_times_that_differ_below_one_second_have_equal_prompt_parts() -> None:
     assert later.prompt_part() == status.prompt_part()
 
 
-LONGEST = {
+LONGEST_VALUES = {
     "Status": max(map(len, Phase)),
     "Progress": len("50000/100000 (50%)"),
     "Loss": len("0.1234"),
@@ -106,7 +106,7 @@ LONGEST = {
 
 def test_the_wide_table_stays_below_200_characters() -> None:
     name = len("team-a-support-bot-v12")
-    widths = [max(len(column), LONGEST[column]) for column, *_ in PRINTER_COLUMNS]
+    widths = [max(len(column), LONGEST_VALUES[column]) for column, *_ in PRINTER_COLUMNS]
     assert sum(width + len("   ") for width in [name, *widths]) < 200
 
 

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
+CASES_FOLDER = Path(__file__).parent
+CASES_WITH_COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "env-command-line-over-file": (
         ("samples/env-A.env",),
         "env",
@@ -82,7 +82,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
 """For each tool's page: the number of configuration files, and the number of command lines. Other code blocks are data or code."""
-CONTRACT: dict[str, tuple[str, str]] = {
+CONTRACT_SAMPLES: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
 }  # fmt: skip
@@ -94,35 +94,35 @@ AS_COMMANDS = {
 """Names of the cases of those samples of the contract that are command lines."""
 
 
-def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
+def import_cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
     """Return the cases by name: files, source (None: recognised by content), and arguments of the other tool."""
     by_name: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
     for folder in ("samples", "blocks"):
-        for path in sorted((HERE / folder).iterdir()):
+        for path in sorted((CASES_FOLDER / folder).iterdir()):
             name = f"{folder}-{path.stem}"
             source = path.name.partition("-")[0]
             if path.suffix == ".txt":
                 by_name[name] = ((), None, path.read_text(encoding="utf-8"))
             elif path.suffix != ".json":
                 by_name[name] = ((path,), source, "")
-    for name, (files, source, words) in COMMANDS.items():
-        by_name[name] = (tuple(HERE / file for file in files), source or None, words)
+    for name, (files, source, words) in CASES_WITH_COMMANDS.items():
+        by_name[name] = (tuple(CASES_FOLDER / file for file in files), source or None, words)
     return by_name
 
 
-def accepted() -> list[str]:
+def accepted_cases() -> list[str]:
     """Return the names of the cases that are accepted."""
     return [
-        name for name in cases() if '"refused"' not in (HERE / "expected" / f"{name}.json").read_text(encoding="utf-8")
+        name for name in import_cases() if '"refused"' not in (CASES_FOLDER / "expected" / f"{name}.json").read_text(encoding="utf-8")
     ]
 
 
-def outcome(name: str) -> dict[str, Any]:
+def import_outcome(name: str) -> dict[str, Any]:
     """Return the outcome of a case in the form of `expected/`."""
-    from tests.unit.cli.import_command import import_
+    from tests.unit.cli.import_command import import_files
 
-    files, source, words = cases()[name]
-    imported = import_(*files, source=source, words=words)
+    files, source, words = import_cases()[name]
+    imported = import_files(*files, source=source, words=words)
     result: dict[str, Any] = {"refused": imported.mistakes} if imported.mistakes else {"spec": imported.spec}
     return result | {
         key: value
@@ -133,10 +133,10 @@ def outcome(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Write all expected results."""
-    (HERE / "expected").mkdir(exist_ok=True)
-    for name in cases():
-        text = json.dumps(outcome(name), indent=1, sort_keys=True, ensure_ascii=False)
-        (HERE / "expected" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (CASES_FOLDER / "expected").mkdir(exist_ok=True)
+    for name in import_cases():
+        text = json.dumps(import_outcome(name), indent=1, sort_keys=True, ensure_ascii=False)
+        (CASES_FOLDER / "expected" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

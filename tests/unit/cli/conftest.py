@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from finetune_cli import main, output
 
-Write = Callable[[str, str], Path]
-Call = Callable[..., tuple[int, str, str]]
+WriteFile = Callable[[str, str], Path]
+RunCommand = Callable[..., tuple[int, str, str]]
 JOB = """\
 apiVersion: finetune-operator.io/v1alpha1
 kind: FineTuneJob
@@ -24,7 +24,7 @@ spec:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
+def write_file(tmp_path: Path) -> WriteFile:
     """Return a function that writes a file in the folder of the test."""
 
     def write_text(name: str, text: str) -> Path:
@@ -37,7 +37,7 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCommand:
     """Return a function that runs a command in this process and returns exit code, stdout and stderr."""
     monkeypatch.setenv("NO_COLOR", "1")
 

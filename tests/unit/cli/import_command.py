@@ -14,13 +14,13 @@ from finetune_cli.importers.run_import import run_import
 from finetune_cli.mistakes import InvalidInput
 from finetune_cli.provenance import AssignedValue, Origin
 
-HERE = Path(__file__).parent
+CASES_FOLDER = Path(__file__).parent
 ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
 NOT_YET = "this release does not implement it"
 
 
 @dataclass
-class Outcome:
+class ImportOutcome:
     """The outcome of an import: a spec with warnings and notes, or a list of mistakes."""
 
     spec: dict[str, Any] = field(default_factory=dict)
@@ -39,15 +39,15 @@ class Outcome:
         return value
 
 
-def import_(
+def import_files(
     *files: Path,
     words: str | list[str] = "",
     source: str | None = None,
     overrides: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     name: str | None = None,
-    **more: Any,
-) -> Outcome:
+    **request_fields: Any,
+) -> ImportOutcome:
     """Import files as `finetune import` does."""
     request = Request(
         files,
@@ -56,13 +56,13 @@ def import_(
         name,
         overrides={path: AssignedValue(value, Origin("option"), "--set") for path, value in (overrides or {}).items()},
         environment=ENVIRONMENT if environment is None else environment,
-        **more,
+        **request_fields,
     )
     try:
         imported = run_import(request, IMPORTERS)
     except InvalidInput as invalid:
-        return Outcome(mistakes=[str(mistake) for mistake in invalid.mistakes])
-    return Outcome(
+        return ImportOutcome(mistakes=[str(mistake) for mistake in invalid.mistakes])
+    return ImportOutcome(
         spec=imported.spec,
         warnings=[warning for warning in imported.warnings if NOT_YET not in warning],
         notes=imported.notes,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.conftest import JOB, Call, Write
+from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
 TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
@@ -20,15 +20,15 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
     ]
 
 
-def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(call: Call, write: Write) -> None:
-    path = write("job.yaml", JOB + f"  placement: {{env: [{{name: X, value: {TOKEN}}}]}}\n")
-    code, _, stderr = call("validate", path)
+def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(run_command: RunCommand, write_file: WriteFile) -> None:
+    path = write_file("job.yaml", JOB + f"  placement: {{env: [{{name: X, value: {TOKEN}}}]}}\n")
+    code, _, stderr = run_command("validate", path)
     assert (code, "warning: " in stderr, "spec.placement.env: the value looks like a token" in stderr) == (
         0,
         True,
         True,
     )
-    assert call("validate", "--strict", path)[0] == 1
+    assert run_command("validate", "--strict", path)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(call: Call, 
         ("  training: &a {x: *a}\n", ["job.yaml:7: spec.training.x: the alias refers to a value that contains it; write the value itself"]),
     ],
 )  # fmt: skip
-def test_invalid_spec_is_refused_with_line_and_hint(call: Call, write: Write, more: str, expected: list[str]) -> None:
-    path = write("job.yaml", JOB + more)
-    code, _, stderr = call("validate", path)
+def test_invalid_spec_is_refused_with_line_and_hint(run_command: RunCommand, write_file: WriteFile, more: str, expected: list[str]) -> None:
+    path = write_file("job.yaml", JOB + more)
+    code, _, stderr = run_command("validate", path)
     assert (code, error_lines(stderr, path.parent)) == (1 if expected else 0, expected)
 
 
 @pytest.mark.parametrize("split", ["{train: 0}", "{train: 0, validation: 0.5, test: 0.5}", "{train: 0, validation: 1}"])
-def test_split_without_training_rows_is_refused(call: Call, write: Write, split: str) -> None:
-    path = write("job.yaml", JOB.replace('t.jsonl"', f't.jsonl", split: {split}'))
-    code, _, stderr = call("validate", path)
+def test_split_without_training_rows_is_refused(run_command: RunCommand, write_file: WriteFile, split: str) -> None:
+    path = write_file("job.yaml", JOB.replace('t.jsonl"', f't.jsonl", split: {split}'))
+    code, _, stderr = run_command("validate", path)
     assert code == 1
     assert error_lines(stderr, path.parent) == [
         "job.yaml:6: spec.dataset.split.train: 0: should be greater than 0 [ValueInvalid]"
@@ -87,9 +87,9 @@ def test_split_without_training_rows_is_refused(call: Call, write: Write, split:
          ["job.yaml: apiVersion: this required field is missing; write apiVersion: finetune-operator.io/v1alpha1 [ApiVersion]"]),
     ],
 )  # fmt: skip
-def test_invalid_metadata_is_refused(call: Call, write: Write, old: str, new: str, expected: list[str]) -> None:
-    path = write("job.yaml", JOB.replace(old, new))
-    code, _, stderr = call("validate", path)
+def test_invalid_metadata_is_refused(run_command: RunCommand, write_file: WriteFile, old: str, new: str, expected: list[str]) -> None:
+    path = write_file("job.yaml", JOB.replace(old, new))
+    code, _, stderr = run_command("validate", path)
     assert (code, error_lines(stderr, path.parent)) == (1, expected)
 
 
@@ -117,9 +117,9 @@ def test_invalid_metadata_is_refused(call: Call, write: Write, old: str, new: st
         ("  resources: {memory: 32GB}\n", "spec.resources.memory: '32GB' is not an amount of memory or disk; write 32Gi"),
     ],
 )  # fmt: skip
-def test_hint_says_what_to_write(call: Call, write: Write, more: str, error: str) -> None:
-    path = write("job.yaml", JOB + more)
-    code, _, stderr = call("validate", path)
+def test_hint_says_what_to_write(run_command: RunCommand, write_file: WriteFile, more: str, error: str) -> None:
+    path = write_file("job.yaml", JOB + more)
+    code, _, stderr = run_command("validate", path)
     assert (code, [line.partition(": ")[2].rpartition(" [")[0] for line in error_lines(stderr, path.parent)]) == (
         1,
         [error],
@@ -127,38 +127,38 @@ def test_hint_says_what_to_write(call: Call, write: Write, more: str, error: str
 
 
 @pytest.mark.parametrize("words", [("validate",), ("run", "--local"), ("diff",)])
-def test_dotted_key_is_refused_by_every_command(call: Call, write: Write, words: tuple[str, ...]) -> None:
-    path = write("job.yaml", JOB.replace("s3://data/t.jsonl", "org/d") + "  training.learningRate: 0.5\n")
-    code, _, stderr = call(words[0], path, *words[1:], *([path] if words[0] == "diff" else []))
+def test_dotted_key_is_refused_by_every_command(run_command: RunCommand, write_file: WriteFile, words: tuple[str, ...]) -> None:
+    path = write_file("job.yaml", JOB.replace("s3://data/t.jsonl", "org/d") + "  training.learningRate: 0.5\n")
+    code, _, stderr = run_command(words[0], path, *words[1:], *([path] if words[0] == "diff" else []))
     assert (code, "write training: {learningRate: 0.5}" in stderr) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["data/chats.jsonl", "chats.jsonl", "train.csv"])
-def test_data_file_is_refused_for_a_cluster_and_accepted_for_a_local_run(call: Call, write: Write, name: str) -> None:
-    path = write("job.yaml", JOB.replace("s3://data/t.jsonl", name))
-    code, _, stderr = call("validate", path)
+def test_data_file_is_refused_for_a_cluster_and_accepted_for_a_local_run(run_command: RunCommand, write_file: WriteFile, name: str) -> None:
+    path = write_file("job.yaml", JOB.replace("s3://data/t.jsonl", name))
+    code, _, stderr = run_command("validate", path)
     assert (code, f"write s3://bucket/{name}, pvc://claim/{name}" in stderr) == (1, True)
-    assert call("validate", "--local", path)[0] == 0
+    assert run_command("validate", "--local", path)[0] == 0
 
 
-def test_unsupported_tracker_gives_one_error(call: Call, write: Write) -> None:
-    path = write("job.yaml", JOB + "  tracking: {reportTo: [wandb]}\n")
-    code, _, stderr = call("validate", path)
+def test_unsupported_tracker_gives_one_error(run_command: RunCommand, write_file: WriteFile) -> None:
+    path = write_file("job.yaml", JOB + "  tracking: {reportTo: [wandb]}\n")
+    code, _, stderr = run_command("validate", path)
     assert (code, [line.rpartition("[")[2] for line in error_lines(stderr, path.parent)]) == (1, ["NotSupportedYet]"])
 
 
-def test_warnings_are_printed_and_refused_only_with_strict(call: Call, write: Write) -> None:
-    path = write("job.yaml", JOB + "  training: {learningRate: 5, epochs: 2, maxSteps: 40}\n")
-    code, _, stderr = call("validate", path)
+def test_warnings_are_printed_and_refused_only_with_strict(run_command: RunCommand, write_file: WriteFile) -> None:
+    path = write_file("job.yaml", JOB + "  training: {learningRate: 5, epochs: 2, maxSteps: 40}\n")
+    code, _, stderr = run_command("validate", path)
     warnings = [
         line.partition(": spec.")[2].partition(",")[0] for line in stderr.splitlines() if line.startswith("warning: ")
     ]
     assert (code, warnings) == (0, [
         "training.learningRate: 5 is unusually large for trainer sft with method lora", "training.epochs: 2 has no effect",
     ])  # fmt: skip
-    assert call("validate", "--strict", path)[0] == 1
+    assert run_command("validate", "--strict", path)[0] == 1
 
 
-def test_too_long_name_says_its_length_and_the_limit(call: Call, write: Write) -> None:
-    stderr = call("validate", write("job.yaml", JOB.replace("name: bot", f"name: {'a' * 41}")))[2]
+def test_too_long_name_says_its_length_and_the_limit(run_command: RunCommand, write_file: WriteFile) -> None:
+    stderr = run_command("validate", write_file("job.yaml", JOB.replace("name: bot", f"name: {'a' * 41}")))[2]
     assert "has 41 characters, and the name of a FineTuneJob may have at most 40" in stderr

@@ -8,7 +8,7 @@ import pytest
 from finetune_cli import cluster
 from finetune_cli.cluster import ClusterError, parse_job_name
 
-from tests.unit.cli.conftest import Call, Write
+from tests.unit.cli.conftest import RunCommand, WriteFile
 
 KUBECONFIG = """\
 apiVersion: v1
@@ -32,9 +32,9 @@ current-context: x
          "the kubeconfig gave no credentials: "),
     ],
 )  # fmt: skip
-def test_unusable_kubeconfig_is_reported_without_secrets(call: Call, write: Write, text: str, expected: str) -> None:
-    path = write("config", text)
-    code, out, stderr = call("get", "--kubeconfig", path)
+def test_unusable_kubeconfig_is_reported_without_secrets(run_command: RunCommand, write_file: WriteFile, text: str, expected: str) -> None:
+    path = write_file("config", text)
+    code, out, stderr = run_command("get", "--kubeconfig", path)
     assert (code, out) == (1, "")
     assert expected in stderr
     assert len(stderr.splitlines()) == 1
@@ -72,9 +72,9 @@ def test_name_of_another_kind_is_refused(name: str) -> None:
     ],
 )
 def test_failed_response_is_reported_in_one_line(
-    call: Call, kubeconfig_of_server: Callable[[int, bytes], str], status: int, body: bytes, expected: str
+    run_command: RunCommand, kubeconfig_of_server: Callable[[int, bytes], str], status: int, body: bytes, expected: str
 ) -> None:
-    code, out, err = call("get", "--kubeconfig", kubeconfig_of_server(status, body))
+    code, out, err = run_command("get", "--kubeconfig", kubeconfig_of_server(status, body))
     assert (code, out, err.count("\n"), err.startswith("error: ")) == (1, "", 1, True)
     assert expected in err
 
@@ -86,6 +86,6 @@ def test_failed_response_is_reported_in_one_line(
         (("-n", "a/b"), "--namespace a/b: this cannot be the name of a namespace"),
     ],
 )
-def test_invalid_kubeconfig_path_and_namespace_are_named(call: Call, words: tuple[str, ...], expected: str) -> None:
-    code, _, err = call("get", *words)
+def test_invalid_kubeconfig_path_and_namespace_are_named(run_command: RunCommand, words: tuple[str, ...], expected: str) -> None:
+    code, _, err = run_command("get", *words)
     assert (code, expected in err) == (1, True)

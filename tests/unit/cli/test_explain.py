@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.cli.conftest import Call
+from tests.unit.cli.conftest import RunCommand
 
 
-def test_fields_are_explained_and_searched(call: Call) -> None:
-    assert call("explain", "training.learningRate")[1].startswith(
+def test_fields_are_explained_and_searched(run_command: RunCommand) -> None:
+    assert run_command("explain", "training.learningRate")[1].startswith(
         "spec.training.learningRate <number > 0, <= 10>\n  Peak learning rate."
     )
-    assert "rank" in call("explain", "method.lora")[1]
-    assert "spec.trainer.rewards[].weight" in call("explain", "trainer.rewards.weight")[1]
-    assert "spec.training.warmupSteps" in call("explain", "--search", "warmup")[1]
-    assert call("explain", "training.learnRate") == (
+    assert "rank" in run_command("explain", "method.lora")[1]
+    assert "spec.trainer.rewards[].weight" in run_command("explain", "trainer.rewards.weight")[1]
+    assert "spec.training.warmupSteps" in run_command("explain", "--search", "warmup")[1]
+    assert run_command("explain", "training.learnRate") == (
         1, "", "error: training.learnRate is not a field of a FineTuneJob; did you mean spec.training.learningRate?\n",
     )  # fmt: skip
-    assert call("explain", "--search", "zebra")[0] == 1
+    assert run_command("explain", "--search", "zebra")[0] == 1
 
 
-def test_unsupported_fields_are_marked(call: Call) -> None:
-    assert "\n  [not supported yet] " in call("explain", "output.dir")[1]
-    assert "[not supported yet]" in call("explain", "output.hub.repository")[1]
-    assert "[some values are not supported yet: train a text model]" in call("explain", "model.modality")[1]
-    assert "not supported yet" not in call("explain", "training")[1]
+def test_unsupported_fields_are_marked(run_command: RunCommand) -> None:
+    assert "\n  [not supported yet] " in run_command("explain", "output.dir")[1]
+    assert "[not supported yet]" in run_command("explain", "output.hub.repository")[1]
+    assert "[some values are not supported yet: train a text model]" in run_command("explain", "model.modality")[1]
+    assert "not supported yet" not in run_command("explain", "training")[1]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,6 @@ def test_unsupported_fields_are_marked(call: Call) -> None:
         ("zebra", "search the descriptions with --search WORD"),
     ],
 )
-def test_unknown_word_suggests_fields(call: Call, word: str, hint: str) -> None:
-    code, _, stderr = call("explain", word)
+def test_unknown_word_suggests_fields(run_command: RunCommand, word: str, hint: str) -> None:
+    code, _, stderr = run_command("explain", word)
     assert (code, f"{word} is not a field of a FineTuneJob; {hint}" in stderr) == (1, True)

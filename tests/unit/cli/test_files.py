@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from finetune_cli.files import MAX_BYTES
 
-from tests.unit.cli.conftest import JOB, Call, Write
+from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
 
 def error_lines(stderr: str, folder: Path) -> list[str]:
@@ -21,61 +21,61 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
     ]
 
 
-ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
+ENV_CONFIG = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
-FLAT = "model: org/m\nlora_r: 8\n"
+FLAT_CONFIG = "model: org/m\nlora_r: 8\n"
 
 
-def test_unreadable_paths_are_refused(call: Call, tmp_path: Path) -> None:
+def test_unreadable_paths_are_refused(run_command: RunCommand, tmp_path: Path) -> None:
     (tmp_path / "a.env").write_bytes(bytes(range(256)))
     for command in ("import", "validate"):
-        code, _, stderr = call(command, tmp_path / "a.env")
+        code, _, stderr = run_command(command, tmp_path / "a.env")
         assert (code, error_lines(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
-    assert call("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, not a file\n"
-    assert call("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
-    assert "no importer recognises this configuration" in call("import", tmp_path)[2]
+    assert run_command("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, not a file\n"
+    assert run_command("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
+    assert "no importer recognises this configuration" in run_command("import", tmp_path)[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.env", ENV), ("a.yaml", FLAT), ("job.yaml", JOB)], ids=["env", "guide", "job"]
+    ("name", "text"), [("a.env", ENV_CONFIG), ("a.yaml", FLAT_CONFIG), ("job.yaml", JOB)], ids=["env", "guide", "job"]
 )
 def test_byte_order_mark_and_carriage_returns_are_ignored(
-    call: Call, write: Write, tmp_path: Path, name: str, text: str
+    run_command: RunCommand, write_file: WriteFile, tmp_path: Path, name: str, text: str
 ) -> None:
     command = "validate" if text is JOB else "import"
-    plain = call(command, write(name, text))
+    plain = run_command(command, write_file(name, text))
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert plain[0] == 0
-    assert call(command, tmp_path / name) == plain
+    assert run_command(command, tmp_path / name) == plain
 
 
-def test_dash_reads_standard_input(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dash_reads_standard_input(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     def set_stdin(text: str) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
-    set_stdin(ENV)
-    code, out, _ = call("import", "-")
+    set_stdin(ENV_CONFIG)
+    code, out, _ = run_command("import", "-")
     assert (code, "name: imported" in out) == (0, True)
-    set_stdin(ENV + "EPOCHS=0\n")
-    assert call("import", "-")[2].startswith("error: standard input:4: EPOCHS: ")
+    set_stdin(ENV_CONFIG + "EPOCHS=0\n")
+    assert run_command("import", "-")[2].startswith("error: standard input:4: EPOCHS: ")
     set_stdin(JOB)
-    assert call("validate", "-")[:2] == (0, "standard input: bot: ok\n")
+    assert run_command("validate", "-")[:2] == (0, "standard input: bot: ok\n")
     set_stdin("")
-    assert call("validate", "-")[2] == "error: standard input: there is no FineTuneJob in the input\n"
+    assert run_command("validate", "-")[2] == "error: standard input: there is no FineTuneJob in the input\n"
 
 
-def test_unwritable_path_is_reported(call: Call, write: Write, tmp_path: Path) -> None:
+def test_unwritable_path_is_reported(run_command: RunCommand, write_file: WriteFile, tmp_path: Path) -> None:
     words = ("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", "-o")
-    assert call(*words, "/proc/nobody/x")[2].startswith("error: /proc/nobody/x cannot be written: ")
-    assert call(*words, tmp_path)[2] == f"error: {tmp_path} already exists; choose another file\n"
-    job = write("job.yaml", JOB.replace("s3://data/t.jsonl", "org/d"))
-    assert call("run", job, "--local", "-o", "/proc/nobody")[2].startswith("error: /proc/nobody cannot be written: ")
-    assert call("import", write("a.env", ENV), "-o", tmp_path)[2].endswith(
+    assert run_command(*words, "/proc/nobody/x")[2].startswith("error: /proc/nobody/x cannot be written: ")
+    assert run_command(*words, tmp_path)[2] == f"error: {tmp_path} already exists; choose another file\n"
+    job = write_file("job.yaml", JOB.replace("s3://data/t.jsonl", "org/d"))
+    assert run_command("run", job, "--local", "-o", "/proc/nobody")[2].startswith("error: /proc/nobody cannot be written: ")
+    assert run_command("import", write_file("a.env", ENV_CONFIG), "-o", tmp_path)[2].endswith(
         f"error: {tmp_path} cannot be written: Is a directory; choose another path with -o\n"
     )
 
 
-def test_too_large_file_is_refused(write: Write, call: Call) -> None:
-    code, _, err = call("validate", write("big.yaml", "a: b\n" * (MAX_BYTES // 5 + 1)))
+def test_too_large_file_is_refused(write_file: WriteFile, run_command: RunCommand) -> None:
+    code, _, err = run_command("validate", write_file("big.yaml", "a: b\n" * (MAX_BYTES // 5 + 1)))
     assert (code, "larger than 4 MiB" in err) == (1, True)

@@ -16,16 +16,16 @@ from finetune_cli.importers.run_import import run_import
 from finetune_cli.main import COMMANDS, app
 from finetune_cli.mistakes import InvalidInput
 
-from tests.unit.cli.conftest import Write
+from tests.unit.cli.conftest import WriteFile
 
-GUIDES = Path(__file__).parents[3] / "docs" / "guides"
+GUIDES_FOLDER = Path(__file__).parents[3] / "docs" / "guides"
 
 
 def documented_command_lines() -> list[str]:
     """Return the command lines in the guides and in the help of every command."""
     command_lines: list[str] = []
     for name in ("cli.md", "import.md"):
-        for block in re.findall(r"```\n(.*?)```", (GUIDES / name).read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(r"```\n(.*?)```", (GUIDES_FOLDER / name).read_text(encoding="utf-8"), re.DOTALL):
             command_lines += [line for line in block.splitlines() if line.startswith("finetune ")]
     for command in COMMANDS.values():
         command_lines += re.findall(r"Example: (finetune .*)", command.__doc__ or "")
@@ -44,22 +44,22 @@ def test_documented_command_line_is_valid(line: str) -> None:
 
 
 def test_every_command_is_documented() -> None:
-    text = (GUIDES / "cli.md").read_text(encoding="utf-8") + (GUIDES / "import.md").read_text(encoding="utf-8")
+    text = (GUIDES_FOLDER / "cli.md").read_text(encoding="utf-8") + (GUIDES_FOLDER / "import.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"finetune {name}" not in text] == []
 
 
 def test_every_source_is_documented() -> None:
-    text = (GUIDES / "import.md").read_text(encoding="utf-8")
+    text = (GUIDES_FOLDER / "import.md").read_text(encoding="utf-8")
     assert [name for name in IMPORTERS if f"| `{name}` |" not in text or f"* **`{name}`**" not in text] == []
 
 
-def test_example_importer_of_the_guide_works(write: Write) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (GUIDES / "import.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_example_importer_of_the_guide_works(write_file: WriteFile) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (GUIDES_FOLDER / "import.md").read_text(encoding="utf-8"), re.DOTALL)
     scope: dict[str, Importer] = {}
     exec(code, scope)
     registry = {**IMPORTERS, "sixth": scope["IMPORTER"]}
     imported = run_import(
-        Request((write("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry
+        Request((write_file("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry
     )
     assert imported.spec == {
         "model": {"source": "org/m"},
@@ -67,7 +67,7 @@ def test_example_importer_of_the_guide_works(write: Write) -> None:
         "training": {"epochs": 4},
     }
     with pytest.raises(InvalidInput) as invalid:
-        run_import(Request((write("b.json", '{"base": "org/m", "passes": 0, "pases": 1}'),)), registry)
+        run_import(Request((write_file("b.json", '{"base": "org/m", "passes": 0, "pases": 1}'),)), registry)
     assert [str(mistake) for mistake in invalid.value.mistakes] == [
         "b.json: pases: unknown key; did you mean passes?",
         "b.json: passes: 0 is out of range; allowed: an integer of at least 1",
@@ -75,7 +75,7 @@ def test_example_importer_of_the_guide_works(write: Write) -> None:
     ]
 
 
-def test_table_of_secrets_lists_every_secret(write: Write) -> None:
+def test_table_of_secrets_lists_every_secret(write_file: WriteFile) -> None:
     env = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=org/d\nDATASET_TYPE=qa\nHUGGINGFACE_TOKEN=h\nMONGODB_URI=mongodb://a:b@c\n"
     toml = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "wandb"\n'
     flags = (
@@ -92,10 +92,10 @@ def test_table_of_secrets_lists_every_secret(write: Write) -> None:
     )
     fields_by_key: dict[str, str] = {}
     for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
-        imported = run_import(Request((write(name, text),), words), IMPORTERS)
+        imported = run_import(Request((write_file(name, text),), words), IMPORTERS)
         assert set(imported.secrets) == set(secret_references(imported.spec))
         fields_by_key |= secret_references(imported.spec)
-    text = (GUIDES / "import.md").read_text(encoding="utf-8")
+    text = (GUIDES_FOLDER / "import.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `([^|`]*)` \| ([^|]*) \|$", text, re.MULTILINE)
     documented_fields = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}
     variables = {name for *_, names in rows for name in re.findall("`([^`]*)`", names)}

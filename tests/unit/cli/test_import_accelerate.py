@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import import_
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import import_files
 
-HYDRA = """\
+HYDRA_CONFIG = """\
 dataset: {path: org/data, format: standard}
 training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_seq_length: 512}
 """
@@ -23,27 +23,27 @@ training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_se
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", "distributed.fsdp.sharding", "fullShard"),
     ],
 )  # fmt: skip
-def test_sharding_strategy_is_read(write: Write, text: str, path: str, value: Any) -> None:
-    imported = import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra")
+def test_sharding_strategy_is_read(write_file: WriteFile, text: str, path: str, value: Any) -> None:
+    imported = import_files(write_file("job.yaml", HYDRA_CONFIG), write_file("acc.yaml", text), source="hydra")
     assert (imported.mistakes, imported.at(path)) == ([], value)
 
 
-def test_ignored_options_give_a_warning(write: Write) -> None:
+def test_ignored_options_give_a_warning(write_file: WriteFile) -> None:
     text = (
         "distributed_type: FSDP\nnum_processes: 2\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
         "fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD, fsdp_offload_params: true}\n"
     )
-    warnings = "\n".join(import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra").warnings)
+    warnings = "\n".join(import_files(write_file("job.yaml", HYDRA_CONFIG), write_file("acc.yaml", text), source="hydra").warnings)
     assert [
         option for option in ("dynamo_config", "HYBRID_SHARD", "fsdp_offload_params") if option not in warnings
     ] == []
 
 
-def test_contradicting_deepspeed_options_are_refused(write: Write) -> None:
-    job = HYDRA.replace("distributed_training: FSDP", "gradient_acc_steps: 4")
+def test_contradicting_deepspeed_options_are_refused(write_file: WriteFile) -> None:
+    job = HYDRA_CONFIG.replace("distributed_training: FSDP", "gradient_acc_steps: 4")
     text = "distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: fp8\n"
     text += "deepspeed_config: {gradient_accumulation_steps: 8, deepspeed_config_file: ds.json}\n"
-    mistakes = "\n".join(import_(write("job.yaml", job), write("acc.yaml", text), source="hydra").mistakes)
+    mistakes = "\n".join(import_files(write_file("job.yaml", job), write_file("acc.yaml", text), source="hydra").mistakes)
     assert "fp8 is not supported" in mistakes
     assert "4 and 8 are given for the same option" in mistakes
     assert "the file ds.json is not read" in mistakes

@@ -6,24 +6,24 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import Outcome, import_
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import ImportOutcome, import_files
 
-BASE = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=instruction_jsonl\n"
+REQUIRED_KEYS = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=instruction_jsonl\n"
 
 
 @pytest.fixture
-def env(write: Write) -> Any:
-    """Return a function that imports a .env file: the required keys, then `text`."""
+def import_env(write_file: WriteFile) -> Any:
+    """Return a function that writes a .env file with the required keys followed by `text`, and imports it."""
 
-    def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
-        return import_(write("job.env", base + text), words=words, source="env", **more)
+    def run(text: str = "", words: str = "", base_text: str = REQUIRED_KEYS, **request_fields: Any) -> ImportOutcome:
+        return import_files(write_file("job.env", base_text + text), words=words, source="env", **request_fields)
 
     return run
 
 
-def test_defaults_of_a_minimal_file(env: Any) -> None:
-    imported = env()
+def test_defaults_of_a_minimal_file(import_env: Any) -> None:
+    imported = import_env()
     assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 3e-4, "scheduler": "linear", "warmupRatio": 0,
         "optimizer": "adamw_torch", "weightDecay": 0, "maxGradNorm": 1,
@@ -35,9 +35,9 @@ def test_defaults_of_a_minimal_file(env: Any) -> None:
     assert imported.at("output.dir") == "results"
 
 
-def test_dotenv_syntax_is_read(env: Any) -> None:
+def test_dotenv_syntax_is_read(import_env: Any) -> None:
     text = 'export PROJECT_NAME = "a.b"\nDEVICE=cpu  \nTOKENIZER=${MODEL_NAME}\nLORA_R=8 # small\nLORA_R=16\nPAD_TOKEN=a#b\n'
-    imported = env(text)
+    imported = import_env(text)
     assert imported.at("output.project") == "a.b"
     assert imported.at("training.device") == "cpu"
     assert imported.at("model.tokenizer") == "org/m"
@@ -45,8 +45,8 @@ def test_dotenv_syntax_is_read(env: Any) -> None:
     assert imported.at("model.padToken") == "a#b"
 
 
-def test_dollar_without_braces_is_literal(env: Any) -> None:
-    assert env("PAD_TOKEN=$X\n").at("model.padToken") == "$X"
+def test_dollar_without_braces_is_literal(import_env: Any) -> None:
+    assert import_env("PAD_TOKEN=$X\n").at("model.padToken") == "$X"
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_dollar_without_braces_is_literal(env: Any) -> None:
         ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set the variable above this line, or write its value here"),
     ],
 )  # fmt: skip
-def test_invalid_line_is_refused(env: Any, text: str, mistake: str) -> None:
-    assert env(text, environment={}).mistakes == [mistake]
+def test_invalid_line_is_refused(import_env: Any, text: str, mistake: str) -> None:
+    assert import_env(text, environment={}).mistakes == [mistake]
 
 
-def test_empty_required_option_is_refused(env: Any) -> None:
-    assert env("TRAIN_DATA_PATH=\n").mistakes == ["job.env:4: TRAIN_DATA_PATH: this required option is empty"]
+def test_empty_required_option_is_refused(import_env: Any) -> None:
+    assert import_env("TRAIN_DATA_PATH=\n").mistakes == ["job.env:4: TRAIN_DATA_PATH: this required option is empty"]
 
 
 @pytest.mark.parametrize(
@@ -83,41 +83,41 @@ def test_empty_required_option_is_refused(env: Any) -> None:
         ("", (0.8, 0.1, 0.1)),
     ],
 )
-def test_split_ratios_are_completed(env: Any, ratios: str, split: tuple[float, float, float]) -> None:
-    imported = env(ratios).spec["dataset"]["split"]
+def test_split_ratios_are_completed(import_env: Any, ratios: str, split: tuple[float, float, float]) -> None:
+    imported = import_env(ratios).spec["dataset"]["split"]
     assert (imported["train"], imported["validation"], imported["test"], imported["seed"]) == (*split, 42)
 
 
-def test_ratios_above_one_are_refused(env: Any) -> None:
-    (mistake,) = env("TRAIN_RATIO=0.8\nTEST_RATIO=0.3\n").mistakes
+def test_ratios_above_one_are_refused(import_env: Any) -> None:
+    (mistake,) = import_env("TRAIN_RATIO=0.8\nTEST_RATIO=0.3\n").mistakes
     assert "TRAIN_RATIO+TEST_RATIO = 1.1, but must be at most 1" in mistake
 
 
 @pytest.mark.parametrize("text", ["TRAIN_RATIO=0\n", "VAL_RATIO=0.5\nTEST_RATIO=0.5\n"])
-def test_split_without_training_rows_is_refused(env: Any, text: str) -> None:
-    (mistake,) = env(text).mistakes
+def test_split_without_training_rows_is_refused(import_env: Any, text: str) -> None:
+    (mistake,) = import_env(text).mistakes
     assert "no rows are left for training" in mistake
 
 
-def test_stray_word_that_may_be_a_secret_is_shortened(env: Any) -> None:
-    assert env("Sup3rS3cretValue\n").mistakes == [
+def test_stray_word_that_may_be_a_secret_is_shortened(import_env: Any) -> None:
+    assert import_env("Sup3rS3cretValue\n").mistakes == [
         "job.env:4: Su...: the line has no `=` and no value; write Su...=value, or Su...= to leave it unset"
     ]
 
 
-def test_validation_file_replaces_the_split(env: Any) -> None:
-    imported = env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
+def test_validation_file_replaces_the_split(import_env: Any) -> None:
+    imported = import_env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
     assert imported.at("dataset.split") is None
     assert imported.at("dataset.validation") == "s3://data/v.jsonl"
     assert "job.env:5: TRAIN_RATIO has no effect" in imported.warnings[0]
 
 
-def test_zero_on_the_command_line_is_kept(env: Any) -> None:
-    assert env(words="--lora_dropout 0").at("method.lora.dropout") == 0
+def test_zero_on_the_command_line_is_kept(import_env: Any) -> None:
+    assert import_env(words="--lora_dropout 0").at("method.lora.dropout") == 0
 
 
-def test_flags_override_the_file_and_may_be_abbreviated(env: Any) -> None:
-    imported = env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
+def test_flags_override_the_file_and_may_be_abbreviated(import_env: Any) -> None:
+    imported = import_env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
     assert (imported.at("training.epochs"), imported.at("training.learningRate"), imported.at("method.lora.rank")) == (
         5,
         2e-4,
@@ -125,15 +125,15 @@ def test_flags_override_the_file_and_may_be_abbreviated(env: Any) -> None:
     )
 
 
-def test_later_files_override_earlier_ones_per_key(write: Write) -> None:
-    first, second = write("a.env", BASE + "EPOCHS=2\nBATCH_SIZE=8\n"), write("b.env", "EPOCHS=7\n")
-    imported = import_(first, second, source="env")
+def test_later_files_override_earlier_ones_per_key(write_file: WriteFile) -> None:
+    first, second = write_file("a.env", REQUIRED_KEYS + "EPOCHS=2\nBATCH_SIZE=8\n"), write_file("b.env", "EPOCHS=7\n")
+    imported = import_files(first, second, source="env")
     assert (imported.at("training.epochs"), imported.at("training.batchSizePerDevice")) == (7, 8)
 
 
-def test_config_flag_of_the_tool_reads_a_file(write: Write) -> None:
-    imported = import_(
-        words=["python", "main.py", "--config", str(write("x.env", BASE)), "--epochs", "1"], source="env"
+def test_config_flag_of_the_tool_reads_a_file(write_file: WriteFile) -> None:
+    imported = import_files(
+        words=["python", "main.py", "--config", str(write_file("x.env", REQUIRED_KEYS)), "--epochs", "1"], source="env"
     )
     assert (imported.at("model.source"), imported.at("training.epochs")) == ("org/m", 1)
 
@@ -147,33 +147,33 @@ def test_config_flag_of_the_tool_reads_a_file(write: Write) -> None:
         ("TECHNIQUE=dora\nLOAD_IN_4BIT=true\n", "dora", 4),
     ],
 )
-def test_technique_and_bits_select_the_method(env: Any, text: str, method: str, bits: int | None) -> None:
-    imported = env(text)
+def test_technique_and_bits_select_the_method(import_env: Any, text: str, method: str, bits: int | None) -> None:
+    imported = import_env(text)
     assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
-def test_qlora_without_four_bits_is_refused(env: Any) -> None:
-    (mistake,) = env("TECHNIQUE=qlora\nLOAD_IN_4BIT=False\n").mistakes
+def test_qlora_without_four_bits_is_refused(import_env: Any) -> None:
+    (mistake,) = import_env("TECHNIQUE=qlora\nLOAD_IN_4BIT=False\n").mistakes
     assert mistake.startswith("job.env:4, job.env:5: TECHNIQUE, LOAD_IN_4BIT: qlora loads the base model in 4 bits")
 
 
-def test_adapter_comes_from_an_override(env: Any) -> None:
-    imported = env("TECHNIQUE=adapter\n", overrides={"method.adapter.source": "s3://models/a"})
+def test_adapter_comes_from_an_override(import_env: Any) -> None:
+    imported = import_env("TECHNIQUE=adapter\n", overrides={"method.adapter.source": "s3://models/a"})
     assert imported.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
 
 
 @pytest.mark.parametrize(
     ("device", "gpus", "precision"), [("cpu", 0, "no"), ("cuda", 1, "fp16"), ("auto", None, None), ("mps", None, "no")]
 )
-def test_device_sets_gpus_and_precision(env: Any, device: str, gpus: int | None, precision: str | None) -> None:
-    imported = env(f"DEVICE={device}\n")
+def test_device_sets_gpus_and_precision(import_env: Any, device: str, gpus: int | None, precision: str | None) -> None:
+    imported = import_env(f"DEVICE={device}\n")
     assert (imported.at("resources.gpusPerNode"), imported.at("training.mixedPrecision")) == (gpus, precision)
     assert imported.at("training.device") == (None if device == "auto" else device)
     assert any("cluster nodes have no MPS devices" in warning for warning in imported.warnings) == (device == "mps")
 
 
-def test_token_is_written_only_to_the_secret(env: Any) -> None:
-    imported = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
+def test_token_is_written_only_to_the_secret(import_env: Any) -> None:
+    imported = import_env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
     assert imported.secrets == {"hf-token": "hf_verysecret"}
     assert imported.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
     secret, job = imported.documents
@@ -181,8 +181,8 @@ def test_token_is_written_only_to_the_secret(env: Any) -> None:
     assert "hf_verysecret" not in str(job) + str(imported.warnings) + str(imported.notes)
 
 
-def test_refused_file_does_not_print_its_secrets(env: Any) -> None:
-    imported = env(
+def test_refused_file_does_not_print_its_secrets(import_env: Any) -> None:
+    imported = import_env(
         "HUGGINGFACE_TOKEN=verysecret\nMODEL_TOKEN=othersecret\nPAD_TOKEN=verysecret\nEPOCHS=verysecret\nverysecret\n"
     )
     assert len(imported.mistakes) == 3
@@ -190,8 +190,8 @@ def test_refused_file_does_not_print_its_secrets(env: Any) -> None:
     assert "othersecret" not in str(imported.mistakes)
 
 
-def test_mongodb_uri_is_written_to_the_secret(env: Any) -> None:
-    imported = env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
+def test_mongodb_uri_is_written_to_the_secret(import_env: Any) -> None:
+    imported = import_env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
     assert imported.spec["tracking"]["mongodb"] == {
         "database": "runs",
         "uriSecretRef": {"name": "job-import", "key": "mongodb-uri"},
@@ -199,14 +199,14 @@ def test_mongodb_uri_is_written_to_the_secret(env: Any) -> None:
     assert imported.at("tracking.reportTo") == ["mongodb"]
 
 
-def test_local_paths_become_file_sources_with_a_warning(env: Any) -> None:
-    imported = env(base="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
+def test_local_paths_become_file_sources_with_a_warning(import_env: Any) -> None:
+    imported = import_env(base_text="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
     assert (imported.at("model.source"), imported.at("dataset.train")) == ("file:///models/tiny", "file://data/x.jsonl")
     assert ["--model URI" in imported.warnings[0], "--data URI" in imported.warnings[1]] == [True, True]
 
 
-def test_prompts_come_from_a_config_map(env: Any) -> None:
-    imported = env("PROMPTS_FILE=./my prompts.txt\n")
+def test_prompts_come_from_a_config_map(import_env: Any) -> None:
+    imported = import_env("PROMPTS_FILE=./my prompts.txt\n")
     assert imported.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
     assert "kubectl create configmap job-prompts" in imported.warnings[0]
 
@@ -220,19 +220,19 @@ def test_prompts_come_from_a_config_map(env: Any) -> None:
         ("qa", "a.csv", "qa"),
     ],
 )
-def test_dataset_types_of_later_versions_are_read(env: Any, kind: str, file: str, form: str) -> None:
-    assert env(base=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={kind}\n").at("dataset.format") == form
+def test_dataset_types_of_later_versions_are_read(import_env: Any, kind: str, file: str, form: str) -> None:
+    assert import_env(base_text=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={kind}\n").at("dataset.format") == form
 
 
-def test_evaluation_options_without_validation_data_have_no_effect(env: Any) -> None:
-    imported = env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
+def test_evaluation_options_without_validation_data_have_no_effect(import_env: Any) -> None:
+    imported = import_env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
     assert imported.at("checkpoint") == {"strategy": "epoch", "keep": 0}
     assert imported.at("evaluation") is None
     assert imported.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
 
 
-def test_adapter_options_have_no_effect_on_an_existing_adapter(env: Any) -> None:
-    imported = env(
+def test_adapter_options_have_no_effect_on_an_existing_adapter(import_env: Any) -> None:
+    imported = import_env(
         "TECHNIQUE=adapter\nLORA_R=8\nLORA_DROPOUT=0.2\n", overrides={"method.adapter.source": "s3://models/adapter"}
     )
     assert (imported.mistakes, imported.spec["method"]) == (
@@ -245,11 +245,11 @@ def test_adapter_options_have_no_effect_on_an_existing_adapter(env: Any) -> None
     assert [warning.split(": ")[1].split(" ")[0] for warning in no_effect_warnings] == ["LORA_R", "LORA_DROPOUT"]
 
 
-def test_defaults_of_four_bit_quantization(write: Write) -> None:
+def test_defaults_of_four_bit_quantization(write_file: WriteFile) -> None:
     text = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=qa\nTECHNIQUE=qlora\n"
-    imported = import_(write("a.env", text))
+    imported = import_files(write_file("a.env", text))
     assert imported.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
-    imported = import_(write("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
+    imported = import_files(write_file("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
     assert imported.at("model.quantization") == {
         "bits": 4,
         "type": "nf4",
@@ -258,7 +258,7 @@ def test_defaults_of_four_bit_quantization(write: Write) -> None:
     }
 
 
-def test_token_is_ignored_when_use_auth_token_is_false(env: Any) -> None:
-    imported = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
+def test_token_is_ignored_when_use_auth_token_is_false(import_env: Any) -> None:
+    imported = import_env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
     assert (imported.secrets, imported.at("model.tokenSecretRef")) == ({}, None)
     assert imported.warnings == ["job.env:4: HUGGINGFACE_TOKEN has no effect: USE_AUTH_TOKEN is false"]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import Outcome, import_
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import ImportOutcome, import_files
 
-BASE = """\
+BASE_CONFIG = """\
 dataset: {path: org/data, format: conversational}
 training_config:
   model: org/m
@@ -23,34 +23,34 @@ training_config:
 
 
 @pytest.fixture
-def hydra(write: Write) -> Any:
+def import_hydra(write_file: WriteFile) -> Any:
     """Return a function that imports a configuration file that Hydra has composed, with overrides."""
 
-    def run(words: str = "", base: str = BASE, **more: Any) -> Outcome:
-        return import_(write("job.yaml", base), words=words, source="hydra", **more)
+    def run(words: str = "", base_text: str = BASE_CONFIG, **request_fields: Any) -> ImportOutcome:
+        return import_files(write_file("job.yaml", base_text), words=words, source="hydra", **request_fields)
 
     return run
 
 
 @pytest.fixture
-def folder(write: Write, tmp_path: Path) -> Path:
+def folder(write_file: WriteFile, tmp_path: Path) -> Path:
     """Return a folder of Hydra groups with a primary file."""
-    write("configs/config.yaml", "defaults:\n  - dataset: default\n  - training: ddp\n  - _self_\n")
-    write("configs/dataset/default.yaml", "path: org/data\nformat: standard\n")
-    write("configs/dataset/pairs.yaml", "path: org/pairs\nformat: preference\n")
-    write(
+    write_file("configs/config.yaml", "defaults:\n  - dataset: default\n  - training: ddp\n  - _self_\n")
+    write_file("configs/dataset/default.yaml", "path: org/data\nformat: standard\n")
+    write_file("configs/dataset/pairs.yaml", "path: org/pairs\nformat: preference\n")
+    write_file(
         "configs/training/ddp.yaml",
         "model: org/m\ntrainer: SFT\ndistributed_training: DDP\nlearning_rate: 5e-5\nreport_to: none\nmax_seq_length: 512\n",
     )
-    write(
+    write_file(
         "configs/training/dpo.yaml",
         "model: org/m\ntrainer: DPO\ndistributed_training: Unsloth\nlearning_rate: 5e-6\nreport_to: none\nmax_seq_length: 256\n",
     )
     return tmp_path / "configs"
 
 
-def test_hard_coded_values_are_written(hydra: Any) -> None:
-    imported = hydra()
+def test_hard_coded_values_are_written(import_hydra: Any) -> None:
+    imported = import_hydra()
     assert imported.spec["method"]["lora"] == {
         "rank": 128, "alpha": 64, "dropout": 0.05, "bias": "none",
         "targetModules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -69,20 +69,20 @@ def test_hard_coded_values_are_written(hydra: Any) -> None:
     assert imported.at("tracking.reportTo") == []
 
 
-def test_unsloth_sets_dropout_and_gradient_checkpointing(hydra: Any) -> None:
-    imported = hydra(base=BASE.replace("DDP", "unsloth"))
+def test_unsloth_sets_dropout_and_gradient_checkpointing(import_hydra: Any) -> None:
+    imported = import_hydra(base_text=BASE_CONFIG.replace("DDP", "unsloth"))
     assert (imported.at("method.lora.dropout"), imported.at("training.gradientCheckpointing")) == (0, "unsloth")
     assert (imported.at("trainer.backend"), imported.at("distributed.strategy")) == ("unsloth", "none")
 
 
 @pytest.mark.parametrize("group", ["training_config", "training_configs", "training"])
-def test_every_name_of_the_training_group_is_read(hydra: Any, group: str) -> None:
-    imported = hydra(words=f"{group}.learning_rate=1e-5", base=BASE.replace("training_config:", f"{group}:"))
+def test_every_name_of_the_training_group_is_read(import_hydra: Any, group: str) -> None:
+    imported = import_hydra(words=f"{group}.learning_rate=1e-5", base_text=BASE_CONFIG.replace("training_config:", f"{group}:"))
     assert imported.at("training.learningRate") == 1e-5
 
 
 def test_folder_is_composed(folder: Path) -> None:
-    imported = import_(folder)
+    imported = import_files(folder)
     assert (imported.at("dataset.train"), imported.at("dataset.format"), imported.at("trainer.type")) == (
         "org/data",
         "promptCompletion",
@@ -91,7 +91,7 @@ def test_folder_is_composed(folder: Path) -> None:
 
 
 def test_group_options_and_overrides_are_applied(folder: Path) -> None:
-    imported = import_(
+    imported = import_files(
         folder,
         words="python train.py dataset=pairs training=dpo training.learning_rate=1e-6 +training.warmup_ratio=0.2",
     )
@@ -105,7 +105,7 @@ def test_group_options_and_overrides_are_applied(folder: Path) -> None:
 
 
 def test_missing_group_option_is_refused(folder: Path) -> None:
-    (mistake,) = import_(folder, words="training=nope").mistakes
+    (mistake,) = import_files(folder, words="training=nope").mistakes
     assert mistake.startswith("configs: Hydra cannot compose the folder: ")
     assert "training/nope" in mistake
 
@@ -139,12 +139,12 @@ def test_missing_group_option_is_refused(folder: Path) -> None:
         ),
     ],
 )
-def test_invalid_override_is_refused(hydra: Any, words: str, mistake: str) -> None:
-    assert hydra(words=words).mistakes == [mistake]
+def test_invalid_override_is_refused(import_hydra: Any, words: str, mistake: str) -> None:
+    assert import_hydra(words=words).mistakes == [mistake]
 
 
-def test_overrides_add_force_and_delete_keys(hydra: Any) -> None:
-    imported = hydra(
+def test_overrides_add_force_and_delete_keys(import_hydra: Any) -> None:
+    imported = import_hydra(
         words="++training_config.seed=3 ~training_config.learning_rate +training_config.save_total_limit=2 'dataset.path=\"a,b.json\"'"
     )
     assert (imported.at("training.seed"), imported.at("training.learningRate"), imported.at("checkpoint.keep")) == (
@@ -155,23 +155,23 @@ def test_overrides_add_force_and_delete_keys(hydra: Any) -> None:
     assert imported.at("dataset.train") == "file://a,b.json"
 
 
-def test_interpolation_within_the_file_is_resolved(hydra: Any) -> None:
-    assert hydra(base=BASE.replace("model: org/m", "model: ${dataset.path}")).at("model.source") == "org/data"
+def test_interpolation_within_the_file_is_resolved(import_hydra: Any) -> None:
+    assert import_hydra(base_text=BASE_CONFIG.replace("model: org/m", "model: ${dataset.path}")).at("model.source") == "org/data"
 
 
-def test_only_allowed_environment_variables_are_read(hydra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = BASE.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
+def test_only_allowed_environment_variables_are_read(import_hydra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BASE_CONFIG.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
     monkeypatch.setenv("BASE_MODEL", "org/other")
-    assert hydra(base=base, environment={"BASE_MODEL": "org/other"}).mistakes == [
+    assert import_hydra(base_text=base, environment={"BASE_MODEL": "org/other"}).mistakes == [
         "job.yaml:3: training_config.model: the value reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
         "job.yaml: training_config.model: this required option is missing; add it, or give --model URI",
     ]
-    imported = hydra(base=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
+    imported = import_hydra(base_text=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
     assert imported.at("model.source") == "org/other"
 
 
-def test_flags_accept_booleans_and_any_letter_case(write: Write) -> None:
-    imported = import_(
+def test_flags_accept_booleans_and_any_letter_case(write_file: WriteFile) -> None:
+    imported = import_files(
         words="--model m/m --dataset d/d --trainer sft --distributed-training ddp --gradient-checkpointing False ---max-seq-length 99 --format standard"
     )
     assert (imported.at("training.gradientCheckpointing"), imported.at("dataset.maxSequenceLength")) == ("disabled", 99)
@@ -181,69 +181,69 @@ def test_flags_accept_booleans_and_any_letter_case(write: Write) -> None:
     )
 
 
-def test_unknown_flag_is_refused(write: Write) -> None:
-    imported = import_(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
+def test_unknown_flag_is_refused(write_file: WriteFile) -> None:
+    imported = import_files(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
     assert imported.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
 
 
-def test_grpo_gets_the_hard_coded_reward(hydra: Any) -> None:
-    imported = hydra(base=BASE.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
+def test_grpo_gets_the_hard_coded_reward(import_hydra: Any) -> None:
+    imported = import_hydra(base_text=BASE_CONFIG.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
     assert imported.mistakes == []
     assert imported.at("trainer.rewards") == [{"builtin": "citationFormat"}]
     assert imported.at("trainer.grpo.numGenerations") == 4
 
 
-def test_dataset_formats_are_translated(hydra: Any) -> None:
-    assert hydra(base=BASE.replace("conversational", "no")).spec["dataset"]["columns"] == {"text": "text"}
-    assert hydra(base=BASE.replace("conversational", "no")).at("dataset.format") == "plainText"
-    (mistake,) = hydra(base=BASE.replace("conversational", "preference")).mistakes
+def test_dataset_formats_are_translated(import_hydra: Any) -> None:
+    assert import_hydra(base_text=BASE_CONFIG.replace("conversational", "no")).spec["dataset"]["columns"] == {"text": "text"}
+    assert import_hydra(base_text=BASE_CONFIG.replace("conversational", "no")).at("dataset.format") == "plainText"
+    (mistake,) = import_hydra(base_text=BASE_CONFIG.replace("conversational", "preference")).mistakes
     assert mistake.startswith(
         "job.yaml:1: dataset.format: preference, but trainer sft cannot learn from preference rows"
     )
 
 
-ACCELERATE = "distributed_type: FSDP\nnum_machines: 2\nnum_processes: 8\nmixed_precision: bf16\nfsdp_config:\n  fsdp_sharding_strategy: FULL_SHARD\n"
+ACCELERATE_CONFIG = "distributed_type: FSDP\nnum_machines: 2\nnum_processes: 8\nmixed_precision: bf16\nfsdp_config:\n  fsdp_sharding_strategy: FULL_SHARD\n"
 
 
-def test_accelerate_file_sets_nodes_and_sharding(write: Write) -> None:
-    imported = import_(write("job.yaml", BASE.replace("DDP", "FSDP")), write("acc.yaml", ACCELERATE))
+def test_accelerate_file_sets_nodes_and_sharding(write_file: WriteFile) -> None:
+    imported = import_files(write_file("job.yaml", BASE_CONFIG.replace("DDP", "FSDP")), write_file("acc.yaml", ACCELERATE_CONFIG))
     assert imported.mistakes == []
     assert imported.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
     assert imported.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
 
 
-def test_contradicting_accelerate_file_is_refused(write: Write) -> None:
-    (mistake,) = import_(write("job.yaml", BASE), write("acc.yaml", ACCELERATE)).mistakes
+def test_contradicting_accelerate_file_is_refused(write_file: WriteFile) -> None:
+    (mistake,) = import_files(write_file("job.yaml", BASE_CONFIG), write_file("acc.yaml", ACCELERATE_CONFIG)).mistakes
     assert mistake.startswith(
         "job.yaml:5, acc.yaml:1: training_config.distributed_training, distributed_type: ddp and fsdp are given"
     )
 
 
-def test_mistake_in_a_group_file_names_its_line(write: Write, folder: Path) -> None:
-    write("configs/dataset/default.yaml", "path: org/data\nformat: standrd\n")
+def test_mistake_in_a_group_file_names_its_line(write_file: WriteFile, folder: Path) -> None:
+    write_file("configs/dataset/default.yaml", "path: org/data\nformat: standrd\n")
     text = (folder / "training/ddp.yaml").read_text(encoding="utf-8").replace("5e-5", "big")
-    write("configs/training/ddp.yaml", text)
-    assert import_(folder, words="--config-name config --config-path=x").mistakes == [
+    write_file("configs/training/ddp.yaml", text)
+    assert import_files(folder, words="--config-name config --config-path=x").mistakes == [
         'dataset/default.yaml:2: dataset.format: "standrd" is not an allowed value; '
         "allowed: one of standard, conversational, preference, no, simple; did you mean standard?",
         'training/ddp.yaml:4: training.learning_rate: "big" is not a number; allowed: a number greater than 0',
     ]
 
 
-def test_config_name_selects_the_primary_file(write: Write, folder: Path) -> None:
-    write(
+def test_config_name_selects_the_primary_file(write_file: WriteFile, folder: Path) -> None:
+    write_file(
         "configs/other.yaml",
         "defaults:\n  - dataset: default\n  - training: dpo\n  - _self_\ndataset: {format: preference}\n",
     )
-    imported = import_(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
+    imported = import_files(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
     assert (imported.mistakes, imported.at("trainer.type"), imported.at("training.learningRate")) == ([], "dpo", 1e-6)
     assert (
         "configs: --config-name: the folder has no nobody.yaml; give another name"
-        in import_(folder, words="--config-name nobody").mistakes
+        in import_files(folder, words="--config-name nobody").mistakes
     )
     assert (
         "command line: --config-name: the value is missing; write --config-name VALUE"
-        in import_(folder, words="--config-name").mistakes
+        in import_files(folder, words="--config-name").mistakes
     )
 
 
@@ -258,30 +258,30 @@ def test_config_name_selects_the_primary_file(write: Write, folder: Path) -> Non
         ('dataset: {path: "${"}\ntraining: {model: org/m}\n', "configs: the configuration cannot be read: no viable alternative at input '${'"),
     ],
 )  # fmt: skip
-def test_invalid_primary_file_is_refused(write: Write, folder: Path, text: str, expected: str) -> None:
-    write("configs/config.yaml", text)
-    assert import_(folder, source="hydra").mistakes[0].startswith(expected)
+def test_invalid_primary_file_is_refused(write_file: WriteFile, folder: Path, text: str, expected: str) -> None:
+    write_file("configs/config.yaml", text)
+    assert import_files(folder, source="hydra").mistakes[0].startswith(expected)
 
 
-def test_value_in_place_of_a_group_is_refused(write: Write, folder: Path) -> None:
-    accelerate = write("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
-    imported = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
+def test_value_in_place_of_a_group_is_refused(write_file: WriteFile, folder: Path) -> None:
+    accelerate = write_file("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
+    imported = import_files(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
     assert imported == [
         "acc.yaml:2: num_processes: x is not an integer of at least 1",
         "acc.yaml:3: fsdp_config: the value is hello, but a group of options is needed; write names and values",
     ]
-    deepspeed = write("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
+    deepspeed = write_file("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
     text = "model: {base_model: a/b}\nfine_tuning: {method: lora}\ndistributed: {use_deepspeed: true}\n"
-    assert import_(write("job.yaml", text), deepspeed, source="yaml").mistakes == [
+    assert import_files(write_file("job.yaml", text), deepspeed, source="yaml").mistakes == [
         "ds.json: zero_optimization: the value is 3, but a group of options is needed; write names and values",
         "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number",
     ]
 
 
-def test_folder_without_a_primary_file_names_lines(write: Write, tmp_path: Path) -> None:
-    write("conf/dataset/only.yaml", "path: org/d\nformat: standard\n")
-    write("conf/training/only.yaml", "model: org/m\nlearning_rate: big\n")
-    (mistake,) = import_(tmp_path / "conf", source="hydra").mistakes
+def test_folder_without_a_primary_file_names_lines(write_file: WriteFile, tmp_path: Path) -> None:
+    write_file("conf/dataset/only.yaml", "path: org/d\nformat: standard\n")
+    write_file("conf/training/only.yaml", "model: org/m\nlearning_rate: big\n")
+    (mistake,) = import_files(tmp_path / "conf", source="hydra").mistakes
     assert mistake.startswith('training/only.yaml:2: training.learning_rate: "big" is not a number')
 
 
@@ -294,8 +294,8 @@ def test_folder_without_a_primary_file_names_lines(write: Write, tmp_path: Path)
         ("max_seq_length: 1024\n  max_completion_length: 2048", 512, True),
     ],
 )
-def test_completion_length_leaves_room_for_the_prompt(hydra: Any, lengths: str, completion: int, warned: bool) -> None:
-    base = BASE.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
-    imported = hydra(base=base)
+def test_completion_length_leaves_room_for_the_prompt(import_hydra: Any, lengths: str, completion: int, warned: bool) -> None:
+    base = BASE_CONFIG.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
+    imported = import_hydra(base_text=base)
     assert (imported.mistakes, imported.at("trainer.maxCompletionLength")) == ([], completion)
     assert any("leaves no room" in warning for warning in imported.warnings) is warned

@@ -7,29 +7,29 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import Outcome, import_
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import ImportOutcome, import_files
 
-JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
+API_JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
 
 
 @pytest.fixture
-def api(write: Write) -> Any:
+def import_job(write_file: WriteFile) -> Any:
     """Return a function that imports a fine-tuning job in the JSON form of the OpenAI API."""
 
-    def run(job: dict[str, Any], *files: Any, **more: Any) -> Outcome:
-        more.setdefault("model_map", {"gpt-4o-mini": "org/small"})
-        return import_(write("job.json", json.dumps(job)), *files, **more)
+    def run(job: dict[str, Any], *files: Any, **request_fields: Any) -> ImportOutcome:
+        request_fields.setdefault("model_map", {"gpt-4o-mini": "org/small"})
+        return import_files(write_file("job.json", json.dumps(job)), *files, **request_fields)
 
     return run
 
 
-OPENAI = {"model": "org/m", "training_file": "s3://data/t.jsonl"}
+LOCAL_JOB = {"model": "org/m", "training_file": "s3://data/t.jsonl"}
 
 
-def test_hyperparameters_are_read(api: Any) -> None:
-    imported = api(
-        JOB
+def test_hyperparameters_are_read(import_job: Any) -> None:
+    imported = import_job(
+        API_JOB
         | {
             "hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate_multiplier": 0.5},
             "seed": 7,
@@ -45,15 +45,15 @@ def test_hyperparameters_are_read(api: Any) -> None:
     assert "file-abc123 is a file of the API" in imported.warnings[0]
 
 
-def test_auto_uses_the_default(api: Any) -> None:
-    imported = api(
-        JOB | {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}}
+def test_auto_uses_the_default(import_job: Any) -> None:
+    imported = import_job(
+        API_JOB | {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}}
     )
     assert imported.at("training") == {"epochs": 3}
 
 
-def test_dpo_job_is_read(api: Any) -> None:
-    imported = api(JOB | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}})
+def test_dpo_job_is_read(import_job: Any) -> None:
+    imported = import_job(API_JOB | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}})
     assert (imported.at("trainer"), imported.at("training.epochs")) == ({"type": "dpo", "dpo": {"beta": 0.2}}, 1)
     assert imported.at("dataset.columns") == {
         "question": "input",
@@ -62,8 +62,8 @@ def test_dpo_job_is_read(api: Any) -> None:
     }
 
 
-def test_api_model_needs_a_replacement(api: Any) -> None:
-    (mistake,) = api(JOB, model_map={}).mistakes
+def test_api_model_needs_a_replacement(import_job: Any) -> None:
+    (mistake,) = import_job(API_JOB, model_map={}).mistakes
     assert mistake.endswith("give an open model that replaces it: --model-map gpt-4o-mini=org/name")
 
 
@@ -76,38 +76,38 @@ def test_api_model_needs_a_replacement(api: Any) -> None:
         ({"integrations": [{"type": "other"}]}, "only wandb is supported"),
     ],
 )
-def test_mistakes_are_explained(api: Any, change: dict[str, Any], expected: str) -> None:
-    (mistake,) = api(JOB | change).mistakes
+def test_mistakes_are_explained(import_job: Any, change: dict[str, Any], expected: str) -> None:
+    (mistake,) = import_job(API_JOB | change).mistakes
     assert expected in mistake
 
 
-def test_data_rows_are_checked(api: Any, write: Write) -> None:
-    good = write("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n')
-    assert api(JOB, good).at("dataset.train") == f"file://{good}"
-    bad = write("b.jsonl", '{"messages": []}\n{"prompt": "x"}\n')
-    (mistake,) = api(JOB, bad).mistakes
+def test_data_rows_are_checked(import_job: Any, write_file: WriteFile) -> None:
+    good = write_file("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n')
+    assert import_job(API_JOB, good).at("dataset.train") == f"file://{good}"
+    bad = write_file("b.jsonl", '{"messages": []}\n{"prompt": "x"}\n')
+    (mistake,) = import_job(API_JOB, bad).mistakes
     assert mistake == "b.jsonl:2: messages: the key is missing: this row has prompt; rows of sft hold messages"
 
 
-def test_metadata_becomes_annotations(api: Any) -> None:
-    assert api(JOB | {"metadata": {"team a": "x"}}).documents[0]["metadata"]["annotations"] == {"team_a": "x"}
+def test_metadata_becomes_annotations(import_job: Any) -> None:
+    assert import_job(API_JOB | {"metadata": {"team a": "x"}}).documents[0]["metadata"]["annotations"] == {"team_a": "x"}
 
 
-def test_number_overrides_auto_in_either_location(write: Write) -> None:
+def test_number_overrides_auto_in_either_location(write_file: WriteFile) -> None:
     inner = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
-    imported = import_(write("a.json", json.dumps(OPENAI | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
+    imported = import_files(write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
     assert imported.at("training.epochs") == 5
     inner["supervised"] = {"hyperparameters": {"n_epochs": 7}}
-    (mistake,) = import_(
-        write("a.json", json.dumps(OPENAI | {"hyperparameters": {"n_epochs": 5}, "method": inner}))
+    (mistake,) = import_files(
+        write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner}))
     ).mistakes
     assert "5 and 7 are given for the same option" in mistake
 
 
-def test_batch_size_counts_the_rows_of_all_ranks(write: Write) -> None:
-    file = write("a.json", json.dumps(OPENAI | {"hyperparameters": {"batch_size": 16}}))
-    imported = import_(file, overrides={"resources.gpusPerNode": 2, "resources.nodes": 2})
+def test_batch_size_counts_the_rows_of_all_ranks(write_file: WriteFile) -> None:
+    file = write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"batch_size": 16}}))
+    imported = import_files(file, overrides={"resources.gpusPerNode": 2, "resources.nodes": 2})
     assert (imported.at("training.batchSizePerDevice"), imported.at("training.gradientAccumulationSteps")) == (4, 1)
-    assert import_(file, overrides={"resources.gpusPerNode": 3}).mistakes == [
+    assert import_files(file, overrides={"resources.gpusPerNode": 3}).mistakes == [
         "a.json:1: hyperparameters.batch_size: 16 rows per step cannot be divided equally among 3 ranks; write 15 or 18, or change --gpus and --nodes"
     ]

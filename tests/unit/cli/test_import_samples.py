@@ -11,66 +11,66 @@ from finetune_cli.importers.registry import IMPORTERS
 from finetune_cli.importers.run_import import load
 
 from tests.pod.cli.sources import SOURCES
-from tests.unit.cli.cases import AS_COMMANDS, COMMANDS, CONTRACT, PAGES, cases, outcome
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import HERE, import_
+from tests.unit.cli.cases import AS_COMMANDS, CASES_WITH_COMMANDS, CONTRACT_SAMPLES, PAGES, import_cases, import_outcome
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import CASES_FOLDER, import_files
 
-TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
+TOML_BLOCKS = sorted((CASES_FOLDER / "blocks").glob("toml-*.toml"))
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", import_cases())
 def test_import_gives_the_reviewed_result(name: str) -> None:
-    expected = json.loads((HERE / "expected" / f"{name}.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(outcome(name))) == expected
+    expected = json.loads((CASES_FOLDER / "expected" / f"{name}.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(import_outcome(name))) == expected
 
 
 def test_every_expected_result_has_a_case() -> None:
-    assert {path.stem for path in (HERE / "expected").glob("*.json")} == set(cases())
+    assert {path.stem for path in (CASES_FOLDER / "expected").glob("*.json")} == set(import_cases())
 
 
 @pytest.mark.parametrize("source", PAGES)
 def test_every_block_of_a_page_is_imported(source: str) -> None:
-    blocks = [path for path in (HERE / "blocks").iterdir() if path.name.startswith(f"{source}-")]
+    blocks = [path for path in (CASES_FOLDER / "blocks").iterdir() if path.name.startswith(f"{source}-")]
     commands = [path for path in blocks if path.suffix == ".txt"]
-    command_cases = [name for name in COMMANDS if name.startswith(f"{source}-page-")]
+    command_cases = [name for name in CASES_WITH_COMMANDS if name.startswith(f"{source}-page-")]
     assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == PAGES[source]
 
 
-@pytest.mark.parametrize("source", CONTRACT)
+@pytest.mark.parametrize("source", CONTRACT_SAMPLES)
 def test_every_sample_of_the_contract_is_imported(source: str) -> None:
-    for words, refused in zip(CONTRACT[source], (False, True), strict=True):
+    for words, refused in zip(CONTRACT_SAMPLES[source], (False, True), strict=True):
         for word in words.split():
             name = AS_COMMANDS.get(f"{source}-{word}", f"samples-{source}-{word}")
-            assert ("refused" in outcome(name)) is refused, name
-    files = {path.stem for path in (HERE / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
+            assert ("refused" in import_outcome(name)) is refused, name
+    files = {path.stem for path in (CASES_FOLDER / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
         "yaml-ds_config"
     }
-    contract_names = {f"{source}-{word}" for words in CONTRACT[source] for word in words.split()}
+    contract_names = {f"{source}-{word}" for words in CONTRACT_SAMPLES[source] for word in words.split()}
     assert files == contract_names - set(AS_COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in cases() if "-A" in name or "-B" in name or "-C" in name])
+@pytest.mark.parametrize("name", [name for name in import_cases() if "-A" in name or "-B" in name or "-C" in name])
 def test_accepted_samples_are_accepted(name: str) -> None:
-    result = outcome(name)
+    result = import_outcome(name)
     assert "refused" not in result
     FineTuneJobSpec.model_validate(result["spec"])
 
 
-@pytest.mark.parametrize("name", [name for name in cases() if "-R" in name])
+@pytest.mark.parametrize("name", [name for name in import_cases() if "-R" in name])
 def test_refused_samples_name_the_location(name: str) -> None:
-    for mistake in outcome(name)["refused"]:
+    for mistake in import_outcome(name)["refused"]:
         assert name.partition("-")[2].split("-")[0] in mistake.split(":")[0]
 
 
 @pytest.mark.parametrize("path", TOML_BLOCKS, ids=lambda path: path.stem)
 def test_toml_block_imports_with_model_and_data(path: Path) -> None:
-    imported = import_(path, source="toml", overrides={"model.source": "org/m", "dataset.train": "org/d"})
+    imported = import_files(path, source="toml", overrides={"model.source": "org/m", "dataset.train": "org/d"})
     assert imported.mistakes == []
     assert imported.at("model.source") == "org/m"
 
 
 def test_all_toml_blocks_combine_to_one_configuration() -> None:
-    imported = import_(
+    imported = import_files(
         *TOML_BLOCKS, source="toml", overrides={"output.hub.tokenSecretRef": {"name": "hub", "key": "token"}}
     )
     assert imported.mistakes == []
@@ -80,9 +80,9 @@ def test_all_toml_blocks_combine_to_one_configuration() -> None:
     assert imported.at("output.hub.push") is True
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", import_cases())
 def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
-    files, source, words = cases()[name]
+    files, source, words = import_cases()[name]
     recognised = [
         importer.name for importer in IMPORTERS.values() if importer.recognises(load(files), tuple(words.split()))
     ]
@@ -90,20 +90,20 @@ def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
 
 
 def test_annotated_manifest_names_the_origin_of_values() -> None:
-    text = import_(HERE / "samples" / "env-A.env").text
+    text = import_files(CASES_FOLDER / "samples" / "env-A.env").text
     assert "learningRate: 0.0002 # env-A.env:9 LEARNING_RATE" in text
     assert "gradientAccumulationSteps: 4 # default of the tool" in text
     assert "scheduler: linear # hard-coded in the tool" in text
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_cpu_job_gets_no_gpu_only_defaults(source: str, write: Write) -> None:
+def test_cpu_job_gets_no_gpu_only_defaults(source: str, write_file: WriteFile) -> None:
     overrides = {"model.source": "org/m", "dataset.train": "org/d", "output": None, "tracking.reportTo": None}
-    file = write(SOURCES[source].file, SOURCES[source].text)
-    imported = import_(file, source=source, overrides={**overrides, "resources.gpusPerNode": 0})
+    file = write_file(SOURCES[source].file, SOURCES[source].text)
+    imported = import_files(file, source=source, overrides={**overrides, "resources.gpusPerNode": 0})
     assert imported.mistakes == []
     assert "bf16" not in str(imported.spec)
-    on_gpu = import_(file, source=source, overrides=overrides)
+    on_gpu = import_files(file, source=source, overrides=overrides)
     replacement_notes = [
         note
         for note in imported.notes

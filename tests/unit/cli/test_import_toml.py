@@ -6,24 +6,24 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import Outcome, import_
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import ImportOutcome, import_files
 
-BASE = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\n'
+REQUIRED_KEYS = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\n'
 
 
 @pytest.fixture
-def toml(write: Write) -> Any:
-    """Return a function that imports a TOML file: the required keys, then `text`."""
+def import_toml(write_file: WriteFile) -> Any:
+    """Return a function that writes a TOML file with the required keys followed by `text`, and imports it."""
 
-    def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
-        return import_(write("job.toml", base + text), words=words, source="toml", **more)
+    def run(text: str = "", words: str = "", base_text: str = REQUIRED_KEYS, **request_fields: Any) -> ImportOutcome:
+        return import_files(write_file("job.toml", base_text + text), words=words, source="toml", **request_fields)
 
     return run
 
 
-def test_defaults_of_a_minimal_file(toml: Any) -> None:
-    imported = toml()
+def test_defaults_of_a_minimal_file(import_toml: Any) -> None:
+    imported = import_toml()
     assert imported.spec["training"] == {
         "epochs": 30, "learningRate": 2e-4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "warmupSteps": 5, "scheduler": "linear",
         "optimizer": "paged_adamw_8bit", "weightDecay": 0.01, "maxGradNorm": 1, "seed": 42, "gradientCheckpointing": "unsloth",
@@ -54,19 +54,19 @@ def test_defaults_of_a_minimal_file(toml: Any) -> None:
         ("tags = 1\n", "job.toml:4: fine_tuner.tags: unknown key; it is not an option of this TOML tool; remove it"),
     ],
 )  # fmt: skip
-def test_invalid_file_is_refused_with_its_line(toml: Any, text: str, mistake: str) -> None:
-    assert toml(text, environment={}).mistakes == [mistake]
+def test_invalid_file_is_refused_with_its_line(import_toml: Any, text: str, mistake: str) -> None:
+    assert import_toml(text, environment={}).mistakes == [mistake]
 
 
-def test_numbers_and_quoted_numbers_are_read(toml: Any) -> None:
-    imported = toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
+def test_numbers_and_quoted_numbers_are_read(import_toml: Any) -> None:
+    imported = import_toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
     assert (imported.at("dataset.maxSequenceLength"), imported.at("training.learningRate")) == (1024, 1e-4)
-    assert "is not a number" in toml('learning_rate = "1_000"\n').mistakes[0]
+    assert "is not a number" in import_toml('learning_rate = "1_000"\n').mistakes[0]
 
 
-def test_multi_line_string_keeps_later_line_numbers(toml: Any) -> None:
+def test_multi_line_string_keeps_later_line_numbers(import_toml: Any) -> None:
     text = 'system_prompt_override_text = """You are\nepochs = 3\nbrief."""\nepochs = 0\n'
-    assert toml(text).mistakes == [
+    assert import_toml(text).mistakes == [
         "job.toml:7: fine_tuner.epochs: 0 is out of range; allowed: an integer of at least 1"
     ]
 
@@ -82,28 +82,28 @@ def test_multi_line_string_keeps_later_line_numbers(toml: Any) -> None:
         ("full_finetuning = true\nload_in_4bit = false\n", "full", None),
     ],
 )
-def test_options_select_method_and_bits(toml: Any, text: str, method: str, bits: int | None) -> None:
-    imported = toml(text)
+def test_options_select_method_and_bits(import_toml: Any, text: str, method: str, bits: int | None) -> None:
+    imported = import_toml(text)
     assert imported.mistakes == []
     assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
-def test_full_with_four_bits_is_refused(toml: Any) -> None:
-    (mistake,) = toml("full_finetuning = true\nload_in_4bit = true\n").mistakes
+def test_full_with_four_bits_is_refused(import_toml: Any) -> None:
+    (mistake,) = import_toml("full_finetuning = true\nload_in_4bit = true\n").mistakes
     assert mistake.startswith(
         "job.toml:4, job.toml:5: fine_tuner.full_finetuning, fine_tuner.load_in_4bit: full fine-tuning"
     )
 
 
-def test_quantized_base_model_stays_quantized(write: Write) -> None:
-    text = BASE.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
-    imported = import_(write("job.toml", text))
+def test_quantized_base_model_stays_quantized(write_file: WriteFile) -> None:
+    text = REQUIRED_KEYS.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
+    imported = import_files(write_file("job.toml", text))
     assert (imported.at("method.type"), imported.at("model.quantization.bits")) == ("qlora", 4)
     assert "holds 4-bit weights" in imported.warnings[0]
 
 
-def test_loftq_options_are_read(toml: Any) -> None:
-    imported = toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
+def test_loftq_options_are_read(import_toml: Any) -> None:
+    imported = import_toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
     assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 2}
     assert (imported.at("method.lora.init"), imported.at("method.type"), imported.at("model.quantization")) == (
         "loftq",
@@ -116,32 +116,32 @@ def test_loftq_options_are_read(toml: Any) -> None:
     )
 
 
-def test_loftq_with_a_quantized_base_model_is_refused(toml: Any) -> None:
-    (mistake,) = toml("loftq_config = { loftq_bits = 4 }\n", base=BASE.replace("org/m", "org/m-bnb-4bit")).mistakes
+def test_loftq_with_a_quantized_base_model_is_refused(import_toml: Any) -> None:
+    (mistake,) = import_toml("loftq_config = { loftq_bits = 4 }\n", base_text=REQUIRED_KEYS.replace("org/m", "org/m-bnb-4bit")).mistakes
     assert "LoftQ needs an unquantized base model" in mistake
 
 
-def test_validation_data_enables_evaluation(toml: Any) -> None:
-    imported = toml('validation_data_id = "org/v"\n')
+def test_validation_data_enables_evaluation(import_toml: Any) -> None:
+    imported = import_toml('validation_data_id = "org/v"\n')
     assert imported.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
 
 
-def test_run_name_parts_are_read(toml: Any) -> None:
+def test_run_name_parts_are_read(import_toml: Any) -> None:
     text = 'report_to = "none"\n[mlflow]\nrun_name = "0.0.1"\nrun_name_prefix = "exp-"\nrun_name_suffix = "-v1"\n'
-    assert toml(text).at("output.runName") == {"name": "0.0.1", "prefix": "exp-", "suffix": "-v1"}
-    (mistake,) = toml(text.replace("exp-", "exp#")).mistakes
+    assert import_toml(text).at("output.runName") == {"name": "0.0.1", "prefix": "exp-", "suffix": "-v1"}
+    (mistake,) = import_toml(text.replace("exp-", "exp#")).mistakes
     assert "mlflow.run_name_prefix" in mistake
 
 
-def test_repository_is_named_after_the_run(toml: Any) -> None:
+def test_repository_is_named_after_the_run(import_toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
-    imported = toml(text)
+    imported = import_toml(text)
     assert imported.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
     assert any("the token with write permission is missing" in warning for warning in imported.warnings)
 
 
-def test_keys_on_the_command_line_are_written_to_the_secret(toml: Any) -> None:
-    imported = toml(
+def test_keys_on_the_command_line_are_written_to_the_secret(import_toml: Any) -> None:
+    imported = import_toml(
         'report_to = "wandb"\n', words="--hf-key hf_a1b2c3 --wandb-key wsecret --openai-key osecret --skip-evaluation"
     )
     assert imported.secrets == {"hf-token": "hf_a1b2c3", "wandb-api-key": "wsecret", "openai-api-key": "osecret"}
@@ -151,25 +151,25 @@ def test_keys_on_the_command_line_are_written_to_the_secret(toml: Any) -> None:
     assert imported.at("phases.evaluate") is False
 
 
-def test_password_in_a_uri_is_moved_to_the_secret(toml: Any) -> None:
-    imported = toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
+def test_password_in_a_uri_is_moved_to_the_secret(import_toml: Any) -> None:
+    imported = import_toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
     assert imported.at("tracking.mlflow.trackingUri") == "https://host/x"
     assert imported.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
     assert "pa55word" not in str(imported.documents[1:]) + str(imported.warnings)
 
 
-def test_evaluation_and_phases_are_read(toml: Any) -> None:
+def test_evaluation_and_phases_are_read(import_toml: Any) -> None:
     text = '[evaluator]\nmetrics = ["rouge_score", "answer_accuracy"]\nllm = "j"\nembedding = "text-embeddings-3-small"\ncost_per_million_input_tokens = 0.15\n'
-    imported = toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
+    imported = import_toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
     assert imported.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
     assert imported.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
     assert imported.at("phases") == {"infer": False, "evaluate": False}
 
 
-TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
+TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
 
 
-def test_null_system_column_gives_a_note(write: Write) -> None:
-    imported = import_(write("a.toml", TOML + 'system_prompt_column = "null"\n'))
+def test_null_system_column_gives_a_note(write_file: WriteFile) -> None:
+    imported = import_files(write_file("a.toml", TOML_CONFIG + 'system_prompt_column = "null"\n'))
     assert imported.at("dataset.columns") == {"question": "question", "answer": "answer"}
     assert any(note.startswith("system_prompt_column is null") for note in imported.notes)

@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Write
-from tests.unit.cli.import_command import Outcome, import_
+from tests.unit.cli.conftest import WriteFile
+from tests.unit.cli.import_command import ImportOutcome, import_files
 
-BASE = "model: {base_model: org/m}\ndataset: {train_path: s3://data/t.json}\n"
+REQUIRED_KEYS = "model: {base_model: org/m}\ndataset: {train_path: s3://data/t.json}\n"
 
 
 @pytest.fixture
-def yaml(write: Write) -> Any:
-    """Return a function that imports a YAML file: the required keys, then `text`."""
+def import_yaml(write_file: WriteFile) -> Any:
+    """Return a function that writes a YAML file with the required keys followed by `text`, and imports it."""
 
-    def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
-        return import_(write("job.yaml", base + text), words=words, source="yaml", **more)
+    def run(text: str = "", words: str = "", base_text: str = REQUIRED_KEYS, **request_fields: Any) -> ImportOutcome:
+        return import_files(write_file("job.yaml", base_text + text), words=words, source="yaml", **request_fields)
 
     return run
 
 
-def test_defaults_of_a_minimal_file(yaml: Any) -> None:
-    imported = yaml()
+def test_defaults_of_a_minimal_file(import_yaml: Any) -> None:
+    imported = import_yaml()
     assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 1, "gradientAccumulationSteps": 16, "learningRate": 2e-4, "scheduler": "cosine", "warmupRatio": 0.03,
         "maxGradNorm": 0.3, "optimizer": "paged_adamw_8bit", "weightDecay": 0.001, "gradientCheckpointing": "enabled", "mixedPrecision": "bf16",
@@ -37,35 +37,35 @@ def test_defaults_of_a_minimal_file(yaml: Any) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["2e-4", "2.0e-4", ".0002", '"2e-4"', "0.0002", "2E-4"])
-def test_every_spelling_of_a_number_is_read(yaml: Any, spelling: str) -> None:
-    assert yaml(f"training: {{learning_rate: {spelling}}}\n").at("training.learningRate") == 2e-4
+def test_every_spelling_of_a_number_is_read(import_yaml: Any, spelling: str) -> None:
+    assert import_yaml(f"training: {{learning_rate: {spelling}}}\n").at("training.learningRate") == 2e-4
 
 
 @pytest.mark.parametrize("spelling", ["inf", ".nan", "-1e-4", '"1_000"', "true", "fast"])
-def test_invalid_learning_rate_is_refused(yaml: Any, spelling: str) -> None:
-    (mistake,) = yaml(f"training: {{learning_rate: {spelling}}}\n").mistakes
+def test_invalid_learning_rate_is_refused(import_yaml: Any, spelling: str) -> None:
+    (mistake,) = import_yaml(f"training: {{learning_rate: {spelling}}}\n").mistakes
     assert mistake.startswith("job.yaml:3: training.learning_rate: ")
 
 
-def test_yaml_1_1_numbers_are_read(yaml: Any) -> None:
-    imported = yaml("training: {max_seq_length: 1_024, epochs: 010}\n")
+def test_yaml_1_1_numbers_are_read(import_yaml: Any) -> None:
+    imported = import_yaml("training: {max_seq_length: 1_024, epochs: 010}\n")
     assert (imported.at("dataset.maxSequenceLength"), imported.at("training.epochs")) == (1024, 8)
 
 
 @pytest.mark.parametrize("word", ["no", "off", '"no"', "false"])
-def test_unquoted_no_is_read_as_the_word(yaml: Any, word: str) -> None:
-    imported = yaml(f"training: {{mixed_precision: {word}}}\nevaluation: {{eval_strategy: {word}}}\n")
+def test_unquoted_no_is_read_as_the_word(import_yaml: Any, word: str) -> None:
+    imported = import_yaml(f"training: {{mixed_precision: {word}}}\nevaluation: {{eval_strategy: {word}}}\n")
     assert (imported.at("training.mixedPrecision"), imported.at("evaluation.strategy")) == ("no", "no")
 
 
-def test_duplicate_key_is_refused(yaml: Any) -> None:
-    assert yaml("model: {base_model: b}\n").mistakes == [
+def test_duplicate_key_is_refused(import_yaml: Any) -> None:
+    assert import_yaml("model: {base_model: b}\n").mistakes == [
         "job.yaml:3: model: the key occurs twice, in lines 1 and 3; keep one"
     ]
 
 
-def test_overrides_with_space_and_equals_are_read(yaml: Any) -> None:
-    imported = yaml(
+def test_overrides_with_space_and_equals_are_read(import_yaml: Any) -> None:
+    imported = import_yaml(
         words="python src/train.py --training.epochs=2 --training.epochs 5 --fine_tuning.lora.target_modules '[a, b]' --training.learning_rate 1e-5"
     )
     assert (
@@ -89,8 +89,8 @@ def test_overrides_with_space_and_equals_are_read(yaml: Any) -> None:
         ("fine_tuning: {method: full}\n", "full", None),
     ],
 )
-def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) -> None:
-    imported = yaml(text)
+def test_options_select_method_and_bits(import_yaml: Any, text: str, method: str, bits: int | None) -> None:
+    imported = import_yaml(text)
     assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
@@ -113,23 +113,23 @@ def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits:
         ("load_in_4bit: false", "method: qlora", "method qlora needs 4-bit, but model.load_in_4bit is false"),
     ],
 )
-def test_contradicting_bits_are_refused(yaml: Any, model: str, tuning: str, expected: str) -> None:
-    (mistake,) = yaml(
-        base=f"model: {{base_model: m/m, {model}}}\nfine_tuning: {{{tuning}}}\ndataset: {{train_path: s3://data/t.json}}\n"
+def test_contradicting_bits_are_refused(import_yaml: Any, model: str, tuning: str, expected: str) -> None:
+    (mistake,) = import_yaml(
+        base_text=f"model: {{base_model: m/m, {model}}}\nfine_tuning: {{{tuning}}}\ndataset: {{train_path: s3://data/t.json}}\n"
     ).mistakes
     assert expected in mistake
 
 
-def test_lora_on_four_bits_is_qlora(yaml: Any) -> None:
-    imported = yaml(base="model: {base_model: m/m, load_in_4bit: true}\nfine_tuning: {method: lora}\n")
+def test_lora_on_four_bits_is_qlora(import_yaml: Any) -> None:
+    imported = import_yaml(base_text="model: {base_model: m/m, load_in_4bit: true}\nfine_tuning: {method: lora}\n")
     assert imported.at("method.type") == "qlora"
     assert "method lora with a 4-bit base model is QLoRA and is imported as qlora" in imported.notes
 
 
-def test_evaluation_needs_data_from_the_file_or_an_override(yaml: Any) -> None:
+def test_evaluation_needs_data_from_the_file_or_an_override(import_yaml: Any) -> None:
     text = "evaluation: {do_eval: true}\n"
-    assert "dataset.eval_path is missing" in yaml(text).mistakes[0]
-    imported = yaml(text, overrides={"dataset.validation": "s3://data/v.json"})
+    assert "dataset.eval_path is missing" in import_yaml(text).mistakes[0]
+    imported = import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"})
     assert imported.spec["evaluation"] == {
         "strategy": "steps",
         "steps": 200,
@@ -137,50 +137,50 @@ def test_evaluation_needs_data_from_the_file_or_an_override(yaml: Any) -> None:
     }
 
 
-def test_interval_of_the_evaluation_section_overrides_the_output_section(yaml: Any) -> None:
+def test_interval_of_the_evaluation_section_overrides_the_output_section(import_yaml: Any) -> None:
     text = "evaluation: {eval_steps: 200}\noutput: {eval_steps: 100}\n"
-    imported = yaml(text, overrides={"dataset.validation": "s3://data/v.json"})
+    imported = import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"})
     assert imported.at("evaluation.steps") == 200
     assert imported.warnings == [
         "job.yaml:4: output.eval_steps has no effect: evaluation.eval_steps (200) overrides it"
     ]
 
 
-def test_both_human_evaluations_are_kept(yaml: Any) -> None:
+def test_both_human_evaluations_are_kept(import_yaml: Any) -> None:
     text = "evaluation: {benchmarks: [human-eval, openai-humaneval]}\n"
-    assert yaml(text, overrides={"dataset.validation": "s3://data/v.json"}).at("evaluation.benchmarks") == [
+    assert import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"}).at("evaluation.benchmarks") == [
         {"name": "human-eval"},
         {"name": "openai-humaneval"},
     ]
 
 
-def test_output_head_as_target_is_refused(yaml: Any) -> None:
-    (mistake,) = yaml("fine_tuning: {lora: {target_modules: [q_proj, lm_head]}}\n").mistakes
+def test_output_head_as_target_is_refused(import_yaml: Any) -> None:
+    (mistake,) = import_yaml("fine_tuning: {lora: {target_modules: [q_proj, lm_head]}}\n").mistakes
     assert mistake.startswith("job.yaml:3: fine_tuning.lora.target_modules: 'lm_head' is the output head")
     assert "modulesToSave: [lm_head]" in mistake
-    assert yaml("fine_tuning: {lora: {target_modules: [q_proj, embed_tokens]}}\n").mistakes == []
+    assert import_yaml("fine_tuning: {lora: {target_modules: [q_proj, embed_tokens]}}\n").mistakes == []
 
 
-def test_explicit_spectrum_layers_replace_the_threshold(yaml: Any) -> None:
-    imported = yaml("fine_tuning: {method: spectrum, spectrum: {snr_threshold: 0.7, layers_to_finetune: [3]}}\n")
+def test_explicit_spectrum_layers_replace_the_threshold(import_yaml: Any) -> None:
+    imported = import_yaml("fine_tuning: {method: spectrum, spectrum: {snr_threshold: 0.7, layers_to_finetune: [3]}}\n")
     assert imported.at("method.spectrum") == {"layers": [3]}
     assert "snr_threshold has no effect: the layers are listed explicitly" in imported.warnings[0]
-    (mistake,) = yaml("fine_tuning: {method: spectrum, spectrum: {layers_to_finetune: [3, 3]}}\n").mistakes
+    (mistake,) = import_yaml("fine_tuning: {method: spectrum, spectrum: {layers_to_finetune: [3, 3]}}\n").mistakes
     assert "the list contains 3 more than once" in mistake
 
 
-def test_pruning_is_refused(yaml: Any) -> None:
-    assert yaml("pruning: {enabled: false, method: magnitude}\n").mistakes == []
-    assert "enables pruning, which is not supported" in yaml("pruning: {enabled: true}\n").mistakes[0]
+def test_pruning_is_refused(import_yaml: Any) -> None:
+    assert import_yaml("pruning: {enabled: false, method: magnitude}\n").mistakes == []
+    assert "enables pruning, which is not supported" in import_yaml("pruning: {enabled: true}\n").mistakes[0]
 
 
-def deepspeed(**zero: Any) -> str:
-    return json.dumps({"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.3, "zero_optimization": zero})
+def deepspeed_config(**zero_options: Any) -> str:
+    return json.dumps({"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.3, "zero_optimization": zero_options})
 
 
-def test_deepspeed_file_is_read_and_stored_in_a_config_map(yaml: Any, write: Write) -> None:
-    write("config/ds.json", deepspeed(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
-    imported = yaml(
+def test_deepspeed_file_is_read_and_stored_in_a_config_map(import_yaml: Any, write_file: WriteFile) -> None:
+    write_file("config/ds.json", deepspeed_config(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
+    imported = import_yaml(
         "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, deepspeed_config: config/ds.json}\n"
     )
     assert imported.spec["distributed"] == {
@@ -192,9 +192,9 @@ def test_deepspeed_file_is_read_and_stored_in_a_config_map(yaml: Any, write: Wri
     assert job["spec"]["distributed"]["strategy"] == "deepspeed"
 
 
-def test_contradicting_deepspeed_file_is_refused(yaml: Any, write: Write) -> None:
-    write("ds.json", deepspeed(stage=2))
-    (mistake,) = yaml(
+def test_contradicting_deepspeed_file_is_refused(import_yaml: Any, write_file: WriteFile) -> None:
+    write_file("ds.json", deepspeed_config(stage=2))
+    (mistake,) = import_yaml(
         "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, zero_stage: 3, deepspeed_config: ds.json}\n"
     ).mistakes
     assert mistake.startswith(
@@ -202,13 +202,13 @@ def test_contradicting_deepspeed_file_is_refused(yaml: Any, write: Write) -> Non
     )
 
 
-def test_zero_stage_0_is_imported_as_ddp(yaml: Any) -> None:
-    imported = yaml("distributed: {use_deepspeed: true, zero_stage: 0}\n")
+def test_zero_stage_0_is_imported_as_ddp(import_yaml: Any) -> None:
+    imported = import_yaml("distributed: {use_deepspeed: true, zero_stage: 0}\n")
     assert imported.spec["distributed"] == {"strategy": "ddp"}
 
 
-def test_fsdp_gets_two_gpus_and_a_usable_optimizer(yaml: Any) -> None:
-    imported = yaml(
+def test_fsdp_gets_two_gpus_and_a_usable_optimizer(import_yaml: Any) -> None:
+    imported = import_yaml(
         "distributed: {use_fsdp: true, fsdp_sharding_strategy: SHARD_GRAD_OP, fsdp_checkpoint_strategy: FULL_STATE_DICT}\n"
     )
     assert imported.spec["distributed"] == {
@@ -222,17 +222,17 @@ def test_fsdp_gets_two_gpus_and_a_usable_optimizer(yaml: Any) -> None:
         in imported.notes
     )
     assert (
-        yaml("distributed: {use_fsdp: true}\n", overrides={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
+        import_yaml("distributed: {use_fsdp: true}\n", overrides={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
     )
 
 
-def test_push_without_a_repository_is_refused(yaml: Any) -> None:
-    (mistake,) = yaml(
+def test_push_without_a_repository_is_refused(import_yaml: Any) -> None:
+    (mistake,) = import_yaml(
         "output: {push_to_hub: true}\n", overrides={"model.tokenSecretRef": {"name": "a", "key": "b"}}
     ).mistakes
     assert mistake.startswith("job.yaml:3: output.push_to_hub: output.hub.push is true, but the repository is missing")
 
 
-def test_overrides_win_over_files_and_command_line(yaml: Any) -> None:
-    imported = yaml("training: {epochs: 2}\n", words="--training.epochs 3", overrides={"training.epochs": 4})
+def test_overrides_win_over_files_and_command_line(import_yaml: Any) -> None:
+    imported = import_yaml("training: {epochs: 2}\n", words="--training.epochs 3", overrides={"training.epochs": 4})
     assert imported.at("training.epochs") == 4

@@ -12,14 +12,14 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.job_storage import JobStorage, StorageError, list_committed, root_of, verify_and_download
 
 
-def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
+def commit_folder(root: Path, folder: str, data_by_name: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
     """Write files and their manifest to a folder of the storage, as the trainer does when it commits the folder."""
     files_folder = root / folder / incarnation
     files_folder.mkdir(parents=True)
-    for name, data in files.items():
+    for name, data in data_by_name.items():
         (files_folder / name).write_bytes(data)
     entries = [
-        {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in data_by_name.items()
     ]
     manifest = json.dumps({"files": entries}).encode()
     (files_folder / "manifest.json").write_bytes(manifest)
@@ -32,12 +32,12 @@ def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = 
 def storage(tmp_path: Path) -> JobStorage:
     """Return the storage of a job with the model and three checkpoints: step 10 is healthy, 20 is committed, 30 is not committed."""
     root = tmp_path / "tree"
-    commit(root, "checkpoints/step-00000010", {"a.bin": b"one"})
+    commit_folder(root, "checkpoints/step-00000010", {"a.bin": b"one"})
     (root / "checkpoints/step-00000010/_HEALTHY").write_text("")
-    commit(root, "checkpoints/step-00000020", {"a.bin": b"two", "b.bin": b"x" * 100})
+    commit_folder(root, "checkpoints/step-00000020", {"a.bin": b"two", "b.bin": b"x" * 100})
     (root / "checkpoints/step-00000030/a1-1").mkdir(parents=True)
     (root / "checkpoints/step-00000030/a1-1/a.bin").write_bytes(b"half")
-    commit(root, "model", {"w.bin": b"weights"})
+    commit_folder(root, "model", {"w.bin": b"weights"})
     return JobStorage(f"file://{root}", StorageRoot())
 
 
@@ -68,7 +68,7 @@ def test_changed_manifest_is_detected(storage: JobStorage, tmp_path: Path) -> No
 
 
 def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
-    files_folder = commit(tmp_path / "t", "model", {"a": b"x"})
+    files_folder = commit_folder(tmp_path / "t", "model", {"a": b"x"})
     manifest = json.dumps({"files": [{"path": "../../evil", "size": 1, "sha256": "0"}]}).encode()
     (files_folder / "manifest.json").write_bytes(manifest)
     marker = {"path": files_folder.name, "manifestSha256": hashlib.sha256(manifest).hexdigest()}

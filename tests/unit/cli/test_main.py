@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from finetune_cli import main, output
 
-from tests.unit.cli.conftest import JOB, Call, Write
+from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
 TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
@@ -20,37 +20,37 @@ TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
     "words",
     [("wait", "bot", "--timeout", "-1"), ("logs", "bot", "--rank", "-1"), ("rerun", "bot", "--from-checkpoint", "x")],
 )
-def test_option_out_of_range_is_wrong_usage(call: Call, words: tuple[str, ...]) -> None:
-    code, _, stderr = call(*words)
+def test_option_out_of_range_is_wrong_usage(run_command: RunCommand, words: tuple[str, ...]) -> None:
+    code, _, stderr = run_command(*words)
     assert (code, "Error: Invalid value for" in stderr) == (1, True)
 
 
-def test_bug_prints_no_traceback_unless_requested(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*words: object, **more: object) -> None:
+def test_bug_prints_no_traceback_unless_requested(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_with_secret(*words: object, **options: object) -> None:
         raise KeyError(TOKEN)
 
-    monkeypatch.setattr(main, "app", broken)
-    code, out, stderr = call("get")
+    monkeypatch.setattr(main, "app", fail_with_secret)
+    code, out, stderr = run_command("get")
     assert (code, out) == (output.ERROR, "")
     assert stderr.startswith("error: this is a bug in finetune: KeyError in test_main.py:")
     assert ("Traceback" in stderr, TOKEN in stderr) == (False, False)
     monkeypatch.setitem(os.environ, main.TRACE_VARIABLE, "1")
-    assert "Traceback" in call("get")[2]
+    assert "Traceback" in run_command("get")[2]
 
 
-def test_version_is_printed(call: Call) -> None:
-    code, out, _ = call("--version")
+def test_version_is_printed(run_command: RunCommand) -> None:
+    code, out, _ = run_command("--version")
     assert (code, out.split()[0]) == (0, "finetune")
 
 
-def test_wrong_usage_exits_with_1(call: Call) -> None:
-    assert call("nonsense")[0] == 1
-    assert call("validate")[0] == 1
+def test_wrong_usage_exits_with_1(run_command: RunCommand) -> None:
+    assert run_command("nonsense")[0] == 1
+    assert run_command("validate")[0] == 1
 
 
 @pytest.mark.parametrize("command", sorted(main.COMMANDS))
-def test_every_command_has_an_example(call: Call, command: str) -> None:
-    code, out, _ = call(command, "--help")
+def test_every_command_has_an_example(run_command: RunCommand, command: str) -> None:
+    code, out, _ = run_command(command, "--help")
     assert code == 0
     assert f"Example: finetune {command}" in out
 
@@ -61,8 +61,8 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_run_requires_local(call: Call, write: Write) -> None:
-    assert "needs --local" in call("run", write("job.yaml", JOB))[2]
+def test_run_requires_local(run_command: RunCommand, write_file: WriteFile) -> None:
+    assert "needs --local" in run_command("run", write_file("job.yaml", JOB))[2]
 
 
 @pytest.mark.parametrize(
@@ -101,24 +101,24 @@ def test_kubectl_completion_lists_candidates(
 
 
 def test_help_shows_the_program_name_as_the_user_typed_it(
-    call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_command: RunCommand, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
-    assert call("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
+    assert run_command("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
     # Without this variable Typer looks for a shell among the parent processes, and CI may have no shell.
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune", "--show-completion", "bash"])
-    assert "_FINETUNE_COMPLETE=complete_bash" in call("--show-completion", "bash")[1]
+    assert "_FINETUNE_COMPLETE=complete_bash" in run_command("--show-completion", "bash")[1]
 
 
-def test_unknown_output_format_is_refused(call: Call) -> None:
+def test_unknown_output_format_is_refused(run_command: RunCommand) -> None:
     assert (
-        call("get", "-o", "table")[2] == "error: -o table: unknown output format; write one of yaml, json, wide, name\n"
+        run_command("get", "-o", "table")[2] == "error: -o table: unknown output format; write one of yaml, json, wide, name\n"
     )
-    assert call("status", "bot", "-o", "wide")[2] == "error: -o wide: unknown output format; write one of yaml, json\n"
-    assert "choose one" in call("status", "bot", "-o", "json", "--watch")[2]
+    assert run_command("status", "bot", "-o", "wide")[2] == "error: -o wide: unknown output format; write one of yaml, json\n"
+    assert "choose one" in run_command("status", "bot", "-o", "json", "--watch")[2]
     assert (
-        call("checkpoints", "bot", "--verify", "-o", "json")[2]
+        run_command("checkpoints", "bot", "--verify", "-o", "json")[2]
         == "error: --verify and -o exclude each other: choose one of them\n"
     )
 
@@ -138,10 +138,10 @@ def test_colours_follow_no_color(tmp_path: Path) -> None:
     assert "\x1b[1;31m" not in on_terminal(NO_COLOR="1")
 
 
-def test_output_is_utf8_in_any_locale(write: Write, tmp_path: Path) -> None:
-    other = write("b.yaml", JOB.replace('t.jsonl"', 't.jsonl", systemPrompt: ü'))
+def test_output_is_utf8_in_any_locale(write_file: WriteFile, tmp_path: Path) -> None:
+    other = write_file("b.yaml", JOB.replace('t.jsonl"', 't.jsonl", systemPrompt: ü'))
     done = subprocess.run(
-        [sys.executable, "-m", "finetune_cli", "diff", str(write("a.yaml", JOB)), str(other)],
+        [sys.executable, "-m", "finetune_cli", "diff", str(write_file("a.yaml", JOB)), str(other)],
         env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}, capture_output=True, check=False,
     )  # fmt: skip
     assert (done.returncode, '"ü"' in done.stdout.decode()) == (0, True)

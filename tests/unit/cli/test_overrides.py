@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.conftest import Call, Write
+from tests.unit.cli.conftest import RunCommand, WriteFile
 
-ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
+ENV_CONFIG = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
 def error_lines(stderr: str, folder: Path) -> list[str]:
@@ -48,9 +48,9 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
         (["-o", "/proc/nobody/x.yaml"], "/proc/nobody/x.yaml cannot be written: No such file or directory; choose another path with -o"),
     ],
 )  # fmt: skip
-def test_invalid_option_is_refused(call: Call, write: Write, option: list[str], expected: str) -> None:
-    path = write("a.env", ENV)
-    code, out, stderr = call("import", path, *option)
+def test_invalid_option_is_refused(run_command: RunCommand, write_file: WriteFile, option: list[str], expected: str) -> None:
+    path = write_file("a.env", ENV_CONFIG)
+    code, out, stderr = run_command("import", path, *option)
     assert (code, out, error_lines(stderr, path.parent)) == (1, "", [expected])
 
 
@@ -63,16 +63,16 @@ def test_invalid_option_is_refused(call: Call, write: Write, option: list[str], 
     ],
 )  # fmt: skip
 def test_local_run_names_the_option_with_the_invalid_value(
-    call: Call, write: Write, tmp_path: Path, value: str, expected: str
+    run_command: RunCommand, write_file: WriteFile, tmp_path: Path, value: str, expected: str
 ) -> None:
-    manifest = write("job.yaml", call("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl")[1])
-    code, out, stderr = call("run", manifest, "--local", "-o", tmp_path / "out", "--set", value)
+    manifest = write_file("job.yaml", run_command("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl")[1])
+    code, out, stderr = run_command("run", manifest, "--local", "-o", tmp_path / "out", "--set", value)
     assert (code, out, error_lines(stderr, tmp_path)) == (1, "", [expected])
 
 
-def test_set_reads_lists_maps_and_words(call: Call, write: Write) -> None:
-    code, out, _ = call(
-        "import", write("a.env", ENV), "--set", "method.lora.targetModules=q_proj,v_proj", "--set", "training.schedulerParameters={x: 1, z: true}",
+def test_set_reads_lists_maps_and_words(run_command: RunCommand, write_file: WriteFile) -> None:
+    code, out, _ = run_command(
+        "import", write_file("a.env", ENV_CONFIG), "--set", "method.lora.targetModules=q_proj,v_proj", "--set", "training.schedulerParameters={x: 1, z: true}",
         "--set", "dataset.systemPrompt=no",
     )  # fmt: skip
     assert code == 0

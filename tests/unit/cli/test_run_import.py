@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from finetune_cli.importers import IMPORTER_NAMES
 
-from tests.unit.cli.conftest import JOB, Call, Write
-from tests.unit.cli.import_command import Outcome, import_
+from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
+from tests.unit.cli.import_command import ImportOutcome, import_files
 
-ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
+ENV_CONFIG = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
 FLAT_GUIDE = "model: org/m\nlora_r: 8\n"
@@ -36,11 +36,11 @@ TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
 
 @pytest.fixture
-def guide(write: Write) -> Any:
+def import_guide(write_file: WriteFile) -> Any:
     """Return a function that imports a configuration in the form of the guide."""
 
-    def run(text: str, words: str = "", **more: Any) -> Outcome:
-        return import_(write("job.yaml", text), words=words, source="guide", **more)
+    def run(text: str, words: str = "", **request_fields: Any) -> ImportOutcome:
+        return import_files(write_file("job.yaml", text), words=words, source="guide", **request_fields)
 
     return run
 
@@ -48,7 +48,7 @@ def guide(write: Write) -> Any:
 API_JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
 
 
-TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
+TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nrepor
             'a.yaml:4: epochs: ".inf" is not a number; allowed: a number greater than 0',
             "a.yaml:2: lora_r: 99999999999999999999: should be less than or equal to 4096",
         ]),
-        ("a.env", ENV + "EPOCHS=1e400\nLEARNING_RATE=nan\nBATCH_SIZE=" + "9" * 5000 + "\n", [
+        ("a.env", ENV_CONFIG + "EPOCHS=1e400\nLEARNING_RATE=nan\nBATCH_SIZE=" + "9" * 5000 + "\n", [
             'a.env:4: EPOCHS: "1e400" is not an integer; allowed: an integer from 1 to 20',
             'a.env:5: LEARNING_RATE: "nan" is not a number; allowed: a number from 1e-05 to 0.0005',
             f'a.env:6: BATCH_SIZE: "{"9" * 77}..." is not an integer; allowed: an integer from 1 to 32',
@@ -90,10 +90,10 @@ TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nrepor
     ],
 )  # fmt: skip
 def test_unreadable_input_is_refused_with_its_location(
-    call: Call, write: Write, name: str, text: str, expected: list[str]
+    run_command: RunCommand, write_file: WriteFile, name: str, text: str, expected: list[str]
 ) -> None:
-    path = write(name, text)
-    code, out, stderr = call("import", path)
+    path = write_file(name, text)
+    code, out, stderr = run_command("import", path)
     assert (code, out) == (1, "")
     assert error_lines(stderr, path.parent) == expected
 
@@ -101,65 +101,65 @@ def test_unreadable_input_is_refused_with_its_location(
 @pytest.mark.parametrize(
     "text", [TOKEN, f"see {TOKEN}", "https://me:pw@host.example/x", "http://host.example/?api_key=abc"]
 )
-def test_secrets_are_refused_and_never_printed(call: Call, write: Write, text: str) -> None:
+def test_secrets_are_refused_and_never_printed(run_command: RunCommand, write_file: WriteFile, text: str) -> None:
     for line in (f"PAD_TOKEN={text}", f"PROJECT_NAME={text}", f"UNKNOWN_OPTION={text}", text):
-        code, out, stderr = call("import", write("a.env", f"{ENV}{line}\n"))
+        code, out, stderr = run_command("import", write_file("a.env", f"{ENV_CONFIG}{line}\n"))
         assert (code, out) == (1, "")
         assert text not in stderr
         assert "pw" not in stderr
         assert TOKEN not in stderr
-    code, out, stderr = call("import", write("a.env", ENV), "--set", f"model.padToken={text}")
+    code, out, stderr = run_command("import", write_file("a.env", ENV_CONFIG), "--set", f"model.padToken={text}")
     assert (code, out, text in stderr) == (1, "", False)
 
 
-def test_file_of_two_tools_is_refused(write: Write) -> None:
+def test_file_of_two_tools_is_refused(write_file: WriteFile) -> None:
     text = "model: {base_model: m}\ntraining_config: {model: m}\n"
-    assert import_(write("x.yaml", text)).mistakes == [
+    assert import_files(write_file("x.yaml", text)).mistakes == [
         "x.yaml: several importers recognise this configuration: yaml, hydra; choose one with --from yaml|hydra"
     ]
 
 
-def test_unrecognised_file_is_refused(write: Write) -> None:
-    assert import_(write("x.yaml", "a: 1\n")).mistakes == [
+def test_unrecognised_file_is_refused(write_file: WriteFile) -> None:
+    assert import_files(write_file("x.yaml", "a: 1\n")).mistakes == [
         f"x.yaml: no importer recognises this configuration; choose one with --from: {', '.join(IMPORTER_NAMES)}"
     ]
 
 
 def test_missing_files_are_all_named(tmp_path: Any) -> None:
-    imported = import_(tmp_path / "a", tmp_path / "b")
+    imported = import_files(tmp_path / "a", tmp_path / "b")
     assert [mistake.rpartition("/")[2] for mistake in imported.mistakes] == [
         "a: there is no such file",
         "b: there is no such file",
     ]
 
 
-def test_invalid_job_name_is_refused(write: Write) -> None:
-    (mistake,) = import_(write("job.json", json.dumps(API_JOB)), name="Bad_Name").mistakes
+def test_invalid_job_name_is_refused(write_file: WriteFile) -> None:
+    (mistake,) = import_files(write_file("job.json", json.dumps(API_JOB)), name="Bad_Name").mistakes
     assert mistake.startswith("--name: Bad_Name: this cannot be the name of a FineTuneJob")
 
 
-def test_two_spellings_with_different_values_are_refused(write: Write) -> None:
-    imported = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
+def test_two_spellings_with_different_values_are_refused(write_file: WriteFile) -> None:
+    imported = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
     assert imported.mistakes == [
         "a.toml:5, a.toml:6: fine_tuner.device_train_batch_size, fine_tuner.device_batch_size: 4 and 8 are given for the same option; keep one of them"
     ]
 
 
-def test_two_spellings_with_the_same_value_are_accepted(write: Write) -> None:
-    imported = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
+def test_two_spellings_with_the_same_value_are_accepted(write_file: WriteFile) -> None:
+    imported = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
     assert (imported.mistakes, imported.at("training.batchSizePerDevice")) == ([], 4)
 
 
-def test_finetunejob_is_not_imported(write: Write, call: Call) -> None:
-    code, _, err = call("import", write("job.yaml", JOB))
+def test_finetunejob_is_not_imported(write_file: WriteFile, run_command: RunCommand) -> None:
+    code, _, err = run_command("import", write_file("job.yaml", JOB))
     assert (code, "this is already a FineTuneJob" in err) == (1, True)
 
 
-def test_invalid_yaml_quotes_the_line_unless_it_may_hold_a_secret(write: Write) -> None:
-    (mistake,) = import_(write("a.yaml", "model: org/m\nlora_r: [8\nepochs: 3\n"), source="guide").mistakes
+def test_invalid_yaml_quotes_the_line_unless_it_may_hold_a_secret(write_file: WriteFile) -> None:
+    (mistake,) = import_files(write_file("a.yaml", "model: org/m\nlora_r: [8\nepochs: 3\n"), source="guide").mistakes
     assert (mistake.startswith("a.yaml:3: invalid YAML: "), mistake.endswith(", in the line `epochs: 3`")) == (
         True,
         True,
     )
-    (mistake,) = import_(write("a.yaml", "model: org/m\nhf_token: 'abc' def\n"), source="guide").mistakes
+    (mistake,) = import_files(write_file("a.yaml", "model: org/m\nhf_token: 'abc' def\n"), source="guide").mistakes
     assert ("abc" in mistake, mistake.startswith("a.yaml:2: invalid YAML: ")) == (False, True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.cli.conftest import JOB, Call, Write
+from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
 
-def test_valid_manifest_is_ok(call: Call, write: Write) -> None:
-    path = write("job.yaml", JOB)
-    assert call("validate", path) == (0, f"{path}: bot: ok\n", "")
+def test_valid_manifest_is_ok(run_command: RunCommand, write_file: WriteFile) -> None:
+    path = write_file("job.yaml", JOB)
+    assert run_command("validate", path) == (0, f"{path}: bot: ok\n", "")
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def test_valid_manifest_is_ok(call: Call, write: Write) -> None:
     ],
 )  # fmt: skip
 def test_one_problem_is_reported_with_its_line(
-    call: Call, write: Write, old: str, new: str, message: str | None
+    run_command: RunCommand, write_file: WriteFile, old: str, new: str, message: str | None
 ) -> None:
-    path = write("job.yaml", JOB.replace(old, new))
-    code, _, stderr = call("validate", path)
+    path = write_file("job.yaml", JOB.replace(old, new))
+    code, _, stderr = run_command("validate", path)
     errors = [line.removeprefix("error: ").replace(str(path.parent) + "/", "") for line in stderr.splitlines()]
     if message is None:
         assert code in (0, 1)
@@ -42,23 +42,23 @@ def test_one_problem_is_reported_with_its_line(
     assert message in errors
 
 
-def test_all_problems_of_several_documents_are_reported(call: Call, write: Write) -> None:
+def test_all_problems_of_several_documents_are_reported(run_command: RunCommand, write_file: WriteFile) -> None:
     two = JOB.replace("org/m", "./m") + "---\n" + JOB.replace("name: bot", "name: other").replace("train:", "trian:")
-    code, out, stderr = call("validate", write("jobs.yaml", two))
+    code, out, stderr = run_command("validate", write_file("jobs.yaml", two))
     assert (code, out) == (1, "")
     assert "jobs.yaml:5: spec.model.source:" in stderr
     assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in stderr
     assert "the spec names no training data" in stderr
 
 
-def test_duplicate_name_is_refused(call: Call, write: Write) -> None:
-    assert "metadata.name: bot is used twice, first in" in call("validate", write("jobs.yaml", JOB + "---\n" + JOB))[2]
+def test_duplicate_name_is_refused(run_command: RunCommand, write_file: WriteFile) -> None:
+    assert "metadata.name: bot is used twice, first in" in run_command("validate", write_file("jobs.yaml", JOB + "---\n" + JOB))[2]
 
 
-def test_local_accepts_files_and_devices_of_this_machine(call: Call, write: Write) -> None:
-    path = write("job.yaml", JOB.replace("org/m", "file://tiny") + "  training: {device: mps}\n")
-    assert call("validate", "--local", path)[0] == 0
-    assert call("validate", path)[0] == 1
+def test_local_accepts_files_and_devices_of_this_machine(run_command: RunCommand, write_file: WriteFile) -> None:
+    path = write_file("job.yaml", JOB.replace("org/m", "file://tiny") + "  training: {device: mps}\n")
+    assert run_command("validate", "--local", path)[0] == 0
+    assert run_command("validate", path)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_local_accepts_files_and_devices_of_this_machine(call: Call, write: Writ
         (JOB.partition("spec:")[0], "spec: the spec is missing; write `spec:` followed by its fields"),
     ],
 )
-def test_input_without_a_manifest_is_refused(call: Call, write: Write, text: str, message: str) -> None:
-    code, _, stderr = call("validate", write("job.yaml", text))
+def test_input_without_a_manifest_is_refused(run_command: RunCommand, write_file: WriteFile, text: str, message: str) -> None:
+    code, _, stderr = run_command("validate", write_file("job.yaml", text))
     assert code == 1
     assert message in stderr
 
 
-def test_strict_refuses_other_kinds(call: Call, write: Write) -> None:
-    path = write("job.yaml", JOB + "---\nkind: Service\n")
-    assert call("validate", path)[0] == 0
-    assert "kind: Service is not a FineTuneJob" in call("validate", "--strict", path)[2]
+def test_strict_refuses_other_kinds(run_command: RunCommand, write_file: WriteFile) -> None:
+    path = write_file("job.yaml", JOB + "---\nkind: Service\n")
+    assert run_command("validate", path)[0] == 0
+    assert "kind: Service is not a FineTuneJob" in run_command("validate", "--strict", path)[2]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from tests.unit.cli.cases import accepted, cases
-from tests.unit.cli.import_command import import_
+from tests.unit.cli.cases import accepted_cases, import_cases
+from tests.unit.cli.import_command import import_files
 
 
 def read_both(text: str) -> tuple[list[Any], list[Any]]:
@@ -61,10 +61,10 @@ def test_any_string_is_preserved(value: str) -> None:
     assert read_both(to_yaml({"a": value})) == ([{"a": value}],) * 2
 
 
-@pytest.mark.parametrize("name", accepted())
+@pytest.mark.parametrize("name", accepted_cases())
 def test_imports_are_read_alike_by_both_versions(name: str) -> None:
-    files, source, words = cases()[name]
-    imported = import_(*files, source=source, words=words)
+    files, source, words = import_cases()[name]
+    imported = import_files(*files, source=source, words=words)
     old, new = read_both(imported.text)
     assert old == new
     assert old[-1]["spec"] == json.loads(json.dumps(imported.spec))

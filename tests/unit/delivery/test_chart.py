@@ -15,7 +15,7 @@ from finetune_operator.settings import LogFormat, OperatorConfig, parse
 Objects = list[dict[str, Any]]
 Render = Callable[..., Objects]
 
-POOL = {
+NODE_POOL = {
     "name": "h100", "default": True, "nodeSelector": {"gpu": "h100"}, "gpusPerNode": 8, "gpuMemory": "80Gi",
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
 }  # fmt: skip
@@ -76,7 +76,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
                 "resources": {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"},
             },
             storage={"uri": "s3://bucket/p", "endpoint": "http://s3:8333", "credentialsSecretRef": {"name": "keys"}},
-            nodePools=[POOL], watchNamespaces=["a", "b"], log={"format": "json", "level": "debug"},
+            nodePools=[NODE_POOL], watchNamespaces=["a", "b"], log={"format": "json", "level": "debug"},
             settings={"workers": 3, "resyncSeconds": 60, "scrape": {"intervalSeconds": 2}},
         )
     )  # fmt: skip
@@ -91,7 +91,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
     assert settings.storage.credentials_secret_ref is not None
     assert settings.storage.credentials_secret_ref.name == "keys"
     assert settings.pool("h100") is not None
-    assert settings.pool("h100") == OperatorConfig.model_validate({"nodePools": [POOL]}).pool("h100")
+    assert settings.pool("h100") == OperatorConfig.model_validate({"nodePools": [NODE_POOL]}).pool("h100")
     assert settings.namespaces == ("a", "b")
     assert settings.log.format is LogFormat.JSON
     assert (settings.workers, settings.resync_seconds, settings.scrape.interval_seconds) == (3, 60, 2)
@@ -106,14 +106,14 @@ def test_chart_installs_the_generated_crd(render: Render, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("crds", "annotated"), [({"enabled": True, "keep": False}, False), ({"enabled": False, "keep": True}, None)]
+    ("crds", "has_annotations"), [({"enabled": True, "keep": False}, False), ({"enabled": False, "keep": True}, None)]
 )
-def test_crd_values_install_and_annotate_the_crd(render: Render, crds: dict[str, bool], annotated: bool | None) -> None:
+def test_crd_values_install_and_annotate_the_crd(render: Render, crds: dict[str, bool], has_annotations: bool | None) -> None:
     found = [item for item in render(crds=crds) if item["kind"] == "CustomResourceDefinition"]
-    assert [("annotations" in item["metadata"]) for item in found] == ([] if annotated is None else [annotated])
+    assert [("annotations" in item["metadata"]) for item in found] == ([] if has_annotations is None else [has_annotations])
 
 
-def permissions(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
+def verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Verbs by group/resource."""
     return {
         f"{group or 'core'}/{resource}": sorted(rule["verbs"])
@@ -126,7 +126,7 @@ def permissions(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
 def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
     """The operator has no wildcard permission, and it cannot read Secrets or change a spec or a Job."""
     objects = render(rbac={"aggregate": False})
-    assert permissions(only_object(objects, "ClusterRole")["rules"]) == {
+    assert verbs_by_resource(only_object(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
         "finetune-operator.io/finetunejobs/status": ["update"],
         "finetune-operator.io/finetunejobs/finalizers": ["update"],
@@ -137,19 +137,19 @@ def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
         "events.k8s.io/events": ["create", "get", "patch"],
     }
     create, renew = only_object(objects, "Role")["rules"]
-    assert permissions([create]) == {"coordination.k8s.io/leases": ["create"]}
-    assert permissions([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
+    assert verbs_by_resource([create]) == {"coordination.k8s.io/leases": ["create"]}
+    assert verbs_by_resource([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
     assert renew["resourceNames"] == ["rel-finetune-operator"]
 
 
 def test_roles_view_and_edit_get_only_finetunejobs(render: Render) -> None:
     roles = {item["metadata"]["name"]: item for item in render() if item["kind"] == "ClusterRole"}
     view, edit = roles["rel-finetune-operator-view"], roles["rel-finetune-operator-edit"]
-    assert permissions(view["rules"]) == {
+    assert verbs_by_resource(view["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
         "finetune-operator.io/finetunejobs/status": ["get", "list", "watch"],
     }
-    assert permissions(edit["rules"]) == {
+    assert verbs_by_resource(edit["rules"]) == {
         "finetune-operator.io/finetunejobs": ["create", "delete", "deletecollection", "patch", "update"],
     }
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """A machine with an empty PATH and without the demo's environment variables."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in demo_clusters.CurrentCluster.needs:
@@ -29,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.
     yield monkeypatch
 
 
-def program(folder: Path, name: str, script: str = "exit 0") -> None:
+def write_program(folder: Path, name: str, script: str = "exit 0") -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -40,24 +40,24 @@ def test_unknown_cluster_is_refused() -> None:
         demo_clusters.choose("minikube", keep=False)
 
 
-def test_kind_is_chosen_if_docker_is_running(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kind_is_chosen_if_docker_is_running(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("docker", "kubectl", "kind"):
-        program(tmp_path, name)
+        write_program(tmp_path, name)
     assert demo_clusters.choose("", keep=False).name == "kind"
 
 
-def test_local_is_chosen_for_root_on_linux_without_docker(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path, "docker", "exit 1")
-    program(tmp_path, "go")
-    machine.setattr(sys, "platform", "linux")
-    machine.setattr(os, "geteuid", lambda: 0)
+def test_local_is_chosen_for_root_on_linux_without_docker(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_program(tmp_path, "docker", "exit 1")
+    write_program(tmp_path, "go")
+    bare_machine.setattr(sys, "platform", "linux")
+    bare_machine.setattr(os, "geteuid", lambda: 0)
     assert demo_clusters.choose("", keep=False).name == "local"
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_error_without_a_cluster_is_one_line(machine: pytest.MonkeyPatch, platform: str) -> None:
-    machine.setattr(sys, "platform", platform)
-    machine.setattr(os, "geteuid", lambda: 1000)
+def test_error_without_a_cluster_is_one_line(bare_machine: pytest.MonkeyPatch, platform: str) -> None:
+    bare_machine.setattr(sys, "platform", platform)
+    bare_machine.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(demo_clusters.NoCluster) as raised:
         demo_clusters.choose("", keep=False)
     assert "Docker is not running" in str(raised.value)
@@ -72,25 +72,25 @@ def test_error_without_a_cluster_is_one_line(machine: pytest.MonkeyPatch, platfo
         ("current", "CLUSTER=current needs kubectl"),
     ],
 )
-def test_cluster_without_its_requirements_is_refused(machine: pytest.MonkeyPatch, wanted: str, message: str) -> None:
-    machine.setattr(sys, "platform", "linux")
-    machine.setattr(os, "geteuid", lambda: 0)
+def test_cluster_without_its_requirements_is_refused(bare_machine: pytest.MonkeyPatch, wanted: str, message: str) -> None:
+    bare_machine.setattr(sys, "platform", "linux")
+    bare_machine.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(demo_clusters.NoCluster, match=f"^{message}"):
         demo_clusters.choose(wanted, keep=False)
 
 
-def test_current_names_all_missing_variables(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path, "kubectl")
-    machine.setenv("TRAINER_IMAGE", "r/t:1")
+def test_current_names_all_missing_variables(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_program(tmp_path, "kubectl")
+    bare_machine.setenv("TRAINER_IMAGE", "r/t:1")
     with pytest.raises(demo_clusters.NoCluster) as raised:
         demo_clusters.choose("current", keep=False)
     assert "needs OPERATOR_IMAGE, S3_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY:" in str(raised.value)
 
 
-def test_kind_builds_the_dockerfiles_of_the_project(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kind_builds_the_dockerfiles_of_the_project(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "calls"
     for name in ("docker", "kubectl", "kind", "uv"):
-        program(tmp_path, name, f'echo "{name} $*" >> {log}')
+        write_program(tmp_path, name, f'echo "{name} $*" >> {log}')
     cluster = demo_clusters.choose("kind", keep=False)
     for step in cluster.steps():
         step.run(Commands(tmp_path / "logs"))
@@ -114,7 +114,7 @@ class FakeJob:
         return self.snapshots.pop(0) if len(self.snapshots) > 1 else self.snapshots[0]
 
 
-def running(step: int) -> FineTuneJobStatus:
+def running_status(step: int) -> FineTuneJobStatus:
     return FineTuneJobStatus(
         observed_generation=1, phase=Phase.RUNNING, attempt=1, workers=Workers(ready=1, total=1, display="1/1"),
         progress=Progress(step=step, total_steps=40, percent=step * 100 // 40, display=f"{step}/40", eta="12s"),
@@ -128,7 +128,7 @@ EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "fir
 def test_each_change_is_one_line_without_a_terminal() -> None:
     out = io.StringIO()
     done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
-    snapshots = [Snapshot(None, ()), Snapshot(running(10), (EVENT,)), Snapshot(running(11), (EVENT,)), Snapshot(done, (EVENT,))]
+    snapshots = [Snapshot(None, ()), Snapshot(running_status(10), (EVENT,)), Snapshot(running_status(11), (EVENT,)), Snapshot(done, (EVENT,))]
     last = follow(FakeJob(snapshots), Console(file=out), timeout=60)
     assert last.status == done
     lines = [line.strip() for line in out.getvalue().splitlines()]
@@ -143,12 +143,12 @@ def test_each_change_is_one_line_without_a_terminal() -> None:
 
 def test_view_times_out_if_the_job_does_not_finish() -> None:
     with pytest.raises(TimeoutError, match="the job has not finished within 0 s; its phase is Running"):
-        follow(FakeJob([Snapshot(running(1), ())]), Console(file=io.StringIO()), timeout=0)
+        follow(FakeJob([Snapshot(running_status(1), ())]), Console(file=io.StringIO()), timeout=0)
 
 
 def test_live_view_shows_phase_progress_loss_and_events() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(panel(Snapshot(running(10), (EVENT,)), 3.0))
+    Console(file=out, width=100).print(panel(Snapshot(running_status(10), (EVENT,)), 3.0))
     for text in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
         assert text in out.getvalue()
 

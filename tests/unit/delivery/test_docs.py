@@ -18,7 +18,7 @@ from finetune_api.support import unsupported_fields
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def blocks() -> list[tuple[str, dict[str, Any]]]:
+def read_yaml_blocks() -> list[tuple[str, dict[str, Any]]]:
     """Read the YAML blocks of the README and the quickstart. Returns (page, block) pairs."""
     yaml_blocks = []
     for page in ("README.md", "docs/guides/quickstart.md"):
@@ -27,8 +27,8 @@ def blocks() -> list[tuple[str, dict[str, Any]]]:
     return yaml_blocks
 
 
-JOBS = [body for _, body in blocks() if body.get("kind") == KIND]
-VALUES = [body for _, body in blocks() if "kind" not in body]
+JOBS = [body for _, body in read_yaml_blocks() if body.get("kind") == KIND]
+VALUES = [body for _, body in read_yaml_blocks() if "kind" not in body]
 
 
 def test_documents_contain_yaml_blocks() -> None:

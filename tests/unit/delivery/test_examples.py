@@ -15,14 +15,14 @@ from finetune_api.sources import S3Source, parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import unsupported_fields
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
+EXAMPLE_FILES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
 
 
 def jobs(path: Path) -> list[dict[str, Any]]:
     return [item for item in yaml.safe_load_all(path.read_text("utf-8")) if item["kind"] == KIND]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_example_passes_all_checks(path: Path) -> None:
     (job,) = jobs(path)
     spec = FineTuneJobSpec.model_validate(job["spec"])
@@ -34,7 +34,7 @@ def test_example_passes_all_checks(path: Path) -> None:
     assert len(name) <= MAX_NAME_LENGTH
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_data_of_an_example_exists(path: Path) -> None:
     for job in jobs(path):
         source = parse(job["spec"]["dataset"]["train"])
@@ -45,7 +45,7 @@ def test_data_of_an_example_exists(path: Path) -> None:
 
 def test_readme_lists_each_example(root: Path) -> None:
     text = (root / "examples/README.md").read_text("utf-8")
-    assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(path.name for path in EXAMPLES)
+    assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(path.name for path in EXAMPLE_FILES)
 
 
 def test_all_answers_of_the_quickstart_data_have_the_same_style(root: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-LOCKS = ("operator", "trainer", "cli")
+LOCKED_PROGRAMS = ("operator", "trainer", "cli")
 
 
 def locked_versions(path: Path) -> dict[str, str]:
@@ -21,7 +21,7 @@ def test_operator_image_has_no_torch(root: Path) -> None:
     assert not {"torch", "transformers", "numpy", "boto3"} & set(versions)
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", LOCKED_PROGRAMS)
 def test_images_and_test_environment_have_the_same_package_versions(root: Path, name: str) -> None:
     tested = locked_versions(root / "requirements/dev.lock")
     versions = locked_versions(root / f"requirements/{name}.lock")
@@ -29,7 +29,7 @@ def test_images_and_test_environment_have_the_same_package_versions(root: Path, 
     assert {package: tested.get(package) for package in versions} == versions
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "dev", "nodeps", "bootstrap", "mutants"])
+@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "mutants"])
 def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     text = (root / f"requirements/{name}.lock").read_text("utf-8")
     assert text.count("==") <= text.count("--hash=sha256:")

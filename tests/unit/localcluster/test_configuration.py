@@ -81,12 +81,12 @@ def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -
 
 
 def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -> None:
-    def reconciler(address: str) -> str:
+    def endpoint_reconciler(address: str) -> str:
         addresses = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
         arguments = components.api_server(Path("kube"), tmp_path, addresses)
         return arguments[arguments.index("--endpoint-reconciler-type") + 1]
 
-    assert (reconciler("127.0.0.1"), reconciler("10.201.0.1")) == ("none", "lease")
+    assert (endpoint_reconciler("127.0.0.1"), endpoint_reconciler("10.201.0.1")) == ("none", "lease")
 
 
 def test_kubeconfig_with_certificate_verifies_the_server() -> None:
@@ -219,10 +219,10 @@ def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
 
 
 def test_s3_pod_runs_only_on_the_given_node() -> None:
-    def selector(node: str | None) -> object:
+    def node_selector(node: str | None) -> object:
         return s3_pod.objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
 
-    assert (selector("n1"), selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
+    assert (node_selector("n1"), node_selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
     assert [o["kind"] for o in s3_pod.objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
@@ -232,12 +232,12 @@ def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, mon
     certificate.touch()
     copies: list[bytes] = []
 
-    def ready(endpoint: control_plane.Endpoint) -> bool:
+    def copy_and_check(endpoint: control_plane.Endpoint) -> bool:
         copies.append(endpoint.ca.read_bytes())
         certificate.write_bytes(b"whole")
         return copies[-1] == b"whole"
 
-    monkeypatch.setattr(control_plane.Endpoint, "ready", ready)
+    monkeypatch.setattr(control_plane.Endpoint, "ready", copy_and_check)
     addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
     endpoint = control_plane.wait_for_api(tmp_path, addresses, "token", [])
     assert (copies, endpoint.ca.read_bytes()) == ([b"", b"whole"], b"whole")

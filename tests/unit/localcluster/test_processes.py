@@ -84,11 +84,11 @@ def test_lock_waits_while_the_cluster_of_the_same_folder_is_ending(tmp_path: Pat
     ending = machine.take_lock(tmp_path / "own")
     pauses: list[float] = []
 
-    def end(seconds: float) -> None:
+    def record_pause_and_end(seconds: float) -> None:
         pauses.append(seconds)
         ending.close()
 
-    monkeypatch.setattr(processes.time, "sleep", end)
+    monkeypatch.setattr(processes.time, "sleep", record_pause_and_end)
     with machine.take_lock(tmp_path / "own"):
         assert len(pauses) == 1
         with pytest.raises(ClusterBusy, match=f"`localcluster down --state {tmp_path}/own`"):
