@@ -16,7 +16,7 @@ from finetune_operator.builders.run_config import build_run_config
 
 from tests.integration.cli.conftest import Result
 from tests.support.kubeapi import KubeApi
-from tests.unit.operator.samples import CONFIG, accepted, finetunejob
+from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob
 
 HUB_TOKEN, OPENAI_KEY = "hf_" + "q1W2e3R4t5Y6u7I8", "sk-" + "z9X8c7V6b5N4m3L2k1J0"
 ENV = f"MODEL_NAME=org/gated\nTRAIN_DATA_PATH=org/rows\nDATASET_TYPE=instruction_jsonl\nHUGGINGFACE_TOKEN={HUB_TOKEN}\nDEVICE=cpu\n"
@@ -75,7 +75,7 @@ def test_token_reaches_only_the_pod(
 
 def build_first_job(created: dict[str, Any]) -> dict[str, Any]:
     """Return the Job that the operator creates for the first attempt of a FineTuneJob."""
-    resolution = accepted(created["spec"])
+    resolution = accept_spec(created["spec"])
     own_job = finetunejob(created["spec"])
     run = build_run_config(own_job, resolution.spec, 1, defaults=resolution.defaults, committed_step=0, max_step=None)
     return build_job(own_job, run, resolution.pool, CONFIG)

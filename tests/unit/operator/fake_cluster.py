@@ -31,7 +31,7 @@ from finetune_operator.throttle import BURST_COUNT
 from finetune_operator.views import JobView, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
 
-from tests.unit.operator.samples import CONFIG, SPEC, UID, ended, pod
+from tests.unit.operator.samples import CONFIG, SPEC, UID, end_pod, pod
 
 KEY = Key("team", "run")
 
@@ -41,24 +41,24 @@ class Server:
     """Stores objects by kind and name. Each request first calls `before(verb, kind)`, which may raise an error."""
 
     objects: dict[tuple[str, str], Object] = field(default_factory=dict)
-    versions: Any = field(default_factory=lambda: itertools.count(2))
+    new_versions: Any = field(default_factory=lambda: itertools.count(2))
     requests: list[tuple[str, str]] = field(default_factory=list)
     clock: ServerClock = field(default_factory=ServerClock)
-    before: Callable[[str, Kind], None] = lambda verb, kind: None
+    before_request: Callable[[str, Kind], None] = lambda verb, kind: None
     rejects_status: Callable[[Object], bool] = lambda status: False
-    rejection: str = "status.progress.step: Invalid value"
-    pruned: frozenset[str] = frozenset()
+    rejection_message: str = "status.progress.step: Invalid value"
+    pruned_fields: frozenset[str] = frozenset()
     """Fields of the status that the CRD does not know. The server removes them from each write."""
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
-        self.before(verb, kind)
+        self.before_request(verb, kind)
 
     def put(self, kind: Kind, body: Object) -> Object:
         """Store an object with a new resourceVersion."""
         created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         meta = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": created, **body["metadata"]}
-        stored = {**body, "metadata": {**meta, "resourceVersion": str(next(self.versions))}}
+        stored = {**body, "metadata": {**meta, "resourceVersion": str(next(self.new_versions))}}
         self.objects[kind.plural, meta["name"]] = stored
         return stored
 
@@ -93,8 +93,8 @@ class Server:
         if stored_object["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, name, 409, "Conflict", "")
         if self.rejects_status(body["status"]):
-            raise Invalid("update", kind, name, 422, "Invalid", self.rejection)
-        status = {name: value for name, value in body["status"].items() if name not in self.pruned}
+            raise Invalid("update", kind, name, 422, "Invalid", self.rejection_message)
+        status = {name: value for name, value in body["status"].items() if name not in self.pruned_fields}
         return self.put(kind, {**stored_object, "status": status})
 
     async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
@@ -187,7 +187,7 @@ class Process:
 
     def finish_pod_and_job(self, job: JobView) -> None:
         """Let the pod succeed and its Job complete."""
-        self.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
+        self.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
         self.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
 
 

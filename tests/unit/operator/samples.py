@@ -43,14 +43,14 @@ def at(seconds: float) -> datetime:
     return T0 + timedelta(seconds=seconds)
 
 
-def iso(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
     """The time `seconds` after T0, in the API server's format."""
     return at(seconds).isoformat().replace("+00:00", "Z")
 
 
 def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
     """A condition of the status whose last transition was `seconds` after T0."""
-    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso_time(seconds)}
 
 
 def spec(**groups: Any) -> Object:
@@ -66,13 +66,13 @@ def status(**fields: Any) -> FineTuneJobStatus:
     return FineTuneJobStatus.model_validate(fields)
 
 
-def finetunejob(written: Object | None = None, known: FineTuneJobStatus | None = None, **fields: Any) -> JobObject:
+def finetunejob(spec: Object | None = None, status: FineTuneJobStatus | None = None, **fields: Any) -> JobObject:
     """A FineTuneJob named `run`."""
     values: dict[str, Any] = {
         "namespace": "team", "name": "run", "uid": UID, "version": 1, "resource_version": "1", "generation": 1,
         "created_at": T0, "is_deleting": False,
     }  # fmt: skip
-    return JobObject(**{**values, **fields}, spec=written or SPEC, status=known or FineTuneJobStatus())
+    return JobObject(**{**values, **fields}, spec=spec or SPEC, status=status or FineTuneJobStatus())
 
 
 def job(attempt: int = 1, **fields: Any) -> JobView:
@@ -94,27 +94,27 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
     return PodView(**{**values, **fields})
 
 
-def ended(view: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
+def end_pod(running_pod: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
     """The pod after its container has ended."""
     text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
-    return replace(view, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, text, at(60)))
+    return replace(running_pod, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, text, at(60)))
 
 
-def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> AcceptedSpec:
+def accept_spec(spec: Object | None = None, config: OperatorConfig = CONFIG) -> AcceptedSpec:
     """Accept a spec and return the verdict. A refused spec fails the test."""
-    verdict = accept(written or SPEC, config)
+    verdict = accept(spec or SPEC, config)
     assert isinstance(verdict, AcceptedSpec), verdict
     return verdict
 
 
 def facts(
-    *, written: Object | None = None, known: FineTuneJobStatus | None = None, jobs: Sequence[JobView] = (),
+    *, spec: Object | None = None, status: FineTuneJobStatus | None = None, jobs: Sequence[JobView] = (),
     pods: Sequence[PodView] = (), now: datetime = T0, last_report: ProgressReport | None = None, reported_at: datetime | None = None,
     blocking_condition: BlockingCondition | None = None, config: OperatorConfig = CONFIG, **fields: Any,
 ) -> Facts:  # fmt: skip
     """Facts about a FineTuneJob named `run`."""
-    finetune_job = finetunejob(written, known, **fields)
+    finetune_job = finetunejob(spec, status, **fields)
     received = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
     return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking_condition)
 

@@ -12,10 +12,10 @@ from finetune_operator.decide import decide
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.settings import NodePool, OperatorConfig, parse
 
-from tests.unit.operator.samples import CONFIG, T0, accepted, at, ended, facts, job, pod, spec, status
+from tests.unit.operator.samples import CONFIG, T0, accept_spec, at, end_pod, facts, job, pod, spec, status
 
 
-def refused(written: dict[str, Any], config: OperatorConfig = CONFIG) -> RefusedSpec:
+def refuse_spec(written: dict[str, Any], config: OperatorConfig = CONFIG) -> RefusedSpec:
     acceptance = accept(written, config)
     assert isinstance(acceptance, RefusedSpec), acceptance
     return acceptance
@@ -30,7 +30,7 @@ STORE = {"uri": "s3://one/models", "endpoint": "https://a.example.com", "credent
 WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "storage"}
 
 
-def resolved(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
+def accept_with_storage(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
     acceptance = accept(written, parse({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
     assert isinstance(acceptance, AcceptedSpec), acceptance
     return acceptance
@@ -44,7 +44,7 @@ def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
 
 
 def test_defaults_are_filled_in_and_listed() -> None:
-    acceptance = accepted()
+    acceptance = accept_spec()
     assert acceptance.spec.training.learning_rate == 2e-4
     assert acceptance.defaults["training.learningRate"] == 2e-4
     assert acceptance.spec.resources.memory == "4Gi"
@@ -52,7 +52,7 @@ def test_defaults_are_filled_in_and_listed() -> None:
 
 
 def test_all_problems_are_listed_at_once_with_their_fields() -> None:
-    acceptance = refused(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
+    acceptance = refuse_spec(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
     assert acceptance.is_final
     assert acceptance.reason is Reason.REJECTED
     assert acceptance.message.index("spec.") == 0
@@ -76,14 +76,14 @@ def test_all_problems_are_listed_at_once_with_their_fields() -> None:
 def test_refusal_has_its_reason_and_message_and_is_final_only_if_another_spec_helps(
     written: dict[str, Any], reason: Reason, expected_text: str, final: bool
 ) -> None:
-    acceptance = refused(written)
+    acceptance = refuse_spec(written)
     assert (acceptance.reason, acceptance.is_final) == (reason, final)
     assert expected_text in acceptance.message
 
 
 def test_unknown_pool_message_describes_the_configured_pools() -> None:
     pool = NodePool(name="h200", gpus_per_node=8, gpu_memory="141Gi", description="for large models")
-    acceptance = refused(spec(resources={"nodePool": "none"}), CONFIG.model_copy(update={"node_pools": (pool,)}))
+    acceptance = refuse_spec(spec(resources={"nodePool": "none"}), CONFIG.model_copy(update={"node_pools": (pool,)}))
     assert acceptance.message.endswith("pools are: h200 (8 x nvidia.com/gpu of 141Gi: for large models)")
 
 
@@ -98,33 +98,33 @@ def test_unknown_pool_message_describes_the_configured_pools() -> None:
     ],
 )
 def test_pool_is_chosen_by_name_then_by_resource(resources: dict[str, Any], pool: str | None) -> None:
-    acceptance = accepted(spec(resources=resources))
+    acceptance = accept_spec(spec(resources=resources))
     assert (acceptance.pool.name if acceptance.pool else None) == pool
 
 
 @pytest.mark.parametrize("new_storage", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
 def test_default_store_of_the_first_attempt_is_kept_with_its_connection(new_storage: dict[str, Any]) -> None:
-    first = resolved(WITHOUT_STORAGE, STORE)
-    acceptance = resolved(WITHOUT_STORAGE, new_storage, first.defaults)
+    first = accept_with_storage(WITHOUT_STORAGE, STORE)
+    acceptance = accept_with_storage(WITHOUT_STORAGE, new_storage, first.defaults)
     assert (acceptance.spec.storage, acceptance.defaults) == (first.spec.storage, first.defaults)
 
 
 def test_connection_to_the_same_store_follows_the_configuration() -> None:
-    first = resolved(WITHOUT_STORAGE, STORE)
+    first = accept_with_storage(WITHOUT_STORAGE, STORE)
     new_storage = {**STORE, "credentialsSecretRef": {"name": "two"}, "caBundleRef": {"name": "ca", "key": "ca.crt"}}
-    acceptance = resolved(WITHOUT_STORAGE, new_storage, first.defaults)
-    assert acceptance.spec.storage == resolved(WITHOUT_STORAGE, new_storage).spec.storage
+    acceptance = accept_with_storage(WITHOUT_STORAGE, new_storage, first.defaults)
+    assert acceptance.spec.storage == accept_with_storage(WITHOUT_STORAGE, new_storage).spec.storage
 
 
 def test_store_in_the_spec_takes_precedence_over_the_first_attempts_defaults() -> None:
     written = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
-    first = resolved(written, STORE)
-    assert resolved(written, {"uri": "s3://two/models"}, first.defaults).spec == first.spec
+    first = accept_with_storage(written, STORE)
+    assert accept_with_storage(written, {"uri": "s3://two/models"}, first.defaults).spec == first.spec
 
 
 @pytest.mark.parametrize("kept", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])
 def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]) -> None:
-    assert resolved(WITHOUT_STORAGE, STORE, kept) == resolved(WITHOUT_STORAGE, STORE)
+    assert accept_with_storage(WITHOUT_STORAGE, STORE, kept) == accept_with_storage(WITHOUT_STORAGE, STORE)
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
@@ -139,7 +139,7 @@ def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> N
     }
     known = status(attempt=1, attempts=[begun], adaptations=[adaptation])
     plan = decide(
-        facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), 71)], now=at(61))
+        facts(spec=written, status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
     )
     assert plan.attempt_end is not None and plan.attempt_end.adaptation is not None
     assert plan.attempt_end.adaptation.change.startswith("batchSizePerDevice 2 -> 1")
@@ -147,7 +147,7 @@ def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> N
 
 def test_spec_too_long_for_an_annotation_is_refused_with_its_size() -> None:
     env = [{"name": f"V{n}", "value": "x" * 4000} for n in range(20)]
-    acceptance = refused(spec(placement={"env": env}))
+    acceptance = refuse_spec(spec(placement={"env": env}))
     assert "bytes" in acceptance.message
 
 

@@ -20,20 +20,20 @@ from finetune_operator.policies.rejection import rejected_user_fields
 from tests.unit.operator.fake_cluster import Process, Server, new_server
 from tests.unit.operator.samples import CONFIG, T0, UID, at, facts, finetunejob, job, spec, status
 
-ENDED = {"number": 1, "startTime": T0.isoformat(), "endTime": T0.isoformat(), "reason": "Suspended"}
-SECOND = status(attempt=2, attempts=[ENDED])
+SUSPENDED_ATTEMPT = {"number": 1, "startTime": T0.isoformat(), "endTime": T0.isoformat(), "reason": "Suspended"}
+SECOND_ATTEMPT_STATUS = status(attempt=2, attempts=[SUSPENDED_ATTEMPT])
 
 
 @pytest.fixture
 def server() -> Server:
     """A server whose FineTuneJob is about to start its second attempt."""
     found = new_server()
-    found.put(FINETUNEJOB, {**found.finetunejob, "status": SECOND.to_wire()})
+    found.put(FINETUNEJOB, {**found.finetunejob, "status": SECOND_ATTEMPT_STATUS.to_wire()})
     return found
 
 
 def second_attempt(**fields: Any) -> tuple[Facts, Plan]:
-    observed = facts(known=SECOND, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
+    observed = facts(status=SECOND_ATTEMPT_STATUS, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
     plan = decide(observed)
     assert plan.create_attempt == 2
     return observed, plan
@@ -52,7 +52,7 @@ async def test_second_attempt_is_created_if_the_facts_match_the_server(server: S
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "changed_parts",
     [
         {"metadata": {"uid": "another"}},
         {"metadata": {"generation": 2}},
@@ -63,10 +63,10 @@ async def test_second_attempt_is_created_if_the_facts_match_the_server(server: S
     ],
     ids=["other uid", "other generation", "deleting", "suspended", "cancelled", "other attempt"],
 )
-async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: Server, changed: dict[str, Object]) -> None:
+async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: Server, changed_parts: dict[str, Object]) -> None:
     """The API server has stored a change that the watch has not delivered yet."""
     body = server.finetunejob
-    server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed.items()}})
+    server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed_parts.items()}})
     with pytest.raises(StaleFacts):
         await carry_out(server, *second_attempt())
     assert (JOB.plural, "run-2") not in server.objects
@@ -97,7 +97,7 @@ async def test_second_attempt_does_not_wait_for_other_pods(server: Server, body:
 
 
 def first_attempt(written: Object | None = None) -> tuple[Facts, Plan]:
-    observed = facts(written=written)
+    observed = facts(spec=written)
     return observed, decide(observed)
 
 
@@ -137,7 +137,7 @@ async def test_service_is_adopted_only_if_the_job_owns_it(server: Server, owner:
 
 PLATFORM_ERROR = 'Job.batch "run-1" is invalid: spec.template.spec.containers[0].env[9].name: Invalid value: "a b": a valid name'
 USER_ERROR = 'Job.batch "run-1" is invalid: spec.template.labels: Invalid value: "red green": a valid label must be'
-LABELLED = spec(placement={"labels": {"color": "red green"}})
+SPEC_WITH_INVALID_LABEL = spec(placement={"labels": {"color": "red green"}})
 
 
 def reject_jobs(message: str, code: int) -> Any:
@@ -156,7 +156,7 @@ def accepted_before(written: Object, observed: Facts) -> Facts:
 @pytest.mark.parametrize("code", [400, 422])
 async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server: Server, code: int) -> None:
     """Only the platform team can correct the chart's values; the user's job must not fail."""
-    server.before = reject_jobs(PLATFORM_ERROR, code)
+    server.before_request = reject_jobs(PLATFORM_ERROR, code)
     process = Process(server)
     server.put(FINETUNEJOB, {**server.finetunejob, "status": {}})
     process.refresh()
@@ -168,19 +168,19 @@ async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server:
 
 
 async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(server: Server) -> None:
-    server.before = reject_jobs(USER_ERROR, 422)
+    server.before_request = reject_jobs(USER_ERROR, 422)
     found, plan = first_attempt()
     with pytest.raises(SpecRejected) as caught:
-        await carry_out(server, accepted_before(LABELLED, found), plan)
+        await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
     assert caught.value.refusal.is_final
     assert "spec.placement.labels" in caught.value.refusal.message
 
 
 async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> None:
     """The API server accepted the Job of the first attempt with the same spec, so the spec is not the cause."""
-    server.before = reject_jobs(USER_ERROR, 422)
+    server.before_request = reject_jobs(USER_ERROR, 422)
     found, plan = second_attempt()
-    result = await carry_out(server, accepted_before(LABELLED, found), plan)
+    result = await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
     assert result.blocking_condition is not None and result.blocking_condition.reason is Reason.JOB_REJECTED
 
 
@@ -201,7 +201,7 @@ async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_l
 
 
 async def test_rejected_spec_fails_with_its_message_in_status(server: Server) -> None:
-    server.put(FINETUNEJOB, {**server.finetunejob, "spec": LABELLED, "status": {}})
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": SPEC_WITH_INVALID_LABEL, "status": {}})
     await Process(server).work()
     written = server.finetunejob["status"]
     assert (written["phase"], written["failure"]["class"]) == ("Failed", "User")

@@ -21,7 +21,7 @@ from finetune_operator.report import report as make_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.operator.samples import T0, accepted, facts, iso, job, pod, report, spec, status
+from tests.unit.operator.samples import T0, accept_spec, facts, iso_time, job, pod, report, spec, status
 
 ROLLED_BACK = Adaptation(
     time=T0, reason=Reason.DIVERGED, change="", set={"resume.maxStep": 20, "resume.firstAttempt": 3}
@@ -30,7 +30,7 @@ ROLLED_BACK = Adaptation(
 
 def all_changes(**groups: Any) -> list[str]:
     """Return all changes in order, until no further adaptation is possible."""
-    current, changes = accepted(spec(**groups)).spec, []
+    current, changes = accept_spec(spec(**groups)).spec, []
     while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
         changes.append(change.change)
         current = apply_adaptations(current, [change])
@@ -38,7 +38,7 @@ def all_changes(**groups: Any) -> list[str]:
     return changes
 
 
-BEGUN = {"number": 1, "startTime": iso(0)}
+STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
 CHECKPOINTS = [
     {"step": step, "uri": f"s3://m/checkpoints/step-{step:08d}/a1-aaaaaaaa", "healthy": True} for step in (100, 200, 300, 400, 500)
@@ -48,7 +48,7 @@ CHECKPOINTS = [
 @settings(deadline=None)
 @given(batch=st.integers(1, 512), accumulation=st.integers(1, 512))
 def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumulation: int) -> None:
-    current = accepted(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
+    current = accept_spec(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
     previous_batch = batch
     for _ in range(12):
         change = adapt_to_out_of_memory(current, T0)
@@ -68,7 +68,7 @@ def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumul
 
 def test_next_micro_batch_is_the_largest_divisor_at_or_below_half() -> None:
     change = adapt_to_out_of_memory(
-        accepted(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0
+        accept_spec(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0
     )
     assert isinstance(change, Adaptation)
     assert change.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
@@ -76,24 +76,24 @@ def test_next_micro_batch_is_the_largest_divisor_at_or_below_half() -> None:
 
 def test_micro_batch_of_kto_keeps_two_rows() -> None:
     written = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
-    first = adapt_to_out_of_memory(accepted(written).spec, T0)
+    first = adapt_to_out_of_memory(accept_spec(written).spec, T0)
     assert isinstance(first, Adaptation)
     assert first.set == {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 8}
-    second = adapt_to_out_of_memory(apply_adaptations(accepted(written).spec, [first]), T0)
+    second = adapt_to_out_of_memory(apply_adaptations(accept_spec(written).spec, [first]), T0)
     assert isinstance(second, Adaptation)
     assert second.set == {"training.gradientCheckpointing": "enabled"}
 
 
 def test_policy_fail_allows_no_adaptation() -> None:
     assert isinstance(
-        adapt_to_out_of_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), AdaptationsExhausted
+        adapt_to_out_of_memory(accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), AdaptationsExhausted
     )
-    change = adapt_to_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
+    change = adapt_to_divergence(accept_spec(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
     assert isinstance(change, AdaptationsExhausted)
 
 
 def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_rate() -> None:
-    base = accepted(spec(training={"learningRate": 0.01})).spec
+    base = accept_spec(spec(training={"learningRate": 0.01})).spec
     checkpoints = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
     done: list[Adaptation] = []
     for attempt in (1, 2, 3):
@@ -110,7 +110,7 @@ def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_ra
 
 def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
     """The loss after an unhealthy checkpoint was not finite. The weights in this checkpoint may be the cause."""
-    base = accepted().spec
+    base = accept_spec().spec
     checkpoints = [
         Checkpoint(step=step, uri=f"u{step}", healthy=healthy)
         for step, healthy in ((10, True), (20, False), (30, True), (40, False))
@@ -123,7 +123,7 @@ def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
 
 
 def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
-    base = accepted().spec
+    base = accept_spec().spec
     first = adapt_to_divergence(base, [], [], T0)
     assert isinstance(first, Adaptation)
     second = adapt_to_divergence(base, [first], [], T0)
@@ -176,13 +176,13 @@ def test_evaluation_batch_shrinks_with_the_training_batch() -> None:
 
 def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
     written = spec(checkpoint={"keep": 2})
-    known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS)
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS)
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
-    observed = facts(written=written, known=known, jobs=[job()], pods=[pod()], last_report=received)
+    observed = facts(spec=written, status=known, jobs=[job()], pods=[pod()], last_report=received)
     kept_checkpoints = make_report(observed, decide(observed), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        change = adapt_to_divergence(accepted(written).spec, adaptations, kept_checkpoints, T0, attempt)
+        change = adapt_to_divergence(accept_spec(written).spec, adaptations, kept_checkpoints, T0, attempt)
         assert not isinstance(change, AdaptationsExhausted)
         adaptations.append(change)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400

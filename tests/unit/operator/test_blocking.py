@@ -16,7 +16,7 @@ from tests.unit.operator.samples import parse_pod, pod
 
 RUNNING_STATE = {"running": {"startedAt": "2026-11-21T12:00:00Z"}}
 
-INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
+INITIALIZING_STATE = {"waiting": {"reason": "PodInitializing"}}
 
 
 def test_pod_status_shows_the_blocking_condition() -> None:
@@ -54,11 +54,11 @@ def test_injected_container_that_keeps_the_pod_running_is_named() -> None:
 
 def test_missing_image_of_an_init_container_is_shown() -> None:
     blocking = blocking_condition_of_pods(
-        [parse_pod("Pending", INITIALIZING, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})]
+        [parse_pod("Pending", INITIALIZING_STATE, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})]
     )
     assert blocking is not None
     assert (blocking.reason, blocking.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
-    assert blocking_condition_of_pods([parse_pod("Pending", INITIALIZING, init=RUNNING_STATE)]) is None
+    assert blocking_condition_of_pods([parse_pod("Pending", INITIALIZING_STATE, init=RUNNING_STATE)]) is None
 
 
 def test_scheduling_gate_is_named() -> None:

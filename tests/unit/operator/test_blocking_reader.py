@@ -60,7 +60,7 @@ async def test_failed_read_uses_up_its_reservation(server: Server) -> None:
         if kind is CORE_EVENT:
             raise KubeError(verb, kind, "", 0, "NoAnswer", "")
 
-    server.before = fail
+    server.before_request = fail
     with pytest.raises(KubeError):
         await process.reconcile()
     limiter = process.reconciler._blocking._limiter

@@ -21,10 +21,10 @@ from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, accept
 
-from tests.unit.operator.samples import CONFIG, accepted, finetunejob, job, spec
+from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob, job, spec
 
-GOLDEN = Path(__file__).parent / "golden"
-EVERYTHING = spec(
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+FULL_SPEC = spec(
     model={
         "source": "s3://models/base", "tokenSecretRef": {"name": "hub", "key": "token"},
         "storage": {"endpoint": "https://models.example.com", "credentialsSecretRef": {"name": "models"}},
@@ -53,8 +53,8 @@ EVERYTHING = spec(
 )  # fmt: skip
 
 
-def built(written: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
-    found = accepted(written)
+def build_config_and_job(written: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
+    found = accept_spec(written)
     finetune_job = finetunejob(written)
     values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 0, "max_step": None, **options}
     run = build_run_config(finetune_job, found.spec, attempt, **values)
@@ -62,7 +62,7 @@ def built(written: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig,
 
 
 def assert_matches_golden_file(name: str, value: Object) -> None:
-    path = GOLDEN / f"{name}.yaml"
+    path = GOLDEN_FOLDER / f"{name}.yaml"
     text = yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120)
     if os.environ.get("GOLDEN") == "write":
         path.write_text(text)
@@ -79,14 +79,14 @@ def without_run(body: Object) -> Object:
     return value
 
 
-@pytest.mark.parametrize(("name", "written"), [("small", spec()), ("everything", EVERYTHING)])
+@pytest.mark.parametrize(("name", "written"), [("small", spec()), ("everything", FULL_SPEC)])
 def test_job_matches_its_golden_file(name: str, written: Object) -> None:
-    _, body = built(written)
+    _, body = build_config_and_job(written)
     assert_matches_golden_file(f"job-{name}", without_run(body))
 
 
 def test_run_config_matches_its_golden_file() -> None:
-    run, _ = built(EVERYTHING)
+    run, _ = build_config_and_job(FULL_SPEC)
     assert_matches_golden_file("run-everything", run.to_wire())
 
 
@@ -95,7 +95,7 @@ def test_service_matches_its_golden_file() -> None:
 
 
 def test_job_contains_its_run_configuration_and_its_hash() -> None:
-    run, body = built(EVERYTHING)
+    run, body = build_config_and_job(FULL_SPEC)
     text = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     assert RunConfig.model_validate(json.loads(text)) == run
     digest = RunConfig.sha256(text.encode())
@@ -106,13 +106,13 @@ def test_job_contains_its_run_configuration_and_its_hash() -> None:
 
 
 def test_builders_are_deterministic() -> None:
-    assert built(EVERYTHING) == built(EVERYTHING)
+    assert build_config_and_job(FULL_SPEC) == build_config_and_job(FULL_SPEC)
 
 
 def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> None:
     """For example, Kueue reads the name of the WorkloadPriorityClass from a label of the Job."""
     labels, annotations = {"kueue.x-k8s.io/priority-class": "high"}, {"note": "x"}
-    _, body = built(spec(placement={"labels": labels, "annotations": annotations}))
+    _, body = build_config_and_job(spec(placement={"labels": labels, "annotations": annotations}))
     for metadata in (body["metadata"], body["spec"]["template"]["metadata"]):
         assert labels.items() <= metadata["labels"].items()
         assert annotations.items() <= metadata["annotations"].items()
@@ -145,15 +145,15 @@ def test_queue_label_of_a_job_of_release_0_1_0_does_not_queue_its_next_attempt()
 def test_resume_settings_of_an_attempt(
     requested: str, attempt: int, committed: int, max_step: int | None, mode: str, expected: int
 ) -> None:
-    run, _ = built(spec(checkpoint={"resume": requested}), attempt, committed_step=committed, max_step=max_step)
+    run, _ = build_config_and_job(spec(checkpoint={"resume": requested}), attempt, committed_step=committed, max_step=max_step)
     assert (run.resume.mode, run.resume.expect_step, run.resume.max_step) == (mode, expected, max_step)
 
 
 def test_only_attempts_with_several_pods_use_dns_names() -> None:
-    alone, body = built(spec())
+    alone, body = build_config_and_job(spec())
     assert (alone.world.master_address, alone.world.master_port) == ("127.0.0.1", 0)
     assert "subdomain" not in body["spec"]["template"]["spec"]
-    gang, body = built(spec(resources={"nodes": 2}), 3)
+    gang, body = build_config_and_job(spec(resources={"nodes": 2}), 3)
     assert gang.world.master_address == "run-3-0.run-3"
     assert gang.world.rendezvous_id.endswith("-3")
     assert body["spec"]["template"]["spec"]["subdomain"] == "run-3"
@@ -169,7 +169,7 @@ def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | N
     slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=save_seconds)
     quick = Checkpoint(step=20, uri="s3://r/20", save_seconds=5000.0)
     finetune_job = replace(body, status=body.status.model_copy(update={"checkpoints": [slow, quick] if save_seconds else []}))
-    acceptance = accepted(spec(policy=policy))
+    acceptance = accept_spec(spec(policy=policy))
     run = build_run_config(finetune_job, acceptance.spec, 2, defaults=acceptance.defaults, committed_step=40, max_step=None)
     assert run.grace_seconds == grace
     assert build_job(finetune_job, run, acceptance.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace

@@ -11,14 +11,14 @@ from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_operator.policies.cause import cause_of, pod_cause
 
-from tests.unit.operator.samples import T0, at, ended, job, parse_pod, pod
+from tests.unit.operator.samples import T0, at, end_pod, job, parse_pod, pod
 
 
 def message(code: str, **fields: Any) -> TerminationMessage:
     return TerminationMessage(code=code, message=f"{code} happened", **fields)
 
 
-INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
+INITIALIZING_STATE = {"waiting": {"reason": "PodInitializing"}}
 
 
 @pytest.mark.parametrize(
@@ -35,13 +35,13 @@ INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
     ],
 )  # fmt: skip
 def test_exit_code_decides_reason_and_retry_policy(code: int, reason: Reason, retry: RetryPolicy) -> None:
-    cause = pod_cause(ended(pod(), code))
+    cause = pod_cause(end_pod(pod(), code))
     assert cause is not None
     assert (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
 
 
 def test_class_in_the_termination_message_takes_precedence_over_the_exit_codes_class() -> None:
-    cause = pod_cause(ended(pod(), 77, message("Gated", class_=FailureClass.MODEL, hint="ask for access")))
+    cause = pod_cause(end_pod(pod(), 77, message("Gated", class_=FailureClass.MODEL, hint="ask for access")))
     assert cause is not None
     assert (cause.reason, cause.failure.class_, cause.failure.hint) == (
         Reason.MODEL_ERROR, FailureClass.MODEL, "ask for access",
@@ -50,7 +50,7 @@ def test_class_in_the_termination_message_takes_precedence_over_the_exit_codes_c
 
 def test_running_or_succeeded_pod_is_not_a_cause() -> None:
     assert pod_cause(pod()) is None
-    assert pod_cause(ended(pod(), 0)) is None
+    assert pod_cause(end_pod(pod(), 0)) is None
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_running_or_succeeded_pod_is_not_a_cause() -> None:
 )
 def test_disruption_does_not_count_as_a_retry(disruption: str, code: int | None, reason: Reason) -> None:
     disrupted_pod = replace(pod(), disruption=disruption, phase="Failed")
-    cause = pod_cause(ended(disrupted_pod, code) if code is not None else disrupted_pod)
+    cause = pod_cause(end_pod(disrupted_pod, code) if code is not None else disrupted_pod)
     assert cause is not None
     assert (cause.reason, cause.retry_policy) == (reason, RetryPolicy.NOT_COUNTED)
 
 
 def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
-    cause = pod_cause(replace(ended(pod(), 65), disruption="EvictionByEvictionAPI"))
+    cause = pod_cause(replace(end_pod(pod(), 65), disruption="EvictionByEvictionAPI"))
     assert cause is not None
     assert cause.reason is Reason.DATA_ERROR
 
 
 def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
-    cause = pod_cause(ended(pod(), 137, reason="OOMKilled"))
+    cause = pod_cause(end_pod(pod(), 137, reason="OOMKilled"))
     assert cause is not None
     assert (cause.reason, cause.retry_policy, cause.failure.code) == (
         Reason.OUT_OF_MEMORY,
@@ -87,7 +87,7 @@ def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
 
 
 def test_pod_killed_while_being_deleted_is_preempted() -> None:
-    cause = pod_cause(replace(ended(pod(), 137), deletion_timestamp=T0))
+    cause = pod_cause(replace(end_pod(pod(), 137), deletion_timestamp=T0))
     assert cause is not None
     assert (cause.reason, cause.retry_policy) == (Reason.PREEMPTED, RetryPolicy.NOT_COUNTED)
 
@@ -105,21 +105,21 @@ def test_pod_rejected_by_its_node_counts_as_a_retry() -> None:
     ],
 )  # fmt: skip
 def test_failure_with_the_lowest_precedence_is_the_cause(codes: list[int], expected: int) -> None:
-    pods = [ended(pod(index=n), code, message("X")) for n, code in enumerate(codes)]
+    pods = [end_pod(pod(index=n), code, message("X")) for n, code in enumerate(codes)]
     assert cause_of(None, pods).failure.exit_code == expected
 
 
 def test_first_rank_that_failed_itself_is_the_cause() -> None:
     pods = [
-        ended(pod(index=0), 70, message("Noticed", origin=False, time_ns=1, rank=0)),
-        ended(pod(index=1), 70, message("Late", origin=True, time_ns=30, rank=1)),
-        ended(pod(index=2), 70, message("Early", origin=True, time_ns=20, rank=2)),
+        end_pod(pod(index=0), 70, message("Noticed", origin=False, time_ns=1, rank=0)),
+        end_pod(pod(index=1), 70, message("Late", origin=True, time_ns=30, rank=1)),
+        end_pod(pod(index=2), 70, message("Early", origin=True, time_ns=20, rank=2)),
     ]
     assert cause_of(None, pods).failure.code == "Early"
 
 
 def test_disruption_is_the_cause_of_peer_failures() -> None:
-    pods = [ended(pod(index=0), 74), replace(ended(pod(index=1), 137), disruption="DeletionByTaintManager")]
+    pods = [end_pod(pod(index=0), 74), replace(end_pod(pod(index=1), 137), disruption="DeletionByTaintManager")]
     assert cause_of(None, pods).reason is Reason.NODE_LOST
 
 
@@ -132,7 +132,7 @@ def test_condition_of_the_job_is_the_cause_if_no_pod_is_known() -> None:
 
 def test_last_log_line_replaces_a_missing_termination_message_without_secrets() -> None:
     text = "Traceback\nAWS_SECRET_ACCESS_KEY=wJalrXUtnFEMIK7MDENG failed\n"
-    cause = pod_cause(ended(pod(), 1, message=text))
+    cause = pod_cause(end_pod(pod(), 1, message=text))
     assert cause is not None
     assert cause.failure.message == "AWS_SECRET_ACCESS_KEY=[redacted] failed"
 
@@ -147,7 +147,7 @@ def test_exit_code_of_an_injected_container_is_ignored() -> None:
 
 def test_failed_init_container_is_named() -> None:
     failed = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
-    cause = cause_of(None, [parse_pod("Failed", INITIALIZING, init=failed)])
+    cause = cause_of(None, [parse_pod("Failed", INITIALIZING_STATE, init=failed)])
     assert (cause.failure.code, cause.retry_policy) == ("InitContainerFailed", RetryPolicy.COUNTED)
     assert cause.failure.message == "init container setup ended with exit code 3: no route to the vault"
 
@@ -155,7 +155,7 @@ def test_failed_init_container_is_named() -> None:
 @pytest.mark.parametrize("code", [75, 76, 137, 143])
 def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) -> None:
     kubelet_message = "Pod ephemeral local storage usage exceeds the total limit of containers 20Gi."
-    evicted = replace(ended(pod(), code), reason="Evicted", message=kubelet_message)
+    evicted = replace(end_pod(pod(), code), reason="Evicted", message=kubelet_message)
     cause = pod_cause(evicted)
     assert cause is not None
     assert (cause.failure.class_, cause.failure.code, cause.failure.message) == (

@@ -14,7 +14,7 @@ from finetune_operator.report import report as compute
 
 from tests.unit.operator.samples import at, facts, job, pod, report, spec, status
 
-RUNNING = {
+RUNNING_STATUS = {
     "attempt": 1,
     "startTime": "2026-11-21T12:00:00Z",
     "attempts": [{"number": 1, "startTime": "2026-11-21T12:00:00Z"}],
@@ -50,7 +50,7 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
     health = {"healthy": problem is None, "checkpointProblem": problem}
     checkpoints = [{"step": 5, "uri": "s3://b/5"}]
     reported = report(health=health, checkpoints=checkpoints, latestCheckpoint="s3://b/5")
-    new_status = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported))
+    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
     condition = new_status.condition(Condition.CHECKPOINTS_HEALTHY)
     assert condition is not None
     assert (condition.status, condition.reason) == (value, reason)
@@ -60,29 +60,29 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
 def test_start_timeout_sets_stalled_and_does_not_finish_the_job() -> None:
     written = spec(policy={"startTimeoutSeconds": 60})
     pulling = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
-    late = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pulling], now=at(61)))
+    late = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(61)))
     assert (values(late)["Stalled"], values(late)["Reconciling"], values(late)["Finished"]) == ("True", "True", "False")
-    early = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pulling], now=at(59)))
+    early = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(59)))
     assert "Stalled" not in values(early)
 
 
 def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
     """A status write causes no watch event. The reconcile that records the unready pods must therefore schedule the next reconcile."""
     written = spec(policy={"startTimeoutSeconds": 60})
-    ready = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
-    lost = facts(written=written, known=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
+    ready = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
+    lost = facts(spec=written, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
     assert decide(lost).reconcile_at == at(560)
     known = status_of(lost)
     assert "Stalled" not in values(known)
     for seconds, is_stalled in ((559, False), (560, True)):
-        later = facts(written=written, known=known, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
+        later = facts(spec=written, status=known, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
         assert ("Stalled" in values(status_of(later))) is is_stalled
 
 
 def test_transition_time_changes_only_with_the_status() -> None:
-    first = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
-    second = status_of(facts(known=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
-    third = status_of(facts(known=second, jobs=[job()], pods=[pod()], now=at(30)))
+    first = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
+    second = status_of(facts(status=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
+    third = status_of(facts(status=second, jobs=[job()], pods=[pod()], now=at(30)))
 
     def changed_at(new_status: FineTuneJobStatus) -> datetime | None:
         condition = new_status.condition(Condition.PODS_READY)
@@ -94,10 +94,10 @@ def test_transition_time_changes_only_with_the_status() -> None:
 def test_missing_pool_is_refused_and_the_running_attempt_continues() -> None:
     written = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
     pods = [pod(), pod(index=1)]
-    observed = facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(50))
+    observed = facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(50))
     assert decide(observed).termination is None
     shown = status_of(observed)
     assert shown.workers is not None and shown.workers.display == "2/2"
     assert values(shown)["Accepted"] == "False"
-    late = decide(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(101)))
+    late = decide(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(101)))
     assert late.termination is not None and late.termination.reason is Reason.DEADLINE_EXCEEDED

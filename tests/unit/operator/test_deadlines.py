@@ -11,37 +11,37 @@ from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import at, condition, facts, iso, job, pod, report, spec, status
+from tests.unit.operator.samples import at, condition, facts, iso_time, job, pod, report, spec, status
 
-BEGUN = {"number": 1, "startTime": iso(0)}
+STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
 
-def stalled(observed: Facts, result: ActionResult | None = None) -> bool:
+def is_stalled(observed: Facts, result: ActionResult | None = None) -> bool:
     new = make_report(observed, decide(observed), result or ActionResult())
     return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new.conditions)
 
 
 def unready_status(ready_since: float) -> FineTuneJobStatus:
     return status(
-        attempt=1, attempts=[{**BEGUN, "lastStep": 500}], progress={"step": 500, "updateTime": iso(100)},
+        attempt=1, attempts=[{**STARTED_ATTEMPT, "lastStep": 500}], progress={"step": 500, "updateTime": iso_time(100)},
         conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, ready_since)],
     )  # fmt: skip
 
 
 def test_start_timeout_begins_when_ready_pods_become_unready() -> None:
     begun = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)]
     )
-    observed = facts(known=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
-    assert not stalled(observed)
+    observed = facts(status=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
+    assert not is_stalled(observed)
     lost = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)]
     )
-    assert stalled(facts(known=lost, jobs=[job()], pods=[pod(is_ready=False)], now=at(9001)))
+    assert is_stalled(facts(status=lost, jobs=[job()], pods=[pod(is_ready=False)], now=at(9001)))
 
 
 def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() -> None:
-    observed = facts(known=unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
+    observed = facts(status=unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
     plan = decide(observed)
     assert plan.termination is not None and plan.termination.reason is Reason.STALLED
 
@@ -51,20 +51,20 @@ def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() ->
     [
         (unready_status(200), True),
         (unready_status(500), False),
-        (status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
-        (unready_status(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso(150)}]).attempts}), False),
+        (status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
+        (unready_status(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso_time(150)}]).attempts}), False),
     ],
     ids=["pod is ready", "unready for less than the timeout", "never reported", "an earlier attempt reported"],
 )  # fmt: skip
 def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: bool) -> None:
-    plan = decide(facts(known=known, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
+    plan = decide(facts(status=known, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
     assert plan.termination is None and plan.reconcile_at is not None
 
 
 def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
     """The queue suspended the Job at 120 s and admitted it again at 7200 s. The readmitted Job has a new pod."""
     known = status(
-        attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
+        attempt=1, attempts=[{**STARTED_ATTEMPT, "lastStep": 50}], progress={"step": 50, "updateTime": iso_time(100)},
         conditions=[
             condition(Condition.QUOTA_RESERVED, "True", Reason.PROGRESSING, 7200),
             condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 120),
@@ -75,19 +75,19 @@ def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
     running_pod = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
     queued = spec(placement={"queueName": "q"})
     for new, now, ends in ((pending_pod, 9000, False), (running_pod, 7400, False), (running_pod, 7899, False), (running_pod, 7905, True)):
-        observed = facts(written=queued, known=known, jobs=[readmitted_job], pods=[new], now=at(now))
+        observed = facts(spec=queued, status=known, jobs=[readmitted_job], pods=[new], now=at(now))
         assert (decide(observed).termination is not None) is ends, (new.phase, now)
 
 
 def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started() -> None:
     known = status(
-        attempt=2, attempts=[{**BEGUN, "lastStep": 50, "endTime": iso(102), "reason": "PodFailed"}, {"number": 2, "startTime": iso(112)}],
-        progress={"step": 50, "updateTime": iso(130)}, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 102)],
+        attempt=2, attempts=[{**STARTED_ATTEMPT, "lastStep": 50, "endTime": iso_time(102), "reason": "PodFailed"}, {"number": 2, "startTime": iso_time(112)}],
+        progress={"step": 50, "updateTime": iso_time(130)}, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 102)],
     )  # fmt: skip
     new = pod(
         uid="new", attempt=2, phase="Pending", is_ready=False, created_at=at(112), node="", unschedulable="0/3 nodes"
     )
-    assert decide(facts(known=known, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
+    assert decide(facts(status=known, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
 
 
 def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
@@ -98,9 +98,9 @@ def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
         ]
     )
     refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not stalled(facts(known=known, now=at(1700)), refused)
-    assert stalled(facts(known=known, now=at(1900)), refused)
-    assert not stalled(facts(known=known, now=at(1900)))
+    assert not is_stalled(facts(status=known, now=at(1700)), refused)
+    assert is_stalled(facts(status=known, now=at(1900)), refused)
+    assert not is_stalled(facts(status=known, now=at(1900)))
 
 
 def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
@@ -110,9 +110,9 @@ def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
             condition(Condition.PODS_READY, "False", "ChildrenConflict", 0),
         ]
     )
-    early = facts(known=known, jobs=[job(owner_uid="other")], now=at(100))
+    early = facts(status=known, jobs=[job(owner_uid="other")], now=at(100))
     assert decide(early).situation is Situation.BLOCKED and decide(early).reconcile_at == at(1800)
-    assert stalled(facts(known=known, jobs=[job(owner_uid="other")], now=at(1900)))
+    assert is_stalled(facts(status=known, jobs=[job(owner_uid="other")], now=at(1900)))
 
 
 @pytest.mark.parametrize(
@@ -126,19 +126,19 @@ def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
 def test_suspended_time_does_not_count_as_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
     conditions = [condition(Condition.PODS_READY, "False", ready, 0), suspended]
     refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not stalled(facts(known=status(conditions=conditions), now=at(now)), refused)
+    assert not is_stalled(facts(status=status(conditions=conditions), now=at(now)), refused)
 
 
 def test_backoff_does_not_count_as_waiting() -> None:
     attempts = [
-        {"number": n, "startTime": iso(n), "endTime": iso(n + 1), "reason": "PodFailed", "counted": True} for n in range(1, 6)
+        {"number": n, "startTime": iso_time(n), "endTime": iso_time(n + 1), "reason": "PodFailed", "counted": True} for n in range(1, 6)
     ]  # fmt: skip
     ready = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
     known, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
     refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
-        observed = facts(written=spec(policy={"startTimeoutSeconds": 60}), known=known, now=at(now))
-        assert stalled(observed, refused) is late
+        observed = facts(spec=spec(policy={"startTimeoutSeconds": 60}), status=known, now=at(now))
+        assert is_stalled(observed, refused) is late
 
 
 def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
@@ -147,10 +147,10 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
         condition(Condition.PODS_READY, "False", "Progressing", 600),
     ]
     progress = {"step": 7, "updateTime": at(590).isoformat()}
-    known = status(attempt=1, attempts=[BEGUN], progress=progress, conditions=conditions)
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], progress=progress, conditions=conditions)
     new = pod(uid="new", created_at=at(5000), phase="Pending", is_ready=False, ip="")
     observed = facts(
-        written=spec(placement={"queueName": "q"}), known=known, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
+        spec=spec(placement={"queueName": "q"}), status=known, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
         now=at(5001),
     )  # fmt: skip
     assert decide(observed).termination is None
@@ -159,12 +159,12 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
 def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
     """The pod is evicted at 340 s and lost at 700 s (grace period 300 s, margin 60 s). The stall timeout ends earlier."""
     known = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption="DeletionByTaintManager")
     for now, reason in ((650, None), (701, Reason.NODE_LOST)):
-        observed = facts(known=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
+        observed = facts(status=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
         termination = decide(observed).termination
         assert (termination.reason if termination else None) is reason
 
@@ -178,13 +178,13 @@ def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() ->
     """
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)
-    known = status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
-    observed = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
+    observed = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
     assert decide(observed).termination is None
     known = make_report(observed, decide(observed), ActionResult())
-    later = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
+    later = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
     wake = decide(later).reconcile_at
     assert wake is not None and wake == at(3600 + 600 + 1)
-    late = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
+    late = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
     termination = decide(late).termination
     assert termination is not None and termination.reason is Reason.STALLED

@@ -11,28 +11,28 @@ from finetune_api.status import Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.plan import Outcome, Plan, Situation
 
-from tests.unit.operator.samples import at, condition, ended, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import at, condition, end_pod, facts, job, pod, report, spec, status
 
 T = "2026-11-21T12:00:00Z"
-BEGUN = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
-OVER = {**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "counted": True}
-RUNNING = status(attempt=1, attempts=[BEGUN])
-RECOVERING = status(attempt=2, attempts=[OVER])
-PENDING, STARTING = pod(phase="Pending", is_ready=False, node=""), pod(is_ready=False)
+STARTED_ATTEMPT = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
+ENDED_ATTEMPT = {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "counted": True}
+RUNNING_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT])
+RECOVERING_STATUS = status(attempt=2, attempts=[ENDED_ATTEMPT])
+PENDING_POD, STARTING_POD = pod(phase="Pending", is_ready=False, node=""), pod(is_ready=False)
 STATES = {
     "not reconciled yet": (None, [], []),
-    "starting, no pod": (RUNNING, [job()], []),
-    "starting, pod waits": (RUNNING, [job()], [PENDING]),
-    "queued": (RUNNING, [job(is_suspended=True, started_at=None)], []),
-    "running": (RUNNING, [job()], [pod()]),
-    "recovering": (RECOVERING, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [ended(pod(), 70)]),
+    "starting, no pod": (RUNNING_STATUS, [job()], []),
+    "starting, pod waits": (RUNNING_STATUS, [job()], [PENDING_POD]),
+    "queued": (RUNNING_STATUS, [job(is_suspended=True, started_at=None)], []),
+    "running": (RUNNING_STATUS, [job()], [pod()]),
+    "recovering": (RECOVERING_STATUS, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [end_pod(pod(), 70)]),
 }
 """For each state of a job: its status, Jobs and pods."""
 
 
 def plan_of(state: str, **stop_request: bool) -> Plan:
     known, jobs, pods = STATES[state]
-    return decide(facts(written=spec(**stop_request), known=known, jobs=jobs, pods=pods, now=at(61)))
+    return decide(facts(spec=spec(**stop_request), status=known, jobs=jobs, pods=pods, now=at(61)))
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -80,7 +80,7 @@ def test_finished_job_never_starts_again(state: str) -> None:
     }
     finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [finished_condition]})
     for stop_request in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
-        plan = decide(facts(written=spec(**stop_request), known=finished, jobs=jobs, pods=pods, now=at(4000)))
+        plan = decide(facts(spec=spec(**stop_request), status=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
         assert (plan.create_attempt, plan.job_end, plan.termination) == (None, None, None)
 
@@ -88,37 +88,37 @@ def test_finished_job_never_starts_again(state: str) -> None:
 def test_next_attempt_starts_when_the_backoff_ends() -> None:
     assert plan_of("recovering").situation is Situation.BACKING_OFF
     known, jobs, pods = STATES["recovering"]
-    plan = decide(facts(known=known, jobs=jobs, pods=pods, now=at(71)))
+    plan = decide(facts(status=known, jobs=jobs, pods=pods, now=at(71)))
     assert (plan.situation, plan.create_attempt) == (Situation.STARTING, 2)
 
 
-NOT_READY = {
+NOT_READY_CONDITION = {
     "type": "PodsReady",
     "status": "False",
     "reason": "Unschedulable",
     "lastTransitionTime": "2026-11-21T12:00:00Z",
 }
-REFUSED = {**NOT_READY, "type": "Accepted", "reason": "UnknownNodePool"}
-UNSCHEDULABLE = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
-SUSPENDING = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+REFUSED_CONDITION = {**NOT_READY_CONDITION, "type": "Accepted", "reason": "UnknownNodePool"}
+UNSCHEDULABLE_POD = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
+SUSPENDING_STATUS = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
 PASSED_LIMITS = {
     "start timeout": facts(
-        known=status(attempt=1, attempts=[BEGUN], conditions=[NOT_READY]), jobs=[job()], pods=[UNSCHEDULABLE], now=at(3600)
+        status=status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[NOT_READY_CONDITION]), jobs=[job()], pods=[UNSCHEDULABLE_POD], now=at(3600)
     ),
     "start timeout while the node pool does not exist": facts(
-        written=spec(resources={"nodePool": "a100", "gpusPerNode": 1}), known=status(conditions=[REFUSED]), now=at(3600)
+        spec=spec(resources={"nodePool": "a100", "gpusPerNode": 1}), status=status(conditions=[REFUSED_CONDITION]), now=at(3600)
     ),
     "stall timeout of a pod that the operator cannot reach but the kubelet reports as ready": facts(
-        known=RUNNING, jobs=[job()], pods=[pod()], now=at(3600), last_report=report(stage="evaluating"), reported_at=at(0)
+        status=RUNNING_STATUS, jobs=[job()], pods=[pod()], now=at(3600), last_report=report(stage="evaluating"), reported_at=at(0)
     ),
     "grace period of a pod with a finalizer": facts(
-        known=SUSPENDING, jobs=[job(is_deleting=True)], pods=[pod(deletion_timestamp=at(0))], now=at(3600)
+        status=SUSPENDING_STATUS, jobs=[job(is_deleting=True)], pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
     "grace period of a pod with a finalizer, without its Job": facts(
-        known=SUSPENDING, pods=[pod(deletion_timestamp=at(0))], now=at(3600)
+        status=SUSPENDING_STATUS, pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
     "grace period of an orphaned pod with a finalizer": facts(
-        known=RECOVERING, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
+        status=RECOVERING_STATUS, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
 """Facts in which a time limit has passed, but the operator has nothing to do."""
@@ -141,14 +141,14 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() ->
     received = TerminationMessage.model_validate(
         {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
     )
-    last = ended(pod(12), 70, received)
-    plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
+    last = end_pod(pod(12), 70, received)
+    plan = decide(facts(status=known, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (False, None)
     assert plan.job_end is not None and plan.job_end.reason is Reason.RETRIES_EXHAUSTED
     new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
     received = received.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
-    plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[ended(pod(12), 70, received)], now=at(61)))
+    plan = decide(facts(status=known, jobs=[job(12, failed_at=at(60))], pods=[end_pod(pod(12), 70, received)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (True, 600)
 
@@ -162,18 +162,18 @@ def uri(step: int, attempt: int) -> str:
 
 @pytest.mark.parametrize(("step", "made_progress"), [(500, False), (501, True)])
 def test_committing_an_already_committed_step_is_not_progress(step: int, made_progress: bool) -> None:
-    first = {**BEGUN, "endTime": T, "reason": "InternalError", "committedStep": 500}
+    first = {**STARTED_ATTEMPT, "endTime": T, "reason": "InternalError", "committedStep": 500}
     known = status(attempt=2, attempts=[first, {"number": 2, "startTime": T}])
     message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": uri(step, 2)}]})
-    plan = decide(facts(known=known, jobs=[job(2, failed_at=at(60))], pods=[ended(pod(2), 70, message)], now=at(61)))
+    plan = decide(facts(status=known, jobs=[job(2, failed_at=at(60))], pods=[end_pod(pod(2), 70, message)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.committed_step, plan.attempt_end.made_progress) == (step, made_progress)
 
 
 @pytest.mark.parametrize(("codes", "outcome"), [([0, 0], Outcome.SUCCEEDED), ([0], None), ([0, 75], None)])
 def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: list[int], outcome: Outcome | None) -> None:
-    pods = [replace(ended(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
-    observed = facts(written=spec(resources={"nodes": 2, "gpusPerNode": 0}), known=RUNNING, pods=pods, now=at(90))
+    pods = [replace(end_pod(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
+    observed = facts(spec=spec(resources={"nodes": 2, "gpusPerNode": 0}), status=RUNNING_STATUS, pods=pods, now=at(90))
     plan = decide(observed)
     assert (plan.job_end and plan.job_end.outcome) == outcome
 
@@ -181,26 +181,26 @@ def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: 
 @pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
 def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
     """A data error ends the job, because the next attempt would have the same error."""
-    known = status(attempt=1, attempts=[{**BEGUN, "reason": reason}])
-    over = replace(ended(pod(), 65), is_deleted=True)
-    plan = decide(facts(written=spec(suspend=reason is Reason.SUSPENDED), known=known, pods=[over], now=at(90)))
+    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": reason}])
+    over = replace(end_pod(pod(), 65), is_deleted=True)
+    plan = decide(facts(spec=spec(suspend=reason is Reason.SUSPENDED), status=known, pods=[over], now=at(90)))
     assert plan.job_end is not None
     assert (plan.job_end.outcome, plan.job_end.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
 
 
 def test_terminating_job_that_failed_meanwhile_is_still_deleted() -> None:
     """A failure that the operator's own termination causes must not replace the recorded reason `Suspended`."""
-    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
-    plan = decide(facts(written=spec(suspend=True), known=known, jobs=[failed], pods=[ended(pod(), 75)], now=at(61)))
+    plan = decide(facts(spec=spec(suspend=True), status=known, jobs=[failed], pods=[end_pod(pod(), 75)], now=at(61)))
     assert (plan.situation, plan.delete_jobs) == (Situation.TERMINATING, (failed,))
 
 
 def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
-    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     plan = decide(
         facts(
-            written=spec(suspend=True), known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0)], now=at(61)
+            spec=spec(suspend=True), status=known, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)], now=at(61)
         )
     )
     assert plan.job_end is not None and plan.job_end.outcome is Outcome.SUCCEEDED
@@ -212,7 +212,7 @@ def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
     """The attempt ended at 60 s, and its backoff takes 10 s. A clock that is set back by an hour must not add an hour to the backoff."""
     known, jobs, pods = STATES["recovering"]
-    assert decide(facts(known=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
+    assert decide(facts(status=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
 
 def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
@@ -227,7 +227,7 @@ def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
 def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
     """The Job has a label with the FineTuneJob's uid, but no owner reference to the FineTuneJob."""
     foreign = job(is_owned=False)
-    observed = facts(written=spec(**stop_request), jobs=[foreign])
+    observed = facts(spec=spec(**stop_request), jobs=[foreign])
     assert observed.owned_jobs == ()
     assert decide(observed).delete_jobs == ()
 
@@ -236,17 +236,17 @@ def test_orphaned_pods_are_deleted_at_the_ttl_like_their_job() -> None:
     done = [condition(Condition.FINISHED, "True", "Succeeded", 100)]
     known = status(attempt=1, phase=Phase.SUCCEEDED, conditions=done, completionTime=at(100).isoformat())
     written = spec(policy={"ttlSecondsAfterFinished": 60})
-    ended_pod, running_pod = ended(pod(), 0), pod(uid="runs", index=1)
-    early = decide(facts(written=written, known=known, pods=[ended_pod, running_pod], now=at(120)))
+    ended_pod, running_pod = end_pod(pod(), 0), pod(uid="runs", index=1)
+    early = decide(facts(spec=written, status=known, pods=[ended_pod, running_pod], now=at(120)))
     assert (early.situation, early.delete_pods, early.is_clean) == (Situation.FINISHED, (running_pod,), False)
-    due = decide(facts(written=written, known=known, pods=[ended_pod], now=at(161)))
+    due = decide(facts(spec=written, status=known, pods=[ended_pod], now=at(161)))
     assert (due.delete_pods, due.is_clean) == ((ended_pod,), False)
-    with_job = decide(facts(written=written, known=known, jobs=[job(completed_at=at(90))], pods=[ended_pod], now=at(161)))
+    with_job = decide(facts(spec=written, status=known, jobs=[job(completed_at=at(90))], pods=[ended_pod], now=at(161)))
     assert (with_job.delete_pods, len(with_job.delete_jobs)) == ((), 1)
 
 
 def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missing() -> None:
-    known = status(attempt=2, attempts=[{**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
+    known = status(attempt=2, attempts=[{**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
-    plan = decide(facts(written=written, known=known, jobs=[job(1)], now=at(90)))
+    plan = decide(facts(spec=written, status=known, jobs=[job(1)], now=at(90)))
     assert [job.name for job in plan.delete_jobs] == ["run-1"]

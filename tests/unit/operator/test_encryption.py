@@ -8,35 +8,35 @@ from typing import Any
 from finetune_api.names import Env
 
 from tests.unit.operator.samples import spec
-from tests.unit.operator.test_builders import built
+from tests.unit.operator.test_builders import build_config_and_job
 
 SECRET = {"name": "sse", "key": "key"}
-KMS = {"type": "kms", "kmsKeyId": "alias/models"}
-CUSTOMER = {"type": "customerKey", "customerKeySecretRef": SECRET}
+KMS_ENCRYPTION = {"type": "kms", "kmsKeyId": "alias/models"}
+CUSTOMER_KEY_ENCRYPTION = {"type": "customerKey", "customerKeySecretRef": SECRET}
 
 
-def variables(body: dict[str, Any]) -> dict[str, Any]:
+def variables_by_name(body: dict[str, Any]) -> dict[str, Any]:
     return {variable["name"]: variable for variable in body["spec"]["template"]["spec"]["containers"][0]["env"]}
 
 
 def test_kms_key_id_is_part_of_the_run_configuration() -> None:
-    run, body = built(spec(storage={"uri": "s3://results/team", "encryption": KMS}))
+    run, body = build_config_and_job(spec(storage={"uri": "s3://results/team", "encryption": KMS_ENCRYPTION}))
     assert (run.storage.encryption, run.storage.kms_key_id) == ("kms", "alias/models")
     assert run.storage.customer_key_variable is None
-    assert Env.STORAGE_CUSTOMER_KEY.value not in variables(body)
+    assert Env.STORAGE_CUSTOMER_KEY.value not in variables_by_name(body)
 
 
 def test_customer_key_is_a_variable_from_its_secret() -> None:
-    storage = {"encryption": CUSTOMER}
+    storage = {"encryption": CUSTOMER_KEY_ENCRYPTION}
     model = {"source": "s3://bucket/model", "storage": storage}
-    run, body = built(spec(storage={"uri": "s3://results/team"} | storage, model=model))
+    run, body = build_config_and_job(spec(storage={"uri": "s3://results/team"} | storage, model=model))
     assert run.model_store is not None
     assert run.storage.customer_key_variable == "AWS_SSE_CUSTOMER_KEY"
     assert run.model_store.customer_key_variable == "MODEL_AWS_SSE_CUSTOMER_KEY"
     for name in ("AWS_SSE_CUSTOMER_KEY", "MODEL_AWS_SSE_CUSTOMER_KEY"):
-        assert variables(body)[name] == {"name": name, "valueFrom": {"secretKeyRef": SECRET}}
+        assert variables_by_name(body)[name] == {"name": name, "valueFrom": {"secretKeyRef": SECRET}}
 
 
 def test_run_configuration_without_encryption_does_not_mention_it() -> None:
-    run, body = built(spec())
-    assert "encryption" not in json.dumps(run.to_wire()) and "SSE" not in json.dumps(variables(body))
+    run, body = build_config_and_job(spec())
+    assert "encryption" not in json.dumps(run.to_wire()) and "SSE" not in json.dumps(variables_by_name(body))

@@ -11,9 +11,9 @@ from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_even
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import report as compute
 
-from tests.unit.operator.samples import at, ended, facts, finetunejob, job, pod, report, status
+from tests.unit.operator.samples import at, end_pod, facts, finetunejob, job, pod, report, status
 
-RUNNING = {
+RUNNING_STATUS = {
     "attempt": 1,
     "startTime": "2026-11-21T12:00:00Z",
     "attempts": [{"number": 1, "startTime": "2026-11-21T12:00:00Z"}],
@@ -22,7 +22,7 @@ RUNNING = {
 
 def step(known: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
     """Return the next status, and the reasons of the events that this change of the status emits."""
-    found = facts(known=known, **observed)
+    found = facts(status=known, **observed)
     new = compute(found, decide(found), result or ActionResult())
     return new, [note.reason.value for note in draft_events(known, new)]
 
@@ -34,8 +34,8 @@ def test_events_of_a_whole_run() -> None:
         (None, {"jobs": [job()], "pods": [pod(is_ready=False, phase="Pending", unschedulable="0/1 nodes")]}),
         (None, {"jobs": [job()], "pods": [pod()]}),
         (None, {"jobs": [job()], "pods": [pod()], "last_report": reported}),
-        (None, {"jobs": [job(completed_at=at(9))], "pods": [ended(pod(), 0)]}),
-        (None, {"jobs": [job(completed_at=at(9))], "pods": [ended(pod(), 0)]}),
+        (None, {"jobs": [job(completed_at=at(9))], "pods": [end_pod(pod(), 0)]}),
+        (None, {"jobs": [job(completed_at=at(9))], "pods": [end_pod(pod(), 0)]}),
     ]
     seen: list[str] = []
     current = FineTuneJobStatus()
@@ -48,8 +48,8 @@ def test_events_of_a_whole_run() -> None:
 
 
 def test_events_of_a_retry() -> None:
-    first, _ = step(status(**RUNNING), jobs=[job()], pods=[pod()])
-    second, reasons = step(first, jobs=[job(failed_at=at(60))], pods=[ended(pod(), 71)], now=at(61))
+    first, _ = step(status(**RUNNING_STATUS), jobs=[job()], pods=[pod()])
+    second, reasons = step(first, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
     assert reasons == ["OutOfMemory", "OutOfMemory", "Retrying"]
     assert (second.attempt, second.restarts, second.phase) == (2, 1, "Recovering")
 

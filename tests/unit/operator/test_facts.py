@@ -10,18 +10,18 @@ from finetune_operator.decide import decide
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import at, condition, ended, facts, iso, job, pod, spec, status
+from tests.unit.operator.samples import at, condition, end_pod, facts, iso_time, job, pod, spec, status
 
-BEGUN = {"number": 1, "startTime": iso(0)}
+STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
-QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
+QUEUED_SPEC = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
 
 
 def test_running_time_begins_when_the_queue_admits_the_job() -> None:
     known = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
-    observed = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
     assert observed.running_since == at(100)
     plan = decide(observed)
     assert plan.termination is not None and plan.termination.reason is Reason.DEADLINE_EXCEEDED
@@ -30,31 +30,31 @@ def test_running_time_begins_when_the_queue_admits_the_job() -> None:
 def test_attempt_missing_in_status_runs_since_its_job_was_created() -> None:
     observed = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
     assert (observed.attempt_record, observed.running_since) == (None, at(7))
-    over = facts(jobs=[job(created_at=at(7), failed_at=at(40), failed_reason="x")], pods=[ended(pod(), 70)], now=at(41))
+    over = facts(jobs=[job(created_at=at(7), failed_at=at(40), failed_reason="x")], pods=[end_pod(pod(), 70)], now=at(41))
     assert make_report(over, decide(over), ActionResult()).active_seconds == 33
 
 
 def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
-    waiting = facts(written=QUEUED, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(100))
+    waiting = facts(spec=QUEUED_SPEC, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(100))
     assert (waiting.attempt_record, waiting.running_since) == (None, None)
-    running = facts(written=QUEUED, jobs=[job(queue="q", started_at=at(60))], pods=[pod()], now=at(100))
+    running = facts(spec=QUEUED_SPEC, jobs=[job(queue="q", started_at=at(60))], pods=[pod()], now=at(100))
     assert (running.attempt_record, running.running_since) == (None, at(60))
 
 
 def test_queued_job_with_an_unreadable_spec_does_not_run() -> None:
     """The deadline of the job must not pass while the job waits in the queue."""
-    unreadable = {**QUEUED, "training": ["a newer form"]}
-    waiting = facts(written=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))
+    unreadable = {**QUEUED_SPEC, "training": ["a newer form"]}
+    waiting = facts(spec=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))
     assert (waiting.spec_is_readable, waiting.running_since) == (False, None)
     assert decide(waiting).termination is None
 
 
 def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> None:
     known = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     over = job(queue="q", started_at=at(100), failed_at=at(1700), failed_reason="x")
-    observed = facts(written=QUEUED, known=known, jobs=[over], pods=[ended(pod(), 70)], now=at(3700))
+    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[over], pods=[end_pod(pod(), 70)], now=at(3700))
     assert make_report(observed, decide(observed), ActionResult()).active_seconds == 1600
 
 
@@ -62,9 +62,9 @@ def test_requeued_job_runs_since_its_last_admission() -> None:
     """A resumed Job has its old start time until the Job controller has processed the resume."""
     for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
         taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
-        known = status(attempt=1, attempts=[BEGUN], activeSeconds=1700, conditions=[taken])
+        known = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=1700, conditions=[taken])
         for one in (job(queue="q", started_at=at(100), suspended_since=at(1800)), job(queue="q", started_at=at(7200))):
-            observed = facts(written=QUEUED, known=known, jobs=[one], now=at(7202))
+            observed = facts(spec=QUEUED_SPEC, status=known, jobs=[one], now=at(7202))
             assert decide(observed).termination is None
             assert observed.running_since in (None, at(7200), at(7201))
 
@@ -72,8 +72,8 @@ def test_requeued_job_runs_since_its_last_admission() -> None:
 def test_no_attempt_starts_after_the_deadline() -> None:
     over = job(failed_at=at(300), failed_reason="BackoffLimitExceeded")
     observed = facts(
-        written=spec(policy={"activeDeadlineSeconds": 100}), known=status(attempt=1, attempts=[BEGUN]), jobs=[over],
-        pods=[ended(pod(), 70)], now=at(301),
+        spec=spec(policy={"activeDeadlineSeconds": 100}), status=status(attempt=1, attempts=[STARTED_ATTEMPT]), jobs=[over],
+        pods=[end_pod(pod(), 70)], now=at(301),
     )  # fmt: skip
     plan = decide(observed)
     assert plan.job_end is not None and plan.job_end.reason is Reason.DEADLINE_EXCEEDED
@@ -81,10 +81,10 @@ def test_no_attempt_starts_after_the_deadline() -> None:
 
 def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
     known = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
     taken = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
-    observed = facts(written=QUEUED, known=known, jobs=[taken], now=at(5000))
+    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], now=at(5000))
     plan = decide(observed)
     assert plan.termination is None
     assert make_report(observed, plan, ActionResult()).active_seconds == 900
@@ -92,22 +92,22 @@ def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
 
 def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> None:
     known = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
-    observed = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
+    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
     new = make_report(observed, decide(observed), ActionResult())
     quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert quota.last_transition_time == at(4000)
-    gone = facts(written=QUEUED, known=new, now=at(4200))
+    gone = facts(spec=QUEUED_SPEC, status=new, now=at(4200))
     assert decide(gone).job_end is None
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
     """The hours in which a suspended job waited for the operator do not count towards the job's deadline."""
-    begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
+    begun = {**STARTED_ATTEMPT, "reason": "Suspended", "message": "spec.suspend is true"}
     known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
-    observed = facts(written=written, known=known, now=at(9000))
+    observed = facts(spec=written, status=known, now=at(9000))
     plan = decide(observed)
     assert plan.job_end is None
     assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.time) == (
@@ -118,10 +118,10 @@ def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> 
 
 
 def test_deleted_job_ran_until_its_pods_ended() -> None:
-    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
-    over = ended(pod(is_deleted=True), 75)  # at 60 s
+    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
+    over = end_pod(pod(is_deleted=True), 75)  # at 60 s
     observed = facts(
-        written=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), known=known, pods=[over], now=at(9000)
+        spec=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), status=known, pods=[over], now=at(9000)
     )
     plan = decide(observed)
     assert plan.job_end is None
@@ -133,12 +133,12 @@ def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})
-    preempted = replace(ended(pod(), 75, message), is_deleted=True)
-    replacement = ended(pod(uid="new", created_at=at(300)), 75, TerminationMessage(code="Code"))
-    known = status(attempt=1, attempts=[BEGUN])
+    preempted = replace(end_pod(pod(), 75, message), is_deleted=True)
+    replacement = end_pod(pod(uid="new", created_at=at(300)), 75, TerminationMessage(code="Code"))
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT])
     observed = facts(
-        written=QUEUED,
-        known=known,
+        spec=QUEUED_SPEC,
+        status=known,
         jobs=[job(queue="q", failed_at=at(400))],
         pods=[preempted, replacement],
         now=at(400),
@@ -153,8 +153,8 @@ def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> 
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"checkpoints": listed})
-    preempted = replace(ended(pod(), 75, message), is_deleted=True)
+    preempted = replace(end_pod(pod(), 75, message), is_deleted=True)
     newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
-    known = status(attempt=1, attempts=[BEGUN], checkpoints=newer)
-    observed = facts(known=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=newer)
+    observed = facts(status=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
     assert [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints] == [20, 30]

@@ -16,84 +16,84 @@ from finetune_operator.policies.acceptance import accept
 from finetune_operator.policies.retry import TERMINATION_RETRY, backoff_seconds, blocked_retry_seconds
 from finetune_operator.settings import RetrySettings
 
-from tests.unit.operator.samples import CONFIG, T0, UID, at, ended, facts, job, pod, spec, status
+from tests.unit.operator.samples import CONFIG, T0, UID, at, end_pod, facts, job, pod, spec, status
 
-BEGUN: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
-UNREADY = {"type": Condition.PODS_READY, "status": "False", "reason": "Unschedulable", "message": "", "lastTransitionTime": at(0).isoformat()}
-KNOWN = status(attempt=1, attempts=[BEGUN], conditions=[UNREADY])
-GANG = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
+STARTED_ATTEMPT: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
+UNREADY_CONDITION = {"type": Condition.PODS_READY, "status": "False", "reason": "Unschedulable", "message": "", "lastTransitionTime": at(0).isoformat()}
+UNREADY_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[UNREADY_CONDITION])
+GANG_SPEC = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
 
 
-def waiting(placed: int, *, created: int = 3, now: float = 601, **job_fields: Any) -> Facts:
-    """A gang of three pods: `created` pods exist, and `placed` of them have a node."""
+def waiting_gang(placed_count: int, *, created_count: int = 3, now_seconds: float = 601, **job_fields: Any) -> Facts:
+    """A gang of three pods: `created_count` pods exist, and `placed_count` of them have a node."""
     pods = [
-        pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed else "")
-        for index in range(created)
+        pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed_count else "")
+        for index in range(created_count)
     ]
-    return facts(written=GANG, known=KNOWN, jobs=[job(nodes=3, **job_fields)], pods=pods, now=at(now))
+    return facts(spec=GANG_SPEC, status=UNREADY_STATUS, jobs=[job(nodes=3, **job_fields)], pods=pods, now=at(now_seconds))
 
 
 @pytest.mark.parametrize(("placed", "created"), [(1, 3), (2, 3), (1, 1), (2, 2)])
 def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: int) -> None:
     """Pods without a node may be unschedulable. Pods that do not exist may exceed a quota."""
-    plan = decide(waiting(placed, created=created))
+    plan = decide(waiting_gang(placed, created_count=created))
     assert plan.termination is not None
     assert plan.termination.reason is Reason.GANG_INCOMPLETE
     assert f"{placed} of 3 pods have a node" in plan.termination.message
-    assert decide(waiting(placed, created=created, now=599)).termination is None
+    assert decide(waiting_gang(placed, created_count=created, now_seconds=599)).termination is None
 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
 def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed: int, created: int) -> None:
     """While no pod has a node, an autoscaler may be adding nodes. When all pods have a node, they may be pulling the image."""
-    plan = decide(waiting(placed, created=created))
+    plan = decide(waiting_gang(placed, created_count=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
 def test_gang_in_a_queue_keeps_waiting() -> None:
-    assert decide(waiting(1, queue="team-a")).termination is None
+    assert decide(waiting_gang(1, queue="team-a")).termination is None
 
 
 def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
     """The spec may contain a longer start timeout, and the operator could not start a next attempt."""
-    observed = waiting(1, now=1e6)
-    unreadable = replace(observed.job, spec={**GANG, "newer": {"field": 1}})
+    observed = waiting_gang(1, now_seconds=1e6)
+    unreadable = replace(observed.job, spec={**GANG_SPEC, "newer": {"field": 1}})
     plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
 def test_single_pod_keeps_waiting() -> None:
-    observed = facts(written=spec(policy={"startTimeoutSeconds": 600}), known=KNOWN, jobs=[job(nodes=1)], now=at(601))
+    observed = facts(spec=spec(policy={"startTimeoutSeconds": 600}), status=UNREADY_STATUS, jobs=[job(nodes=1)], now=at(601))
     assert decide(observed).termination is None
 
 
 def test_gang_with_a_finished_pod_is_not_terminated() -> None:
-    observed = waiting(2)
-    pods = (replace(ended(observed.pods[0], 0), is_deleted=True), *observed.pods[1:])
+    observed = waiting_gang(2)
+    pods = (replace(end_pod(observed.pods[0], 0), is_deleted=True), *observed.pods[1:])
     assert decide(replace(observed, pods=pods)).termination is None
 
 
 def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
     assert TERMINATION_RETRY.get(Reason.GANG_INCOMPLETE, RetryPolicy.NOT_COUNTED) is RetryPolicy.NOT_COUNTED
-    terminated = status(attempt=1, attempts=[{**BEGUN, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
-    plan = decide(facts(written=GANG, known=terminated, now=at(700)))
+    terminated = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
+    plan = decide(facts(spec=GANG_SPEC, status=terminated, now=at(700)))
     assert plan.attempt_end is not None and plan.job_end is None
     assert (plan.attempt_end.reason, plan.attempt_end.counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
-    over = {**BEGUN, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
-    assert decide(facts(written=GANG, known=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF
+    over = {**STARTED_ATTEMPT, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
+    assert decide(facts(spec=GANG_SPEC, status=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF
 
 
-def incomplete(count: int) -> list[Attempt]:
+def incomplete_attempts(count: int) -> list[Attempt]:
     return [Attempt(number=n, reason=Reason.GANG_INCOMPLETE, counted=False, end_time=T0) for n in range(1, count + 1)]
 
 
 def test_delay_of_incomplete_gangs_grows_and_differs_between_jobs() -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
-    delays = [backoff_seconds(incomplete(count), settings, UID) for count in range(1, 5)]
+    delays = [backoff_seconds(incomplete_attempts(count), settings, UID) for count in range(1, 5)]
     for count, delay in enumerate(delays):
         assert 0.5 * 10 * 2**count <= delay <= 1.5 * 10 * 2**count
-    assert delays == [backoff_seconds(incomplete(count), settings, UID) for count in range(1, 5)]
-    assert len({backoff_seconds(incomplete(1), settings, f"job-{n}") for n in range(20)}) == 20
+    assert delays == [backoff_seconds(incomplete_attempts(count), settings, UID) for count in range(1, 5)]
+    assert len({backoff_seconds(incomplete_attempts(1), settings, f"job-{n}") for n in range(20)}) == 20
 
 
 def test_trainer_that_is_too_old_is_retried_after_a_backoff() -> None:

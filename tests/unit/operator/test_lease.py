@@ -70,18 +70,18 @@ def _copy(value: Object) -> Object:
     return {**value, "metadata": dict(value["metadata"]), "spec": dict(value["spec"])}
 
 
-def elector(server: Server, name: str) -> LeaderElector:
+def make_elector(server: Server, name: str) -> LeaderElector:
     return LeaderElector(cast(KubeClient, server), SETTINGS, "operators", name)
 
 
-def now() -> float:
+def loop_seconds() -> float:
     return asyncio.get_running_loop().time()
 
 
 def test_second_replica_waits_while_the_first_renews() -> None:
     async def scenario() -> None:
         server = Server()
-        first, second = elector(server, "first"), elector(server, "second")
+        first, second = make_elector(server, "first"), make_elector(server, "second")
         await first.acquire()
         renewing = asyncio.create_task(first.renew_until_lost())
         with pytest.raises(TimeoutError):
@@ -97,13 +97,13 @@ def test_second_replica_waits_while_the_first_renews() -> None:
 def test_leader_that_does_not_renew_is_replaced_after_the_lease_duration() -> None:
     async def scenario() -> float:
         server = Server()
-        await elector(server, "first").acquire()
-        second = elector(server, "second")
+        await make_elector(server, "first").acquire()
+        second = make_elector(server, "second")
         await second.acquire()
         assert server.holder == "second"
         assert server.lease is not None
         assert server.lease["spec"]["leaseTransitions"] == 1
-        return now()
+        return loop_seconds()
 
     assert 15 < run(scenario()) <= 15 + 2 * 2
 
@@ -111,14 +111,14 @@ def test_leader_that_does_not_renew_is_replaced_after_the_lease_duration() -> No
 def test_times_in_the_lease_do_not_matter() -> None:
     async def scenario() -> float:
         server = Server()
-        await elector(server, "first").acquire()
+        await make_elector(server, "first").acquire()
         assert server.lease is not None
         server.lease["spec"] |= {
             "renewTime": "1970-01-01T00:00:00.000000Z",
             "acquireTime": "1970-01-01T00:00:00.000000Z",
         }
-        await elector(server, "second").acquire()
-        return now()
+        await make_elector(server, "second").acquire()
+        return loop_seconds()
 
     assert run(scenario()) > 15
 
@@ -126,19 +126,19 @@ def test_times_in_the_lease_do_not_matter() -> None:
 def test_leader_that_cannot_renew_stops_before_another_replica_leads() -> None:
     async def scenario() -> float:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         await first.acquire()
         server.is_down = True
         with pytest.raises(LeaseLost):
             await first.renew_until_lost()
-        return now()
+        return loop_seconds()
 
     assert 10 < run(scenario()) < 15
 
 
 def test_leader_that_was_paused_must_not_write() -> None:
     async def scenario() -> None:
-        first = elector(Server(), "first")
+        first = make_elector(Server(), "first")
         await first.acquire()
         first.ensure_leading()
         await asyncio.sleep(60)
@@ -151,7 +151,7 @@ def test_leader_that_was_paused_must_not_write() -> None:
 def test_replica_that_never_led_must_not_write() -> None:
     async def scenario() -> None:
         with pytest.raises(LeaseLost):
-            elector(Server(), "first").ensure_leading()
+            make_elector(Server(), "first").ensure_leading()
 
     run(scenario())
 
@@ -159,7 +159,7 @@ def test_replica_that_never_led_must_not_write() -> None:
 def test_lease_taken_by_another_holder_ends_the_leader() -> None:
     async def scenario() -> None:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         await first.acquire()
         assert server.lease is not None
         server.lease["spec"]["holderIdentity"] = "another"
@@ -172,7 +172,7 @@ def test_lease_taken_by_another_holder_ends_the_leader() -> None:
 def test_deleted_lease_is_created_again() -> None:
     async def scenario() -> None:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         await first.acquire()
         server.lease = None
         with pytest.raises(TimeoutError):
@@ -186,12 +186,12 @@ def test_deleted_lease_is_created_again() -> None:
 def test_released_lease_can_be_acquired_at_once() -> None:
     async def scenario() -> float:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         await first.acquire()
         await first.release()
         assert not first.is_leader
-        await elector(server, "second").acquire()
-        return now()
+        await make_elector(server, "second").acquire()
+        return loop_seconds()
 
     assert run(scenario()) < 1
 
@@ -202,9 +202,9 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
     async def scenario() -> None:
         server = Server()
         server.answer_delay_seconds = 6
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         await first.acquire()
-        assert now() == 6
+        assert loop_seconds() == 6
         await asyncio.sleep(3.5)
         first.ensure_leading()
         await asyncio.sleep(1)  # 10.5 s after the request, 4.5 s after the response
@@ -218,7 +218,7 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
 def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
     async def scenario() -> tuple[str, int]:
         server = Server()
-        first, second = elector(server, old), elector(server, new)
+        first, second = make_elector(server, old), make_elector(server, new)
         await first.acquire()
         await second.acquire()  # the Lease has expired, because the first replica was paused
         await first.release()
@@ -232,14 +232,14 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
     async def scenario() -> float:
         server = Server()
         server.is_down = True
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         acquiring = asyncio.create_task(first.acquire())
         await asyncio.sleep(31)
         assert not acquiring.done()
         server.is_down = False
         await acquiring
         first.ensure_leading()
-        return now()
+        return loop_seconds()
 
     assert 31 < run(scenario()) <= 31 + 2
 
@@ -247,7 +247,7 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
 def test_conflicting_renewal_is_retried() -> None:
     async def scenario() -> None:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         await first.acquire()
         server.conflicts = 2
         with pytest.raises(TimeoutError):
@@ -264,17 +264,17 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
 
     async def scenario() -> list[str]:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         events: list[str] = []
 
         async def resync() -> None:
             first.ensure_leading()
-            events.append(f"resync from {now():.0f} s")
+            events.append(f"resync from {loop_seconds():.0f} s")
             await asyncio.sleep(11)
 
         def start_work() -> None:
             first.ensure_leading()
-            events.append(f"work from {now():.0f} s")
+            events.append(f"work from {loop_seconds():.0f} s")
 
         coroutines = [asyncio.create_task(coroutine) for coroutine in Leadership(first, resync, start_work).coroutines().values()]
         with pytest.raises(TimeoutError):
@@ -288,7 +288,7 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
 def test_resync_ends_when_the_lease_is_lost() -> None:
     async def scenario() -> float:
         server = Server()
-        first = elector(server, "first")
+        first = make_elector(server, "first")
         coroutines = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).coroutines()
         tasks = [asyncio.create_task(coroutine) for coroutine in coroutines.values()]
         await asyncio.sleep(1)
@@ -298,7 +298,7 @@ def test_resync_ends_when_the_lease_is_lost() -> None:
         assert isinstance(error, LeaseLost)
         for task in tasks:
             task.cancel()
-        return now()
+        return loop_seconds()
 
     assert 10 < run(scenario()) < 15
 

@@ -87,9 +87,9 @@ async def test_job_deleted_during_a_live_read_is_not_written(server: Server, rea
         if kind is read:
             process.cache.drop_finetunejob(KEY, UID)
             del server.objects[FINETUNEJOB.plural, "run"]
-            server.before = lambda verb, kind: None
+            server.before_request = lambda verb, kind: None
 
-    server.before = delete
+    server.before_request = delete
     server.requests.clear()
     await process.reconcile()
     assert [plural for _, plural in server.requests] == [read.plural]

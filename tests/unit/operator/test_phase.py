@@ -15,11 +15,11 @@ from finetune_operator.plan import ActionResult
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import report as compute
 
-from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, spec, status
 
-STARTED = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
-RUNNING = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts": [STARTED]}
-PREEMPTED = {**STARTED, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}
+STARTED_ATTEMPT = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
+RUNNING_STATUS = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts": [STARTED_ATTEMPT]}
+PREEMPTED_ATTEMPT = {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}
 
 
 def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
@@ -42,62 +42,62 @@ def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJo
     ],
 )
 def test_phase_follows_the_stage_that_the_pod_reports(stage: str, step: int, attempt: int, phase: Phase) -> None:
-    known: dict[str, Any] = {**RUNNING, "attempt": attempt}
+    known: dict[str, Any] = {**RUNNING_STATUS, "attempt": attempt}
     if attempt == 2:
-        known["attempts"] = [PREEMPTED, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
+        known["attempts"] = [PREEMPTED_ATTEMPT, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
     reported = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
     pods = [pod(attempt, uid="pod-1-0")]
-    new_status = status_of(facts(known=status(**known), jobs=[job(attempt)], pods=pods, last_report=reported))
+    new_status = status_of(facts(status=status(**known), jobs=[job(attempt)], pods=pods, last_report=reported))
     assert new_status.phase == phase
 
 
 def test_phase_stays_running_after_a_restart_of_the_operator() -> None:
-    known = {**RUNNING, "attempts": [{**STARTED, "lastStep": 4}]}
-    new_status = status_of(facts(known=status(**known), jobs=[job()], pods=[pod()]))
+    known = {**RUNNING_STATUS, "attempts": [{**STARTED_ATTEMPT, "lastStep": 4}]}
+    new_status = status_of(facts(status=status(**known), jobs=[job()], pods=[pod()]))
     assert new_status.phase is Phase.RUNNING
 
 
-PULLING = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
-UNSCHEDULABLE = pod(phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes")
-DEADLINE = spec(policy={"activeDeadlineSeconds": 9})
+PULLING_POD = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
+UNSCHEDULABLE_POD = pod(phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes")
+DEADLINE_SPEC = spec(policy={"activeDeadlineSeconds": 9})
 QUEUED_SPEC = spec(placement={"queueName": "q"})
 FAILED_JOB = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
-RETRIED = status(
-    attempt=2, startTime="2026-11-21T12:00:00Z", attempts=[PREEMPTED, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
+RETRIED_STATUS = status(
+    attempt=2, startTime="2026-11-21T12:00:00Z", attempts=[PREEMPTED_ATTEMPT, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
 )
-TRAINING = report(stage="training", progress={"step": 3, "totalSteps": 10})
-DISK_FULL = report(health={"checkpointProblem": "StagingDiskFull: the checkpoint of step 5 was skipped"})
+TRAINING_REPORT = report(stage="training", progress={"step": 3, "totalSteps": 10})
+DISK_FULL_REPORT = report(health={"checkpointProblem": "StagingDiskFull: the checkpoint of step 5 was skipped"})
 
 
 def failed_with(code: str) -> Facts:
     message = TerminationMessage.model_validate({"class": "Data", "code": code, "message": "row 17"})
-    return facts(known=status(**RUNNING), jobs=[FAILED_JOB], pods=[ended(pod(), 65, message)], now=at(61))
+    return facts(status=status(**RUNNING_STATUS), jobs=[FAILED_JOB], pods=[end_pod(pod(), 65, message)], now=at(61))
 
 
-REASONS: dict[str, tuple[Facts, ActionResult | None, str]] = {
-    "running": (facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=TRAINING), None, "-"),
-    "starting": (facts(known=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)]), None, "-"),
-    "queued": (facts(written=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), None, "Queued"),
-    "image": (facts(known=status(**RUNNING), jobs=[job()], pods=[PULLING]), None, "ImagePullFailed"),
-    "no node": (facts(known=status(**RUNNING), jobs=[job()], pods=[UNSCHEDULABLE]), None, "Unschedulable"),
+REASON_CASES: dict[str, tuple[Facts, ActionResult | None, str]] = {
+    "running": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=TRAINING_REPORT), None, "-"),
+    "starting": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)]), None, "-"),
+    "queued": (facts(spec=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), None, "Queued"),
+    "image": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[PULLING_POD]), None, "ImagePullFailed"),
+    "no node": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[UNSCHEDULABLE_POD]), None, "Unschedulable"),
     "quota": (facts(), ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "no")), "QuotaExceeded"),
-    "unknown pool": (facts(written=spec(resources={"nodePool": "x", "gpusPerNode": 1})), None, "UnknownNodePool"),
-    "being suspended": (facts(written=spec(suspend=True), known=status(**RUNNING), jobs=[job()], pods=[pod()]), None, "-"),
-    "deadline": (facts(written=DEADLINE, known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)), None, "DeadlineExceeded"),
-    "suspended": (facts(written=spec(suspend=True)), None, "-"),
-    "attempt failed": (facts(known=status(**RUNNING), jobs=[FAILED_JOB], pods=[ended(pod(), 71)], now=at(61)), None, "OutOfMemory"),
-    "recovering": (facts(known=RETRIED, jobs=[job(2)], pods=[pod(2, is_ready=False)]), None, "Preempted"),
-    "recovering without a node": (facts(known=RETRIED, jobs=[job(2)], pods=[replace(UNSCHEDULABLE, attempt=2)]), None, "Unschedulable"),
-    "disk full": (facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=DISK_FULL), None, "StagingDiskFull"),
-    "start timeout": (facts(known=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), None, "StartTimeout"),
+    "unknown pool": (facts(spec=spec(resources={"nodePool": "x", "gpusPerNode": 1})), None, "UnknownNodePool"),
+    "being suspended": (facts(spec=spec(suspend=True), status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()]), None, "-"),
+    "deadline": (facts(spec=DEADLINE_SPEC, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)), None, "DeadlineExceeded"),
+    "suspended": (facts(spec=spec(suspend=True)), None, "-"),
+    "attempt failed": (facts(status=status(**RUNNING_STATUS), jobs=[FAILED_JOB], pods=[end_pod(pod(), 71)], now=at(61)), None, "OutOfMemory"),
+    "recovering": (facts(status=RETRIED_STATUS, jobs=[job(2)], pods=[pod(2, is_ready=False)]), None, "Preempted"),
+    "recovering without a node": (facts(status=RETRIED_STATUS, jobs=[job(2)], pods=[replace(UNSCHEDULABLE_POD, attempt=2)]), None, "Unschedulable"),
+    "disk full": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=DISK_FULL_REPORT), None, "StagingDiskFull"),
+    "start timeout": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), None, "StartTimeout"),
     "failed": (failed_with("RowMalformed"), None, "RowMalformed"),
     "failed with an odd code": (failed_with("a code with spaces"), None, "DataError"),
-    "succeeded": (facts(known=status(**RUNNING), jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0)]), None, "-"),
-    "cancelled": (facts(written=spec(cancel=True)), None, "-"),
+    "succeeded": (facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)]), None, "-"),
+    "cancelled": (facts(spec=spec(cancel=True)), None, "-"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REASONS)
+@pytest.mark.parametrize("case", REASON_CASES)
 def test_reason_shows_why_a_job_waits_or_failed(case: str) -> None:
-    found, result, reason = REASONS[case]
+    found, result, reason = REASON_CASES[case]
     assert status_of(found, result).reason == reason

@@ -9,10 +9,10 @@ from finetune_api.names import Reason
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.settings import OperatorConfig, parse
 
-from tests.unit.operator.samples import CONFIG, accepted, spec
+from tests.unit.operator.samples import CONFIG, accept_spec, spec
 
 TAINT = {"key": "gpu", "operator": "Equal", "value": "h100", "effect": "NoSchedule"}
-POOLED = parse(
+CONFIG_WITH_POOL = parse(
     {
         "trainer": {"image": "trainer:1", "labels": {"cost": "research"}, "annotations": {"mesh": "off"}},
         "nodePools": [
@@ -23,9 +23,9 @@ POOLED = parse(
 )
 
 
-def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> AcceptedSpec | RefusedSpec:
+def accept_placement(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> AcceptedSpec | RefusedSpec:
     written = spec(placement=placement, resources={"gpusPerNode": 1}, **groups)
-    return accept(written, POOLED, first)
+    return accept(written, CONFIG_WITH_POOL, first)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **grou
     ],
 )  # fmt: skip
 def test_contradicting_value_is_refused_and_both_values_are_named(placement: dict[str, Any], values: tuple[str, ...]) -> None:
-    acceptance = verdict(placement)
+    acceptance = accept_placement(placement)
     assert isinstance(acceptance, RefusedSpec), acceptance
     assert (acceptance.reason, acceptance.is_final) == (Reason.REJECTED, True)
     for value in values:
@@ -65,11 +65,11 @@ def test_contradicting_value_is_refused_and_both_values_are_named(placement: dic
     ],
 )
 def test_values_that_do_not_contradict_the_platforms_are_accepted(placement: dict[str, Any]) -> None:
-    assert isinstance(verdict(placement), AcceptedSpec)
+    assert isinstance(accept_placement(placement), AcceptedSpec)
 
 
 def test_pool_that_changed_since_the_first_attempt_does_not_end_the_job() -> None:
-    acceptance = verdict({"nodeSelector": {"gpu": "a100"}}, FirstAttempt())
+    acceptance = accept_placement({"nodeSelector": {"gpu": "a100"}}, FirstAttempt())
     assert isinstance(acceptance, AcceptedSpec)
     assert any("pool h100 selects nodes with 'h100'" in note for note in acceptance.notes)
 
@@ -110,4 +110,4 @@ def test_storage_with_dots_in_its_path_is_refused() -> None:
 
 
 def test_accepted_spec_has_its_pool() -> None:
-    assert accepted(spec(resources={"gpusPerNode": 8})).pool is not None
+    assert accept_spec(spec(resources={"gpusPerNode": 8})).pool is not None

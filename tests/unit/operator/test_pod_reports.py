@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.operator.samples import UID, at, report
 
 NOW = at(0)
-GOOD: dict[str, Any] = {
+GOOD_REPORT: dict[str, Any] = {
     "uid": UID, "attempt": 1, "stage": "training", "detail": "step 3",
     "progress": {"step": 3, "totalSteps": 9, "secondsRemaining": 60, "updateTime": "2026-11-21T12:00:00Z"},
     "metrics": {"trainLoss": -0.5, "gradNorm": 1.5},
@@ -26,13 +26,13 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def read(value: Any) -> ProgressReport | None:
+def read_report(value: Any) -> ProgressReport | None:
     return read_progress_report(json.dumps(value).encode(), NOW)
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
+def changed_report(path: str, value: Any) -> dict[str, Any]:
     """Return a copy of GOOD with `value` at a dotted path."""
-    result = json.loads(json.dumps(GOOD))
+    result = json.loads(json.dumps(GOOD_REPORT))
     *parents, name = [int(part) if part.isdigit() else part for part in path.split(".")]
     inner = result
     for part in parents:
@@ -41,7 +41,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def field(parsed: ProgressReport, path: str) -> Any:
+def value_at_path(parsed: ProgressReport, path: str) -> Any:
     value: Any = parsed.to_wire()
     for part in path.split("."):
         value = value[int(part)] if part.isdigit() else value.get(part)
@@ -49,7 +49,7 @@ def field(parsed: ProgressReport, path: str) -> Any:
 
 
 def test_good_report_is_unchanged() -> None:
-    assert read(GOOD) == ProgressReport.model_validate(GOOD)
+    assert read_report(GOOD_REPORT) == ProgressReport.model_validate(GOOD_REPORT)
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,18 @@ def test_good_report_is_unchanged() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: Any) -> None:
-    parsed = read(changed(path, value))
+    parsed = read_report(changed_report(path, value))
     assert parsed is not None
-    assert field(parsed, path) == kept
+    assert value_at_path(parsed, path) == kept
     assert parsed.attempt == 1 and parsed.uid == UID
-    missing = [other for other in ("progress.totalSteps", "health.healthy") if field(parsed, other) is None]
+    missing = [other for other in ("progress.totalSteps", "health.healthy") if value_at_path(parsed, other) is None]
     assert missing == []
 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
 def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
     """The API server rejects a time in the year 1."""
-    parsed = read(GOOD | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
+    parsed = read_report(GOOD_REPORT | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
     assert parsed is not None
     assert (parsed.progress.step, parsed.progress.update_time) == (3, None)
 
@@ -115,8 +115,8 @@ def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
 @pytest.mark.parametrize("group", ["resolved", "\x07resolved"], ids=ascii)
 def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key: str) -> None:
     """A wrong hash of the spec in the status would block the next attempt forever with reason SpecChanged."""
-    without = {name: one for name, one in GOOD.items() if name != "resolved"}
-    parsed = read(without | {group: {"strategy": "ddp", key: "0" * 64}})
+    without = {name: one for name, one in GOOD_REPORT.items() if name != "resolved"}
+    parsed = read_report(without | {group: {"strategy": "ddp", key: "0" * 64}})
     assert parsed is not None
     assert (parsed.resolved.strategy, parsed.resolved.spec_sha256) == ("ddp", None)
 
@@ -127,19 +127,19 @@ def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key
     ids=["step too large", "negative step", "control character", "no step", "no object"],
 )
 def test_checkpoint_without_a_usable_step_and_uri_is_dropped(checkpoint: Any) -> None:
-    parsed = read(GOOD | {"checkpoints": [checkpoint, *GOOD["checkpoints"], checkpoint]})
+    parsed = read_report(GOOD_REPORT | {"checkpoints": [checkpoint, *GOOD_REPORT["checkpoints"], checkpoint]})
     assert parsed is not None
     assert [(checkpoint.step, checkpoint.uri) for checkpoint in parsed.checkpoints] == [(2, "s3://b/2")]
 
 
 def test_only_the_newest_of_many_checkpoints_are_kept() -> None:
-    parsed = read(GOOD | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
+    parsed = read_report(GOOD_REPORT | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
     assert parsed is not None
     assert [checkpoint.step for checkpoint in parsed.checkpoints] == list(range(400, 500))
 
 
 def test_unknown_stage_does_not_discard_the_report() -> None:
-    parsed = read(changed("stage", "merging"))
+    parsed = read_report(changed_report("stage", "merging"))
     assert parsed is not None
     assert (parsed.stage, parsed.progress.step) == ("starting", 3)
 
@@ -153,16 +153,16 @@ def test_data_that_is_not_a_report_is_none(data: bytes) -> None:
     assert read_progress_report(data, NOW) is None
 
 
-JSON = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["step", "uri", "time", "x"]), inner, max_size=3),
     max_leaves=10,
 )
 
 
-@given(st.dictionaries(st.sampled_from([*GOOD, "timings", "resumedFromStep"]), JSON))
+@given(st.dictionaries(st.sampled_from([*GOOD_REPORT, "timings", "resumedFromStep"]), JSON_VALUES))
 def test_any_json_is_read_without_an_error(changes: dict[str, Any]) -> None:
-    parsed = read({**GOOD, **changes, "uid": UID, "attempt": 1})
+    parsed = read_report({**GOOD_REPORT, **changes, "uid": UID, "attempt": 1})
     assert parsed is not None
     assert json.dumps(parsed.to_wire(), allow_nan=False)
 

@@ -51,7 +51,7 @@ async def test_nothing_is_retried_in_a_terminating_namespace(server: Server, cap
         if verb == "create":
             raise NamespaceTerminating(verb, kind, "run-1", 403, "Forbidden", "namespace team is being terminated")
 
-    server.before = refuse
+    server.before_request = refuse
     process = Process(server)
     await process.work()
     assert process.queue.seconds_until_due() is None
@@ -78,7 +78,7 @@ async def test_unknown_error_code_is_logged_in_one_line(server: Server, caplog: 
     def refuse(verb: str, kind: Kind) -> None:
         raise KubeError(verb, kind, "run-1", 401, "Unauthorized", "Unauthorized")
 
-    server.before = refuse
+    server.before_request = refuse
     process = Process(server)
     assert await process.reconciler.reconcile_one(KEY) == "unavailable"
     assert [record for record in caplog.records if record.exc_info] == []
@@ -87,14 +87,14 @@ async def test_unknown_error_code_is_logged_in_one_line(server: Server, caplog: 
 
 # Creating an attempt
 
-POLICY = "jobs.batch \"run-1\" is forbidden: ValidatingAdmissionPolicy 'gpus' with binding 'gpus' denied request: no cost centre"
-WEBHOOK = 'admission webhook "validate.example.com" denied the request: no cost centre'
-DOWN = 'Internal error occurred: failed calling webhook "validate.example.com": no endpoints available, no cost centre'
+POLICY_MESSAGE = "jobs.batch \"run-1\" is forbidden: ValidatingAdmissionPolicy 'gpus' with binding 'gpus' denied request: no cost centre"
+WEBHOOK_MESSAGE = 'admission webhook "validate.example.com" denied the request: no cost centre'
+WEBHOOK_DOWN_MESSAGE = 'Internal error occurred: failed calling webhook "validate.example.com": no endpoints available, no cost centre'
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
-    [(Invalid, 422, POLICY), (Invalid, 400, WEBHOOK), (Forbidden, 403, WEBHOOK), (OutcomeUnknown, 500, DOWN)],
+    [(Invalid, 422, POLICY_MESSAGE), (Invalid, 400, WEBHOOK_MESSAGE), (Forbidden, 403, WEBHOOK_MESSAGE), (OutcomeUnknown, 500, WEBHOOK_DOWN_MESSAGE)],
     ids=["policy 422", "webhook 400", "webhook 403", "webhook down 500"],
 )
 async def test_job_refused_by_admission_waits_and_quotes_the_policy(
@@ -106,7 +106,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
         if (verb, kind) == ("create", JOB):
             raise error(verb, kind, "run-1", code, "", message)
 
-    server.before = refuse
+    server.before_request = refuse
     process = Process(server)
     await process.reconcile()
     pods_ready = server.condition("PodsReady")
@@ -114,7 +114,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     assert "no cost centre" in pods_ready["message"]
     assert server.condition("Accepted")["status"] == "True"
     assert process.queue.seconds_until_due() is not None
-    server.before = lambda verb, kind: None
+    server.before_request = lambda verb, kind: None
     await process.reconcile()
     assert (JOB.plural, "run-1") in server.objects
     assert [record for record in caplog.records if record.exc_info] == []
@@ -138,7 +138,7 @@ async def test_missing_service_of_a_gang_is_a_blocking_condition(
     if name_taken:
         server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team"}})
     else:
-        server.before = refuse
+        server.before_request = refuse
     process = Process(server)
     for _ in range(2):
         await process.reconcile()
@@ -147,13 +147,13 @@ async def test_missing_service_of_a_gang_is_a_blocking_condition(
         assert message in pods_ready["message"]
     assert server.finetunejob["status"]["attempts"][0]["number"] == 1
     assert process.queue.seconds_until_due() is not None
-    server.before = lambda verb, kind: None
+    server.before_request = lambda verb, kind: None
     server.objects.pop((SERVICE.plural, "run-1"), None)
     await process.reconcile()
     assert server.condition("PodsReady")["reason"] == Reason.PODS_NOT_READY
 
 
-def configured(image: str, **storage: Any) -> OperatorConfig:
+def make_config(image: str, **storage: Any) -> OperatorConfig:
     return parse({"storage": storage, "trainer": {"image": image}, "retry": {"baseSeconds": 0.01}}, "test")
 
 
@@ -161,12 +161,12 @@ async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attem
     """The operator's configuration may change between two attempts. Only the new image and the new storage credentials are used."""
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
     secret = {"credentialsSecretRef": {"name": "old"}}
-    first = Process(server, configured("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
+    first = Process(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
     for _ in range(2):
         await first.reconcile()
     (job,) = first.cache.get(KEY).jobs.values()
     server.finetunejob["status"]["resolved"]["defaults"]["training.learningRate"] = 0.125
-    other = Process(server, configured("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
+    other = Process(server, make_config("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
     other.cache.put_job(job)
     await other.reconcile()
     resolved = server.finetunejob["status"]["resolved"]

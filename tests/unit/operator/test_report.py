@@ -15,9 +15,9 @@ from finetune_operator.plan import ActionResult
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import report as compute
 
-from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, spec, status
 
-RUNNING = {
+RUNNING_STATUS = {
     "attempt": 1,
     "startTime": "2026-11-21T12:00:00Z",
     "attempts": [{"number": 1, "startTime": "2026-11-21T12:00:00Z"}],
@@ -30,7 +30,7 @@ def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJo
 
 def running_with(known: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:
     """The status of a job whose pod reports these values."""
-    observed = facts(known=known or status(**RUNNING), jobs=[job()], pods=[pod()], last_report=report(**reported))
+    observed = facts(status=known or status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(**reported))
     return status_of(observed)
 
 
@@ -45,19 +45,19 @@ def test_first_status_of_a_new_job() -> None:
 
 
 def test_texts_of_the_spec_are_shown_without_control_characters() -> None:
-    found = status_of(facts(written=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
+    found = status_of(facts(spec=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
     assert found.resolved is not None and found.resolved.model_name == "a ]0;x b"
 
 
 def test_same_facts_give_the_same_status() -> None:
-    first = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
-    assert status_of(facts(known=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()
+    first = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
+    assert status_of(facts(status=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()
 
 
 def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
-    over = {"known": status(**RUNNING), "jobs": [job(completed_at=at(90))], "pods": [ended(pod(), 0)]}
+    over = {"status": status(**RUNNING_STATUS), "jobs": [job(completed_at=at(90))], "pods": [end_pod(pod(), 0)]}
     done = status_of(facts(**over, now=at(95)))
-    edited = status_of(facts(**(over | {"known": done}), now=at(99), generation=2))
+    edited = status_of(facts(**(over | {"status": done}), now=at(99), generation=2))
     assert (edited.observed_generation, {condition.observed_generation for condition in edited.conditions}) == (2, {2})
     expected = done.to_wire() | {"observedGeneration": 2, "conditions": edited.to_wire()["conditions"]}
     assert edited.to_wire() == expected
@@ -105,7 +105,7 @@ def test_step_of_a_latest_checkpoint_that_is_not_listed_comes_from_its_uri(uri: 
 # Attempts
 
 
-def resumed(
+def first_attempt_after_resume(
     known_step: int | None, resumed_from: int, *, committed_by: int | None = None, second: dict[str, Any] | None = None
 ) -> Attempt:
     """Return attempt 1 after attempt 2 has reported `resumed_from`. `second`: fields of attempt 2 that the status contained before."""
@@ -115,19 +115,19 @@ def resumed(
     listed = [{"step": resumed_from, "uri": uri}] if committed_by else []
     reported = report(attempt=2, resumedFromStep=resumed_from, progress={"step": resumed_from + 1}, checkpoints=listed)
     pods = [pod(2, uid="pod-1-0")]
-    observed = facts(known=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=reported)
+    observed = facts(status=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=reported)
     return status_of(observed).attempts[0]
 
 
 @pytest.mark.parametrize("committed_by", [None, 1], ids=["unknown attempt", "attempt 1"])
 def test_last_step_of_an_unobserved_attempt_is_the_step_from_which_the_next_attempt_resumed(committed_by: int | None) -> None:
     """While the operator did not run, attempt 1 trained from step 80 to step 190."""
-    first = resumed(80, 190, committed_by=committed_by)
+    first = first_attempt_after_resume(80, 190, committed_by=committed_by)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
 
 def test_last_step_of_an_attempt_that_was_never_observed_is_corrected() -> None:
-    first = resumed(None, 190)
+    first = first_attempt_after_resume(None, 190)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
 
@@ -135,12 +135,12 @@ def test_corrected_last_step_is_kept_while_the_next_attempt_trains() -> None:
     first = {"number": 1, "lastStep": 190, "committedStep": 190, "stepsLost": 0, "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted"}
     known = status(attempt=2, attempts=[first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
     reported = report(attempt=2, resumedFromStep=190, progress={"step": 250})
-    new_status = status_of(facts(known=known, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
+    new_status = status_of(facts(status=known, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
     assert (new_status.last_step, new_status.committed_step, new_status.steps_lost) == (190, 190, 0)
 
 
 def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
-    first = resumed(80, 60)
+    first = first_attempt_after_resume(80, 60)
     assert (first.last_step, first.steps_lost) == (80, 20)
 
 
@@ -153,7 +153,7 @@ def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
     committed_by: int | None, second: dict[str, Any]
 ) -> None:
     """A queue may replace the pods of attempt 2. The new pods then resume from a checkpoint of attempt 2."""
-    first = resumed(80, 290, committed_by=committed_by, second=second)
+    first = first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
     assert (first.last_step, first.committed_step) == (80, None)
 
 
@@ -161,8 +161,8 @@ def test_termination_message_alone_is_enough_to_report_success() -> None:
     message = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model", "kind": "adapter"}, "latestCheckpoint": "s3://b/500"}
     )
-    over = [ended(pod(), 0, message)]
-    new_status = status_of(facts(known=status(**RUNNING), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
+    over = [end_pod(pod(), 0, message)]
+    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
     assert (new_status.phase, new_status.duration, new_status.completion_time) == (Phase.SUCCEEDED, "1m30s", at(90))
     assert new_status.output is not None and new_status.output.uri == "s3://b/model"
     assert new_status.progress is not None and new_status.progress.step == 500
@@ -170,14 +170,14 @@ def test_termination_message_alone_is_enough_to_report_success() -> None:
 
 def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
     message = TerminationMessage(code="X" * 5000, message="y" * 100_000, hint="z" * 100_000)
-    failed = ended(pod(), 65, message)
+    failed = end_pod(pod(), 65, message)
     assert failed.terminated is not None
     failed = replace(failed, terminated=replace(failed.terminated, message=message.model_dump_json(by_alias=True)))
     blocking = BlockingCondition(Reason.QUEUED, "q" * 9999)
-    new_status = status_of(facts(known=status(**RUNNING), jobs=[job(failed_at=at(60))], pods=[failed], blocking_condition=blocking))
+    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(60))], pods=[failed], blocking_condition=blocking))
     assert len(str(new_status.to_wire())) < 20_000
 
 
 def test_image_of_the_spec_takes_precedence_over_the_configured_one() -> None:
-    new_status = status_of(facts(written=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
+    new_status = status_of(facts(spec=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
     assert new_status.resolved is not None and new_status.resolved.image == "mine:1"

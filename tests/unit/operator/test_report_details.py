@@ -11,11 +11,11 @@ from finetune_operator.events import draft_events
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import at, condition, ended, facts, iso, job, pod, report, spec, status
+from tests.unit.operator.samples import at, condition, end_pod, facts, iso_time, job, pod, report, spec, status
 
-BEGUN = {"number": 1, "startTime": iso(0)}
+STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
-QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
+QUEUED_SPEC = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
 
 
 CHECKPOINTS = [
@@ -25,21 +25,21 @@ CHECKPOINTS = [
 
 def steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
     """Return the checkpoint steps in a status that contained `known_steps` before a pod reported `reported_steps`."""
-    known = status(attempt=1, attempts=[BEGUN], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
-    observed = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)
+    observed = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
     return [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints]
 
 
 def test_quota_reserved_has_the_time_of_admission() -> None:
     known = status(
-        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
+        attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
-    observed = facts(written=queued, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    observed = facts(spec=queued, status=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
     new = make_report(observed, decide(observed), ActionResult())
     assert [condition.last_transition_time for condition in new.conditions if condition.type is Condition.QUOTA_RESERVED] == [at(100)]
-    lost = facts(written=queued, known=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
+    lost = facts(spec=queued, status=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
     assert make_report(lost, decide(lost), ActionResult()).active_seconds == 3700
 
 
@@ -48,8 +48,8 @@ def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> Non
 
 
 def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
-    known = status(attempt=1, attempts=[BEGUN], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
-    observed = facts(known=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
+    observed = facts(status=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
     assert make_report(observed, decide(observed), ActionResult()).checkpoints[0].save_seconds == 400.0
 
 
@@ -59,13 +59,13 @@ def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
 
 
 def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> None:
-    known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS[-2:])
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS[-2:])
     message = TerminationMessage.model_validate(
         {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}
     )
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
     observed = facts(
-        known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0, message)], last_report=received, now=at(61)
+        status=known, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], last_report=received, now=at(61)
     )
     assert [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints] == [500]
 
@@ -75,11 +75,11 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
         "type": "QuotaReserved",
         "status": "True",
         "reason": "Progressing",
-        "lastTransitionTime": BEGUN["startTime"],
+        "lastTransitionTime": STARTED_ATTEMPT["startTime"],
     }
-    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}], conditions=[admitted])
+    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted])
     written = spec(placement={"queueName": "team"}, suspend=True)
-    gone = facts(written=written, known=known, pods=[replace(ended(pod(), 75), is_deleted=True)], now=at(60))
+    gone = facts(spec=written, status=known, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
     new = make_report(gone, decide(gone), ActionResult())
     reasons = [note.reason for note in draft_events(known, new)]
     assert Reason.PREEMPTED not in reasons
@@ -87,14 +87,14 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     assert Reason.SUSPENDED in reasons
     quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert (quota.status, quota.message) == ("False", "no Job exists, so no quota is requested")
-    again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
+    again = facts(spec=spec(placement={"queueName": "team"}), status=new, now=at(90))
     plan = decide(again)
     waits = make_report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
     assert Reason.QUEUED in [note.reason for note in draft_events(new, waits)]
 
 
 def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:
-    observed = facts(written=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
+    observed = facts(spec=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
     plan = decide(observed)
     assert plan.situation is Situation.SUSPENDED
     new = make_report(observed, plan, ActionResult())

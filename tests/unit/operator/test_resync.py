@@ -16,7 +16,7 @@ from finetune_operator.workqueue import Key, WorkQueue
 from tests.unit.operator.virtual import run
 
 
-class Lists:
+class ListServer:
     """An API server that lists FineTuneJobs in the given pages. Lists of other kinds are empty and have the same version."""
 
     def __init__(self, *pages: Listing) -> None:
@@ -42,15 +42,15 @@ def body(name: str, version: int) -> Object:
     return {"metadata": meta, "spec": {}}
 
 
-def resyncer(server: Any, cache: Cache) -> Resyncer:
+def make_resyncer(server: Any, cache: Cache) -> Resyncer:
     return Resyncer(cast(KubeClient, server), cache, WorkQueue(), ())
 
 
 def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
-        server = Lists(Listing([body("a", 3), body("b", 4)], 5))
-        resync = resyncer(server, cache)
+        server = ListServer(Listing([body("a", 3), body("b", 4)], 5))
+        resync = make_resyncer(server, cache)
         await resync.run_once()
         server.pages_of_finetunejobs = (Listing([body("b", 4)], 9),)
         await resync.run_once()
@@ -62,8 +62,8 @@ def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:
 def test_objects_of_a_list_that_restarted_do_not_count_as_listed() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
-        server = Lists(Listing([body("a", 3), body("b", 4)], 5))
-        resync = resyncer(server, cache)
+        server = ListServer(Listing([body("a", 3), body("b", 4)], 5))
+        resync = make_resyncer(server, cache)
         await resync.run_once()
         server.pages_of_finetunejobs = (Listing([body("a", 3)], 6), Listing([body("b", 4)], 9, is_first_page=True))
         await resync.run_once()
@@ -75,8 +75,8 @@ def test_objects_of_a_list_that_restarted_do_not_count_as_listed() -> None:
 def test_all_pages_of_a_list_count_as_listed() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
-        server = Lists(Listing([body("a", 3)], 5), Listing([body("b", 4)], 5, is_first_page=False))
-        resync = resyncer(server, cache)
+        server = ListServer(Listing([body("a", 3)], 5), Listing([body("b", 4)], 5, is_first_page=False))
+        resync = make_resyncer(server, cache)
         await resync.run_once()
         await resync.run_once()
         return cache.keys()
@@ -93,8 +93,8 @@ def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
     """
 
     async def scenario() -> None:
-        server = Lists(Listing([], 20))
-        resync = resyncer(server, Cache())
+        server = ListServer(Listing([], 20))
+        resync = make_resyncer(server, Cache())
         for version in (20, 30):
             server.pages_of_finetunejobs = (Listing([], version),)
             await resync.run_once()
@@ -108,14 +108,14 @@ def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
 def test_missing_crd_is_a_start_error() -> None:
     async def scenario() -> None:
         with pytest.raises(StartError, match="install the CRD first"):
-            await resyncer(MissingCrd(), Cache()).run_once()
+            await make_resyncer(MissingCrd(), Cache()).run_once()
 
     run(scenario())
 
 
 def test_first_full_list_sets_is_synced() -> None:
     async def scenario() -> list[bool]:
-        resync = resyncer(Lists(Listing([], 20)), Cache())
+        resync = make_resyncer(ListServer(Listing([], 20)), Cache())
         before = resync.is_synced.is_set()
         await resync.run_once()
         return [before, resync.is_synced.is_set()]

@@ -10,9 +10,9 @@ from finetune_operator.policies.cause import pod_cause
 from finetune_operator.policies.retry import FailureCause, GiveUp, RetryDecision, backoff_seconds, retry_or_give_up
 from finetune_operator.settings import RetrySettings
 
-from tests.unit.operator.samples import T0, accepted, ended, pod, spec
+from tests.unit.operator.samples import T0, accept_spec, end_pod, pod, spec
 
-CAUSE = FailureCause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE)  # type: ignore[union-attr] # it fails
+INTERNAL_ERROR_CAUSE = FailureCause(Reason.INTERNAL_ERROR, pod_cause(end_pod(pod(), 70)).failure, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE)  # type: ignore[union-attr] # it fails
 
 
 def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
@@ -30,7 +30,7 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
     used: int, retries: int, made_progress: bool, gives_up: bool, counted: bool | None
 ) -> None:
     decision = retry_or_give_up(
-        CAUSE, accepted(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=used),
+        INTERNAL_ERROR_CAUSE, accept_spec(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=used),
         made_progress=made_progress, now=T0,
     )  # fmt: skip
     assert isinstance(decision, GiveUp) == gives_up

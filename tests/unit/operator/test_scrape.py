@@ -66,7 +66,7 @@ async def pod() -> AsyncIterator[FakeProgressServer]:
         yield found
 
 
-class Reports:
+class ReportRecorder:
     """The scraper's callback: records the keys of the jobs with a new report."""
 
     def __init__(self) -> None:
@@ -83,12 +83,12 @@ class Reports:
 
 
 @pytest.fixture
-async def reports() -> Reports:
-    return Reports()
+async def reports() -> ReportRecorder:
+    return ReportRecorder()
 
 
 @pytest.fixture
-async def scraper(reports: Reports) -> AsyncIterator[ProgressScraper]:
+async def scraper(reports: ReportRecorder) -> AsyncIterator[ProgressScraper]:
     settings = ScrapeSettings(interval_seconds=0.01, starting_interval_seconds=0.01, timeout_seconds=60, concurrency=2)
     found = ProgressScraper(settings, lambda: T0, reports)
     task = asyncio.create_task(found.run())
@@ -102,7 +102,7 @@ def target(pod: FakeProgressServer, **fields: Any) -> Target:
     return Target(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
 
 
-async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, target(pod))
     await reports.wait()
     received = scraper.last_report(KEY, UID, 1)
@@ -121,7 +121,7 @@ async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Pro
     ids=["503", "empty", "text", "list", "other job", "other attempt", "too long"],
 )  # fmt: skip
 async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
-    scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer, body: str | None
+    scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer, body: str | None
 ) -> None:
     pod.body = body
     scraper.watch(KEY, target(pod))
@@ -132,7 +132,7 @@ async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
     await reports.wait()
 
 
-async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, target(pod))
     await reports.wait()
     scraper.stop(KEY)
@@ -143,7 +143,7 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Prog
     assert scraper._reports == {}
 
 
-async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
     """The first request stays open for the whole test. A scraper that reads one pod at a time would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
@@ -155,7 +155,7 @@ async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Prog
         assert blocked_server.requests == 1
 
 
-async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         for name in ("a", "b"):
@@ -180,7 +180,7 @@ async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscript
     assert len(scraper._heap) <= 1
 
 
-async def test_redirects_are_not_followed(scraper: ProgressScraper, reports: Reports, pod: FakeProgressServer) -> None:
+async def test_redirects_are_not_followed(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
     pod.redirects = True
     scraper.watch(KEY, target(pod))
     await pod.wait_for_requests(3)

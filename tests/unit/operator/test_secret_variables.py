@@ -10,16 +10,16 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.builders.job import build_job
 
-from tests.unit.operator.samples import CONFIG, accepted, finetunejob, spec
-from tests.unit.operator.test_builders import built
+from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob, spec
+from tests.unit.operator.test_builders import build_config_and_job
 
 
-def variables(**groups: Any) -> dict[str, Any]:
+def secret_variables(**groups: Any) -> dict[str, Any]:
     """Environment variables of the container, by name. `groups` are added after `accept`, because `accept` refuses unsupported fields."""
-    run, _ = built(spec())
+    run, _ = build_config_and_job(spec())
     written = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
     run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.to_wire()})
-    job = build_job(finetunejob(spec()), run, accepted(spec()).pool, CONFIG)
+    job = build_job(finetunejob(spec()), run, accept_spec(spec()).pool, CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     found = [variable["name"] for variable in container["env"]]
     assert sorted(set(found)) == sorted(found)
@@ -40,16 +40,16 @@ KEY = {"name": "keys", "key": "mine"}
     ],
 )
 def test_secret_key_is_a_reference_and_not_a_value(name: str, groups: dict[str, Any]) -> None:
-    assert variables(**groups)[name] == KEY
-    assert name not in variables()
+    assert secret_variables(**groups)[name] == KEY
+    assert name not in secret_variables()
 
 
 def test_users_variable_replaces_a_trackers_key() -> None:
     placement = {"env": [{"name": names.WANDB_KEY, "value": "own"}]}
-    assert variables(placement=placement, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
+    assert secret_variables(placement=placement, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
 
 
 def test_users_variable_never_replaces_the_hub_token() -> None:
     placement = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
-    environment = variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
+    environment = secret_variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
     assert environment[names.Env.HF_TOKEN.value] == KEY

@@ -9,7 +9,7 @@ import pytest
 from finetune_operator.settings import SettingsError, load, parse
 
 
-def pool(**fields: Any) -> dict[str, Any]:
+def config_with_pool(**fields: Any) -> dict[str, Any]:
     """A configuration with one node pool, which has these fields."""
     return {"nodePools": [{"name": "h100", **fields}]}
 
@@ -21,8 +21,8 @@ def pool(**fields: Any) -> dict[str, Any]:
         ({"resources": {"cpu": -1}}, "resources.cpu", "-1 is not a quantity"),
         ({"resources": {"cpu": True}}, "resources.cpu", "True is not a quantity"),
         ({"resources": {"sharedMemory": 0.5}}, "resources.sharedMemory", "0.5 is not a quantity"),
-        (pool(resources={"cpu": "two"}), "nodePools.0.resources.cpu", "'two' is not a quantity"),
-        (pool(gpuMemory="80GB"), "nodePools.0.gpuMemory", "'80GB' is not a quantity"),
+        (config_with_pool(resources={"cpu": "two"}), "nodePools.0.resources.cpu", "'two' is not a quantity"),
+        (config_with_pool(gpuMemory="80GB"), "nodePools.0.gpuMemory", "'80GB' is not a quantity"),
         ({"trainer": {"labels": {"team!": "x"}}}, "trainer.labels", "'team!' is not a label key"),
         ({"trainer": {"labels": {"k" * 64: "x"}}}, "trainer.labels", "is not a label key"),
         ({"trainer": {"labels": {"team": "a b"}}}, "trainer.labels", "'a b' is not a value for label team"),
@@ -41,19 +41,19 @@ def pool(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"priorityClassName": "a..b"}}, "trainer.priorityClassName", "should match pattern"),
         ({"trainer": {"imagePullSecrets": ["A"]}}, "trainer.imagePullSecrets.0", "should match pattern"),
         ({"namespaces": ["a.b"]}, "namespaces.0", "should match pattern"),
-        (pool(nodeSelector={"gpu": "h 100"}), "nodePools.0.nodeSelector", "'h 100' is not a value for label gpu"),
+        (config_with_pool(nodeSelector={"gpu": "h 100"}), "nodePools.0.nodeSelector", "'h 100' is not a value for label gpu"),
         (
-            pool(tolerations=[{"key": "a", "operator": "Exists", "value": "b"}]),
+            config_with_pool(tolerations=[{"key": "a", "operator": "Exists", "value": "b"}]),
             "nodePools.0.tolerations.0",
             "does not compare values",
         ),
-        (pool(tolerations=[{"effect": "NoSchedule"}]), "nodePools.0.tolerations.0", "needs operator Exists"),
+        (config_with_pool(tolerations=[{"effect": "NoSchedule"}]), "nodePools.0.tolerations.0", "needs operator Exists"),
         (
-            pool(tolerations=[{"key": "a", "tolerationSeconds": 3}]),
+            config_with_pool(tolerations=[{"key": "a", "tolerationSeconds": 3}]),
             "nodePools.0.tolerations.0",
             "needs effect NoExecute",
         ),
-        (pool(tolerations=[{"key": "a", "value": "b c"}]), "nodePools.0.tolerations.0", "'b c' is not a taint value"),
+        (config_with_pool(tolerations=[{"key": "a", "value": "b c"}]), "nodePools.0.tolerations.0", "'b c' is not a taint value"),
     ],
 )
 def test_wrong_platform_value_is_reported_in_one_line_with_its_key(

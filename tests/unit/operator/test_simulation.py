@@ -21,13 +21,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.unit.operator.samples import CONFIG, UID, accepted
-from tests.unit.operator.world import FOREIGN, SimulatedCluster, effective_batch
+from tests.unit.operator.samples import CONFIG, UID, accept_spec
+from tests.unit.operator.world import FOREIGN_JOB, SimulatedCluster, effective_batch
 
-CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
-PAUSES = st.sampled_from([0, 30, 650])
-DEADLINE, TTL = 3000, 600
-ROUNDING = 1.0
+EXIT_CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
+PAUSE_SECONDS = st.sampled_from([0, 30, 650])
+DEADLINE_SECONDS, TTL_SECONDS = 3000, 600
+ROUNDING_SECONDS = 1.0
 """Tolerance in seconds for the running time of an attempt, because the status contains whole seconds."""
 
 
@@ -44,12 +44,12 @@ class JobEvents(RuleBasedStateMachine):
         self.attempts = 0
 
     @initialize(
-        queue=st.sampled_from([None, "team-a"]), deadline=st.sampled_from([None, DEADLINE]),
-        ttl=st.sampled_from([None, TTL]), keep=st.sampled_from([3, 8]),
+        queue=st.sampled_from([None, "team-a"]), deadline=st.sampled_from([None, DEADLINE_SECONDS]),
+        ttl=st.sampled_from([None, TTL_SECONDS]), keep=st.sampled_from([3, 8]),
     )  # fmt: skip
     def choose_spec(self, queue: str | None, deadline: int | None, ttl: int | None, keep: int) -> None:
         world = self.world
-        world.queue, world.deadline, world.ttl, world.keep = queue, deadline, ttl, keep
+        world.queue, world.deadline_seconds, world.ttl_seconds, world.kept_checkpoints = queue, deadline, ttl, keep
 
     # Operator
 
@@ -71,14 +71,14 @@ class JobEvents(RuleBasedStateMachine):
             for one in plan.delete_jobs:
                 if one.uid in world.jobs:
                     world.jobs[one.uid] = replace(world.jobs[one.uid], is_deleting=True)
-            world.delete(list(plan.delete_pods))
+            world.delete_pods(list(plan.delete_pods))
             for p in plan.force_delete_pods:
                 world.pods[p.uid] = as_deleted(p)
             if crash == "between deletes and creates":
                 return plan
             if plan.create_attempt is not None:
                 self._check_new_attempt(facts)
-                result = ActionResult(created_job=world.create(plan.create_attempt, facts.max_start_step))
+                result = ActionResult(created_job=world.create_job(plan.create_attempt, facts.max_start_step))
         if crash == "before write":
             return plan
         new = report(facts, plan, result)
@@ -96,22 +96,22 @@ class JobEvents(RuleBasedStateMachine):
     def _check_deadline(self, facts: Facts, plan: Plan) -> None:
         world, job = self.world, facts.current_job
         if plan.job_end is not None and plan.job_end.reason is Reason.DEADLINE_EXCEEDED:
-            assert world.running_seconds >= DEADLINE - ROUNDING * len(world.status.attempts), world.running_seconds
-        if world.deadline is None or job is None or plan.situation is not Situation.ACTIVE or job.started_at is None:
+            assert world.running_seconds >= DEADLINE_SECONDS - ROUNDING_SECONDS * len(world.status.attempts), world.running_seconds
+        if world.deadline_seconds is None or job is None or plan.situation is not Situation.ACTIVE or job.started_at is None:
             return
-        assert plan.termination is not None or between(job.started_at, facts.now) < DEADLINE
+        assert plan.termination is not None or between(job.started_at, facts.now) < DEADLINE_SECONDS
 
     def _check_new_attempt(self, facts: Facts) -> None:
         """Check that a new attempt keeps the effective batch and continues from the known checkpoints."""
         assert not facts.is_finished
-        first: FineTuneJobSpec = accepted(self.world.written()).spec
+        first: FineTuneJobSpec = accept_spec(self.world.user_spec()).spec
         assert effective_batch(facts.spec) == effective_batch(first)
         rollbacks = [adaptation.set for adaptation in facts.job.status.adaptations if adaptation.set and MAX_STEP_KEY in adaptation.set]
         assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(rollbacks)
         if not rollbacks:
             assert facts.max_start_step is None
             return
-        since = [step for step, attempt in self.world.reported if attempt >= rollbacks[-1][FIRST_ATTEMPT_KEY]]
+        since = [step for step, attempt in self.world.reported_checkpoints if attempt >= rollbacks[-1][FIRST_ATTEMPT_KEY]]
         wanted = max([rollbacks[-1][MAX_STEP_KEY], *since])
         assert facts.max_start_step is None or facts.max_start_step >= wanted, (facts.max_start_step, wanted)
         if facts.attempt == rollbacks[-1][FIRST_ATTEMPT_KEY]:
@@ -130,39 +130,39 @@ class JobEvents(RuleBasedStateMachine):
         self.world.cancel = self.world.cancel or sure
         self.world.generation += 1
 
-    @rule(value=st.sampled_from([None, 0, TTL]))
+    @rule(value=st.sampled_from([None, 0, TTL_SECONDS]))
     def other_ttl(self, value: int | None) -> None:
-        self.world.ttl = value
+        self.world.ttl_seconds = value
         self.world.generation += 1
 
     # Cluster
 
     @rule()
-    def controllers(self) -> None:
-        self.world.controllers()
+    def run_controllers(self) -> None:
+        self.world.run_controllers()
 
     @rule()
-    def kubelet(self) -> None:
-        self.world.kubelet()
+    def run_kubelet(self) -> None:
+        self.world.run_kubelet()
 
     @rule()
     def pods_start(self) -> None:
         self.world.start_pods()
 
-    @rule(code=CODES, which=st.integers(0, 3))
+    @rule(code=EXIT_CODES, which=st.integers(0, 3))
     def pod_ends(self, code: int, which: int) -> None:
-        if running := self.world.running():
-            self.world.end(running[which % len(running)], code)
+        if running := self.world.running_pods():
+            self.world.end_container(running[which % len(running)], code)
 
     @rule(which=st.integers(0, 3))
     def pod_is_deleted(self, which: int) -> None:
         existing = [p for p in self.world.pods.values() if not p.is_deleted and p.deletion_timestamp is None]
         if existing:
-            self.world.delete([existing[which % len(existing)]])
+            self.world.delete_pods([existing[which % len(existing)]])
 
     @rule(steps=st.integers(1, 30))
     def gang_trains(self, steps: int) -> None:
-        self.world.train(steps)
+        self.world.train_gangs(steps)
 
     @rule()
     def operator_scrapes(self) -> None:
@@ -171,27 +171,27 @@ class JobEvents(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
     def job_trains(self, steps: int, code: int | None) -> None:
         """Start the job and train, because random events alone would rarely reach this state."""
-        self.world.jobs.pop(FOREIGN.uid, None)
+        self.world.jobs.pop(FOREIGN_JOB.uid, None)
         self.suspend(False)
         for _ in range(4):
-            self.world.controllers()
-            self.world.kubelet()
-            self.world.admit()
+            self.world.run_controllers()
+            self.world.run_kubelet()
+            self.world.admit_jobs()
             self.world.pass_time(30)
             self._reconcile()
         self.world.start_pods()
-        self.world.train(steps)
+        self.world.train_gangs(steps)
         self.world.report_progress()
         if code is not None:
             self.pod_ends(code, 0)
 
-    @rule(which=st.integers(0, 3), seconds=PAUSES)
+    @rule(which=st.integers(0, 3), seconds=PAUSE_SECONDS)
     def node_is_lost(self, which: int, seconds: int) -> None:
-        if running := self.world.running():
-            self.world.lose(running[which % len(running)])
+        if running := self.world.running_pods():
+            self.world.lose_node(running[which % len(running)])
             self.world.pass_time(seconds)
 
-    @precondition(lambda self: self.world.lost)
+    @precondition(lambda self: self.world.lost_since)
     @rule()
     def node_comes_back(self) -> None:
         self.world.node_comes_back()
@@ -199,14 +199,14 @@ class JobEvents(RuleBasedStateMachine):
     @precondition(lambda self: self.world.queue)
     @rule()
     def queue_admits(self) -> None:
-        self.world.admit()
+        self.world.admit_jobs()
 
     @precondition(lambda self: self.world.queue)
-    @rule(seconds=PAUSES)
+    @rule(seconds=PAUSE_SECONDS)
     def queue_preempts(self, seconds: int) -> None:
-        self.world.preempt()
-        self.world.controllers()
-        self.world.kubelet()
+        self.world.preempt_jobs()
+        self.world.run_controllers()
+        self.world.run_kubelet()
         self.world.pass_time(seconds)
 
     @rule()
@@ -231,8 +231,8 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule()
     def foreign_job_takes_the_name(self) -> None:
-        if not any(one.name == FOREIGN.name for one in self.world.jobs.values()):
-            self.world.jobs[FOREIGN.uid] = FOREIGN
+        if not any(one.name == FOREIGN_JOB.name for one in self.world.jobs.values()):
+            self.world.jobs[FOREIGN_JOB.uid] = FOREIGN_JOB
 
     @rule(seconds=st.sampled_from([1, 30, 700, 4000]))
     def time_passes(self, seconds: int) -> None:
@@ -265,8 +265,8 @@ class JobEvents(RuleBasedStateMachine):
     def finished_job_starts_no_attempt(self) -> None:
         """No event starts another attempt of a finished job."""
         if self.final is None:
-            self.attempts = len(self.world.created)
-        assert len(self.world.created) == self.attempts
+            self.attempts = len(self.world.created_attempts)
+        assert len(self.world.created_attempts) == self.attempts
 
     @invariant()
     def preemption_does_not_count(self) -> None:
@@ -281,7 +281,7 @@ class JobEvents(RuleBasedStateMachine):
     @invariant()
     def only_running_time_counts(self) -> None:
         status = self.world.status
-        assert (status.active_seconds or 0) <= self.world.running_seconds + ROUNDING * (len(status.attempts) + 1), status.to_wire()
+        assert (status.active_seconds or 0) <= self.world.running_seconds + ROUNDING_SECONDS * (len(status.attempts) + 1), status.to_wire()
 
     @invariant()
     def adaptations_have_an_end(self) -> None:
@@ -293,7 +293,7 @@ class JobEvents(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Reconcile until the job is suspended or finished, as requested. Check that another reconcile changes nothing."""
         world = self.world
-        world.jobs.pop(FOREIGN.uid, None)
+        world.jobs.pop(FOREIGN_JOB.uid, None)
         if world.suspend or world.cancel:
             self._reconcile_until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
             assert not [job for job in world.jobs.values() if not job.is_finished]
@@ -309,12 +309,12 @@ class JobEvents(RuleBasedStateMachine):
     def _check_cleanup(self) -> None:
         """Check that all Jobs and pods are deleted after the TTL, and that the operator creates no new Jobs."""
         world = self.world
-        world.ttl = TTL
-        world.pass_time(TTL)
+        world.ttl_seconds = TTL_SECONDS
+        world.pass_time(TTL_SECONDS)
         for _ in range(4):
             self._reconcile()
-            world.controllers()
-            world.kubelet()
+            world.run_controllers()
+            world.run_kubelet()
         assert not world.owned_jobs()
         assert not [p for p in world.pods.values() if not p.is_deleted], world.pods
         self.finished_job_starts_no_attempt()
@@ -322,12 +322,12 @@ class JobEvents(RuleBasedStateMachine):
     def _reconcile_until(self, *situations: Situation, pods_end: bool) -> None:
         world = self.world
         for _ in range(60):
-            world.controllers()
-            world.kubelet()
-            world.admit()
+            world.run_controllers()
+            world.run_kubelet()
+            world.admit_jobs()
             world.start_pods()
-            for p in world.running() if pods_end else []:
-                world.end(p, 0)
+            for p in world.running_pods() if pods_end else []:
+                world.end_container(p, 0)
             world.pass_time(700)
             plan = self._reconcile()
             if plan.situation in situations and plan.job_end is None and (plan.is_clean or plan.situation is not situations[-1]):

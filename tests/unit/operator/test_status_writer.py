@@ -18,7 +18,7 @@ from finetune_operator.status_writer import may_defer
 from finetune_operator.views import JobView, read_status
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
-from tests.unit.operator.samples import CONFIG, SPEC, ended, pod, report
+from tests.unit.operator.samples import CONFIG, SPEC, end_pod, pod, report
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write
         if (verb, kind) == ("update", FINETUNEJOB):
             raise ProcessDied
 
-    server.before = cut
+    server.before_request = cut
     with pytest.raises(ProcessDied):
         await Process(server).reconcile()
     assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
-    server.before = lambda verb, kind: None
+    server.before_request = lambda verb, kind: None
     restarted = Process(server)
     await restarted.reconcile()
     assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
@@ -73,7 +73,7 @@ async def test_status_is_written_without_permission_for_events(server: Server, r
         if kind.plural == refused:
             raise Forbidden(verb, kind, "", 403, "Forbidden", "")
 
-    server.before = refuse
+    server.before_request = refuse
     await Process(server).reconcile()
     assert server.finetunejob["status"]["phase"] == "Starting"
     assert bool(server.event_counts()) is (refused == "nothing")
@@ -158,7 +158,7 @@ async def test_end_of_pods_and_end_of_their_job_are_one_write(server: Server) ->
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
     written = server.count("update", FINETUNEJOB)
-    process.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
+    process.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
     await process.reconcile()
     assert server.count("update", FINETUNEJOB) == written
     assert server.count("list", CORE_EVENT) == 0
@@ -176,7 +176,7 @@ async def test_end_of_pods_is_written_if_their_job_does_not_report_its_end(
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
     written = server.count("update", FINETUNEJOB)
-    process.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
+    process.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
     await process.reconcile()
     assert server.count("update", FINETUNEJOB) == written + 1
 
@@ -213,7 +213,7 @@ def condition(kind: str, value: str, reason: str) -> Object:
     return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
 
 
-DEFERRABLE = {
+STATUS_CHANGES = {
     "only readiness changed": ({}, {}, True),
     "a step is done": ({}, {"progress": {"step": 1}}, False),
     "running time ended": ({"activeSeconds": 1}, {"activeSeconds": 5}, False),
@@ -225,9 +225,9 @@ DEFERRABLE = {
 }
 
 
-@pytest.mark.parametrize("case", DEFERRABLE)
+@pytest.mark.parametrize("case", STATUS_CHANGES)
 def test_only_transitions_without_an_event_may_be_deferred(case: str) -> None:
-    before, after, expected = DEFERRABLE[case]
+    before, after, expected = STATUS_CHANGES[case]
     old, new = read_status(before), read_status(after)
     assert may_defer(Plan(Situation.ACTIVE), old, new, events.draft_events(old, new)) is expected
     assert not may_defer(Plan(Situation.SUSPENDED), old, new, [])
@@ -282,7 +282,7 @@ def report_step(process: Process, job: JobView, monkeypatch: pytest.MonkeyPatch,
 async def finish_deletion(process: Process, job: JobView) -> None:
     """End the pod of the deleted Job, and reconcile."""
     assert (JOB.plural, job.name) not in process.server.objects
-    process.cache.mark_pod_deleted(ended(pod(version=9, created_at=job.created_at), 75))
+    process.cache.mark_pod_deleted(end_pod(pod(version=9, created_at=job.created_at), 75))
     for _ in range(3):
         process.refresh()
         await process.reconcile()
@@ -309,7 +309,7 @@ async def test_suspend_and_cancel_work_although_the_status_is_rejected(
 async def test_suspend_acts_although_an_older_crd_lacks_the_phases_and_a_condition(server: Server) -> None:
     process, job = await start_attempt(server)
     server.rejects_status = lambda status: status.get("phase", "").startswith("Suspend") or status["conditions"][0]["type"] == "Accepted"
-    server.rejection = (
+    server.rejection_message = (
         'FineTuneJob "run" is invalid: [status.conditions[0].type: Unsupported value: "Accepted": supported values: "Finished", '
         'status.phase: Unsupported value: "Suspending": supported values: "Running"]'
     )
@@ -324,7 +324,7 @@ async def test_suspend_acts_although_an_older_crd_lacks_the_phases_and_a_conditi
 
 
 async def test_status_that_an_older_crd_prunes_is_not_written_again(server: Server) -> None:
-    server.pruned = frozenset({"reason"})
+    server.pruned_fields = frozenset({"reason"})
     process, _ = await start_attempt(server)
     writes, events = server.count("update", FINETUNEJOB), server.event_counts()
     assert writes and "reason" not in server.finetunejob["status"]

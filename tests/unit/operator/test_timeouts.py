@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from finetune_operator.policies import timeouts
 
-from tests.unit.operator.samples import T0, accepted, at, pod, report, spec
+from tests.unit.operator.samples import T0, accept_spec, at, pod, report, spec
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,14 @@ def test_attempt_stalls_without_steps_or_without_reports_while_its_pod_is_not_re
     stage: str, since_step: float, report_age: int, ready: bool, stalls: bool
 ) -> None:
     received = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
-    message = timeouts.stall_message(accepted().spec, received, T0, [replace(pod(), is_ready=ready)], at(report_age))
+    message = timeouts.stall_message(accept_spec().spec, received, T0, [replace(pod(), is_ready=ready)], at(report_age))
     assert bool(message) == stalls
 
 
 def test_stall_limit_follows_the_step_time_unless_the_spec_sets_it() -> None:
     received = report(health={"medianStepSeconds": 120.0})
-    assert timeouts.stall_limit_seconds(accepted().spec, received) == 2400.0
-    assert timeouts.stall_limit_seconds(accepted(spec(policy={"stallTimeoutSeconds": 5})).spec, received) == 5.0
+    assert timeouts.stall_limit_seconds(accept_spec().spec, received) == 2400.0
+    assert timeouts.stall_limit_seconds(accept_spec(spec(policy={"stallTimeoutSeconds": 5})).spec, received) == 5.0
 
 
 def test_next_reconcile_is_within_an_hour() -> None:
@@ -61,12 +61,12 @@ def test_next_reconcile_is_within_an_hour() -> None:
 def test_ready_pod_does_not_stall_because_its_last_report_is_old() -> None:
     """If a network policy prevents the operator from reading reports, the attempt must not end."""
     received = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
-    assert timeouts.stall_message(accepted().spec, received, T0, [pod()], at(580)) == ""
+    assert timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(580)) == ""
 
 
 @pytest.mark.parametrize(("heartbeat_age", "late"), [(3.0, False), (690.0, True), (None, True)])
 def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float | None, late: bool) -> None:
     received = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age, "medianStepSeconds": 1.0})
-    assert bool(timeouts.stall_message(accepted().spec, received, T0, [pod()], at(5))) is (
+    assert bool(timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(5))) is (
         late and (heartbeat_age is None or heartbeat_age + 5 > 600)
     )

@@ -15,11 +15,11 @@ from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, Re
 from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import CONFIG, at, ended, facts, finetunejob, job, pod, report, spec, status
+from tests.unit.operator.samples import CONFIG, at, end_pod, facts, finetunejob, job, pod, report, spec, status
 
-BEGUN: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
-RUNNING = status(attempt=1, attempts=[BEGUN], phase="Running")
-NEWER = {
+STARTED_ATTEMPT: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
+RUNNING_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT], phase="Running")
+NEWER_GROUPS = {
     "unknown field": {"training": {"momentum": 0.9}},
     "unknown group": {"prepare": {"strategy": "auto"}},
     "unknown enum value": {"policy": {"onDivergence": "Restart"}},
@@ -31,48 +31,48 @@ NEWER = {
 }
 
 
-def newer(name: str, **groups: Any) -> Object:
-    return {**spec(**NEWER[name]), **groups}
+def newer_spec(name: str, **groups: Any) -> Object:
+    return {**spec(**NEWER_GROUPS[name]), **groups}
 
 
-@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("name", NEWER_GROUPS)
 @pytest.mark.parametrize("attempts", [0, 1], ids=["new", "between attempts"])
 def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempts: int) -> None:
-    over = {**BEGUN, "endTime": at(1).isoformat(), "reason": "Suspended"}
+    over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended"}
     known = status(attempt=2, attempts=[over]) if attempts else None
-    observed = facts(written=newer(name), known=known, now=at(5000))
+    observed = facts(spec=newer_spec(name), status=known, now=at(5000))
     plan = decide(observed)
     assert (plan.situation, plan.create_attempt, plan.job_end) == (Situation.REFUSED, None, None)
     new = make_report(observed, plan, ActionResult())
     accepted = new.condition(Condition.ACCEPTED)
     assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
-    assert next(iter(NEWER[name])) in accepted.message
+    assert next(iter(NEWER_GROUPS[name])) in accepted.message
     assert new.phase is Phase.PENDING
 
 
 def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
-    over = {**BEGUN, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
-    observed = facts(written=newer("unknown field", suspend=True), known=status(attempt=2, attempts=[over]), now=at(5000))
+    over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
+    observed = facts(spec=newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
     assert make_report(observed, decide(observed), ActionResult()).phase is Phase.SUSPENDED
 
 
 def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
-    plan = decide(facts(written=newer("unknown field", cancel=True)))
+    plan = decide(facts(spec=newer_spec("unknown field", cancel=True)))
     assert plan.job_end is not None and plan.job_end.reason is Reason.CANCELLED
 
 
 # Running attempts
 
 
-def running(written: Object, now: float = 60, **fields: Any) -> Facts:
+def running_facts(written: Object, now: float = 60, **fields: Any) -> Facts:
     pods = [pod(index=index) for index in range(4)]
-    return facts(written=written, known=RUNNING, jobs=[job(nodes=4)], pods=pods, now=at(now), **fields)
+    return facts(spec=written, status=RUNNING_STATUS, jobs=[job(nodes=4)], pods=pods, now=at(now), **fields)
 
 
 @pytest.mark.parametrize("lost", ["resources", "training"])
 def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     """The operator reads the number of pods from the Job, because it may be unable to read `resources`."""
-    observed = running({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
+    observed = running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
     plan = decide(observed)
     assert (plan.situation, plan.termination, plan.delete_jobs) == (Situation.ACTIVE, None, ())
     new = make_report(observed, plan, ActionResult())
@@ -89,22 +89,22 @@ def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     ],
 )
 def test_running_attempt_with_an_unreadable_spec_can_be_stopped(groups: Object, reason: Reason) -> None:
-    plan = decide(running(newer("unknown field", **groups)))
+    plan = decide(running_facts(newer_spec("unknown field", **groups)))
     assert plan.termination is not None and plan.termination.reason is reason
 
 
 def test_running_attempt_with_an_unreadable_spec_is_not_stalled() -> None:
     received = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
-    stalled = running(spec(), last_report=received)
+    stalled = running_facts(spec(), last_report=received)
     assert (decide(stalled).termination is not None) is True
-    assert decide(running(newer("unknown field"), last_report=received)).termination is None
+    assert decide(running_facts(newer_spec("unknown field"), last_report=received)).termination is None
 
 
 @pytest.mark.parametrize("code", [70, 71, 72, 74])
 def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code: int) -> None:
-    known = status(attempt=1, attempts=[BEGUN], retriesUsed=3)
-    written = newer("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
-    plan = decide(facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), code)], now=at(61)))
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], retriesUsed=3)
+    written = newer_spec("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
+    plan = decide(facts(spec=written, status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), code)], now=at(61)))
     assert plan.job_end is None and plan.attempt_end is not None
     assert (plan.attempt_end.next_attempt, plan.attempt_end.counted, plan.attempt_end.adaptation) == (2, False, None)
 
@@ -114,7 +114,7 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
 
 def started_from(written: Object) -> FineTuneJobStatus:
     """The status after the operator has created the first Job from this spec."""
-    observed = facts(written=written)
+    observed = facts(spec=written)
     new = make_report(observed, decide(observed), ActionResult(created_job=job()))
     assert new.resolved is not None and new.resolved.spec_sha256 == spec_sha256(written)
     return new

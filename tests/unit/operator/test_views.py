@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.operator.samples import UID, pod
 
-META = {
+METADATA = {
     "namespace": "team", "name": "run-1-0-x", "uid": "u", "resourceVersion": "7", "creationTimestamp": "2026-11-21T12:00:00Z",
     "labels": {
         "app.kubernetes.io/managed-by": "finetune-operator", "finetune-operator.io/name": "run",
@@ -25,7 +25,7 @@ META = {
 
 def test_pod_is_parsed() -> None:
     body: dict[str, Any] = {
-        "metadata": META | {"deletionTimestamp": "2026-11-21T12:05:00Z"},
+        "metadata": METADATA | {"deletionTimestamp": "2026-11-21T12:05:00Z"},
         "spec": {"nodeName": "n1"},
         "status": {
             "phase": "Failed", "podIP": "10.0.0.9",
@@ -48,12 +48,12 @@ def test_pod_is_parsed() -> None:
 
 
 def test_objects_without_the_operators_labels_are_skipped() -> None:
-    assert read_pod({"metadata": META | {"labels": {}}}) is None
-    assert read_job({"metadata": META | {"labels": {"app.kubernetes.io/managed-by": "finetune-operator"}}}) is None
+    assert read_pod({"metadata": METADATA | {"labels": {}}}) is None
+    assert read_job({"metadata": METADATA | {"labels": {"app.kubernetes.io/managed-by": "finetune-operator"}}}) is None
 
 
 SHORT_TEXTS = st.text("abT1:-", max_size=8)
-JSON = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | SHORT_TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SHORT_TEXTS, inner, max_size=3),
     max_leaves=12,
@@ -63,7 +63,7 @@ FIELDS = st.sampled_from(
 )
 
 
-@given(st.dictionaries(FIELDS, JSON))
+@given(st.dictionaries(FIELDS, JSON_VALUES))
 def test_reading_a_corrupt_status_never_raises(raw: dict[str, Any]) -> None:
     read_status(raw)
 

@@ -20,14 +20,13 @@ from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import accept
 from finetune_operator.views import JobView, PodView, as_deleted
 
-from tests.unit.operator.samples import CONFIG, T0, finetunejob, report, spec
-from tests.unit.operator.samples import ended as end_pod
+from tests.unit.operator.samples import CONFIG, T0, end_pod, finetunejob, report, spec
 from tests.unit.operator.samples import job as make_job
 from tests.unit.operator.samples import pod as make_pod
 
-FOREIGN = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", is_owned=False)
-GRACE = timedelta(seconds=300)
-EVICTION = timedelta(seconds=340)
+FOREIGN_JOB = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", is_owned=False)
+GRACE_PERIOD = timedelta(seconds=300)
+EVICTION_DELAY = timedelta(seconds=340)
 """Time from the last heartbeat of a node to the eviction of its pods: 40 s until it is not ready, 300 s of toleration."""
 CHECKPOINT_EVERY = 10
 """Steps between two checkpoints."""
@@ -39,9 +38,9 @@ class SimulatedCluster:
 
     nodes: int = 1
     queue: str | None = None
-    deadline: int | None = None
-    ttl: int | None = None
-    keep: int = 3
+    deadline_seconds: int | None = None
+    ttl_seconds: int | None = None
+    kept_checkpoints: int = 3
     suspend: bool = False
     cancel: bool = False
     now: datetime = T0
@@ -50,30 +49,30 @@ class SimulatedCluster:
     jobs: dict[str, JobView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
     last_report: ReceivedReport | None = None
-    serial: int = 0
-    created: list[int] = field(default_factory=list)
-    lost: dict[str, datetime] = field(default_factory=dict)
+    last_serial_number: int = 0
+    created_attempts: list[int] = field(default_factory=list)
+    lost_since: dict[str, datetime] = field(default_factory=dict)
     """Time of the loss of the node, by the uid of the pod on this node."""
     ended_by_suspension: set[str] = field(default_factory=set)
     """uids of pods that ended because their Job was suspended. The Job controller does not count such pods as failed."""
-    committed: dict[int, int] = field(default_factory=dict)
+    attempt_of_step: dict[int, int] = field(default_factory=dict)
     """The attempt that committed the checkpoint, by step."""
-    runs: dict[str, int | None] = field(default_factory=dict)
+    max_start_steps: dict[str, int | None] = field(default_factory=dict)
     """Newest step from which an attempt may start, by the uid of its Job."""
-    starts: dict[str, int] = field(default_factory=dict)
+    start_steps: dict[str, int] = field(default_factory=dict)
     """Step from which each pod started, by uid."""
     steps: dict[str, int] = field(default_factory=dict)
     """Step that each pod has reached, by uid."""
-    reported: set[tuple[int, int]] = field(default_factory=set)
+    reported_checkpoints: set[tuple[int, int]] = field(default_factory=set)
     """(step, attempt) of each checkpoint that was reported to the operator."""
     running_seconds: float = 0.0
     """Seconds during which an attempt was admitted and had not ended."""
     may_count: set[int] = field(default_factory=set)
     """Attempts that may count against the retries."""
 
-    def written(self) -> Object:
+    def user_spec(self) -> Object:
         """Return the spec as the user wrote it."""
-        policy = {"retries": 2, "activeDeadlineSeconds": self.deadline, "ttlSecondsAfterFinished": self.ttl}
+        policy = {"retries": 2, "activeDeadlineSeconds": self.deadline_seconds, "ttlSecondsAfterFinished": self.ttl_seconds}
         groups: Object = {"policy": {name: value for name, value in policy.items() if value is not None}}
         if self.queue is not None:
             groups["placement"] = {"queueName": self.queue}
@@ -82,7 +81,7 @@ class SimulatedCluster:
 
     def facts(self) -> Facts:
         """Return the facts that the operator observes."""
-        written = self.written()
+        written = self.user_spec()
         finetune_job = finetunejob(written, self.status, generation=self.generation)
         observed = Facts(
             finetune_job, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
@@ -98,28 +97,28 @@ class SimulatedCluster:
         """Pods of a Job whose objects exist."""
         return [p for p in self.pods.values() if p.job_uid == job.uid and not p.is_deleted]
 
-    def create(self, attempt: int, max_step: int | None) -> JobView | None:
+    def create_job(self, attempt: int, max_step: int | None) -> JobView | None:
         """Create the Job as the API server does, and return it. If an object of another owner has the name, return None."""
         name = attempt_job_name("run", attempt)
         existing = next((job for job in self.jobs.values() if job.name == name), None)
         if existing is not None:
             return existing if existing.is_owned else None
-        self.serial += 1
+        self.last_serial_number += 1
         start_fields = {"is_suspended": True, "queue": self.queue, "started_at": None} if self.queue else {"started_at": self.now}
-        created_job = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created_at=self.now, **start_fields)
+        created_job = make_job(attempt, uid=f"job-{attempt}-{self.last_serial_number}", created_at=self.now, **start_fields)
         self.jobs[created_job.uid] = created_job
-        self.runs[created_job.uid] = max_step
-        self.created.append(attempt)
+        self.max_start_steps[created_job.uid] = max_step
+        self.created_attempts.append(attempt)
         return created_job
 
     # Job controller, garbage collector, kubelet
 
-    def controllers(self) -> None:
+    def run_controllers(self) -> None:
         """Let the Job controller and the garbage collector run once over all Jobs."""
         for job in list(self.jobs.values()):
             pods = self.pods_of(job)
             if job.is_deleting:
-                self.delete(pods)
+                self.delete_pods(pods)
                 if not pods:
                     del self.jobs[job.uid]
             elif job.is_owned and not job.is_finished:
@@ -130,7 +129,7 @@ class SimulatedCluster:
             self._hold_job(job, pods)
         job_pods = [p for p in self.pods.values() if p.job_uid == job.uid and p.uid not in self.ended_by_suspension]
         if any(p.is_finished and p.phase != "Succeeded" for p in job_pods):
-            self.delete([p for p in pods if not p.is_finished])
+            self.delete_pods([p for p in pods if not p.is_finished])
             if all(p.is_finished for p in pods):
                 self.jobs[job.uid] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
         elif job.is_suspended:
@@ -143,30 +142,30 @@ class SimulatedCluster:
 
     def _hold_job(self, job: JobView, pods: list[PodView]) -> None:
         """Delete the pods of a suspended Job. The Job fails only if its podFailurePolicy contains the exit code of such a pod."""
-        self.delete([p for p in pods if not p.is_finished])
+        self.delete_pods([p for p in pods if not p.is_finished])
         for p in self.pods.values():
             final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
             if p.job_uid == job.uid and p.phase != "Succeeded" and not final:
                 self.ended_by_suspension.add(p.uid)
 
     def _make_pod(self, job: JobView, index: int) -> None:
-        self.serial += 1
-        uid = f"pod-{self.serial}"
+        self.last_serial_number += 1
+        uid = f"pod-{self.last_serial_number}"
         self.pods[uid] = make_pod(
             job.attempt, index, uid=uid, job_uid=job.uid, created_at=self.now, phase="Pending", is_ready=False
         )
 
-    def delete(self, pods: list[PodView]) -> None:
+    def delete_pods(self, pods: list[PodView]) -> None:
         """Delete pods with their grace period."""
         for p in pods:
             if p.deletion_timestamp is None and not p.is_deleted:
-                self.pods[p.uid] = replace(p, deletion_timestamp=self.now + GRACE)
+                self.pods[p.uid] = replace(p, deletion_timestamp=self.now + GRACE_PERIOD)
 
-    def kubelet(self) -> None:
+    def run_kubelet(self) -> None:
         """End and remove the pods that are being deleted, except those on lost nodes."""
         for p in list(self.pods.values()):
-            if p.deletion_timestamp is not None and not p.is_deleted and p.uid not in self.lost:
-                self.end(p, ExitCode.PREEMPTED_SAVED)
+            if p.deletion_timestamp is not None and not p.is_deleted and p.uid not in self.lost_since:
+                self.end_container(p, ExitCode.PREEMPTED_SAVED)
                 self.pods[p.uid] = as_deleted(self.pods[p.uid])
 
     def start_pods(self) -> None:
@@ -175,18 +174,18 @@ class SimulatedCluster:
             if p.phase == "Pending" and not p.is_deleted and p.deletion_timestamp is None:
                 self.pods[p.uid] = replace(p, phase="Running", is_ready=True)
 
-    def running(self) -> list[PodView]:
+    def running_pods(self) -> list[PodView]:
         """Running pods on nodes that are not lost."""
         running = [p for p in self.pods.values() if p.phase == "Running" and not p.is_deleted]
-        return [p for p in running if p.uid not in self.lost]
+        return [p for p in running if p.uid not in self.lost_since]
 
-    def end(self, p: PodView, code: int) -> None:
+    def end_container(self, p: PodView, code: int) -> None:
         """End the container. A container that is not killed writes its termination message."""
         if p.is_finished:
             return
         message = self._termination_message(p) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and p.phase == "Running" else None
         if message is not None and p.index == 0:
-            self.reported |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
+            self.reported_checkpoints |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
         ended_pod = end_pod(p, code, message)
         assert ended_pod.terminated is not None
         self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, finished_at=self.now))
@@ -195,37 +194,37 @@ class SimulatedCluster:
 
     # Nodes
 
-    def lose(self, p: PodView) -> None:
+    def lose_node(self, p: PodView) -> None:
         """Lose the pod's node. The operator scrapes every few seconds, so it still reads the pod's last report."""
         self.report_progress()
-        self.lost[p.uid] = self.now
+        self.lost_since[p.uid] = self.now
         self.pods[p.uid] = replace(p, is_ready=False)
 
-    def evict(self) -> None:
+    def evict_pods(self) -> None:
         """Disrupt and delete pods whose nodes have been lost for long, as the taint manager does."""
-        for uid, since in self.lost.items():
+        for uid, since in self.lost_since.items():
             p = self.pods.get(uid)
-            if p is not None and not p.is_finished and not p.disruption and self.now >= since + EVICTION:
-                deleting = p.deletion_timestamp or since + EVICTION + GRACE
+            if p is not None and not p.is_finished and not p.disruption and self.now >= since + EVICTION_DELAY:
+                deleting = p.deletion_timestamp or since + EVICTION_DELAY + GRACE_PERIOD
                 self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
         """Reconnect the lost nodes, so that the kubelets end the pods that were deleted."""
-        for uid in list(self.lost):
+        for uid in list(self.lost_since):
             p = self.pods.get(uid)
             if p is not None and not p.is_finished and p.deletion_timestamp is None:
                 self.pods[uid] = replace(p, is_ready=True)
-        self.lost.clear()
+        self.lost_since.clear()
 
     # The queue
 
-    def admit(self) -> None:
+    def admit_jobs(self) -> None:
         """Admit all Jobs that wait for quota."""
         for job in self.owned_jobs():
             if job.is_suspended and not job.is_finished and not job.is_deleting and not [p for p in self.pods_of(job) if not p.is_finished]:
                 self.jobs[job.uid] = replace(job, is_suspended=False, suspended_since=None, started_at=self.now)
 
-    def preempt(self) -> None:
+    def preempt_jobs(self) -> None:
         """Suspend the Job and clear its start time, as Kueue does when it gives the quota to another workload."""
         for job in self.owned_jobs():
             if job.queue and not job.is_suspended and not job.is_finished and not job.is_deleting:
@@ -233,10 +232,10 @@ class SimulatedCluster:
 
     # The trainer
 
-    def train(self, steps: int) -> None:
+    def train_gangs(self, steps: int) -> None:
         """Advance each complete gang by `steps`, and commit its checkpoints."""
         for job in self.owned_jobs():
-            gang = [p for p in self.running() if p.job_uid == job.uid and p.deletion_timestamp is None]
+            gang = [p for p in self.running_pods() if p.job_uid == job.uid and p.deletion_timestamp is None]
             if job.is_finished or job.is_suspended or len({p.index for p in gang}) < self.nodes:
                 continue
             leader = next(p for p in gang if p.index == 0)
@@ -248,38 +247,38 @@ class SimulatedCluster:
 
     def _commit(self, step: int, attempt: int) -> None:
         """Commit a checkpoint, and apply the retention to checkpoints up to this step. A rollback may have skipped newer checkpoints."""
-        self.committed[step] = attempt
-        for old in sorted(other for other in self.committed if other <= step)[: -self.keep]:
-            del self.committed[old]
+        self.attempt_of_step[step] = attempt
+        for old in sorted(other for other in self.attempt_of_step if other <= step)[: -self.kept_checkpoints]:
+            del self.attempt_of_step[old]
 
     def _start(self, leader: PodView) -> int:
         """Return the start step of a rank 0 pod: the newest committed step that its run configuration allows."""
-        limit = self.runs[leader.job_uid]
-        self.starts[leader.uid] = max([step for step in self.committed if limit is None or step <= limit], default=0)
-        return self.starts[leader.uid]
+        limit = self.max_start_steps[leader.job_uid]
+        self.start_steps[leader.uid] = max([step for step in self.attempt_of_step if limit is None or step <= limit], default=0)
+        return self.start_steps[leader.uid]
 
     def report_progress(self) -> None:
         """Let the operator scrape rank 0."""
-        for p in self.running():
+        for p in self.running_pods():
             if p.index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
-                step, start, known = self.steps[p.uid], self.starts[p.uid], self._checkpoints()
+                step, start, known = self.steps[p.uid], self.start_steps[p.uid], self._checkpoints()
                 received = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={})
                 received = received.model_copy(
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
                 )
                 self.last_report = ReceivedReport(received, self.now, p.uid)
-                self.reported |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in known}
+                self.reported_checkpoints |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in known}
 
     def _termination_message(self, p: PodView) -> TerminationMessage:
         if p.uid not in self.steps:
             return TerminationMessage(code="Code", message="message")
-        message = TerminationMessage(code="Code", message="message", step=self.steps[p.uid], resumed_from_step=self.starts[p.uid])
+        message = TerminationMessage(code="Code", message="message", step=self.steps[p.uid], resumed_from_step=self.start_steps[p.uid])
         return message.model_copy(update={"checkpoints": self._checkpoints()})
 
     def _checkpoints(self) -> list[Checkpoint]:
         uri = "s3://models/test/checkpoints/step-{step:08d}/a{attempt}-00000000"
         return [
-            Checkpoint(step=s, uri=uri.format(step=s, attempt=self.committed[s]), healthy=True) for s in sorted(self.committed)
+            Checkpoint(step=s, uri=uri.format(step=s, attempt=self.attempt_of_step[s]), healthy=True) for s in sorted(self.attempt_of_step)
         ]
 
     @staticmethod
@@ -295,7 +294,7 @@ class SimulatedCluster:
         if admitted or not all(p.is_finished for p in self.pods.values()):
             self.running_seconds += seconds
         self.now += timedelta(seconds=seconds)
-        self.evict()
+        self.evict_pods()
 
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
