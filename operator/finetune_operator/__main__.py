@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         sys.stdout.write("the configuration is valid\n")
         return 0
-    logs.configure(config.log)
+    logs.configure_logging(config.log)
     kopf_adapter.configure_logging()
     _tune_garbage_collector()
     return asyncio.run(_run(config))
@@ -52,7 +52,7 @@ def _tune_garbage_collector() -> None:
 async def _run(config: settings.OperatorConfig) -> int:
     metrics = Metrics()
     try:
-        kube = await KubeClient.connect(config.api, metrics.request)
+        kube = await KubeClient.connect(config.api, metrics.record_request)
     except (ConfigException, OSError) as error:
         sys.stderr.write(f"finetune-operator: cannot find the address of an API server: {error}\n")
         return USAGE_ERROR
@@ -77,10 +77,10 @@ def _parse_options(arguments: list[str] | None) -> argparse.Namespace:
 def _load_config(path: Path | None) -> settings.OperatorConfig:
     """Read the file that `--config` names. If `--config` is not given, use the environment variable, the mounted file or the defaults."""
     if path is not None:
-        return settings.load(path)
+        return settings.load_config(path)
     if variable := os.environ.get(CONFIG_VARIABLE):
-        return settings.load(Path(variable))
-    return settings.load(settings.CONFIG_PATH) if settings.CONFIG_PATH.exists() else settings.OperatorConfig()
+        return settings.load_config(Path(variable))
+    return settings.load_config(settings.CONFIG_PATH) if settings.CONFIG_PATH.exists() else settings.OperatorConfig()
 
 
 if __name__ == "__main__":

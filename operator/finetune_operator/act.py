@@ -52,53 +52,53 @@ class PlanExecutor:
 
     async def act(self, facts: Facts, plan: Plan) -> ActionResult:
         """Delete the plan's objects, then create the Job that it requests. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
-        deleted = 0
+        deleted_count = 0
         for job in plan.delete_jobs:
             kill_if_requested(KillPoint.BEFORE_JOB_DELETE)
-            deleted += await self._kube.delete(JOB, job.namespace, job.name, uid=job.uid)
+            deleted_count += await self._kube.delete(JOB, job.namespace, job.name, uid=job.uid)
             kill_if_requested(KillPoint.AFTER_JOB_DELETE)
         for pod in plan.delete_pods:
-            deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid)
+            deleted_count += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid)
         for pod in plan.force_delete_pods:
             logger.warning("force-deleting pod %s: its node is lost", pod.name)
-            deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid, grace=0)
+            deleted_count += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid, grace_seconds=0)
             kill_if_requested(KillPoint.AFTER_POD_DELETE)
         if plan.create_attempt is not None:
-            return await self._create(facts, plan.create_attempt, deleted)
-        current, blocking = facts.current_job, None
-        if current is not None and facts.nodes > 1 and not current.is_finished and not current.is_deleting:
-            blocking = await self._ensure_service(current)
-        return ActionResult(blocking_condition=blocking, deleted_count=deleted)
+            return await self._create_attempt(facts, plan.create_attempt, deleted_count)
+        current_job, blocking_condition = facts.current_job, None
+        if current_job is not None and facts.nodes > 1 and not current_job.is_finished and not current_job.is_deleting:
+            blocking_condition = await self._ensure_service(current_job)
+        return ActionResult(blocking_condition=blocking_condition, deleted_count=deleted_count)
 
-    async def _create(self, facts: Facts, attempt: int, deleted: int) -> ActionResult:
+    async def _create_attempt(self, facts: Facts, attempt: int, deleted_count: int) -> ActionResult:
         """Create the Job of an attempt and its Service."""
         if attempt > 1:
             await self._ensure_facts_are_current(facts, attempt)
-        body = _build(facts, attempt, self._config)
+        body = _build_job_of_attempt(facts, attempt, self._config)
         name = body["metadata"]["name"]
         kill_if_requested(KillPoint.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
         try:
-            created = await self._kube.create(JOB, facts.job.namespace, body)
-            job_body, warnings = created.body, created.warnings
+            response = await self._kube.create(JOB, facts.job.namespace, body)
+            job_body, warnings = response.body, response.warnings
         except (AlreadyExists, OutcomeUnknown) as error:
             try:
                 job_body = await self._kube.get(JOB, facts.job.namespace, name)
             except NotFound:
                 if is_admission_refusal(error.message):
-                    return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted)
+                    return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted_count)
                 raise error from None
         except Invalid as error:
-            return ActionResult(blocking_condition=_blocked_by_invalid_job(facts, attempt, error), deleted_count=deleted)
+            return ActionResult(blocking_condition=_blocked_by_invalid_job(facts, attempt, error), deleted_count=deleted_count)
         except Forbidden as error:
-            return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted)
+            return ActionResult(blocking_condition=_blocked_by_refusal(error), deleted_count=deleted_count)
         kill_if_requested(KillPoint.AFTER_JOB_CREATE)
-        view = read_job(job_body)
-        if view is None or not view.is_owned or view.owner_uid != facts.job.uid:
+        created_job = read_job(job_body)
+        if created_job is None or not created_job.is_owned or created_job.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to another object"
-            return ActionResult(blocking_condition=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted)
-        blocking = await self._ensure_service(view) if facts.nodes > 1 else None
-        return ActionResult(view, blocking, deleted_count=deleted, warnings=warnings)
+            return ActionResult(blocking_condition=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted_count)
+        blocking_condition = await self._ensure_service(created_job) if facts.nodes > 1 else None
+        return ActionResult(created_job, blocking_condition, deleted_count=deleted_count, warnings=warnings)
 
     async def _ensure_facts_are_current(self, facts: Facts, attempt: int) -> None:
         """Compare the facts with the API server before creating any attempt after the first. Errors: StaleFacts.
@@ -106,15 +106,15 @@ class PlanExecutor:
         The cache may be older than the API server's state. Without this check, the operator could start an attempt although the user has
         just suspended the job, or while pods of an earlier attempt still run. An attempt's pods can outlive its Job.
         """
-        live = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
-        if live.uid != facts.job.uid or live.status.attempt != attempt or live.is_deleting:
-            raise StaleFacts(f"the current attempt on the API server is {live.status.attempt}, not {attempt}")
-        if live.generation != facts.job.generation or _stop_requests(live.spec) != _stop_requests(facts.job.spec):
+        live_job = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
+        if live_job.uid != facts.job.uid or live_job.status.attempt != attempt or live_job.is_deleting:
+            raise StaleFacts(f"the current attempt on the API server is {live_job.status.attempt}, not {attempt}")
+        if live_job.generation != facts.job.generation or _stop_requests(live_job.spec) != _stop_requests(facts.job.spec):
             raise StaleFacts("the spec on the API server has changed")
         listing = await self._kube.list(POD, facts.job.namespace, labels=f"{Label.JOB_UID}={facts.job.uid}")
-        running = [pod.name for body in listing.items if (pod := read_pod(body)) is not None and not pod.is_finished]
-        if running:
-            raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running)}")
+        running_pods = [pod.name for body in listing.items if (pod := read_pod(body)) is not None and not pod.is_finished]
+        if running_pods:
+            raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running_pods)}")
 
     async def _ensure_service(self, job: JobView) -> BlockingCondition | None:
         """Create the Job's Service if it is missing. Return a blocking condition if the Service cannot be created.
@@ -129,8 +129,8 @@ class PlanExecutor:
             await self._kube.create(SERVICE, job.namespace, build_service(job))
             kill_if_requested(KillPoint.AFTER_SERVICE_CREATE)
         except AlreadyExists:
-            found = await self._kube.get(SERVICE, job.namespace, job.name)
-            owners = found["metadata"].get("ownerReferences") or []
+            existing_service = await self._kube.get(SERVICE, job.namespace, job.name)
+            owners = existing_service["metadata"].get("ownerReferences") or []
             if not any(owner.get("uid") == job.uid for owner in owners):
                 message = f"Service {job.name} exists and belongs to another object: the pods cannot find each other"
                 return BlockingCondition(Reason.CHILDREN_CONFLICT, message)
@@ -141,17 +141,17 @@ class PlanExecutor:
         return None
 
 
-def _build(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
+def _build_job_of_attempt(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
     """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
-    accepted = facts.acceptance
-    assert isinstance(accepted, AcceptedSpec)  # noqa: S101 -- `decide` creates attempts of accepted specs only
+    accepted_spec = facts.acceptance
+    assert isinstance(accepted_spec, AcceptedSpec)  # noqa: S101 -- `decide` creates attempts of accepted specs only
     try:
         run: RunConfig = build_run_config(
-            facts.job, facts.spec, attempt, defaults=accepted.defaults,
+            facts.job, facts.spec, attempt, defaults=accepted_spec.defaults,
             committed_step=facts.newest_committed_step, max_step=facts.max_start_step,
-            before_adaptation=original_values(accepted.spec, facts.job.status.adaptations),
+            before_adaptation=original_values(accepted_spec.spec, facts.job.status.adaptations),
         )  # fmt: skip
-        return build_job(facts.job, run, accepted.pool, config)
+        return build_job(facts.job, run, accepted_spec.pool, config)
     except FineTuneError as error:
         refusal = RefusedSpec(Reason.REJECTED, clean(error.message), clean(error.hint or ""), attempt == 1, facts.spec)
         raise SpecRejected(refusal) from error

@@ -28,25 +28,25 @@ def plan_of_ended_attempt(facts: Facts, cause: FailureCause | None, ended_at: da
     `cause` is None if the attempt succeeded.
     """
     message = rank0_termination_message(facts)
-    committed = newest_step_committed_by_attempt(facts, message)
+    committed_step = newest_step_committed_by_attempt(facts, message)
     if cause is None:
-        end = AttemptEnd(Reason.SUCCEEDED, ended_at, None, message, committed_step=committed)
-        return Plan(Situation.ENDED, attempt_end=end, job_end=JobEnd(Outcome.SUCCEEDED, Reason.SUCCEEDED))
-    made_progress = committed is not None and committed > facts.newest_step_of_earlier_attempts
+        attempt_end = AttemptEnd(Reason.SUCCEEDED, ended_at, None, message, committed_step=committed_step)
+        return Plan(Situation.ENDED, attempt_end=attempt_end, job_end=JobEnd(Outcome.SUCCEEDED, Reason.SUCCEEDED))
+    made_progress = committed_step is not None and committed_step > facts.newest_step_of_earlier_attempts
     decision = _finish_or_retry(facts, cause, made_progress, ended_at)
     retry = decision if isinstance(decision, RetryDecision) else RetryDecision()
-    end = AttemptEnd(
+    attempt_end = AttemptEnd(
         reason=cause.reason,
         time=ended_at,
         failure=cause.failure,
         termination_message=message,
-        counted=retry.counted,
+        is_counted=retry.is_counted,
         made_progress=made_progress,
-        committed_step=committed,
+        committed_step=committed_step,
         next_attempt=facts.attempt + 1 if isinstance(decision, RetryDecision) else None,
         adaptation=retry.adaptation,
     )
-    return Plan(Situation.ENDED, attempt_end=end, job_end=decision if isinstance(decision, JobEnd) else None)
+    return Plan(Situation.ENDED, attempt_end=attempt_end, job_end=decision if isinstance(decision, JobEnd) else None)
 
 
 def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, ended_at: datetime) -> JobEnd | RetryDecision:
@@ -108,8 +108,8 @@ def newest_step_committed_by_attempt(facts: Facts, message: TerminationMessage |
     for source in facts.reported_checkpoints:
         steps += facts.steps_of_this_attempt(source.checkpoints, source.resumed_from_step)
     if message is not None and message.committed_step is not None:
-        newest = Checkpoint(step=message.committed_step, uri=message.checkpoint or "")
-        steps += facts.steps_of_this_attempt([newest], message.resumed_from_step)
+        newest_checkpoint = Checkpoint(step=message.committed_step, uri=message.checkpoint or "")
+        steps += facts.steps_of_this_attempt([newest_checkpoint], message.resumed_from_step)
     record = facts.attempt_record
     if record is not None and record.committed_step is not None:
         steps.append(record.committed_step)

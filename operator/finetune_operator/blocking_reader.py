@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 NO_PODS_SECONDS, NOT_RUNNING_SECONDS = 10.0, 20.0
 """Events are read after NO_PODS_SECONDS if a Job lacks pods, and after NOT_RUNNING_SECONDS if a pod has a node but does not start."""
-MAX_READ_INTERVAL = 300.0
+MAX_READ_INTERVAL_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class MissingPods:
     """The object whose events explain why pods are missing."""
 
     uid: str
-    since: datetime
+    missing_since: datetime
     grace_seconds: float
-    """For this many seconds after `since`, missing pods are normal and no events are read."""
+    """For this many seconds after `missing_since`, missing pods are normal and no events are read."""
 
 
 class BlockingConditionReader:
@@ -47,20 +47,20 @@ class BlockingConditionReader:
 
     async def read(self, key: Key, facts: Facts, state: EventReadState) -> bool:
         """Update `state.condition` if a read is due. Returns whether the condition changed. Errors: KubeError except Forbidden."""
-        missing = find_missing_pods(facts)
-        if missing is None:
-            changed = state.condition is not None
-            state.condition, state.due, state.interval = None, None, EventReadState.interval
+        missing_pods = find_missing_pods(facts)
+        if missing_pods is None:
+            has_changed = state.condition is not None
+            state.condition, state.due_at, state.interval_seconds = None, None, EventReadState.interval_seconds
             self._limiter.release(key)
-            return changed
+            return has_changed
         now = asyncio.get_running_loop().time()
-        if not self._is_due(key, missing, state, facts, now):
+        if not self._is_due(key, missing_pods, state, facts, now):
             return False
-        state.due = now + state.interval
-        state.interval = min(2 * state.interval, MAX_READ_INTERVAL)
+        state.due_at = now + state.interval_seconds
+        state.interval_seconds = min(2 * state.interval_seconds, MAX_READ_INTERVAL_SECONDS)
         try:
-            selector = f"involvedObject.uid={missing.uid},type=Warning"
-            listing = await self._kube.list(CORE_EVENT, key.namespace, fields=selector)
+            field_selector = f"involvedObject.uid={missing_pods.uid},type=Warning"
+            listing = await self._kube.list(CORE_EVENT, key.namespace, fields=field_selector)
         except Forbidden as error:
             logger.info("no permission to read events: %s", error)
             return False
@@ -68,16 +68,16 @@ class BlockingConditionReader:
             self._limiter.release(key)
             self._limiter.record_read(now, asyncio.get_running_loop().time())
         condition = blocking_condition_of_events(listing.items)
-        changed = condition != state.condition
+        has_changed = condition != state.condition
         state.condition = condition
-        return changed
+        return has_changed
 
-    def _is_due(self, key: Key, missing: MissingPods, state: EventReadState, facts: Facts, now: float) -> bool:
-        if state.due is None:
-            state.due = now + max(0.0, missing.grace_seconds - seconds_between(missing.since, facts.now))
-        if now >= state.due and key not in self._limiter:
-            state.due = self._limiter.reserve(key, now)
-        return now >= state.due
+    def _is_due(self, key: Key, missing_pods: MissingPods, state: EventReadState, facts: Facts, now: float) -> bool:
+        if state.due_at is None:
+            state.due_at = now + max(0.0, missing_pods.grace_seconds - seconds_between(missing_pods.missing_since, facts.now))
+        if now >= state.due_at and key not in self._limiter:
+            state.due_at = self._limiter.reserve(key, now)
+        return now >= state.due_at
 
     def release(self, key: Key) -> None:
         """Give up the job's reservation in the rate limiter."""
@@ -86,19 +86,19 @@ class BlockingConditionReader:
 
 def find_missing_pods(facts: Facts) -> MissingPods | None:
     """Return the object whose events explain missing pods. Return None if no needed pod is missing."""
-    current = facts.current_job
-    if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:
+    current_job = facts.current_job
+    if current_job is None or current_job.is_suspended or current_job.is_finished or current_job.is_deleting or facts.termination_reason is not None:
         return None
     if all_pods_ended(facts):
         return None
     if len(facts.active_pods) < facts.nodes:
-        return MissingPods(current.uid, current.started_at or current.created_at, NO_PODS_SECONDS)
-    stuck = [pod for pod in facts.active_pods if pod.phase == "Pending" and pod.node and not blocking_condition_of_pods([pod])]
-    return MissingPods(stuck[0].uid, stuck[0].scheduled_at or stuck[0].created_at, NOT_RUNNING_SECONDS) if stuck else None
+        return MissingPods(current_job.uid, current_job.started_at or current_job.created_at, NO_PODS_SECONDS)
+    stuck_pods = [pod for pod in facts.active_pods if pod.phase == "Pending" and pod.node and not blocking_condition_of_pods([pod])]
+    return MissingPods(stuck_pods[0].uid, stuck_pods[0].scheduled_at or stuck_pods[0].created_at, NOT_RUNNING_SECONDS) if stuck_pods else None
 
 
 def all_pods_ended(facts: Facts) -> bool:
     """Whether the pods of all ranks have ended and still exist, but the Job controller has not finished the Job yet."""
-    current, pods = facts.current_job, facts.newest_pods
-    running = current is not None and not current.is_suspended and not current.is_finished
-    return running and len(pods) == facts.nodes and all(pod.is_finished and not pod.is_deleted for pod in pods)
+    current_job, pods = facts.current_job, facts.newest_pods
+    is_running = current_job is not None and not current_job.is_suspended and not current_job.is_finished
+    return is_running and len(pods) == facts.nodes and all(pod.is_finished and not pod.is_deleted for pod in pods)

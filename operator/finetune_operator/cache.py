@@ -41,17 +41,17 @@ class CacheUpdate(NamedTuple):
 class FullList:
     """Uids from one full list of each kind. `version` is the lowest resourceVersion of these lists."""
 
-    finetunejobs: frozenset[str]
-    jobs: frozenset[str]
-    pods: frozenset[str]
+    finetunejob_uids: frozenset[str]
+    job_uids: frozenset[str]
+    pod_uids: frozenset[str]
     version: int
     namespaces: frozenset[str] = frozenset()
     """Namespaces that were listed. An empty set means all namespaces."""
 
-    def proves_deleted(self, view: JobObject | JobView | PodView, uids: frozenset[str]) -> bool:
-        """Whether this object must have been deleted: the list is newer than the cached object, but `uids` does not contain the object."""
+    def proves_deleted(self, view: JobObject | JobView | PodView, listed_uids: frozenset[str]) -> bool:
+        """Whether this object must have been deleted: the list is newer than the cached object, but `listed_uids` does not contain the object."""
         was_listed = not self.namespaces or view.namespace in self.namespaces
-        return was_listed and view.version <= self.version and view.uid not in uids
+        return was_listed and view.version <= self.version and view.uid not in listed_uids
 
 
 class Cache:
@@ -80,7 +80,7 @@ class Cache:
     def put_finetunejob(self, view: JobObject) -> CacheUpdate:
         """Store a FineTuneJob unless the same or a newer version of it is cached."""
         key = Key(view.namespace, view.name)
-        entry = self._entry(key)
+        entry = self._get_or_create_entry(key)
         cached = entry.finetunejob
         if cached is not None and (view.version < cached.version or view == cached):
             return CacheUpdate(key, changed=False)
@@ -91,7 +91,7 @@ class Cache:
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
         """Remove the FineTuneJob with this uid. A new FineTuneJob with the same name stays cached."""
-        entry = self._entry(key)
+        entry = self._get_or_create_entry(key)
         if entry.finetunejob is not None and entry.finetunejob.uid == uid:
             entry.finetunejob = None
         self._remove_if_empty(key)
@@ -99,7 +99,7 @@ class Cache:
     def put_job(self, view: JobView) -> CacheUpdate:
         """Store a Job unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
-        jobs = self._entry(key).jobs
+        jobs = self._get_or_create_entry(key).jobs
         cached = jobs.get(view.uid)
         if cached is not None and view.version < cached.version:
             return CacheUpdate(key, changed=False)
@@ -109,14 +109,14 @@ class Cache:
     def drop_job(self, view: JobView) -> Key:
         """Remove a deleted Job. Returns the key of its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
-        self._entry(key).jobs.pop(view.uid, None)
+        self._get_or_create_entry(key).jobs.pop(view.uid, None)
         self._remove_if_empty(key)
         return key
 
     def put_pod(self, view: PodView) -> CacheUpdate:
         """Store a pod unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
-        pods = self._entry(key).pods
+        pods = self._get_or_create_entry(key).pods
         cached = pods.get(view.uid)
         if cached is not None and (view.version < cached.version or cached.is_deleted):
             return CacheUpdate(key, changed=False)
@@ -126,7 +126,7 @@ class Cache:
     def mark_pod_deleted(self, view: PodView) -> Key:
         """Mark a pod as deleted and keep its newest known state. Returns the key of its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
-        entry = self._entry(key)
+        entry = self._get_or_create_entry(key)
         cached = entry.pods.get(view.uid)
         entry.pods[view.uid] = as_deleted(cached if cached is not None and cached.version > view.version else view)
         self._remove_if_empty(key)
@@ -134,25 +134,25 @@ class Cache:
 
     def drop_deleted_pods(self, key: Key, *, before_attempt: int) -> None:
         """Remove the deleted pods of earlier attempts: the end of these attempts is recorded in the status."""
-        pods = self._entry(key).pods
+        pods = self._get_or_create_entry(key).pods
         for uid in [uid for uid, pod in pods.items() if pod.is_deleted and pod.attempt < before_attempt]:
             del pods[uid]
 
-    def prune(self, listed: FullList) -> set[Key]:
+    def prune(self, full_list: FullList) -> set[Key]:
         """Remove each object that was deleted according to the full lists. Returns the FineTuneJobs that changed."""
-        changed: set[Key] = set()
+        changed_keys: set[Key] = set()
         for key, entry in list(self._entries.items()):
             cached = entry.finetunejob
-            if cached is not None and listed.proves_deleted(cached, listed.finetunejobs):
+            if cached is not None and full_list.proves_deleted(cached, full_list.finetunejob_uids):
                 self.drop_finetunejob(key, cached.uid)
-                changed.add(key)
-            for job in [job for job in entry.jobs.values() if listed.proves_deleted(job, listed.jobs)]:
-                changed.add(self.drop_job(job))
-            for pod in [p for p in entry.pods.values() if not p.is_deleted and listed.proves_deleted(p, listed.pods)]:
-                changed.add(self.mark_pod_deleted(pod))
-        return changed
+                changed_keys.add(key)
+            for job in [job for job in entry.jobs.values() if full_list.proves_deleted(job, full_list.job_uids)]:
+                changed_keys.add(self.drop_job(job))
+            for pod in [p for p in entry.pods.values() if not p.is_deleted and full_list.proves_deleted(p, full_list.pod_uids)]:
+                changed_keys.add(self.mark_pod_deleted(pod))
+        return changed_keys
 
-    def _entry(self, key: Key) -> CacheEntry:
+    def _get_or_create_entry(self, key: Key) -> CacheEntry:
         return self._entries.setdefault(key, CacheEntry())
 
     def _remove_if_empty(self, key: Key) -> None:

@@ -28,14 +28,15 @@ CHECKPOINT_PROBLEMS = {reason.value: reason for reason in (Reason.STAGING_DISK_F
 """Checkpoint problems that have their own reason. For all other problems in the trainer's report, the reason is CheckpointNotStored."""
 
 
-def conditions(view: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
+def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
     """Return all conditions, in a fixed order."""
-    new = [
-        _accepted(view), _quota_reserved(view), _pods_ready(view), _suspended(view),
-        _checkpoints_healthy(view, latest_checkpoint), _succeeded(view), _finished(view), _reconciling(view), _stalled(view),
+    new_conditions = [
+        _accepted_condition(inputs), _quota_reserved_condition(inputs), _pods_ready_condition(inputs), _suspended_condition(inputs),
+        _checkpoints_healthy_condition(inputs, latest_checkpoint), _succeeded_condition(inputs), _finished_condition(inputs),
+        _reconciling_condition(inputs), _stalled_condition(inputs),
     ]  # fmt: skip
-    old = {condition.type: condition for condition in view.old.conditions}
-    return [_with_transition_time(condition, old.get(condition.type), view) for condition in new if condition is not None]
+    old_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
+    return [_with_transition_time(condition, old_by_type.get(condition.type), inputs) for condition in new_conditions if condition is not None]
 
 
 def with_generation(conditions: Iterable[Condition], generation: int) -> list[Condition]:
@@ -43,12 +44,12 @@ def with_generation(conditions: Iterable[Condition], generation: int) -> list[Co
     return [_copy_with(condition, condition.last_transition_time, generation) for condition in conditions]
 
 
-def _with_transition_time(new: Condition, old: Condition | None, view: StatusInput) -> Condition:
+def _with_transition_time(new_condition: Condition, old_condition: Condition | None, inputs: StatusInput) -> Condition:
     """Return the condition with `lastTransitionTime` set: when the status of the condition last changed."""
-    unchanged_since = old.last_transition_time if old is not None and old.status == new.status else None
-    known = [time for time in (unchanged_since, new.last_transition_time) if time is not None]
+    unchanged_since = old_condition.last_transition_time if old_condition is not None and old_condition.status == new_condition.status else None
+    known_times = [time for time in (unchanged_since, new_condition.last_transition_time) if time is not None]
     # While the operator did not run, the condition may have changed and changed back. So the later of the two times is correct.
-    return _copy_with(new, max(known, default=view.facts.now), view.facts.job.generation)
+    return _copy_with(new_condition, max(known_times, default=inputs.facts.now), inputs.facts.job.generation)
 
 
 def _copy_with(condition: Condition, transition_time: datetime | None, generation: int) -> Condition:
@@ -58,87 +59,87 @@ def _copy_with(condition: Condition, transition_time: datetime | None, generatio
     )  # fmt: skip
 
 
-def _condition(
-    kind: Kind, status: ConditionStatus, reason: Reason, message: str, since: datetime | None = None
+def _make_condition(
+    kind: Kind, status: ConditionStatus, reason: Reason, message: str, transition_time: datetime | None = None
 ) -> Condition:
     return Condition(
-        type=kind, status=status, reason=reason.value, message=clean(message), last_transition_time=since
+        type=kind, status=status, reason=reason.value, message=clean(message), last_transition_time=transition_time
     )
 
 
-def _accepted(view: StatusInput) -> Condition:
-    acceptance = view.facts.acceptance
+def _accepted_condition(inputs: StatusInput) -> Condition:
+    acceptance = inputs.facts.acceptance
     if isinstance(acceptance, RefusedSpec):
         message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.is_final else "")
-        return _condition(Kind.ACCEPTED, "False", acceptance.reason, message)
-    return _condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
+        return _make_condition(Kind.ACCEPTED, "False", acceptance.reason, message)
+    return _make_condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
 
 
-def _quota_reserved(view: StatusInput) -> Condition | None:
-    name = view.facts.spec.placement.queue_name
-    if not name and not view.is_queued and view.facts.condition(Kind.QUOTA_RESERVED) is None:
+def _quota_reserved_condition(inputs: StatusInput) -> Condition | None:
+    name = inputs.facts.spec.placement.queue_name
+    if not name and not inputs.is_queued and inputs.facts.condition(Kind.QUOTA_RESERVED) is None:
         return None
     queue = f"queue {name}" if name else "the queue"
-    job = view.current_job
+    job = inputs.current_job
     if job is None:
-        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
+        return _make_condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
     if job.is_finished:
-        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
-    if view.is_queued:
-        return _condition(Kind.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue}")
-    message, since = f"{queue} admitted attempt {job.attempt}", view.facts.admitted_at
-    return _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, message, since)
+        return _make_condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
+    if inputs.is_queued:
+        return _make_condition(Kind.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue}")
+    message, admitted_at = f"{queue} admitted attempt {job.attempt}", inputs.facts.admitted_at
+    return _make_condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, message, admitted_at)
 
 
-def _pods_ready(view: StatusInput) -> Condition:
-    total, ready = view.facts.nodes, view.ready_pods
-    if view.plan.job_end is not None:
-        return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
-    if ready >= total:
-        return _condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
-    if view.blocking_condition is not None:
-        message = f"waiting for {total - ready} of {total} pods: {view.blocking_condition.message}"
-        return _condition(Kind.PODS_READY, "False", view.blocking_condition.reason, message)
-    return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready} of {total} pods are ready")
+def _pods_ready_condition(inputs: StatusInput) -> Condition:
+    total, ready_pods = inputs.facts.nodes, inputs.ready_pods
+    if inputs.plan.job_end is not None:
+        return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
+    if ready_pods >= total:
+        return _make_condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
+    if inputs.blocking_condition is not None:
+        message = f"waiting for {total - ready_pods} of {total} pods: {inputs.blocking_condition.message}"
+        return _make_condition(Kind.PODS_READY, "False", inputs.blocking_condition.reason, message)
+    return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready_pods} of {total} pods are ready")
 
 
-def _suspended(view: StatusInput) -> Condition:
-    if view.is_suspended:
-        step = view.facts.next_start_step
+def _suspended_condition(inputs: StatusInput) -> Condition:
+    if inputs.is_suspended:
+        step = inputs.facts.next_start_step
         start = f"the next attempt continues from step {step}" if step else "no checkpoint is committed yet"
-        return _condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
-    if view.facts.suspend_requested and view.plan.job_end is None:
-        return _condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
-    if view.facts.is_true(Kind.SUSPENDED):
-        return _condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
-    return _condition(Kind.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
+        return _make_condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
+    if inputs.facts.suspend_requested and inputs.plan.job_end is None:
+        return _make_condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
+    if inputs.facts.is_true(Kind.SUSPENDED):
+        return _make_condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
+    return _make_condition(Kind.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
 
 
-def _checkpoints_healthy(view: StatusInput, latest_checkpoint: str | None) -> Condition:
-    problem = view.last_report.health.checkpoint_problem if view.last_report else None
+def _checkpoints_healthy_condition(inputs: StatusInput, latest_checkpoint: str | None) -> Condition:
+    problem = inputs.last_report.health.checkpoint_problem if inputs.last_report else None
     if problem:
         reason = CHECKPOINT_PROBLEMS.get(problem.split(":")[0].strip(), Reason.CHECKPOINT_NOT_STORED)
-        return _condition(Kind.CHECKPOINTS_HEALTHY, "False", reason, problem)
+        return _make_condition(Kind.CHECKPOINTS_HEALTHY, "False", reason, problem)
     if latest_checkpoint:
         message = f"newest checkpoint: {latest_checkpoint}"
-        return _condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, message)
-    return _condition(Kind.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
+        return _make_condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, message)
+    return _make_condition(Kind.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
 
 
-def _succeeded(view: StatusInput) -> Condition:
-    job_end = view.plan.job_end
+def _succeeded_condition(inputs: StatusInput) -> Condition:
+    job_end = inputs.plan.job_end
     if job_end is None:
-        return _condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
+        return _make_condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
     if job_end.outcome is Outcome.SUCCEEDED:
-        return _condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
-    return _condition(Kind.SUCCEEDED, "False", job_end.reason, _why_not_succeeded(job_end))
+        return _make_condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
+    return _make_condition(Kind.SUCCEEDED, "False", job_end.reason, _why_not_succeeded(job_end))
 
 
-def _finished(view: StatusInput) -> Condition:
-    job_end = view.plan.job_end
+def _finished_condition(inputs: StatusInput) -> Condition:
+    job_end = inputs.plan.job_end
     if job_end is None:
-        return _condition(Kind.FINISHED, "False", Reason.PROGRESSING, "the job is not finished")
-    return _condition(Kind.FINISHED, "True", REASON_OF_OUTCOME[job_end.outcome], "no further attempt follows")
+        return _make_condition(Kind.FINISHED, "False", Reason.PROGRESSING, "the job is not finished")
+    return _make_condition(Kind.FINISHED, "True", REASON_OF_OUTCOME[job_end.outcome], "no further attempt follows")
 
 
 def _why_not_succeeded(job_end: JobEnd) -> str:
@@ -150,23 +151,23 @@ def _why_not_succeeded(job_end: JobEnd) -> str:
     return f"{failure.class_} {failure.code}: {failure.message}" + (f"; {failure.hint}" if failure.hint else "")
 
 
-def _reconciling(view: StatusInput) -> Condition | None:
+def _reconciling_condition(inputs: StatusInput) -> Condition | None:
     """Return the Reconciling condition of kstatus, or None if the job is finished or suspended."""
-    if view.plan.job_end is not None or view.is_suspended:
+    if inputs.plan.job_end is not None or inputs.is_suspended:
         return None
-    reason, message = _current_activity(view)
-    return _condition(Kind.RECONCILING, "True", reason, message)
+    reason, message = _describe_activity(inputs)
+    return _make_condition(Kind.RECONCILING, "True", reason, message)
 
 
-def _current_activity(view: StatusInput) -> tuple[Reason, str]:
-    plan, facts = view.plan, view.facts
+def _describe_activity(inputs: StatusInput) -> tuple[Reason, str]:
+    plan, facts = inputs.plan, inputs.facts
     if plan.refusal is not None:
         return plan.refusal.reason, plan.refusal.message
-    if view.termination_reason is not None:
+    if inputs.termination_reason is not None:
         record = facts.attempt_record
-        recorded = (record.message if record else "") or view.termination_reason
-        why = plan.termination.message if plan.termination else recorded
-        return view.termination_reason, f"ending attempt {facts.attempt}: {why}"
+        recorded_message = (record.message if record else "") or inputs.termination_reason
+        why = plan.termination.message if plan.termination else recorded_message
+        return inputs.termination_reason, f"ending attempt {facts.attempt}: {why}"
     if plan.attempt_end is not None:
         failure = plan.attempt_end.failure
         why = failure.message if failure else plan.attempt_end.reason
@@ -174,36 +175,36 @@ def _current_activity(view: StatusInput) -> tuple[Reason, str]:
     if plan.situation is Situation.BACKING_OFF:
         start = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
         return Reason.RETRYING, f"attempt {facts.attempt} starts at {start}"
-    if view.blocking_condition is not None:
-        return view.blocking_condition.reason, view.blocking_condition.message
-    if view.is_queued:
+    if inputs.blocking_condition is not None:
+        return inputs.blocking_condition.reason, inputs.blocking_condition.message
+    if inputs.is_queued:
         return Reason.QUEUED, "waiting for quota in the queue"
-    return Reason.PROGRESSING, f"attempt {facts.attempt}: {_stage(view)}"
+    return Reason.PROGRESSING, f"attempt {facts.attempt}: {_describe_stage(inputs)}"
 
 
-def _stage(view: StatusInput) -> str:
-    received = view.facts.live_report
-    if received is not None:
-        detail = received.report.detail
-        return received.report.stage + (f", {detail}" if detail else "")
-    return Stage.TRAINING if phase_of_pods(view, recovering=False) is Phase.RUNNING else Stage.STARTING
+def _describe_stage(inputs: StatusInput) -> str:
+    live_report = inputs.facts.live_report
+    if live_report is not None:
+        detail = live_report.report.detail
+        return live_report.report.stage + (f", {detail}" if detail else "")
+    return Stage.TRAINING if phase_of_pods(inputs, in_recovery=False) is Phase.RUNNING else Stage.STARTING
 
 
-def _stalled(view: StatusInput) -> Condition | None:
+def _stalled_condition(inputs: StatusInput) -> Condition | None:
     """Return the Stalled condition of kstatus if the job failed or has waited for its pods longer than the start timeout."""
-    plan, facts = view.plan, view.facts
+    plan, facts = inputs.plan, inputs.facts
     if plan.job_end is not None:
         if plan.job_end.outcome is not Outcome.FAILED:
             return None
-        return _condition(Kind.STALLED, "True", plan.job_end.reason, _why_not_succeeded(plan.job_end))
-    since = waiting_since(facts)
+        return _make_condition(Kind.STALLED, "True", plan.job_end.reason, _why_not_succeeded(plan.job_end))
+    waits_since = waiting_since(facts)
     limit = start_timeout_seconds(facts)
-    if since is None or seconds_between(since, facts.now) < limit:
+    if waits_since is None or seconds_between(waits_since, facts.now) < limit:
         return None
-    starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.blocking_condition is not None
-    running = plan.situation is Situation.ACTIVE and plan.termination is None and not view.is_queued
-    if not (plan.refusal is not None or starting or (running and view.ready_pods < facts.nodes)):
+    is_blocked_start = plan.situation in (Situation.STARTING, Situation.BLOCKED) and inputs.blocking_condition is not None
+    is_running = plan.situation is Situation.ACTIVE and plan.termination is None and not inputs.is_queued
+    if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.nodes)):
         return None
-    why = plan.refusal.message if plan.refusal else view.blocking_condition.message if view.blocking_condition else "the pods are not ready"
+    why = plan.refusal.message if plan.refusal else inputs.blocking_condition.message if inputs.blocking_condition else "the pods are not ready"
     message = f"policy.startTimeoutSeconds {limit} passed: {why}"
-    return _condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)
+    return _make_condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)

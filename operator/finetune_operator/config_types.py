@@ -84,11 +84,11 @@ def _check_toleration(toleration: Toleration) -> Toleration:
     return toleration
 
 
-def _map_schema(key_pattern: str, value: Schema, reserved: str = "") -> Schema:
+def _map_schema(key_pattern: str, value: Schema, reserved_key: str = "") -> Schema:
     # Helm 4.3 reports the errors of `propertyNames` at a wrong location, so the schema uses `patternProperties`.
-    allowed: Schema = {key_pattern: {"type": "string"} | value}
-    forbidden: Schema = {reserved: False} if reserved else {}
-    return {"type": "object", "patternProperties": allowed | forbidden, "additionalProperties": False}
+    allowed_properties: Schema = {key_pattern: {"type": "string"} | value}
+    forbidden_properties: Schema = {reserved_key: False} if reserved_key else {}
+    return {"type": "object", "patternProperties": allowed_properties | forbidden_properties, "additionalProperties": False}
 
 
 QUANTITY_SCHEMA: Schema = {

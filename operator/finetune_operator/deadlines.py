@@ -26,34 +26,34 @@ def start_timeout_seconds(facts: Facts) -> int:
 
 def start_timeout_at(facts: Facts) -> datetime | None:
     """When a job that waits for its pods starts to count as stalled, or None if the job does not wait for pods."""
-    begin = waiting_since(facts)
-    return later(begin, start_timeout_seconds(facts)) if begin else None
+    waits_since = waiting_since(facts)
+    return add_seconds(waits_since, start_timeout_seconds(facts)) if waits_since else None
 
 
 def waiting_since(facts: Facts) -> datetime | None:
     """When the job began to wait for its pods or for the Job that creates them, or None if the job does not wait (queued, suspended)."""
-    ready = facts.condition(Condition.PODS_READY)
+    pods_ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
         # If the status still shows all pods as ready, then they became unready just now.
-        unready_since = facts.now if ready and ready.status == "True" else ready.last_transition_time if ready else None
+        unready_since = facts.now if pods_ready and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
-    accepted = facts.condition(Condition.ACCEPTED)
-    if isinstance(facts.acceptance, RefusedSpec) and accepted is not None and accepted.status == "False":
-        return accepted.last_transition_time
-    if facts.current_job is not None or ready is None or ready.status == "True" or ready.last_transition_time is None:
+    accepted_condition = facts.condition(Condition.ACCEPTED)
+    if isinstance(facts.acceptance, RefusedSpec) and accepted_condition is not None and accepted_condition.status == "False":
+        return accepted_condition.last_transition_time
+    if facts.current_job is not None or pods_ready is None or pods_ready.status == "True" or pods_ready.last_transition_time is None:
         return None
     if facts.is_true(Condition.SUSPENDED):
         return None  # the job is resumed in this reconcile: time spent suspended does not count as waiting
-    suspended, (_, backoff_end) = facts.condition(Condition.SUSPENDED), backoff_interval(facts)
-    other_starts = [suspended.last_transition_time if suspended else None, backoff_end]
-    return max([ready.last_transition_time, *(start for start in other_starts if start is not None)])
+    suspended_condition, (_, backoff_end) = facts.condition(Condition.SUSPENDED), backoff_interval(facts)
+    other_starts = [suspended_condition.last_transition_time if suspended_condition else None, backoff_end]
+    return max([pods_ready.last_transition_time, *(start for start in other_starts if start is not None)])
 
 
 def backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
     """Return the begin and the end of the backoff after the last attempt, or (None, None) if no attempt has ended."""
     attempts = facts.job.status.attempts
-    ended = attempts[-1].end_time if attempts else None
-    return ended, later(ended, backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended else None
+    ended_at = attempts[-1].end_time if attempts else None
+    return ended_at, add_seconds(ended_at, backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended_at else None
 
 
 def stall_message(facts: Facts) -> str:
@@ -68,13 +68,13 @@ def stall_check_at(facts: Facts) -> datetime | None:
     unready_since = _unready_since(facts)
     silent_since = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
     limit = timeouts.stall_limit_seconds(facts.spec, report)
-    return later(max(silent_since), limit + 1) if reported_at and silent_since else None
+    return add_seconds(max(silent_since), limit + 1) if reported_at and silent_since else None
 
 
 def _last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
     """Return the last report of the attempt's active pods and its time. If this process has no report, the status provides the time."""
-    received = facts.live_report
-    return (received.report, received.time) if received else (None, _last_report_time_from_status(facts))
+    live_report = facts.live_report
+    return (live_report.report, live_report.time) if live_report else (None, _last_report_time_from_status(facts))
 
 
 def _last_report_time_from_status(facts: Facts) -> datetime | None:
@@ -83,20 +83,20 @@ def _last_report_time_from_status(facts: Facts) -> datetime | None:
     None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is the
     start of the new pod. The node's clock sets a report's time. If that clock is ahead, the stall timeout is only delayed.
     """
-    record, progress, ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
+    record, progress, pods_ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
     rank0 = facts.rank0
     if record is None or not record.last_step or rank0 is None or rank0.phase != "Running":
         return None
-    if ready is None or ready.status == "True" or ready.last_transition_time is None:
+    if pods_ready is None or pods_ready.status == "True" or pods_ready.last_transition_time is None:
         return None
-    started, reported = rank0.running_since or rank0.created_at, progress.update_time if progress else None
-    return max(started, reported) if reported else started
+    started_at, reported_at = rank0.running_since or rank0.created_at, progress.update_time if progress else None
+    return max(started_at, reported_at) if reported_at else started_at
 
 
 def _unready_since(facts: Facts) -> datetime | None:
     """Return when the pods became unready according to the status. If the status shows the pods as ready, return the current time."""
-    ready = facts.condition(Condition.PODS_READY)
-    return facts.now if ready is not None and ready.status == "True" else ready.last_transition_time if ready else None
+    pods_ready = facts.condition(Condition.PODS_READY)
+    return facts.now if pods_ready is not None and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
 
 
 def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
@@ -104,12 +104,12 @@ def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
 
     If a pod counts as lost now, this reconcile force-deletes it. The next forced deletion follows after `REPEAT_FORCE_DELETE_SECONDS`.
     """
-    deleting = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
+    deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
     if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
-        return later(facts.now, REPEAT_FORCE_DELETE_SECONDS)
-    return later(min(deleting), facts.config.lost_node_seconds + 1) if deleting else None
+        return add_seconds(facts.now, REPEAT_FORCE_DELETE_SECONDS)
+    return add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
 
 
-def later(moment: datetime, seconds: float) -> datetime:
+def add_seconds(moment: datetime, seconds: float) -> datetime:
     """Return the time `seconds` after `moment`."""
     return moment + timedelta(seconds=seconds)

@@ -35,9 +35,9 @@ def decide(facts: Facts) -> Plan:
         return Plan(Situation.DELETING)
     if facts.is_finished:
         return _clean_up_finished(facts)
-    current = facts.current_job
-    if current is not None:
-        return _plan_with_job(facts, current)
+    current_job = facts.current_job
+    if current_job is not None:
+        return _plan_with_job(facts, current_job)
     record = facts.attempt_record
     if record is not None and record.start_time is not None and record.end_time is None:
         return _plan_without_job(facts)
@@ -47,16 +47,16 @@ def decide(facts: Facts) -> Plan:
 def _clean_up_finished(facts: Facts) -> Plan:
     """Delete the running Jobs and pods of a finished job. After the TTL, delete its finished Jobs and pods as well."""
     expires_at = timeouts.ttl_expires_at(facts.ttl_seconds_after_finished, facts.job.status.completion_time)
-    expired = expires_at is not None and facts.now >= expires_at
-    jobs = tuple(job for job in facts.owned_jobs if not job.is_deleting and (expired or not job.is_finished))
+    is_expired = expires_at is not None and facts.now >= expires_at
+    jobs = tuple(job for job in facts.owned_jobs if not job.is_deleting and (is_expired or not job.is_finished))
     # The deletion of a Job also deletes its pods. Orphaned pods have no Job, so each of them is deleted separately.
-    orphans = [pod for pod in _orphaned_pods(facts) if not (pod.is_deleted or pod.deletion_timestamp)]
-    pods = tuple(pod for pod in orphans if expired or not pod.is_finished)
+    orphaned_pods = [pod for pod in _orphaned_pods(facts) if not (pod.is_deleted or pod.deletion_timestamp)]
+    pods = tuple(pod for pod in orphaned_pods if is_expired or not pod.is_finished)
     return Plan(
         Situation.FINISHED,
         delete_jobs=jobs,
         delete_pods=pods,
-        reconcile_at=None if expired else timeouts.next_reconcile_at(facts.now, expires_at),
+        reconcile_at=None if is_expired else timeouts.next_reconcile_at(facts.now, expires_at),
         is_clean=not (jobs or pods),
     )
 
@@ -67,28 +67,28 @@ def _plan_before_attempt(facts: Facts) -> Plan:
         return Plan(Situation.FINISHED, job_end=JobEnd(Outcome.CANCELLED, Reason.CANCELLED))
     refusal = facts.acceptance if isinstance(facts.acceptance, RefusedSpec) else None
     if refusal is not None and refusal.is_final:
-        return _reject(refusal)
-    ending = _end_earlier_attempts(facts)
-    if ending is not None:
-        return ending
+        return _plan_refusal(refusal)
+    ending_plan = _end_earlier_attempts(facts)
+    if ending_plan is not None:
+        return ending_plan
     if facts.suspend_requested:
         return Plan(Situation.SUSPENDED)
     timeout = timeouts.next_reconcile_at(facts.now, start_timeout_at(facts))
     if refusal is not None:
         return Plan(Situation.REFUSED, refusal=refusal, reconcile_at=timeout)
-    foreign = next((job for job in facts.jobs if job.name == attempt_job_name(facts.job.name, facts.attempt)), None)
-    if foreign is not None:
-        message = f"Job {foreign.name} belongs to another object (uid {foreign.owner_uid or 'unknown'})"
-        blocking = BlockingCondition(Reason.CHILDREN_CONFLICT, message)
-        return Plan(Situation.BLOCKED, blocking_condition=blocking, reconcile_at=timeout)
-    begin, end = backoff_interval(facts)
-    # If the clock was set back, `now` is before `begin` and the backoff would last too long. The backoff then ends at once.
-    if begin is not None and end is not None and begin <= facts.now < end:
-        return Plan(Situation.BACKING_OFF, reconcile_at=timeouts.next_reconcile_at(facts.now, end))
+    foreign_job = next((job for job in facts.jobs if job.name == attempt_job_name(facts.job.name, facts.attempt)), None)
+    if foreign_job is not None:
+        message = f"Job {foreign_job.name} belongs to another object (uid {foreign_job.owner_uid or 'unknown'})"
+        blocking_condition = BlockingCondition(Reason.CHILDREN_CONFLICT, message)
+        return Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=timeout)
+    backoff_start, backoff_end = backoff_interval(facts)
+    # If the clock was set back, `now` is before `backoff_start` and the backoff would last too long. The backoff then ends at once.
+    if backoff_start is not None and backoff_end is not None and backoff_start <= facts.now < backoff_end:
+        return Plan(Situation.BACKING_OFF, reconcile_at=timeouts.next_reconcile_at(facts.now, backoff_end))
     return Plan(Situation.STARTING, create_attempt=facts.attempt, delete_jobs=_superseded_jobs(facts))
 
 
-def _reject(refusal: RefusedSpec) -> Plan:
+def _plan_refusal(refusal: RefusedSpec) -> Plan:
     failure = Failure(class_=FailureClass.USER, code=refusal.reason, message=refusal.message, hint=refusal.hint or None)
     return Plan(Situation.FINISHED, refusal=refusal, job_end=JobEnd(Outcome.FAILED, refusal.reason, failure))
 
@@ -109,15 +109,15 @@ def _end_earlier_attempts(facts: Facts) -> Plan | None:
     )
 
 
-def _plan_with_job(facts: Facts, current: JobView) -> Plan:
+def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
     """Return the plan for a job whose current attempt has a Job."""
-    if current.completed_at is not None:
-        return plan_of_ended_attempt(facts, None, current.completed_at)
-    if facts.termination_reason is not None or current.is_deleting:
-        return _terminate(facts, current)
-    if current.failed_at is not None:
-        return plan_of_ended_attempt(facts, cause_of(current, facts.newest_pods), current.failed_at)
-    termination = _termination(facts)
+    if current_job.completed_at is not None:
+        return plan_of_ended_attempt(facts, None, current_job.completed_at)
+    if facts.termination_reason is not None or current_job.is_deleting:
+        return _plan_termination(facts, current_job)
+    if current_job.failed_at is not None:
+        return plan_of_ended_attempt(facts, cause_of(current_job, facts.newest_pods), current_job.failed_at)
+    termination = _find_termination(facts)
     if termination is not None:
         return Plan(Situation.ACTIVE, termination=termination)
     pods = facts.active_pods
@@ -125,21 +125,21 @@ def _plan_with_job(facts: Facts, current: JobView) -> Plan:
     all_ready = sum(pod.is_ready for pod in pods) >= facts.nodes
     deadline = timeouts.deadline_at(facts.active_deadline_seconds, facts.earlier_running_seconds, facts.running_since)
     time_limits = [
-        None if current.is_suspended else deadline,
+        None if current_job.is_suspended else deadline,
         force_delete_at(facts, pods),
         stall_check_at(facts),
         None if all_ready else start_timeout_at(facts),
     ]
     return Plan(
         Situation.ACTIVE,
-        blocking_condition=None if all_ready or current.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking_condition),
+        blocking_condition=None if all_ready or current_job.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking_condition),
         scrape_pod=rank0 if rank0 is not None and rank0.ip else None,
         reconcile_at=timeouts.next_reconcile_at(facts.now, *time_limits),
         delete_jobs=_superseded_jobs(facts),
     )
 
 
-def _termination(facts: Facts) -> Termination | None:
+def _find_termination(facts: Facts) -> Termination | None:
     """Return why the running attempt must be ended, or None if the attempt may continue."""
     if facts.cancel_requested:
         return Termination(Reason.CANCELLED, "spec.cancel is true")
@@ -148,17 +148,17 @@ def _termination(facts: Facts) -> Termination | None:
     limit = facts.active_deadline_seconds
     if limit is not None and facts.running_since is not None and facts.running_seconds(facts.now) >= limit:
         return Termination(Reason.DEADLINE_EXCEEDED, f"policy.activeDeadlineSeconds {limit} passed")
-    lost = _pods_of_lost_nodes(facts, facts.active_pods)
-    if lost:
-        return Termination(Reason.NODE_LOST, f"pod {lost[0].name} does not end: node {lost[0].node or 'unknown'} is lost")
+    lost_pods = _pods_of_lost_nodes(facts, facts.active_pods)
+    if lost_pods:
+        return Termination(Reason.NODE_LOST, f"pod {lost_pods[0].name} does not end: node {lost_pods[0].node or 'unknown'} is lost")
     if not facts.spec_is_readable:
         # The start timeout and the stall timeout are part of the spec, so they are unknown. A new attempt could not start either.
         return None
-    incomplete = _incomplete_gang(facts)
-    if incomplete:
-        return Termination(Reason.GANG_INCOMPLETE, incomplete)
-    stalled = stall_message(facts)
-    return Termination(Reason.STALLED, stalled) if stalled else None
+    gang_problem = _incomplete_gang(facts)
+    if gang_problem:
+        return Termination(Reason.GANG_INCOMPLETE, gang_problem)
+    stall_text = stall_message(facts)
+    return Termination(Reason.STALLED, stall_text) if stall_text else None
 
 
 def _incomplete_gang(facts: Facts) -> str:
@@ -170,21 +170,21 @@ def _incomplete_gang(facts: Facts) -> str:
     job, timeout_at = facts.current_job, start_timeout_at(facts)
     if job is None or job.queue or facts.nodes < 2 or timeout_at is None or facts.now < timeout_at:
         return ""
-    placed = sum(bool(pod.node) for pod in facts.active_pods)
-    if placed in (0, facts.nodes) or len(facts.newest_pods) > len(facts.active_pods):
+    placed_count = sum(bool(pod.node) for pod in facts.active_pods)
+    if placed_count in (0, facts.nodes) or len(facts.newest_pods) > len(facts.active_pods):
         return ""
     limit = start_timeout_seconds(facts)
-    return f"{placed} of {facts.nodes} pods have a node, but the other pods got no node within {limit} s: the nodes are freed for other jobs"
+    return f"{placed_count} of {facts.nodes} pods have a node, but the other pods got no node within {limit} s: the nodes are freed for other jobs"
 
 
-def _terminate(facts: Facts, current: JobView) -> Plan:
+def _plan_termination(facts: Facts, current_job: JobView) -> Plan:
     """Return a plan that deletes the attempt's Job. If another client is deleting the Job, first record that as the reason."""
     if facts.termination_reason is None:
         termination = Termination(Reason.PREEMPTED, "the Job of this attempt was deleted by another client than the operator")
         return Plan(Situation.TERMINATING, termination=termination)
     return Plan(
         Situation.TERMINATING,
-        delete_jobs=() if current.is_deleting else (current,),
+        delete_jobs=() if current_job.is_deleting else (current_job,),
         force_delete_pods=_pods_of_lost_nodes(facts, facts.attempt_pods),
         reconcile_at=timeouts.next_reconcile_at(facts.now, force_delete_at(facts, facts.attempt_pods)),
     )
@@ -192,13 +192,13 @@ def _terminate(facts: Facts, current: JobView) -> Plan:
 
 def _plan_without_job(facts: Facts) -> Plan:
     """Return the plan for an attempt whose Job was deleted: delete the running pods, then record the end of the attempt."""
-    running = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
-    if running:
+    running_pods = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
+    if running_pods:
         return Plan(
             Situation.TERMINATING,
-            delete_pods=tuple(pod for pod in running if not pod.deletion_timestamp),
-            force_delete_pods=_pods_of_lost_nodes(facts, running),
-            reconcile_at=timeouts.next_reconcile_at(facts.now, force_delete_at(facts, running)),
+            delete_pods=tuple(pod for pod in running_pods if not pod.deletion_timestamp),
+            force_delete_pods=_pods_of_lost_nodes(facts, running_pods),
+            reconcile_at=timeouts.next_reconcile_at(facts.now, force_delete_at(facts, running_pods)),
         )
     cause = None if all_ranks_succeeded(facts) else cause_of_missing_job(facts)
     return plan_of_ended_attempt(facts, cause, facts.last_seen_at)
@@ -210,11 +210,11 @@ def _pods_of_lost_nodes(facts: Facts, pods: tuple[PodView, ...]) -> tuple[PodVie
 
 def _orphaned_pods(facts: Facts) -> list[PodView]:
     """Return the FineTuneJob's pods that no existing Job owns."""
-    uids = {job.uid for job in facts.owned_jobs}
-    return [pod for pod in facts.owned_pods if pod.job_uid not in uids]
+    job_uids = {job.uid for job in facts.owned_jobs}
+    return [pod for pod in facts.owned_pods if pod.job_uid not in job_uids]
 
 
 def _superseded_jobs(facts: Facts) -> tuple[JobView, ...]:
     """Return the finished Jobs of earlier attempts, except the newest. The newest Job is kept so that users can read its pods' logs."""
-    earlier = sorted((job for job in facts.owned_jobs if job.attempt < facts.attempt), key=lambda job: job.attempt)
-    return tuple(job for job in earlier[:-1] if job.is_finished and not job.is_deleting)
+    earlier_jobs = sorted((job for job in facts.owned_jobs if job.attempt < facts.attempt), key=lambda job: job.attempt)
+    return tuple(job for job in earlier_jobs[:-1] if job.is_finished and not job.is_deleting)

@@ -57,9 +57,10 @@ class EventDraft:
     action: str = "Reconcile"
 
 
-def draft_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[EventDraft]:
-    """Return the events for the change from `old` to `new`, in the order in which these events occur in a run."""
-    return [*_acceptance(old, new), *_attempts(old, new), *_waiting(old, new), *_training(old, new), *_end(old, new)]
+def draft_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> list[EventDraft]:
+    """Return the events for the change from `old_status` to `new_status`, in the order in which these events occur in a run."""
+    steps = (_acceptance_events, _attempt_events, _waiting_events, _training_events, _end_events)
+    return [draft for events_of_step in steps for draft in events_of_step(old_status, new_status)]
 
 
 @dataclass(frozen=True)
@@ -71,87 +72,87 @@ class ConditionState:
     message: str = ""
 
 
-def _condition(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
+def _condition_state(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
     found = status.condition(kind)
     return ConditionState(found.status, found.reason, found.message) if found else ConditionState()
 
 
-def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
-    before, now = _condition(old, Kind.ACCEPTED), _condition(new, Kind.ACCEPTED)
-    if now.status == "True" and before.status != "True":
-        yield EventDraft(Reason.ACCEPTED, now.message, action="Accept")
-    elif now.status == "False" and (before.status != "False" or before.reason != now.reason):
-        yield EventDraft(Reason(now.reason), now.message, "Warning", "Accept")
+def _acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    before, after = _condition_state(old_status, Kind.ACCEPTED), _condition_state(new_status, Kind.ACCEPTED)
+    if after.status == "True" and before.status != "True":
+        yield EventDraft(Reason.ACCEPTED, after.message, action="Accept")
+    elif after.status == "False" and (before.status != "False" or before.reason != after.reason):
+        yield EventDraft(Reason(after.reason), after.message, "Warning", "Accept")
 
 
-def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
-    known = {attempt.number: attempt for attempt in old.attempts}
-    for attempt in new.attempts:
-        before = known.get(attempt.number)
+def _attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    old_by_number = {attempt.number: attempt for attempt in old_status.attempts}
+    for attempt in new_status.attempts:
+        before = old_by_number.get(attempt.number)
         if before is None:
             yield EventDraft(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
         if attempt.resumed_from_step and (before is None or before.resumed_from_step != attempt.resumed_from_step):
             note = f"attempt {attempt.number} resumed from step {attempt.resumed_from_step}"
             yield EventDraft(Reason.RESUMED_FROM_CHECKPOINT, note)
         if attempt.end_time is not None and (before is None or before.end_time is None):
-            yield from _failed_attempt(attempt)
-    for change in new.adaptations[len(old.adaptations) :]:
+            yield from _failed_attempt_events(attempt)
+    for change in new_status.adaptations[len(old_status.adaptations) :]:
         yield EventDraft(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
-    if (new.attempt or 1) > (old.attempt or 1) and not _is_finished(new) and new.phase is not Phase.SUSPENDED:
-        yield EventDraft(Reason.RETRYING, f"attempt {new.attempt} follows")
+    if (new_status.attempt or 1) > (old_status.attempt or 1) and not _is_finished(new_status) and new_status.phase is not Phase.SUSPENDED:
+        yield EventDraft(Reason.RETRYING, f"attempt {new_status.attempt} follows")
 
 
-def _failed_attempt(attempt: Attempt) -> Iterator[EventDraft]:
+def _failed_attempt_events(attempt: Attempt) -> Iterator[EventDraft]:
     if attempt.reason in (Reason.SUCCEEDED, Reason.SUSPENDED, Reason.CANCELLED) or not attempt.reason:
         return
-    code = f", exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
-    location = f" on node {attempt.node}" if attempt.node else ""
-    note = f"attempt {attempt.number} ended{location}{code}: {attempt.message or attempt.reason}"
+    code_part = f", exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
+    node_part = f" on node {attempt.node}" if attempt.node else ""
+    note = f"attempt {attempt.number} ended{node_part}{code_part}: {attempt.message or attempt.reason}"
     yield EventDraft(Reason(attempt.reason), note, "Warning", "Observe")
 
 
-def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
-    before, now = _condition(old, Kind.QUOTA_RESERVED), _condition(new, Kind.QUOTA_RESERVED)
-    is_queued = now.status == "False" and now.reason == Reason.QUEUED
-    if is_queued and (before.status, before.reason) != (now.status, now.reason):
+def _waiting_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    before, after = _condition_state(old_status, Kind.QUOTA_RESERVED), _condition_state(new_status, Kind.QUOTA_RESERVED)
+    is_queued = after.status == "False" and after.reason == Reason.QUEUED
+    if is_queued and (before.status, before.reason) != (after.status, after.reason):
         if before.status == "True":
             yield EventDraft(Reason.PREEMPTED, "the queue revoked the quota; the pods save and stop", "Warning", "Queue")
-        yield EventDraft(Reason.QUEUED, now.message, action="Queue")
-    before, now = _condition(old, Kind.PODS_READY), _condition(new, Kind.PODS_READY)
-    if now.reason != before.reason and now.reason in BLOCKING_REASONS:
-        yield EventDraft(Reason(now.reason), now.message, "Warning", "Wait")
-    before, now = _condition(old, Kind.STALLED), _condition(new, Kind.STALLED)
-    if now.status == "True" and before.status != "True" and not _is_finished(new):
-        yield EventDraft(Reason(now.reason), now.message, "Warning", "Wait")
+        yield EventDraft(Reason.QUEUED, after.message, action="Queue")
+    before, after = _condition_state(old_status, Kind.PODS_READY), _condition_state(new_status, Kind.PODS_READY)
+    if after.reason != before.reason and after.reason in BLOCKING_REASONS:
+        yield EventDraft(Reason(after.reason), after.message, "Warning", "Wait")
+    before, after = _condition_state(old_status, Kind.STALLED), _condition_state(new_status, Kind.STALLED)
+    if after.status == "True" and before.status != "True" and not _is_finished(new_status):
+        yield EventDraft(Reason(after.reason), after.message, "Warning", "Wait")
 
 
-def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
-    if not old.steps_done and new.steps_done and not _is_finished(new):
-        total = new.progress.total_steps if new.progress else None
+def _training_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    if not old_status.steps_done and new_status.steps_done and not _is_finished(new_status):
+        total = new_status.progress.total_steps if new_status.progress else None
         note = f"completed the first of {total} steps" if total else "completed the first step"
         yield EventDraft(Reason.TRAINING_STARTED, note, action="Train")
-    if new.latest_checkpoint and not old.latest_checkpoint:
-        yield EventDraft(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new.latest_checkpoint}", action="Checkpoint")
-    before, now = _condition(old, Kind.CHECKPOINTS_HEALTHY), _condition(new, Kind.CHECKPOINTS_HEALTHY)
-    if now.status == "False" and before.status != "False":
-        yield EventDraft(Reason(now.reason), now.message, "Warning", "Checkpoint")
+    if new_status.latest_checkpoint and not old_status.latest_checkpoint:
+        yield EventDraft(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new_status.latest_checkpoint}", action="Checkpoint")
+    before, after = _condition_state(old_status, Kind.CHECKPOINTS_HEALTHY), _condition_state(new_status, Kind.CHECKPOINTS_HEALTHY)
+    if after.status == "False" and before.status != "False":
+        yield EventDraft(Reason(after.reason), after.message, "Warning", "Checkpoint")
 
 
-def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
-    before, now = _condition(old, Kind.SUSPENDED), _condition(new, Kind.SUSPENDED)
-    if now.status == "True" and before.status != "True":
-        yield EventDraft(Reason.SUSPENDED, now.message, action="Suspend")
-    if now.status == "False" and before.status == "True" and now.reason == Reason.RESUMED and not _is_finished(new):
-        yield EventDraft(Reason.RESUMED, now.message, action="Resume")
-    if not _is_finished(new) or _is_finished(old):
+def _end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    before, after = _condition_state(old_status, Kind.SUSPENDED), _condition_state(new_status, Kind.SUSPENDED)
+    if after.status == "True" and before.status != "True":
+        yield EventDraft(Reason.SUSPENDED, after.message, action="Suspend")
+    if after.status == "False" and before.status == "True" and after.reason == Reason.RESUMED and not _is_finished(new_status):
+        yield EventDraft(Reason.RESUMED, after.message, action="Resume")
+    if not _is_finished(new_status) or _is_finished(old_status):
         return
-    if new.phase is Phase.SUCCEEDED:
-        location = new.output.uri if new.output and new.output.uri else "storage"
-        yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {location}", action=FINISH_ACTION)
-    elif new.phase is Phase.CANCELLED:
-        yield EventDraft(Reason.CANCELLED, _condition(new, Kind.SUCCEEDED).message, action=FINISH_ACTION)
+    if new_status.phase is Phase.SUCCEEDED:
+        output_location = new_status.output.uri if new_status.output and new_status.output.uri else "storage"
+        yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {output_location}", action=FINISH_ACTION)
+    elif new_status.phase is Phase.CANCELLED:
+        yield EventDraft(Reason.CANCELLED, _condition_state(new_status, Kind.SUCCEEDED).message, action=FINISH_ACTION)
     else:
-        failure = new.failure
+        failure = new_status.failure
         text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
         hint = f"; {failure.hint}" if failure and failure.hint else ""
         yield EventDraft(Reason.FAILED, text + hint, "Warning", FINISH_ACTION)
@@ -161,21 +162,21 @@ def _is_finished(status: FineTuneJobStatus) -> bool:
     return status.is_true(Kind.FINISHED)
 
 
-def build_event(job: JobObject, draft: EventDraft, instance: str, now: datetime) -> Object:
+def build_event(job: JobObject, draft: EventDraft, reporting_instance: str, now: datetime) -> Object:
     """Return the Kubernetes object of one event. Equal events of the same job have equal names."""
     text = clean(draft.note, MAX_NOTE_CHARACTERS)
-    digest = hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()
+    content_hash = hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()
     return {
         "apiVersion": EVENT.api_version,
         "kind": EVENT.kind,
         "metadata": {
-            "name": f"{job.name}.{digest[:16]}",
+            "name": f"{job.name}.{content_hash[:16]}",
             "namespace": job.namespace,
             "annotations": {names.Annotation.OBSERVED_VERSION.value: job.resource_version},
         },
         "eventTime": _micro_time(now),
         "reportingController": names.GROUP,
-        "reportingInstance": instance[:128],
+        "reportingInstance": reporting_instance[:128],
         "action": draft.action,
         "reason": draft.reason.value,
         "type": draft.type,
@@ -214,21 +215,21 @@ class TokenBucket:
 class EventRecorder:
     """Posts events. Events beyond a job's rate limit are dropped and logged."""
 
-    def __init__(self, kube: KubeClient, instance: str):
+    def __init__(self, kube: KubeClient, reporting_instance: str):
         self._kube = kube
-        self._instance = instance
+        self._reporting_instance = reporting_instance
         self._buckets: dict[str, TokenBucket] = {}
         self._uncommitted: dict[str, set[str]] = {}
         """Names of the events posted since the job's last status write, by uid of the job."""
 
     async def emit(self, job: JobObject, drafts: list[EventDraft]) -> None:
-        """Post the events for the next status write. Until `commit`, each event is posted only once. Errors are logged, not raised."""
-        posted = self._uncommitted.setdefault(job.uid, set())
+        """Post the events for the next status write. Until `record_status_write`, each event is posted only once. Errors are logged, not raised."""
+        posted_names = self._uncommitted.setdefault(job.uid, set())
         for draft in drafts:
-            event = build_event(job, draft, self._instance, self._kube.clock.now())
-            if event["metadata"]["name"] in posted:
+            event = build_event(job, draft, self._reporting_instance, self._kube.clock.now())
+            if event["metadata"]["name"] in posted_names:
                 continue
-            posted.add(event["metadata"]["name"])
+            posted_names.add(event["metadata"]["name"])
             if not self._take_token(job.uid) and draft.action != FINISH_ACTION:
                 logger.info("dropped event %s of %s/%s: rate limit", draft.reason, job.namespace, job.name)
                 continue
@@ -239,7 +240,7 @@ class EventRecorder:
                 # A terminating namespace or a missing permission must not fail the reconcile.
                 logger.info("event not posted: %s", error or "timeout")
 
-    def commit(self, uid: str) -> None:
+    def record_status_write(self, uid: str) -> None:
         """Record that the status was written. From now on, an equal event is a repeat, and the series counts it."""
         self._uncommitted.pop(uid, None)
 
@@ -248,18 +249,18 @@ class EventRecorder:
         try:
             await self._kube.create(EVENT, meta["namespace"], event)
         except AlreadyExists:
-            found = await self._kube.get(EVENT, meta["namespace"], meta["name"])
-            if (found["metadata"].get("annotations") or {}) == meta["annotations"]:
+            existing_event = await self._kube.get(EVENT, meta["namespace"], meta["name"])
+            if (existing_event["metadata"].get("annotations") or {}) == meta["annotations"]:
                 return
-            count = int((found.get("series") or {}).get("count", 1)) + 1
+            count = int((existing_event.get("series") or {}).get("count", 1)) + 1
             series = {"count": count, "lastObservedTime": event["eventTime"]}
-            change = {"metadata": {"annotations": meta["annotations"]}, "series": series}
-            await self._kube.patch(EVENT, meta["namespace"], meta["name"], change)
+            series_patch = {"metadata": {"annotations": meta["annotations"]}, "series": series}
+            await self._kube.patch(EVENT, meta["namespace"], meta["name"], series_patch)
 
     def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
-        allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take(now)
+        is_allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take(now)
         if len(self._buckets) > MAX_BUCKETS:
-            refill = BUCKET_TOKENS * TOKEN_REFILL_SECONDS
-            self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= refill}
-        return allowed
+            full_refill_seconds = BUCKET_TOKENS * TOKEN_REFILL_SECONDS
+            self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= full_refill_seconds}
+        return is_allowed

@@ -1,4 +1,4 @@
-"""The facts: all data about one FineTuneJob at one moment. `decide` and `report` read only the facts."""
+"""The facts: all data about one FineTuneJob at one moment. `decide` and `compute_status` read only the facts."""
 
 from __future__ import annotations
 
@@ -168,13 +168,13 @@ class Facts:
         may have removed some of the checkpoints.
         """
         pods = sorted((pod for pod in self.attempt_pods if pod.index == 0), key=lambda pod: pod.created_at)
-        received = self.last_report
+        last_report = self.last_report
         sources: list[ProgressReport | TerminationMessage] = []
-        if received is not None and received.pod_uid not in {pod.uid for pod in pods}:
-            sources.append(received.report)
+        if last_report is not None and last_report.pod_uid not in {pod.uid for pod in pods}:
+            sources.append(last_report.report)
         for pod in pods:
-            if received is not None and received.pod_uid == pod.uid:
-                sources.append(received.report)
+            if last_report is not None and last_report.pod_uid == pod.uid:
+                sources.append(last_report.report)
             message = pod.termination_message
             if message is not None and (pod is pods[-1] or self._lists_newer_checkpoints(message)):
                 sources.append(message)
@@ -182,8 +182,8 @@ class Facts:
 
     def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
         """Whether the message lists a newer step of the current attempt than the status does."""
-        listed = self.steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
-        return max(listed, default=0) > max(self.steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
+        listed_steps = self.steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
+        return max(listed_steps, default=0) > max(self.steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
 
     # Status
 
@@ -222,14 +222,14 @@ class Facts:
             return self.admitted_at if self.spec.placement.queue_name or job.queue else job.created_at
         if record is None or record.start_time is None or record.end_time is not None:
             return None
-        quota = self.condition(Condition.QUOTA_RESERVED)
-        if quota is None:
+        quota_condition = self.condition(Condition.QUOTA_RESERVED)
+        if quota_condition is None:
             return record.start_time
         if self.admitted_at is not None:
             return max(record.start_time, self.admitted_at)
-        if quota.status != "True" or quota.last_transition_time is None:
+        if quota_condition.status != "True" or quota_condition.last_transition_time is None:
             return None
-        return max(record.start_time, quota.last_transition_time)
+        return max(record.start_time, quota_condition.last_transition_time)
 
     @property
     def admitted_at(self) -> datetime | None:
@@ -242,11 +242,11 @@ class Facts:
         """Running time of the job before the current period, in seconds."""
         return float(self.job.status.active_seconds or 0)
 
-    def running_seconds(self, until: datetime) -> float:
-        """Running time of all attempts until `until`, in seconds. If a queue has suspended the Job, the time since then does not count."""
+    def running_seconds(self, end_time: datetime) -> float:
+        """Running time of all attempts until `end_time`, in seconds. If a queue has suspended the Job, the time since then does not count."""
         suspended_since = self.current_job.suspended_since if self.current_job else None
-        end = min(until, suspended_since) if suspended_since else until
-        return self.earlier_running_seconds + seconds_between(self.running_since, end)
+        counted_until = min(end_time, suspended_since) if suspended_since else end_time
+        return self.earlier_running_seconds + seconds_between(self.running_since, counted_until)
 
     @property
     def last_seen_at(self) -> datetime:
@@ -254,17 +254,17 @@ class Facts:
 
         Usually this is the current time. If the Job was deleted while the operator did not run, the pods or the status show an earlier time.
         """
-        ends = [_end_of(pod) for pod in self.newest_pods]
-        if None in ends:
+        pod_end_times = [_end_of(pod) for pod in self.newest_pods]
+        if None in pod_end_times:
             return self.now
-        progress, ready = self.job.status.progress, self.condition(Condition.PODS_READY)
-        recorded = [progress.update_time if progress else None, ready.last_transition_time if ready else None]
-        recorded += [
+        progress, pods_ready = self.job.status.progress, self.condition(Condition.PODS_READY)
+        recorded_times = [progress.update_time if progress else None, pods_ready.last_transition_time if pods_ready else None]
+        recorded_times += [
             self.attempt_record.start_time if self.attempt_record else None,
             self.last_report.time if self.last_report else None,
         ]
-        known = [time for time in (ends or recorded) if time is not None]
-        return min(self.now, max(known, default=self.now))
+        known_times = [time for time in (pod_end_times or recorded_times) if time is not None]
+        return min(self.now, max(known_times, default=self.now))
 
     # Steps
 
@@ -307,8 +307,8 @@ class Facts:
 
 
 def _newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
-    newest = {pod.index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
-    return tuple(newest[index] for index in sorted(newest))
+    newest_by_index = {pod.index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
+    return tuple(newest_by_index[index] for index in sorted(newest_by_index))
 
 
 def _end_of(pod: PodView) -> datetime | None:

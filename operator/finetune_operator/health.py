@@ -31,11 +31,11 @@ class HealthChecks:
 
     def liveness_problem(self) -> str:
         """Return why the process should be restarted: a stalled watch, or a job that waits too long for a worker."""
-        stalled = self._monitor.stalled_watch(self._stalled_watch_seconds)
-        if stalled or not self._is_working:
-            return stalled
-        oldest = self._queue.oldest_key_age_seconds()
-        return f"a job has waited {oldest:.0f} s for a worker" if oldest > self._stuck_seconds else ""
+        stalled_watch = self._monitor.stalled_watch(self._stalled_watch_seconds)
+        if stalled_watch or not self._is_working:
+            return stalled_watch
+        oldest_age_seconds = self._queue.oldest_key_age_seconds()
+        return f"a job has waited {oldest_age_seconds:.0f} s for a worker" if oldest_age_seconds > self._stuck_seconds else ""
 
     def readiness_problem(self) -> str:
         """Return why the process is not ready: its cache is not filled, or the process is stopping."""

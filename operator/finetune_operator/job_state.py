@@ -22,9 +22,9 @@ class EventReadState:
     """The blocking condition found in events about a job's missing pods, and the time of the next read of these events."""
 
     condition: BlockingCondition | None = None
-    due: float | None = None
+    due_at: float | None = None
     """Event loop time of the next read, or None if no pod is missing."""
-    interval: float = FIRST_EVENT_READ_SECONDS
+    interval_seconds: float = FIRST_EVENT_READ_SECONDS
 
 
 @dataclass
@@ -37,7 +37,7 @@ class JobState:
     """The spec from which `acceptance` was computed. `generation` is the generation of this spec."""
     acceptance: AcceptedSpec | RefusedSpec = SPEC_NOT_NEEDED
     event_read: EventReadState = field(default_factory=EventReadState)
-    pending: PendingChanges = field(default_factory=PendingChanges)
+    pending_changes: PendingChanges = field(default_factory=PendingChanges)
     first_status_due: float | None = None
     """The job's first status write may be deferred until this event loop time during a burst."""
     status_rejection: str = ""

@@ -150,9 +150,9 @@ async def run(
 async def login(kube: KubeClient, monitor: WatchMonitor) -> TracedSession:
     """Return credentials for kopf, taken from the operator's own API client."""
     configuration = kube.configuration
-    bearer = (await configuration.auth_settings()).get("BearerToken")
-    scheme, _, token = str(bearer["value"]).rpartition(" ") if bearer else ("", "", "")
-    info = kopf.ConnectionInfo(
+    bearer_token = (await configuration.auth_settings()).get("BearerToken")
+    scheme, _, token = str(bearer_token["value"]).rpartition(" ") if bearer_token else ("", "", "")
+    connection_info = kopf.ConnectionInfo(
         server=configuration.host,
         ca_path=configuration.ssl_ca_cert,
         ca_data=configuration.ca_cert_data,
@@ -163,7 +163,7 @@ async def login(kube: KubeClient, monitor: WatchMonitor) -> TracedSession:
         token=token or None,
         expiration=datetime.now(UTC) + LOGIN_PERIOD if token else None,
     )
-    return TracedSession(info, monitor)
+    return TracedSession(connection_info, monitor)
 
 
 class TracedSession(kopf.AiohttpSession):
@@ -176,10 +176,10 @@ class TracedSession(kopf.AiohttpSession):
 
     _source: tuple[kopf.ConnectionInfo, WatchMonitor]
 
-    def __init__(self, info: kopf.ConnectionInfo, monitor: WatchMonitor) -> None:
-        object.__setattr__(self, "_source", (info, monitor))  # the base class is a frozen dataclass
+    def __init__(self, connection_info: kopf.ConnectionInfo, monitor: WatchMonitor) -> None:
+        object.__setattr__(self, "_source", (connection_info, monitor))  # the base class is a frozen dataclass
         super().__init__(
-            server=info.server, expiration=info.expiration, aiohttp_session=cast("aiohttp.ClientSession", None)
+            server=connection_info.server, expiration=connection_info.expiration, aiohttp_session=cast("aiohttp.ClientSession", None)
         )
 
     def __eq__(self, other: object) -> bool:
@@ -191,11 +191,11 @@ class TracedSession(kopf.AiohttpSession):
     @property
     def aiohttp_session(self) -> aiohttp.ClientSession:
         """Create a session with the arguments that kopf itself uses for a `ConnectionInfo`."""
-        info, monitor = self._source
+        connection_info, monitor = self._source
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
-            headers=info.as_http_headers(),
-            trust_env=info.trust_env,
+            connector=aiohttp.TCPConnector(limit=0, ssl=connection_info.as_ssl_context()),
+            headers=connection_info.as_http_headers(),
+            trust_env=connection_info.trust_env,
             trace_configs=[monitor.trace_config()],
         )
 
@@ -211,9 +211,9 @@ class WatchMonitor:
     watch is stalled and its events are lost. Full re-lists also deliver the changes, but late, so they could mask a stalled watch.
     """
 
-    def __init__(self, paths: Iterable[str], observer: RequestObserver):
+    def __init__(self, collection_paths: Iterable[str], observer: RequestObserver):
         self._observer = observer
-        self._paths = tuple(paths)
+        self._paths = tuple(collection_paths)
         self._last_started: dict[str, float] = {}
         """Event loop time of the last successful watch request, by path."""
 
@@ -224,14 +224,14 @@ class WatchMonitor:
     def stalled_watch(self, limit_seconds: float) -> str:
         """Describe a watch that has been stalled for longer than `limit_seconds`. Returns an empty string if no watch is stalled."""
         now = asyncio.get_running_loop().time()
-        path, since = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
-        age = now - since
-        return f"the watch of {path} is stalled: no request for {age:.0f} s" if age > limit_seconds else ""
+        path, started_at = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
+        age_seconds = now - started_at
+        return f"the watch of {path} is stalled: no request for {age_seconds:.0f} s" if age_seconds > limit_seconds else ""
 
     def record(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
         """Record one request. `status` is 0 if there was no answer. `seconds` is the time until the response's headers arrived."""
         # The API server's URL may contain a path prefix (as with Rancher), so only the end of the path is compared.
-        collection = next((known for known in self._paths if path.endswith(known)), "")
+        collection = next((known_path for known_path in self._paths if path.endswith(known_path)), "")
         verb = "get" if not collection else "watch" if is_watch else "list"
         self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE, status, seconds)
         if is_watch and status == 200 and collection in self._last_started:

@@ -123,11 +123,11 @@ class ServerClock:
         """Current time, UTC."""
         return datetime.now(UTC) + self.offset
 
-    def compare(self, date_header: str | None, monotonic: float) -> None:
+    def update_offset(self, date_header: str | None, loop_time: float) -> None:
         """Compare the local clock with the `Date` header of a response, at most every ten seconds."""
-        if not date_header or monotonic - self.compared_at < CLOCK_PERIOD_SECONDS:
+        if not date_header or loop_time - self.compared_at < CLOCK_PERIOD_SECONDS:
             return
-        self.compared_at = monotonic
+        self.compared_at = loop_time
         try:
             difference = parsedate_to_datetime(date_header) - datetime.now(UTC)
         except (TypeError, ValueError):
@@ -238,7 +238,7 @@ class KubeClient:
         """
         name = body["metadata"]["name"]
         query = {"fieldManager": names.MANAGER_NAME}
-        return await self._send("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
+        return await self._send_once("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
 
     async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
         """Replace an object or its `subresource`. `body` contains the resourceVersion with which the object was read.
@@ -254,21 +254,21 @@ class KubeClient:
         self, kind: Kind, namespace: str, name: str, body: Object, *, subresource: str | None = None
     ) -> Object:
         """Merge-patch an object or its `subresource`. The request is not retried, because a patch has no precondition."""
-        return (await self._send("patch", kind, name, "PATCH", kind.path(namespace, name, subresource), body=body)).body
+        return (await self._send_once("patch", kind, name, "PATCH", kind.path(namespace, name, subresource), body=body)).body
 
     async def delete(
-        self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace: int | None = None
+        self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace_seconds: int | None = None
     ) -> bool:
         """Delete the object with this name and uid. Returns False if no such object exists.
 
-        `grace` is the termination grace period in seconds.
+        `grace_seconds` is the termination grace period in seconds.
         """
         body: Object = {
             "preconditions": {"uid": uid},
             "propagationPolicy": "Foreground" if foreground else "Background",
         }
-        if grace is not None:
-            body["gracePeriodSeconds"] = grace
+        if grace_seconds is not None:
+            body["gracePeriodSeconds"] = grace_seconds
         try:
             await self._send_with_retries("delete", kind, name, "DELETE", kind.path(namespace, name), body=body)
         except (NotFound, Conflict):
@@ -280,19 +280,19 @@ class KubeClient:
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> ApiResponse:  # fmt: skip
         """Send a request, and retry it with growing pauses while the server is unavailable."""
-        pause = FIRST_PAUSE_SECONDS
+        pause_seconds = FIRST_PAUSE_SECONDS
         for tries_left in reversed(range(MAX_TRIES)):
             try:
-                return await self._send(verb, kind, name, method, path, body=body, query=query)
+                return await self._send_once(verb, kind, name, method, path, body=body, query=query)
             except (Unavailable, OutcomeUnknown) as error:
                 if not tries_left:
                     raise
-                wait = error.retry_after if error.retry_after is not None else pause * random.uniform(0.5, 1.5)  # noqa: S311 -- jitter
-                await asyncio.sleep(min(wait, self._timeout))
-                pause = min(pause * 3, LONGEST_PAUSE_SECONDS)
+                wait_seconds = error.retry_after if error.retry_after is not None else pause_seconds * random.uniform(0.5, 1.5)  # noqa: S311 -- jitter
+                await asyncio.sleep(min(wait_seconds, self._timeout))
+                pause_seconds = min(pause_seconds * 3, LONGEST_PAUSE_SECONDS)
         raise AssertionError("unreachable: the last iteration returns or raises")
 
-    async def _send(
+    async def _send_once(
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> ApiResponse:  # fmt: skip
@@ -301,11 +301,11 @@ class KubeClient:
             self.ensure_may_write()
         url = self.configuration.host + path + (f"?{urlencode(query)}" if query else "")
         loop = asyncio.get_running_loop()
-        started, code = loop.time(), 0
+        started_at, code = loop.time(), 0
         try:
             async with asyncio.timeout(self._timeout):
                 response = await self._rest.request(  # type: ignore[no-untyped-call] # untyped upstream
-                    method, url, headers=await self._headers(method), body=body,
+                    method, url, headers=await self._build_headers(method), body=body,
                     _request_timeout=aiohttp.ClientTimeout(total=self._timeout),
                 )  # fmt: skip
                 code = response.status
@@ -313,21 +313,21 @@ class KubeClient:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise _error_without_answer(verb, kind, name, error) from error
         finally:
-            self._observer(verb, kind.plural, code, loop.time() - started)
-        self.clock.compare(response.headers.get("Date"), loop.time())
+            self._observer(verb, kind.plural, code, loop.time() - started_at)
+        self.clock.update_offset(response.headers.get("Date"), loop.time())
         value = _parse_json(data)
         if code >= 400:
             raise _error_from_status(verb, kind, name, code, value, response.headers)
         return ApiResponse(value, tuple(_warning_text(text) for text in response.headers.getall("Warning", ())))
 
-    async def _headers(self, method: str) -> dict[str, str]:
+    async def _build_headers(self, method: str) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
         if method != "GET":
             patch = method == "PATCH"
             headers["Content-Type"] = "application/merge-patch+json" if patch else "application/json"
-        bearer = (await self.configuration.auth_settings()).get("BearerToken")
-        if bearer:
-            headers["Authorization"] = str(bearer["value"])
+        bearer_token = (await self.configuration.auth_settings()).get("BearerToken")
+        if bearer_token:
+            headers["Authorization"] = str(bearer_token["value"])
         return headers
 
 
@@ -364,30 +364,30 @@ def _error_from_status(
     verb: str, kind: Kind, name: str, code: int, status: Object, headers: Mapping[str, str]
 ) -> KubeError:
     reason, message = str(status.get("reason") or ""), str(status.get("message") or "")[:MAX_MESSAGE_CHARACTERS]
-    error: type[KubeError] = KubeError
+    error_class: type[KubeError] = KubeError
     match code:
         case 403 | 404 if _is_namespace_terminating(status):
-            error = NamespaceTerminating
+            error_class = NamespaceTerminating
         case 404:
-            error = NotFound
+            error_class = NotFound
         case 409:
-            error = AlreadyExists if reason == "AlreadyExists" else Conflict
+            error_class = AlreadyExists if reason == "AlreadyExists" else Conflict
         case 400 | 422:
-            error = Invalid
+            error_class = Invalid
         case 403:
-            error = Forbidden
+            error_class = Forbidden
         case 410:
-            error = ContinueTokenExpired
+            error_class = ContinueTokenExpired
         case 429:
-            error = Unavailable
+            error_class = Unavailable
         case _ if code >= 500:
             # A proxy may answer a create with a 5xx although the server has created the object.
-            error = OutcomeUnknown if verb == "create" else Unavailable
-    answer = error(verb, kind, name, code, reason, message)
-    answer.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
+            error_class = OutcomeUnknown if verb == "create" else Unavailable
+    kube_error = error_class(verb, kind, name, code, reason, message)
+    kube_error.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
     retry_after = headers.get("Retry-After", "")
-    answer.retry_after = float(retry_after) if retry_after.isdigit() else None
-    return answer
+    kube_error.retry_after = float(retry_after) if retry_after.isdigit() else None
+    return kube_error
 
 
 def _is_namespace_terminating(status: Object) -> bool:

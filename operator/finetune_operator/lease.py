@@ -38,8 +38,8 @@ class LeaderElector:
 
     def ensure_leading(self) -> None:
         """Raise LeaseLost unless the Lease was renewed recently. Call this before each write."""
-        age = asyncio.get_running_loop().time() - self._renewed_at
-        if not self.is_leader or age > self._settings.renew_deadline_seconds:
+        age_seconds = asyncio.get_running_loop().time() - self._renewed_at
+        if not self.is_leader or age_seconds > self._settings.renew_deadline_seconds:
             raise LeaseLost("the Lease was not renewed in time")
 
     async def acquire(self) -> None:
@@ -65,7 +65,7 @@ class LeaderElector:
         try:
             lease = await self._kube.get(LEASE, self._namespace, self._settings.lease_name)
             if (lease.get("spec") or {}).get("holderIdentity") == self._identity:
-                lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
+                lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _format_now()}
                 await self._kube.replace(LEASE, self._namespace, lease)
         except KubeError as error:
             logger.info("the Lease was not released: %s", error)
@@ -73,7 +73,7 @@ class LeaderElector:
     async def _try_acquire_or_renew(self) -> bool:
         """Try once to acquire or renew the Lease. Returns whether this replica holds the Lease."""
         # Other replicas may see the new Lease long before the response arrives. So the start of the request counts as time of renewal.
-        started = asyncio.get_running_loop().time()
+        started_at = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._settings.renew_deadline_seconds):
                 is_held = await self._acquire_or_renew()
@@ -81,7 +81,7 @@ class LeaderElector:
             logger.info("the Lease cannot be written: %s", error or "no answer in time")
             return False
         if is_held:
-            self._renewed_at = started
+            self._renewed_at = started_at
         return is_held
 
     async def _acquire_or_renew(self) -> bool:
@@ -89,10 +89,10 @@ class LeaderElector:
         try:
             lease = await self._kube.get(LEASE, self._namespace, name)
         except NotFound:
-            return await self._create(name)
+            return await self._create_lease(name)
         spec = lease.get("spec") or {}
         holder = str(spec.get("holderIdentity") or "")
-        self._observe(holder, str(spec.get("renewTime") or ""))
+        self._record_renewal(holder, str(spec.get("renewTime") or ""))
         if holder not in ("", self._identity) and not self._is_expired():
             if self.is_leader:
                 raise LeaseLost(f"{holder} is the leader now")
@@ -100,10 +100,10 @@ class LeaderElector:
         changes: dict[str, Any] = {
             "holderIdentity": self._identity,
             "leaseDurationSeconds": max(1, round(self._settings.lease_duration_seconds)),
-            "renewTime": _now(),
+            "renewTime": _format_now(),
         }
         if holder != self._identity:
-            changes |= {"acquireTime": _now(), "leaseTransitions": int(spec.get("leaseTransitions") or 0) + 1}
+            changes |= {"acquireTime": _format_now(), "leaseTransitions": int(spec.get("leaseTransitions") or 0) + 1}
         lease["spec"] = spec | changes
         try:
             await self._kube.replace(LEASE, self._namespace, lease)
@@ -111,7 +111,7 @@ class LeaderElector:
             return False
         return True
 
-    async def _create(self, name: str) -> bool:
+    async def _create_lease(self, name: str) -> bool:
         body: Object = {
             "apiVersion": LEASE.api_version,
             "kind": LEASE.kind,
@@ -119,8 +119,8 @@ class LeaderElector:
             "spec": {
                 "holderIdentity": self._identity,
                 "leaseDurationSeconds": max(1, round(self._settings.lease_duration_seconds)),
-                "acquireTime": _now(),
-                "renewTime": _now(),
+                "acquireTime": _format_now(),
+                "renewTime": _format_now(),
                 "leaseTransitions": 0,
             },
         }
@@ -130,7 +130,7 @@ class LeaderElector:
             return False
         return True
 
-    def _observe(self, holder: str, renew_time: str) -> None:
+    def _record_renewal(self, holder: str, renew_time: str) -> None:
         if (holder, renew_time) != self._observed_record:
             self._observed_record = (holder, renew_time)
             self._observed_at = asyncio.get_running_loop().time()
@@ -152,12 +152,12 @@ class Leadership:
         self._elector, self._prepare, self._start_work = elector, prepare, start_work
         self._is_acquired = asyncio.Event()
 
-    def coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
+    def create_coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return two coroutines by name. Both run until the process ends. Errors: LeaseLost, and errors of `prepare`.
 
         With thousands of objects, `prepare` takes longer than the renew deadline, so another coroutine renews the Lease at the same time.
         """
-        return {"lease": self._hold_lease(), "leader": self._lead()}
+        return {"lease": self._hold_lease(), "leader": self._work_as_leader()}
 
     async def _hold_lease(self) -> None:
         if self._elector is not None:
@@ -166,7 +166,7 @@ class Leadership:
             await self._elector.renew_until_lost()
         await asyncio.Event().wait()
 
-    async def _lead(self) -> None:
+    async def _work_as_leader(self) -> None:
         if self._elector is not None:
             await self._is_acquired.wait()
             await self._prepare()
@@ -174,5 +174,5 @@ class Leadership:
         await asyncio.Event().wait()
 
 
-def _now() -> str:
+def _format_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

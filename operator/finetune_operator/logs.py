@@ -15,13 +15,13 @@ job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
 """`namespace/name` of the job that is being reconciled."""
 attempt: contextvars.ContextVar[int] = contextvars.ContextVar("attempt", default=0)
 """Number of the current attempt of the job that is being reconciled, or 0 before the first attempt."""
-reconcile: contextvars.ContextVar[int] = contextvars.ContextVar("reconcile", default=0)
+reconcile_number: contextvars.ContextVar[int] = contextvars.ContextVar("reconcile", default=0)
 """Number of the current reconcile, counted since the process started."""
 
 
 def context() -> dict[str, Any]:
     """Return the context fields of the current log line, without empty fields."""
-    fields = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile.get()}
+    fields = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile_number.get()}
     return {name: value for name, value in fields.items() if value}
 
 
@@ -53,7 +53,7 @@ class TextFormatter(logging.Formatter):
         return f"{line} [{fields}]" if fields else line
 
 
-def configure(settings: LogSettings) -> None:
+def configure_logging(settings: LogSettings) -> None:
     """Set up logging for the whole process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format is LogFormat.JSON else TextFormatter())

@@ -77,12 +77,12 @@ class Metrics:
         self.loop_lag = Gauge(f"{PREFIX}_event_loop_lag_seconds", "Delay of the event loop.", registry=self.registry)
         self.leader = Gauge(f"{PREFIX}_leader", "1 while this replica is the leader.", registry=self.registry)
 
-    def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
+    def record_request(self, verb: str, resource: str, code: int, seconds: float) -> None:
         """Count one request to the API server."""
         self.api_requests.labels(verb, resource, str(code)).inc()
         self.api_seconds.labels(verb).observe(seconds)
 
-    def phases(self, counts: dict[str, int]) -> None:
+    def set_phase_counts(self, counts: dict[str, int]) -> None:
         """Set the number of jobs in each phase."""
         for phase in Phase:
             self.jobs.labels(phase.value).set(counts.get(phase.value, 0))

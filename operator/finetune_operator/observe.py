@@ -25,16 +25,16 @@ class JobObserver:
     """Collects facts, and keeps the in-process state of all jobs."""
 
     def __init__(
-        self, *, kube: KubeClient, cache: Cache, scraper: ProgressScraper, blocking: BlockingConditionReader, config: OperatorConfig
+        self, *, kube: KubeClient, cache: Cache, scraper: ProgressScraper, blocking_reader: BlockingConditionReader, config: OperatorConfig
     ):
         self._kube, self._cache, self._scraper = kube, cache, scraper
-        self._blocking, self._config = blocking, config
+        self._blocking_reader, self._config = blocking_reader, config
         self.states: dict[Key, JobState] = {}
 
     async def observe(self, key: Key) -> Facts | None:
         """Return the facts about a job, or None if the job does not exist. Errors: KubeError."""
         facts = self._from_cache(key)
-        for read in (self._read_job, self._read_pods, self._read_blocking):
+        for read in (self._read_job, self._read_pods, self._read_blocking_events):
             if facts is None or facts.is_finished or facts.job.is_deleting:
                 return facts
             # The cache may change during each read. For example, the job may be deleted or replaced.
@@ -47,7 +47,7 @@ class JobObserver:
         job = entry.finetunejob
         if job is None:
             return None
-        state = self._state(key, job, has_job=any(one.is_owned and one.owner_uid == job.uid for one in entry.jobs.values()))
+        state = self._update_state(key, job, has_job=any(other.is_owned and other.owner_uid == job.uid for other in entry.jobs.values()))
         facts = Facts(
             job=job,
             acceptance=state.acceptance,
@@ -57,23 +57,23 @@ class JobObserver:
             pods=tuple(entry.pods.values()),
             blocking_condition=state.event_read.condition,
         )
-        received = self._scraper.last_report(key, job.uid, facts.attempt)
-        return replace(facts, last_report=received) if received else facts
+        last_report = self._scraper.last_report(key, job.uid, facts.attempt)
+        return replace(facts, last_report=last_report) if last_report else facts
 
-    def _state(self, key: Key, job: JobObject, *, has_job: bool) -> JobState:
+    def _update_state(self, key: Key, job: JobObject, *, has_job: bool) -> JobState:
         state = self.states.get(key)
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
-        finished = job.status.is_true(Kind.FINISHED)
+        is_finished = job.status.is_true(Kind.FINISHED)
         # If a CRD prunes fields, the spec changes but the generation does not.
-        changed = (state.generation, state.spec) != (job.generation, job.spec)
+        spec_changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
         # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.
-        first = first_attempt(job.status) or (FirstAttempt() if has_job else None)
-        refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first is not None
+        first_record = first_attempt(job.status) or (FirstAttempt() if has_job else None)
+        refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_record is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
-        if changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not finished):
-            state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, first)
+        if spec_changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
+            state.acceptance = SPEC_NOT_NEEDED if is_finished else accept(job.spec, self._config, first_record)
         return state
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:
@@ -97,35 +97,35 @@ class JobObserver:
             return False
         selector = f"{Label.JOB_UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
         listing = await self._kube.list(POD, key.namespace, labels=selector)
-        listed = set()
+        listed_uids = set()
         for body in listing.items:
             view = read_pod(body)
             if view is not None:
-                listed.add(view.uid)
+                listed_uids.add(view.uid)
                 self._cache.put_pod(view)
         for pod in facts.attempt_pods:
-            if pod.uid not in listed and not pod.is_deleted:
+            if pod.uid not in listed_uids and not pod.is_deleted:
                 self._cache.mark_pod_deleted(pod)
         return True
 
-    async def _read_blocking(self, key: Key, facts: Facts) -> bool:
-        return await self._blocking.read(key, facts, self.states[key].event_read)
+    async def _read_blocking_events(self, key: Key, facts: Facts) -> bool:
+        return await self._blocking_reader.read(key, facts, self.states[key].event_read)
 
     def drop(self, key: Key) -> JobState | None:
         """Drop the in-process state of a deleted job, and return that state."""
-        self._blocking.release(key)
+        self._blocking_reader.release(key)
         return self.states.pop(key, None)
 
     def release_finished(self, key: Key) -> None:
         """Release a finished job's resolved spec and its reservation in the rate limiter, because neither is needed any more."""
-        self._blocking.release(key)
+        self._blocking_reader.release(key)
         self.states[key].acceptance = SPEC_NOT_NEEDED
 
 
 def pods_lag_behind_job(facts: Facts) -> bool:
     """Whether the Job is finished, but the cache does not yet show the end of all pods of the Job."""
-    current = facts.current_job
-    if current is None or not current.is_finished:
+    current_job = facts.current_job
+    if current_job is None or not current_job.is_finished:
         return False
     pods = facts.newest_pods
     return len(pods) < facts.nodes or any(not pod.is_finished for pod in pods)

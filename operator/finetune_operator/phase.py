@@ -42,82 +42,82 @@ SHORT_CODE_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
 """Matches a failure code that fits into a table column. Pods report the codes, so a code can contain any text."""
 
 
-def phase(view: StatusInput) -> Phase:
+def compute_phase(inputs: StatusInput) -> Phase:
     """Compute the phase of the job."""
-    plan, facts = view.plan, view.facts
+    plan, facts = inputs.plan, inputs.facts
     if plan.job_end is not None:
         return PHASE_OF_OUTCOME[plan.job_end.outcome]
-    if view.is_suspended:
+    if inputs.is_suspended:
         return Phase.SUSPENDED
-    recovering = is_recovering(view.old)
+    in_recovery = is_recovering(inputs.old_status)
     match plan.situation:
         case Situation.REFUSED:
             return Phase.PENDING
         case Situation.BLOCKED:
-            return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if recovering else Phase.PENDING
+            return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if in_recovery else Phase.PENDING
         case Situation.BACKING_OFF | Situation.ENDED:
             return Phase.RECOVERING
-        case Situation.STARTING if view.result.created_job is None:
+        case Situation.STARTING if inputs.result.created_job is None:
             return Phase.PENDING
-    if view.termination_reason is not None:
-        return PHASE_OF_TERMINATION.get(view.termination_reason, Phase.RECOVERING)
-    if view.is_queued:
+    if inputs.termination_reason is not None:
+        return PHASE_OF_TERMINATION.get(inputs.termination_reason, Phase.RECOVERING)
+    if inputs.is_queued:
         return Phase.QUEUED
-    return phase_of_pods(view, recovering)
+    return phase_of_pods(inputs, in_recovery)
 
 
 def is_recovering(status: FineTuneJobStatus) -> bool:
     """Whether the current or next attempt follows a failed attempt. A resume after a suspension is not a recovery."""
-    ended = [attempt for attempt in status.attempts if attempt.end_time is not None]
-    return bool(ended) and ended[-1].reason != Reason.SUSPENDED
+    ended_attempts = [attempt for attempt in status.attempts if attempt.end_time is not None]
+    return bool(ended_attempts) and ended_attempts[-1].reason != Reason.SUSPENDED
 
 
-def phase_of_pods(view: StatusInput, recovering: bool) -> Phase:
+def phase_of_pods(inputs: StatusInput, in_recovery: bool) -> Phase:
     """Compute the phase of a running attempt from the reports of its pods."""
-    facts, received = view.facts, view.facts.live_report
-    if received is None:
+    facts, live_report = inputs.facts, inputs.facts.live_report
+    if live_report is None:
         record = facts.attempt_record
         if facts.active_pods and record is not None and record.last_step:
             # The operator was restarted and has not read the pod's progress yet, but the status shows that the pod trained.
             return Phase.RUNNING
-        return Phase.RECOVERING if recovering else Phase.STARTING
-    reported = PHASE_OF_STAGE[received.report.stage]
-    if reported is Phase.EVALUATING and not _is_last_step(received.report.progress):
+        return Phase.RECOVERING if in_recovery else Phase.STARTING
+    reported_phase = PHASE_OF_STAGE[live_report.report.stage]
+    if reported_phase is Phase.EVALUATING and not _is_last_step(live_report.report.progress):
         return Phase.RUNNING
-    is_starting = reported in (Phase.STARTING, Phase.VALIDATING)
-    return Phase.RECOVERING if is_starting and recovering else reported
+    is_starting = reported_phase in (Phase.STARTING, Phase.VALIDATING)
+    return Phase.RECOVERING if is_starting and in_recovery else reported_phase
 
 
 def _is_last_step(progress: Progress) -> bool:
     return progress.total_steps is not None and (progress.step or 0) >= progress.total_steps
 
 
-def reason(view: StatusInput, conditions: list[Condition]) -> str:
+def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:
     """Return in one word why the job waits, is being ended, recovers or has failed. Return `-` if the phase needs no reason."""
-    plan = view.plan
+    plan = inputs.plan
     if plan.job_end is not None:
-        return _reason_of_failure(view) if plan.job_end.outcome is Outcome.FAILED else NO_VALUE
-    if view.is_suspended:
+        return _reason_of_failure(inputs) if plan.job_end.outcome is Outcome.FAILED else NO_VALUE
+    if inputs.is_suspended:
         return NO_VALUE
     if plan.refusal is not None:
         return plan.refusal.reason
     if plan.attempt_end is not None:
         return plan.attempt_end.reason
-    if view.termination_reason is not None:
-        is_requested = view.termination_reason in (Reason.SUSPENDED, Reason.CANCELLED)
-        return NO_VALUE if is_requested else view.termination_reason
-    if view.blocking_condition is not None and view.blocking_condition.reason is not Reason.PROGRESSING:
-        return view.blocking_condition.reason
-    if view.is_queued:
+    if inputs.termination_reason is not None:
+        is_requested = inputs.termination_reason in (Reason.SUSPENDED, Reason.CANCELLED)
+        return NO_VALUE if is_requested else inputs.termination_reason
+    if inputs.blocking_condition is not None and inputs.blocking_condition.reason is not Reason.PROGRESSING:
+        return inputs.blocking_condition.reason
+    if inputs.is_queued:
         return Reason.QUEUED
-    if is_recovering(view.old) and phase(view) is Phase.RECOVERING:
-        return next(attempt.reason for attempt in reversed(view.old.attempts) if attempt.end_time is not None) or NO_VALUE
+    if is_recovering(inputs.old_status) and compute_phase(inputs) is Phase.RECOVERING:
+        return next(attempt.reason for attempt in reversed(inputs.old_status.attempts) if attempt.end_time is not None) or NO_VALUE
     return _reason_of_conditions(conditions)
 
 
-def _reason_of_failure(view: StatusInput) -> str:
+def _reason_of_failure(inputs: StatusInput) -> str:
     """Return the failure code for the column of `kubectl get`, or the reason of the job's end if the code is too long for it."""
-    job_end = view.plan.job_end
+    job_end = inputs.plan.job_end
     assert job_end is not None  # noqa: S101 -- the caller checks
     code = job_end.failure.code if job_end.failure else ""
     return code if SHORT_CODE_PATTERN.fullmatch(code) else job_end.reason

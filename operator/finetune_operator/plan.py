@@ -66,7 +66,7 @@ class AttemptEnd:
     failure: Failure | None = None
     termination_message: TerminationMessage | None = None
     """The newest termination message of rank 0."""
-    counted: bool = False
+    is_counted: bool = False
     """Whether the attempt counts against `policy.retries`."""
     made_progress: bool = False
     """Whether the attempt committed a newer step than all earlier attempts."""

@@ -43,66 +43,66 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def read_progress_report(data: bytes, now: datetime) -> ProgressReport | None:
     """Parse, limit and clean a pod's progress report. Return None if `data` is not a report."""
-    return _read(ProgressReport, data, now + CLOCK_SKEW)
+    return _parse_model(ProgressReport, data, now + CLOCK_SKEW)
 
 
 @lru_cache(maxsize=256)
 def read_termination_message(text: str) -> TerminationMessage | None:
     """Parse, limit and clean the trainer's termination message. Return None if `text` has another format. Results are cached."""
-    return _read(TerminationMessage, text.encode(errors="replace"), LAST_TIME)
+    return _parse_model(TerminationMessage, text.encode(errors="replace"), LAST_TIME)
 
 
-def _read(model: type[Model], data: bytes, last_time: datetime) -> Model | None:
+def _parse_model(model: type[Model], data: bytes, last_time: datetime) -> Model | None:
     try:
         value = from_json(data)
     except ValueError:
         return None
     if not isinstance(value, dict):
         return None
-    bounded = _bounded(value, last_time)
-    resolved = bounded.get("resolved")
+    bounded_fields = _limit_value(value, last_time)
+    resolved = bounded_fields.get("resolved")
     if isinstance(resolved, dict):
-        bounded["resolved"] = {name: entry for name, entry in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
+        bounded_fields["resolved"] = {name: entry for name, entry in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
     try:
-        return model.model_validate(bounded)
+        return model.model_validate(bounded_fields)
     except ValidationError:
         return None
 
 
-def _bounded(value: Any, last_time: datetime, name: str = "", depth: int = 0, signed: bool = False) -> Any:
+def _limit_value(value: Any, last_time: datetime, name: str = "", depth: int = 0, is_signed: bool = False) -> Any:
     """Return the value without parts that are out of bounds, or None if no part is left. `name` is the field that contains the value."""
-    signed = signed or name in SIGNED_FIELDS
+    is_signed = is_signed or name in SIGNED_FIELDS
     if name in TIME_FIELDS:
-        return _time(value, last_time) if isinstance(value, str) else None
+        return _limit_time(value, last_time) if isinstance(value, str) else None
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):
-        return value if _is_plausible(value, name, signed) else None
+        return value if _is_plausible(value, name, is_signed) else None
     if isinstance(value, str):
-        return _text(value, name, signed)
+        return _limit_text(value, name, is_signed)
     if depth >= MAX_DEPTH:
         return None
     if isinstance(value, list):
-        items = [_bounded(item, last_time, name, depth + 1, signed) for item in value[-MAX_ITEMS:]]
+        items = [_limit_value(item, last_time, name, depth + 1, is_signed) for item in value[-MAX_ITEMS:]]
         return [item for item in items if item is not None]
     entries = [(clean(key, 128), entry) for key, entry in list(value.items())[:MAX_ITEMS]]
     # The models accept `updateTime` and `update_time`, so the key is converted to camelCase before the bounds are chosen.
-    bounded = {key: _bounded(entry, last_time, to_camel(key), depth + 1, signed) for key, entry in entries}
-    return {key: entry for key, entry in bounded.items() if entry is not None}
+    bounded_fields = {key: _limit_value(entry, last_time, to_camel(key), depth + 1, is_signed) for key, entry in entries}
+    return {key: entry for key, entry in bounded_fields.items() if entry is not None}
 
 
-def _is_plausible(value: int | float, name: str, signed: bool) -> bool:
+def _is_plausible(value: int | float, name: str, is_signed: bool) -> bool:
     if name == "timeNs":
         return 0 <= value <= MAX_NANOSECONDS
     is_duration = name.startswith("seconds") or name.endswith("Seconds")
-    largest = MAX_SECONDS if is_duration else MAX_NUMBER
-    return (-largest if signed else 0) <= value <= largest  # false for NaN
+    largest_number = MAX_SECONDS if is_duration else MAX_NUMBER
+    return (-largest_number if is_signed else 0) <= value <= largest_number  # false for NaN
 
 
-def _text(value: str, name: str, signed: bool) -> str | None:
+def _limit_text(value: str, name: str, is_signed: bool) -> str | None:
     try:
         # Pydantic converts a text such as "1e400" to a number, so such a text must be within the bounds for numbers.
-        if not _is_plausible(float(value), name, signed):
+        if not _is_plausible(float(value), name, is_signed):
             return None
     except ValueError:
         pass
@@ -112,7 +112,7 @@ def _text(value: str, name: str, signed: bool) -> str | None:
     return clean(value, TEXT_LIMITS.get(name, MAX_TEXT))
 
 
-def _time(value: str, last_time: datetime) -> str | None:
+def _limit_time(value: str, last_time: datetime) -> str | None:
     try:
         moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -45,8 +45,8 @@ class Reconciler:
         config: OperatorConfig,
     ):  # fmt: skip
         self._cache, self._queue, self._scraper, self._metrics = cache, queue, scraper, metrics
-        self._blocking = BlockingConditionReader(kube)
-        self._observer = JobObserver(kube=kube, cache=cache, scraper=scraper, blocking=self._blocking, config=config)
+        self._blocking_reader = BlockingConditionReader(kube)
+        self._observer = JobObserver(kube=kube, cache=cache, scraper=scraper, blocking_reader=self._blocking_reader, config=config)
         self._actor = PlanExecutor(kube, config)
         self._writer = StatusWriter(
             kube=kube, cache=cache, queue=queue, recorder=recorder, metrics=metrics, progress_seconds=config.progress_seconds
@@ -57,14 +57,14 @@ class Reconciler:
         """Take keys from the queue until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            key, waited = await self._queue.take()
-            self._metrics.queue_wait.observe(waited)
-            started, outcome = loop.time(), "error"
+            key, waited_seconds = await self._queue.take()
+            self._metrics.queue_wait.observe(waited_seconds)
+            started_at, result_label = loop.time(), "error"
             try:
-                outcome = await self.reconcile_one(key)
+                result_label = await self.reconcile_one(key)
             finally:
                 self._queue.done(key)
-                self._metrics.reconcile_seconds.labels(outcome).observe(loop.time() - started)
+                self._metrics.reconcile_seconds.labels(result_label).observe(loop.time() - started_at)
             # A reconcile without a request never yields to the event loop. With a thousand queued keys, other tasks would not run.
             await asyncio.sleep(0)
 
@@ -73,7 +73,7 @@ class Reconciler:
         self._count += 1
         logs.job.set(str(key))
         logs.attempt.set(0)
-        logs.reconcile.set(self._count)
+        logs.reconcile_number.set(self._count)
         if self._writer.is_first_status_deferred(key, self._observer.states.get(key)):
             return "ok"
         try:
@@ -106,7 +106,7 @@ class Reconciler:
         # 1. Observe
         facts = await self._observer.observe(key)
         if facts is None:
-            self._drop(key)
+            self._drop_state(key)
             return
         logs.attempt.set(facts.job.status.attempt or 0)
         # 2. Decide
@@ -125,7 +125,7 @@ class Reconciler:
             return
         # 4. Report
         await self._writer.write(key, facts, plan, result, self._observer.states[key])
-        self._schedule(key, facts, plan, result)
+        self._schedule_next(key, facts, plan, result)
 
     def _record_created(self, key: Key, result: ActionResult) -> bool:
         """Cache the created Job. Returns True if the first status is deferred because other FineTuneJobs still wait for their Jobs."""
@@ -136,17 +136,17 @@ class Reconciler:
             logger.warning("API server warning: %s", warning)
         return self._writer.defer_first_status(key, self._observer.states[key])
 
-    def _schedule(self, key: Key, facts: Facts, plan: Plan, result: ActionResult) -> None:
+    def _schedule_next(self, key: Key, facts: Facts, plan: Plan, result: ActionResult) -> None:
         """Start or stop reading the job's progress reports, and queue the next reconcile."""
         self._schedule_scrape(key, facts, plan)
         if plan.termination is not None or plan.attempt_end is not None or plan.job_end is not None:
             self._queue.add(key)
         elif result.blocking_condition is not None:
-            blocked = seconds_between(waiting_since(facts), facts.now)
-            self._queue.add_after(key, blocked_retry_seconds(blocked))
-        due = self._observer.states[key].event_read.due
-        if due is not None:
-            self._queue.add_after(key, max(MIN_WAKE_SECONDS, due - asyncio.get_running_loop().time()))
+            blocked_seconds = seconds_between(waiting_since(facts), facts.now)
+            self._queue.add_after(key, blocked_retry_seconds(blocked_seconds))
+        due_at = self._observer.states[key].event_read.due_at
+        if due_at is not None:
+            self._queue.add_after(key, max(MIN_WAKE_SECONDS, due_at - asyncio.get_running_loop().time()))
         if plan.reconcile_at is not None:
             self._queue.add_after(key, seconds_until(plan.reconcile_at, facts.now))
 
@@ -157,7 +157,7 @@ class Reconciler:
             self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url))
         elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.DELETING):
             self._scraper.drop(key)
-            self._blocking.release(key)
+            self._blocking_reader.release(key)
             self._cache.drop_deleted_pods(key, before_attempt=facts.attempt + 1)
             if plan.situation is Situation.FINISHED:
                 self._observer.release_finished(key)
@@ -172,9 +172,9 @@ class Reconciler:
         if state is not None:
             self._cache.drop_finetunejob(key, state.uid)
         self._queue.reset_failures(key)
-        self._drop(key)
+        self._drop_state(key)
 
-    def _drop(self, key: Key) -> None:
+    def _drop_state(self, key: Key) -> None:
         state = self._observer.drop(key)
         if state is not None:
             self._writer.drop(state.uid)

@@ -62,21 +62,21 @@ class Resyncer:
         finetunejobs = await self._list(FINETUNEJOB, "", cache_finetunejob)
         jobs = await self._list(JOB, MANAGED_BY_SELECTOR, cache_job)
         pods = await self._list(POD, MANAGED_BY_SELECTOR, cache_pod)
-        listed = FullList(
-            finetunejobs=frozenset(finetunejobs.uids),
-            jobs=frozenset(jobs.uids),
-            pods=frozenset(pods.uids),
+        full_list = FullList(
+            finetunejob_uids=frozenset(finetunejobs.uids),
+            job_uids=frozenset(jobs.uids),
+            pod_uids=frozenset(pods.uids),
             version=min(kind_list.version for kind_list in (finetunejobs, jobs, pods)),
             namespaces=frozenset(self._namespaces),
         )
-        if listed.version < self._last_version:
+        if full_list.version < self._last_version:
             # etcd was restored from a backup. The cached objects have higher versions, so the cache would reject each new event as old.
             raise StartError(
-                f"the API server's resourceVersion decreased from {self._last_version} to {listed.version}: "
+                f"the API server's resourceVersion decreased from {self._last_version} to {full_list.version}: "
                 "the operator must restart with an empty cache"
             )
-        self._last_version = listed.version
-        for key in [*self._cache.prune(listed), *self._cache.keys()]:
+        self._last_version = full_list.version
+        for key in [*self._cache.prune(full_list), *self._cache.keys()]:
             self._queue.add(key)
         self.is_synced.set()
 

@@ -57,8 +57,8 @@ class Runtime:
         )  # fmt: skip
         self._elector = LeaderElector(kube, config.leader_election, _own_namespace(), identity)
         self._resyncer = Resyncer(kube, self._cache, self._queue, config.namespaces)
-        paths = [kind.path(name) for kind in (FINETUNEJOB, JOB, POD) for name in config.namespaces or (None,)]
-        self._monitor = WatchMonitor(paths, metrics.request)
+        collection_paths = [kind.path(name) for kind in (FINETUNEJOB, JOB, POD) for name in config.namespaces or (None,)]
+        self._monitor = WatchMonitor(collection_paths, metrics.record_request)
         self._health = HealthChecks(config, self._monitor, self._queue, self._resyncer.is_synced)
         self._server = Server(config.http, metrics, health=self._health, refresh_metrics=self._refresh_metrics)
         self._is_working = asyncio.Event()
@@ -72,8 +72,8 @@ class Runtime:
         try:
             await self._server.start()
         except OSError as error:
-            http = self._config.http
-            logger.error("start: cannot listen on http.host %s, http.port %d: %s", http.host, http.port, error.strerror)
+            http_settings = self._config.http
+            logger.error("start: cannot listen on http.host %s, http.port %d: %s", http_settings.host, http_settings.port, error.strerror)
             await self._server.stop()
             return 1
         exit_code = await self._fill_cache()
@@ -84,14 +84,14 @@ class Runtime:
 
     async def _fill_cache(self) -> int | None:
         """Fill the cache before all other tasks start. Returns an exit code if this fails or if the process is asked to stop."""
-        resync = asyncio.create_task(self._resyncer.run_once())
-        stop = asyncio.create_task(self._stop_requested.wait())
-        await asyncio.wait([resync, stop], return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not resync.done():
-            resync.cancel()
+        resync_task = asyncio.create_task(self._resyncer.run_once())
+        stop_task = asyncio.create_task(self._stop_requested.wait())
+        await asyncio.wait([resync_task, stop_task], return_when=asyncio.FIRST_COMPLETED)
+        stop_task.cancel()
+        if not resync_task.done():
+            resync_task.cancel()
             return 0
-        error = resync.exception()
+        error = resync_task.exception()
         if error is not None:
             _log_failure("start", error)
         return None if error is None else 1
@@ -100,7 +100,7 @@ class Runtime:
         elector = self._elector if self._config.leader_election.enabled else None
         if elector is not None:
             self._kube.ensure_may_write = elector.ensure_leading
-        coroutines = Leadership(elector, prepare=self._resyncer.run_once, start_work=self._start_working).coroutines()
+        coroutines = Leadership(elector, prepare=self._resyncer.run_once, start_work=self._start_working).create_coroutines()
         coroutines |= {
             "resync": self._resyncer.run_periodically(self._config.resync_seconds),
             "scraper": self._scraper.run(),
@@ -110,17 +110,17 @@ class Runtime:
         tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in coroutines.items()]
         # When kopf ends, it cancels all tasks that were created after kopf started. So the operator's tasks must start before kopf.
         await asyncio.sleep(0)
-        watching = asyncio.create_task(self._watch(), name="watches")
-        done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        errors = {task.get_name(): task.exception() for task in done if not task.cancelled()}
+        watch_task = asyncio.create_task(self._watch(), name="watches")
+        done_tasks, _ = await asyncio.wait([watch_task, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        errors = {task.get_name(): task.exception() for task in done_tasks if not task.cancelled()}
         for name, error in errors.items():
             if error is not None:
                 _log_failure(name, error)
         # If the Lease is lost, another replica may already write. Then running reconciles must not continue.
         if not any(isinstance(error, LeaseLost) for error in errors.values()):
             await self._drain()
-        await self._stop([watching, *tasks])
-        return 0 if watching in done and watching.exception() is None else 1
+        await self._stop_tasks([watch_task, *tasks])
+        return 0 if watch_task in done_tasks and watch_task.exception() is None else 1
 
     async def _drain(self) -> None:
         """Let running reconciles finish, but start no further reconcile."""
@@ -132,7 +132,7 @@ class Runtime:
                     self._queue.clear()
                     await asyncio.sleep(0.05)
 
-    async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:
+    async def _stop_tasks(self, tasks: list[asyncio.Task[Any]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -162,8 +162,8 @@ class Runtime:
             self._metrics.loop_lag.set(max(0.0, loop.time() - started - LAG_PERIOD_SECONDS))
 
     def _refresh_metrics(self) -> None:
-        phases = Counter(str(job.status.phase or "Pending") for job in self._cache.finetunejobs())
-        self._metrics.phases(phases)
+        phase_counts = Counter(str(job.status.phase or "Pending") for job in self._cache.finetunejobs())
+        self._metrics.set_phase_counts(phase_counts)
         self._metrics.queue_depth.set(len(self._queue))
 
 
@@ -173,9 +173,9 @@ def _own_namespace() -> str:
     return NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
 
 
-def _log_failure(task: str, error: BaseException) -> None:
+def _log_failure(task_name: str, error: BaseException) -> None:
     """Log why the process ends. An expected error is logged in one line, any other error with a traceback."""
     if isinstance(error, StartError | LeaseLost | KubeError):
-        logger.error("%s: %s", task, error)
+        logger.error("%s: %s", task_name, error)
     else:
-        logger.error("%s failed", task, exc_info=error)
+        logger.error("%s failed", task_name, exc_info=error)

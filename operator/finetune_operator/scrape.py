@@ -78,8 +78,8 @@ class ProgressScraper:
 
     def watch(self, key: Key, target: Target) -> None:
         """Start reading this target. Does nothing if the target is already being read."""
-        known = self._subscriptions.get(key)
-        if known is not None and known.target == target:
+        current_subscription = self._subscriptions.get(key)
+        if current_subscription is not None and current_subscription.target == target:
             return
         self._subscriptions[key] = subscription = Subscription(next(self._numbers), key, target)
         self._read_after(0, subscription)
@@ -95,10 +95,10 @@ class ProgressScraper:
 
     def last_report(self, key: Key, uid: str, attempt: int) -> ReceivedReport | None:
         """Return the last report of this attempt, or None if no report was received."""
-        found = self._reports.get(key)
-        if found is None or found[0].uid != uid or found[0].attempt != attempt:
+        target_and_report = self._reports.get(key)
+        if target_and_report is None or target_and_report[0].uid != uid or target_and_report[0].attempt != attempt:
             return None
-        return found[1]
+        return target_and_report[1]
 
     async def run(self) -> None:
         """Read the reports of all targets until cancelled."""
@@ -109,7 +109,7 @@ class ProgressScraper:
             while True:
                 subscription = await self._next_due()
                 await free_connections.acquire()
-                task = group.create_task(self._read(session, subscription))
+                task = group.create_task(self._read_report(session, subscription))
                 task.add_done_callback(lambda _: free_connections.release())
 
     async def _next_due(self) -> Subscription:
@@ -117,12 +117,12 @@ class ProgressScraper:
         while True:
             while self._heap and not self._is_current(self._heap[0][2]):
                 heapq.heappop(self._heap)
-            wait = self._heap[0][0] - loop.time() if self._heap else None
-            if wait is not None and wait <= 0:
+            wait_seconds = self._heap[0][0] - loop.time() if self._heap else None
+            if wait_seconds is not None and wait_seconds <= 0:
                 return heapq.heappop(self._heap)[2]
             self._changed.clear()
             try:
-                async with asyncio.timeout(wait):
+                async with asyncio.timeout(wait_seconds):
                     await self._changed.wait()
             except TimeoutError:
                 continue
@@ -134,27 +134,27 @@ class ProgressScraper:
         heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, subscription.number, subscription))
         self._changed.set()
 
-    async def _read(self, session: aiohttp.ClientSession, subscription: Subscription) -> None:
-        report = await self._fetch(session, subscription.target)
+    async def _read_report(self, session: aiohttp.ClientSession, subscription: Subscription) -> None:
+        report = await self._fetch_report(session, subscription.target)
         if not self._is_current(subscription):
             return
         subscription.failures = 0 if report is not None else subscription.failures + 1
-        self._read_after(self._interval(report, subscription.failures), subscription)
+        self._read_after(self._interval_seconds(report, subscription.failures), subscription)
         if report is not None:
-            received = ReceivedReport(report, self._now(), subscription.target.pod_uid)
-            self._reports[subscription.key] = (subscription.target, received)
+            received_report = ReceivedReport(report, self._now(), subscription.target.pod_uid)
+            self._reports[subscription.key] = (subscription.target, received_report)
             self._on_report(subscription.key)
 
-    def _interval(self, report: ProgressReport | None, failures: int) -> float:
+    def _interval_seconds(self, report: ProgressReport | None, failures: int) -> float:
         """Seconds until the next read."""
         settings = self._settings
         if report is None:
-            longest = max(settings.starting_interval_seconds, MAX_INTERVAL_FACTOR * settings.interval_seconds)
-            return float(min(settings.starting_interval_seconds * 2 ** min(failures // FAILURES_PER_DOUBLING, 32), longest))
+            longest_seconds = max(settings.starting_interval_seconds, MAX_INTERVAL_FACTOR * settings.interval_seconds)
+            return float(min(settings.starting_interval_seconds * 2 ** min(failures // FAILURES_PER_DOUBLING, 32), longest_seconds))
         is_starting = report.stage in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
         return settings.starting_interval_seconds if is_starting else settings.interval_seconds
 
-    async def _fetch(self, session: aiohttp.ClientSession, target: Target) -> ProgressReport | None:
+    async def _fetch_report(self, session: aiohttp.ClientSession, target: Target) -> ProgressReport | None:
         try:
             async with session.get(target.url, allow_redirects=False) as response:
                 if response.status != 200:

@@ -235,7 +235,7 @@ class OperatorConfig(WireModel):
         return next((pool for pool in self.node_pools if pool.default), None)
 
 
-def parse(value: Any, origin: str) -> OperatorConfig:
+def parse_config(value: Any, origin: str) -> OperatorConfig:
     """Validate a parsed file. Errors: SettingsError, whose message contains `origin`, each wrong key and the problem of the key."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
@@ -247,7 +247,7 @@ def parse(value: Any, origin: str) -> OperatorConfig:
         raise SettingsError(f"{origin} is not valid: " + "; ".join(problems)) from error
 
 
-def load(path: Path) -> OperatorConfig:
+def load_config(path: Path) -> OperatorConfig:
     """Read the file at `path`. Errors: SettingsError if it is missing, not YAML, or not valid."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -260,4 +260,4 @@ def load(path: Path) -> OperatorConfig:
     except (ValueError, yaml.YAMLError) as error:
         # The text of a YAML error has several lines; join them into one.
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse(value, str(path))
+    return parse_config(value, str(path))

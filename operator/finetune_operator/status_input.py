@@ -23,7 +23,7 @@ class StatusInput:
     result: ActionResult
 
     @property
-    def old(self) -> FineTuneJobStatus:
+    def old_status(self) -> FineTuneJobStatus:
         """The stored status."""
         return self.facts.job.status
 

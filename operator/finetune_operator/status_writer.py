@@ -21,7 +21,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.timeouts import seconds_between
-from finetune_operator.report import reduced_status, report, without_rejected_fields
+from finetune_operator.report import compute_status, reduced_status, without_rejected_fields
 from finetune_operator.throttle import MAX_DEFER_SECONDS, StatusThrottle
 from finetune_operator.views import JobObject, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
@@ -49,54 +49,54 @@ class StatusWriter:
 
         Errors: Conflict if the FineTuneJob has changed since it was observed; other KubeErrors.
         """
-        old, new = facts.job.status, report(facts, plan, result)
-        before, after = old.to_wire(), new.to_wire()
-        if before == after or state.pruned_write == (before, after):
-            state.pending.transition_at = None
+        old_status, new_status = facts.job.status, compute_status(facts, plan, result)
+        old_wire, new_wire = old_status.to_wire(), new_status.to_wire()
+        if old_wire == new_wire or state.pruned_write == (old_wire, new_wire):
+            state.pending_changes.transition_at = None
             return
-        drafts = draft_events(old, new)
-        delay = self._delay(facts, plan, new, drafts, state, is_transition=old.prompt_part() != new.prompt_part())
-        if delay > 0:
-            self._queue.add_after(key, delay)
+        drafts = draft_events(old_status, new_status)
+        delay_seconds = self._delay_seconds(facts, plan, new_status, drafts, state, is_transition=old_status.prompt_part() != new_status.prompt_part())
+        if delay_seconds > 0:
+            self._queue.add_after(key, delay_seconds)
             return
         now = asyncio.get_running_loop().time()
         await self._recorder.emit(facts.job, drafts)
         kill_if_requested(KillPoint.BEFORE_STATUS_WRITE)
-        written = await self._replace_status(facts.job, new, state)
+        written_job = await self._replace_status(facts.job, new_status, state)
         kill_if_requested(KillPoint.AFTER_STATUS_WRITE)
         # The next interval starts when the progress was received. If it started at the write, one late write would delay all later writes.
         received_ago = seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0
-        self._throttle.record_write(state.pending, now - received_ago)
-        self._cache.put_finetunejob(written)
-        self._recorder.commit(facts.job.uid)
-        self._record_metrics(facts, old, new, plan)
+        self._throttle.record_write(state.pending_changes, now - received_ago)
+        self._cache.put_finetunejob(written_job)
+        self._recorder.record_status_write(facts.job.uid)
+        self._record_metrics(facts, old_status, new_status, plan)
 
-    async def _replace_status(self, job: JobObject, new: FineTuneJobStatus, state: JobState) -> JobObject:
+    async def _replace_status(self, job: JobObject, new_status: FineTuneJobStatus, state: JobState) -> JobObject:
         """Write the status. If the API server rejects it, omit values from pods, so that suspend, cancel and deadlines still work."""
         try:
-            written = await self._replace(job, new)
+            written_job = await self._send_status(job, new_status)
         except Invalid as error:
             await self._report_rejection(job, error, state)
         else:
-            sent, stored = new.to_wire(), written.status.to_wire()
-            state.pruned_write = None if stored == sent else (stored, sent)
-            return written
-        reduced = reduced_status(new, job.status)
-        if reduced.to_wire() == job.status.to_wire():
+            sent_status, stored_status = new_status.to_wire(), written_job.status.to_wire()
+            state.pruned_write = None if stored_status == sent_status else (stored_status, sent_status)
+            return written_job
+        reduced_version = reduced_status(new_status, job.status)
+        if reduced_version.to_wire() == job.status.to_wire():
             return job
         try:
-            return await self._replace(job, reduced)
+            return await self._send_status(job, reduced_version)
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
-        minimal = reduced_status(new, FineTuneJobStatus())
+        minimal_version = reduced_status(new_status, FineTuneJobStatus())
         try:
-            return await self._replace(job, minimal)
+            return await self._send_status(job, minimal_version)
         except Invalid as error:
             # If the CRD is older than the operator, it does not know all phases and conditions.
-            return await self._replace(job, without_rejected_fields(minimal, error.message))
+            return await self._send_status(job, without_rejected_fields(minimal_version, error.message))
 
-    async def _replace(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
+    async def _send_status(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
         body = status_body(job, status.to_wire())
         return read_finetunejob(await self._kube.replace(FINETUNEJOB, job.namespace, body, subresource="status"))
 
@@ -108,15 +108,15 @@ class StatusWriter:
         text = f"the API server rejects the status; the operator writes it without the values from the pods: {error.message}"
         await self._recorder.emit(job, [EventDraft(Reason.STATUS_REJECTED, text, "Warning", "Report")])
 
-    def _delay(
-        self, facts: Facts, plan: Plan, new: FineTuneJobStatus, drafts: list[EventDraft], state: JobState, *, is_transition: bool
+    def _delay_seconds(
+        self, facts: Facts, plan: Plan, new_status: FineTuneJobStatus, drafts: list[EventDraft], state: JobState, *, is_transition: bool
     ) -> float:
         """Return the seconds to wait before the write. If the result is not positive, the status must be written now."""
         now = asyncio.get_running_loop().time()
         if not is_transition:
-            return self._throttle.progress_delay(state.pending, now, 0.0 if new.steps_done else MAX_DEFER_SECONDS)
-        if may_defer(plan, facts.job.status, new, drafts):
-            return self._throttle.transition_delay(state.pending, pods_ended=all_pods_ended(facts), now=now)
+            return self._throttle.progress_delay(state.pending_changes, now, 0.0 if new_status.steps_done else MAX_DEFER_SECONDS)
+        if may_defer(plan, facts.job.status, new_status, drafts):
+            return self._throttle.transition_delay(state.pending_changes, pods_ended=all_pods_ended(facts), now=now)
         return 0.0
 
     def defer_first_status(self, key: Key, state: JobState) -> bool:
@@ -124,7 +124,7 @@ class StatusWriter:
         if self._queue.is_burst:
             now = asyncio.get_running_loop().time()
             state.first_status_due = now + FIRST_STATUS_DEFER_SECONDS
-            state.pending.created_at = now
+            state.pending_changes.created_at = now
             self._queue.add_after(key, FIRST_STATUS_RECHECK_SECONDS)
         elif len(self._queue):
             self._queue.add(key)
@@ -148,38 +148,38 @@ class StatusWriter:
 
     def drop(self, uid: str) -> None:
         """Drop the state of a deleted job."""
-        self._recorder.commit(uid)
+        self._recorder.record_status_write(uid)
 
-    def _record_metrics(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
+    def _record_metrics(self, facts: Facts, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, plan: Plan) -> None:
         if plan.attempt_end is not None:
             self._metrics.attempts_ended.labels(plan.attempt_end.reason.value).inc()
-            record = next((attempt for attempt in new.attempts if attempt.number == facts.attempt), None)
+            record = next((attempt for attempt in new_status.attempts if attempt.number == facts.attempt), None)
             if record is not None and record.last_step:
                 self._metrics.steps_done.inc(max(0, record.last_step - (record.resumed_from_step or 0)))
-        recorded = {attempt.number: attempt.steps_lost for attempt in old.attempts}
-        for attempt in new.attempts:
-            if attempt.steps_lost and not recorded.get(attempt.number):
+        recorded_steps_lost = {attempt.number: attempt.steps_lost for attempt in old_status.attempts}
+        for attempt in new_status.attempts:
+            if attempt.steps_lost and not recorded_steps_lost.get(attempt.number):
                 self._metrics.steps_lost.inc(attempt.steps_lost)
         if plan.job_end is not None:
             self._metrics.jobs_finished.labels(plan.job_end.outcome.value).inc()
             logger.info("%s: %s", plan.job_end.outcome.value, plan.job_end.reason)
-        new_quota, old_quota = new.condition(Kind.QUOTA_RESERVED), old.condition(Kind.QUOTA_RESERVED)
+        new_quota, old_quota = new_status.condition(Kind.QUOTA_RESERVED), old_status.condition(Kind.QUOTA_RESERVED)
         if new_quota is not None and old_quota is not None and (old_quota.status, new_quota.status) == ("False", "True"):
             admitted_at = new_quota.last_transition_time or facts.now
             self._metrics.quota_wait.observe(seconds_between(old_quota.last_transition_time, admitted_at))
-        if new.steps_done and not old.steps_done:
+        if new_status.steps_done and not old_status.steps_done:
             self._metrics.time_to_running.observe((facts.now - facts.job.created_at).total_seconds())
 
 
-def may_defer(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, drafts: list[EventDraft]) -> bool:
+def may_defer(plan: Plan, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, drafts: list[EventDraft]) -> bool:
     """Whether a transition may be deferred and written together with the next transition.
 
     A transition may be deferred if no attempt ends, all new events are in `START_EVENTS`, and no step is done. A change of the running time
     is written at once, because the deadline is computed from the running time.
     """
     needs_event = any(draft.reason not in START_EVENTS for draft in drafts)
-    ends = plan.situation is not Situation.ACTIVE or plan.termination or old.active_seconds != new.active_seconds
-    return not needs_event and not new.steps_done and not ends
+    ends_period = plan.situation is not Situation.ACTIVE or plan.termination or old_status.active_seconds != new_status.active_seconds
+    return not needs_event and not new_status.steps_done and not ends_period
 
 
 def status_body(job: JobObject, status: Object) -> Object:

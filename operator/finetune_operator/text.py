@@ -26,11 +26,11 @@ def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
     """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
     for pattern in SECRET_PATTERNS:
-        text = pattern.sub(_mask, text)
+        text = pattern.sub(_mask_secret, text)
     return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."
 
 
-def _mask(match: re.Match[str]) -> str:
+def _mask_secret(match: re.Match[str]) -> str:
     if match.lastindex == 3:
         return f"{match.group(1)}{match.group(2)}{REDACTED_TEXT}"
     return REDACTED_TEXT
@@ -38,13 +38,13 @@ def _mask(match: re.Match[str]) -> str:
 
 def format_duration(seconds: float) -> str:
     """Format a time span: `45s`, `12m`, `1h12m`, `3d4h`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    minutes = whole // 60
+    whole_seconds = max(0, round(seconds))
+    if whole_seconds < 60:
+        return f"{whole_seconds}s"
+    minutes = whole_seconds // 60
     if minutes < 60:
-        remainder = whole % 60
-        return f"{minutes}m{remainder}s" if remainder and minutes < 10 else f"{minutes}m"
+        remaining_seconds = whole_seconds % 60
+        return f"{minutes}m{remaining_seconds}s" if remaining_seconds and minutes < 10 else f"{minutes}m"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
         return f"{hours}h{minutes}m" if minutes else f"{hours}h"

@@ -65,23 +65,23 @@ class StatusThrottle:
         During a burst, the write may be deferred for `burst_seconds` beyond the normal interval.
         """
         pending.transition_at, pending.pods_ended_at = None, None
-        due = pending.progress_at + self._progress_seconds
-        if now < due or not self._transitions.is_active(now):
-            return due - now
-        return min(RECHECK_SECONDS, due + burst_seconds - now)
+        due_at = pending.progress_at + self._progress_seconds
+        if now < due_at or not self._transitions.is_active(now):
+            return due_at - now
+        return min(RECHECK_SECONDS, due_at + burst_seconds - now)
 
     def transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float) -> float:
         """Return the seconds until a status with a deferrable transition must be written. If the result is 0, it must be written now."""
         if pending.transition_at is None:
             pending.transition_at = now if pending.created_at is None else pending.created_at
             self._transitions.record(now)
-        burst = self._transitions.is_active(now)
-        delay = max(0.0, min(RECHECK_SECONDS, pending.transition_at + MAX_DEFER_SECONDS - now)) if burst else 0.0
+        is_burst = self._transitions.is_active(now)
+        delay_seconds = max(0.0, min(RECHECK_SECONDS, pending.transition_at + MAX_DEFER_SECONDS - now)) if is_burst else 0.0
         if not pods_ended:
             pending.pods_ended_at = None
-            return delay
+            return delay_seconds
         pending.pods_ended_at = now if pending.pods_ended_at is None else pending.pods_ended_at
-        return max(delay, pending.pods_ended_at + JOB_END_SECONDS - now)
+        return max(delay_seconds, pending.pods_ended_at + JOB_END_SECONDS - now)
 
     @staticmethod
     def record_write(pending: PendingChanges, progress_at: float) -> None:
@@ -94,8 +94,8 @@ class RateLimiter:
     """Spreads expensive reads over time. Usually the reads take at most 1/`READ_TIME_SHARE` of the time."""
 
     def __init__(self) -> None:
-        self._pause = 0.0
-        self._next_free = float("-inf")
+        self._pause_seconds = 0.0
+        self._next_free_at = float("-inf")
         self._reserved: set[Hashable] = set()
 
     def __contains__(self, caller: Hashable) -> bool:
@@ -104,15 +104,15 @@ class RateLimiter:
 
     def reserve(self, caller: Hashable, now: float) -> float:
         """Reserve a read after all other reservations, and return the time of the read. The delay is always below `MAX_READ_DELAY`."""
-        offset = max(0.0, self._next_free - now) + len(self._reserved) * self._pause
+        offset_seconds = max(0.0, self._next_free_at - now) + len(self._reserved) * self._pause_seconds
         self._reserved.add(caller)
-        return now + offset % MAX_READ_DELAY
+        return now + offset_seconds % MAX_READ_DELAY
 
     def release(self, caller: Hashable) -> None:
         """Drop the caller's reservation if one exists."""
         self._reserved.discard(caller)
 
-    def record_read(self, started: float, now: float) -> None:
+    def record_read(self, started_at: float, now: float) -> None:
         """Record the duration of a read. The next pause depends on this duration."""
-        self._pause = min(READ_TIME_SHARE * (now - started), MAX_READ_PAUSE)
-        self._next_free = now + self._pause
+        self._pause_seconds = min(READ_TIME_SHARE * (now - started_at), MAX_READ_PAUSE)
+        self._next_free_at = now + self._pause_seconds

@@ -101,16 +101,16 @@ class PodView:
     message: str = ""
     scheduled_at: datetime | None = None
     """When the scheduler assigned the pod to its node."""
-    unschedulable: str = ""
+    unschedulable_message: str = ""
     """The scheduler's message if no node fits, or an empty string."""
     waiting_reason: str = ""
     waiting_message: str = ""
     running_since: datetime | None = None
-    disruption: str = ""
+    disruption_reason: str = ""
     """Reason of the DisruptionTarget condition."""
     disruption_message: str = ""
     terminated: TerminatedState | None = None
-    init_failed: str = ""
+    init_failure_message: str = ""
     """A message about a failed init container. Only admission webhooks add init containers to trainer pods."""
     image_id: str = ""
     is_deleted: bool = False
@@ -154,10 +154,10 @@ def parse_time(text: Any) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def read_status(raw: Any) -> FineTuneJobStatus:
+def read_status(raw_status: Any) -> FineTuneJobStatus:
     """Read a status. Fields and list items that cannot be read are dropped. All other values are kept."""
     try:
-        return FineTuneJobStatus.model_validate(raw if isinstance(raw, dict) else {})
+        return FineTuneJobStatus.model_validate(raw_status if isinstance(raw_status, dict) else {})
     except ValidationError as error:
         logger.warning("the status of a FineTuneJob cannot be read and is treated as empty: %s", error)
         return FineTuneJobStatus()
@@ -170,7 +170,7 @@ def read_finetunejob(body: Object) -> JobObject:
         namespace=meta["namespace"],
         name=meta["name"],
         uid=meta["uid"],
-        version=_version(meta),
+        version=_parse_version(meta),
         resource_version=str(meta.get("resourceVersion", "")),
         generation=int(meta.get("generation", 1)),
         created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
@@ -189,16 +189,16 @@ def read_job(body: Object) -> JobView | None:
         return None
     job_name, attempt = identity
     status, spec = body.get("status") or {}, body.get("spec") or {}
-    owner = _controller(meta, KIND)
+    owner_uid = _controller_uid(meta, KIND)
     conditions = {c.get("type"): c for c in status.get("conditions") or [] if c.get("status") == "True"}
-    failed = conditions.get("Failed", {})
+    failed_condition = conditions.get("Failed", {})
     return JobView(
         namespace=meta["namespace"],
         name=meta["name"],
         uid=meta["uid"],
-        version=_version(meta),
-        owner_uid=owner or str(labels.get(Label.JOB_UID, "")),
-        is_owned=owner is not None,
+        version=_parse_version(meta),
+        owner_uid=owner_uid or str(labels.get(Label.JOB_UID, "")),
+        is_owned=owner_uid is not None,
         job_name=job_name,
         attempt=attempt,
         created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
@@ -208,17 +208,17 @@ def read_job(body: Object) -> JobView | None:
         queue=labels.get(Label.QUEUE),
         started_at=parse_time(status.get("startTime")),
         completed_at=_transition_time(conditions.get("Complete")),
-        failed_at=_transition_time(failed),
-        failed_reason=str(failed.get("reason", "")),
-        failed_message=str(failed.get("message", ""))[:MAX_TEXT],
-        nodes=_number(spec.get("completions")) or 0,
+        failed_at=_transition_time(failed_condition),
+        failed_reason=str(failed_condition.get("reason", "")),
+        failed_message=str(failed_condition.get("message", ""))[:MAX_TEXT],
+        nodes=_parse_number(spec.get("completions")) or 0,
         config_sha256=str((meta.get("annotations") or {}).get(Annotation.RUN_CONFIG_SHA256, "")),
     )
 
 
 def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
     """Read the name of the FineTuneJob and the number of the attempt from the labels."""
-    attempt = _number(labels.get(Label.ATTEMPT))
+    attempt = _parse_number(labels.get(Label.ATTEMPT))
     if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
         return None
     return str(labels[Label.JOB_NAME]), attempt
@@ -239,27 +239,27 @@ def read_pod(body: Object) -> PodView | None:
     """Return the view of a pod, or None if the pod lacks the operator's labels."""
     meta = body["metadata"]
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
-    attempt = _number(labels.get(Label.ATTEMPT))
+    attempt = _parse_number(labels.get(Label.ATTEMPT))
     if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
         return None
     status = body.get("status") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or []}
-    container = _trainer_status(status)
-    state = container.get("state") or {}
-    waiting, disruption = _waiting_state(status, state), conditions.get("DisruptionTarget", {})
-    disrupted = disruption.get("status") == "True"
-    scheduled = conditions.get("PodScheduled", {})
-    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", GATED_REASON)
+    container_status = _trainer_status(status)
+    state = container_status.get("state") or {}
+    waiting_state, disruption_target = _waiting_state(status, state), conditions.get("DisruptionTarget", {})
+    is_disrupted = disruption_target.get("status") == "True"
+    scheduled_condition = conditions.get("PodScheduled", {})
+    is_unschedulable = scheduled_condition.get("status") == "False" and scheduled_condition.get("reason") in ("Unschedulable", GATED_REASON)
     return PodView(
         namespace=meta["namespace"],
         name=meta["name"],
         uid=meta["uid"],
-        version=_version(meta),
-        job_uid=_controller(meta, "Job") or "",
+        version=_parse_version(meta),
+        job_uid=_controller_uid(meta, "Job") or "",
         owner_uid=str(labels.get(Label.JOB_UID, "")),
         job_name=labels[Label.JOB_NAME],
         attempt=attempt,
-        index=_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
+        index=_parse_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
         created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
         phase=str(status.get("phase", "Pending")),
         is_ready=conditions.get("Ready", {}).get("status") == "True",
@@ -268,16 +268,16 @@ def read_pod(body: Object) -> PodView | None:
         deletion_timestamp=parse_time(meta.get("deletionTimestamp")),
         reason=str(status.get("reason", "")),
         message=str(status.get("message", ""))[:MAX_TEXT],
-        scheduled_at=_transition_time(scheduled) if scheduled.get("status") == "True" else None,
-        unschedulable=_unschedulable_message(body, scheduled)[:MAX_TEXT] if unschedulable else "",
-        waiting_reason=str(waiting.get("reason", "")),
-        waiting_message=str(waiting.get("message", ""))[:MAX_TEXT],
+        scheduled_at=_transition_time(scheduled_condition) if scheduled_condition.get("status") == "True" else None,
+        unschedulable_message=_unschedulable_message(body, scheduled_condition)[:MAX_TEXT] if is_unschedulable else "",
+        waiting_reason=str(waiting_state.get("reason", "")),
+        waiting_message=str(waiting_state.get("message", ""))[:MAX_TEXT],
         running_since=parse_time((state.get("running") or {}).get("startedAt")),
-        disruption=str(disruption.get("reason", "") or "DisruptionTarget") if disrupted else "",
-        disruption_message=str(disruption.get("message", ""))[:MAX_TEXT] if disrupted else "",
-        terminated=_terminated(state.get("terminated")),
-        init_failed=_init_failed(status)[:MAX_TEXT],
-        image_id=str(container.get("imageID", "")),
+        disruption_reason=str(disruption_target.get("reason", "") or "DisruptionTarget") if is_disrupted else "",
+        disruption_message=str(disruption_target.get("message", ""))[:MAX_TEXT] if is_disrupted else "",
+        terminated=_read_terminated_state(state.get("terminated")),
+        init_failure_message=_init_failure_message(status)[:MAX_TEXT],
+        image_id=str(container_status.get("imageID", "")),
     )
 
 
@@ -289,27 +289,27 @@ def _trainer_status(status: Object) -> Object:
 
 def _waiting_state(status: Object, state: Object) -> Object:
     """Return the waiting state of the trainer container. While init containers run, return their first waiting state."""
-    own: Object = state.get("waiting") or {}
-    if own.get("reason") != INITIALIZING_REASON:
-        return own
+    trainer_waiting: Object = state.get("waiting") or {}
+    if trainer_waiting.get("reason") != INITIALIZING_REASON:
+        return trainer_waiting
     states = [(init.get("state") or {}).get("waiting") or {} for init in status.get("initContainerStatuses") or []]
-    return next((state for state in states if state.get("reason") not in (None, INITIALIZING_REASON)), own)
+    return next((state for state in states if state.get("reason") not in (None, INITIALIZING_REASON)), trainer_waiting)
 
 
-def _init_failed(status: Object) -> str:
+def _init_failure_message(status: Object) -> str:
     for init in status.get("initContainerStatuses") or []:
-        ended = (init.get("state") or {}).get("terminated") or {}
-        code = _number(ended.get("exitCode"))
+        terminated_state = (init.get("state") or {}).get("terminated") or {}
+        code = _parse_number(terminated_state.get("exitCode"))
         if code:
-            detail = str(ended.get("message") or ended.get("reason") or "").strip()
+            detail = str(terminated_state.get("message") or terminated_state.get("reason") or "").strip()
             return f"init container {init.get('name')} ended with exit code {code}" + (f": {detail}" if detail else "")
     return ""
 
 
-def _unschedulable_message(body: Object, scheduled: Object) -> str:
+def _unschedulable_message(body: Object, scheduled_condition: Object) -> str:
     """Return the scheduler's message, followed by the names of the pod's scheduling gates."""
-    gates = [str(gate.get("name")) for gate in (body.get("spec") or {}).get("schedulingGates") or []]
-    return str(scheduled.get("message", "")) + (f" ({', '.join(gates)})" if gates else "")
+    gate_names = [str(gate.get("name")) for gate in (body.get("spec") or {}).get("schedulingGates") or []]
+    return str(scheduled_condition.get("message", "")) + (f" ({', '.join(gate_names)})" if gate_names else "")
 
 
 def as_deleted(pod: PodView) -> PodView:
@@ -317,11 +317,11 @@ def as_deleted(pod: PodView) -> PodView:
     return replace(pod, is_deleted=True, is_ready=False)
 
 
-def _terminated(value: Object | None) -> TerminatedState | None:
+def _read_terminated_state(value: Object | None) -> TerminatedState | None:
     if not value:
         return None
     return TerminatedState(
-        exit_code=_number(value.get("exitCode")) or 0,
+        exit_code=_parse_number(value.get("exitCode")) or 0,
         reason=str(value.get("reason", "")),
         message=str(value.get("message", "")),
         finished_at=parse_time(value.get("finishedAt")),
@@ -334,16 +334,16 @@ def _transition_time(condition: Object | None) -> datetime | None:
     return parse_time(condition.get("lastTransitionTime")) or datetime.now(UTC)
 
 
-def _controller(meta: Object, kind: str) -> str | None:
+def _controller_uid(meta: Object, kind: str) -> str | None:
     owners = meta.get("ownerReferences") or []
     return next((o.get("uid") for o in owners if o.get("kind") == kind and o.get("controller")), None)
 
 
-def _version(meta: Object) -> int:
-    return _number(meta.get("resourceVersion")) or 0
+def _parse_version(meta: Object) -> int:
+    return _parse_number(meta.get("resourceVersion")) or 0
 
 
-def _number(value: Any) -> int | None:
+def _parse_number(value: Any) -> int | None:
     try:
         return int(value)
     except (TypeError, ValueError):

@@ -72,19 +72,19 @@ class WorkQueue:
         if seconds <= 0:
             self.add(key)
             return
-        due = self._clock() + seconds
-        if due < self._due.get(key, float("inf")):
-            self._due[key] = due
-            heapq.heappush(self._heap, (due, key))
+        due_at = self._clock() + seconds
+        if due_at < self._due.get(key, float("inf")):
+            self._due[key] = due_at
+            heapq.heappush(self._heap, (due_at, key))
             self._changed.set()
 
     def add_after_failure(self, key: Key) -> float:
         """Queue `key` after a pause that doubles with each failure in a row. Returns the pause in seconds."""
-        count = self._failures.get(key, 0)
-        self._failures[key] = count + 1
-        pause = float(min(FIRST_BACKOFF_SECONDS * 2 ** min(count, 32), LONGEST_BACKOFF_SECONDS))
-        self.add_after(key, pause)
-        return pause
+        failure_count = self._failures.get(key, 0)
+        self._failures[key] = failure_count + 1
+        pause_seconds = float(min(FIRST_BACKOFF_SECONDS * 2 ** min(failure_count, 32), LONGEST_BACKOFF_SECONDS))
+        self.add_after(key, pause_seconds)
+        return pause_seconds
 
     def reset_failures(self, key: Key) -> None:
         """Reset the failure counter of `key` after a reconcile without an error."""
@@ -95,12 +95,12 @@ class WorkQueue:
         while True:
             self._queue_due_keys()
             if len(self):
-                key = self._pop()
+                key = self._pop_next_key()
                 now = self._clock()
-                waited = now - self._waiting_since.pop(key)
+                waited_seconds = now - self._waiting_since.pop(key)
                 self._working_since[key] = now
                 self._due.pop(key, None)
-                return key, waited
+                return key, waited_seconds
             self._changed.clear()
             try:
                 async with asyncio.timeout(self.seconds_until_due()):
@@ -108,12 +108,12 @@ class WorkQueue:
             except TimeoutError:
                 continue
 
-    def _pop(self) -> Key:
-        high_priority = self._high_priority and (
+    def _pop_next_key(self) -> Key:
+        takes_high_priority = self._high_priority and (
             not self._ready or self._high_priority_in_a_row < HIGH_PRIORITY_IN_A_ROW
         )
-        self._high_priority_in_a_row = self._high_priority_in_a_row + 1 if high_priority else 0
-        if not high_priority:
+        self._high_priority_in_a_row = self._high_priority_in_a_row + 1 if takes_high_priority else 0
+        if not takes_high_priority:
             return self._ready.popleft()
         self._burst.record(self._clock())
         return self._high_priority.popleft()
@@ -141,8 +141,8 @@ class WorkQueue:
     def oldest_key_age_seconds(self) -> float:
         """Return for how many seconds the oldest key has been queued or handled. 0 if there is no such key."""
         now = self._clock()
-        times = [*self._waiting_since.values(), *self._working_since.values()]
-        return now - min(times) if times else 0.0
+        start_times = [*self._waiting_since.values(), *self._working_since.values()]
+        return now - min(start_times) if start_times else 0.0
 
     @property
     def is_burst(self) -> bool:
@@ -160,8 +160,8 @@ class WorkQueue:
     def _queue_due_keys(self) -> None:
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
-            due, key = heapq.heappop(self._heap)
-            if self._due.get(key) == due:
+            due_at, key = heapq.heappop(self._heap)
+            if self._due.get(key) == due_at:
                 del self._due[key]
                 self.add(key)
         if len(self):

@@ -31,7 +31,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
     spec, nodes = run.spec, run.world.nodes
     labels = child_labels(job, run.attempt)
     data = run.to_bytes()
-    digest = run.sha256(data)
+    run_sha256 = run.sha256(data)
     queue = spec.placement.queue_name
     body: Object = {
         "apiVersion": "batch/v1",
@@ -40,8 +40,8 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
             "name": names.attempt_job_name(job.name, run.attempt),
             "namespace": job.namespace,
             "labels": {**_job_labels(spec), **labels, **({Label.QUEUE.value: queue} if queue else {})},
-            "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: digest},
-            "ownerReferences": [_owner(names.API_VERSION, names.KIND, job.name, job.uid)],
+            "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: run_sha256},
+            "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {
             "completions": nodes,
@@ -52,7 +52,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
             "podFailurePolicy": {"rules": _failure_rules()},
             "template": {
                 "metadata": _template_metadata(labels, spec, config, data),
-                "spec": _pod_spec(names.attempt_job_name(job.name, run.attempt), run, digest, pool, config),
+                "spec": _build_pod_spec(names.attempt_job_name(job.name, run.attempt), run, run_sha256, pool, config),
             },
         },
     }
@@ -77,7 +77,7 @@ def build_service(job: JobView) -> Object:
             "namespace": job.namespace,
             "labels": labels,
             # `blockOwnerDeletion: true` would need permission to update the finalizers of Jobs.
-            "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
+            "ownerReferences": [_owner_reference("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
         },
         "spec": {
             "clusterIP": "None",
@@ -106,7 +106,7 @@ def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
     }
 
 
-def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:
+def _owner_reference(api_version: str, kind: str, name: str, uid: str) -> Object:
     return {
         "apiVersion": api_version, "kind": kind, "name": name, "uid": uid, "controller": True, "blockOwnerDeletion": True,
     }  # fmt: skip
@@ -140,9 +140,9 @@ def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: Op
     }
 
 
-def _pod_spec(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: OperatorConfig) -> Object:
+def _build_pod_spec(name: str, run: RunConfig, run_sha256: str, pool: NodePool | None, config: OperatorConfig) -> Object:
     spec, placement = run.spec, run.spec.placement
-    extra = build_mounts(spec)
+    spec_volumes = build_mounts(spec)
     pod: Object = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -156,33 +156,33 @@ def _pod_spec(name: str, run: RunConfig, digest: str, pool: NodePool | None, con
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(run, digest, config, list(extra.mounts))],
-        "volumes": [*_operator_volumes(spec), *extra.volumes],
+        "containers": [_build_container(run, run_sha256, config, list(spec_volumes.mounts))],
+        "volumes": [*_operator_volumes(spec), *spec_volumes.volumes],
     }
     if run.world.nodes > 1:
         pod["subdomain"] = name
-    pod |= _scheduling(spec, pool, config, name if run.world.nodes > 1 else None)
-    secrets = placement.image_pull_secrets or list(config.trainer.image_pull_secrets)
-    if secrets:
-        pod["imagePullSecrets"] = [{"name": secret} for secret in secrets]
-    account = placement.service_account_name or config.trainer.service_account_name
-    return pod | ({"serviceAccountName": account} if account else {})
+    pod |= _build_scheduling_fields(spec, pool, config, name if run.world.nodes > 1 else None)
+    pull_secrets = placement.image_pull_secrets or list(config.trainer.image_pull_secrets)
+    if pull_secrets:
+        pod["imagePullSecrets"] = [{"name": secret} for secret in pull_secrets]
+    service_account = placement.service_account_name or config.trainer.service_account_name
+    return pod | ({"serviceAccountName": service_account} if service_account else {})
 
 
-def _container(run: RunConfig, digest: str, config: OperatorConfig, extra_mounts: list[Object]) -> Object:
+def _build_container(run: RunConfig, run_sha256: str, config: OperatorConfig, extra_mounts: list[Object]) -> Object:
     spec = run.spec
     return {
         "name": names.TRAINER_CONTAINER,
         "image": spec.placement.image or config.trainer.image,
         "imagePullPolicy": config.trainer.image_pull_policy.value,
         "args": ["supervise"],
-        "env": _env(run, digest, config),
+        "env": _build_env(run, run_sha256, config),
         "ports": [{"name": names.PROGRESS_PORT_NAME, "containerPort": names.PROGRESS_PORT}],
         "readinessProbe": {
             "httpGet": {"path": names.Path.HEALTH.value, "port": names.PROGRESS_PORT_NAME},
             "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 3,
         },
-        "resources": _resources(spec),
+        "resources": _build_resources(spec),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -205,60 +205,60 @@ def _operator_volumes(spec: FineTuneJobSpec) -> list[Object]:
     item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
     return [
         {"name": "run", "downwardAPI": {"items": [item]}},
-        {"name": "work", "emptyDir": _sized({}, resources.ephemeral_storage)},
-        {"name": "shm", "emptyDir": _sized({"medium": "Memory"}, resources.shared_memory)},
+        {"name": "work", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
+        {"name": "shm", "emptyDir": _with_size_limit({"medium": "Memory"}, resources.shared_memory)},
         {"name": "tmp", "emptyDir": {}},
     ]
 
 
-def _sized(volume: Object, size: str | int | None) -> Object:
+def _with_size_limit(volume: Object, size: str | int | None) -> Object:
     return volume | ({"sizeLimit": str(size)} if size is not None else {})
 
 
-def _resources(spec: FineTuneJobSpec) -> Object:
+def _build_resources(spec: FineTuneJobSpec) -> Object:
     """Requests and limits. CPU has no limit, because a limit would throttle data loading. Memory and disk requests equal their limits."""
-    wanted = spec.resources
-    requests: Object = {} if wanted.cpu is None else {"cpu": str(wanted.cpu)}
+    resources = spec.resources
+    requests: Object = {} if resources.cpu is None else {"cpu": str(resources.cpu)}
     limits: Object = {}
-    for name, amount in (("memory", wanted.memory), ("ephemeral-storage", wanted.ephemeral_storage)):
+    for name, amount in (("memory", resources.memory), ("ephemeral-storage", resources.ephemeral_storage)):
         if amount is not None:
             requests[name] = limits[name] = str(amount)
-    if wanted.gpus_per_node:
-        resource = wanted.gpu_resource or "nvidia.com/gpu"
-        requests[resource] = limits[resource] = str(wanted.gpus_per_node)
+    if resources.gpus_per_node:
+        resource = resources.gpu_resource or "nvidia.com/gpu"
+        requests[resource] = limits[resource] = str(resources.gpus_per_node)
     return {"requests": requests, "limits": limits}
 
 
-def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
+def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[Object]:
     """Environment of the trainer. The user's variables come last, but cannot replace the operator's reserved variables."""
     spec = run.spec
-    operator: list[Object] = [
-        {"name": Env.RUN_SHA256.value, "value": digest},
+    operator_variables: list[Object] = [
+        {"name": Env.RUN_SHA256.value, "value": run_sha256},
         {"name": Env.NODE_RANK.value, "valueFrom": _field_ref(f"metadata.annotations['{INDEX_ANNOTATION}']")},
         {"name": Env.POD_NAME.value, "valueFrom": _field_ref("metadata.name")},
         {"name": Env.POD_UID.value, "valueFrom": _field_ref("metadata.uid")},
         {"name": Env.NODE_NAME.value, "valueFrom": _field_ref("spec.nodeName")},
         {"name": Env.DISK_LIMIT.value, "valueFrom": {"resourceFieldRef": {"resource": "limits.ephemeral-storage"}}},
-        *_credentials(spec.storage.credentials_secret_ref, ""),
-        *_credentials(_credentials_ref(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
-        *_credentials(_credentials_ref(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
-        *_customer_key("storage", spec.storage),
-        *_customer_key("model", spec.model.storage),
-        *_customer_key("dataset", spec.dataset.storage),
+        *_credential_variables(spec.storage.credentials_secret_ref, ""),
+        *_credential_variables(_credentials_ref(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
+        *_credential_variables(_credentials_ref(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
+        *_customer_key_variables("storage", spec.storage),
+        *_customer_key_variables("model", spec.model.storage),
+        *_customer_key_variables("dataset", spec.dataset.storage),
     ]
     if spec.model.token_secret_ref:
-        operator.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
-    overridable = _tracker_and_hub_keys(spec)
+        operator_variables.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key_source(spec.model.token_secret_ref)})
+    overridable_variables = _tracker_and_hub_keys(spec)
     if run.world.nodes > 1 and run.world.gpus_per_node:
-        overridable.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
-    reserved = {variable["name"] for variable in operator}
-    users = [_user_variable(variable) for variable in spec.placement.env or [] if variable.name not in reserved]
-    chosen = {variable["name"] for variable in users}
-    taken = reserved | chosen | {variable["name"] for variable in overridable}
+        overridable_variables.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
+    reserved_names = {variable["name"] for variable in operator_variables}
+    user_variables = [_build_user_variable(variable) for variable in spec.placement.env or [] if variable.name not in reserved_names]
+    user_variable_names = {variable["name"] for variable in user_variables}
+    taken_names = reserved_names | user_variable_names | {variable["name"] for variable in overridable_variables}
     defaults: list[Object] = [
-        {"name": name, "value": value} for name, value in sorted(config.trainer.env.items()) if name not in taken
+        {"name": name, "value": value} for name, value in sorted(config.trainer.env.items()) if name not in taken_names
     ]
-    return [*operator, *(variable for variable in overridable if variable["name"] not in chosen), *defaults, *users]
+    return [*operator_variables, *(variable for variable in overridable_variables if variable["name"] not in user_variable_names), *defaults, *user_variables]
 
 
 def _tracker_and_hub_keys(spec: FineTuneJobSpec) -> list[Object]:
@@ -269,14 +269,14 @@ def _tracker_and_hub_keys(spec: FineTuneJobSpec) -> list[Object]:
         (names.MONGODB_URI, mongodb.uri_secret_ref if mongodb else None),
         (names.HUB_TOKEN, hub.token_secret_ref if hub else None),
     )
-    return [{"name": name, "valueFrom": _secret_key(reference)} for name, reference in references if reference is not None]
+    return [{"name": name, "valueFrom": _secret_key_source(reference)} for name, reference in references if reference is not None]
 
 
 def _credentials_ref(connection: Any) -> SecretRef | None:
     return connection.credentials_secret_ref if connection else None
 
 
-def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
+def _credential_variables(secret: SecretRef | None, prefix: str) -> list[Object]:
     if secret is None:
         return []
     result: list[Object] = []
@@ -288,54 +288,54 @@ def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
     return result
 
 
-def _customer_key(connection_name: str, connection: StorageConnection | None) -> list[Object]:
+def _customer_key_variables(connection_name: str, connection: StorageConnection | None) -> list[Object]:
     """The variable with the customer's key for server-side encryption (SSE-C), read from a Secret."""
-    reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
-    if reference is None:
+    key_reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
+    if key_reference is None:
         return []
-    return [{"name": customer_key_variable(connection_name), "valueFrom": _secret_key(reference)}]
+    return [{"name": customer_key_variable(connection_name), "valueFrom": _secret_key_source(key_reference)}]
 
 
-def _user_variable(variable: EnvVar) -> Object:
+def _build_user_variable(variable: EnvVar) -> Object:
     if variable.secret_key_ref:
-        return {"name": variable.name, "valueFrom": _secret_key(variable.secret_key_ref)}
+        return {"name": variable.name, "valueFrom": _secret_key_source(variable.secret_key_ref)}
     return {"name": variable.name, "value": variable.value or ""}
 
 
-def _secret_key(reference: SecretKeyRef) -> Object:
-    return {"secretKeyRef": {"name": reference.name, "key": reference.key}}
+def _secret_key_source(key_reference: SecretKeyRef) -> Object:
+    return {"secretKeyRef": {"name": key_reference.name, "key": key_reference.key}}
 
 
 def _field_ref(path: str) -> Object:
     return {"fieldRef": {"fieldPath": path}}
 
 
-def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang: str | None) -> Object:
-    """Scheduling fields of the pod. If the Job has several pods, `gang` is its name, and the pods prefer the same zone but different hosts."""
+def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang_name: str | None) -> Object:
+    """Scheduling fields of the pod. If the Job has several pods, `gang_name` is its name, and the pods prefer the same zone but different hosts."""
     placement = spec.placement
     result: Object = {}
-    selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}
-    if selector:
-        result["nodeSelector"] = selector
+    node_selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}
+    if node_selector:
+        result["nodeSelector"] = node_selector
     tolerations = [*(pool.tolerations if pool else ()), *(placement.tolerations or [])]
     if tolerations:
         result["tolerations"] = [toleration.to_wire() for toleration in tolerations]
     affinity: Object = {}
     if placement.node_affinity:
         terms = [term.to_wire() for term in placement.node_affinity]
-        required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
-        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required}
-    if gang:
-        selected = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang}}}
-        same_zone = {"weight": 100, "podAffinityTerm": {**selected, "topologyKey": ZONE_KEY}}
+        required_terms = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
+        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required_terms}
+    if gang_name:
+        gang_selector = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang_name}}}
+        same_zone = {"weight": 100, "podAffinityTerm": {**gang_selector, "topologyKey": ZONE_KEY}}
         affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone]}
-        spread = {"maxSkew": 1, "topologyKey": HOST_KEY, "whenUnsatisfiable": "ScheduleAnyway", **selected}
-        result["topologySpreadConstraints"] = [spread]
+        spread_constraint = {"maxSkew": 1, "topologyKey": HOST_KEY, "whenUnsatisfiable": "ScheduleAnyway", **gang_selector}
+        result["topologySpreadConstraints"] = [spread_constraint]
     if affinity:
         result["affinity"] = affinity
-    priority = placement.priority_class_name or config.trainer.priority_class_name
-    if priority:
-        result["priorityClassName"] = priority
+    priority_class = placement.priority_class_name or config.trainer.priority_class_name
+    if priority_class:
+        result["priorityClassName"] = priority_class
     if placement.scheduler_name:
         result["schedulerName"] = placement.scheduler_name
     return result

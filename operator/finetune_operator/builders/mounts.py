@@ -33,7 +33,7 @@ def build_mounts(spec: FineTuneJobSpec) -> PodVolumes:
     for number, name in enumerate(sorted(_config_maps(spec))):
         volumes.append({"name": f"configmap-{number}", "configMap": {"name": name}})
         mounts.append({"name": f"configmap-{number}", "mountPath": f"{CONFIGMAP_MOUNT}/{name}", "readOnly": True})
-    for number, (claim, writable) in enumerate(sorted(_claims(spec).items())):
+    for number, (claim, writable) in enumerate(sorted(_find_claims(spec).items())):
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"pvc-{number}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": not writable})
     bundles = ca_bundles(spec)
@@ -55,40 +55,40 @@ def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
 
 
 def _config_maps(spec: FineTuneJobSpec) -> set[str]:
-    named = {source.name for source, _ in _sources(spec) if isinstance(source, ConfigMapSource)}
-    bundles = [id(ref) for ref in ca_bundles(spec).values()]
-    return named | {ref.name for ref in _references(spec) if id(ref) not in bundles}
+    source_names = {source.name for source, _ in _yield_sources(spec) if isinstance(source, ConfigMapSource)}
+    bundle_ids = [id(ref) for ref in ca_bundles(spec).values()]
+    return source_names | {ref.name for ref in _yield_config_map_references(spec) if id(ref) not in bundle_ids}
 
 
-def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
+def _find_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
     """Names of the volume claims. The value is True if the job writes to the volume."""
     result: dict[str, bool] = {}
-    for source, writable in _sources(spec):
+    for source, writable in _yield_sources(spec):
         if isinstance(source, PvcSource):
             result[source.claim] = result.get(source.claim, False) or writable
     return result
 
 
-def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
+def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     """Yield each source of the spec and whether the job writes to that source."""
     adapter = spec.method.adapter.source if spec.method.adapter else None
-    reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+    reference_model = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     data = spec.dataset
-    mixture = [part.source for part in data.mixture or []]
-    read = [
+    mixture_sources = [part.source for part in data.mixture or []]
+    read_sources = [
         spec.model.source,
         spec.model.tokenizer,
         adapter,
-        reference,
+        reference_model,
         data.train,
         data.validation,
         data.test,
-        *mixture,
+        *mixture_sources,
     ]
-    resume = spec.checkpoint.resume
-    if resume is not None and "://" in resume:
-        read.append(resume)
-    for text in read:
+    resume_source = spec.checkpoint.resume
+    if resume_source is not None and "://" in resume_source:
+        read_sources.append(resume_source)
+    for text in read_sources:
         if text:
             yield parse(text), False
     if spec.model.cache:
@@ -97,16 +97,16 @@ def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
         yield parse(spec.storage.uri), True
 
 
-def _references(value: Any) -> Iterator[ConfigMapKeyRef]:
+def _yield_config_map_references(value: Any) -> Iterator[ConfigMapKeyRef]:
     """Yield all references in `value` to a key of a ConfigMap."""
     if isinstance(value, ConfigMapKeyRef):
         yield value
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _references(getattr(value, name))
+            yield from _yield_config_map_references(getattr(value, name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _references(item)
+            yield from _yield_config_map_references(item)
 
 
 def _user_volumes(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:

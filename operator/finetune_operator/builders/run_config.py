@@ -40,7 +40,7 @@ def build_run_config(
     of adapted fields, by path.
     """
     root = f"{(spec.storage.uri or '').rstrip('/')}"
-    publish = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
+    publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
     return RunConfig(
         name=job.name,
         namespace=job.namespace,
@@ -50,28 +50,28 @@ def build_run_config(
         defaults=sorted(defaults),
         origins=origins_of(defaults),
         before_adaptation=dict(before_adaptation) if before_adaptation else None,
-        world=_world(job, spec, attempt),
-        storage=_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
-        publish=publish,
+        world=_build_world(job, spec, attempt),
+        storage=_build_store_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
+        publish=publish_uri,
         model_store=_separate_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
         dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
-        resume=_resume(spec, attempt, committed_step, max_step),
+        resume=_build_resume(spec, attempt, committed_step, max_step),
         grace_seconds=_grace_seconds(job, spec, defaults),
     )
 
 
 def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
     """Return the grace period after SIGTERM, in seconds: the user's value, or enough time to save a checkpoint like the newest one."""
-    grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE_SECONDS
+    grace_seconds = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE_SECONDS
     if "policy.terminationGracePeriodSeconds" not in defaults:
-        return grace
-    measured = [c for c in job.status.checkpoints if c.save_seconds is not None]
-    newest = max(measured, key=lambda checkpoint: checkpoint.step, default=None)
-    save_seconds = newest.save_seconds if newest is not None and newest.save_seconds is not None else 0.0
-    return min(MAX_GRACE_SECONDS, max(grace, math.ceil(SAVES_PER_GRACE_PERIOD * save_seconds)))
+        return grace_seconds
+    measured_checkpoints = [c for c in job.status.checkpoints if c.save_seconds is not None]
+    newest_checkpoint = max(measured_checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
+    save_seconds = newest_checkpoint.save_seconds if newest_checkpoint is not None and newest_checkpoint.save_seconds is not None else 0.0
+    return min(MAX_GRACE_SECONDS, max(grace_seconds, math.ceil(SAVES_PER_GRACE_PERIOD * save_seconds)))
 
 
-def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
+def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
     nodes = spec.resources.nodes or 1
     name = attempt_job_name(job.name, attempt)
     gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
@@ -85,15 +85,15 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
     )
 
 
-def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> ResumeConfig:
+def _build_resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> ResumeConfig:
     """Later attempts continue from the job's own checkpoints. If a rollback excludes all checkpoints, an attempt starts like the first one."""
-    requested = spec.checkpoint.resume or "auto"
-    expected = committed_step if max_step is None else min(committed_step, max_step)
-    mode = "auto" if attempt > 1 and (expected or requested == "never") else requested
-    return ResumeConfig(mode=mode, expect_step=expected, max_step=max_step)
+    requested_mode = spec.checkpoint.resume or "auto"
+    expected_step = committed_step if max_step is None else min(committed_step, max_step)
+    mode = "auto" if attempt > 1 and (expected_step or requested_mode == "never") else requested_mode
+    return ResumeConfig(mode=mode, expect_step=expected_step, max_step=max_step)
 
 
-def _target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:
+def _build_store_target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:
     encryption = connection.encryption
     return StoreTarget(
         uri=uri,
@@ -121,4 +121,4 @@ def _separate_store(spec: FineTuneJobSpec, connection: StorageConnection | None,
     if connection is None:
         return None
     source = spec.model.source if connection_name == "model" else spec.dataset.train
-    return _target(source or "", connection, connection_name, prefix if connection.credentials_secret_ref else "")
+    return _build_store_target(source or "", connection, connection_name, prefix if connection.credentials_secret_ref else "")

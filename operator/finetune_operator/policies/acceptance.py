@@ -61,36 +61,36 @@ def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
     return FirstAttempt(resolved.defaults or {}, resolved.spec_sha256) if resolved else FirstAttempt()
 
 
-def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> AcceptedSpec | RefusedSpec:
+def accept(raw_spec: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> AcceptedSpec | RefusedSpec:
     """Check a FineTuneJob's spec. `first` is None before the first attempt."""
     try:
-        spec, unknown = read_spec(raw)
+        spec, unknown_fields = read_spec(raw_spec)
     except ValidationError as error:
-        return _operator_too_old([_field_error(item) for item in error.errors()])
-    problems, unsupported = ([], []) if unknown else (check(spec), unsupported_fields(spec))
-    rule_problems = [*map(str, problems), *map(str, unsupported)]
+        return _refuse_unknown_parts([_field_error(item) for item in error.errors()])
+    problems, unsupported_problems = ([], []) if unknown_fields else (check(spec), unsupported_fields(spec))
+    rule_problems = [*map(str, problems), *map(str, unsupported_problems)]
     if rule_problems and first is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
-        return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported][0].hint, spec=spec)
-    pool, digest = choose_pool(spec, config), spec_sha256(raw)
-    resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, RefusedSpec) else pool), first or FirstAttempt())
-    version_refusal = _refuse_other_version(unknown, digest, first)
+        return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported_problems][0].hint, spec=spec)
+    pool, spec_digest = choose_pool(spec, config), spec_sha256(raw_spec)
+    resolution = _resolve_spec(spec, _platform_defaults(config, None if isinstance(pool, RefusedSpec) else pool), first or FirstAttempt())
+    version_refusal = _refuse_other_version(unknown_fields, spec_digest, first)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolution.spec)
     if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolution.spec)
-    conflicts = list(placement_problems(spec, pool, config))
-    refusal = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
+    placement_conflicts = list(placement_problems(spec, pool, config))
+    refusal = _refuse_conflicts(placement_conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
     if refusal is not None:
         return replace(refusal, spec=resolution.spec)
     # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
-    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *conflicts)]
-    return AcceptedSpec(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
+    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *placement_conflicts)]
+    return AcceptedSpec(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, spec_digest)
 
 
-def _operator_too_old(unknown: Iterable[str]) -> RefusedSpec:
+def _refuse_unknown_parts(unknown_parts: Iterable[str]) -> RefusedSpec:
     """Make the job wait for a newer operator. The API server enforces the CRD's schema, so the installed CRD is newer than this operator."""
-    message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown)}"
+    message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown_parts)}"
     return RefusedSpec(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
 
 
@@ -98,11 +98,11 @@ def _field_error(item: Any) -> str:
     return f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
 
 
-def _refuse_other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> RefusedSpec | None:
+def _refuse_other_version(unknown_fields: tuple[str, ...], spec_digest: str, first: FirstAttempt | None) -> RefusedSpec | None:
     """Make the job wait if the spec has unknown fields, or if an older CRD has removed fields of the spec."""
-    if unknown:
-        return _operator_too_old(f"spec.{path}" for path in unknown)
-    if first is not None and first.spec_sha256 not in (None, digest):
+    if unknown_fields:
+        return _refuse_unknown_parts(f"spec.{path}" for path in unknown_fields)
+    if first is not None and first.spec_sha256 not in (None, spec_digest):
         message = (
             "the immutable spec has changed since the first attempt: "
             "an older version of the CRD was installed, which removed unknown fields from the spec"
@@ -143,21 +143,21 @@ def _refuse_size(resolution: ResolvedSpec, first: FirstAttempt | None) -> Refuse
     return RefusedSpec(Reason.REJECTED, message, hint, is_final=first is None)
 
 
-def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> ResolvedSpec:
+def _resolve_spec(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> ResolvedSpec:
     """Fill in the defaults. The defaults of the first attempt take precedence over the current defaults."""
-    resolution, kept = resolve_defaults(spec, platform_defaults=platform), first.defaults
-    store_differs = any(resolution.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
-    if store_differs and any(path in kept for path in STORE_IDENTITY):
-        storage = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
+    resolution, recorded_defaults = resolve_defaults(spec, platform_defaults=platform), first.defaults
+    store_differs = any(resolution.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY)
+    if store_differs and any(path in recorded_defaults for path in STORE_IDENTITY):
+        storage = {path.partition(".")[2]: value for path, value in recorded_defaults.items() if path.startswith("storage.")}
         try:
             resolution = resolve_defaults(spec, platform_defaults=replace(platform, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
-    differing = {
-        path: kept[path] for path, value in resolution.defaults.items()
-        if path in kept and kept[path] != value and path.partition(".")[0] not in (*CLUSTER_GROUPS, "storage")
+    differing_defaults = {
+        path: recorded_defaults[path] for path, value in resolution.defaults.items()
+        if path in recorded_defaults and recorded_defaults[path] != value and path.partition(".")[0] not in (*CLUSTER_GROUPS, "storage")
     }  # fmt: skip
-    return _with_defaults(resolution, differing) if differing else resolution
+    return _with_defaults(resolution, differing_defaults) if differing_defaults else resolution
 
 
 def _with_defaults(resolution: ResolvedSpec, values: Mapping[str, Any]) -> ResolvedSpec:

@@ -88,8 +88,8 @@ def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation |
         return AdaptationsExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
     for values in _possible_changes(spec, batch, accumulation):
         if not new_problems(spec, spec.with_values(values)):
-            change = ", ".join(f"{_display_path(path)} {spec.value(path)} -> {value}" for path, value in values.items())
-            return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
+            change_text = ", ".join(f"{_display_path(path)} {spec.value(path)} -> {value}" for path, value in values.items())
+            return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change_text, set=values)
     return AdaptationsExhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: no further reduction is possible",
@@ -99,16 +99,16 @@ def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation |
 
 def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
     """Yield the possible next changes. The most effective change comes first."""
-    evaluates = evaluates_during_training(spec) or has_test_set(spec)
-    rows = (spec.evaluation.batch_size_per_device or 0) if evaluates else 0
+    runs_evaluation = evaluates_during_training(spec) or has_test_set(spec)
+    evaluation_batch = (spec.evaluation.batch_size_per_device or 0) if runs_evaluation else 0
     micro_batch = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
     new_accumulation = accumulation * (batch // micro_batch) if micro_batch else 0
     if 0 < new_accumulation <= MAX_ACCUMULATION:
         values: dict[str, Any] = {BATCH_FIELD: micro_batch, ACCUMULATION_FIELD: new_accumulation}
-        if rows > micro_batch:
+        if evaluation_batch > micro_batch:
             yield values | {EVALUATION_BATCH_FIELD: micro_batch}
         yield values
-    if rows > batch:
+    if evaluation_batch > batch:
         yield {EVALUATION_BATCH_FIELD: batch}
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
         yield {GRADIENT_CHECKPOINTING_FIELD: GradientCheckpointing.ENABLED.value}
@@ -126,24 +126,24 @@ def adapt_to_divergence(
     """Return the next change after the loss of `attempt` was not finite. `spec` has all earlier adaptations."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
-    earlier = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]
+    earlier_divergences = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]
     steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
-    if not earlier:
+    if not earlier_divergences:
         start = f"step {steps[0]}" if steps else "the start"
         return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start}, nothing changed", set={})
-    if len(earlier) > MAX_ROLLBACKS:
+    if len(earlier_divergences) > MAX_ROLLBACKS:
         return AdaptationsExhausted(
             f"the loss was not finite again after one replay and {MAX_ROLLBACKS} rollbacks, "
             f"the last one with learningRate {spec.training.learning_rate:g}",
             "check the dataset rows that were used around the failed step; lower training.learningRate or training.maxGradNorm",
         )
     # The run diverged twice after the newest healthy checkpoint. So the first rollback skips one checkpoint, and the second skips two.
-    rollback_step = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
+    rollback_step = steps[min(len(earlier_divergences), len(steps) - 1)] if len(steps) > 1 else 0
     rate = spec.training.learning_rate or 0.0
     lower_rate = rate * RATE_FACTOR
-    change = f"rolled back to {f'step {rollback_step}' if rollback_step else 'the start'}, learningRate {rate:g} -> {lower_rate:g}"
-    changed = {LEARNING_RATE_FIELD: lower_rate, MAX_STEP_KEY: rollback_step, FIRST_ATTEMPT_KEY: attempt + 1}
-    return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set=changed)
+    change_text = f"rolled back to {f'step {rollback_step}' if rollback_step else 'the start'}, learningRate {rate:g} -> {lower_rate:g}"
+    changed_values = {LEARNING_RATE_FIELD: lower_rate, MAX_STEP_KEY: rollback_step, FIRST_ATTEMPT_KEY: attempt + 1}
+    return Adaptation(time=now, reason=Reason.DIVERGED, change=change_text, set=changed_values)
 
 
 def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:

@@ -30,13 +30,13 @@ class BlockingCondition:
 def blocking_condition_of_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
     """Return the most important blocking condition in the status of the pods, or None if the pods are not blocked."""
     conditions = [found for pod in pods if not pod.is_finished and (found := _blocking_condition_of_pod(pod)) is not None]
-    order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
-    return min(conditions, key=lambda condition: order.index(condition.reason), default=None)
+    reason_order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
+    return min(conditions, key=lambda condition: reason_order.index(condition.reason), default=None)
 
 
 def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
-    if pod.unschedulable:
-        return BlockingCondition(Reason.UNSCHEDULABLE, clean(pod.unschedulable))
+    if pod.unschedulable_message:
+        return BlockingCondition(Reason.UNSCHEDULABLE, clean(pod.unschedulable_message))
     detail = clean(f"{pod.waiting_reason}: {pod.waiting_message}" if pod.waiting_message else pod.waiting_reason)
     if pod.waiting_reason in IMAGE_REASONS:
         return BlockingCondition(Reason.IMAGE_PULL_FAILED, detail)

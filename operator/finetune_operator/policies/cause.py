@@ -35,11 +35,11 @@ def cause_of(job: JobView | None, pods: Iterable[PodView]) -> FailureCause:
 
 def _sort_key(cause: FailureCause, pod: PodView) -> tuple[int, bool, int, int]:
     message = pod.termination_message
-    noticed_peer = message is not None and message.origin is False
+    reports_other_rank = message is not None and message.origin is False
     time_ns = message.time_ns if message is not None and message.time_ns else None
     if time_ns is None and pod.terminated and pod.terminated.finished_at:
         time_ns = int(pod.terminated.finished_at.timestamp() * 1e9)
-    return cause.precedence, noticed_peer, time_ns if time_ns is not None else NO_TIME_NS, pod.index
+    return cause.precedence, reports_other_rank, time_ns if time_ns is not None else NO_TIME_NS, pod.index
 
 
 def pod_cause(pod: PodView) -> FailureCause | None:
@@ -47,76 +47,76 @@ def pod_cause(pod: PodView) -> FailureCause | None:
     if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
-    policy = EXIT_POLICIES.get(code) if code is not None else None
+    exit_policy = EXIT_POLICIES.get(code) if code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED_REASON:
         return _cause_of_memory_limit(pod)
     # An eviction can cause an unknown exit code, a stop or a lost peer. A disruption can cause a stop or a lost peer.
-    if pod.reason == EVICTED_REASON and not pod.disruption and (policy is None or policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
+    if pod.reason == EVICTED_REASON and not pod.disruption_reason and (exit_policy is None or exit_policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
         return _cause_of_eviction(pod)
-    if policy is not None and not (pod.disruption and policy.precedence >= FailurePrecedence.PEER_FAILURE):
-        return _cause_of_known_exit(pod, policy)
-    if pod.disruption:
+    if exit_policy is not None and not (pod.disruption_reason and exit_policy.precedence >= FailurePrecedence.PEER_FAILURE):
+        return _cause_of_known_exit(pod, exit_policy)
+    if pod.disruption_reason:
         return _cause_of_disruption(pod)
     if code is not None:
         return _cause_of_unknown_exit(pod, code)
     return _cause_without_exit_code(pod)
 
 
-def _cause_of_known_exit(pod: PodView, policy: ExitPolicy) -> FailureCause:
-    reported = pod.termination_message or TerminationMessage()
-    failure_class = reported.class_ or policy.failure_class
-    message = reported.message or _last_log_line(pod) or f"exit code {policy.code:d}"
-    failure = _failure(pod, failure_class, reported.code or policy.default_failure_code, message, policy.default_hint)
-    return FailureCause(attempt_reason(policy, failure_class), failure, policy.retry_policy, policy.precedence)
+def _cause_of_known_exit(pod: PodView, exit_policy: ExitPolicy) -> FailureCause:
+    reported_end = pod.termination_message or TerminationMessage()
+    failure_class = reported_end.class_ or exit_policy.failure_class
+    message = reported_end.message or _last_log_line(pod) or f"exit code {exit_policy.code:d}"
+    failure = _build_failure(pod, failure_class, reported_end.code or exit_policy.default_failure_code, message, exit_policy.default_hint)
+    return FailureCause(attempt_reason(exit_policy, failure_class), failure, exit_policy.retry_policy, exit_policy.precedence)
 
 
-def _cause_with_policy(reason: Reason, failure: Failure, end: PodEnd) -> FailureCause:
-    return FailureCause(reason, failure, end.value.retry_policy, end.value.precedence)
+def _cause_with_policy(reason: Reason, failure: Failure, pod_end: PodEnd) -> FailureCause:
+    return FailureCause(reason, failure, pod_end.value.retry_policy, pod_end.value.precedence)
 
 
 def _cause_of_memory_limit(pod: PodView) -> FailureCause:
     message = "the kernel killed the trainer: the pod's memory limit was reached"
-    failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED_REASON, message)
+    failure = _build_failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED_REASON, message)
     hint = "raise resources.memory, or lower training.batchSizePerDevice"
     return _cause_with_policy(Reason.OUT_OF_MEMORY, failure.model_copy(update={"hint": hint}), PodEnd.OUT_OF_HOST_MEMORY)
 
 
 def _cause_of_eviction(pod: PodView) -> FailureCause:
     """Return the cause of an eviction: the pod used too much disk or memory. Other evictions have the DisruptionTarget condition."""
-    failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED_REASON, pod.message or "the node evicted the pod")
+    failure = _build_failure(pod, FailureClass.INFRASTRUCTURE, EVICTED_REASON, pod.message or "the node evicted the pod")
     hint = "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume"
     return _cause_with_policy(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), PodEnd.EXCEEDED_LIMIT)
 
 
 def _cause_of_disruption(pod: PodView) -> FailureCause:
-    node_lost = pod.disruption in NODE_LOST_REASONS
+    node_lost = pod.disruption_reason in NODE_LOST_REASONS
     message = pod.disruption_message or ("the node is lost" if node_lost else "the cluster removed the pod")
-    failure = _failure(pod, FailureClass.PREEMPTED, pod.disruption, message)
+    failure = _build_failure(pod, FailureClass.PREEMPTED, pod.disruption_reason, message)
     return _cause_with_policy(Reason.NODE_LOST if node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
 
 
 def _cause_of_unknown_exit(pod: PodView, code: int) -> FailureCause:
     if code in (ExitCode.SIGTERM, ExitCode.SIGKILL) and pod.deletion_timestamp is not None:
         message = "the pod was deleted, and the trainer was killed before it had saved a checkpoint"
-        failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
+        failure = _build_failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
         return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)
-    reported = pod.termination_message or TerminationMessage()
-    failure_class = reported.class_ or FailureClass.INTERNAL
-    message = reported.message or _last_log_line(pod) or f"the trainer ended with exit code {code}"
-    failure = _failure(pod, failure_class, reported.code or f"ExitCode{code}", message)
+    reported_end = pod.termination_message or TerminationMessage()
+    failure_class = reported_end.class_ or FailureClass.INTERNAL
+    message = reported_end.message or _last_log_line(pod) or f"the trainer ended with exit code {code}"
+    failure = _build_failure(pod, failure_class, reported_end.code or f"ExitCode{code}", message)
     return _cause_with_policy(REASON_OF_CLASS[failure_class], failure, PodEnd.UNKNOWN_EXIT)
 
 
 def _cause_without_exit_code(pod: PodView) -> FailureCause:
     """Return the cause if no container has an exit code: the kubelet rejected the pod, an init container failed, or the pod was deleted."""
-    if pod.init_failed:
-        failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
+    if pod.init_failure_message:
+        failure = _build_failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failure_message)
         return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
     if pod.phase == "Failed":
         message = pod.message or "the node rejected the pod"
-        failure = _failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)
+        failure = _build_failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)
         return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
-    failure = _failure(pod, FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted")
+    failure = _build_failure(pod, FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted")
     return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED)
 
 
@@ -127,16 +127,16 @@ def _cause_from_job(job: JobView | None) -> FailureCause:
     return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.UNKNOWN)
 
 
-def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str, hint: str = "") -> Failure:
-    reported = pod.termination_message or TerminationMessage()
+def _build_failure(pod: PodView, failure_class: FailureClass, code: str, message: str, hint: str = "") -> Failure:
+    reported_end = pod.termination_message or TerminationMessage()
     return Failure(
         class_=failure_class,
         code=clean(code, 128),
         message=clean(message),
-        hint=clean(reported.hint or hint) or None,
+        hint=clean(reported_end.hint or hint) or None,
         node=pod.node or None,
-        rank=reported.rank if reported.rank is not None else None,
-        step=reported.step,
+        rank=reported_end.rank if reported_end.rank is not None else None,
+        step=reported_end.step,
         exit_code=pod.terminated.exit_code if pod.terminated else None,
     )
 

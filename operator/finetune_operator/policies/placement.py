@@ -49,24 +49,24 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
     return pool
 
 
-def _pool_with_resource(config: OperatorConfig, resource: str | None) -> NodePool | None:
+def _pool_with_resource(config: OperatorConfig, gpu_resource: str | None) -> NodePool | None:
     """Return the default pool. If the job names a GPU resource that this pool lacks, return the first pool with the resource."""
     default = config.default_pool
-    if resource is None or (default and default.gpu_resource == resource):
+    if gpu_resource is None or (default and default.gpu_resource == gpu_resource):
         return default
-    return next((pool for pool in config.node_pools if pool.gpu_resource == resource), None)
+    return next((pool for pool in config.node_pools if pool.gpu_resource == gpu_resource), None)
 
 
 def _list_pools(config: OperatorConfig) -> str:
     if not config.node_pools:
         return "the operator's configuration has no pools"
-    return f"the pools are: {', '.join(_describe(pool) for pool in config.node_pools)}"
+    return f"the pools are: {', '.join(_describe_pool(pool) for pool in config.node_pools)}"
 
 
-def _describe(pool: NodePool) -> str:
-    memory = f" of {pool.gpu_memory}" if pool.gpu_memory is not None else ""
+def _describe_pool(pool: NodePool) -> str:
+    memory_part = f" of {pool.gpu_memory}" if pool.gpu_memory is not None else ""
     description_part = f": {pool.description}" if pool.description else ""
-    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory}{description_part})"
+    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory_part}{description_part})"
 
 
 def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig) -> Iterator[str]:
@@ -74,31 +74,31 @@ def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: Ope
     placement, trainer = spec.placement, config.trainer
     yield from _selector_problems(placement.node_selector or {}, pool)
     for number, toleration in enumerate(placement.tolerations or []):
-        for other in pool.tolerations if pool else ():
-            if _contradict(toleration, other):
-                given, expected = toleration.to_wire(), other.to_wire()
-                yield f"spec.placement.tolerations[{number}] is {given}, but pool {pool.name if pool else ''} sets {expected}"
+        for pool_toleration in pool.tolerations if pool else ():
+            if _tolerations_conflict(toleration, pool_toleration):
+                job_value, pool_value = toleration.to_wire(), pool_toleration.to_wire()
+                yield f"spec.placement.tolerations[{number}] is {job_value}, but pool {pool.name if pool else ''} sets {pool_value}"
     yield from _metadata_problems("labels", placement.labels or {}, trainer.labels, RESERVED_LABELS)
     yield from _metadata_problems("annotations", placement.annotations or {}, trainer.annotations, RESERVED_ANNOTATIONS)
 
 
-def _selector_problems(selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:
-    for key, value in selector.items():
+def _selector_problems(node_selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:
+    for key, value in node_selector.items():
         yield from _syntax_problems(f"spec.placement.nodeSelector.{key}", key, value)
         if pool is not None and pool.node_selector.get(key, value) != value:
             yield f"spec.placement.nodeSelector.{key} is {value!r}, but pool {pool.name} selects nodes with {pool.node_selector[key]!r}"
 
 
 def _metadata_problems(
-    field: str, given: Mapping[str, str], platform: Mapping[str, str], reserved: tuple[str, ...]
+    field: str, job_values: Mapping[str, str], platform_values: Mapping[str, str], reserved_keys: tuple[str, ...]
 ) -> Iterator[str]:
-    for key, value in given.items():
+    for key, value in job_values.items():
         path = f"spec.placement.{field}.{key}"
-        if key.startswith(RESERVED_PREFIXES) or key in reserved:
+        if key.startswith(RESERVED_PREFIXES) or key in reserved_keys:
             hint = "write placement.queueName" if key == Label.QUEUE else "remove it"
             yield f"{path} is {value!r}, but the operator sets this key itself: {hint}"
-        elif platform.get(key, value) != value:
-            yield f"{path} is {value!r}, but the operator's configuration sets {platform[key]!r}"
+        elif platform_values.get(key, value) != value:
+            yield f"{path} is {value!r}, but the operator's configuration sets {platform_values[key]!r}"
         else:
             yield from _syntax_problems(path, key, value if field == "labels" else "")
 
@@ -110,7 +110,7 @@ def _syntax_problems(path: str, key: str, value: str) -> Iterator[str]:
         yield f"{path} is {value!r}: write at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
 
 
-def _contradict(given: Toleration, platform: Toleration) -> bool:
+def _tolerations_conflict(job_toleration: Toleration, platform_toleration: Toleration) -> bool:
     """Whether both tolerations match the same taint but differ in other fields."""
-    same_effect = given.effect is None or platform.effect is None or given.effect == platform.effect
-    return given.key == platform.key and same_effect and given != platform
+    same_effect = job_toleration.effect is None or platform_toleration.effect is None or job_toleration.effect == platform_toleration.effect
+    return job_toleration.key == platform_toleration.key and same_effect and job_toleration != platform_toleration

@@ -42,12 +42,12 @@ USER_FIELDS = tuple(
 
 def rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
     """Return the spec fields that the user set and that caused the API server's 422 response to the Job."""
-    paths: list[str] = []
+    field_paths: list[str] = []
     for error in FIELD_ERROR.finditer(message):
         for pattern, fields in USER_FIELDS:
             if pattern.match(error["path"]):
-                paths += [f"spec.{field}" for field in fields if _is_set_to(raw_spec, field, error["value"])]
-    return list(dict.fromkeys(paths))
+                field_paths += [f"spec.{field}" for field in fields if _is_set_to(raw_spec, field, error["value"])]
+    return list(dict.fromkeys(field_paths))
 
 
 def _is_set_to(raw_spec: Object, field: str, value: str | None) -> bool:

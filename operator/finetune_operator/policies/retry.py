@@ -80,7 +80,7 @@ class FailureCause:
 class RetryDecision:
     """Start another attempt."""
 
-    counted: bool = False
+    is_counted: bool = False
     """Whether the failed attempt counts against `policy.retries`."""
     adaptation: Adaptation | None = None
     made_progress: bool = False
@@ -116,22 +116,22 @@ def retry_or_give_up(
         case RetryPolicy.ROLL_BACK:
             adaptation = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case RetryPolicy.COUNTED:
-            return _counted(cause, spec, status.retries_used or 0, made_progress)
+            return _retry_if_allowed(cause, spec, status.retries_used or 0, made_progress)
     if isinstance(adaptation, AdaptationsExhausted):
         message = f"{cause.failure.message}; {adaptation.message}" if cause.failure.message else adaptation.message
         return GiveUp(cause.reason, cause.failure.model_copy(update={"message": message, "hint": adaptation.hint}))
     return RetryDecision(adaptation=adaptation, made_progress=made_progress)
 
 
-def _counted(cause: FailureCause, spec: FineTuneJobSpec, retries_used: int, made_progress: bool) -> RetryDecision | GiveUp:
+def _retry_if_allowed(cause: FailureCause, spec: FineTuneJobSpec, retries_used: int, made_progress: bool) -> RetryDecision | GiveUp:
     if made_progress:
         return RetryDecision(made_progress=True)
-    allowed = spec.policy.retries if spec.policy.retries is not None else DEFAULT_RETRIES
-    if retries_used >= allowed:
-        message = f"{retries_used + 1} attempts in a row made no progress, but policy.retries is {allowed}; last failure: "
+    allowed_retries = spec.policy.retries if spec.policy.retries is not None else DEFAULT_RETRIES
+    if retries_used >= allowed_retries:
+        message = f"{retries_used + 1} attempts in a row made no progress, but policy.retries is {allowed_retries}; last failure: "
         failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
         return GiveUp(Reason.RETRIES_EXHAUSTED, failure)
-    return RetryDecision(counted=True)
+    return RetryDecision(is_counted=True)
 
 
 def deadline_failure(limit_seconds: int) -> Failure:
@@ -158,10 +158,10 @@ def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: 
         attempts_without_progress -= 1
     if not attempts_without_progress:
         return 0.0
-    delay: float = min(settings.base_seconds * 2 ** min(attempts_without_progress - 1, 20), settings.max_seconds)
+    delay_seconds: float = min(settings.base_seconds * 2 ** min(attempts_without_progress - 1, 20), settings.max_seconds)
     if attempts[-1].reason == Reason.GANG_INCOMPLETE:
-        delay *= random.Random(f"{seed}/{attempts[-1].number}").uniform(0.5, 1.5)  # noqa: S311 -- spreads retries, no secret
-    return delay
+        delay_seconds *= random.Random(f"{seed}/{attempts[-1].number}").uniform(0.5, 1.5)  # noqa: S311 -- spreads retries, no secret
+    return delay_seconds
 
 
 def _made_progress(attempt: Attempt) -> bool:

@@ -13,9 +13,9 @@ MUTABLE_FIELDS = (
 """Fields of the spec that may change after creation."""
 
 
-def spec_sha256(raw: Mapping[str, Any]) -> str:
+def spec_sha256(raw_spec: Mapping[str, Any]) -> str:
     """Return the hash of a spec's immutable fields. Empty groups are ignored, because the API server may add them as defaults."""
-    text = json.dumps(_immutable_fields(raw, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(_immutable_fields(raw_spec, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -23,5 +23,5 @@ def _immutable_fields(value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     children = {name: (f"{path}.{name}" if path else name) for name in value}
-    kept = {name: _immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
-    return {name: child for name, child in kept.items() if child != {}}
+    kept_fields = {name: _immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
+    return {name: child for name, child in kept_fields.items() if child != {}}

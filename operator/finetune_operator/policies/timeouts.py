@@ -45,8 +45,8 @@ def stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | None) ->
     """Return the stall timeout: a run without a heartbeat for this many seconds is stalled."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
-    median = (report.health.median_step_seconds if report else None) or 0.0
-    return max(SHORTEST_STALL_SECONDS, STALL_STEPS * median)
+    median_step_seconds = (report.health.median_step_seconds if report else None) or 0.0
+    return max(SHORTEST_STALL_SECONDS, STALL_STEPS * median_step_seconds)
 
 
 def stall_message(
@@ -70,9 +70,9 @@ def stall_message(
     seconds_without_heartbeat = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
     if seconds_without_heartbeat is not None and report_age < min(limit, REPORT_VALID_SECONDS) and seconds_without_heartbeat + report_age > limit:
         return f"no step for {seconds_without_heartbeat + report_age:.0f} s; the stall timeout is {limit:.0f} s"
-    running = [pod for pod in pods if not pod.is_finished]
+    running_pods = [pod for pod in pods if not pod.is_finished]
     seconds_without_answer = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
-    if seconds_without_answer > limit and running and not any(pod.is_ready or pod.deletion_timestamp for pod in running):
+    if seconds_without_answer > limit and running_pods and not any(pod.is_ready or pod.deletion_timestamp for pod in running_pods):
         return f"the pods have not answered for {seconds_without_answer:.0f} s and are not ready; the stall timeout is {limit:.0f} s"
     return ""
 
@@ -96,5 +96,5 @@ def next_reconcile_at(now: datetime, *moments: datetime | None) -> datetime | No
 
     Moments in the past are ignored, because this reconcile has already used them.
     """
-    known = [moment for moment in moments if moment is not None]
-    return min([*(moment for moment in known if moment > now), now + LONGEST_WAKE]) if known else None
+    known_moments = [moment for moment in moments if moment is not None]
+    return min([*(moment for moment in known_moments if moment > now), now + LONGEST_WAKE]) if known_moments else None

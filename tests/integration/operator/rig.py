@@ -377,7 +377,7 @@ class Kubelet:
     async def remove(self, pod: Object) -> None:
         """Remove the object of a deleted pod."""
         meta = pod["metadata"]
-        await self._rig.kube.delete(POD, self._rig.namespace, meta["name"], uid=meta["uid"], grace=0)
+        await self._rig.kube.delete(POD, self._rig.namespace, meta["name"], uid=meta["uid"], grace_seconds=0)
 
 
 async def _repeat(request: Callable[[], Awaitable[T]]) -> T:

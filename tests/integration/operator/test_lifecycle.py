@@ -119,7 +119,7 @@ async def test_preempted_attempt_does_not_count(world: Rig) -> None:
     await world.create(policy={"retries": 0})
     pod = await world.train("run-1")
     await world.phase("Running")
-    await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"], grace=30)
+    await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"], grace_seconds=30)
     await world.job("run-2")
     attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["counted"], attempt["exitCode"]) == ("Preempted", False, 75)

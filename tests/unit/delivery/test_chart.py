@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune_operator.settings import LogFormat, OperatorConfig, parse
+from finetune_operator.settings import LogFormat, OperatorConfig, parse_config
 
 Objects = list[dict[str, Any]]
 Render = Callable[..., Objects]
@@ -46,7 +46,7 @@ def only_object(objects: Objects, kind: str) -> dict[str, Any]:
 
 
 def config(objects: Objects) -> OperatorConfig:
-    return parse(yaml.safe_load(only_object(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
+    return parse_config(yaml.safe_load(only_object(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
 
 
 def test_default_values_render_the_expected_objects(render: Render) -> None:

@@ -103,7 +103,7 @@ class Server:
         meta = {**stored_object["metadata"], **body.get("metadata", {})}
         return self.put(kind, {**stored_object, **body, "metadata": meta})
 
-    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace: int | None = None) -> bool:
+    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None) -> bool:
         self._receive("delete", kind)
         return self.objects.pop((kind.plural, name), None) is not None
 

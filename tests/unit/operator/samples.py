@@ -14,7 +14,7 @@ from finetune_operator.facts import Facts, ReceivedReport
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import AcceptedSpec, accept
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.settings import OperatorConfig, parse
+from finetune_operator.settings import OperatorConfig, parse_config
 from finetune_operator.views import JobObject, JobView, PodView, TerminatedState, read_pod
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -25,7 +25,7 @@ SPEC: Object = {
     "resources": {"gpusPerNode": 0},
     "storage": {"uri": "s3://models/test"},
 }
-CONFIG = parse(
+CONFIG = parse_config(
     {
         "trainer": {"image": "registry.example.com/trainer:1"},
         "retry": {"baseSeconds": 10, "maxSeconds": 600},

@@ -10,7 +10,7 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt
 from finetune_operator.decide import decide
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
-from finetune_operator.settings import NodePool, OperatorConfig, parse
+from finetune_operator.settings import NodePool, OperatorConfig, parse_config
 
 from tests.unit.operator.samples import CONFIG, T0, accept_spec, at, end_pod, facts, job, pod, spec, status
 
@@ -31,7 +31,7 @@ WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "sto
 
 
 def accept_with_storage(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
-    acceptance = accept(written, parse({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
+    acceptance = accept(written, parse_config({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
     assert isinstance(acceptance, AcceptedSpec), acceptance
     return acceptance
 

@@ -17,7 +17,7 @@ from finetune_operator.policies.adaptations import (
     apply_adaptations,
     max_start_step,
 )
-from finetune_operator.report import report as make_report
+from finetune_operator.report import compute_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,7 +179,7 @@ def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
     known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS)
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
     observed = facts(spec=written, status=known, jobs=[job()], pods=[pod()], last_report=received)
-    kept_checkpoints = make_report(observed, decide(observed), ActionResult()).checkpoints
+    kept_checkpoints = compute_status(observed, decide(observed), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
         change = adapt_to_divergence(accept_spec(written).spec, adaptations, kept_checkpoints, T0, attempt)

@@ -21,7 +21,7 @@ INITIALIZING_STATE = {"waiting": {"reason": "PodInitializing"}}
 
 def test_pod_status_shows_the_blocking_condition() -> None:
     pulling_pod = replace(pod(), phase="Pending", waiting_reason="ImagePullBackOff", waiting_message="no such image")
-    unschedulable_pod = replace(pod(index=1), phase="Pending", unschedulable="0/1 nodes")
+    unschedulable_pod = replace(pod(index=1), phase="Pending", unschedulable_message="0/1 nodes")
     assert blocking_condition_of_pods([unschedulable_pod, pulling_pod]) == BlockingCondition(
         Reason.IMAGE_PULL_FAILED, "ImagePullBackOff: no such image"
     )

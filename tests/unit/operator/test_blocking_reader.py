@@ -41,13 +41,13 @@ async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: Server
 async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
     """Each read is expensive, because the API server scans all events of the namespace."""
     process = await process_with_stuck_pod(server, 60)
-    limiter, now = process.reconciler._blocking._limiter, asyncio.get_running_loop().time()
+    limiter, now = process.reconciler._blocking_reader._limiter, asyncio.get_running_loop().time()
     limiter.record_read(now - 0.2, now)
     await process.reconcile()
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == 0
     assert 0 < (process.queue.seconds_until_due() or 0) <= 0.2 * READ_TIME_SHARE + 0.1
-    process.reconciler._observer.states[KEY].event_read.due = 0.0
+    process.reconciler._observer.states[KEY].event_read.due_at = 0.0
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == 1
     assert KEY not in limiter
@@ -63,6 +63,6 @@ async def test_failed_read_uses_up_its_reservation(server: Server) -> None:
     server.before_request = fail
     with pytest.raises(KubeError):
         await process.reconcile()
-    limiter = process.reconciler._blocking._limiter
-    assert limiter._next_free > 0
+    limiter = process.reconciler._blocking_reader._limiter
+    assert limiter._next_free_at > 0
     assert KEY not in limiter

@@ -54,7 +54,7 @@ def test_running_or_succeeded_pod_is_not_a_cause() -> None:
 
 
 @pytest.mark.parametrize(
-    ("disruption", "code", "reason"),
+    ("disruption_reason", "code", "reason"),
     [
         ("PreemptionByScheduler", 143, Reason.PREEMPTED),
         ("EvictionByEvictionAPI", 75, Reason.PREEMPTED),
@@ -63,15 +63,15 @@ def test_running_or_succeeded_pod_is_not_a_cause() -> None:
         ("TerminationByKubelet", None, Reason.PREEMPTED),
     ],
 )
-def test_disruption_does_not_count_as_a_retry(disruption: str, code: int | None, reason: Reason) -> None:
-    disrupted_pod = replace(pod(), disruption=disruption, phase="Failed")
+def test_disruption_does_not_count_as_a_retry(disruption_reason: str, code: int | None, reason: Reason) -> None:
+    disrupted_pod = replace(pod(), disruption_reason=disruption_reason, phase="Failed")
     cause = pod_cause(end_pod(disrupted_pod, code) if code is not None else disrupted_pod)
     assert cause is not None
     assert (cause.reason, cause.retry_policy) == (reason, RetryPolicy.NOT_COUNTED)
 
 
 def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
-    cause = pod_cause(replace(end_pod(pod(), 65), disruption="EvictionByEvictionAPI"))
+    cause = pod_cause(replace(end_pod(pod(), 65), disruption_reason="EvictionByEvictionAPI"))
     assert cause is not None
     assert cause.reason is Reason.DATA_ERROR
 
@@ -119,7 +119,7 @@ def test_first_rank_that_failed_itself_is_the_cause() -> None:
 
 
 def test_disruption_is_the_cause_of_peer_failures() -> None:
-    pods = [end_pod(pod(index=0), 74), replace(end_pod(pod(index=1), 137), disruption="DeletionByTaintManager")]
+    pods = [end_pod(pod(index=0), 74), replace(end_pod(pod(index=1), 137), disruption_reason="DeletionByTaintManager")]
     assert cause_of(None, pods).reason is Reason.NODE_LOST
 
 
@@ -165,6 +165,6 @@ def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) 
     )
     assert cause.retry_policy is RetryPolicy.COUNTED
     assert "resources.ephemeralStorage" in (cause.failure.hint or "")
-    disruption = pod_cause(replace(evicted, disruption="TerminationByKubelet"))
+    disruption = pod_cause(replace(evicted, disruption_reason="TerminationByKubelet"))
     assert disruption is not None
     assert disruption.retry_policy is RetryPolicy.NOT_COUNTED

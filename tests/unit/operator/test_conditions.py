@@ -10,7 +10,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult
-from finetune_operator.report import report as compute
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, facts, job, pod, report, spec, status
 
@@ -22,7 +22,7 @@ RUNNING_STATUS = {
 
 
 def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute(observed, decide(observed), result or ActionResult())
+    return compute_status(observed, decide(observed), result or ActionResult())
 
 
 def values(new_status: FineTuneJobStatus) -> dict[str, str]:

@@ -9,7 +9,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.report import report as make_report
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, condition, facts, iso_time, job, pod, report, spec, status
 
@@ -17,7 +17,7 @@ STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
 
 def is_stalled(observed: Facts, result: ActionResult | None = None) -> bool:
-    new = make_report(observed, decide(observed), result or ActionResult())
+    new = compute_status(observed, decide(observed), result or ActionResult())
     return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new.conditions)
 
 
@@ -85,7 +85,7 @@ def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started
         progress={"step": 50, "updateTime": iso_time(130)}, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 102)],
     )  # fmt: skip
     new = pod(
-        uid="new", attempt=2, phase="Pending", is_ready=False, created_at=at(112), node="", unschedulable="0/3 nodes"
+        uid="new", attempt=2, phase="Pending", is_ready=False, created_at=at(112), node="", unschedulable_message="0/3 nodes"
     )
     assert decide(facts(status=known, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
 
@@ -162,7 +162,7 @@ def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
     received = report(stage="training", health={"secondsSinceStep": 1.0})
-    evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption="DeletionByTaintManager")
+    evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption_reason="DeletionByTaintManager")
     for now, reason in ((650, None), (701, Reason.NODE_LOST)):
         observed = facts(status=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
         termination = decide(observed).termination
@@ -181,7 +181,7 @@ def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() ->
     known = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
     observed = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
     assert decide(observed).termination is None
-    known = make_report(observed, decide(observed), ActionResult())
+    known = compute_status(observed, decide(observed), ActionResult())
     later = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
     wake = decide(later).reconcile_at
     assert wake is not None and wake == at(3600 + 600 + 1)

@@ -99,7 +99,7 @@ NOT_READY_CONDITION = {
     "lastTransitionTime": "2026-11-21T12:00:00Z",
 }
 REFUSED_CONDITION = {**NOT_READY_CONDITION, "type": "Accepted", "reason": "UnknownNodePool"}
-UNSCHEDULABLE_POD = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
+UNSCHEDULABLE_POD = pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/9 nodes")
 SUSPENDING_STATUS = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
 PASSED_LIMITS = {
     "start timeout": facts(

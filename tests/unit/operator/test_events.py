@@ -9,7 +9,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, draft_events
 from finetune_operator.plan import ActionResult
-from finetune_operator.report import report as compute
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, end_pod, facts, finetunejob, job, pod, report, status
 
@@ -23,7 +23,7 @@ RUNNING_STATUS = {
 def step(known: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
     """Return the next status, and the reasons of the events that this change of the status emits."""
     found = facts(status=known, **observed)
-    new = compute(found, decide(found), result or ActionResult())
+    new = compute_status(found, decide(found), result or ActionResult())
     return new, [note.reason.value for note in draft_events(known, new)]
 
 
@@ -31,7 +31,7 @@ def test_events_of_a_whole_run() -> None:
     reported = report(progress={"step": 1, "totalSteps": 9}, checkpoints=[{"step": 1, "uri": "s3://b/1"}])
     sequence: list[tuple[ActionResult | None, dict[str, Any]]] = [
         (ActionResult(created_job=job()), {}),
-        (None, {"jobs": [job()], "pods": [pod(is_ready=False, phase="Pending", unschedulable="0/1 nodes")]}),
+        (None, {"jobs": [job()], "pods": [pod(is_ready=False, phase="Pending", unschedulable_message="0/1 nodes")]}),
         (None, {"jobs": [job()], "pods": [pod()]}),
         (None, {"jobs": [job()], "pods": [pod()], "last_report": reported}),
         (None, {"jobs": [job(completed_at=at(9))], "pods": [end_pod(pod(), 0)]}),

@@ -8,7 +8,7 @@ from finetune_api.names import Condition, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_operator.decide import decide
 from finetune_operator.plan import ActionResult
-from finetune_operator.report import report as make_report
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, condition, end_pod, facts, iso_time, job, pod, spec, status
 
@@ -31,7 +31,7 @@ def test_attempt_missing_in_status_runs_since_its_job_was_created() -> None:
     observed = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
     assert (observed.attempt_record, observed.running_since) == (None, at(7))
     over = facts(jobs=[job(created_at=at(7), failed_at=at(40), failed_reason="x")], pods=[end_pod(pod(), 70)], now=at(41))
-    assert make_report(over, decide(over), ActionResult()).active_seconds == 33
+    assert compute_status(over, decide(over), ActionResult()).active_seconds == 33
 
 
 def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
@@ -55,7 +55,7 @@ def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> 
     )
     over = job(queue="q", started_at=at(100), failed_at=at(1700), failed_reason="x")
     observed = facts(spec=QUEUED_SPEC, status=known, jobs=[over], pods=[end_pod(pod(), 70)], now=at(3700))
-    assert make_report(observed, decide(observed), ActionResult()).active_seconds == 1600
+    assert compute_status(observed, decide(observed), ActionResult()).active_seconds == 1600
 
 
 def test_requeued_job_runs_since_its_last_admission() -> None:
@@ -87,7 +87,7 @@ def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
     observed = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], now=at(5000))
     plan = decide(observed)
     assert plan.termination is None
-    assert make_report(observed, plan, ActionResult()).active_seconds == 900
+    assert compute_status(observed, plan, ActionResult()).active_seconds == 900
 
 
 def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> None:
@@ -95,7 +95,7 @@ def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> N
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
     observed = facts(spec=QUEUED_SPEC, status=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
-    new = make_report(observed, decide(observed), ActionResult())
+    new = compute_status(observed, decide(observed), ActionResult())
     quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert quota.last_transition_time == at(4000)
     gone = facts(spec=QUEUED_SPEC, status=new, now=at(4200))
@@ -114,7 +114,7 @@ def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> 
         Reason.SUSPENDED,
         at(500),
     )
-    assert make_report(observed, plan, ActionResult()).active_seconds == 500
+    assert compute_status(observed, plan, ActionResult()).active_seconds == 500
 
 
 def test_deleted_job_ran_until_its_pods_ended() -> None:
@@ -146,7 +146,7 @@ def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
     plan = decide(observed)
     assert plan.attempt_end is not None
     assert (plan.attempt_end.committed_step, plan.attempt_end.made_progress) == (20, True)
-    assert [checkpoint.step for checkpoint in make_report(observed, plan, ActionResult()).checkpoints] == [10, 20]
+    assert [checkpoint.step for checkpoint in compute_status(observed, plan, ActionResult()).checkpoints] == [10, 20]
 
 
 def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> None:
@@ -157,4 +157,4 @@ def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> 
     newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
     known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=newer)
     observed = facts(status=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
-    assert [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints] == [20, 30]
+    assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [20, 30]

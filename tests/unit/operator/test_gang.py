@@ -78,7 +78,7 @@ def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
     terminated = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
     plan = decide(facts(spec=GANG_SPEC, status=terminated, now=at(700)))
     assert plan.attempt_end is not None and plan.job_end is None
-    assert (plan.attempt_end.reason, plan.attempt_end.counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
+    assert (plan.attempt_end.reason, plan.attempt_end.is_counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
     over = {**STARTED_ATTEMPT, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
     assert decide(facts(spec=GANG_SPEC, status=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF
 

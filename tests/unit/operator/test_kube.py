@@ -191,7 +191,7 @@ async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(serve
 
 async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: Server, kube: KubeClient) -> None:
     server.answer(409, status("Conflict"))
-    assert await kube.delete(POD, "team", "p", uid="u-1", grace=0) is False
+    assert await kube.delete(POD, "team", "p", uid="u-1", grace_seconds=0) is False
     method, path, body = server.requests[0]
     assert (method, path) == ("DELETE", "/api/v1/namespaces/team/pods/p")
     assert body == {"preconditions": {"uid": "u-1"}, "propagationPolicy": "Foreground", "gracePeriodSeconds": 0}
@@ -287,9 +287,9 @@ async def test_proxy_of_the_environment_is_used(
 def test_clock_follows_the_server_if_the_difference_is_large() -> None:
     clock = ServerClock()
     wrong = datetime.now(UTC) + timedelta(hours=2)
-    clock.compare(wrong.strftime("%a, %d %b %Y %H:%M:%S GMT"), 100.0)
+    clock.update_offset(wrong.strftime("%a, %d %b %Y %H:%M:%S GMT"), 100.0)
     assert abs((clock.now() - wrong).total_seconds()) < 2
-    clock.compare(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 101.0)
+    clock.update_offset(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 101.0)
     assert abs((clock.now() - wrong).total_seconds()) < 2
-    clock.compare(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 200.0)
+    clock.update_offset(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 200.0)
     assert clock.offset == timedelta()

@@ -49,7 +49,7 @@ async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Serv
 
 async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Server) -> None:
     process, job = await start_attempt(server)
-    states, limiter = process.reconciler._observer.states, process.reconciler._blocking._limiter
+    states, limiter = process.reconciler._observer.states, process.reconciler._blocking_reader._limiter
     process.finish_pod_and_job(job)
     await process.reconcile()
     assert states[KEY].acceptance is not SPEC_NOT_NEEDED

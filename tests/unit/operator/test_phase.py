@@ -13,7 +13,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.report import report as compute
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, spec, status
 
@@ -23,7 +23,7 @@ PREEMPTED_ATTEMPT = {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reas
 
 
 def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute(observed, decide(observed), result or ActionResult())
+    return compute_status(observed, decide(observed), result or ActionResult())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_phase_stays_running_after_a_restart_of_the_operator() -> None:
 
 
 PULLING_POD = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
-UNSCHEDULABLE_POD = pod(phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes")
+UNSCHEDULABLE_POD = pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes")
 DEADLINE_SPEC = spec(policy={"activeDeadlineSeconds": 9})
 QUEUED_SPEC = spec(placement={"queueName": "q"})
 FAILED_JOB = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")

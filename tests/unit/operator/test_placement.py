@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from finetune_api.names import Reason
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
-from finetune_operator.settings import OperatorConfig, parse
+from finetune_operator.settings import OperatorConfig, parse_config
 
 from tests.unit.operator.samples import CONFIG, accept_spec, spec
 
 TAINT = {"key": "gpu", "operator": "Equal", "value": "h100", "effect": "NoSchedule"}
-CONFIG_WITH_POOL = parse(
+CONFIG_WITH_POOL = parse_config(
     {
         "trainer": {"image": "trainer:1", "labels": {"cost": "research"}, "annotations": {"mesh": "off"}},
         "nodePools": [
@@ -87,7 +87,7 @@ def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None
 def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
     """The pool has two nodes with 8 GPUs each."""
     pools = [{"name": "h100", "default": True, "gpusPerNode": 8, "maxNodes": 2}]
-    config: OperatorConfig = parse({"trainer": {"image": "t"}, "nodePools": pools}, "test")
+    config: OperatorConfig = parse_config({"trainer": {"image": "t"}, "nodePools": pools}, "test")
     acceptance = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
     assert isinstance(acceptance, AcceptedSpec) is fits
     assert fits or (isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.POOL_TOO_SMALL)
@@ -95,7 +95,7 @@ def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
     """The job waits instead of failing, because the user cannot correct the operator's configuration."""
-    config = parse({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
+    config = parse_config({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
     written = {name: group for name, group in spec().items() if name != "storage"}
     acceptance = accept(written, config)
     assert isinstance(acceptance, RefusedSpec)

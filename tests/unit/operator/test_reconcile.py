@@ -12,7 +12,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.common import SecretRef
 from finetune_operator.kube import Conflict, Forbidden, Invalid, KubeError, NamespaceTerminating, OutcomeUnknown
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, SERVICE, Kind
-from finetune_operator.settings import OperatorConfig, parse
+from finetune_operator.settings import OperatorConfig, parse_config
 from finetune_operator.workqueue import Key
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server
@@ -154,7 +154,7 @@ async def test_missing_service_of_a_gang_is_a_blocking_condition(
 
 
 def make_config(image: str, **storage: Any) -> OperatorConfig:
-    return parse({"storage": storage, "trainer": {"image": image}, "retry": {"baseSeconds": 0.01}}, "test")
+    return parse_config({"storage": storage, "trainer": {"image": image}, "retry": {"baseSeconds": 0.01}}, "test")
 
 
 async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attempt(server: Server) -> None:

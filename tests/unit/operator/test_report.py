@@ -13,7 +13,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.report import report as compute
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, spec, status
 
@@ -25,7 +25,7 @@ RUNNING_STATUS = {
 
 
 def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute(observed, decide(observed), result or ActionResult())
+    return compute_status(observed, decide(observed), result or ActionResult())
 
 
 def running_with(known: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:

@@ -9,7 +9,7 @@ from finetune_api.pod import TerminationMessage
 from finetune_operator.decide import decide
 from finetune_operator.events import draft_events
 from finetune_operator.plan import ActionResult, Situation
-from finetune_operator.report import report as make_report
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import at, condition, end_pod, facts, iso_time, job, pod, report, spec, status
 
@@ -28,7 +28,7 @@ def steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[i
     known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
     observed = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
-    return [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints]
+    return [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints]
 
 
 def test_quota_reserved_has_the_time_of_admission() -> None:
@@ -37,10 +37,10 @@ def test_quota_reserved_has_the_time_of_admission() -> None:
     )
     queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
     observed = facts(spec=queued, status=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
-    new = make_report(observed, decide(observed), ActionResult())
+    new = compute_status(observed, decide(observed), ActionResult())
     assert [condition.last_transition_time for condition in new.conditions if condition.type is Condition.QUOTA_RESERVED] == [at(100)]
     lost = facts(spec=queued, status=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
-    assert make_report(lost, decide(lost), ActionResult()).active_seconds == 3700
+    assert compute_status(lost, decide(lost), ActionResult()).active_seconds == 3700
 
 
 def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> None:
@@ -50,7 +50,7 @@ def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> Non
 def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
     known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
     observed = facts(status=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
-    assert make_report(observed, decide(observed), ActionResult()).checkpoints[0].save_seconds == 400.0
+    assert compute_status(observed, decide(observed), ActionResult()).checkpoints[0].save_seconds == 400.0
 
 
 def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
@@ -67,7 +67,7 @@ def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> No
     observed = facts(
         status=known, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], last_report=received, now=at(61)
     )
-    assert [checkpoint.step for checkpoint in make_report(observed, decide(observed), ActionResult()).checkpoints] == [500]
+    assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [500]
 
 
 def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
@@ -80,7 +80,7 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted])
     written = spec(placement={"queueName": "team"}, suspend=True)
     gone = facts(spec=written, status=known, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
-    new = make_report(gone, decide(gone), ActionResult())
+    new = compute_status(gone, decide(gone), ActionResult())
     reasons = [note.reason for note in draft_events(known, new)]
     assert Reason.PREEMPTED not in reasons
     assert Reason.QUEUED not in reasons
@@ -89,7 +89,7 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     assert (quota.status, quota.message) == ("False", "no Job exists, so no quota is requested")
     again = facts(spec=spec(placement={"queueName": "team"}), status=new, now=at(90))
     plan = decide(again)
-    waits = make_report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
+    waits = compute_status(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
     assert Reason.QUEUED in [note.reason for note in draft_events(new, waits)]
 
 
@@ -97,7 +97,7 @@ def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:
     observed = facts(spec=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
     plan = decide(observed)
     assert plan.situation is Situation.SUSPENDED
-    new = make_report(observed, plan, ActionResult())
+    new = compute_status(observed, plan, ActionResult())
     assert new.phase is Phase.SUSPENDED
     statuses = {condition.type: condition.status for condition in new.conditions}
     assert (statuses[Condition.SUSPENDED], statuses[Condition.ACCEPTED]) == ("True", "False")

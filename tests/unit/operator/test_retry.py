@@ -35,7 +35,7 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
     )  # fmt: skip
     assert isinstance(decision, GiveUp) == gives_up
     if isinstance(decision, RetryDecision):
-        assert decision.counted == counted
+        assert decision.is_counted == counted
     else:
         assert decision.reason is Reason.RETRIES_EXHAUSTED
 

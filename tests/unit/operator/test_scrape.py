@@ -189,7 +189,7 @@ async def test_redirects_are_not_followed(scraper: ProgressScraper, reports: Rep
 
 def test_interval_grows_while_a_pod_does_not_answer() -> None:
     scraper = ProgressScraper(ScrapeSettings(), lambda: T0, lambda key: None)
-    intervals = [scraper._interval(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
+    intervals = [scraper._interval_seconds(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
     assert intervals == [3, 3, 6, 6, 12, 24, 48, 60, 60]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_operator.settings import SettingsError, load, parse
+from finetune_operator.settings import SettingsError, load_config, parse_config
 
 
 def config_with_pool(**fields: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_wrong_platform_value_is_reported_in_one_line_with_its_key(
 ) -> None:
     """Helm refuses the same values: see tests/unit/delivery/test_chart.py."""
     with pytest.raises(SettingsError) as caught:
-        parse(config, "config.yaml")
+        parse_config(config, "config.yaml")
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"config.yaml is not valid: {key}: ")
     assert problem in line
@@ -69,19 +69,19 @@ def test_wrong_platform_value_is_reported_in_one_line_with_its_key(
 
 @pytest.mark.parametrize("quantity", [0, 2, "2", "0.5", ".5", "500m", "1.5Gi", "512M", "1e9", "1E+3", "10n"])
 def test_kubernetes_quantities_are_accepted(quantity: str | int) -> None:
-    assert parse({"resources": {"memory": quantity}}, "config.yaml").resources.memory == quantity
+    assert parse_config({"resources": {"memory": quantity}}, "config.yaml").resources.memory == quantity
 
 
 def test_file_that_is_not_utf8_is_reported_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_bytes(b"log: \xff\xfe")
     with pytest.raises(SettingsError, match=r"config.yaml is not UTF-8: invalid start byte at byte 5"):
-        load(file)
+        load_config(file)
 
 
 def test_file_that_is_not_yaml_is_reported_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("log: [\nworkers: 3\n")
     with pytest.raises(SettingsError, match=r"config.yaml is not YAML: .* line 3") as caught:
-        load(file)
+        load_config(file)
     assert len(str(caught.value).splitlines()) == 1

@@ -1,6 +1,6 @@
 """Random sequences of events for one job. The user, the pods, the cluster, a queue and a crashing operator cause the events.
 
-The pure functions `decide` and `report` run on a simulated cluster (`world.py`). The invariants are checked after every event. After the
+The pure functions `decide` and `compute_status` run on a simulated cluster (`world.py`). The invariants are checked after every event. After the
 last event, the job must reach a stable state.
 """
 
@@ -15,7 +15,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.adaptations import FIRST_ATTEMPT_KEY, LEARNING_RATE_FIELD, MAX_ROLLBACKS, MAX_STEP_KEY
 from finetune_operator.policies.timeouts import seconds_between as between
-from finetune_operator.report import report
+from finetune_operator.report import compute_status
 from finetune_operator.views import as_deleted, read_status
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -81,7 +81,7 @@ class JobEvents(RuleBasedStateMachine):
                 result = ActionResult(created_job=world.create_job(plan.create_attempt, facts.max_start_step))
         if crash == "before write":
             return plan
-        new = report(facts, plan, result)
+        new = compute_status(facts, plan, result)
         written = read_status(new.to_wire())
         assert written.to_wire() == new.to_wire()
         world.status = written

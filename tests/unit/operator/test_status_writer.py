@@ -142,7 +142,7 @@ async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) 
     await process.work()
     (job,) = process.cache.get(KEY).jobs.values()
     process.cache.put_job(replace(job, started_at=job.created_at, version=10**6))
-    process.cache.put_pod(pod(version=5, created_at=job.created_at, phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes"))
+    process.cache.put_pod(pod(version=5, created_at=job.created_at, phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes"))
     process.queue.clear()
     await process.reconcile()
     assert server.count("update", FINETUNEJOB) == 1
@@ -242,7 +242,7 @@ async def test_progress_before_the_first_step_is_deferred_during_a_burst(
     process, job = await start_attempt(server)
     written, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
     process.cache.put_pod(pod(version=5, is_ready=False, image_id="trainer@sha256:1", created_at=job.created_at))
-    process.reconciler._observer.states[KEY].pending.progress_at = now - CONFIG.progress_seconds - 1
+    process.reconciler._observer.states[KEY].pending_changes.progress_at = now - CONFIG.progress_seconds - 1
     process.start_burst_of_transitions()
     await process.reconcile()
     assert server.count("update", FINETUNEJOB) == written
@@ -261,7 +261,7 @@ async def test_progress_interval_starts_when_the_report_was_received(
     monkeypatch.setattr(process.scraper, "last_report", lambda *_: received)
     await process.reconcile()
     assert server.finetunejob["status"]["progress"]["step"] == 7
-    passed = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending.progress_at
+    passed = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending_changes.progress_at
     assert 4 <= passed < 8
 
 
@@ -360,7 +360,7 @@ async def test_rejected_progress_does_not_change_the_stored_status(server: Serve
     report_step(process, job, monkeypatch, stage="downloading")
     stored, versions = server.finetunejob, []
     for _ in range(3):
-        process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")  # makes the next progress write due at once
+        process.reconciler._observer.states[KEY].pending_changes.progress_at = float("-inf")  # makes the next progress write due at once
         await process.reconcile()
         versions.append(server.finetunejob["metadata"]["resourceVersion"])
     assert len(set(versions)) == 1

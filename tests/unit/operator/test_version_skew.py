@@ -13,7 +13,7 @@ from finetune_operator.objects import Object
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, first_attempt
 from finetune_operator.policies.spec_hash import spec_sha256
-from finetune_operator.report import report as make_report
+from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import CONFIG, at, end_pod, facts, finetunejob, job, pod, report, spec, status
 
@@ -43,7 +43,7 @@ def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attem
     observed = facts(spec=newer_spec(name), status=known, now=at(5000))
     plan = decide(observed)
     assert (plan.situation, plan.create_attempt, plan.job_end) == (Situation.REFUSED, None, None)
-    new = make_report(observed, plan, ActionResult())
+    new = compute_status(observed, plan, ActionResult())
     accepted = new.condition(Condition.ACCEPTED)
     assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
     assert next(iter(NEWER_GROUPS[name])) in accepted.message
@@ -53,7 +53,7 @@ def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attem
 def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
     over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
     observed = facts(spec=newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
-    assert make_report(observed, decide(observed), ActionResult()).phase is Phase.SUSPENDED
+    assert compute_status(observed, decide(observed), ActionResult()).phase is Phase.SUSPENDED
 
 
 def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
@@ -75,7 +75,7 @@ def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     observed = running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
     plan = decide(observed)
     assert (plan.situation, plan.termination, plan.delete_jobs) == (Situation.ACTIVE, None, ())
-    new = make_report(observed, plan, ActionResult())
+    new = compute_status(observed, plan, ActionResult())
     assert new.workers is not None and new.workers.display == "4/4"
     assert new.phase is Phase.RUNNING or new.phase is Phase.STARTING
 
@@ -106,7 +106,7 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
     written = newer_spec("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
     plan = decide(facts(spec=written, status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), code)], now=at(61)))
     assert plan.job_end is None and plan.attempt_end is not None
-    assert (plan.attempt_end.next_attempt, plan.attempt_end.counted, plan.attempt_end.adaptation) == (2, False, None)
+    assert (plan.attempt_end.next_attempt, plan.attempt_end.is_counted, plan.attempt_end.adaptation) == (2, False, None)
 
 
 # A field that an older CRD removed
@@ -115,7 +115,7 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
 def started_from(written: Object) -> FineTuneJobStatus:
     """The status after the operator has created the first Job from this spec."""
     observed = facts(spec=written)
-    new = make_report(observed, decide(observed), ActionResult(created_job=job()))
+    new = compute_status(observed, decide(observed), ActionResult(created_job=job()))
     assert new.resolved is not None and new.resolved.spec_sha256 == spec_sha256(written)
     return new
 

@@ -204,9 +204,9 @@ class SimulatedCluster:
         """Disrupt and delete pods whose nodes have been lost for long, as the taint manager does."""
         for uid, since in self.lost_since.items():
             p = self.pods.get(uid)
-            if p is not None and not p.is_finished and not p.disruption and self.now >= since + EVICTION_DELAY:
+            if p is not None and not p.is_finished and not p.disruption_reason and self.now >= since + EVICTION_DELAY:
                 deleting = p.deletion_timestamp or since + EVICTION_DELAY + GRACE_PERIOD
-                self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deletion_timestamp=deleting)
+                self.pods[uid] = replace(p, disruption_reason="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
         """Reconnect the lost nodes, so that the kubelets end the pods that were deleted."""
