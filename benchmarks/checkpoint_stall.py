@@ -21,68 +21,68 @@ from benchmarks import record
 from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.support.s3proxy import Bandwidth, S3Proxy
 
-LORA = {"hidden": 512, "layers": 8}
-FULL = {"hidden": 1024, "layers": 9}
+LORA_MODEL_SHAPE = {"hidden": 512, "layers": 8}
+FULL_MODEL_SHAPE = {"hidden": 1024, "layers": 9}
 SLOW_BYTES_PER_SECOND = 1e6
 STEPS_PER_CHECKPOINT = 10
 
 
 def run_training(
-    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint: str | None = None
+    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint_url: str | None = None
 ) -> tuple[list[float], list[float], int]:
     """Run a training. Returns the seconds of each step that does not save, the seconds of each stall, and the bytes of the largest checkpoint."""
-    target = workspace.target(name, endpoint=endpoint)
+    target = workspace.target(name, endpoint_url=endpoint_url)
     with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
         size = max((checkpoint.bytes or 0 for checkpoint in pod.termination_message().checkpoints), default=0)
-        times = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
-    ends = {entry["step"]: entry["ended"] for entry in times if "ended" in entry}
-    stalls = {entry["step"]: entry["stall"] for entry in times if "stall" in entry}
+        time_records = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
+    end_by_step = {entry["step"]: entry["ended"] for entry in time_records if "ended" in entry}
+    stall_by_step = {entry["step"]: entry["stall"] for entry in time_records if "stall" in entry}
     # The time of a step includes the stall of the checkpoint before it.
-    steps = [ends[step] - ends[step - 1] for step in ends if step - 1 in ends and step - 1 not in stalls]
-    return steps[2:], list(stalls.values()), size
+    steps = [end_by_step[step] - end_by_step[step - 1] for step in end_by_step if step - 1 in end_by_step and step - 1 not in stall_by_step]
+    return steps[2:], list(stall_by_step.values()), size
 
 
-def training_spec(workspace: Workspace, method: str, shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
+def training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
     checkpoint = {"steps": checkpoint_steps, "keep": 2} if checkpoint_steps else {"strategy": "no"}
     return workspace.spec(
-        shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
+        model_shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
         training={"maxSteps": steps, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
         policy={"stallTimeoutSeconds": 600},
     )  # fmt: skip
 
 
-def measure_stalls(workspace: Workspace, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
+def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int) -> dict[str, Any]:
     """Measure the stalls of one kind of training state."""
-    step_seconds, stall_seconds, size = run_training(workspace, f"stall-{method}", training_spec(workspace, method, shape, steps, 2))
+    step_seconds, stall_seconds, size = run_training(workspace, f"stall-{method}", training_spec(workspace, method, model_shape, steps, 2))
     return {
         "checkpointBytes": size, "stallSeconds": summarize(stall_seconds, 4), "stepSeconds": round(statistics.median(step_seconds), 4),
     }  # fmt: skip
 
 
-def measure_slow_store(workspace: Workspace, rounds: int, steps: int) -> dict[str, Any]:
+def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> dict[str, Any]:
     """Measure how much a server limited to 1 MB/s slows down steps. Runs with and without checkpoints alternate."""
-    pairs: list[tuple[float, float]] = []
+    median_pairs: list[tuple[float, float]] = []
     with S3Proxy(workspace.server.host_url) as proxy:
         proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="PutObject")
         proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="UploadPart", key="checkpoints/")
-        for number in range(rounds):
-            order = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
-            medians = {}
-            for every in order:
-                spec = training_spec(workspace, "lora", {}, steps, every)
-                times, _, _ = run_training(workspace, f"slow-{number}-{every}", spec, endpoint=proxy.url)
-                medians[every] = statistics.median(times)
-            pairs.append((medians[None], medians[STEPS_PER_CHECKPOINT]))
+        for number in range(round_count):
+            checkpoint_settings = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
+            median_by_setting = {}
+            for checkpoint_steps in checkpoint_settings:
+                spec = training_spec(workspace, "lora", {}, steps, checkpoint_steps)
+                step_seconds, _, _ = run_training(workspace, f"slow-{number}-{checkpoint_steps}", spec, endpoint_url=proxy.url)
+                median_by_setting[checkpoint_steps] = statistics.median(step_seconds)
+            median_pairs.append((median_by_setting[None], median_by_setting[STEPS_PER_CHECKPOINT]))
             print(
-                f"round {number}: {medians[None] * 1000:.2f} ms without, {medians[STEPS_PER_CHECKPOINT] * 1000:.2f} ms with",
+                f"round {number}: {median_by_setting[None] * 1000:.2f} ms without, {median_by_setting[STEPS_PER_CHECKPOINT] * 1000:.2f} ms with",
                 flush=True,
             )
-    ratios = [slow / none for none, slow in pairs]
+    ratios = [slow / none for none, slow in median_pairs]
     return {
-        "bytesPerSecond": SLOW_BYTES_PER_SECOND, "rounds": rounds, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
-        "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in pairs), 2),
+        "bytesPerSecond": SLOW_BYTES_PER_SECOND, "rounds": round_count, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
+        "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in median_pairs), 2),
     }  # fmt: skip
 
 
@@ -96,17 +96,17 @@ def main() -> None:
     parser.add_argument("--slow-steps", type=int, default=600)
     options = parser.parse_args()
     parts = options.parts.split(",")
-    path = record.RESULTS / "checkpoint_stall.json"
+    path = record.RESULTS_FOLDER / "checkpoint_stall.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
     with open_workspace() as workspace:
         if "lora" in parts:
-            figures["lora"] = measure_stalls(workspace, "lora", LORA, options.lora_steps)
+            figures["lora"] = measure_stalls(workspace, "lora", LORA_MODEL_SHAPE, options.lora_steps)
         if "full" in parts:
-            figures["full"] = measure_stalls(workspace, "full", FULL, options.full_steps)
+            figures["full"] = measure_stalls(workspace, "full", FULL_MODEL_SHAPE, options.full_steps)
         if "slow" in parts:
             figures["slowStore"] = measure_slow_store(workspace, options.rounds, options.slow_steps)
     print(json.dumps(figures, indent=1))
-    print(record.write("checkpoint_stall", figures, method=record.method(__doc__)))
+    print(record.write_result("checkpoint_stall", figures, method=record.extract_method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -21,31 +21,31 @@ from pathlib import Path
 
 import record
 
-JOB = """\
+JOB_YAML = """\
 apiVersion: finetune-operator.io/v1alpha1
 kind: FineTuneJob
 metadata: {name: bot}
 spec: {model: {source: org/m}, dataset: {train: "s3://data/t.jsonl"}}
 """
-ENV = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=instruction_jsonl\n"
+ENV_FILE_TEXT = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=instruction_jsonl\n"
 
 
-def measure(commands: dict[str, list[str]], runs: int) -> dict[str, dict[str, float]]:
+def measure_commands(commands: dict[str, list[str]], run_count: int) -> dict[str, dict[str, float]]:
     """Measure the times of each command."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for round_number in range(runs + 1):
+    seconds_by_command: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for round_number in range(run_count + 1):
         for name, arguments in commands.items():
-            start, before = time.perf_counter(), children_cpu_seconds()
+            start, cpu_seconds_before = time.perf_counter(), children_cpu_seconds()
             subprocess.run([sys.executable, "-m", "finetune_cli", *arguments], check=True, capture_output=True)
             if round_number:
-                times[name].append((time.perf_counter() - start, children_cpu_seconds() - before))
+                seconds_by_command[name].append((time.perf_counter() - start, children_cpu_seconds() - cpu_seconds_before))
     return {
         name: {
             "medianSeconds": round(statistics.median(wall for wall, _ in samples), 3),
             "worstSeconds": round(max(wall for wall, _ in samples), 3),
             "medianCpuSeconds": round(statistics.median(cpu for _, cpu in samples), 3),
         }
-        for name, samples in times.items()
+        for name, samples in seconds_by_command.items()
     }
 
 
@@ -62,19 +62,19 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        job, env = Path(folder, "job.yaml"), Path(folder, "train.env")
-        job.write_text(JOB, encoding="utf-8")
-        env.write_text(ENV, encoding="utf-8")
+        job_file, env_file = Path(folder, "job.yaml"), Path(folder, "train.env")
+        job_file.write_text(JOB_YAML, encoding="utf-8")
+        env_file.write_text(ENV_FILE_TEXT, encoding="utf-8")
         commands = {
             "help": ["--help"],
-            "validate": ["validate", str(job)],
+            "validate": ["validate", str(job_file)],
             "explain": ["explain", "training.learningRate"],
-            "import": ["import", str(env)],
+            "import": ["import", str(env_file)],
         }
-        figures = {"runs": options.runs, **measure(commands, options.runs)}
+        figures = {"runs": options.runs, **measure_commands(commands, options.runs)}
     print(json.dumps(figures, indent=1))
     if not options.no_write:
-        print(record.write("cli_startup", figures, method=record.method(__doc__)))
+        print(record.write_result("cli_startup", figures, method=record.extract_method(__doc__)))
 
 
 if __name__ == "__main__":

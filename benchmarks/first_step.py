@@ -41,22 +41,22 @@ class NotMeasured(Exception):
 class Timeline:
     """When this program first saw each event of one run, in seconds of the monotonic clock."""
 
-    applied: float = 0.0
-    job: float | None = None
-    running: float | None = None
-    first_step: float | None = None
-    pod: str | None = None
+    applied_at: float = 0.0
+    job_seen_at: float | None = None
+    running_seen_at: float | None = None
+    first_step_at: float | None = None
+    pod_name: str | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
-    def stages(self) -> dict[str, float]:
+    def stage_seconds(self) -> dict[str, float]:
         """Durations of the stages, in seconds."""
-        assert self.job and self.running and self.first_step
-        outside = {
-            "admission": self.job - self.applied, "podStart": self.running - self.job,
-            "inPod": self.first_step - self.running, "total": self.first_step - self.applied,
+        assert self.job_seen_at and self.running_seen_at and self.first_step_at
+        observed_seconds = {
+            "admission": self.job_seen_at - self.applied_at, "podStart": self.running_seen_at - self.job_seen_at,
+            "inPod": self.first_step_at - self.running_seen_at, "total": self.first_step_at - self.applied_at,
         }  # fmt: skip
-        inside = {f"pod.{name}": seconds for name, seconds in self.timings.items()}
-        return {name: round(seconds, 2) for name, seconds in (outside | inside).items()}
+        pod_seconds = {f"pod.{name}": seconds for name, seconds in self.timings.items()}
+        return {name: round(seconds, 2) for name, seconds in (observed_seconds | pod_seconds).items()}
 
 
 class Run:
@@ -67,60 +67,60 @@ class Run:
         self._namespace, self._name = namespace, name
         self._manifest = manifest | {"metadata": {"name": name}}
         self._timeline = Timeline()
-        self._running = threading.Event()
+        self._pod_is_running = threading.Event()
 
     def measure(self) -> dict[str, float]:
         """Apply the manifest, wait for the first step, delete the job and wait until its pods are gone. Errors: NotMeasured."""
         selector = f"{names.Label.JOB_NAME.value}={self._name}"
         for target in (self._watch_jobs, self._watch_pods):
             threading.Thread(target=target, args=(selector,), daemon=True).start()
-        self._timeline.applied = time.monotonic()
+        self._timeline.applied_at = time.monotonic()
         collection = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
         self._jobs.create_namespaced_custom_object(*collection, self._manifest)
         try:
-            if not self._running.wait(TIMEOUT_SECONDS):
+            if not self._pod_is_running.wait(TIMEOUT_SECONDS):
                 raise NotMeasured(f"no pod of {self._name} ran within {TIMEOUT_SECONDS} s")
             self._wait_for_step()
         finally:
             self._jobs.delete_namespaced_custom_object(*collection, self._name)
             self._wait_until_gone(selector)
-        return self._timeline.stages()
+        return self._timeline.stage_seconds()
 
     def _wait_until_gone(self, selector: str) -> None:
         """Wait until the run has no pods. Errors: NotMeasured."""
-        end = time.monotonic() + TIMEOUT_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while self._core.list_namespaced_pod(self._namespace, label_selector=selector).items:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise NotMeasured(f"pods of {self._name} still exist {TIMEOUT_SECONDS} s after its deletion")
             time.sleep(GONE_POLL_SECONDS)
 
     def _watch_jobs(self, selector: str) -> None:
         for _ in watch.Watch().stream(self._batch.list_namespaced_job, self._namespace, label_selector=selector):
-            self._timeline.job = time.monotonic()
+            self._timeline.job_seen_at = time.monotonic()
             return
 
     def _watch_pods(self, selector: str) -> None:
         for event in watch.Watch().stream(self._core.list_namespaced_pod, self._namespace, label_selector=selector):
             pod = event["object"]
             if pod.status.phase == "Running":
-                self._timeline.running, self._timeline.pod = time.monotonic(), pod.metadata.name
-                self._running.set()
+                self._timeline.running_seen_at, self._timeline.pod_name = time.monotonic(), pod.metadata.name
+                self._pod_is_running.set()
                 return
 
     def _wait_for_step(self) -> None:
         """Request the pod's progress until it reports a finished step."""
-        end = time.monotonic() + TIMEOUT_SECONDS
-        while time.monotonic() < end:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while time.monotonic() < deadline:
             report = self._read_report()
             if report is not None and (report.progress.step or 0) >= 1:
-                self._timeline.first_step = time.monotonic()
+                self._timeline.first_step_at = time.monotonic()
                 self._timeline.timings = report.timings
                 return
             time.sleep(POLL_SECONDS)
-        raise NotMeasured(f"pod {self._timeline.pod} has finished no step within {TIMEOUT_SECONDS} s")
+        raise NotMeasured(f"pod {self._timeline.pod_name} has finished no step within {TIMEOUT_SECONDS} s")
 
     def _read_report(self) -> ProgressReport | None:
-        pod = f"{self._timeline.pod}:{names.PROGRESS_PORT}"
+        pod = f"{self._timeline.pod_name}:{names.PROGRESS_PORT}"
         try:
             response = self._core.connect_get_namespaced_pod_proxy_with_path(
                 pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
@@ -130,7 +130,7 @@ class Run:
             return None
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+def median_stage_seconds(runs: list[dict[str, float]]) -> dict[str, float]:
     """Median duration of each stage; runs without the stage are ignored."""
     stages = dict.fromkeys(name for run in runs for name in run)
     return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
@@ -151,8 +151,8 @@ def main() -> None:
         seconds_by_stage = Run(manifest, options.namespace, f"first-step-{number}-{int(time.time()) % 100000}").measure()
         print("warm-up" if number == 0 else f"run {number}", json.dumps(seconds_by_stage), flush=True)
         runs += [seconds_by_stage] if number else []
-    path = record.write("first_step", {"median": medians(runs), "runs": runs}, method=record.method(__doc__))
-    print(json.dumps(medians(runs), indent=1))
+    path = record.write_result("first_step", {"median": median_stage_seconds(runs), "runs": runs}, method=record.extract_method(__doc__))
+    print(json.dumps(median_stage_seconds(runs), indent=1))
     print(f"written: {path.relative_to(record.ROOT)}")
 
 

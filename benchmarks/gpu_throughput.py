@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-SHAPES = {
+MODEL_SHAPES = {
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -51,7 +51,7 @@ VOCABULARY_SIZES = {"tiny": 448, "1b": 128256, "8b": 128256}
 TIED_EMBEDDINGS = {"tiny": False, "1b": True, "8b": False}
 
 
-def make_model(folder: Path, shape: str, length: int) -> Path:
+def make_model(folder: Path, shape_name: str, sequence_length: int) -> Path:
     """Write a model with random bf16 weights and the small tokenizer of the tests, which uses only a part of the vocabulary."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,7 +61,8 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[shape], vocab_size=VOCABULARY_SIZES[shape], tie_word_embeddings=TIED_EMBEDDINGS[shape], max_position_embeddings=max(length, 512),
+        **MODEL_SHAPES[shape_name], vocab_size=VOCABULARY_SIZES[shape_name], tie_word_embeddings=TIED_EMBEDDINGS[shape_name],
+        max_position_embeddings=max(sequence_length, 512),
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -70,19 +71,19 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
     return folder
 
 
-def make_rows(length: int, sequences: int) -> list[dict[str, str]]:
+def make_rows(sequence_length: int, sequence_count: int) -> list[dict[str, str]]:
     """Create random rows of different lengths. Packed together, they fill at least `sequences` sequences."""
-    source = random.Random(0)
+    rng = random.Random(0)
     words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
     rows_of_text, tokens = [], 0
-    while tokens < length * sequences:
-        count = source.randint(8, max(9, length // 8))
-        rows_of_text.append({"text": " ".join(source.choice(words) for _ in range(count))})
+    while tokens < sequence_length * sequence_count:
+        count = rng.randint(8, max(9, sequence_length // 8))
+        rows_of_text.append({"text": " ".join(rng.choice(words) for _ in range(count))})
         tokens += 2 * count
     return rows_of_text
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure_programs(options: argparse.Namespace) -> dict[str, Any]:
     """Measure tokens per second and MFU of both programs, and their ratio. Errors: SystemExit if the chosen device is not available."""
     import torch
     from finetune_trainer.hardware import detect_hardware
@@ -92,13 +93,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from tests.support.learning import make_run
 
-    gpu = options.device == "cuda"
+    is_gpu = options.device == "cuda"
     folder = Path(tempfile.mkdtemp(prefix="gpu-throughput-"))
     model = make_model(folder / "model", options.shape, options.length)
     spec = {
-        "method": {"type": options.method}, "resources": {"gpusPerNode": int(gpu), "processesPerNode": 1},
+        "method": {"type": options.method}, "resources": {"gpusPerNode": int(is_gpu), "processesPerNode": 1},
         "dataset": {"packing": True, "maxSequenceLength": options.length, "format": "plainText"},
-        "model": {"dtype": "bfloat16"} if gpu else {}, "tracking": {"loggingSteps": 1},
+        "model": {"dtype": "bfloat16"} if is_gpu else {}, "tracking": {"loggingSteps": 1},
         "training": {
             "maxSteps": options.steps, "batchSizePerDevice": options.batch, "gradientAccumulationSteps": 1, "learningRate": 1e-5,
             "optimizer": options.optimizer, "gradientCheckpointing": options.checkpointing,
@@ -106,27 +107,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     run, inputs = make_run(folder, model, spec, make_rows(options.length, 2 * options.batch * options.steps))
     device = detect_hardware(run, 0).name
-    if gpu == (device == "cpu"):
+    if is_gpu == (device == "cpu"):
         raise SystemExit(f"--device {options.device} is not available: the runs would use {device}")
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    memory = 0
+    peak_memory_bytes = 0
     for round_number in range(options.rounds + 1):
         for name, program in (("ours", run_our_trainer), ("bare", run_plain_trl)):
             gc.collect()
-            if gpu:
+            if is_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             measurements = program(run, inputs, folder)
             if round_number:
                 seconds[name].append(measurements.loop_seconds)
-            if gpu and name == "ours":
-                memory = max(memory, torch.cuda.max_memory_allocated())
-    (summary,) = (folder / "work" / "tokens").glob("*/summary.json")
-    row_counts = json.loads(summary.read_text())["reports"]["train"]
+            if is_gpu and name == "ours":
+                peak_memory_bytes = max(peak_memory_bytes, torch.cuda.max_memory_allocated())
+    (summary_file,) = (folder / "work" / "tokens").glob("*/summary.json")
+    row_counts = json.loads(summary_file.read_text())["reports"]["train"]
     tokens = options.steps * options.batch * row_counts["tokens"] / row_counts["sequences"]
     shape = ModelShape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
-    work = flops_per_token(shape, row_counts["tokens"] / row_counts["rows"], frozen_base=options.method != "full")
-    peak = peak_of(device)
+    flops = flops_per_token(shape, row_counts["tokens"] / row_counts["rows"], frozen_base=options.method != "full")
+    peak_flops = peak_of(device)
     figures: dict[str, Any] = {
         "shape": options.shape,
         "method": options.method,
@@ -134,19 +135,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "length": options.length,
         "batch": options.batch,
     }
-    for name, laps in seconds.items():
-        tokens_per_second = tokens / statistics.median(laps)
-        figures[name] = {"tokensPerSecond": round(tokens_per_second, 1), "mfu": round(tokens_per_second * work / peak, 4) if peak else None}
+    for name, loop_seconds in seconds.items():
+        tokens_per_second = tokens / statistics.median(loop_seconds)
+        figures[name] = {"tokensPerSecond": round(tokens_per_second, 1), "mfu": round(tokens_per_second * flops / peak_flops, 4) if peak_flops else None}
     figures["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
-    if gpu:
-        figures["peakMemoryGb"] = round(memory / 1e9, 2)
+    if is_gpu:
+        figures["peakMemoryGb"] = round(peak_memory_bytes / 1e9, 2)
     return figures
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result unless --no-write is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--shape", choices=sorted(MODEL_SHAPES), default="1b")
     parser.add_argument("--method", choices=["full", "lora", "qlora"], default="lora")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
@@ -156,14 +157,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--optimizer", default="adamw_torch_fused")
     parser.add_argument("--checkpointing", choices=["enabled", "disabled", "unsloth"], default="enabled")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args(arguments)
-    figures = measure(options)
+    options = parser.parse_args(argv)
+    figures = measure_programs(options)
     print(json.dumps(figures, indent=1))
     if not options.no_write:
         import record
 
-        method = record.method(__doc__).replace("\n", " ")
-        print(record.write(f"gpu_throughput_{options.shape}_{options.method}", figures, method=method))
+        method = record.extract_method(__doc__).replace("\n", " ")
+        print(record.write_result(f"gpu_throughput_{options.shape}_{options.method}", figures, method=method))
     return figures
 
 

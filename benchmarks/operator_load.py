@@ -39,17 +39,17 @@ from finetune_api import names
 from lib import finished_jobs
 from lib.kwok import STEADY_NAMESPACE, Kwok, make_nodes
 from lib.load import Client, FirstSeen, Object, condition_true, percentile
-from lib.operator import LagSampler, Operator, ProgressServer, writes
-from lib.plane import FastControlPlane, Usage, memory_bytes
+from lib.operator import LagSampler, Operator, ProgressServer, count_writes
+from lib.plane import CpuUsage, FastControlPlane, memory_bytes
 from ruamel.yaml import YAML
 
 from localcluster import Endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = ROOT / "benchmarks" / "budgets" / "operator_load.json"
-FTJ = f"/apis/{names.API_VERSION}"
+BUDGETS_FILE = ROOT / "benchmarks" / "budgets" / "operator_load.json"
+FINETUNEJOB_API_PATH = f"/apis/{names.API_VERSION}"
 MERGE = "application/merge-patch+json"
-APPLY = "application/apply-patch+yaml"
+APPLY_PATCH_TYPE = "application/apply-patch+yaml"
 PARTS = ("burst", "idle", "restart", "steady")
 FINISHED_NAMESPACE, PODS_PER_FINISHED_JOB = "left", 2
 
@@ -59,27 +59,27 @@ class LoadOptions:
     """Size of the measurement."""
 
     parts: tuple[str, ...]
-    jobs: int
-    finished: int
-    rounds: int
-    clients: int
+    job_count: int
+    finished_job_count: int
+    round_count: int
+    client_count: int
     idle_seconds: float
     steady_seconds: float
     timeout_seconds: float
 
 
 @dataclass(frozen=True)
-class Variant:
+class BurstVariant:
     """The kind of objects that a burst creates. `done` returns whether an object has finished."""
 
     name: str
-    root: str
+    api_path: str
     plural: str
-    body: Callable[[str], Object]
-    done: Callable[[Object], bool]
+    make_body: Callable[[str], Object]
+    is_finished: Callable[[Object], bool]
 
 
-def bare_job(name: str) -> Object:
+def make_bare_job(name: str) -> Object:
     """A minimal Job with one pod."""
     pod = {"restartPolicy": "Never", "containers": [{"name": "trainer", "image": "example.org/trainer:1"}]}
     spec = {"completions": 1, "parallelism": 1, "completionMode": "Indexed", "backoffLimit": 0}
@@ -87,13 +87,15 @@ def bare_job(name: str) -> Object:
     return body | {"spec": spec | {"podReplacementPolicy": "Failed", "template": {"spec": pod}}}
 
 
-def same_pod(job: Object) -> Variant:
+def make_same_pod_variant(job: Object) -> BurstVariant:
     """Create copies of the operator's Job `job`. Another value of the managed-by label keeps the operator from selecting them."""
     by_hand = {names.Label.MANAGED_BY.value: "hand"}
-    return Variant("same-pod", BARE.root, BARE.plural, lambda name: finished_jobs.copy_job(job, name, by_hand), BARE.done)
+    return BurstVariant(
+        "same-pod", BARE_JOB_VARIANT.api_path, BARE_JOB_VARIANT.plural, lambda name: finished_jobs.copy_job(job, name, by_hand), BARE_JOB_VARIANT.is_finished
+    )
 
 
-def finetunejob(name: str) -> Object:
+def make_finetunejob(name: str) -> Object:
     """A FineTuneJob with one pod."""
     spec = {
         "model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}, "resources": {"gpusPerNode": 0},
@@ -101,110 +103,110 @@ def finetunejob(name: str) -> Object:
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
 
 
-BARE = Variant("bare", "/apis/batch/v1", "jobs", bare_job, condition_true("Complete"))
-OURS = Variant("ours", FTJ, names.PLURAL, finetunejob, condition_true("Succeeded"))
+BARE_JOB_VARIANT = BurstVariant("bare", "/apis/batch/v1", "jobs", make_bare_job, condition_true("Complete"))
+FINETUNEJOB_VARIANT = BurstVariant("ours", FINETUNEJOB_API_PATH, names.PLURAL, make_finetunejob, condition_true("Succeeded"))
 
 
 class LoadBenchmark:
     """Measures the operator on one control plane."""
 
-    def __init__(self, size: LoadOptions, folder: Path, endpoint: Endpoint, plane: FastControlPlane, client: Client) -> None:
-        self._size, self._folder, self._endpoint, self._plane, self._client = size, folder, endpoint, plane, client
+    def __init__(self, options: LoadOptions, folder: Path, endpoint: Endpoint, control_plane: FastControlPlane, client: Client) -> None:
+        self._options, self._folder, self._endpoint, self._control_plane, self._client = options, folder, endpoint, control_plane, client
         self._progress = ProgressServer()
 
     async def run(self) -> dict[str, Any]:
         """Run the chosen parts, one after another."""
-        parts = {"burst": self._burst, "idle": self._idle, "restart": self._restart, "steady": self._steady}
-        await self._install()
+        parts = {"burst": self._measure_burst, "idle": self._measure_idle, "restart": self._measure_restart, "steady": self._measure_steady}
+        await self._install_crd_and_nodes()
         figures: dict[str, Any] = {}
         async with self._progress:
             operator = Operator(self._endpoint, self._folder / "operator", self._progress.url)
             with operator, Kwok(self._endpoint, self._folder / "kwok"):
-                if {"idle", "restart"} & set(self._size.parts):
+                if {"idle", "restart"} & set(self._options.parts):
                     await self._write_finished_jobs(operator)
                 for name, part in parts.items():
-                    if name in self._size.parts:
+                    if name in self._options.parts:
                         print_progress(name)
                         figures[name] = await part(operator)
         return figures
 
-    async def _install(self) -> None:
+    async def _install_crd_and_nodes(self) -> None:
         crd = YAML(typ="safe").load((ROOT / "crds" / "finetunejobs.yaml").read_text())
         path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
-        await self._client.send("PATCH", f"{path}?fieldManager=bench", crd, APPLY)
+        await self._client.send("PATCH", f"{path}?fieldManager=bench", crd, APPLY_PATCH_TYPE)
         for _ in range(600):
             try:
-                await self._client.send("GET", f"{FTJ}/{names.PLURAL}")
+                await self._client.send("GET", f"{FINETUNEJOB_API_PATH}/{names.PLURAL}")
                 break
             except RuntimeError:
                 await asyncio.sleep(0.1)
         await make_nodes(self._client, 4)
 
-    def _usage(self, operator: Operator) -> Usage:
-        return Usage.of(self._plane.pids | {"operator": operator.pid})
+    def _measure_usage(self, operator: Operator) -> CpuUsage:
+        return CpuUsage.measure(self._control_plane.pids | {"operator": operator.pid})
 
     # -- burst ---------------------------------------------------------------------------------------------------------
 
-    async def _burst(self, operator: Operator) -> dict[str, Any]:
-        variants = (BARE, same_pod(await self._job_of_the_operator()), OURS)
+    async def _measure_burst(self, operator: Operator) -> dict[str, Any]:
+        variants = (BARE_JOB_VARIANT, make_same_pod_variant(await self._create_operator_job()), FINETUNEJOB_VARIANT)
         rounds: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         async with LagSampler(operator) as lag:
-            for number in range(self._size.rounds):
+            for number in range(self._options.round_count):
                 for variant in variants:
-                    print_progress(f"burst {number + 1}/{self._size.rounds}: {variant.name}")
+                    print_progress(f"burst {number + 1}/{self._options.round_count}: {variant.name}")
                     rounds[variant.name].append(await self._run_burst(operator, variant, f"{variant.name}-{number}"))
                     print_progress(f"  {rounds[variant.name][-1]}")
-        medians = {name: medians_of(results) for name, results in rounds.items()}
-        keys = ("jobsExist", "podsExist", "allDone", "cpuMsPerJobToPods", "cpuMsPerJobToEnd")
+        medians_by_variant = {name: compute_medians(results) for name, results in rounds.items()}
+        figure_names = ("jobsExist", "podsExist", "allDone", "cpuMsPerJobToPods", "cpuMsPerJobToEnd")
         ratios = {
-            name: {key: round(medians["ours"][key] / medians[name][key], 2) for key in keys if medians[name][key]}
+            name: {key: round(medians_by_variant["ours"][key] / medians_by_variant[name][key], 2) for key in figure_names if medians_by_variant[name][key]}
             for name in ("bare", "same-pod")
         }  # fmt: skip
         return {
-            "rounds": rounds, "ratios": ratios["bare"], "ratiosSamePod": ratios["same-pod"], **medians,
+            "rounds": rounds, "ratios": ratios["bare"], "ratiosSamePod": ratios["same-pod"], **medians_by_variant,
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
             "rssPeakMB": round(memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
 
-    async def _job_of_the_operator(self) -> Object:
+    async def _create_operator_job(self) -> Object:
         """Return the Job that the operator creates for a FineTuneJob of the burst."""
         namespace = "model-of-burst"
         await self._create_namespace(namespace)
         jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
         async with FirstSeen(self._client, jobs) as seen:
-            await self._client.send("POST", f"{FTJ}/namespaces/{namespace}/{names.PLURAL}", finetunejob("model"))
-            await seen.wait(1, self._size.timeout_seconds)
+            await self._client.send("POST", f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}", make_finetunejob("model"))
+            await seen.wait_for_count(1, self._options.timeout_seconds)
         return (await self._client.list(jobs))[0]
 
-    async def _run_burst(self, operator: Operator, variant: Variant, namespace: str) -> dict[str, Any]:
-        size, count = self._size, self._size.jobs
+    async def _run_burst(self, operator: Operator, variant: BurstVariant, namespace: str) -> dict[str, Any]:
+        options, count = self._options, self._options.job_count
         await self._create_namespace(namespace)
-        bodies = [variant.body(f"j{number}") for number in range(count)]
+        bodies = [variant.make_body(f"j{number}") for number in range(count)]
         jobs_path, pods_path = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
-        collection = f"{variant.root}/namespaces/{namespace}/{variant.plural}"
+        collection = f"{variant.api_path}/namespaces/{namespace}/{variant.plural}"
         async with FirstSeen(self._client, jobs_path) as jobs, FirstSeen(self._client, pods_path) as pods:
-            usage, requests, began = self._usage(operator), operator.requests(), time.monotonic()
-            sent = await self._client.create_all(collection, bodies, size.clients)
-            created = time.monotonic()
-            jobs_exist = await jobs.wait(count, size.timeout_seconds)
-            pods_exist = await pods.wait(count, size.timeout_seconds)
-            to_pods, requests_to_pods = self._usage(operator).since(usage), operator.requests() - requests
-        waits = [moment - sent[name.split("-")[0]] for name, moment in pods.first_seen.items()]
-        async with FirstSeen(self._client, collection, variant.done) as done:
-            started = time.monotonic()
-            with self._plane.scheduling():
-                ended = await done.wait(count, size.timeout_seconds)
+            usage, requests, began_at = self._measure_usage(operator), operator.count_requests(), time.monotonic()
+            sent_at_by_name = await self._client.create_all(collection, bodies, options.client_count)
+            created_at = time.monotonic()
+            jobs_seen_at = await jobs.wait_for_count(count, options.timeout_seconds)
+            pods_seen_at = await pods.wait_for_count(count, options.timeout_seconds)
+            cpu_seconds_to_pods, requests_to_pods = self._measure_usage(operator).used_since(usage), operator.count_requests() - requests
+        pod_wait_seconds = [moment - sent_at_by_name[name.split("-")[0]] for name, moment in pods.first_seen.items()]
+        async with FirstSeen(self._client, collection, variant.is_finished) as done:
+            started_at = time.monotonic()
+            with self._control_plane.run_scheduler():
+                ended_at = await done.wait_for_count(count, options.timeout_seconds)
                 await asyncio.sleep(2)  # the operator also writes shortly after the end of a job
-                used = self._usage(operator)
-        to_end, requests_to_end = used.since(usage), operator.requests() - requests
+                usage_at_end = self._measure_usage(operator)
+        cpu_seconds_to_end, requests_to_end = usage_at_end.used_since(usage), operator.count_requests() - requests
         return {
-            "created": round(created - began, 2), "jobsExist": round(jobs_exist - began, 2),
-            "podsExist": round(pods_exist - began, 2), "allDone": round(ended - started, 2),
-            "podWaitP50": round(percentile(waits, 0.5), 3), "podWaitP99": round(percentile(waits, 0.99), 3),
-            "cpuMsPerJobToPods": per_job(sum(to_pods.values()), count), "cpuSecondsToPods": to_pods,
-            "cpuMsPerJobToEnd": per_job(sum(to_end.values()), count), "cpuSecondsToEnd": to_end,
-            "writesPerJobToPods": round(writes(requests_to_pods) / count, 2),
-            "writesPerJobToEnd": round(writes(requests_to_end) / count, 2), "requestsPerJob": requests_per_job(requests_to_end, count),
+            "created": round(created_at - began_at, 2), "jobsExist": round(jobs_seen_at - began_at, 2),
+            "podsExist": round(pods_seen_at - began_at, 2), "allDone": round(ended_at - started_at, 2),
+            "podWaitP50": round(percentile(pod_wait_seconds, 0.5), 3), "podWaitP99": round(percentile(pod_wait_seconds, 0.99), 3),
+            "cpuMsPerJobToPods": milliseconds_per_job(sum(cpu_seconds_to_pods.values()), count), "cpuSecondsToPods": cpu_seconds_to_pods,
+            "cpuMsPerJobToEnd": milliseconds_per_job(sum(cpu_seconds_to_end.values()), count), "cpuSecondsToEnd": cpu_seconds_to_end,
+            "writesPerJobToPods": round(count_writes(requests_to_pods) / count, 2),
+            "writesPerJobToEnd": round(count_writes(requests_to_end) / count, 2), "requestsPerJob": requests_per_job(requests_to_end, count),
         }  # fmt: skip
 
     async def _create_namespace(self, namespace: str) -> None:
@@ -221,69 +223,69 @@ class LoadBenchmark:
     # -- idle, restart, steady -----------------------------------------------------------------------------------------
 
     async def _write_finished_jobs(self, operator: Operator) -> None:
-        print_progress(f"{self._size.finished} finished jobs")
+        print_progress(f"{self._options.finished_job_count} finished jobs")
         for namespace in ("model", FINISHED_NAMESPACE):
             await self._create_namespace(namespace)
-        collection = f"{FTJ}/namespaces/model/{names.PLURAL}"
-        async with FirstSeen(self._client, collection, OURS.done) as done:
-            await self._client.send("POST", collection, finetunejob("model"))
-            with self._plane.scheduling():
-                await done.wait(1, self._size.timeout_seconds)
+        collection = f"{FINETUNEJOB_API_PATH}/namespaces/model/{names.PLURAL}"
+        async with FirstSeen(self._client, collection, FINETUNEJOB_VARIANT.is_finished) as done:
+            await self._client.send("POST", collection, make_finetunejob("model"))
+            with self._control_plane.run_scheduler():
+                await done.wait_for_count(1, self._options.timeout_seconds)
         finished_job = await finished_jobs.read_finished_job(self._client, "model")
         operator.stop()
         await finished_jobs.write_copies(
-            self._client, FINISHED_NAMESPACE, finished_job, self._size.finished, PODS_PER_FINISHED_JOB, self._size.clients
+            self._client, FINISHED_NAMESPACE, finished_job, self._options.finished_job_count, PODS_PER_FINISHED_JOB, self._options.client_count
         )
         await asyncio.to_thread(operator.start)
 
-    async def _idle(self, operator: Operator) -> dict[str, Any]:
-        await asyncio.sleep(min(15, self._size.idle_seconds))
-        usage, requests, began = self._usage(operator), operator.requests(), time.monotonic()
+    async def _measure_idle(self, operator: Operator) -> dict[str, Any]:
+        await asyncio.sleep(min(15, self._options.idle_seconds))
+        usage, requests, began_at = self._measure_usage(operator), operator.count_requests(), time.monotonic()
         async with LagSampler(operator) as lag:
-            await asyncio.sleep(self._size.idle_seconds)
-        spent = operator.requests() - requests
+            await asyncio.sleep(self._options.idle_seconds)
+        new_requests = operator.count_requests() - requests
         return {
-            "finishedJobs": self._size.finished, "seconds": round(time.monotonic() - began, 1),
-            "writes": writes(spent), "requests": dict(spent),
-            "cpuShare": round(self._usage(operator).since(usage)["operator"] / self._size.idle_seconds, 4),
+            "finishedJobs": self._options.finished_job_count, "seconds": round(time.monotonic() - began_at, 1),
+            "writes": count_writes(new_requests), "requests": dict(new_requests),
+            "cpuShare": round(self._measure_usage(operator).used_since(usage)["operator"] / self._options.idle_seconds, 4),
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
         }  # fmt: skip
 
-    async def _restart(self, operator: Operator) -> dict[str, Any]:
+    async def _measure_restart(self, operator: Operator) -> dict[str, Any]:
         operator.stop()
         seconds = await asyncio.to_thread(operator.start)
         pods = await self._client.list(f"/api/v1/namespaces/{FINISHED_NAMESPACE}/pods")
         return {
-            "finishedJobs": self._size.finished, "pods": len(pods), "firstReconcileSeconds": round(seconds, 2),
+            "finishedJobs": self._options.finished_job_count, "pods": len(pods), "firstReconcileSeconds": round(seconds, 2),
             "rssMB": round(memory_bytes(operator.pid) / 1e6, 1),
         }  # fmt: skip
 
-    async def _steady(self, operator: Operator) -> dict[str, Any]:
-        size, namespace, progress = self._size, STEADY_NAMESPACE, self._progress
+    async def _measure_steady(self, operator: Operator) -> dict[str, Any]:
+        options, namespace, progress = self._options, STEADY_NAMESPACE, self._progress
         await self._create_namespace(namespace)
-        collection = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"
-        await self._client.create_all(collection, [finetunejob(f"j{n}") for n in range(size.jobs)], size.clients)
+        collection = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"
+        await self._client.create_all(collection, [make_finetunejob(f"j{n}") for n in range(options.job_count)], options.client_count)
         for body in await self._client.list(collection):
             progress.uids[namespace, body["metadata"]["name"]] = body["metadata"]["uid"]
-        with self._plane.scheduling():
+        with self._control_plane.run_scheduler():
             async with FirstSeen(self._client, collection, _has_step) as stepping:
-                await stepping.wait(size.jobs, size.timeout_seconds)
-            usage, requests = self._usage(operator), operator.requests()
-            ages: list[float] = []
-            began = time.monotonic()
+                await stepping.wait_for_count(options.job_count, options.timeout_seconds)
+            usage, requests = self._measure_usage(operator), operator.count_requests()
+            report_ages: list[float] = []
+            began_at = time.monotonic()
             async with LagSampler(operator) as lag:
-                while time.monotonic() - began < size.steady_seconds:
-                    await asyncio.sleep(min(5.0, size.steady_seconds / 2))
+                while time.monotonic() - began_at < options.steady_seconds:
+                    await asyncio.sleep(min(5.0, options.steady_seconds / 2))
                     for body in await self._client.list(collection):
-                        ages.append(progress.now() - body["status"]["progress"]["step"])
-            seconds = time.monotonic() - began
-            spent, used = operator.requests() - requests, self._usage(operator).since(usage)
+                        report_ages.append(progress.current_step() - body["status"]["progress"]["step"])
+            seconds = time.monotonic() - began_at
+            new_requests, cpu_seconds = operator.count_requests() - requests, self._measure_usage(operator).used_since(usage)
         return {
-            "runningJobs": size.jobs, "seconds": round(seconds, 1),
-            "writesPerSecond": round(writes(spent) / seconds, 1),
-            "writesPerJobAndMinute": round(writes(spent) / size.jobs / seconds * 60, 2),
-            "operatorCpuShare": round(used["operator"] / seconds, 3),
-            "stalenessP50": percentile(ages, 0.5), "stalenessP99": percentile(ages, 0.99),
+            "runningJobs": options.job_count, "seconds": round(seconds, 1),
+            "writesPerSecond": round(count_writes(new_requests) / seconds, 1),
+            "writesPerJobAndMinute": round(count_writes(new_requests) / options.job_count / seconds * 60, 2),
+            "operatorCpuShare": round(cpu_seconds["operator"] / seconds, 3),
+            "stalenessP50": percentile(report_ages, 0.5), "stalenessP99": percentile(report_ages, 0.99),
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
             "rssPeakMB": round(memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
@@ -293,20 +295,20 @@ def _has_step(body: Object) -> bool:
     return bool(((body.get("status") or {}).get("progress") or {}).get("step"))
 
 
-def medians_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
+def compute_medians(round_figures: list[dict[str, Any]]) -> dict[str, float]:
     """Median of each number over the rounds."""
-    plain = [key for key, value in rounds[0].items() if isinstance(value, int | float)]
-    return {key: round(statistics.median(result[key] for result in rounds), 3) for key in plain}
+    number_keys = [key for key, value in round_figures[0].items() if isinstance(value, int | float)]
+    return {key: round(statistics.median(result[key] for result in round_figures), 3) for key in number_keys}
 
 
-def per_job(seconds: float, count: int) -> float:
+def milliseconds_per_job(seconds: float, job_count: int) -> float:
     """CPU milliseconds per job."""
-    return round(1000 * seconds / count, 2)
+    return round(1000 * seconds / job_count, 2)
 
 
-def requests_per_job(requests: Counter[str], count: int) -> dict[str, float]:
+def requests_per_job(requests: Counter[str], job_count: int) -> dict[str, float]:
     """Requests per job, by verb and resource."""
-    return {label: round(number / count, 2) for label, number in sorted(requests.items()) if number}
+    return {label: round(number / job_count, 2) for label, number in sorted(requests.items()) if number}
 
 
 def print_progress(text: str) -> None:
@@ -333,46 +335,46 @@ def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict
     return verdicts
 
 
-def write(measured: dict[str, Any]) -> Path:
+def write_figures(measured_parts: dict[str, Any]) -> Path:
     """Write the measured parts, each with its size, load and commit. A part that was not measured keeps its earlier figures."""
-    path = record.RESULTS / "operator_load.json"
-    known = json.loads(path.read_text())["figures"] if path.exists() else {}
-    figures = {part: known[part] for part in PARTS if part in known} | measured
-    verdicts = check_budgets(figures, json.loads(BUDGETS.read_text()))
-    return record.write("operator_load", figures | {"budgets": verdicts}, method=record.method(__doc__))
+    path = record.RESULTS_FOLDER / "operator_load.json"
+    earlier_figures = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = {part: earlier_figures[part] for part in PARTS if part in earlier_figures} | measured_parts
+    verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
+    return record.write_result("operator_load", figures | {"budgets": verdicts}, method=record.extract_method(__doc__))
 
 
-async def measure(size: LoadOptions) -> dict[str, Any]:
+async def run_benchmark(options: LoadOptions) -> dict[str, Any]:
     """Start a control plane, run the benchmark, and stop the control plane."""
     with tempfile.TemporaryDirectory(prefix="operator-load-") as name:
         folder = Path(name)
-        plane = FastControlPlane(folder / "state")
-        with plane as endpoint:
+        control_plane = FastControlPlane(folder / "state")
+        with control_plane as endpoint:
             async with Client(endpoint) as client:
-                return await LoadBenchmark(size, folder, endpoint, plane, client).run()
+                return await LoadBenchmark(options, folder, endpoint, control_plane, client).run()
 
 
 def main() -> int:
     """Run the benchmark. Returns 1 if a budget is exceeded, else 0."""
-    options = arguments()
-    size = LoadOptions(
+    options = parse_arguments()
+    load_options = LoadOptions(
         tuple(options.parts.split(",")), options.jobs, options.finished, options.rounds, options.clients,
         options.idle_seconds, options.steady_seconds, options.timeout,
     )  # fmt: skip
-    about = {"size": vars(size), "loadBefore": round(os.getloadavg()[0], 2), "commit": record.commit()}
-    figures = asyncio.run(measure(size))
-    verdicts = check_budgets(figures, json.loads(BUDGETS.read_text()))
+    run_details = {"size": vars(load_options), "loadBefore": round(os.getloadavg()[0], 2), "commit": record.checkout_commit()}
+    figures = asyncio.run(run_benchmark(load_options))
+    verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
     for verdict in verdicts:
         print(f"{verdict['verdict']:18} {verdict['figure']:38} {verdict['measured']:>10} (limit {verdict['limit']}): {verdict['why']}")
-    measured = {part: value | about for part, value in figures.items()}
+    measured_parts = {part: value | run_details for part, value in figures.items()}
     if options.output:
-        options.output.write_text(json.dumps(measured | {"budgets": verdicts}, indent=1))
+        options.output.write_text(json.dumps(measured_parts | {"budgets": verdicts}, indent=1))
     else:
-        print(f"written: {write(measured).relative_to(ROOT)}")
+        print(f"written: {write_figures(measured_parts).relative_to(ROOT)}")
     return int(any(verdict["verdict"] == "EXCEEDED" for verdict in verdicts) and not options.lenient)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"parts to measure, of {', '.join(PARTS)}; default: all")
     parser.add_argument("--jobs", type=int, default=1000, help="number of jobs in one burst, and of running jobs in the steady part")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "kopf", "kubernetes", "boto3")
+RESULTS_FOLDER = ROOT / "benchmarks" / "results"
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "kopf", "kubernetes", "boto3")
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Cores, memory and processor of this machine."""
     cpu = next(
         (
@@ -27,47 +27,47 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": os.cpu_count(), "memoryGiB": round(memory / 2**30, 1), "kernel": platform.release()}
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": cpu, "cores": os.cpu_count(), "memoryGiB": round(memory_bytes / 2**30, 1), "kernel": platform.release()}
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+def package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
     """Versions of the installed packages."""
-    installed = {"python": platform.python_version()}
+    version_by_package = {"python": platform.python_version()}
     for name in packages:
         try:
-            installed[name] = version(name)
+            version_by_package[name] = version(name)
         except PackageNotFoundError:
             continue
-    return installed
+    return version_by_package
 
 
-def commit() -> str:
+def checkout_commit() -> str:
     """Commit of the checkout; a `+` is appended if tracked files have uncommitted changes."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        dirty = subprocess.run(
+        changed_files = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changed_files.stdout.strip() else "")
 
 
-def method(doc: str | None) -> str:
+def extract_method(docstring: str | None) -> str:
     """Return the description of a benchmark's method: the text after `Method.` in its docstring."""
-    return (doc or "").split("Method.", 1)[1].strip()
+    return (docstring or "").split("Method.", 1)[1].strip()
 
 
-def write(name: str, figures: dict[str, Any], *, method: str) -> Path:
+def write_result(name: str, figures: dict[str, Any], *, method: str) -> Path:
     """Write `results/<name>.json`, which replaces the last result."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    RESULTS_FOLDER.mkdir(parents=True, exist_ok=True)
+    path = RESULTS_FOLDER / f"{name}.json"
     record = {
-        "benchmark": name, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": commit(), "method": method,
-        "machine": machine(), "versions": versions(), "figures": figures,
+        "benchmark": name, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": checkout_commit(), "method": method,
+        "machine": describe_machine(), "versions": package_versions(), "figures": figures,
     }  # fmt: skip
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

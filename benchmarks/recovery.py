@@ -30,19 +30,19 @@ POLL_SECONDS = 0.01
 STAGES = ("starting", "downloading", "checking", "restoring", "loading", "training")
 
 
-def first_new_step(pod: Pod, newest: int) -> dict[str, float]:
+def wait_for_first_new_step(pod: Pod, newest_step: int) -> dict[str, float]:
     """Wait for the first new step. Returns the seconds of each stage, as measured by the pod."""
     while True:
         assert pod.process is not None and pod.process.poll() is None, pod.text[-3000:]
         report = pod.report()
-        if report is not None and (report.progress.step or 0) > newest:
+        if report is not None and (report.progress.step or 0) > newest_step:
             return {stage: report.timings.get(stage, 0.0) for stage in STAGES}
         time.sleep(POLL_SECONDS)
 
 
-def kill_rank(pod: Pod, newest: int, rng: random.Random) -> tuple[float, float, int]:
+def kill_rank(pod: Pod, newest_step: int, rng: random.Random) -> tuple[float, float, int]:
     """Kill the rank after the next commit. Returns the time of the kill, the seconds until the pod ended, and the newest committed step."""
-    pod.wait_committed(newest + 1)
+    pod.wait_committed(newest_step + 1)
     time.sleep(rng.uniform(0, 0.3))
     killed_at = time.monotonic()
     os.kill(pod.pids("train")[0], signal.SIGKILL)
@@ -50,34 +50,34 @@ def kill_rank(pod: Pod, newest: int, rng: random.Random) -> tuple[float, float, 
     return killed_at, time.monotonic() - killed_at, pod.termination_message().committed_step or 0
 
 
-def measure(workspace: Workspace, kills: int, seed: int) -> dict[str, object]:
+def measure_recoveries(workspace: Workspace, kill_count: int, seed: int) -> dict[str, object]:
     rng = random.Random(seed)
     spec = workspace.spec(
         method={"type": "lora"}, checkpoint={"steps": STEPS_PER_CHECKPOINT}, tracking={"loggingSteps": 10},
         training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
     )  # fmt: skip
-    target, newest, killed_at = workspace.target("recovered"), 0, 0.0
-    detect: list[float] = []
-    total: list[float] = []
-    stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    for attempt in range(1, kills + 2):
+    target, newest_step, killed_at = workspace.target("recovered"), 0, 0.0
+    detect_seconds: list[float] = []
+    total_seconds: list[float] = []
+    seconds_by_stage: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for attempt in range(1, kill_count + 2):
         with workspace.pod(
-            f"attempt-{attempt}", spec, target, "finetune_trainer.train", attempt=attempt, newest=newest
+            f"attempt-{attempt}", spec, target, "finetune_trainer.train", attempt=attempt, newest_step=newest_step
         ) as pod:
-            stage_seconds = first_new_step(pod, newest)
+            stage_seconds = wait_for_first_new_step(pod, newest_step)
             if attempt > 2:
-                total.append(time.monotonic() - killed_at)
+                total_seconds.append(time.monotonic() - killed_at)
                 for stage, seconds in stage_seconds.items():
-                    stages[stage].append(seconds)
-            killed_at, seconds, newest = kill_rank(pod, newest, rng)
+                    seconds_by_stage[stage].append(seconds)
+            killed_at, seconds, newest_step = kill_rank(pod, newest_step, rng)
             if attempt > 1:
-                detect.append(seconds)
-        print(f"kill {attempt}: step {newest}, {total[-1] if total else 0:.2f} s to the first new step", flush=True)
-    medians = {stage: round(statistics.median(seconds), 3) for stage, seconds in stages.items()}
+                detect_seconds.append(seconds)
+        print(f"kill {attempt}: step {newest_step}, {total_seconds[-1] if total_seconds else 0:.2f} s to the first new step", flush=True)
+    medians = {stage: round(statistics.median(seconds), 3) for stage, seconds in seconds_by_stage.items()}
     return {
-        "kills": kills,
-        "totalSeconds": summarize(total),
-        "detectSeconds": summarize(detect),
+        "kills": kill_count,
+        "totalSeconds": summarize(total_seconds),
+        "detectSeconds": summarize(detect_seconds),
         "medianSecondsByStage": medians,
     }
 
@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with open_workspace() as workspace:
-        figures = measure(workspace, options.kills, options.seed)
+        figures = measure_recoveries(workspace, options.kills, options.seed)
     print(json.dumps(figures, indent=1))
-    print(record.write("recovery", figures, method=record.method(__doc__)))
+    print(record.write_result("recovery", figures, method=record.extract_method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -43,14 +43,14 @@ class RunRecord(BaseModel):
     """Counters of the run. They are stored on disk, so that the same command can continue the run."""
 
     attempt: int = 0
-    kills: int = 0
-    newest: int = 0
+    kill_count: int = 0
+    newest_step: int = 0
     pod_seconds: float = Field(default=0.0, description="Running time of all pods.")
-    recoveries: list[float] = Field(default_factory=list)
+    recovery_seconds: list[float] = Field(default_factory=list)
     steps_lost: list[int] = Field(default_factory=list)
     codes: dict[str, int] = Field(default_factory=dict, description="Number of attempts by victim and exit code.")
-    verified: int = Field(default=0, description="Committed checkpoints that were read and verified.")
-    done: bool = False
+    verified_checkpoints: int = Field(default=0, description="Committed checkpoints that were read and verified.")
+    is_finished: bool = False
 
 
 def kill_victim(pod: Pod, victim: str) -> None:
@@ -66,15 +66,15 @@ def kill_victim(pod: Pod, victim: str) -> None:
 
 def verify_checkpoints(tree: CheckpointTree, folder: Path, run_record: RunRecord) -> int:
     """Compare each committed checkpoint with its manifest. Returns the newest committed step."""
-    newest = 0
+    newest_step = 0
     for committed in tree.list_committed():
         manifest = tree.read_manifest(committed)
         assert manifest is not None, f"{committed.folder} is committed without its manifest"
         problem = fetch_verified(tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
         assert problem is None, problem
-        newest = max(newest, manifest.step)
-        run_record.verified += 1
-    return newest
+        newest_step = max(newest_step, manifest.step)
+        run_record.verified_checkpoints += 1
+    return newest_step
 
 
 def expected_states(steps: int) -> list[str]:
@@ -87,19 +87,19 @@ def expected_states(steps: int) -> list[str]:
 
 def compare_states(tree: CheckpointTree, steps: int) -> int:
     """Compare all logged states with the expected states. Returns their number. Fails if a state differs or a step has no logged state."""
-    states, compared = expected_states(steps), 0
-    seen: set[int] = set()
+    states, compared_count = expected_states(steps), 0
+    logged_steps: set[int] = set()
     for stat in tree.store.list("metrics/"):
         for line in (tree.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
             assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} differs from the expected state"
-            compared += 1
-            seen.add(value["step"])
-    unlogged = set(range(1, steps + 1)) - seen
-    assert not unlogged, f"steps without a logged line: {sorted(unlogged)[:10]}"
+            compared_count += 1
+            logged_steps.add(value["step"])
+    unlogged_steps = set(range(1, steps + 1)) - logged_steps
+    assert not unlogged_steps, f"steps without a logged line: {sorted(unlogged_steps)[:10]}"
     model = tree.get_committed(None)
     assert model is not None and tree.store.get(f"{model.folder}/{CHAIN.format(0)}") == states[-1].encode()
-    return compared
+    return compared_count
 
 
 def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord, rng: random.Random) -> None:
@@ -108,39 +108,39 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
     target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.spec(checkpoint={"steps": options.every})
     script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
-    began, tree = time.monotonic(), CheckpointTree(open_store(target))
+    began_at, tree = time.monotonic(), CheckpointTree(open_store(target))
     with workspace.pod(
-        name, spec, target, "toy_rank", attempt=run_record.attempt, newest=run_record.newest, env={"TOY_SCRIPT": script}
+        name, spec, target, "toy_rank", attempt=run_record.attempt, newest_step=run_record.newest_step, env={"TOY_SCRIPT": script}
     ) as pod:
         assert pod.process is not None
-        while pod.step() <= run_record.newest and pod.process.poll() is None:
+        while pod.step() <= run_record.newest_step and pod.process.poll() is None:
             time.sleep(POLL_SECONDS)
-        if run_record.kills:
-            run_record.recoveries.append(time.monotonic() - began)
+        if run_record.kill_count:
+            run_record.recovery_seconds.append(time.monotonic() - began_at)
         last_step, victim = pod.step(), "none"
-        if run_record.kills < options.kills:
+        if run_record.kill_count < options.kills:
             time.sleep(rng.uniform(0, options.every * options.pause))
             last_step, victim = pod.step(), rng.choice(VICTIMS)
             kill_victim(pod, victim)
-            run_record.kills += 1
+            run_record.kill_count += 1
         code = pod.end(600)
-    run_record.pod_seconds += time.monotonic() - began
+    run_record.pod_seconds += time.monotonic() - began_at
     run_record.codes[f"{victim} {code}"] = run_record.codes.get(f"{victim} {code}", 0) + 1
-    run_record.done = code == 0
-    if not run_record.done:
-        run_record.newest = verify_checkpoints(tree, workspace.folder / "check", run_record)
-        run_record.steps_lost.append(max(0, last_step - run_record.newest))
-        print(f"kill {run_record.kills}: {victim:<5} at step {last_step}, code {code}, committed {run_record.newest}", flush=True)
+    run_record.is_finished = code == 0
+    if not run_record.is_finished:
+        run_record.newest_step = verify_checkpoints(tree, workspace.folder / "check", run_record)
+        run_record.steps_lost.append(max(0, last_step - run_record.newest_step))
+        print(f"kill {run_record.kill_count}: {victim:<5} at step {last_step}, code {code}, committed {run_record.newest_step}", flush=True)
 
 
-def figures_of(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
-    compared = compare_states(CheckpointTree(open_store(workspace.target("repeated-kills"))), options.steps)
+def compute_figures(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
+    compared_count = compare_states(CheckpointTree(open_store(workspace.target("repeated-kills"))), options.steps)
     return {
-        "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": run_record.kills,
+        "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": run_record.kill_count,
         "attempts": run_record.attempt, "endings": dict(sorted(run_record.codes.items())), "podSeconds": round(run_record.pod_seconds, 1),
-        "goodput": round(options.steps * options.pause / run_record.pod_seconds, 4), "recoverySeconds": summarize(run_record.recoveries),
+        "goodput": round(options.steps * options.pause / run_record.pod_seconds, 4), "recoverySeconds": summarize(run_record.recovery_seconds),
         "stepsLost": {"most": max(run_record.steps_lost, default=0), "mean": round(sum(run_record.steps_lost) / max(1, len(run_record.steps_lost)), 2)},
-        "checkpointsReadBack": run_record.verified, "statesCompared": compared, "curveEqual": True,
+        "checkpointsReadBack": run_record.verified_checkpoints, "statesCompared": compared_count, "curveEqual": True,
     }  # fmt: skip
 
 
@@ -155,20 +155,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder that keeps the state of the run, so that it can be continued")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further attempt after this time")
     options = parser.parse_args()
-    began = time.monotonic()
+    began_at = time.monotonic()
     with open_workspace(options.folder) as workspace:
         record_file = workspace.folder / "run.json"
         run_record = RunRecord.model_validate_json(record_file.read_text()) if record_file.exists() else RunRecord()
-        while not run_record.done and time.monotonic() - began < options.seconds:
+        while not run_record.is_finished and time.monotonic() - began_at < options.seconds:
             rng = random.Random(f"{options.seed}/{run_record.attempt}")
             run_attempt(workspace, options, run_record, rng)
             record_file.write_text(run_record.model_dump_json())
-        if not run_record.done:
-            print(f"{run_record.kills} kills, step {run_record.newest} of {options.steps}: run the same command to continue")
+        if not run_record.is_finished:
+            print(f"{run_record.kill_count} kills, step {run_record.newest_step} of {options.steps}: run the same command to continue")
             return
-        figures = figures_of(workspace, options, run_record)
+        figures = compute_figures(workspace, options, run_record)
     print(json.dumps(figures, indent=1))
-    print(record.write("repeated_kills", figures, method=record.method(__doc__)))
+    print(record.write_result("repeated_kills", figures, method=record.extract_method(__doc__)))
 
 
 if __name__ == "__main__":

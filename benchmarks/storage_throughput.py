@@ -32,49 +32,49 @@ from benchmarks import record
 from benchmarks.lib.bench_pods import BUCKET, Workspace, open_workspace
 
 DIRECTIONS = ("up", "down")
-OTHERS = ("boto3", "obstore")
+OTHER_CLIENTS = ("boto3", "obstore")
 
 
 @dataclass(frozen=True)
-class Cost:
+class TransferCost:
     """Wall seconds, CPU seconds and bytes of memory of one transfer."""
 
-    wall: float
-    cpu: float
-    memory: int
+    wall_seconds: float
+    cpu_seconds: float
+    memory_bytes: int
 
 
-def measure_cost(work: Callable[[], object]) -> Cost:
+def measure_transfer(transfer: Callable[[], object]) -> TransferCost:
     """Run `work` and measure its cost."""
     Path("/proc/self/clear_refs").write_text("5")
-    before = _kib("VmRSS")
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, (_kib("VmHWM") - before) * 1024)
+    kib_before = _read_memory_kib("VmRSS")
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
+    transfer()
+    return TransferCost(time.perf_counter() - wall_start, time.process_time() - cpu_start, (_read_memory_kib("VmHWM") - kib_before) * 1024)
 
 
-def _kib(name: str) -> int:
+def _read_memory_kib(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 
 
-def transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def make_transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
     """Return the transfers to measure, by client and direction."""
     store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=workspace.server.host_url))
-    plain = workspace.server.client()
-    tasks: dict[str, Callable[[], object]] = {
+    boto3_client = workspace.server.client()
+    transfer_by_task: dict[str, Callable[[], object]] = {
         "ours up": lambda: store.put_file(source, "file"),
-        "boto3 up": lambda: plain.upload_file(str(source), BUCKET, "boto3/file"),
+        "boto3 up": lambda: boto3_client.upload_file(str(source), BUCKET, "boto3/file"),
         "ours down": lambda: store.download("file", target),
-        "boto3 down": lambda: plain.download_file(BUCKET, "boto3/file", str(target)),
+        "boto3 down": lambda: boto3_client.download_file(BUCKET, "boto3/file", str(target)),
         "sha256": lambda: sha256_file(source),
     }
     if find_spec("obstore"):
-        tasks |= _obstore(workspace, source, target)
-    return tasks
+        transfer_by_task |= _make_obstore_transfers(workspace, source, target)
+    return transfer_by_task
 
 
-def _obstore(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def _make_obstore_transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
     import obstore
 
     server = workspace.server
@@ -83,49 +83,49 @@ def _obstore(workspace: Workspace, source: Path, target: Path) -> dict[str, Call
         region=server.region, virtual_hosted_style_request=False, client_options={"allow_http": True},
     )  # fmt: skip
 
-    def down() -> None:
+    def download() -> None:
         with target.open("wb") as writer:
             for chunk in obstore.get(store, "obstore/file").stream(min_chunk_size=8 * 1024 * 1024):
                 writer.write(chunk)
 
-    return {"obstore up": lambda: obstore.put(store, "obstore/file", source), "obstore down": down}
+    return {"obstore up": lambda: obstore.put(store, "obstore/file", source), "obstore down": download}
 
 
-def measure(workspace: Workspace, megabytes: int, rounds: int) -> dict[str, object]:
+def measure_transfers(workspace: Workspace, megabytes: int, round_count: int) -> dict[str, object]:
     source, target = workspace.folder / "source", workspace.folder / "target"
     source.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
-    tasks = transfers(workspace, source, target)
-    costs_by_task: dict[str, list[Cost]] = {task: [] for task in tasks}
-    for number in range(rounds + 1):  # the first round warms up
-        order = list(tasks)
+    transfer_by_task = make_transfers(workspace, source, target)
+    costs_by_task: dict[str, list[TransferCost]] = {task: [] for task in transfer_by_task}
+    for number in range(round_count + 1):  # the first round warms up
+        order = list(transfer_by_task)
         if number:
             random.Random(number).shuffle(order)
         for task in order:
-            cost = measure_cost(tasks[task])
+            cost = measure_transfer(transfer_by_task[task])
             if number:
                 costs_by_task[task].append(cost)
-            print(f"round {number}  {task:<13} {megabytes / cost.wall:8.1f} MB/s", flush=True)
-    return {"megabytes": megabytes, "rounds": rounds} | _figures(costs_by_task, megabytes)
+            print(f"round {number}  {task:<13} {megabytes / cost.wall_seconds:8.1f} MB/s", flush=True)
+    return {"megabytes": megabytes, "rounds": round_count} | _compute_figures(costs_by_task, megabytes)
 
 
-def _figures(costs_by_task: dict[str, list[Cost]], megabytes: int) -> dict[str, object]:
+def _compute_figures(costs_by_task: dict[str, list[TransferCost]], megabytes: int) -> dict[str, object]:
     figures: dict[str, object] = {
         task: {
-            "MBps": round(megabytes / statistics.median(cost.wall for cost in costs), 1),
-            "cpuSecondsPerGB": round(statistics.median(cost.cpu for cost in costs) * 1000 / megabytes, 2),
-            "mostMiBAbove": round(max(cost.memory for cost in costs) / 2**20, 1),
+            "MBps": round(megabytes / statistics.median(cost.wall_seconds for cost in costs), 1),
+            "cpuSecondsPerGB": round(statistics.median(cost.cpu_seconds for cost in costs) * 1000 / megabytes, 2),
+            "mostMiBAbove": round(max(cost.memory_bytes for cost in costs) / 2**20, 1),
         }
         for task, costs in costs_by_task.items()
     }
     for direction in DIRECTIONS:
-        ours = costs_by_task[f"ours {direction}"]
-        others = {name: costs_by_task[f"{name} {direction}"] for name in OTHERS if f"{name} {direction}" in costs_by_task}
-        for name, theirs in others.items():
-            pairs = zip(theirs, ours, strict=True)
-            figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall / b.wall for a, b in pairs), 3)
-        best = [min(costs) for costs in zip(*([cost.wall for cost in costs] for costs in others.values()), strict=True)]
+        our_costs = costs_by_task[f"ours {direction}"]
+        other_costs = {name: costs_by_task[f"{name} {direction}"] for name in OTHER_CLIENTS if f"{name} {direction}" in costs_by_task}
+        for name, theirs in other_costs.items():
+            pairs = zip(theirs, our_costs, strict=True)
+            figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall_seconds / b.wall_seconds for a, b in pairs), 3)
+        best_seconds = [min(costs) for costs in zip(*([cost.wall_seconds for cost in costs] for costs in other_costs.values()), strict=True)]
         figures[f"ratio {direction} to the best"] = round(
-            statistics.median(a / b.wall for a, b in zip(best, ours, strict=True)), 3
+            statistics.median(a / b.wall_seconds for a, b in zip(best_seconds, our_costs, strict=True)), 3
         )
     return figures
 
@@ -138,9 +138,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.pop("AWS_ENDPOINT_URL", None)
     with open_workspace() as workspace:
-        figures = measure(workspace, options.megabytes, options.rounds)
+        figures = measure_transfers(workspace, options.megabytes, options.rounds)
     print(json.dumps(figures, indent=1))
-    print(record.write("storage_throughput", figures, method=record.method(__doc__)))
+    print(record.write_result("storage_throughput", figures, method=record.extract_method(__doc__)))
 
 
 if __name__ == "__main__":

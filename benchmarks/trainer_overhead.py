@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-TOLERANCE = 1e-6
+LOSS_TOLERANCE = 1e-6
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RunMeasurements:
     began_at: float = 0.0
 
 
-def timing_callback(measurements: RunMeasurements) -> Any:
+def make_timing_callback(measurements: RunMeasurements) -> Any:
     """Create a callback that times the training loop and records the losses."""
     from transformers import TrainerCallback
 
@@ -65,7 +65,7 @@ def timing_callback(measurements: RunMeasurements) -> Any:
     return TimingCallback()
 
 
-class Hooks:
+class MeasuringHooks:
     """The hooks of a rank without a supervisor, and the callback that measures the run."""
 
     def __init__(self, measurements: RunMeasurements) -> None:
@@ -76,7 +76,7 @@ class Hooks:
         """Return the rank's callbacks for checkpoints and reporting, followed by the measuring callback."""
         from finetune_trainer.checkpoint import rank
 
-        return [*rank.create_callbacks(run, channel, inputs), timing_callback(self._measurements)]
+        return [*rank.create_callbacks(run, channel, inputs), make_timing_callback(self._measurements)]
 
     def resume_path(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
@@ -95,7 +95,7 @@ def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
 
     measurements = RunMeasurements()
     channel = Channel.create_recording(folder / "work")
-    train.TrainingSession(run, channel, inputs, Hooks(measurements)).execute()
+    train.TrainingSession(run, channel, inputs, MeasuringHooks(measurements)).execute()
     return measurements
 
 
@@ -141,7 +141,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
         args=args,
         train_dataset=Dataset.load_from_disk(str(tokens)),
         processing_class=tokenizer,
-        callbacks=[timing_callback(measurements)],
+        callbacks=[make_timing_callback(measurements)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -152,14 +152,14 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
 def run_timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run once and measure the whole duration."""
     gc.collect()
-    began = time.perf_counter()
+    began_at = time.perf_counter()
     measurements = program(run, inputs, folder)
-    measurements.run_seconds = time.perf_counter() - began
+    measurements.run_seconds = time.perf_counter() - began_at
     return measurements
 
 
-def measure(
-    rounds: int, steps: int, *, hidden: int, layers: int, length: int, batch: int, method: str
+def measure_pairs(
+    round_count: int, steps: int, *, hidden_size: int, layer_count: int, sequence_length: int, batch_size: int, method: str
 ) -> dict[str, Any]:
     """Measure pairs of alternating runs. Errors: SystemExit if the losses of a pair differ."""
     import torch
@@ -169,47 +169,47 @@ def measure(
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = Path(tempfile.mkdtemp(prefix="trainer-overhead-"))
-    model = make_tiny_model(folder / "model", hidden=hidden, layers=layers, positions=max(512, length))
+    model = make_tiny_model(folder / "model", hidden=hidden_size, layers=layer_count, positions=max(512, sequence_length))
     rows = [
-        {"text": "The quick brown fox jumps over the lazy dog. " * (1 + (7 * i) % (length // 12))} for i in range(64)
+        {"text": "The quick brown fox jumps over the lazy dog. " * (1 + (7 * i) % (sequence_length // 12))} for i in range(64)
     ]
     spec = {
-        "method": {"type": method}, "dataset": {"maxSequenceLength": length}, "tracking": {"loggingSteps": 10},
-        "training": {"maxSteps": steps, "batchSizePerDevice": batch, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+        "method": {"type": method}, "dataset": {"maxSequenceLength": sequence_length}, "tracking": {"loggingSteps": 10},
+        "training": {"maxSteps": steps, "batchSizePerDevice": batch_size, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
     }  # fmt: skip
     run, inputs = make_run(folder, model, spec, rows)
     pairs: list[tuple[RunMeasurements, RunMeasurements]] = []
-    with quiet():
-        for round_number in range(rounds + 1):
+    with suppress_warnings():
+        for round_number in range(round_count + 1):
             order: tuple[Program, Program] = (run_our_trainer, run_plain_trl) if round_number % 2 == 0 else (run_plain_trl, run_our_trainer)
-            measured = {program: run_timed(program, run, inputs, folder) for program in order}
-            if any(abs(measured[run_our_trainer].losses[step] - loss) > TOLERANCE for step, loss in measured[run_plain_trl].losses.items()):
-                raise SystemExit(f"the losses of the two trainings differ: {measured[run_our_trainer].losses} and {measured[run_plain_trl].losses}")
-            pairs += [(measured[run_our_trainer], measured[run_plain_trl])] if round_number else []
+            measurements = {program: run_timed(program, run, inputs, folder) for program in order}
+            if any(abs(measurements[run_our_trainer].losses[step] - loss) > LOSS_TOLERANCE for step, loss in measurements[run_plain_trl].losses.items()):
+                raise SystemExit(f"the losses of the two trainings differ: {measurements[run_our_trainer].losses} and {measurements[run_plain_trl].losses}")
+            pairs += [(measurements[run_our_trainer], measurements[run_plain_trl])] if round_number else []
     shutil.rmtree(folder)
     return {
-        "step": _ratios([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {
+        "step": _compute_ratios([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {
             "oursMs": round(1000 * statistics.median(a.loop_seconds for a, _ in pairs) / steps, 2),
             "bareMs": round(1000 * statistics.median(b.loop_seconds for _, b in pairs) / steps, 2),
         },
-        "run": _ratios([(a.run_seconds, b.run_seconds) for a, b in pairs]) | {
+        "run": _compute_ratios([(a.run_seconds, b.run_seconds) for a, b in pairs]) | {
             "oursSeconds": round(statistics.median(a.run_seconds for a, _ in pairs), 2),
             "bareSeconds": round(statistics.median(b.run_seconds for _, b in pairs), 2),
         },
         "dataWaitShare": round(statistics.median([wait for a, _ in pairs for wait in a.data_wait_shares] or [0.0]), 5),
-        "runs": rounds, "stepsEach": steps, "method": method, "hidden": hidden, "layers": layers, "length": length, "batch": batch,
+        "runs": round_count, "stepsEach": steps, "method": method, "hidden": hidden_size, "layers": layer_count, "length": sequence_length, "batch": batch_size,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def _ratios(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def _compute_ratios(duration_pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """Return the duration of this trainer divided by that of the plain TRL script: for each pair of runs, and the median."""
-    ratios = [a / b for a, b in pairs]
+    ratios = [a / b for a, b in duration_pairs]
     return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios]}
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_warnings() -> Iterator[None]:
     """Suppress warnings of the libraries."""
     import warnings
 
@@ -230,13 +230,13 @@ def main() -> None:
     parser.add_argument("--method", choices=["full", "lora"], default="lora")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    figures = measure(
+    figures = measure_pairs(
         options.rounds,
         options.steps,
-        hidden=options.hidden,
-        layers=options.layers,
-        length=options.length,
-        batch=options.batch,
+        hidden_size=options.hidden,
+        layer_count=options.layers,
+        sequence_length=options.length,
+        batch_size=options.batch,
         method=options.method,
     )
     print(json.dumps(figures, indent=1))
@@ -244,8 +244,8 @@ def main() -> None:
         import record
 
         print(
-            record.write(
-                "trainer_overhead", figures, method=record.method(__doc__).replace("\n", " ")
+            record.write_result(
+                "trainer_overhead", figures, method=record.extract_method(__doc__).replace("\n", " ")
             )
         )
 

@@ -18,7 +18,7 @@ from tests.support.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
-MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
+POD_PYTHONPATH = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
 """PYTHONPATH of a pod; it includes the modules that can replace the training."""
 
 
@@ -30,20 +30,20 @@ class Workspace:
     server: S3Endpoint
 
     @property
-    def keys(self) -> dict[str, str]:
+    def credentials(self) -> dict[str, str]:
         """S3 credentials as environment variables of a pod."""
         return {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
 
-    def target(self, run: str, *, endpoint: str | None = None) -> StoreTarget:
+    def target(self, run_name: str, *, endpoint_url: str | None = None) -> StoreTarget:
         """Storage root of one run."""
-        return StoreTarget(uri=f"s3://{BUCKET}/{run}/team/job/{UID}", endpoint=endpoint or self.server.host_url)
+        return StoreTarget(uri=f"s3://{BUCKET}/{run_name}/team/job/{UID}", endpoint=endpoint_url or self.server.host_url)
 
     def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
         """Return the spec of a small job. `model` contains arguments for make_tiny_model; a model is created when it is first needed."""
-        shape = model or {}
-        name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(shape.items()))])
+        model_arguments = model or {}
+        name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(model_arguments.items()))])
         if not (self.folder / name / "config.json").exists():
-            make_tiny_model(self.folder / name, **shape)
+            make_tiny_model(self.folder / name, **model_arguments)
         if not (self.folder / "rows.jsonl").exists():
             write_rows(self.folder / "rows.jsonl")
         source = {"source": f"file://{self.folder}/{name}"}
@@ -55,11 +55,11 @@ class Workspace:
 
     def pod(
         self, name: str, spec: dict[str, Any], target: StoreTarget, module: str, *,
-        attempt: int = 1, newest: int = 0, env: dict[str, str] | None = None,
+        attempt: int = 1, newest_step: int = 0, env: dict[str, str] | None = None,
     ) -> Pod:  # fmt: skip
         """Create a pod with one rank that runs `module` instead of the training."""
-        run = run_config(spec, target, attempt=attempt, resume=ResumeConfig(mode="auto", expect_step=newest))
-        settings = {"PYTHONPATH": MODULES, "FINETUNE_TRAINER_MODULE": module, **self.keys}
+        run = run_config(spec, target, attempt=attempt, resume=ResumeConfig(mode="auto", expect_step=newest_step))
+        settings = {"PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": module, **self.credentials}
         return Pod(run, self.folder / name, settings | (env or {}))
 
 
@@ -67,14 +67,14 @@ class Workspace:
 def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
     """Start an S3 server in a temporary folder. If `folder` is given, use and keep that folder instead."""
     with contextlib.ExitStack() as stack:
-        workspace = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workspace.mkdir(parents=True, exist_ok=True)
-        server = stack.enter_context(S3Process(workspace / "s3"))
+        workspace_folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workspace_folder.mkdir(parents=True, exist_ok=True)
+        server = stack.enter_context(S3Process(workspace_folder / "s3"))
         client = server.client()
         if BUCKET not in {existing["Name"] for existing in client.list_buckets()["Buckets"]}:
             client.create_bucket(Bucket=BUCKET)
         os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
-        yield Workspace(workspace, server)
+        yield Workspace(workspace_folder, server)
 
 
 def summarize(values: list[float], digits: int = 3) -> dict[str, float | int | None]:
@@ -83,7 +83,7 @@ def summarize(values: list[float], digits: int = 3) -> dict[str, float | int | N
         return {"n": 0, "p50": None, "p99": None, "most": None}
     ordered = sorted(values)
 
-    def percentile(share: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], digits)
+    def percentile(fraction: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(fraction * len(ordered)))], digits)
 
     return {"n": len(ordered), "p50": percentile(0.5), "p99": percentile(0.99), "most": round(ordered[-1], digits)}

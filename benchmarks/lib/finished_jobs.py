@@ -15,8 +15,8 @@ from finetune_api import names
 
 from .load import Client, Object
 
-FTJ = f"/apis/{names.API_VERSION}"
-MERGE = "application/merge-patch+json"
+FINETUNEJOB_API_PATH = f"/apis/{names.API_VERSION}"
+MERGE_PATCH_TYPE = "application/merge-patch+json"
 SERVER_FIELDS = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "finalizers", "ownerReferences")
 
 
@@ -31,39 +31,39 @@ class FinishedJob:
 
 async def read_finished_job(client: Client, namespace: str) -> FinishedJob:
     """Read the first finished job of a namespace, with its Job and one of its pods."""
-    job = (await client.list(f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"))[0]
+    job = (await client.list(f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"))[0]
     name = job["metadata"]["name"]
     attempt = await client.send("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs/{names.attempt_job_name(name, 1)}")
     pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
     return FinishedJob(job, attempt, next(pod for pod in pods if pod["metadata"]["labels"][names.Label.JOB_NAME] == name))
 
 
-async def write_copies(client: Client, namespace: str, template: FinishedJob, count: int, pods: int, clients: int) -> None:
+async def write_copies(client: Client, namespace: str, template: FinishedJob, job_count: int, pod_count: int, client_count: int) -> None:
     """Write `count` copies of a finished job into `namespace`, each with `pods` pods. `clients` clients write at the same time."""
-    numbers = iter(range(count))
+    job_numbers = iter(range(job_count))
 
-    async def work() -> None:
-        for number in numbers:
-            await _write_copy(client, namespace, template, f"left{number}", pods)
+    async def write_remaining() -> None:
+        for number in job_numbers:
+            await _write_copy(client, namespace, template, f"left{number}", pod_count)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(work())
+        for _ in range(client_count):
+            group.create_task(write_remaining())
 
 
-async def _write_copy(client: Client, namespace: str, template: FinishedJob, name: str, pods: int) -> None:
-    finetunejobs, jobs = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}", f"/apis/batch/v1/namespaces/{namespace}/jobs"
-    created = await client.send("POST", finetunejobs, copy_object(template.job, name))
-    await client.send("PUT", f"{finetunejobs}/{name}/status", created | {"status": template.job["status"]})
+async def _write_copy(client: Client, namespace: str, template: FinishedJob, name: str, pod_count: int) -> None:
+    finetunejobs_path, jobs_path = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}", f"/apis/batch/v1/namespaces/{namespace}/jobs"
+    created_job = await client.send("POST", finetunejobs_path, copy_object(template.job, name))
+    await client.send("PUT", f"{finetunejobs_path}/{name}/status", created_job | {"status": template.job["status"]})
     job_name = names.attempt_job_name(name, 1)
-    labels = {names.Label.JOB_NAME.value: name, names.Label.JOB_UID.value: created["metadata"]["uid"]}
+    labels = {names.Label.JOB_NAME.value: name, names.Label.JOB_UID.value: created_job["metadata"]["uid"]}
     attempt = copy_job(template.attempt, job_name, labels)
     attempt["spec"]["suspend"] = True
-    attempt["metadata"]["ownerReferences"] = [_owner_reference(created, names.API_VERSION, names.KIND)]
-    job = await client.send("POST", jobs, attempt)
+    attempt["metadata"]["ownerReferences"] = [_owner_reference(created_job, names.API_VERSION, names.KIND)]
+    job = await client.send("POST", jobs_path, attempt)
     # Patch, do not replace: the Job controller writes the condition Suspended at the same time.
-    await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": template.attempt["status"]}, MERGE)
-    for index in range(pods):
+    await client.send("PATCH", f"{jobs_path}/{job_name}/status", {"status": template.attempt["status"]}, MERGE_PATCH_TYPE)
+    for index in range(pod_count):
         pod = copy_object(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
         pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
         pod["metadata"]["ownerReferences"] = [_owner_reference(job, "batch/v1", "Job")]
@@ -84,11 +84,11 @@ def copy_job(body: Object, name: str, labels: dict[str, str]) -> Object:
 def copy_object(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
     """Copy an object under another name, without the fields that the server sets."""
     copy: Object = json.loads(json.dumps(body))
-    meta = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_FIELDS, "namespace", "generateName")}
-    copy["metadata"] = meta | {"name": name} | ({"labels": meta.get("labels", {}) | labels} if labels else {})
+    metadata = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_FIELDS, "namespace", "generateName")}
+    copy["metadata"] = metadata | {"name": name} | ({"labels": metadata.get("labels", {}) | labels} if labels else {})
     return copy
 
 
-def _owner_reference(body: Object, version: str, kind: str) -> dict[str, Any]:
-    meta = body["metadata"]
-    return {"apiVersion": version, "kind": kind, "name": meta["name"], "uid": meta["uid"], "controller": True}
+def _owner_reference(body: Object, api_version: str, kind: str) -> dict[str, Any]:
+    metadata = body["metadata"]
+    return {"apiVersion": api_version, "kind": kind, "name": metadata["name"], "uid": metadata["uid"], "controller": True}

@@ -15,10 +15,10 @@ from localcluster import Endpoint
 
 from .load import Client
 
-PACKAGE, VERSION = "sigs.k8s.io/kwok/cmd/kwok", "v0.8.0"
+KWOK_PACKAGE, KWOK_VERSION = "sigs.k8s.io/kwok/cmd/kwok", "v0.8.0"
 STEADY_NAMESPACE = "steady"
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = """\
+RUN_STAGES = """\
 apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
 metadata: {{name: node}}
@@ -111,26 +111,26 @@ spec:
 """
 
 
-def program() -> Path:
+def build_program() -> Path:
     """Build KWOK on the first call. Returns the path of the program."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = base / "finetune-operator" / "tools" / f"kwok-{VERSION}" / "kwok"
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = cache_folder / "finetune-operator" / "tools" / f"kwok-{KWOK_VERSION}" / "kwok"
     if not target.exists():
-        subprocess.run([ROOT / "scripts" / "build-tool.sh", PACKAGE, VERSION, target], check=True, stdout=sys.stderr)
+        subprocess.run([ROOT / "scripts" / "build-tool.sh", KWOK_PACKAGE, KWOK_VERSION, target], check=True, stdout=sys.stderr)
     return target
 
 
 async def make_nodes(client: Client, count: int) -> None:
     """Create nodes that are ready, have large capacity and no taints."""
-    amount = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
+    capacity = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
     for number in range(count):
         name = f"simulated-{number}"
         await client.send("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}})
-        ready = {"type": "Ready", "status": "True", "reason": "Simulated"}
-        status = {"capacity": amount, "allocatable": amount, "conditions": [ready]}
-        merge = "application/merge-patch+json"
-        await client.send("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, merge)
-        await client.send("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}}, merge)
+        ready_condition = {"type": "Ready", "status": "True", "reason": "Simulated"}
+        status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready_condition]}
+        merge_patch_type = "application/merge-patch+json"
+        await client.send("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, merge_patch_type)
+        await client.send("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}}, merge_patch_type)
 
 
 class Kwok:
@@ -148,9 +148,9 @@ class Kwok:
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "kwok.yaml"
-        config.write_text((STAGES + END_STAGE + DELETE_STAGE).format(steady=STEADY_NAMESPACE))
+        config.write_text((RUN_STAGES + END_STAGE + DELETE_STAGE).format(steady=STEADY_NAMESPACE))
         argv = [
-            program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config, "--manage-all-nodes",
+            build_program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config, "--manage-all-nodes",
             "--node-lease-duration-seconds", "40",
         ]  # fmt: skip
         with (self._folder / "kwok.log").open("ab") as log:

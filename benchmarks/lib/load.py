@@ -14,7 +14,7 @@ import aiohttp
 from localcluster import Endpoint
 
 Object = dict[str, Any]
-META_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
+METADATA_ONLY_TYPE = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
 
 
 class Client:
@@ -34,11 +34,11 @@ class Client:
     async def __aexit__(self, *raised: object) -> None:
         await self._session.close()
 
-    async def send(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Object:
+    async def send(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Object:
         """Send one request. Errors: RuntimeError with the server's message."""
         data = None if body is None else json.dumps(body).encode()
         url = self._endpoint.server + path
-        async with self._session.request(method, url, data=data, headers={"Content-Type": kind}) as response:
+        async with self._session.request(method, url, data=data, headers={"Content-Type": content_type}) as response:
             text = await response.read()
             if response.status >= 400:
                 raise RuntimeError(f"{method} {path}: {response.status} {text[:300].decode(errors='replace')}")
@@ -56,24 +56,24 @@ class Client:
             if not token:
                 return items
 
-    async def create_all(self, path: str, bodies: list[Object], clients: int) -> dict[str, float]:
+    async def create_all(self, path: str, bodies: list[Object], client_count: int) -> dict[str, float]:
         """Create all objects with `clients` concurrent clients. Returns the times at which the requests were sent, by name."""
-        sent: dict[str, float] = {}
-        remaining = iter(bodies)
+        sent_at_by_name: dict[str, float] = {}
+        remaining_bodies = iter(bodies)
 
         async def create_remaining() -> None:
-            for body in remaining:
-                sent[body["metadata"]["name"]] = time.monotonic()
+            for body in remaining_bodies:
+                sent_at_by_name[body["metadata"]["name"]] = time.monotonic()
                 await self.send("POST", path, body)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(clients):
+            for _ in range(client_count):
                 group.create_task(create_remaining())
-        return sent
+        return sent_at_by_name
 
     async def events(self, path: str, *, version: str, meta_only: bool) -> AsyncIterator[Object]:
         """Watch a collection from a resourceVersion."""
-        headers = {"Accept": META_ONLY} if meta_only else {}
+        headers = {"Accept": METADATA_ONLY_TYPE} if meta_only else {}
         url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={version}"
         incomplete_line = b""
         async with self._session.get(url, headers=headers) as stream:
@@ -88,8 +88,8 @@ class Client:
 class FirstSeen:
     """Watches a collection and records when each object first met the condition `wanted`."""
 
-    def __init__(self, client: Client, path: str, wanted: Callable[[Object], bool] | None = None) -> None:
-        self._client, self._path, self._wanted = client, path, wanted
+    def __init__(self, client: Client, path: str, is_wanted: Callable[[Object], bool] | None = None) -> None:
+        self._client, self._path, self._is_wanted = client, path, is_wanted
         self.first_seen: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -112,7 +112,7 @@ class FirstSeen:
     async def _record_first_seen(self, version: str) -> None:
         """Watch until cancelled. If the server ends a slow watch, start a new watch from the last resourceVersion."""
         while True:
-            async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
+            async for event in self._client.events(self._path, version=version, meta_only=self._is_wanted is None):
                 if event["type"] == "ERROR":
                     raise RuntimeError(f"watch {self._path}: {event['object'].get('message')}")
                 version = event["object"]["metadata"]["resourceVersion"]
@@ -122,11 +122,11 @@ class FirstSeen:
         body, name = event["object"], event["object"]["metadata"].get("name", "")
         if event["type"] not in ("ADDED", "MODIFIED") or name in self.first_seen:
             return
-        if self._wanted is None or self._wanted(body):
+        if self._is_wanted is None or self._is_wanted(body):
             self.first_seen[name] = time.monotonic()
             self._changed.set()
 
-    async def wait(self, count: int, timeout_seconds: float) -> float:
+    async def wait_for_count(self, count: int, timeout_seconds: float) -> float:
         """Wait until `count` objects have been seen. Returns the time when the last one was first seen. Errors: TimeoutError after
         `timeout_seconds`.
         """
@@ -139,22 +139,22 @@ class FirstSeen:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError:
-                seen = len(self.first_seen)
-                raise TimeoutError(f"{seen} of {count} seen at {self._path} in {timeout_seconds:.0f} s") from None
+                seen_count = len(self.first_seen)
+                raise TimeoutError(f"{seen_count} of {count} seen at {self._path} in {timeout_seconds:.0f} s") from None
         return sorted(self.first_seen.values())[count - 1]
 
 
-def condition_true(kind: str) -> Callable[[Object], bool]:
+def condition_true(condition_type: str) -> Callable[[Object], bool]:
     """Return a function that says whether an object's condition of type `kind` is True."""
 
-    def check(body: Object) -> bool:
+    def is_condition_true(body: Object) -> bool:
         conditions = (body.get("status") or {}).get("conditions") or []
-        return any(condition["type"] == kind and condition["status"] == "True" for condition in conditions)
+        return any(condition["type"] == condition_type and condition["status"] == "True" for condition in conditions)
 
-    return check
+    return is_condition_true
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: list[float], fraction: float) -> float:
     """Percentile by the nearest-rank method; 0 if there are no values."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0

@@ -19,8 +19,8 @@ from aiohttp import web
 from localcluster import Endpoint
 from localcluster.ports import free_ports
 
-PREFIX = "finetune_operator"
-WRITES = ("create", "update", "patch", "delete")
+METRIC_PREFIX = "finetune_operator"
+WRITE_VERBS = ("create", "update", "patch", "delete")
 
 
 class Operator:
@@ -46,9 +46,9 @@ class Operator:
         with (self._folder / "operator.log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env)
         while True:
-            samples = self.metrics()
-            if samples.get(f"{PREFIX}_leader") == 1 and (
-                not samples.get(f"{PREFIX}_queue_depth") or _total(samples, f"{PREFIX}_reconcile_seconds_count")
+            samples = self.read_metrics()
+            if samples.get(f"{METRIC_PREFIX}_leader") == 1 and (
+                not samples.get(f"{METRIC_PREFIX}_queue_depth") or _sum_samples(samples, f"{METRIC_PREFIX}_reconcile_seconds_count")
             ):
                 return time.monotonic() - started_at
             if self._process.poll() is not None:
@@ -67,7 +67,7 @@ class Operator:
         assert self._process is not None, "the operator is not started"
         return self._process.pid
 
-    def metrics(self) -> dict[str, float]:
+    def read_metrics(self) -> dict[str, float]:
         """Metric samples by `name{labels}`; empty while the operator does not respond."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as response:
@@ -77,13 +77,13 @@ class Operator:
         pairs = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
 
-    def requests(self) -> Counter[str]:
+    def count_requests(self) -> Counter[str]:
         """Number of requests that the operator has sent to the API server, by `verb resource`."""
         counts: Counter[str] = Counter()
-        for name, value in self.metrics().items():
-            if name.startswith(f"{PREFIX}_api_requests_total{{"):
+        for name, value in self.read_metrics().items():
+            if name.startswith(f"{METRIC_PREFIX}_api_requests_total{{"):
                 labels = dict(part.split("=", 1) for part in name.partition("{")[2].rstrip("}").split(","))
-                counts[f"{_plain(labels['verb'])} {_plain(labels['resource'])}"] += int(value)
+                counts[f"{_strip_quotes(labels['verb'])} {_strip_quotes(labels['resource'])}"] += int(value)
         return counts
 
     def __enter__(self) -> Self:
@@ -96,16 +96,16 @@ class Operator:
             self._process.wait()
 
 
-def writes(requests: Counter[str]) -> int:
+def count_writes(requests: Counter[str]) -> int:
     """Count write requests, except those for events: the operator sends events in the background and may drop them."""
-    return sum(count for label, count in requests.items() if label.startswith(WRITES) and not label.endswith(" events"))
+    return sum(count for label, count in requests.items() if label.startswith(WRITE_VERBS) and not label.endswith(" events"))
 
 
-def _plain(text: str) -> str:
+def _strip_quotes(text: str) -> str:
     return text.strip('"')
 
 
-def _total(samples: dict[str, float], name: str) -> float:
+def _sum_samples(samples: dict[str, float], name: str) -> float:
     return sum(value for label, value in samples.items() if label.partition("{")[0] == name)
 
 
@@ -117,17 +117,17 @@ class LagSampler:
         self.samples: list[float] = []
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._sample())
+        self._task = asyncio.create_task(self._read_samples())
         return self
 
     async def __aexit__(self, *raised: object) -> None:
         self._task.cancel()
 
-    async def _sample(self) -> None:
+    async def _read_samples(self) -> None:
         while True:
-            samples = await asyncio.to_thread(self._operator.metrics)
-            if f"{PREFIX}_event_loop_lag_seconds" in samples:
-                self.samples.append(samples[f"{PREFIX}_event_loop_lag_seconds"])
+            samples = await asyncio.to_thread(self._operator.read_metrics)
+            if f"{METRIC_PREFIX}_event_loop_lag_seconds" in samples:
+                self.samples.append(samples[f"{METRIC_PREFIX}_event_loop_lag_seconds"])
             await asyncio.sleep(1)
 
 
@@ -137,7 +137,7 @@ class ProgressServer:
     def __init__(self) -> None:
         self.uids: dict[tuple[str, str], str] = {}
         """UIDs of the FineTuneJobs, by namespace and name."""
-        self.started = time.time()
+        self.started_at = time.time()
         self.port = 0
 
     @property
@@ -162,11 +162,11 @@ class ProgressServer:
             raise web.HTTPNotFound
         report: dict[str, Any] = {
             "attempt": int(attempt), "uid": uid, "stage": "training",
-            "progress": {"step": self.now(), "totalSteps": 1_000_000, "epoch": 0.1, "tokensPerSecond": 1000},
+            "progress": {"step": self.current_step(), "totalSteps": 1_000_000, "epoch": 0.1, "tokensPerSecond": 1000},
             "metrics": {"trainLoss": 1.0, "learningRate": 1e-4},
         }  # fmt: skip
         return web.Response(body=json.dumps(report), content_type="application/json")
 
-    def now(self) -> int:
+    def current_step(self) -> int:
         """The step that all pods now report."""
-        return 1 + int(time.time() - self.started)
+        return 1 + int(time.time() - self.started_at)

@@ -36,7 +36,7 @@ class FastControlPlane(ControlPlane):
 
 
     @contextlib.contextmanager
-    def scheduling(self) -> Iterator[None]:
+    def run_scheduler(self) -> Iterator[None]:
         """Run the scheduler while the `with` block runs. At other times, new pods are not bound to nodes."""
         server = self._spawn("kube-scheduler", components.scheduler(build.ensure(build.KUBE), self.state_dir))
         try:
@@ -47,18 +47,18 @@ class FastControlPlane(ControlPlane):
 
 
 @dataclass(frozen=True)
-class Usage:
+class CpuUsage:
     """CPU seconds by program."""
 
-    seconds: dict[str, float]
+    seconds_by_program: dict[str, float]
 
     @classmethod
-    def of(cls, pids: dict[str, int]) -> Usage:
+    def measure(cls, pids: dict[str, int]) -> CpuUsage:
         return cls({name: cpu_seconds(pid) for name, pid in pids.items()})
 
-    def since(self, before: Usage) -> dict[str, float]:
+    def used_since(self, earlier: CpuUsage) -> dict[str, float]:
         """CPU seconds used since `before`, by program."""
-        return {name: round(used - before.seconds.get(name, 0.0), 2) for name, used in self.seconds.items()}
+        return {name: round(used - earlier.seconds_by_program.get(name, 0.0), 2) for name, used in self.seconds_by_program.items()}
 
 
 def cpu_seconds(pid: int) -> float:

@@ -20,15 +20,15 @@ preload = train.preload
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     original_heartbeat, original_staged = channel.report_step, channel.report_staged_files
 
-    def heartbeat(step: int) -> None:
+    def record_heartbeat(step: int) -> None:
         record(channel, step=step, ended=time.monotonic())
         original_heartbeat(step)
 
-    def staged(step: int, folder: Any, **values: Any) -> None:
+    def record_staged(step: int, folder: Any, **values: Any) -> None:
         record(channel, step=step, stall=values["stallSeconds"])
         original_staged(step, folder, **values)
 
-    channel.report_step, channel.report_staged_files = heartbeat, staged  # type: ignore[method-assign] # to be timed
+    channel.report_step, channel.report_staged_files = record_heartbeat, record_staged  # type: ignore[method-assign] # to be timed
     train.main(run, channel, inputs)
 
 

@@ -18,9 +18,9 @@ def test_a_run_with_many_kills_equals_an_uninterrupted_one(tmp_path: Path) -> No
     options = argparse.Namespace(steps=60, every=2, kills=15, pause=0.05)
     run_record = repeated_kills.RunRecord()
     with open_workspace(tmp_path) as workspace:
-        while not run_record.done:
+        while not run_record.is_finished:
             repeated_kills.run_attempt(workspace, options, run_record, random.Random(run_record.attempt))
-        figures = repeated_kills.figures_of(workspace, options, run_record)
+        figures = repeated_kills.compute_figures(workspace, options, run_record)
     assert figures["curveEqual"] and figures["statesCompared"] >= 60
     assert run_record.kills > 5 and sum(run_record.codes.values()) == run_record.attempt
     assert {code.split()[1] for code in run_record.codes} <= {"0", "74", "75", "-9"}, run_record.codes
