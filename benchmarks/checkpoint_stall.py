@@ -2,12 +2,12 @@
 
     python -m benchmarks.checkpoint_stall
 
-Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to
-a real S3 server on the same machine. The stall is the time for which a checkpoint stops training: from the decision to save a step until the
-rank notifies the supervisor, measured on the rank's clock. Two training states are saved after every second step: a LoRA adapter with its
-optimizer, and a full model with its optimizer (1 GB). Then the same LoRA training runs alternately without checkpoints and with a checkpoint
-after every 10th step. A proxy limits each upload to 1 MB/s. Each pair of consecutive runs yields a ratio: the median step time with
-checkpoints (without the steps that save) divided by the median step time without checkpoints. The result is the median of these ratios.
+Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to a real S3 server on
+the same machine. The stall is the time for which a checkpoint stops training: from the decision to save a step until the rank notifies the
+supervisor, measured on the rank's clock. The benchmark measures two training states in turn: a LoRA adapter with its optimizer, and a full model with
+its optimizer (1 GB). Each is saved after every second step. Then the same LoRA training runs alternately without checkpoints and with a checkpoint
+after every 10th step. A proxy limits each upload to 1 MB/s. Each pair of consecutive runs yields a ratio: the median step time with checkpoints
+(without the steps that save) divided by the median step time without checkpoints. The result is the median of these ratios.
 """
 
 from __future__ import annotations

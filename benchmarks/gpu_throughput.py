@@ -72,7 +72,7 @@ def make_model(folder: Path, shape_name: str, sequence_length: int) -> Path:
 
 
 def make_rows(sequence_length: int, sequence_count: int) -> list[dict[str, str]]:
-    """Create random rows of different lengths. Packed together, they fill at least `sequences` sequences."""
+    """Create random rows of different lengths. Packed together, they fill at least `sequence_count` sequences."""
     rng = random.Random(0)
     words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
     rows_of_text, tokens = [], 0

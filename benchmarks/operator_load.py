@@ -70,7 +70,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class BurstVariant:
-    """The kind of objects that a burst creates. `done` returns whether an object has finished."""
+    """The kind of objects that a burst creates. `is_finished` returns whether an object has finished."""
 
     name: str
     api_path: str

@@ -2,13 +2,13 @@
 
     python -m benchmarks.recovery --kills 12
 
-Method. The real trainer trains a tiny Llama with LoRA on one rank with the real supervisor and a real S3 server, on this machine's CPU. The
-rank is killed with SIGKILL at a random time after a commit. `detect` is the time until the pod has ended with its termination message. This
-program starts the next attempt at once, and requests its progress every 10 ms until its first new step. first_step.py measures the time for
-creating a Job and starting a pod. The pod measures its own stages. In `starting` and `downloading`, the supervisor checks the storage and
-downloads model and data, while the rank imports its libraries. In `restoring`, the checkpoint is downloaded and verified. `loading` covers
-the remaining imports and loading the model. `training` covers loading the optimizer state, skipping used data, and the first step. The first
-kill warms the page cache and is not counted.
+Method. The real trainer trains a tiny Llama with LoRA on one rank with the real supervisor and a real S3 server, on this machine's CPU. The rank is
+killed with SIGKILL at a random time after a commit. `detect` is the time from the kill until the pod has exited and its termination message is
+readable. This program starts the next attempt at once, and requests its progress every 10 ms until its first new step. first_step.py measures the
+time for creating a Job and starting a pod. The pod measures its own stages. In `starting` and `downloading`, the supervisor checks the storage and
+downloads model and data, while the rank imports its libraries. In `restoring`, the checkpoint is downloaded and verified. `loading` covers the
+remaining imports and loading the model. `training` covers loading the optimizer state, skipping used data, and the first step. The first kill warms
+the page cache and is not counted.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def expected_states(steps: int) -> list[str]:
     return states
 
 
-def compare_states(tree: CheckpointTree, steps: int) -> int:
-    """Compare all logged states with the expected states. Returns their number. Fails if a state differs or a step has no logged state."""
+def compare_states(tree: Tree, steps: int) -> int:
+    """Compare all logged states with those of an uninterrupted run. Returns their number. Fails if a state differs, or if a step logged no state."""
     states, compared_count = expected_states(steps), 0
     logged_steps: set[int] = set()
     for stat in tree.store.list("metrics/"):

@@ -7,8 +7,8 @@ Three clients transfer the same file alternately, in a random order in each roun
 (`upload_file`, `download_file`) and, if installed, obstore (`put`, and `get` streamed to a file). Only the trainer's download also computes a
 hash. Before an upload, the trainer hashes the file; this time is reported separately as `sha256`. The figures of a client are its median MB/s
 over the rounds, its CPU seconds per GB (all threads of this process) and its largest memory increase (the kernel's high-water mark is reset
-before each transfer). One ratio compares the trainer's throughput with that of each other client. Another ratio compares it with the fastest
-other client in the same round.
+before each transfer). For each other client, one ratio is reported: the trainer's throughput divided by that client's. One more ratio divides
+the trainer's throughput by that of the fastest other client in the same round.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TransferCost:
 
 
 def measure_transfer(transfer: Callable[[], object]) -> TransferCost:
-    """Run `work` and measure its cost."""
+    """Run `transfer` and measure its cost."""
     Path("/proc/self/clear_refs").write_text("5")
     kib_before = _read_memory_kib("VmRSS")
     wall_start, cpu_start = time.perf_counter(), time.process_time()

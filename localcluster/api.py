@@ -55,7 +55,7 @@ class Endpoint:
         query = "?fieldManager=localcluster&force=true"
         return self.request("PATCH", path + query, manifest, content_type="application/apply-patch+yaml")
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether `/readyz` succeeds."""
         try:
             return bool(self.get("/readyz") == "ok")

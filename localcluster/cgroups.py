@@ -9,33 +9,33 @@ import time
 from pathlib import Path
 
 from localcluster.errors import StartFailed
-from localcluster.layout import CGROUP
+from localcluster.layout import PARENT_CGROUP
 
-ROOT = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPU_WEIGHT_FACTOR = 4
 """CPU weight of the cgroup that holds all containers, as a multiple of the default weight of a cgroup."""
 
 
-def hierarchies() -> list[Path]:
+def list_hierarchies() -> list[Path]:
     """List the mounted cgroup hierarchies: cgroup v2 has a single hierarchy, cgroup v1 has one per controller."""
-    if (ROOT / "cgroup.controllers").exists():
-        return [ROOT]
-    return [path for path in ROOT.iterdir() if path.is_dir() and not path.is_symlink()]
+    if (CGROUP_ROOT / "cgroup.controllers").exists():
+        return [CGROUP_ROOT]
+    return [path for path in CGROUP_ROOT.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
-def create(nodes: list[str]) -> None:
+def create_cgroups(node_names: list[str]) -> None:
     """Create a cgroup for each node."""
-    for hierarchy in hierarchies():
-        parent = hierarchy / CGROUP
-        for node in nodes:
-            (parent / node).mkdir(parents=True, exist_ok=True)
-        if hierarchy == ROOT:
-            for folder in (ROOT, parent):
+    for hierarchy in list_hierarchies():
+        parent_cgroup = hierarchy / PARENT_CGROUP
+        for node in node_names:
+            (parent_cgroup / node).mkdir(parents=True, exist_ok=True)
+        if hierarchy == CGROUP_ROOT:
+            for folder in (CGROUP_ROOT, parent_cgroup):
                 names = (folder / "cgroup.controllers").read_text().split()
                 (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
-        elif (parent / "cpuset.cpus").exists():
-            _inherit_cpuset(parent, [parent / node for node in nodes])
-        _set_weight(parent)
+        elif (parent_cgroup / "cpuset.cpus").exists():
+            _inherit_cpuset(parent_cgroup, [parent_cgroup / node for node in node_names])
+        _set_weight(parent_cgroup)
 
 
 def _set_weight(folder: Path) -> None:
@@ -45,36 +45,36 @@ def _set_weight(folder: Path) -> None:
             (folder / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))
 
 
-def _inherit_cpuset(parent: Path, nodes: list[Path]) -> None:
+def _inherit_cpuset(parent_cgroup: Path, node_cgroups: list[Path]) -> None:
     """Copy the cpuset from each cgroup's parent. In cgroup v1 a new cpuset is empty, and no process can run in it."""
-    for folder in [parent, *nodes]:
+    for folder in [parent_cgroup, *node_cgroups]:
         for name in ("cpuset.cpus", "cpuset.mems"):
             (folder / name).write_text((folder.parent / name).read_text())
 
 
-def existing() -> list[Path]:
+def list_cgroups() -> list[Path]:
     """List the existing cgroups of local clusters, deepest first."""
-    return [Path(top) for h in hierarchies() for top, _, _ in os.walk(h / CGROUP, topdown=False)]
+    return [Path(top) for h in list_hierarchies() for top, _, _ in os.walk(h / PARENT_CGROUP, topdown=False)]
 
 
-def kill(node: str) -> None:
+def kill_node(node_name: str) -> None:
     """Kill all containers of a node at once, as a power cut would."""
-    for hierarchy in hierarchies():
-        for top, _, _ in os.walk(hierarchy / CGROUP / node):
+    for hierarchy in list_hierarchies():
+        for top, _, _ in os.walk(hierarchy / PARENT_CGROUP / node_name):
             with contextlib.suppress(OSError):
                 for pid in (Path(top) / "cgroup.procs").read_text().split():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
 
 
-def remove(timeout: float = 10.0) -> None:
-    """Remove all cgroups. The caller must have killed their processes. Errors: StartFailed if a cgroup is still in use after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while folders := existing():
+def remove_cgroups(timeout_seconds: float = 10.0) -> None:
+    """Remove all cgroups. The caller must have killed their processes. Errors: StartFailed if a cgroup is still in use after `timeout_seconds`."""
+    deadline = time.monotonic() + timeout_seconds
+    while folders := list_cgroups():
         for folder in folders:
             with contextlib.suppress(OSError):  # still in use: the kernel has not yet removed the last killed process
                 folder.rmdir()
         if time.monotonic() > deadline:
             raise StartFailed(f"cgroups cannot be removed: {', '.join(str(f) for f in folders[:3])}")
-        if existing():
+        if list_cgroups():
             time.sleep(0.02)

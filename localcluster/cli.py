@@ -13,13 +13,13 @@ import typer
 
 from localcluster import build, images, paths, requirements
 from localcluster.api import Endpoint
-from localcluster.control_plane import MODE as CONTROL_PLANE
+from localcluster.control_plane import CONTROL_PLANE_MODE as CONTROL_PLANE
 from localcluster.control_plane import NODE_MODE as NODE
 from localcluster.control_plane import ControlPlane, read_mode
 from localcluster.errors import LocalClusterError, NotRunning
-from localcluster.node_cluster import NodeCluster, ready_nodes
+from localcluster.node_cluster import NodeCluster, list_ready_nodes
 from localcluster.processes import Lifetime
-from localcluster.steps import shown
+from localcluster.steps import shown_step
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 node_app = typer.Typer(help="Make a node fail, and recover it.", no_args_is_help=True)
@@ -35,15 +35,15 @@ class Mode(StrEnum):
     NODE = NODE
 
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 """Exit code after Ctrl-C or SIGTERM."""
-Name = Annotated[str, typer.Option(help="Name of the cluster.")]
-State = Annotated[Path | None, typer.Option(help="Folder for the cluster's state (default: a folder in the cache).", file_okay=False)]
+NameOption = Annotated[str, typer.Option(help="Name of the cluster.")]
+StateOption = Annotated[Path | None, typer.Option(help="Folder for the cluster's state (default: a folder in the cache).", file_okay=False)]
 
 
-def folder(name: str, state: Path | None) -> Path:
+def state_folder(name: str, state: Path | None) -> Path:
     """Return the state folder: `state` if it is given, else the default folder of the cluster `name`."""
-    return (state or paths.state(name)).absolute()
+    return (state or paths.default_state_folder(name)).absolute()
 
 
 @app.command()
@@ -51,17 +51,17 @@ def up(
     mode: Annotated[Mode, typer.Option(help="node: start nodes that run pods (needs root); control-plane: start no nodes.")] = Mode.NODE,
     nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (only with --mode node).")] = 1,
     gpus: Annotated[int, typer.Option(min=0, max=64, help="Number of simulated GPUs per node (only with --mode node).")] = 0,
-    name: Name = "default",
-    state: State = None,
+    name: NameOption = "default",
+    state: StateOption = None,
 ) -> None:
     """Start a cluster unless it is running, and print its KUBECONFIG and S3 address."""
-    state_dir = folder(name, state)
+    state_dir = state_folder(name, state)
     if mode is Mode.CONTROL_PLANE:
         if nodes != 1 or gpus:
             raise typer.BadParameter("--nodes and --gpus need --mode node: a control plane alone has no nodes")
-        endpoint = ControlPlane(state_dir, lifetime=Lifetime.DETACHED, step=shown).up()
+        endpoint = ControlPlane(state_dir, lifetime=Lifetime.UNTIL_STOPPED, step=shown_step).up()
     else:
-        cluster = NodeCluster(state_dir, nodes=nodes, gpus=gpus, lifetime=Lifetime.DETACHED, step=shown).up()
+        cluster = NodeCluster(state_dir, nodes=nodes, gpus=gpus, lifetime=Lifetime.UNTIL_STOPPED, step=shown_step).up()
         endpoint = cluster.endpoint
         typer.echo(f"# S3: {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
     typer.echo(f"export KUBECONFIG={endpoint.kubeconfig}")
@@ -69,13 +69,13 @@ def up(
 
 @app.command()
 def down(
-    name: Name = "default",
-    state: State = None,
+    name: NameOption = "default",
+    state: StateOption = None,
     purge: Annotated[bool, typer.Option(help="Also remove the images that the nodes have cached.")] = False,
 ) -> None:
     """Stop a cluster. Keep the nodes' images for the next cluster."""
-    state_dir = folder(name, state)
-    with shown(f"stop the cluster in {state_dir}"):
+    state_dir = state_folder(name, state)
+    with shown_step(f"stop the cluster in {state_dir}"):
         if read_mode(state_dir) == CONTROL_PLANE or os.geteuid() != 0:
             ControlPlane(state_dir).down()
         else:
@@ -85,88 +85,88 @@ def down(
 
 def open_endpoint(state_dir: Path) -> Endpoint:
     """Return the API server endpoint of the cluster in `state_dir`. Errors: NotRunning."""
-    running = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE else ControlPlane(state_dir).running()
-    if running is None or not running.ready():
+    endpoint = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE else ControlPlane(state_dir).running_endpoint()
+    if endpoint is None or not endpoint.is_ready():
         raise NotRunning(f"no cluster is running in {state_dir}: run `localcluster up`")
-    return running
+    return endpoint
 
 
 @app.command()
-def status(name: Name = "default", state: State = None) -> None:
+def status(name: NameOption = "default", state: StateOption = None) -> None:
     """Show API server, nodes and S3 of a running cluster. Exits with code 1 if the cluster is not running."""
-    state_dir = folder(name, state)
+    state_dir = state_folder(name, state)
     endpoint = open_endpoint(state_dir)
     typer.echo(f"mode    {read_mode(state_dir)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
     if read_mode(state_dir) == NODE:
         cluster = NodeCluster(state_dir)
-        ready = ready_nodes(endpoint)
-        states = ", ".join(f"{n.name} {'Ready' if n.name in ready else 'NotReady'}" for n in cluster.plan.nodes)
+        ready_names = list_ready_nodes(endpoint)
+        states = ", ".join(f"{n.name} {'Ready' if n.name in ready_names else 'NotReady'}" for n in cluster.plan.nodes)
         typer.echo(f"nodes   {states}\ns3      {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
 
 
 @app.command()
-def kubeconfig(name: Name = "default", state: State = None) -> None:
+def kubeconfig(name: NameOption = "default", state: StateOption = None) -> None:
     """Print the path of the kubeconfig, for use in: export KUBECONFIG=$(localcluster kubeconfig)."""
-    typer.echo(open_endpoint(folder(name, state)).kubeconfig)
+    typer.echo(open_endpoint(state_folder(name, state)).kubeconfig)
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
-def kubectl(context: typer.Context, name: Name = "default", state: State = None) -> NoReturn:
+def kubectl(context: typer.Context, name: NameOption = "default", state: StateOption = None) -> NoReturn:
     """Run kubectl on the cluster, for example: localcluster kubectl -- get pods -A."""
-    program = build.ensure(build.KUBE, shown)
-    config = open_endpoint(folder(name, state)).kubeconfig
+    program = build.ensure_built(build.KUBE_PROGRAM, shown_step)
+    config = open_endpoint(state_folder(name, state)).kubeconfig
     os.execv(program, [str(program), "kubectl", "--kubeconfig", str(config), *context.args])
 
 
 @app.command("load-image")
 def load_image(
     image: Annotated[str, typer.Argument(help="Folder with an OCI layout, or tag of an image from `localcluster images build`.")],
-    name: Name = "default",
-    state: State = None,
+    name: NameOption = "default",
+    state: StateOption = None,
 ) -> None:
     """Load an image into all nodes."""
     source = Path(image) if Path(image).is_dir() else image
-    typer.echo(NodeCluster(folder(name, state), step=shown).load_image(source))
+    typer.echo(NodeCluster(state_folder(name, state), step=shown_step).load_image(source))
 
 
 @app.command("build")
 def build_programs() -> None:
     """Build the cluster's programs from Go modules unless they are cached."""
-    for program in build.PROGRAMS:
-        typer.echo(build.ensure(program, shown))
+    for program in build.PROGRAM_BY_NAME:
+        typer.echo(build.ensure_built(program, shown_step))
 
 
 @app.command()
 def packages(install: Annotated[bool, typer.Option(help="Install missing packages with apt.")] = False) -> None:
     """Check the Debian packages that nodes and image builds need."""
-    wanted = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES}
-    missing = requirements.missing_packages(wanted)
-    if missing and install:
-        with shown(f"install {' '.join(missing)}"):
-            requirements.install(missing)
-    requirements.check_packages(wanted)
-    typer.echo(f"present: {' '.join(sorted(set(wanted.values())))}")
+    package_by_program = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES}
+    missing_names = requirements.list_missing_packages(package_by_program)
+    if missing_names and install:
+        with shown_step(f"install {' '.join(missing_names)}"):
+            requirements.install_packages(missing_names)
+    requirements.check_packages(package_by_program)
+    typer.echo(f"present: {' '.join(sorted(set(package_by_program.values())))}")
 
 
 @node_app.command("stop")
-def node_stop(node: str, name: Name = "default", state: State = None) -> None:
+def node_stop(node: str, name: NameOption = "default", state: StateOption = None) -> None:
     """Stop the node's kubelet. The node becomes NotReady, and its containers keep running."""
-    NodeCluster(folder(name, state)).stop_kubelet(node)
+    NodeCluster(state_folder(name, state)).stop_kubelet(node)
 
 
 @node_app.command("kill")
-def node_kill(node: str, name: Name = "default", state: State = None) -> None:
+def node_kill(node: str, name: NameOption = "default", state: StateOption = None) -> None:
     """Simulate a power cut: kill kubelet, containerd and all containers of the node."""
-    NodeCluster(folder(name, state)).power_off(node)
+    NodeCluster(state_folder(name, state)).power_off(node)
 
 
 @node_app.command("start")
-def node_start(node: str, name: Name = "default", state: State = None) -> None:
+def node_start(node: str, name: NameOption = "default", state: StateOption = None) -> None:
     """Start the node again and wait until it is ready."""
-    with shown(f"start {node}"):
-        NodeCluster(folder(name, state)).start_node(node)
+    with shown_step(f"start {node}"):
+        NodeCluster(state_folder(name, state)).start_node(node)
 
 
 @images_app.command("build")
@@ -174,8 +174,8 @@ def images_build(
     which: Annotated[list[images.ImageName], typer.Argument(help="operator, trainer, s3, or all.")],
 ) -> None:
     """Build images as OCI layouts in the cache, and print the tag and folder of each."""
-    for built in images.build(which, shown):
-        typer.echo(f"{built.tag} {built.layout}")
+    for built_image in images.build_images(which, shown_step):
+        typer.echo(f"{built_image.tag} {built_image.layout_folder}")
 
 
 def main() -> None:
@@ -187,6 +187,6 @@ def main() -> None:
         print(f"localcluster: {error.message}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as exit_request:
-        if exit_request.code == INTERRUPTED:
+        if exit_request.code == INTERRUPTED_EXIT_CODE:
             print("localcluster: interrupted; all started processes were stopped", file=sys.stderr)
         raise

@@ -17,17 +17,17 @@ DNS_DOMAIN = "cluster.local"
 
 @dataclass(frozen=True)
 class ControlPlaneAddresses:
-    """Addresses of the control plane. The API server listens on the address `bind`; pods connect to the address `advertise`."""
+    """Addresses of the control plane. The API server listens on `bind_address`; pods connect to `advertise_address`."""
 
-    bind: str
-    advertise: str
+    bind_address: str
+    advertise_address: str
     port: int
     etcd_port: int
     etcd_peer_port: int
 
     @property
     def server(self) -> str:
-        return f"https://{self.advertise}:{self.port}"
+        return f"https://{self.advertise_address}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,26 @@ class User:
         return f"{self.token},{self.name},{self.name},{self.group}\n"
 
 
-def etcd(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
+def etcd_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
     """Command line of etcd. fsync is off, because etcd's data are removed when the cluster ends."""
-    client, peer = f"http://127.0.0.1:{addresses.etcd_port}", f"http://127.0.0.1:{addresses.etcd_peer_port}"
+    client_url, peer_url = f"http://127.0.0.1:{addresses.etcd_port}", f"http://127.0.0.1:{addresses.etcd_peer_port}"
     return [
-        str(kube), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
-        "--listen-client-urls", client, "--advertise-client-urls", client,
-        "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}",
+        str(kube_program), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
+        "--listen-client-urls", client_url, "--advertise-client-urls", client_url,
+        "--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url, "--initial-cluster", f"default={peer_url}",
     ]
 
 
-def api_server(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
+def api_server_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
     """Command line of the API server, with a token file and a self-signed serving certificate.
 
     If the address is a loopback address, the endpoint reconciler is off, because pods could not connect to this address.
     """
-    loopback = addresses.advertise.startswith("127.")
+    is_loopback = addresses.advertise_address.startswith("127.")
     return [
-        str(kube), "kube-apiserver", "--etcd-servers", f"http://127.0.0.1:{addresses.etcd_port}",
-        "--secure-port", str(addresses.port), "--bind-address", addresses.bind, "--advertise-address", addresses.advertise,
-        "--endpoint-reconciler-type", "none" if loopback else "lease",
+        str(kube_program), "kube-apiserver", "--etcd-servers", f"http://127.0.0.1:{addresses.etcd_port}",
+        "--secure-port", str(addresses.port), "--bind-address", addresses.bind_address, "--advertise-address", addresses.advertise_address,
+        "--endpoint-reconciler-type", "none" if is_loopback else "lease",
         "--cert-dir", str(folder / "certs"), "--token-auth-file", str(folder / "tokens.csv"),
         "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
         "--service-account-issuer", f"https://kubernetes.default.svc.{DNS_DOMAIN}",
@@ -74,34 +74,34 @@ def api_server(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> li
     ]
 
 
-def controller_manager(kube: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
+def controller_manager_command(kube_program: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
     """Command line of the controller manager. A node without heartbeat for `node_grace_seconds` becomes NotReady."""
     return [
-        str(kube), "kube-controller-manager", "--kubeconfig", str(folder / "kubeconfig"),
+        str(kube_program), "kube-controller-manager", "--kubeconfig", str(folder / "kubeconfig"),
         "--service-account-private-key-file", str(folder / "sa.key"), "--root-ca-file", str(folder / "ca.crt"),
         "--use-service-account-credentials=false", "--leader-elect=false", "--secure-port", "0",
         "--node-monitor-period", "2s", "--node-monitor-grace-period", f"{node_grace_seconds}s",
     ]
 
 
-def scheduler(kube: Path, folder: Path) -> list[str]:
+def scheduler_command(kube_program: Path, folder: Path) -> list[str]:
     """Command line of the scheduler."""
     return [
-        str(kube), "kube-scheduler", "--kubeconfig", str(folder / "kubeconfig"), "--leader-elect=false",
+        str(kube_program), "kube-scheduler", "--kubeconfig", str(folder / "kubeconfig"), "--leader-elect=false",
         "--secure-port", "0",
     ]
 
 
-def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
+def kubelet_command(kube_program: Path, folder: Path, *, node_name: str, node_address: str) -> list[str]:
     """Command line of one node's kubelet, with its files below the node's `folder`."""
     return [
-        str(kube), "kubelet", "--config", str(folder / "kubelet.json"), "--kubeconfig", str(folder / "kubeconfig"),
+        str(kube_program), "kubelet", "--config", str(folder / "kubelet.json"), "--kubeconfig", str(folder / "kubeconfig"),
         "--root-dir", str(folder / "kubelet"), "--cert-dir", str(folder / "kubelet-certs"),
-        "--hostname-override", node, "--node-ip", address, "--v", "1",
+        "--hostname-override", node_name, "--node-ip", node_address, "--v", "1",
     ]
 
 
-def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
+def kubelet_configuration(folder: Path, *, containerd_socket: str, dns_address: str, cgroup_root: str, lease_seconds: int) -> str:
     """The kubelet's configuration file. Eviction thresholds are low, because the disk may be nearly full. Image garbage collection is off."""
     return json.dumps(
         {
@@ -111,11 +111,11 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
             "failSwapOn": False,
             "cgroupDriver": "cgroupfs",
             "cgroupRoot": cgroup_root,
-            "containerRuntimeEndpoint": f"unix://{socket}",
+            "containerRuntimeEndpoint": f"unix://{containerd_socket}",
             "podLogsDir": str(folder / "podlogs"),
             "staticPodPath": "",
             "resolvConf": "",
-            "clusterDNS": [dns],
+            "clusterDNS": [dns_address],
             "clusterDomain": DNS_DOMAIN,
             # Anonymous access is safe: the kubelet can be reached only from this cluster's network namespace.
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
@@ -133,17 +133,17 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
     )
 
 
-def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) -> list[str]:
+def kube_proxy_command(kube_program: Path, make_kubeconfig: Path, *, node_name: str, cluster_cidr: str) -> list[str]:
     """Command line of kube-proxy in iptables mode. kube-proxy does not set the conntrack sysctls, because they affect the whole machine."""
     return [
-        str(kube), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
-        "--hostname-override", node, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
+        str(kube_program), "kube-proxy", "--kubeconfig", str(make_kubeconfig), "--proxy-mode", "iptables",
+        "--hostname-override", node_name, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
         "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0",
         "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "127.0.0.1:10249",
     ]
 
 
-def kubeconfig(server: str, token: str, ca: bytes | None) -> str:
+def make_kubeconfig(server: str, token: str, ca: bytes | None) -> str:
     """A kubeconfig in JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only the cluster's components use this."""
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:

@@ -6,45 +6,45 @@ import json
 from pathlib import Path
 
 from localcluster.layout import Node
-from localcluster.requirements import CNI, find
+from localcluster.requirements import CNI_PLUGIN_FOLDER, find_executable
 
-PAUSE = "localhost/pause:1"
-_UNUSED = [
+PAUSE_IMAGE = "localhost/pause:1"
+_UNUSED_PLUGINS = [
     "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.opt", "io.containerd.tracing.processor.v1.otlp",
 ]
 
 
-def configuration(node: Node, *, cri: bool) -> str:
+def make_configuration(node: Node, *, with_cri: bool) -> str:
     """Text of config.toml. `cri=False` disables the CRI plugin. Old containers can then be removed before a kubelet sees them."""
     # Without CAP_SYS_RESOURCE, runc fails when it lowers the oom_score_adj of a sandbox; restrict_oom_score_adj avoids this.
-    unused = _UNUSED if cri else [*_UNUSED, "io.containerd.grpc.v1.cri"]
-    plugin = 'plugins."io.containerd.grpc.v1.cri"'
+    disabled_plugins = _UNUSED_PLUGINS if with_cri else [*_UNUSED_PLUGINS, "io.containerd.grpc.v1.cri"]
+    cri_table = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
 root = {json.dumps(str(node.store))}
 state = "/run/finetune/containerd"
-disabled_plugins = {json.dumps(unused)}
+disabled_plugins = {json.dumps(disabled_plugins)}
 [grpc]
   address = {json.dumps(node.socket)}
-[{plugin}]
-  sandbox_image = "{PAUSE}"
+[{cri_table}]
+  sandbox_image = "{PAUSE_IMAGE}"
   disable_apparmor = true
   restrict_oom_score_adj = true
-  [{plugin}.cni]
-    bin_dir = "{CNI}"
+  [{cri_table}.cni]
+    bin_dir = "{CNI_PLUGIN_FOLDER}"
     conf_dir = {json.dumps(str(node.folder / "cni"))}
-  [{plugin}.containerd]
+  [{cri_table}.containerd]
     snapshotter = "overlayfs"
     default_runtime_name = "runc"
-    [{plugin}.containerd.runtimes.runc]
+    [{cri_table}.containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
-      [{plugin}.containerd.runtimes.runc.options]
-        BinaryName = "{find("runc")}"
+      [{cri_table}.containerd.runtimes.runc.options]
+        BinaryName = "{find_executable("runc")}"
         SystemdCgroup = false
 """
 
 
-def cni_configuration(node: Node) -> str:
+def make_cni_configuration(node: Node) -> str:
     """The CNI configuration: pods are attached to a bridge of the node. Traffic to other nodes is routed without masquerading."""
     prefix = node.pod_cidr.rpartition(".")[0]
     return json.dumps(
@@ -69,8 +69,8 @@ def write_configuration(node: Node) -> Path:
     """Write the containerd and CNI configuration of a node. Returns the path of config.toml."""
     (node.folder / "cni").mkdir(parents=True, exist_ok=True)
     node.store.mkdir(parents=True, exist_ok=True)
-    (node.folder / "cni" / "10-bridge.conflist").write_text(cni_configuration(node))
-    (node.folder / "containerd-without-cri.toml").write_text(configuration(node, cri=False))
+    (node.folder / "cni" / "10-bridge.conflist").write_text(make_cni_configuration(node))
+    (node.folder / "containerd-without-cri.toml").write_text(make_configuration(node, with_cri=False))
     path = node.folder / "containerd.toml"
-    path.write_text(configuration(node, cri=True))
+    path.write_text(make_configuration(node, with_cri=True))
     return path

@@ -21,17 +21,17 @@ from localcluster.components import ADMIN_GROUP, ControlPlaneAddresses, User
 from localcluster.errors import ClusterBusy, ClusterDiffers, StartFailed
 from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, Server
-from localcluster.steps import Step, silent
+from localcluster.steps import Step, silent_step
 
 MAX_STARTS = 4
 """Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
-PROCESSES = ("etcd", "kube-apiserver", "kube-controller-manager")
-STATE = "state.json"
-MODE = "control-plane"
+PROCESS_NAMES = ("etcd", "kube-apiserver", "kube-controller-manager")
+STATE_FILE = "state.json"
+CONTROL_PLANE_MODE = "control-plane"
 NODE_MODE = "node"
-PLAN = "plan.json"
+PLAN_FILE = "plan.json"
 """File in the state folder of a cluster with nodes. This file is written before any process starts."""
-KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
+DEFAULT_SERVICE_ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
 """URL path of a ServiceAccount that the controllers create. When this ServiceAccount exists, the controllers are working."""
 
 
@@ -45,58 +45,58 @@ class ControlPlane:
     """
 
     def __init__(
-        self, state_dir: Path, *, lifetime: Lifetime = Lifetime.PARENT, scheduler: bool = False, step: Step = silent
+        self, state_dir: Path, *, lifetime: Lifetime = Lifetime.UNTIL_PARENT_ENDS, scheduler: bool = False, step: Step = silent_step
     ) -> None:
         self.state_dir = state_dir.absolute()
         self._lifetime = lifetime
-        self._scheduler = scheduler
+        self._with_scheduler = scheduler
         self._step = step
 
     def up(self) -> Endpoint:
         """Start the control plane unless it is running in this folder."""
         with lock_state_folder(self.state_dir):
-            if running := self.running():
+            if running := self.running_endpoint():
                 return running
-            kube = build.ensure(build.KUBE, self._step)
+            kube_program = build.ensure_built(build.KUBE_PROGRAM, self._step)
             with self._step("start the control plane"):
                 for attempt in range(MAX_STARTS):
-                    self._clean()
+                    self._clean_state_folder()
                     try:
-                        return self._start(kube)
+                        return self._start(kube_program)
                     except StartFailed:
                         has_port_conflict = self._has_port_conflict()
-                        self._end()
+                        self._end_processes()
                         if attempt == MAX_STARTS - 1 or not has_port_conflict:
                             raise
                     except BaseException:
-                        self._end()
+                        self._end_processes()
                         raise
         raise AssertionError("unreachable")
 
-    def running(self) -> Endpoint | None:
+    def running_endpoint(self) -> Endpoint | None:
         """Return the endpoint if the control plane is running and ready, else None."""
-        endpoint = read_endpoint(self.state_dir, MODE)
-        is_complete = len(processes.owned_by(self.state_dir)) >= len(PROCESSES) + self._scheduler
-        return endpoint if is_complete and endpoint and endpoint.ready() else None
+        endpoint = read_endpoint(self.state_dir, CONTROL_PLANE_MODE)
+        is_complete = len(processes.list_owned_pids(self.state_dir)) >= len(PROCESS_NAMES) + self._with_scheduler
+        return endpoint if is_complete and endpoint and endpoint.is_ready() else None
 
-    def _start(self, kube: Path) -> Endpoint:
-        etcd, api_server, controllers = PROCESSES
+    def _start(self, kube_program: Path) -> Endpoint:
+        etcd, api_server, controller_manager = PROCESS_NAMES
         port, etcd_port, peer_port = free_ports(3)
         addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
-        token = write_credentials(self.state_dir, kube, addresses, [])
+        token = write_credentials(self.state_dir, kube_program, addresses, [])
         servers = [
-            self._spawn(etcd, components.etcd(kube, self.state_dir, addresses)),
-            self._spawn(api_server, components.api_server(kube, self.state_dir, addresses)),
+            self._spawn(etcd, components.etcd_command(kube_program, self.state_dir, addresses)),
+            self._spawn(api_server, components.api_server_command(kube_program, self.state_dir, addresses)),
         ]
         endpoint = wait_for_api(self.state_dir, addresses, token, servers)
-        argv = components.controller_manager(kube, self.state_dir, node_grace_seconds=40)
-        servers.append(self._spawn(controllers, argv))
-        if self._scheduler:
-            servers.append(self._spawn("kube-scheduler", components.scheduler(kube, self.state_dir)))
+        argv = components.controller_manager_command(kube_program, self.state_dir, node_grace_seconds=40)
+        servers.append(self._spawn(controller_manager, argv))
+        if self._with_scheduler:
+            servers.append(self._spawn("kube-scheduler", components.scheduler_command(kube_program, self.state_dir)))
         processes.wait_until(
-            "the controller manager", lambda: endpoint.exists(KUBERNETES_SERVICE), servers=servers, timeout=60
+            "the controller manager", lambda: endpoint.exists(DEFAULT_SERVICE_ACCOUNT), servers=servers, timeout=60
         )
-        write_state(self.state_dir, MODE, endpoint)
+        write_state(self.state_dir, CONTROL_PLANE_MODE, endpoint)
         return endpoint
 
     def _spawn(self, name: str, argv: list[str]) -> Server:
@@ -111,16 +111,16 @@ class ControlPlane:
         """Stop the control plane and remove its state folder, if the folder exists."""
         if self.state_dir.exists():
             with lock_state_folder(self.state_dir):
-                self._clean()
+                self._clean_state_folder()
             shutil.rmtree(self.state_dir, ignore_errors=True)
 
-    def _clean(self) -> None:
-        self._end()
+    def _clean_state_folder(self) -> None:
+        self._end_processes()
         for path in self.state_dir.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _end(self) -> None:
+    def _end_processes(self) -> None:
         processes.end_all(self.state_dir)
 
     def __enter__(self) -> Endpoint:
@@ -142,18 +142,18 @@ def lock_state_folder(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_credentials(folder: Path, kube: Path, addresses: ControlPlaneAddresses, nodes: list[User]) -> str:
+def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneAddresses, node_users: list[User]) -> str:
     """Write the keys, tokens and the components' kubeconfig into `folder`. Returns the administrator's token."""
-    admin = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
+    admin_user = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
     (folder / "certs").mkdir(exist_ok=True)
     for name, text in {
-        "tokens.csv": "".join(user.line for user in [admin, *nodes]),
-        "kubeconfig": components.kubeconfig(addresses.server, admin.token, None),
+        "tokens.csv": "".join(user.line for user in [admin_user, *node_users]),
+        "kubeconfig": components.make_kubeconfig(addresses.server, admin_user.token, None),
     }.items():
         (folder / name).touch(mode=0o600)
         (folder / name).write_text(text)
-    subprocess.run([kube, "service-account-key", folder / "sa.key"], check=True)
-    return admin.token
+    subprocess.run([kube_program, "service-account-key", folder / "sa.key"], check=True)
+    return admin_user.token
 
 
 def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
@@ -162,32 +162,32 @@ def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, ser
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
 
-    def ready() -> bool:
+    def is_ready() -> bool:
         shutil.copy(certificate, endpoint.ca)  # copy at each call: the API server creates the file before it writes the content
-        return endpoint.ready()
+        return endpoint.is_ready()
 
-    processes.wait_until("the API server", ready, servers=servers, timeout=60)
-    endpoint.kubeconfig.write_text(components.kubeconfig(addresses.server, token, certificate.read_bytes()))
+    processes.wait_until("the API server", is_ready, servers=servers, timeout=60)
+    endpoint.kubeconfig.write_text(components.make_kubeconfig(addresses.server, token, certificate.read_bytes()))
     return endpoint
 
 
-def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> None:
+def write_state(folder: Path, mode: str, endpoint: Endpoint, **extra_fields: object) -> None:
     """Write the state file of a running cluster. This is the last step of a start: the file exists only if the start has succeeded."""
-    unfinished = folder / f".{STATE}"
-    unfinished.touch(mode=0o600)
-    unfinished.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **more}))
-    unfinished.rename(folder / STATE)
+    unfinished_file = folder / f".{STATE_FILE}"
+    unfinished_file.touch(mode=0o600)
+    unfinished_file.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **extra_fields}))
+    unfinished_file.rename(folder / STATE_FILE)
 
 
 def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
     """Return the endpoint from the state file; None if there is no state file. Errors: ClusterDiffers if a cluster of another mode is running."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE_FILE).read_text())
     except FileNotFoundError:
         return None
     endpoint = Endpoint(folder / "kubeconfig", state["server"], state["token"], folder / "ca.crt")
     if state["mode"] != mode:
-        if endpoint.ready():
+        if endpoint.is_ready():
             raise ClusterDiffers(f"a {state['mode']} cluster is running in {folder}: run `localcluster down` first")
         return None
     return endpoint
@@ -196,5 +196,5 @@ def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
 def read_mode(folder: Path) -> str | None:
     """Return the mode of the cluster in `folder`, even if its start was interrupted; None if the folder contains no cluster."""
     with contextlib.suppress(FileNotFoundError):
-        return str(json.loads((folder / STATE).read_text())["mode"])
-    return NODE_MODE if (folder / PLAN).exists() else None
+        return str(json.loads((folder / STATE_FILE).read_text())["mode"])
+    return NODE_MODE if (folder / PLAN_FILE).exists() else None

@@ -20,16 +20,16 @@ from pathlib import Path
 
 from localcluster import paths, s3_pod
 from localcluster.errors import BuildFailed, MissingRequirement
-from localcluster.oci import manifest_of
+from localcluster.oci import find_index_entry
 from localcluster.requirements import IMAGE_PACKAGES, check_packages
 from localcluster.s3 import find_program
-from localcluster.steps import Step, silent
+from localcluster.steps import Step, silent_step
 
 PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
 LOCAL_BASE = "localhost/finetune-base:bookworm-1"
 """Base image that debootstrap creates if PUBLIC_BASE cannot be pulled: the same Debian release with Debian's Python 3.11."""
-CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
+CA_FILE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+DEBIAN_CA_FILE = Path("/etc/ssl/certs/ca-certificates.crt")
 MIN_FREE_GB = 40
 """If less disk space than this is free after a build, unused layers are removed."""
 _UNUSED_FOLDERS = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
@@ -46,27 +46,27 @@ class ImageName(StrEnum):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to build one image of the project. `needs_gb` is the disk space for its first build, including the layout and the node's copy."""
+class ImageRecipe:
+    """How to build one image of the project. `needed_disk_gb` is the disk space for its first build, including the layout and the node's copy."""
 
     name: str
     dockerfile: str
-    arguments: tuple[str, ...] = ()
-    needs_gb: int = 2
+    build_arguments: tuple[str, ...] = ()
+    needed_disk_gb: int = 2
 
     @property
     def tag(self) -> str:
         return f"localhost/{self.name}:dev"
 
     @property
-    def layout(self) -> Path:
-        return paths.cache() / "images" / self.name
+    def layout_folder(self) -> Path:
+        return paths.cache_folder() / "images" / self.name
 
 
-RECIPES = {
-    ImageName.OPERATOR: Recipe("finetune-operator", "operator/Dockerfile"),
+RECIPE_BY_IMAGE = {
+    ImageName.OPERATOR: ImageRecipe("finetune-operator", "operator/Dockerfile"),
     # The image contains no C compiler: only Triton needs one, for kernels on GPUs, and a local cluster has no GPUs.
-    ImageName.TRAINER: Recipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needs_gb=30),
+    ImageName.TRAINER: ImageRecipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needed_disk_gb=30),
 }
 
 
@@ -75,53 +75,53 @@ class BuiltImage:
     """An image and its OCI layout."""
 
     tag: str
-    layout: Path
+    layout_folder: Path
 
 
-def build(which: Sequence[ImageName], step: Step = silent) -> list[BuiltImage]:
+def build_images(requested_images: Sequence[ImageName], step: Step = silent_step) -> list[BuiltImage]:
     """Build the images; unchanged layers come from the cache. Errors: MissingRequirement (packages, root, disk space), BuildFailed."""
-    wanted = [ImageName.OPERATOR, ImageName.TRAINER, ImageName.S3] if ImageName.ALL in which else list(dict.fromkeys(which))
-    built = []
-    for image in wanted:
+    images_to_build = [ImageName.OPERATOR, ImageName.TRAINER, ImageName.S3] if ImageName.ALL in requested_images else list(dict.fromkeys(requested_images))
+    built_images = []
+    for image in images_to_build:
         if image is ImageName.S3:
             with step("build localhost/seaweedfs:dev"):
-                built.append(BuiltImage(s3_pod.TAG, s3_pod.layout()))
+                built_images.append(BuiltImage(s3_pod.IMAGE_TAG, s3_pod.write_image_layout()))
         else:
-            built.append(build_recipe(RECIPES[image], paths.CHECKOUT, step))
-    return built
+            built_images.append(build_recipe(RECIPE_BY_IMAGE[image], paths.CHECKOUT_FOLDER, step))
+    return built_images
 
 
-def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> BuiltImage:
-    """Build one image from the folder `context` and export it. Errors: the same as of `build`."""
+def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -> BuiltImage:
+    """Build one image from the folder `context` and export it. Errors: the same as of `build_images`."""
     check_packages(IMAGE_PACKAGES)
     if os.geteuid() != 0:
         raise MissingRequirement("building images needs root: run this command as root, or build with Docker and use kind")
     with lock_builds():
-        if not recipe.layout.exists():
+        if not recipe.layout_folder.exists():
             check_disk(recipe)
-        base = ensure_base(step)
+        base_image = ensure_base(step)
         with step(f"build {recipe.tag}"):
-            _run_build(recipe, context, base)
+            _run_build(recipe, context, base_image)
         with step(f"export {recipe.tag}"):
-            _export(recipe)
+            _export_layout(recipe)
         if _free_gb() < MIN_FREE_GB:
-            buildah("rmi", "--prune")
-    return BuiltImage(recipe.tag, recipe.layout)
+            run_buildah("rmi", "--prune")
+    return BuiltImage(recipe.tag, recipe.layout_folder)
 
 
-def check_disk(recipe: Recipe) -> None:
+def check_disk(recipe: ImageRecipe) -> None:
     """Check that the disk has enough space for a first build. Errors: MissingRequirement."""
     free_gb = _free_gb()
-    if free_gb < recipe.needs_gb:
+    if free_gb < recipe.needed_disk_gb:
         raise MissingRequirement(
-            f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, but {paths.cache()} has only {free_gb} GB free: "
+            f"{recipe.tag} needs {recipe.needed_disk_gb} GB of disk for its first build, but {paths.cache_folder()} has only {free_gb} GB free: "
             f"free disk space, or set XDG_CACHE_HOME to a folder on a larger disk"
         )
 
 
 def _free_gb() -> int:
-    paths.cache().mkdir(parents=True, exist_ok=True)
-    return shutil.disk_usage(paths.cache()).free >> 30
+    paths.cache_folder().mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(paths.cache_folder()).free >> 30
 
 
 @contextlib.contextmanager
@@ -135,85 +135,85 @@ def lock_builds() -> Iterator[None]:
 
 def layer_folder() -> Path:
     """Folder in which buildah stores layers."""
-    return paths.cache() / "buildah"
+    return paths.cache_folder() / "buildah"
 
 
-def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
+def run_buildah(*arguments: str | Path, timeout: float | None = None) -> str:
     """Run buildah with its layers in `layer_folder()`. Returns its output. Errors: BuildFailed if buildah fails or needs more than `timeout` seconds."""
-    command = ["buildah", *_storage(), *(str(a) for a in arguments)]
-    return _run(command, f"buildah {arguments[0]}", timeout)
+    command = ["buildah", *_storage_options(), *(str(a) for a in arguments)]
+    return _run_command(command, f"buildah {arguments[0]}", timeout)
 
 
-def _storage() -> list[str]:
+def _storage_options() -> list[str]:
     return ["--root", str(layer_folder() / "root"), "--runroot", str(layer_folder() / "run"), "--storage-driver", "overlay"]
 
 
-def _run(command: list[str], what: str, timeout: float | None = None) -> str:
+def _run_command(command: list[str], description: str, timeout: float | None = None) -> str:
     # /tmp may be too small: buildah writes gigabytes of temporary files.
-    scratch = layer_folder() / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "TMPDIR": str(scratch)}
+    temporary_folder = layer_folder() / "tmp"
+    temporary_folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "TMPDIR": str(temporary_folder)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+        result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise BuildFailed(f"{what} took longer than {timeout:.0f} s") from None
-    if done.returncode != 0:
+        raise BuildFailed(f"{description} took longer than {timeout:.0f} s") from None
+    if result.returncode != 0:
         log = layer_folder() / "last-failure.log"
-        log.write_text(done.stdout + done.stderr)
-        end = " | ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-4:])
-        raise BuildFailed(f"{what} failed ({done.returncode}): {end} (log: {log})")
-    return done.stdout
+        log.write_text(result.stdout + result.stderr)
+        log_tail = " | ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-4:])
+        raise BuildFailed(f"{description} failed ({result.returncode}): {log_tail} (log: {log})")
+    return result.stdout
 
 
-def ensure_base(step: Step = silent) -> str:
+def ensure_base(step: Step = silent_step) -> str:
     """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Create the image if it does not exist."""
-    images = json.loads(buildah("images", "--json") or "[]") or []
-    known = {name for image in images for name in image.get("names") or []}
+    images = json.loads(run_buildah("images", "--json") or "[]") or []
+    existing_names = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
-        if name in known:
+        if name in existing_names:
             return name
     with contextlib.suppress(BuildFailed), step(f"pull {PUBLIC_BASE}"):
-        buildah("pull", "--quiet", PUBLIC_BASE, timeout=300)
+        run_buildah("pull", "--quiet", PUBLIC_BASE, timeout=300)
         return PUBLIC_BASE
     with step("create a base image with debootstrap (the public one cannot be pulled)"):
-        _debootstrap()
+        _create_local_base()
     return LOCAL_BASE
 
 
-def _debootstrap() -> None:
+def _create_local_base() -> None:
     with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
         root = Path(scratch) / "root"
-        _run(
+        _run_command(
             ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
             "debootstrap",
         )
         for folder in _UNUSED_FOLDERS:
             for path in (root / folder).iterdir() if (root / folder).is_dir() else []:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        container = buildah("from", "--quiet", "scratch").strip()
+        container = run_buildah("from", "--quiet", "scratch").strip()
         try:
-            buildah("add", "--quiet", container, root, "/")
-            buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "/bin/bash", container)
-            buildah("commit", "--quiet", "--disable-compression", container, LOCAL_BASE)
+            run_buildah("add", "--quiet", container, root, "/")
+            run_buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "/bin/bash", container)
+            run_buildah("commit", "--quiet", "--disable-compression", container, LOCAL_BASE)
         finally:
-            buildah("rm", container)
+            run_buildah("rm", container)
 
 
-def _run_build(recipe: Recipe, context: Path, base: str) -> None:
+def _run_build(recipe: ImageRecipe, context: Path, base_image: str) -> None:
     with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
         shutil.copy2(find_program("uv", "the Python package uv"), scratch)
-        arguments = [f"--build-arg={argument}" for argument in (f"BASE={base}", *recipe.arguments)]
-        buildah(
+        build_options = [f"--build-arg={argument}" for argument in (f"BASE={base_image}", *recipe.build_arguments)]
+        run_buildah(
             "bud", "--quiet", "--isolation", "chroot", "--network", "host", "--pull=never", "--layers",
-            "--disable-compression", *arguments, *_ca_secret(), *_uv_cache(), "--build-context", f"uv={scratch}",
+            "--disable-compression", *build_options, *_ca_secret(), *_uv_cache(), "--build-context", f"uv={scratch}",
             "--tag", recipe.tag, "--file", context / recipe.dockerfile, context,
         )
 
 
 def _ca_secret() -> list[str]:
     """Pass the CA certificates of this machine as a build secret. If a proxy re-signs TLS connections, downloads need these certificates."""
-    named = [Path(os.environ[name]) for name in CA_FILES if os.environ.get(name)]
-    for path in [*named, DEBIAN_CA]:
+    configured_files = [Path(os.environ[name]) for name in CA_FILE_VARIABLES if os.environ.get(name)]
+    for path in [*configured_files, DEBIAN_CA_FILE]:
         if path.is_file():
             return ["--secret", f"id=ca,src={path}"]
     return []
@@ -226,22 +226,22 @@ def _uv_cache() -> list[str]:
     return ["--volume", f"{path}:/root/.cache/uv"]
 
 
-def _export(recipe: Recipe) -> None:
+def _export_layout(recipe: ImageRecipe) -> None:
     """Export the image to its OCI layout. skopeo skips existing blobs. Afterwards, remove the blobs of older images."""
-    recipe.layout.parent.mkdir(parents=True, exist_ok=True)
-    (recipe.layout / "index.json").unlink(missing_ok=True)
+    recipe.layout_folder.parent.mkdir(parents=True, exist_ok=True)
+    (recipe.layout_folder / "index.json").unlink(missing_ok=True)
     source = f"containers-storage:[overlay@{layer_folder() / 'root'}+{layer_folder() / 'run'}]{recipe.tag}"
     command = [
         "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
-        source, f"oci:{recipe.layout}:{recipe.tag}",
+        source, f"oci:{recipe.layout_folder}:{recipe.tag}",
     ]
-    _run(command, f"export of {recipe.tag}")
-    _, entry = manifest_of(recipe.layout, recipe.tag)
-    folder = recipe.layout / "blobs" / "sha256"
+    _run_command(command, f"export of {recipe.tag}")
+    _, entry = find_index_entry(recipe.layout_folder, recipe.tag)
+    folder = recipe.layout_folder / "blobs" / "sha256"
     manifest = json.loads((folder / entry["digest"].partition(":")[2]).read_text())
-    used = {entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
+    used_digests = {entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
     for path in folder.iterdir():
-        if f"sha256:{path.name}" not in used:
+        if f"sha256:{path.name}" not in used_digests:
             path.unlink()
 
 

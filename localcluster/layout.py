@@ -15,11 +15,11 @@ from localcluster.errors import MissingRequirement
 
 HOST_LINK = "ftlc0"
 """Name of the veth device on this machine. The peer of this device is attached to the cluster's bridge."""
-CGROUP = "finetune-localcluster"
+PARENT_CGROUP = "finetune-localcluster"
 """Parent cgroup of all containers. The name is fixed, because only one cluster with nodes can run per machine."""
 API_PORT = 6443
 S3_NODE_PORT = 30333
-BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
+ADDRESS_BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
 """Possible /16 blocks for nodes and pods, in order of preference: private blocks, then the blocks reserved for network tests (RFC 2544)."""
 MAX_DEFAULT_PREFIX = 4
 """Longest prefix (in bits) of a route that counts as a default route. VPNs set the routes 0.0.0.0/1 and 128.0.0.0/1."""
@@ -50,12 +50,14 @@ class Node:
 
     @property
     def cgroup(self) -> str:
-        return f"/{CGROUP}/{self.name}"
+        return f"/{PARENT_CGROUP}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Names, folders and addresses of a cluster with `count` nodes. All addresses are in the /16 `block` (such as `10.201`). `folder` contains the state."""
+    """Names, folders and addresses of a cluster with `count` nodes. All addresses are in the /16 `block` (such as `10.201`).
+    `folder` contains the state of the local cluster.
+    """
 
     folder: Path
     block: str
@@ -96,20 +98,20 @@ class Plan:
 
 def node_stores() -> Path:
     """Folder of the nodes' images. All clusters use the same folder, but only one cluster can run at a time."""
-    return paths.cache() / "nodes"
+    return paths.cache_folder() / "nodes"
 
 
 def find_free_block() -> str:
     """Return the first two numbers of the first /16 block to which this machine has no route. Default routes are ignored."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    taken = [
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    routed_networks = [
         ipaddress.ip_network(route["dst"], strict=False)
-        for route in json.loads(answer.stdout or "[]")
+        for route in json.loads(result.stdout or "[]")
         if route.get("dst", "default") != "default"
     ]
-    for name in BLOCKS:
+    for name in ADDRESS_BLOCKS:
         block = ipaddress.ip_network(f"{name}.0.0/16")
-        if not any(block.overlaps(other) for other in taken if other.prefixlen > MAX_DEFAULT_PREFIX):
+        if not any(block.overlaps(other) for other in routed_networks if other.prefixlen > MAX_DEFAULT_PREFIX):
             return name
-    raise MissingRequirement(f"no free address range: {', '.join(BLOCKS)} (/16 each) all have routes on this machine")
+    raise MissingRequirement(f"no free address range: {', '.join(ADDRESS_BLOCKS)} (/16 each) all have routes on this machine")

@@ -22,8 +22,8 @@ from localcluster.errors import ClusterBusy, NotRunning, StartFailed
 from localcluster.layout import HOST_LINK, Node, Plan
 from localcluster.processes import Lifetime, Server
 
-LOCK = Path("/run/finetune-localcluster.lock")
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LOCK_FILE = Path("/run/finetune-localcluster.lock")
+COMPONENT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Machine:
@@ -37,21 +37,21 @@ class Machine:
         lock = take_lock(self.folder)
         with lock:
             clean_machine()
-            cgroups.create([node.name for node in plan.nodes])
+            cgroups.create_cgroups([node.name for node in plan.nodes])
             (self.folder / "plan.json").write_text(plan.dump())
             server = processes.spawn(
                 "the nodes' namespaces",
                 ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
                  "--propagation", "private", sys.executable, "-m", "localcluster.namespace_init", self.folder],
                 owner=self.folder, log=self.folder / "logs" / "machine.log", lifetime=lifetime,
-                env={"PATH": PATH, "PYTHONPATH": str(paths.CHECKOUT), "HOME": "/root", "LANG": "C.UTF-8"},
+                env={"PATH": COMPONENT_PATH, "PYTHONPATH": str(paths.CHECKOUT_FOLDER), "HOME": "/root", "LANG": "C.UTF-8"},
                 pass_fds=[lock.fileno()],
             )
         processes.wait_until("the nodes' network", self.is_responding, servers=[server], timeout=20)
-        self._connect(plan)
+        self._connect_network(plan)
         return server
 
-    def _connect(self, plan: Plan) -> None:
+    def _connect_network(self, plan: Plan) -> None:
         run("ip", "link", "add", HOST_LINK, "type", "veth", "peer", "name", "host", "netns", str(self.pid()))
         run("ip", "addr", "add", f"{plan.host_address}/24", "dev", HOST_LINK)
         run("ip", "link", "set", HOST_LINK, "up")
@@ -79,11 +79,11 @@ class Machine:
         log = self.folder / "logs" / f"{name}.log"
         self.request("start", name=name, node=node.name, argv=argv, log=str(log))
 
-    def check(self) -> None:
+    def check_components(self) -> None:
         """Check that no component has exited. Errors: StartFailed with the end of the component's log."""
         for name, code in self.request("states").items():
             if code is not None:
-                raise StartFailed(f"{name} exited with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
+                raise StartFailed(f"{name} exited with {code}: {processes.join_last_lines(self.folder / 'logs' / f'{name}.log')}")
 
     def is_running(self, names: Sequence[str]) -> bool:
         """Whether the namespaces exist and all components in `names` are running."""
@@ -95,19 +95,19 @@ class Machine:
 
     def pid(self, node: str | None = None) -> int:
         """Return the pid, on this machine, of a process in the namespaces of `node`; if `node` is None, of the cluster's first process."""
-        number = 1 if node is None else self.request("holder", node=node)
-        for pid in processes.owned_by(self.folder):
-            if pid_in_namespace(pid) == number:
+        namespace_pid = 1 if node is None else self.request("holder", node=node)
+        for pid in processes.list_owned_pids(self.folder):
+            if pid_in_namespace(pid) == namespace_pid:
                 return pid
         raise not_running(self.folder)
 
     def kill_shims(self, node: str) -> None:
         """Kill the containerd shims of a node. Otherwise containers would keep running after containerd has been killed."""
-        mounts = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
-        for pid in processes.owned_by(self.folder):
+        mount_namespace = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
+        for pid in processes.list_owned_pids(self.folder):
             with contextlib.suppress(OSError):  # the process has ended
-                shim = Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
-                if shim and Path(f"/proc/{pid}/ns/mnt").readlink() == mounts:
+                is_shim = Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
+                if is_shim and Path(f"/proc/{pid}/ns/mnt").readlink() == mount_namespace:
                     os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
@@ -132,17 +132,17 @@ def pid_in_namespace(pid: int) -> int | None:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    numbers = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
-    return int(numbers[-1]) if len(numbers) > 1 else None
+    namespace_pids = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
+    return int(namespace_pids[-1]) if len(namespace_pids) > 1 else None
 
 
 def take_lock(folder: Path) -> TextIO:
     """Take the machine's lock. Errors: ClusterBusy if another cluster holds the lock; the message contains the state folder of that cluster.
 
     If the cluster in `folder` holds the lock, wait for the lock: the caller has killed the cluster's processes, but some may still be
-    exiting. `processes.owned_by` does not find an exiting process, because the kernel frees its environment before it closes the lock file.
+    exiting. `processes.list_owned_pids` does not find an exiting process, because the kernel frees its environment before it closes the lock file.
     """
-    lock = LOCK.open("a+")
+    lock = LOCK_FILE.open("a+")
     try:
         processes.wait_until(f"the end of the cluster in {folder}", lambda: _try_lock(lock, folder), servers=[], timeout=20)
     except BaseException:
@@ -160,27 +160,27 @@ def _try_lock(lock: TextIO, folder: Path) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        if (holder := lock.read().strip()) == str(folder):
+        if (holder_folder := lock.read().strip()) == str(folder):
             return False
         raise ClusterBusy(
             f"another cluster with nodes is running, but only one can run per machine: stop it with "
-            f"`localcluster down --state {holder}`"
+            f"`localcluster down --state {holder_folder}`"
         ) from None
     return True
 
 
 def clean_machine() -> None:
     """Remove the veth pair and the cgroups. The caller must hold the machine's lock."""
-    link = Path(f"/sys/class/net/{HOST_LINK}")
-    if link.exists():
+    link_path = Path(f"/sys/class/net/{HOST_LINK}")
+    if link_path.exists():
         # Ignore errors: when the namespace of the peer device ends, the kernel removes the link, possibly at the same time.
         subprocess.run(["ip", "link", "del", HOST_LINK], capture_output=True)
-        processes.wait_until(f"the end of {HOST_LINK}", lambda: not link.exists(), servers=[], timeout=10)
-    cgroups.remove()
+        processes.wait_until(f"the end of {HOST_LINK}", lambda: not link_path.exists(), servers=[], timeout=10)
+    cgroups.remove_cgroups()
 
 
 def run(*argv: str) -> None:
     """Run a command. Errors: StartFailed with the command's error output."""
-    done = subprocess.run(argv, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise StartFailed(f"`{' '.join(argv)}` failed: {done.stderr.strip()}")
+    result = subprocess.run(argv, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise StartFailed(f"`{' '.join(argv)}` failed: {result.stderr.strip()}")

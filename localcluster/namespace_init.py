@@ -24,12 +24,12 @@ from typing import Any
 from localcluster.components import SERVICE_CIDR
 from localcluster.layout import Node, Plan
 
-CONTROL = "control.sock"
+CONTROL_SOCKET = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE_FOLDERS = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
 """Folders whose paths are hard-coded in the components. On each node, a private tmpfs is mounted over each of these folders."""
-SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
+PROTECTED_SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
 """Sysctls that the kubelet would change for the whole machine. Regular files are mounted over these sysctls, so the machine's values do not
 change.
 """
@@ -40,22 +40,22 @@ def run_setup_command(*argv: str) -> None:
     subprocess.run(argv, check=True)
 
 
-def mount_private(folder: Path, dns: str) -> None:
-    """Mount the node's private folders, the files that replace sysctls, and a resolv.conf that names only the cluster's DNS server."""
+def mount_private_folders(folder: Path, dns_address: str) -> None:
+    """Mount the node's private folders, the files over `PROTECTED_SYSCTLS`, and a resolv.conf that names only the cluster's DNS server."""
     for path in PRIVATE_FOLDERS:
         Path(path).mkdir(parents=True, exist_ok=True)
         run_setup_command("mount", "-t", "tmpfs", "tmpfs", path)
     Path("/run/finetune").mkdir()
-    files = folder / "sysctl"
-    files.mkdir(parents=True, exist_ok=True)
-    for name, value in SYSCTLS.items():
-        file = files / name.replace("/", ".")
+    sysctl_folder = folder / "sysctl"
+    sysctl_folder.mkdir(parents=True, exist_ok=True)
+    for name, value in PROTECTED_SYSCTLS.items():
+        file = sysctl_folder / name.replace("/", ".")
         file.write_text(value + "\n")
         run_setup_command("mount", "--bind", str(file), f"/proc/sys/{name}")
-    resolver = files / "resolv.conf"
-    resolver.write_text(f"nameserver {dns}\noptions timeout:1 attempts:1\n")
+    resolv_conf = sysctl_folder / "resolv.conf"
+    resolv_conf.write_text(f"nameserver {dns_address}\noptions timeout:1 attempts:1\n")
     if Path("/etc/resolv.conf").exists():
-        run_setup_command("mount", "--bind", str(resolver), "/etc/resolv.conf")
+        run_setup_command("mount", "--bind", str(resolv_conf), "/etc/resolv.conf")
 
 
 def write_sysctl(name: str, value: str) -> None:
@@ -65,10 +65,10 @@ def write_sysctl(name: str, value: str) -> None:
 
 def set_up_first_node(plan: Plan) -> None:
     """Create the bridge that connects all nodes and this machine, and give it the first node's address."""
-    first = plan.nodes[0]
+    first_node = plan.nodes[0]
     run_setup_command("ip", "link", "set", "lo", "up")
     run_setup_command("ip", "link", "add", "lan0", "type", "bridge")
-    run_setup_command("ip", "addr", "add", f"{first.address}/24", "dev", "lan0")
+    run_setup_command("ip", "addr", "add", f"{first_node.address}/24", "dev", "lan0")
     run_setup_command("ip", "link", "set", "lan0", "up")
     for other in plan.nodes[1:]:
         run_setup_command("ip", "route", "add", other.pod_cidr, "via", other.address)
@@ -92,7 +92,7 @@ def set_up_other_node(node: Node, plan: Plan) -> None:
         if other != node:
             run_setup_command("ip", "route", "add", other.pod_cidr, "via", other.address)
     enable_forwarding("eth0")
-    mount_private(node.folder, plan.api_address)
+    mount_private_folders(node.folder, plan.api_address)
 
 
 def fork_node(node: Node, plan: Plan) -> int:
@@ -134,10 +134,10 @@ def unshare(flags: int) -> None:
 def enter_namespaces(pid: int) -> None:
     """Join the mount and network namespaces of process `pid`. Called between fork and exec."""
     for kind in ("mnt", "net"):
-        handle = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
-        if _libc.setns(handle, 0) != 0:
+        namespace_fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
+        if _libc.setns(namespace_fd, 0) != 0:
             os._exit(126)
-        os.close(handle)
+        os.close(namespace_fd)
 
 
 @dataclass
@@ -150,22 +150,22 @@ class Component:
 
 @dataclass
 class ComponentManager:
-    """Handles requests from the socket. A request names one of the public methods, except `reap` and `handle`."""
+    """Handles requests from the socket. A request names one of the public methods, except `reap` and `handle_request`."""
 
     plan: Plan
-    holders: dict[str, int]
+    holder_pids: dict[str, int]
     components: dict[str, Component] = field(default_factory=dict)
 
     def start(self, name: str, node: str, argv: list[str], log: str) -> int:
         """Start a component on a node. Returns its pid. Errors: ValueError if a component of this name is running."""
-        current = self.components.get(name)
-        if current and current.exit_code is None:
+        existing = self.components.get(name)
+        if existing and existing.exit_code is None:
             raise ValueError(f"{name} is running")
-        holder = self.holders.get(node)
+        holder_pid = self.holder_pids.get(node)
         with Path(log).open("ab") as out:
             process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=(lambda: enter_namespaces(holder)) if holder else None,
+                preexec_fn=(lambda: enter_namespaces(holder_pid)) if holder_pid else None,
             )
         process.returncode = 0  # prevents Popen from waiting for the process, because `reap` collects the exit code
         self.components[name] = Component(process.pid)
@@ -179,7 +179,7 @@ class ComponentManager:
 
     def holder(self, node: str) -> int:
         """Return the pid (in the cluster's PID namespace) of the process that keeps the node's namespaces alive."""
-        return self.holders.get(node, 1)
+        return self.holder_pids.get(node, 1)
 
     def states(self) -> dict[str, int | None]:
         """Return the exit code of each component; None while the component runs."""
@@ -196,7 +196,7 @@ class ComponentManager:
                     if component.pid == pid:
                         component.exit_code = os.waitstatus_to_exitcode(status)
 
-    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+    def handle_request(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
             result = getattr(self, request.pop("method"))(**request)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -204,13 +204,13 @@ class ComponentManager:
         return {"result": result}
 
 
-def serve(manager: ComponentManager) -> None:
+def serve_requests(manager: ComponentManager) -> None:
     """Serve one request per connection and reap ended processes, until this process is killed."""
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
     signal.set_wakeup_fd(wake_write.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    listener = listen(manager.plan.folder)
+    listener = open_control_socket(manager.plan.folder)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         selector.register(wake_read, selectors.EVENT_READ)
@@ -229,34 +229,36 @@ def serve_connection(listener: socket.socket, manager: ComponentManager) -> None
     with connection, connection.makefile("rw") as stream:
         connection.settimeout(5)
         manager.reap()
-        stream.write(json.dumps(manager.handle(json.loads(stream.readline()))) + "\n")
+        stream.write(json.dumps(manager.handle_request(json.loads(stream.readline()))) + "\n")
 
 
 @contextlib.contextmanager
 def short_path(folder: Path, name: str) -> Iterator[str]:
     """Yield a short path to the socket `name` in `folder`: the kernel limits the path of a socket to 108 characters."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield f"/proc/self/fd/{handle}/{name}"
+        yield f"/proc/self/fd/{folder_fd}/{name}"
     finally:
-        os.close(handle)
+        os.close(folder_fd)
 
 
-def listen(folder: Path) -> socket.socket:
-    (folder / CONTROL).unlink(missing_ok=True)
+def open_control_socket(folder: Path) -> socket.socket:
+    (folder / CONTROL_SOCKET).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with short_path(folder, CONTROL) as path:
+    with short_path(folder, CONTROL_SOCKET) as path:
         listener.bind(path)
-    (folder / CONTROL).chmod(0o600)
+    (folder / CONTROL_SOCKET).chmod(0o600)
     listener.listen(16)
     return listener
 
 
 def send_request(folder: Path, method: str, **arguments: Any) -> Any:
-    """Call a ComponentManager method of the cluster in `folder`. Errors: OSError if the cluster is not running, RuntimeError if the method fails."""
+    """Call a ComponentManager method of the cluster in `folder`. Errors: OSError if the cluster is not running, RuntimeError if the
+    requested method fails in the init process.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(20)
-        with short_path(folder, CONTROL) as path:
+        with short_path(folder, CONTROL_SOCKET) as path:
             connection.connect(path)
         with connection.makefile("rw") as stream:
             stream.write(json.dumps({"method": method, **arguments}) + "\n")
@@ -272,9 +274,9 @@ def main() -> None:
     plan = Plan.load((Path(sys.argv[1]) / "plan.json").read_text())
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     set_up_first_node(plan)
-    mount_private(plan.nodes[0].folder, plan.api_address)
-    holders = {node.name: fork_node(node, plan) for node in plan.nodes[1:]}
-    serve(ComponentManager(plan, holders))
+    mount_private_folders(plan.nodes[0].folder, plan.api_address)
+    holder_pids = {node.name: fork_node(node, plan) for node in plan.nodes[1:]}
+    serve_requests(ComponentManager(plan, holder_pids))
 
 
 if __name__ == "__main__":

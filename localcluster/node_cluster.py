@@ -21,9 +21,9 @@ from localcluster.api import ApiError, Endpoint
 from localcluster.components import ControlPlaneAddresses, User
 from localcluster.control_plane import NODE_MODE as MODE
 from localcluster.control_plane import (
-    PLAN,
-    PROCESSES,
-    STATE,
+    PLAN_FILE,
+    PROCESS_NAMES,
+    STATE_FILE,
     lock_state_folder,
     read_endpoint,
     wait_for_api,
@@ -33,20 +33,20 @@ from localcluster.control_plane import (
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
 from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_block, node_stores
 from localcluster.machine import Machine, not_running, take_lock
-from localcluster.oci import Image, manifest_of, write_layout
+from localcluster.oci import Image, find_index_entry, write_layout
 from localcluster.processes import Lifetime, Server
 from localcluster.s3 import S3Endpoint, is_ready, new_keys
-from localcluster.steps import Step, silent
+from localcluster.steps import Step, silent_step
 from localcluster.store import Containerd
 
-GPU = "nvidia.com/gpu"
+GPU_RESOURCE = "nvidia.com/gpu"
 NODE_GRACE_SECONDS = 16
 """If a node sends no heartbeat for this time, it becomes NotReady. The upstream default is 50 s."""
 LEASE_SECONDS = 8
 
 
 @dataclass(frozen=True)
-class Options:
+class NodeClusterOptions:
     """Number of nodes, and number of simulated GPUs per node."""
 
     nodes: int = 1
@@ -64,10 +64,10 @@ class NodeCluster:
 
     def __init__(
         self, state_dir: Path | None = None, *, nodes: int = 1, gpus: int = 0,
-        lifetime: Lifetime = Lifetime.PARENT, step: Step = silent,
+        lifetime: Lifetime = Lifetime.UNTIL_PARENT_ENDS, step: Step = silent_step,
     ) -> None:
-        self.state_dir = (state_dir or paths.state("default")).absolute()
-        self.options = Options(nodes, gpus)
+        self.state_dir = (state_dir or paths.default_state_folder("default")).absolute()
+        self.options = NodeClusterOptions(nodes, gpus)
         self._lifetime = lifetime
         self._step = step
         self._machine = Machine(self.state_dir)
@@ -80,9 +80,9 @@ class NodeCluster:
                 requirements.check_node()
                 self._machine.end()
                 take_lock(self.state_dir).close()
-                programs = {name: build.ensure(name, self._step) for name in (build.KUBE, "coredns", "pause")}
+                program_paths = {name: build.ensure_built(name, self._step) for name in (build.KUBE_PROGRAM, "coredns", "pause")}
                 try:
-                    self._start(programs)
+                    self._start(program_paths)
                     self._started = True
                 except BaseException:
                     with self._step("clean up after the failed start"):
@@ -93,7 +93,7 @@ class NodeCluster:
 
     def _is_running(self) -> bool:
         endpoint = read_endpoint(self.state_dir, MODE)
-        if endpoint is None or not endpoint.ready() or not self._machine.is_running(PROCESSES):
+        if endpoint is None or not endpoint.is_ready() or not self._machine.is_running(PROCESS_NAMES):
             return False
         if (count := self.plan.count) != self.options.nodes:
             raise ClusterDiffers(
@@ -102,43 +102,43 @@ class NodeCluster:
             )
         return True
 
-    def _start(self, programs: dict[str, Path]) -> None:
+    def _start(self, program_paths: dict[str, Path]) -> None:
         with self._step("create the network"):
-            self._clean()
+            self._clean_state_folder()
             plan = Plan(self.state_dir, find_free_block(), self.options.nodes)
             server = self._machine.start(plan, self._lifetime)
         with self._step("start containerd and the control plane"):
-            endpoint = self._start_control_plane(plan, programs[build.KUBE], server)
+            endpoint = self._start_control_plane(plan, program_paths[build.KUBE_PROGRAM], server)
         with self._step("load the system images"):
-            self._load_system(plan, programs["pause"])
+            self._load_system_images(plan, program_paths["pause"])
         access_key, secret_key = new_keys()
         with self._step(f"start {plan.count} node(s)"):
-            self._start_nodes(plan, programs, endpoint)
+            self._start_nodes(plan, program_paths, endpoint)
             # S3 runs on the first node, so that it stays available when a test stops another node.
-            s3_pod.apply(endpoint, access_key, secret_key, node=plan.nodes[0].name)
-            self._wait("the nodes", lambda: len(ready_nodes(endpoint)) == plan.count)
+            s3_pod.apply_objects(endpoint, access_key, secret_key, node=plan.nodes[0].name)
+            self._wait_until("the nodes", lambda: len(list_ready_nodes(endpoint)) == plan.count)
         with self._step("start S3"):
-            store = s3_endpoint(plan, access_key, secret_key)
-            self._wait("S3", lambda: is_ready(store))
+            s3 = s3_endpoint(plan, access_key, secret_key)
+            self._wait_until("S3", lambda: is_ready(s3))
         write_state(self.state_dir, MODE, endpoint, access_key=access_key, secret_key=secret_key)
 
-    def _start_control_plane(self, plan: Plan, kube: Path, server: Server) -> Endpoint:
-        first = plan.nodes[0]
+    def _start_control_plane(self, plan: Plan, kube_program: Path, server: Server) -> Endpoint:
+        first_node = plan.nodes[0]
         addresses = ControlPlaneAddresses("0.0.0.0", plan.api_address, API_PORT, 2379, 2380)  # noqa: S104 - in its own namespace
-        users = [User(secrets.token_hex(20), f"system:node:{node.name}", "system:nodes") for node in plan.nodes]
-        token = write_credentials(self.state_dir, kube, addresses, users)
-        self._machine.start_component("etcd", first, components.etcd(kube, self.state_dir, addresses))
-        self._machine.start_component("kube-apiserver", first, components.api_server(kube, self.state_dir, addresses))
+        node_users = [User(secrets.token_hex(20), f"system:node:{node.name}", "system:nodes") for node in plan.nodes]
+        token = write_credentials(self.state_dir, kube_program, addresses, node_users)
+        self._machine.start_component("etcd", first_node, components.etcd_command(kube_program, self.state_dir, addresses))
+        self._machine.start_component("kube-apiserver", first_node, components.api_server_command(kube_program, self.state_dir, addresses))
         for node in plan.nodes:
             self._start_containerd(node)
         endpoint = wait_for_api(self.state_dir, addresses, token, [server])
-        for node, user in zip(plan.nodes, users, strict=True):
+        for node, user in zip(plan.nodes, node_users, strict=True):
             node_kubeconfig = node.folder / "kubeconfig"
             node_kubeconfig.touch(mode=0o600)
-            node_kubeconfig.write_text(components.kubeconfig(addresses.server, user.token, endpoint.ca.read_bytes()))
-        controllers = components.controller_manager(kube, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
-        self._machine.start_component("kube-controller-manager", first, controllers)
-        self._machine.start_component("kube-scheduler", first, components.scheduler(kube, self.state_dir))
+            node_kubeconfig.write_text(components.make_kubeconfig(addresses.server, user.token, endpoint.ca.read_bytes()))
+        controller_manager = components.controller_manager_command(kube_program, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
+        self._machine.start_component("kube-controller-manager", first_node, controller_manager)
+        self._machine.start_component("kube-scheduler", first_node, components.scheduler_command(kube_program, self.state_dir))
         return endpoint
 
     def _start_containerd(self, node: Node) -> None:
@@ -149,57 +149,57 @@ class NodeCluster:
         if has_old_store:
             without_cri = node.folder / "containerd-without-cri.toml"
             self._machine.start_component(name, node, ["containerd", "-c", str(without_cri)])
-            self._wait(name, self.containerd(node).is_responding)
+            self._wait_until(name, self.containerd(node).is_responding)
             self.containerd(node).remove_containers()
-            self._kill(name)
+            self._kill_component(name)
         self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "containerd.toml")])
 
     def _has_ended(self, name: str) -> bool:
         return self._machine.request("states")[name] is not None
 
-    def _load_system(self, plan: Plan, pause: Path) -> None:
-        folder = pause.parent / "image"
-        images = [write_layout(folder, Image(containerd.PAUSE, {"/pause": pause}, ["/pause"])), s3_pod.layout()]
+    def _load_system_images(self, plan: Plan, pause_program: Path) -> None:
+        folder = pause_program.parent / "image"
+        images = [write_layout(folder, Image(containerd.PAUSE_IMAGE, {"/pause": pause_program}, ["/pause"])), s3_pod.write_image_layout()]
         for node in plan.nodes:
-            store = self.containerd(node)
-            self._wait(f"containerd of {node.name}", store.is_responding)
+            image_store = self.containerd(node)
+            self._wait_until(f"containerd of {node.name}", image_store.is_responding)
             for image in images[: 2 if node.number == 1 else 1]:
-                store.load(image)
+                image_store.load(image)
 
-    def _start_nodes(self, plan: Plan, programs: dict[str, Path], endpoint: Endpoint) -> None:
-        kube, first = programs[build.KUBE], plan.nodes[0]
+    def _start_nodes(self, plan: Plan, program_paths: dict[str, Path], endpoint: Endpoint) -> None:
+        kube_program, first_node = program_paths[build.KUBE_PROGRAM], plan.nodes[0]
         corefile = self.state_dir / "Corefile"
         corefile.write_text(
             f".:53 {{\n  errors\n  ready 127.0.0.1:18181\n"
             f"  kubernetes {components.DNS_DOMAIN} {{\n    kubeconfig {endpoint.kubeconfig}\n    ttl 1\n  }}\n}}\n"
         )
-        self._machine.start_component("coredns", first, [str(programs["coredns"]), "-conf", str(corefile)])
+        self._machine.start_component("coredns", first_node, [str(program_paths["coredns"]), "-conf", str(corefile)])
         for node in plan.nodes:
             configuration = components.kubelet_configuration(
-                node.folder, socket=node.socket, dns=plan.api_address, cgroup_root=node.cgroup,
+                node.folder, containerd_socket=node.socket, dns_address=plan.api_address, cgroup_root=node.cgroup,
                 lease_seconds=LEASE_SECONDS,
             )
             (node.folder / "kubelet.json").write_text(configuration)
-            self._start_kubelet(kube, node)
-            proxy = components.kube_proxy(kube, endpoint.kubeconfig, node=node.name, cluster_cidr=plan.cluster_cidr)
-            self._machine.start_component(f"kube-proxy-{node.name}", node, proxy)
+            self._start_kubelet(kube_program, node)
+            kube_proxy = components.kube_proxy_command(kube_program, endpoint.kubeconfig, node_name=node.name, cluster_cidr=plan.cluster_cidr)
+            self._machine.start_component(f"kube-proxy-{node.name}", node, kube_proxy)
 
-    def _start_kubelet(self, kube: Path, node: Node) -> None:
-        argv = components.kubelet(kube, node.folder, node=node.name, address=node.address)
+    def _start_kubelet(self, kube_program: Path, node: Node) -> None:
+        argv = components.kubelet_command(kube_program, node.folder, node_name=node.name, node_address=node.address)
         self._machine.start_component(f"kubelet-{node.name}", node, argv)
 
-    def _wait(self, what: str, ready: processes.Condition) -> None:
+    def _wait_until(self, description: str, condition: processes.Condition) -> None:
         def is_ready() -> bool:
-            self._machine.check()
-            return ready()
+            self._machine.check_components()
+            return condition()
 
-        processes.wait_until(what, is_ready, servers=[], timeout=60)
+        processes.wait_until(description, is_ready, servers=[], timeout=60)
 
     def down(self) -> None:
         """Stop the cluster. Keep the nodes' images for the next cluster."""
         with lock_state_folder(self.state_dir):
             self._machine.end()
-            self._clean()
+            self._clean_state_folder()
 
     def purge(self) -> None:
         """Stop the cluster, and remove its state folder and the nodes' images."""
@@ -208,7 +208,7 @@ class NodeCluster:
             shutil.rmtree(node_stores(), ignore_errors=True)
         shutil.rmtree(self.state_dir, ignore_errors=True)
 
-    def _clean(self) -> None:
+    def _clean_state_folder(self) -> None:
         for path in self.state_dir.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -224,7 +224,7 @@ class NodeCluster:
     def plan(self) -> Plan:
         """Names and addresses. Errors: NotRunning."""
         try:
-            return Plan.load((self.state_dir / PLAN).read_text())
+            return Plan.load((self.state_dir / PLAN_FILE).read_text())
         except FileNotFoundError:
             raise not_running(self.state_dir) from None
 
@@ -245,7 +245,7 @@ class NodeCluster:
     def s3(self) -> S3Endpoint:
         """The S3 server in the cluster. Errors: NotRunning."""
         plan = self.plan
-        state = json.loads((self.state_dir / STATE).read_text())
+        state = json.loads((self.state_dir / STATE_FILE).read_text())
         return s3_endpoint(plan, state["access_key"], state["secret_key"])
 
     def containerd(self, node: Node) -> Containerd:
@@ -257,33 +257,33 @@ class NodeCluster:
 
         `image` is a folder with an OCI layout, or the tag of an image from `localcluster images build`.
         """
-        layout = image if isinstance(image, Path) else find_layout(image)
-        name, _ = manifest_of(layout)
+        layout_folder = image if isinstance(image, Path) else find_layout(image)
+        name, _ = find_index_entry(layout_folder)
         for node in self.plan.nodes:
             if nodes is None or node.name in nodes:
                 with self._step(f"load {name} into {node.name}"):
-                    self.containerd(node).load(layout, name)
+                    self.containerd(node).load(layout_folder, name)
         return name
 
     def kubectl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
         """Run kubectl on this cluster. Returns its standard output. Errors: CalledProcessError with the standard error output."""
-        command = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
+        command = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
         return subprocess.run(command, check=check, capture_output=True, text=True, input=stdin).stdout
 
     def stop_kubelet(self, name: str) -> None:
         """Kill a node's kubelet. The node becomes NotReady, and its containers keep running."""
-        self._kill(f"kubelet-{self._node(name).name}")
+        self._kill_component(f"kubelet-{self._node(name).name}")
 
     def power_off(self, name: str) -> None:
         """Kill a node's kubelet, containerd and all containers, as a power cut would."""
         self.stop_kubelet(name)
-        self._kill(f"containerd-{name}")
+        self._kill_component(f"containerd-{name}")
         self._machine.kill_shims(name)
-        cgroups.kill(name)
+        cgroups.kill_node(name)
 
-    def _kill(self, component: str) -> None:
-        self._machine.request("kill", name=component, number=int(signal.SIGKILL))
-        processes.wait_until(f"the end of {component}", lambda: self._has_ended(component), servers=[], timeout=10)
+    def _kill_component(self, name: str) -> None:
+        self._machine.request("kill", name=name, number=int(signal.SIGKILL))
+        processes.wait_until(f"the end of {name}", lambda: self._has_ended(name), servers=[], timeout=10)
 
     def start_node(self, name: str) -> None:
         """Start the components that `stop_kubelet` or `power_off` killed, and wait until the node is Ready."""
@@ -295,8 +295,8 @@ class NodeCluster:
             # The kubelet exits if containerd is not running.
             processes.wait_until(f"containerd of {name}", self.containerd(node).is_responding, servers=[], timeout=30)
         if self._has_ended(f"kubelet-{name}"):
-            self._start_kubelet(build.ensure(build.KUBE), node)
-        self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint, since=started_at))
+            self._start_kubelet(build.ensure_built(build.KUBE_PROGRAM), node)
+        self._wait_until(f"node {name}", lambda: name in list_ready_nodes(self.endpoint, heartbeat_after=started_at))
         self._set_gpus()
 
     def _node(self, name: str) -> Node:
@@ -310,7 +310,7 @@ class NodeCluster:
         """Set the nodes' GPU capacity. The kubelet keeps this value, because no device plugin manages the resource."""
         if self.options.gpus:
             for node in self.plan.nodes:
-                json_pointer = f"/status/capacity/{GPU.replace('/', '~1')}"
+                json_pointer = f"/status/capacity/{GPU_RESOURCE.replace('/', '~1')}"
                 patch = [{"op": "add", "path": json_pointer, "value": str(self.options.gpus)}]
                 path = f"/api/v1/nodes/{node.name}/status"
                 self.endpoint.request("PATCH", path, patch, content_type="application/json-patch+json")
@@ -321,30 +321,30 @@ def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
     return S3Endpoint(f"http://{plan.api_address}:{S3_NODE_PORT}", s3_pod.CLUSTER_URL, access_key, secret_key)
 
 
-def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[str]:
-    """List the names of the Ready nodes. If `since` is given, list only nodes whose kubelet has sent a heartbeat after this time."""
+def list_ready_nodes(endpoint: Endpoint, *, heartbeat_after: datetime | None = None) -> list[str]:
+    """List the names of the Ready nodes. If `heartbeat_after` is given, list only nodes whose kubelet has sent a heartbeat after this time."""
     try:
         nodes = endpoint.get("/api/v1/nodes")["items"]
         leases = endpoint.get("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")["items"]
     except ApiError:
         return []
-    alive = {
+    names_with_heartbeat = {
         lease["metadata"]["name"]
         for lease in leases
-        if since is None or datetime.fromisoformat(lease["spec"]["renewTime"]) > since
+        if heartbeat_after is None or datetime.fromisoformat(lease["spec"]["renewTime"]) > heartbeat_after
     }
     return [
         node["metadata"]["name"]
         for node in nodes
-        if node["metadata"]["name"] in alive
+        if node["metadata"]["name"] in names_with_heartbeat
         and any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", []))
     ]
 
 
 def find_layout(tag: str) -> Path:
     """Return the OCI layout of an image from `localcluster images build`. Errors: ImageNotFound."""
-    for layout in sorted((paths.cache() / "images").glob("*/index.json")):
+    for layout in sorted((paths.cache_folder() / "images").glob("*/index.json")):
         with contextlib.suppress(ImageNotFound):
-            manifest_of(layout.parent, tag)
+            find_index_entry(layout.parent, tag)
             return layout.parent
     raise ImageNotFound(f"image {tag} is not in the cache of this machine: run `localcluster images build`")

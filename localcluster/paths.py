@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT_FOLDER = Path(__file__).resolve().parent.parent
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """Folder of files that can be created again: binaries, image layers, clusters."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "finetune-operator"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return user_cache / "finetune-operator"
 
 
-def state(name: str) -> Path:
+def default_state_folder(name: str) -> Path:
     """State folder of the cluster `name`."""
-    return cache() / "clusters" / name
+    return cache_folder() / "clusters" / name

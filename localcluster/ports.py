@@ -10,20 +10,20 @@ import contextlib
 import random
 import socket
 
-FIRST, LAST = 20000, 32700
+FIRST_PORT, LAST_PORT = 20000, 32700
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Return `count` different TCP ports that are now unused on `host`."""
-    chosen: list[int] = []
+    ports: list[int] = []
     with contextlib.ExitStack() as sockets:
-        for port in random.SystemRandom().sample(range(FIRST, LAST), 2000):
-            probe = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        for port in random.SystemRandom().sample(range(FIRST_PORT, LAST_PORT), 2000):
+            probe_socket = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             try:
-                probe.bind((host, port))
+                probe_socket.bind((host, port))
             except OSError:
                 continue
-            chosen.append(port)
-            if len(chosen) == count:
-                return chosen
-    raise OSError(f"fewer than {count} of the ports {FIRST}-{LAST} are free on {host}")
+            ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise OSError(f"fewer than {count} of the ports {FIRST_PORT}-{LAST_PORT} are free on {host}")

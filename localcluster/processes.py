@@ -18,7 +18,7 @@ from pathlib import Path
 
 from localcluster.errors import StartFailed
 
-OWNER = "FINETUNE_LOCALCLUSTER"
+OWNER_VARIABLE = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 Condition = Callable[[], bool]
@@ -27,9 +27,9 @@ Condition = Callable[[], bool]
 class Lifetime(Enum):
     """How long a server runs if it is not stopped."""
 
-    PARENT = "parent"
+    UNTIL_PARENT_ENDS = "parent"
     """The kernel kills the server when the thread that started it ends, even by `kill -9`. Tests and programs use this lifetime."""
-    DETACHED = "detached"
+    UNTIL_STOPPED = "detached"
     """The server keeps running. `localcluster up` uses this lifetime."""
 
 
@@ -41,39 +41,39 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def check(self) -> None:
+    def check_running(self) -> None:
         """Raise StartFailed with the end of the log if the process has ended."""
         code = self.process.poll()
         if code is not None:
-            raise StartFailed(f"{self.name} exited with {code} while starting: {tail(self.log)}")
+            raise StartFailed(f"{self.name} exited with {code} while starting: {join_last_lines(self.log)}")
 
 
 def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
-    env: Mapping[str, str] | None = None, cwd: Path | None = None, pass_fds: Sequence[int] = (),
+    env: Mapping[str, str] | None = None, working_folder: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
     """Start `argv` in a new session. Append its output to `log`. The environment is `env` (default: the environment of this process) and a
     variable with `owner`.
     """
-    parent = os.getpid()
+    parent_pid = os.getpid()
 
     def bind_to_parent() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != parent_pid:
             os._exit(0)
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
             [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, cwd=cwd, pass_fds=pass_fds,
-            env={**(os.environ if env is None else env), OWNER: str(owner)},
-            preexec_fn=bind_to_parent if lifetime is Lifetime.PARENT else None,
+            start_new_session=True, cwd=working_folder, pass_fds=pass_fds,
+            env={**(os.environ if env is None else env), OWNER_VARIABLE: str(owner)},
+            preexec_fn=bind_to_parent if lifetime is Lifetime.UNTIL_PARENT_ENDS else None,
         )
     return Server(name, process, log)
 
 
-def tail(log: Path, lines: int = 3) -> str:
+def join_last_lines(log: Path, lines: int = 3) -> str:
     """The last lines of a log, joined into one line."""
     try:
         text = log.read_text(errors="replace").splitlines()
@@ -82,15 +82,15 @@ def tail(log: Path, lines: int = 3) -> str:
     return " | ".join(text[-lines:]) + f" (log: {log})"
 
 
-def owned_by(owner: Path) -> list[int]:
+def list_owned_pids(owner: Path) -> list[int]:
     """List the pids of all running processes of `owner`, including their children, except this process."""
-    marker = f"{OWNER}={owner}".encode()
+    owner_variable = f"{OWNER_VARIABLE}={owner}".encode()
     pids = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if marker in (entry / "environ").read_bytes().split(b"\0") and start_time(int(entry.name)) is not None:
+            if owner_variable in (entry / "environ").read_bytes().split(b"\0") and start_time(int(entry.name)) is not None:
                 pids.append(int(entry.name))
         except OSError:
             continue  # the process has ended or belongs to another user
@@ -108,21 +108,21 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def end_all(owner: Path, timeout: float = 20.0) -> int:
+def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
     """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
     Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others.
     """
-    seen: dict[int, str] = {}
-    deadline = time.monotonic() + timeout
+    start_time_by_pid: dict[int, str] = {}
+    deadline = time.monotonic() + timeout_seconds
     while True:
-        for pid in owned_by(owner):
+        for pid in list_owned_pids(owner):
             if start := start_time(pid):
-                seen[pid] = start
+                start_time_by_pid[pid] = start
             kill(pid)
-        remaining = [pid for pid, start in seen.items() if start_time(pid) == start]
+        remaining = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
         if not remaining:
-            return len(seen)
+            return len(start_time_by_pid)
         if time.monotonic() > deadline:
             raise StartFailed(f"processes {remaining} of {owner} do not end after SIGKILL")
         time.sleep(0.01)
@@ -137,13 +137,13 @@ def kill(pid: int) -> None:
         return
 
 
-def wait_until(what: str, ready: Callable[[], bool], *, servers: Sequence[Server], timeout: float) -> None:
-    """Wait until `ready` returns true. Errors: StartFailed if one of `servers` ends, or after `timeout` seconds."""
+def wait_until(description: str, condition: Callable[[], bool], *, servers: Sequence[Server], timeout: float) -> None:
+    """Wait until `condition` returns true. Errors: StartFailed if one of `servers` ends, or after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while not ready():
+    while not condition():
         for server in servers:
-            server.check()
+            server.check_running()
         if time.monotonic() > deadline:
-            logs = "; ".join(f"{s.name}: {tail(s.log, 1)}" for s in servers)
-            raise StartFailed(f"still waiting for {what} after {timeout:.0f} s: {logs}")
+            logs = "; ".join(f"{s.name}: {join_last_lines(s.log, 1)}" for s in servers)
+            raise StartFailed(f"still waiting for {description} after {timeout:.0f} s: {logs}")
         time.sleep(0.05)

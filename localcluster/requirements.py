@@ -10,7 +10,7 @@ from pathlib import Path
 
 from localcluster.errors import MissingRequirement
 
-CNI = Path("/usr/lib/cni")
+CNI_PLUGIN_FOLDER = Path("/usr/lib/cni")
 NODE_PACKAGES = {
     "containerd": "containerd", "ctr": "containerd", "runc": "runc", "bridge": "containernetworking-plugins",
     "iptables": "iptables", "ip": "iproute2", "unshare": "util-linux", "mount": "mount",
@@ -20,20 +20,20 @@ IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debo
 """Programs for building images, and the Debian package of each."""
 
 
-def find(program: str) -> str | None:
+def find_executable(program: str) -> str | None:
     """Return the path of a program; None if it is missing. Searches the PATH, the sbin folders and the folder of the CNI plugins."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI)])
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI_PLUGIN_FOLDER)])
     return shutil.which(program, path=path)
 
 
-def missing_packages(wanted: dict[str, str]) -> list[str]:
+def list_missing_packages(package_by_program: dict[str, str]) -> list[str]:
     """List the packages whose programs are missing on this machine, without duplicates."""
-    return list(dict.fromkeys(package for program, package in wanted.items() if find(program) is None))
+    return list(dict.fromkeys(package for program, package in package_by_program.items() if find_executable(program) is None))
 
 
-def check_packages(wanted: dict[str, str]) -> None:
+def check_packages(package_by_program: dict[str, str]) -> None:
     """Check that no package is missing. Errors: MissingRequirement with the names of the missing packages."""
-    if missing := missing_packages(wanted):
+    if missing := list_missing_packages(package_by_program):
         raise MissingRequirement(
             f"Debian packages are missing: {' '.join(missing)}: run `localcluster packages --install` as root"
         )
@@ -55,22 +55,22 @@ def check_kernel() -> None:
         subprocess.run(["modprobe", "overlay"], capture_output=True)
         if "overlay" not in Path("/proc/filesystems").read_text():
             raise MissingRequirement("containers need overlayfs, but the kernel does not support it: run `modprobe overlay`")
-    attempt = "ip link add name br0 type bridge && ip link add name v0 type veth && iptables -w -t nat -L -n"
-    tried = subprocess.run(
-        ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", attempt],
+    shell_command = "ip link add name br0 type bridge && ip link add name v0 type veth && iptables -w -t nat -L -n"
+    result = subprocess.run(
+        ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", shell_command],
         capture_output=True, text=True, env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
     )
-    if tried.returncode != 0:
-        reason = (tried.stderr.strip().splitlines() or ["no message"])[-1]
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise MissingRequirement(
             f"a node needs namespaces, bridges, veth pairs and iptables NAT, but the kernel refuses one of them: {reason}"
         )
 
 
-def install(packages: list[str]) -> None:
+def install_packages(packages: list[str]) -> None:
     """Install packages with apt-get, as root. Errors: MissingRequirement."""
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    fetch = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
-    for command in (["apt-get", "update", "-qq"], fetch):
+    install_command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
+    for command in (["apt-get", "update", "-qq"], install_command):
         if subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode != 0:
             raise MissingRequirement(f"`{' '.join(command)}` failed: install by hand: {' '.join(packages)}")

@@ -19,7 +19,7 @@ from localcluster import processes
 from localcluster.errors import MissingRequirement, StartFailed
 from localcluster.ports import free_ports
 
-REGION = "us-east-1"
+DEFAULT_REGION = "us-east-1"
 MAX_STARTS = 4
 """Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 _PROBE_BUCKET = "localcluster-ready"
@@ -33,7 +33,7 @@ class S3Endpoint:
     cluster_url: str
     access_key: str
     secret_key: str
-    region: str = REGION
+    region: str = DEFAULT_REGION
 
     def client(self, **config: Any) -> Any:
         """Create a boto3 client for this machine. `config` contains options for botocore's Config; the default is path-style addressing."""
@@ -62,7 +62,7 @@ def new_keys() -> tuple[str, str]:
     return "AK" + secrets.token_hex(9).upper(), secrets.token_hex(20)
 
 
-def identities(access_key: str, secret_key: str) -> dict[str, Any]:
+def make_identity_config(access_key: str, secret_key: str) -> dict[str, Any]:
     """SeaweedFS's `-s3.config` with one administrator and no other user."""
     return {
         "identities": [
@@ -82,8 +82,8 @@ def find_weed() -> Path:
 
 def find_program(name: str, package: str) -> Path:
     """Return the path of a program that a Python package installs, in this environment or on the PATH. Errors: MissingRequirement."""
-    bases = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
-    for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
+    environment_folders = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
+    for folder in [Path(sys.executable).parent, *(base / "bin" for base in environment_folders)]:
         if os.access(folder / name, os.X_OK):
             return folder / name
     if path := shutil.which(name):
@@ -91,20 +91,20 @@ def find_program(name: str, package: str) -> Path:
     raise MissingRequirement(f"`{name}` is missing: run `make setup`, or install {package}")
 
 
-def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
-    """Arguments of `weed server`: the S3 gateway listens on `listen`, the other services on the loopback; telemetry is off.
+def make_server_arguments(ports: list[int], *, data_folder: str, config_file: str, s3_bind_address: str) -> list[str]:
+    """Arguments of `weed server`: the S3 gateway listens on `s3_bind_address`, the other services on the loopback; telemetry is off.
 
     `ports` contains eight ports, in this order: S3, master, volume and filer, each followed by its gRPC port.
     """
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
-        "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "server", f"-dir={data_folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
         f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=200", "-volume.preStopSeconds=0",
         "-volume.minFreeSpace=1GiB",
         "-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", "-filer.localSocket=filer.sock",
-        "-s3", f"-s3.ip.bind={listen}", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={config}",
+        "-s3", f"-s3.ip.bind={s3_bind_address}", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={config_file}",
         "-s3.localSocket=s3.sock", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
     ]
 
@@ -121,7 +121,7 @@ class S3Process:
         self.access_key, self.secret_key = access_key or new_access_key, secret_key or new_secret_key
         self._server: processes.Server | None = None
         self.ports: list[int] = []
-        """Ports of the last start, in the order of `server_arguments`."""
+        """Ports of the last start, in the order of `make_server_arguments`."""
         self._endpoint: S3Endpoint | None = None
 
     @property
@@ -143,7 +143,7 @@ class S3Process:
             try:
                 return self._start(ports)
             except StartFailed:
-                self._end()
+                self._kill_server()
                 if attempt == MAX_STARTS - 1 or not self._has_port_conflict():
                     raise
         raise AssertionError("unreachable")
@@ -153,14 +153,14 @@ class S3Process:
         data.mkdir(parents=True, exist_ok=True)
         (self.directory / "log").mkdir(exist_ok=True)
         config = self.directory / "s3.json"
-        config.write_text(json.dumps(identities(self.access_key, self.secret_key)))
+        config.write_text(json.dumps(make_identity_config(self.access_key, self.secret_key)))
         config.chmod(0o600)
         self._log.unlink(missing_ok=True)
         self.ports = ports
-        arguments = server_arguments(ports, directory="data", config="s3.json", listen="127.0.0.1")
+        arguments = make_server_arguments(ports, data_folder="data", config_file="s3.json", s3_bind_address="127.0.0.1")
         self._server = processes.spawn(
             "SeaweedFS", [find_weed(), *arguments], owner=self.directory, log=self._log,
-            lifetime=processes.Lifetime.PARENT, cwd=self.directory,
+            lifetime=processes.Lifetime.UNTIL_PARENT_ENDS, working_folder=self.directory,
             env={**os.environ, "GOMEMLIMIT": "400MiB", "TMPDIR": "log"},
         )
         url = f"http://127.0.0.1:{ports[0]}"
@@ -178,9 +178,9 @@ class S3Process:
 
     def stop(self) -> None:
         """Kill the server if it is running. Its data stay in `directory`."""
-        self._end()
+        self._kill_server()
 
-    def _end(self) -> None:
+    def _kill_server(self) -> None:
         if self._server is not None:
             self._server.process.kill()
             self._server.process.wait()

@@ -12,21 +12,21 @@ Step = Callable[[str], AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
-def silent(description: str) -> Iterator[None]:
+def silent_step(description: str) -> Iterator[None]:
     """Show nothing. Programs and tests use this function."""
     del description
     yield
 
 
 @contextlib.contextmanager
-def shown(description: str) -> Iterator[None]:
+def shown_step(description: str) -> Iterator[None]:
     """Show the step on standard error. On a terminal, show a spinner; otherwise print one line before and one line after the step."""
     from rich.console import Console  # the import takes 0.2 s
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    started = time.monotonic()
+    started_at = time.monotonic()
     if not console.is_terminal:
         console.print(f"         {description} ...")
     with console.status(description) if console.is_terminal else contextlib.nullcontext():
         yield
-    console.print(f"{time.monotonic() - started:6.1f} s {description}")
+    console.print(f"{time.monotonic() - started_at:6.1f} s {description}")

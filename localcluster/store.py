@@ -17,45 +17,45 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from localcluster.errors import StartFailed
-from localcluster.oci import manifest_of
+from localcluster.oci import find_index_entry
 
-NAMESPACE = "k8s.io"
+CONTAINERD_NAMESPACE = "k8s.io"
 """containerd namespace that the kubelet uses."""
-MAX_IMPORTS = 3
+MAX_IMPORT_ATTEMPTS = 3
 """Maximum number of import attempts: containerd may garbage-collect linked blobs before the image refers to them."""
 
 
 @dataclass(frozen=True)
 class Containerd:
-    """Client of one node's containerd. `root` is containerd's data folder, `socket` is its socket; both are paths on this machine."""
+    """Client of one node's containerd. `data_folder` is containerd's data folder, `socket_path` is its socket; both are paths on this machine."""
 
-    socket: str
-    root: Path
+    socket_path: str
+    data_folder: Path
 
-    def ctr(self, *arguments: str, stdin: BinaryIO | None = None) -> str:
+    def run_ctr(self, *arguments: str, stdin: BinaryIO | None = None) -> str:
         """Run `ctr` with `stdin` as standard input. Returns its standard output. Errors: StartFailed with the error output."""
-        command = ["ctr", "-a", self.socket, "-n", NAMESPACE, *arguments]
-        done = subprocess.run(command, stdin=stdin or subprocess.DEVNULL, capture_output=True)
-        if done.returncode != 0:
-            raise StartFailed(f"`ctr {' '.join(arguments)}` failed: {done.stderr.decode(errors='replace').strip()}")
-        return done.stdout.decode()
+        command = ["ctr", "-a", self.socket_path, "-n", CONTAINERD_NAMESPACE, *arguments]
+        result = subprocess.run(command, stdin=stdin or subprocess.DEVNULL, capture_output=True)
+        if result.returncode != 0:
+            raise StartFailed(f"`ctr {' '.join(arguments)}` failed: {result.stderr.decode(errors='replace').strip()}")
+        return result.stdout.decode()
 
     def is_responding(self) -> bool:
-        return subprocess.run(["ctr", "-a", self.socket, "version"], capture_output=True).returncode == 0
+        return subprocess.run(["ctr", "-a", self.socket_path, "version"], capture_output=True).returncode == 0
 
     def images(self) -> dict[str, str]:
         """Return the digest of each image, by image name."""
-        rows = [line.split() for line in self.ctr("images", "ls").splitlines()[1:]]
+        rows = [line.split() for line in self.run_ctr("images", "ls").splitlines()[1:]]
         return {row[0]: row[2] for row in rows}
 
-    def load(self, layout: Path, tag: str | None = None) -> str:
+    def load(self, layout_folder: Path, tag: str | None = None) -> str:
         """Import and unpack an image from an OCI layout, unless containerd already has the image. Returns the image's name."""
-        name, entry = manifest_of(layout, tag)
-        if self.images().get(name) == entry["digest"]:
+        name, index_entry = find_index_entry(layout_folder, tag)
+        if self.images().get(name) == index_entry["digest"]:
             return name
-        for tries_left in reversed(range(MAX_IMPORTS)):
+        for tries_left in reversed(range(MAX_IMPORT_ATTEMPTS)):
             try:
-                self._import(layout, name, entry)
+                self._import_image(layout_folder, name, index_entry)
                 break
             except StartFailed as error:
                 if "not found" not in str(error) or not tries_left:
@@ -63,33 +63,33 @@ class Containerd:
         self._remove_untagged()
         return name
 
-    def _import(self, layout: Path, name: str, entry: dict[str, Any]) -> None:
+    def _import_image(self, layout_folder: Path, name: str, index_entry: dict[str, Any]) -> None:
         """Hard-link large blobs and send the other blobs as an archive."""
-        blobs = self._missing_blobs(layout, entry)
-        remaining = [digest for digest in blobs if not self._hard_link(layout, digest)]
+        missing_digests = self._list_missing_digests(layout_folder, index_entry)
+        digests_to_copy = [digest for digest in missing_digests if not self._hard_link(layout_folder, digest)]
         with tempfile.TemporaryFile() as archive:
-            _write_archive(archive, layout, name, entry, remaining)
+            _write_archive(archive, layout_folder, name, index_entry, digests_to_copy)
             archive.seek(0)
-            self.ctr("images", "import", "-", stdin=archive)
+            self.run_ctr("images", "import", "-", stdin=archive)
 
     def _remove_untagged(self) -> None:
         """Remove images whose tag now names a newer image. Otherwise the old images would keep gigabytes on the disk under the names `sha256:...`."""
         images = self.images()
         for name in untagged_names(images):
-            self.ctr("images", "rm", name)
+            self.run_ctr("images", "rm", name)
 
-    def _missing_blobs(self, layout: Path, entry: dict[str, Any]) -> list[str]:
-        manifest = json.loads(blob_path(layout, entry["digest"]).read_text())
-        existing = set(self.ctr("content", "ls", "-q").split())
-        wanted = [entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
-        return [digest for digest in dict.fromkeys(wanted) if digest not in existing]
+    def _list_missing_digests(self, layout_folder: Path, index_entry: dict[str, Any]) -> list[str]:
+        manifest = json.loads(blob_path(layout_folder, index_entry["digest"]).read_text())
+        existing_digests = set(self.run_ctr("content", "ls", "-q").split())
+        image_digests = [index_entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
+        return [digest for digest in dict.fromkeys(image_digests) if digest not in existing_digests]
 
-    def _hard_link(self, layout: Path, digest: str) -> bool:
+    def _hard_link(self, layout_folder: Path, digest: str) -> bool:
         """Hard-link a blob into the content store and register it. Returns False if the blob is small or on another file system."""
-        source = blob_path(layout, digest)
+        source = blob_path(layout_folder, digest)
         if source.stat().st_size < 1 << 20:
             return False
-        target = blob_path(self.root / "io.containerd.content.v1.content", digest)
+        target = blob_path(self.data_folder / "io.containerd.content.v1.content", digest)
         try:
             os.link(source, target)
         except FileExistsError:
@@ -98,7 +98,7 @@ class Containerd:
             return False
         size = str(source.stat().st_size)
         with source.open("rb") as content:  # ctr copies nothing, because the content store already has all bytes
-            self.ctr(
+            self.run_ctr(
                 "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}",
                 stdin=content,
             )
@@ -106,30 +106,30 @@ class Containerd:
 
     def remove_containers(self) -> None:
         """Remove the containers of an earlier cluster, but not the images."""
-        for container in self.ctr("containers", "ls", "-q").split():
-            self.ctr("containers", "rm", container)
+        for container in self.run_ctr("containers", "ls", "-q").split():
+            self.run_ctr("containers", "rm", container)
 
 
 def untagged_names(images: dict[str, str]) -> list[str]:
     """List the images that have no tag: their only name is their hash. `images` maps names to digests."""
-    tagged = {digest for name, digest in images.items() if not name.startswith("sha256:")}
-    return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged]
+    tagged_digests = {digest for name, digest in images.items() if not name.startswith("sha256:")}
+    return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged_digests]
 
 
-def blob_path(layout: Path, digest: str) -> Path:
+def blob_path(layout_folder: Path, digest: str) -> Path:
     """Path of a blob in a layout or a content store."""
-    return layout / "blobs" / digest.replace(":", "/")
+    return layout_folder / "blobs" / digest.replace(":", "/")
 
 
-def _write_archive(out: BinaryIO, layout: Path, name: str, entry: dict[str, Any], digests: list[str]) -> None:
+def _write_archive(archive_file: BinaryIO, layout_folder: Path, name: str, index_entry: dict[str, Any], digests: list[str]) -> None:
     """Write an OCI archive of one image. The archive contains only the blobs in `digests`."""
-    annotations = {**entry.get("annotations", {}), "io.containerd.image.name": name}
-    index = {"schemaVersion": 2, "manifests": [{**entry, "annotations": annotations}]}
-    with tarfile.open(fileobj=out, mode="w") as archive:
+    annotations = {**index_entry.get("annotations", {}), "io.containerd.image.name": name}
+    index = {"schemaVersion": 2, "manifests": [{**index_entry, "annotations": annotations}]}
+    with tarfile.open(fileobj=archive_file, mode="w") as archive:
         version = b'{"imageLayoutVersion":"1.0.0"}'
         for path, data in (("oci-layout", version), ("index.json", json.dumps(index).encode())):
             header = tarfile.TarInfo(path)
             header.size = len(data)
             archive.addfile(header, io.BytesIO(data))
         for digest in digests:
-            archive.add(blob_path(layout, digest), arcname=f"blobs/{digest.replace(':', '/')}")
+            archive.add(blob_path(layout_folder, digest), arcname=f"blobs/{digest.replace(':', '/')}")

@@ -28,7 +28,7 @@ from localcluster.machine import take_lock
 from localcluster.node_cluster import NodeCluster
 from localcluster.processes import Lifetime
 from localcluster.s3 import S3Endpoint, is_ready, new_keys
-from localcluster.steps import shown
+from localcluster.steps import shown_step
 
 OPERATOR_IMAGE = "localhost/finetune-operator:dev"
 TRAINER_IMAGE = "localhost/finetune-trainer:dev"
@@ -92,7 +92,7 @@ class LocalDemoCluster(DemoCluster):
     name = "local"
 
     def __init__(self, *, keep: bool) -> None:
-        self._cluster = NodeCluster(lifetime=Lifetime.DETACHED if keep else Lifetime.PARENT, step=shown)
+        self._cluster = NodeCluster(lifetime=Lifetime.UNTIL_STOPPED if keep else Lifetime.UNTIL_PARENT_ENDS, step=shown_step)
         self._was_running = False
 
     def steps(self) -> list[Step]:
@@ -108,7 +108,7 @@ class LocalDemoCluster(DemoCluster):
 
     def _is_running(self) -> bool:
         try:
-            return self._cluster.endpoint.ready()
+            return self._cluster.endpoint.is_ready()
         except NotRunning:
             return False
 
@@ -183,20 +183,20 @@ class KindCluster(KubectlCluster):
 
     def up(self) -> None:
         for image in (OPERATOR_IMAGE, TRAINER_IMAGE):
-            with shown(f"load {image}"):
+            with shown_step(f"load {image}"):
                 self._kind("load", "docker-image", image, "--name", KIND_NAME)
-        with shown("start S3"), tempfile.TemporaryDirectory() as folder:
+        with shown_step("start S3"), tempfile.TemporaryDirectory() as folder:
             self._kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_NAME)
             access_key, secret_key = new_keys()
-            objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.objects(access_key, secret_key)}
+            objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.make_objects(access_key, secret_key)}
             self.kubectl("apply", "-f", "-", stdin=json.dumps(objects))
-            self.kubectl("-n", s3_pod.NAMESPACE, "rollout", "status", f"deployment/{s3_pod.NAME}", "--timeout=120s")
+            self.kubectl("-n", s3_pod.NAMESPACE, "rollout", "status", f"deployment/{s3_pod.APP_NAME}", "--timeout=120s")
             self._s3 = self._reach_s3(access_key, secret_key)
 
     def _reach_s3(self, access_key: str, secret_key: str) -> S3Endpoint:
         command = ["kubectl", "--kubeconfig", str(self._kubeconfig), "-n", s3_pod.NAMESPACE, "port-forward"]
         self._forward = subprocess.Popen(
-            [*command, f"service/{s3_pod.NAME}", f":{s3_pod.PORT}"], stdout=subprocess.PIPE, text=True
+            [*command, f"service/{s3_pod.APP_NAME}", f":{s3_pod.S3_PORT}"], stdout=subprocess.PIPE, text=True
         )
         assert self._forward.stdout is not None
         port = self._forward.stdout.readline().partition("->")[0].rpartition(":")[2].strip()
@@ -227,10 +227,10 @@ class KindCluster(KubectlCluster):
 
 def _write_s3_archive(folder: Path) -> Path:
     """Write the S3 image as an archive. An annotation sets the name under which containerd imports the image."""
-    layout = shutil.copytree(s3_pod.layout(), folder / "layout")
+    layout = shutil.copytree(s3_pod.write_image_layout(), folder / "layout")
     index = json.loads((layout / "index.json").read_text())
     for entry in index["manifests"]:
-        entry["annotations"]["io.containerd.image.name"] = s3_pod.TAG
+        entry["annotations"]["io.containerd.image.name"] = s3_pod.IMAGE_TAG
     (layout / "index.json").write_text(json.dumps(index))
     archive = folder / "seaweedfs.tar"
     with tarfile.open(archive, "w") as tar:
@@ -259,9 +259,9 @@ class CurrentCluster(KubectlCluster):
         return []
 
     def up(self) -> None:
-        with shown("connect to the cluster of the kubeconfig"):
+        with shown_step("connect to the cluster of the kubeconfig"):
             self.kubectl("version", "-o", "json")
-        with shown("connect to S3"):
+        with shown_step("connect to S3"):
             if not is_ready(self.s3):
                 raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} refuses a write that is signed with the given keys")
         self._create_namespaces()

@@ -39,7 +39,7 @@ async def read_finished_job(client: Client, namespace: str) -> FinishedJob:
 
 
 async def write_copies(client: Client, namespace: str, template: FinishedJob, job_count: int, pod_count: int, client_count: int) -> None:
-    """Write `count` copies of a finished job into `namespace`, each with `pods` pods. `clients` clients write at the same time."""
+    """Write `job_count` copies of a finished job into `namespace`, each with `pod_count` pods. `client_count` clients write at the same time."""
     job_numbers = iter(range(job_count))
 
     async def write_remaining() -> None:

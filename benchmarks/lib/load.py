@@ -57,7 +57,7 @@ class Client:
                 return items
 
     async def create_all(self, path: str, bodies: list[Object], client_count: int) -> dict[str, float]:
-        """Create all objects with `clients` concurrent clients. Returns the times at which the requests were sent, by name."""
+        """Create all objects with `client_count` concurrent clients. Returns the times at which the requests were sent, by name."""
         sent_at_by_name: dict[str, float] = {}
         remaining_bodies = iter(bodies)
 
@@ -86,7 +86,7 @@ class Client:
 
 
 class FirstSeen:
-    """Watches a collection and records when each object first met the condition `wanted`."""
+    """Watches a collection and records when `is_wanted` was first true for each object."""
 
     def __init__(self, client: Client, path: str, is_wanted: Callable[[Object], bool] | None = None) -> None:
         self._client, self._path, self._is_wanted = client, path, is_wanted
@@ -145,7 +145,7 @@ class FirstSeen:
 
 
 def condition_true(condition_type: str) -> Callable[[Object], bool]:
-    """Return a function that says whether an object's condition of type `kind` is True."""
+    """Return a function that says whether an object's condition `condition_type` is True."""
 
     def is_condition_true(body: Object) -> bool:
         conditions = (body.get("status") or {}).get("conditions") or []

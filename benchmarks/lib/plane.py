@@ -38,7 +38,7 @@ class FastControlPlane(ControlPlane):
     @contextlib.contextmanager
     def run_scheduler(self) -> Iterator[None]:
         """Run the scheduler while the `with` block runs. At other times, new pods are not bound to nodes."""
-        server = self._spawn("kube-scheduler", components.scheduler(build.ensure(build.KUBE), self.state_dir))
+        server = self._spawn("kube-scheduler", components.scheduler_command(build.ensure_built(build.KUBE_PROGRAM), self.state_dir))
         try:
             yield
         finally:
@@ -57,7 +57,7 @@ class CpuUsage:
         return cls({name: cpu_seconds(pid) for name, pid in pids.items()})
 
     def used_since(self, earlier: CpuUsage) -> dict[str, float]:
-        """CPU seconds used since `before`, by program."""
+        """CPU seconds used since `earlier`, by program."""
         return {name: round(used - earlier.seconds_by_program.get(name, 0.0), 2) for name, used in self.seconds_by_program.items()}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from localcluster import NodeCluster, images, paths
-from localcluster.steps import shown
+from localcluster.steps import shown_step
 from tests.e2e.jobs.installation import OPERATOR_IMAGE, TRAINER_IMAGE, Installation, JobNamespace
 from tests.support.tiny import make_tiny_model
 
@@ -18,19 +18,19 @@ from tests.support.tiny import make_tiny_model
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[NodeCluster]:
     """Nodes n1 and n2, each with four simulated GPUs; S3 runs on n1. The images of the nodes are kept for the next run."""
-    with exclusive_run(), NodeCluster(paths.state("tests"), nodes=2, gpus=4, step=shown) as cluster:
+    with exclusive_run(), NodeCluster(paths.default_state_folder("tests"), nodes=2, gpus=4, step=shown_step) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
 def exclusive_run() -> Iterator[None]:
     """Hold the lock of this machine: only one cluster with nodes can run at a time."""
-    paths.cache().mkdir(parents=True, exist_ok=True)
-    with (paths.cache() / "e2e.lock").open("w") as lock:
+    paths.cache_folder().mkdir(parents=True, exist_ok=True)
+    with (paths.cache_folder() / "e2e.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with shown("wait for another run of these tests"):
+            with shown_step("wait for another run of these tests"):
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -48,7 +48,7 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The cluster with the operator of this checkout installed, and a model in S3."""
-    images.build([images.ImageName.OPERATOR, images.ImageName.TRAINER], shown)
+    images.build_images([images.ImageName.OPERATOR, images.ImageName.TRAINER], shown_step)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)
     installation = Installation(node_cluster)

@@ -12,7 +12,7 @@ from tests.e2e.localcluster.pods import TESTBOX, NamespaceApi
 @pytest.fixture(scope="session")
 def testbox(node_cluster: NodeCluster) -> str:
     """Load the testbox image into all nodes. Returns its tag."""
-    program = build.ensure("testbox")
+    program = build.ensure_built("testbox")
     layout = write_layout(program.parent / "image", Image(TESTBOX, {"/testbox": program}, ["/testbox"]))
     return node_cluster.load_image(layout)
 

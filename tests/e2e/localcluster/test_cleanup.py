@@ -14,7 +14,7 @@ import pytest
 
 from localcluster import LocalClusterError, NodeCluster, leftovers, processes
 from localcluster.errors import ClusterBusy, ClusterDiffers
-from localcluster.leftovers import NOTHING, Leftovers
+from localcluster.leftovers import NO_LEFTOVERS, Leftovers
 from localcluster.machine import Machine
 from tests.e2e.localcluster.pods import NamespaceApi, phase, pod
 
@@ -55,7 +55,7 @@ def test_second_up_uses_the_running_cluster_and_other_options_are_refused(cluste
         NodeCluster(cluster.state_dir, nodes=1).up()
     with pytest.raises(ClusterBusy, match="only one per machine"):
         NodeCluster(tmp_path / "other").up()
-    assert cluster.endpoint.ready()
+    assert cluster.endpoint.is_ready()
 
 
 def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
@@ -70,14 +70,14 @@ def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
 def test_up_after_kill_9_of_the_first_process_removes_the_old_cluster(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
     _run_pods_that_ignore_sigterm(cluster.up())
-    namespaces = leftovers.namespaces_of(cluster.state_dir)
-    before = leftovers.find(cluster.state_dir, namespaces)
+    namespaces = leftovers.list_cluster_namespaces(cluster.state_dir)
+    before = leftovers.find_leftovers(cluster.state_dir, namespaces)
     old_pids = [int(line.split()[0]) for line in before.processes]
     start_times = {pid: processes.start_time(pid) for pid in old_pids}
     os.kill(Machine(cluster.state_dir).pid(), signal.SIGKILL)
     cluster.up()
     assert [pid for pid in old_pids if start_times[pid] and processes.start_time(pid) == start_times[pid]] == []
-    after = leftovers.find(cluster.state_dir, leftovers.namespaces_of(cluster.state_dir))
+    after = leftovers.find_leftovers(cluster.state_dir, leftovers.list_cluster_namespaces(cluster.state_dir))
     assert len(after.namespaces) == len(before.namespaces)
     assert after.mounts == ()
     pods = cluster.endpoint.get("/api/v1/pods")["items"]
@@ -87,13 +87,13 @@ def test_up_after_kill_9_of_the_first_process_removes_the_old_cluster(cluster: N
 def test_down_leaves_nothing(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
     _run_pods_that_ignore_sigterm(cluster.up())
-    namespaces = leftovers.namespaces_of(cluster.state_dir)
-    before = leftovers.find(cluster.state_dir, namespaces)
+    namespaces = leftovers.list_cluster_namespaces(cluster.state_dir)
+    before = leftovers.find_leftovers(cluster.state_dir, namespaces)
     assert len(before.namespaces) >= 5  # network and mount namespaces of two nodes, and a PID namespace
     assert len(before.processes) > 15
     assert before.links and before.cgroups
     cluster.down()
-    assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
+    assert leftovers.find_leftovers(cluster.state_dir, namespaces) == NO_LEFTOVERS
     assert sorted(p.name for p in cluster.state_dir.iterdir()) == ["lock"]
 
 
@@ -101,12 +101,12 @@ def test_down_after_kill_9_of_up_leaves_nothing(cluster: NodeCluster) -> None:
     cluster.down()
     started = subprocess.Popen(_command(cluster, "up", "--nodes", "2"), stderr=subprocess.DEVNULL)
     _wait((cluster.state_dir / "certs" / "apiserver.crt").exists)
-    namespaces = leftovers.namespaces_of(cluster.state_dir)
+    namespaces = leftovers.list_cluster_namespaces(cluster.state_dir)
     started.kill()
     started.wait()
-    assert leftovers.find(cluster.state_dir, namespaces) != NOTHING
+    assert leftovers.find_leftovers(cluster.state_dir, namespaces) != NO_LEFTOVERS
     assert subprocess.run(_command(cluster, "down"), stderr=subprocess.DEVNULL).returncode == 0
-    assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
+    assert leftovers.find_leftovers(cluster.state_dir, namespaces) == NO_LEFTOVERS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -114,12 +114,12 @@ def test_interrupted_up_leaves_nothing(cluster: NodeCluster, number: signal.Sign
     cluster.down()
     with subprocess.Popen(_command(cluster, "up", "--nodes", "2"), stderr=subprocess.PIPE, text=True) as started:
         _wait((cluster.state_dir / "certs" / "apiserver.crt").exists)
-        namespaces = leftovers.namespaces_of(cluster.state_dir)
+        namespaces = leftovers.list_cluster_namespaces(cluster.state_dir)
         started.send_signal(number)
         _, stderr = started.communicate()
     assert started.returncode == 130
     assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
-    assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
+    assert leftovers.find_leftovers(cluster.state_dir, namespaces) == NO_LEFTOVERS
 
 
 def test_cluster_ends_with_the_program_that_started_it(cluster: NodeCluster) -> None:
@@ -132,10 +132,10 @@ def test_cluster_ends_with_the_program_that_started_it(cluster: NodeCluster) -> 
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"up\n"
-        namespaces = leftovers.namespaces_of(cluster.state_dir)
+        namespaces = leftovers.list_cluster_namespaces(cluster.state_dir)
         owner.kill()
-    _wait(lambda: leftovers.find(cluster.state_dir, namespaces).processes == ())
+    _wait(lambda: leftovers.find_leftovers(cluster.state_dir, namespaces).processes == ())
 
 
 def test_leftovers_include_network_links() -> None:
-    assert Leftovers((), (), (), ("ftlc0",), ()) != NOTHING
+    assert Leftovers((), (), (), ("ftlc0",), ()) != NO_LEFTOVERS

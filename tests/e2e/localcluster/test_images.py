@@ -20,7 +20,7 @@ def _version(folder: Path, number: str) -> Path:
     """Write an image layout with testbox and a file that differs by version. The layer is large enough to be hard-linked."""
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
-    image = Image(TAG, {"/testbox": build.ensure("testbox"), "/extra": extra}, ["/testbox"])
+    image = Image(TAG, {"/testbox": build.ensure_built("testbox"), "/extra": extra}, ["/testbox"])
     return write_layout(folder / f"layout-{number}", image)
 
 

@@ -74,13 +74,13 @@ def test_exec_and_port_forward_work(api: NamespaceApi) -> None:
     api.create(pod("p", "serve", "8000"))
     api.wait("pod", "p", lambda p: phase(p) == "Running")
     assert api.kubectl("exec", "p", "--", "/testbox", "get", "http://127.0.0.1:8000", "10") == "p"
-    kubectl = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(api.cluster.kubeconfig)]
+    kubectl = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(api.cluster.kubeconfig)]
     command = [*kubectl, "-n", api.namespace, "port-forward", "p", ":8000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forward:
         assert forward.stdout is not None
         port = forward.stdout.readline().split()[2].rpartition(":")[2]
         url = f"http://127.0.0.1:{port}"
-        got = subprocess.run([build.ensure("testbox"), "get", url, "10"], capture_output=True, text=True)
+        got = subprocess.run([build.ensure_built("testbox"), "get", url, "10"], capture_output=True, text=True)
         forward.kill()
     assert got.stdout.strip() == "p"
 

@@ -15,7 +15,7 @@ import pytest
 from finetune_api.names import PLURAL, Label, Phase
 
 from localcluster import images
-from localcluster.steps import shown
+from localcluster.steps import shown_step
 from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, job
 from tests.support.kubeapi import Object
 
@@ -58,10 +58,10 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     tags = {}
     for which in (images.ImageName.OPERATOR, images.ImageName.TRAINER):
-        recipe = images.RECIPES[which]
-        old = images.Recipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.arguments, recipe.needs_gb)
-        built = images.build_recipe(old, source, shown)
-        tags[which] = installation.cluster.load_image(built.layout)
+        recipe = images.RECIPE_BY_IMAGE[which]
+        old = images.ImageRecipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.build_arguments, recipe.needed_disk_gb)
+        built = images.build_recipe(old, source, shown_step)
+        tags[which] = installation.cluster.load_image(built.layout_folder)
     place = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
     return Release(source / CHART, place)
 

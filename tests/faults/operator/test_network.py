@@ -170,8 +170,8 @@ def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cl
     processes.kill(pid)
     _compact(next(word for word in argv if word.startswith("http://127.0.0.1:")))
     log = state / "logs" / "kube-apiserver.log"
-    processes.spawn("kube-apiserver", argv, owner=state, log=log, lifetime=processes.Lifetime.PARENT)
-    processes.wait_until("the API server", cluster.endpoint.ready, servers=[], timeout=60)
+    processes.spawn("kube-apiserver", argv, owner=state, log=log, lifetime=processes.Lifetime.UNTIL_PARENT_ENDS)
+    processes.wait_until("the API server", cluster.endpoint.is_ready, servers=[], timeout=60)
     rig.api.delete(FTJ, rig.namespace, "deleted")
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "ended")[0], success())
     assert attempt_reasons(rig.wait_finished("ended", timeout=90)) == [(1, Reason.SUCCEEDED)]
@@ -185,7 +185,7 @@ def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cl
 
 def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
     """Return the process id and the command line of a component."""
-    for pid in processes.owned_by(state):
+    for pid in processes.list_owned_pids(state):
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
         if len(argv) > 1 and argv[1] == name:
             return pid, argv

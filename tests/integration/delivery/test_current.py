@@ -36,7 +36,7 @@ def current(
     """The demo's cluster `current` (the cluster of the user's kubeconfig). kubectl is on the PATH."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
-    kubectl.write_text(f'#!/bin/sh\nexec {build.ensure(build.KUBE)} kubectl "$@"\n')
+    kubectl.write_text(f'#!/bin/sh\nexec {build.ensure_built(build.KUBE_PROGRAM)} kubectl "$@"\n')
     kubectl.chmod(0o755)
     for name, value in {
         "PATH": f"{kubectl.parent}{os.pathsep}{os.environ['PATH']}", "KUBECONFIG": str(users_cluster.kubeconfig),

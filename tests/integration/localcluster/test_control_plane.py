@@ -40,7 +40,7 @@ def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: P
         with pytest.raises(ApiError) as refused:
             Endpoint(other.kubeconfig, other.server, control_plane.token, other.ca).get("/api/v1/namespaces")
         assert refused.value.status == 401
-    assert processes.owned_by(tmp_path / "other") == []
+    assert processes.list_owned_pids(tmp_path / "other") == []
     assert not (tmp_path / "other").exists()
 
 
@@ -50,10 +50,10 @@ def test_command_line_starts_checks_and_stops_a_cluster(state: Path) -> None:
     up = _command("up", "--mode", "control-plane", *state_option)
     assert up.stdout == f"export KUBECONFIG={state}/kubeconfig\n"
     assert "start the control plane" in up.stderr
-    pids = processes.owned_by(state)
+    pids = processes.list_owned_pids(state)
     assert len(pids) == 3
     assert _command("up", "--mode", "control-plane", *state_option).returncode == 0
-    assert sorted(processes.owned_by(state)) == sorted(pids)
+    assert sorted(processes.list_owned_pids(state)) == sorted(pids)
     assert "mode    control-plane" in _command("status", *state_option).stdout
     assert _command("kubectl", *state_option, "--", "get", "--raw", "/readyz").stdout == "ok"
     other = _command("up", "--nodes", "2", *state_option)
@@ -62,9 +62,9 @@ def test_command_line_starts_checks_and_stops_a_cluster(state: Path) -> None:
     for pid in pids[:1]:
         os.kill(pid, signal.SIGKILL)
     assert _command("up", "--mode", "control-plane", *state_option).returncode == 0
-    assert set(processes.owned_by(state)).isdisjoint(pids)
+    assert set(processes.list_owned_pids(state)).isdisjoint(pids)
     assert _command("down", *state_option).returncode == 0
-    assert processes.owned_by(state) == []
+    assert processes.list_owned_pids(state) == []
     down = _command("status", *state_option)
     assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is running in {state}: run `localcluster up`\n")
 
@@ -73,14 +73,14 @@ def test_ctrl_c_during_up_leaves_no_process(state: Path) -> None:
     command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(state)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
         deadline = time.monotonic() + 20
-        while not processes.owned_by(state):
+        while not processes.list_owned_pids(state):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         started.send_signal(signal.SIGINT)
         _, stderr = started.communicate()
     assert started.returncode == 130
     assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
-    assert processes.owned_by(state) == []
+    assert processes.list_owned_pids(state) == []
 
 
 def test_node_options_are_refused_for_a_control_plane(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_second_command_in_the_same_state_folder_is_refused(tmp_path: Path) -> N
 
 def test_server_reports_the_version_that_was_built(control_plane: Endpoint) -> None:
     version = control_plane.get("/version")["gitVersion"]
-    assert version == f"v{build.PROGRAMS[build.KUBE].version}"
+    assert version == f"v{build.PROGRAM_BY_NAME[build.KUBE_PROGRAM].version}"
 
 
 def test_only_the_owner_can_read_files_with_secrets(control_plane: Endpoint) -> None:

@@ -61,7 +61,7 @@ def test_restart_keeps_data_and_address(tmp_path: Path) -> None:
     first.client().create_bucket(Bucket="kept")
     first.client().put_object(Bucket="kept", Key="k", Body=b"v" * 100_000)
     server.stop()
-    assert processes.owned_by(tmp_path) == []
+    assert processes.list_owned_pids(tmp_path) == []
     assert [p for port in server.ports for p in Path("/tmp").glob(f"seaweedfs-*-{port}.sock") if p not in existing_sockets] == []
     assert server.start() == first
     assert first.client().get_object(Bucket="kept", Key="k")["Body"].read() == b"v" * 100_000

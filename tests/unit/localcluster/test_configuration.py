@@ -29,7 +29,7 @@ from localcluster.components import ControlPlaneAddresses, User
 from localcluster.errors import BuildFailed, ImageNotFound, MissingRequirement
 from localcluster.layout import Plan, find_free_block
 from localcluster.node_cluster import find_layout
-from localcluster.oci import Image, manifest_of, write_layout
+from localcluster.oci import Image, find_index_entry, write_layout
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_each_node_of_a_plan_has_its_own_addresses(plan: Plan) -> None:
 
 
 def test_images_of_nodes_are_outside_the_state_folder(plan: Plan) -> None:
-    assert [node.store for node in plan.nodes] == [paths.cache() / "nodes" / "n1", paths.cache() / "nodes" / "n2"]
+    assert [node.store for node in plan.nodes] == [paths.cache_folder() / "nodes" / "n1", paths.cache_folder() / "nodes" / "n2"]
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,16 @@ def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -
 def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -> None:
     def endpoint_reconciler(address: str) -> str:
         addresses = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
-        arguments = components.api_server(Path("kube"), tmp_path, addresses)
+        arguments = components.api_server_command(Path("kube"), tmp_path, addresses)
         return arguments[arguments.index("--endpoint-reconciler-type") + 1]
 
     assert (endpoint_reconciler("127.0.0.1"), endpoint_reconciler("10.201.0.1")) == ("none", "lease")
 
 
 def test_kubeconfig_with_certificate_verifies_the_server() -> None:
-    unverified = json.loads(components.kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
+    unverified = json.loads(components.make_kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
     assert unverified == {"server": "https://a:1", "insecure-skip-tls-verify": True}
-    verified = json.loads(components.kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
+    verified = json.loads(components.make_kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
     assert verified == {"server": "https://a:1", "certificate-authority-data": "eA=="}
 
 
@@ -102,17 +102,17 @@ def test_user_becomes_a_line_of_the_token_file() -> None:
 
 def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None:
     node = plan.nodes[1]
-    parsed = tomllib.loads(containerd.configuration(node, cri=True))
+    parsed = tomllib.loads(containerd.make_configuration(node, with_cri=True))
     cri = parsed["plugins"]["io.containerd.grpc.v1.cri"]
     assert cri["restrict_oom_score_adj"] is True
     assert cri["sandbox_image"] == "localhost/pause:1"
     assert parsed["root"] == str(node.store)
     assert "io.containerd.grpc.v1.cri" not in parsed["disabled_plugins"]
-    assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.configuration(node, cri=False))["disabled_plugins"]
+    assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.make_configuration(node, with_cri=False))["disabled_plugins"]
 
 
 def test_pods_of_a_node_get_addresses_from_its_range(plan: Plan) -> None:
-    bridge = json.loads(containerd.cni_configuration(plan.nodes[1]))["plugins"][0]
+    bridge = json.loads(containerd.make_cni_configuration(plan.nodes[1]))["plugins"][0]
     assert bridge["ipam"]["ranges"] == [[{"subnet": "10.222.2.0/24", "rangeStart": "10.222.2.10"}]]
 
 
@@ -121,8 +121,8 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
     program.write_bytes(b"\x7fELF")
     image = Image("localhost/x:1", {"/bin/x": program}, ["/bin/x"])
     layout_a, layout_b = write_layout(tmp_path / "a", image), write_layout(tmp_path / "b", image)
-    name, entry = manifest_of(layout_a, "localhost/x:1")
-    assert (name, entry) == manifest_of(layout_b)
+    name, entry = find_index_entry(layout_a, "localhost/x:1")
+    assert (name, entry) == find_index_entry(layout_b)
     for path in (layout_a / "blobs" / "sha256").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     manifest = json.loads(store.blob_path(layout_a, entry["digest"]).read_text())
@@ -133,12 +133,12 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
 
 def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ImageNotFound, match="is not an OCI image layout"):
-        manifest_of(tmp_path)
+        find_index_entry(tmp_path)
     program = tmp_path / "p"
     program.touch()
     existing_layout = write_layout(tmp_path / "l", Image("localhost/x:1", {"/p": program}, ["/p"]))
     with pytest.raises(ImageNotFound, match=r"contains \['localhost/x:1'\], not localhost/y:1"):
-        manifest_of(existing_layout, "localhost/y:1")
+        find_index_entry(existing_layout, "localhost/y:1")
 
 
 def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,11 +159,11 @@ def test_images_whose_only_name_is_their_hash_are_found() -> None:
 
 
 def test_path_of_a_program_contains_its_version_and_source_hash() -> None:
-    kube = build.PROGRAMS[build.KUBE]
+    kube = build.PROGRAM_BY_NAME[build.KUBE_PROGRAM]
     assert kube.version.split(".")[0] == "1"
-    assert kube.binary.parent.name.startswith(f"kube-{kube.version}-")
-    assert f"gitVersion=v{kube.version}" in kube.flags[-1]
-    assert len({program.binary for program in build.PROGRAMS.values()}) == len(build.PROGRAMS)
+    assert kube.binary_path.parent.name.startswith(f"kube-{kube.version}-")
+    assert f"gitVersion=v{kube.version}" in kube.build_flags[-1]
+    assert len({program.binary_path for program in build.PROGRAM_BY_NAME.values()}) == len(build.PROGRAM_BY_NAME)
 
 
 def test_program_whose_module_is_not_in_go_mod_is_an_error() -> None:
@@ -190,7 +190,7 @@ def test_error_names_missing_go_and_missing_packages(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     with pytest.raises(MissingRequirement, match="Go 1.26 or newer is missing"):
         build.check_go()
-    monkeypatch.setattr(requirements, "find", lambda program: None if program in ("ctr", "containerd") else "/x")
+    monkeypatch.setattr(requirements, "find_executable", lambda program: None if program in ("ctr", "containerd") else "/x")
     with pytest.raises(MissingRequirement, match="packages are missing: containerd: run `localcluster packages"):
         requirements.check_packages(requirements.NODE_PACKAGES)
 
@@ -212,18 +212,18 @@ def test_free_ports_are_different_and_free() -> None:
 
 
 def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
-    arguments = s3.server_arguments(list(range(8)), directory="d", config="c", listen="127.0.0.1")
+    arguments = s3.make_server_arguments(list(range(8)), data_folder="d", config_file="c", s3_bind_address="127.0.0.1")
     assert "-master.telemetry=false" in arguments
     chosen = [a.partition("=")[2] for a in arguments if "port" in a and not a.endswith(("iceberg=0", "lance=0"))]
     assert sorted(chosen) == [str(n) for n in range(8)]
 
 
 def test_s3_pod_runs_only_on_the_given_node() -> None:
-    def node_selector(node: str | None) -> object:
-        return s3_pod.objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
+    def selector(node: str | None) -> object:
+        return s3_pod.make_objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
 
-    assert (node_selector("n1"), node_selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
-    assert [o["kind"] for o in s3_pod.objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
+    assert (selector("n1"), selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
+    assert [o["kind"] for o in s3_pod.make_objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
 def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +232,12 @@ def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, mon
     certificate.touch()
     copies: list[bytes] = []
 
-    def copy_and_check(endpoint: control_plane.Endpoint) -> bool:
+    def is_ready(endpoint: control_plane.Endpoint) -> bool:
         copies.append(endpoint.ca.read_bytes())
         certificate.write_bytes(b"whole")
         return copies[-1] == b"whole"
 
-    monkeypatch.setattr(control_plane.Endpoint, "ready", copy_and_check)
+    monkeypatch.setattr(control_plane.Endpoint, "is_ready", is_ready)
     addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
     endpoint = control_plane.wait_for_api(tmp_path, addresses, "token", [])
     assert (copies, endpoint.ca.read_bytes()) == ([b"", b"whole"], b"whole")

@@ -16,7 +16,7 @@ from localcluster.errors import ClusterBusy, StartFailed
 from localcluster.processes import Lifetime
 
 
-def _spawn(owner: Path, script: str, lifetime: Lifetime = Lifetime.PARENT) -> processes.Server:
+def _spawn(owner: Path, script: str, lifetime: Lifetime = Lifetime.UNTIL_PARENT_ENDS) -> processes.Server:
     return processes.spawn("x", ["sh", "-c", script], owner=owner, log=owner / "log", lifetime=lifetime)
 
 
@@ -29,12 +29,12 @@ def _wait_until(is_true: object, seconds: float = 10) -> None:
 
 def test_all_descendants_of_an_owner_are_found_and_killed(tmp_path: Path) -> None:
     owner, other = tmp_path / "owner", tmp_path / "other"
-    _spawn(owner, "sleep 600 & sleep 600 & wait", Lifetime.DETACHED)
+    _spawn(owner, "sleep 600 & sleep 600 & wait", Lifetime.UNTIL_STOPPED)
     _spawn(other, "exec sleep 600")
-    _wait_until(lambda: len(processes.owned_by(owner)) == 3)
+    _wait_until(lambda: len(processes.list_owned_pids(owner)) == 3)
     assert processes.end_all(owner) == 3
-    assert processes.owned_by(owner) == []
-    assert len(processes.owned_by(other)) == 1
+    assert processes.list_owned_pids(owner) == []
+    assert len(processes.list_owned_pids(other)) == 1
     processes.end_all(other)
 
 
@@ -44,17 +44,17 @@ def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: P
         "p.spawn('x', ['sleep', '600'], owner=o, log=o / 'log', lifetime=p.Lifetime.{life})\n"
         "print('ready', flush=True); input()"
     )
-    for life, expected in ((Lifetime.PARENT, 0), (Lifetime.DETACHED, 1)):
+    for life, expected in ((Lifetime.UNTIL_PARENT_ENDS, 0), (Lifetime.UNTIL_STOPPED, 1)):
         owner = tmp_path / life.value
         program = script.format(o=str(owner), life=life.name)
         with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"ready\n"
             # Popen may return before the kernel has set the environment of the new program.
-            _wait_until(lambda owner=owner: len(processes.owned_by(owner)) == 1)
+            _wait_until(lambda owner=owner: len(processes.list_owned_pids(owner)) == 1)
             parent.send_signal(signal.SIGKILL)
         if expected == 0:
-            _wait_until(lambda owner=owner: processes.owned_by(owner) == [])
+            _wait_until(lambda owner=owner: processes.list_owned_pids(owner) == [])
         assert processes.end_all(owner) == expected
 
 
@@ -80,7 +80,7 @@ def test_zombie_has_no_start_time() -> None:
 
 
 def test_lock_waits_while_the_cluster_of_the_same_folder_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "LOCK", tmp_path / "machine.lock")
+    monkeypatch.setattr(machine, "LOCK_FILE", tmp_path / "machine.lock")
     ending = machine.take_lock(tmp_path / "own")
     pauses: list[float] = []
 
