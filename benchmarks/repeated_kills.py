@@ -85,7 +85,7 @@ def expected_states(steps: int) -> list[str]:
     return states
 
 
-def compare_states(tree: Tree, steps: int) -> int:
+def compare_states(tree: CheckpointTree, steps: int) -> int:
     """Compare all logged states with those of an uninterrupted run. Returns their number. Fails if a state differs, or if a step logged no state."""
     states, compared_count = expected_states(steps), 0
     logged_steps: set[int] = set()

@@ -219,10 +219,10 @@ def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
 
 
 def test_s3_pod_runs_only_on_the_given_node() -> None:
-    def selector(node: str | None) -> object:
+    def node_selector(node: str | None) -> object:
         return s3_pod.make_objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
 
-    assert (selector("n1"), selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
+    assert (node_selector("n1"), node_selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
     assert [o["kind"] for o in s3_pod.make_objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
@@ -232,12 +232,12 @@ def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, mon
     certificate.touch()
     copies: list[bytes] = []
 
-    def is_ready(endpoint: control_plane.Endpoint) -> bool:
+    def copy_and_check(endpoint: control_plane.Endpoint) -> bool:
         copies.append(endpoint.ca.read_bytes())
         certificate.write_bytes(b"whole")
         return copies[-1] == b"whole"
 
-    monkeypatch.setattr(control_plane.Endpoint, "is_ready", is_ready)
+    monkeypatch.setattr(control_plane.Endpoint, "is_ready", copy_and_check)
     addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
     endpoint = control_plane.wait_for_api(tmp_path, addresses, "token", [])
     assert (copies, endpoint.ca.read_bytes()) == ([b"", b"whole"], b"whole")
