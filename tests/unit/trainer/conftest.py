@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from web_server import Web
+    from web_server import WebServer
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
 
 @pytest.fixture(autouse=True)
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def invalid_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set invalid S3 keys, and ignore the AWS configuration of this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -36,12 +36,12 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def server(tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+def server(tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     """An https server for `<tmp_path>/served`. Proxies of this machine are ignored."""
-    from web_server import serving
+    from web_server import serve_folder
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "served").mkdir()
-    with serving(tmp_path / "served", tmp_path) as web:
+    with serve_folder(tmp_path / "served", tmp_path) as web:
         yield web

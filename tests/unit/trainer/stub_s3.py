@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextlib.contextmanager
-def answering(status: int, code: str, *, only: str | None = None, message: str = "no") -> Iterator[str]:
-    """Serve an S3 error for the HTTP method `only` (default: all methods), and an empty listing for other methods. Yields the URL."""
+def serve_error(status: int, code: str, *, failing_method: str | None = None, message: str = "no") -> Iterator[str]:
+    """Serve an S3 error for the HTTP method `failing_method` (default: all methods), and an empty listing for other methods. Yields the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            refuse = only is None or self.command == only
+            refuse = failing_method is None or self.command == failing_method
             body = (
                 f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
                 if refuse

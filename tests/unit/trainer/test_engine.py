@@ -20,7 +20,7 @@ LAST_STEP = 4
 """The run ends in the middle of an epoch, because an epoch has nine steps."""
 
 
-class Linear(torch.nn.Module):
+class OneWeightModel(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
@@ -36,27 +36,27 @@ class PlainGuardedTrainer(GuardedTrainer):
         Trainer.create_accelerator_and_postprocess(self)
 
 
-def train(kind: type[Trainer], folder: Path, resume: Path | None = None) -> tuple[int, float]:
+def run_training(kind: type[Trainer], folder: Path, resume: Path | None = None) -> tuple[int, float]:
     """Train and return the number of steps and the final weight."""
     args = TrainingArguments(
         output_dir=str(folder), max_steps=LAST_STEP, save_steps=LAST_STEP, per_device_train_batch_size=1, learning_rate=0.1, report_to=[],
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = kind(model=Linear(), args=args, train_dataset=[{"x": float(number)} for number in range(9)])
+    trainer = kind(model=OneWeightModel(), args=args, train_dataset=[{"x": float(number)} for number in range(9)])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.state.global_step, trainer.model.weight.item()
 
 
 def test_resuming_at_the_last_step_does_not_train(tmp_path: Path) -> None:
-    step, weight = train(PlainGuardedTrainer, tmp_path)
+    step, weight = run_training(PlainGuardedTrainer, tmp_path)
     assert step == LAST_STEP
-    assert train(PlainGuardedTrainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}") == (LAST_STEP, weight)
+    assert run_training(PlainGuardedTrainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}") == (LAST_STEP, weight)
 
 
 def test_transformers_without_the_guard_trains_one_step_too_many(tmp_path: Path) -> None:
     """If this test fails, transformers checks for the last step before it trains, and `GuardedTrainer.run_epoch` can be removed."""
-    train(Trainer, tmp_path)
-    step, _ = train(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
+    run_training(Trainer, tmp_path)
+    step, _ = run_training(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
     assert step == LAST_STEP + 1
 
 
@@ -74,20 +74,20 @@ def rename_weight(checkpoint: Path, name: str | None) -> None:
     ("name", "named"), [(None, "weight, other"), ("extra.weight", "extra.weight")], ids=["missing", "unexpected"]
 )
 def test_a_checkpoint_with_other_weights_is_refused(name: str | None, named: str, tmp_path: Path) -> None:
-    train(PlainGuardedTrainer, tmp_path)
+    run_training(PlainGuardedTrainer, tmp_path)
     checkpoint = tmp_path / f"checkpoint-{LAST_STEP}"
     rename_weight(checkpoint, name)
     with pytest.raises(NoCheckpointError) as caught:
-        train(PlainGuardedTrainer, tmp_path / "again", checkpoint)
+        run_training(PlainGuardedTrainer, tmp_path / "again", checkpoint)
     assert caught.value.code == "CheckpointForeign"
     assert caught.value.message.endswith(f"do not match the weights of this run: {named}")
 
 
 def test_scales_of_frozen_4_bit_weights_may_be_in_a_checkpoint(tmp_path: Path) -> None:
-    train(PlainGuardedTrainer, tmp_path)
+    run_training(PlainGuardedTrainer, tmp_path)
     checkpoint = tmp_path / f"checkpoint-{LAST_STEP}"
     rename_weight(checkpoint, "layer.weight.absmax")
-    assert train(PlainGuardedTrainer, tmp_path / "again", checkpoint)[0] == LAST_STEP
+    assert run_training(PlainGuardedTrainer, tmp_path / "again", checkpoint)[0] == LAST_STEP
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
         output_dir=str(tmp_path), max_steps=LAST_STEP, save_strategy="no", per_device_train_batch_size=1, logging_steps=1, report_to=[],
         use_cpu=True, disable_tqdm=True, include_num_input_tokens_seen="no",
     )  # fmt: skip
-    trainer = ClockedTrainer(model=Linear(), args=args, train_dataset=SlowRows())
+    trainer = ClockedTrainer(model=OneWeightModel(), args=args, train_dataset=SlowRows())
     trainer.meter = SpeedMeter(flops_of_token=1, peak_flops=None, rank_count=1)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "data_wait_share" in line]

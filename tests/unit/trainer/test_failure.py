@@ -96,7 +96,7 @@ def test_an_exception_is_classified(error: Exception, code: str, exit_code: int,
 
 
 @pytest.mark.parametrize(
-    ("code", "memory", "name", "exit_code", "origin"),
+    ("code", "host_memory", "name", "exit_code", "origin"),
     [
         (-signal.SIGKILL, False, "RankKilled", 74, True),
         (-signal.SIGKILL, True, "HostMemory", 71, True),
@@ -108,12 +108,12 @@ def test_an_exception_is_classified(error: Exception, code: str, exit_code: int,
         (1, False, "RankCrashed", 70, True),
     ],
 )
-def test_an_exit_code_alone_is_classified(code: int, memory: bool, name: str, exit_code: int, origin: bool) -> None:
-    parsed = failure_from_exit_code(3, code, host_memory=memory)
+def test_an_exit_code_alone_is_classified(code: int, host_memory: bool, name: str, exit_code: int, origin: bool) -> None:
+    parsed = failure_from_exit_code(3, code, host_memory=host_memory)
     assert (parsed.error.code, parsed.error.exit_code, parsed.origin, parsed.rank) == (name, exit_code, origin, 3)
 
 
-def failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
+def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
     parsed = failure_from_message(
         {"exitCode": code, "code": f"C{code}", "message": "m", "origin": origin, "timeNs": time_ns}
     )
@@ -123,11 +123,11 @@ def failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bo
 @pytest.mark.parametrize(
     ("failures", "expected_exit_code"),
     [
-        ([failure(74, origin=False), failure(72)], 72),
-        ([failure(70), failure(65)], 65),
-        ([failure(74), failure(71)], 71),
-        ([failure(74, origin=False, time_ns=1), failure(74, time_ns=2)], 74),
-        ([failure(70, time_ns=2), failure(72, time_ns=3)], 72),
+        ([make_failure(74, origin=False), make_failure(72)], 72),
+        ([make_failure(70), make_failure(65)], 65),
+        ([make_failure(74), make_failure(71)], 71),
+        ([make_failure(74, origin=False, time_ns=1), make_failure(74, time_ns=2)], 74),
+        ([make_failure(70, time_ns=2), make_failure(72, time_ns=3)], 72),
     ],
 )
 def test_the_root_cause_is_reported(failures: list[RankFailure], expected_exit_code: int) -> None:
@@ -137,7 +137,7 @@ def test_the_root_cause_is_reported(failures: list[RankFailure], expected_exit_c
 
 
 def test_the_earlier_of_equal_failures_is_reported() -> None:
-    cause = root_cause([failure(70, time_ns=2), failure(70, time_ns=1)])
+    cause = root_cause([make_failure(70, time_ns=2), make_failure(70, time_ns=1)])
     assert cause is not None and cause.time_ns == 1
 
 

@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
 
 
-class Scale(torch.nn.Module):
+class OneWeightModel(torch.nn.Module):
     """A model with one parameter."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Scale(torch.nn.Module):
         return {"loss": (self.weight * x).square().mean()}
 
 
-HOOKS = (
+HOOK_NAMES = (
     "run_epoch", "load_checkpoint_weights", "check_loaded_keys", "load_optimizer_and_scheduler", "save_optimizer_and_scheduler",
     "load_best_model", "save_files",
 )  # fmt: skip
@@ -43,11 +43,11 @@ class RecordingTrainer(internals.OpenTrainer):
     """Counts the calls of each public hook."""
 
     def __init__(self, *args: Any, **options: Any):
-        self.calls = dict.fromkeys(HOOKS, 0)
+        self.calls = dict.fromkeys(HOOK_NAMES, 0)
         super().__init__(*args, **options)
 
 
-def _recorded(name: str) -> Any:
+def _counting_hook(name: str) -> Any:
     def hook(self: RecordingTrainer, *args: Any, **options: Any) -> Any:
         self.calls[name] += 1
         return getattr(super(RecordingTrainer, self), name)(*args, **options)
@@ -55,8 +55,8 @@ def _recorded(name: str) -> Any:
     return hook
 
 
-for _name in HOOKS:
-    setattr(RecordingTrainer, _name, _recorded(_name))
+for _name in HOOK_NAMES:
+    setattr(RecordingTrainer, _name, _counting_hook(_name))
 
 
 def recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
@@ -65,13 +65,13 @@ def recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
         logging_steps=10, **options,
     )  # fmt: skip
     rows = [{"x": 1.0}, {"x": 2.0}]
-    return RecordingTrainer(model=Scale(), args=args, train_dataset=rows, eval_dataset=rows)
+    return RecordingTrainer(model=OneWeightModel(), args=args, train_dataset=rows, eval_dataset=rows)
 
 
 def test_every_public_hook_overrides_one_private_method_of_the_trainer() -> None:
     private = [name for name, value in vars(internals.OpenTrainer).items() if name.startswith("_") and callable(value)]
     overridden = [name for name in private if not name.startswith("__")]
-    assert len(overridden) == len(HOOKS)
+    assert len(overridden) == len(HOOK_NAMES)
     assert [name for name in overridden if not hasattr(Trainer, name)] == []
 
 
@@ -132,7 +132,7 @@ def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) 
     }
     names = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
     assert "lm_head.weight" in names
-    assert internals.tied_weight_names(Scale()) == set()
+    assert internals.tied_weight_names(OneWeightModel()) == set()
 
 
 def test_the_active_attention_follows_a_later_change(model: Path) -> None:
@@ -192,16 +192,16 @@ def test_trl_generates_completions_through_the_overridden_method() -> None:
     trainer = overriding_class("trl.trainer.grpo_trainer", "GRPOTrainer")
     assert "self._generate_single_turn(" in inspect.getsource(trainer._generate)  # type: ignore[attr-defined]
 
-    class Base:
+    class PlainTrainer:
         accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
 
         def _generate_single_turn(self) -> torch.dtype:
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
-    class Generating(internals.GenerationUnderAutocast, Base):
+    class GeneratingTrainer(internals.GenerationUnderAutocast, PlainTrainer):
         pass
 
-    assert Generating()._generate_single_turn() == torch.bfloat16
+    assert GeneratingTrainer()._generate_single_turn() == torch.bfloat16
 
 
 @pytest.fixture

@@ -32,19 +32,19 @@ def test_error_messages_do_not_hold_the_signature(run: Any, tmp_path: Path) -> N
         lambda: load_config(run, inputs),
         lambda: _check_complete({"missing_keys": ["weight"]}, run),
         lambda: method_of(run, inputs).apply(None),
-        lambda: _mix_sources(reader().summary, run, [[], []]),
+        lambda: _mix_sources(make_reader().summary, run, [[], []]),
     ):
         with pytest.raises(FineTuneError) as caught:
             failing_call()
         assert "https://host/jobs/model" in caught.value.message and "hidden" not in str(caught.value)
 
 
-def reader() -> Any:
+def make_reader() -> Any:
     return SimpleNamespace(summary=SimpleNamespace(notes=[]))
 
 
 def test_notes_do_not_hold_the_signature(run: Any) -> None:
-    read, row = reader(), SimpleNamespace()
+    read, row = make_reader(), SimpleNamespace()
     _mix_sources(read.summary, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
     assert "https://host/jobs/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
 

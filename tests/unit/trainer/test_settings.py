@@ -23,7 +23,7 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def load(folder: Path, run: dict[str, Any] | bytes, sha256: str | None = None) -> RunConfig:
+def load_run_file(folder: Path, run: dict[str, Any] | bytes, sha256: str | None = None) -> RunConfig:
     file = folder / "run.json"
     file.write_bytes(run if isinstance(run, bytes) else json.dumps(run).encode())
     settings = replace(Settings.from_env(run_file=str(file), work=str(folder)), run_sha256=sha256)
@@ -32,7 +32,7 @@ def load(folder: Path, run: dict[str, Any] | bytes, sha256: str | None = None) -
 
 def test_a_run_file_with_its_checksum_is_read(tmp_path: Path) -> None:
     data = json.dumps(RUN).encode()
-    assert load(tmp_path, data, RunConfig.sha256(data)).name == "j"
+    assert load_run_file(tmp_path, data, RunConfig.sha256(data)).name == "j"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_an_unusable_run_file_is_named(
     tmp_path: Path, run: dict[str, Any] | bytes, sha256: str | None, kind: type[FineTuneError], code: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        load(tmp_path, run, sha256)
+        load_run_file(tmp_path, run, sha256)
     assert caught.value.code == code
 
 
@@ -58,7 +58,7 @@ def test_an_unknown_field_with_its_default_is_ignored(tmp_path: Path) -> None:
         "spec": RUN["spec"] | {"training": {"ofALaterRelease": 1}}, "defaults": ["training.ofALaterRelease"],
         "origins": {"training.ofALaterRelease": "default"},
     }  # fmt: skip
-    assert load(tmp_path, later).attempt == 1
+    assert load_run_file(tmp_path, later).attempt == 1
 
 
 def test_a_missing_run_file_is_named(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from tests.support.tiny import make_tiny_model
 
 LLAMA_3_8B = ModelShape(matrix_parameters=7_504_924_672, layers=32, heads=32, head_size=128)
 """Llama 3 8B: 8.03 billion parameters, minus the embedding table of 128,256 x 4,096."""
-VOCABULARY, HIDDEN, MLP, LAYERS = 48, 16, 32, 2
-TABLE = VOCABULARY * HIDDEN
-LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP + 2 * HIDDEN
+VOCABULARY_SIZE, HIDDEN_SIZE, MLP_SIZE, LAYER_COUNT = 48, 16, 32, 2
+EMBEDDING_PARAMETERS = VOCABULARY_SIZE * HIDDEN_SIZE
+LAYER_PARAMETERS = 4 * HIDDEN_SIZE * HIDDEN_SIZE + 3 * HIDDEN_SIZE * MLP_SIZE + 2 * HIDDEN_SIZE
 """Parameters of a layer: attention, the three matrices of the MLP, two norms."""
-BODY = LAYERS * LAYER + HIDDEN
+BODY_PARAMETERS = LAYER_COUNT * LAYER_PARAMETERS + HIDDEN_SIZE
 """Parameters of all layers and of the norm before the head."""
 
 
@@ -65,13 +65,13 @@ def test_meter_measures_throughput_between_log_lines() -> None:
     assert "mfu" not in (SpeedMeter(flops_of_token=1, peak_flops=None, rank_count=1).read(1, now=1.0) | {})
 
 
-def llama(*, tied: bool = False) -> Any:
+def llama_model(*, is_tied: bool = False) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=2,
-            max_position_embeddings=32, tie_word_embeddings=tied,
+            vocab_size=VOCABULARY_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=MLP_SIZE, num_hidden_layers=LAYER_COUNT, num_attention_heads=2,
+            max_position_embeddings=32, tie_word_embeddings=is_tied,
         )
     )  # fmt: skip
 
@@ -93,39 +93,39 @@ def matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
     ("options", "trained"),
     [
         ({}, 0),
-        ({"modules_to_save": ["lm_head"]}, TABLE),
+        ({"modules_to_save": ["lm_head"]}, EMBEDDING_PARAMETERS),
         ({"modules_to_save": ["embed_tokens"]}, 0),
         (
             {"modules_to_save": ["norm"]},
-            (2 * LAYERS + 1) * HIDDEN,
+            (2 * LAYER_COUNT + 1) * HIDDEN_SIZE,
         ),  # PEFT selects every module whose name ends with this text
     ],
 )
 def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained: int, tied: bool) -> None:
-    assert matrix_and_trained_parameters(with_lora(llama(tied=tied), **options)) == (BODY + TABLE, trained)
+    assert matrix_and_trained_parameters(with_lora(llama_model(is_tied=tied), **options)) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained)
 
 
 def test_trained_embedding_rows_do_not_hide_the_head() -> None:
     matrices, trained = matrix_and_trained_parameters(
-        with_lora(llama(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
+        with_lora(llama_model(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
     )
-    assert (matrices - BODY - TABLE, trained) == (HIDDEN, HIDDEN)
+    assert (matrices - BODY_PARAMETERS - EMBEDDING_PARAMETERS, trained) == (HIDDEN_SIZE, HIDDEN_SIZE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
-    model = llama(tied=tied)
+    model = llama_model(is_tied=tied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
-    learned = 3 * HIDDEN * MLP + TABLE  # the embedding lookup is not a matrix product
-    assert matrix_and_trained_parameters(model) == (BODY + TABLE, learned)
+    learned = 3 * HIDDEN_SIZE * MLP_SIZE + EMBEDDING_PARAMETERS  # the embedding lookup is not a matrix product
+    assert matrix_and_trained_parameters(model) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, learned)
     flops = flops_per_token(ModelShape.of(model), 0, frozen_base=True, trained_count=trained_parameters(model))
-    assert flops == 4 * (BODY + TABLE) + 2 * learned
+    assert flops == 4 * (BODY_PARAMETERS + EMBEDDING_PARAMETERS) + 2 * learned
 
 
 def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> None:
-    shape = ModelShape.of(llama())
-    every_parameter = flops_per_token(shape, 8, frozen_base=True, trained_count=trained_parameters(llama()))
+    shape = ModelShape.of(llama_model())
+    every_parameter = flops_per_token(shape, 8, frozen_base=True, trained_count=trained_parameters(llama_model()))
     assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
 
 
@@ -134,13 +134,13 @@ def test_only_the_selected_experts_of_a_token_are_counted() -> None:
 
     model = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=2,
+            vocab_size=VOCABULARY_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=MLP_SIZE, num_hidden_layers=LAYER_COUNT, num_attention_heads=2,
             num_key_value_heads=2, max_position_embeddings=32, num_local_experts=8, num_experts_per_tok=2,
         )
     )  # fmt: skip
-    attention, router, expert, norms = 4 * HIDDEN * HIDDEN, 8 * HIDDEN, 3 * HIDDEN * MLP, 2 * HIDDEN
-    layers = LAYERS * (attention + router + 2 * expert + norms)
-    assert matrix_and_trained_parameters(model) == (layers + HIDDEN + TABLE,) * 2
+    attention, router, expert, norms = 4 * HIDDEN_SIZE * HIDDEN_SIZE, 8 * HIDDEN_SIZE, 3 * HIDDEN_SIZE * MLP_SIZE, 2 * HIDDEN_SIZE
+    layers = LAYER_COUNT * (attention + router + 2 * expert + norms)
+    assert matrix_and_trained_parameters(model) == (layers + HIDDEN_SIZE + EMBEDDING_PARAMETERS,) * 2
 
 
 def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,20 +12,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-from self_signed import certificate
+from self_signed import write_certificate
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A faulty response: another status with headers, or only the first `cut` bytes of the body."""
+    """A faulty response: another status with headers, or only the first `cut_bytes` bytes of the body."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    cut: int | None = None
+    cut_bytes: int | None = None
 
 
 @dataclass
-class Web:
+class WebServer:
     """A running server: its address, the file with its certificate, and the requests that it received."""
 
     folder: Path
@@ -33,7 +33,7 @@ class Web:
     ca: str
     faults: list[Fault] = field(default_factory=list)
     """Faulty responses to the next requests; further requests get the files of the folder."""
-    ranges: bool = True
+    serves_ranges: bool = True
     requests: list[str] = field(default_factory=list)
     """`METHOD /path?query RANGE` of each request."""
 
@@ -46,14 +46,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(folder: Path, keys: Path) -> Iterator[Web]:
+def serve_folder(folder: Path, keys: Path) -> Iterator[WebServer]:
     """Serve a folder over https. The certificate and its key are written to `keys`."""
-    chain = certificate(keys)
+    chain = write_certificate(keys)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*chain)
     server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    web = Web(folder, f"https://127.0.0.1:{server.server_address[1]}", str(chain[0]))
+    web = WebServer(folder, f"https://127.0.0.1:{server.server_address[1]}", str(chain[0]))
     server.RequestHandlerClass = _handler(web)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
@@ -63,7 +63,7 @@ def serving(folder: Path, keys: Path) -> Iterator[Web]:
         server.server_close()
 
 
-def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
+def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -77,10 +77,10 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
             data = file.read_bytes()
             tag = f'"{hashlib.sha256(data).hexdigest()[:12]}"'
             start, status, headers = 0, 200, {"ETag": tag} | fault.headers
-            if web.ranges and "Range" in self.headers and self.headers.get("If-Range", tag) == tag:
+            if web.serves_ranges and "Range" in self.headers and self.headers.get("If-Range", tag) == tag:
                 start, status = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")), 206
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self._send(status, data[start:], headers, fault.cut)
+            self._send(status, data[start:], headers, fault.cut_bytes)
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
             self.send_response(status)

@@ -14,15 +14,15 @@ from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer,
 from tests.support.data import check_error, load_examples, run_for
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
-TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
-FORMATS: dict[str, tuple[str, dict[str, Any], Any]] = {
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+CONTENT_PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+FORMAT_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     # name: (format recognised, row, example)
-    "messages": ("messages", {"messages": TURNS}, Conversation((U, A))),
-    "messages, parts": ("messages", {"messages": [{"role": "human", "content": PARTS}, TURNS[1]]}, Conversation((U, A))),
-    "conversation column": ("messages", {"conversation": TURNS}, Conversation((U, A))),
-    "weight": ("messages", {"messages": [*TURNS, {**TURNS[1], "weight": 0}]}, Conversation((U, A, Turn("assistant", "ho", 0)))),
-    "system column": ("messages", {"system": "Be brief", "messages": TURNS}, Conversation((Turn("system", "Be brief"), U, A))),
+    "messages": ("messages", {"messages": CHAT}, Conversation((U, A))),
+    "messages, parts": ("messages", {"messages": [{"role": "human", "content": CONTENT_PARTS}, CHAT[1]]}, Conversation((U, A))),
+    "conversation column": ("messages", {"conversation": CHAT}, Conversation((U, A))),
+    "weight": ("messages", {"messages": [*CHAT, {**CHAT[1], "weight": 0}]}, Conversation((U, A, Turn("assistant", "ho", 0)))),
+    "system column": ("messages", {"system": "Be brief", "messages": CHAT}, Conversation((Turn("system", "Be brief"), U, A))),
     "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, Conversation((U, A))),
     "sharegpt, role": ("sharegpt", {"conversations": [{"role": "human", "value": "hi"}, {"role": "bot", "value": "ho"}]}, Conversation((U, A))),
     "alpaca": ("alpaca", {"instruction": "hi", "input": "", "output": "ho"}, Conversation((U, A), role_names=("Instruction", "Output"))),
@@ -43,7 +43,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Any]] = {
         Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "A")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
     ),
     "promptCompletion": ("promptCompletion", {"prompt": "hi", "completion": "ho"}, Completion("hi", "ho")),
-    "promptCompletion, turns": ("promptCompletion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, Conversation((Turn("user", "hi", 0), A))),
+    "promptCompletion, turns": ("promptCompletion", {"prompt": CHAT[:1], "completion": CHAT[1:]}, Conversation((Turn("user", "hi", 0), A))),
     "plainText": ("plainText", {"text": "hi ho"}, Text("hi ho")),
     "tree": (
         "oasst", {"prompt": {"text": "hi", "role": "prompter", "replies": [
@@ -57,87 +57,87 @@ SYSTEM_BECOME = {"role": "system", "content": "become"}
 QUESTION_AND = {"role": "user", "content": "and"}
 ANSWER_TURNS = ((A,), (Turn("assistant", "no"),))
 PAIR_OF_TURNS = Preference((U,), *ANSWER_TURNS)
-PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
+PREFERENCE_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
-    "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, PAIR_OF_TURNS),
-    "text prompt, each answer is a complete conversation": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
-    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, Preference((Turn("user", "hi\n"),), *ANSWER_TURNS)),
-    "each answer is a complete conversation": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
-    "complete conversation only in chosen": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, PAIR_OF_TURNS),
+    "turns": ("orpo", {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [ANSWER_NO]}, PAIR_OF_TURNS),
+    "text prompt, each answer is a complete conversation": ("dpo", {"prompt": "hi", "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, Preference((Turn("user", "hi\n"),), *ANSWER_TURNS)),
+    "each answer is a complete conversation": ("reward", {"prompt": CHAT[:1], "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "complete conversation only in chosen": ("orpo", {"prompt": CHAT[:1], "chosen": CHAT, "rejected": "no"}, PAIR_OF_TURNS),
     "complete conversations with a system prompt": (
-        "dpo", {"prompt": "hi", "chosen": [SYSTEM_BE, *TURNS], "rejected": [SYSTEM_BE, TURNS[0], ANSWER_NO]},
+        "dpo", {"prompt": "hi", "chosen": [SYSTEM_BE, *CHAT], "rejected": [SYSTEM_BE, CHAT[0], ANSWER_NO]},
         Preference((Turn("system", "be"), *PAIR_OF_TURNS.prompt), *ANSWER_TURNS)
     ),
     "answers that begin with a second question": (
-        "dpo", {"prompt": TURNS, "chosen": [QUESTION_AND, TURNS[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
+        "dpo", {"prompt": CHAT, "chosen": [QUESTION_AND, CHAT[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
         Preference((U, A), (Turn("user", "and"), *ANSWER_TURNS[0]), (Turn("user", "and"), *ANSWER_TURNS[1])),
     ),
-    "empty prompt, each answer is a complete conversation": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "empty prompt, each answer is a complete conversation": ("dpo", {"prompt": "", "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "empty prompt and labelled conversation": (
-        "kto", {"prompt": " ", "completion": [SYSTEM_BE, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
+        "kto", {"prompt": " ", "completion": [SYSTEM_BE, *CHAT], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
     ),
-    "empty prompt and complete conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
+    "empty prompt and complete conversation": ("sft", {"prompt": "", "completion": CHAT}, Conversation((U, A))),
     "empty prompt and answers without a question": (
-        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, Preference((Turn("user", ""),), *ANSWER_TURNS)
+        "dpo", {"prompt": "", "chosen": CHAT[1:], "rejected": [ANSWER_NO]}, Preference((Turn("user", ""),), *ANSWER_TURNS)
     ),
     "two questions without a prompt": (
-        "dpo", {"chosen": [TURNS[0], QUESTION_AND, TURNS[1]], "rejected": TURNS[:1] + [ANSWER_NO]}, Preference((U,), (Turn("user", "and"), A), ANSWER_TURNS[1])
+        "dpo", {"chosen": [CHAT[0], QUESTION_AND, CHAT[1]], "rejected": CHAT[:1] + [ANSWER_NO]}, Preference((U,), (Turn("user", "and"), A), ANSWER_TURNS[1])
     ),
     "the same question twice without a prompt": (
-        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], ANSWER_NO]}, Preference((U,), (U, A), ANSWER_TURNS[1])
+        "dpo", {"chosen": [CHAT[0], *CHAT], "rejected": [CHAT[0], ANSWER_NO]}, Preference((U,), (U, A), ANSWER_TURNS[1])
     ),
     "completion that begins with a second question": (
-        "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
+        "sft", {"prompt": CHAT[:1], "completion": [QUESTION_AND, CHAT[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
     ),
     "a system column replaces system prompts": (
-        "dpo", {"system": "be", "prompt": [SYSTEM_BECOME, TURNS[0]], "chosen": [SYSTEM_BE, *TURNS], "rejected": "no"},
+        "dpo", {"system": "be", "prompt": [SYSTEM_BECOME, CHAT[0]], "chosen": [SYSTEM_BE, *CHAT], "rejected": "no"},
         Preference((Turn("system", "be"), U), *ANSWER_TURNS)
     ),
-    "label and complete conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
-    "complete conversation as completion": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
-    "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "label and complete conversation": ("kto", {"prompt": "hi", "completion": CHAT, "label": True}, LabelledAnswer((U,), (A,), True)),
+    "complete conversation as completion": ("sft", {"prompt": "hi", "completion": CHAT}, Conversation((Turn("user", "hi", 0), A))),
+    "implicit turns": ("reward", {"chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
     "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
     "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
     "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
 }  # fmt: skip
-MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+MISMATCH_CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "another question": (
-        "dpo", {"prompt": "hi", "chosen": [QUESTION_AND, TURNS[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
+        "dpo", {"prompt": "hi", "chosen": [QUESTION_AND, CHAT[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
         "PromptMismatch", "`chosen` begins",
     ),
     "only the last question": (
-        "dpo", {"prompt": "and", "chosen": [*TURNS, QUESTION_AND, TURNS[1]], "rejected": [*TURNS, QUESTION_AND, ANSWER_NO]},
+        "dpo", {"prompt": "and", "chosen": [*CHAT, QUESTION_AND, CHAT[1]], "rejected": [*CHAT, QUESTION_AND, ANSWER_NO]},
         "PromptMismatch", "`chosen` begins",
     ),
     "two system prompts": (
-        "dpo", {"prompt": [SYSTEM_BE, TURNS[0]], "chosen": [SYSTEM_BECOME, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+        "dpo", {"prompt": [SYSTEM_BE, CHAT[0]], "chosen": [SYSTEM_BECOME, *CHAT], "rejected": "no"}, "PromptMismatch", "system prompt",
     ),
-    "judged": ("kto", {"prompt": "hi", "completion": [QUESTION_AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
+    "judged": ("kto", {"prompt": "hi", "completion": [QUESTION_AND, CHAT[1]], "label": True}, "PromptMismatch", "`completion` begins"),
     "a completion that repeats the prompt in the middle": (
-        "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, ANSWER_NO, *TURNS]},
+        "sft", {"prompt": CHAT[:1], "completion": [QUESTION_AND, ANSWER_NO, *CHAT]},
         "PromptMismatch", "`completion` begins",
     ),
-    "no answer at all": ("kto", {"prompt": "", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "no answer"),
-    "no answer": ("kto", {"prompt": "hi", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
+    "no answer at all": ("kto", {"prompt": "", "completion": CHAT[:1], "label": True}, "NoTrainableToken", "no answer"),
+    "no answer": ("kto", {"prompt": "hi", "completion": CHAT[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
 }  # fmt: skip
 BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
     "empty": ("ConversationEmpty", [], "no messages"),
     "only system": ("ConversationEmpty", [{"role": "system", "content": "x"}], "has only a system prompt"),
-    "unknown role": ("UnknownRole", [{"role": "alien", "content": "x"}, TURNS[1]], "'alien'"),
+    "unknown role": ("UnknownRole", [{"role": "alien", "content": "x"}, CHAT[1]], "'alien'"),
     "no role": ("DatasetRowInvalid", [{"content": "x"}], "neither `role` nor `from`"),
     "no content": ("DatasetRowInvalid", [{"role": "user"}], "has no content"),
-    "no assistant": ("NoTrainableToken", TURNS[:1], "no answer to learn from"),
-    "weight": ("DatasetRowInvalid", [TURNS[0], {**TURNS[1], "weight": 0.5}], "weight is 0.5"),
-    "all weights 0": ("NoTrainableToken", [TURNS[0], {**TURNS[1], "weight": 0}], "has weight 0"),
+    "no assistant": ("NoTrainableToken", CHAT[:1], "no answer to learn from"),
+    "weight": ("DatasetRowInvalid", [CHAT[0], {**CHAT[1], "weight": 0.5}], "weight is 0.5"),
+    "all weights 0": ("NoTrainableToken", [CHAT[0], {**CHAT[1], "weight": 0}], "has weight 0"),
     "not an array": ("DatasetRowInvalid", 3, "not an array"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMAT_CASES)
 def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
-    kind, row, expected = FORMATS[name]
+    kind, row, expected = FORMAT_CASES[name]
     run, inputs = run_for(tmp_path, {}, [row])
     loaded = load(run, inputs)
     assert loaded.summary.format == kind
@@ -145,24 +145,24 @@ def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
     assert load_examples(tmp_path, {"format": kind}, [row]) == [expected]
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("name", PREFERENCE_CASES)
 def test_rows_with_prompts_and_answers_are_read(name: str, tmp_path: Path) -> None:
-    trainer, row, expected = PREFERENCES[name]
+    trainer, row, expected = PREFERENCE_CASES[name]
     spec = {"trainer": {"type": trainer, **({"rewards": [{"builtin": "thinkFormat"}]} if trainer == "grpo" else {})}}
     assert load_examples(tmp_path, rows=[row], spec=spec) == [expected]
 
 
 def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> None:
-    rows = [{"prompt": [SYSTEM_BE, TURNS[0]], "completion": [SYSTEM_BECOME, *TURNS]}]
+    rows = [{"prompt": [SYSTEM_BE, CHAT[0]], "completion": [SYSTEM_BECOME, *CHAT]}]
     spec = {"dataset": {"systemPrompt": "x"}}
     assert load_examples(tmp_path, rows=rows, spec=spec) == [
         Conversation((Turn("system", "x"), Turn("user", "hi", 0), A))
     ]
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
+@pytest.mark.parametrize("name", MISMATCH_CASES)
 def test_an_answer_that_does_not_continue_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
-    trainer, row, code, message = MISMATCHES[name]
+    trainer, row, code, message = MISMATCH_CASES[name]
     error = check_error(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
     assert (error.code, error.exit_code) == (code, 65)
     assert message in error.message and "train.jsonl, row 1" in error.message
@@ -231,7 +231,7 @@ def test_messages_format_reads_question_and_answer_columns_named_in_dataset_colu
     dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
     expected = Conversation((Turn("system", "Help."), U, A))
     assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected]
-    assert load_examples(tmp_path / "b", dataset, [{"messages": TURNS}]) == [
+    assert load_examples(tmp_path / "b", dataset, [{"messages": CHAT}]) == [
         expected
     ]  # an existing messages column takes precedence
     error = check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
@@ -260,12 +260,12 @@ def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
 def test_a_prompt_may_be_an_object_with_messages(tmp_path: Path) -> None:
     columns = {"question": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
     row = {
-        "input": {"messages": TURNS[:1], "tools": [], "parallel_tool_calls": True}, "preferred_output": TURNS[1:],
+        "input": {"messages": CHAT[:1], "tools": [], "parallel_tool_calls": True}, "preferred_output": CHAT[1:],
         "non_preferred_output": [ANSWER_NO],
     }  # fmt: skip
     dataset, spec = {"format": "preference", "columns": columns}, {"trainer": {"type": "dpo"}}
     assert load_examples(tmp_path / "a", dataset, [row], spec=spec) == [PAIR_OF_TURNS]
-    row["input"] = {"messages": TURNS[:1], "tools": [{"type": "function"}]}
+    row["input"] = {"messages": CHAT[:1], "tools": [{"type": "function"}]}
     error = check_error(tmp_path / "b", dataset, [row], spec=spec)
     assert error.code == "DatasetRowInvalid" and "holds tools" in error.message
 
@@ -284,10 +284,10 @@ def test_mcq_options_can_be_left_out_of_the_question(tmp_path: Path) -> None:
 def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     turns = [
-        TURNS[0],
+        CHAT[0],
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "2"},
-        TURNS[1],
+        CHAT[1],
     ]
     (example,) = load_examples(tmp_path, rows=[{"messages": turns, "tools": [{"type": "function"}]}])
     assert example.turns[1].extra["tool_calls"][0]["function"]["arguments"] == {"x": 1}
@@ -297,14 +297,14 @@ def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BAD_CONVERSATIONS)
 def test_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
     code, turns, message = BAD_CONVERSATIONS[name]
-    error = check_error(tmp_path, rows=[{"messages": TURNS}, {"messages": turns}])
+    error = check_error(tmp_path, rows=[{"messages": CHAT}, {"messages": turns}])
     assert (error.code, int(error.exit_code)) == (code, 65)
     assert error.message.startswith("train.jsonl, row 2: ") and message in error.message
 
 
 def test_rows_without_an_answer_are_usable_when_all_tokens_are_trained_on(tmp_path: Path) -> None:
     dataset = {"responseOnly": {"enabled": False}}
-    assert load_examples(tmp_path, dataset, [{"messages": TURNS[:1]}]) == [Conversation((U,))]
+    assert load_examples(tmp_path, dataset, [{"messages": CHAT[:1]}]) == [Conversation((U,))]
 
 
 def test_equal_answers_and_missing_prompts_are_refused(tmp_path: Path) -> None:

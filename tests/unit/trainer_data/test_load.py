@@ -17,7 +17,7 @@ from tests.support.data import check_error, load_examples, run_for
 from tests.support.learning import make_run, write_rows
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
-GOOD = {"question": "hi", "answer": "ho"}
+GOOD_ROW = {"question": "hi", "answer": "ho"}
 BAD_ROWS: dict[str, tuple[str, Any, str, str]] = {
     # test id: (error code, row 17, part of the message, part of the hint)
     "not JSON": ("DatasetRowInvalid", '{"question": "hi", ', "not valid JSON at column 19", "one JSON object per line"),
@@ -43,7 +43,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str, str]] = {
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
     code, line, found, write = BAD_ROWS[name]
-    lines = [json.dumps(GOOD)] * 200
+    lines = [json.dumps(GOOD_ROW)] * 200
     lines[16] = line
     error = check_error(tmp_path, text="\n".join(lines))
     assert isinstance(error, DataError)
@@ -54,7 +54,7 @@ def test_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
-    lines = [json.dumps(GOOD)] * 60
+    lines = [json.dumps(GOOD_ROW)] * 60
     lines[4], lines[9] = "{", '{"question": "hi", "answer": ""}'
     run, inputs = run_for(tmp_path, {"dataset": {"badRows": "skip"}}, text="\n".join(lines))
     summary: DataSummary = check_files(run, inputs)
@@ -65,7 +65,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
 
 
 def test_too_many_bad_rows_are_refused(tmp_path: Path) -> None:
-    lines = [json.dumps(GOOD)] * 10 + ["{"]
+    lines = [json.dumps(GOOD_ROW)] * 10 + ["{"]
     error = check_error(tmp_path, {"badRows": "skip"}, text="\n".join(lines))
     assert error.code == "TooManyBadRows" and "1 of 11 rows" in error.message and "row 11" in error.message
     assert len(load_examples(tmp_path, {"badRows": "skip", "maxBadRowRatio": 0.1}, text="\n".join(lines))) == 10
@@ -110,7 +110,7 @@ def test_a_source_with_only_duplicates_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_column_that_no_row_has_is_one_error(tmp_path: Path) -> None:
-    error = check_error(tmp_path, {"format": "qa", "columns": {"answer": "reply"}, "badRows": "skip"}, [GOOD])
+    error = check_error(tmp_path, {"format": "qa", "columns": {"answer": "reply"}, "badRows": "skip"}, [GOOD_ROW])
     assert error.code == "ColumnMissing"
     assert "column `reply` (dataset.columns.answer)" in error.message and "`question`, `answer`" in error.message
 
@@ -118,7 +118,7 @@ def test_a_column_that_no_row_has_is_one_error(tmp_path: Path) -> None:
 def test_rows_in_a_format_of_another_objective_are_refused(tmp_path: Path) -> None:
     error = check_error(tmp_path / "a", rows=[{"prompt": "hi", "chosen": "ho", "rejected": "no"}])
     assert isinstance(error, ConfigError) and error.code == "FormatMismatch" and "preference" in error.message
-    error = check_error(tmp_path / "b", rows=[GOOD], spec={"trainer": {"type": "dpo"}})
+    error = check_error(tmp_path / "b", rows=[GOOD_ROW], spec={"trainer": {"type": "dpo"}})
     assert error.code == "FormatMismatch" and "dpo needs preference data; the rows are qa" in error.message
 
 

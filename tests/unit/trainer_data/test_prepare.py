@@ -16,31 +16,31 @@ from tests.support.learning import TEN, make_run, write_rows
 from tests.support.tiny import CHATML_MARKED
 
 
-def longest(folder: Path, spec: dict[str, Any], limit: int | None, own: int = NO_TOKENIZER_LIMIT) -> int:
+def longest_sequence(folder: Path, spec: dict[str, Any], model_limit: int | None, tokenizer_limit: int = NO_TOKENIZER_LIMIT) -> int:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
-    return max_sequence_length(run, SimpleNamespace(model_max_length=own), limit)
+    return max_sequence_length(run, SimpleNamespace(model_max_length=tokenizer_limit), model_limit)
 
 
 @pytest.mark.parametrize(
-    ("method", "taken"),
+    ("method", "virtual_token_count"),
     [({}, 0), ({"type": "prefixTuning"}, 20), ({"type": "promptTuning", "promptLength": 8}, 8)],
     ids=["lora", "prefix", "prompt"],
 )
-def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], taken: int, tmp_path: Path) -> None:
-    assert longest(tmp_path, {"method": method}, 512) == 512 - taken
-    assert longest(tmp_path, {"method": method}, None, own=256) == 256 - taken
-    assert longest(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits"
-    assert longest(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - taken}}, 512) == 512 - taken
-    with pytest.raises(ConfigError, match=f"write {512 - taken} or less") as caught:
-        longest(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - taken}}, 512)
+def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], virtual_token_count: int, tmp_path: Path) -> None:
+    assert longest_sequence(tmp_path, {"method": method}, 512) == 512 - virtual_token_count
+    assert longest_sequence(tmp_path, {"method": method}, None, tokenizer_limit=256) == 256 - virtual_token_count
+    assert longest_sequence(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits"
+    assert longest_sequence(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - virtual_token_count}}, 512) == 512 - virtual_token_count
+    with pytest.raises(ConfigError, match=f"write {512 - virtual_token_count} or less") as caught:
+        longest_sequence(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)
     assert caught.value.code == "SequenceTooLong"
-    assert ("method.promptLength takes" in caught.value.message) is bool(taken)
+    assert ("method.promptLength takes" in caught.value.message) is bool(virtual_token_count)
 
 
 def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> None:
     spec = {"method": {"type": "promptTuning", "promptLength": 64}}
     with pytest.raises(ConfigError, match="64 positions and method.promptLength takes 64 of them, so no row fits") as caught:
-        longest(tmp_path, spec, 64)
+        longest_sequence(tmp_path, spec, 64)
     assert (caught.value.code, caught.value.exit_code) == ("SequenceTooLong", 64)
     assert "promptLength 32" in (caught.value.hint or "")
 
@@ -122,13 +122,13 @@ def test_changed_seed_changes_the_mixture(tmp_path: Path) -> None:
     sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN[i * 5 : i * 5 + 5])] for i in range(2)]
     mixture = [{"source": f"s3://data/{i}.jsonl", "weight": 1 + 3 * i} for i in range(2)]
 
-    def mixed(seed: int) -> PreparedData:
+    def prepare_mixture(seed: int) -> PreparedData:
         spec = {"dataset": {"train": None, "mixture": mixture}, "training": {"seed": seed}}
         run, inputs = make_run(tmp_path, Path("/models/tiny"), spec)
         inputs = inputs.model_copy(update={"train": [], "mixture": sources})
         return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
 
-    first = [mixed(seed) for seed in range(4)]
+    first = [prepare_mixture(seed) for seed in range(4)]
     assert [data.is_from_cache for data in first] == [False] * 4
     assert len({tuple(map(tuple, data.train["input_ids"])) for data in first}) > 1
-    assert mixed(0).is_from_cache and mixed(0).train["input_ids"] == first[0].train["input_ids"]
+    assert prepare_mixture(0).is_from_cache and prepare_mixture(0).train["input_ids"] == first[0].train["input_ids"]

@@ -11,8 +11,8 @@ from finetune_trainer.data.rows import Conversation, Text, Turn
 from tests.support.data import check_error, load_examples
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
-TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-FILES: dict[str, tuple[str, str | bytes]] = {
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+FILE_CASES: dict[str, tuple[str, str | bytes]] = {
     "json array": ("a.json", '[{"text": "x"}, {"text": "y"}]'),
     "json data": ("a.json", '{"data": [{"text": "x"}, {"text": "y"}]}'),
     "jsonl under the name json": ("a.json", '{"text": "x"}\n{"text": "y"}\n'),
@@ -26,9 +26,9 @@ FILES: dict[str, tuple[str, str | bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILE_CASES)
 def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
-    file, text = FILES[name]
+    file, text = FILE_CASES[name]
     assert load_examples(tmp_path, text=text, name=file) == [Text("x"), Text("y")]
 
 
@@ -52,7 +52,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"messages": [TURNS]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [MESSAGES]}), tmp_path / "a.parquet")
     assert load_examples(tmp_path, text=(tmp_path / "a.parquet").read_bytes(), name="b.parquet") == [
         Conversation((U, A))
     ]

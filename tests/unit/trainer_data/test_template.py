@@ -26,12 +26,12 @@ TWO_ANSWERS = (
     Turn("user", "two"),
     Turn("assistant", "green"),
 )
-MARKED = (
+MARKED_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
 """Template whose generation prompt lacks the assistant header, and whose generation markers exclude the end-of-turn token."""
-MARKED_IN_PIECES = MARKED.replace(
+MARKED_IN_PIECES = MARKED_TEMPLATE.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )
 MARKED_IN_PIECES = MARKED_IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
@@ -45,7 +45,7 @@ def test_answers_are_trained_on_with_their_end_tokens(template: str, tmp_path: P
 
 
 def test_generation_markers_define_the_answers(tmp_path: Path) -> None:
-    options = render_options(tokenizer(tmp_path, MARKED))
+    options = render_options(tokenizer(tmp_path, MARKED_TEMPLATE))
     assert trained_texts(Conversation(TWO_ANSWERS), options) == ["red<|im_end|>", "green<|im_end|>"]
     turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
     assert trained_texts(Conversation(turns), options) == ["green<|im_end|>"]
@@ -53,7 +53,7 @@ def test_generation_markers_define_the_answers(tmp_path: Path) -> None:
     assert [whole.text[end:start] for (_, end), (start, _) in zip(whole.spans, whole.spans[1:], strict=False)] == [
         "red<|im_end|>"
     ]
-    unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    unmarked = MARKED_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     assert "says" in trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path / "b", unmarked)))[0]
 
 
@@ -68,7 +68,7 @@ def test_generation_markers_may_split_an_answer(tmp_path: Path) -> None:
 
 def test_generation_markers_of_an_unused_template_are_ignored(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    tok.chat_template = {"default": CHATML, "tool_use": MARKED}
+    tok.chat_template = {"default": CHATML, "tool_use": MARKED_TEMPLATE}
     assert trained_texts(Conversation(TWO_ANSWERS), render_options(tok)) == ["red<|im_end|>", "green<|im_end|>"]
 
 

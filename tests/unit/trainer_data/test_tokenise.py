@@ -13,7 +13,7 @@ from tests.support.data import SYSTEM_FIRST, decoded, prepare_rows, tokenizer
 from tests.support.learning import TEN, make_run
 from tests.support.tiny import make_tiny_model
 
-LONG = [{"text": "one two three four five " * n} for n in (1, 2, 12)]
+LONG_ROWS = [{"text": "one two three four five " * n} for n in (1, 2, 12)]
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_end_token_is_trained_on_although_it_is_the_pad_token(tmp_path: Path, mo
 @pytest.mark.parametrize(("overflow", "rows", "counted"), [("truncate", 3, "truncated"), ("drop", 2, "dropped")])
 def test_truncated_and_dropped_rows_are_counted(overflow: str, rows: int, counted: str, tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    data = prepare_rows(tmp_path, tok, {"overflow": overflow, "maxSequenceLength": 48}, LONG)
+    data = prepare_rows(tmp_path, tok, {"overflow": overflow, "maxSequenceLength": 48}, LONG_ROWS)
     report = data.reports["train"]
     assert len(data.train) == rows and report.longest <= 48
     assert (report.truncated, report.dropped) == ((1, 0) if counted == "truncated" else (0, 1))
@@ -138,7 +138,7 @@ def test_truncated_and_dropped_rows_are_counted(overflow: str, rows: int, counte
 
 def test_overflow_fail_names_the_row(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        prepare_rows(tmp_path, tokenizer(tmp_path), {"overflow": "fail", "maxSequenceLength": 48}, LONG)
+        prepare_rows(tmp_path, tokenizer(tmp_path), {"overflow": "fail", "maxSequenceLength": 48}, LONG_ROWS)
     assert caught.value.code == "RowTooLong" and "train.jsonl, row 3" in caught.value.message
 
 

@@ -18,14 +18,14 @@ from finetune_trainer.objective.rewards import (
     require_columns,
 )
 
-CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
+CITED_ANSWER = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
 
 
 def build_one_reward(**spec: object):
     return build_rewards([Reward.model_validate(spec)], Path("absent"))[0]
 
 
-def score(
+def score_text(
     text: str, /, ids: list[int] | None = None, row: dict[str, object] | None = None, **spec: object
 ) -> float | None:
     columns = {name: [value] for name, value in (row or {}).items()}
@@ -35,23 +35,23 @@ def score(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (CITED, 1.0),
-        (f"  {CITED}\n", 1.0),
-        (f"Here: {CITED}", 0.0),
-        (CITED.replace("<citations><source_id>7</source_id></citations>", ""), 0.0),
-        (CITED.replace("<source_id>7</source_id>", ""), 0.0),
-        (CITED.replace("Paris", "Pa\nris"), 0.0),
+        (CITED_ANSWER, 1.0),
+        (f"  {CITED_ANSWER}\n", 1.0),
+        (f"Here: {CITED_ANSWER}", 0.0),
+        (CITED_ANSWER.replace("<citations><source_id>7</source_id></citations>", ""), 0.0),
+        (CITED_ANSWER.replace("<source_id>7</source_id>", ""), 0.0),
+        (CITED_ANSWER.replace("Paris", "Pa\nris"), 0.0),
         ("", 0.0),
     ],
 )
 def test_citation_format_scores_complete_citations(text: str, expected: float) -> None:
-    assert score(text, builtin="citationFormat") == expected
+    assert score_text(text, builtin="citationFormat") == expected
 
 
 def test_citation_format_matches_over_several_lines_only_with_multiline() -> None:
-    over_lines = CITED.replace("><", ">\n<").replace("Paris", "Paris\nindeed")
-    assert score(over_lines, builtin="citationFormat") == 0.0
-    assert score(over_lines, builtin="citationFormat", parameters={"multiline": "true"}) == 1.0
+    over_lines = CITED_ANSWER.replace("><", ">\n<").replace("Paris", "Paris\nindeed")
+    assert score_text(over_lines, builtin="citationFormat") == 0.0
+    assert score_text(over_lines, builtin="citationFormat", parameters={"multiline": "true"}) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -66,38 +66,38 @@ def test_citation_format_matches_over_several_lines_only_with_multiline() -> Non
     ],
 )
 def test_think_format_scores_text_with_a_think_block(text: str, expected: float) -> None:
-    assert score(text, builtin="thinkFormat") == expected
+    assert score_text(text, builtin="thinkFormat") == expected
 
 
 def test_regex_searches_or_matches_whole() -> None:
-    assert score("so Answer: 4", builtin="regex", parameters={"pattern": r"Answer: \d"}) == 1.0
-    assert score("so Answer: 4", builtin="regex", parameters={"pattern": r"Answer: \d", "match": "full"}) == 0.0
-    assert score("ANSWER: 4", builtin="regex", parameters={"pattern": r"answer", "ignoreCase": "true"}) == 1.0
-    assert score("a\nb", builtin="regex", parameters={"pattern": "a.b", "dotAll": "true"}) == 1.0
+    assert score_text("so Answer: 4", builtin="regex", parameters={"pattern": r"Answer: \d"}) == 1.0
+    assert score_text("so Answer: 4", builtin="regex", parameters={"pattern": r"Answer: \d", "match": "full"}) == 0.0
+    assert score_text("ANSWER: 4", builtin="regex", parameters={"pattern": r"answer", "ignoreCase": "true"}) == 1.0
+    assert score_text("a\nb", builtin="regex", parameters={"pattern": "a.b", "dotAll": "true"}) == 1.0
 
 
 def test_exact_match_reads_a_column() -> None:
-    assert score(" four ", builtin="exactMatch", row={"answer": "four"}) == 1.0
-    assert score("five", builtin="exactMatch", row={"answer": "four"}) == 0.0
+    assert score_text(" four ", builtin="exactMatch", row={"answer": "four"}) == 1.0
+    assert score_text("five", builtin="exactMatch", row={"answer": "four"}) == 0.0
     assert (
-        score("Four", builtin="exactMatch", row={"gold": "four"}, parameters={"column": "gold", "ignoreCase": "true"})
+        score_text("Four", builtin="exactMatch", row={"gold": "four"}, parameters={"column": "gold", "ignoreCase": "true"})
         == 1.0
     )
     picked = {"extract": r"####\s*(\S+)"}
-    assert score("3 no #### 3 #### 4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 1.0
-    assert score("4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 0.0
+    assert score_text("3 no #### 3 #### 4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 1.0
+    assert score_text("4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 0.0
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.5), (40, 0.0), (99, 0.0)]
 )
 def test_length_reward_falls_outside_its_bounds(size: int, expected: float) -> None:
-    assert score("x", ids=[1] * size, builtin="length", parameters={"minimum": "10", "maximum": "20"}) == expected
+    assert score_text("x", ids=[1] * size, builtin="length", parameters={"minimum": "10", "maximum": "20"}) == expected
 
 
 def test_length_reward_counts_the_unit_of_the_spec() -> None:
-    assert score("one two", builtin="length", parameters={"unit": "words", "minimum": "4"}) == 0.5
-    assert score("abcd", builtin="length", parameters={"unit": "characters", "maximum": "4"}) == 1.0
+    assert score_text("one two", builtin="length", parameters={"unit": "words", "minimum": "4"}) == 0.5
+    assert score_text("abcd", builtin="length", parameters={"unit": "characters", "maximum": "4"}) == 1.0
 
 
 def test_json_schema_scores_valid_and_parsed_json() -> None:
@@ -105,10 +105,10 @@ def test_json_schema_scores_valid_and_parsed_json() -> None:
         "builtin": "jsonSchema",
         "parameters": {"schema": '{"type": "object", "required": ["a"]}', "parsed": "0.25"},
     }
-    assert score('{"a": 1}', **spec) == 1.0
-    assert score('```json\n{"a": 1}\n```', **spec) == 1.0
-    assert score('{"b": 1}', **spec) == 0.25
-    assert score("{a: 1}", **spec) == 0.0
+    assert score_text('{"a": 1}', **spec) == 1.0
+    assert score_text('```json\n{"a": 1}\n```', **spec) == 1.0
+    assert score_text('{"b": 1}', **spec) == 0.25
+    assert score_text("{a: 1}", **spec) == 0.0
 
 
 def test_messages_are_read_as_text() -> None:

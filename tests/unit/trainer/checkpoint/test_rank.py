@@ -16,7 +16,7 @@ from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, Tra
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402 - likewise
 
 
-class Run:
+class FakeTrainingLoop:
     """A training loop without training: it calls the callbacks in the order of the Trainer."""
 
     def __init__(self, folder: Path, *, steps_per_epoch: int = 10, **arguments: Any) -> None:
@@ -75,11 +75,11 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+def run(tmp_path: Path) -> FakeTrainingLoop:
+    return FakeTrainingLoop(tmp_path)
 
 
-def test_a_checkpoint_is_reported_and_adds_no_log_line(run: Run) -> None:
+def test_a_checkpoint_is_reported_and_adds_no_log_line(run: FakeTrainingLoop) -> None:
     run.step()
     run.step(save=True)
     run.step()
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_reported_and_adds_no_log_line(run: Run) -> None:
     assert [beat["step"] for beat in run.sent("heartbeat")] == [1, 2, 3]
 
 
-def test_a_stop_request_saves_and_ends_after_the_next_step(run: Run) -> None:
+def test_a_stop_request_saves_and_ends_after_the_next_step(run: FakeTrainingLoop) -> None:
     run.step()
     run.ask_to_stop()
     with pytest.raises(TrainingStopped) as stopped:
@@ -100,7 +100,7 @@ def test_a_stop_request_saves_and_ends_after_the_next_step(run: Run) -> None:
     assert run.sent("stopping")[0]["step"] == 2
 
 
-def test_the_last_step_is_logged_even_if_its_window_is_short(run: Run) -> None:
+def test_the_last_step_is_logged_even_if_its_window_is_short(run: FakeTrainingLoop) -> None:
     run.state.max_steps = 2
     run.step()
     run.step()
@@ -109,7 +109,7 @@ def test_the_last_step_is_logged_even_if_its_window_is_short(run: Run) -> None:
 
 
 def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = FakeTrainingLoop(tmp_path)
     sums = {"tokens": torch.tensor(7), "nll": torch.tensor(0.3)}
     trainer = SimpleNamespace(
         args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(0.1) + torch.tensor(0.2), _sums={"train": sums}
@@ -134,7 +134,7 @@ def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> Non
     ("loss", "weight", "code"),
     [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
 )
-def test_a_state_with_non_finite_values_is_never_saved(run: Run, loss: str, weight: float, code: str) -> None:
+def test_a_state_with_non_finite_values_is_never_saved(run: FakeTrainingLoop, loss: str, weight: float, code: str) -> None:
     run.stager.on_trainer_created(
         SimpleNamespace(
             args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(float(loss)), _sums={"train": {}}
@@ -146,7 +146,7 @@ def test_a_state_with_non_finite_values_is_never_saved(run: Run, loss: str, weig
     assert (caught.value.code, run.saved) == (code, [])
 
 
-def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
+def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop) -> None:
     """The last update may have made weights non-finite, although the logged loss before this update was finite."""
     sums = {"train": {"tokens": torch.tensor(7)}}
     run.stager.on_trainer_created(
@@ -164,7 +164,7 @@ def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
 
 def test_a_checkpoint_at_an_epochs_end_is_saved_after_the_evaluation(tmp_path: Path) -> None:
     """A run that resumed from an earlier checkpoint would skip the evaluation, and early stopping could decide differently."""
-    run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
+    run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step(save=True)
     run.step(save=True)
     assert run.saved == [1]
@@ -175,13 +175,13 @@ def test_a_checkpoint_at_an_epochs_end_is_saved_after_the_evaluation(tmp_path: P
     assert run.saved == [1, 2]
 
 
-def test_a_stop_is_not_caught_by_except_exception(run: Run) -> None:
+def test_a_stop_is_not_caught_by_except_exception(run: FakeTrainingLoop) -> None:
     assert not issubclass(TrainingStopped, Exception)
 
 
 def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> None:
     """A resumed run starts with the next epoch. Without the wait, no run would measure the validation loss of the ended epoch."""
-    run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
+    run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step()
     run.ask_to_stop()
     run.step()
@@ -192,7 +192,7 @@ def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> Non
 
 
 def test_a_stop_at_an_epochs_end_without_evaluation_is_immediate(tmp_path: Path) -> None:
-    run = Run(tmp_path, steps_per_epoch=2)
+    run = FakeTrainingLoop(tmp_path, steps_per_epoch=2)
     run.step()
     run.ask_to_stop()
     with pytest.raises(TrainingStopped):
@@ -203,7 +203,7 @@ def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(subject, "free_bytes", lambda work: free)
 
 
-def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free_bytes(monkeypatch, subject.DISK_RESERVE_BYTES)
     run.step(save=True)
     run.step()
@@ -215,7 +215,7 @@ def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: Run, monkeyp
     assert run.saved == [3]
 
 
-def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free_bytes(monkeypatch, 0)
     run.step()
     run.ask_to_stop()
@@ -224,14 +224,14 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: 
     assert run.saved == [] and run.sent("skipped")
 
 
-def test_the_size_of_the_first_checkpoint_is_estimated(run: Run) -> None:
+def test_the_size_of_the_first_checkpoint_is_estimated(run: FakeTrainingLoop) -> None:
     """A checkpoint contains each trained weight and two moments of the optimizer for this weight."""
     assert subject._estimated_size(run.model) == 6 * (4 + 8)
     run.model.bias.requires_grad = False
     assert subject._estimated_size(run.model) == 4 * (4 + 8)
 
 
-def test_only_finite_values_are_reported(run: Run) -> None:
+def test_only_finite_values_are_reported(run: FakeTrainingLoop) -> None:
     run.state.global_step, run.state.num_input_tokens_seen = 3, 500
     run.reporter.on_log(
         run.args, run.state, run.control, logs={"loss": 1.23456789, "grad_norm": float("nan"), "text": "x"}
@@ -243,7 +243,7 @@ def test_only_finite_values_are_reported(run: Run) -> None:
     }  # fmt: skip
 
 
-def test_the_best_validation_loss_is_known_after_a_resume(run: Run) -> None:
+def test_the_best_validation_loss_is_known_after_a_resume(run: FakeTrainingLoop) -> None:
     run.state.log_history = [
         {"step": 2, "eval_loss": 1.0}, {"step": 3, "loss": 9.0}, {"step": 4, "eval_loss": 0.5}, {"step": 6, "eval_loss": 0.7}
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from finetune_trainer.checkpoint.rates import load_states_keeping_settings  # no
 from transformers import get_cosine_schedule_with_warmup  # noqa: E402 - likewise
 
 
-def make(rate: float, **settings: Any) -> tuple[Any, Any]:
+def make_optimizer(rate: float, **settings: Any) -> tuple[Any, Any]:
     """An optimizer and its scheduler. The optimizer has two groups; the rate of the second group is a sixteenth of `rate`."""
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 16}]
@@ -21,7 +21,7 @@ def make(rate: float, **settings: Any) -> tuple[Any, Any]:
     return optimizer, get_cosine_schedule_with_warmup(optimizer, 4, 40)
 
 
-def run(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
+def train_steps(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
     rates = []
     for _ in range(steps):
         rates.append(tuple(group["lr"] for group in optimizer.param_groups))
@@ -32,41 +32,41 @@ def run(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
     return rates
 
 
-def resume(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
+def resume_with_rate(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
     """Train ten steps at 1e-3, save the state as the Trainer does, and load it in another attempt with `rate`."""
-    before = make(1e-3)
-    run(*before, 10)
+    before = make_optimizer(1e-3)
+    train_steps(*before, 10)
     torch.save([one.state_dict() for one in before], tmp_path / "state")
-    after = make(rate, **settings)
+    after = make_optimizer(rate, **settings)
 
-    def load() -> None:
+    def load_states() -> None:
         for one, state in zip(after, torch.load(tmp_path / "state", weights_only=True), strict=True):
             one.load_state_dict(state)
 
-    load_states_keeping_settings(*after, load)
+    load_states_keeping_settings(*after, load_states)
     return after
 
 
 @pytest.mark.parametrize("rate", [5e-4, 2e-3])
 def test_a_new_rate_applies_from_the_first_resumed_step(tmp_path: Path, rate: float) -> None:
-    uninterrupted = run(*make(rate), 20)
-    resumed_rates = run(*resume(tmp_path, rate), 10)
+    uninterrupted = train_steps(*make_optimizer(rate), 20)
+    resumed_rates = train_steps(*resume_with_rate(tmp_path, rate), 10)
     assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
 
 
 def test_resuming_with_the_same_rate_is_bitwise_equal(tmp_path: Path) -> None:
-    assert run(*resume(tmp_path, 1e-3), 10) == run(*make(1e-3), 20)[10:]
+    assert train_steps(*resume_with_rate(tmp_path, 1e-3), 10) == train_steps(*make_optimizer(1e-3), 20)[10:]
 
 
 def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
-    optimizer, _ = resume(tmp_path, 1e-3, weight_decay=0.25, betas=(0.5, 0.75))
+    optimizer, _ = resume_with_rate(tmp_path, 1e-3, weight_decay=0.25, betas=(0.5, 0.75))
     assert [(one["weight_decay"], one["betas"]) for one in optimizer.param_groups] == [(0.25, (0.5, 0.75))] * 2
     assert [float(one["step"]) for one in optimizer.state.values()] == [10.0, 10.0]
 
 
 def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:
     """The state of a scheduler such as ReduceLROnPlateau contains its rates, so no other rate can be restored."""
-    optimizer, _ = make(1e-3)
+    optimizer, _ = make_optimizer(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 
     def load() -> None:

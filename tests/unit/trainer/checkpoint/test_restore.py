@@ -15,7 +15,7 @@ from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError, Swe
 from finetune_trainer.storage.base import CreateResult, ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
-from web_server import Web
+from web_server import WebServer
 
 FACTS = RunFacts(
     model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
@@ -42,60 +42,60 @@ def two_checkpoints(job: CheckpointTree, tmp_path: Path) -> CheckpointTree:
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> CheckpointTree:
+def other_job(tmp_path: Path) -> CheckpointTree:
     """The empty storage of another job."""
     return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
-def resume(job: CheckpointTree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
+def restore_checkpoint(job: CheckpointTree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
     return restore(job, options or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
 def test_a_job_with_progress_but_without_checkpoints_fails(job: CheckpointTree, tmp_path: Path) -> None:
     with pytest.raises(NoCheckpointError):
-        resume(job, tmp_path, ResumeConfig(mode="auto", expect_step=7))
-    assert resume(job, tmp_path, ResumeConfig(mode="auto")).step == 0
+        restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto", expect_step=7))
+    assert restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto")).step == 0
 
 
-def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path) -> None:
-    assert resume(other, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
-    assert resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
+def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path) -> None:
+    assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
+    assert restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path, uri: str) -> None:
+def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, uri: str) -> None:
     named = uri.format(root=two_checkpoints.store.uri)
-    assert resume(other, tmp_path, ResumeConfig(mode=named)).step == 5
+    assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode=named)).step == 5
 
 
-def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointTree, tmp_path: Path, server: Web) -> None:
+def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointTree, tmp_path: Path, server: WebServer) -> None:
     """The request uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
     own = CheckpointTree(store)
     job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
-    found = resume(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
+    found = restore_checkpoint(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
     assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
     assert found.path is not None and (found.path / "weights").read_text() == "w"
     (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
     for step, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
         with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-            resume(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-000000{step}{secret}"))
+            restore_checkpoint(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-000000{step}{secret}"))
         assert caught.value.code == code and "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
 def test_own_progress_takes_precedence_over_the_configured_start(
-    two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path, mode: str
+    two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, mode: str
 ) -> None:
     """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than expected."""
     folder = tmp_path / "staged"
-    files = other.upload(prefix_of(150), "a1-00000000", folder)
-    other.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
+    files = other_job.upload(prefix_of(150), "a1-00000000", folder)
+    other_job.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
     wanted = ResumeConfig(mode=mode.format(root=two_checkpoints.store.uri))
-    assert resume(other, tmp_path, wanted).step == 150
-    rolled_back = resume(other, tmp_path, wanted.model_copy(update={"max_step": 0}))
+    assert restore_checkpoint(other_job, tmp_path, wanted).step == 150
+    rolled_back = restore_checkpoint(other_job, tmp_path, wanted.model_copy(update={"max_step": 0}))
     assert rolled_back.step == (0 if mode == "never" else 5)
     assert [one.step for one in rolled_back.skipped] == [150]
 
@@ -104,9 +104,9 @@ def test_own_progress_takes_precedence_over_the_configured_start(
     ("uri", "code"),
     [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
 )
-def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, other: CheckpointTree, tmp_path: Path, uri: str, code: str) -> None:
+def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-        resume(other, tmp_path, ResumeConfig(mode=uri.format(root=two_checkpoints.store.uri)))
+        restore_checkpoint(other_job, tmp_path, ResumeConfig(mode=uri.format(root=two_checkpoints.store.uri)))
     assert caught.value.code == code
 
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_a_different_run_is_refused(
     two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        resume(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
+        restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
     assert caught.value.code == "CheckpointIncompatible" and word in caught.value.message
 
 
@@ -146,19 +146,19 @@ def test_a_checkpoint_of_a_different_run_is_refused(
     ],
 )
 def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str) -> None:
-    found = resume(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
+    found = restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
     assert found.step == 10 and found.exact is False and word in (found.inexact_reason or "")
 
 
 def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
-    rolled = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
+    rolled = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
     two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
-    damaged = resume(two_checkpoints, tmp_path)
+    damaged = restore_checkpoint(two_checkpoints, tmp_path)
     assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
     assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
-    whole = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
+    whole = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
     assert [one.step for one in whole.ancestors] == [5]
 
 
@@ -169,22 +169,22 @@ def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints
     manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
     two_checkpoints._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
     two_checkpoints.commit(prefix_of(15), manifest)
-    found = resume(two_checkpoints, tmp_path)
+    found = restore_checkpoint(two_checkpoints, tmp_path)
     assert found.step == 10 and "not a path inside" in found.damaged[0]
 
 
 class DelayedStore(FolderStore):
-    """A store whose listings or reads do not contain the new objects in `unlisted` or `unread`."""
+    """A store whose listings or reads do not contain the new objects with a suffix in `unlisted_suffixes` or `unread_suffixes`."""
 
-    unlisted: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
+    unlisted_suffixes: tuple[str, ...] = ()
+    unread_suffixes: tuple[str, ...] = ()
     refuse_deletes = False
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
-        return (stat for stat in super().list(prefix) if not stat.key.endswith(self.unlisted or ("\0",)))
+        return (stat for stat in super().list(prefix) if not stat.key.endswith(self.unlisted_suffixes or ("\0",)))
 
     def get(self, key: str) -> bytes | None:
-        return None if key.endswith(self.unread or ("\0",)) else super().get(key)
+        return None if key.endswith(self.unread_suffixes or ("\0",)) else super().get(key)
 
     def delete(self, keys: Iterable[str]) -> None:
         if self.refuse_deletes:
@@ -193,26 +193,26 @@ class DelayedStore(FolderStore):
 
 
 @pytest.fixture
-def delayed(two_checkpoints: CheckpointTree) -> DelayedStore:
+def delayed_store(two_checkpoints: CheckpointTree) -> DelayedStore:
     assert isinstance(two_checkpoints.store, FolderStore)
     store = DelayedStore(two_checkpoints.store.root, two_checkpoints.store.uri)
     two_checkpoints.store = store
     return store
 
 
-@pytest.mark.parametrize(("unlisted", "unread"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
+@pytest.mark.parametrize(("unlisted_suffixes", "unread_suffixes"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
 def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
-    two_checkpoints: CheckpointTree, delayed: DelayedStore, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
+    two_checkpoints: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path, unlisted_suffixes: tuple[str, ...], unread_suffixes: tuple[str, ...]
 ) -> None:
-    delayed.unlisted, delayed.unread = unlisted, unread
+    delayed_store.unlisted_suffixes, delayed_store.unread_suffixes = unlisted_suffixes, unread_suffixes
     assert two_checkpoints.sweep().count == 0
-    delayed.unlisted = delayed.unread = ()
-    assert resume(two_checkpoints, tmp_path).step == 10
+    delayed_store.unlisted_suffixes = delayed_store.unread_suffixes = ()
+    assert restore_checkpoint(two_checkpoints, tmp_path).step == 10
 
 
-def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two_checkpoints: CheckpointTree, delayed: DelayedStore) -> None:
+def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two_checkpoints: CheckpointTree, delayed_store: DelayedStore) -> None:
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
-    delayed.refuse_deletes = True
+    delayed_store.refuse_deletes = True
     swept = two_checkpoints.sweep()
     assert swept.count == 0 and swept.problem is not None and swept.problem.code == "PermissionDenied"
 
@@ -231,7 +231,7 @@ def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two
 def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
     two_checkpoints.mark_healthy(10)
-    (old,) = resume(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped
+    (old,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped
     files = two_checkpoints.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
     ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(FencedOutError):
@@ -248,7 +248,7 @@ def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: Ch
         )
 
 
-def commit(tree: CheckpointTree, folder: Path, step: int, attempt: int = 1) -> Manifest:
+def commit_checkpoint(tree: CheckpointTree, folder: Path, step: int, attempt: int = 1) -> Manifest:
     """Upload and commit a checkpoint of this step and attempt."""
     incarnation = f"a{attempt}-00000000"
     files = tree.upload(prefix_of(step), incarnation, folder / "staged")
@@ -257,22 +257,22 @@ def commit(tree: CheckpointTree, folder: Path, step: int, attempt: int = 1) -> M
     return manifest
 
 
-def begin(tree: CheckpointTree, attempt: int) -> None:
+def begin_attempt(tree: CheckpointTree, attempt: int) -> None:
     tree.begin_attempt(attempt, b"{}")
     assert tree.store.get(f"run/attempt-{attempt}/run.json") == b"{}"
 
 
 def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """An attempt that reaches the step of an earlier attempt's checkpoint replaces this checkpoint."""
-    commit(two_checkpoints, tmp_path, 20)
-    begin(two_checkpoints, 2)
+    commit_checkpoint(two_checkpoints, tmp_path, 20)
+    begin_attempt(two_checkpoints, 2)
     with pytest.raises(FencedOutError, match="a later attempt has begun"):
-        commit(two_checkpoints, tmp_path, 30)
-    commit(two_checkpoints, tmp_path, 20, attempt=2)
+        commit_checkpoint(two_checkpoints, tmp_path, 30)
+    commit_checkpoint(two_checkpoints, tmp_path, 20, attempt=2)
     found = two_checkpoints.get_committed(20)
     assert found is not None and found.marker.attempt == 2
     with pytest.raises(FencedOutError):
-        commit(two_checkpoints, tmp_path, 20)
+        commit_checkpoint(two_checkpoints, tmp_path, 20)
     assert [one.step for one in two_checkpoints.list_committed()] == [20, 10, 5]
 
 
@@ -283,19 +283,19 @@ def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
     create = two_checkpoints.store.create
 
     def create_after_sweep(key: str, data: bytes) -> CreateResult:
-        begin(two_checkpoints, 2)
+        begin_attempt(two_checkpoints, 2)
         assert two_checkpoints.sweep().count == 2
         return create(key, data)
 
     monkeypatch.setattr(two_checkpoints.store, "create", create_after_sweep)
     with pytest.raises(FencedOutError, match="has removed"):
-        commit(two_checkpoints, tmp_path, 20)
+        commit_checkpoint(two_checkpoints, tmp_path, 20)
     assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 
 
 def test_attempts_are_compared_by_number(two_checkpoints: CheckpointTree) -> None:
-    begin(two_checkpoints, 9)
-    begin(two_checkpoints, 10)
+    begin_attempt(two_checkpoints, 9)
+    begin_attempt(two_checkpoints, 10)
     assert [attempt for attempt in (1, 9, 10, 11) if two_checkpoints.is_superseded(attempt)] == [1, 9]
 
 
@@ -306,23 +306,23 @@ def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: Checkpoint
     two_checkpoints.store.put("checkpoints/step-00000010/_COMMITTED", damage)
     two_checkpoints.sweep()
     assert two_checkpoints.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
-    found = resume(two_checkpoints, tmp_path)
+    found = restore_checkpoint(two_checkpoints, tmp_path)
     assert found.step == 5 and "step-00000010" in found.damaged[0]
-    commit(two_checkpoints, tmp_path, 10, attempt=2)
+    commit_checkpoint(two_checkpoints, tmp_path, 10, attempt=2)
     assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 
 
 def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: CheckpointTree, tmp_path: Path) -> None:
     job.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
     with pytest.raises(NoCheckpointError, match="had reached step 7") as caught:
-        resume(job, tmp_path, ResumeConfig(mode="auto"))
+        restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto"))
     assert "_COMMITTED is damaged" in caught.value.message
 
 
-def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: CheckpointTree, delayed: DelayedStore, tmp_path: Path) -> None:
+def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path) -> None:
     """The response to the request that creates the marker is lost, and the marker can be read only after a delay."""
     reads: list[str] = []
-    create, get = delayed.create, delayed.get
+    create, get = delayed_store.create, delayed_store.get
 
     def create_with_lost_response(key: str, data: bytes) -> CreateResult:
         return create(key, data) and CreateResult.EXISTS
@@ -331,7 +331,7 @@ def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: Che
         reads.append(key)
         return get(key) if len(reads) > 2 else None
 
-    delayed.create, delayed.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
+    delayed_store.create, delayed_store.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
     files = two_checkpoints.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
     two_checkpoints.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
     assert len(reads) == 3 and [one.step for one in two_checkpoints.list_committed()] == [15, 10, 5]
@@ -344,4 +344,4 @@ def test_a_sweep_removes_only_data_without_a_marker(two_checkpoints: CheckpointT
     two_checkpoints.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
     assert two_checkpoints.sweep() == SweepResult(3)
     assert {stat.key for stat in two_checkpoints.store.list("checkpoints/")} == before
-    assert resume(two_checkpoints, tmp_path).step == 10
+    assert restore_checkpoint(two_checkpoints, tmp_path).step == 10

@@ -61,9 +61,9 @@ def store(tmp_path: Path) -> SlowStore:
     return SlowStore(tmp_path / "root")
 
 
-def commit(tree: CheckpointTree, staged: Path, step: int, attempt: int, pod_uid: str = "00000000") -> None:
+def commit_checkpoint(tree: CheckpointTree, staged_folder: Path, step: int, attempt: int, pod_uid: str = "00000000") -> None:
     incarnation = f"a{attempt}-{pod_uid}"
-    files = tree.upload(prefix_of(step), incarnation, staged)
+    files = tree.upload(prefix_of(step), incarnation, staged_folder)
     tree.commit(
         prefix_of(step), Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
     )
@@ -72,7 +72,7 @@ def commit(tree: CheckpointTree, staged: Path, step: int, attempt: int, pod_uid:
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
     """The old attempt passes its last check, the sweep deletes the data, and the old attempt creates its marker. The sweep removes the marker."""
     tree, key = CheckpointTree(store), f"{prefix_of(10)}/_COMMITTED"
-    commit(tree, tmp_path / "staged", 10, 1)
+    commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)
     assert marker is not None
     store.delete([key])  # the hook below creates the marker again during the sweep
@@ -92,7 +92,7 @@ def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Pa
 
     store.before_marker = begin_and_sweep
     with pytest.raises(FencedOutError, match="another incarnation has removed"):
-        commit(tree, tmp_path / "staged", 10, 1)
+        commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     assert restore(tree, ResumeConfig(mode="auto"), FACTS, tmp_path / "out").step == 0
 
 
@@ -108,7 +108,7 @@ def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: S
     store.before_manifest = start_sweep
     store.before_marker = store.apply_deletions
     with pytest.raises(FencedOutError, match="another incarnation has removed"):
-        commit(tree, tmp_path / "staged", 10, 1)
+        commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     assert tree.list_committed() == []
 
 
@@ -126,7 +126,7 @@ def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
         return found
 
     monkeypatch.setattr(store, method, fail_after_marker)
-    commit(tree, tmp_path / "staged", 10, 1)
+    commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     monkeypatch.undo()
     assert [one.step for one in tree.list_committed()] == [10]
 
@@ -136,7 +136,7 @@ def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollbac
 ) -> None:
     tree, rolled_back = CheckpointTree(store), ResumeConfig(mode="auto", max_step=10)
     for step, attempt in ((10, 1), (30, 2), (20, 3)):
-        commit(tree, tmp_path / "staged", step, attempt)
+        commit_checkpoint(tree, tmp_path / "staged", step, attempt)
     found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)
     assert (found.step, [one.step for one in found.skipped]) == (20, [30])
     assert restore(tree, rolled_back, FACTS, tmp_path / "fourth", attempt=4).step == 10

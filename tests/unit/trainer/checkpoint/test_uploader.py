@@ -112,7 +112,7 @@ def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:
     assert bench.steps() == [], "nothing is uploaded after the first fenced commit"
 
 
-class Clock:
+class FakeClock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr("finetune_trainer.checkpoint.uploader.time", self)
@@ -124,7 +124,7 @@ class Clock:
 def test_the_attempt_ends_if_no_checkpoint_is_stored_for_too_long(
     bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(monkeypatch)
+    clock = FakeClock(monkeypatch)
 
     def refuse(key: str) -> None:
         raise StorageError("EndpointUnreachable", "gone")
@@ -152,7 +152,7 @@ def test_the_attempt_ends_if_no_checkpoint_is_stored_for_too_long(
 def test_an_already_committed_step_does_not_count_as_unsaved(
     bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(monkeypatch)
+    clock = FakeClock(monkeypatch)
     for _ in range(2):
         bench.enqueue(1)
         bench.wait_until_idle()
@@ -161,7 +161,7 @@ def test_an_already_committed_step_does_not_count_as_unsaved(
 
 
 def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
+    clock = FakeClock(monkeypatch)
     bench.uploader.record_unsaved()
     clock.now += 1000
     bench.uploader.record_unsaved()

@@ -13,12 +13,12 @@ from finetune_trainer.distributed import deepspeed, fsdp
 
 from tests.support.learning import make_run, merged
 
-CPU: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", is_cpu=True)
-GPU: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=False)
+CPU_HARDWARE: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", is_cpu=True)
+GPU_HARDWARE: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=False)
 
 
 def deepspeed_options(
-    tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU, **options: Any
+    tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU_HARDWARE, **options: Any
 ) -> deepspeed.Options:
     """DeepSpeed options of a run with the DeepSpeed JSON `file` (None: no JSON)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
@@ -35,7 +35,7 @@ def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None =
     run, inputs = make_run(
         tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
     )
-    return fsdp.options(run, inputs, CPU, 2)
+    return fsdp.options(run, inputs, CPU_HARDWARE, 2)
 
 
 def test_without_a_file_the_options_come_from_the_spec(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_auto_is_replaced_and_options_of_deepspeed_are_kept(tmp_path: Path) -> N
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"}, "wall_clock_breakdown": False,
     }  # fmt: skip
-    resolved = deepspeed_options(tmp_path, file, hardware=GPU)
+    resolved = deepspeed_options(tmp_path, file, hardware=GPU_HARDWARE)
     assert (resolved.stage, resolved.config["bf16"]) == (3, {"enabled": True})
     assert resolved.config["zero_optimization"] == {
         "stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": True,
@@ -96,7 +96,7 @@ def test_file_values_replace_defaults_with_a_note(tmp_path: Path) -> None:
     assert "gradient_clipping 0.5 of the file replaces the default training.maxGradNorm 1.0" in resolved.notes
 
 
-ADAPTED = {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 1, "training.learningRate": 5e-3}
+VALUES_BEFORE_HALVING = {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 1, "training.learningRate": 5e-3}
 """The spec's values before the operator halves the micro-batch and the learning rate."""
 
 
@@ -108,8 +108,8 @@ def options_after_halving(tmp_path: Path, file: Any, defaults: list[str]) -> dee
     run, inputs = make_run(
         tmp_path, tmp_path / "model", spec, ranks=2, config_maps={"mine": {"ds.json": json.dumps(file)}}
     )
-    run = run.model_copy(update={"before_adaptation": ADAPTED, "defaults": defaults})
-    return deepspeed.options(run, inputs, CPU, 2)
+    run = run.model_copy(update={"before_adaptation": VALUES_BEFORE_HALVING, "defaults": defaults})
+    return deepspeed.options(run, inputs, CPU_HARDWARE, 2)
 
 
 def batch_config(rows: int, steps: int, rate: float) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_values_in_both_file_and_spec_are_adapted_as_in_the_spec(tmp_path: Path)
 
 def test_values_only_in_the_file_are_adapted_by_the_same_factor(tmp_path: Path) -> None:
     resolved = options_after_halving(
-        tmp_path, batch_config(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"]
+        tmp_path, batch_config(8, 3, 1e-4), defaults=list(VALUES_BEFORE_HALVING) + ["training.scheduler", "training.optimizer"]
     )
     assert resolved.training["per_device_train_batch_size"] == 4
     assert resolved.training["gradient_accumulation_steps"] == 6
@@ -148,12 +148,12 @@ def test_values_only_in_the_file_are_adapted_by_the_same_factor(tmp_path: Path) 
     )
 
 
-KTO = {"trainer": {"type": "kto"}}
-GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}], "grpo": {"numGenerations": 4}}}  # fmt: skip
+KTO_SPEC = {"trainer": {"type": "kto"}}
+GRPO_SPEC = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}], "grpo": {"numGenerations": 4}}}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("spec", "before", "now", "file", "expected", "note"),
+    ("spec", "old_batch", "new_batch", "batch_of_file", "expected", "note"),
     [
         ({}, (4, 4), (2, 8), (1, None), (1, 4), "of the file stays 1, although"),
         ({}, (4, 4), (2, 8), (5, None), (1, 20), "of the file therefore changes from 5 to 1"),
@@ -161,31 +161,31 @@ GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters
         ({}, (4, 4), (1, 16), (12, None), (3, 16), "of the file therefore changes from 12 to 3"),
         ({}, (4, 4), (2, 8), (None, 3), (2, 6), "of the file therefore changes from 4 to 2"),
         ({}, (4, 4), (2, 8), (2, 65536), (2, 65536), "of the file stays 2, although"),
-        (KTO, (4, 4), (2, 8), (2, None), (2, 4), "of the file stays 2, although"),
-        (KTO, (8, 4), (2, 16), (6, None), (2, 12), "of the file therefore changes from 6 to 2"),
-        (merged(GRPO, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "of the file therefore changes from 2 to 1"),
+        (KTO_SPEC, (4, 4), (2, 8), (2, None), (2, 4), "of the file stays 2, although"),
+        (KTO_SPEC, (8, 4), (2, 16), (6, None), (2, 12), "of the file therefore changes from 6 to 2"),
+        (merged(GRPO_SPEC, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "of the file therefore changes from 2 to 1"),
     ],
 )  # fmt: skip
 def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
-    spec: dict[str, Any], before: tuple[int, int], now: tuple[int, int], file: tuple[int | None, int | None],
+    spec: dict[str, Any], old_batch: tuple[int, int], new_batch: tuple[int, int], batch_of_file: tuple[int | None, int | None],
     expected: tuple[int, int], note: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     """An adaptation does not change the effective batch of the file. The adapted values obey the API's rules."""
     paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
-    training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), now, strict=True))
+    training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), new_batch, strict=True))
     group = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    text = json.dumps({key: value for key, value in zip(keys, file, strict=True) if value})
+    text = json.dumps({key: value for key, value in zip(keys, batch_of_file, strict=True) if value})
     run, inputs = make_run(
         tmp_path, tmp_path / "model", merged(spec, {"training": training, "distributed": group}), ranks=2,
         config_maps={"mine": {"ds.json": text}},
     )  # fmt: skip
     first = run.model_copy(
-        update={"spec": run.spec.with_values(dict(zip(paths, before, strict=True))), "defaults": list(paths)}
+        update={"spec": run.spec.with_values(dict(zip(paths, old_batch, strict=True))), "defaults": list(paths)}
     )
-    again = run.model_copy(update={"before_adaptation": dict(zip(paths, before, strict=True)), "defaults": list(paths)})
-    effective_batch = deepspeed.options(first, inputs, CPU, 2).config["train_batch_size"]
-    resolved = deepspeed.options(again, inputs, CPU, 2)
+    again = run.model_copy(update={"before_adaptation": dict(zip(paths, old_batch, strict=True)), "defaults": list(paths)})
+    effective_batch = deepspeed.options(first, inputs, CPU_HARDWARE, 2).config["train_batch_size"]
+    resolved = deepspeed.options(again, inputs, CPU_HARDWARE, 2)
     assert (resolved.config[keys[0]], resolved.config[keys[1]]) == expected
     assert resolved.config["train_batch_size"] == effective_batch == expected[0] * expected[1] * 2
     assert any(note in note_text for note_text in resolved.notes)
@@ -206,9 +206,9 @@ def test_gradient_checkpointing_that_the_operator_enabled_does_not_conflict_with
     file = "fsdp_config: {fsdp_activation_checkpointing: false}\n"
     run, inputs = make_run(tmp_path, tmp_path / "model", spec, ranks=2, config_maps={"mine": {"a.yaml": file}})
     with pytest.raises(ConfigError, match="gradientCheckpointing is true"):
-        fsdp.options(run, inputs, CPU, 2)
+        fsdp.options(run, inputs, CPU_HARDWARE, 2)
     run = run.model_copy(update={"before_adaptation": {"training.gradientCheckpointing": "disabled"}})
-    fsdp.options(run, inputs, CPU, 2)
+    fsdp.options(run, inputs, CPU_HARDWARE, 2)
 
 
 def test_offloading_uses_the_optimizer_of_torch(tmp_path: Path) -> None:
@@ -273,15 +273,15 @@ def test_an_invalid_deepspeed_json_is_refused(
     assert expected in caught.value.message
 
 
-BATCHES = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps": None}}
+UNSET_BATCH_SPEC = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps": None}}
 
 
 @pytest.mark.parametrize(
     ("file", "spec", "code", "expected"),
     [
-        ({"train_micro_batch_size_per_gpu": 1}, merged(BATCHES, KTO), "BatchTooSmall", "kto compares"),
+        ({"train_micro_batch_size_per_gpu": 1}, merged(UNSET_BATCH_SPEC, KTO_SPEC), "BatchTooSmall", "kto compares"),
         (
-            {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merged(BATCHES, GRPO),
+            {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merged(UNSET_BATCH_SPEC, GRPO_SPEC),
             "GenerationsDoNotDivide", "one optimizer step has 6 completions",
         ),
         ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum needs whole"),
@@ -346,7 +346,7 @@ def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
         ranks=2,
     )
     with pytest.raises(NotFoundError) as caught:
-        deepspeed.options(run, inputs, CPU, 2)
+        deepspeed.options(run, inputs, CPU_HARDWARE, 2)
     assert caught.value.code == "ConfigMapMissing"
 
 
@@ -413,7 +413,7 @@ def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model", {"distributed": {"strategy": "fsdp"}}, ranks=2)
     trainer: Any = SimpleNamespace(model=SimpleNamespace(modules=lambda: [Block()]))
     with pytest.raises(ConfigError) as caught:
-        fsdp.Fsdp(run, CPU, 2, resolved).on_accelerator_created(trainer)
+        fsdp.Fsdp(run, CPU_HARDWARE, 2, resolved).on_accelerator_created(trainer)
     assert caught.value.code == "ConfigFileInvalid"
     assert "names NoSuchLayer, which the model does not have" in caught.value.message
     assert caught.value.hint == "remove it, or write one of Block"

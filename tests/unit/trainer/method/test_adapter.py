@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.learning import make_run, merged, method_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+EMBEDDING_WEIGHT = "base_model.model.model.embed_tokens.weight"
 
 
-def base(**options: Any) -> Any:
+def base_model(**options: Any) -> Any:
     """A small model, with the same weights at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,7 +33,7 @@ def saved_adapter(folder: Path, **options: Any) -> Path:
     from peft import LoraConfig, get_peft_model
 
     wrapped = get_peft_model(
-        base(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], **options)
+        base_model(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], **options)
     )
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -46,18 +46,18 @@ def continue_adapter(tmp_path: Path, folder: Path, spec: dict[str, Any] | None =
     """Load the adapter on its base model for further training."""
     run_spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/mine"}}}
     run, inputs = make_run(tmp_path, tmp_path / "model", merged(run_spec, spec or {}), adapter=folder)
-    return method_of(run, inputs).apply(base() if model is None else model)
+    return method_of(run, inputs).apply(base_model() if model is None else model)
 
 
 def rewrite_weights(folder: Path, by: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Replace the weights in the adapter's file by `by(weights)`."""
-    save_file(by(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(by(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def rewrite_config(folder: Path, **options: Any) -> None:
     """Change options in the adapter's configuration file."""
-    value = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(value | options))
+    value = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(value | options))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_fitting_adapter_keeps_its_weights(options: dict[str, Any], tmp_path: 
     folder = saved_adapter(tmp_path / "adapter", **options)
     applied = continue_adapter(tmp_path, folder)
     applied.model.save_pretrained(tmp_path / "again")
-    first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    first, second = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert applied.notes == ["continues the LORA adapter of s3://models/mine"]
 
@@ -79,7 +79,7 @@ def saved_vb_lora(folder: Path) -> Path:
 
     sizes = {"r": 2, "vector_length": 4, "num_vectors": 8, "topk": 2}
     wrapped = get_peft_model(
-        base(),
+        base_model(),
         VBLoRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_vector_bank_bound=0.5, **sizes),
     )
     wrapped.save_pretrained(folder)
@@ -89,7 +89,7 @@ def saved_vb_lora(folder: Path) -> Path:
 def test_a_weight_that_layers_share_needs_one_entry_in_the_file(tmp_path: Path) -> None:
     folder = saved_vb_lora(tmp_path / "adapter")
     continue_adapter(tmp_path, folder).model.save_pretrained(tmp_path / "again")
-    first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    first, second = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -108,10 +108,10 @@ def test_a_shared_weight_without_an_entry_is_refused(tmp_path: Path) -> None:
 
 def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_path: Path) -> None:
     folder = saved_adapter(tmp_path / "adapter")
-    rows = base().get_input_embeddings().weight.detach()
-    rewrite_weights(folder, lambda weights: {**weights, EMBEDDINGS: rows})
+    rows = base_model().get_input_embeddings().weight.detach()
+    rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: rows})
     continue_adapter(tmp_path, folder)
-    rewrite_weights(folder, lambda weights: {**weights, EMBEDDINGS: rows + 1})
+    rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: rows + 1})
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
     assert (caught.value.code, "model.embed_tokens.weight" in caught.value.message) == ("AdapterNotContinuable", True)
@@ -147,7 +147,7 @@ def test_weights_of_a_layer_that_is_not_targeted_are_refused(tmp_path: Path) -> 
 
 def test_a_base_model_with_more_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        continue_adapter(tmp_path, saved_adapter(tmp_path / "adapter"), model=base(num_hidden_layers=3))
+        continue_adapter(tmp_path, saved_adapter(tmp_path / "adapter"), model=base_model(num_hidden_layers=3))
     assert (caught.value.code, "layers.2" in caught.value.message) == ("AdapterOfAnotherBase", True)
 
 
@@ -155,13 +155,13 @@ def test_a_base_model_with_more_layers_is_refused(tmp_path: Path) -> None:
 def test_unreadable_files_are_reported_as_a_model_failure(damage: str, tmp_path: Path) -> None:
     folder = saved_adapter(tmp_path / "adapter")
     if "weights" in damage or "pickle" in damage:
-        (folder / WEIGHTS).unlink()
+        (folder / WEIGHTS_FILE).unlink()
     if damage == "cut weights":
-        (folder / WEIGHTS).write_bytes(b"xx")
+        (folder / WEIGHTS_FILE).write_bytes(b"xx")
     if damage == "cut pickle":
         (folder / "adapter_model.bin").write_bytes(b"xx")
     if "config" in damage:
-        (folder / CONFIG).write_text("[]" if damage == "odd config" else "")
+        (folder / CONFIG_FILE).write_text("[]" if damage == "odd config" else "")
     with pytest.raises(NotFoundError) as caught:
         continue_adapter(tmp_path, folder)
     assert (caught.value.code, caught.value.failure_class) == ("AdapterUnreadable", FailureClass.MODEL)

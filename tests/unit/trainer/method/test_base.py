@@ -15,21 +15,21 @@ from finetune_trainer.method.registry import all_methods
 from tests.support.learning import make_run, method_of
 
 
-def llama(*, tied: bool = False) -> Any:
+def llama_model(*, is_tied: bool = False) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32, tie_word_embeddings=tied,
+            max_position_embeddings=32, tie_word_embeddings=is_tied,
         )
     )  # fmt: skip
 
 
-def lora_with_saved_module(folder: Path, *, tied: bool, fsdp: bool, saved: str = "embed_tokens") -> TrainableModel:
+def lora_with_saved_module(folder: Path, *, is_tied: bool, uses_fsdp: bool, saved_module: str = "embed_tokens") -> TrainableModel:
     """A small model with LoRA adapters; one of its modules is trained in full."""
-    run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved]}}})
-    trainable: TrainableModel = method_of(run, inputs, fsdp=fsdp).make_trainable(llama(tied=tied))
+    run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved_module]}}})
+    trainable: TrainableModel = method_of(run, inputs, fsdp=uses_fsdp).make_trainable(llama_model(is_tied=is_tied))
     return trainable
 
 
@@ -45,19 +45,19 @@ def test_a_second_class_for_the_same_method_is_refused() -> None:
 
 
 def test_a_method_that_trains_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def frozen(self: Full, model: Any) -> TrainableModel:
+    def freeze_all(self: Full, model: Any) -> TrainableModel:
         return TrainableModel(model.requires_grad_(False), None)  # type: ignore[arg-type] # not read
 
-    monkeypatch.setattr(Full, "apply", frozen)
+    monkeypatch.setattr(Full, "apply", freeze_all)
     run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "full"}})
     with pytest.raises(InternalError) as caught:
-        method_of(run, inputs).make_trainable(llama())
+        method_of(run, inputs).make_trainable(llama_model())
     assert caught.value.code == "NothingTrainable"
 
 
 def test_fsdp_refuses_a_saved_module_that_shares_its_weight(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        lora_with_saved_module(tmp_path, tied=True, fsdp=True)
+        lora_with_saved_module(tmp_path, is_tied=True, uses_fsdp=True)
     assert caught.value.code == "StrategyAndMethod"
     assert "modulesToSave names embed_tokens, but this module shares its weight with another module" in caught.value.message
 
@@ -68,4 +68,4 @@ def test_fsdp_refuses_a_saved_module_that_shares_its_weight(tmp_path: Path) -> N
 def test_saved_modules_with_their_own_weight_or_without_fsdp_are_trained(
     tied: bool, fsdp: bool, saved: str, tmp_path: Path
 ) -> None:
-    assert lora_with_saved_module(tmp_path, tied=tied, fsdp=fsdp, saved=saved).trainable > 0
+    assert lora_with_saved_module(tmp_path, is_tied=tied, uses_fsdp=fsdp, saved_module=saved).trainable > 0

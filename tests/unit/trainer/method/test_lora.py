@@ -12,7 +12,7 @@ from finetune_api.errors import ConfigError
 from tests.support.learning import make_run, method_of
 
 
-def llama(**options: Any) -> Any:
+def llama_model(**options: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -23,7 +23,7 @@ def llama(**options: Any) -> Any:
     )  # fmt: skip
 
 
-def gpt2() -> Any:
+def gpt2_model() -> Any:
     """A model whose linear weights are transposed (inputs first)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -39,12 +39,12 @@ def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "options", "named"),
     [
-        (llama, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
-        (llama, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
-        (llama, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens (Embedding, "),
-        (gpt2, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn (Conv1D, 32 x 96)"),
+        (llama_model, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
+        (llama_model, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
+        (llama_model, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens (Embedding, "),
+        (gpt2_model, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn (Conv1D, 32 x 96)"),
         (
-            gpt2,
+            gpt2_model,
             {"init": "olora", "rank": 4, "targetModules": ["attn.c_proj"]},
             "transformer.h.0.attn.c_proj (Conv1D, 32 x 32)",
         ),
@@ -60,26 +60,26 @@ def test_a_layer_that_the_init_cannot_split_is_refused(
 
 
 def test_an_init_that_changes_the_base_is_refused_on_quantised_weights(tmp_path: Path) -> None:
-    model = llama()
+    model = llama_model()
     model.is_quantized = True
     with pytest.raises(ConfigError) as caught:
         apply_lora(tmp_path, model, init="olora", rank=4)
     assert (caught.value.code, "stored quantised" in caught.value.message) == ("InitUnavailable", True)
 
 
-@pytest.mark.parametrize(("model", "init"), [(llama, "pissa"), (llama, "olora"), (gpt2, "pissa")])
+@pytest.mark.parametrize(("model", "init"), [(llama_model, "pissa"), (llama_model, "olora"), (gpt2_model, "pissa")])
 def test_the_initial_adapter_is_saved(model: Any, init: str, tmp_path: Path) -> None:
     trainable = apply_lora(tmp_path, model(), init=init, rank=16)
     assert trainable.initial_adapter is not None
     assert (trainable.initial_adapter / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("model", "init"), [(llama, "pissa"), (llama, "olora"), (gpt2, "pissa")])
+@pytest.mark.parametrize(("model", "init"), [(llama_model, "pissa"), (llama_model, "olora"), (gpt2_model, "pissa")])
 def test_the_initialised_adapter_does_not_change_the_outputs(model: Any, init: str, tmp_path: Path) -> None:
     """The layers are square, so their shape does not show whether the weight is transposed."""
     base, ids = model().eval(), torch.arange(8)[None]
     with torch.no_grad():
         before = base(ids).logits
-        target_modules = ["attn.c_proj"] if model is gpt2 else ["q_proj", "o_proj"]
+        target_modules = ["attn.c_proj"] if model is gpt2_model else ["q_proj", "o_proj"]
         after = apply_lora(tmp_path, base, init=init, rank=4, targetModules=target_modules).model.eval()(ids).logits
     assert torch.allclose(before, after, atol=1e-5)

@@ -11,7 +11,7 @@ from finetune_trainer.method import spectrum
 from tests.support.learning import make_run
 
 
-class Layers(torch.nn.Module):
+class TwoLayerModel(torch.nn.Module):
     """A model with two layers. Each layer has one linear module."""
 
     def __init__(self) -> None:
@@ -24,6 +24,6 @@ def test_a_scan_that_version_0_1_0_left_in_the_work_folder_is_ignored(tmp_path: 
     run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "spectrum"}})
     old = [{"name": f"layers.{layer}.proj", "layer": layer, "kind": "proj", "snr": "1.0"} for layer in range(2)]
     (tmp_path / "spectrum-marchenkoPastur-tiny.json").write_text(json.dumps(old))
-    selection = spectrum.select_modules(run, inputs, Layers())
+    selection = spectrum.select_modules(run, inputs, TwoLayerModel())
     assert [module.type for module in selection.scanned_modules] == ["proj", "proj"]
-    assert spectrum.select_modules(run, inputs, Layers()) == selection, "the scan is cached"
+    assert spectrum.select_modules(run, inputs, TwoLayerModel()) == selection, "the scan is cached"

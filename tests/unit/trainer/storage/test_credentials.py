@@ -15,12 +15,12 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.storage.s3 import S3Store
 
 
-class Issuer:
+class CredentialIssuer:
     """A token service, a pod identity agent and an S3 server in one process. Issued credentials expire after a minute."""
 
     def __init__(self) -> None:
-        self.issued = 0
-        self.signed: list[tuple[str, str]] = []
+        self.issued_count = 0
+        self.signed_requests: list[tuple[str, str]] = []
         """Access key and session token of each S3 request."""
         self.presented_tokens: list[str] = []
         """Tokens or request bodies that clients sent to get credentials."""
@@ -55,16 +55,16 @@ class Issuer:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
-    def _next(self) -> tuple[str, str]:
-        self.issued += 1
-        return f"KEY{self.issued}", (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _issue_key(self) -> tuple[str, str]:
+        self.issued_count += 1
+        return f"KEY{self.issued_count}", (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def as_json(self) -> bytes:
-        key, end = self._next()
+        key, end = self._issue_key()
         return json.dumps({"AccessKeyId": key, "SecretAccessKey": "s", "Token": f"T{key}", "Expiration": end}).encode()
 
     def as_xml(self) -> bytes:
-        key, end = self._next()
+        key, end = self._issue_key()
         return (
             '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
             f"<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>s</SecretAccessKey>"
@@ -75,38 +75,38 @@ class Issuer:
     def record_signature(self, headers: dict[str, str]) -> None:
         key = re.search(r"Credential=([^/]+)/", headers["Authorization"])
         assert key is not None
-        self.signed.append((key[1], headers.get("X-Amz-Security-Token", "")))
+        self.signed_requests.append((key[1], headers.get("X-Amz-Security-Token", "")))
 
 
 @pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    issuer = Issuer()
+def issuer() -> Iterator[CredentialIssuer]:
+    issuer = CredentialIssuer()
     yield issuer
     issuer.http.shutdown()
     issuer.http.server_close()
 
 
-def sign_requests(issuer: Issuer, times: int, **target: str) -> list[tuple[str, str]]:
+def sign_requests(issuer: CredentialIssuer, count: int, **target: str) -> list[tuple[str, str]]:
     store = S3Store(StoreTarget(uri="s3://bucket/root", endpoint=issuer.url, region="eu-central-1", **target))
-    for _ in range(times):
+    for _ in range(count):
         assert store.get("key") == b"body"
     store.close()
-    return issuer.signed
+    return issuer.signed_requests
 
 
-def test_the_session_token_of_a_secret_is_sent(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_session_token_of_a_secret_is_sent(issuer: CredentialIssuer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "session")
     assert sign_requests(issuer, 1) == [("AKIDENTIFIER", "session")]
 
 
-def test_each_connection_has_its_own_keys(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_connection_has_its_own_keys(issuer: CredentialIssuer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_AWS_ACCESS_KEY_ID", "MODELKEY")
     monkeypatch.setenv("MODEL_AWS_SECRET_ACCESS_KEY", "s")
     assert sign_requests(issuer, 1, credentials_prefix="MODEL_") == [("MODELKEY", "")]
 
 
 def test_a_web_identity_is_renewed_before_it_expires(
-    issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    issuer: CredentialIssuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Each renewal must read the ServiceAccount's token from its file, because the kubelet replaces this file."""
     unset_keys(monkeypatch)
@@ -119,13 +119,13 @@ def test_a_web_identity_is_renewed_before_it_expires(
     store.get("key")
     token.write_text("second")
     store.get("key")
-    keys = [key for key, _ in issuer.signed]
-    assert len(set(keys)) == 2 and issuer.signed == [(key, f"T{key}") for key in keys]
+    keys = [key for key, _ in issuer.signed_requests]
+    assert len(set(keys)) == 2 and issuer.signed_requests == [(key, f"T{key}") for key in keys]
     assert "WebIdentityToken=first" in issuer.presented_tokens[0] and "WebIdentityToken=second" in issuer.presented_tokens[-1]
 
 
 def test_a_pod_identity_is_renewed_before_it_expires(
-    issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    issuer: CredentialIssuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     unset_keys(monkeypatch)
     (tmp_path / "token").write_text("pod-token")

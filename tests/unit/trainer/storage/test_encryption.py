@@ -21,7 +21,7 @@ from finetune_trainer.storage.errors import explain
 from finetune_trainer.storage.s3 import S3Store
 
 KEY = bytes(range(32))
-ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"
+KMS_KEY_ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"
 CUSTOMER_KEY_HEADERS = {
     "x-amz-server-side-encryption-customer-algorithm": "AES256",
     "x-amz-server-side-encryption-customer-key": base64.b64encode(KEY).decode(),
@@ -38,17 +38,17 @@ class Body(io.BytesIO):
 
 
 class StubbedStore:
-    """A store with stub responses. `sent` contains the encryption headers of the requests, by operation."""
+    """A store with stub responses. `sent_headers` contains the encryption headers of the requests, by operation."""
 
     def __init__(self, **target: Any) -> None:
         self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), attempts=1)
         self.store.client.meta.events.register("before-send.s3", self._answer)
-        self.sent: dict[str, dict[str, str]] = {}
+        self.sent_headers: dict[str, dict[str, str]] = {}
 
     def _answer(self, request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
         operation = event_name.rpartition(".")[2]
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
-        self.sent[operation] = {name: value for name, value in headers.items() if "encryption" in name}
+        self.sent_headers[operation] = {name: value for name, value in headers.items() if "encryption" in name}
         bodies = {
             "CreateMultipartUpload": b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>",
             "CompleteMultipartUpload": b'<R><ETag>"t"</ETag></R>',
@@ -82,10 +82,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_encryption_headers_by_default(tmp_path: Path) -> None:
     stubbed = StubbedStore()
     stubbed.send_all_operations(tmp_path)
-    assert set(stubbed.sent) == {
+    assert set(stubbed.sent_headers) == {
         "PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "GetObject", "HeadObject"
     }  # fmt: skip
-    assert not any(stubbed.sent.values())
+    assert not any(stubbed.sent_headers.values())
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_no_encryption_headers_by_default(tmp_path: Path) -> None:
         ({"encryption": "s3"}, {"x-amz-server-side-encryption": "AES256"}),
         ({"encryption": "kms"}, {"x-amz-server-side-encryption": "aws:kms"}),
         (
-            {"encryption": "kms", "kms_key_id": ARN},
-            {"x-amz-server-side-encryption": "aws:kms", "x-amz-server-side-encryption-aws-kms-key-id": ARN},
+            {"encryption": "kms", "kms_key_id": KMS_KEY_ARN},
+            {"x-amz-server-side-encryption": "aws:kms", "x-amz-server-side-encryption-aws-kms-key-id": KMS_KEY_ARN},
         ),
     ],
 )
@@ -105,8 +105,8 @@ def test_encryption_by_the_store_is_requested_when_an_object_is_created(
     stubbed = StubbedStore(**target)
     stubbed.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload"):
-        assert stubbed.sent.pop(operation) == headers
-    assert not any(stubbed.sent.values()), "S3 refuses these headers on parts and on reads"
+        assert stubbed.sent_headers.pop(operation) == headers
+    assert not any(stubbed.sent_headers.values()), "S3 refuses these headers on parts and on reads"
 
 
 def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: 
     stubbed = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
     stubbed.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "GetObject", "HeadObject"):
-        assert stubbed.sent[operation] == CUSTOMER_KEY_HEADERS, operation
+        assert stubbed.sent_headers[operation] == CUSTOMER_KEY_HEADERS, operation
 
 
 def test_each_connection_has_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_each_connection_has_its_own_key(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MODEL_AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
     stubbed = StubbedStore(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
     stubbed.store.get("small")
-    assert stubbed.sent["GetObject"] == CUSTOMER_KEY_HEADERS
+    assert stubbed.sent_headers["GetObject"] == CUSTOMER_KEY_HEADERS
 
 
 @pytest.mark.parametrize("text", ["", "not base64!", base64.b64encode(b"too short").decode(), "very-secret-word"])
@@ -161,7 +161,7 @@ def failure_of(status: int, code: str, message: str = "", operation: str = "PutO
 
 
 def test_a_missing_permission_on_the_key_service_is_named() -> None:
-    message = f"User: arn:aws:iam::1:user/u is not authorized to perform: kms:GenerateDataKey on resource: {ARN}"
+    message = f"User: arn:aws:iam::1:user/u is not authorized to perform: kms:GenerateDataKey on resource: {KMS_KEY_ARN}"
     error = failure_of(403, "AccessDenied", message, encryption="kms")
     assert (error.exit_code, error.code) == (77, "PermissionDenied")
     assert "kms:GenerateDataKey" in error.message and "arn:aws:iam" not in f"{error} {error.hint}"
@@ -170,7 +170,7 @@ def test_a_missing_permission_on_the_key_service_is_named() -> None:
 @pytest.mark.parametrize(
     ("status", "code", "operation", "target"),
     [
-        (400, "KMS.NotFoundException", "PutObject", {"encryption": "kms", "kms_key_id": ARN}),
+        (400, "KMS.NotFoundException", "PutObject", {"encryption": "kms", "kms_key_id": KMS_KEY_ARN}),
         (400, "KMS.DisabledException", "GetObject", {}),
         (501, "NotImplemented", "PutObject", {"encryption": "s3", "endpoint": "https://store.example"}),
         (400, "InvalidArgument", "PutObject", {"encryption": "kms", "endpoint": "http://store.example"}),

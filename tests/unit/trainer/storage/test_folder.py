@@ -99,12 +99,12 @@ def test_a_folder_that_is_removed_during_a_listing_is_ignored(
         store.put(f"checkpoints/step-{step}/_COMMITTED", b"{}")
     scan = os.scandir
 
-    def gone(path: Any) -> Any:
+    def scan_without_step_5(path: Any) -> Any:
         if str(path).endswith("step-5"):
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
         return scan(path)
 
-    monkeypatch.setattr(os, "scandir", gone)
+    monkeypatch.setattr(os, "scandir", scan_without_step_5)
     assert [stat.key for stat in store.list("checkpoints/")] == ["checkpoints/step-10/_COMMITTED"]
     assert list(store.list("nothing/")) == []
 

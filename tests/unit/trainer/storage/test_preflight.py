@@ -13,7 +13,7 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle
 from finetune_trainer.storage.preflight import preflight
-from stub_s3 import answering
+from stub_s3 import serve_error
 
 
 def preflight_error(endpoint: str | None, **change: object) -> FineTuneError:
@@ -42,7 +42,7 @@ def preflight_error(endpoint: str | None, **change: object) -> FineTuneError:
 def test_an_error_response_has_a_named_failure(
     status: int, response_code: str, method: str | None, exit_code: int, code: str, text: str
 ) -> None:
-    with answering(status, response_code, only=method) as endpoint:
+    with serve_error(status, response_code, failing_method=method) as endpoint:
         error = preflight_error(endpoint)
     assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, FailureClass.STORAGE)
     assert text in f"{error.message} {error.hint}"
@@ -62,7 +62,7 @@ def test_an_unknown_host_is_reported_as_unreachable() -> None:
 
 
 def test_an_unknown_host_name_with_the_bucket_is_reported_as_wrong_addressing() -> None:
-    with answering(200, "none") as endpoint:
+    with serve_error(200, "none") as endpoint:
         named = endpoint.replace("127.0.0.1", "localhost")
         error = preflight_error(named, addressing_style=AddressingStyle.VIRTUAL, uri="s3://no-such-host-name-here/x")
     assert (error.exit_code, error.code) == (67, "AddressingWrong")
@@ -70,17 +70,17 @@ def test_an_unknown_host_name_with_the_bucket_is_reported_as_wrong_addressing() 
 
 
 def test_tls_to_a_port_without_tls_is_reported_as_a_wrong_endpoint() -> None:
-    with answering(200, "none") as endpoint:
+    with serve_error(200, "none") as endpoint:
         error = preflight_error(endpoint.replace("http://", "https://"))
     assert (error.exit_code, error.code) == (67, "TlsFailed")
     assert "http://" in (error.hint or "")
 
 
 def test_an_untrusted_certificate_is_reported(tmp_path: Path) -> None:
-    from self_signed import certificate
+    from self_signed import write_certificate
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate(tmp_path))
+    context.load_cert_chain(*write_certificate(tmp_path))
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -110,7 +110,7 @@ def test_an_untrusted_certificate_is_reported(tmp_path: Path) -> None:
 def test_missing_credentials_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with answering(200, "none") as endpoint:
+    with serve_error(200, "none") as endpoint:
         error = preflight_error(endpoint)
     assert (error.exit_code, error.code) == (77, "CredentialsMissing")
     assert "credentialsSecretRef" in (error.hint or "")

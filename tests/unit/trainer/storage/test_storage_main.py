@@ -12,7 +12,7 @@ from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.__main__ import main
 from finetune_trainer.storage.roots import open_store
-from web_server import Web
+from web_server import WebServer
 
 ROOT = "s3://bucket/root/team/job/uid"
 
@@ -102,7 +102,7 @@ SECRET = "?signature=hidden/word"
 
 
 @pytest.fixture
-def run_web(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def run_web(server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Return a function that runs a command with an https URL of the storage and returns the exit code and the output."""
     fill_tree(tmp_path, server.folder / "root")
 
@@ -126,7 +126,7 @@ def run_web(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_a_checkpoint_or_model_on_a_web_server_is_verified_and_downloaded(
     run_web: Callable[..., tuple[int, str]],
-    server: Web,
+    server: WebServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     path: str,

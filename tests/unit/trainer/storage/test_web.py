@@ -18,7 +18,7 @@ from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import LONGEST_PAUSE_SECONDS, MAX_ATTEMPTS, READ_BYTES, WebStore
-from web_server import Fault, Web
+from web_server import Fault, WebServer
 
 SECRET = "?X-Amz-Signature=hidden-word"
 BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
@@ -26,7 +26,7 @@ BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
 
 
 @pytest.fixture
-def store(server: Web) -> WebStore:
+def store(server: WebServer) -> WebStore:
     (server.folder / "a b").mkdir()
     (server.folder / "a b/weights").write_bytes(BODY)
     opened = open_store(StoreTarget(uri=f"{server.url}/a b{SECRET}", ca_bundle=server.ca))
@@ -42,7 +42,7 @@ def download_error(store: WebStore, target: Path, key: str = "weights") -> FineT
     return caught.value
 
 
-def test_a_download_returns_the_sha256_of_the_object(store: WebStore, server: Web, tmp_path: Path) -> None:
+def test_a_download_returns_the_sha256_of_the_object(store: WebStore, server: WebServer, tmp_path: Path) -> None:
     chunk_sizes: list[int] = []
     found = store.download("weights", tmp_path / "deep/weights", count=chunk_sizes.append)
     assert found == hashlib.sha256(BODY).hexdigest() and sum(chunk_sizes) == len(BODY)
@@ -57,7 +57,7 @@ def test_a_missing_object_gives_none(store: WebStore, tmp_path: Path) -> None:
     assert found == (None, None, None) and not (tmp_path / "nothing").exists()
 
 
-def test_stat_uses_get_if_head_is_refused(store: WebStore, server: Web) -> None:
+def test_stat_uses_get_if_head_is_refused(store: WebStore, server: WebServer) -> None:
     server.faults = [Fault(403)]
     found = store.stat("weights")
     assert found is not None and found.size == len(BODY)
@@ -65,7 +65,7 @@ def test_stat_uses_get_if_head_is_refused(store: WebStore, server: Web) -> None:
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_busy_server_is_retried(
-    store: WebStore, server: Web, pauses: list[float], tmp_path: Path, status: int
+    store: WebStore, server: WebServer, pauses: list[float], tmp_path: Path, status: int
 ) -> None:
     server.faults = [Fault(status), Fault(status)]
     assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
@@ -73,7 +73,7 @@ def test_a_busy_server_is_retried(
 
 
 def test_a_server_that_stays_busy_fails_after_all_tries(
-    store: WebStore, server: Web, pauses: list[float], tmp_path: Path
+    store: WebStore, server: WebServer, pauses: list[float], tmp_path: Path
 ) -> None:
     server.faults = [Fault(503)] * MAX_ATTEMPTS
     error = download_error(store, tmp_path / "weights")
@@ -86,14 +86,14 @@ def test_a_server_that_stays_busy_fails_after_all_tries(
     [("7", 7.0), ("86400", LONGEST_PAUSE_SECONDS), (formatdate(0), 1.0), ("soon", 1.0)],
 )
 def test_the_retry_after_header_is_followed(
-    store: WebStore, server: Web, pauses: list[float], header: str, waited: float
+    store: WebStore, server: WebServer, pauses: list[float], header: str, waited: float
 ) -> None:
     server.faults = [Fault(429, {"Retry-After": header})]
     assert store.get("weights") == BODY and pauses == [waited]
 
 
-def test_an_interrupted_download_continues(store: WebStore, server: Web, tmp_path: Path) -> None:
-    server.faults = [Fault(cut=READ_BYTES + 5), Fault(cut=7)]
+def test_an_interrupted_download_continues(store: WebStore, server: WebServer, tmp_path: Path) -> None:
+    server.faults = [Fault(cut_bytes=READ_BYTES + 5), Fault(cut_bytes=7)]
     assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
     ranges = [line.partition("hidden-word ")[2] for line in server.requests]
     assert ranges == ["", f"bytes={READ_BYTES + 5}-", f"bytes={READ_BYTES + 12}-"]
@@ -102,11 +102,11 @@ def test_an_interrupted_download_continues(store: WebStore, server: Web, tmp_pat
 
 @pytest.mark.parametrize("change", ["no ranges", "another body", "another range"])
 def test_an_interrupted_download_that_cannot_continue_restarts(
-    store: WebStore, server: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+    store: WebStore, server: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
     new_body = BODY[::-1] if change == "another body" else BODY
-    server.ranges = change != "no ranges"
-    server.faults = [Fault(cut=READ_BYTES + 5)]
+    server.serves_ranges = change != "no ranges"
+    server.faults = [Fault(cut_bytes=READ_BYTES + 5)]
     if change == "another range":
         server.faults.append(Fault(206, {"Content-Range": "bytes 5-9/10"}))
 
@@ -118,9 +118,9 @@ def test_an_interrupted_download_that_cannot_continue_restarts(
     assert (tmp_path / "weights").read_bytes() == new_body
 
 
-def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: Web, tmp_path: Path) -> None:
-    server.ranges = False
-    server.faults = [Fault(cut=10)] * MAX_ATTEMPTS
+def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: WebServer, tmp_path: Path) -> None:
+    server.serves_ranges = False
+    server.faults = [Fault(cut_bytes=10)] * MAX_ATTEMPTS
     error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (69, "DownloadBroken")
     assert f"ended after 10 of {len(BODY)} bytes" in error.message
@@ -128,14 +128,14 @@ def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: We
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_is_not_retried(
-    store: WebStore, server: Web, pauses: list[float], tmp_path: Path, status: int
+    store: WebStore, server: WebServer, pauses: list[float], tmp_path: Path, status: int
 ) -> None:
     server.faults = [Fault(status)]
     error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (77, "PermissionDenied", [])
 
 
-def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: Web, tmp_path: Path) -> None:
+def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: WebServer, tmp_path: Path) -> None:
     server.faults = [Fault(302, {"Location": f"{server.url}/a%20b/weights"})]
     assert store.get("weights") == BODY
     server.faults = [Fault(302, {"Location": "http://elsewhere.example/weights?token=hidden-word"})]
@@ -145,13 +145,13 @@ def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: Web, tm
     assert "redirected endlessly" in download_error(store, tmp_path / "weights").message
 
 
-def test_an_untrusted_certificate_is_not_retried(server: Web, pauses: list[float], tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_not_retried(server: WebServer, pauses: list[float], tmp_path: Path) -> None:
     error = download_error(WebStore(StoreTarget(uri=server.url + SECRET)), tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (69, "EndpointUnreachable", [])
     assert "SSLCertVerificationError" in error.message and "caBundleRef" in (error.hint or "")
 
 
-def test_an_invalid_ca_bundle_is_named(tmp_path: Path, server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_ca_bundle_is_named(tmp_path: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none.pem").write_text("nothing")
     for bundle in ("none.pem", "missing.pem"):
         with pytest.raises(FineTuneError, match="cannot be read") as caught:
@@ -161,7 +161,7 @@ def test_an_invalid_ca_bundle_is_named(tmp_path: Path, server: Web, monkeypatch:
     assert "REQUESTS_CA_BUNDLE" in str(download_error(WebStore(StoreTarget(uri=server.url)), tmp_path / "weights"))
 
 
-def test_a_port_without_a_server_is_retried(pauses: list[float], tmp_path: Path, server: Web) -> None:
+def test_a_port_without_a_server_is_retried(pauses: list[float], tmp_path: Path, server: WebServer) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -169,7 +169,7 @@ def test_a_port_without_a_server_is_retried(pauses: list[float], tmp_path: Path,
     assert error.message == f"{address} could not be reached (ConnectionRefusedError)" and pauses == [1.0, 2.0]
 
 
-def test_the_proxy_of_the_environment_is_used(server: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_proxy_of_the_environment_is_used(server: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     proxied: list[str] = []
 
     class Proxy(BaseHTTPRequestHandler):
@@ -194,10 +194,10 @@ def test_the_proxy_of_the_environment_is_used(server: Web, monkeypatch: pytest.M
 
 
 def test_the_query_is_never_logged(
-    store: WebStore, server: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: WebStore, server: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    server.faults = [Fault(503), Fault(cut=10), Fault(302, {"Location": f"/a%20b/weights{SECRET}"})]
+    server.faults = [Fault(503), Fault(cut_bytes=10), Fault(302, {"Location": f"/a%20b/weights{SECRET}"})]
     assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
     assert "retry in 1 s" in caplog.text and "GET /a%20b/weights" in caplog.text
     assert "hidden-word" not in caplog.text

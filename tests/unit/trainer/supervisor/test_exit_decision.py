@@ -8,24 +8,24 @@ from finetune_api.status import Output
 from finetune_trainer.failure import RankFailure, failure_from_exit_code
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, decide_exit, is_state_saved, stop_deadline
 
-DIVERGED = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
-PEER_LOST = RankFailure(PeerError("PeerLost", "m"), rank=0, origin=False)
-STALLED = PeerError("Stalled", "m")
+DIVERGED_FAILURE = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
+PEER_LOST_FAILURE = RankFailure(PeerError("PeerLost", "m"), rank=0, origin=False)
+STALLED_ERROR = PeerError("Stalled", "m")
 
 
 @pytest.mark.parametrize(
     ("facts", "saved", "code", "error_code"),
     [
-        (AttemptFacts(output=Output(uri="u"), error=STALLED, stop_requested_at=1.0), False, 0, None),
+        (AttemptFacts(output=Output(uri="u"), error=STALLED_ERROR, stop_requested_at=1.0), False, 0, None),
         (AttemptFacts(stop_requested_at=1.0), True, 75, None),
         (AttemptFacts(stop_requested_at=1.0), False, 76, None),
-        (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST]), True, 75, None),
-        (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST, DIVERGED]), True, 72, "LossNotFinite"),
+        (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST_FAILURE]), True, 75, None),
+        (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST_FAILURE, DIVERGED_FAILURE]), True, 72, "LossNotFinite"),
         (AttemptFacts(stop_requested_at=1.0, error=StorageError("Gone", "m")), True, 69, "Gone"),
-        (AttemptFacts(error=DataError("Empty", "m"), rank_failures=[DIVERGED]), False, 65, "Empty"),
-        (AttemptFacts(error=STALLED, rank_failures=[DIVERGED]), False, 72, "LossNotFinite"),
-        (AttemptFacts(error=STALLED, rank_failures=[PEER_LOST]), False, 74, "Stalled"),
-        (AttemptFacts(rank_failures=[PEER_LOST, DIVERGED], agent_code=1), False, 72, "LossNotFinite"),
+        (AttemptFacts(error=DataError("Empty", "m"), rank_failures=[DIVERGED_FAILURE]), False, 65, "Empty"),
+        (AttemptFacts(error=STALLED_ERROR, rank_failures=[DIVERGED_FAILURE]), False, 72, "LossNotFinite"),
+        (AttemptFacts(error=STALLED_ERROR, rank_failures=[PEER_LOST_FAILURE]), False, 74, "Stalled"),
+        (AttemptFacts(rank_failures=[PEER_LOST_FAILURE, DIVERGED_FAILURE], agent_code=1), False, 72, "LossNotFinite"),
         (AttemptFacts(agent_code=0), False, 70, "NoArtefact"),
         (AttemptFacts(agent_code=-9), False, 74, "AgentKilled"),
         (AttemptFacts(agent_code=1), False, 74, "AgentFailed"),
@@ -43,10 +43,10 @@ def test_facts_decide_the_exit_code(facts: AttemptFacts, saved: bool, code: int,
 
 def test_an_exit_code_explains_only_ranks_that_reported_nothing() -> None:
     killed = failure_from_exit_code(1, -9)
-    silent = decide_exit(AttemptFacts(rank_failures=[PEER_LOST]), [killed], is_saved=False, node_rank=0)
+    silent = decide_exit(AttemptFacts(rank_failures=[PEER_LOST_FAILURE]), [killed], is_saved=False, node_rank=0)
     assert silent.failure is not None and silent.failure.error.code == "RankKilled"
-    reported = decide_exit(AttemptFacts(rank_failures=[DIVERGED]), [killed], is_saved=False, node_rank=0)
-    assert reported.failure is DIVERGED
+    reported = decide_exit(AttemptFacts(rank_failures=[DIVERGED_FAILURE]), [killed], is_saved=False, node_rank=0)
+    assert reported.failure is DIVERGED_FAILURE
 
 
 def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:

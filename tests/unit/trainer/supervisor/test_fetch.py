@@ -19,13 +19,13 @@ from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_ATTEMPTS
 from finetune_trainer.supervisor.fetch import Fetcher
-from web_server import Fault, Web
+from web_server import Fault, WebServer
 
-SECRET = "?X-Amz-Signature=hidden-word"
+SECRET_QUERY = "?X-Amz-Signature=hidden-word"
 
 
 @pytest.fixture
-def fetcher(tmp_path: Path, server: Web) -> Fetcher:
+def fetcher(tmp_path: Path, server: WebServer) -> Fetcher:
     storage = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)
     (server.folder / "sets").mkdir()
     (server.folder / "sets/rows.jsonl").write_bytes(b"0123456789")
@@ -35,7 +35,7 @@ def fetcher(tmp_path: Path, server: Web) -> Fetcher:
 
 def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
-        fetcher.data(url + SECRET, "dataset.train", "train")
+        fetcher.data(url + SECRET_QUERY, "dataset.train", "train")
     assert "hidden-word" not in str(caught.value) and "dataset.train" in caught.value.message
     return caught.value
 
@@ -47,13 +47,13 @@ def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
         ([Fault(410)], 66, "DatasetNotFound", "answers 410"),
         ([Fault(403)], 77, "PermissionDenied", "answers 403"),
         ([Fault(503)] * MAX_ATTEMPTS, 69, "DownloadFailed", "answers 503"),
-        ([Fault(headers={"Content-Length": "20"}, cut=10)] * MAX_ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
+        ([Fault(headers={"Content-Length": "20"}, cut_bytes=10)] * MAX_ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
     ],
 )
 def test_an_error_response_has_a_named_failure(
-    fetcher: Fetcher, server: Web, faults: list[Fault], exit_code: int, code: str, text: str
+    fetcher: Fetcher, server: WebServer, faults: list[Fault], exit_code: int, code: str, text: str
 ) -> None:
-    server.ranges, server.faults = False, faults
+    server.serves_ranges, server.faults = False, faults
     error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     failure_class = FailureClass.STORAGE if exit_code == 69 else FailureClass.DATA
     assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, failure_class) and text in error.message
@@ -70,7 +70,7 @@ def test_an_error_response_has_a_named_failure(
     ],
 )
 def test_an_interrupted_download_has_a_named_failure(
-    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch, interruption: Exception, code: str, text: str
+    fetcher: Fetcher, server: WebServer, monkeypatch: pytest.MonkeyPatch, interruption: Exception, code: str, text: str
 ) -> None:
     from urllib3 import HTTPResponse
     from urllib3.exceptions import ProtocolError, ReadTimeoutError, SSLError
@@ -86,12 +86,12 @@ def test_an_interrupted_download_has_a_named_failure(
         raise interruption
 
     monkeypatch.setattr(HTTPResponse, "stream", stream)
-    server.ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * MAX_ATTEMPTS
+    server.serves_ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * MAX_ATTEMPTS
     error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, code) and text in error.message
 
 
-def test_an_untrusted_certificate_is_reported(fetcher: Fetcher, server: Web) -> None:
+def test_an_untrusted_certificate_is_reported(fetcher: Fetcher, server: WebServer) -> None:
     fetcher.run.storage = StoreTarget(uri="s3://bucket/root")  # type: ignore[misc] # this fake run is not frozen
     error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, "EndpointUnreachable") and "SSLCertVerificationError" in error.message
@@ -105,17 +105,17 @@ def test_an_invalid_url_is_refused(fetcher: Fetcher, url: str) -> None:
     assert (error.exit_code, error.code) == (64, "SourceInvalid") and "host" in str(error)
 
 
-def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: Web, tmp_path: Path) -> None:
+def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> None:
     chunk_sizes: list[int] = []
     fetcher.count = chunk_sizes.append
     server.faults = [Fault(503)]
-    (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET}", "dataset.train", "train")
+    (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET_QUERY}", "dataset.train", "train")
     assert (file.name, file.read_bytes(), sum(chunk_sizes)) == ("rows.jsonl", b"0123456789", 10)
-    assert server.requests == [f"GET /sets/rows.jsonl{SECRET}"] * 2
+    assert server.requests == [f"GET /sets/rows.jsonl{SECRET_QUERY}"] * 2
 
 
 def test_a_file_larger_than_the_disk_is_not_downloaded(
-    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch
+    fetcher: Fetcher, server: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: 0)
     error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
@@ -123,7 +123,7 @@ def test_a_file_larger_than_the_disk_is_not_downloaded(
 
 
 @pytest.fixture
-def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
+def storage_url(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> str:
     """URL of a storage root that contains a committed checkpoint and a committed model."""
     tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
     for step in (100, None):
@@ -137,12 +137,12 @@ def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("path", "found"),
+    ("path", "expected_step"),
     [("model", "None"), ("model/a1-00000000", "None"), ("checkpoints/step-00000100", "100")],
 )
-def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, served: str, path: str, found: str) -> None:
-    model = fetcher.model(f"{served}/{path}{SECRET}", "model.source", "model")
-    assert (model.path / "sub/weights").read_text() == f"weights of {found}"
+def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, storage_url: str, path: str, expected_step: str) -> None:
+    model = fetcher.model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
+    assert (model.path / "sub/weights").read_text() == f"weights of {expected_step}"
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, served: str
     ],
 )
 def test_the_error_message_for_a_model_does_not_show_the_signature(
-    fetcher: Fetcher, served: str, server: Web, path: str, code: str, message: str
+    fetcher: Fetcher, storage_url: str, server: WebServer, path: str, code: str, message: str
 ) -> None:
     (server.folder / "root/model/a1-00000000/sub/weights").write_text("weights of Nome")
     with pytest.raises(FineTuneError) as caught:
-        fetcher.model(f"{served}/{path}{SECRET}", "model.source", "model")
+        fetcher.model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
     error = caught.value
     assert (error.exit_code, error.code, error.failure_class) == (66, code, FailureClass.MODEL)
     assert message in error.message and "model.source" in error.message and "hidden-word" not in str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas")
+HEAVY_MODULES = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas")
 PROGRAM = """
 import sys
 import finetune_trainer.supervisor.supervise, finetune_trainer.data, finetune_trainer.storage.__main__
@@ -14,6 +14,6 @@ print(",".join(name for name in {heavy!r} if name in sys.modules))
 
 
 def test_the_supervisor_imports_no_heavy_package() -> None:
-    program = PROGRAM.format(heavy=HEAVY)
+    program = PROGRAM.format(heavy=HEAVY_MODULES)
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

@@ -36,18 +36,18 @@ def inputs(tmp_path: Path) -> Inputs:
 
 
 @pytest.mark.parametrize(
-    ("file", "word"),
+    ("file", "input_name"),
     [
         ("tokenizer/tokenizer.json", "tokenizer"), ("reference/config.json", "reference model"),
         ("adapter/adapter_config.json", "adapter"), ("valid.jsonl", "validation data"), ("test.jsonl", "test data"),
         ("maps/mine/..2026/ds.json", "contents of ConfigMaps"),
     ],
 )  # fmt: skip
-def test_every_input_is_compared_by_its_contents(inputs: Inputs, tmp_path: Path, file: str, word: str) -> None:
+def test_every_input_is_compared_by_its_contents(inputs: Inputs, tmp_path: Path, file: str, input_name: str) -> None:
     before = other_inputs_of(inputs)
     (tmp_path / file).write_text('{"other": 1}')
     after = other_inputs_of(inputs)
-    assert {name for name in before if before[name] != after[name]} == {word}
+    assert {name for name in before if before[name] != after[name]} == {input_name}
 
 
 def test_a_configmap_that_is_mounted_again_with_the_same_contents_is_equal(inputs: Inputs, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def store(tmp_path: Path) -> RecordingStore:
     return store
 
 
-def preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
+def make_preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
     run: Any = SimpleNamespace(attempt=attempt, to_bytes=lambda: b"{}")
     settings = Settings.from_env(work=str(work))
     return Preparation(run, "", replace(settings, node_rank=node_rank), RunState())
@@ -101,7 +101,7 @@ def test_leftovers_are_removed_only_after_earlier_attempts_are_fenced_out(
     store: RecordingStore, tmp_path: Path
 ) -> None:
     """Before the sweep, an earlier attempt that still runs must be fenced out, because it could commit data that the sweep removes."""
-    preparation(tmp_path, 2).claim_storage(CheckpointTree(store))
+    make_preparation(tmp_path, 2).claim_storage(CheckpointTree(store))
     assert store.changes == [
         "put run/attempt-2/run.json", "delete checkpoints/step-00000005/a1-00000000/weights"
     ]  # fmt: skip
@@ -111,10 +111,10 @@ def test_an_attempt_that_starts_after_a_later_one_changes_nothing_in_storage(sto
     CheckpointTree(store).begin_attempt(3, b"{}")
     store.changes.clear()
     with pytest.raises(FencedOutError):
-        preparation(tmp_path, 2).claim_storage(CheckpointTree(store))
+        make_preparation(tmp_path, 2).claim_storage(CheckpointTree(store))
     assert store.changes == []
 
 
 def test_only_rank_0s_pod_claims_storage(store: RecordingStore, tmp_path: Path) -> None:
-    preparation(tmp_path, 2, node_rank=1).claim_storage(CheckpointTree(store))
+    make_preparation(tmp_path, 2, node_rank=1).claim_storage(CheckpointTree(store))
     assert store.changes == []

@@ -17,46 +17,46 @@ from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.rank_channel import RankChannel
 
 
-class Recorder:
+class ChannelRecorder:
     """The supervisor's end of a channel, which records all messages."""
 
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
-        self.any = threading.Event()
+        self.has_received = threading.Event()
         self.channel = RankChannel(self._record)
 
     def _record(self, message: dict[str, Any]) -> None:
         self.received.append(message)
-        self.any.set()
+        self.has_received.set()
         if message.get("kind") == "unusable":
             raise ValueError(message)
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    recorder = Recorder()
+def recorder() -> Iterator[ChannelRecorder]:
+    recorder = ChannelRecorder()
     yield recorder
     recorder.channel.close()
 
 
-def rank(recorder: Recorder, work: Path) -> Channel:
+def rank_channel(recorder: ChannelRecorder, work: Path) -> Channel:
     return Channel(socket_sender(recorder.channel.address), work)
 
 
-def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_message_larger_than_a_datagram_arrives(recorder: ChannelRecorder, tmp_path: Path) -> None:
     """The report about the final model may be larger than a datagram."""
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
-    rank(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
+    rank_channel(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()
     assert [one["extra"] for one in recorder.received] == [report]
     assert not Path(recorder.channel.address).parent.exists()
 
 
-def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_failure_with_many_wide_characters_arrives(recorder: ChannelRecorder, tmp_path: Path) -> None:
     """Each character of the message has twelve bytes in JSON."""
     text = "\N{FIRE}" * 8000
     assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
-    rank(recorder, tmp_path).report_failure(DataError("RowBroken", text))
+    rank_channel(recorder, tmp_path).report_failure(DataError("RowBroken", text))
     recorder.channel.close()
     (found,) = recorder.received
     assert failure_from_message(found).error.message.startswith("\N{FIRE}" * 100)
@@ -68,16 +68,16 @@ def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_pat
      b'{"kind": "unusable"}', b'{"kind": "of a later version"}'],
     ids=["empty", "no-text", "list", "string", "no-json-file", "outside", "number", "unusable", "unknown-kind"],
 )  # fmt: skip
-def test_an_invalid_message_does_not_stop_the_channel(recorder: Recorder, tmp_path: Path, data: bytes) -> None:
+def test_an_invalid_message_does_not_stop_the_channel(recorder: ChannelRecorder, tmp_path: Path, data: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(data, recorder.channel.address)
-    rank(recorder, tmp_path).report_note("still listening")
+    rank_channel(recorder, tmp_path).report_note("still listening")
     recorder.channel.close()
     assert recorder.received[-1]["text"] == "still listening"
 
 
-def test_sending_to_an_ended_supervisor_is_no_error(recorder: Recorder, tmp_path: Path) -> None:
-    sender = rank(recorder, tmp_path)
+def test_sending_to_an_ended_supervisor_is_no_error(recorder: ChannelRecorder, tmp_path: Path) -> None:
+    sender = rank_channel(recorder, tmp_path)
     recorder.channel.close()
     sender.report_note("not received")
     sender.report_output(tmp_path, OutputKind.MODEL, {"long": "x" * MAX_MESSAGE_BYTES})

@@ -6,10 +6,10 @@ import pytest
 from finetune_api.status import Checkpoint, Metrics, Progress, ResolvedConfig, Stage
 from finetune_trainer.supervisor.run_state import RunState, format_duration, newest_and_best
 
-from tests.unit.trainer.supervisor.conftest import Clock
+from tests.unit.trainer.supervisor.conftest import FakeClock
 
 
-def test_progress_has_percentage_and_remaining_time(clock: Clock) -> None:
+def test_progress_has_percentage_and_remaining_time(clock: FakeClock) -> None:
     state = RunState()
     state.merge_progress(Progress(step=0, total_steps=500, epoch=0.0))
     for step in range(1, 121):
@@ -27,14 +27,14 @@ def test_progress_has_percentage_and_remaining_time(clock: Clock) -> None:
     assert (health.median_step_seconds, health.seconds_since_step) == (2.0, 5.0)
 
 
-def test_a_late_message_does_not_lower_the_step(clock: Clock) -> None:
+def test_a_late_message_does_not_lower_the_step(clock: FakeClock) -> None:
     state = RunState()
     for step in (1, 2, 3, 2):
         state.record_step(step)
     assert state.step == 3
 
 
-def test_missing_fields_keep_their_earlier_value(clock: Clock) -> None:
+def test_missing_fields_keep_their_earlier_value(clock: FakeClock) -> None:
     state = RunState()
     state.merge_metrics(Metrics(train_loss=1.0))
     state.merge_metrics(Metrics(eval_loss=2.0))
@@ -47,7 +47,7 @@ def test_missing_fields_keep_their_earlier_value(clock: Clock) -> None:
     assert (report.resolved.strategy, report.resolved.device, report.resolved.notes) == ("ddp", "cpu", ["once"])
 
 
-def test_time_is_measured_per_stage(clock: Clock) -> None:
+def test_time_is_measured_per_stage(clock: FakeClock) -> None:
     state = RunState()
     clock.now += 1
     state.enter_stage(Stage.DOWNLOADING)
@@ -67,7 +67,7 @@ def test_durations_are_formatted(seconds: int, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_the_last_heartbeat_may_be_newer_than_the_last_step(clock: Clock) -> None:
+def test_the_last_heartbeat_may_be_newer_than_the_last_step(clock: FakeClock) -> None:
     state = RunState()
     state.record_activity()
     assert state.report().health.seconds_since_heartbeat is None

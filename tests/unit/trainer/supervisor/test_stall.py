@@ -7,10 +7,10 @@ from finetune_api.status import Stage
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stall import StallWatch
 
-from tests.unit.trainer.supervisor.conftest import Clock
+from tests.unit.trainer.supervisor.conftest import FakeClock
 
 
-def test_the_default_timeout_follows_the_median_step(clock: Clock) -> None:
+def test_the_default_timeout_follows_the_median_step(clock: FakeClock) -> None:
     state = RunState()
     watch = StallWatch(state, None)
     clock.now += 10_000
@@ -37,7 +37,7 @@ def test_the_default_timeout_follows_the_median_step(clock: Clock) -> None:
         (Stage.EVALUATING, True), (Stage.STOPPING, True), (Stage.UPLOADING, False),
     ],
 )  # fmt: skip
-def test_only_stages_with_heartbeats_are_watched(clock: Clock, stage: Stage, watched: bool) -> None:
+def test_only_stages_with_heartbeats_are_watched(clock: FakeClock, stage: Stage, watched: bool) -> None:
     state = RunState()
     watch = StallWatch(state, 5)
     state.enter_stage(stage)
@@ -46,7 +46,7 @@ def test_only_stages_with_heartbeats_are_watched(clock: Clock, stage: Stage, wat
     assert (watch.stall_error() is not None) == watched
 
 
-def test_a_configured_timeout_also_limits_the_first_step(clock: Clock) -> None:
+def test_a_configured_timeout_also_limits_the_first_step(clock: FakeClock) -> None:
     state = RunState()
     watch = StallWatch(state, 60)
     clock.now += 10_000

@@ -16,19 +16,19 @@ from finetune_trainer.supervisor.exit_decision import AttemptFacts, ExitDecision
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
 
-KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
+ERROR_KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
 
 
-def message_of(decided: ExitDecision, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
+def message_of(exit_decision: ExitDecision, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
     """The termination message after it was written and parsed, as the operator gets it."""
     state = RunState()
     state.merge_progress(Progress(step=step))
     state.add_checkpoint(Checkpoint(step=5, uri="s3://b/step-5"))
-    message = termination_message(decided, state.report(), output=output, start_step=0, node_name="node-1")
+    message = termination_message(exit_decision, state.report(), output=output, start_step=0, node_name="node-1")
     return TerminationMessage.model_validate_json(message.to_json())
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
+@pytest.mark.parametrize("kind", ERROR_KINDS, ids=[kind.__name__ for kind in ERROR_KINDS])
 def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[FineTuneError]) -> None:
     channel = Channel.create_recording(tmp_path, rank=3)
     error, origin = classify_error(kind("Expected", "what was wrong", hint="what to write"))
@@ -43,11 +43,11 @@ def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[Fi
 
 
 @pytest.mark.parametrize(
-    ("code", "word"), [(ExitCode.PREEMPTED_SAVED, "StoppedSaved"), (ExitCode.PREEMPTED_UNSAVED, "StoppedUnsaved")]
+    ("code", "error_code"), [(ExitCode.PREEMPTED_SAVED, "StoppedSaved"), (ExitCode.PREEMPTED_UNSAVED, "StoppedUnsaved")]
 )
-def test_a_stop_is_reported_as_preemption(code: ExitCode, word: str) -> None:
+def test_a_stop_is_reported_as_preemption(code: ExitCode, error_code: str) -> None:
     found = message_of(ExitDecision(code))
-    assert (found.exit_code, found.code, found.class_, found.origin) == (code, word, FailureClass.PREEMPTED, True)
+    assert (found.exit_code, found.code, found.class_, found.origin) == (code, error_code, FailureClass.PREEMPTED, True)
     assert "at step 7" in (found.message or "")
 
 
