@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 
 from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri
 from finetune_api.pod import ProgressReport, TerminationMessage
@@ -98,28 +99,28 @@ class Facts:
 
     # Jobs and pods
 
-    @property
+    @cached_property
     def owned_jobs(self) -> tuple[JobView, ...]:
         """Jobs whose controller is this FineTuneJob."""
         return tuple(job for job in self.jobs if job.is_owned and job.owner_uid == self.job.uid)
 
-    @property
+    @cached_property
     def owned_pods(self) -> tuple[PodView, ...]:
         """Pods of this FineTuneJob."""
         return tuple(pod for pod in self.pods if pod.owner_uid == self.job.uid)
 
-    @property
+    @cached_property
     def attempt(self) -> int:
         """Number of the current attempt, or 1 before the first attempt."""
         return max([self.job.status.attempt or 1, *(job.attempt for job in self.owned_jobs)])
 
-    @property
+    @cached_property
     def current_job(self) -> JobView | None:
         """The Job of the current attempt."""
         name = attempt_job_name(self.job.name, self.attempt)
         return next((job for job in self.owned_jobs if job.name == name), None)
 
-    @property
+    @cached_property
     def attempt_record(self) -> Attempt | None:
         """The entry of the current attempt in `status.attempts`."""
         return next((record for record in self.job.status.attempts if record.number == self.attempt), None)
@@ -130,22 +131,22 @@ class Facts:
         job = self.current_job
         return job.nodes if job is not None and job.nodes else self.spec.resources.nodes or 1
 
-    @property
+    @cached_property
     def attempt_pods(self) -> tuple[PodView, ...]:
         """Pods of the current attempt, including deleted pods."""
         return tuple(pod for pod in self.owned_pods if pod.attempt == self.attempt)
 
-    @property
+    @cached_property
     def active_pods(self) -> tuple[PodView, ...]:
         """The newest unfinished pod of each rank of the current attempt. If a queue replaced a pod, a rank has several pods."""
         return _newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
 
-    @property
+    @cached_property
     def newest_pods(self) -> tuple[PodView, ...]:
         """The newest pod of each rank of the current attempt, finished or not."""
         return _newest_by_rank(self.attempt_pods)
 
-    @property
+    @cached_property
     def rank0(self) -> PodView | None:
         """The active pod of rank 0. This pod serves the attempt's progress over HTTP."""
         return next((pod for pod in self.active_pods if pod.index == 0), None)

@@ -42,5 +42,6 @@ class JobState:
     """The job's first status write may be deferred until this event loop time during a burst."""
     status_rejection: str = ""
     """The API server's last error message that rejected this job's status. If the same message is repeated, it is not logged again."""
-    pruned_write: tuple[Object, Object] | None = None
-    """The status as stored and as sent, if an older CRD removed fields from the last write. The same write would change nothing."""
+    pruned_write: tuple[str, Object] | None = None
+    """The last status write from which an older CRD removed new fields: the resulting resourceVersion and the status as it was sent.
+    As long as the object has this resourceVersion, the same write would change nothing."""

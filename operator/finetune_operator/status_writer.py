@@ -51,7 +51,7 @@ class StatusWriter:
         """
         old_status, new_status = facts.job.status, compute_status(facts, plan, result)
         old_wire, new_wire = old_status.to_wire(), new_status.to_wire()
-        if old_wire == new_wire or state.pruned_write == (old_wire, new_wire):
+        if old_wire == new_wire or state.pruned_write == (facts.job.resource_version, new_wire):
             state.pending_changes.transition_at = None
             return
         drafts = draft_events(old_status, new_status)
@@ -78,8 +78,9 @@ class StatusWriter:
         except Invalid as error:
             await self._report_rejection(job, error, state)
         else:
-            sent_status, stored_status = new_status.to_wire(), written_job.status.to_wire()
-            state.pruned_write = None if stored_status == sent_status else (stored_status, sent_status)
+            sent_status = new_status.to_wire()
+            is_pruned = written_job.status.to_wire() != sent_status
+            state.pruned_write = (written_job.resource_version, sent_status) if is_pruned else None
             return written_job
         reduced_version = reduced_status(new_status, job.status)
         if reduced_version.to_wire() == job.status.to_wire():

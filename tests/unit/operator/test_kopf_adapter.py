@@ -47,6 +47,11 @@ def test_inactivity_timeout_is_disabled() -> None:
     assert (watching.server_timeout, watching.client_timeout) == (60, 75)
 
 
+def test_idle_task_of_an_object_ends_soon_because_it_holds_the_last_event() -> None:
+    """A timeout of zero would end the task before it reads its first event."""
+    assert 0 < operator_settings(CONFIG).queueing.idle_timeout <= 1
+
+
 def test_storages_neither_copy_nor_change_objects() -> None:
     persistence = operator_settings(CONFIG).persistence
     body = kopf.Body({"metadata": {"name": "a"}, "spec": {"large": "x" * 1000}})
