@@ -132,7 +132,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
         )
     (tokens,) = (folder / "work" / "tokens").glob("*/train")
     args = SFTConfig(
-        **shared_arguments(run, inputs, hardware, DistributedStrategy(run, hardware, 1), evaluates=False),
+        **shared_arguments(run, inputs, hardware, DistributedStrategy(run, hardware, 1), has_validation_data=False),
         dataset_kwargs={"skip_prepare_dataset": True}, packing=dataset.packing is True,
         max_length=dataset.max_sequence_length if dataset.packing else None,
     )  # fmt: skip

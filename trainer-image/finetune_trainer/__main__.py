@@ -14,8 +14,8 @@ import time
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    command, options = (given[0], given[1:]) if given else ("supervise", [])
+    command_line = sys.argv[1:] if arguments is None else arguments
+    command, options = (command_line[0], command_line[1:]) if command_line else ("supervise", [])
     match command:
         case "train":
             from finetune_trainer import rank

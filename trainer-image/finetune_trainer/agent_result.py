@@ -13,9 +13,9 @@ FailuresByRank = dict[str, dict[str, int]]
 
 def write_failures(work: Path, failures: FailuresByRank) -> None:
     """Write the file atomically. Empty `failures` mean that all ranks ended with exit code 0."""
-    partial = work / f".{RESULT_FILE}"
-    partial.write_text(json.dumps({"failures": failures, "time": time.time()}))
-    partial.rename(work / RESULT_FILE)
+    partial_file = work / f".{RESULT_FILE}"
+    partial_file.write_text(json.dumps({"failures": failures, "time": time.time()}))
+    partial_file.rename(work / RESULT_FILE)
 
 
 def read_exit_codes(work: Path) -> dict[int, int] | None:

@@ -27,9 +27,9 @@ OPTIMIZER_PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "tor
 class MemorySavers:
     """Options that save GPU memory. `trainer.backend: unsloth` enables every option that the user did not set."""
 
-    checkpointing: GradientCheckpointing
+    gradient_checkpointing: GradientCheckpointing
     optimizer: str
-    liger: bool
+    uses_liger: bool
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -38,9 +38,9 @@ class MemorySavers:
         training = run.spec.training
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
-        liger = run.spec.model.liger_kernels is True
+        uses_liger = run.spec.model.liger_kernels is True
         if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
-            return MemorySavers(mode, name, liger)
+            return MemorySavers(mode, name, uses_liger)
         if hardware.is_cpu:
             raise ConfigError(
                 "BackendNeedsGpu", "trainer.backend unsloth needs a GPU, and this job runs on CPU",
@@ -49,15 +49,15 @@ class MemorySavers:
         if CHECKPOINTING_PATH in run.defaults and mode is not GradientCheckpointing.DISABLED:
             mode = GradientCheckpointing.UNSLOTH
         name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else name
-        liger = liger or LIGER_PATH in run.defaults
-        note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {name}, gradientCheckpointing {mode}, liger kernels {liger}"
-        return MemorySavers(mode, name, liger, (note,))
+        uses_liger = uses_liger or LIGER_PATH in run.defaults
+        note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {name}, gradientCheckpointing {mode}, liger kernels {uses_liger}"
+        return MemorySavers(mode, name, uses_liger, (note,))
 
 
 def shared_arguments(
-    run: RunConfig, inputs: Inputs, hardware: Hardware, strategy: DistributedStrategy, *, evaluates: bool
+    run: RunConfig, inputs: Inputs, hardware: Hardware, strategy: DistributedStrategy, *, has_validation_data: bool
 ) -> dict[str, Any]:
-    """Return the keyword arguments of TrainingArguments. `evaluates`: the run has validation data.
+    """Return the keyword arguments of TrainingArguments. `has_validation_data`: the run has validation data.
 
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
@@ -73,12 +73,12 @@ def shared_arguments(
         "learning_rate": training.learning_rate or 2e-4,
         "lr_scheduler_type": SCHEDULER_NAMES[training.scheduler or LearningRateSchedule.COSINE],
         "lr_scheduler_kwargs": scheduler_parameters(run),
-        "warmup_steps": _warmup(run),
+        "warmup_steps": _warmup_steps(run),
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
         "optim": require_optimizer(savers.optimizer),
-        "use_liger_kernel": savers.liger,
+        "use_liger_kernel": savers.uses_liger,
         # liger's fused cross entropy replaces the forward pass. TRL's losses and a reward model's head need the original forward pass.
-        "liger_kernel_config": {"fused_linear_cross_entropy": False} if savers.liger else None,
+        "liger_kernel_config": {"fused_linear_cross_entropy": False} if savers.uses_liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
         "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
@@ -95,8 +95,8 @@ def shared_arguments(
         "report_to": [],
         # If this filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
-        **_checkpointing(run, savers.checkpointing),
-        **_intervals(run, evaluates),
+        **_checkpointing_arguments(run, savers.gradient_checkpointing),
+        **_interval_arguments(run, has_validation_data),
         **strategy.training_arguments(),
     }
 
@@ -117,7 +117,7 @@ def unused_warmup_notes(run: RunConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def _warmup(run: RunConfig) -> float | int:
+def _warmup_steps(run: RunConfig) -> float | int:
     """Warm-up steps; a value below 1 is a fraction of all steps (transformers has one field for both)."""
     training = run.spec.training
     if training.warmup_steps is not None:
@@ -125,11 +125,11 @@ def _warmup(run: RunConfig) -> float | int:
     return 0.03 if training.warmup_ratio is None else training.warmup_ratio
 
 
-def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
+def _interval_arguments(run: RunConfig, has_validation_data: bool) -> dict[str, Any]:
     """Return the arguments that set when to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
     checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
     evaluation_strategy = evaluation.strategy or IntervalStrategy.NO
-    if evaluation_strategy is not IntervalStrategy.NO and not evaluates:
+    if evaluation_strategy is not IntervalStrategy.NO and not has_validation_data:
         raise ConfigError(
             "EvaluationWithoutData", f"evaluation.strategy is {evaluation_strategy}, but there is no validation data",
             hint="give dataset.validation or dataset.split.validation, or write `strategy: no`",
@@ -151,7 +151,7 @@ def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
     }
 
 
-def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
+def _checkpointing_arguments(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
     """Arguments for gradient checkpointing: every layer, every n-th layer, or activations moved to host memory."""
     training = run.spec.training
     if mode is GradientCheckpointing.DISABLED:
@@ -170,9 +170,9 @@ def require_optimizer(name: str) -> str:
 
     from transformers.training_args import OptimizerNames
 
-    known = [optimizer.value for optimizer in OptimizerNames]
-    if name not in known:
-        similar_names = get_close_matches(name, known, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+    known_names = [optimizer.value for optimizer in OptimizerNames]
+    if name not in known_names:
+        similar_names = get_close_matches(name, known_names, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
         raise ConfigError(
             "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(similar_names)}"
         )

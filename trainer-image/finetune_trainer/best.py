@@ -31,8 +31,8 @@ CHUNK_BYTES = 64 << 20
 class KeepBest(TrainerCallback):
     """Hard-links the best weights whenever a checkpoint is saved. One rank per node creates the links; every rank reads the files at the end."""
 
-    def __init__(self, resumed: Path | None) -> None:
-        self._resumed = resumed
+    def __init__(self, resumed_checkpoint: Path | None) -> None:
+        self._resumed = resumed_checkpoint
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Restore the best weights from the checkpoint that this attempt resumed from.
@@ -68,11 +68,11 @@ def copy_to_all_nodes(args: TrainingArguments) -> None:
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
     best_weights = Path(str(args.output_dir)) / BEST_FOLDER
-    received = best_weights.with_name(BEST_FOLDER + ".received")
+    received_folder = best_weights.with_name(BEST_FOLDER + ".received")
     is_writer = args.local_process_index == 0 and args.process_index > 0
     if is_writer:
-        shutil.rmtree(received, ignore_errors=True)
-        received.mkdir(parents=True)
+        shutil.rmtree(received_folder, ignore_errors=True)
+        received_folder.mkdir(parents=True)
     chunks = _read_chunks(best_weights) if args.process_index == 0 else iter(())
     while True:
         message = [next(chunks, None)]
@@ -81,11 +81,11 @@ def copy_to_all_nodes(args: TrainingArguments) -> None:
             break
         name, data = message[0]
         if is_writer:
-            with (received / name).open("ab") as file:
+            with (received_folder / name).open("ab") as file:
                 file.write(data)
     if is_writer:
-        _replace_files(best_weights, _weight_files(received))
-        shutil.rmtree(received)
+        _replace_files(best_weights, _weight_files(received_folder))
+        shutil.rmtree(received_folder)
     distributed.barrier()
 
 
@@ -111,13 +111,13 @@ def best_folder(trainer: Any) -> Path:
 
 def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
     """Replace the contents of `folder` with these files. The last step is a rename, so that no reader sees only some of the files."""
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary_folder = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary_folder, ignore_errors=True)
+    temporary_folder.mkdir(parents=True)
     for name, file in files:
-        _link_or_copy(file, temporary / name)
+        _link_or_copy(file, temporary_folder / name)
     shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    temporary_folder.rename(folder)
 
 
 def _weight_files(folder: Path) -> Iterator[tuple[str, Path]]:

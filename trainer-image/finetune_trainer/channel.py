@@ -66,16 +66,16 @@ class Channel:
     @classmethod
     def from_env(cls) -> Channel:
         """The channel of this process, from the environment that the supervisor and torchrun set."""
-        numbers = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
+        rank_values = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
         node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
         address = os.environ.get(SOCKET_VARIABLE)
-        return cls(socket_sender(address) if address else _discard_message, work, node_rank=node, **numbers)
+        return cls(socket_sender(address) if address else _discard_message, work, node_rank=node, **rank_values)
 
     @classmethod
-    def create_recording(cls, work: Path, **world: int) -> Channel:
+    def create_recording(cls, work: Path, **rank_values: int) -> Channel:
         """Create a channel for tests: it has no supervisor and keeps its messages in `sent`."""
-        channel = cls(_discard_message, work, **world)
+        channel = cls(_discard_message, work, **rank_values)
 
         def record(message: dict[str, Any], _timeout: float) -> bool:
             channel.sent.append(message)
@@ -91,9 +91,9 @@ class Channel:
 
         Errors: InternalError `InputsTimeout` after `timeout` seconds. Without a timeout the rank waits until the supervisor kills it.
         """
-        end = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (inputs := Inputs.read(self.work)) is None:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise InternalError("InputsTimeout", f"model and data were not downloaded within {timeout:g} s")
             time.sleep(POLL_SECONDS)
         return inputs
@@ -146,12 +146,12 @@ class Channel:
 
     # ---- messages that must arrive ----
 
-    def report_failure(self, error: FineTuneError, *, step: int | None = None, origin: bool = True) -> None:
-        """Report a failure; the process then exits with `error.exit_code`. `origin` is False if another rank failed first."""
+    def report_failure(self, error: FineTuneError, *, step: int | None = None, is_origin: bool = True) -> None:
+        """Report a failure; the process then exits with `error.exit_code`. `is_origin` is False if another rank failed first."""
         message = error.message if len(error.message) < 8000 else error.message[:8000] + " ..."
         self._send_reliably(
             "failed", code=error.code, message=message, hint=error.hint, failureClass=error.failure_class.value,
-            exitCode=int(error.exit_code), step=step, origin=origin,
+            exitCode=int(error.exit_code), step=step, origin=is_origin,
         )  # fmt: skip
 
     def report_staged_files(self, step: int, folder: Path, **facts: Any) -> None:

@@ -15,10 +15,10 @@ def free_bytes(work: Path) -> int:
 
     The kubelet evicts a pod that exceeds its limit, even if the node's disk has free space.
     """
-    existing = work
-    while not existing.exists():
-        existing = existing.parent
-    free_on_disk = shutil.disk_usage(existing).free
+    existing_folder = work
+    while not existing_folder.exists():
+        existing_folder = existing_folder.parent
+    free_on_disk = shutil.disk_usage(existing_folder).free
     limit = os.environ.get(Env.DISK_LIMIT)
     return free_on_disk if limit is None else min(free_on_disk, int(limit) - _used_bytes(work))
 

@@ -135,11 +135,11 @@ class GuardedTrainer(OpenTrainer):
     def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
         """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
         tied = tied_weight_names(self.model)
-        mismatched = [key for key in missing if key not in tied]
-        mismatched += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
-        if mismatched:
+        mismatched_names = [key for key in missing if key not in tied]
+        mismatched_names += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
+        if mismatched_names:
             raise NoCheckpointError(
-                "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched[:4])}",
+                "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched_names[:4])}",
                 hint="use the same model, method and target modules as the run that wrote the checkpoint",
             )  # fmt: skip
 
@@ -150,9 +150,9 @@ def _time_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
     `get_batch_samples` as a whole is not timed: it also counts the tokens of all ranks, so it waits for the slowest rank.
     """
     while True:
-        began = time.perf_counter()
+        wait_started = time.perf_counter()
         batch = next(batches, None)
-        meter.waited_seconds += time.perf_counter() - began
+        meter.waited_seconds += time.perf_counter() - wait_started
         if batch is None:
             return
         yield batch

@@ -41,9 +41,9 @@ class RankFailure:
     error: FineTuneError
     rank: int | None = None
     step: int | None = None
-    origin: bool = True
+    is_origin: bool = True
     time_ns: int = 0
-    reported: bool = True
+    is_reported: bool = True
     """False if the rank reported nothing and only its exit code is known."""
 
 
@@ -184,24 +184,24 @@ def replace_unpaired_surrogates(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def failure_from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFailure:
-    """The failure of a rank that reported nothing, from its exit code. `host_memory`: the kernel's OOM killer ended a process of this pod."""
+def failure_from_exit_code(rank: int, code: int, *, is_host_out_of_memory: bool = False) -> RankFailure:
+    """The failure of a rank that reported nothing, from its exit code. `is_host_out_of_memory`: the kernel's OOM killer ended a process of this pod."""
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
         return RankFailure(
-            _error_of_signal(rank, -code, name, host_memory), rank, reported=False, origin=-code != signal.SIGTERM
+            _error_of_signal(rank, -code, name, is_host_out_of_memory), rank, is_reported=False, is_origin=-code != signal.SIGTERM
         )
     kind = ERROR_OF_CODE.get(code)
     if kind is not None and code != ExitCode.INTERNAL_ERROR:
-        return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, reported=False)
+        return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, is_reported=False)
     return RankFailure(
         InternalError("RankCrashed", f"rank {rank} ended with exit code {code} and gave no reason", hint="see the pod's log"),
-        rank, reported=False,
+        rank, is_reported=False,
     )  # fmt: skip
 
 
-def _error_of_signal(rank: int, number: int, name: str, host_memory: bool) -> FineTuneError:
-    if number == signal.SIGKILL and host_memory:
+def _error_of_signal(rank: int, number: int, name: str, is_host_out_of_memory: bool) -> FineTuneError:
+    if number == signal.SIGKILL and is_host_out_of_memory:
         return MemoryExhaustedError(
             "HostMemory", f"rank {rank} was killed because the pod's memory is exhausted", hint="raise resources.memory"
         )
@@ -221,6 +221,6 @@ def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """
     ordered = sorted(
         failures,
-        key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.reported, one.time_ns),
+        key=lambda one: (not one.is_origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.is_reported, one.time_ns),
     )
     return ordered[0] if ordered else None

@@ -48,19 +48,19 @@ class ChildProcess:
 
 def descendants(root: int | None = None) -> list[int]:
     """Pids of all running descendants of `root` (default: this process), from /proc; without zombie processes."""
-    parents: dict[int, int] = {}
+    parent_pids: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         with contextlib.suppress(OSError, ValueError, IndexError):
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
-                parents[int(folder.name)] = int(parent)
-    known, frontier = set(), {root or os.getpid()}
-    while frontier:
-        frontier = {pid for pid, parent in parents.items() if parent in frontier and pid not in known}
-        known |= frontier
-    return sorted(known)
+                parent_pids[int(folder.name)] = int(parent)
+    known_pids, new_pids = set(), {root or os.getpid()}
+    while new_pids:
+        new_pids = {pid for pid, parent in parent_pids.items() if parent in new_pids and pid not in known_pids}
+        known_pids |= new_pids
+    return sorted(known_pids)
 
 
 def kill_all_descendants(timeout: float = 10.0) -> None:

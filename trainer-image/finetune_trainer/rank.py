@@ -55,7 +55,7 @@ def _run_and_report(channel: Channel) -> int:
         )
         failure, origin = classify_error(cause)
         traceback.print_exc()
-        channel.report_failure(failure, origin=origin)
+        channel.report_failure(failure, is_origin=origin)
         return int(failure.exit_code)
 
 

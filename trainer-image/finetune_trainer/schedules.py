@@ -23,17 +23,17 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
     parameters = run.spec.training.scheduler_parameters or {}
     scheduler = run.spec.training.scheduler or LearningRateSchedule.COSINE
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULER_NAMES[scheduler])]
-    known = set(inspect.signature(function).parameters) - {
+    known_parameters = set(inspect.signature(function).parameters) - {
         "optimizer",
         "num_warmup_steps",
         "num_training_steps",
         "last_epoch",
     }
-    unknown = sorted(set(parameters) - known)
-    if unknown:
+    unknown_parameters = sorted(set(parameters) - known_parameters)
+    if unknown_parameters:
         raise ConfigError(
-            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no parameter {', '.join(unknown)}",
-            hint=f"parameters of this scheduler: {', '.join(sorted(known)) or 'none'}",
+            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no parameter {', '.join(unknown_parameters)}",
+            hint=f"parameters of this scheduler: {', '.join(sorted(known_parameters)) or 'none'}",
         )  # fmt: skip
     return {name: _parse_parameter(text) for name, text in parameters.items()}
 

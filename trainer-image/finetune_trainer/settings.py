@@ -71,9 +71,9 @@ def load_run(settings: Settings) -> tuple[RunConfig, str]:
         data = settings.run_file.read_bytes()
     except OSError as error:
         raise InternalError("RunFileMissing", f"{settings.run_file} cannot be read: {error.strerror}") from error
-    digest = RunConfig.sha256(data)
-    if settings.run_sha256 and digest != settings.run_sha256:
+    config_sha256 = RunConfig.sha256(data)
+    if settings.run_sha256 and config_sha256 != settings.run_sha256:
         raise InternalError(
-            "RunFileDamaged", f"{settings.run_file} has sha256 {digest} instead of {settings.run_sha256}"
+            "RunFileDamaged", f"{settings.run_file} has sha256 {config_sha256} instead of {settings.run_sha256}"
         )
-    return read_run_config(data), digest
+    return read_run_config(data), config_sha256

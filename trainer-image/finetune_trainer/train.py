@@ -94,7 +94,7 @@ class TrainingSession:
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = load_objective(rules.trainer_type_of(run.spec))
         self.hardware = hardware.detect_hardware(run, channel.local_rank)
-        self.strategy = distributed.choose(run, self.hardware, inputs, channel.world_size)
+        self.strategy = distributed.choose_strategy(run, self.hardware, inputs, channel.world_size)
         self.strategy.prepare_process()
         self.resume_path = hooks.resume_path(inputs)
         self._emitted_notes: set[str] = set()
@@ -103,18 +103,18 @@ class TrainingSession:
     def execute(self) -> None:
         """Train, evaluate the test set, save and deliver."""
         self.channel.report_stage(Stage.LOADING)
-        trainer, trainable = self._build(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
+        trainer, trainable_model = self._build_trainer(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
         if self.resume_path is not None:
             self.channel.report_stage(Stage.RESTORING)
         trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
         test_metrics = self._evaluate_test_set(trainer)
         self.channel.report_stage(Stage.SAVING)
-        folder, extra = self._save(trainer, trainable)
+        folder, extra = self._save_output(trainer, trainable_model)
         if test_metrics:
             extra["evaluation"] = test_metrics
-        self.hooks.deliver_output(self.run, self.channel, folder, trainable.kind, extra)
+        self.hooks.deliver_output(self.run, self.channel, folder, trainable_model.kind, extra)
 
-    def _build(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
+    def _build_trainer(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
         """Build arguments, data, base model, method and Trainer, in this order. Returns the Trainer and its model.
 
         A different order would change the results of a run, because the steps after `set_seed` consume random numbers.
@@ -132,22 +132,22 @@ class TrainingSession:
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
-        base, notes = model.load_model(
+        base_model, notes = model.load_model(
             self.run, self.inputs, self.hardware, is_sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
             skip_quantization=context.unquantized,
         )  # fmt: skip
-        vocabulary.fit_embeddings(base, tokenizer, self.run, [data.train, data.validation, data.test])
-        trainable = method.make_trainable(base)
-        self._emit_notes(*notes, *trainable.notes, *self.strategy.notes)
-        with method.trainer_construction(base):
-            trainer = self.objective.build_trainer(context, args, trainable.model, data)
+        vocabulary.fit_embeddings(base_model, tokenizer, self.run, [data.train, data.validation, data.test])
+        trainable_model = method.make_trainable(base_model)
+        self._emit_notes(*notes, *trainable_model.notes, *self.strategy.notes)
+        with method.trainer_construction(base_model):
+            trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
         method.on_trainer_created(trainer)
         for callback in callbacks:
             if isinstance(callback, NeedsTrainer):
                 callback.on_trainer_created(trainer)
         trainer.remove_callback(PrinterCallback)
-        self.trainer, self.trainable = trainer, trainable
-        return trainer, trainable
+        self.trainer, self.trainable = trainer, trainable_model
+        return trainer, trainable_model
 
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
         """Create the context of the objective and its TrainingArguments."""
@@ -160,7 +160,7 @@ class TrainingSession:
         context = TrainingContext(
             self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.max_positions(config), callbacks,
         )  # fmt: skip
-        args = self.objective.training_arguments(context, evaluates=rules.has_validation_set(self.run.spec))
+        args = self.objective.training_arguments(context, has_validation_data=rules.has_validation_set(self.run.spec))
         use_one_device(args)
         self._emit_notes(*choose_kernels(args, self.run, config.model_type))
         return context, args
@@ -182,17 +182,17 @@ class TrainingSession:
         from finetune_trainer.best import KeepBest
         from finetune_trainer.engine import FiniteGuard, LogLine
 
-        callbacks: list[Any] = [self._verifier(), FiniteGuard(), LogLine()]
+        callbacks: list[Any] = [self._create_verifier(), FiniteGuard(), LogLine()]
         if self.run.spec.checkpoint.load_best_at_end:
             callbacks.append(KeepBest(self.resume_path))
-        stop = self.run.spec.training.early_stopping
-        if stop is not None:
+        early_stopping = self.run.spec.training.early_stopping
+        if early_stopping is not None:
             callbacks.append(
-                EarlyStoppingCallback(3 if stop.patience is None else stop.patience, stop.threshold or 0.0)
+                EarlyStoppingCallback(3 if early_stopping.patience is None else early_stopping.patience, early_stopping.threshold or 0.0)
             )
         return callbacks
 
-    def _verifier(self) -> Any:
+    def _create_verifier(self) -> Any:
         """Return a callback that verifies the run before the first step, after the Trainer has wrapped the model."""
         from transformers import TrainerCallback
 
@@ -212,12 +212,12 @@ class TrainingSession:
         from finetune_trainer import verification
 
         trainer, args = self.trainer, self.trainer.args
-        active_strategy = self.strategy.verify(trainer)
-        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-        attention = verification.require_attention(base, self.hardware)
-        verification.require_quantization(base, self.run, self.hardware)
+        active_strategy = self.strategy.verify_active(trainer)
+        base_model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        attention = verification.require_attention(base_model, self.hardware)
+        verification.require_quantization(base_model, self.run, self.hardware)
         if args.use_liger_kernel:
-            verification.require_kernels(base)
+            verification.require_kernels(base_model)
         self.objective.verify_trainer(trainer)
         self.channel.report_resolved(
             ResolvedConfig(
@@ -242,7 +242,7 @@ class TrainingSession:
         self._emit_notes(held_out.summarise(metrics, self.objective.held_out_metrics))
         return metrics
 
-    def _save(self, trainer: Any, trainable: TrainableModel) -> tuple[Path, dict[str, Any]]:
+    def _save_output(self, trainer: Any, trainable_model: TrainableModel) -> tuple[Path, dict[str, Any]]:
         """Write the final artefact as a folder for transformers or PEFT. All ranks must call it; rank 0 writes."""
         from finetune_trainer.engine import require_finite_weights
 
@@ -254,13 +254,13 @@ class TrainingSession:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            if trainable.initial_adapter is not None:
+            if trainable_model.initial_adapter is not None:
                 trainer.model.save_pretrained(
-                    folder, path_initial_model_for_weight_conversion=str(trainable.initial_adapter)
+                    folder, path_initial_model_for_weight_conversion=str(trainable_model.initial_adapter)
                 )
             # TRL's preference trainers keep a frozen copy of the adapter under this name, and PEFT saves every adapter.
             shutil.rmtree(folder / "ref", ignore_errors=True)
-            for name, text in trainable.extra_files.items():
+            for name, text in trainable_model.extra_files.items():
                 (folder / name).write_text(text)
             for unwanted in ("training_args.bin", "README.md"):
                 (folder / unwanted).unlink(missing_ok=True)

@@ -12,22 +12,22 @@ from finetune_trainer.library_internals import attention_implementation
 from finetune_trainer.model import quantization_config
 
 
-def require_attention(base: Any, hardware: Hardware) -> str:
+def require_attention(base_model: Any, hardware: Hardware) -> str:
     """Return the active attention implementation. Errors: InternalError AttentionSwapped if another implementation was chosen."""
-    active = attention_implementation(base)
-    if active != hardware.attention:
-        raise InternalError("AttentionSwapped", f"attention {hardware.attention} was requested, {active} is active")
-    return active
+    active_attention = attention_implementation(base_model)
+    if active_attention != hardware.attention:
+        raise InternalError("AttentionSwapped", f"attention {hardware.attention} was requested, {active_attention} is active")
+    return active_attention
 
 
-def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
+def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) -> None:
     """Errors: InternalError QuantizationNotActive if the run requests 4-bit or 8-bit weights, but no layer has such weights."""
-    requested = quantization_config(run, hardware)
-    if requested is None:
+    requested_config = quantization_config(run, hardware)
+    if requested_config is None:
         return
-    is_4bit = requested.load_in_4bit
+    is_4bit = requested_config.load_in_4bit
     kind = "Linear4bit" if is_4bit else "Linear8bitLt"
-    layers = [layer for layer in base.modules() if type(layer).__name__ == kind]
+    layers = [layer for layer in base_model.modules() if type(layer).__name__ == kind]
     # The layer keeps the quantisation state even if FSDP has replaced its weight by a shard.
     if not any(
         getattr(layer, "quant_state", None) is not None if is_4bit else layer.weight.element_size() == 1
@@ -37,11 +37,11 @@ def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
         raise InternalError("QuantizationNotActive", f"{bits}-bit weights were requested, but no layer has such weights")
 
 
-def require_kernels(base: Any) -> None:
+def require_kernels(base_model: Any) -> None:
     """Errors: InternalError KernelsNotActive if no layer uses a liger kernel. The liger library silently skips unknown models."""
-    modules = (getattr(module.forward, "__module__", "") for module in base.modules())
+    modules = (getattr(module.forward, "__module__", "") for module in base_model.modules())
     if not any(name.startswith("liger_kernel") for name in modules):
         raise InternalError(
-            "KernelsNotActive", f"liger kernels were requested, but no layer of {type(base).__name__} uses a liger kernel",
+            "KernelsNotActive", f"liger kernels were requested, but no layer of {type(base_model).__name__} uses a liger kernel",
             hint="set model.ligerKernels: false",
         )  # fmt: skip

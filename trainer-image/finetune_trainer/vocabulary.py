@@ -21,10 +21,10 @@ def add_tokens(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
         return []
     from transformers import AddedToken
 
-    known = [token for token in new_tokens if token in tokenizer.get_vocab()]
-    if known:
+    known_tokens = [token for token in new_tokens if token in tokenizer.get_vocab()]
+    if known_tokens:
         raise ConfigError(
-            "TokenKnown", f"model.newTokens names {', '.join(known)}, which the tokenizer already has",
+            "TokenKnown", f"model.newTokens names {', '.join(known_tokens)}, which the tokenizer already has",
             hint="remove it from model.newTokens: a token of the vocabulary is trained like any other",
         )  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
@@ -36,21 +36,21 @@ def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens or ()]
 
 
-def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -> None:
+def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequence[Any] = ()) -> None:
     """Add embedding rows for the new tokens. Without new tokens, check that the model has a row for every token in the data.
 
     A tokenizer may have more tokens than the model has rows (for example image tokens), if the additional tokens do not occur in
-    the data sets `parts` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
+    the data sets `datasets` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
     """
     ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
     embeddings = model.get_input_embeddings().weight
     rows = int((getattr(embeddings, "ds_shape", None) or embeddings.shape)[0])
     if not ids:
-        highest = max([tokenizer.pad_token_id, *map(_highest_id, parts)]) if rows < len(tokenizer) else 0
-        if highest >= rows:
+        highest_id = max([tokenizer.pad_token_id, *map(_highest_id, datasets)]) if rows < len(tokenizer) else 0
+        if highest_id >= rows:
             raise ConfigError(
                 "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} has {rows} embedding rows, and "
-                f"{tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}",
+                f"{tokenizer.convert_ids_to_tokens(highest_id)!r} has id {highest_id}",
                 hint="give the model's own tokenizer, and name additional tokens in model.newTokens",
             )  # fmt: skip
         return
@@ -64,21 +64,21 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[A
     _set_to_mean(model, ids)
 
 
-def _highest_id(part: Any) -> int:
+def _highest_id(dataset: Any) -> int:
     """The highest token id in the token columns of a data set; -1 without such columns."""
     import pyarrow.compute
 
-    columns = [name for name in getattr(part, "column_names", ()) if name.endswith("_ids")]
-    highest_ids = [pyarrow.compute.max(pyarrow.compute.list_flatten(part.data.column(name))).as_py() for name in columns]
+    columns = [name for name in getattr(dataset, "column_names", ()) if name.endswith("_ids")]
+    highest_ids = [pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data.column(name))).as_py() for name in columns]
     return max((highest for highest in highest_ids if highest is not None), default=-1)
 
 
 @torch.no_grad()
-def _set_to_mean(model: Any, ids: list[int]) -> None:
+def _set_to_mean(model: Any, new_ids: list[int]) -> None:
     """Set the rows of the new tokens to the mean of all older rows."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     for weight in {id(module.weight): module.weight for module in modules if module is not None}.values():
-        weight[ids] = weight[: min(ids)].float().mean(0).to(weight.dtype)
+        weight[new_ids] = weight[: min(new_ids)].float().mean(0).to(weight.dtype)
 
 
 def embedding_names(model: Any) -> list[str]:

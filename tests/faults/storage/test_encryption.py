@@ -37,7 +37,7 @@ def test_an_encrypted_checkpoint_is_committed_and_restored(
     entries = tree.upload(prefix_of(5), "a1-00000000", checkpoint)
     tree.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     found = restore(tree, ResumeConfig(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")
-    assert (found.step, found.damaged) == (5, [])
+    assert (found.step, found.damage_messages) == (5, [])
     assert found.path is not None and (found.path / "large").read_bytes() == bytes(11 * s3.MIB)
 
 

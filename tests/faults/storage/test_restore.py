@@ -60,7 +60,7 @@ def remove(storage: ProxiedTree, key: str) -> None:
 
 def test_the_newest_checkpoint_is_restored(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
     found = restore_newest(two, tmp_path)
-    assert (found.step, found.exact, found.inexact_reason, found.damaged) == (10, True, None, [])
+    assert (found.step, found.is_exact, found.inexact_reason, found.damage_messages) == (10, True, None, [])
     assert found.path is not None
     same = {p.relative_to(found.path): p.read_bytes() for p in found.path.rglob("*") if p.is_file()}
     assert same == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
@@ -74,7 +74,7 @@ def test_damage_is_reported_and_the_previous_step_is_restored(
     damage(two, f"{FOLDER}/{name}")
     found = restore_newest(two, tmp_path)
     assert found.step == 5
-    assert len(found.damaged) == 1 and f"{FOLDER}/{name}" in found.damaged[0]
+    assert len(found.damage_messages) == 1 and f"{FOLDER}/{name}" in found.damage_messages[0]
 
 
 def test_an_object_outside_the_manifest_is_not_downloaded(two: ProxiedTree, tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def test_only_damaged_checkpoints_end_with_73(two: ProxiedTree, tmp_path: Path) 
 def test_an_interrupted_download_is_retried(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", times=2) as cut_off:
         found = restore_newest(two, tmp_path)
-    assert (found.step, found.damaged, cut_off.hits) == (10, [], 2)
+    assert (found.step, found.damage_messages, cut_off.hits) == (10, [], 2)
 
 
 def test_a_byte_flipped_in_transit_is_detected(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", times=1) as flipped:
         found = restore_newest(two, tmp_path)
     assert (found.step, flipped.hits) == (5, 1)
-    assert "optimizer.pt" in found.damaged[0]
+    assert "optimizer.pt" in found.damage_messages[0]
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
 ) -> None:
     proxy.fault(RemoveFirst(two, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", times=1)
     found = restore_newest(two, tmp_path)
-    assert (found.step, len(found.damaged)) == (5, 1)
-    assert "optimizer.pt is missing" in found.damaged[0]
+    assert (found.step, len(found.damage_messages)) == (5, 1)
+    assert "optimizer.pt is missing" in found.damage_messages[0]
     assert [committed.step for committed in two.direct.list_committed()] == [5]
 
 

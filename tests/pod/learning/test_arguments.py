@@ -25,7 +25,7 @@ def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     run, inputs = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
     hardware = Hardware(torch.device("cuda", 0), "NVIDIA H100", torch.bfloat16, True, False, "sdpa")
     strategy = DistributedStrategy(run, hardware, 1)
-    return {**shared_arguments(run, inputs, hardware, strategy, evaluates=False), "notes": strategy.notes}
+    return {**shared_arguments(run, inputs, hardware, strategy, has_validation_data=False), "notes": strategy.notes}
 
 
 def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:

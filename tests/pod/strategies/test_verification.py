@@ -51,7 +51,7 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
     ("kind", "expected"),
     [
         ("ddp", "ddp was requested over 2 ranks, but independent is active"),
-        ("fsdp", "fsdp was requested over 2 ranks, but 2 of 2 parameters are not sharded, first weight"),
+        ("fsdp", "fsdp was requested over 2 ranks, but 2 of 2 parameters are not sharded; the first one is `weight`"),
         ("zero", "deepspeed was requested over 2 ranks, but independent is active"),
     ],
 )
@@ -60,14 +60,14 @@ def test_two_independent_ranks_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FineTuneError) as caught:
-        make_strategy(kind, tmp_path, 2).verify(trainer())
+        make_strategy(kind, tmp_path, 2).verify_active(trainer())
     assert (caught.value.code, caught.value.exit_code) == ("StrategyNotActive", 70)
     assert caught.value.message == expected
 
 
 def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert make_strategy("none", tmp_path, 1).verify(trainer()) == "single"
+    assert make_strategy("none", tmp_path, 1).verify_active(trainer()) == "single"
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1), (3, 2)])
@@ -77,7 +77,7 @@ def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(
     """In the last case, stage and number of ranks are correct, but the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
-        make_strategy("zero", tmp_path, 2).verify(trainer(engine))
+        make_strategy("zero", tmp_path, 2).verify_active(trainer(engine))
     assert caught.value.code == "StrategyNotActive"
     assert f"active: stage {stage} over {ranks} ranks, 0 of 2 parameters sharded" in caught.value.message
 

@@ -109,8 +109,8 @@ def test_an_exception_is_classified(error: Exception, code: str, exit_code: int,
     ],
 )
 def test_an_exit_code_alone_is_classified(code: int, host_memory: bool, name: str, exit_code: int, origin: bool) -> None:
-    parsed = failure_from_exit_code(3, code, host_memory=host_memory)
-    assert (parsed.error.code, parsed.error.exit_code, parsed.origin, parsed.rank) == (name, exit_code, origin, 3)
+    parsed = failure_from_exit_code(3, code, is_host_out_of_memory=host_memory)
+    assert (parsed.error.code, parsed.error.exit_code, parsed.is_origin, parsed.rank) == (name, exit_code, origin, 3)
 
 
 def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
@@ -132,7 +132,7 @@ def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reporte
 )
 def test_the_root_cause_is_reported(failures: list[RankFailure], expected_exit_code: int) -> None:
     cause = root_cause(failures)
-    assert cause is not None and cause.error.exit_code == expected_exit_code and cause.origin
+    assert cause is not None and cause.error.exit_code == expected_exit_code and cause.is_origin
     assert root_cause([]) is None
 
 

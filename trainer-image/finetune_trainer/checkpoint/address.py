@@ -49,17 +49,17 @@ def parse_address(uri: str) -> JobAddress:
     return JobAddress("/".join(parts) + query)
 
 
-def find_committed(tree: CheckpointTree, where: JobAddress) -> Iterator[CommittedCheckpoint]:
+def find_committed(tree: CheckpointTree, address: JobAddress) -> Iterator[CommittedCheckpoint]:
     """Yield the committed checkpoints at the address, newest first, then the committed model. Errors: NotFoundError `NothingCommitted`."""
-    committed = tree.list_committed() if where.whole_job else [one for one in [_get_committed_step(tree, where.step)] if one]
-    if where.whole_job:
-        committed += [model] if (model := tree.get_committed(None)) else []
-    if not committed:
+    checkpoints = tree.list_committed() if address.whole_job else [one for one in [_get_committed_step(tree, address.step)] if one]
+    if address.whole_job:
+        checkpoints += [model] if (model := tree.get_committed(None)) else []
+    if not checkpoints:
         raise NotFoundError(
-            "NothingCommitted", f"nothing is committed at {tree.uri(prefix_of(where.step)) if not where.whole_job else tree.store.uri}",
+            "NothingCommitted", f"nothing is committed at {tree.uri(prefix_of(address.step)) if not address.whole_job else tree.store.uri}",
             hint="check the URI; `list` shows everything that a job has stored",
         )  # fmt: skip
-    yield from committed
+    yield from checkpoints
 
 
 def _get_committed_step(tree: CheckpointTree, step: int | None) -> CommittedCheckpoint | None:
@@ -69,12 +69,12 @@ def _get_committed_step(tree: CheckpointTree, step: int | None) -> CommittedChec
 
 
 def download_committed(
-    tree: CheckpointTree, committed: CommittedCheckpoint, folder: Path, *, count: ByteCounter | None = None, check_space: ByteCounter | None = None
+    tree: CheckpointTree, checkpoint: CommittedCheckpoint, folder: Path, *, count: ByteCounter | None = None, check_space: ByteCounter | None = None
 ) -> str | None:
     """Call `check_space` with the size in bytes, then download and verify the files. Return the first problem, or None."""
-    manifest = tree.read_manifest(committed)
+    manifest = tree.read_manifest(checkpoint)
     if manifest is None:
-        return f"{tree.uri(join(committed.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
+        return f"{tree.uri(join(checkpoint.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
     if check_space:
         check_space(manifest.total_bytes)
-    return fetch_verified(tree, committed.folder, manifest, folder, lambda path: True, count)
+    return fetch_verified(tree, checkpoint.folder, manifest, folder, lambda path: True, count)

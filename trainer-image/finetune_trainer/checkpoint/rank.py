@@ -40,10 +40,10 @@ OPTIMIZER_BYTES = 8
 
 def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
     """Return the callbacks for this run. The Trainer must call them after all other callbacks, in this order."""
-    shared: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
-    agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
-    agreement = StopAgreement(channel, shared)
-    return [ProgressReporter(channel), CheckpointStager(channel, agreement, _agree_on_incarnation(channel, shared), resume_path(inputs))]
+    gang_store: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
+    agree_on_start(channel, gang_store, inputs.restore.step if inputs.restore else 0)
+    agreement = StopAgreement(channel, gang_store)
+    return [ProgressReporter(channel), CheckpointStager(channel, agreement, _agree_on_incarnation(channel, gang_store), resume_path(inputs))]
 
 
 def resume_path(inputs: Inputs) -> Path | None:
@@ -58,23 +58,23 @@ def deliver_output(run: RunConfig, channel: Channel, model_dir: Path, kind: Outp
         channel.report_output(model_dir, kind, extra)
 
 
-def _agree_on_incarnation(channel: Channel, shared: GangStore) -> str:
+def _agree_on_incarnation(channel: Channel, gang_store: GangStore) -> str:
     """The name of this incarnation. All ranks use the name of rank 0's pod."""
     own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
-        shared.set(INCARNATION_KEY, own)
+        gang_store.set(INCARNATION_KEY, own)
         return own
-    return shared.get_all([INCARNATION_KEY], START_SECONDS)[0]
+    return gang_store.get_all([INCARNATION_KEY], START_SECONDS)[0]
 
 
-def agree_on_start(channel: Channel, shared: GangStore, step: int) -> None:
+def agree_on_start(channel: Channel, gang_store: GangStore, step: int) -> None:
     """Check that all pods start from the same step. Each pod restores its checkpoint by itself.
 
     Errors: PeerError `StartsDiffer`, for example if one pod's download was damaged and that pod restored an older checkpoint.
     """
-    shared.set(f"start-{channel.rank}", str(step))
+    gang_store.set(f"start-{channel.rank}", str(step))
     keys = [f"start-{rank}" for rank in range(channel.world_size)]
-    steps = sorted({int(value) for value in shared.get_all(keys, START_SECONDS)})
+    steps = sorted({int(value) for value in gang_store.get_all(keys, START_SECONDS)})
     if len(steps) > 1:
         raise PeerError("StartsDiffer", f"the pods restored checkpoints of different steps: {steps}")
 
@@ -151,10 +151,10 @@ class CheckpointStager(TrainerCallback):
     """Reports each checkpoint that is complete on disk, and ends the run at the agreed step."""
 
     def __init__(
-        self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed: Path | None = None
+        self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed_checkpoint: Path | None = None
     ) -> None:
         self._channel, self._agreement, self._incarnation = channel, agreement, incarnation
-        self._resumed = resumed
+        self._resumed = resumed_checkpoint
         self._window: LoggingWindow | None = None
         self._open_tokens = 0
         """Tokens of the current logging window. The Trainer adds them to its state only at the next log line."""
@@ -216,12 +216,12 @@ class CheckpointStager(TrainerCallback):
 
     def _has_disk_space(self, args: TrainingArguments, model: Any) -> bool:
         """Whether the disks of all ranks can hold another checkpoint. The result is the same on all ranks."""
-        fits = (
+        has_space = (
             free_bytes(Path(str(args.output_dir)).parent) > (self._last_size or _estimated_size(model)) + DISK_RESERVE_BYTES
         )
         if self._channel.world_size == 1:
-            return fits
-        flag = torch.tensor([int(fits)], device=args.device)
+            return has_space
+        flag = torch.tensor([int(has_space)], device=args.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 
@@ -244,8 +244,8 @@ class CheckpointStager(TrainerCallback):
 
 def _estimated_size(model: Any) -> int:
     """Estimated bytes of the first checkpoint: trained weights and the optimizer's moments."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
-    return sum(weight.numel() * (weight.element_size() + OPTIMIZER_BYTES) for weight in trained)
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
+    return sum(weight.numel() * (weight.element_size() + OPTIMIZER_BYTES) for weight in trained_parameters)
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:

@@ -13,18 +13,18 @@ KEPT_SETTINGS = ("betas", "eps", "weight_decay")
 """Entries of a parameter group that are settings. Other entries, such as a schedule-free optimizer's sums, are state."""
 
 
-def load_states_keeping_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
-    """Run `load`, then restore the current settings. (`load` replaces states and settings of optimizer and scheduler.)
+def load_states_keeping_settings(optimizer: Any, scheduler: Any, load_states: Callable[[], None]) -> None:
+    """Run `load_states`, then restore the current settings. (`load_states` replaces states and settings of optimizer and scheduler.)
 
     A scheduler without base rates (such as ReduceLROnPlateau) keeps the loaded settings.
     """
     base_rates = list(getattr(scheduler, "base_lrs", ()))
     settings = [{name: group[name] for name in KEPT_SETTINGS if name in group} for group in _groups(optimizer)]
-    load()
+    load_states()
     for group, before in zip(_groups(optimizer), settings, strict=True):
         group.update({name: value for name, value in before.items() if group.get(name) != value})
-    loaded = getattr(scheduler, "base_lrs", ())
-    for number, (old, new) in enumerate(zip(loaded, base_rates, strict=True)):
+    loaded_rates = getattr(scheduler, "base_lrs", ())
+    for number, (old, new) in enumerate(zip(loaded_rates, base_rates, strict=True)):
         if old != new and old:
             _scale_rates(_groups(optimizer)[number], scheduler, number, new, new / old)
 

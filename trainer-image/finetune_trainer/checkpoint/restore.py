@@ -33,23 +33,23 @@ LARGE_FILE_BYTES = 32 << 20
 
 @dataclass
 class RestoreResult:
-    """The result of a restore. `committed` is None if the run starts from zero."""
+    """The result of a restore. `checkpoint` is None if the run starts from zero."""
 
-    committed: CommittedCheckpoint | None = None
+    checkpoint: CommittedCheckpoint | None = None
     manifest: Manifest | None = None
     path: Path | None = None
     uri: str = ""
-    exact: bool = True
+    is_exact: bool = True
     """Whether the resumed run equals an uninterrupted run bit by bit."""
     inexact_reason: str | None = None
-    """Why the resumed run differs from an uninterrupted run; None if `exact`."""
+    """Why the resumed run differs from an uninterrupted run; None if `is_exact`."""
     changed_inputs: list[str] = field(default_factory=list)
     """Inputs other than model and training data that have changed since the checkpoint, such as `validation data`."""
-    damaged: list[str] = field(default_factory=list)
+    damage_messages: list[str] = field(default_factory=list)
     """One sentence for each damaged checkpoint, with the object's address."""
-    ancestors: list[CommittedCheckpoint] = field(default_factory=list)
+    ancestor_checkpoints: list[CommittedCheckpoint] = field(default_factory=list)
     """The job's own checkpoints up to the restored step."""
-    skipped: list[CommittedCheckpoint] = field(default_factory=list)
+    skipped_checkpoints: list[CommittedCheckpoint] = field(default_factory=list)
     """The job's own checkpoints after the restored step: damaged, or later than the step of a rollback."""
 
     @property
@@ -59,48 +59,48 @@ class RestoreResult:
 
 
 def restore(
-    tree: CheckpointTree, resume: ResumeConfig, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
+    tree: CheckpointTree, resume_config: ResumeConfig, facts: RunFacts, target: Path, *, is_wanted: Callable[[str], bool] = lambda path: True,
     count: ByteCounter | None = None, attempt: int | None = None,
 ) -> RestoreResult:  # fmt: skip
     """Find, check and download the checkpoint to resume from.
 
-    `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. A URI in `checkpoint.resume`
+    `is_wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. A URI in `checkpoint.resume`
     is only used while the job has no checkpoints of its own. The operator may not know the job's own checkpoints: if a queue
     reclaims the quota of a running job, the same attempt starts again later.
 
     Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and no checkpoint can be loaded; ConfigError
     `CheckpointIncompatible`, with the difference, if the newest undamaged checkpoint belongs to a different run.
     """
-    own, unreadable = tree.list_committed_and_damaged()
-    result = RestoreResult(skipped=own)
-    if resume.max_step is None:
-        candidates = own
+    own_checkpoints, unreadable_steps = tree.list_committed_and_damaged()
+    result = RestoreResult(skipped_checkpoints=own_checkpoints)
+    if resume_config.max_step is None:
+        candidates = own_checkpoints
     else:
         # Checkpoints of this attempt remain candidates: another incarnation committed them after the rollback.
-        candidates = [one for one in own if (one.step or 0) <= resume.max_step or one.marker.attempt == attempt]
-        unreadable = [step for step in unreadable if step <= resume.max_step]
-    result.damaged += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
-    if resume.mode not in ("auto", "never") and not candidates and not unreadable:
-        return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
+        candidates = [one for one in own_checkpoints if (one.step or 0) <= resume_config.max_step or one.marker.attempt == attempt]
+        unreadable_steps = [step for step in unreadable_steps if step <= resume_config.max_step]
+    result.damage_messages += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable_steps]
+    if resume_config.mode not in ("auto", "never") and not candidates and not unreadable_steps:
+        return _restore_named(resume_config.mode, facts, target, tree, is_wanted, count, result)
     for candidate in candidates:
-        problem = _try_to_restore(tree, candidate, facts, target, result, wanted, count)
+        problem = _try_to_restore(tree, candidate, facts, target, result, is_wanted, count)
         if problem is None:
-            result.ancestors = [one for one in own if (one.step or 0) <= result.step]
-            result.skipped = [one for one in own if (one.step or 0) > result.step]
+            result.ancestor_checkpoints = [one for one in own_checkpoints if (one.step or 0) <= result.step]
+            result.skipped_checkpoints = [one for one in own_checkpoints if (one.step or 0) > result.step]
             return result
-        result.damaged.append(problem)
-    if candidates or unreadable or resume.expect_step > 0:
-        reasons = "; ".join(result.damaged) or "storage holds no checkpoint"
-        reached = resume.expect_step or max([*(one.step or 0 for one in candidates), *unreadable])
+        result.damage_messages.append(problem)
+    if candidates or unreadable_steps or resume_config.expect_step > 0:
+        reasons = "; ".join(result.damage_messages) or "storage holds no checkpoint"
+        reached_step = resume_config.expect_step or max([*(one.step or 0 for one in candidates), *unreadable_steps])
         raise NoCheckpointError(
-            "NoLoadableCheckpoint", f"the job had reached step {reached}, and no checkpoint can be loaded: {reasons}",
+            "NoLoadableCheckpoint", f"the job had reached step {reached_step}, and no checkpoint can be loaded: {reasons}",
             hint="restore the objects, or create a new FineTuneJob to start again",
         )  # fmt: skip
     return result
 
 
 def _try_to_restore(
-    tree: CheckpointTree, candidate: CommittedCheckpoint, facts: RunFacts, target: Path, result: RestoreResult, wanted: Callable[[str], bool],
+    tree: CheckpointTree, candidate: CommittedCheckpoint, facts: RunFacts, target: Path, result: RestoreResult, is_wanted: Callable[[str], bool],
     count: ByteCounter | None,
 ) -> str | None:  # fmt: skip
     """Download one checkpoint and fill `result`; returns why the checkpoint cannot be used, or None."""
@@ -111,18 +111,18 @@ def _try_to_restore(
         )
     check_compatible(manifest.facts, facts, tree.uri(candidate.folder))
     folder = target / f"checkpoint-{manifest.step}"
-    problem = fetch_verified(tree, candidate.folder, manifest, folder, wanted, count)
+    problem = fetch_verified(tree, candidate.folder, manifest, folder, is_wanted, count)
     if problem is not None:
         shutil.rmtree(folder, ignore_errors=True)
         return problem
-    result.committed, result.manifest, result.path = candidate, manifest, folder
+    result.checkpoint, result.manifest, result.path = candidate, manifest, folder
     result.uri, result.inexact_reason = tree.uri(candidate.folder), inexact_reason(manifest.facts, facts)
-    result.exact, result.changed_inputs = result.inexact_reason is None, changed_inputs(manifest.facts, facts)
+    result.is_exact, result.changed_inputs = result.inexact_reason is None, changed_inputs(manifest.facts, facts)
     return None
 
 
 def _restore_named(
-    uri: str, facts: RunFacts, target: Path, tree: CheckpointTree, wanted: Callable[[str], bool], count: ByteCounter | None,
+    uri: str, facts: RunFacts, target: Path, tree: CheckpointTree, is_wanted: Callable[[str], bool], count: ByteCounter | None,
     result: RestoreResult,
 ) -> RestoreResult:  # fmt: skip
     """Restore the checkpoint at the URI in `checkpoint.resume`. The URI names the folder of a step or of one incarnation of a step."""
@@ -132,15 +132,15 @@ def _restore_named(
         target_store = own_store.model_copy(update={"uri": root})
     else:
         target_store = StoreTarget(uri=root, ca_bundle=own_store.ca_bundle if own_store else None)
-    other = CheckpointTree(open_store(target_store))
-    candidate = other.get_committed(step)
+    other_tree = CheckpointTree(open_store(target_store))
+    candidate = other_tree.get_committed(step)
     uri = redact_source(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
         raise NoCheckpointError(
             "CheckpointNotFound", f"checkpoint.resume is {uri}, and there is no committed checkpoint at this address",
             hint="write the uri of a folder step-... that holds a _COMMITTED object",
         )  # fmt: skip
-    problem = _try_to_restore(other, candidate, facts, target, result, wanted, count)
+    problem = _try_to_restore(other_tree, candidate, facts, target, result, is_wanted, count)
     if problem is not None:
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"checkpoint.resume is {uri}, and this checkpoint is damaged: {problem}"
@@ -167,7 +167,7 @@ def fetch_verified(
     folder: str,
     manifest: Manifest,
     target: Path,
-    wanted: Callable[[str], bool],
+    is_wanted: Callable[[str], bool],
     count: ByteCounter | None = None,
 ) -> str | None:
     """Download the wanted files and compare them with the manifest; returns the first difference, or None.
@@ -185,17 +185,17 @@ def fetch_verified(
             return f"{tree.uri(key)} is damaged: its sha256 differs from the manifest"
         return None
 
-    outside = [entry.path for entry in manifest.files if not is_inside(entry.path)]
-    if outside:
-        return f"{tree.uri(join(folder, Storage.MANIFEST))} lists {outside[0]!r}, which is not a path inside the checkpoint"
+    outside_paths = [entry.path for entry in manifest.files if not is_inside(entry.path)]
+    if outside_paths:
+        return f"{tree.uri(join(folder, Storage.MANIFEST))} lists {outside_paths[0]!r}, which is not a path inside the checkpoint"
     target.mkdir(parents=True, exist_ok=True)
-    entries = [entry for entry in manifest.files if wanted(entry.path)]
-    large = [entry for entry in entries if entry.size > LARGE_FILE_BYTES]
-    small = [entry for entry in entries if entry.size <= LARGE_FILE_BYTES]
+    entries = [entry for entry in manifest.files if is_wanted(entry.path)]
+    large_entries = [entry for entry in entries if entry.size > LARGE_FILE_BYTES]
+    small_entries = [entry for entry in entries if entry.size <= LARGE_FILE_BYTES]
     with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
-        problems = [problem for problem in pool.map(fetch, small) if problem]
+        problems = [problem for problem in pool.map(fetch, small_entries) if problem]
     # Large files are downloaded one at a time, because each download holds several ranges of the file in memory.
-    problems += [problem for problem in map(fetch, large) if problem]
+    problems += [problem for problem in map(fetch, large_entries) if problem]
     return problems[0] if problems else None
 
 
@@ -218,63 +218,64 @@ INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter")
 """Inputs whose contents must be the same as when the checkpoint was made."""
 
 
-def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
-    """Check that the run may continue from a checkpoint. `found`: facts of the checkpoint; `now`: facts of the run.
+def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> None:
+    """Check that the run may continue from a checkpoint. `saved_facts` are the facts in the checkpoint, `run_facts` those of this run.
 
     Errors: ConfigError `CheckpointIncompatible` if the resumed run would train something different.
     """
     for name, word in MUST_MATCH.items():
-        before, after = getattr(found, name), getattr(now, name)
+        before, after = getattr(saved_facts, name), getattr(run_facts, name)
         if before and after and before != after:
             raise ConfigError(
                 "CheckpointIncompatible", f"{uri} was made with another {word}: {before} in the checkpoint, {after} in this run",
                 hint="restore the earlier value, or write checkpoint.resume: never to start again",
             )  # fmt: skip
     for word in INPUTS_THAT_MUST_MATCH:
-        before, after = found.other_inputs.get(word), now.other_inputs.get(word)
+        before, after = saved_facts.other_inputs.get(word), run_facts.other_inputs.get(word)
         if before and after and before != after:
             raise ConfigError(
                 "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since",
                 hint="restore the earlier contents, or write checkpoint.resume: never to start again",
             )  # fmt: skip
-    sharded = StrategyType.DEEPSPEED in (found.strategy, now.strategy)
-    if sharded and (found.world_size != now.world_size or found.strategy != now.strategy):
+    sharded = StrategyType.DEEPSPEED in (saved_facts.strategy, run_facts.strategy)
+    if sharded and (saved_facts.world_size != run_facts.world_size or saved_facts.strategy != run_facts.strategy):
         raise ConfigError(
             "CheckpointIncompatible",
-            f"{uri} was made by {found.strategy} on {found.world_size} ranks, this run uses {now.strategy} on {now.world_size}: "
-            "DeepSpeed cannot split its optimizer state for another number of ranks or strategy",
+            f"{uri} was made by {saved_facts.strategy} on {saved_facts.world_size} ranks, "
+            f"this run uses {run_facts.strategy} on {run_facts.world_size}: DeepSpeed cannot split its optimizer state for another number of ranks or strategy",
             hint="use the same strategy and number of ranks, or fsdp",
         )  # fmt: skip
-    if found.strategy and now.strategy and (found.strategy == StrategyType.FSDP) != (now.strategy == StrategyType.FSDP):
+    if saved_facts.strategy and run_facts.strategy and (saved_facts.strategy == StrategyType.FSDP) != (run_facts.strategy == StrategyType.FSDP):
         raise ConfigError(
             "CheckpointIncompatible",
-            f"{uri} was made by {found.strategy}, this run uses {now.strategy}: fsdp stores the optimizer's state in another form",
+            f"{uri} was made by {saved_facts.strategy}, this run uses {run_facts.strategy}: fsdp stores the optimizer's state in another form",
             hint="use the same strategy, or start from the checkpoint's weights: write its folder in model.source or method.adapter.source",
         )  # fmt: skip
 
 
-def changed_inputs(found: RunFacts, now: RunFacts) -> list[str]:
+def changed_inputs(saved_facts: RunFacts, run_facts: RunFacts) -> list[str]:
     """Inputs whose contents have changed since the checkpoint. An added or removed input is not compared."""
-    return [name for name, value in now.other_inputs.items() if found.other_inputs.get(name, value) != value]
+    return [name for name, value in run_facts.other_inputs.items() if saved_facts.other_inputs.get(name, value) != value]
 
 
-def inexact_reason(found: RunFacts, now: RunFacts) -> str | None:
+def inexact_reason(saved_facts: RunFacts, run_facts: RunFacts) -> str | None:
     """Why a resumed run will differ from an uninterrupted run; None if both will be equal bit by bit."""
-    if found.world_size != now.world_size:
-        return f"{found.world_size} ranks made the checkpoint, and {now.world_size} ranks resume: the data and batches are the same, the random numbers differ"
-    if found.micro_batch != now.micro_batch:
+    if saved_facts.world_size != run_facts.world_size:
+        ranks = f"{saved_facts.world_size} ranks made the checkpoint, and {run_facts.world_size} ranks resume"
+        return f"{ranks}: the data and batches are the same, the random numbers differ"
+    if saved_facts.micro_batch != run_facts.micro_batch:
         return "the batch is split differently: the data is the same, but sums are computed in another order"
-    if found.learning_rate is not None and found.learning_rate != now.learning_rate:
+    if saved_facts.learning_rate is not None and saved_facts.learning_rate != run_facts.learning_rate:
         return (
-            f"learningRate was {found.learning_rate:g} until the checkpoint and is {now.learning_rate:g} from there on"
+            f"learningRate was {saved_facts.learning_rate:g} until the checkpoint and is {run_facts.learning_rate:g} from there on"
         )
-    settings = [group for group, value in now.settings.items() if found.settings.get(group, value) != value]
+    settings = [group for group, value in run_facts.settings.items() if saved_facts.settings.get(group, value) != value]
     if settings:
         return f"the checkpoint was made with other settings in {', '.join(settings)}"
-    if inputs := changed_inputs(found, now):
+    if inputs := changed_inputs(saved_facts, run_facts):
         return f"the checkpoint was made with other {', '.join(inputs)}"
-    versions = [name for name, version in now.versions.items() if found.versions.get(name, version) != version]
-    if versions:
-        changes = (f"{name} {found.versions[name]} -> {now.versions[name]}" for name in versions)
+    changed_packages = [name for name, version in run_facts.versions.items() if saved_facts.versions.get(name, version) != version]
+    if changed_packages:
+        changes = (f"{name} {saved_facts.versions[name]} -> {run_facts.versions[name]}" for name in changed_packages)
         return f"the checkpoint was made with other versions: {', '.join(changes)}"
     return None

@@ -29,16 +29,16 @@ def best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
 
 
 def steps_to_remove(
-    checkpoints: Sequence[RetentionCandidate], keep: int, *, pinned: Iterable[int] = (), finished: bool = False
+    checkpoints: Sequence[RetentionCandidate], keep_count: int, *, pinned_steps: Iterable[int] = (), is_run_finished: bool = False
 ) -> list[int]:
-    """Steps to remove, oldest first. `keep` 0 keeps all. If `finished`, the two newest healthy checkpoints may be removed too."""
-    if keep == 0:
+    """Steps to remove, oldest first. `keep_count` 0 keeps all. If `is_run_finished`, the two newest healthy checkpoints may be removed too."""
+    if keep_count == 0:
         return []
     steps = sorted((one.step for one in checkpoints), reverse=True)
-    kept_steps = set(steps[:keep]) | set(pinned)
+    kept_steps = set(steps[:keep_count]) | set(pinned_steps)
     if (best := best_step(checkpoints)) is not None:
         kept_steps.add(best)
-    if not finished:
+    if not is_run_finished:
         kept_steps |= set(steps[:1])
         kept_steps |= set(sorted((one.step for one in checkpoints if one.healthy), reverse=True)[:MIN_HEALTHY])
     return sorted(step for step in steps if step not in kept_steps)

@@ -84,8 +84,8 @@ class TcpGangStore:
 class StopAgreement:
     """Agrees with the other ranks on the step at which all stop. The Trainer calls `must_stop(step)` after every optimizer step."""
 
-    def __init__(self, channel: Channel, shared: GangStore, *, poll_seconds: float = POLL_SECONDS) -> None:
-        self._channel, self._shared, self._poll_seconds = channel, shared, poll_seconds
+    def __init__(self, channel: Channel, gang_store: GangStore, *, poll_seconds: float = POLL_SECONDS) -> None:
+        self._channel, self._shared, self._poll_seconds = channel, gang_store, poll_seconds
         self._agreed = threading.Condition()
         self._step = 0
         self._published = False

@@ -81,25 +81,25 @@ class CheckpointTree:
 
     def list_committed_and_damaged(self) -> tuple[list[CommittedCheckpoint], list[int]]:
         """Every committed checkpoint, and the steps whose marker cannot be read. Newest first."""
-        marked: dict[int, bool] = {}
+        is_healthy_by_step: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
             _, folder, *rest = stat.key.split("/")
             step = step_of(folder)
             if step is None or len(rest) != 1:
                 continue
             if rest[0] == Storage.COMMITTED:
-                marked.setdefault(step, False)
+                is_healthy_by_step.setdefault(step, False)
             elif rest[0] == Storage.HEALTHY:
-                marked[step] = True
-        committed, damaged = [], []
-        for step, healthy in sorted(marked.items(), reverse=True):
+                is_healthy_by_step[step] = True
+        committed, damaged_steps = [], []
+        for step, healthy in sorted(is_healthy_by_step.items(), reverse=True):
             data = self.store.get(join(prefix_of(step), Storage.COMMITTED))
             marker = CommitMarker.parse(data) if data is not None else None
             if marker is not None:
                 committed.append(CommittedCheckpoint(step, marker, healthy))
             elif data is not None:
-                damaged.append(step)
-        return committed, damaged
+                damaged_steps.append(step)
+        return committed, damaged_steps
 
     def get_committed(self, step: int | None, healthy: bool = False) -> CommittedCheckpoint | None:
         """The committed checkpoint of a step (None: the final model); None if nothing is committed there."""
@@ -110,10 +110,10 @@ class CheckpointTree:
         data = self.store.get(join(prefix, Storage.COMMITTED))
         return CommitMarker.parse(data) if data is not None else None
 
-    def read_manifest(self, committed: CommittedCheckpoint) -> Manifest | None:
+    def read_manifest(self, checkpoint: CommittedCheckpoint) -> Manifest | None:
         """The manifest that the marker names; None if it is missing or has another sha256."""
-        data = self.store.get(join(committed.folder, Storage.MANIFEST))
-        if data is None or sha256_bytes(data) != committed.marker.manifest_sha256:
+        data = self.store.get(join(checkpoint.folder, Storage.MANIFEST))
+        if data is None or sha256_bytes(data) != checkpoint.marker.manifest_sha256:
             return None
         try:
             return Manifest.model_validate_json(data)
@@ -144,12 +144,12 @@ class CheckpointTree:
         Errors: PeerError `PartMissing` if a pod skips the checkpoint, does not report within `timeout` seconds, or if
         `give_up` returns True.
         """
-        end = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         files: list[FileEntry] = []
         for node in range(1, nodes):
             key = join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json")
             while (data := self.store.get(key)) is None:
-                if time.monotonic() > end or give_up():
+                if time.monotonic() > deadline or give_up():
                     raise PeerError(
                         "PartMissing", f"pod {node} did not write its part of {prefix} within {timeout:.0f} s"
                     )
@@ -161,19 +161,19 @@ class CheckpointTree:
         return files
 
     @staticmethod
-    def merge_parts(prefix: str, own: list[FileEntry], others: list[FileEntry]) -> list[FileEntry]:
+    def merge_parts(prefix: str, own_entries: list[FileEntry], other_entries: list[FileEntry]) -> list[FileEntry]:
         """The files of all pods. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
-        merged: dict[str, FileEntry] = {}
-        for entry in (*own, *others):
-            before = merged.setdefault(entry.path, entry)
-            if before.sha256 != entry.sha256:
+        entries_by_path: dict[str, FileEntry] = {}
+        for entry in (*own_entries, *other_entries):
+            first_entry = entries_by_path.setdefault(entry.path, entry)
+            if first_entry.sha256 != entry.sha256:
                 raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {prefix}, with different contents")
-        return list(merged.values())
+        return list(entries_by_path.values())
 
-    def commit(self, prefix: str, manifest: Manifest, *, replaces: CommitMarker | None = None) -> CommitMarker:
+    def commit(self, prefix: str, manifest: Manifest, *, replaceable_marker: CommitMarker | None = None) -> CommitMarker:
         """Write the manifest, check every object, create the marker.
 
-        An existing marker is replaced if it equals `replaces` (a checkpoint that this attempt skipped at its start), if it is not
+        An existing marker is replaced if it equals `replaceable_marker` (a checkpoint that this attempt skipped at its start), if it is not
         valid, or if it belongs to an earlier attempt. (A node that the operator cannot reach may still run an earlier attempt.)
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; FencedOutError if a later attempt has
         begun, or if another incarnation of this attempt has committed the step.
@@ -184,7 +184,7 @@ class CheckpointTree:
         self.store.put(join(folder, Storage.MANIFEST), data)
         self._check_objects(folder, manifest)
         self.require_newest_attempt(manifest.attempt)
-        self._create_marker(prefix, marker, replaces)
+        self._create_marker(prefix, marker, replaceable_marker)
         try:
             if self._is_swept(folder, manifest):
                 self._remove_marker(prefix, marker)
@@ -209,15 +209,15 @@ class CheckpointTree:
 
     def is_superseded(self, attempt: int) -> bool:
         """Whether a later attempt has begun, that is, has stored its run configuration."""
-        begun = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
-        return any(number is not None and number > attempt for number in begun)
+        begun_attempts = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
+        return any(number is not None and number > attempt for number in begun_attempts)
 
     def _remove_marker(self, prefix: str, marker: CommitMarker) -> None:
         """Remove a marker whose data was removed, unless another marker has replaced it."""
         if self._read_marker(prefix) == marker:
             self.store.delete([join(prefix, Storage.COMMITTED)])
 
-    def _create_marker(self, prefix: str, marker: CommitMarker, replaces: CommitMarker | None) -> None:
+    def _create_marker(self, prefix: str, marker: CommitMarker, replaceable_marker: CommitMarker | None) -> None:
         """Create the marker, or replace an existing marker (see `commit`). Errors: FencedOutError; StorageError `MarkerUnreadable`."""
         key = join(prefix, Storage.COMMITTED)
         for _ in range(MARKER_READS):
@@ -230,7 +230,7 @@ class CheckpointTree:
             existing = CommitMarker.parse(data)
             if existing is not None and existing.manifest_sha256 == marker.manifest_sha256:
                 return
-            if existing is None or existing == replaces or existing.attempt < marker.attempt:
+            if existing is None or existing == replaceable_marker or existing.attempt < marker.attempt:
                 self._replace_marker(prefix, marker)
                 return
             raise FencedOutError("FencedOut", f"{prefix} was committed by {existing.path}; this incarnation, {marker.path}, must end")
@@ -246,9 +246,9 @@ class CheckpointTree:
 
     def _check_objects(self, folder: str, manifest: Manifest) -> None:
         """Errors: StorageError `UploadIncomplete`."""
-        sizes: dict[str, ObjectStat] = {stat.key: stat for stat in self.store.list(folder + "/")}
+        stats_by_key: dict[str, ObjectStat] = {stat.key: stat for stat in self.store.list(folder + "/")}
         for entry in manifest.files:
-            stat = sizes.get(join(folder, entry.path))
+            stat = stats_by_key.get(join(folder, entry.path))
             if stat is None or stat.size != entry.size:  # some stores list new objects with a delay
                 stat = self.store.stat(join(folder, entry.path))
             if stat is None or stat.size != entry.size:
@@ -308,14 +308,14 @@ class CheckpointTree:
             self._remove_marker_of_swept_data(prefix, keys)
         return sum(map(len, unreferenced.values()))
 
-    def _remove_marker_of_swept_data(self, prefix: str, swept: list[str]) -> None:
+    def _remove_marker_of_swept_data(self, prefix: str, swept_keys: list[str]) -> None:
         """Remove a marker that a stale incarnation created while this sweep removed the data.
 
         The stale incarnation checks its data after creating the marker. This sweep checks the marker after deleting the data.
         At least one of the two therefore detects the conflict.
         """
         marker = self._read_marker(prefix)
-        if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept):
+        if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept_keys):
             self._remove_marker(prefix, marker)
 
     def _keys_by_prefix(self) -> dict[str, list[str]]:
@@ -338,5 +338,5 @@ class CheckpointTree:
         marker = CommitMarker.parse(data)
         if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
             return []  # marker or manifest is damaged: the checkpoint's data is unknown, so nothing is removed
-        own = (marker_key, join(prefix, Storage.HEALTHY))
-        return [key for key in keys if key not in own and not key.startswith(join(prefix, marker.path) + "/")]
+        own_keys = (marker_key, join(prefix, Storage.HEALTHY))
+        return [key for key in keys if key not in own_keys and not key.startswith(join(prefix, marker.path) + "/")]

@@ -49,7 +49,7 @@ class CheckpointReporter(Protocol):
 
     def increment_counter(self, name: str, by: float = 1) -> None: ...
     def add_note(self, text: str) -> None: ...
-    def record_checkpoint_problem(self, reason: str, sentence: str) -> None: ...
+    def record_checkpoint_problem(self, reason: str, description: str) -> None: ...
     def clear_checkpoint_problem(self) -> None: ...
     def add_checkpoint(self, checkpoint: Checkpoint, seconds: float | None = None) -> None: ...
     def mark_checkpoint_healthy(self, step: int) -> None: ...
@@ -63,7 +63,7 @@ class StagedCheckpoint:
     step: int | None
     folder: Path
     incarnation: str
-    graceful: bool = False
+    is_graceful_stop: bool = False
     """Whether the checkpoint was saved because of a stop request. No later checkpoint follows."""
     rank0_report: dict[str, Any] = field(default_factory=dict)
     """Fields of rank 0's report: epoch, samples, tokens, evalLoss, outputKind, extra."""
@@ -73,8 +73,8 @@ class StagedCheckpoint:
 class KeepPolicy:
     """Which checkpoints to keep."""
 
-    keep: int = 3
-    pinned: tuple[int, ...] = ()
+    keep_count: int = 3
+    pinned_steps: tuple[int, ...] = ()
 
 
 class Uploader:
@@ -141,20 +141,20 @@ class Uploader:
 
     def enqueue(self, staged: StagedCheckpoint) -> None:
         """Queue a staged checkpoint or the final model. The uploader removes the staging folder afterwards."""
-        dropped = None
+        dropped_checkpoint = None
         if staged.step is not None:
             self.record_unsaved()
         with self._changed:
-            before = self._queued
+            queued_before = self._queued
             if staged.step is None:
                 self._final = staged
-            elif before is not None and before.graceful and not staged.graceful:
-                dropped = staged
+            elif queued_before is not None and queued_before.is_graceful_stop and not staged.is_graceful_stop:
+                dropped_checkpoint = staged
             else:
-                dropped, self._queued, self._queued_since = before, staged, time.monotonic()
+                dropped_checkpoint, self._queued, self._queued_since = queued_before, staged, time.monotonic()
             self._changed.notify_all()
-        if dropped is not None:
-            self._drop_staged(dropped, staged.step)
+        if dropped_checkpoint is not None:
+            self._drop_staged(dropped_checkpoint, staged.step)
 
     def record_unsaved(self) -> None:
         """Record that a checkpoint is due now. Its step counts as unsaved until the next commit."""
@@ -173,32 +173,33 @@ class Uploader:
         with self._changed:
             if self._unsaved_since is None:
                 return None
-            unsaved = time.monotonic() - self._unsaved_since
+            unsaved_seconds = time.monotonic() - self._unsaved_since
             limit = max(timeout, stall_timeout or 0.0, UNSAVED_INTERVALS * self._interval)
-        if unsaved <= limit:
+        if unsaved_seconds <= limit:
             return None
         problem = self._reporter.checkpoint_problem or "the upload has not ended"
         return StorageError(
-            "CheckpointsNotSaved", f"no checkpoint was committed for {unsaved:.0f} s although some were due: {problem}",
+            "CheckpointsNotSaved", f"no checkpoint was committed for {unsaved_seconds:.0f} s although some were due: {problem}",
             hint="check the store; the next attempt continues from the newest committed checkpoint",
         )  # fmt: skip
 
-    def _drop_staged(self, dropped: StagedCheckpoint, newer: int | None) -> None:
-        shutil.rmtree(dropped.folder, ignore_errors=True)
+    def _drop_staged(self, dropped_checkpoint: StagedCheckpoint, newer_step: int | None) -> None:
+        shutil.rmtree(dropped_checkpoint.folder, ignore_errors=True)
         self._reporter.increment_counter("checkpoints_skipped")
         log.warning(
-            "checkpoints are made faster than storage accepts them: step %s was replaced by step %s before its upload began", dropped.step, newer
+            "checkpoints are made faster than storage accepts them: step %s was replaced by step %s before its upload began",
+            dropped_checkpoint.step, newer_step,
         )  # fmt: skip
         self._reporter.add_note("checkpoints are made faster than storage accepts them: some were skipped")
         if self._node > 0:  # in its own thread, because `enqueue` must not delay the thread that receives the ranks' messages
             threading.Thread(
-                target=self._report_skipped_part, args=(dropped,), name="skipped-part", daemon=True
+                target=self._report_skipped_part, args=(dropped_checkpoint,), name="skipped-part", daemon=True
             ).start()
 
-    def _report_skipped_part(self, dropped: StagedCheckpoint) -> None:
+    def _report_skipped_part(self, skipped_checkpoint: StagedCheckpoint) -> None:
         """Report to rank 0's pod that this pod skips the checkpoint, so that rank 0's pod does not wait for its files."""
         with contextlib.suppress(FineTuneError):
-            self.tree.report_part(prefix_of(dropped.step), dropped.incarnation, self._node, None)
+            self.tree.report_part(prefix_of(skipped_checkpoint.step), skipped_checkpoint.incarnation, self._node, None)
 
     def limit_part_wait(self, seconds: float) -> None:
         """Wait at most `seconds` from now for the files of other pods. Called after the gang has failed."""
@@ -241,9 +242,9 @@ class Uploader:
 
     def _store(self, staged: StagedCheckpoint) -> None:
         """Upload and commit one checkpoint, or record why that failed."""
-        started = time.monotonic()
+        started_at = time.monotonic()
         try:
-            while self._failure is None and not self._try_to_store(staged, started):
+            while self._failure is None and not self._try_to_store(staged, started_at):
                 self._wait_before_retry()
         except FencedOutError as error:
             self._failure = error
@@ -257,16 +258,16 @@ class Uploader:
             self._counted_retries = self.tree.store.retries
             shutil.rmtree(staged.folder, ignore_errors=True)
 
-    def _try_to_store(self, staged: StagedCheckpoint, started: float) -> bool:
+    def _try_to_store(self, staged: StagedCheckpoint, started_at: float) -> bool:
         """Upload and commit once. Returns False if this failed and must be retried, because no later checkpoint follows."""
         if staged.step is not None and staged.step <= self._own_step:
             self._record_saved()
             return True  # the data of a committed checkpoint is never written again
         try:
-            self._upload_and_commit(staged, started)
+            self._upload_and_commit(staged, started_at)
         except StorageError as error:
-            final = staged.step is None and time.monotonic() - started < self._final_upload_timeout
-            if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE_UNREACHABLE:
+            must_retry_final = staged.step is None and time.monotonic() - started_at < self._final_upload_timeout
+            if not (staged.is_graceful_stop or must_retry_final) or self._closing or error.exit_code is not ExitCode.STORAGE_UNREACHABLE:
                 raise
             log.warning("%s was not stored, will retry: %s", prefix_of(staged.step), error)
             return False
@@ -287,7 +288,7 @@ class Uploader:
         if self._node > 0:
             self._report_skipped_part(staged)
 
-    def _upload_and_commit(self, staged: StagedCheckpoint, started: float) -> None:
+    def _upload_and_commit(self, staged: StagedCheckpoint, started_at: float) -> None:
         prefix = prefix_of(staged.step)
         entries = self.tree.upload(prefix, staged.incarnation, staged.folder, count=self._count_uploaded_bytes)
         if self._node > 0:
@@ -296,22 +297,22 @@ class Uploader:
             self._record_saved()
             return
         if self._nodes > 1 and staged.step is not None:
-            others = self.tree.wait_parts(
+            other_entries = self.tree.wait_parts(
                 prefix, staged.incarnation, self._nodes, self._part_timeout, self._must_not_wait
             )
-            entries = self.tree.merge_parts(prefix, entries, others)
+            entries = self.tree.merge_parts(prefix, entries, other_entries)
         manifest = self._build_manifest(staged, entries)
         if (
-            not staged.graceful and not self._must_not_wait()
+            not staged.is_graceful_stop and not self._must_not_wait()
         ):  # after a stop request there is little time: commit at once
             self._before_commit()
-        marker = self.tree.commit(prefix, manifest, replaces=self._skipped.get(staged.step))
+        marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped.get(staged.step))
         self._skipped.pop(staged.step, None)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started_at
         log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, seconds, manifest.total_bytes)
         uri = self.tree.uri(join(prefix, staged.incarnation))
         if staged.step is None:
-            self._mark_healthy(before=None)  # the run has ended with finite losses
+            self._mark_healthy(before_step=None)  # the run has ended with finite losses
             self.output = Output(
                 uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind, evaluation=manifest.extra.get("evaluation")
             )
@@ -322,7 +323,7 @@ class Uploader:
         """Whether to stop waiting for other pods' files: a graceful stop's checkpoint is queued, or the time of `limit_part_wait` is over."""
         if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
             return True
-        return self._queued is not None and self._queued.graceful
+        return self._queued is not None and self._queued.is_graceful_stop
 
     def _record_saved(self) -> None:
         """Record that a checkpoint is saved. A queued checkpoint still counts as unsaved."""
@@ -332,36 +333,36 @@ class Uploader:
     def _record_commit(self, staged: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
         step = self._own_step = manifest.step
         self._record_saved()
-        self._mark_healthy(before=step)
-        self._committed[step] = RetentionCandidate(step, staged.graceful, manifest.eval_loss)
+        self._mark_healthy(before_step=step)
+        self._committed[step] = RetentionCandidate(step, staged.is_graceful_stop, manifest.eval_loss)
         self._reporter.increment_counter("checkpoints")
         self._reporter.add_checkpoint(
             Checkpoint(
-                step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.graceful,
+                step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.is_graceful_stop,
                 eval_loss=manifest.eval_loss, save_seconds=round(seconds, 3),
             ),
             seconds,
         )  # fmt: skip
         self._reporter.clear_checkpoint_problem()
         self._after_commit()
-        if staged.graceful:
+        if staged.is_graceful_stop:
             with self._record_failure_as_note("marking a checkpoint healthy"):
                 self.tree.mark_healthy(step)
         self.apply_retention()
 
-    def _mark_healthy(self, *, before: int | None) -> None:
+    def _mark_healthy(self, *, before_step: int | None) -> None:
         """Mark the checkpoints before this step (None: all) as healthy: the losses after them were finite."""
         for step, kept in sorted(self._committed.items()):
-            if not kept.healthy and (before is None or step < before):
+            if not kept.healthy and (before_step is None or step < before_step):
                 with self._record_failure_as_note("marking a checkpoint healthy"):
                     self.tree.mark_healthy(step)
                     self._committed[step] = RetentionCandidate(step, True, kept.eval_loss)
                     self._reporter.mark_checkpoint_healthy(step)
 
-    def apply_retention(self, *, finished: bool = False) -> None:
+    def apply_retention(self, *, is_run_finished: bool = False) -> None:
         """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note is added."""
         steps = steps_to_remove(
-            list(self._committed.values()), self._policy.keep, pinned=self._policy.pinned, finished=finished
+            list(self._committed.values()), self._policy.keep_count, pinned_steps=self._policy.pinned_steps, is_run_finished=is_run_finished
         )
         for step in steps:
             with self._record_failure_as_note(f"removing the checkpoint of step {step}"):
@@ -369,7 +370,7 @@ class Uploader:
                 self._committed.pop(step, None)
                 self._reporter.remove_checkpoint(step)
         for step in [one for one in self._skipped if one is not None and one < self.committed_step]:
-            if step not in self._policy.pinned:
+            if step not in self._policy.pinned_steps:
                 with self._record_failure_as_note(f"removing the skipped checkpoint of step {step}"):
                     self.tree.remove(step)
                     self._skipped.pop(step)
@@ -393,7 +394,7 @@ class Uploader:
             samples=reported.get("samples"),
             tokens=reported.get("tokens"),
             eval_loss=reported.get("evalLoss"),
-            graceful=staged.graceful,
+            graceful=staged.is_graceful_stop,
             kind=OutputKind(reported["outputKind"]) if reported.get("outputKind") else None,
             facts=self._facts,
             extra=reported.get("extra") or {},

@@ -73,23 +73,23 @@ class LoggingWindow:
         all_sums = [WindowSums.model_validate(json.loads(file.read_text())) for file in files]
         if not all_sums:
             return
-        own = folder / WINDOW_FILE.format(rank=self._rank)
-        if len(all_sums) == self._world_size and own in files:
-            self._set(all_sums[files.index(own)])
+        own_file = folder / WINDOW_FILE.format(rank=self._rank)
+        if len(all_sums) == self._world_size and own_file in files:
+            self._restore_sums(all_sums[files.index(own_file)])
         else:  # the number of ranks has changed: redistribute the sums, so that means and totals stay the same
-            self._set(_share_of(all_sums, first=self._rank == 0))
+            self._restore_sums(_share_of(all_sums, is_first_rank=self._rank == 0))
 
-    def _set(self, sums: WindowSums) -> None:
+    def _restore_sums(self, window_sums: WindowSums) -> None:
         trainer = self._trainer
-        set_last_logged_step(trainer, sums.since)
-        loss_sum(trainer).fill_(sums.loss)
-        self._own_sums().update({CURRENT_NAMES.get(name, name): value for name, value in sums.ours.items()})
-        self._trl_values().update(sums.values)
-        set_trained_tokens(trainer, sums.tokens)
+        set_last_logged_step(trainer, window_sums.since)
+        loss_sum(trainer).fill_(window_sums.loss)
+        self._own_sums().update({CURRENT_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
+        self._trl_values().update(window_sums.values)
+        set_trained_tokens(trainer, window_sums.tokens)
 
     def _own_sums(self) -> dict[str, Any]:
-        kept: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
-        return kept[TRAIN_MODE]
+        sums_by_mode: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
+        return sums_by_mode[TRAIN_MODE]
 
     def _trl_values(self) -> MutableMapping[str, Any]:
         return metric_lists(self._trainer)
@@ -99,7 +99,7 @@ class LoggingWindow:
 
         A collective: every rank must call it. Errors: DivergedError LossNotFinite, WeightsNotFinite.
         """
-        loss, weights = loss_sum(self._trainer), _weight_norm(model)
+        loss, weights = loss_sum(self._trainer), _local_weight_norm(model)
         tokens = _number(self._own_sums().get("tokens", 0))
         facts = torch.tensor(
             [float(not torch.isfinite(loss)), float(not math.isfinite(weights)), tokens],
@@ -116,9 +116,9 @@ class LoggingWindow:
         return int(tokens)
 
 
-def _share_of(all_sums: list[WindowSums], *, first: bool) -> WindowSums:
+def _share_of(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
     """One rank's share when the number of ranks has changed: each rank gets the mean loss, the first rank gets all other sums."""
-    names = {name for one in all_sums for name in one.ours} if first else set()
+    names = {name for one in all_sums for name in one.ours} if is_first_rank else set()
     return WindowSums(
         since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),
         ours={name: sum(one.ours.get(name, 0) for one in all_sums) for name in names},
@@ -130,7 +130,7 @@ def _number(value: Any) -> float | int:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _weight_norm(model: Any) -> float:
+def _local_weight_norm(model: Any) -> float:
     """Norm of this rank's part of the trained weights; not finite if any weight is not finite."""
     if model is None:
         return 0.0

@@ -22,7 +22,7 @@ class RawRow:
 
     @property
     def location(self) -> str:
-        """File and row for messages, such as `train.jsonl, row 17`."""
+        """File and row, as shown in error messages: `train.jsonl, row 17`."""
         return f"{self.file.name}, row {self.number}"
 
 

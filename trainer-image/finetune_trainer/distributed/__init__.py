@@ -1,6 +1,6 @@
 """Distributed strategies. Each sets its TrainingArguments and verifies that it is active."""
 
 from finetune_trainer.distributed.base import DistributedStrategy, connect_trainer_class
-from finetune_trainer.distributed.choice import choose
+from finetune_trainer.distributed.choice import choose_strategy
 
-__all__ = ["DistributedStrategy", "choose", "connect_trainer_class"]
+__all__ = ["DistributedStrategy", "choose_strategy", "connect_trainer_class"]

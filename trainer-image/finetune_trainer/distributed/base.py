@@ -58,7 +58,7 @@ class DistributedStrategy:
     def on_accelerator_created(self, trainer: Any) -> None:
         """Called by the Trainer after it has created its accelerator."""
 
-    def verify(self, trainer: Any) -> str:
+    def verify_active(self, trainer: Any) -> str:
         """Return the name of the active strategy. Called when training begins. Errors: InternalError StrategyNotActive."""
         active = active_strategy(trainer)
         if active != self.name:

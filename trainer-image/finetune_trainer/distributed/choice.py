@@ -10,30 +10,30 @@ from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
 
-def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
+def choose_strategy(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
     """Choose the strategy of a run. Errors: ConfigError if a combination cannot run or a configuration file contradicts the spec."""
     requested = run.spec.distributed.strategy or (StrategyType.DDP if world_size > 1 else StrategyType.NONE)
     match requested:
         case StrategyType.FSDP:
-            return _fsdp(run, hardware, inputs, world_size)
+            return _choose_fsdp_or_ddp(run, hardware, inputs, world_size)
         case StrategyType.DEEPSPEED:
             from finetune_trainer.distributed import deepspeed
 
-            return deepspeed.Deepspeed(run, hardware, world_size, deepspeed.options(run, inputs, hardware, world_size))
+            return deepspeed.Deepspeed(run, hardware, world_size, deepspeed.build_options(run, inputs, hardware, world_size))
         case _:
             return (Ddp if world_size > 1 else DistributedStrategy)(run, hardware, world_size)
 
 
-def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
+def _choose_fsdp_or_ddp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
     """Return FSDP. For noShard return DDP: FSDP version 2 has no such mode, and noShard of version 1 did the same as DDP."""
     from finetune_trainer.distributed import fsdp
 
-    chosen = fsdp.options(run, inputs, hardware, world_size)
-    if chosen.sharding is not FsdpSharding.NO_SHARD:
-        return fsdp.Fsdp(run, hardware, world_size, chosen)
+    options = fsdp.build_options(run, inputs, hardware, world_size)
+    if options.sharding is not FsdpSharding.NO_SHARD:
+        return fsdp.Fsdp(run, hardware, world_size, options)
     strategy = Ddp(run, hardware, world_size)
     strategy.notes += [
-        *chosen.notes,
+        *options.notes,
         "fsdp with noShard keeps all weights on every rank, as ddp does; the run uses ddp",
     ]
     return strategy

@@ -116,17 +116,17 @@ DEEPSPEED_SCHEDULERS = {
 
 
 @dataclass
-class Options:
+class DeepspeedOptions:
     """DeepSpeed's configuration, and the TrainingArguments that follow from it."""
 
     stage: int
     config: dict[str, Any]
-    training: dict[str, Any] = field(default_factory=dict)
+    training_arguments: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingArguments that the JSON sets."""
     notes: list[str] = field(default_factory=list)
 
 
-def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
+def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> DeepspeedOptions:
     """The options of a run, from the spec and the user's JSON.
 
     Errors: ConfigError ConfigsDisagree (with all conflicts), ConfigFileInvalid, OffloadNeedsStage3, or the code of an API rule
@@ -136,35 +136,35 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     merge = FileMerge(run)
     has_file = spec is not None and spec.config_ref is not None
     file_config = read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD) if has_file else {}
-    config = _checked(file_config, merge)
-    result = Options(DEFAULT_STAGE, config)
-    _batches(config, merge, run, result, world_size)
-    _precision(config, merge, hardware)
-    _optimizer(config, merge, run, result)
-    _scheduler(config, merge, run, result)
-    _zero(config, merge, run, result)
-    merge.finish("the DeepSpeed JSON")
+    config = _check_config(file_config, merge)
+    result = DeepspeedOptions(DEFAULT_STAGE, config)
+    _merge_batch_sizes(config, merge, run, result, world_size)
+    _merge_precision(config, merge, hardware)
+    _merge_optimizer(config, merge, run, result)
+    _merge_scheduler(config, merge, run, result)
+    _merge_zero(config, merge, run, result)
+    merge.check_merged_values("the DeepSpeed JSON")
     result.notes += merge.notes
     _require_no_auto(config)
     return result
 
 
-def _checked(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
+def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
     """Check the file and copy it without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
     config: dict[str, Any] = _without_nulls(file_config)
-    disabled = [
+    disabled_sections = [
         key for key in REFUSED_SECTIONS if isinstance(config.get(key), dict) and config[key].get("enabled") is False
     ]
-    for key in disabled:
+    for key in disabled_sections:
         del config[key]
-    if disabled:
-        merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled)}")
-    _refuse(REFUSED_SECTIONS, "", config)
+    if disabled_sections:
+        merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled_sections)}")
+    _refuse_keys(REFUSED_SECTIONS, "", config)
     check_keys(FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
         _check_read_keys(name, config.get(name), {"enabled": BOOLEAN_TYPE})
     zero = config.get("zero_optimization", {})
-    _refuse(REFUSED_IN_ZERO, "zero_optimization.", zero)
+    _refuse_keys(REFUSED_IN_ZERO, "zero_optimization.", zero)
     _check_read_keys(
         "zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING_TYPE for section, _, _ in OFFLOAD_FIELDS}}
     )
@@ -175,7 +175,7 @@ def _checked(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
     return config
 
 
-def _refuse(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
+def _refuse_keys(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
     refused = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
     if refused:
         raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {'; '.join(refused)}", hint="remove it")
@@ -188,19 +188,19 @@ def _without_nulls(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def _check_read_keys(group: str, section: Any, kinds: dict[str, ValueType], *, allows_auto: bool = True) -> None:
+def _check_read_keys(group: str, section: Any, value_types: dict[str, ValueType], *, allows_auto: bool = True) -> None:
     """Check those keys of a section that this module reads. DeepSpeed checks the other keys."""
     check_keys(
         FILE_FIELD,
         group,
-        {key: value for key, value in (section or {}).items() if key in kinds},
-        kinds,
+        {key: value for key, value in (section or {}).items() if key in value_types},
+        value_types,
         allows_auto=allows_auto,
     )
 
 
-def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options, world_size: int) -> None:
-    rows, steps = _rows_and_steps(config, merge, run)
+def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions, world_size: int) -> None:
+    rows, steps = _merge_rows_and_steps(config, merge, run)
     clip = merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
@@ -209,43 +209,43 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
     config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": effective_batch, "gradient_clipping": clip}
-    result.training |= {
+    result.training_arguments |= {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": steps,
         "max_grad_norm": clip,
     }
 
 
-def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
+def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
     """Return micro-batch and accumulation steps.
 
     If the operator reduced the spec's micro-batch, the file's value is reduced too. The effective batch stays the same.
     """
     training = run.spec.training
-    requested = training.batch_size_per_device
-    before = merge.before_adaptation(MICRO_BATCH_PATH, requested)
-    is_adapted = before != requested
+    requested_rows = training.batch_size_per_device
+    rows_before_adaptation = merge.before_adaptation(MICRO_BATCH_PATH, requested_rows)
+    is_adapted = rows_before_adaptation != requested_rows
     asked_steps = training.gradient_accumulation_steps
     spec_steps = merge.before_adaptation(ACCUMULATION_PATH, asked_steps) if is_adapted else asked_steps
-    rows = merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, before)
+    rows = merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, rows_before_adaptation)
     steps = merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
     if not is_adapted or merge.conflicts:
         return rows, steps
     merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
-    reduced = _reduced_rows(rows, steps, rows * requested / before, merge, run)
-    if (rows, steps) != (before, spec_steps):
-        change = f"the operator changed {MICRO_BATCH_PATH} from {before} to {requested}"
-        if reduced == rows:
+    reduced_rows = _reduced_rows(rows, steps, rows * requested_rows / rows_before_adaptation, merge, run)
+    if (rows, steps) != (rows_before_adaptation, spec_steps):
+        change = f"the operator changed {MICRO_BATCH_PATH} from {rows_before_adaptation} to {requested_rows}"
+        if reduced_rows == rows:
             note = f"{MICRO_BATCH_KEY} of the file stays {rows}, although {change}: no smaller divisor of {rows} is allowed"
         else:
             note = (
-                f"{change}; {MICRO_BATCH_KEY} of the file therefore changes from {rows} to {reduced}, and {ACCUMULATION_KEY} "
-                f"from {steps} to {steps * rows // reduced}"
+                f"{change}; {MICRO_BATCH_KEY} of the file therefore changes from {rows} to {reduced_rows}, and {ACCUMULATION_KEY} "
+                f"from {steps} to {steps * rows // reduced_rows}"
             )
         merge.notes.append(note)
-    steps = steps * rows // reduced
-    merge.file_values |= {MICRO_BATCH_PATH: reduced, ACCUMULATION_PATH: steps}
-    return reduced, steps
+    steps = steps * rows // reduced_rows
+    merge.file_values |= {MICRO_BATCH_PATH: reduced_rows, ACCUMULATION_PATH: steps}
+    return reduced_rows, steps
 
 
 def _reduced_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
@@ -264,7 +264,7 @@ def _reduced_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: Ru
     return max((part for part in divisors if part <= limit), default=min(divisors, default=rows))
 
 
-def _precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
+def _merge_precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
     for name, active in (("bf16", hardware.bf16), ("fp16", hardware.fp16)):
         section = config.setdefault(name, {})
         merge.require_equal(
@@ -276,7 +276,7 @@ def _precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> 
         section["enabled"] = active
 
 
-def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
+def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
     """Replace the Adam optimizer of the JSON by torch's AdamW with the same parameters."""
     section = config.pop("optimizer", None)
     if section is None:
@@ -295,10 +295,10 @@ def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
     check_keys(FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
     name = training.optimizer
     if name not in TORCH_ADAMW:
-        name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, shown=kind)
+        name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, file_text=kind)
     betas = parameters.get("betas", AUTO_VALUE)
     first, second = (AUTO_VALUE, AUTO_VALUE) if betas == AUTO_VALUE else betas
-    result.training |= {
+    result.training_arguments |= {
         "optim": name,
         "adam_beta1": merge.merge("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
         "adam_beta2": merge.merge("optimizer.params.betas[1]", second, "training.adamBeta2", training.adam_beta2),
@@ -309,7 +309,7 @@ def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
     merge.notes.append(f"optimizer {kind} of the DeepSpeed JSON runs as torch's AdamW ({name})")
 
 
-def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
+def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
     """Replace the warm-up schedule of the JSON by the equivalent scheduler of transformers."""
     section = config.pop("scheduler", None)
     if section is None:
@@ -334,12 +334,12 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
         DEEPSPEED_SCHEDULERS[kind],
         "training.scheduler",
         training.scheduler,
-        shown=f"{kind} ({DEEPSPEED_SCHEDULERS[kind]})",
+        file_text=f"{kind} ({DEEPSPEED_SCHEDULERS[kind]})",
     )
-    result.training["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
-    _warmup(parameters.get("warmup_num_steps"), merge, run, result)
+    result.training_arguments["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
+    _merge_warmup(parameters.get("warmup_num_steps"), merge, run, result)
     rate = merge.undo_adaptation(
-        "training.learningRate", training.learning_rate, result.training.get("learning_rate", training.learning_rate)
+        "training.learningRate", training.learning_rate, result.training_arguments.get("learning_rate", training.learning_rate)
     )
     for key, path, actual in (
         ("warmup_max_lr", "training.learningRate", rate),
@@ -351,19 +351,19 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
     merge.notes.append(f"scheduler {kind} of the DeepSpeed JSON runs as {scheduler}")
 
 
-def _warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Options) -> None:
+def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
     """Use the file's warm-up steps. They replace the warm-up ratio of the spec if that is a default."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO_VALUE):
         return
     if training.warmup_ratio and "training.warmupRatio" not in run.defaults:
         merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
-    result.training["warmup_steps"] = merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
+    result.training_arguments["warmup_steps"] = merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
     if "training.warmupSteps" in merge.file_values:
         merge.file_values["training.warmupRatio"] = None
 
 
-def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
+def _merge_zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
     spec = run.spec.distributed.deepspeed
     zero = config.setdefault("zero_optimization", {})
     stage = merge.merge(
@@ -453,13 +453,13 @@ class Deepspeed(DistributedStrategy):
 
     name = "deepspeed"
 
-    def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, chosen: Options):
+    def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, options: DeepspeedOptions):
         super().__init__(run, hardware, world_size)
-        self.chosen = chosen
-        self.shards_weights = self.keeps_base_dtype = chosen.stage == 3
-        self.notes += [*chosen.notes, f"DeepSpeed ZeRO stage {chosen.stage}"]
+        self.options = options
+        self.shards_weights = self.keeps_base_dtype = options.stage == 3
+        self.notes += [*options.notes, f"DeepSpeed ZeRO stage {options.stage}"]
         raise_first_finding("StrategyAndMethod", incompatible_with_deepspeed(run.spec))
-        if chosen.stage == 3:
+        if options.stage == 3:
             raise_first_finding("StrategyAndMethod", incompatible_with_zero3(run.spec))
 
     @property
@@ -472,7 +472,7 @@ class Deepspeed(DistributedStrategy):
         import deepspeed
         import torch
 
-        validate_with_deepspeed(self.chosen.config)
+        validate_with_deepspeed(self.options.config)
         if self.world_size == 1:
             alone = {
                 "RANK": "0",
@@ -489,20 +489,20 @@ class Deepspeed(DistributedStrategy):
 
     def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments."""
-        return {**self.chosen.training, "deepspeed": copy.deepcopy(self.chosen.config)}
+        return {**self.options.training_arguments, "deepspeed": copy.deepcopy(self.options.config)}
 
-    def verify(self, trainer: Any) -> str:
+    def verify_active(self, trainer: Any) -> str:
         """Check also the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
-        name = super().verify(trainer)
+        name = super().verify_active(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
         sharded = sum(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
         total = sum(1 for _ in trainer.model.parameters())
-        expected = total if self.chosen.stage == 3 else 0
-        if (stage, ranks, sharded) != (self.chosen.stage, self.world_size, expected):
+        expected = total if self.options.stage == 3 else 0
+        if (stage, ranks, sharded) != (self.options.stage, self.world_size, expected):
             raise InternalError(
                 "StrategyNotActive",
-                f"ZeRO stage {self.chosen.stage} over {self.world_size} ranks was requested; active: stage {stage} over {ranks} ranks, "
+                f"ZeRO stage {self.options.stage} over {self.world_size} ranks was requested; active: stage {stage} over {ranks} ranks, "
                 f"{sharded} of {total} parameters sharded",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip

@@ -50,7 +50,7 @@ LAUNCHER_KEYS = (
 )  # fmt: skip
 """Keys for accelerate's launcher. They are ignored, because the operator starts the ranks."""
 VERSION_1_KEYS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
-"""Keys of FSDP version 1 for behaviour that version 2 always has."""
+"""Configuration keys that only FSDP version 1 has; version 2 always behaves as if they were set."""
 WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 BY_LAYER, BY_SIZE, _ = WRAP_POLICIES
 BOOLEAN_SPELLINGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -80,24 +80,24 @@ FSDP_KEYS = {
 
 
 @dataclass
-class Options:
+class FsdpOptions:
     """The settings of FSDP."""
 
     sharding: FsdpSharding = FsdpSharding.FULL_SHARD
     state_dict: FsdpStateDict = FsdpStateDict.SHARDED
-    offload: bool = False
-    wrap: dict[str, Any] = field(default_factory=lambda: {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+    offloads_to_cpu: bool = False
+    wrap_policy: dict[str, Any] = field(default_factory=lambda: {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
     notes: list[str] = field(default_factory=list)
 
 
-def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
+def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> FsdpOptions:
     """The settings of a run, from the spec and the user's accelerate file.
 
     Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, StateDictUnavailable, or the code of an API rule that a value of the
     file breaks.
     """
     spec = run.spec.distributed.fsdp
-    result = Options()
+    result = FsdpOptions()
     if spec is None:
         return result
     result.sharding = spec.sharding or result.sharding
@@ -114,48 +114,48 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     return result
 
 
-def _merge_file(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
+def _merge_file(result: FsdpOptions, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
     """Merge the user's accelerate file into `result`. A note lists the keys that have no effect; unknown keys are refused."""
     merge = FileMerge(run)
-    inner = _fsdp_group(file)
+    fsdp_config = _fsdp_group(file)
     kind = file.get("distributed_type", "FSDP")
     if str(kind).upper() != "FSDP":
         merge.conflicts.append(f"distributed_type is {kind}, distributed.strategy is fsdp")
     merge.require_equal("num_processes", file.get("num_processes"), "the number of ranks", world_size)
     merge.require_equal("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
-    active = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
-    precision = file.get("mixed_precision")
-    precision = "no" if precision is False else precision  # YAML parses an unquoted no as false
-    merge.require_equal("mixed_precision", precision, "the precision from training.mixedPrecision", active)
-    _merge_fsdp(result, inner, merge, run)
-    launcher = sorted(set(file) & set(LAUNCHER_KEYS))
-    if launcher:
+    active_precision = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
+    file_precision = file.get("mixed_precision")
+    file_precision = "no" if file_precision is False else file_precision  # YAML parses an unquoted no as false
+    merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
+    _merge_fsdp(result, fsdp_config, merge, run)
+    launcher_keys = sorted(set(file) & set(LAUNCHER_KEYS))
+    if launcher_keys:
         merge.notes.append(
-            f"keys of the accelerate file for its launcher are ignored, because the operator starts the ranks: {', '.join(launcher)}"
+            f"keys of the accelerate file for its launcher are ignored, because the operator starts the ranks: {', '.join(launcher_keys)}"
         )
-    merge.finish("the accelerate file")
+    merge.check_merged_values("the accelerate file")
     result.notes += merge.notes
 
 
 def _fsdp_group(file: dict[str, Any]) -> dict[str, Any]:
     """Return the group fsdp_config without key prefixes and null values. Errors: ConfigError ConfigFileInvalid."""
     check_keys(FILE_FIELD, "", file, TOP_LEVEL_KEYS)
-    inner = {
+    fsdp_config = {
         key.removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items() if value is not None
     }
-    check_keys(FILE_FIELD, "fsdp_config", inner, FSDP_KEYS)
-    return inner
+    check_keys(FILE_FIELD, "fsdp_config", fsdp_config, FSDP_KEYS)
+    return fsdp_config
 
 
-def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: RunConfig) -> None:
-    if str(inner.get("version", 2)) != "2":
+def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMerge, run: RunConfig) -> None:
+    if str(fsdp_config.get("version", 2)) != "2":
         raise ConfigError(
             "ConfigFileInvalid",
             f"{FILE_FIELD}: the libraries no longer have fsdp_version 1",
             hint="write 2, or remove it",
         )
     shardings = {
-        key: _look_up(inner.get(key), SHARDING_BY_FILE_VALUE, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
+        key: _look_up(fsdp_config.get(key), SHARDING_BY_FILE_VALUE, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
     shardings_set = {key: sharding for key, sharding in shardings.items() if sharding is not None}
     if len(set(shardings_set.values())) > 1:
@@ -164,41 +164,41 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: R
         )
     for key, sharding in shardings_set.items():
         result.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", result.sharding)
-    state_dict_type = _look_up(inner.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
+    state_dict_type = _look_up(fsdp_config.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
     result.state_dict = merge.merge(
         "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", result.state_dict
     )
-    result.offload = _is_true(inner.get("offload_params"))
-    result.wrap = _wrap(inner)
-    if (recompute := inner.get("activation_checkpointing")) is not None:
-        before = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
-        is_enabled = before not in (None, GradientCheckpointing.DISABLED)
+    result.offloads_to_cpu = _is_true(fsdp_config.get("offload_params"))
+    result.wrap_policy = _wrap_policy(fsdp_config)
+    if (recompute := fsdp_config.get("activation_checkpointing")) is not None:
+        checkpointing_before_adaptation = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
+        is_enabled = checkpointing_before_adaptation not in (None, GradientCheckpointing.DISABLED)
         merge.require_equal(
             "fsdp_activation_checkpointing", _is_true(recompute), "training.gradientCheckpointing", is_enabled
         )
-    if _is_true(inner.get("cpu_ram_efficient_loading")):
+    if _is_true(fsdp_config.get("cpu_ram_efficient_loading")):
         raise ConfigError(
             "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but here every rank reads the weights",
             hint="remove it, and give the pod memory for one copy of the weights per rank",
         )  # fmt: skip
-    built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in inner]
+    built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
     if built_in:
         merge.notes.append(
             f"{', '.join(built_in)} belong to FSDP version 1 and are ignored: version 2 always has this behaviour"
         )
 
 
-def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
+def _wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
     """Return the wrap policy: it decides which modules are sharded as one unit.
 
     Errors: ConfigError ConfigFileInvalid for keys of another policy.
     """
-    policy = str(inner.get("auto_wrap_policy", BY_LAYER)).upper()
-    named, least = inner.get("transformer_layer_cls_to_wrap") or (), int(inner.get("min_num_params") or 0)
-    layers = [name.strip() for name in (named.split(",") if isinstance(named, str) else named) if name.strip()]
+    policy = str(fsdp_config.get("auto_wrap_policy", BY_LAYER)).upper()
+    named_layers, min_parameters = fsdp_config.get("transformer_layer_cls_to_wrap") or (), int(fsdp_config.get("min_num_params") or 0)
+    layers = [name.strip() for name in (named_layers.split(",") if isinstance(named_layers, str) else named_layers) if name.strip()]
     for key, value, reader in (
         ("transformer_layer_cls_to_wrap", layers, BY_LAYER),
-        ("min_num_params", least, BY_SIZE),
+        ("min_num_params", min_parameters, BY_SIZE),
     ):
         if value and policy != reader:
             raise ConfigError(
@@ -208,8 +208,8 @@ def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
     wrap: dict[str, Any] = {"auto_wrap_policy": policy}
     if layers:
         wrap["transformer_layer_cls_to_wrap"] = layers
-    if least:
-        wrap["min_num_params"] = least
+    if min_parameters:
+        wrap["min_num_params"] = min_parameters
     return wrap
 
 
@@ -234,10 +234,10 @@ class Fsdp(DistributedStrategy):
     name = "fsdp"
     shards_weights = True
 
-    def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, chosen: Options):
+    def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, options: FsdpOptions):
         super().__init__(run, hardware, world_size)
-        self.chosen = chosen
-        self.notes += chosen.notes
+        self.options = options
+        self.notes += options.notes
         raise_first_finding("StrategyAndMethod", incompatible_with_fsdp(run.spec))
 
     @property
@@ -248,8 +248,8 @@ class Fsdp(DistributedStrategy):
     def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments. The model is always saved unsharded; see `ShardedCheckpoints`."""
         config = {
-            "version": 2, "reshard_after_forward": self.chosen.sharding is FsdpSharding.FULL_SHARD,
-            "state_dict_type": "FULL_STATE_DICT", "cpu_offload": self.chosen.offload, **self.chosen.wrap,
+            "version": 2, "reshard_after_forward": self.options.sharding is FsdpSharding.FULL_SHARD,
+            "state_dict_type": "FULL_STATE_DICT", "cpu_offload": self.options.offloads_to_cpu, **self.options.wrap_policy,
         }  # fmt: skip
         return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
@@ -278,7 +278,7 @@ class Fsdp(DistributedStrategy):
 
     def _require_layers(self, model: Any) -> None:
         """Refuse layer classes of the user's file that the model does not have. Errors: ConfigError ConfigFileInvalid."""
-        requested = self.chosen.wrap.get("transformer_layer_cls_to_wrap", ())
+        requested = self.options.wrap_policy.get("transformer_layer_cls_to_wrap", ())
         available = sorted({type(module).__name__ for module in model.modules()}) if requested else []
         missing = [name for name in requested if name not in available]
         if missing:
@@ -287,7 +287,7 @@ class Fsdp(DistributedStrategy):
                 hint=f"remove it, or write one of {', '.join(available)}",
             )  # fmt: skip
 
-    def verify(self, trainer: Any) -> str:
+    def verify_active(self, trainer: Any) -> str:
         """Check also that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
         from torch.distributed.tensor import DTensor
 
@@ -300,11 +300,11 @@ class Fsdp(DistributedStrategy):
         if unsharded:
             raise InternalError(
                 "StrategyNotActive",
-                f"fsdp was requested over {self.world_size} ranks, but {len(unsharded)} of {len(parameters)} parameters are not sharded, "
-                f"first {unsharded[0]}",
+                f"fsdp was requested over {self.world_size} ranks, but {len(unsharded)} of {len(parameters)} parameters are not sharded; "
+                f"the first one is `{unsharded[0]}`",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
-        return super().verify(trainer)
+        return super().verify_active(trainer)
 
 
 def _sharded_checkpoints_mixin() -> type:
@@ -362,7 +362,7 @@ def _sharded_checkpoints_mixin() -> type:
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
             """Set the layout of the optimizer's state for one call, because accelerate has one setting for model and optimizer."""
-            sharded = self.strategy.chosen.state_dict is FsdpStateDict.SHARDED
+            sharded = self.strategy.options.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:
                 sharded = not (Path(checkpoint) / "optimizer.bin").exists()
             before = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config

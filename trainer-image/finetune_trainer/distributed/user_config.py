@@ -61,7 +61,7 @@ def check_keys(
     With `allows_auto`, `auto` is accepted as the value of every key that is not a mapping.
     Errors: ConfigError ConfigFileInvalid with every wrong key and value.
     """
-    unknown = [f"{_key_path(group, key)}{_suggestion(key, types)}" for key in keys if key not in types]
+    unknown = [f"{_key_path(group, key)}{_suggest_key(key, types)}" for key in keys if key not in types]
     wrong = [
         f"{_key_path(group, key)} is {_as_text(value)}, not {kind.description}"
         for key, kind, value in ((key, types[key], value) for key, value in keys.items() if key in types)
@@ -77,8 +77,8 @@ def _key_path(group: str, key: str) -> str:
     return f"{group}.{key}" if group else key
 
 
-def _suggestion(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), 1, cutoff=0.9)
+def _suggest_key(key: str, known_keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known_keys), 1, cutoff=0.9)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -137,29 +137,31 @@ class FileMerge:
     file_values: dict[str, Any] = field(default_factory=dict)
     """Values that the file sets instead of the spec, by spec path."""
 
-    def merge(self, key: str, file_value: Any, path: str, spec_value: Any, shown: str | None = None) -> Any:
+    def merge(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> Any:
         """Return `file_value` (the file's value of `key`). If the file has no value, return `spec_value` (the spec's value at `path`).
 
-        Record a conflict if the user set both and the values differ. `shown`: `file_value` as the file spells it.
+        Record a conflict if the user set both and the values differ. `file_text`: `file_value` as the file spells it.
         """
-        before = self.before_adaptation(path, spec_value)
-        if not self._file_wins(key, file_value, path, before, shown):
+        value_before_adaptation = self.before_adaptation(path, spec_value)
+        if not self._file_wins(key, file_value, path, value_before_adaptation, file_text):
             return spec_value
         self.file_values[path] = (
-            file_value if _equal(before, spec_value) else self._adapt(key, file_value, path, before, spec_value)
+            file_value
+            if _values_equal(value_before_adaptation, spec_value)
+            else self._adapt_file_value(key, file_value, path, value_before_adaptation, spec_value)
         )
         return self.file_values[path]
 
-    def _file_wins(self, key: str, file_value: Any, path: str, before: Any, shown: str | None = None) -> bool:
-        """Whether the file's value replaces the spec's value `before`. Record a note if it does, or a conflict if the user set both."""
-        if file_value is None or file_value == AUTO_VALUE or _equal(file_value, before):
+    def _file_wins(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> bool:
+        """Whether the file's value replaces the spec's value `spec_value`. Record a note if it does, or a conflict if the user set both."""
+        if file_value is None or file_value == AUTO_VALUE or _values_equal(file_value, spec_value):
             return False
-        text = _as_text(file_value) if shown is None else shown
-        if before is not None and path not in self.run.defaults:
-            self.conflicts.append(f"{key} is {text}, {path} is {_as_text(before)}")
+        text = _as_text(file_value) if file_text is None else file_text
+        if spec_value is not None and path not in self.run.defaults:
+            self.conflicts.append(f"{key} is {text}, {path} is {_as_text(spec_value)}")
             return False
-        if before is not None:
-            self.notes.append(f"{key} {text} of the file replaces the default {path} {_as_text(before)}")
+        if spec_value is not None:
+            self.notes.append(f"{key} {text} of the file replaces the default {path} {_as_text(spec_value)}")
         return True
 
     def before_adaptation(self, path: str, spec_value: Any) -> Any:
@@ -168,26 +170,26 @@ class FileMerge:
 
     def undo_adaptation(self, path: str, spec_value: Any, value: Any) -> Any:
         """Divide `value` by the factor by which the operator adapted the spec's value at `path`."""
-        before = self.before_adaptation(path, spec_value)
-        return value if _equal(before, spec_value) else value * before / spec_value
+        value_before_adaptation = self.before_adaptation(path, spec_value)
+        return value if _values_equal(value_before_adaptation, spec_value) else value * value_before_adaptation / spec_value
 
-    def _adapt(self, key: str, file_value: Any, path: str, before: Any, spec_value: Any) -> Any:
+    def _adapt_file_value(self, key: str, file_value: Any, path: str, value_before_adaptation: Any, spec_value: Any) -> Any:
         """Multiply the file's value by the factor by which the operator adapted the spec's value."""
-        if not all(_is_number(value) and value for value in (file_value, before, spec_value)):
+        if not all(_is_number(value) and value for value in (file_value, value_before_adaptation, spec_value)):
             return spec_value
-        value = file_value * spec_value / before
+        value = file_value * spec_value / value_before_adaptation
         self.notes.append(
-            f"the operator changed {path} from {_as_text(before)} to {_as_text(spec_value)}; {key} of the file therefore changes from "
+            f"the operator changed {path} from {_as_text(value_before_adaptation)} to {_as_text(spec_value)}; {key} of the file therefore changes from "
             f"{_as_text(file_value)} to {value:.10g}"
         )
         return value
 
-    def require_equal(self, key: str, file_value: Any, subject: str, actual: Any) -> None:
+    def require_equal(self, key: str, file_value: Any, actual_name: str, actual_value: Any) -> None:
         """Record a conflict if the file's value differs from a value that the file cannot set, such as the number of ranks."""
-        if file_value is not None and file_value != AUTO_VALUE and not _equal(file_value, actual):
-            self.conflicts.append(f"{key} is {_as_text(file_value)}, {subject} is {_as_text(actual)}")
+        if file_value is not None and file_value != AUTO_VALUE and not _values_equal(file_value, actual_value):
+            self.conflicts.append(f"{key} is {_as_text(file_value)}, {actual_name} is {_as_text(actual_value)}")
 
-    def finish(self, file: str) -> None:
+    def check_merged_values(self, file: str) -> None:
         """Check the merged values.
 
         Errors: ConfigError ConfigsDisagree with every conflict; ConfigFileInvalid; or the code of a rule that the file's values break.
@@ -228,13 +230,13 @@ class FileMerge:
         return without_defaults(self.run.spec, [path for path in self.run.defaults if path not in adapted])
 
 
-def _equal(left: Any, right: Any) -> bool:
+def _values_equal(left: Any, right: Any) -> bool:
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, int | float) and isinstance(right, int | float):
         return math.isclose(left, right, rel_tol=1e-9)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+        return len(left) == len(right) and all(_values_equal(a, b) for a, b in zip(left, right, strict=True))
     return bool(left == right)
 
 

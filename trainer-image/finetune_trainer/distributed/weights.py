@@ -50,17 +50,17 @@ def _read_state(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
     """
     names = saved_names(model)
     state: dict[str, Any] = {}
-    mismatched: list[str] = []
+    mismatched_names: list[str] = []
     if is_reader:
-        stored = read_weights(folder)
-        mismatched = sorted(set(stored) ^ set(names) if hasattr(model, "peft_config") else set(stored) - set(names))
-        state = {names[name]: value for name, value in stored.items() if name in names}
-    mismatch_count = torch.tensor([len(mismatched)], device=next(model.parameters()).device)
+        stored_weights = read_weights(folder)
+        mismatched_names = sorted(set(stored_weights) ^ set(names) if hasattr(model, "peft_config") else set(stored_weights) - set(names))
+        state = {names[name]: value for name, value in stored_weights.items() if name in names}
+    mismatch_count = torch.tensor([len(mismatched_names)], device=next(model.parameters()).device)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(mismatch_count, 0)
     if int(mismatch_count):
         raise NoCheckpointError(
-            "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(mismatched[:4]) if mismatched else ''}",
+            "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(mismatched_names[:4]) if mismatched_names else ''}",
             hint="resume with the method, targets and model of the run that made the checkpoint",
         )  # fmt: skip
     return state

@@ -41,6 +41,6 @@ class TrainedWeightsCopy:
     def restore(self, model: Any) -> None:
         """Restore every weight if its dtype has changed."""
         for name, parameter in model.named_parameters():
-            before = self._weights.get(name)
-            if before is not None and parameter.dtype != before.dtype:
-                parameter.data = before.to(parameter.device)
+            weight_before = self._weights.get(name)
+            if weight_before is not None and parameter.dtype != weight_before.dtype:
+                parameter.data = weight_before.to(parameter.device)

@@ -90,8 +90,8 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
         """Read, check and tokenise the data. Errors: ConfigError, DataError."""
 
     @abstractmethod
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> ArgumentsT:
-        """Create TRL's configuration. `evaluates`: whether there is validation data. Errors: ConfigError."""
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> ArgumentsT:
+        """Create TRL's configuration. Errors: ConfigError."""
 
     def trainer_attributes(self, data: SplitsT) -> dict[str, Any]:
         """Class attributes for the Trainer."""

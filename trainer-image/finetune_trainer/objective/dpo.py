@@ -44,11 +44,11 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
         return answers.load_pairs(context)
 
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> DPOConfig:
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> DPOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()
         losses = spec.loss_types or [DpoLoss.SIGMOID]
         return DPOConfig(
-            **shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
+            **shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
             beta=0.1 if spec.beta is None else spec.beta,
             loss_type=[TRL_LOSS_NAMES[loss] for loss in losses],
             label_smoothing=spec.label_smoothing or 0.0,

@@ -64,10 +64,10 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
         return splits, DataFacts(len(splits.train), loaded.summary.format, notes, {"rows": loaded.summary.rows})
 
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> GRPOConfig:
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> GRPOConfig:
         """Create TRL's configuration. Errors: ConfigError CompletionTooLong; errors of `reward_functions`."""
         run, spec = context.run, context.run.spec.trainer.grpo or GrpoSpec()
-        fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
+        fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         del fields["train_sampling_strategy"]
         generations = spec.num_generations or 8
         if fields["metric_for_best_model"] is not None:
@@ -120,9 +120,9 @@ def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text
 
 
 def _pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Build a data set of pickled rows, so that the rows stay unchanged.
+    """Build a data set that stores each row as pickled bytes, so that the row stays unchanged.
 
-    Arrow alone would require one type per column, and would add the keys of all messages to every message.
+    An Arrow column has one type, so Arrow would give every message the keys of all other messages (as nulls).
     """
     return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpickle_rows)
 

@@ -58,9 +58,9 @@ class KtoObjective(Objective[answers.Splits, KTOConfig]):
         splits.train = splits.train.shuffle(seed=context.run.spec.training.seed or 0)
         return splits, facts
 
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> KTOConfig:
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> KTOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()
-        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
+        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return KTOConfig(
             **{**fields, "train_sampling_strategy": "sequential"},
             beta=0.1 if spec.beta is None else spec.beta,

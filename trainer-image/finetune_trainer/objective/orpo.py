@@ -49,10 +49,10 @@ class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
         splits, facts = answers.load_pairs(context)
         return splits.map(_add_empty_texts), facts
 
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> ORPOConfig:
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> ORPOConfig:
         run, spec = context.run, context.run.spec.trainer.dpo or DpoSpec()
         return ORPOConfig(
-            **shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
+            **shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
             beta=0.1 if spec.beta is None else spec.beta, max_length=answers.length_limits(context).sequence,
             remove_unused_columns=False,
         )  # fmt: skip

@@ -33,10 +33,10 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
         splits, facts = answers.load_pairs(context)
         return splits.map(_join_prompt_and_answers), facts
 
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> RewardConfig:
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> RewardConfig:
         """Create TRL's configuration. Errors: ConfigError AdapterWithoutHead."""
         _require_score_head(context)
-        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
+        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return RewardConfig(**fields, max_length=None)
 
 

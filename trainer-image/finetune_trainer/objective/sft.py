@@ -164,11 +164,11 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         facts = DataFacts(data.rows["train"], data.format, data.notes, {"tokens": reports, "rows": data.rows})
         return data, facts
 
-    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> SFTConfig:
+    def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> SFTConfig:
         run = context.run
         packing = run.spec.dataset.packing is True
         return SFTConfig(
-            **shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
+            **shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
             packing=packing,
             eval_packing=False,
             max_length=run.spec.dataset.max_sequence_length or 2048 if packing else None,

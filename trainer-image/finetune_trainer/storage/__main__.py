@@ -25,9 +25,9 @@ from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import split_query
 
 
-def show(tree: CheckpointTree, where: JobAddress) -> None:
+def show(tree: CheckpointTree, address: JobAddress) -> None:
     """Print one line for each committed checkpoint and for the model."""
-    committed = list(find_committed(tree, where))
+    committed = list(find_committed(tree, address))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
     for one in committed:
         manifest = tree.read_manifest(one)
@@ -37,10 +37,10 @@ def show(tree: CheckpointTree, where: JobAddress) -> None:
         print(f"{name:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
 
 
-def verify(tree: CheckpointTree, where: JobAddress) -> None:
+def verify(tree: CheckpointTree, address: JobAddress) -> None:
     """Download every file and compare it with the manifest. Errors: DataError `CheckpointDamaged`."""
     problems: list[str] = []
-    for one in find_committed(tree, where):
+    for one in find_committed(tree, address):
         with tempfile.TemporaryDirectory() as folder:
             problem = download_committed(tree, one, Path(folder))
         print(f"{tree.uri(one.folder)}: {problem or 'complete and undamaged'}")
@@ -49,12 +49,12 @@ def verify(tree: CheckpointTree, where: JobAddress) -> None:
         raise DataError("CheckpointDamaged", f"{len(problems)} damaged: {problems[0]}")
 
 
-def download(tree: CheckpointTree, where: JobAddress, target: Path) -> None:
+def download(tree: CheckpointTree, address: JobAddress, target: Path) -> None:
     """Download the committed checkpoint or model. For the URI of a job: the model, or the newest checkpoint if there is no model.
 
     Errors: DataError `CheckpointDamaged`.
     """
-    committed = list(find_committed(tree, where))
+    committed = list(find_committed(tree, address))
     chosen = next((one for one in committed if one.step is None), committed[0])
     problem = download_committed(tree, chosen, target)
     if problem:
@@ -75,20 +75,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.uri.startswith("https://") and (options.endpoint or options.region or options.addressing_style):
         parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// URI contains the address of its server")
-    where = parse_address(options.uri)
+    address = parse_address(options.uri)
     target = StoreTarget(
-        uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
+        uri=address.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
         ca_bundle=options.ca_bundle, encryption=EncryptionType.CUSTOMER_KEY if os.environ.get(Env.STORAGE_CUSTOMER_KEY) else None,
     )  # fmt: skip
     try:
         tree = CheckpointTree(open_store(target))
         match options.command:
             case "list":
-                show(tree, where)
+                show(tree, address)
             case "verify":
-                verify(tree, where)
+                verify(tree, address)
             case "download":
-                download(tree, where, options.to or Path(split_query(options.uri)[0].rstrip("/").rpartition("/")[2]))
+                download(tree, address, options.to or Path(split_query(options.uri)[0].rstrip("/").rpartition("/")[2]))
     except FineTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

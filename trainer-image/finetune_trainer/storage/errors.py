@@ -142,11 +142,11 @@ def _response_error(error: Exception, connection: Connection, operation: str, ke
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     message = str(response.get("Error", {}).get("Message", ""))
     location = f"bucket {connection.bucket} at {connection.host}"
-    named = _encryption_failure(code, status, message, connection, location, operation) or _known_failure(
+    named_error = _encryption_failure(code, status, message, connection, location, operation) or _known_failure(
         code, status, message, connection, location, operation, key
     )
-    if named is not None:
-        return named
+    if named_error is not None:
+        return named_error
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException"):
         return StorageError("StorageFailed", f"{location} answered {operation} with {status} {code} after all retries")
     return StorageError("StorageFailed", f"{location} answered {operation} with {status} {code}")
@@ -161,8 +161,8 @@ def _encryption_failure(
             "PermissionDenied", f"{location} refuses {permission[0]}: the key service does not allow these credentials to use the key",
             hint=f"grant {permission[0]} on the key in {connection.field}.encryption.kmsKeyId, or on the bucket's own key",
         )  # fmt: skip
-    plain = (connection.endpoint or "https").startswith("http://")
-    unreadable = code in ("InvalidArgument", "InvalidRequest") or (code == "400" and not plain)
+    uses_http = (connection.endpoint or "https").startswith("http://")
+    unreadable = code in ("InvalidArgument", "InvalidRequest") or (code == "400" and not uses_http)
     if operation in ("HeadObject", "GetObject") and status == 400 and unreadable:
         return StorageSetupError(
             "EncryptionRefused", f"{location} cannot return an object with the given encryption: it is encrypted with a customer's "

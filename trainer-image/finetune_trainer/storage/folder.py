@@ -33,26 +33,26 @@ class FolderStore:
         self.retries = 0
 
     def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
-        with self._open_partial_file(key) as partial:
-            with source.open("rb") as reader, partial.open("wb") as writer:
+        with self._open_partial_file(key) as partial_file:
+            with source.open("rb") as reader, partial_file.open("wb") as writer:
                 while chunk := reader.read(CHUNK_BYTES):
                     writer.write(chunk)
                     if count:
                         count(len(chunk))
                 writer.flush()
                 os.fsync(writer.fileno())
-            partial.rename(self.root / key)
+            partial_file.rename(self.root / key)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._open_partial_file(key) as partial:
-            _write_and_sync(partial, data)
-            partial.rename(self.root / key)
+        with self._open_partial_file(key) as partial_file:
+            _write_and_sync(partial_file, data)
+            partial_file.rename(self.root / key)
 
     def create(self, key: str, data: bytes) -> CreateResult:
-        with self._open_partial_file(key) as partial:
-            _write_and_sync(partial, data)
+        with self._open_partial_file(key) as partial_file:
+            _write_and_sync(partial_file, data)
             try:
-                (self.root / key).hardlink_to(partial)
+                (self.root / key).hardlink_to(partial_file)
             except FileExistsError:
                 return CreateResult.EXISTS
             except OSError as error:
@@ -112,10 +112,10 @@ class FolderStore:
 
     def sweep(self, prefix: str) -> int:
         base = self.root / prefix
-        partial = [path for path in base.rglob(PARTIAL_FILE_PREFIX + "*") if path.is_file()] if base.is_dir() else []
-        for path in partial:
+        partial_file = [path for path in base.rglob(PARTIAL_FILE_PREFIX + "*") if path.is_file()] if base.is_dir() else []
+        for path in partial_file:
             path.unlink(missing_ok=True)
-        return len(partial)
+        return len(partial_file)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -132,13 +132,13 @@ class FolderStore:
     def _open_partial_file(self, key: str) -> Iterator[Path]:
         """Provide a hidden file next to `key`, and remove it at the end unless it was renamed."""
         target = self.root / key
-        partial = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
+        partial_file = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
         with self._translate_os_errors(f"write {key}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                yield partial
+                yield partial_file
             finally:
-                partial.unlink(missing_ok=True)
+                partial_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _translate_os_errors(self, action: str) -> Iterator[None]:

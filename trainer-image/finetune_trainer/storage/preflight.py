@@ -76,8 +76,8 @@ def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
         store.delete([key])
     except CredentialsError:
         can_delete = False
-    conditional = not isinstance(store, S3Store) or store.conditional
-    return StoreAbilities(kind, conditional and second_creation is CreateResult.EXISTS and data == b"first", can_delete)
+    is_conditional = not isinstance(store, S3Store) or store.conditional
+    return StoreAbilities(kind, is_conditional and second_creation is CreateResult.EXISTS and data == b"first", can_delete)
 
 
 def _more_precise(error: StorageError, store: Store) -> FineTuneError:
@@ -106,16 +106,16 @@ def _encryption_fails(store: S3Store) -> bool:
     """Whether only encryption fails: the store accepts an unencrypted object. Many stores without keys respond to encryption with 500."""
     if store.target.encryption is None:
         return False
-    plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
+    unencrypted_store = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
     key = join(PROBE_FOLDER, uuid.uuid4().hex)
     try:
-        plain.put(key, b"")
+        unencrypted_store.put(key, b"")
         with contextlib.suppress(CredentialsError):  # a missing permission to delete is reported by the preflight
-            plain.delete([key])
+            unencrypted_store.delete([key])
     except FineTuneError:
         return False
     finally:
-        plain.close()
+        unencrypted_store.close()
     return True
 
 

@@ -386,8 +386,8 @@ def _may_be_complete(error: Exception) -> bool:
     return "NoSuchUpload" in str(error) or isinstance(error, StorageError)
 
 
-def _delete_failure(failed: dict[str, Any], connection: Connection) -> Exception:
+def _delete_failure(failed_delete: dict[str, Any], connection: Connection) -> Exception:
     from botocore.exceptions import ClientError
 
-    response = {"Error": {"Code": failed.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
-    return explain(ClientError(response, "DeleteObjects"), connection, key=str(failed.get("Key", "")))
+    response = {"Error": {"Code": failed_delete.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
+    return explain(ClientError(response, "DeleteObjects"), connection, key=str(failed_delete.get("Key", "")))

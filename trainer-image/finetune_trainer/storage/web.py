@@ -151,9 +151,9 @@ class WebStore:
 
         url = (f"{self.uri}/{quote(key)}" if key else self._address) + self._query
         # identity: the server must send the stored bytes and not compress them for the transfer
-        own = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
+        own_headers = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
         session = session_on(self._adapter)
-        response = session.request(method, url, headers=own | (headers or {}), stream=True, timeout=self._timeout)
+        response = session.request(method, url, headers=own_headers | (headers or {}), stream=True, timeout=self._timeout)
         try:
             yield response
         finally:
@@ -213,12 +213,12 @@ class WebStore:
             raise NotFoundError("ObjectNotFound", message)
         return status == 404
 
-    def _with_retries(self, key: str, send: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
+    def _with_retries(self, key: str, send_request: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
         """Retry while the server is busy or the connection breaks. After some megabytes of progress the count of tries restarts."""
         tries, reached_bytes = 0, 0
         while True:
             try:
-                return self._translate_errors(key, send)
+                return self._translate_errors(key, send_request)
             except _RetryableError as failed:
                 tries = 1 if progress() - reached_bytes >= CHUNK_BYTES else tries + 1
                 reached_bytes = max(reached_bytes, progress())
@@ -230,13 +230,13 @@ class WebStore:
                 self.retries += 1
             time.sleep(pause)
 
-    def _translate_errors(self, key: str, send: Callable[[], Any]) -> Any:
+    def _translate_errors(self, key: str, send_request: Callable[[], Any]) -> Any:
         """Convert exceptions of requests to FineTuneErrors. `from None` hides their texts, which contain the whole URL."""
         from requests import exceptions as web
         from urllib3.exceptions import LocationParseError
 
         try:
-            return send()
+            return send_request()
         except (web.ConnectionError, web.Timeout) as error:
             cause = _innermost_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):

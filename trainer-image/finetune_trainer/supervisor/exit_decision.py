@@ -30,7 +30,7 @@ class AttemptFacts:
     stop_requested_at: float | None = None
     """Monotonic time of SIGTERM, or of the message that another pod of the gang has received SIGTERM."""
     stopped_ranks: set[int] = field(default_factory=set)
-    finished: bool = False
+    is_output_written: bool = False
     """Rank 0 has written the final artefact to the pod's disk."""
     deadline_passed: bool = False
     """The grace period has ended, or is too short for another checkpoint."""
@@ -59,13 +59,13 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
     if failure is None and node_rank > 0 and facts.agent_code == 0:
         return ExitDecision(ExitCode.OK)  # rank 0's pod commits the final artefact
     if failure is None:
-        failure = RankFailure(_failure_of_agent(facts.agent_code), reported=False)
+        failure = RankFailure(_failure_of_agent(facts.agent_code), is_reported=False)
     return ExitDecision(int(failure.error.exit_code), failure)
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
     """If a rank failed by itself, its failure decides. Otherwise return 75 if the trained steps are saved, else 76."""
-    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
+    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     if rank_failure is not None:
         return ExitDecision(int(rank_failure.error.exit_code), rank_failure)
     return ExitDecision(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
@@ -77,7 +77,7 @@ def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> R
         reported_ranks = {failure.rank for failure in facts.rank_failures}
         silent = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]
         return root_cause([*facts.rank_failures, *silent])
-    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
+    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     return rank_failure if rank_failure is not None and isinstance(facts.error, PeerError) else RankFailure(facts.error)
 
 

@@ -66,7 +66,7 @@ class FetchedSource:
 
     path: Path
     files: list[Path]
-    revision: str | None = None
+    hub_revision: str | None = None
     """Commit of a hub repository; None for other sources."""
 
 
@@ -85,13 +85,13 @@ class Fetcher:
         if not fetched.path.is_dir():
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
-                hint="write the path of the folder", failure_class=MODEL_SOURCE.failure_class,
+                hint=f"set {path} to the folder that holds the file", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         if not any((fetched.path / file).exists() for file in _REQUIRED_ONE_OF):
             names = ", ".join(sorted(file.name for file in fetched.path.iterdir())[:5]) or "no files"
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, a folder without config.json (it holds {names})",
-                hint="write the path of the folder that holds config.json and the weights", failure_class=MODEL_SOURCE.failure_class,
+                hint=f"set {path} to the folder that holds config.json and the weights", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         return fetched
 
@@ -99,26 +99,26 @@ class Fetcher:
         """Fetch the files of a data source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""
         files = self._fetch(text, path, self.work / "fetched" / name, DATA_SOURCE).files
         if not files:
-            raise self._missing(DATA_SOURCE, path, text, "holds no data file")
+            raise self._missing_error(DATA_SOURCE, path, text, "holds no data file")
         return files
 
     def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         source = parse(text, path=path)
         match source:
             case FileSource(path=local):
-                return self._local(Path(local), path, text, kind)
+                return self._fetch_local(Path(local), path, text, kind)
             case PvcSource(claim=claim, path=inside):
-                return self._local(Path(PVC_MOUNT, claim, inside), path, text, kind)
+                return self._fetch_local(Path(PVC_MOUNT, claim, inside), path, text, kind)
             case ConfigMapSource(name=name, key=key):
-                return self._local(Path(CONFIGMAP_MOUNT, name, key), path, text, kind)
+                return self._fetch_local(Path(CONFIGMAP_MOUNT, name, key), path, text, kind)
             case S3Source():
-                return self._s3(source, path, target, kind)
+                return self._fetch_s3(source, path, target, kind)
             case HttpsSource():
-                return self._web(source, path, target, kind)
+                return self._fetch_web(source, path, target, kind)
             case HubSource():
-                return self._hub(source, path, target, kind)
+                return self._fetch_hub(source, path, target, kind)
 
-    def _local(self, local: Path, path: str, text: str, kind: SourceKind) -> FetchedSource:
+    def _fetch_local(self, local: Path, path: str, text: str, kind: SourceKind) -> FetchedSource:
         try:
             if local.is_file():
                 return FetchedSource(local, [local])
@@ -129,21 +129,21 @@ class Fetcher:
                 "PermissionDenied", f"{path} is {text}, which user {os.getuid()} may not read",
                 hint="make the files readable for this user", failure_class=kind.failure_class,
             ) from error  # fmt: skip
-        raise self._missing(kind, path, text, "does not exist")
+        raise self._missing_error(kind, path, text, "does not exist")
 
     # ---- S3 ----
 
-    def _store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
+    def _open_store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
         own_store = self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store
         base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
-    def _s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> FetchedSource:
-        store = self._store(source.bucket, kind)
+    def _fetch_s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> FetchedSource:
+        store = self._open_store(source.bucket, kind)
         try:
             objects = self._list_with_short_timeouts(source, kind)
             if not objects:
-                raise self._missing(
+                raise self._missing_error(
                     kind, path, str(source), "does not exist: there is no object at this key or below it"
                 )
             self._require_space(sum(stat.size for stat in objects), path)
@@ -153,7 +153,7 @@ class Fetcher:
                 sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
             for stat, digest in zip(objects, sums, strict=True):
                 if digest is None:
-                    raise self._missing(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed during its download")
+                    raise self._missing_error(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed during its download")
         except FineTuneError as error:
             if error.failure_class is FailureClass.STORAGE and isinstance(error, CredentialsError):
                 error.failure_class = kind.failure_class
@@ -165,13 +165,13 @@ class Fetcher:
 
     def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
         """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""
-        store = self._store(source.bucket, kind, **PREFLIGHT_OPTIONS)
+        store = self._open_store(source.bucket, kind, **PREFLIGHT_OPTIONS)
         try:
-            return self._objects(store, source.key)
+            return self._list_objects(store, source.key)
         finally:
             store.close()
 
-    def _objects(self, store: S3Store, key: str) -> list[ObjectStat]:
+    def _list_objects(self, store: S3Store, key: str) -> list[ObjectStat]:
         """The object with this key, or all objects below it."""
         if key and (stat := store.stat(key)) is not None:
             return [stat]
@@ -180,12 +180,12 @@ class Fetcher:
 
     # ---- the web and the hub ----
 
-    def _web(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
+    def _fetch_web(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         try:
             return (
-                self._committed_model(source, path, target)
+                self._fetch_committed_model(source, path, target)
                 if kind is MODEL_SOURCE
-                else self._web_file(source, path, target, kind)
+                else self._fetch_web_file(source, path, target, kind)
             )
         except FineTuneError as error:
             if not error.message.startswith(path):
@@ -194,23 +194,23 @@ class Fetcher:
                 error.failure_class = kind.failure_class
             raise
 
-    def _web_file(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
+    def _fetch_web_file(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         """Download one file of a web server and keep the file's name."""
         file = target / (PurePosixPath(unquote(urlsplit(source.url).path)).name or "data")
-        store = self._web_store(source.url, kind)
+        store = self._open_web_store(source.url, kind)
         try:
             digest = store.download(
                 "", file, count=self.count, check_space=lambda size: self._require_space(size, path)
             )
         except NotFoundError as error:
-            raise self._missing(kind, path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
+            raise self._missing_error(kind, path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
         finally:
             store.close()
         if digest is None:
-            raise self._missing(kind, path, store.uri, "answers 404")
+            raise self._missing_error(kind, path, store.uri, "answers 404")
         return FetchedSource(file, [file])
 
-    def _committed_model(self, source: HttpsSource, path: str, target: Path) -> FetchedSource:
+    def _fetch_committed_model(self, source: HttpsSource, path: str, target: Path) -> FetchedSource:
         """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server has no listing."""
         if not source.is_job_result:
             raise NotFoundError(
@@ -218,10 +218,10 @@ class Fetcher:
                 hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub repository as org/name, or s3://bucket/prefix",
                 failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
-        where = parse_address(source.url)
-        store = self._web_store(where.root, MODEL_SOURCE)
+        address = parse_address(source.url)
+        store = self._open_web_store(address.root, MODEL_SOURCE)
         try:
-            committed = CheckpointTree(store).get_committed(where.step)
+            committed = CheckpointTree(store).get_committed(address.step)
             problem = "holds no _COMMITTED object"
             if committed is not None:
                 problem = download_committed(
@@ -231,7 +231,7 @@ class Fetcher:
         finally:
             store.close()
         if committed is None:
-            raise self._missing(MODEL_SOURCE, path, redact_source(source.url), problem)
+            raise self._missing_error(MODEL_SOURCE, path, redact_source(source.url), problem)
         if problem is not None:
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
@@ -239,12 +239,12 @@ class Fetcher:
             )  # fmt: skip
         return FetchedSource(target, _data_files(target))
 
-    def _web_store(self, uri: str, kind: SourceKind) -> WebStore:
+    def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """A web store with the CA bundle of the configured connection."""
         store = (self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
-    def _hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
+    def _fetch_hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         import huggingface_hub
         from huggingface_hub import errors as hub
 
@@ -260,17 +260,17 @@ class Fetcher:
                 hint="accept the terms of the repository on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
             ) from error  # fmt: skip
         except hub.RevisionNotFoundError as error:
-            raise self._missing(kind, path, repository, "has no such revision") from error
+            raise self._missing_error(kind, path, repository, "has no such revision") from error
         except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-            raise self._missing(kind, path, repository, "is not on the hub, or is private and no token was given") from error
+            raise self._missing_error(kind, path, repository, "is not on the hub, or is private and no token was given") from error
         except Exception as error:  # the hub's client does not wrap the exceptions of its HTTP library
-            raise _hub_unreachable(kind, path, repository, error) from error
+            raise _hub_unreachable_error(kind, path, repository, error) from error
         local = Path(folder)
-        return FetchedSource(local, _data_files(local), revision=local.name)
+        return FetchedSource(local, _data_files(local), hub_revision=local.name)
 
     # ---- shared ----
 
-    def _missing(self, kind: SourceKind, path: str, text: str, problem: str) -> NotFoundError:
+    def _missing_error(self, kind: SourceKind, path: str, text: str, problem: str) -> NotFoundError:
         return NotFoundError(
             f"{kind.code}NotFound",
             f"{path} is {text}, which {problem}",
@@ -290,7 +290,7 @@ class Fetcher:
 _REQUIRED_ONE_OF = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def _hub_unreachable(kind: SourceKind, path: str, repository: str, error: Exception) -> StorageError:
+def _hub_unreachable_error(kind: SourceKind, path: str, repository: str, error: Exception) -> StorageError:
     return StorageError(
         "HubUnreachable", f"{path} is {repository}, but the model hub could not be reached ({type(error).__name__})",
         hint="check the pod's access to the internet, or copy the repository to S3 and write s3://bucket/prefix",
@@ -326,6 +326,6 @@ def fingerprint(folder: Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def digest_of(files: list[Path], sha256: Callable[[Path], str]) -> str:
+def combined_digest(files: list[Path], sha256: Callable[[Path], str]) -> str:
     """Return one sha256 over the sha256 of each file, in the given order."""
     return hashlib.sha256("\n".join(sha256(file) for file in files).encode()).hexdigest()

@@ -26,7 +26,7 @@ from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.preflight import preflight
-from finetune_trainer.supervisor.fetch import Fetcher, digest_of, fingerprint
+from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint
 from finetune_trainer.supervisor.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Preparation:
 
     def preflight(self) -> None:
         """Check that the job's storage can be used. Errors: exit codes 67, 69, 77."""
-        self._timed("preflight", self._preflight)
+        self._run_timed("preflight", self._preflight)
 
     def _preflight(self) -> None:
         abilities = self._retry_while_busy(lambda: preflight(self._run.storage, needs_write=self._node_rank == 0))
@@ -60,24 +60,24 @@ class Preparation:
             if not abilities.can_delete:
                 self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints are not removed")
 
-    def _retry_while_busy(self, send: Callable[[], T]) -> T:
+    def _retry_while_busy(self, send_request: Callable[[], T]) -> T:
         """Retry a request while the store responds that it is busy. Wrong settings and unreachable stores fail at once."""
         for pause in BUSY_PAUSES_SECONDS:
             try:
-                return send()
+                return send_request()
             except StorageError as error:
                 if error.code != "StorageFailed":
                     raise
                 log.warning("storage is busy, will retry in %.0f s: %s", pause, error)
                 time.sleep(pause)
-        return send()
+        return send_request()
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77."""
         self._state.enter_stage(Stage.DOWNLOADING)
-        inputs = self._timed("fetch", self._fetch)
+        inputs = self._run_timed("fetch", self._fetch)
         self._state.enter_stage(Stage.CHECKING)
-        self._timed("check", lambda: self._check(inputs))
+        self._run_timed("check", lambda: self._check_data(inputs))
         return inputs, run_facts_of(self._run, self._sha256, inputs)
 
     def claim_storage(self, tree: CheckpointTree) -> None:
@@ -90,31 +90,31 @@ class Preparation:
             return
         tree.require_newest_attempt(self._run.attempt)
         tree.begin_attempt(self._run.attempt, self._run.to_bytes())
-        sweep(tree, self._state)
+        sweep_leftovers(tree, self._state)
 
     def restore(self, tree: CheckpointTree, facts: RunFacts) -> RestoreResult:
         """Download the checkpoint to resume from. Errors: exit codes 64 (`CheckpointIncompatible`), 73."""
         self._state.enter_stage(Stage.RESTORING)
-        restored = self._timed(
+        restore_result = self._run_timed(
             "restore",
             lambda: restore(
-                tree, self._run.resume, facts, self._work / "output", count=self._count, attempt=self._run.attempt
+                tree, self._run.resume, facts, self._work / "output", count=self._count_downloaded_bytes, attempt=self._run.attempt
             ),
         )
-        for sentence in restored.damaged:
+        for sentence in restore_result.damage_messages:
             self._state.record_checkpoint_problem(Reason.CHECKPOINT_DAMAGED, sentence)
             self._state.add_note(f"skipped: {sentence}")  # the next commit clears the problem, but not the note
-        if restored.manifest is not None:
-            self._state.resumed_from_step = restored.step
-            self._state.merge_resolved(ResolvedConfig(resume_exact=restored.exact, resume_note=restored.inexact_reason))
-            if restored.changed_inputs:
+        if restore_result.manifest is not None:
+            self._state.resumed_from_step = restore_result.step
+            self._state.merge_resolved(ResolvedConfig(resume_exact=restore_result.is_exact, resume_note=restore_result.inexact_reason))
+            if restore_result.changed_inputs:
                 self._state.add_note(
-                    f"resumed from step {restored.step} with changed {', '.join(restored.changed_inputs)}"
+                    f"resumed from step {restore_result.step} with changed {', '.join(restore_result.changed_inputs)}"
                 )
-        return restored
+        return restore_result
 
     def _fetch(self) -> Inputs:
-        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, count=self._count)
+        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, count=self._count_downloaded_bytes)
         data = spec.dataset
         source = spec.model.source or ""
         model = fetcher.model(source, "model.source", "model")
@@ -137,13 +137,13 @@ class Preparation:
             mixture=mixture,
             validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],
             test=fetcher.data(data.test, "dataset.test", "test") if data.test else [],
-            model_revision=model.revision or fingerprint(model.path),
-            dataset_digest=digest_of([*train, *(file for part in mixture for file in part)], sha256_file),
+            model_revision=model.hub_revision or fingerprint(model.path),
+            dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], sha256_file),
             output_dir=self._work / "output",
             config_maps=Path(CONFIGMAP_MOUNT),
         )
 
-    def _check(self, inputs: Inputs) -> None:
+    def _check_data(self, inputs: Inputs) -> None:
         from finetune_trainer.data import check_files  # imports neither torch nor transformers
 
         summary = check_files(self._run, inputs)
@@ -158,54 +158,54 @@ class Preparation:
             )
         )
 
-    def _timed(self, name: str, work: Callable[[], T]) -> T:
+    def _run_timed(self, name: str, task: Callable[[], T]) -> T:
         started = time.monotonic()
         try:
-            return work()
+            return task()
         finally:
             self._state.add_timing(name, time.monotonic() - started)
 
-    def _count(self, count: int) -> None:
+    def _count_downloaded_bytes(self, count: int) -> None:
         self._bytes += count
         self._state.enter_stage(self._state.current_stage, f"{self._bytes / 1e6:.0f} MB")
 
 
-def sweep(tree: CheckpointTree, run_state: RunState) -> None:
+def sweep_leftovers(tree: CheckpointTree, run_state: RunState) -> None:
     """Remove the leftovers of killed incarnations. A failure only adds a note, because the leftovers only cost space."""
-    swept = tree.sweep()
-    if swept.count:
-        log.info("removed %d objects of unfinished uploads", swept.count)
-    if swept.problem is not None:
-        log.warning("removing unfinished uploads failed: %s", swept.problem)
-        run_state.add_note(f"storage: unfinished uploads could not be removed: {swept.problem.message}")
+    sweep_result = tree.sweep()
+    if sweep_result.count:
+        log.info("removed %d objects of unfinished uploads", sweep_result.count)
+    if sweep_result.problem is not None:
+        log.warning("removing unfinished uploads failed: %s", sweep_result.problem)
+        run_state.add_note(f"storage: unfinished uploads could not be removed: {sweep_result.problem.message}")
 
 
-def with_restored(inputs: Inputs, restored: RestoreResult) -> Inputs:
+def with_restored_checkpoint(inputs: Inputs, restore_result: RestoreResult) -> Inputs:
     """Add the checkpoint to resume from, if there is one, to the inputs."""
-    if restored.manifest is None or restored.path is None:
+    if restore_result.manifest is None or restore_result.path is None:
         return inputs
     checkpoint = RestoredCheckpoint(
-        path=restored.path, step=restored.step, uri=restored.uri, manifest=restored.manifest.to_wire()
+        path=restore_result.path, step=restore_result.step, uri=restore_result.uri, manifest=restore_result.manifest.to_wire()
     )
     return inputs.model_copy(update={"restore": checkpoint})
 
 
 def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
     """The facts that this run stores in its checkpoints. They are compared when another attempt resumes from a checkpoint."""
-    training = run.spec.training
-    micro, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
+    training_spec = run.spec.training
+    micro_batch, accumulation_steps = training_spec.batch_size_per_device or 1, training_spec.gradient_accumulation_steps or 1
     return RunFacts(
         model_revision=inputs.model_revision,
         dataset_digest=inputs.dataset_digest,
         method=str(run.spec.method.type or ""),
         trainer=str(run.spec.trainer.type or ""),
         strategy=str(run.spec.distributed.strategy or ""),
-        seed=training.seed or 0,
+        seed=training_spec.seed or 0,
         world_size=run.world.size,
-        micro_batch=micro,
-        accumulation=accumulation,
-        effective_batch=micro * accumulation * run.world.size,
-        learning_rate=training.learning_rate,
+        micro_batch=micro_batch,
+        accumulation=accumulation_steps,
+        effective_batch=micro_batch * accumulation_steps * run.world.size,
+        learning_rate=training_spec.learning_rate,
         settings=setting_hashes_of(run),
         other_inputs=other_inputs_of(inputs),
         config_sha256=config_sha256,
@@ -231,7 +231,7 @@ def other_inputs_of(inputs: Inputs) -> dict[str, str]:
         "validation data": inputs.validation, "test data": inputs.test,
         "contents of ConfigMaps": _mounted_files(inputs.config_maps),
     }  # fmt: skip
-    return hashes | {name: digest_of(paths, sha256_file) for name, paths in files.items() if paths}
+    return hashes | {name: combined_digest(paths, sha256_file) for name, paths in files.items() if paths}
 
 
 def _mounted_files(folder: Path) -> list[Path]:

@@ -31,10 +31,10 @@ class RankChannel:
         self._socket.bind(self.address)
         self._socket.settimeout(0.2)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._receive, name="rank-channel", daemon=True)
+        self._thread = threading.Thread(target=self._receive_messages, name="rank-channel", daemon=True)
         self._thread.start()
 
-    def _receive(self) -> None:
+    def _receive_messages(self) -> None:
         while True:
             try:
                 data = self._socket.recv(MAX_MESSAGE_BYTES + 1)
@@ -44,14 +44,14 @@ class RankChannel:
                 continue
             except OSError:
                 return
-            message = self._parse(data)
+            message = self._parse_message(data)
             if message is not None:
                 try:
                     self._on_message(message)
                 except Exception:  # an invalid message must not end the thread that reads further messages
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
-    def _parse(self, data: bytes) -> dict[str, Any] | None:
+    def _parse_message(self, data: bytes) -> dict[str, Any] | None:
         """The message, or None if the bytes are not a valid message."""
         try:
             message = json.loads(data)

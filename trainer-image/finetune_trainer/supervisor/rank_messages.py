@@ -29,7 +29,7 @@ class RankMessages:
         self._state, self._facts, self._staging, self._metric_log = run_state, facts, staging, metric_log
         self._incarnation = incarnation
 
-    def apply(self, message: dict[str, Any]) -> None:
+    def handle(self, message: dict[str, Any]) -> None:
         """Handle one message. Errors: StorageError `StagingFailed` if the final artefact cannot be staged."""
         kind = message.get("kind")
         if kind in HEARTBEAT_MESSAGE_KINDS:
@@ -40,7 +40,7 @@ class RankMessages:
             case "staged":
                 self._staging.add_rank_files(message)
             case "finished":
-                self._facts.finished = True
+                self._facts.is_output_written = True
                 self._state.enter_stage(Stage.UPLOADING)
                 self._staging.add_final(message, self._incarnation)
             case "failed":
@@ -52,9 +52,9 @@ class RankMessages:
             case "stopped":
                 self._facts.stopped_ranks.add(int(message["rank"]))
             case _ if message.get("localRank") == 0:
-                self._apply_report(message)
+                self._handle_report(message)
 
-    def _apply_report(self, message: dict[str, Any]) -> None:
+    def _handle_report(self, message: dict[str, Any]) -> None:
         """Handle a report of local rank 0."""
         state = self._state
         match message.get("kind"):

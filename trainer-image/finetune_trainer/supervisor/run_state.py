@@ -76,11 +76,11 @@ class RunState:
         """Record that an optimizer step is done. Late messages about earlier steps do not lower the step."""
         now = time.monotonic()
         with self._lock:
-            before = self._progress.step or 0
-            if self._step_time is not None and step == before + 1:
+            step_before = self._progress.step or 0
+            if self._step_time is not None and step == step_before + 1:
                 self._recent_step_seconds.append(now - self._step_time)
             self._step_time = now
-            if step > before:
+            if step > step_before:
                 self._update_progress({"step": step})
 
     def merge_progress(self, progress: Progress) -> None:
@@ -107,11 +107,11 @@ class RunState:
             if text not in self._notes:
                 self._notes.append(text)
 
-    def record_checkpoint_problem(self, reason: str, sentence: str) -> None:
+    def record_checkpoint_problem(self, reason: str, description: str) -> None:
         """Record that a checkpoint was skipped, could not be stored or is damaged."""
         with self._lock:
             self._health = self._health.model_copy(
-                update={"healthy": False, "checkpoint_problem": f"{reason}: {sentence}"}
+                update={"healthy": False, "checkpoint_problem": f"{reason}: {description}"}
             )
 
     def clear_checkpoint_problem(self) -> None:

@@ -35,7 +35,7 @@ class Server:
     """Serves the state of the run until `close()`. Port 0 chooses a free port; the attribute `port` holds the chosen port."""
 
     def __init__(self, run_state: RunState, port: int, *, host: str = "") -> None:
-        self._http = _Http((host, port), run_state)
+        self._http = _HttpServer((host, port), run_state)
         self.port = int(self._http.server_address[1])
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
@@ -45,7 +45,7 @@ class Server:
         self._http.server_close()
 
 
-class _Http(ThreadingHTTPServer):
+class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
@@ -53,7 +53,7 @@ class _Http(ThreadingHTTPServer):
         self.run_state = run_state
         if not address[0] and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6  # serves IPv4 and IPv6: a pod may have either
-        super().__init__(address, _Handler)
+        super().__init__(address, _RequestHandler)
 
     def server_bind(self) -> None:
         """Bind without http.server's lookup of the host name: a slow name server would delay the pod's start."""
@@ -63,45 +63,45 @@ class _Http(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _Http
+class _RequestHandler(BaseHTTPRequestHandler):
+    server: _HttpServer
     protocol_version = "HTTP/1.1"
     timeout = 30
 
     def do_GET(self) -> None:
         routes: dict[str, Callable[[], tuple[str, bytes]]] = {
-            Route.PROGRESS: lambda: ("application/json", self._progress()),
+            Route.PROGRESS: lambda: ("application/json", self._progress_json()),
             Route.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
             Route.HEALTH: lambda: ("text/plain", b"ok\n"),
         }
         route = routes.get(self.path.partition("?")[0])
         if route is None:
-            self._send(404, "text/plain", f"try {', '.join(Route)}\n".encode())
+            self._send_response(404, "text/plain", f"try {', '.join(Route)}\n".encode())
         else:
-            self._send(200, *route())
+            self._send_response(200, *route())
 
     def do_POST(self) -> None:
         if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK_ADDRESSES:
-            self._send(404, "text/plain", b"not found\n")
+            self._send_response(404, "text/plain", b"not found\n")
             return
         length = int(self.headers.get("Content-Length") or 0)
         if length > MAX_BODY_BYTES:
-            self._send(413, "text/plain", b"too large\n")
+            self._send_response(413, "text/plain", b"too large\n")
             return
         try:
             body = json.loads(self.rfile.read(length))
             merge_kubeflow_status(self.server.run_state, body["trainerStatus"])
         except (ValueError, KeyError, TypeError):
-            self._send(422, "text/plain", b'write {"trainerStatus": {...}}\n')
+            self._send_response(422, "text/plain", b'write {"trainerStatus": {...}}\n')
             return
-        self._send(200, "application/json", json.dumps(body).encode())
+        self._send_response(200, "application/json", json.dumps(body).encode())
 
-    def _progress(self) -> bytes:
+    def _progress_json(self) -> bytes:
         return json.dumps(self.server.run_state.report().to_wire(), separators=(",", ":")).encode()
 
-    def _send(self, status: int, kind: str, body: bytes) -> None:
+    def _send_response(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -115,13 +115,13 @@ def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
 
     Errors: KeyError, TypeError, ValueError if the report does not follow the protocol.
     """
-    percent, left = status.get("progressPercentage"), status.get("estimatedRemainingSeconds")
+    percent, seconds_left = status.get("progressPercentage"), status.get("estimatedRemainingSeconds")
     progress = Progress(
         percent=None if percent is None else int(percent), display=None if percent is None else f"{int(percent)}%",
-        seconds_remaining=None if left is None else int(left),
+        seconds_remaining=None if seconds_left is None else int(seconds_left),
     )  # fmt: skip
-    known = [metric for metric in status.get("metrics") or [] if metric.get("name") in KUBEFLOW_METRICS]
-    metrics = Metrics.model_validate({KUBEFLOW_METRICS[metric["name"]]: float(metric["value"]) for metric in known})
+    known_metrics = [metric for metric in status.get("metrics") or [] if metric.get("name") in KUBEFLOW_METRICS]
+    metrics = Metrics.model_validate({KUBEFLOW_METRICS[metric["name"]]: float(metric["value"]) for metric in known_metrics})
     run_state.merge_progress(progress)
     run_state.merge_metrics(metrics)
 
@@ -129,7 +129,7 @@ def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
 def format_metrics(run_state: RunState) -> str:
     """The state of the run in Prometheus' text format."""
     report = run_state.report()
-    gauges: dict[str, tuple[str, float | None]] = {
+    gauges_by_name: dict[str, tuple[str, float | None]] = {
         "step": ("Optimizer steps done.", report.progress.step),
         "steps_total": ("Total optimizer steps of the run.", report.progress.total_steps),
         "epoch": ("Completed passes over the data.", report.progress.epoch),
@@ -152,7 +152,7 @@ def format_metrics(run_state: RunState) -> str:
         ),
     }
     lines: list[str] = []
-    for name, (text, value) in gauges.items():
+    for name, (text, value) in gauges_by_name.items():
         if value is not None:
             lines += [f"# HELP {METRIC_PREFIX}_{name} {text}", f"# TYPE {METRIC_PREFIX}_{name} gauge", f"{METRIC_PREFIX}_{name} {value:g}"]
     for name, value in sorted(run_state.counters.items()):

@@ -50,13 +50,13 @@ class Staging:
             shutil.rmtree(source, ignore_errors=True)
         rank0_report = reported.get(0, message)
         self.uploader.enqueue(
-            StagedCheckpoint(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), rank0_report=rank0_report)
+            StagedCheckpoint(step, target, str(message["incarnation"]), is_graceful_stop=bool(message.get("graceful")), rank0_report=rank0_report)
         )
 
-    def skip_checkpoint(self, reason: str, sentence: str) -> None:
+    def skip_checkpoint(self, reason: str, description: str) -> None:
         """Record that a checkpoint was due but could not be staged."""
         self._state.increment_counter("checkpoints_skipped")
-        self._state.record_checkpoint_problem(reason, sentence)
+        self._state.record_checkpoint_problem(reason, description)
         if self.uploader is not None:
             self.uploader.record_unsaved()
 

@@ -38,7 +38,7 @@ from finetune_trainer.supervisor.exit_decision import (
     stop_deadline,
 )
 from finetune_trainer.supervisor.metric_log import MetricLog
-from finetune_trainer.supervisor.prepare import Preparation, sweep, with_restored
+from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.rank_messages import RankMessages
 from finetune_trainer.supervisor.run_state import RunState
@@ -81,7 +81,7 @@ class Supervisor:
         """Run the pod and return its exit code. `stop_requests`: monotonic times of earlier SIGTERMs."""
         self._handle_signals(stop_requests)
         processes.adopt_orphans()
-        with self._failures("SupervisorFailed"):
+        with self._record_failures("SupervisorFailed"):
             # 1. Answer HTTP, within a second of the pod's start.
             self._server = self._start_server()
             # 2. Read the run configuration, and remove the files of an earlier container of this pod.
@@ -90,10 +90,10 @@ class Supervisor:
             # 3. Receive messages of ranks.
             self._channel = self._open_channel(run)
             # 4. While the ranks import, a thread checks storage, fetches and checks the inputs and restores the checkpoint.
-            threading.Thread(target=self._prepare, args=(run, sha256), name="prepare", daemon=True).start()
+            threading.Thread(target=self._prepare_pod, args=(run, sha256), name="prepare", daemon=True).start()
             # 5. Start the ranks and watch them until they end or the attempt must end.
             agent = start_agent(run, self._settings, self._channel.address)
-            self._watch(run, agent)
+            self._watch_agent(run, agent)
         # 6. Kill all processes that still run, and apply the messages that they have sent.
         processes.kill_all_descendants()
         if self._channel is not None:
@@ -101,9 +101,9 @@ class Supervisor:
         # 7. Finish the uploads, within the time limit.
         self._finish_uploads()
         # 8. Decide the exit code, and report it to the operator.
-        decided = self._decide_exit()
-        self._report_end(decided)
-        return decided.code
+        exit_decision = self._decide_exit()
+        self._report_end(exit_decision)
+        return exit_decision.code
 
     # ---- 1 to 3: start ----
 
@@ -152,19 +152,19 @@ class Supervisor:
         self._metric_log = MetricLog(self._state, incarnation)
         messages = RankMessages(self._state, self._facts, self._staging, self._metric_log, incarnation)
 
-        def apply(message: dict[str, Any]) -> None:
+        def handle_message(message: dict[str, Any]) -> None:
             try:
-                messages.apply(message)
+                messages.handle(message)
             except FineTuneError as error:
-                self._fail(error)
+                self._end_with_error(error)
 
-        return RankChannel(apply)
+        return RankChannel(handle_message)
 
     # ---- 4: prepare (in its own thread) ----
 
-    def _prepare(self, run: RunConfig, sha256: str) -> None:
-        with self._failures("PreparationFailed"):
-            preparation = Preparation(run, sha256, self._settings, self._state)
+    def _prepare_pod(self, run: RunConfig, config_sha256: str) -> None:
+        with self._record_failures("PreparationFailed"):
+            preparation = Preparation(run, config_sha256, self._settings, self._state)
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
             self._facts.output = committed_output(tree)
@@ -173,24 +173,24 @@ class Supervisor:
                 return
             inputs, facts = preparation.fetch()
             preparation.claim_storage(tree)
-            restored = preparation.restore(tree, facts)
-            self._facts.start_step = restored.step
-            self._start_uploader(run, tree, facts, restored)
+            restore_result = preparation.restore(tree, facts)
+            self._facts.start_step = restore_result.step
+            self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
-            with_restored(inputs, restored).write(self._settings.work)  # the ranks wait for this file
+            with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
 
-    def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restored: RestoreResult) -> None:
+    def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
-        keep = 3 if checkpoint.keep is None else checkpoint.keep
+        keep_count = 3 if checkpoint.keep is None else checkpoint.keep
         uploader = Uploader(
-            tree, self._state, facts, KeepPolicy(keep, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
+            tree, self._state, facts, KeepPolicy(keep_count, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
             attempt=run.attempt, node=self._settings.node_rank, nodes=run.world.nodes, before_commit=self._upload_metric_log,
             after_commit=self._warn_if_grace_period_is_too_short, final_upload_timeout=self._settings.final_upload_timeout,
         )  # fmt: skip
         if self._settings.node_rank == 0:
-            uploader.adopt_committed(checkpoints_for_status(tree, restored.ancestors))
-            model_marker = tree.get_committed(None)  # such a marker has no readable manifest: otherwise `_prepare` would have ended the attempt
-            uploader.set_skipped([*restored.skipped, *([model_marker] if model_marker else [])])
+            uploader.adopt_committed(checkpoints_for_status(tree, restore_result.ancestor_checkpoints))
+            model_marker = tree.get_committed(None)  # such a marker has no readable manifest: otherwise `_prepare_pod` would have ended the attempt
+            uploader.set_skipped([*restore_result.skipped_checkpoints, *([model_marker] if model_marker else [])])
         self._uploader = uploader
         assert self._staging is not None
         self._staging.uploader = uploader
@@ -210,7 +210,7 @@ class Supervisor:
 
     # ---- 5: watch ----
 
-    def _watch(self, run: RunConfig, agent: processes.ChildProcess) -> None:
+    def _watch_agent(self, run: RunConfig, agent: processes.ChildProcess) -> None:
         """Return when the agent has ended, or when the attempt must end for another reason."""
         stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds)
         stop_was_handled = False
@@ -218,7 +218,7 @@ class Supervisor:
             if self._must_end.wait(TICK_SECONDS):
                 return
             if (failure := self._upload_failure(run)) is not None:
-                self._fail(failure)
+                self._end_with_error(failure)
                 return
             if self._facts.stop_requested_at is not None and not stop_was_handled:
                 stop_was_handled = True
@@ -230,7 +230,7 @@ class Supervisor:
                 return
             if (stalled := stall_watch.stall_error()) is not None:
                 dump_rank_stacks(processes.descendants())
-                self._fail(stalled)
+                self._end_with_error(stalled)
                 return
         self._facts.agent_code = code
 
@@ -242,7 +242,7 @@ class Supervisor:
             self._settings.unsaved_timeout, run.spec.policy.stall_timeout_seconds
         )
 
-    def _fail(self, error: FineTuneError) -> None:
+    def _end_with_error(self, error: FineTuneError) -> None:
         """End the attempt. Only the first failure is kept."""
         with self._failure_lock:
             if self._facts.error is None:
@@ -250,30 +250,30 @@ class Supervisor:
         self._must_end.set()
 
     @contextlib.contextmanager
-    def _failures(self, code: str) -> Iterator[None]:
+    def _record_failures(self, code: str) -> Iterator[None]:
         """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with `code`."""
         try:
             yield
         except FineTuneError as error:
-            self._fail(error)
+            self._end_with_error(error)
         except Exception as error:
             log.exception("%s", code)
-            self._fail(InternalError(code, f"{type(error).__name__}: {error}"))
+            self._end_with_error(InternalError(code, f"{type(error).__name__}: {error}"))
 
-    def _deadline(self) -> float | None:
+    def _stop_deadline(self) -> float | None:
         """Monotonic time by which a stopped pod must end; None without a stop request."""
         if self._facts.stop_requested_at is None or self._run is None:
             return None
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
 
     def _is_past_deadline(self) -> bool:
-        deadline = self._deadline()
+        deadline = self._stop_deadline()
         return deadline is not None and time.monotonic() > deadline
 
     def _is_worth_saving(self, run: RunConfig) -> bool:
         """Whether there are unsaved steps, and enough time to save them."""
         is_training = self._state.current_stage is Stage.TRAINING
-        if self._state.step <= self._facts.start_step and not self._facts.finished and not is_training:
+        if self._state.step <= self._facts.start_step and not self._facts.is_output_written and not is_training:
             return False
         save_seconds = self._state.last_save_seconds
         if save_seconds is not None and save_seconds > run.grace_seconds:
@@ -283,9 +283,9 @@ class Supervisor:
 
     def _ask_ranks_to_stop(self, run: RunConfig) -> None:
         self._state.enter_stage(Stage.STOPPING)
-        partial = self._settings.work / f".{STOP_FILE}"
-        partial.write_text(str(time.time() + run.grace_seconds))
-        partial.rename(self._settings.work / STOP_FILE)
+        partial_file = self._settings.work / f".{STOP_FILE}"
+        partial_file.write_text(str(time.time() + run.grace_seconds))
+        partial_file.rename(self._settings.work / STOP_FILE)
 
     # ---- 7: finish uploads ----
 
@@ -294,63 +294,63 @@ class Supervisor:
         uploader = self._uploader
         if uploader is None:
             return
-        if self._facts.stop_requested_at is None and not self._facts.finished:
+        if self._facts.stop_requested_at is None and not self._facts.is_output_written:
             uploader.limit_part_wait(PARTS_AFTER_FAILURE_SECONDS)
         if not self._wait_for_uploads(uploader) and self._facts.stop_requested_at is not None:
             self._facts.deadline_passed = True
         uploader.close()
         if uploader.failure is not None:
-            self._fail(uploader.failure)
+            self._end_with_error(uploader.failure)
         if uploader.output is not None:
             self._facts.output = uploader.output
-            self._clean_up(lambda: uploader.apply_retention(finished=True))
+            self._clean_up(lambda: uploader.apply_retention(is_run_finished=True))
             self._clean_up(self._sweep_unless_superseded)
         self._clean_up(self._upload_metric_log)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
         """Wait for the uploads; returns whether all ended in time. A stop request during the wait limits it to the grace period."""
-        seconds = FINAL_UPLOAD_SECONDS if self._facts.finished else UPLOAD_AFTER_FAILURE_SECONDS
-        end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
+        seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
+        latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
         while not self._facts.deadline_passed:
-            deadline = self._deadline()
-            seconds_left = min(end, math.inf if deadline is None else deadline) - time.monotonic()
+            deadline = self._stop_deadline()
+            seconds_left = min(latest_end, math.inf if deadline is None else deadline) - time.monotonic()
             if uploader.wait_until_idle(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
                 return True
             if seconds_left <= 0:
                 return False
         return uploader.wait_until_idle(0)
 
-    def _clean_up(self, work: Callable[[], None]) -> None:
+    def _clean_up(self, task: Callable[[], None]) -> None:
         """Run optional work in a thread. Wait only as long as there is still time to write the termination message."""
-        deadline = self._deadline()
+        deadline = self._stop_deadline()
         seconds = CLEANUP_SECONDS if deadline is None else min(CLEANUP_SECONDS, deadline - time.monotonic())
-        thread = threading.Thread(target=work, name="clean-up", daemon=True)
+        thread = threading.Thread(target=task, name="clean-up", daemon=True)
         thread.start()
         thread.join(max(MIN_CLEANUP_SECONDS, seconds))
 
     def _sweep_unless_superseded(self) -> None:
         """Remove dropped and failed uploads, unless a later attempt has begun because the operator could not reach this pod."""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
-            sweep(self._tree, self._state)
+            sweep_leftovers(self._tree, self._state)
 
     # ---- 8: end ----
 
     def _decide_exit(self) -> ExitDecision:
-        saved = is_state_saved(
+        is_saved = is_state_saved(
             self._facts, step=self._state.step, node_rank=self._settings.node_rank,
             committed_step=self._uploader.committed_step if self._uploader else 0,
             uploaded_step=self._uploader.uploaded_step if self._uploader else 0,
         )  # fmt: skip
         return decide_exit(
-            self._facts, exit_code_failures(self._settings.work), is_saved=saved, node_rank=self._settings.node_rank
+            self._facts, exit_code_failures(self._settings.work), is_saved=is_saved, node_rank=self._settings.node_rank
         )
 
-    def _report_end(self, decided: ExitDecision) -> None:
+    def _report_end(self, exit_decision: ExitDecision) -> None:
         message = termination_message(
-            decided, self._state.report(), output=self._facts.output, start_step=self._facts.start_step,
+            exit_decision, self._state.report(), output=self._facts.output, start_step=self._facts.start_step,
             node_name=self._settings.node_name,
         )  # fmt: skip
-        self._state.enter_stage(Stage.DONE if decided.code == ExitCode.OK else Stage.FAILED, message.message)
+        self._state.enter_stage(Stage.DONE if exit_decision.code == ExitCode.OK else Stage.FAILED, message.message)
         write_termination_message(message, self._settings.termination_log)
         if self._server is not None:
             self._server.close()
@@ -373,7 +373,7 @@ def exit_code_failures(work: Path) -> list[RankFailure]:
     """The failures that follow from the exit codes of this pod's ranks."""
     out_of_memory = processes.killed_for_memory()
     codes = read_exit_codes(work) or {}
-    return [failure_from_exit_code(rank, code, host_memory=out_of_memory) for rank, code in codes.items()]
+    return [failure_from_exit_code(rank, code, is_host_out_of_memory=out_of_memory) for rank, code in codes.items()]
 
 
 def supervise(settings: Settings, stop_requests: Sequence[float] = ()) -> int:

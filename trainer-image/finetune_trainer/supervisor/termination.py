@@ -17,31 +17,31 @@ log = logging.getLogger(__name__)
 
 
 def termination_message(
-    decided: ExitDecision, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
+    exit_decision: ExitDecision, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
 ) -> TerminationMessage:
     newest = report.checkpoints[0] if report.checkpoints else None
-    common: dict[str, Any] = {
-        "exit_code": int(decided.code), "node": node_name or None, "step": report.progress.step,
+    common_fields: dict[str, Any] = {
+        "exit_code": int(exit_decision.code), "node": node_name or None, "step": report.progress.step,
         "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
         "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
         "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
     }  # fmt: skip
-    if decided.code == ExitCode.OK:
-        return TerminationMessage(**common, output=output)
-    failure = decided.failure
+    if exit_decision.code == ExitCode.OK:
+        return TerminationMessage(**common_fields, output=output)
+    failure = exit_decision.failure
     if failure is None:
-        saved = decided.code == ExitCode.PREEMPTED_SAVED
+        is_saved = exit_decision.code == ExitCode.PREEMPTED_SAVED
         location = f"at step {report.progress.step or start_step}"
         return TerminationMessage(
-            **common, class_=FailureClass.PREEMPTED, code="StoppedSaved" if saved else "StoppedUnsaved",
-            message=f"stopped on request {location}, " + ("the state is saved" if saved else "the newest steps are not saved"),
+            **common_fields, class_=FailureClass.PREEMPTED, code="StoppedSaved" if is_saved else "StoppedUnsaved",
+            message=f"stopped on request {location}, " + ("the state is saved" if is_saved else "the newest steps are not saved"),
             origin=True, time_ns=time.time_ns(),
         )  # fmt: skip
     error = failure.error
-    common |= {"rank": failure.rank, "step": failure.step if failure.step is not None else common["step"]}
+    common_fields |= {"rank": failure.rank, "step": failure.step if failure.step is not None else common_fields["step"]}
     return TerminationMessage(
-        **common, class_=error.failure_class, code=error.code, message=error.message, hint=error.hint,
-        origin=failure.origin, time_ns=failure.time_ns or time.time_ns(),
+        **common_fields, class_=error.failure_class, code=error.code, message=error.message, hint=error.hint,
+        origin=failure.is_origin, time_ns=failure.time_ns or time.time_ns(),
     )  # fmt: skip
 
 

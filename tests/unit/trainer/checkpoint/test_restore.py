@@ -97,7 +97,7 @@ def test_own_progress_takes_precedence_over_the_configured_start(
     assert restore_checkpoint(other_job, tmp_path, wanted).step == 150
     rolled_back = restore_checkpoint(other_job, tmp_path, wanted.model_copy(update={"max_step": 0}))
     assert rolled_back.step == (0 if mode == "never" else 5)
-    assert [one.step for one in rolled_back.skipped] == [150]
+    assert [one.step for one in rolled_back.skipped_checkpoints] == [150]
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,19 @@ def test_a_checkpoint_of_a_different_run_is_refused(
 )
 def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str) -> None:
     found = restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
-    assert found.step == 10 and found.exact is False and word in (found.inexact_reason or "")
+    assert found.step == 10 and found.is_exact is False and word in (found.inexact_reason or "")
 
 
 def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
     rolled = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
-    assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
+    assert ([one.step for one in rolled.ancestor_checkpoints], [one.step for one in rolled.skipped_checkpoints]) == ([5], [10])
     two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
     damaged = restore_checkpoint(two_checkpoints, tmp_path)
     assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
-    assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
+    assert ([one.step for one in damaged.ancestor_checkpoints], [one.step for one in damaged.skipped_checkpoints]) == ([5], [10])
     whole = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
-    assert [one.step for one in whole.ancestors] == [5]
+    assert [one.step for one in whole.ancestor_checkpoints] == [5]
 
 
 @pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
@@ -170,7 +170,7 @@ def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints
     two_checkpoints._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
     two_checkpoints.commit(prefix_of(15), manifest)
     found = restore_checkpoint(two_checkpoints, tmp_path)
-    assert found.step == 10 and "not a path inside" in found.damaged[0]
+    assert found.step == 10 and "not a path inside" in found.damage_messages[0]
 
 
 class DelayedStore(FolderStore):
@@ -231,12 +231,12 @@ def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two
 def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
     two_checkpoints.mark_healthy(10)
-    (old,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped
+    (old,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped_checkpoints
     files = two_checkpoints.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
     ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(FencedOutError):
         two_checkpoints.commit(prefix_of(10), ours)
-    two_checkpoints.commit(prefix_of(10), ours, replaces=old.marker)
+    two_checkpoints.commit(prefix_of(10), ours, replaceable_marker=old.marker)
     found = two_checkpoints.get_committed(10)
     assert found is not None and (found.marker.path, [one.healthy for one in two_checkpoints.list_committed()]) == (
         "a1-22222222",
@@ -244,7 +244,7 @@ def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: Ch
     )
     with pytest.raises(FencedOutError):
         two_checkpoints.commit(
-            prefix_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaces=old.marker
+            prefix_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaceable_marker=old.marker
         )
 
 
@@ -307,7 +307,7 @@ def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: Checkpoint
     two_checkpoints.sweep()
     assert two_checkpoints.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
     found = restore_checkpoint(two_checkpoints, tmp_path)
-    assert found.step == 5 and "step-00000010" in found.damaged[0]
+    assert found.step == 5 and "step-00000010" in found.damage_messages[0]
     commit_checkpoint(two_checkpoints, tmp_path, 10, attempt=2)
     assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 

@@ -18,9 +18,9 @@ def kept_checkpoints(*steps: int, healthy: bool = True, losses: dict[int, float]
         (kept_checkpoints(1, 2, 3, 4, 5), 0, {}, []),
         (kept_checkpoints(1, 2, 3, 4, 5), 3, {}, [1, 2]),
         (kept_checkpoints(1, 2, 3, 4, 5), 1, {}, [1, 2, 3]),
-        (kept_checkpoints(1, 2, 3, 4, 5), 1, {"finished": True}, [1, 2, 3, 4]),
-        (kept_checkpoints(1, 2, 3, 4, 5), 2, {"pinned": (1, 9)}, [2, 3]),
-        (kept_checkpoints(1, 2, 3, 4, losses={1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}), 1, {"finished": True}, [1, 3]),
+        (kept_checkpoints(1, 2, 3, 4, 5), 1, {"is_run_finished": True}, [1, 2, 3, 4]),
+        (kept_checkpoints(1, 2, 3, 4, 5), 2, {"pinned_steps": (1, 9)}, [2, 3]),
+        (kept_checkpoints(1, 2, 3, 4, losses={1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}), 1, {"is_run_finished": True}, [1, 3]),
         ([*kept_checkpoints(1, 2), *kept_checkpoints(3, 4, 5, healthy=False)], 1, {}, [3, 4]),
         ([], 3, {}, []),
     ],
@@ -38,7 +38,7 @@ CHECKPOINT_LISTS = st.lists(
 
 @given(CHECKPOINT_LISTS, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
 def test_kept_steps_are_never_removed(checkpoints: list[RetentionCandidate], keep: int, pinned: set[int], finished: bool) -> None:
-    removed = set(steps_to_remove(checkpoints, keep, pinned=pinned, finished=finished))
+    removed = set(steps_to_remove(checkpoints, keep, pinned_steps=pinned, is_run_finished=finished))
     newest = sorted((one.step for one in checkpoints), reverse=True)
     healthy = sorted((one.step for one in checkpoints if one.healthy), reverse=True)
     assert not removed & set(newest[:keep])

@@ -138,7 +138,7 @@ def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollbac
     for step, attempt in ((10, 1), (30, 2), (20, 3)):
         commit_checkpoint(tree, tmp_path / "staged", step, attempt)
     found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)
-    assert (found.step, [one.step for one in found.skipped]) == (20, [30])
+    assert (found.step, [one.step for one in found.skipped_checkpoints]) == (20, [30])
     assert restore(tree, rolled_back, FACTS, tmp_path / "fourth", attempt=4).step == 10
 
 

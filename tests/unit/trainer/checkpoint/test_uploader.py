@@ -70,7 +70,7 @@ class UploaderBench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[UploaderBench]:
-    bench = UploaderBench(tmp_path, keep=0)
+    bench = UploaderBench(tmp_path, keep_count=0)
     yield bench
     bench.wait_until_idle()
     bench.uploader.close()
@@ -196,19 +196,19 @@ def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: UploaderB
 
 
 def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
-    bench = UploaderBench(tmp_path, keep=1, pinned=(2,))
+    bench = UploaderBench(tmp_path, keep_count=1, pinned_steps=(2,))
     for step in range(1, 7):
         bench.enqueue(step, evalLoss=0.5 if step == 3 else 1.0)
         bench.wait_until_idle()
     assert bench.steps() == [6, 5, 4, 3, 2]
-    bench.uploader.apply_retention(finished=True)
+    bench.uploader.apply_retention(is_run_finished=True)
     assert bench.steps() == [6, 3, 2]
     assert [one.step for one in bench.run_state.checkpoints] == [6, 3, 2]
     bench.uploader.close()
 
 
 def test_a_missing_permission_to_delete_adds_a_note(tmp_path: Path) -> None:
-    bench = UploaderBench(tmp_path, keep=1)
+    bench = UploaderBench(tmp_path, keep_count=1)
 
     def refuse(key: str) -> None:
         if key.startswith("delete checkpoints/") and not key.endswith(".json"):
@@ -276,7 +276,7 @@ def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progres
     folder = tmp_path / "staged"
     folder.mkdir()
     (folder / "weights").write_text("old")
-    bench = UploaderBench(tmp_path / "bench", keep=1, pinned=(25,))
+    bench = UploaderBench(tmp_path / "bench", keep_count=1, pinned_steps=(25,))
     for step in (10, 20, 25, 27, 30):
         files = bench.tree.upload(prefix_of(step), "a0-00000000", folder)
         bench.tree.commit(prefix_of(step), Manifest(step=step, incarnation="a0-00000000", files=files))

@@ -19,23 +19,23 @@ GPU_HARDWARE: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", i
 
 def deepspeed_options(
     tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU_HARDWARE, **options: Any
-) -> deepspeed.Options:
+) -> deepspeed.DeepspeedOptions:
     """DeepSpeed options of a run with the DeepSpeed JSON `file` (None: no JSON)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
     job_spec = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
     maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
     run, inputs = make_run(tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps=maps)
-    return deepspeed.options(run, inputs, hardware, 2)
+    return deepspeed.build_options(run, inputs, hardware, 2)
 
 
-def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.Options:
+def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.FsdpOptions:
     """FSDP options of a run with the accelerate file `file` (None: no accelerate file)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
     job_spec = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
     run, inputs = make_run(
         tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
     )
-    return fsdp.options(run, inputs, CPU_HARDWARE, 2)
+    return fsdp.build_options(run, inputs, CPU_HARDWARE, 2)
 
 
 def test_without_a_file_the_options_come_from_the_spec(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_file_values_replace_defaults_with_a_note(tmp_path: Path) -> None:
         "optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
     }  # fmt: skip
     resolved = deepspeed_options(tmp_path, file, {"training": {"warmupSteps": 3, "warmupRatio": None}})
-    assert resolved.training == {
+    assert resolved.training_arguments == {
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_grad_norm": 0.5, "optim": "adamw_torch_fused",
         "adam_beta1": 0.8, "adam_beta2": 0.95, "learning_rate": 5e-3, "adam_epsilon": 1e-6, "weight_decay": 0.1,
         "lr_scheduler_type": "linear", "warmup_steps": 3,
@@ -100,7 +100,7 @@ VALUES_BEFORE_HALVING = {"training.batchSizePerDevice": 2, "training.gradientAcc
 """The spec's values before the operator halves the micro-batch and the learning rate."""
 
 
-def options_after_halving(tmp_path: Path, file: Any, defaults: list[str]) -> deepspeed.Options:
+def options_after_halving(tmp_path: Path, file: Any, defaults: list[str]) -> deepspeed.DeepspeedOptions:
     spec = {
         "training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2, "learningRate": 2.5e-3},
         "distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}},
@@ -109,7 +109,7 @@ def options_after_halving(tmp_path: Path, file: Any, defaults: list[str]) -> dee
         tmp_path, tmp_path / "model", spec, ranks=2, config_maps={"mine": {"ds.json": json.dumps(file)}}
     )
     run = run.model_copy(update={"before_adaptation": VALUES_BEFORE_HALVING, "defaults": defaults})
-    return deepspeed.options(run, inputs, CPU_HARDWARE, 2)
+    return deepspeed.build_options(run, inputs, CPU_HARDWARE, 2)
 
 
 def batch_config(rows: int, steps: int, rate: float) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def test_values_in_both_file_and_spec_are_adapted_as_in_the_spec(tmp_path: Path)
     resolved = options_after_halving(
         tmp_path, batch_config(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"]
     )
-    assert resolved.training["per_device_train_batch_size"] == 1
-    assert resolved.training["gradient_accumulation_steps"] == 2
-    assert resolved.training["learning_rate"] == 2.5e-3
+    assert resolved.training_arguments["per_device_train_batch_size"] == 1
+    assert resolved.training_arguments["gradient_accumulation_steps"] == 2
+    assert resolved.training_arguments["learning_rate"] == 2.5e-3
     assert resolved.config["train_batch_size"] == 4
 
 
@@ -134,9 +134,9 @@ def test_values_only_in_the_file_are_adapted_by_the_same_factor(tmp_path: Path) 
     resolved = options_after_halving(
         tmp_path, batch_config(8, 3, 1e-4), defaults=list(VALUES_BEFORE_HALVING) + ["training.scheduler", "training.optimizer"]
     )
-    assert resolved.training["per_device_train_batch_size"] == 4
-    assert resolved.training["gradient_accumulation_steps"] == 6
-    assert resolved.training["learning_rate"] == pytest.approx(5e-5)
+    assert resolved.training_arguments["per_device_train_batch_size"] == 4
+    assert resolved.training_arguments["gradient_accumulation_steps"] == 6
+    assert resolved.training_arguments["learning_rate"] == pytest.approx(5e-5)
     assert resolved.config["train_batch_size"] == 48
     assert (
         "the operator changed training.batchSizePerDevice from 2 to 1; train_micro_batch_size_per_gpu of the file therefore changes "
@@ -184,8 +184,8 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
         update={"spec": run.spec.with_values(dict(zip(paths, old_batch, strict=True))), "defaults": list(paths)}
     )
     again = run.model_copy(update={"before_adaptation": dict(zip(paths, old_batch, strict=True)), "defaults": list(paths)})
-    effective_batch = deepspeed.options(first, inputs, CPU_HARDWARE, 2).config["train_batch_size"]
-    resolved = deepspeed.options(again, inputs, CPU_HARDWARE, 2)
+    effective_batch = deepspeed.build_options(first, inputs, CPU_HARDWARE, 2).config["train_batch_size"]
+    resolved = deepspeed.build_options(again, inputs, CPU_HARDWARE, 2)
     assert (resolved.config[keys[0]], resolved.config[keys[1]]) == expected
     assert resolved.config["train_batch_size"] == effective_batch == expected[0] * expected[1] * 2
     assert any(note in note_text for note_text in resolved.notes)
@@ -206,9 +206,9 @@ def test_gradient_checkpointing_that_the_operator_enabled_does_not_conflict_with
     file = "fsdp_config: {fsdp_activation_checkpointing: false}\n"
     run, inputs = make_run(tmp_path, tmp_path / "model", spec, ranks=2, config_maps={"mine": {"a.yaml": file}})
     with pytest.raises(ConfigError, match="gradientCheckpointing is true"):
-        fsdp.options(run, inputs, CPU_HARDWARE, 2)
+        fsdp.build_options(run, inputs, CPU_HARDWARE, 2)
     run = run.model_copy(update={"before_adaptation": {"training.gradientCheckpointing": "disabled"}})
-    fsdp.options(run, inputs, CPU_HARDWARE, 2)
+    fsdp.build_options(run, inputs, CPU_HARDWARE, 2)
 
 
 def test_offloading_uses_the_optimizer_of_torch(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_values_of_a_file_must_satisfy_the_rules_of_the_spec(
 
 def test_both_adamw_implementations_of_torch_match_adamw(tmp_path: Path) -> None:
     resolved = deepspeed_options(tmp_path, {"optimizer": {"type": "AdamW"}}, {"training": {"optimizer": "adamw_torch"}})
-    assert resolved.training["optim"] == "adamw_torch"
+    assert resolved.training_arguments["optim"] == "adamw_torch"
     with pytest.raises(ConfigError, match="optimizer.type is Adam, training.optimizer is sgd"):
         deepspeed_options(tmp_path, {"optimizer": {"type": "Adam"}}, {"training": {"optimizer": "sgd"}})
 
@@ -312,7 +312,7 @@ def test_a_conflict_message_uses_the_schedule_name_of_the_file(tmp_path: Path) -
 
 def test_warmup_steps_of_a_file_replace_a_default_ratio(tmp_path: Path) -> None:
     file = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}
-    assert deepspeed_options(tmp_path, file, {"training": {"warmupRatio": None}}).training["warmup_steps"] == 0
+    assert deepspeed_options(tmp_path, file, {"training": {"warmupRatio": None}}).training_arguments["warmup_steps"] == 0
 
 
 def test_null_values_and_disabled_sections_are_ignored(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
         ranks=2,
     )
     with pytest.raises(NotFoundError) as caught:
-        deepspeed.options(run, inputs, CPU_HARDWARE, 2)
+        deepspeed.build_options(run, inputs, CPU_HARDWARE, 2)
     assert caught.value.code == "ConfigMapMissing"
 
 
@@ -355,7 +355,7 @@ def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
 
 def test_without_a_file_the_options_of_fsdp_are_defaults(tmp_path: Path) -> None:
     resolved = fsdp_options(tmp_path, None)
-    assert (resolved.sharding, resolved.state_dict, resolved.offload) == ("fullShard", "sharded", False)
+    assert (resolved.sharding, resolved.state_dict, resolved.offloads_to_cpu) == ("fullShard", "sharded", False)
 
 
 def test_values_of_an_accelerate_file_are_used(tmp_path: Path) -> None:
@@ -372,15 +372,15 @@ fsdp_config:
   fsdp_min_num_params: 1000
 """
     resolved = fsdp_options(tmp_path, file)
-    assert (resolved.sharding, resolved.state_dict, resolved.offload) == ("shardGradOp", "full", True)
-    assert resolved.wrap == {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}
+    assert (resolved.sharding, resolved.state_dict, resolved.offloads_to_cpu) == ("shardGradOp", "full", True)
+    assert resolved.wrap_policy == {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}
     assert any("machine_rank" in note and "the operator starts the ranks" in note for note in resolved.notes)
 
 
 @pytest.mark.parametrize(("word", "size"), [("1.0e+8", 10**8), ("'2000'", 2000), ("0.0", None)])
 def test_a_size_may_be_written_as_any_whole_number(word: str, size: int | None, tmp_path: Path) -> None:
     file = f"fsdp_config: {{fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: {word}}}\n"
-    resolved = fsdp_options(tmp_path, file).wrap.get("min_num_params")
+    resolved = fsdp_options(tmp_path, file).wrap_policy.get("min_num_params")
     assert (resolved, type(resolved)) == (size, type(size))
 
 
@@ -389,19 +389,19 @@ def test_a_size_may_be_written_as_any_whole_number(word: str, size: int | None, 
 )
 def test_empty_layer_names_are_ignored(names: str, layer_names: list[str] | None, tmp_path: Path) -> None:
     resolved = fsdp_options(tmp_path, f"fsdp_config: {{fsdp_transformer_layer_cls_to_wrap: {names}}}\n")
-    assert resolved.wrap.get("transformer_layer_cls_to_wrap") == layer_names
+    assert resolved.wrap_policy.get("transformer_layer_cls_to_wrap") == layer_names
 
 
 @pytest.mark.parametrize("word", ["no", "'no'"])
 def test_unquoted_no_is_read_as_a_precision(word: str, tmp_path: Path) -> None:
-    assert fsdp_options(tmp_path, f"mixed_precision: {word}\n") == fsdp.Options()
+    assert fsdp_options(tmp_path, f"mixed_precision: {word}\n") == fsdp.FsdpOptions()
     with pytest.raises(ConfigError, match="mixed_precision is bf16, the precision from training.mixedPrecision is no"):
         fsdp_options(tmp_path, "mixed_precision: bf16\n")
 
 
 @pytest.mark.parametrize(("word", "offloads"), [("yes", True), ("'True'", True), ("false", False), ("'no'", False), ("null", False)])  # fmt: skip
 def test_truth_values_have_several_spellings(word: str, offloads: bool, tmp_path: Path) -> None:
-    assert fsdp_options(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offload is offloads
+    assert fsdp_options(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offloads_to_cpu is offloads
 
 
 def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
         pass
 
     resolved = fsdp_options(tmp_path, "fsdp_config: {fsdp_transformer_layer_cls_to_wrap: 'Block, NoSuchLayer'}\n")
-    assert resolved.wrap["transformer_layer_cls_to_wrap"] == ["Block", "NoSuchLayer"]
+    assert resolved.wrap_policy["transformer_layer_cls_to_wrap"] == ["Block", "NoSuchLayer"]
     run, _ = make_run(tmp_path, tmp_path / "model", {"distributed": {"strategy": "fsdp"}}, ranks=2)
     trainer: Any = SimpleNamespace(model=SimpleNamespace(modules=lambda: [Block()]))
     with pytest.raises(ConfigError) as caught:

@@ -9,7 +9,7 @@ from finetune_trainer.failure import RankFailure, failure_from_exit_code
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, decide_exit, is_state_saved, stop_deadline
 
 DIVERGED_FAILURE = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
-PEER_LOST_FAILURE = RankFailure(PeerError("PeerLost", "m"), rank=0, origin=False)
+PEER_LOST_FAILURE = RankFailure(PeerError("PeerLost", "m"), rank=0, is_origin=False)
 STALLED_ERROR = PeerError("Stalled", "m")
 
 

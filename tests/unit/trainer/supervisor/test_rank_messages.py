@@ -23,7 +23,7 @@ class Pod:
         )
 
     def receive(self, kind: str, local_rank: int = 0, **fields: Any) -> None:
-        self.messages.apply({"kind": kind, "rank": local_rank, "localRank": local_rank, **fields})
+        self.messages.handle({"kind": kind, "rank": local_rank, "localRank": local_rank, **fields})
 
 
 @pytest.fixture

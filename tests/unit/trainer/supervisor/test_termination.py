@@ -32,7 +32,7 @@ def message_of(exit_decision: ExitDecision, *, step: int = 7, output: Output | N
 def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[FineTuneError]) -> None:
     channel = Channel.create_recording(tmp_path, rank=3)
     error, origin = classify_error(kind("Expected", "what was wrong", hint="what to write"))
-    channel.report_failure(error, origin=origin)
+    channel.report_failure(error, is_origin=origin)
     facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
     found = message_of(decide_exit(facts, [], is_saved=False, node_rank=0))
     assert (found.exit_code, found.code, found.message, found.hint) == (
