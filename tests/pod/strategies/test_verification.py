@@ -10,10 +10,8 @@ import pytest
 import torch
 from finetune_api.errors import FineTuneError
 from finetune_trainer.distributed.base import Ddp, DistributedStrategy
-from finetune_trainer.distributed.deepspeed import Deepspeed
-from finetune_trainer.distributed.deepspeed import Options as ZeroOptions
-from finetune_trainer.distributed.fsdp import Fsdp
-from finetune_trainer.distributed.fsdp import Options as FsdpOptions
+from finetune_trainer.distributed.deepspeed import Deepspeed, DeepspeedOptions
+from finetune_trainer.distributed.fsdp import Fsdp, FsdpOptions
 from finetune_trainer.hardware import Hardware
 
 from tests.support.learning import make_run, run_training
@@ -41,7 +39,7 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
         case "fsdp":
             return Fsdp(run, CPU, ranks, FsdpOptions())
         case "zero":
-            return Deepspeed(run, CPU, ranks, ZeroOptions(3, {}))
+            return Deepspeed(run, CPU, ranks, DeepspeedOptions(3, {}))
         case "ddp":
             return Ddp(run, CPU, ranks)
     return DistributedStrategy(run, CPU, ranks)
