@@ -14,7 +14,7 @@ from kubernetes.aio.config import ConfigException
 from finetune_operator import kopf_adapter, logs, settings
 from finetune_operator.kube import KubeClient
 from finetune_operator.metrics import Metrics
-from finetune_operator.runtime import Runtime
+from finetune_operator.runtime import OperatorRuntime
 
 CONFIG_VARIABLE = "FINETUNE_OPERATOR_CONFIG"
 USAGE_ERROR = 2
@@ -57,7 +57,7 @@ async def _run(config: settings.OperatorConfig) -> int:
         sys.stderr.write(f"finetune-operator: cannot find the address of an API server: {error}\n")
         return USAGE_ERROR
     try:
-        return await Runtime(config, kube, metrics).run()
+        return await OperatorRuntime(config, kube, metrics).run()
     finally:
         await kube.close()
 

@@ -34,17 +34,17 @@ def plan_of_ended_attempt(facts: Facts, cause: FailureCause | None, ended_at: da
         return Plan(Situation.ENDED, attempt_end=attempt_end, job_end=JobEnd(Outcome.SUCCEEDED, Reason.SUCCEEDED))
     made_progress = committed_step is not None and committed_step > facts.newest_step_of_earlier_attempts
     decision = _finish_or_retry(facts, cause, made_progress, ended_at)
-    retry = decision if isinstance(decision, RetryDecision) else RetryDecision()
+    retry_decision = decision if isinstance(decision, RetryDecision) else RetryDecision()
     attempt_end = AttemptEnd(
         reason=cause.reason,
         time=ended_at,
         failure=cause.failure,
         termination_message=message,
-        is_counted=retry.is_counted,
+        is_counted=retry_decision.is_counted,
         made_progress=made_progress,
         committed_step=committed_step,
         next_attempt=facts.attempt + 1 if isinstance(decision, RetryDecision) else None,
-        adaptation=retry.adaptation,
+        adaptation=retry_decision.adaptation,
     )
     return Plan(Situation.ENDED, attempt_end=attempt_end, job_end=decision if isinstance(decision, JobEnd) else None)
 
@@ -94,7 +94,7 @@ def cause_of_missing_job(facts: Facts) -> FailureCause:
 
 def rank0_termination_message(facts: Facts) -> TerminationMessage | None:
     """The newest termination message of a pod of rank 0, or None if no such pod wrote a message."""
-    pods = sorted((p for p in facts.attempt_pods if p.index == 0), key=lambda p: p.created_at, reverse=True)
+    pods = sorted((p for p in facts.attempt_pods if p.completion_index == 0), key=lambda p: p.created_at, reverse=True)
     return next((message for pod in pods if (message := pod.termination_message) is not None), None)
 
 

@@ -46,11 +46,11 @@ class BlockingConditionReader:
         self._limiter = RateLimiter()
 
     async def read(self, key: Key, facts: Facts, state: EventReadState) -> bool:
-        """Update `state.condition` if a read is due. Returns whether the condition changed. Errors: KubeError except Forbidden."""
+        """Update `state.blocking_condition` if a read is due. Returns whether the condition changed. Errors: KubeError except Forbidden."""
         missing_pods = find_missing_pods(facts)
         if missing_pods is None:
-            has_changed = state.condition is not None
-            state.condition, state.due_at, state.interval_seconds = None, None, EventReadState.interval_seconds
+            has_changed = state.blocking_condition is not None
+            state.blocking_condition, state.due_at, state.interval_seconds = None, None, EventReadState.interval_seconds
             self._limiter.release(key)
             return has_changed
         now = asyncio.get_running_loop().time()
@@ -68,15 +68,15 @@ class BlockingConditionReader:
             self._limiter.release(key)
             self._limiter.record_read(now, asyncio.get_running_loop().time())
         condition = blocking_condition_of_events(listing.items)
-        has_changed = condition != state.condition
-        state.condition = condition
+        has_changed = condition != state.blocking_condition
+        state.blocking_condition = condition
         return has_changed
 
     def _is_due(self, key: Key, missing_pods: MissingPods, state: EventReadState, facts: Facts, now: float) -> bool:
         if state.due_at is None:
             state.due_at = now + max(0.0, missing_pods.grace_seconds - seconds_between(missing_pods.missing_since, facts.now))
         if now >= state.due_at and key not in self._limiter:
-            state.due_at = self._limiter.reserve(key, now)
+            state.due_at = self._limiter.reserve_read(key, now)
         return now >= state.due_at
 
     def release(self, key: Key) -> None:

@@ -30,10 +30,10 @@ class CacheEntry:
 
 
 class CacheUpdate(NamedTuple):
-    """Result of a cache update. `changed`: a relevant field changed. `is_new`: the FineTuneJob was not in the cache before."""
+    """Result of a cache update. `has_changed`: a relevant field changed. `is_new`: the FineTuneJob was not in the cache before."""
 
     key: Key
-    changed: bool
+    has_changed: bool
     is_new: bool = False
 
 
@@ -74,20 +74,20 @@ class Cache:
 
     def has_version(self, key: Key, uid: str, resource_version: str) -> bool:
         """Whether this version of a FineTuneJob is already cached, so that the caller need not parse its body again."""
-        cached = self.get(key).finetunejob
-        return cached is not None and (cached.uid, cached.resource_version) == (uid, resource_version)
+        cached_job = self.get(key).finetunejob
+        return cached_job is not None and (cached_job.uid, cached_job.resource_version) == (uid, resource_version)
 
     def put_finetunejob(self, view: JobObject) -> CacheUpdate:
         """Store a FineTuneJob unless the same or a newer version of it is cached."""
         key = Key(view.namespace, view.name)
         entry = self._get_or_create_entry(key)
-        cached = entry.finetunejob
-        if cached is not None and (view.version < cached.version or view == cached):
-            return CacheUpdate(key, changed=False)
-        if cached is not None and cached.uid != view.uid:
+        cached_job = entry.finetunejob
+        if cached_job is not None and (view.version < cached_job.version or view == cached_job):
+            return CacheUpdate(key, has_changed=False)
+        if cached_job is not None and cached_job.uid != view.uid:
             entry.pods = {uid: pod for uid, pod in entry.pods.items() if not pod.is_deleted}
         entry.finetunejob = view
-        return CacheUpdate(key, changed=True, is_new=cached is None)
+        return CacheUpdate(key, has_changed=True, is_new=cached_job is None)
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
         """Remove the FineTuneJob with this uid. A new FineTuneJob with the same name stays cached."""
@@ -100,11 +100,11 @@ class Cache:
         """Store a Job unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
         jobs = self._get_or_create_entry(key).jobs
-        cached = jobs.get(view.uid)
-        if cached is not None and view.version < cached.version:
-            return CacheUpdate(key, changed=False)
+        cached_job = jobs.get(view.uid)
+        if cached_job is not None and view.version < cached_job.version:
+            return CacheUpdate(key, has_changed=False)
         jobs[view.uid] = view
-        return CacheUpdate(key, changed=cached is None or replace(cached, version=view.version) != view)
+        return CacheUpdate(key, has_changed=cached_job is None or replace(cached_job, version=view.version) != view)
 
     def drop_job(self, view: JobView) -> Key:
         """Remove a deleted Job. Returns the key of its FineTuneJob."""
@@ -117,18 +117,18 @@ class Cache:
         """Store a pod unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
         pods = self._get_or_create_entry(key).pods
-        cached = pods.get(view.uid)
-        if cached is not None and (view.version < cached.version or cached.is_deleted):
-            return CacheUpdate(key, changed=False)
+        cached_pod = pods.get(view.uid)
+        if cached_pod is not None and (view.version < cached_pod.version or cached_pod.is_deleted):
+            return CacheUpdate(key, has_changed=False)
         pods[view.uid] = view
-        return CacheUpdate(key, changed=cached is None or replace(cached, version=view.version) != view)
+        return CacheUpdate(key, has_changed=cached_pod is None or replace(cached_pod, version=view.version) != view)
 
     def mark_pod_deleted(self, view: PodView) -> Key:
         """Mark a pod as deleted and keep its newest known state. Returns the key of its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
         entry = self._get_or_create_entry(key)
-        cached = entry.pods.get(view.uid)
-        entry.pods[view.uid] = as_deleted(cached if cached is not None and cached.version > view.version else view)
+        cached_pod = entry.pods.get(view.uid)
+        entry.pods[view.uid] = as_deleted(cached_pod if cached_pod is not None and cached_pod.version > view.version else view)
         self._remove_if_empty(key)
         return key
 
@@ -142,9 +142,9 @@ class Cache:
         """Remove each object that was deleted according to the full lists. Returns the FineTuneJobs that changed."""
         changed_keys: set[Key] = set()
         for key, entry in list(self._entries.items()):
-            cached = entry.finetunejob
-            if cached is not None and full_list.proves_deleted(cached, full_list.finetunejob_uids):
-                self.drop_finetunejob(key, cached.uid)
+            cached_job = entry.finetunejob
+            if cached_job is not None and full_list.proves_deleted(cached_job, full_list.finetunejob_uids):
+                self.drop_finetunejob(key, cached_job.uid)
                 changed_keys.add(key)
             for job in [job for job in entry.jobs.values() if full_list.proves_deleted(job, full_list.job_uids)]:
                 changed_keys.add(self.drop_job(job))

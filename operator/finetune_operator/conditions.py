@@ -166,12 +166,12 @@ def _describe_activity(inputs: StatusInput) -> tuple[Reason, str]:
     if inputs.termination_reason is not None:
         record = facts.attempt_record
         recorded_message = (record.message if record else "") or inputs.termination_reason
-        why = plan.termination.message if plan.termination else recorded_message
-        return inputs.termination_reason, f"ending attempt {facts.attempt}: {why}"
+        explanation = plan.termination.message if plan.termination else recorded_message
+        return inputs.termination_reason, f"ending attempt {facts.attempt}: {explanation}"
     if plan.attempt_end is not None:
         failure = plan.attempt_end.failure
-        why = failure.message if failure else plan.attempt_end.reason
-        return Reason.RETRYING, f"attempt {facts.attempt} ended: {why}"
+        explanation = failure.message if failure else plan.attempt_end.reason
+        return Reason.RETRYING, f"attempt {facts.attempt} ended: {explanation}"
     if plan.situation is Situation.BACKING_OFF:
         start = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
         return Reason.RETRYING, f"attempt {facts.attempt} starts at {start}"
@@ -205,6 +205,6 @@ def _stalled_condition(inputs: StatusInput) -> Condition | None:
     is_running = plan.situation is Situation.ACTIVE and plan.termination is None and not inputs.is_queued
     if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.nodes)):
         return None
-    why = plan.refusal.message if plan.refusal else inputs.blocking_condition.message if inputs.blocking_condition else "the pods are not ready"
-    message = f"policy.startTimeoutSeconds {limit} passed: {why}"
+    explanation = plan.refusal.message if plan.refusal else inputs.blocking_condition.message if inputs.blocking_condition else "the pods are not ready"
+    message = f"policy.startTimeoutSeconds {limit} passed: {explanation}"
     return _make_condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)

@@ -84,12 +84,12 @@ def _last_report_time_from_status(facts: Facts) -> datetime | None:
     start of the new pod. The node's clock sets a report's time. If that clock is ahead, the stall timeout is only delayed.
     """
     record, progress, pods_ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
-    rank0 = facts.rank0
-    if record is None or not record.last_step or rank0 is None or rank0.phase != "Running":
+    rank0_pod = facts.rank0_pod
+    if record is None or not record.last_step or rank0_pod is None or rank0_pod.phase != "Running":
         return None
     if pods_ready is None or pods_ready.status == "True" or pods_ready.last_transition_time is None:
         return None
-    started_at, reported_at = rank0.running_since or rank0.created_at, progress.update_time if progress else None
+    started_at, reported_at = rank0_pod.running_since or rank0_pod.created_at, progress.update_time if progress else None
     return max(started_at, reported_at) if reported_at else started_at
 
 

@@ -121,7 +121,7 @@ def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
     if termination is not None:
         return Plan(Situation.ACTIVE, termination=termination)
     pods = facts.active_pods
-    rank0 = next((pod for pod in pods if pod.index == 0 and pod.phase == "Running"), None)
+    rank0_pod = next((pod for pod in pods if pod.completion_index == 0 and pod.phase == "Running"), None)
     all_ready = sum(pod.is_ready for pod in pods) >= facts.nodes
     deadline = timeouts.deadline_at(facts.active_deadline_seconds, facts.earlier_running_seconds, facts.running_since)
     time_limits = [
@@ -133,7 +133,7 @@ def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
     return Plan(
         Situation.ACTIVE,
         blocking_condition=None if all_ready or current_job.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking_condition),
-        scrape_pod=rank0 if rank0 is not None and rank0.ip else None,
+        scrape_pod=rank0_pod if rank0_pod is not None and rank0_pod.ip else None,
         reconcile_at=timeouts.next_reconcile_at(facts.now, *time_limits),
         delete_jobs=_superseded_jobs(facts),
     )

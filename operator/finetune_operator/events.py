@@ -73,28 +73,28 @@ class ConditionState:
 
 
 def _condition_state(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
-    found = status.condition(kind)
-    return ConditionState(found.status, found.reason, found.message) if found else ConditionState()
+    condition = status.condition(kind)
+    return ConditionState(condition.status, condition.reason, condition.message) if condition else ConditionState()
 
 
 def _acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    before, after = _condition_state(old_status, Kind.ACCEPTED), _condition_state(new_status, Kind.ACCEPTED)
-    if after.status == "True" and before.status != "True":
-        yield EventDraft(Reason.ACCEPTED, after.message, action="Accept")
-    elif after.status == "False" and (before.status != "False" or before.reason != after.reason):
-        yield EventDraft(Reason(after.reason), after.message, "Warning", "Accept")
+    old_condition, new_condition = _condition_state(old_status, Kind.ACCEPTED), _condition_state(new_status, Kind.ACCEPTED)
+    if new_condition.status == "True" and old_condition.status != "True":
+        yield EventDraft(Reason.ACCEPTED, new_condition.message, action="Accept")
+    elif new_condition.status == "False" and (old_condition.status != "False" or old_condition.reason != new_condition.reason):
+        yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Accept")
 
 
 def _attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
     old_by_number = {attempt.number: attempt for attempt in old_status.attempts}
     for attempt in new_status.attempts:
-        before = old_by_number.get(attempt.number)
-        if before is None:
+        old_attempt = old_by_number.get(attempt.number)
+        if old_attempt is None:
             yield EventDraft(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
-        if attempt.resumed_from_step and (before is None or before.resumed_from_step != attempt.resumed_from_step):
+        if attempt.resumed_from_step and (old_attempt is None or old_attempt.resumed_from_step != attempt.resumed_from_step):
             note = f"attempt {attempt.number} resumed from step {attempt.resumed_from_step}"
             yield EventDraft(Reason.RESUMED_FROM_CHECKPOINT, note)
-        if attempt.end_time is not None and (before is None or before.end_time is None):
+        if attempt.end_time is not None and (old_attempt is None or old_attempt.end_time is None):
             yield from _failed_attempt_events(attempt)
     for change in new_status.adaptations[len(old_status.adaptations) :]:
         yield EventDraft(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
@@ -112,18 +112,18 @@ def _failed_attempt_events(attempt: Attempt) -> Iterator[EventDraft]:
 
 
 def _waiting_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    before, after = _condition_state(old_status, Kind.QUOTA_RESERVED), _condition_state(new_status, Kind.QUOTA_RESERVED)
-    is_queued = after.status == "False" and after.reason == Reason.QUEUED
-    if is_queued and (before.status, before.reason) != (after.status, after.reason):
-        if before.status == "True":
+    old_condition, new_condition = _condition_state(old_status, Kind.QUOTA_RESERVED), _condition_state(new_status, Kind.QUOTA_RESERVED)
+    is_queued = new_condition.status == "False" and new_condition.reason == Reason.QUEUED
+    if is_queued and (old_condition.status, old_condition.reason) != (new_condition.status, new_condition.reason):
+        if old_condition.status == "True":
             yield EventDraft(Reason.PREEMPTED, "the queue revoked the quota; the pods save and stop", "Warning", "Queue")
-        yield EventDraft(Reason.QUEUED, after.message, action="Queue")
-    before, after = _condition_state(old_status, Kind.PODS_READY), _condition_state(new_status, Kind.PODS_READY)
-    if after.reason != before.reason and after.reason in BLOCKING_REASONS:
-        yield EventDraft(Reason(after.reason), after.message, "Warning", "Wait")
-    before, after = _condition_state(old_status, Kind.STALLED), _condition_state(new_status, Kind.STALLED)
-    if after.status == "True" and before.status != "True" and not _is_finished(new_status):
-        yield EventDraft(Reason(after.reason), after.message, "Warning", "Wait")
+        yield EventDraft(Reason.QUEUED, new_condition.message, action="Queue")
+    old_condition, new_condition = _condition_state(old_status, Kind.PODS_READY), _condition_state(new_status, Kind.PODS_READY)
+    if new_condition.reason != old_condition.reason and new_condition.reason in BLOCKING_REASONS:
+        yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Wait")
+    old_condition, new_condition = _condition_state(old_status, Kind.STALLED), _condition_state(new_status, Kind.STALLED)
+    if new_condition.status == "True" and old_condition.status != "True" and not _is_finished(new_status):
+        yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Wait")
 
 
 def _training_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
@@ -133,17 +133,17 @@ def _training_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatu
         yield EventDraft(Reason.TRAINING_STARTED, note, action="Train")
     if new_status.latest_checkpoint and not old_status.latest_checkpoint:
         yield EventDraft(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new_status.latest_checkpoint}", action="Checkpoint")
-    before, after = _condition_state(old_status, Kind.CHECKPOINTS_HEALTHY), _condition_state(new_status, Kind.CHECKPOINTS_HEALTHY)
-    if after.status == "False" and before.status != "False":
-        yield EventDraft(Reason(after.reason), after.message, "Warning", "Checkpoint")
+    old_condition, new_condition = _condition_state(old_status, Kind.CHECKPOINTS_HEALTHY), _condition_state(new_status, Kind.CHECKPOINTS_HEALTHY)
+    if new_condition.status == "False" and old_condition.status != "False":
+        yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Checkpoint")
 
 
 def _end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    before, after = _condition_state(old_status, Kind.SUSPENDED), _condition_state(new_status, Kind.SUSPENDED)
-    if after.status == "True" and before.status != "True":
-        yield EventDraft(Reason.SUSPENDED, after.message, action="Suspend")
-    if after.status == "False" and before.status == "True" and after.reason == Reason.RESUMED and not _is_finished(new_status):
-        yield EventDraft(Reason.RESUMED, after.message, action="Resume")
+    old_condition, new_condition = _condition_state(old_status, Kind.SUSPENDED), _condition_state(new_status, Kind.SUSPENDED)
+    if new_condition.status == "True" and old_condition.status != "True":
+        yield EventDraft(Reason.SUSPENDED, new_condition.message, action="Suspend")
+    if new_condition.status == "False" and old_condition.status == "True" and new_condition.reason == Reason.RESUMED and not _is_finished(new_status):
+        yield EventDraft(Reason.RESUMED, new_condition.message, action="Resume")
     if not _is_finished(new_status) or _is_finished(old_status):
         return
     if new_status.phase is Phase.SUCCEEDED:
@@ -202,7 +202,7 @@ class TokenBucket:
     tokens: float
     refilled_at: float
 
-    def take(self, now: float) -> bool:
+    def take_token(self, now: float) -> bool:
         """Take a token. Returns False if the bucket has no token."""
         self.tokens = min(BUCKET_TOKENS, self.tokens + (now - self.refilled_at) / TOKEN_REFILL_SECONDS)
         self.refilled_at = now
@@ -259,7 +259,7 @@ class EventRecorder:
 
     def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
-        is_allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take(now)
+        is_allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take_token(now)
         if len(self._buckets) > MAX_BUCKETS:
             full_refill_seconds = BUCKET_TOKENS * TOKEN_REFILL_SECONDS
             self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= full_refill_seconds}

@@ -147,17 +147,17 @@ class Facts:
         return _newest_by_rank(self.attempt_pods)
 
     @cached_property
-    def rank0(self) -> PodView | None:
+    def rank0_pod(self) -> PodView | None:
         """The active pod of rank 0. This pod serves the attempt's progress over HTTP."""
-        return next((pod for pod in self.active_pods if pod.index == 0), None)
+        return next((pod for pod in self.active_pods if pod.completion_index == 0), None)
 
     # Reports
 
     @property
     def live_report(self) -> ReceivedReport | None:
         """The last report if its pod is still active. None if, for example, a queue has replaced the pod within the attempt."""
-        rank0 = self.rank0
-        is_live = self.last_report is not None and rank0 is not None and rank0.uid == self.last_report.pod_uid
+        rank0_pod = self.rank0_pod
+        is_live = self.last_report is not None and rank0_pod is not None and rank0_pod.uid == self.last_report.pod_uid
         return self.last_report if is_live else None
 
     @property
@@ -168,7 +168,7 @@ class Facts:
         checkpoints that the pod committed. Once the status lists these checkpoints, the message is ignored, because the retention policy
         may have removed some of the checkpoints.
         """
-        pods = sorted((pod for pod in self.attempt_pods if pod.index == 0), key=lambda pod: pod.created_at)
+        pods = sorted((pod for pod in self.attempt_pods if pod.completion_index == 0), key=lambda pod: pod.created_at)
         last_report = self.last_report
         sources: list[ProgressReport | TerminationMessage] = []
         if last_report is not None and last_report.pod_uid not in {pod.uid for pod in pods}:
@@ -308,7 +308,7 @@ class Facts:
 
 
 def _newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
-    newest_by_index = {pod.index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
+    newest_by_index = {pod.completion_index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
     return tuple(newest_by_index[index] for index in sorted(newest_by_index))
 
 

@@ -26,7 +26,7 @@ def create_registry(kube: KubeClient, cache: Cache, queue: WorkQueue, monitor: W
     registry = kopf.OperatorRegistry()
 
     def enqueue(update: CacheUpdate | None) -> None:
-        if update is None or not update.changed:
+        if update is None or not update.has_changed:
             return
         if update.is_new:
             queue.add_high_priority(update.key)
@@ -58,9 +58,9 @@ def cache_finetunejob(cache: Cache, event_type: str | None, body: Object) -> Cac
     key = Key(meta["namespace"], meta["name"])
     if event_type == DELETED_EVENT_TYPE:
         cache.drop_finetunejob(key, meta["uid"])
-        return CacheUpdate(key, changed=True)
+        return CacheUpdate(key, has_changed=True)
     if cache.has_version(key, meta["uid"], str(meta.get("resourceVersion", ""))):
-        return CacheUpdate(key, changed=False)
+        return CacheUpdate(key, has_changed=False)
     return cache.put_finetunejob(read_finetunejob(body))
 
 
@@ -69,7 +69,7 @@ def cache_job(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate
     view = read_job(body)
     if view is None:
         return None
-    return CacheUpdate(cache.drop_job(view), changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_job(view)
+    return CacheUpdate(cache.drop_job(view), has_changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_job(view)
 
 
 def cache_pod(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate | None:
@@ -77,4 +77,4 @@ def cache_pod(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate
     view = read_pod(body)
     if view is None:
         return None
-    return CacheUpdate(cache.mark_pod_deleted(view), changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_pod(view)
+    return CacheUpdate(cache.mark_pod_deleted(view), has_changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_pod(view)

@@ -21,7 +21,7 @@ SPEC_NOT_NEEDED = AcceptedSpec(FineTuneJobSpec())
 class EventReadState:
     """The blocking condition found in events about a job's missing pods, and the time of the next read of these events."""
 
-    condition: BlockingCondition | None = None
+    blocking_condition: BlockingCondition | None = None
     due_at: float | None = None
     """Event loop time of the next read, or None if no pod is missing."""
     interval_seconds: float = FIRST_EVENT_READ_SECONDS

@@ -251,27 +251,27 @@ class WatchMonitor:
         return config
 
     async def _on_start(
-        self, _: aiohttp.ClientSession, trace: SimpleNamespace, __: aiohttp.TraceRequestStartParams
+        self, _: aiohttp.ClientSession, trace_context: SimpleNamespace, __: aiohttp.TraceRequestStartParams
     ) -> None:
-        trace.started = asyncio.get_running_loop().time()
+        trace_context.started = asyncio.get_running_loop().time()
 
     async def _on_end(
-        self, _: aiohttp.ClientSession, trace: SimpleNamespace, params: aiohttp.TraceRequestEndParams
+        self, _: aiohttp.ClientSession, trace_context: SimpleNamespace, params: aiohttp.TraceRequestEndParams
     ) -> None:
-        self._record(trace, params, params.response.status)
+        self._record(trace_context, params, params.response.status)
 
     async def _on_exception(
-        self, _: aiohttp.ClientSession, trace: SimpleNamespace, params: aiohttp.TraceRequestExceptionParams
+        self, _: aiohttp.ClientSession, trace_context: SimpleNamespace, params: aiohttp.TraceRequestExceptionParams
     ) -> None:
-        self._record(trace, params, 0)
+        self._record(trace_context, params, 0)
 
     def _record(
         self,
-        trace: SimpleNamespace,
+        trace_context: SimpleNamespace,
         params: aiohttp.TraceRequestEndParams | aiohttp.TraceRequestExceptionParams,
         status: int,
     ) -> None:
-        seconds = asyncio.get_running_loop().time() - trace.started
+        seconds = asyncio.get_running_loop().time() - trace_context.started
         self.record(params.url.path, status, seconds, is_watch=params.url.query.get("watch") == "true")
 
 

@@ -102,7 +102,7 @@ class ApiResponse:
     warnings: tuple[str, ...] = ()
 
 
-class Listing(NamedTuple):
+class ObjectList(NamedTuple):
     """A list of objects, or one page of such a list."""
 
     items: list[Object]
@@ -116,12 +116,12 @@ class Listing(NamedTuple):
 class ServerClock:
     """The API server's clock. The server sets the times from which deadlines are computed, so the local clock must not be used."""
 
-    offset: timedelta = timedelta()
+    clock_offset: timedelta = timedelta()
     compared_at: float = field(default=float("-inf"))
 
     def now(self) -> datetime:
         """Current time, UTC."""
-        return datetime.now(UTC) + self.offset
+        return datetime.now(UTC) + self.clock_offset
 
     def update_offset(self, date_header: str | None, loop_time: float) -> None:
         """Compare the local clock with the `Date` header of a response, at most every ten seconds."""
@@ -133,7 +133,7 @@ class ServerClock:
         except (TypeError, ValueError):
             return
         is_small = abs(difference.total_seconds()) <= CLOCK_TOLERANCE_SECONDS
-        self.offset = timedelta() if is_small else difference
+        self.clock_offset = timedelta() if is_small else difference
 
 
 RequestObserver = Callable[[str, str, int, float], None]
@@ -197,18 +197,18 @@ class KubeClient:
         """Read one object. Errors: NotFound, Unavailable, ..."""
         return (await self._send_with_retries("get", kind, name, "GET", kind.path(namespace, name))).body
 
-    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
+    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> ObjectList:
         """Return all objects of a kind in one namespace or in the whole cluster."""
         items: list[Object] = []
         version = 0
         async for page in self.pages(kind, namespace, labels=labels, fields=fields):
             items = page.items if page.is_first_page else items + page.items
             version = page.version
-        return Listing(items, version)
+        return ObjectList(items, version)
 
     async def pages(
         self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
-    ) -> AsyncIterator[Listing]:
+    ) -> AsyncIterator[ObjectList]:
         """Like `list`, but page by page, so that the caller need not hold all objects. All pages show the same resourceVersion.
 
         The server compacts its history every five minutes. If the continue token expires between two pages, the list restarts with
@@ -226,7 +226,7 @@ class KubeClient:
                 continue
             meta = page.get("metadata") or {}
             version = str(meta.get("resourceVersion", ""))
-            yield Listing(page.get("items") or [], int(version) if version.isdigit() else 0, "continue" not in query)
+            yield ObjectList(page.get("items") or [], int(version) if version.isdigit() else 0, "continue" not in query)
             if not meta.get("continue"):
                 return
             query["continue"] = meta["continue"]

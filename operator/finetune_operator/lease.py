@@ -140,22 +140,22 @@ class LeaderElector:
         return asyncio.get_running_loop().time() - self._observed_at > self._settings.lease_duration_seconds
 
 
-class Leadership:
-    """Acquires the Lease, calls `prepare` and then `start_work`, and renews the Lease until the process ends.
+class LeaderTasks:
+    """Acquires the Lease, calls `on_elected` and then `start_work`, and renews the Lease until the process ends.
 
-    If `elector` is None, the replica is always the leader. `prepare` is then not called, because the process has just filled its cache.
+    If `elector` is None, the replica is always the leader. `on_elected` is then not called, because the process has just filled its cache.
     """
 
     def __init__(
-        self, elector: LeaderElector | None, prepare: Callable[[], Awaitable[None]], start_work: Callable[[], None]
+        self, elector: LeaderElector | None, on_elected: Callable[[], Awaitable[None]], start_work: Callable[[], None]
     ):
-        self._elector, self._prepare, self._start_work = elector, prepare, start_work
+        self._elector, self._on_elected, self._start_work = elector, on_elected, start_work
         self._is_acquired = asyncio.Event()
 
     def create_coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Return two coroutines by name. Both run until the process ends. Errors: LeaseLost, and errors of `prepare`.
+        """Return two coroutines by name. Both run until the process ends. Errors: LeaseLost, and errors of `on_elected`.
 
-        With thousands of objects, `prepare` takes longer than the renew deadline, so another coroutine renews the Lease at the same time.
+        With thousands of objects, `on_elected` takes longer than the renew deadline, so another coroutine renews the Lease at the same time.
         """
         return {"lease": self._hold_lease(), "leader": self._work_as_leader()}
 
@@ -169,7 +169,7 @@ class Leadership:
     async def _work_as_leader(self) -> None:
         if self._elector is not None:
             await self._is_acquired.wait()
-            await self._prepare()
+            await self._on_elected()
         self._start_work()
         await asyncio.Event().wait()
 

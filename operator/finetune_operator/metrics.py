@@ -82,7 +82,7 @@ class Metrics:
         self.api_requests.labels(verb, resource, str(code)).inc()
         self.api_seconds.labels(verb).observe(seconds)
 
-    def set_phase_counts(self, counts: dict[str, int]) -> None:
+    def set_phase_counts(self, job_counts: dict[str, int]) -> None:
         """Set the number of jobs in each phase."""
         for phase in Phase:
-            self.jobs.labels(phase.value).set(counts.get(phase.value, 0))
+            self.jobs.labels(phase.value).set(job_counts.get(phase.value, 0))

@@ -14,7 +14,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
 from finetune_operator.kube import KubeClient, NotFound
 from finetune_operator.objects import JOB, POD
-from finetune_operator.policies.acceptance import FirstAttempt, RefusedSpec, accept, first_attempt
+from finetune_operator.policies.acceptance import FirstAttempt, RefusedSpec, accept, read_first_attempt
 from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import JobObject, read_job, read_pod
@@ -55,7 +55,7 @@ class JobObserver:
             config=self._config,
             jobs=tuple(entry.jobs.values()),
             pods=tuple(entry.pods.values()),
-            blocking_condition=state.event_read.condition,
+            blocking_condition=state.event_read.blocking_condition,
         )
         last_report = self._scraper.last_report(key, job.uid, facts.attempt)
         return replace(facts, last_report=last_report) if last_report else facts
@@ -69,7 +69,7 @@ class JobObserver:
         spec_changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
         # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.
-        first_record = first_attempt(job.status) or (FirstAttempt() if has_job else None)
+        first_record = read_first_attempt(job.status) or (FirstAttempt() if has_job else None)
         refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_record is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
         if spec_changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
@@ -111,7 +111,7 @@ class JobObserver:
     async def _read_blocking_events(self, key: Key, facts: Facts) -> bool:
         return await self._blocking_reader.read(key, facts, self.states[key].event_read)
 
-    def drop(self, key: Key) -> JobState | None:
+    def drop_state(self, key: Key) -> JobState | None:
         """Drop the in-process state of a deleted job, and return that state."""
         self._blocking_reader.release(key)
         return self.states.pop(key, None)

@@ -175,9 +175,9 @@ class Reconciler:
         self._drop_state(key)
 
     def _drop_state(self, key: Key) -> None:
-        state = self._observer.drop(key)
+        state = self._observer.drop_state(key)
         if state is not None:
-            self._writer.drop(state.uid)
+            self._writer.drop_state(state.uid)
         self._scraper.drop(key)
 
 

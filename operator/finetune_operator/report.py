@@ -48,9 +48,9 @@ STEP_IN_URI = re.compile(r"/step-(\d{8,})(?:/|$)")
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def merge_fields(base: Model, *newer: Model | None) -> Model:
-    """Return a copy of `base` with all fields that are set in `newer`. Later arguments take precedence."""
-    fields = {name: value for source in newer if source is not None for name, value in source if value is not None}
+def merge_fields(base: Model, *newer_values: Model | None) -> Model:
+    """Return a copy of `base` with all fields that are set in `newer_values`. Later arguments take precedence."""
+    fields = {name: value for source in newer_values if source is not None for name, value in source if value is not None}
     return base.model_copy(update=fields)
 
 
@@ -413,12 +413,12 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
     spec = inputs.facts.spec
     gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
     rank_count = (spec.resources.nodes or 1) * (spec.resources.processes_per_node or max(gpus, 1))
-    training = spec.training
+    training_spec = spec.training
     return ResolvedConfig(
         method=spec.method.type,
         model_name=" ".join(clean(model_name(spec.model.source)).split()) if spec.model.source else None,
         world_size=rank_count,
-        effective_batch=(training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1) * rank_count,
+        effective_batch=(training_spec.batch_size_per_device or 1) * (training_spec.gradient_accumulation_steps or 1) * rank_count,
         image=spec.placement.image or inputs.facts.config.trainer.image,
         node_pool=acceptance.pool.name if acceptance.pool else None,
         defaults=dict(acceptance.defaults) or None,

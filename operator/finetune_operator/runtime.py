@@ -25,7 +25,7 @@ from finetune_operator.health import HealthChecks
 from finetune_operator.http import Server
 from finetune_operator.kopf_adapter import WatchMonitor
 from finetune_operator.kube import KubeClient, KubeError
-from finetune_operator.lease import LeaderElector, Leadership, LeaseLost
+from finetune_operator.lease import LeaderElector, LeaderTasks, LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, JOB, POD
 from finetune_operator.reconcile import Reconciler
@@ -42,7 +42,7 @@ DRAIN_SECONDS = 10.0
 LAG_PERIOD_SECONDS = 1.0
 
 
-class Runtime:
+class OperatorRuntime:
     """Creates all objects of the operator and runs their tasks."""
 
     def __init__(self, config: OperatorConfig, kube: KubeClient, metrics: Metrics):
@@ -50,12 +50,12 @@ class Runtime:
         self._cache = Cache()
         self._queue = WorkQueue()
         self._scraper = ProgressScraper(config.scrape, kube.clock.now, self._queue.add)
-        identity = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        replica_identity = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self._reconciler = Reconciler(
-            kube=kube, cache=self._cache, queue=self._queue, recorder=EventRecorder(kube, identity), scraper=self._scraper,
+            kube=kube, cache=self._cache, queue=self._queue, recorder=EventRecorder(kube, replica_identity), scraper=self._scraper,
             metrics=metrics, config=config,
         )  # fmt: skip
-        self._elector = LeaderElector(kube, config.leader_election, _own_namespace(), identity)
+        self._elector = LeaderElector(kube, config.leader_election, _own_namespace(), replica_identity)
         self._resyncer = Resyncer(kube, self._cache, self._queue, config.namespaces)
         collection_paths = [kind.path(name) for kind in (FINETUNEJOB, JOB, POD) for name in config.namespaces or (None,)]
         self._monitor = WatchMonitor(collection_paths, metrics.record_request)
@@ -100,7 +100,7 @@ class Runtime:
         elector = self._elector if self._config.leader_election.enabled else None
         if elector is not None:
             self._kube.ensure_may_write = elector.ensure_leading
-        coroutines = Leadership(elector, prepare=self._resyncer.run_once, start_work=self._start_working).create_coroutines()
+        coroutines = LeaderTasks(elector, on_elected=self._resyncer.run_once, start_work=self._start_working).create_coroutines()
         coroutines |= {
             "resync": self._resyncer.run_periodically(self._config.resync_seconds),
             "scraper": self._scraper.run(),
@@ -157,9 +157,9 @@ class Runtime:
     async def _measure_lag(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            started = loop.time()
+            started_at = loop.time()
             await asyncio.sleep(LAG_PERIOD_SECONDS)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - started - LAG_PERIOD_SECONDS))
+            self._metrics.loop_lag.set(max(0.0, loop.time() - started_at - LAG_PERIOD_SECONDS))
 
     def _refresh_metrics(self) -> None:
         phase_counts = Counter(str(job.status.phase or "Pending") for job in self._cache.finetunejobs())

@@ -45,7 +45,7 @@ class Target:
 
 
 @dataclass(eq=False)
-class Subscription:
+class PodSubscription:
     """A target between `watch` and `stop`. A new target gets a new subscription, and the heap entry of the old subscription is skipped."""
 
     number: int
@@ -62,9 +62,9 @@ class ProgressScraper:
         self._settings = settings
         self._now = now
         self._on_report = on_report
-        self._subscriptions: dict[Key, Subscription] = {}
+        self._subscriptions: dict[Key, PodSubscription] = {}
         self._reports: dict[Key, tuple[Target, ReceivedReport]] = {}
-        self._heap: list[tuple[float, int, Subscription]] = []
+        self._heap: list[tuple[float, int, PodSubscription]] = []
         """Subscriptions by due time. Stopped and replaced subscriptions stay in the heap, but are skipped."""
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
@@ -81,7 +81,7 @@ class ProgressScraper:
         current_subscription = self._subscriptions.get(key)
         if current_subscription is not None and current_subscription.target == target:
             return
-        self._subscriptions[key] = subscription = Subscription(next(self._numbers), key, target)
+        self._subscriptions[key] = subscription = PodSubscription(next(self._numbers), key, target)
         self._read_after(0, subscription)
 
     def stop(self, key: Key) -> None:
@@ -112,7 +112,7 @@ class ProgressScraper:
                 task = group.create_task(self._read_report(session, subscription))
                 task.add_done_callback(lambda _: free_connections.release())
 
-    async def _next_due(self) -> Subscription:
+    async def _next_due(self) -> PodSubscription:
         loop = asyncio.get_running_loop()
         while True:
             while self._heap and not self._is_current(self._heap[0][2]):
@@ -127,14 +127,14 @@ class ProgressScraper:
             except TimeoutError:
                 continue
 
-    def _is_current(self, subscription: Subscription) -> bool:
+    def _is_current(self, subscription: PodSubscription) -> bool:
         return self._subscriptions.get(subscription.key) is subscription
 
-    def _read_after(self, seconds: float, subscription: Subscription) -> None:
+    def _read_after(self, seconds: float, subscription: PodSubscription) -> None:
         heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, subscription.number, subscription))
         self._changed.set()
 
-    async def _read_report(self, session: aiohttp.ClientSession, subscription: Subscription) -> None:
+    async def _read_report(self, session: aiohttp.ClientSession, subscription: PodSubscription) -> None:
         report = await self._fetch_report(session, subscription.target)
         if not self._is_current(subscription):
             return

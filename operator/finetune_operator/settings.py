@@ -225,7 +225,7 @@ class OperatorConfig(WireModel):
             raise ValueError(f"nodePools marks {' and '.join(defaults)} as default: mark only one pool")
         return self
 
-    def pool(self, name: str) -> NodePool | None:
+    def find_pool(self, name: str) -> NodePool | None:
         """Return the pool with this name, or None if no such pool exists."""
         return next((pool for pool in self.node_pools if pool.name == name), None)
 
@@ -235,8 +235,8 @@ class OperatorConfig(WireModel):
         return next((pool for pool in self.node_pools if pool.default), None)
 
 
-def parse_config(value: Any, origin: str) -> OperatorConfig:
-    """Validate a parsed file. Errors: SettingsError, whose message contains `origin`, each wrong key and the problem of the key."""
+def parse_config(value: Any, source_name: str) -> OperatorConfig:
+    """Validate a parsed file. Errors: SettingsError, whose message contains `source_name`, each wrong key and the problem of the key."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
     except ValidationError as error:
@@ -244,7 +244,7 @@ def parse_config(value: Any, origin: str) -> OperatorConfig:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"]) or "file"
             problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
-        raise SettingsError(f"{origin} is not valid: " + "; ".join(problems)) from error
+        raise SettingsError(f"{source_name} is not valid: " + "; ".join(problems)) from error
 
 
 def load_config(path: Path) -> OperatorConfig:

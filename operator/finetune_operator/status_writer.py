@@ -147,7 +147,7 @@ class StatusWriter:
         self._queue.add_after(key, min(FIRST_STATUS_RECHECK_SECONDS, state.first_status_due - now))
         return True
 
-    def drop(self, uid: str) -> None:
+    def drop_state(self, uid: str) -> None:
         """Drop the state of a deleted job."""
         self._recorder.record_status_write(uid)
 

@@ -102,7 +102,7 @@ class RateLimiter:
         """Whether the caller has a reservation."""
         return caller in self._reserved
 
-    def reserve(self, caller: Hashable, now: float) -> float:
+    def reserve_read(self, caller: Hashable, now: float) -> float:
         """Reserve a read after all other reservations, and return the time of the read. The delay is always below `MAX_READ_DELAY`."""
         offset_seconds = max(0.0, self._next_free_at - now) + len(self._reserved) * self._pause_seconds
         self._reserved.add(caller)

@@ -89,7 +89,7 @@ class PodView:
     """uid of the FineTuneJob, from the label."""
     job_name: str
     attempt: int
-    index: int
+    completion_index: int
     created_at: datetime
     phase: str = "Pending"
     is_ready: bool = False
@@ -259,7 +259,7 @@ def read_pod(body: Object) -> PodView | None:
         owner_uid=str(labels.get(Label.JOB_UID, "")),
         job_name=labels[Label.JOB_NAME],
         attempt=attempt,
-        index=_parse_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
+        completion_index=_parse_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
         created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
         phase=str(status.get("phase", "Pending")),
         is_ready=conditions.get("Ready", {}).get("status") == "True",

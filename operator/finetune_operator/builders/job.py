@@ -264,12 +264,12 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
 def _tracker_and_hub_keys(spec: FineTuneJobSpec) -> list[Object]:
     """Credentials for experiment trackers and the model hub, as the environment variables that the client libraries read."""
     wandb, mongodb, hub = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub
-    references = (
+    secret_references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
         (names.MONGODB_URI, mongodb.uri_secret_ref if mongodb else None),
         (names.HUB_TOKEN, hub.token_secret_ref if hub else None),
     )
-    return [{"name": name, "valueFrom": _secret_key_source(reference)} for name, reference in references if reference is not None]
+    return [{"name": name, "valueFrom": _secret_key_source(secret_reference)} for name, secret_reference in secret_references if secret_reference is not None]
 
 
 def _credentials_ref(connection: Any) -> SecretRef | None:
@@ -281,10 +281,10 @@ def _credential_variables(secret: SecretRef | None, prefix: str) -> list[Object]
         return []
     result: list[Object] = []
     for key in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN):
-        reference: Object = {"name": secret.name, "key": key.value}
+        key_reference: Object = {"name": secret.name, "key": key.value}
         if key is Env.STORAGE_SESSION_TOKEN:
-            reference["optional"] = True
-        result.append({"name": f"{prefix}{key.value}", "valueFrom": {"secretKeyRef": reference}})
+            key_reference["optional"] = True
+        result.append({"name": f"{prefix}{key.value}", "valueFrom": {"secretKeyRef": key_reference}})
     return result
 
 
@@ -322,8 +322,8 @@ def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, confi
         result["tolerations"] = [toleration.to_wire() for toleration in tolerations]
     affinity: Object = {}
     if placement.node_affinity:
-        terms = [term.to_wire() for term in placement.node_affinity]
-        required_terms = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
+        node_terms = [term.to_wire() for term in placement.node_affinity]
+        required_terms = {"nodeSelectorTerms": [{"matchExpressions": node_terms}]}
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required_terms}
     if gang_name:
         gang_selector = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang_name}}}

@@ -33,7 +33,7 @@ from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
 
-__all__ = ["AcceptedSpec", "FirstAttempt", "RefusedSpec", "accept", "first_attempt"]
+__all__ = ["AcceptedSpec", "FirstAttempt", "RefusedSpec", "accept", "read_first_attempt"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class FirstAttempt:
     spec_sha256: str | None = None
 
 
-def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
+def read_first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
     """Return the record of the first attempt, or None before the first attempt."""
     if not status.attempts:
         return None
@@ -61,31 +61,35 @@ def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
     return FirstAttempt(resolved.defaults or {}, resolved.spec_sha256) if resolved else FirstAttempt()
 
 
-def accept(raw_spec: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> AcceptedSpec | RefusedSpec:
-    """Check a FineTuneJob's spec. `first` is None before the first attempt."""
+def accept(raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None) -> AcceptedSpec | RefusedSpec:
+    """Check a FineTuneJob's spec. `first_attempt` is None before the first attempt."""
     try:
         spec, unknown_fields = read_spec(raw_spec)
     except ValidationError as error:
         return _refuse_unknown_parts([_field_error(item) for item in error.errors()])
     problems, unsupported_problems = ([], []) if unknown_fields else (check(spec), unsupported_fields(spec))
     rule_problems = [*map(str, problems), *map(str, unsupported_problems)]
-    if rule_problems and first is None:
+    if rule_problems and first_attempt is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported_problems][0].hint, spec=spec)
     pool, spec_digest = choose_pool(spec, config), spec_sha256(raw_spec)
-    resolution = _resolve_spec(spec, _platform_defaults(config, None if isinstance(pool, RefusedSpec) else pool), first or FirstAttempt())
-    version_refusal = _refuse_other_version(unknown_fields, spec_digest, first)
+    resolved_spec = _resolve_spec(spec, _platform_defaults(config, None if isinstance(pool, RefusedSpec) else pool), first_attempt or FirstAttempt())
+    version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
-        return replace(version_refusal, spec=resolution.spec)
+        return replace(version_refusal, spec=resolved_spec.spec)
     if isinstance(pool, RefusedSpec):
-        return replace(pool, spec=resolution.spec)
+        return replace(pool, spec=resolved_spec.spec)
     placement_conflicts = list(placement_problems(spec, pool, config))
-    refusal = _refuse_conflicts(placement_conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
+    refusal = (
+        _refuse_conflicts(placement_conflicts, first_attempt)
+        or _refuse_storage(resolved_spec, first_attempt)
+        or _refuse_size(resolved_spec, first_attempt)
+    )
     if refusal is not None:
-        return replace(refusal, spec=resolution.spec)
+        return replace(refusal, spec=resolved_spec.spec)
     # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
     newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *placement_conflicts)]
-    return AcceptedSpec(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, spec_digest)
+    return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, (*resolved_spec.notes, *newer_rules), pool, spec_digest)
 
 
 def _refuse_unknown_parts(unknown_parts: Iterable[str]) -> RefusedSpec:
@@ -98,11 +102,11 @@ def _field_error(item: Any) -> str:
     return f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
 
 
-def _refuse_other_version(unknown_fields: tuple[str, ...], spec_digest: str, first: FirstAttempt | None) -> RefusedSpec | None:
+def _refuse_other_version(unknown_fields: tuple[str, ...], spec_digest: str, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
     """Make the job wait if the spec has unknown fields, or if an older CRD has removed fields of the spec."""
     if unknown_fields:
         return _refuse_unknown_parts(f"spec.{path}" for path in unknown_fields)
-    if first is not None and first.spec_sha256 not in (None, spec_digest):
+    if first_attempt is not None and first_attempt.spec_sha256 not in (None, spec_digest):
         message = (
             "the immutable spec has changed since the first attempt: "
             "an older version of the CRD was installed, which removed unknown fields from the spec"
@@ -112,15 +116,15 @@ def _refuse_other_version(unknown_fields: tuple[str, ...], spec_digest: str, fir
     return None
 
 
-def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> RefusedSpec | None:
-    if not conflicts or first is not None:
+def _refuse_conflicts(placement_conflicts: list[str], first_attempt: FirstAttempt | None) -> RefusedSpec | None:
+    if not placement_conflicts or first_attempt is not None:
         return None
-    return RefusedSpec(Reason.REJECTED, clean("; ".join(conflicts)), "remove the value, or choose another pool")
+    return RefusedSpec(Reason.REJECTED, clean("; ".join(placement_conflicts)), "remove the value, or choose another pool")
 
 
-def _refuse_storage(resolution: ResolvedSpec, first: FirstAttempt | None) -> RefusedSpec | None:
+def _refuse_storage(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
     """Refuse a storage URI that is missing or cannot be parsed. If the bad URI is in the operator's configuration, the job waits."""
-    uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
+    uri, is_default = resolved_spec.spec.storage.uri, "storage.uri" in resolved_spec.defaults
     if uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
         return RefusedSpec(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", is_final=False)
@@ -130,43 +134,43 @@ def _refuse_storage(resolution: ResolvedSpec, first: FirstAttempt | None) -> Ref
         if is_default:
             message = f"the default storage of the operator's configuration cannot be used: {error.message}"
             return RefusedSpec(Reason.STORAGE_NOT_CONFIGURED, clean(message), error.hint or "", is_final=False)
-        return RefusedSpec(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "", is_final=first is None)
+        return RefusedSpec(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "", is_final=first_attempt is None)
     return None
 
 
-def _refuse_size(resolution: ResolvedSpec, first: FirstAttempt | None) -> RefusedSpec | None:
-    size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
+def _refuse_size(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
+    size = len(resolved_spec.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size <= MAX_SPEC_BYTES:
         return None
     message = f"the spec with its defaults has {size} bytes, but at most {MAX_SPEC_BYTES} bytes fit into a pod's annotation"
     hint = "put templates and long lists into ConfigMaps, and refer to the ConfigMaps in the spec"
-    return RefusedSpec(Reason.REJECTED, message, hint, is_final=first is None)
+    return RefusedSpec(Reason.REJECTED, message, hint, is_final=first_attempt is None)
 
 
-def _resolve_spec(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> ResolvedSpec:
+def _resolve_spec(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults, first_attempt: FirstAttempt) -> ResolvedSpec:
     """Fill in the defaults. The defaults of the first attempt take precedence over the current defaults."""
-    resolution, recorded_defaults = resolve_defaults(spec, platform_defaults=platform), first.defaults
-    store_differs = any(resolution.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY)
+    resolved_spec, recorded_defaults = resolve_defaults(spec, platform_defaults=platform_defaults), first_attempt.defaults
+    store_differs = any(resolved_spec.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY)
     if store_differs and any(path in recorded_defaults for path in STORE_IDENTITY):
         storage = {path.partition(".")[2]: value for path, value in recorded_defaults.items() if path.startswith("storage.")}
         try:
-            resolution = resolve_defaults(spec, platform_defaults=replace(platform, storage=StorageRoot.model_validate(storage)))
+            resolved_spec = resolve_defaults(spec, platform_defaults=replace(platform_defaults, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
     differing_defaults = {
-        path: recorded_defaults[path] for path, value in resolution.defaults.items()
+        path: recorded_defaults[path] for path, value in resolved_spec.defaults.items()
         if path in recorded_defaults and recorded_defaults[path] != value and path.partition(".")[0] not in (*CLUSTER_GROUPS, "storage")
     }  # fmt: skip
-    return _with_defaults(resolution, differing_defaults) if differing_defaults else resolution
+    return _with_defaults(resolved_spec, differing_defaults) if differing_defaults else resolved_spec
 
 
-def _with_defaults(resolution: ResolvedSpec, values: Mapping[str, Any]) -> ResolvedSpec:
-    """Return the resolution with other defaults. `values` contains the new defaults by path."""
+def _with_defaults(resolved_spec: ResolvedSpec, values: Mapping[str, Any]) -> ResolvedSpec:
+    """Return the resolved spec with other defaults. `values` contains the new defaults by path."""
     try:
-        return replace(resolution, spec=resolution.spec.with_values(values), defaults={**resolution.defaults, **values})
+        return replace(resolved_spec, spec=resolved_spec.spec.with_values(values), defaults={**resolved_spec.defaults, **values})
     except ValidationError as error:
         logger.warning("the defaults of the job's first attempt cannot be used; using the current defaults: %s", error)
-        return resolution
+        return resolved_spec
 
 
 def _platform_defaults(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:

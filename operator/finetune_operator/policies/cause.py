@@ -29,7 +29,7 @@ def cause_of(job: JobView | None, pods: Iterable[PodView]) -> FailureCause:
     """Return why the attempt ended: the cause in its pods or, if no pod failed, the cause in the conditions of its Job."""
     failures = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
     if failures:
-        return min(failures, key=lambda pair: _sort_key(*pair))[0]
+        return min(failures, key=lambda cause_and_pod: _sort_key(*cause_and_pod))[0]
     return _cause_from_job(job)
 
 
@@ -39,7 +39,7 @@ def _sort_key(cause: FailureCause, pod: PodView) -> tuple[int, bool, int, int]:
     time_ns = message.time_ns if message is not None and message.time_ns else None
     if time_ns is None and pod.terminated and pod.terminated.finished_at:
         time_ns = int(pod.terminated.finished_at.timestamp() * 1e9)
-    return cause.precedence, reports_other_rank, time_ns if time_ns is not None else NO_TIME_NS, pod.index
+    return cause.precedence, reports_other_rank, time_ns if time_ns is not None else NO_TIME_NS, pod.completion_index
 
 
 def pod_cause(pod: PodView) -> FailureCause | None:

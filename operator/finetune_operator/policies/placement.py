@@ -26,7 +26,7 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
     resources = spec.resources
     gpus = 1 if resources.gpus_per_node is None else resources.gpus_per_node
     if resources.node_pool is not None:
-        pool = config.pool(resources.node_pool)
+        pool = config.find_pool(resources.node_pool)
         if pool is None:
             message = f"spec.resources.nodePool is {resources.node_pool!r}; {_list_pools(config)}"
             return RefusedSpec(Reason.UNKNOWN_NODE_POOL, message, "name one of these pools", is_final=False)

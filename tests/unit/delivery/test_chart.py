@@ -90,8 +90,8 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
     assert settings.storage.endpoint == "http://s3:8333"
     assert settings.storage.credentials_secret_ref is not None
     assert settings.storage.credentials_secret_ref.name == "keys"
-    assert settings.pool("h100") is not None
-    assert settings.pool("h100") == OperatorConfig.model_validate({"nodePools": [NODE_POOL]}).pool("h100")
+    assert settings.find_pool("h100") is not None
+    assert settings.find_pool("h100") == OperatorConfig.model_validate({"nodePools": [NODE_POOL]}).find_pool("h100")
     assert settings.namespaces == ("a", "b")
     assert settings.log.format is LogFormat.JSON
     assert (settings.workers, settings.resync_seconds, settings.scrape.interval_seconds) == (3, 60, 2)

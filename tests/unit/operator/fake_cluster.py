@@ -18,8 +18,8 @@ from finetune_operator.kube import (
     Conflict,
     Invalid,
     KubeClient,
-    Listing,
     NotFound,
+    ObjectList,
     ServerClock,
 )
 from finetune_operator.metrics import Metrics
@@ -68,12 +68,12 @@ class Server:
             raise NotFound("get", kind, name, 404, "NotFound", "")
         return self.objects[kind.plural, name]
 
-    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
+    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> ObjectList:
         """List pods by their labels; for other kinds the list is empty."""
         self._receive("list", kind)
         selected_labels = {term.partition("=")[0]: term.partition("=")[2] for term in labels.split(",")}
         pods = [body for (plural, _), body in self.objects.items() if plural == POD.plural == kind.plural]
-        return Listing([body for body in pods if selected_labels.items() <= body["metadata"].get("labels", {}).items()], 1)
+        return ObjectList([body for body in pods if selected_labels.items() <= body["metadata"].get("labels", {}).items()], 1)
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> ApiResponse:
         self._receive("create", kind)

@@ -88,7 +88,7 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
     """A pod that runs and is ready."""
     values: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}-{index}-abcde", "uid": f"pod-{attempt}-{index}", "version": 1,
-        "job_uid": f"job-{attempt}", "owner_uid": UID, "job_name": "run", "attempt": attempt, "index": index,
+        "job_uid": f"job-{attempt}", "owner_uid": UID, "job_name": "run", "attempt": attempt, "completion_index": index,
         "created_at": T0, "phase": "Running", "is_ready": True, "ip": "10.0.0.1", "node": "node-1",
     }  # fmt: skip
     return PodView(**{**values, **fields})

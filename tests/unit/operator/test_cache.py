@@ -73,7 +73,7 @@ def test_full_list_prunes_deleted_objects_and_keeps_newer_ones() -> None:
     entry = cache.get(RUN)
     assert entry.finetunejob is not None
     assert entry.jobs == {}
-    assert sorted((p.index, p.is_deleted) for p in entry.pods.values()) == [(0, True), (1, False)]
+    assert sorted((p.completion_index, p.is_deleted) for p in entry.pods.values()) == [(0, True), (1, False)]
 
 
 def test_full_list_prunes_a_deleted_finetunejob() -> None:
@@ -92,16 +92,16 @@ def test_other_namespaces_are_not_pruned() -> None:
 
 def test_update_without_relevant_change_is_not_a_change() -> None:
     cache = Cache()
-    assert cache.put_finetunejob(finetunejob(version=3)) == CacheUpdate(RUN, changed=True, is_new=True)
-    assert not cache.put_finetunejob(finetunejob(version=3)).changed
-    assert not cache.put_finetunejob(finetunejob(version=2)).changed
-    assert cache.put_finetunejob(finetunejob(version=4)) == CacheUpdate(RUN, changed=True)
-    assert cache.put_job(job(version=5)) == CacheUpdate(RUN, changed=True)
-    assert not cache.put_job(job(version=7)).changed
-    assert cache.put_job(job(version=8, is_suspended=True)).changed
-    assert not cache.put_job(job(version=7)).changed
-    assert cache.put_pod(pod(version=6)) == CacheUpdate(RUN, changed=True)
-    assert not cache.put_pod(pod(version=9)).changed
-    assert cache.put_pod(pod(version=10, is_ready=False)).changed
-    assert not cache.put_pod(pod(version=8)).changed
+    assert cache.put_finetunejob(finetunejob(version=3)) == CacheUpdate(RUN, has_changed=True, is_new=True)
+    assert not cache.put_finetunejob(finetunejob(version=3)).has_changed
+    assert not cache.put_finetunejob(finetunejob(version=2)).has_changed
+    assert cache.put_finetunejob(finetunejob(version=4)) == CacheUpdate(RUN, has_changed=True)
+    assert cache.put_job(job(version=5)) == CacheUpdate(RUN, has_changed=True)
+    assert not cache.put_job(job(version=7)).has_changed
+    assert cache.put_job(job(version=8, is_suspended=True)).has_changed
+    assert not cache.put_job(job(version=7)).has_changed
+    assert cache.put_pod(pod(version=6)) == CacheUpdate(RUN, has_changed=True)
+    assert not cache.put_pod(pod(version=9)).has_changed
+    assert cache.put_pod(pod(version=10, is_ready=False)).has_changed
+    assert not cache.put_pod(pod(version=8)).has_changed
     assert [view.version for view in cache.get(RUN).pods.values()] == [10]

@@ -16,9 +16,9 @@ def test_event_of_a_cached_version_is_not_parsed_again() -> None:
     cache.put_finetunejob(finetunejob(version=4, resource_version="4"))
     meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "4"}
     unchanged = cache_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"})
-    assert unchanged == CacheUpdate(RUN, changed=False)
-    assert cache_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}).changed
-    assert cache_finetunejob(cache, "DELETED", {"metadata": meta}).changed
+    assert unchanged == CacheUpdate(RUN, has_changed=False)
+    assert cache_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}).has_changed
+    assert cache_finetunejob(cache, "DELETED", {"metadata": meta}).has_changed
     assert cache.get(RUN).finetunejob is None
 
 

@@ -15,7 +15,7 @@ from finetune_operator.kopf_adapter import WatchMonitor
 from finetune_operator.kube import ServerClock
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind
-from finetune_operator.runtime import Runtime
+from finetune_operator.runtime import OperatorRuntime
 from finetune_operator.settings import HttpSettings, parse_config
 from finetune_operator.workqueue import Key, WorkQueue
 
@@ -129,7 +129,7 @@ def test_port_in_use_is_reported_in_one_line(caplog: pytest.LogCaptureFixture) -
         kube: Any = SimpleNamespace(clock=ServerClock())
 
         async def scenario() -> int:
-            return await Runtime(parse_config({"http": {"host": "127.0.0.1", "port": port}}, "test"), kube, Metrics()).run()
+            return await OperatorRuntime(parse_config({"http": {"host": "127.0.0.1", "port": port}}, "test"), kube, Metrics()).run()
 
         assert asyncio.run(scenario()) == 1
     assert f"cannot listen on http.host 127.0.0.1, http.port {port}" in caplog.text

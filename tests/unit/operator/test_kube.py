@@ -292,4 +292,4 @@ def test_clock_follows_the_server_if_the_difference_is_large() -> None:
     clock.update_offset(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 101.0)
     assert abs((clock.now() - wrong).total_seconds()) < 2
     clock.update_offset(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 200.0)
-    assert clock.offset == timedelta()
+    assert clock.clock_offset == timedelta()

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_operator.kube import AlreadyExists, ApiResponse, Conflict, KubeClient, NotFound, Unavailable
-from finetune_operator.lease import LeaderElector, Leadership, LeaseLost
+from finetune_operator.lease import LeaderElector, LeaderTasks, LeaseLost
 from finetune_operator.objects import LEASE, Kind, Object
 from finetune_operator.settings import LeaderElection
 
@@ -276,7 +276,7 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
             first.ensure_leading()
             events.append(f"work from {loop_seconds():.0f} s")
 
-        coroutines = [asyncio.create_task(coroutine) for coroutine in Leadership(first, resync, start_work).create_coroutines().values()]
+        coroutines = [asyncio.create_task(coroutine) for coroutine in LeaderTasks(first, resync, start_work).create_coroutines().values()]
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60):
                 await asyncio.gather(*coroutines)
@@ -289,7 +289,7 @@ def test_resync_ends_when_the_lease_is_lost() -> None:
     async def scenario() -> float:
         server = Server()
         first = make_elector(server, "first")
-        coroutines = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).create_coroutines()
+        coroutines = LeaderTasks(first, lambda: asyncio.sleep(1000), lambda: None).create_coroutines()
         tasks = [asyncio.create_task(coroutine) for coroutine in coroutines.values()]
         await asyncio.sleep(1)
         server.is_down = True
@@ -311,7 +311,7 @@ def test_without_leader_election_work_starts_at_once() -> None:
             events.append("resync")
 
         tasks = [
-            asyncio.create_task(p) for p in Leadership(None, resync, lambda: events.append("work")).create_coroutines().values()
+            asyncio.create_task(p) for p in LeaderTasks(None, resync, lambda: events.append("work")).create_coroutines().values()
         ]
         await asyncio.sleep(1)
         assert not any(task.done() for task in tasks)

@@ -53,7 +53,7 @@ async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Ser
     process.finish_pod_and_job(job)
     await process.reconcile()
     assert states[KEY].acceptance is not SPEC_NOT_NEEDED
-    limiter.reserve(KEY, 0.0)
+    limiter.reserve_read(KEY, 0.0)
     await process.reconcile()
     assert states[KEY].acceptance is SPEC_NOT_NEEDED
     assert KEY not in limiter

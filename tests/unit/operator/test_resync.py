@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_operator.cache import Cache
-from finetune_operator.kube import KubeClient, Listing, NotFound
+from finetune_operator.kube import KubeClient, NotFound, ObjectList
 from finetune_operator.objects import FINETUNEJOB, Kind, Object
 from finetune_operator.resync import Resyncer
 from finetune_operator.settings import StartError
@@ -19,12 +19,12 @@ from tests.unit.operator.virtual import run
 class ListServer:
     """An API server that lists FineTuneJobs in the given pages. Lists of other kinds are empty and have the same version."""
 
-    def __init__(self, *pages: Listing) -> None:
+    def __init__(self, *pages: ObjectList) -> None:
         self.pages_of_finetunejobs = pages
 
-    async def pages(self, kind: Kind, namespace: str | None, *, labels: str = "") -> AsyncIterator[Listing]:
+    async def pages(self, kind: Kind, namespace: str | None, *, labels: str = "") -> AsyncIterator[ObjectList]:
         for page in (
-            self.pages_of_finetunejobs if kind is FINETUNEJOB else [Listing([], self.pages_of_finetunejobs[-1].version)]
+            self.pages_of_finetunejobs if kind is FINETUNEJOB else [ObjectList([], self.pages_of_finetunejobs[-1].version)]
         ):
             yield page
 
@@ -32,9 +32,9 @@ class ListServer:
 class MissingCrd:
     """An API server without the CRD."""
 
-    async def pages(self, kind: Kind, namespace: str | None, *, labels: str = "") -> AsyncIterator[Listing]:
+    async def pages(self, kind: Kind, namespace: str | None, *, labels: str = "") -> AsyncIterator[ObjectList]:
         raise NotFound("list", kind, "", 404, "NotFound", "the server could not find the requested resource")
-        yield Listing([], 0)
+        yield ObjectList([], 0)
 
 
 def body(name: str, version: int) -> Object:
@@ -49,10 +49,10 @@ def make_resyncer(server: Any, cache: Cache) -> Resyncer:
 def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
-        server = ListServer(Listing([body("a", 3), body("b", 4)], 5))
+        server = ListServer(ObjectList([body("a", 3), body("b", 4)], 5))
         resync = make_resyncer(server, cache)
         await resync.run_once()
-        server.pages_of_finetunejobs = (Listing([body("b", 4)], 9),)
+        server.pages_of_finetunejobs = (ObjectList([body("b", 4)], 9),)
         await resync.run_once()
         return cache.keys()
 
@@ -62,10 +62,10 @@ def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:
 def test_objects_of_a_list_that_restarted_do_not_count_as_listed() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
-        server = ListServer(Listing([body("a", 3), body("b", 4)], 5))
+        server = ListServer(ObjectList([body("a", 3), body("b", 4)], 5))
         resync = make_resyncer(server, cache)
         await resync.run_once()
-        server.pages_of_finetunejobs = (Listing([body("a", 3)], 6), Listing([body("b", 4)], 9, is_first_page=True))
+        server.pages_of_finetunejobs = (ObjectList([body("a", 3)], 6), ObjectList([body("b", 4)], 9, is_first_page=True))
         await resync.run_once()
         return cache.keys()
 
@@ -75,7 +75,7 @@ def test_objects_of_a_list_that_restarted_do_not_count_as_listed() -> None:
 def test_all_pages_of_a_list_count_as_listed() -> None:
     async def scenario() -> list[Key]:
         cache = Cache()
-        server = ListServer(Listing([body("a", 3)], 5), Listing([body("b", 4)], 5, is_first_page=False))
+        server = ListServer(ObjectList([body("a", 3)], 5), ObjectList([body("b", 4)], 5, is_first_page=False))
         resync = make_resyncer(server, cache)
         await resync.run_once()
         await resync.run_once()
@@ -93,12 +93,12 @@ def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
     """
 
     async def scenario() -> None:
-        server = ListServer(Listing([], 20))
+        server = ListServer(ObjectList([], 20))
         resync = make_resyncer(server, Cache())
         for version in (20, 30):
-            server.pages_of_finetunejobs = (Listing([], version),)
+            server.pages_of_finetunejobs = (ObjectList([], version),)
             await resync.run_once()
-        server.pages_of_finetunejobs = (Listing([], 12),)
+        server.pages_of_finetunejobs = (ObjectList([], 12),)
         with pytest.raises(StartError, match="decreased from 30 to 12"):
             await resync.run_once()
 
@@ -115,7 +115,7 @@ def test_missing_crd_is_a_start_error() -> None:
 
 def test_first_full_list_sets_is_synced() -> None:
     async def scenario() -> list[bool]:
-        resync = make_resyncer(ListServer(Listing([], 20)), Cache())
+        resync = make_resyncer(ListServer(ObjectList([], 20)), Cache())
         before = resync.is_synced.is_set()
         await resync.run_once()
         return [before, resync.is_synced.is_set()]

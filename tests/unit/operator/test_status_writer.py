@@ -344,7 +344,7 @@ async def test_deadline_works_although_the_status_is_rejected(server: Server, mo
     process, job = await start_attempt(server)
     report_step(process, job, monkeypatch)
     await process.reconcile()
-    server.clock.offset = timedelta(seconds=601)
+    server.clock.clock_offset = timedelta(seconds=601)
     for _ in range(2):
         await process.reconcile()
     await finish_deletion(process, job)

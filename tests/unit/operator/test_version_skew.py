@@ -11,7 +11,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.objects import Object
 from finetune_operator.plan import ActionResult, Situation
-from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, first_attempt
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, read_first_attempt
 from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.report import compute_status
 
@@ -122,7 +122,7 @@ def started_from(written: Object) -> FineTuneJobStatus:
 
 def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
     before = started_from(spec(training={"seed": 7}))
-    after = accept(spec(), CONFIG, first_attempt(before))
+    after = accept(spec(), CONFIG, read_first_attempt(before))
     assert isinstance(after, RefusedSpec)
     assert (after.reason, after.is_final) == (Reason.SPEC_CHANGED, False)
     attempts = [attempt.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for attempt in before.attempts]
@@ -141,7 +141,7 @@ def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
 )  # fmt: skip
 def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
     assert spec_sha256(spec(**changed)) == spec_sha256(spec())
-    assert isinstance(accept(spec(**changed), CONFIG, first_attempt(started_from(spec()))), AcceptedSpec)
+    assert isinstance(accept(spec(**changed), CONFIG, read_first_attempt(started_from(spec()))), AcceptedSpec)
 
 
 def test_job_without_a_recorded_hash_continues() -> None:

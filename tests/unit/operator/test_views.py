@@ -40,7 +40,7 @@ def test_pod_is_parsed() -> None:
     }  # fmt: skip
     view = read_pod(body)
     assert view is not None
-    assert (view.attempt, view.index, view.job_uid, view.node, view.ip) == (2, 3, "job-2", "n1", "10.0.0.9")
+    assert (view.attempt, view.completion_index, view.job_uid, view.node, view.ip) == (2, 3, "job-2", "n1", "10.0.0.9")
     assert (view.disruption_reason, view.is_finished, view.is_ready) == ("PreemptionByScheduler", True, False)
     assert view.terminated is not None
     assert view.terminated.exit_code == 75

@@ -134,7 +134,7 @@ class SimulatedCluster:
                 self.jobs[job.uid] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
         elif job.is_suspended:
             return
-        elif missing := set(range(self.nodes)) - {p.index for p in job_pods} - {p.index for p in pods if not p.is_finished}:
+        elif missing := set(range(self.nodes)) - {p.completion_index for p in job_pods} - {p.completion_index for p in pods if not p.is_finished}:
             for index in missing:
                 self._make_pod(job, index)
         elif all(p.phase == "Succeeded" for p in job_pods):
@@ -184,7 +184,7 @@ class SimulatedCluster:
         if p.is_finished:
             return
         message = self._termination_message(p) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and p.phase == "Running" else None
-        if message is not None and p.index == 0:
+        if message is not None and p.completion_index == 0:
             self.reported_checkpoints |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
         ended_pod = end_pod(p, code, message)
         assert ended_pod.terminated is not None
@@ -236,9 +236,9 @@ class SimulatedCluster:
         """Advance each complete gang by `steps`, and commit its checkpoints."""
         for job in self.owned_jobs():
             gang = [p for p in self.running_pods() if p.job_uid == job.uid and p.deletion_timestamp is None]
-            if job.is_finished or job.is_suspended or len({p.index for p in gang}) < self.nodes:
+            if job.is_finished or job.is_suspended or len({p.completion_index for p in gang}) < self.nodes:
                 continue
-            leader = next(p for p in gang if p.index == 0)
+            leader = next(p for p in gang if p.completion_index == 0)
             before = self.steps.setdefault(leader.uid, self._start(leader))
             self.steps[leader.uid] = before + steps
             for step in range(before + 1, before + steps + 1):
@@ -260,7 +260,7 @@ class SimulatedCluster:
     def report_progress(self) -> None:
         """Let the operator scrape rank 0."""
         for p in self.running_pods():
-            if p.index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
+            if p.completion_index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
                 step, start, known = self.steps[p.uid], self.start_steps[p.uid], self._checkpoints()
                 received = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={})
                 received = received.model_copy(
