@@ -16,36 +16,36 @@ from tests.e2e.jobs.installation import MODEL, JobNamespace
 from tests.pod.cli.sources import SOURCES, options, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-QUICK = ("env", "hydra")
+QUICK_SOURCES = ("env", "hydra")
 """Sources that `make test` trains. `make test-faults` trains the other sources."""
-BUCKET = "datasets"
+DATASET_BUCKET = "datasets"
 
 
 @dataclass
-class Imports:
+class ImportedJobs:
     """Imports sources and runs their jobs, two at a time: while one job trains, the next job starts."""
 
     job_namespace: JobNamespace
     folder: Path
     names: list[str]
-    applied: set[str] = field(default_factory=set)
+    applied_names: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
         """Import and apply the jobs of this source and of the next source. Wait until the job of this source ends."""
         index = self.names.index(name)
         for one in self.names[index : index + 2]:
-            if one not in self.applied:
-                self.applied.add(one)
-                self._apply(one)
+            if one not in self.applied_names:
+                self.applied_names.add(one)
+                self._import_and_apply(one)
         return self.job_namespace.wait_finished(name)
 
-    def _apply(self, name: str) -> None:
+    def _import_and_apply(self, name: str) -> None:
         source, key = SOURCES[name], f"imports/{name}.jsonl"
-        self.job_namespace.installation.store.put_object(Bucket=BUCKET, Key=key, Body=rows(source.rows).encode())
+        self.job_namespace.installation.store.put_object(Bucket=DATASET_BUCKET, Key=key, Body=rows(source.rows).encode())
         folder = self.folder / name
         folder.mkdir()
         (folder / source.file).write_text(source.text, encoding="utf-8")
-        arguments = ["import", str(folder / source.file), *options(name, MODEL, f"s3://{BUCKET}/{key}")]
+        arguments = ["import", str(folder / source.file), *options(name, MODEL, f"s3://{DATASET_BUCKET}/{key}")]
         done = subprocess.run(
             [sys.executable, "-m", "finetune_cli", *arguments, "-o", str(folder / "job.yaml")],
             capture_output=True,
@@ -56,31 +56,31 @@ class Imports:
 
 
 @pytest.fixture(scope="module")
-def imports(
+def imported_jobs(
     shared_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Imports:
+) -> ImportedJobs:
     """Imports the sources whose tests this session runs. All jobs share one namespace."""
     selected = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}  # type: ignore[attr-defined]  # all are parametrised
-    return Imports(shared_namespace, tmp_path_factory.mktemp("imports"), [name for name in SOURCES if name in selected])
+    return ImportedJobs(shared_namespace, tmp_path_factory.mktemp("imports"), [name for name in SOURCES if name in selected])
 
 
 @pytest.mark.parametrize(
-    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in SOURCES]
+    "name", [one if one in QUICK_SOURCES else pytest.param(one, marks=pytest.mark.slow) for one in SOURCES]
 )
-def test_imported_job_trains(imports: Imports, name: str) -> None:
-    status = imports.wait_finished(name)
+def test_imported_job_trains(imported_jobs: ImportedJobs, name: str) -> None:
+    status = imported_jobs.wait_finished(name)
     assert status.progress is not None
     assert (status.progress.step, status.restarts) == (SOURCES[name].steps, 0)
     assert status.output is not None
     assert status.output.uri is not None
     assert status.output.kind is OutputKind.ADAPTER
     bucket, _, prefix = status.output.uri.removeprefix("s3://").partition("/")
-    body = imports.job_namespace.installation.store.get_object(Bucket=bucket, Key=f"{prefix}/adapter_config.json")[
+    body = imported_jobs.job_namespace.installation.store.get_object(Bucket=bucket, Key=f"{prefix}/adapter_config.json")[
         "Body"
     ].read()
     assert json.loads(body)["r"] == SOURCES[name].rank
     if name == "env":
-        check_token_from_secret(imports.job_namespace, name)
+        check_token_from_secret(imported_jobs.job_namespace, name)
 
 
 def check_token_from_secret(job_namespace: JobNamespace, name: str) -> None:

@@ -68,10 +68,10 @@ class Installation:
         assert done.returncode == 0, f"helm {arguments[0]}: {done.stderr}"
         return done.stdout
 
-    def install(self, **more: Any) -> str:
-        """Install the chart with the demo's values, overridden by `more`. Returns Helm's notes."""
-        self.api.patch("namespaces", None, demo.RELEASE, restricted(demo.RELEASE), patch="apply")
-        values = demo.values(ChartInputs(self.cluster.s3)) | more  # type: ignore[arg-type]  # demo.values reads only the fields of ChartInputs
+    def install(self, **chart_values: Any) -> str:
+        """Install the chart with the demo's values, overridden by `chart_values`. Returns Helm's notes."""
+        self.api.patch("namespaces", None, demo.RELEASE, restricted_namespace(demo.RELEASE), patch="apply")
+        values = demo.values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
         chart = str(ROOT / "helm/finetune-operator")
@@ -92,7 +92,7 @@ class Installation:
 
     def create_namespace(self, namespace: str) -> JobNamespace:
         """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""
-        self.api.patch("namespaces", None, namespace, restricted(namespace), patch="apply")
+        self.api.patch("namespaces", None, namespace, restricted_namespace(namespace), patch="apply")
         keys = {"AWS_ACCESS_KEY_ID": self.cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.cluster.s3.secret_key}
         created = JobNamespace(self, namespace)
         created.secret(SECRET, keys)
@@ -105,7 +105,7 @@ class Installation:
         return {one["path"]: one["sha256"] for one in body["files"]}
 
 
-def restricted(name: str) -> Object:
+def restricted_namespace(name: str) -> Object:
     """A namespace with Pod Security level `restricted`."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}

@@ -20,7 +20,7 @@ MAX_POD_DURATION = timedelta(seconds=20)
 STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
 
-def row(question: str, answer: str | None = "Yes.", role: str = "assistant") -> bytes:
+def messages_row(question: str, answer: str | None = "Yes.", role: str = "assistant") -> bytes:
     """One row of messages."""
     turns: list[dict[str, Any]] = [{"role": "user", "content": question}]
     if answer is not None:
@@ -28,13 +28,13 @@ def row(question: str, answer: str | None = "Yes.", role: str = "assistant") -> 
     return json.dumps({"messages": turns}).encode() + b"\n"
 
 
-VALID_ROWS = [row(f"Is {number} a number?") for number in range(200)]
-FILES = {
+VALID_ROWS = [messages_row(f"Is {number} a number?") for number in range(200)]
+DATASET_FILES = {
     "empty.jsonl": b"",
     "latin1.jsonl": b"".join(VALID_ROWS[:3]) + '{"messages": "caf\u00e9"}\n'.encode("latin-1"),
     "row17.jsonl": b"".join([*VALID_ROWS[:16], b'{"messages": [\n', *VALID_ROWS[17:]]),
-    "role.jsonl": b"".join([*VALID_ROWS[:4], row("Who?", role="robot")]),
-    "unanswered.jsonl": b"".join(row(f"Question {number}?", answer=None) for number in range(8)),
+    "role.jsonl": b"".join([*VALID_ROWS[:4], messages_row("Who?", role="robot")]),
+    "unanswered.jsonl": b"".join(messages_row(f"Question {number}?", answer=None) for number in range(8)),
 }
 
 
@@ -54,12 +54,12 @@ def data(name: str) -> dict[str, Any]:
     return {"dataset": {"train": f"{DATA}/{name}", "format": "messages"}}
 
 
-def storage(installation: Installation, **more: Any) -> dict[str, Any]:
-    """Spec groups with the default storage, changed by `more`."""
-    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **STORE} | more}
+def storage_groups(installation: Installation, **storage_fields: Any) -> dict[str, Any]:
+    """Spec groups with the default storage, changed by `storage_fields`."""
+    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **STORE} | storage_fields}
 
 
-CASES: dict[str, Callable[[Installation], InvalidInput]] = {
+INVALID_INPUTS: dict[str, Callable[[Installation], InvalidInput]] = {
     "dataset-missing": lambda _: InvalidInput(
         data("nowhere.jsonl"), ExitCode.SOURCE_NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATA}/nowhere.jsonl",)
     ),
@@ -68,7 +68,7 @@ CASES: dict[str, Callable[[Installation], InvalidInput]] = {
     ),
     "dataset-not-utf8": lambda _: InvalidInput(
         data("latin1.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetNotUtf8",
-        ("latin1.jsonl", str(len(b"".join(VALID_ROWS[:3])) + FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
+        ("latin1.jsonl", str(len(b"".join(VALID_ROWS[:3])) + DATASET_FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
     ),
     "row-malformed": lambda _: InvalidInput(
         data("row17.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
@@ -83,15 +83,15 @@ CASES: dict[str, Callable[[Installation], InvalidInput]] = {
         {"model": {"source": f"{MODEL}-2"}}, ExitCode.SOURCE_NOT_FOUND, FailureClass.MODEL, "ModelNotFound", (f"{MODEL}-2",)
     ),
     "bucket-missing": lambda installation: InvalidInput(
-        storage(installation, uri="s3://no-such-bucket/jobs"), ExitCode.STORAGE_SETUP, FailureClass.STORAGE, "BucketNotFound",
+        storage_groups(installation, uri="s3://no-such-bucket/jobs"), ExitCode.STORAGE_SETUP, FailureClass.STORAGE, "BucketNotFound",
         ("no-such-bucket", "storage.uri"),
     ),
     "keys-wrong": lambda installation: InvalidInput(
-        storage(installation, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS_REFUSED, FailureClass.STORAGE,
+        storage_groups(installation, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS_REFUSED, FailureClass.STORAGE,
         "CredentialsRejected", ("storage.credentialsSecretRef",),
     ),
     "endpoint-silent": lambda installation: InvalidInput(
-        {**storage(installation, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE_UNREACHABLE,
+        {**storage_groups(installation, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE_UNREACHABLE,
         FailureClass.STORAGE, "EndpointUnreachable", ("nobody.s3.svc:8333",),
     ),
 }  # fmt: skip
@@ -100,16 +100,16 @@ CASES: dict[str, Callable[[Installation], InvalidInput]] = {
 @pytest.fixture(scope="module")
 def failing_jobs(installation: Installation, shared_namespace: JobNamespace) -> JobNamespace:
     """A namespace with the jobs of all cases, which run at the same time."""
-    for key, body in FILES.items():
+    for key, body in DATASET_FILES.items():
         installation.store.put_object(Bucket="datasets", Key=key, Body=body)
     shared_namespace.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
-    shared_namespace.apply(*(job(name, **case(installation).spec) for name, case in CASES.items()))
+    shared_namespace.apply(*(job(name, **case(installation).spec) for name, case in INVALID_INPUTS.items()))
     return shared_namespace
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INVALID_INPUTS)
 def test_failure_has_its_code_before_training(failing_jobs: JobNamespace, name: str) -> None:
-    case = CASES[name](failing_jobs.installation)
+    case = INVALID_INPUTS[name](failing_jobs.installation)
     status = failing_jobs.wait_finished(name, Phase.FAILED)
     failure = status.failure
     assert failure is not None
@@ -118,20 +118,20 @@ def test_failure_has_its_code_before_training(failing_jobs: JobNamespace, name: 
     assert [part for part in case.expected_text if part not in text] == [], text
     assert "Traceback" not in text
     assert status.progress is None or not status.progress.step
-    assert condition(status, Condition.STALLED) == "True"
+    assert condition_status(status, Condition.STALLED) == "True"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INVALID_INPUTS)
 def test_failure_is_not_retried(failing_jobs: JobNamespace, name: str) -> None:
     status = failing_jobs.wait_finished(name, Phase.FAILED)
     assert not status.restarts, status.attempts
     (pod,) = failing_jobs.pods(name)
     (state,) = pod["status"]["containerStatuses"]
-    assert state["state"]["terminated"]["exitCode"] == CASES[name](failing_jobs.installation).exit_code
+    assert state["state"]["terminated"]["exitCode"] == INVALID_INPUTS[name](failing_jobs.installation).exit_code
 
 
 @pytest.mark.slow  # the duration is only meaningful if no other test uses the cores
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INVALID_INPUTS)
 def test_pod_fails_within_the_promised_time(failing_jobs: JobNamespace, name: str) -> None:
     """The kubelet's timestamps give the duration. The pods of all cases share the same cores."""
     failing_jobs.wait_finished(name, Phase.FAILED)
@@ -159,7 +159,7 @@ def test_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
     job_namespace.apply(
         job(
             "waiting",
-            **storage(job_namespace.installation, credentialsSecretRef={"name": "later"}),
+            **storage_groups(job_namespace.installation, credentialsSecretRef={"name": "later"}),
             training={"maxSteps": 2},
         )
     )
@@ -181,7 +181,7 @@ def test_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamespace
     assert job_namespace.pods("no-pool") == []
 
 
-def condition(status: FineTuneJobStatus, kind: Condition) -> str:
+def condition_status(status: FineTuneJobStatus, kind: Condition) -> str:
     """Status of a condition; empty if it is absent."""
     return next((one.status for one in status.conditions if one.type == kind), "")
 

@@ -11,37 +11,37 @@ from finetune_api.status import FineTuneJobStatus, OutputKind
 
 from tests.e2e.jobs.installation import ROOT, JobNamespace
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-KINDS = {"full": OutputKind.MODEL}
+EXAMPLE_FILES = sorted((ROOT / "examples").glob("*.yaml"))
+OUTPUT_KINDS = {"full": OutputKind.MODEL}
 """Output kind of the examples that do not produce an adapter."""
-WORLD = {"full": 2, "two-pods": 2}
-WEIGHTS = {OutputKind.MODEL: "model.safetensors", OutputKind.ADAPTER: "adapter_model.safetensors"}
+WORLD_SIZES = {"full": 2, "two-pods": 2}
+WEIGHT_FILES = {OutputKind.MODEL: "model.safetensors", OutputKind.ADAPTER: "adapter_model.safetensors"}
 
 
-NAMES = [path.stem for path in EXAMPLES]
+EXAMPLE_NAMES = [path.stem for path in EXAMPLE_FILES]
 
 
 @dataclass
-class Examples:
+class ExampleRunner:
     """Runs two examples at a time: while one trains, the next example starts."""
 
     job_namespace: JobNamespace
-    applied: set[str] = field(default_factory=set)
+    applied_names: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
         """Apply this example and the next example, then wait until this example ends."""
-        index = NAMES.index(name)
-        for one in NAMES[index : index + 2]:
-            if one not in self.applied:
-                self.applied.add(one)
+        index = EXAMPLE_NAMES.index(name)
+        for one in EXAMPLE_NAMES[index : index + 2]:
+            if one not in self.applied_names:
+                self.applied_names.add(one)
                 self.job_namespace.apply(ROOT / f"examples/{one}.yaml")
         return self.job_namespace.wait_finished(name)
 
 
 @pytest.fixture(scope="module")
-def examples(shared_namespace: JobNamespace) -> Examples:
+def examples(shared_namespace: JobNamespace) -> ExampleRunner:
     """Runs all examples in one namespace."""
-    return Examples(shared_namespace)
+    return ExampleRunner(shared_namespace)
 
 
 def expected_steps(name: str) -> int:
@@ -53,15 +53,15 @@ def expected_steps(name: str) -> int:
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_example_succeeds(examples: Examples, name: str) -> None:
+@pytest.mark.parametrize("name", EXAMPLE_NAMES)
+def test_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None
     assert (status.progress.step, status.progress.total_steps) == (expected_steps(name), expected_steps(name))
     assert status.restarts == 0
     check_output(examples.job_namespace, name, status)
     assert status.resolved is not None
-    assert status.resolved.world_size == WORLD.get(name, 1)
+    assert status.resolved.world_size == WORLD_SIZES.get(name, 1)
     if name == "qlora":
         assert status.metrics is not None
         assert status.metrics.eval_loss is not None
@@ -71,22 +71,22 @@ def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStat
     """All files of `status.output` exist in S3."""
     assert status.output is not None
     assert status.output.uri is not None
-    kind = KINDS.get(name, OutputKind.ADAPTER)
+    kind = OUTPUT_KINDS.get(name, OutputKind.ADAPTER)
     assert status.output.kind is kind
     files = job_namespace.installation.manifest(status.output.uri)
-    assert WEIGHTS[kind] in files
+    assert WEIGHT_FILES[kind] in files
     bucket, _, prefix = status.output.uri.removeprefix("s3://").partition("/")
     for path in files:
         assert job_namespace.installation.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
 
 
-def test_two_pods_run_on_two_nodes(examples: Examples) -> None:
+def test_two_pods_run_on_two_nodes(examples: ExampleRunner) -> None:
     examples.wait_finished("two-pods")
     nodes = {pod["spec"]["nodeName"] for pod in examples.job_namespace.pods("two-pods")}
     assert nodes == {"n1", "n2"}
 
 
-def test_pods_are_restricted_and_have_no_cluster_credentials(examples: Examples) -> None:
+def test_pods_are_restricted_and_have_no_cluster_credentials(examples: ExampleRunner) -> None:
     examples.wait_finished("quickstart")
     (pod,) = examples.job_namespace.pods("quickstart")
     (container,) = pod["spec"]["containers"]
@@ -97,7 +97,7 @@ def test_pods_are_restricted_and_have_no_cluster_credentials(examples: Examples)
     assert pod["metadata"]["labels"][Label.JOB_NAME] == "quickstart"
 
 
-def test_kubectl_get_shows_every_column(examples: Examples) -> None:
+def test_kubectl_get_shows_every_column(examples: ExampleRunner) -> None:
     examples.wait_finished("quickstart")
     kubectl = examples.job_namespace.installation.cluster.kubectl
     header, row = kubectl("-n", examples.job_namespace.namespace, "get", "finetunejobs", "quickstart").splitlines()

@@ -19,7 +19,7 @@ ONE_POD: dict[str, Any] = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m
 TWO_PODS: dict[str, Any] = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 
 
-def long_job(name: str, resources: dict[str, Any], **more: Any) -> dict[str, Any]:
+def long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> dict[str, Any]:
     """A job with two ranks, dropout and frequent checkpoints, long enough to be interrupted."""
     return job(
         name,
@@ -30,7 +30,7 @@ def long_job(name: str, resources: dict[str, Any], **more: Any) -> dict[str, Any
         },
         checkpoint={"steps": CHECKPOINT_STEPS},
         policy={"terminationGracePeriodSeconds": 60},
-        **more,
+        **spec_groups,
     )  # fmt: skip
 
 
@@ -100,12 +100,12 @@ INTERRUPTIONS: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str,
 }
 
 
-SLOW = ("rank-killed", "supervisor-killed", "pod-deleted")
+SLOW_INTERRUPTIONS = ("rank-killed", "supervisor-killed", "pod-deleted")
 """Interruptions that only `make test-faults` runs. `make test` kills local ranks and supervisors (tests/pod) and deletes one of two pods here."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in INTERRUPTIONS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_INTERRUPTIONS else []) for name in INTERRUPTIONS]
 )
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str], name: str
@@ -133,7 +133,7 @@ def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
     name = "suspended"
     shared_namespace.apply(long_job(name, ONE_POD))
     shared_namespace.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
-    suspend(shared_namespace, name, True)
+    set_suspend(shared_namespace, name, True)
     status = shared_namespace.wait(name, lambda s: s.phase is Phase.SUSPENDED, "suspended")
     shared_namespace.installation.api.wait_list(
         "pods",
@@ -143,7 +143,7 @@ def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
     )
     (first,) = status.attempts
     assert first.counted is not True, "a suspension does not use up a retry"
-    suspend(shared_namespace, name, False)
+    set_suspend(shared_namespace, name, False)
     status = shared_namespace.wait_finished(name)
     first, second = status.attempts
     assert first.last_step is not None
@@ -152,7 +152,7 @@ def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
     assert weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
-def suspend(job_namespace: JobNamespace, name: str, value: bool) -> None:
+def set_suspend(job_namespace: JobNamespace, name: str, value: bool) -> None:
     """Set spec.suspend."""
     job_namespace.installation.api.patch(PLURAL, job_namespace.namespace, name, {"spec": {"suspend": value}})
 

@@ -6,21 +6,21 @@ import pytest
 
 from localcluster import NodeCluster, build
 from localcluster.oci import Image, write_layout
-from tests.e2e.localcluster.pods import TESTBOX, NamespaceApi
+from tests.e2e.localcluster.pods import TESTBOX_IMAGE, NamespaceApi
 
 
 @pytest.fixture(scope="session")
 def testbox(node_cluster: NodeCluster) -> str:
     """Load the testbox image into all nodes. Returns its tag."""
     program = build.ensure_built("testbox")
-    layout = write_layout(program.parent / "image", Image(TESTBOX, {"/testbox": program}, ["/testbox"]))
+    layout = write_layout(program.parent / "image", Image(TESTBOX_IMAGE, {"/testbox": program}, ["/testbox"]))
     return node_cluster.load_image(layout)
 
 
 @pytest.fixture
 def api(node_cluster: NodeCluster, namespace: str, testbox: str) -> NamespaceApi:
     """API calls in a new namespace."""
-    assert testbox == TESTBOX
+    assert testbox == TESTBOX_IMAGE
     return NamespaceApi(node_cluster, namespace)
 
 

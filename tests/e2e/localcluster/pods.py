@@ -9,13 +9,13 @@ from typing import Any
 
 from localcluster import NodeCluster
 
-TESTBOX = "localhost/testbox:dev"
+TESTBOX_IMAGE = "localhost/testbox:dev"
 Object = dict[str, Any]
 
 
 def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any) -> Object:
     """Manifest of a pod whose only container runs testbox; `container` and `spec` add fields to the container and the pod spec."""
-    box = {"name": "box", "image": TESTBOX, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
+    box = {"name": "box", "image": TESTBOX_IMAGE, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -30,12 +30,12 @@ def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any
     }
 
 
-def phase(obj: Object) -> str:
+def pod_phase(obj: Object) -> str:
     """The pod's phase."""
     return str(obj["status"].get("phase"))
 
 
-def terminated(obj: Object) -> Object:
+def terminated_state(obj: Object) -> Object:
     """The terminated state of the pod's container; empty while the container has not ended."""
     states = obj["status"].get("containerStatuses") or [{}]
     ended: Object = states[0].get("state", {}).get("terminated", {})
@@ -86,7 +86,7 @@ class NamespaceApi:
     def run(self, manifest: Object, seconds: float = 40) -> Object:
         """Create a pod and wait until its container has ended. Returns the pod."""
         self.create(manifest)
-        return self.wait("pod", manifest["metadata"]["name"], terminated, seconds)
+        return self.wait("pod", manifest["metadata"]["name"], terminated_state, seconds)
 
     def kubectl(self, *arguments: str) -> str:
         """Run kubectl in this namespace and return its output without the last line break."""

@@ -16,7 +16,7 @@ from localcluster import LocalClusterError, NodeCluster, leftovers, processes
 from localcluster.errors import ClusterBusy, ClusterDiffers
 from localcluster.leftovers import NO_LEFTOVERS, Leftovers
 from localcluster.machine import Machine
-from tests.e2e.localcluster.pods import NamespaceApi, phase, pod
+from tests.e2e.localcluster.pods import NamespaceApi, pod, pod_phase
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +33,7 @@ def _run_pods_that_ignore_sigterm(cluster: NodeCluster) -> None:
     for node in ("n1", "n2"):
         api.create(pod(f"p-{node}", "sleep", "600", nodeSelector={"kubernetes.io/hostname": node}))
     for node in ("n1", "n2"):
-        api.wait("pod", f"p-{node}", lambda p: phase(p) == "Running")
+        api.wait("pod", f"p-{node}", lambda p: pod_phase(p) == "Running")
 
 
 def _wait(is_true: Callable[[], bool], seconds: float = 30) -> None:

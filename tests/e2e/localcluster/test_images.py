@@ -10,7 +10,7 @@ from localcluster import build
 from localcluster.errors import ImageNotFound
 from localcluster.oci import Image, write_layout
 from localcluster.store import untagged_names
-from tests.e2e.localcluster.pods import NamespaceApi, pod, terminated
+from tests.e2e.localcluster.pods import NamespaceApi, pod, terminated_state
 
 pytestmark = pytest.mark.e2e
 TAG = "localhost/changing:dev"
@@ -31,7 +31,7 @@ def test_new_pods_run_the_changed_image(api: NamespaceApi, tmp_path: Path) -> No
     for number in ("1", "2"):
         assert api.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
         finished = api.run(pod(f"p{number}", "exit", number, **on_n1))
-        assert terminated(finished)["exitCode"] == int(number)
+        assert terminated_state(finished)["exitCode"] == int(number)
         image_ids.append(finished["status"]["containerStatuses"][0]["imageID"])
         assert untagged_names(containerd.images()) == []
     assert image_ids[0] != image_ids[1]

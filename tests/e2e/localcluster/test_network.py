@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from localcluster.s3 import is_ready
-from tests.e2e.localcluster.pods import NamespaceApi, is_true, phase, pod, terminated
+from tests.e2e.localcluster.pods import NamespaceApi, is_true, pod, pod_phase, terminated_state
 
 pytestmark = pytest.mark.e2e
 ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 
-def _pair(*arguments: str) -> dict[str, Any]:
+def _two_pod_job(*arguments: str) -> dict[str, Any]:
     """Manifest of an Indexed Job with two pods, which run on different nodes."""
     anti_affinity = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"job": "pair"}}}
     template = {
@@ -32,15 +32,15 @@ def _pair(*arguments: str) -> dict[str, Any]:
     }
 
 
-def _headless() -> dict[str, Any]:
+def _headless_service() -> dict[str, Any]:
     spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job": "pair"}}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "pair"}, "spec": spec}
 
 
 def test_pods_of_an_indexed_job_resolve_each_other_across_nodes(api: NamespaceApi) -> None:
-    api.create(_headless())
+    api.create(_headless_service())
     full_name = f"pair-0.pair.{api.namespace}.svc.cluster.local"
-    api.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full_name, "20"))
+    api.create(_two_pod_job("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full_name, "20"))
     api.wait("job", "pair", lambda job: is_true(job, "Complete"), seconds=60)
     pods = api.cluster.endpoint.get(f"/api/v1/namespaces/{api.namespace}/pods")["items"]
     assert sorted(p["spec"]["nodeName"] for p in pods) == ["n1", "n2"]
@@ -56,8 +56,8 @@ def test_service_is_reachable_from_the_other_node(api: NamespaceApi) -> None:
     api.create(server)
     spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": 8000}]}
     api.create({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": spec})
-    api.wait("pod", "server", lambda p: phase(p) == "Running")
-    assert terminated(api.run(pod("client", "get", "http://web", "20", **ON_N2)))["exitCode"] == 0
+    api.wait("pod", "server", lambda p: pod_phase(p) == "Running")
+    assert terminated_state(api.run(pod("client", "get", "http://web", "20", **ON_N2)))["exitCode"] == 0
     assert api.kubectl("logs", "client") == "server"
 
 
@@ -65,7 +65,7 @@ def test_service_is_reachable_from_the_other_node(api: NamespaceApi) -> None:
 def test_service_account_can_reach_the_api_server(api: NamespaceApi, node: str) -> None:
     selector = {"kubernetes.io/hostname": node}
     manifest = pod("p", "api", "/api", "20", automountServiceAccountToken=True, nodeSelector=selector)
-    assert terminated(api.run(manifest))["exitCode"] == 0
+    assert terminated_state(api.run(manifest))["exitCode"] == 0
     assert api.kubectl("logs", "p") == "200 OK"
 
 
@@ -77,4 +77,4 @@ def test_service_account_without_rights_is_forbidden(api: NamespaceApi) -> None:
 def test_s3_is_reachable_from_this_machine_and_from_pods(api: NamespaceApi) -> None:
     assert is_ready(api.cluster.s3)
     status = f"{api.cluster.s3.cluster_url}/status"
-    assert terminated(api.run(pod("p", "get", status, "20", **ON_N2)))["exitCode"] == 0
+    assert terminated_state(api.run(pod("p", "get", status, "20", **ON_N2)))["exitCode"] == 0

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from localcluster import build
-from tests.e2e.localcluster.pods import NamespaceApi, phase, pod, terminated, waiting_reason
+from tests.e2e.localcluster.pods import NamespaceApi, pod, pod_phase, terminated_state, waiting_reason
 
 pytestmark = pytest.mark.e2e
 
@@ -15,32 +15,32 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize(("code", "expected"), [(0, "Succeeded"), (64, "Failed"), (137, "Failed")])
 def test_exit_code_is_in_the_pod_status(api: NamespaceApi, code: int, expected: str) -> None:
     finished = api.run(pod("p", "exit", str(code)))
-    assert terminated(finished)["exitCode"] == code
-    assert api.wait("pod", "p", lambda p: phase(p) == expected)
+    assert terminated_state(finished)["exitCode"] == code
+    assert api.wait("pod", "p", lambda p: pod_phase(p) == expected)
 
 
 def test_container_over_its_memory_limit_is_oom_killed(api: NamespaceApi) -> None:
     limit = {"resources": {"limits": {"memory": "64Mi"}}}
-    assert terminated(api.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
+    assert terminated_state(api.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
     # containerd receives the exit and the OOM event separately, and sets the reason after both events.
-    assert api.wait("pod", "p", lambda p: terminated(p)["reason"] == "OOMKilled")
+    assert api.wait("pod", "p", lambda p: terminated_state(p)["reason"] == "OOMKilled")
 
 
 def test_program_can_exit_with_its_own_code_after_sigterm(api: NamespaceApi) -> None:
     api.create({**pod("p", "graceful", "75", terminationGracePeriodSeconds=30), **_with_finalizer("p")})
-    api.wait("pod", "p", lambda p: phase(p) == "Running")
+    api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.wait("pod", "p", lambda _: "waiting" in api.kubectl("logs", "p"))
     api.delete("pod", "p")
-    assert terminated(api.wait("pod", "p", terminated))["exitCode"] == 75
+    assert terminated_state(api.wait("pod", "p", terminated_state))["exitCode"] == 75
     assert api.kubectl("logs", "p") == "waiting\ngot SIGTERM"
     _remove_finalizer(api, "p")
 
 
 def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(api: NamespaceApi) -> None:
     api.create({**pod("p", "sleep", "600", terminationGracePeriodSeconds=1), **_with_finalizer("p")})
-    api.wait("pod", "p", lambda p: phase(p) == "Running")
+    api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.delete("pod", "p")
-    assert terminated(api.wait("pod", "p", terminated))["exitCode"] == 137
+    assert terminated_state(api.wait("pod", "p", terminated_state))["exitCode"] == 137
     _remove_finalizer(api, "p")
 
 
@@ -55,24 +55,24 @@ def _remove_finalizer(api: NamespaceApi, name: str) -> None:
 
 def test_termination_message_comes_from_the_file(api: NamespaceApi) -> None:
     finished = api.run(pod("p", "say", "/dev/termination-log", '{"code":65}', "--", "exit", "65"))
-    assert terminated(finished)["message"] == '{"code":65}'
+    assert terminated_state(finished)["message"] == '{"code":65}'
 
 
 def test_termination_message_falls_back_to_the_log(api: NamespaceApi) -> None:
     fallback = {"terminationMessagePolicy": "FallbackToLogsOnError"}
-    ended = terminated(api.run(pod("p", "print", "2", "0", "--", "exit", "70", container=fallback)))
+    ended = terminated_state(api.run(pod("p", "print", "2", "0", "--", "exit", "70", container=fallback)))
     assert (ended["exitCode"], ended["message"]) == (70, "line 1\nline 2\n")
 
 
 def test_logs_follow_until_the_end(api: NamespaceApi) -> None:
     api.create(pod("p", "print", "5", "200"))
-    api.wait("pod", "p", lambda p: phase(p) != "Pending")
+    api.wait("pod", "p", lambda p: pod_phase(p) != "Pending")
     assert api.kubectl("logs", "-f", "p") == "\n".join(f"line {n}" for n in range(1, 6))
 
 
 def test_exec_and_port_forward_work(api: NamespaceApi) -> None:
     api.create(pod("p", "serve", "8000"))
-    api.wait("pod", "p", lambda p: phase(p) == "Running")
+    api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     assert api.kubectl("exec", "p", "--", "/testbox", "get", "http://127.0.0.1:8000", "10") == "p"
     kubectl = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(api.cluster.kubeconfig)]
     command = [*kubectl, "-n", api.namespace, "port-forward", "p", ":8000"]
@@ -88,7 +88,7 @@ def test_exec_and_port_forward_work(api: NamespaceApi) -> None:
 def test_missing_image_is_the_waiting_reason(api: NamespaceApi) -> None:
     api.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
     created = api.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
-    assert phase(created) == "Pending"
+    assert pod_phase(created) == "Pending"
 
 
 def test_restricted_pods_run(api: NamespaceApi) -> None:
@@ -103,4 +103,4 @@ def test_restricted_pods_run(api: NamespaceApi) -> None:
     }
     volumes = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}]
     manifest = pod("p", "say", "/dev/shm/x", "y", "--", "exit", "0", container=restricted, volumes=volumes)  # noqa: S108
-    assert terminated(api.run(manifest))["exitCode"] == 0
+    assert terminated_state(api.run(manifest))["exitCode"] == 0

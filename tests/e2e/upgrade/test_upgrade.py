@@ -23,9 +23,9 @@ pytestmark = pytest.mark.faults
 
 OLD_COMMIT = "d755abe"
 """Commit of release 0.1.0."""
-CHART = "helm/finetune-operator"
+CHART_PATH = "helm/finetune-operator"
 STEPS = 60
-CPU = {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}
+CPU_RESOURCES = {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
         built = images.build_recipe(old, source, shown_step)
         tags[which] = installation.cluster.load_image(built.layout_folder)
     place = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
-    return Release(source / CHART, place)
+    return Release(source / CHART_PATH, place)
 
 
 @pytest.fixture
 def new_release(installation: Installation) -> Iterator[Release]:
     """The release of this checkout. After the test, this release is installed again for later tests."""
-    release = Release(ROOT / CHART, ChartInputs(installation.cluster.s3))
+    release = Release(ROOT / CHART_PATH, ChartInputs(installation.cluster.s3))
     yield release
     release.install(installation)
 
 
-def long_job(name: str, resources: dict[str, Any], **more: Any) -> Object:
+def long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> Object:
     """A job with frequent checkpoints that still trains when the operator is upgraded."""
     return job(
         name,
@@ -82,14 +82,14 @@ def long_job(name: str, resources: dict[str, Any], **more: Any) -> Object:
         training={"maxSteps": STEPS, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4},
         checkpoint={"steps": 5},
         policy={"terminationGracePeriodSeconds": 60},
-        **more,
+        **spec_groups,
     )
 
 
 JOBS = {
-    "running": long_job("running", CPU),
-    "gang": long_job("gang", CPU | {"nodes": 2}),
-    "suspended": long_job("suspended", CPU),
+    "running": long_job("running", CPU_RESOURCES),
+    "gang": long_job("gang", CPU_RESOURCES | {"nodes": 2}),
+    "suspended": long_job("suspended", CPU_RESOURCES),
     "done": job("done", training={"maxSteps": 2}),
     "failed": job("failed", dataset={"train": "s3://datasets/missing.jsonl"}),
     "cancelled": job("cancelled", training={"maxSteps": 500}),
@@ -118,7 +118,7 @@ def bring_into_every_phase(job_namespace: JobNamespace) -> None:
         job_namespace.wait(name, lambda s: s.progress and s.progress.step, "training")
 
 
-def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
+def read_job_states(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
     """The values that an upgrade must not change: attempt, restarts, number of ended attempts, and the uids of the pods."""
     found = {}
     for name in JOBS:
@@ -130,7 +130,7 @@ def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
     """Install the other release while the jobs are in different phases. Check that every job ends as it would without the upgrade."""
-    before = snapshot(job_namespace)
+    before = read_job_states(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
     release.install(job_namespace.installation)
     # Change each spec. When the status contains the new generation, the new operator has read the job.
@@ -144,7 +144,7 @@ def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -
             lambda s, wanted=generation: s.observed_generation == wanted,  # type: ignore[misc]
             "reconciled by the other operator",
         )
-    assert snapshot(job_namespace) == before
+    assert read_job_states(job_namespace) == before
     assert {name: job_namespace.status(name).phase for name in phases} == phases
     gang = job_namespace.status("gang")
     assert gang.workers is not None

@@ -21,7 +21,7 @@ from localcluster.api import Endpoint
 ROOT = Path(__file__).parents[3]
 CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 JOBS_PATH = f"/apis/{names.API_VERSION}/namespaces/default/{names.PLURAL}"
-MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
 def _encode(body: Any) -> bytes | None:
@@ -42,13 +42,13 @@ class Response:
 
 
 def call(
-    api: Endpoint, method: str, path: str, body: Any = None, *, kind: str = "application/json", **query: str
+    api: Endpoint, method: str, path: str, body: Any = None, *, content_type: str = "application/json", **query: str
 ) -> Response:
     """Send one request. `body` is JSON-like or text. The response includes the headers, because they contain the API server's warnings."""
     url = api.server + path + (f"?{urlencode(query)}" if query else "")
     request = urllib.request.Request(url, method=method, data=_encode(body))
     request.add_header("Authorization", f"Bearer {api.token}")
-    request.add_header("Content-Type", kind)
+    request.add_header("Content-Type", content_type)
     context = ssl.create_default_context(cafile=str(api.ca))
     try:
         with urllib.request.urlopen(request, context=context, timeout=20) as response:
@@ -67,7 +67,7 @@ def crd_installed(control_plane: Endpoint) -> Response:
     crd = YAML(typ="safe").load((ROOT / "crds" / "finetunejobs.yaml").read_text())
     path = f"{CRD_PATH}/{crd['metadata']['name']}"
     response = call(
-        control_plane, "PATCH", path, crd, kind="application/apply-patch+yaml", fieldManager="test", force="true"
+        control_plane, "PATCH", path, crd, content_type="application/apply-patch+yaml", fieldManager="test", force="true"
     )
     assert response.status in (200, 201), response.message
     watch = {"fieldSelector": f"metadata.name={crd['metadata']['name']}", "watch": "true", "timeoutSeconds": "30"}

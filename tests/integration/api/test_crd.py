@@ -10,7 +10,7 @@ from finetune_api.base import CelRule
 from finetune_api.rules import RULES
 
 from localcluster.api import Endpoint
-from tests.integration.api.conftest import CRD_PATH, JOBS_PATH, MINIMAL, Response, call, dry_run, manifest
+from tests.integration.api.conftest import CRD_PATH, JOBS_PATH, MINIMAL_SPEC, Response, call, dry_run, manifest
 from tests.support.cel_cases import SPEC_RULES, group_rules
 
 pytestmark = pytest.mark.integration
@@ -23,9 +23,9 @@ def test_crd_is_accepted_without_a_warning_and_is_structural(control_plane: Endp
 
 
 def test_api_server_adds_only_suspend_cancel_empty_groups_and_an_unobserved_status_to_the_smallest_job(api: Endpoint) -> None:
-    response = dry_run(api, MINIMAL)
+    response = dry_run(api, MINIMAL_SPEC)
     assert response.status == 201, response.message
-    assert response.body["spec"] == MINIMAL | {"suspend": False, "cancel": False, "policy": {}, "placement": {}}
+    assert response.body["spec"] == MINIMAL_SPEC | {"suspend": False, "cancel": False, "policy": {}, "placement": {}}
     assert response.body["status"] == {"observedGeneration": -1}
 
 
@@ -41,7 +41,7 @@ def test_api_server_adds_only_suspend_cancel_empty_groups_and_an_unobserved_stat
     ],
 )
 def test_error_of_an_invalid_value_names_the_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
-    response = dry_run(api, MINIMAL | change)
+    response = dry_run(api, MINIMAL_SPEC | change)
     assert response.status in (400, 422)
     assert [word for word in words if word not in response.message] == []
 
@@ -51,13 +51,13 @@ def test_error_of_an_invalid_value_names_the_field(api: Endpoint, change: dict[s
     [("memory", "32GB"), ("memory", "-4Gi"), ("memory", 4), ("sharedMemory", "10%"), ("ephemeralStorage", "4"), ("cpu", "4 cores"), ("cpu", 0)],
 )
 def test_server_refuses_an_invalid_quantity(api: Endpoint, name: str, value: str | int) -> None:
-    response = dry_run(api, MINIMAL | {"resources": {name: value}})
+    response = dry_run(api, MINIMAL_SPEC | {"resources": {name: value}})
     assert (response.status, f"spec.resources.{name}" in response.message) == (422, True), response.message
 
 
 @pytest.mark.parametrize("resources", [{"memory": "1.5Gi", "cpu": "500m"}, {"memory": 8_000_000_000, "cpu": 4}, {"sharedMemory": "1e9"}])
 def test_server_accepts_a_valid_quantity(api: Endpoint, resources: dict[str, str | int]) -> None:
-    response = dry_run(api, MINIMAL | {"resources": resources})
+    response = dry_run(api, MINIMAL_SPEC | {"resources": resources})
     assert response.status == 201, response.message
 
 
@@ -73,19 +73,19 @@ def test_api_server_refuses_specs_that_break_a_rule_inside_a_group(api: Endpoint
 
 @pytest.mark.parametrize("code", sorted(SPEC_RULES))
 def test_api_server_refuses_specs_that_break_a_rule_across_groups(api: Endpoint, code: str) -> None:
-    response = dry_run(api, MINIMAL | SPEC_RULES[code])
+    response = dry_run(api, MINIMAL_SPEC | SPEC_RULES[code])
     assert response.status == 422
     assert next(rule.message for rule in RULES if rule.code == code) in response.message
 
 
 @pytest.mark.parametrize("name", ["a.b", "1job", "a" * 41, "job-"])
 def test_job_name_that_is_not_a_valid_host_name_is_refused(api: Endpoint, name: str) -> None:
-    response = dry_run(api, MINIMAL, name)
+    response = dry_run(api, MINIMAL_SPEC, name)
     assert response.status == 422
     assert "metadata.name" in response.message
 
 
-CHANGES: list[tuple[dict[str, Any], str]] = [
+REFUSED_CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"model": {"source": "other/name"}}, "spec.model cannot change after creation: create a new FineTuneJob"),
     ({"training": {"epochs": 5}}, "spec.training cannot change after creation"),
     ({"checkpoint": None}, "spec.checkpoint cannot change after creation"),
@@ -97,8 +97,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.fixture(scope="module")
-def created(api: Endpoint) -> str:
-    spec = MINIMAL | {
+def created_job_name(api: Endpoint) -> str:
+    spec = MINIMAL_SPEC | {
         "checkpoint": {"steps": 5},
         "policy": {"retries": 2, "activeDeadlineSeconds": 60},
         "placement": {"queueName": "q"},
@@ -108,14 +108,14 @@ def created(api: Endpoint) -> str:
     return "immutable"
 
 
-def patch(api: Endpoint, name: str, spec: dict[str, Any], *, dry: bool = True) -> Response:
-    query = {"dryRun": "All"} if dry else {}
-    return call(api, "PATCH", f"{JOBS_PATH}/{name}", {"spec": spec}, kind="application/merge-patch+json", **query)
+def patch(api: Endpoint, name: str, spec: dict[str, Any], *, is_dry_run: bool = True) -> Response:
+    query = {"dryRun": "All"} if is_dry_run else {}
+    return call(api, "PATCH", f"{JOBS_PATH}/{name}", {"spec": spec}, content_type="application/merge-patch+json", **query)
 
 
-@pytest.mark.parametrize(("change", "refusal"), CHANGES, ids=[refusal[:40] for _, refusal in CHANGES])
-def test_fields_of_a_created_job_cannot_change(api: Endpoint, created: str, change: dict[str, Any], refusal: str) -> None:
-    response = patch(api, created, change)
+@pytest.mark.parametrize(("change", "refusal"), REFUSED_CHANGES, ids=[refusal[:40] for _, refusal in REFUSED_CHANGES])
+def test_fields_of_a_created_job_cannot_change(api: Endpoint, created_job_name: str, change: dict[str, Any], refusal: str) -> None:
+    response = patch(api, created_job_name, change)
     assert response.status == 422, response.body
     assert refusal in response.message
 
@@ -129,16 +129,16 @@ def test_fields_of_a_created_job_cannot_change(api: Endpoint, created: str, chan
         {"policy": {"ttlSecondsAfterFinished": 9}},
     ],
 )
-def test_suspend_cancel_and_time_limits_can_change(api: Endpoint, created: str, change: dict[str, Any]) -> None:
-    response = patch(api, created, change)
+def test_suspend_cancel_and_time_limits_can_change(api: Endpoint, created_job_name: str, change: dict[str, Any]) -> None:
+    response = patch(api, created_job_name, change)
     assert response.status == 200, response.message
 
 
 def test_queue_can_change_while_suspended_and_cancel_is_final(api: Endpoint) -> None:
     name = "changeable"
-    assert call(api, "POST", JOBS_PATH, manifest(name, MINIMAL | {"suspend": True})).status == 201
-    assert patch(api, name, {"placement": {"queueName": "other"}}, dry=False).status == 200
-    assert patch(api, name, {"cancel": True}, dry=False).status == 200
+    assert call(api, "POST", JOBS_PATH, manifest(name, MINIMAL_SPEC | {"suspend": True})).status == 201
+    assert patch(api, name, {"placement": {"queueName": "other"}}, is_dry_run=False).status == 200
+    assert patch(api, name, {"cancel": True}, is_dry_run=False).status == 200
     response = patch(api, name, {"cancel": False})
     assert response.status == 422
     assert "spec.cancel cannot change from true to false" in response.message

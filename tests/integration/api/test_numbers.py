@@ -18,7 +18,7 @@ from localcluster.api import Endpoint
 from tests.integration.api.conftest import JOBS_PATH, Response, call, manifest
 
 pytestmark = pytest.mark.integration
-BASE: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 REQUIRED_SIBLINGS: dict[str, dict[str, Any]] = {
     "dataset.maxBadRowRatio": {"dataset": {"train": "s3://bucket/train.jsonl", "badRows": "skip"}},
 }
@@ -29,30 +29,30 @@ REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Number:
+class NumberField:
     """A numeric field. `path` is dotted, with `[]` after the name of a list."""
 
     path: str
-    integer: bool
+    is_integer: bool
     bounds: dict[str, Any]
     default: Any
 
-    def accepted(self) -> list[str]:
+    def accepted_spellings(self) -> list[str]:
         """Return the spellings of accepted values."""
         values = [*self.bounds.get("enum", []), *([] if self.default is None else [self.default])]
         values += [self.bounds[name] for name in ("ge", "le") if name in self.bounds]
-        step = 1 if self.integer else 1e-9
+        step = 1 if self.is_integer else 1e-9
         values += [self.bounds["gt"] + step] if "gt" in self.bounds else []
         values += [self.bounds["lt"] - step] if "lt" in self.bounds else []
         return [text for value in values for text in spellings(value)]
 
-    def refused(self) -> list[str]:
+    def refused_spellings(self) -> list[str]:
         """Return the spellings of refused values."""
         values = [self.bounds[name] for name in ("gt", "lt") if name in self.bounds]
         values += [self.bounds[name] - 1 for name in ("ge", "gt") if name in self.bounds]
         values += [self.bounds[name] + 1 for name in ("le", "lt") if name in self.bounds]
         values += [max(self.bounds["enum"]) + 1] if "enum" in self.bounds else []
-        return [text for value in values for text in spellings(value)] + (["1.5"] if self.integer else [])
+        return [text for value in values for text in spellings(value)] + (["1.5"] if self.is_integer else [])
 
 
 def spellings(value: float) -> list[str]:
@@ -63,34 +63,34 @@ def spellings(value: float) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def numbers(model: type[BaseModel], prefix: str = "") -> Iterator[Number]:
+def number_fields(model: type[BaseModel], prefix: str = "") -> Iterator[NumberField]:
     for name, info in model.model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        yield from _numbers(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT_KEY))
+        yield from _number_fields(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT_KEY))
 
 
-def _numbers(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[Number]:
+def _number_fields(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[NumberField]:
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
-        yield from _numbers(inner, [*metadata, *more], path, default)
+        yield from _number_fields(inner, [*metadata, *more], path, default)
     elif get_origin(annotation) is list:
-        yield from _numbers(get_args(annotation)[0], [], f"{path}[]", None)
+        yield from _number_fields(get_args(annotation)[0], [], f"{path}[]", None)
     elif get_args(annotation):
         options = [argument for argument in get_args(annotation) if argument is not type(None)]
         if len(options) == 1:
-            yield from _numbers(options[0], metadata, path, default)
+            yield from _number_fields(options[0], metadata, path, default)
     elif issubclass(annotation, BaseModel):
-        yield from numbers(annotation, f"{path}.")
+        yield from number_fields(annotation, f"{path}.")
     elif issubclass(annotation, int | float) and not issubclass(annotation, bool):
-        yield Number(path, issubclass(annotation, int), dict(iterate_constraints(metadata)), default)
+        yield NumberField(path, issubclass(annotation, int), dict(iterate_constraints(metadata)), default)
 
 
-NUMBERS = tuple(numbers(FineTuneJobSpec))
+NUMBER_FIELDS = tuple(number_fields(FineTuneJobSpec))
 
 
 def spec_with(values: dict[str, str]) -> str:
     """Return a spec as JSON text. `values`: the spelling of each number, by dotted path."""
-    spec = json.loads(json.dumps(BASE))
+    spec = json.loads(json.dumps(MINIMAL_SPEC))
     for path, text in values.items():
         for group, extra in REQUIRED_SIBLINGS.get(path, {}).items():
             spec[group] = spec.get(group, {}) | extra
@@ -132,15 +132,15 @@ def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[s
 
 
 def test_numeric_fields_of_groups_lists_and_list_items_are_found() -> None:
-    paths = {number.path for number in NUMBERS}
+    paths = {number.path for number in NUMBER_FIELDS}
     assert {"training.learningRate", "trainer.dpo.labelSmoothing", "trainer.rewards[].weight", "checkpoint.pinned[]"} <= paths
     assert len(paths) > 50
-    assert all(number.bounds for number in NUMBERS)
+    assert all(number.bounds for number in NUMBER_FIELDS)
 
 
 @pytest.mark.parametrize("group", [0, 1], ids=["combinable", "exclusive"])
 def test_default_and_bounds_are_accepted_in_every_spelling(api: Endpoint, group: int) -> None:
-    texts = split_exclusive_fields({number.path: number.accepted() for number in NUMBERS})[group]
+    texts = split_exclusive_fields({number.path: number.accepted_spellings() for number in NUMBER_FIELDS})[group]
     for values in one_spelling_per_field(texts):
         spec = spec_with(values)
         response = dry_run(api, spec)
@@ -151,9 +151,9 @@ def test_default_and_bounds_are_accepted_in_every_spelling(api: Endpoint, group:
 
 def test_values_outside_the_bounds_are_refused_in_every_spelling(api: Endpoint) -> None:
     by_schema, by_rule = {}, {}
-    for number in NUMBERS:
+    for number in NUMBER_FIELDS:
         fractional = any(isinstance(bound, float) and not bound.is_integer() for bound in number.bounds.values() if not isinstance(bound, list))
-        (by_rule if fractional else by_schema)[number.path] = number.refused()
+        (by_rule if fractional else by_schema)[number.path] = number.refused_spellings()
     for texts in (by_schema, by_rule):
         for values in one_spelling_per_field(texts):
             spec = spec_with(values)
@@ -163,9 +163,9 @@ def test_values_outside_the_bounds_are_refused_in_every_spelling(api: Endpoint) 
             assert named >= set(values), sorted(set(values) - named)
             with pytest.raises(ValidationError) as error:
                 FineTuneJobSpec.model_validate_json(spec)
-            offline = {_dotted(item["loc"]) for item in error.value.errors()}
+            offline = {_dotted_path(item["loc"]) for item in error.value.errors()}
             assert offline >= set(values), sorted(set(values) - offline)
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
+def _dotted_path(location: tuple[int | str, ...]) -> str:
     return "".join("[]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")

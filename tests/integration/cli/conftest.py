@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from localcluster import Endpoint
 from tests.support.kubeapi import KubeApi
 
-CRD = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
+CRD_FILE = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
 numbers = itertools.count(1)
 
 
@@ -43,7 +43,7 @@ class Result:
 def api(control_plane: Endpoint) -> KubeApi:
     """Return a client of the API server with the CRD installed."""
     client = KubeApi(control_plane)
-    crd = YAML(typ="safe").load(CRD.read_text(encoding="utf-8"))
+    crd = YAML(typ="safe").load(CRD_FILE.read_text(encoding="utf-8"))
     if client.find("customresourcedefinitions", None, crd["metadata"]["name"]) is None:
         client.create("customresourcedefinitions", None, crd)
     client.wait(
@@ -85,7 +85,7 @@ def finetune(
 def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
     """Return a function that creates a FineTuneJob, optionally with a status."""
 
-    def make(name: str = "bot", status: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
+    def create_job(name: str = "bot", status: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,
@@ -95,7 +95,7 @@ def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
         created = api.create(names.PLURAL, namespace, body)
         return set_status(api, namespace, name, status) if status else created
 
-    return make
+    return create_job
 
 
 def set_status(api: KubeApi, namespace: str, name: str, status: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,13 @@ Finetune = Callable[..., Result]
 Job = Callable[..., dict[str, Any]]
 JOB = PLAIN + "  training: {learningRate: 2e-4}\n"
 SECRET = "apiVersion: v1\nkind: Secret\nmetadata: {name: hub}\nstringData: {token: hf_abcdefgh}\n---\n"
-FAILED = {
+FAILED_STATUS = {
     "phase": "Failed",
     "conditions": [condition("Finished"), condition("Succeeded", "False"), condition("Stalled", message="no rows", reason="DataError")],
     "failure": {"class": "Data", "code": "DatasetEmpty", "message": "no rows are left", "hint": "give more rows", "rank": 0, "exitCode": 65},
 }  # fmt: skip
-DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
-RUNNING = {
+SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
+RUNNING_STATUS = {
     "phase": "Running", "conditions": [condition("Reconciling", message="step 120")], "attempt": 2, "restarts": 1,
     "progress": {"step": 120, "totalSteps": 500, "percent": 24, "display": "120/500 (24%)", "eta": "1h12m", "tokensPerSecond": 1000.0},
     "metrics": {"trainLoss": 1.5, "evalLoss": 1.7},
@@ -36,7 +36,7 @@ RUNNING = {
 }  # fmt: skip
 
 
-def write(folder: Path, text: str, name: str = "job.yaml") -> str:
+def write_file(folder: Path, text: str, name: str = "job.yaml") -> str:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -48,7 +48,7 @@ def write(folder: Path, text: str, name: str = "job.yaml") -> str:
 def test_submit_creates_the_job_and_its_secret(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
-    result = finetune("submit", write(tmp_path, SECRET + JOB))
+    result = finetune("submit", write_file(tmp_path, SECRET + JOB))
     assert (result.code, result.err) == (0, "")
     assert (
         result.out == f"secret hub applied in namespace {namespace}\nfinetunejob bot created in namespace {namespace}\n"
@@ -61,20 +61,20 @@ def test_server_reads_nulls_and_merge_keys_as_the_cli(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     text = JOB + "  method: ~\n  checkpoint: {<<: {steps: 30}}\n  evaluation: {steps: ~}\n"
-    assert finetune("submit", write(tmp_path, text)).code == 0
+    assert finetune("submit", write_file(tmp_path, text)).code == 0
     spec = api.get(names.PLURAL, namespace, "bot")["spec"]
     assert (spec["checkpoint"], spec["evaluation"], "method" in spec) == ({"steps": 30}, {}, False)
 
 
 def test_submit_dry_run_stores_nothing(finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path) -> None:
-    assert finetune("submit", write(tmp_path, JOB), "--dry-run").code == 0
+    assert finetune("submit", write_file(tmp_path, JOB), "--dry-run").code == 0
     assert api.find(names.PLURAL, namespace, "bot") is None
 
 
 def test_submit_refuses_offline_what_the_server_refuses(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
-    result = finetune("submit", write(tmp_path, JOB.replace("learningRate: 2e-4", "learningRat: 2e-4, epochs: 0")))
+    result = finetune("submit", write_file(tmp_path, JOB.replace("learningRate: 2e-4", "learningRat: 2e-4, epochs: 0")))
     assert result.code == 1
     assert "spec.training.learningRat: unknown field; did you mean spec.training.learningRate?" in result.err
     assert "spec.training.epochs: 0: should be greater than 0" in result.err
@@ -83,7 +83,7 @@ def test_submit_refuses_offline_what_the_server_refuses(
 
 def test_submit_of_an_existing_name_is_refused(finetune: Finetune, job: Job, tmp_path: Path) -> None:
     job()
-    result = finetune("submit", write(tmp_path, JOB))
+    result = finetune("submit", write_file(tmp_path, JOB))
     assert result.code == 1
     assert "already exists; use another name, or create a new job" in result.err
 
@@ -92,7 +92,7 @@ def test_submit_of_an_existing_name_is_refused(finetune: Finetune, job: Job, tmp
 
 
 def test_get_shows_the_columns_of_the_server(finetune: Finetune, job: Job) -> None:
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     head, row = finetune("get").out.splitlines()
     assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
     assert row.split()[:3] == ["bot", "Running", "120/500"]
@@ -110,7 +110,7 @@ def test_get_reports_missing_jobs_and_formats(finetune: Finetune) -> None:
 
 
 def test_status_shows_progress_attempts_and_checkpoints(finetune: Finetune, job: Job, namespace: str) -> None:
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     result = finetune("status", "bot")
     assert result.code == 0
     assert f"{namespace}/bot  Running\n  R: step 120\n" in result.out
@@ -121,7 +121,7 @@ def test_status_shows_progress_attempts_and_checkpoints(finetune: Finetune, job:
 
 
 def test_status_of_a_failed_job_exits_with_2_and_shows_the_hint(finetune: Finetune, job: Job) -> None:
-    job(status=FAILED)
+    job(status=FAILED_STATUS)
     result = finetune("status", "bot")
     assert result.code == 2
     assert (
@@ -130,22 +130,22 @@ def test_status_of_a_failed_job_exits_with_2_and_shows_the_hint(finetune: Finetu
 
 
 def test_status_watch_ends_with_the_job(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    job(status=RUNNING)
-    threading.Timer(1.0, lambda: set_status(api, namespace, "bot", DONE)).start()
+    job(status=RUNNING_STATUS)
+    threading.Timer(1.0, lambda: set_status(api, namespace, "bot", SUCCEEDED_STATUS)).start()
     result = finetune("status", "bot", "--watch")
     assert result.code == 0
     assert "bot  Running" in result.out
     assert "bot  Succeeded" in result.out
 
 
-@pytest.mark.parametrize(("status", "code"), [(DONE, 0), (FAILED, 2)])
+@pytest.mark.parametrize(("status", "code"), [(SUCCEEDED_STATUS, 0), (FAILED_STATUS, 2)])
 def test_wait_ends_with_the_job(finetune: Finetune, job: Job, status: dict[str, Any], code: int) -> None:
     job(status=status)
     assert finetune("wait", "bot").code == code
 
 
 def test_wait_ends_with_the_condition_or_the_timeout(finetune: Finetune, job: Job) -> None:
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     assert finetune("wait", "bot", "--for", "running").code == 0
     assert finetune("wait", "bot", "--for", "reconciling").code == 0
     assert "bot is not Finished after 1 s" in finetune("wait", "bot", "--timeout", "1").err
@@ -177,7 +177,7 @@ def test_events_of_the_job_are_listed(finetune: Finetune, job: Job, api: KubeApi
 
 
 def test_suspend_resume_and_cancel_change_the_spec(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     assert finetune("suspend", "bot").out == "bot: saving a checkpoint, then the GPUs are released\n"
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["suspend"] is True
     assert "nothing to change, suspend is already true" in finetune("suspend", "bot").err
@@ -189,12 +189,12 @@ def test_suspend_resume_and_cancel_change_the_spec(finetune: Finetune, job: Job,
 
 
 def test_finished_job_is_not_changed(finetune: Finetune, job: Job) -> None:
-    job(status=DONE)
+    job(status=SUCCEEDED_STATUS)
     assert finetune("suspend", "bot").err == "error: bot has already ended: Succeeded\n"
 
 
 def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    old = job(status=RUNNING, suspend=True)
+    old = job(status=RUNNING_STATUS, suspend=True)
     result = finetune(
         "rerun", "bot", "--from-checkpoint", "100", "--set", "training.epochs=2", "--set", "method.lora.rank=4"
     )
@@ -210,7 +210,7 @@ def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, ap
 
 
 def test_rerun_refuses_unknown_checkpoints_and_fields(finetune: Finetune, job: Job) -> None:
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     assert (
         "the status of bot lists no checkpoint of step 7, only: 100"
         in finetune("rerun", "bot", "--from-checkpoint", "7").err
@@ -264,7 +264,7 @@ def test_report_holds_everything_but_secrets(
                 {"name": "Y", "value": "kept"},
             ]
         },
-        status=FAILED,
+        status=FAILED_STATUS,
     )
     api.create("pods", namespace, pod("bot-1-0", 1, 0))
     archive = tmp_path / "r.tar.gz"
@@ -288,7 +288,7 @@ def test_unreachable_server_is_reported(finetune: Finetune, tmp_path: Path, monk
         "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {}}],
     }  # fmt: skip
-    result = finetune("get", "--kubeconfig", write(tmp_path, json.dumps(config), "k"))
+    result = finetune("get", "--kubeconfig", write_file(tmp_path, json.dumps(config), "k"))
     assert result.code == 1
     assert result.err.startswith("error: the API server at https://127.0.0.1:1 cannot be reached: ")
 

@@ -17,14 +17,14 @@ from localcluster import Endpoint
 from tests.integration.cli.conftest import Result, condition, set_status
 from tests.support.kubeapi import ApiError, KubeApi
 
-GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "cli.md"
-RUNNING = {"phase": "Running", "conditions": [condition("Reconciling")]}
+GUIDE_FILE = Path(__file__).parents[3] / "docs" / "guides" / "cli.md"
+RUNNING_STATUS = {"phase": "Running", "conditions": [condition("Reconciling")]}
 
 
 @pytest.fixture
 def token(api: KubeApi, namespace: str) -> str:
     """Return the token of a ServiceAccount that has only the role of the guide."""
-    (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE_FILE.read_text(encoding="utf-8"), re.DOTALL)
     role = YAML(typ="safe").load(text)
     api.create("roles", namespace, role)
     api.create("serviceaccounts", namespace, {"metadata": {"name": "user"}})
@@ -55,7 +55,7 @@ def as_user(
 def test_documented_role_is_sufficient(
     as_user: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     labels = {names.Label.JOB_NAME: "bot", names.Label.ATTEMPT: "1"}
     api.create(
         "pods",
@@ -89,7 +89,7 @@ def test_documented_role_cannot_read_secrets(api: KubeApi, control_plane: Endpoi
 # --- the guide's table ----------------------------------------------------------------------------------------------
 
 JOBS = f"{names.PLURAL}.{names.GROUP}"
-DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
+SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
 MANIFEST = f"""\
 apiVersion: v1
 kind: Secret
@@ -106,8 +106,8 @@ kind: {names.KIND}
 metadata: {{name: new}}
 spec: {{model: {{source: org/m}}, dataset: {{train: org/d}}}}
 """
-OFFLINE = "`init`, `validate`, `explain`, `import`, `run --local`, `diff` of files"
-RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
+OFFLINE_COMMANDS = "`init`, `validate`, `explain`, `import`, `run --local`, `diff` of files"
+COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`get`, `diff` of jobs": (("get",), ("get", "bot"), ("get", "bot", "-o", "yaml"), ("diff", "bot", "bot")),
     "`status`, `wait`": (("status", "bot"), ("wait", "bot", "--for", "Suspended", "--timeout", "1")),
     "`events`": (("events", "bot"),),
@@ -122,57 +122,57 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
 """For each row of the table: commands that together need every right in the row."""
 
 
-def table() -> dict[str, set[str]]:
+def documented_rights() -> dict[str, set[str]]:
     """Return the rights that the guide's table lists for the commands of each row, as `resource:verb`."""
-    text = GUIDE.read_text(encoding="utf-8")
+    text = GUIDE_FILE.read_text(encoding="utf-8")
     rights_by_commands = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
-        needed = {f"{JOBS}:{verb}" for verb in verbs(re.sub("`[^`]*`", "", jobs))}
+        needed = {f"{JOBS}:{verb}" for verb in verbs_in(re.sub("`[^`]*`", "", jobs))}
         for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", others):
-            needed |= {f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in verbs(words)}
+            needed |= {f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in verbs_in(words)}
         rights_by_commands[commands] = needed
     return rights_by_commands
 
 
-def verbs(text: str) -> set[str]:
+def verbs_in(text: str) -> set[str]:
     """Return the API verbs in a text."""
     return set(re.findall(r"\b(get|list|watch|create|patch)\b", text))
 
 
 def test_documented_table_covers_all_commands() -> None:
-    assert set(table()) == {*RUNS, OFFLINE}
-    assert table()[OFFLINE] == set()
+    assert set(documented_rights()) == {*COMMANDS_BY_ROW, OFFLINE_COMMANDS}
+    assert documented_rights()[OFFLINE_COMMANDS] == set()
 
 
-@pytest.mark.parametrize("row", RUNS)
+@pytest.mark.parametrize("row", COMMANDS_BY_ROW)
 def test_command_uses_the_documented_rights(
     row: str, finetune: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    prepare(job, api, namespace)
+    create_jobs_and_secret(job, api, namespace)
     (tmp_path / "job.yaml").write_text(MANIFEST, encoding="utf-8")
     paths = {"MANIFEST": str(tmp_path / "job.yaml"), "ARCHIVE": str(tmp_path / "r.tar.gz")}
-    used: set[str] = set()
+    used_rights: set[str] = set()
     send = Cluster._send
 
-    def recorded(self: Cluster, method: str, path: str, query: dict[str, str], *rest: Any) -> Any:
-        used.update(rights(method, path, query))
+    def send_and_record(self: Cluster, method: str, path: str, query: dict[str, str], *rest: Any) -> Any:
+        used_rights.update(rights_of_request(method, path, query))
         response = send(self, method, path, query, *rest)
         if method == "POST" and rest[0]["metadata"]["name"] == "new":
-            threading.Timer(0.5, lambda: set_status(api, namespace, "new", DONE)).start()
+            threading.Timer(0.5, lambda: set_status(api, namespace, "new", SUCCEEDED_STATUS)).start()
         return response
 
-    monkeypatch.setattr(Cluster, "_send", recorded)
-    for words in RUNS[row]:
+    monkeypatch.setattr(Cluster, "_send", send_and_record)
+    for words in COMMANDS_BY_ROW[row]:
         assert finetune(*(paths.get(word, word) for word in words)).code in (0, 1)
-    assert used == table()[row]
+    assert used_rights == documented_rights()[row]
 
 
-def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
+def create_jobs_and_secret(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
     """Create a running job with a pod. Create a finished job with empty storage, and the Secret for this storage."""
-    job(status=RUNNING)
+    job(status=RUNNING_STATUS)
     storage = {"uri": "file:///empty/storage", "credentialsSecretRef": {"name": "s3"}}
-    job("done", status=DONE, storage=storage)
+    job("done", status=SUCCEEDED_STATUS, storage=storage)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": keys})
     labels = {names.Label.JOB_NAME: "bot", names.Label.ATTEMPT: "1"}
@@ -182,7 +182,7 @@ def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
     )
 
 
-def rights(method: str, path: str, query: dict[str, str]) -> set[str]:
+def rights_of_request(method: str, path: str, query: dict[str, str]) -> set[str]:
     """Return the rights that a request needs, as `resource:verb`. Server-side apply also needs `create`."""
     match = re.match(
         r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+))?$", path

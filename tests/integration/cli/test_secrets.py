@@ -19,15 +19,15 @@ from tests.support.kubeapi import KubeApi
 from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob
 
 HUB_TOKEN, OPENAI_KEY = "hf_" + "q1W2e3R4t5Y6u7I8", "sk-" + "z9X8c7V6b5N4m3L2k1J0"
-ENV = f"MODEL_NAME=org/gated\nTRAIN_DATA_PATH=org/rows\nDATASET_TYPE=instruction_jsonl\nHUGGINGFACE_TOKEN={HUB_TOKEN}\nDEVICE=cpu\n"
-TOML = '[fine_tuner]\nbase_model_id = "org/gated"\ntraining_data_id = "org/rows"\nload_in_4bit = false\nreport_to = "none"\n'
+ENV_CONFIG = f"MODEL_NAME=org/gated\nTRAIN_DATA_PATH=org/rows\nDATASET_TYPE=instruction_jsonl\nHUGGINGFACE_TOKEN={HUB_TOKEN}\nDEVICE=cpu\n"
+TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/gated"\ntraining_data_id = "org/rows"\nload_in_4bit = false\nreport_to = "none"\n'
 
 
 @pytest.mark.parametrize(
     ("name", "text", "tool_flags", "expected"),
     [
-        ("train.env", ENV, [], {Env.HF_TOKEN.value: HUB_TOKEN}),
-        ("train.toml", TOML, ["--hf-key", HUB_TOKEN, "--openai-key", OPENAI_KEY], {Env.HF_TOKEN.value: HUB_TOKEN, "OPENAI_API_KEY": OPENAI_KEY}),
+        ("train.env", ENV_CONFIG, [], {Env.HF_TOKEN.value: HUB_TOKEN}),
+        ("train.toml", TOML_CONFIG, ["--hf-key", HUB_TOKEN, "--openai-key", OPENAI_KEY], {Env.HF_TOKEN.value: HUB_TOKEN, "OPENAI_API_KEY": OPENAI_KEY}),
     ],
     ids=["env", "toml"],
 )  # fmt: skip

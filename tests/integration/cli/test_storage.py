@@ -17,7 +17,7 @@ from tests.integration.cli.conftest import Result, condition, set_status
 from tests.support.kubeapi import KubeApi
 
 Finetune = Callable[..., Result]
-DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
+SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
 
 
 @pytest.fixture
-def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]], namespace: str, api: KubeApi) -> str:
+def job_prefix(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]], namespace: str, api: KubeApi) -> str:
     """Create a job with a committed and an uncommitted checkpoint. Return the job's prefix in the bucket."""
     secret = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": secret})
@@ -64,7 +64,7 @@ def no_ambient_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-def test_checkpoints_are_verified_and_downloaded(finetune: Finetune, stored: str, tmp_path: Path) -> None:
+def test_checkpoints_are_verified_and_downloaded(finetune: Finetune, job_prefix: str, tmp_path: Path) -> None:
     assert finetune("checkpoints", "bot", "--verify", "--use-secret") == Result(
         0, "checkpoints/step-00000010: ok, 6.8 KiB\n", ""
     )
@@ -74,15 +74,15 @@ def test_checkpoints_are_verified_and_downloaded(finetune: Finetune, stored: str
     assert (result.code, "20 is not committed below s3://" in result.err) == (1, True)
 
 
-def test_damaged_file_is_detected(finetune: Finetune, stored: str, bucket: Any) -> None:
-    bucket.put_object(Key=f"{stored}/checkpoints/step-00000010/a1-00000000/w.bin", Body=b"x" * 7000)
+def test_damaged_file_is_detected(finetune: Finetune, job_prefix: str, bucket: Any) -> None:
+    bucket.put_object(Key=f"{job_prefix}/checkpoints/step-00000010/a1-00000000/w.bin", Body=b"x" * 7000)
     result = finetune("checkpoints", "bot", "--verify", "--use-secret")
     assert result.code == 1
-    assert "w.bin is damaged: it has 7000 bytes" in result.err
+    assert "w.bin is damaged: the file has 7000 bytes" in result.err
 
 
 def test_credentials_come_from_the_environment(
-    finetune: Finetune, stored: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+    finetune: Finetune, job_prefix: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = finetune("checkpoints", "bot", "--verify")
     assert (result.code, "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in result.err) == (1, True)
@@ -92,10 +92,10 @@ def test_credentials_come_from_the_environment(
 
 
 def test_purge_asks_and_deletes_only_this_job(
-    finetune: Finetune, stored: str, bucket: Any, api: KubeApi, namespace: str
+    finetune: Finetune, job_prefix: str, bucket: Any, api: KubeApi, namespace: str
 ) -> None:
     assert "bot has not finished: cancel the job first" in finetune("purge", "bot", "--use-secret").err
-    set_status(api, namespace, "bot", DONE)
+    set_status(api, namespace, "bot", SUCCEEDED_STATUS)
     assert "would be deleted permanently: confirm with --yes-purge bot" in finetune("purge", "bot", "--use-secret").err
     assert "this is not the name of the job" in finetune("purge", "bot", "--use-secret", "--yes-purge", "other").err
     result = finetune("purge", "bot", "--use-secret", "--yes-purge", "bot")

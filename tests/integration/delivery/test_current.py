@@ -30,7 +30,7 @@ def users_cluster(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def current(
+def current_cluster(
     users_cluster: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> demo_clusters.DemoCluster:
     """The demo's cluster `current` (the cluster of the user's kubeconfig). kubectl is on the PATH."""
@@ -47,36 +47,36 @@ def current(
     return demo_clusters.choose("current", keep=False)
 
 
-def namespaces(endpoint: Endpoint) -> set[str]:
+def namespace_names(endpoint: Endpoint) -> set[str]:
     return {item["metadata"]["name"] for item in KubeApi(endpoint).list("namespaces", None)}
 
 
 def test_demo_creates_and_removes_its_namespaces(
-    current: demo_clusters.DemoCluster, users_cluster: Endpoint
+    current_cluster: demo_clusters.DemoCluster, users_cluster: Endpoint
 ) -> None:
-    before = namespaces(users_cluster)
-    current.up()
-    current.up()  # a run of the demo after a run with KEEP=1 calls up() again
+    before = namespace_names(users_cluster)
+    current_cluster.up()
+    current_cluster.up()  # a run of the demo after a run with KEEP=1 calls up() again
     install_crd(KubeApi(users_cluster))
-    assert namespaces(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
-    demo.uninstall(current)
-    assert namespaces(users_cluster) == before
-    assert current.kubectl("get", "crd", "-o", "name") == ""
-    assert not current.has_demo_objects()
+    assert namespace_names(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
+    demo.uninstall(current_cluster)
+    assert namespace_names(users_cluster) == before
+    assert current_cluster.kubectl("get", "crd", "-o", "name") == ""
+    assert not current_cluster.has_demo_objects()
 
 
-@pytest.mark.parametrize("existing", ["namespace finetune-operator", "CustomResourceDefinition"])
+@pytest.mark.parametrize("existing_object", ["namespace finetune-operator", "CustomResourceDefinition"])
 def test_demo_neither_replaces_nor_removes_existing_objects(
-    current: demo_clusters.DemoCluster, users_cluster: Endpoint, existing: str
+    current_cluster: demo_clusters.DemoCluster, users_cluster: Endpoint, existing_object: str
 ) -> None:
     api = KubeApi(users_cluster)
-    if existing == "CustomResourceDefinition":
+    if existing_object == "CustomResourceDefinition":
         install_crd(api)
     else:
-        current.kubectl("create", "namespace", existing.partition(" ")[2])
-    before = namespaces(users_cluster)
-    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{existing}.*, which the demo did not create"):
-        current.up()
-    assert not current.has_demo_objects()
-    assert namespaces(users_cluster) == before
-    assert json.loads(current.kubectl("get", "crd", "-o", "json"))["items"] != [] or existing != "CustomResourceDefinition"
+        current_cluster.kubectl("create", "namespace", existing_object.partition(" ")[2])
+    before = namespace_names(users_cluster)
+    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{existing_object}.*, which the demo did not create"):
+        current_cluster.up()
+    assert not current_cluster.has_demo_objects()
+    assert namespace_names(users_cluster) == before
+    assert json.loads(current_cluster.kubectl("get", "crd", "-o", "json"))["items"] != [] or existing_object != "CustomResourceDefinition"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from localcluster import Endpoint
-from tests.integration.operator.rig import Heartbeat, Operator, Progress, Rig, install, rig
+from tests.integration.operator.rig import Heartbeat, Operator, Progress, Rig, install_crd, open_rig
 
-CRD = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
+CRD_FILE = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
 numbers = itertools.count(1)
 
 
@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def served(control_plane: Endpoint) -> Iterator[Endpoint]:
+def endpoint_with_crd(control_plane: Endpoint) -> Iterator[Endpoint]:
     """The control plane with the CRD and a node that stays Ready."""
-    install(control_plane, CRD)
+    install_crd(control_plane, CRD_FILE)
     heartbeat = Heartbeat(control_plane)
     yield control_plane
     heartbeat.close()
@@ -61,10 +61,10 @@ def config(progress: Progress) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def operator(
-    served: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+    endpoint_with_crd: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
     """A running operator, one per module, because tests in other folders run their own operators on the same API server."""
-    found = Operator(tmp_path_factory.mktemp("operator"), served.kubeconfig, config)
+    found = Operator(tmp_path_factory.mktemp("operator"), endpoint_with_crd.kubeconfig, config)
     found.start()
     yield found
     code = found.stop()
@@ -74,16 +74,16 @@ def operator(
 
 
 @pytest.fixture
-async def idle(served: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+async def world_without_operator(endpoint_with_crd: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     """A namespace without an operator; the test starts its own operator."""
-    async with rig(served, _namespace(request), progress) as found:
+    async with open_rig(endpoint_with_crd, _namespace(request), progress) as found:
         yield found
 
 
 @pytest.fixture
-async def world(operator: Operator, idle: Rig) -> Rig:
+async def world(operator: Operator, world_without_operator: Rig) -> Rig:
     """A namespace whose jobs the operator of this module reconciles."""
-    return idle
+    return world_without_operator
 
 
 def _namespace(request: pytest.FixtureRequest) -> str:

@@ -22,7 +22,7 @@ class Queue:
     def __init__(self, world: Rig):
         self._world = world
 
-    async def waiting(self, name: str) -> Object:
+    async def wait_for_waiting_job(self, name: str) -> Object:
         """Wait for a Job that requests quota: it has a queue label and is suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
         job = await self._world.job(name)
         assert job["metadata"]["labels"][Label.QUEUE]
@@ -41,9 +41,9 @@ class Queue:
         """
         kube, namespace = self._world.kube, self._world.namespace
         await kube.patch(JOB, namespace, name, {"spec": {"suspend": True}})
-        await self._world.until("suspended", lambda: self._suspended(name))
+        await self._world.wait_until("suspended", lambda: self._is_suspended(name))
         await kube.patch(JOB, namespace, name, {"status": {"startTime": None}}, subresource="status")
-        await self._world.until("no start", lambda: "startTime" not in self._world.jobs.items[name]["status"])
+        await self._world.wait_until("no start", lambda: "startTime" not in self._world.jobs.items[name]["status"])
         await kube.patch(JOB, namespace, name, {"spec": {"template": {"spec": {"nodeSelector": None}}}})
 
     async def schedule(self) -> str | None:
@@ -82,7 +82,7 @@ class Queue:
         name = job["spec"]["template"]["spec"].get("priorityClassName")
         return int((await self._world.kube.get(PRIORITY_CLASS, "", name))["value"]) if name else 0
 
-    def _suspended(self, name: str) -> bool:
+    def _is_suspended(self, name: str) -> bool:
         status = self._world.jobs.items[name].get("status", {})
         conditions = status.get("conditions", [])
         return not status.get("active") and any(c["type"] == "Suspended" and c["status"] == "True" for c in conditions)

@@ -86,7 +86,7 @@ class Progress:
         full = {"uid": meta["labels"][Label.JOB_UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
 
-    def silence(self, pod: Object) -> None:
+    def remove_report(self, pod: Object) -> None:
         """Stop serving the report of this pod."""
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
@@ -146,7 +146,7 @@ class Operator:
         return port
 
 
-class Store:
+class WatchedObjects:
     """A watch on one kind in one namespace. Every event notifies `Rig.changed`."""
 
     def __init__(self, rig: Rig, kind: Kind):
@@ -171,9 +171,9 @@ class Store:
         async with session.get(url) as response:
             response.raise_for_status()
             async for line in response.content:
-                await self._take(json.loads(line))
+                await self._apply_event(json.loads(line))
 
-    async def _take(self, event: Object) -> None:
+    async def _apply_event(self, event: Object) -> None:
         type_, body = event["type"], event["object"]
         if type_ not in ("ADDED", "MODIFIED", "DELETED"):
             return
@@ -193,7 +193,7 @@ class Rig:
     def __init__(self, endpoint: Endpoint, kube: KubeClient, namespace: str, progress: Progress):
         self.endpoint, self.kube, self.namespace, self.progress = endpoint, kube, namespace, progress
         self.changed = asyncio.Condition()
-        self.jobs, self.pods, self.ftjs = Store(self, JOB), Store(self, POD), Store(self, FINETUNEJOB)
+        self.jobs, self.pods, self.ftjs = WatchedObjects(self, JOB), WatchedObjects(self, POD), WatchedObjects(self, FINETUNEJOB)
         self.kubelet = Kubelet(self)
         self.tasks: list[asyncio.Task[None]] = []
         """Tasks of the watches and the kubelet. `describe` shows why a task has ended."""
@@ -210,7 +210,7 @@ class Rig:
         """Change the spec of a FineTuneJob."""
         return await self.kube.patch(FINETUNEJOB, self.namespace, name, {"spec": spec})
 
-    async def until(self, expected: str, condition: Callable[[], Any]) -> Any:
+    async def wait_until(self, expected: str, condition: Callable[[], Any]) -> Any:
         """Wait until `condition` is true and return its value. On a timeout, fail and print all objects."""
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS), self.changed:
@@ -220,9 +220,9 @@ class Rig:
         except TimeoutError:
             raise AssertionError(f"not within {TIMEOUT_SECONDS:.0f} s: {expected}\n{self.describe()}") from None
 
-    async def phase(self, phase: str, name: str = "run") -> Object:
+    async def wait_for_phase(self, phase: str, name: str = "run") -> Object:
         """Wait for a phase and return the status."""
-        return (await self.until(f"phase {phase}", lambda: self._in_phase(name, phase)))["status"]
+        return (await self.wait_until(f"phase {phase}", lambda: self._in_phase(name, phase)))["status"]
 
     def _in_phase(self, name: str, phase: str) -> Object | None:
         body = self.ftjs.items.get(name)
@@ -230,7 +230,7 @@ class Rig:
 
     async def job(self, name: str) -> Object:
         """Wait until a Job exists."""
-        return await self.until(f"Job {name}", lambda: self.jobs.items.get(name))
+        return await self.wait_until(f"Job {name}", lambda: self.jobs.items.get(name))
 
     async def ended_attempt(self, number: int, name: str = "run") -> Object:
         """Wait until the attempt's record in the status has an end time, and return the record."""
@@ -239,15 +239,15 @@ class Rig:
             records = self.status(name).get("attempts", [])
             return next((record for record in records if record["number"] == number and record.get("endTime")), None)
 
-        return await self.until(f"the end of attempt {number}", ended)
+        return await self.wait_until(f"the end of attempt {number}", ended)
 
     async def no_jobs_and_pods(self) -> None:
         """Wait until no Jobs and pods exist."""
-        await self.until("no Jobs and pods", lambda: not self.jobs.items and not self.pods.items)
+        await self.wait_until("no Jobs and pods", lambda: not self.jobs.items and not self.pods.items)
 
     async def pod(self, job: str, index: int = 0, state: str = "") -> Object:
         """Wait for the pod of a Job with this index and, if `state` is given, for this phase of the pod."""
-        return await self.until(f"pod {index} of {job} {state}", lambda: self._pod(job, index, state))
+        return await self.wait_until(f"pod {index} of {job} {state}", lambda: self._pod(job, index, state))
 
     def _pod(self, job: str, index: int, state: str) -> Object | None:
         for pod in self.pods.items.values():
@@ -277,7 +277,7 @@ class Rig:
             lines.append(f"Pod {pod['metadata']['name']}: {json.dumps(pod.get('status'))}")
         return "\n".join(lines)
 
-    async def train(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
+    async def report_training(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
         """Serve a report that pod 0 of a Job trains."""
         pod = await self.pod(job, 0, "Running")
         shown = {"step": step, "totalSteps": total, "secondsRemaining": 60}
@@ -287,12 +287,12 @@ class Rig:
 
 
 class Kubelet:
-    """Runs the pods of one namespace. If `auto` is set, each new pod runs and becomes ready at once."""
+    """Runs the pods of one namespace. If `starts_new_pods` is set, each new pod runs and becomes ready at once."""
 
     def __init__(self, rig: Rig):
         self._rig = rig
-        self.auto = True
-        self.stops = True
+        self.starts_new_pods = True
+        self.ends_deleted_pods = True
         """If False, deleted pods do not end, as on a lost node."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
         self.stop_message = TerminationMessage(code="Stopped", message="saved on request", step=0)
@@ -315,9 +315,9 @@ class Kubelet:
         for pod in list(self._rig.pods.items.values()):
             uid = pod["metadata"]["uid"]
             deleting = "deletionTimestamp" in pod["metadata"]
-            if deleting and self.stops and self._is_first(uid, "stop"):
+            if deleting and self.ends_deleted_pods and self._is_first(uid, "stop"):
                 steps.append((self._stop, pod))
-            elif not deleting and self.auto and self._is_first(uid, "run"):
+            elif not deleting and self.starts_new_pods and self._is_first(uid, "run"):
                 steps.append((self.start, pod))
         return steps
 
@@ -337,11 +337,11 @@ class Kubelet:
         }  # fmt: skip
         kind = Kind("v1", "Binding", f"pods/{name}/binding")
         with contextlib.suppress(Conflict, AlreadyExists):  # the pod is already bound
-            await _repeat(lambda: self._rig.kube.create(kind, self._rig.namespace, binding))
+            await _repeat_until_answered(lambda: self._rig.kube.create(kind, self._rig.namespace, binding))
         await self.write(pod, {
             "phase": "Running", "podIP": "127.0.0.1", "startTime": _now(),
-            "conditions": [_true("PodScheduled"), {**_true("Ready"), "status": "True" if ready else "False"}],
-            "containerStatuses": [_container({"running": {"startedAt": _now()}}, ready)],
+            "conditions": [_true_condition("PodScheduled"), {**_true_condition("Ready"), "status": "True" if ready else "False"}],
+            "containerStatuses": [_container_status({"running": {"startedAt": _now()}}, ready)],
         })  # fmt: skip
 
     async def end(
@@ -353,8 +353,8 @@ class Kubelet:
         terminated |= {"finishedAt": _now(), "startedAt": _now()}
         await self.write(pod, {
             "phase": "Succeeded" if code == 0 else "Failed",
-            "containerStatuses": [_container({"terminated": terminated}, False)],
-            "conditions": [_true("PodScheduled"), {**_true("Ready"), "status": "False"}],
+            "containerStatuses": [_container_status({"terminated": terminated}, False)],
+            "conditions": [_true_condition("PodScheduled"), {**_true_condition("Ready"), "status": "False"}],
         })  # fmt: skip
 
     async def succeed(self, pod: Object, step: int = 100) -> None:
@@ -366,7 +366,7 @@ class Kubelet:
     async def write(self, pod: Object, status: Object) -> None:
         """Write the status of a pod."""
         name, body = pod["metadata"]["name"], {"status": status}
-        await _repeat(lambda: self._rig.kube.patch(POD, self._rig.namespace, name, body, subresource="status"))
+        await _repeat_until_answered(lambda: self._rig.kube.patch(POD, self._rig.namespace, name, body, subresource="status"))
 
     async def _stop(self, pod: Object) -> None:
         """Handle a deletion: end the container, then remove the object."""
@@ -380,7 +380,7 @@ class Kubelet:
         await self._rig.kube.delete(POD, self._rig.namespace, meta["name"], uid=meta["uid"], grace_seconds=0)
 
 
-async def _repeat(request: Callable[[], Awaitable[T]]) -> T:
+async def _repeat_until_answered(request: Callable[[], Awaitable[T]]) -> T:
     """Repeat a request until the API server answers, so that a slow server does not fail the test."""
     while True:
         try:
@@ -389,13 +389,13 @@ async def _repeat(request: Callable[[], Awaitable[T]]) -> T:
             await asyncio.sleep(RETRY_SECONDS)
 
 
-def _container(state: Object, ready: bool) -> Object:
+def _container_status(state: Object, ready: bool) -> Object:
     return {
         "name": "trainer", "image": "trainer", "imageID": "sha256:1", "ready": ready, "restartCount": 0, "state": state,
     }  # fmt: skip
 
 
-def _true(kind: str) -> Object:
+def _true_condition(kind: str) -> Object:
     return {"type": kind, "status": "True", "lastTransitionTime": _now()}
 
 
@@ -404,7 +404,7 @@ def _now() -> str:
 
 
 @contextlib.asynccontextmanager
-async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
+async def open_rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
     """Create a namespace, and run its watches and its kubelet."""
     kube = await KubeClient.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
@@ -462,19 +462,19 @@ class Heartbeat:
         self._thread.join()
 
 
-def install(endpoint: Endpoint, crd: Path) -> None:
+def install_crd(endpoint: Endpoint, crd: Path) -> None:
     """Install the CRD and wait until it is served."""
     endpoint.apply(
         "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io",
         yaml.safe_load(crd.read_text()),
     )
-    for _ in _ticks():
+    for _ in _pauses():
         with contextlib.suppress(Exception):
             endpoint.get(f"/apis/{API_VERSION}/finetunejobs")
             return
 
 
-def _ticks() -> Iterator[None]:
+def _pauses() -> Iterator[None]:
     pause = threading.Event()
     for _ in range(100):
         yield

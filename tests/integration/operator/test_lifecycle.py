@@ -14,10 +14,10 @@ from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kin
 
 from tests.integration.operator.rig import TIMEOUT_SECONDS, Rig
 
-POLICY = Kind(
+ADMISSION_POLICY = Kind(
     "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies"
 )  # fmt: skip
-POLICY_BINDING = Kind(
+ADMISSION_POLICY_BINDING = Kind(
     "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings"
 )  # fmt: skip
 
@@ -47,11 +47,11 @@ async def wait_for_event(world: Rig, reason: str) -> None:
 
 async def test_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -> None:
     await world.create()
-    await world.train("run-1", step=40, checkpoints=[checkpoint(30)], latestCheckpoint=checkpoint(30)["uri"])
-    await world.until("checkpoint", lambda: world.status().get("checkpoints"))
+    await world.report_training("run-1", step=40, checkpoints=[checkpoint(30)], latestCheckpoint=checkpoint(30)["uri"])
+    await world.wait_until("checkpoint", lambda: world.status().get("checkpoints"))
     world.kubelet.stop_message = TerminationMessage(code="Stopped", message="saved", step=42, committed_step=42)
     await world.patch({"suspend": True})
-    status = await world.phase("Suspended")
+    status = await world.wait_for_phase("Suspended")
     assert world.condition("Suspended")["status"] == "True"
     assert world.condition("Reconciling") == {}
     assert status["attempts"][0]["reason"] == "Suspended"
@@ -64,10 +64,10 @@ async def test_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -
     job = await world.job("run-2")
     run = run_config(job)
     assert (run.attempt, run.resume.mode, run.resume.expect_step) == (2, "auto", 42)
-    await world.train("run-2", step=43, resumedFromStep=42)
-    await world.phase("Running")
+    await world.report_training("run-2", step=43, resumedFromStep=42)
+    await world.wait_for_phase("Running")
     await world.kubelet.succeed(await world.pod("run-2"))
-    status = await world.phase("Succeeded")
+    status = await world.wait_for_phase("Succeeded")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Suspended"), (2, "Succeeded")]
     assert status["attempts"][0]["stepsLost"] == 0
     assert status["restarts"] == 1
@@ -80,7 +80,7 @@ async def test_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -
 
 async def test_job_created_suspended_starts_when_it_is_resumed(world: Rig) -> None:
     await world.create(suspend=True)
-    await world.phase("Suspended")
+    await world.wait_for_phase("Suspended")
     assert world.jobs.items == {}
     await world.patch({"suspend": False})
     await world.job("run-1")
@@ -88,10 +88,10 @@ async def test_job_created_suspended_starts_when_it_is_resumed(world: Rig) -> No
 
 async def test_cancelled_job_is_finished_and_has_no_failure(world: Rig) -> None:
     await world.create()
-    await world.train("run-1")
-    await world.phase("Running")
+    await world.report_training("run-1")
+    await world.wait_for_phase("Running")
     await world.patch({"cancel": True})
-    status = await world.phase("Cancelled")
+    status = await world.wait_for_phase("Cancelled")
     assert world.condition("Finished")["status"] == "True"
     assert world.condition("Succeeded")["reason"] == "Cancelled"
     assert world.condition("Stalled") == {}
@@ -104,7 +104,7 @@ async def test_data_error_fails_the_job_with_the_trainers_message(world: Rig) ->
     pod = await world.pod("run-1", 0, "Running")
     message = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="fix it", rank=0)
     await world.kubelet.end(pod, ExitCode.DATA_INVALID, message)
-    status = await world.phase("Failed")
+    status = await world.wait_for_phase("Failed")
     assert status["failure"] == {
         "class": "Data", "code": "RowMalformed", "message": "row 17: not JSON", "hint": "fix it", "rank": 0,
         "exitCode": 65, "node": "test-node",
@@ -117,13 +117,13 @@ async def test_data_error_fails_the_job_with_the_trainers_message(world: Rig) ->
 
 async def test_preempted_attempt_does_not_count(world: Rig) -> None:
     await world.create(policy={"retries": 0})
-    pod = await world.train("run-1")
-    await world.phase("Running")
+    pod = await world.report_training("run-1")
+    await world.wait_for_phase("Running")
     await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"], grace_seconds=30)
     await world.job("run-2")
     attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["counted"], attempt["exitCode"]) == ("Preempted", False, 75)
-    assert (await world.phase("Recovering"))["retriesUsed"] == 0
+    assert (await world.wait_for_phase("Recovering"))["retriesUsed"] == 0
 
 
 async def test_unknown_errors_count_until_the_retries_are_exhausted(world: Rig) -> None:
@@ -131,13 +131,13 @@ async def test_unknown_errors_count_until_the_retries_are_exhausted(world: Rig) 
     for number in (1, 2, 3):
         pod = await world.pod(f"run-{number}", 0, "Running")
         await world.kubelet.end(pod, 1, raw="Traceback\nKeyError: 'token=hf_abcdefghijklmnopqrstu'\n")
-    status = await world.phase("Failed")
+    status = await world.wait_for_phase("Failed")
     assert [a["counted"] for a in status["attempts"]] == [True, True, False]
     assert status["failure"]["code"] == "ExitCode1"
     assert "[redacted]" in status["failure"]["message"]
     assert "hf_abc" not in json.dumps(status)
     assert world.condition("Succeeded")["reason"] == "RetriesExhausted"
-    await world.until("the two newest Jobs", lambda: sorted(world.jobs.items) == ["run-2", "run-3"])
+    await world.wait_until("the two newest Jobs", lambda: sorted(world.jobs.items) == ["run-2", "run-3"])
 
 
 async def test_retry_counter_resets_after_progress(world: Rig) -> None:
@@ -184,7 +184,7 @@ async def test_diverged_run_is_replayed_then_rolled_back_then_fails(world: Rig) 
         pod = await world.pod(f"run-{number}", 0, "Running")
         message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
         await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
-    status = await world.phase("Failed")
+    status = await world.wait_for_phase("Failed")
     assert rates == [0.001, 0.001, 0.0005, 0.00025]
     assert limits == [None, None, 20, 10]
     assert status["failure"]["class"] == "Diverged"
@@ -211,7 +211,7 @@ async def test_attempt_after_a_rollback_starts_from_its_newest_checkpoint(world:
 async def test_deadline_ends_a_running_job(world: Rig) -> None:
     await world.create(policy={"activeDeadlineSeconds": 1})
     await world.job("run-1")
-    status = await world.phase("Failed")
+    status = await world.wait_for_phase("Failed")
     assert status["failure"]["code"] == "DeadlineExceeded"
     assert status["activeSeconds"] >= 1
     assert world.condition("Succeeded")["reason"] == "DeadlineExceeded"
@@ -220,30 +220,30 @@ async def test_deadline_ends_a_running_job(world: Rig) -> None:
 async def test_ttl_deletes_jobs_and_pods_and_keeps_the_finetunejob(world: Rig) -> None:
     await world.create(policy={"ttlSecondsAfterFinished": 1})
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
-    await world.phase("Succeeded")
-    await world.until("deletion of the Job", lambda: not world.jobs.items and not world.pods.items)
+    await world.wait_for_phase("Succeeded")
+    await world.wait_until("deletion of the Job", lambda: not world.jobs.items and not world.pods.items)
     await world.patch({"policy": {"ttlSecondsAfterFinished": 5}})
-    await world.until("observedGeneration 2", lambda: world.status()["observedGeneration"] == 2)
+    await world.wait_until("observedGeneration 2", lambda: world.status()["observedGeneration"] == 2)
     assert {c["observedGeneration"] for c in world.status()["conditions"]} == {2}
     assert world.status()["phase"] == "Succeeded"
 
 
 async def test_pod_of_a_lost_node_is_removed_and_replaced(world: Rig) -> None:
     await world.create(policy={"terminationGracePeriodSeconds": 1})
-    pod = await world.train("run-1")
-    await world.phase("Running")
-    world.kubelet.stops = False
+    pod = await world.report_training("run-1")
+    await world.wait_for_phase("Running")
+    world.kubelet.ends_deleted_pods = False
     await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"])
     await world.job("run-2")
     attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["counted"]) == ("NodeLost", False)
-    await world.until("the pod's removal", lambda: pod["metadata"]["name"] not in world.pods.items)
+    await world.wait_until("the pod's removal", lambda: pod["metadata"]["name"] not in world.pods.items)
     assert {p["metadata"]["labels"][Label.ATTEMPT] for p in world.pods.items.values()} <= {"2"}
 
 
 async def test_stalled_attempt_is_ended_and_counts(world: Rig) -> None:
     await world.create(policy={"stallTimeoutSeconds": 30})
-    await world.train("run-1", step=7, health={"secondsSinceStep": 31.0, "medianStepSeconds": 0.1})
+    await world.report_training("run-1", step=7, health={"secondsSinceStep": 31.0, "medianStepSeconds": 0.1})
     await world.job("run-2")
     attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"], attempt["counted"]) == ("Stalled", 74, True)
@@ -251,7 +251,7 @@ async def test_stalled_attempt_is_ended_and_counts(world: Rig) -> None:
 
 async def test_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
     await world.create(resources={"nodePool": "a100", "gpusPerNode": 1})
-    await world.phase("Pending")
+    await world.wait_for_phase("Pending")
     accepted = world.condition("Accepted")
     assert (accepted["status"], accepted["reason"]) == ("False", "UnknownNodePool")
     assert "h100 (8 x nvidia.com/gpu), mig (7 x nvidia.com/mig-1g.10gb)" in accepted["message"]
@@ -262,7 +262,7 @@ async def test_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
 
 async def test_rejected_spec_fails_and_names_the_field(world: Rig) -> None:
     await world.create(method={"type": "spectrum"}, model={"source": "./local"})
-    status = await world.phase("Failed")
+    status = await world.wait_for_phase("Failed")
     accepted = world.condition("Accepted")
     assert accepted["status"] == "False"
     assert "spec.model.source" in accepted["message"]
@@ -276,7 +276,7 @@ async def test_pods_get_node_selector_and_gpus_of_their_pool(world: Rig) -> None
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gpu": "h100"}
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    status = await world.until("a status", lambda: world.status().get("resolved"))
+    status = await world.wait_until("a status", lambda: world.status().get("resolved"))
     assert status["nodePool"] == "h100"
     services = (await world.kube.list(SERVICE, world.namespace)).items
     assert [(s["metadata"]["name"], s["spec"]["clusterIP"]) for s in services] == [("run-1", "None")]
@@ -303,7 +303,7 @@ async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> Non
         text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
         worlds[name] = json.loads(text)["world"]
         assert job["spec"]["template"]["spec"]["subdomain"] == f"{name}-1"
-        await world.until(f"a status of {name}", lambda name=name: world.status(name).get("attempts"))
+        await world.wait_until(f"a status of {name}", lambda name=name: world.status(name).get("attempts"))
     assert worlds["one"]["masterAddress"] == "one-1-0.one-1"
     assert worlds["two"]["masterAddress"] == "two-1-0.two-1"
     assert worlds["one"]["rendezvousId"] != worlds["two"]["rendezvousId"]
@@ -315,16 +315,16 @@ async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> Non
         for index in range(2):
             await world.pod(f"{name}-1", index, "Running")
     await world.kubelet.end(await world.pod("one-1", 1), 65)
-    await world.phase("Failed", "one")
+    await world.wait_for_phase("Failed", "one")
     for index in range(2):
         await world.kubelet.succeed(await world.pod("two-1", index))
-    assert (await world.phase("Succeeded", "two"))["workers"]["total"] == 2
+    assert (await world.wait_for_phase("Succeeded", "two"))["workers"]["total"] == 2
 
 
 async def test_job_deleted_by_another_client_counts_as_a_retry(world: Rig) -> None:
     await world.create()
-    await world.train("run-1")
-    await world.phase("Running")
+    await world.report_training("run-1")
+    await world.wait_for_phase("Running")
     job = world.jobs.items["run-1"]
     await world.kube.delete(JOB, world.namespace, "run-1", uid=job["metadata"]["uid"])
     await world.job("run-2")
@@ -340,19 +340,19 @@ async def test_job_of_another_owner_with_the_same_name_blocks_the_attempt(world:
     }  # fmt: skip
     created = (await world.kube.create(JOB, world.namespace, foreign)).body
     await world.create()
-    await world.until("conflict", lambda: world.condition("Reconciling").get("reason") == "ChildrenConflict")
+    await world.wait_until("conflict", lambda: world.condition("Reconciling").get("reason") == "ChildrenConflict")
     assert world.status()["phase"] == "Pending"
     assert world.jobs.items["run-1"]["metadata"]["uid"] == created["metadata"]["uid"]
 
 
 async def test_unschedulable_pod_shows_the_schedulers_message(world: Rig) -> None:
-    world.kubelet.auto = False
+    world.kubelet.starts_new_pods = False
     await world.create()
     pod = await world.pod("run-1")
     message = "0/3 nodes are available: 3 Insufficient cpu."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     await world.kubelet.write(pod, {"conditions": [condition]})
-    await world.until("the message", lambda: message in world.condition("PodsReady").get("message", ""))
+    await world.wait_until("the message", lambda: message in world.condition("PodsReady").get("message", ""))
     assert world.condition("PodsReady")["reason"] == "Unschedulable"
     await wait_for_event(world, "Unschedulable")
 
@@ -364,12 +364,12 @@ async def test_quota_refusal_shows_the_api_servers_message(world: Rig) -> None:
     }  # fmt: skip
     await world.kube.create(Kind("v1", "ResourceQuota", "resourcequotas"), world.namespace, quota)
     await world.create()
-    await world.until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded")
+    await world.wait_until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded")
     assert "exceeded quota: none" in world.condition("PodsReady")["message"]
     assert world.status()["phase"] == "Starting"
 
 
-async def refusal(world: Rig) -> KubeError:
+async def wait_for_refusal(world: Rig) -> KubeError:
     """Create Jobs until the API server refuses one because of a new policy. Return the refusal."""
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}
     for number in itertools.count():
@@ -391,13 +391,13 @@ async def test_job_refused_by_an_admission_policy_waits_and_quotes_the_policy(wo
     policy["validations"] = [{"expression": "false", "message": "every Job names its cost centre"}]
     binding = {"policyName": name, "validationActions": ["Deny"]}
     created = []
-    for kind, spec in ((POLICY, policy), (POLICY_BINDING, binding)):
+    for kind, spec in ((ADMISSION_POLICY, policy), (ADMISSION_POLICY_BINDING, binding)):
         body = {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": {"name": name}, "spec": spec}
         created.append((kind, (await world.kube.create(kind, "", body)).body["metadata"]["uid"]))
     try:
-        assert isinstance(await refusal(world), Invalid)
+        assert isinstance(await wait_for_refusal(world), Invalid)
         await world.create()
-        await world.until("refused", lambda: world.condition("PodsReady").get("reason") == "ForbiddenByPolicy")
+        await world.wait_until("refused", lambda: world.condition("PodsReady").get("reason") == "ForbiddenByPolicy")
         assert "every Job names its cost centre" in world.condition("PodsReady")["message"]
         assert world.condition("Accepted")["status"] == "True"
     finally:
@@ -410,4 +410,4 @@ async def test_deleting_the_finetunejob_deletes_its_jobs_and_pods(world: Rig) ->
     created = await world.create()
     await world.pod("run-1", 0, "Running")
     await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=created["metadata"]["uid"], foreground=False)
-    await world.until("nothing left", lambda: not world.jobs.items and not world.pods.items and not world.ftjs.items)
+    await world.wait_until("nothing left", lambda: not world.jobs.items and not world.pods.items and not world.ftjs.items)

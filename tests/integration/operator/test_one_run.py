@@ -17,13 +17,13 @@ async def test_job_runs_from_apply_to_success(world: Rig) -> None:
     text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     run = RunConfig.model_validate(json.loads(text))
     assert run.storage.uri == f"s3://models/test/{world.namespace}/run/{created['metadata']['uid']}"
-    await world.train("run-1", step=40)
-    await world.until("progress", lambda: (world.status().get("progress") or {}).get("display") == "40/100 (40%)")
-    status = await world.phase("Running")
+    await world.report_training("run-1", step=40)
+    await world.wait_until("progress", lambda: (world.status().get("progress") or {}).get("display") == "40/100 (40%)")
+    status = await world.wait_for_phase("Running")
     assert status["workers"] == {"ready": 1, "total": 1, "display": "1/1"}
     pod = await world.pod("run-1")
     await world.kubelet.succeed(pod)
-    status = await world.phase("Succeeded")
+    status = await world.wait_for_phase("Succeeded")
     assert status["output"]["uri"].startswith("s3://models/test/model/")
     assert status["progress"]["display"] == "100/100 (100%)"
     statuses = {c["type"]: c["status"] for c in status["conditions"]}

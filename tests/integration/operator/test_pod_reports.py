@@ -30,8 +30,8 @@ IMPOSSIBLE_VALUES: dict[str, Any] = {
 )
 async def test_job_whose_pod_reports_impossible_values_can_be_controlled(world: Rig, change: dict[str, Any], phase: str) -> None:
     await world.create()
-    await world.train("run-1", **IMPOSSIBLE_VALUES)
-    status = await world.until("the checkpoint", lambda: world.status() if world.status().get("checkpoints") else None)
+    await world.report_training("run-1", **IMPOSSIBLE_VALUES)
+    status = await world.wait_until("the checkpoint", lambda: world.status() if world.status().get("checkpoints") else None)
     assert status["progress"] == {"totalSteps": 100, "display": "-", "eta": "-"}
     assert status["metrics"] == {"gradNorm": 1}
     assert [entry["step"] for entry in status["checkpoints"]] == [30]
@@ -39,5 +39,5 @@ async def test_job_whose_pod_reports_impossible_values_can_be_controlled(world: 
     assert world.condition("CheckpointsHealthy")["reason"] == "StagingDiskFull"
     assert "\\u001b" not in json.dumps(status)
     await world.patch(change)
-    await world.phase(phase)
+    await world.wait_for_phase(phase)
     assert world.condition("Suspended" if phase == "Suspended" else "Finished")["status"] == "True"

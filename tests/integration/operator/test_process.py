@@ -31,7 +31,7 @@ async def metrics(operator: Operator, expected: str) -> str:
 async def test_health_and_metrics_are_served(operator: Operator, world: Rig) -> None:
     await world.create()
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
-    await world.phase("Succeeded")
+    await world.wait_for_phase("Succeeded")
     assert await fetch(operator, "/healthz") == (200, "ok\n")
     assert await fetch(operator, "/readyz") == (200, "ok\n")
     text = await metrics(operator, expected='finetune_operator_jobs_finished_total{outcome="Succeeded"}')
@@ -66,9 +66,9 @@ def test_missing_api_server_is_reported_without_a_traceback(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_missing_crd_is_reported_without_a_traceback(tmp_path: Path, served: Endpoint) -> None:
+def test_missing_crd_is_reported_without_a_traceback(tmp_path: Path, endpoint_with_crd: Endpoint) -> None:
     config = {"http": {"port": 0}, "api": {"timeoutSeconds": 5}}
-    kubeconfig = yaml.safe_load(served.kubeconfig.read_text())
+    kubeconfig = yaml.safe_load(endpoint_with_crd.kubeconfig.read_text())
     path = tmp_path / "kubeconfig"
     kubeconfig["clusters"][0]["cluster"]["server"] += "/not-here"
     path.write_text(yaml.safe_dump(kubeconfig))

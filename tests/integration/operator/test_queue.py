@@ -13,24 +13,24 @@ from tests.integration.operator.rig import TIMEOUT_SECONDS, Rig
 async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> None:
     queue = Queue(world)
     await world.create(placement={"queueName": "team-a"})
-    await queue.waiting("run-1")
-    status = await world.phase("Queued")
+    await queue.wait_for_waiting_job("run-1")
+    status = await world.wait_for_phase("Queued")
     assert world.pods.items == {}
     quota = world.condition("QuotaReserved")
     assert (quota["status"], quota["reason"]) == ("False", "Queued")
     assert "team-a" in quota["message"]
 
     await queue.admit("run-1", {"flavour": "spot"})
-    pod = await world.train("run-1", step=40)
+    pod = await world.report_training("run-1", step=40)
     assert pod["spec"]["nodeSelector"] == {"flavour": "spot"}
-    await world.phase("Running")
+    await world.wait_for_phase("Running")
     assert world.condition("QuotaReserved")["status"] == "True"
 
     await queue.evict("run-1")
-    status = await world.phase("Queued")
+    status = await world.wait_for_phase("Queued")
     assert world.condition("QuotaReserved")["reason"] == "Queued"
     assert (status["attempt"], status.get("retriesUsed")) == (1, None)
-    await world.until("no pods", lambda: not world.pods.items)
+    await world.wait_until("no pods", lambda: not world.pods.items)
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while "Preempted" not in {e["reason"] for e in (await world.kube.list(EVENT, world.namespace)).items}:  # noqa: ASYNC110 -- events are not watched
             await asyncio.sleep(0.05)
@@ -39,26 +39,26 @@ async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> 
     again = await world.pod("run-1", 0, "Running")
     assert again["metadata"]["uid"] != pod["metadata"]["uid"]
     await world.kubelet.succeed(again)
-    status = await world.phase("Succeeded")
+    status = await world.wait_for_phase("Succeeded")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]
     assert status["restarts"] == 0
 
 
 async def test_deadline_does_not_count_time_in_the_queue(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
-    await world.phase("Queued")
+    await world.wait_for_phase("Queued")
     await asyncio.sleep(2.5)  # longer than activeDeadlineSeconds, which does not include the time in the queue
     assert world.status()["phase"] == "Queued"
     await Queue(world).admit("run-1", {})
-    status = await world.phase("Failed")
+    status = await world.wait_for_phase("Failed")
     assert status["failure"]["code"] == "DeadlineExceeded"
 
 
 async def test_queued_job_can_be_suspended(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"})
-    await world.phase("Queued")
+    await world.wait_for_phase("Queued")
     await world.patch({"suspend": True})
-    await world.phase("Suspended")
+    await world.wait_for_phase("Suspended")
     await world.no_jobs_and_pods()
     await world.patch({"suspend": False, "placement": {"queueName": "team-b"}})
 
@@ -69,27 +69,27 @@ async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterward
     body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": urgent}, "value": 1000}
     await world.kube.create(PRIORITY_CLASS, "", body)
     await world.create("low", placement={"queueName": "team-a"})
-    await queue.waiting("low-1")
+    await queue.wait_for_waiting_job("low-1")
     assert await queue.schedule() == "low-1"
-    pod = await world.train("low-1", step=40)
-    await world.phase("Running", "low")
+    pod = await world.report_training("low-1", step=40)
+    await world.wait_for_phase("Running", "low")
 
     await world.create("high", placement={"queueName": "team-a", "priorityClassName": urgent})
-    await queue.waiting("high-1")
+    await queue.wait_for_waiting_job("high-1")
     uri = "s3://models/test/checkpoints/step-00000040/a1-0123abcd"
     saved = {"checkpoints": [{"step": 40, "uri": uri, "healthy": True}], "latestCheckpoint": uri}
-    await world.train("low-1", step=40, **saved)
-    await world.until("the checkpoint", lambda: world.status("low").get("latestCheckpoint") == uri)
+    await world.report_training("low-1", step=40, **saved)
+    await world.wait_until("the checkpoint", lambda: world.status("low").get("latestCheckpoint") == uri)
     assert await queue.schedule() == "high-1"
-    await world.phase("Queued", "low")
+    await world.wait_for_phase("Queued", "low")
     assert world.condition("QuotaReserved", "low")["reason"] == "Queued"
-    running = await world.train("high-1")
+    running = await world.report_training("high-1")
     assert running["spec"]["priority"] == 1000
-    await world.phase("Running", "high")
+    await world.wait_for_phase("Running", "high")
     assert await queue.schedule() is None, "a lower priority must not preempt a higher one"
 
     await world.kubelet.succeed(running)
-    await world.phase("Succeeded", "high")
+    await world.wait_for_phase("Succeeded", "high")
     assert await queue.schedule() == "low-1"
     again = await world.pod("low-1", 0, "Running")
     assert again["metadata"]["uid"] != pod["metadata"]["uid"]
@@ -97,5 +97,5 @@ async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterward
     assert (status["attempt"], status["restarts"], status.get("retriesUsed")) == (1, 0, None)
     assert (status["latestCheckpoint"], status["checkpoints"][0]["step"]) == (uri, 40)
     await world.kubelet.succeed(again)
-    status = await world.phase("Succeeded", "low")
+    status = await world.wait_for_phase("Succeeded", "low")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]

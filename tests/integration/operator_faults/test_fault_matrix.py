@@ -167,12 +167,12 @@ def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER_NAME, Label.JOB_NAME.value: "job", Label.JOB_UID.value: "another"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
 
-    def foreign(name: str, attempt: int) -> str:
+    def create_foreign_job(name: str, attempt: int) -> str:
         body = {"metadata": {"name": name, "labels": labels | {Label.ATTEMPT.value: str(attempt)}}}
         spec = {"suspend": True, "template": template}
         return str(rig.api.create("jobs", rig.namespace, body | {"spec": spec})["metadata"]["uid"])
 
-    unrelated_uid, blocking_uid = foreign("unrelated", 7), foreign("job-1", 1)
+    unrelated_uid, blocking_uid = create_foreign_job("unrelated", 7), create_foreign_job("job-1", 1)
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from finetune_operator.objects import FINETUNEJOB
 
-from tests.integration.operator.rig import Store
+from tests.integration.operator.rig import WatchedObjects
 
 EVENT = json.dumps({"type": "ADDED", "object": {"metadata": {"name": "run"}}})
 
@@ -48,7 +48,7 @@ async def test_ended_watch_is_restarted(session: aiohttp.ClientSession, first: t
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     endpoint = SimpleNamespace(server=f"http://127.0.0.1:{runner.addresses[0][1]}")
     rig: Any = SimpleNamespace(endpoint=endpoint, namespace="team", changed=asyncio.Condition())
-    store = Store(rig, FINETUNEJOB)
+    store = WatchedObjects(rig, FINETUNEJOB)
     task = asyncio.create_task(store.run(session))
     async with asyncio.timeout(10), rig.changed:
         await rig.changed.wait_for(lambda: "run" in store.items)
