@@ -33,7 +33,7 @@ from pydantic import BaseModel, Field
 from benchmarks import record
 from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.pod.pod_harness import Pod
-from tests.pod.toy_rank import CHAIN, link
+from tests.pod.toy_rank import CHAIN_FILE, next_chain
 
 VICTIMS = ("rank", "agent", "pod", "stop")
 POLL_SECONDS = 0.01
@@ -81,7 +81,7 @@ def expected_states(steps: int) -> list[str]:
     """Compute the state of an uninterrupted run after each step; index 0 is the state before the first step."""
     states = [""]
     for step in range(1, steps + 1):
-        states.append(link(states[-1], 0, step))
+        states.append(next_chain(states[-1], 0, step))
     return states
 
 
@@ -98,7 +98,7 @@ def compare_states(tree: CheckpointTree, steps: int) -> int:
     unlogged_steps = set(range(1, steps + 1)) - logged_steps
     assert not unlogged_steps, f"steps without a logged line: {sorted(unlogged_steps)[:10]}"
     model = tree.get_committed(None)
-    assert model is not None and tree.store.get(f"{model.folder}/{CHAIN.format(0)}") == states[-1].encode()
+    assert model is not None and tree.store.get(f"{model.folder}/{CHAIN_FILE.format(0)}") == states[-1].encode()
     return compared_count
 
 

@@ -11,7 +11,7 @@ from pod_harness import UID
 
 from localcluster.s3 import S3Endpoint
 
-BUCKET = "pods"
+BUCKET_NAME = "pods"
 
 
 @dataclass(frozen=True)
@@ -53,4 +53,4 @@ class Bucket:
 
 def new_bucket(server: S3Endpoint) -> Bucket:
     """A new, empty prefix."""
-    return Bucket(BUCKET, server, uuid.uuid4().hex[:12])
+    return Bucket(BUCKET_NAME, server, uuid.uuid4().hex[:12])

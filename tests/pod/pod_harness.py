@@ -40,12 +40,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
     return path
 
 
-def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """Merge nested dictionaries; `change` takes precedence."""
     result = dict(base)
     for key, value in change.items():
         are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if are_mappings else value
+        result[key] = merge(result[key], value) if are_mappings else value
     return result
 
 
@@ -56,7 +56,7 @@ def run_config(
     """Build the run configuration that the operator would write for this spec."""
     root = storage.uri.rsplit("/", 3)[0]
     parsed_spec = FineTuneJobSpec.model_validate(
-        merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
+        merge(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
     )
     resolution = resolve_defaults(parsed_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=root)))
     return RunConfig(
@@ -102,7 +102,7 @@ class Pod:
     def __enter__(self) -> Pod:
         return self.start()
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *exception_info: object) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -148,12 +148,12 @@ class Pod:
     def termination_message(self) -> TerminationMessage:
         return TerminationMessage.model_validate_json((self.folder / "termination-message").read_text())
 
-    def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
+    def wait_until(self, is_true: Callable[[], bool], timeout: float = 300) -> None:
         """Wait until `holds()` is true. If the pod ends first or the timeout expires, fail with the pod's log."""
         deadline = time.monotonic() + timeout
-        while not holds():
+        while not is_true():
             assert self.process is not None
-            if self.process.poll() is not None and not holds():
+            if self.process.poll() is not None and not is_true():
                 raise AssertionError(f"the pod ended early with exit code {self.process.returncode}:\n{self.text[-6000:]}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"the condition is still false after {timeout} s:\n{self.text[-6000:]}")
@@ -166,11 +166,11 @@ class Pod:
     def wait_committed(self, step: int, timeout: float = 300) -> None:
         """Wait until a checkpoint of at least this step is committed."""
 
-        def holds() -> bool:
+        def is_committed() -> bool:
             report = self.report()
             return bool(report and report.checkpoints and report.checkpoints[0].step >= step)
 
-        self.wait_until(holds, timeout)
+        self.wait_until(is_committed, timeout)
 
     def end(self, timeout: float = 400) -> int:
         """Wait until the process ends. Returns the exit code."""

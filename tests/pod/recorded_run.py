@@ -12,11 +12,11 @@ from typing import Any
 
 from finetune_api.pod import RunConfig, TerminationMessage
 from pod_buckets import Bucket, new_bucket
-from pod_harness import PYTHONPATH, Pod, merged, run_config
+from pod_harness import PYTHONPATH, Pod, merge, run_config
 
 from localcluster.s3 import S3Endpoint
 
-STEPS, EVERY = 40, 8
+STEPS, CHECKPOINT_STEPS = 40, 8
 TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
 """Name suffixes of logged values that measure time or memory and therefore differ between equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
@@ -33,11 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "boundary": {"checkpoint": {"steps": 9}},
     "epochs": {"checkpoint": {"strategy": "epoch"}, "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "epoch"}},
     "best": {
-        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": EVERY},
+        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": CHECKPOINT_STEPS},
         "checkpoint": {"loadBestAtEnd": True}, "tracking": {"loggingSteps": 3},
     },
     "early": {
-        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": EVERY},
+        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": CHECKPOINT_STEPS},
         "training": {"earlyStopping": {"patience": 2, "threshold": 1000.0}},
     },
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Variants of the run. An epoch has 9 steps: 36 rows, 4 rows per step on one rank. In the variant `early`, early
 stopping ends the run at the third evaluation, because no evaluation is enough better than the first."""
-LAST_STEP = {"early": 3 * EVERY}
+LAST_STEP = {"early": 3 * CHECKPOINT_STEPS}
 """Last step of the variants that end before `STEPS`."""
 
 
@@ -53,9 +53,9 @@ LAST_STEP = {"early": 3 * EVERY}
 class RecordedRun:
     """Log lines, trained rows and final weights of a run with one or several attempts."""
 
-    lines: Lines
+    read_log_lines: Lines
     rows: Rows
-    weights: dict[str, str]
+    weight_hashes: dict[str, str]
 
 
 def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
@@ -67,32 +67,32 @@ def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dic
         "training": {
             "maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3
         },
-        "checkpoint": {"steps": EVERY, "keep": 0},
+        "checkpoint": {"steps": CHECKPOINT_STEPS, "keep": 0},
         "tracking": {"loggingSteps": 1},
     }  # fmt: skip
-    spec_with_variant = merged(spec, VARIANTS[variant])
+    spec_with_variant = merge(spec, VARIANTS[variant])
     if spec_with_variant["checkpoint"].get("strategy"):
         del spec_with_variant["checkpoint"]["steps"]
     return spec_with_variant
 
 
 def traced_pod(
-    run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", breaks: str = "", node_rank: int = 0
+    run: RunConfig, folder: Path, bucket: Bucket, *, hold_point: str = "", failure_point: str = "", node_rank: int = 0
 ) -> Pod:
     """A pod that runs the real training and records the rows of each step."""
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
-        **({"TRACE_HOLD": hold} if hold else {}), **({"TRACE_BREAK": breaks} if breaks else {}),
+        **({"TRACE_HOLD": hold_point} if hold_point else {}), **({"TRACE_BREAK": failure_point} if failure_point else {}),
     }  # fmt: skip
     return Pod(run, folder, bucket.env | env, node_rank=node_rank)
 
 
 def record_run(bucket: Bucket, pods: Iterable[Pod], termination: TerminationMessage) -> RecordedRun:
     """Build the record of a run from the files of its pods and its bucket."""
-    return RecordedRun(lines(bucket), rows_learned(pods), weights(bucket, termination))
+    return RecordedRun(read_log_lines(bucket), read_trained_rows(pods), weight_hashes(bucket, termination))
 
 
-def lines(bucket: Bucket, attempt: str = "") -> Lines:
+def read_log_lines(bucket: Bucket, attempt: str = "") -> Lines:
     """Logged values of one attempt (`a2-`) or of all attempts. Attempts that logged the same step must have logged equal values."""
     lines_by_step: Lines = {}
     for key in bucket.keys(f"metrics/{attempt}"):
@@ -108,7 +108,7 @@ def lines(bucket: Bucket, attempt: str = "") -> Lines:
     return lines_by_step
 
 
-def rows_learned(pods: Iterable[Pod]) -> Rows:
+def read_trained_rows(pods: Iterable[Pod]) -> Rows:
     """The rows of each rank and step. Attempts that trained the same step must have trained equal rows."""
     rows_by_step: Rows = {}
     for pod in pods:
@@ -125,14 +125,14 @@ def rows_learned(pods: Iterable[Pod]) -> Rows:
     return rows_by_step
 
 
-def weights(bucket: Bucket, termination: TerminationMessage) -> dict[str, str]:
+def weight_hashes(bucket: Bucket, termination: TerminationMessage) -> dict[str, str]:
     """sha256 of the final model's weight files, from its manifest."""
     assert termination.output is not None and termination.output.uri is not None
     manifest = json.loads(bucket.read(termination.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
     return {item["path"]: item["sha256"] for item in manifest["files"] if item["path"].endswith(".safetensors")}
 
 
-def committed(bucket: Bucket) -> list[int]:
+def committed_steps(bucket: Bucket) -> list[int]:
     """Steps of committed checkpoints."""
     keys = [key.split("/") for key in bucket.keys("checkpoints/") if key.endswith("_COMMITTED")]
     return sorted(int(folder.removeprefix("step-")) for _, folder, _ in keys)

@@ -13,27 +13,27 @@ from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.rank import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
-from recorded_run import committed, record_run, run_uninterrupted, spec_of, traced_pod
+from recorded_run import committed_steps, record_run, run_uninterrupted, spec_of, traced_pod
 
 from localcluster.s3 import S3Endpoint
 
-SIZE = 4 * DISK_RESERVE_BYTES
+DISK_BYTES = 4 * DISK_RESERVE_BYTES
 """Size of the disk in bytes."""
 
 
 @pytest.fixture(params=["file system", "limit"])
-def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
     """The work folder and the pod's environment. The folder is a small file system, or the environment sets a disk limit."""
     if request.param == "limit":
         work = tmp_path / "one" / "work"
         work.mkdir(parents=True)
-        yield work, {Env.DISK_LIMIT: str(SIZE)}
+        yield work, {Env.DISK_LIMIT: str(DISK_BYTES)}
         return
     if os.geteuid() != 0:
         pytest.skip("mounting a file system requires root")
     work = tmp_path / "one" / "work"
     work.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(work)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(work)], check=True)
     try:
         yield work, {}
     finally:
@@ -43,27 +43,27 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path,
 @pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_continues_without_checkpoints_while_the_disk_is_full(
-    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: tuple[Path, dict[str, str]], tmp_path: Path,
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, small_disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
     """Two checkpoints are skipped. After space is freed, the next checkpoint is committed. The resumed run equals an uninterrupted run."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = spec_of(model, rows, "lora", "windows")
-    work, limit = disk
+    work, limit = small_disk
     filler = work / "filler"
-    filler.write_bytes(bytes(SIZE - DISK_RESERVE_BYTES))
-    small = traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19")
+    filler.write_bytes(bytes(DISK_BYTES - DISK_RESERVE_BYTES))
+    small = traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold_point="forward:19")
     small.env |= limit
     with small as pod:
         pod.wait_until((work / "held").exists)
         report = pod.report()
         assert report is not None and report.progress is not None
-        assert (report.progress.step, committed(bucket)) == (18, [])
+        assert (report.progress.step, committed_steps(bucket)) == (18, [])
         assert report.health.checkpoint_problem == "StagingDiskFull: the checkpoint of step 16 was skipped: the pod's disk is full"
         filler.unlink()
         pod.terminate()
         assert pod.end() == 75, pod.text[-4000:]
-    assert committed(bucket) == [19]
+    assert committed_steps(bucket) == [19]
     resume = ResumeConfig(mode="auto", expect_step=19)
     with traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
         assert again.end() == 0, again.text[-4000:]

@@ -16,7 +16,7 @@ import pytest
 from finetune_api.pod import ResumeConfig
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from recorded_run import EVERY, STEPS, committed, record_run, run_uninterrupted, spec_of, traced_pod
+from recorded_run import CHECKPOINT_STEPS, STEPS, committed_steps, record_run, run_uninterrupted, spec_of, traced_pod
 
 from localcluster.s3 import S3Endpoint
 
@@ -47,16 +47,16 @@ def pod_killed(pod: Pod) -> tuple[int, int]:
     return -signal.SIGKILL, -signal.SIGKILL
 
 
-def stopped(pod: Pod) -> tuple[int, int]:
+def pod_stopped(pod: Pod) -> tuple[int, int]:
     """Send SIGTERM, as an eviction does."""
     pod.terminate()
     return pod.end(), 75
 
 
-def case(
-    method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]], variant: str, *, quick: bool = False
+def resume_case(
+    method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]], variant: str, *, is_quick: bool = False
 ) -> Any:
-    marks = [] if quick else [pytest.mark.faults]
+    marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(
         method, processes, interrupt, variant, marks=marks, id=f"{variant}-{method}-{processes}-{interrupt.__name__}"
     )
@@ -65,13 +65,13 @@ def case(
 @pytest.mark.parametrize(
     ("method", "processes", "interrupt", "variant"),
     [
-        case("lora", 2, stopped, "windows", quick=True), case("full", 1, pod_killed, "end", quick=True),
-        case("full", 1, pod_killed, "plain"), case("lora", 1, pod_killed, "early-end"),
-        case("lora", 2, rank_killed, "windows"), case("full", 1, stopped, "plain"), case("lora", 1, stopped, "packing"),
-        case("full", 1, stopped, "boundary"), case("lora", 2, agent_killed, "boundary"),
-        case("lora", 1, pod_killed, "epochs"), case("lora", 1, stopped, "epochs"), case("lora", 1, rank_killed, "best"),
-        case("lora", 1, stopped, "best"), case("lora", 1, rank_killed, "early"), case("lora", 1, stopped, "early"),
-        case("full", 2, rank_killed, "fsdp"), case("lora", 2, stopped, "fsdp"),
+        resume_case("lora", 2, pod_stopped, "windows", is_quick=True), resume_case("full", 1, pod_killed, "end", is_quick=True),
+        resume_case("full", 1, pod_killed, "plain"), resume_case("lora", 1, pod_killed, "early-end"),
+        resume_case("lora", 2, rank_killed, "windows"), resume_case("full", 1, pod_stopped, "plain"), resume_case("lora", 1, pod_stopped, "packing"),
+        resume_case("full", 1, pod_stopped, "boundary"), resume_case("lora", 2, agent_killed, "boundary"),
+        resume_case("lora", 1, pod_killed, "epochs"), resume_case("lora", 1, pod_stopped, "epochs"), resume_case("lora", 1, rank_killed, "best"),
+        resume_case("lora", 1, pod_stopped, "best"), resume_case("lora", 1, rank_killed, "early"), resume_case("lora", 1, pod_stopped, "early"),
+        resume_case("full", 2, rank_killed, "fsdp"), resume_case("lora", 2, pod_stopped, "fsdp"),
     ],
 )  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_run(
@@ -86,13 +86,13 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     spec = spec_of(model, rows, method, spec_variant)
     hold, newest = WAITING_POINTS.get(variant, DEFAULT_WAITING_POINT)
     run = run_config(spec, bucket.target(), processes=processes)
-    with traced_pod(run, tmp_path / "one", bucket, hold=hold) as first:
+    with traced_pod(run, tmp_path / "one", bucket, hold_point=hold) as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.wait_committed(newest)
         code, expected = interrupt(first)
     assert code == expected, first.text[-4000:]
-    at = int(hold.partition(":")[2]) if interrupt is stopped else newest
-    assert max(committed(bucket)) == at and not bucket.keys("model/")
+    at = int(hold.partition(":")[2]) if interrupt is pod_stopped else newest
+    assert max(committed_steps(bucket)) == at and not bucket.keys("model/")
 
     again = run_config(
         spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest)
@@ -112,7 +112,7 @@ def test_a_stop_during_an_evaluation_completes_the_evaluation(
     """A run that is stopped during an evaluation completes the evaluation and one more step. The next attempt does not repeat the evaluation."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
     spec = spec_of(model, rows, "lora", "best")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold="evaluation:16") as first:
+    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="evaluation:16") as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.terminate()
         assert first.end() == 75, first.text[-4000:]
@@ -137,10 +137,10 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
     pods: list[Pod] = []
     newest = 0
     for attempt in range(1, 7):
-        at = draw.randint(newest + 1, min(STEPS, newest + 2 * EVERY)) if attempt < 6 else 0
+        at = draw.randint(newest + 1, min(STEPS, newest + 2 * CHECKPOINT_STEPS)) if attempt < 6 else 0
         resume = ResumeConfig(mode="auto", expect_step=newest)
         run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
-        pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold=f"forward:{at}" if at else "")
+        pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold_point=f"forward:{at}" if at else "")
         pods.append(pod)
         with pod:
             if at:
@@ -149,6 +149,6 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
                 assert code == expected, pod.text[-4000:]
             else:
                 assert pod.end() == 0, pod.text[-4000:]
-        newest = max(newest, (at - 1) // EVERY * EVERY)
-        assert max(committed(bucket), default=0) == (newest if at else STEPS)
+        newest = max(newest, (at - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
+        assert max(committed_steps(bucket), default=0) == (newest if at else STEPS)
     assert record_run(bucket, pods, pods[-1].termination_message()) == expected_run

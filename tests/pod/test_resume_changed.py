@@ -17,15 +17,15 @@ from finetune_operator.policies.adaptations import (
     apply_adaptations,
 )
 from pod_buckets import Bucket
-from pod_harness import ROWS, Pod, merged, run_config, write_rows
+from pod_harness import ROWS, Pod, merge, run_config, write_rows
 from recorded_run import (
-    EVERY,
+    CHECKPOINT_STEPS,
     STEPS,
     RecordedRun,
-    committed,
-    lines,
+    committed_steps,
+    read_log_lines,
+    read_trained_rows,
     record_run,
-    rows_learned,
     run_uninterrupted,
     spec_of,
     traced_pod,
@@ -34,7 +34,7 @@ from recorded_run import (
 from localcluster.s3 import S3Endpoint
 
 pytestmark = pytest.mark.faults
-TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
+RELATIVE_TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
 """Relative tolerances for up to forty optimizer steps, because another summation order rounds differently."""
 
 
@@ -46,12 +46,12 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     """Steps 20 and 25 are logged. A run with a non-finite loss at step 20 or 23 ends before the checkpoint of step 24."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec = spec_of(model, rows, "lora", "windows")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks=f"nan:{step}") as first:
+    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point=f"nan:{step}") as first:
         assert first.end() == 72, first.text[-4000:]
     termination = first.termination_message()
     assert (termination.code, termination.class_) == ("LossNotFinite", FailureClass.DIVERGED), logged
-    assert committed(bucket) == [EVERY, 2 * EVERY]
-    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * EVERY))
+    assert committed_steps(bucket) == [CHECKPOINT_STEPS, 2 * CHECKPOINT_STEPS]
+    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
@@ -66,17 +66,17 @@ def test_half_the_learning_rate_applies_after_a_rollback(
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
     spec = spec_of(model, rows, method, variant)
     run = run_config(spec, bucket.target(), processes=processes)
-    with traced_pod(run, tmp_path / "one", bucket, breaks="nan:20") as first:
+    with traced_pod(run, tmp_path / "one", bucket, failure_point="nan:20") as first:
         assert first.end() == 72, first.text[-4000:]
-    slower = merged(spec, {"training": {"learningRate": 5e-4}})
-    resume = ResumeConfig(mode="auto", expect_step=EVERY, max_step=EVERY)
+    slower = merge(spec, {"training": {"learningRate": 5e-4}})
+    resume = ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS, max_step=CHECKPOINT_STEPS)
     again = run_config(slower, bucket.target(), processes=processes, attempt=2, resume=resume)
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     termination = second.termination_message()
-    assert termination.resumed_from_step == EVERY and termination.resolved is not None
+    assert termination.resumed_from_step == CHECKPOINT_STEPS and termination.resolved is not None
     assert termination.resolved.resume_exact is False and "is 0.0005 from there on" in (termination.resolved.resume_note or "")
-    rates = {step: line["learning_rate"] for (step, _), line in lines(bucket, "a2-").items() if step > EVERY}
+    rates = {step: line["learning_rate"] for (step, _), line in read_log_lines(bucket, "a2-").items() if step > CHECKPOINT_STEPS}
     before = {step: line["learning_rate"] for (step, _), line in expected_run.lines.items() if step in rates}
     assert STEPS in rates and before.keys() == rates.keys()
     assert rates == {step: pytest.approx(rate / 2, rel=1e-6) for step, rate in before.items()}
@@ -88,11 +88,11 @@ def test_a_smaller_micro_batch_gives_close_losses(
     """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps, and has close losses."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = spec_of(model, rows, "full")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks="memory:19") as first:
+    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point="memory:19") as first:
         assert first.end() == 71, first.text[-4000:]
-    assert (first.termination_message().code, first.termination_message().committed_step) == ("GpuOutOfMemory", 2 * EVERY)
-    smaller = merged(spec, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 4}})
-    again = run_config(smaller, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * EVERY))
+    assert (first.termination_message().code, first.termination_message().committed_step) == ("GpuOutOfMemory", 2 * CHECKPOINT_STEPS)
+    smaller = merge(spec, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 4}})
+    again = run_config(smaller, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
     with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     resolved = second.termination_message().resolved
@@ -110,7 +110,7 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
     micro-batch size.
     """
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:32])
-    spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}})
+    spec = merge(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
     with traced_pod(run_config(spec, whole_bucket.target(), processes=2), tmp_path / "whole", whole_bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
@@ -119,18 +119,18 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
     run = run_config(spec, bucket.target(), processes=2)
     pods, changes = [], []
     for attempt in (1, 2):
-        with traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, breaks="memory-limit:19:1:1") as pod:
+        with traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, failure_point="memory-limit:19:1:1") as pod:
             assert pod.end() == 71, pod.text[-4000:]
         termination = pod.termination_message()
         assert (termination.code, termination.class_, termination.rank, termination.step) == ("GpuOutOfMemory", FailureClass.OUT_OF_MEMORY, 1, 18)
-        assert termination.committed_step == 2 * EVERY
+        assert termination.committed_step == 2 * CHECKPOINT_STEPS
         adaptation = adapt_to_out_of_memory(run.spec, datetime.now(UTC))
         assert isinstance(adaptation, Adaptation)
         changes.append(adaptation.set)
         pods.append(pod)
-        run = next_attempt(run, adaptation, 2 * EVERY)
+        run = next_attempt(run, adaptation, 2 * CHECKPOINT_STEPS)
     assert [(change[BATCH_FIELD], change[ACCUMULATION_FIELD]) for change in changes] == [(2, 2), (1, 4)]
-    with traced_pod(run, tmp_path / "attempt-3", bucket, breaks="memory-limit:19:1:1") as last:
+    with traced_pod(run, tmp_path / "attempt-3", bucket, failure_point="memory-limit:19:1:1") as last:
         assert last.end() == 0, last.text[-4000:]
     resolved = last.termination_message().resolved
     assert resolved is not None and batch is not None and resolved.effective_batch == batch.effective_batch == 8
@@ -138,12 +138,12 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
     require_close(bucket, [*pods, last], expected_run)
 
 
-def next_attempt(run: RunConfig, adaptation: Adaptation, expect: int) -> RunConfig:
+def next_attempt(run: RunConfig, adaptation: Adaptation, expected_step: int) -> RunConfig:
     """The run configuration of the next attempt after one more adaptation."""
     number = run.attempt + 1
     return run.model_copy(
         update={
-            "attempt": number, "spec": apply_adaptations(run.spec, [adaptation]), "resume": ResumeConfig(mode="auto", expect_step=expect),
+            "attempt": number, "spec": apply_adaptations(run.spec, [adaptation]), "resume": ResumeConfig(mode="auto", expect_step=expected_step),
             "world": run.world.model_copy(update={"rendezvous_id": f"{run.uid}-{number}"}),
         }
     )  # fmt: skip
@@ -153,23 +153,23 @@ def next_attempt(run: RunConfig, adaptation: Adaptation, expect: int) -> RunConf
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_another_number_of_ranks_trains_the_same_rows(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
     """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step. fsdp is refused on one rank."""
-    spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
+    spec = merge(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
-    with resized(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:
+    with resized_pod(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:
         assert pod.end() == 0, pod.text[-4000:]
     expected_run = record_run(whole_bucket, [pod], pod.termination_message())
 
-    pods = [stopped(resized(4, spec, strategy, bucket, tmp_path / "four", hold=15))]
-    second = resized(2, spec, strategy, bucket, tmp_path / "two", attempt=2, expect=15, hold=27)
-    pods.append(stopped(second))
+    pods = [stop_at_hold_step(resized_pod(4, spec, strategy, bucket, tmp_path / "four", hold_step=15))]
+    second = resized_pod(2, spec, strategy, bucket, tmp_path / "two", attempt=2, expected_step=15, hold_step=27)
+    pods.append(stop_at_hold_step(second))
     assert_resumed_inexactly(second.termination_message(), 15, "4 ranks")
-    committed_before = committed(bucket)
-    with resized(1, spec, "none", bucket, tmp_path / "one", attempt=3, expect=27) as last:
+    committed_before = committed_steps(bucket)
+    with resized_pod(1, spec, "none", bucket, tmp_path / "one", attempt=3, expected_step=27) as last:
         code = last.end()
     if strategy == "fsdp":
         assert_refused(last, code, "was made by fsdp", "fsdp stores the optimizer's state in another form")
-        assert committed(bucket) == committed_before
-        with resized(2, spec, strategy, bucket, tmp_path / "again", attempt=4, expect=27) as last:
+        assert committed_steps(bucket) == committed_before
+        with resized_pod(2, spec, strategy, bucket, tmp_path / "again", attempt=4, expected_step=27) as last:
             assert last.end() == 0, last.text[-4000:]
     else:
         assert code == 0, last.text[-4000:]
@@ -183,29 +183,29 @@ def test_a_deepspeed_checkpoint_is_refused_on_another_number_of_ranks(bucket: Bu
 
     The refused checkpoint is not deleted.
     """
-    spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
-    stopped(resized(2, spec, "deepspeed", bucket, tmp_path / "two", hold=9))
-    committed_before = committed(bucket)
+    spec = merge(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
+    stop_at_hold_step(resized_pod(2, spec, "deepspeed", bucket, tmp_path / "two", hold_step=9))
+    committed_before = committed_steps(bucket)
     for attempt, strategy in enumerate(("deepspeed", "none"), 2):
-        with resized(1, spec, strategy, bucket, tmp_path / strategy, attempt=attempt, expect=9) as pod:
+        with resized_pod(1, spec, strategy, bucket, tmp_path / strategy, attempt=attempt, expected_step=9) as pod:
             code = pod.end()
         reason = f"was made by deepspeed on 2 ranks, this run uses {strategy} on 1: DeepSpeed cannot split its optimizer state"
         assert_refused(pod, code, "step-00000009", reason)
-    assert committed(bucket) == committed_before and 9 in committed_before
+    assert committed_steps(bucket) == committed_before and 9 in committed_before
 
 
-def resized(
-    ranks: int, spec: dict[str, Any], strategy: str, bucket: Bucket, folder: Path, *, attempt: int = 1, expect: int = 0,
-    hold: int = 0,
+def resized_pod(
+    ranks: int, spec: dict[str, Any], strategy: str, bucket: Bucket, folder: Path, *, attempt: int = 1, expected_step: int = 0,
+    hold_step: int = 0,
 ) -> Pod:  # fmt: skip
-    """A pod with `ranks` ranks that trains four rows per step. `hold`: the pod waits for a stop request before this step."""
+    """A pod with `ranks` ranks that trains four rows per step. `hold_step`: the pod waits for a stop request before this step."""
     change = {"distributed": {"strategy": strategy}, "training": {"gradientAccumulationSteps": 4 // ranks}}
-    resume = ResumeConfig(mode="auto", expect_step=expect)
-    run = run_config(merged(spec, change), bucket.target(), processes=ranks, attempt=attempt, resume=resume)
-    return traced_pod(run, folder, bucket, hold=f"forward:{hold}" if hold else "")
+    resume = ResumeConfig(mode="auto", expect_step=expected_step)
+    run = run_config(merge(spec, change), bucket.target(), processes=ranks, attempt=attempt, resume=resume)
+    return traced_pod(run, folder, bucket, hold_point=f"forward:{hold_step}" if hold_step else "")
 
 
-def stopped(pod: Pod) -> Pod:
+def stop_at_hold_step(pod: Pod) -> Pod:
     """Run the pod up to its waiting point, stop the pod, and check that it saves a checkpoint."""
     with pod:
         pod.wait_until((pod.folder / "work" / "held").exists)
@@ -214,10 +214,10 @@ def stopped(pod: Pod) -> Pod:
     return pod
 
 
-def assert_resumed_inexactly(termination: TerminationMessage, step: int, before: str) -> None:
-    """Check that the pod resumed from `step`, and that its note on the inexact resume contains `before`."""
+def assert_resumed_inexactly(termination: TerminationMessage, step: int, previous_ranks: str) -> None:
+    """Check that the pod resumed from `step`, and that its note on the inexact resume contains `previous_ranks`."""
     assert termination.resumed_from_step == step and termination.resolved is not None
-    assert termination.resolved.resume_exact is False and before in (termination.resolved.resume_note or "")
+    assert termination.resolved.resume_exact is False and previous_ranks in (termination.resolved.resume_note or "")
 
 
 def assert_refused(pod: Pod, code: int, *reasons: str) -> None:
@@ -232,14 +232,14 @@ def require_close(bucket: Bucket, pods: list[Pod], expected_run: RecordedRun) ->
     """Compare with the expected run: losses and gradient norms must be close, learning rates and rows of each step must be equal."""
     expected_rows = by_step(expected_run.rows)
     for pod in pods:
-        logged = lines(bucket, f"a{pod.run.attempt}-")
+        logged = read_log_lines(bucket, f"a{pod.run.attempt}-")
         for key, line in logged.items():
             expected = expected_run.lines[key]
-            for name, close in TOLERANCES.items():
+            for name, close in RELATIVE_TOLERANCES.items():
                 assert line[name] == pytest.approx(expected[name], rel=close), (pod.run.attempt, key, name)
             assert line["learning_rate"] == expected["learning_rate"]
         last_step = (pod.termination_message().step or 0) if pod.termination_message().exit_code else STEPS
-        learned = by_step(rows_learned([pod]))
+        learned = by_step(read_trained_rows([pod]))
         assert all(expected_rows[step] == rows for step, rows in learned.items() if step <= last_step)
     assert (STEPS, "loss") in logged
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from finetune_api.names import FailureClass
 from finetune_api.pod import ResumeConfig, StoreTarget, TerminationMessage
-from pod_harness import PYTHONPATH, UID, Pod, merged, run_config
+from pod_harness import PYTHONPATH, UID, Pod, merge, run_config
 
-HERE = Path(__file__).parent
+TESTS_FOLDER = Path(__file__).parent
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def spec(model: Path, rows: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def toy(
+def toy_pod(
     folder: Path,
     spec: dict[str, Any],
     script: dict[str, Any],
@@ -38,17 +38,17 @@ def toy(
 ) -> Pod:
     """A pod whose ranks follow a script and whose storage is a folder."""
     config = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), **run)
-    path = os.pathsep.join([PYTHONPATH, str(HERE)])
+    path = os.pathsep.join([PYTHONPATH, str(TESTS_FOLDER)])
     settings = {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)}
     return Pod(config, folder / name, settings | (env or {}))
 
 
-def committed(folder: Path) -> list[int]:
+def committed_steps(folder: Path) -> list[int]:
     markers = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in markers)
 
 
-def ended(pod: Pod) -> tuple[int, TerminationMessage]:
+def wait_for_exit(pod: Pod) -> tuple[int, TerminationMessage]:
     code = pod.end()
     termination = pod.termination_message()
     assert termination.exit_code == code, pod.text[-3000:]
@@ -56,14 +56,14 @@ def ended(pod: Pod) -> tuple[int, TerminationMessage]:
 
 
 def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {}) as pod:
-        code, termination = ended(pod)
+    with toy_pod(tmp_path, spec, {}) as pod:
+        code, termination = wait_for_exit(pod)
     assert code == 0, pod.text[-3000:]
     assert termination.output is not None and termination.output.uri is not None and termination.output.kind == "adapter"
     folder = Path(termination.output.uri.removeprefix("file://"))
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
     assert (termination.step, termination.committed_step, termination.class_, termination.code) == (20, 20, None, None)
-    assert committed(tmp_path) == [10, 15, 20]
+    assert committed_steps(tmp_path) == [10, 15, 20]
     assert not list(pod.folder.glob("work/output/checkpoint-*")), "uploaded checkpoints are still on the pod's disk"
     assert not list(pod.folder.glob("work/staged/*"))
 
@@ -82,107 +82,107 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
 def test_a_failing_rank_is_named(
     tmp_path: Path, spec: dict[str, Any], event: str, code: int, name: str, failure_class: FailureClass
 ) -> None:
-    with toy(tmp_path, spec, {"at": {"0:7": event}}) as pod:
-        exit_code, termination = ended(pod)
+    with toy_pod(tmp_path, spec, {"at": {"0:7": event}}) as pod:
+        exit_code, termination = wait_for_exit(pod)
     assert (exit_code, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
-    assert committed(tmp_path) == [5] and termination.committed_step == 5
+    assert committed_steps(tmp_path) == [5] and termination.committed_step == 5
     assert len((pod.folder / "termination-message").read_bytes()) <= 4096
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"at": {"0:7": "lose-peer", "1:9": "diverge"}, "pause": 0.02}
-    with toy(tmp_path, spec, script, processes=2) as pod:
-        code, termination = ended(pod)
+    with toy_pod(tmp_path, spec, script, processes=2) as pod:
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
     if termination.rank == 0:  # rank 1 was killed before it reported its failure, so only the report of rank 0 exists
         assert termination.origin is False
 
 
 def test_a_huge_log_does_not_damage_the_termination_message(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
-        code, termination = ended(pod)
+    with toy_pod(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (70, "TrainerCrashed")
     assert (pod.folder / "log").stat().st_size > 100_000_000
 
 
 def test_a_frozen_rank_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
-    quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
-    with toy(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
-        code, termination = ended(pod)
+    quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
+    with toy_pod(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
     assert "after step 6" in (termination.message or "")
 
 
 def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[str, Any]) -> None:
-    quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
-    with toy(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
-        code, termination = ended(pod)
+    quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
+    with toy_pod(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (74, "Stalled")
     assert "toy_rank.py" in pod.text and "in run_scripted_event" in pod.text
 
 
 def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"steps": 2000, "every": 1000, "pause": 0.005}
-    with toy(tmp_path, spec, script) as pod:
+    with toy_pod(tmp_path, spec, script) as pod:
         pod.wait_step(10)
         pod.terminate()
-        code, termination = ended(pod)
+        code, termination = wait_for_exit(pod)
     assert (code, termination.class_, termination.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
-    assert termination.step == termination.committed_step and committed(tmp_path) == [termination.step]
+    assert termination.step == termination.committed_step and committed_steps(tmp_path) == [termination.step]
     again = {"steps": termination.step + 5, "every": 1000}
-    with toy(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
-        code, second = ended(pod)
+    with toy_pod(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
+        code, second = wait_for_exit(pod)
     assert (code, second.resumed_from_step) == (0, termination.step)
 
 
 def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {"at": {"import:0": "hang"}}) as pod:
+    with toy_pod(tmp_path, spec, {"at": {"import:0": "hang"}}) as pod:
         pod.wait_until(lambda: bool(pod.pids("train")))
         pod.terminate()
-        code, termination = ended(pod)
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (75, "StoppedSaved")
 
 
 def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, Any]) -> None:
     """A SIGTERM that arrives during the supervisor's imports has the same effect as a later SIGTERM."""
-    with toy(tmp_path, spec, {"steps": 100000}) as pod:
+    with toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         assert pod.process is not None
         caught = Path(f"/proc/{pod.process.pid}/status")
 
-        def listens() -> bool:
+        def handles_sigterm() -> bool:
             mask = next(line for line in caught.read_text().splitlines() if line.startswith("SigCgt"))
             return bool(int(mask.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
-        pod.wait_until(listens)
+        pod.wait_until(handles_sigterm)
         pod.terminate()
-        code, termination = ended(pod)
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.step) == (75, "StoppedSaved", None)
 
 
 def test_a_second_ctrl_c_ends_the_pod_without_waiting(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=3600) as pod:
+    with toy_pod(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=3600) as pod:
         pod.wait_step(6)
         assert pod.process is not None
         pod.process.send_signal(signal.SIGINT)
         pod.wait_until(lambda: (pod.folder / "work" / "stop").exists())
         pod.process.send_signal(signal.SIGINT)
-        code, _ = ended(pod)
+        code, _ = wait_for_exit(pod)
     assert code == 76
 
 
 def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path: Path, spec: dict[str, Any]) -> None:
     """The rank hangs until the grace period ends. The pod exits with 76 and leaves no incomplete checkpoint."""
-    with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
+    with toy_pod(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
         pod.wait_step(6)
         pod.terminate()
-        code, termination = ended(pod)
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (76, "StoppedUnsaved", FailureClass.PREEMPTED)
-    assert committed(tmp_path) == [5]
+    assert committed_steps(tmp_path) == [5]
 
 
 def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
     """The progress report shows the problem, and training continues. When staging works again, checkpoints are committed."""
-    with toy(tmp_path, spec, {"steps": 100000}) as pod:
+    with toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_committed(5)
         staged = pod.folder / "work" / "staged"
         staged.rename(staged.with_name("away"))
@@ -202,25 +202,25 @@ def problem(pod: Pod) -> str | None:
 
 
 def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {"steps": 40, "every": 1000, "pause": 0.02}) as pod:
+    with toy_pod(tmp_path, spec, {"steps": 40, "every": 1000, "pause": 0.02}) as pod:
         pod.wait_step(1)
         (pod.folder / "work" / "staged").rmdir()
         (pod.folder / "work" / "staged").touch()
-        code, termination = ended(pod)
+        code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (69, "StagingFailed", FailureClass.STORAGE)
 
 
 def test_a_new_attempt_of_a_finished_run_reports_the_existing_output(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {}) as pod:
-        _, first = ended(pod)
-    with toy(tmp_path, spec, {}, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as pod:
-        code, second = ended(pod)
+    with toy_pod(tmp_path, spec, {}) as pod:
+        _, first = wait_for_exit(pod)
+    with toy_pod(tmp_path, spec, {}, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as pod:
+        code, second = wait_for_exit(pod)
     assert code == 0 and first.output == second.output and first.output is not None
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "agent"])
 def test_ranks_end_after_the_supervisor_or_the_agent_is_killed(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
-    with toy(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
+    with toy_pod(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
         pod.wait_step(3)
         ranks = pod.pids("train")
         assert len(ranks) == 2 and pod.process is not None
@@ -228,12 +228,12 @@ def test_ranks_end_after_the_supervisor_or_the_agent_is_killed(tmp_path: Path, s
         code = pod.end()
     assert code == (-signal.SIGKILL if victim == "supervisor" else 74)
     deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in ranks):
+    while any(is_alive(pid) for pid in ranks):
         assert time.monotonic() < deadline, "a rank still runs"
         time.sleep(0.02)
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -241,7 +241,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_http_server_reports_progress_and_metrics(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy(tmp_path, spec, {"steps": 100000}) as pod:
+    with toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_until(lambda: pod.get("/healthz") == b"ok\n")
         pod.wait_committed(10)
         report = pod.report()
@@ -265,15 +265,15 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, spec: dict[str, Any]) -> 
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        with toy(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
-            code, termination = ended(pod)
+        with toy_pod(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
+            code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (70, "PortInUse") and port in (termination.message or "")
     assert "Traceback" not in pod.text
 
 
 def test_no_storage_credentials_reach_a_rank(tmp_path: Path, spec: dict[str, Any]) -> None:
     env = {"AWS_SECRET_ACCESS_KEY": "hidden-word", "MODEL_AWS_SECRET_ACCESS_KEY": "hidden-word", "KEPT": "seen"}
-    with toy(tmp_path, spec, {"steps": 100000}, env=env) as pod:
+    with toy_pod(tmp_path, spec, {"steps": 100000}, env=env) as pod:
         pod.wait_step(1)
         environment = Path(f"/proc/{pod.pids('train')[0]}/environ").read_bytes()
     assert b"KEPT=seen" in environment and b"hidden-word" not in environment

@@ -26,31 +26,31 @@ class TwoPods:
     folder: Path
     expected_run: RecordedRun
 
-    def start(self, attempt: int, expect: int, target: StoreTarget, *, hold: str = "", signalled: int = 0) -> list[Pod]:
-        """Start an attempt. The pod `signalled` waits in the phase `hold`."""
-        resume = ResumeConfig(mode="auto", expect_step=expect)
+    def start(self, attempt: int, expected_step: int, target: StoreTarget, *, hold_point: str = "", signalled_pod: int = 0) -> list[Pod]:
+        """Start an attempt. The pod `signalled_pod` waits in the phase `hold_point`."""
+        resume = ResumeConfig(mode="auto", expect_step=expected_step)
         run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_port(), resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [
-            traced_pod(run, folders[node], self.bucket, hold=hold if node == signalled else "", node_rank=node)
+            traced_pod(run, folders[node], self.bucket, hold_point=hold_point if node == signalled_pod else "", node_rank=node)
             for node in (0, 1)
         ]
 
-    def stopped(self, first: list[Pod], signalled: int) -> list[TerminationMessage]:
+    def stop_one_pod(self, first_pods: list[Pod], signalled_pod: int) -> list[TerminationMessage]:
         """Send SIGTERM to one pod, as a kubelet does. The ranks then agree on a step after which both pods stop."""
-        first[signalled].terminate()
-        assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]
-        termination = [pod.termination_message() for pod in first]
+        first_pods[signalled_pod].terminate()
+        assert [pod.end() for pod in first_pods] == [75, 75], first_pods[0].text[-3000:] + first_pods[1].text[-3000:]
+        termination = [pod.termination_message() for pod in first_pods]
         assert termination[0].step == termination[1].step == termination[0].committed_step
         return termination
 
-    def resume(self, first: list[Pod], at: int) -> None:
-        """Run the next attempt from step `at`, and compare both attempts with an uninterrupted run."""
-        second = self.start(2, at, self.bucket.target())
+    def resume_and_compare(self, first_pods: list[Pod], start_step: int) -> None:
+        """Run the next attempt from step `start_step`, and compare both attempts with an uninterrupted run."""
+        second = self.start(2, start_step, self.bucket.target())
         with second[0], second[1]:
             assert [pod.end() for pod in second] == [0, 0], second[0].text[-3000:] + second[1].text[-3000:]
-        assert second[0].termination_message().resumed_from_step == at
-        assert record_run(self.bucket, [*first, *second], second[0].termination_message()) == self.expected_run
+        assert second[0].termination_message().resumed_from_step == start_step
+        assert record_run(self.bucket, [*first_pods, *second], second[0].termination_message()) == self.expected_run
 
 
 @pytest.fixture
@@ -64,17 +64,17 @@ def gang(
     return TwoPods(spec_of(model, rows, "lora", variant), bucket, tmp_path, expected_run)
 
 
-def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant: str = "windows") -> Any:
-    marks = [] if quick else [pytest.mark.faults]
-    return pytest.param(variant, phase, signalled, stop, marks=marks, id=f"{phase}-pod-{signalled}")
+def stop_case(phase: str, signalled_pod: int, stop_step: int, *, is_quick: bool = False, variant: str = "windows") -> Any:
+    marks = [] if is_quick else [pytest.mark.faults]
+    return pytest.param(variant, phase, signalled_pod, stop_step, marks=marks, id=f"{phase}-pod-{signalled_pod}")
 
 
 @pytest.mark.parametrize(
     ("gang", "phase", "signalled", "stop"),
     [
-        case("accumulation:12", 1, 12, quick=True), case("forward:12", 0, 12), case("forward:12", 1, 12),
-        case("accumulation:12", 0, 12), case("save:8", 0, 9), case("save:8", 1, 9),
-        case("evaluation:16", 0, 17, variant="best"), case("evaluation:16", 1, 17, variant="best"),
+        stop_case("accumulation:12", 1, 12, is_quick=True), stop_case("forward:12", 0, 12), stop_case("forward:12", 1, 12),
+        stop_case("accumulation:12", 0, 12), stop_case("save:8", 0, 9), stop_case("save:8", 1, 9),
+        stop_case("evaluation:16", 0, 17, variant="best"), stop_case("evaluation:16", 1, 17, variant="best"),
     ],
     indirect=["gang"],
 )  # fmt: skip
@@ -82,12 +82,12 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
     gang: TwoPods, phase: str, signalled: int, stop: int
 ) -> None:
     """The signalled pod is in `phase`. The other pod waits for the signalled pod in the next collective operation."""
-    first = gang.start(1, 0, gang.bucket.target(), hold=phase, signalled=signalled)
+    first = gang.start(1, 0, gang.bucket.target(), hold_point=phase, signalled_pod=signalled)
     with first[0], first[1]:
         first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
-        termination = gang.stopped(first, signalled)
+        termination = gang.stop_one_pod(first, signalled)
     assert termination[0].committed_step == stop
-    gang.resume(first, stop)
+    gang.resume_and_compare(first, stop)
 
 
 @pytest.mark.faults
@@ -99,8 +99,8 @@ def test_a_stop_while_the_gang_uploads_commits_both_checkpoints(gang: TwoPods, s
         first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))
         with first[0], first[1]:
             first[signalled].wait_until(lambda: slow.hits > 0)
-            termination = gang.stopped(first, signalled)
+            termination = gang.stop_one_pod(first, signalled)
     stop = termination[0].committed_step
     assert stop is not None
     assert {f"step-{8:08}", f"step-{stop:08}"} <= {key.split("/")[1] for key in gang.bucket.keys("checkpoints/")}
-    gang.resume(first, stop)
+    gang.resume_and_compare(first, stop)

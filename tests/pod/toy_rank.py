@@ -24,7 +24,7 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, TcpGangStore, TrainingStopped
 from finetune_trainer.inputs import Inputs
 
-CHAIN = "chain-{}"
+CHAIN_FILE = "chain-{}"
 """File with a rank's state."""
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("TOY_SCRIPT", "{}"))
 
@@ -38,7 +38,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     agreement = StopAgreement(channel, TcpGangStore("toy") if channel.world_size > 1 else SingleRankStore(), poll_seconds=0.02)
     step = inputs.restore.step if inputs.restore else 0
     steps = step + SCRIPT["further"] if "further" in SCRIPT else steps
-    chain = (inputs.restore.path / CHAIN.format(channel.rank)).read_text() if inputs.restore else ""
+    chain = (inputs.restore.path / CHAIN_FILE.format(channel.rank)).read_text() if inputs.restore else ""
     channel.report_stage(Stage.TRAINING)
     channel.report_progress(Progress(step=step, total_steps=steps, epoch=0.0))
     agreement.start(step)
@@ -46,33 +46,33 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         time.sleep(pause)
         step += 1
         run_scripted_event(channel.rank, step)
-        chain = link(chain, channel.rank, step)
+        chain = next_chain(chain, channel.rank, step)
         channel.report_step(step)
         channel.report_metrics(Metrics(train_loss=1.0 / step))
         channel.report_log_line(step, {"loss": 1.0 / step, "chain": chain})
         stopping = agreement.must_stop(step)
         if step % every == 0 or stopping:
-            save(channel, inputs, step, chain, stopping)
+            save_checkpoint(channel, inputs, step, chain, stopping)
     if channel.rank == 0:
         final = inputs.output_dir / "final"
         final.mkdir()
         (final / "adapter_model.safetensors").write_text(f"final {step}")
-        (final / CHAIN.format(channel.rank)).write_text(chain)
+        (final / CHAIN_FILE.format(channel.rank)).write_text(chain)
         channel.report_output(final, OutputKind.ADAPTER, {})
 
 
-def link(chain: str, rank: int, step: int) -> str:
+def next_chain(chain: str, rank: int, step: int) -> str:
     """Return the state after a step: the hash of the previous state, the rank and the step."""
     return hashlib.sha256(f"{chain}/{rank}:{step}".encode()).hexdigest()
 
 
-def save(channel: Channel, inputs: Inputs, step: int, chain: str, stopping: bool) -> None:
+def save_checkpoint(channel: Channel, inputs: Inputs, step: int, chain: str, is_stopping: bool) -> None:
     folder = inputs.output_dir / f"checkpoint-{step}"
     folder.mkdir(exist_ok=True)
     (folder / f"state-{channel.rank}").write_bytes(bytes([step % 256]) * SCRIPT.get("bytes", 1000))
-    (folder / CHAIN.format(channel.rank)).write_text(chain)
-    channel.report_staged_files(step, folder, incarnation=os.environ["FINETUNE_INCARNATION"], graceful=stopping, stallSeconds=0.0)
-    if stopping:
+    (folder / CHAIN_FILE.format(channel.rank)).write_text(chain)
+    channel.report_staged_files(step, folder, incarnation=os.environ["FINETUNE_INCARNATION"], graceful=is_stopping, stallSeconds=0.0)
+    if is_stopping:
         raise TrainingStopped(step)
 
 

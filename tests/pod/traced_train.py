@@ -22,8 +22,8 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import StopAgreement
 from finetune_trainer.inputs import Inputs
 
-HOLD = "TRACE_HOLD"
-BREAK = "TRACE_BREAK"
+HOLD_VARIABLE = "TRACE_HOLD"
+BREAK_VARIABLE = "TRACE_BREAK"
 preload = train.preload
 agreements: list[StopAgreement] = []
 """Contains the stop agreement of this rank after the agreement has started."""
@@ -54,21 +54,21 @@ def patch_trainer(channel: Channel) -> None:
     def training_step(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal micro
         micro += 1
-        hold(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
+        wait_at_hold_point(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
         enforce_memory_limit(channel.rank, self.state.global_step + 1, args[1])
         loss = super(GuardedTrainer, self).training_step(*args, **options)
         return loss_or_failure(loss, self.model, self.state.global_step + 1)
 
     def prediction_step(self: Any, *args: Any, **options: Any) -> Any:
-        hold(channel, "evaluation", self.state.global_step)
+        wait_at_hold_point(channel, "evaluation", self.state.global_step)
         return super(GuardedTrainer, self).prediction_step(*args, **options)
 
     def save(self: Any, *args: Any, **options: Any) -> Any:
-        hold(channel, "save", self.state.global_step)
+        wait_at_hold_point(channel, "save", self.state.global_step)
         return super(GuardedTrainer, self)._save_checkpoint(*args, **options)
 
     def finalize(self: Any, *args: Any, **options: Any) -> Any:
-        hold(channel, "end", self.state.global_step)
+        wait_at_hold_point(channel, "end", self.state.global_step)
         return super(GuardedTrainer, self)._finalize_training(*args, **options)
 
     def start(self: StopAgreement, step: int) -> None:
@@ -88,7 +88,7 @@ def enforce_memory_limit(rank: int, step: int, batch: dict[str, Any]) -> None:
     """Raise torch.OutOfMemoryError, as CUDA does, if the micro-batch is larger than the limit of this rank."""
     import torch
 
-    failure, *numbers = os.environ.get(BREAK, "").split(":")
+    failure, *numbers = os.environ.get(BREAK_VARIABLE, "").split(":")
     if failure != "memory-limit":
         return
     first, limited_rank, rows = map(int, numbers)
@@ -100,7 +100,7 @@ def loss_or_failure(loss: Any, model: Any, step: int) -> Any:
     """Return the loss, or simulate the failure that TRACE_BREAK sets for this step."""
     import torch
 
-    failure, _, failing_step = os.environ.get(BREAK, "").partition(":")
+    failure, _, failing_step = os.environ.get(BREAK_VARIABLE, "").partition(":")
     if failing_step != str(step):
         return loss
     if failure == "memory":
@@ -118,9 +118,9 @@ def hash_rows(batch: dict[str, Any]) -> list[str]:
     return [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:12] for row in rows]
 
 
-def hold(channel: Channel, phase: str, step: int) -> None:
+def wait_at_hold_point(channel: Channel, phase: str, step: int) -> None:
     """If TRACE_HOLD names this point, wait until the ranks have agreed on the step after which they stop."""
-    if os.environ.get(HOLD) != f"{phase}:{step}":
+    if os.environ.get(HOLD_VARIABLE) != f"{phase}:{step}":
         return
     (channel.work / "held").touch()
     while not any(agreement.stop_step for agreement in agreements):

@@ -13,7 +13,7 @@ from finetune_api.names import TRAINER_CONTAINER, Env
 from finetune_api.status import FineTuneJobStatus, OutputKind
 
 from tests.e2e.jobs.installation import MODEL, JobNamespace
-from tests.pod.cli.sources import SOURCES, options, rows
+from tests.pod.cli.sources import SOURCES, import_options, make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 QUICK_SOURCES = ("env", "hydra")
@@ -41,11 +41,11 @@ class ImportedJobs:
 
     def _import_and_apply(self, name: str) -> None:
         source, key = SOURCES[name], f"imports/{name}.jsonl"
-        self.job_namespace.installation.store.put_object(Bucket=DATASET_BUCKET, Key=key, Body=rows(source.rows).encode())
+        self.job_namespace.installation.store.put_object(Bucket=DATASET_BUCKET, Key=key, Body=make_rows(source.rows).encode())
         folder = self.folder / name
         folder.mkdir()
         (folder / source.file).write_text(source.text, encoding="utf-8")
-        arguments = ["import", str(folder / source.file), *options(name, MODEL, f"s3://{DATASET_BUCKET}/{key}")]
+        arguments = ["import", str(folder / source.file), *import_options(name, MODEL, f"s3://{DATASET_BUCKET}/{key}")]
         done = subprocess.run(
             [sys.executable, "-m", "finetune_cli", *arguments, "-o", str(folder / "job.yaml")],
             capture_output=True,

@@ -12,7 +12,7 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from pod_harness import PYTHONPATH, Pod, run_config
-from toy_rank import link
+from toy_rank import next_chain
 
 from localcluster.s3 import S3Endpoint
 
@@ -58,7 +58,7 @@ def states(steps: int) -> dict[int, str]:
     """Compute the state of rank 0 after each step of an uninterrupted run of toy ranks."""
     states_by_step, state = {}, ""
     for step in range(1, steps + 1):
-        states_by_step[step] = state = link(state, 0, step)
+        states_by_step[step] = state = next_chain(state, 0, step)
     return states_by_step
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-ROWS = 24
-SHAPES = {
+ROW_COUNT = 24
+ROW_TEMPLATES = {
     "instruction": {"instruction": "question {}", "response": "answer {}"},
     "alpaca": {"instruction": "question {}", "input": "", "output": "answer {}"},
     "qa": {"question": "question {}", "answer": "answer {}"},
@@ -24,7 +24,7 @@ class Source:
 
     file: str
     text: str
-    rows: str
+    make_rows: str
     steps: int
     rank: int
 
@@ -68,12 +68,12 @@ SOURCES = {
 }  # fmt: skip
 
 
-def rows(shape: str) -> str:
+def make_rows(row_format: str) -> str:
     """Questions and answers as rows in one of the formats in SHAPES."""
-    return "".join(json.dumps(SHAPES[shape]).replace("{}", str(i)) + "\n" for i in range(ROWS))
+    return "".join(json.dumps(ROW_TEMPLATES[row_format]).replace("{}", str(i)) + "\n" for i in range(ROW_COUNT))
 
 
-def options(name: str, model: str, data: str) -> list[str]:
+def import_options(name: str, model: str, data: str) -> list[str]:
     """Options of `finetune import`: local model and data, a CPU, and no groups that contain unsupported fields."""
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",

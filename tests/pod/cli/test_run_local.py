@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pod.cli.sources import SOURCES, options, rows
+from tests.pod.cli.sources import SOURCES, import_options, make_rows
 from tests.support.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.pod, pytest.mark.timeout(300)]
-FINETUNE = [sys.executable, "-m", "finetune_cli"]
+FINETUNE_COMMAND = [sys.executable, "-m", "finetune_cli"]
 JOB = """\
 apiVersion: finetune-operator.io/v1alpha1
 kind: FineTuneJob
@@ -44,15 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def finetune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_finetune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     return subprocess.run(
-        [*FINETUNE, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [*FINETUNE_COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
 
 def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
-    result = finetune(folder, "run", "job.yaml", "--local", "-o", "out")
+    result = run_finetune(folder, "run", "job.yaml", "--local", "-o", "out")
     assert result.returncode == 0, result.stderr
     (marker,) = (folder / "out/local/bot").glob("*/model/_COMMITTED")
     path = marker.parent / json.loads(marker.read_text())["path"]
@@ -65,7 +65,7 @@ def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
 
 def test_failure_is_reported_with_its_hint(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "nobody", "content": "x"}]}\n', encoding="utf-8")
-    failed = finetune(folder, "run", "job.yaml", "--local", "-o", "bad", "--set", "dataset.train=file://bad.jsonl")
+    failed = run_finetune(folder, "run", "job.yaml", "--local", "-o", "bad", "--set", "dataset.train=file://bad.jsonl")
     assert failed.returncode == 2
     assert "error: Data " in failed.stderr
     assert "Traceback" not in failed.stderr
@@ -85,7 +85,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     process = subprocess.Popen(
-        [*FINETUNE, *arguments], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*FINETUNE_COMMAND, *arguments], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -98,30 +98,30 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     (step,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
     saved = int(step.parent.name.removeprefix("step-"))
     assert 0 < saved < 300
-    other = finetune(folder, *arguments[:-2], "--set", "training.seed=1")
+    other = run_finetune(folder, *arguments[:-2], "--set", "training.seed=1")
     assert (other.returncode, "holds results of a job bot with another spec" in other.stderr) == (1, True)
-    resumed = finetune(folder, *arguments)
+    resumed = run_finetune(folder, *arguments)
     assert resumed.returncode == 0, resumed.stderr
     message = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))
     assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
-QUICK = ("yaml",)
+QUICK_SOURCES = ("yaml",)
 """Sources that `make test` trains. `make test-faults` trains the others, because each run starts a new trainer process."""
 
 
 @pytest.mark.parametrize(
-    "source", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
+    "source", [name if name in QUICK_SOURCES else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
 )
 def test_imported_job_trains(folder: Path, source: str) -> None:
     home = folder / source
     home.mkdir()
     (home / SOURCES[source].file).write_text(SOURCES[source].text, encoding="utf-8")
-    (home / "rows.jsonl").write_text(rows(SOURCES[source].rows), encoding="utf-8")
-    own = options(source, "./tiny", f"./{source}/rows.jsonl")
-    imported = finetune(folder, "import", f"{source}/{SOURCES[source].file}", *own, "-o", f"{source}/job.yaml")
+    (home / "rows.jsonl").write_text(make_rows(SOURCES[source].rows), encoding="utf-8")
+    own = import_options(source, "./tiny", f"./{source}/rows.jsonl")
+    imported = run_finetune(folder, "import", f"{source}/{SOURCES[source].file}", *own, "-o", f"{source}/job.yaml")
     assert imported.returncode == 0, imported.stderr
-    trained = finetune(folder, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
+    trained = run_finetune(folder, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
     assert trained.returncode == 0, trained.stderr
     (marker,) = (home / "out" / "local").glob(f"{source}/*/model/_COMMITTED")
     adapter = marker.parent / json.loads(marker.read_text())["path"] / "adapter_config.json"

@@ -64,7 +64,7 @@ def test_backend_unsloth_needs_a_gpu(tmp_path: Path) -> None:
         MemorySavers.choose(run, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
 
 
-PRELOAD = """
+PRELOAD_SCRIPT = """
 import os, sys
 from pathlib import Path
 from tests.support.learning import make_run
@@ -85,9 +85,9 @@ assert imports.needs_bitsandbytes(run) and not imports.needs_deepspeed(run)
 def test_a_plain_job_imports_neither_bitsandbytes_nor_deepspeed(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     result = subprocess.run(
-        [sys.executable, "-c", PRELOAD, str(tmp_path)],
+        [sys.executable, "-c", PRELOAD_SCRIPT, str(tmp_path)],
         cwd=root,
-        env=_env(root),
+        env=_script_environment(root),
         capture_output=True,
         text=True,
         check=False,
@@ -95,13 +95,13 @@ def test_a_plain_job_imports_neither_bitsandbytes_nor_deepspeed(tmp_path: Path) 
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def _env(root: Path) -> dict[str, str]:
+def _script_environment(root: Path) -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
-def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
+def choose_liger_kernels(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
     """Return whether Liger kernels stay enabled for a model type, and the notes for the user."""
     from types import SimpleNamespace
 
@@ -117,11 +117,11 @@ def test_kernels_without_an_implementation_are_refused_or_disabled(tmp_path: Pat
     """liger-kernel silently skips a model type that it does not support."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     tuned = {"trainer": {"backend": "unsloth"}}
-    assert liger(tmp_path / "a", tuned, "llama") == (True, [])
-    on, notes = liger(tmp_path / "b", tuned, "rwkv")
+    assert choose_liger_kernels(tmp_path / "a", tuned, "llama") == (True, [])
+    on, notes = choose_liger_kernels(tmp_path / "b", tuned, "rwkv")
     assert not on and notes == ["liger has no kernels for models of type rwkv: the model's own layers are used"]
     with pytest.raises(ConfigError) as caught:
-        liger(tmp_path / "c", {"model": {"ligerKernels": True}}, "rwkv")
+        choose_liger_kernels(tmp_path / "c", {"model": {"ligerKernels": True}}, "rwkv")
     assert caught.value.code == "KernelsUnavailable"
 
 
@@ -154,7 +154,7 @@ print(model.forward.__func__ is type(model).forward)
 
 
 @pytest.mark.parametrize(
-    ("text", "memory"),
+    ("text", "is_memory_error"),
     [
         ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
@@ -167,7 +167,7 @@ print(model.forward.__func__ is type(model).forward)
         ("the reward function ran out of memory cells", False),
     ],
 )
-def test_messages_of_every_library_about_full_gpu_memory_are_recognised(text: str, memory: bool) -> None:
+def test_messages_of_every_library_about_full_gpu_memory_are_recognised(text: str, is_memory_error: bool) -> None:
     from finetune_trainer.train import to_finetune_error
 
-    assert to_finetune_error(RuntimeError(text)).exit_code == (71 if memory else 70)
+    assert to_finetune_error(RuntimeError(text)).exit_code == (71 if is_memory_error else 70)

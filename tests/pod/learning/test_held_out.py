@@ -13,12 +13,12 @@ from tests.support.learning import TEN, make_run, run_training, train_here, writ
 from tests.support.preferences import LABELLED, PAIRS, PROMPTS
 
 pytestmark = pytest.mark.pod
-LORA: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
+LORA_METHOD: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
 
 
 def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
     split = {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 7}}}
-    spec = {"method": LORA, "evaluation": {"strategy": "steps", "steps": 2}, **split}
+    spec = {"method": LORA_METHOD, "evaluation": {"strategy": "steps", "steps": 2}, **split}
     run, inputs = make_run(tmp_path, model, spec, TEN)
     parts = load(run, inputs)
     taken = [raw.number for part in (parts.train, parts.validation, parts.test) for raw, _ in part]
@@ -60,7 +60,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "measures"),
+    ("kind", "rows", "metric_names"),
     [
         ("dpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
         ("orpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
@@ -70,18 +70,18 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
     ],
 )
 def test_every_objective_measures_a_test_file(
-    kind: str, rows: list[Any], measures: set[str], model: Path, tmp_path: Path
+    kind: str, rows: list[Any], metric_names: set[str], model: Path, tmp_path: Path
 ) -> None:
     test_file = write_rows(tmp_path / "held.jsonl", rows[:4])
     trainer: dict[str, Any] = {"type": kind}
     if kind == "grpo":
         reward = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
         trainer |= {"maxCompletionLength": 8, "grpo": {"numGenerations": 2}, "rewards": [reward]}
-    spec = {"method": LORA, "trainer": trainer, "dataset": {"test": f"file://{test_file}"}, "training": {"maxSteps": 1}}
+    spec = {"method": LORA_METHOD, "trainer": trainer, "dataset": {"test": f"file://{test_file}"}, "training": {"maxSteps": 1}}
     run, inputs = make_run(tmp_path, model, spec, rows)
     outcome = train_here(run, inputs.model_copy(update={"test": [test_file]}))
     evaluation = outcome.extra["evaluation"]
-    assert measures <= evaluation.keys()
+    assert metric_names <= evaluation.keys()
     assert evaluation["testRows"] == 4
     assert outcome.resolved["datasetRows"] == len(rows)
     assert [message["stage"] for message in outcome.messages("stage")][-2:] == ["evaluating", "saving"]

@@ -13,35 +13,35 @@ from finetune_api.errors import InternalError
 from tests.support.learning import TEN, merged, run_training
 from tests.support.preferences import PAIRS, PROMPTS
 
-SIXTEEN: dict[str, Any] = {
+SIXTEEN_BIT_SPEC: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
     "training": {"maxSteps": 2, "mixedPrecision": "bf16", "gradientCheckpointing": "enabled"},
 }
 FULL_MODULES = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
-REWARDS = [{"builtin": "length", "parameters": {"maximum": "3"}}]
-CASES: dict[str, tuple[dict[str, Any], Any]] = {
+LENGTH_REWARDS = [{"builtin": "length", "parameters": {"maximum": "3"}}]
+SPECS_AND_ROWS: dict[str, tuple[dict[str, Any], Any]] = {
     "modules trained in full": (FULL_MODULES, TEN),
     "a reward model's head": ({"trainer": {"type": "reward"}}, PAIRS),
     "answers of grpo": (
-        {**FULL_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": REWARDS}},
+        {**FULL_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": LENGTH_REWARDS}},
         PROMPTS,
     ),
     "ia3": ({"method": {"type": "ia3"}}, TEN),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SPECS_AND_ROWS)
 def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, tmp_path: Path) -> None:
     """16-bit weights would lose the small updates of usual learning rates."""
-    spec, rows = CASES[name]
-    outcome = run_training(tmp_path, model, merged(SIXTEEN, spec), rows)
+    spec, rows = SPECS_AND_ROWS[name]
+    outcome = run_training(tmp_path, model, merged(SIXTEEN_BIT_SPEC, spec), rows)
     types = {(parameter.requires_grad, parameter.dtype) for parameter in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
     assert len(outcome.losses) == 2 and all(math.isfinite(loss) for loss in outcome.losses)
 
 
 def test_packing_in_16_bits_gives_the_losses_of_unpacked_rows(model: Path, tmp_path: Path) -> None:
-    spec = merged(SIXTEEN, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
+    spec = merged(SIXTEEN_BIT_SPEC, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
     unpacked = run_training(tmp_path / "a", model, spec)
     packed = run_training(tmp_path / "b", model, merged(spec, {"dataset": {"packing": True}}))
     assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
@@ -53,7 +53,7 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(InternalError) as caught:
-        run_training(tmp_path, model, merged(SIXTEEN, {"dataset": {"packing": True}}))
+        run_training(tmp_path, model, merged(SIXTEEN_BIT_SPEC, {"dataset": {"packing": True}}))
     assert caught.value.code == "PackingLeaks"
 
 

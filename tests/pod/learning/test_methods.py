@@ -13,12 +13,12 @@ from finetune_api.errors import ConfigError, NotFoundError
 from tests.support.learning import TEN, Outcome, merged, run_training
 
 pytestmark = pytest.mark.pod
-SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
+SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
 NO_DROPOUT = {"lora": {"dropout": 0}}
 
 # The final loss must be below this bound. Most methods memorise ten rows in sixty steps. Prefix and prompt tuning train only
 # twenty vectors and cannot memorise them; their bounds are slightly above the loss that they reach.
-LEARNERS = {
+SPECS_AND_LOSS_BOUNDS = {
     "full": ({"method": {"type": "full"}}, 0.1),
     "lora": ({"method": NO_DROPOUT}, 0.1),
     "rslora": ({"method": {"lora": {"dropout": 0, "rankStabilized": True, "rank": 4, "alpha": 8}}}, 0.1),
@@ -53,7 +53,7 @@ def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
     return PeftModel.from_pretrained(base, outcome.folder)
 
 
-def answer(tuned: Any, folder: Path, question: str) -> str:
+def generate_answer(tuned: Any, folder: Path, question: str) -> str:
     """Generate the tuned model's greedy answer, up to its end token."""
     from transformers import AutoTokenizer
 
@@ -67,10 +67,10 @@ def answer(tuned: Any, folder: Path, question: str) -> str:
     return str(text)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", SPECS_AND_LOSS_BOUNDS)
 def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path: Path) -> None:
-    spec, bound = LEARNERS[name]
-    outcome = run_training(tmp_path, model, merged(SIXTY, spec))
+    spec, bound = SPECS_AND_LOSS_BOUNDS[name]
+    outcome = run_training(tmp_path, model, merged(SIXTY_STEPS, spec))
     assert outcome.losses[0] > 1.5 * bound
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
@@ -79,18 +79,18 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
             assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
-        assert answer(tuned, outcome.folder, "Who?")
+        assert generate_answer(tuned, outcome.folder, "Who?")
     else:
         for row in TEN[:3]:
             question, reply = (turn["content"] for turn in row["messages"])
-            assert answer(tuned, outcome.folder, question) == f"{reply}<|im_end|>"
+            assert generate_answer(tuned, outcome.folder, question) == f"{reply}<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "promptTuning", "qlora", "lora8bit"])
 def test_adapters_do_not_change_the_base_weights(name: str, model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    outcome = run_training(tmp_path, model, LEARNERS[name][0])
+    outcome = run_training(tmp_path, model, SPECS_AND_LOSS_BOUNDS[name][0])
     base = outcome.model.get_base_model().state_dict()
     original = load_file(model / "model.safetensors")
     compared = 0
@@ -188,9 +188,9 @@ def test_an_unknown_target_module_is_refused_with_the_known_names(model: Path, t
 
 
 def test_a_continued_adapter_starts_from_its_trained_weights(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merged(SIXTY, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
+    first = run_training(tmp_path / "a", model, merged(SIXTY_STEPS, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
     spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first.folder}"}}}
-    again = run_training(tmp_path / "b", model, merged(SIXTY, spec), adapter=first.folder)
+    again = run_training(tmp_path / "b", model, merged(SIXTY_STEPS, spec), adapter=first.folder)
     assert again.losses[0] == pytest.approx(first.losses[-1], rel=0.5)
     assert again.losses[0] < 0.5 * first.losses[0]
     assert again.losses[-1] < again.losses[0]

@@ -56,15 +56,15 @@ def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
     assert by_type.losses == by_flag.losses
 
 
-@pytest.mark.parametrize(("bias", "trained"), [("none", 0), ("loraOnly", 2), ("all", 6)])
-def test_the_biases_of_the_spec_are_trained(bias: str, trained: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bias", "trained_count"), [("none", 0), ("loraOnly", 2), ("all", 6)])
+def test_the_biases_of_the_spec_are_trained(bias: str, trained_count: int, tmp_path: Path) -> None:
     from tests.support.tiny import make_tiny_model
 
     biased = make_tiny_model(tmp_path / "model", attention_bias=True)
     spec = {"method": {"lora": {"targetModules": ["q_proj"], "bias": bias}}}
     outcome = run_training(tmp_path, biased, spec)
     names = [n for n, p in outcome.model.named_parameters() if p.requires_grad and n.endswith(".bias")]
-    assert len([n for n in names if "o_proj" not in n]) == trained
+    assert len([n for n in names if "o_proj" not in n]) == trained_count
     assert all((("q_proj" in n) or bias == "all") for n in names)
 
 
@@ -167,8 +167,8 @@ def test_sampling_from_one_candidate_gives_equal_completions(
     assert share_of_groups_with_equal_rewards() < 1.0
 
 
-@pytest.mark.parametrize(("first", "steps"), [(True, [1, 3, 6]), (False, [3, 6])])
-def test_log_lines_appear_at_the_steps_of_the_spec(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
-    spec = {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 3, "logFirstStep": first}}
+@pytest.mark.parametrize(("logs_first_step", "steps"), [(True, [1, 3, 6]), (False, [3, 6])])
+def test_log_lines_appear_at_the_steps_of_the_spec(logs_first_step: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
+    spec = {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 3, "logFirstStep": logs_first_step}}
     outcome = run_training(tmp_path, model, spec)
     assert [line["step"] for line in outcome.logs if "loss" in line] == steps

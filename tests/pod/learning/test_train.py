@@ -16,13 +16,13 @@ from finetune_trainer.inputs import RestoredCheckpoint
 from tests.support.learning import TEN, Hooks, Outcome, merged, run_training
 
 pytestmark = pytest.mark.pod
-LORA = {"method": {"lora": {"dropout": 0}}}
+LORA_SPEC = {"method": {"lora": {"dropout": 0}}}
 
 
 @pytest.fixture(scope="module")
 def default_lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Four steps of LoRA with default options."""
-    return run_training(tmp_path_factory.mktemp("default"), model, LORA)
+    return run_training(tmp_path_factory.mktemp("default"), model, LORA_SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outco
     return run_training(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
 
 
-def rates(outcome: Outcome) -> list[float]:
+def learning_rates(outcome: Outcome) -> list[float]:
     """The logged learning rates."""
     return [line["learning_rate"] for line in outcome.logs if "learning_rate" in line]
 
@@ -58,8 +58,8 @@ def test_the_learning_rate_follows_the_schedule(name: str, raw_model: Path, tmp_
     training, factors = SCHEDULES[name]
     if "warmupSteps" in training:
         training = {**training, "warmupRatio": None}
-    outcome = run_training(tmp_path, raw_model, {**LORA, "training": training})
-    assert rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
+    outcome = run_training(tmp_path, raw_model, {**LORA_SPEC, "training": training})
+    assert learning_rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
 
 
 def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
@@ -112,14 +112,14 @@ def test_transformers_has_every_optimizer_of_the_api() -> None:
 )
 def test_optimizers_train(name: str, model: Path, default_lora: Outcome, tmp_path: Path) -> None:
     outcome = run_training(
-        tmp_path, model, {**LORA, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
+        tmp_path, model, {**LORA_SPEC, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
     )
     assert outcome.losses[0] == default_lora.losses[0]
     assert outcome.losses[1:] != default_lora.losses[1:]
     assert all(math.isfinite(loss) for loss in outcome.losses)
 
 
-CHANGES: dict[str, dict[str, Any]] = {
+CHANGED_OPTIONS: dict[str, dict[str, Any]] = {
     "adamBeta1": {"adamBeta1": 0.5},
     "adamBeta2": {"adamBeta2": 0.5},
     "adamEpsilon": {"adamEpsilon": 0.1},
@@ -130,9 +130,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", CHANGED_OPTIONS)
 def test_an_option_changes_the_losses(name: str, model: Path, default_full: Outcome, tmp_path: Path) -> None:
-    other = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGES[name]})
+    other = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGED_OPTIONS[name]})
     assert default_full.losses != other.losses
 
 
@@ -174,11 +174,11 @@ def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: P
     assert again.losses == pytest.approx(plain.losses, abs=1e-6)
 
 
-@pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
+@pytest.mark.parametrize(("every_n_layers", "recomputed"), [(1, [True, True]), (2, [True, False])])
 def test_gradient_checkpointing_may_cover_only_every_nth_layer(
-    every: int, recomputed: list[bool], model: Path, tmp_path: Path
+    every_n_layers: int, recomputed: list[bool], model: Path, tmp_path: Path
 ) -> None:
-    training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every, "maxSteps": 1}
+    training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every_n_layers, "maxSteps": 1}
     outcome = run_training(tmp_path, model, {"method": {"type": "full"}, "training": training})
     assert [layer.gradient_checkpointing for layer in outcome.model.model.layers] == recomputed
 
@@ -203,7 +203,7 @@ def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
         "training": {"maxSteps": 60, "earlyStopping": {"patience": 2}},
         "evaluation": {"strategy": "steps", "steps": 2},
     }
-    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=unlearnable_rows)
+    outcome = run_training(tmp_path, model, merged(LORA_SPEC, spec), validation=unlearnable_rows)
     best = min(outcome.eval_losses)
     assert len(outcome.losses) < 60
     assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
@@ -219,7 +219,7 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
         "training": {"maxSteps": 8}, "evaluation": {"strategy": "steps", "steps": 2},
         "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
     }  # fmt: skip
-    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=unlearnable_rows)
+    outcome = run_training(tmp_path, model, merged(LORA_SPEC, spec), validation=unlearnable_rows)
     best = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
     assert best < 8
     assert outcome.folder is not None
@@ -233,7 +233,7 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     moved = tmp_path / "again" / "restored"
     shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
     shutil.rmtree(tmp_path / "out")
-    longer = merged(merged(LORA, spec), {"training": {"maxSteps": 10}})
+    longer = merged(merged(LORA_SPEC, spec), {"training": {"maxSteps": 10}})
     restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
     again = run_training(tmp_path / "again", model, longer, validation=unlearnable_rows, restore=restore)
     assert len(again.losses) == 2
@@ -275,7 +275,7 @@ def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_model_and_adapter_weights_is_refused(model: Path, tmp_path: Path) -> None:
-    spec = {**LORA, "checkpoint": {"strategy": "steps", "steps": 2}}
+    spec = {**LORA_SPEC, "checkpoint": {"strategy": "steps", "steps": 2}}
     run_training(tmp_path / "a", model, spec)
     folder = tmp_path / "a" / "out" / "checkpoint-2"
     shutil.copy(model / "model.safetensors", folder)
@@ -342,8 +342,8 @@ def test_a_missing_or_incomplete_model_is_refused(model: Path, tmp_path: Path) -
 
 
 def test_the_attention_of_the_spec_is_used_or_its_replacement_is_noted(model: Path, tmp_path: Path) -> None:
-    eager = run_training(tmp_path / "a", model, {**LORA, "model": {"attention": "eager"}})
-    flash = run_training(tmp_path / "b", model, {**LORA, "model": {"attention": "flashAttention2"}})
+    eager = run_training(tmp_path / "a", model, {**LORA_SPEC, "model": {"attention": "eager"}})
+    flash = run_training(tmp_path / "b", model, {**LORA_SPEC, "model": {"attention": "flashAttention2"}})
     assert (eager.resolved["attention"], flash.resolved["attention"]) == ("eager", "sdpa")
     assert any("flashAttention2 is not available" in note for note in flash.notes)
     assert eager.losses == pytest.approx(flash.losses, abs=1e-5)

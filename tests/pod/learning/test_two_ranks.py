@@ -17,31 +17,31 @@ ROWS = [
     for row in [*TEN, TEN[0]]
 ]
 """Eleven rows, of which the test set gets three. On two ranks the last test batch repeats a row, and this row must count only once."""
-BASE: dict[str, Any] = {
+BASE_SPEC: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
 }  # fmt: skip
-LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
-FULL: dict[str, Any] = {"method": {"type": "full"}}
-LOFTQ: dict[str, Any] = {
+LORA_SPEC: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
+FULL_SPEC: dict[str, Any] = {"method": {"type": "full"}}
+LOFTQ_SPEC: dict[str, Any] = {
     "model": {"newTokens": None},
     "method": {"lora": {"dropout": 0, "init": "loftq"}},
 }
-ZERO2: dict[str, Any] = {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}
-CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ddp lora": (LORA, {"strategy": "ddp"}),
-    "zero 2 lora": (LORA, ZERO2),
-    "ddp full": (FULL, {"strategy": "ddp"}),
-    "fsdp full": (FULL, {"strategy": "fsdp"}),
-    "ddp loftq": (LOFTQ, {"strategy": "ddp"}),
-    "fsdp loftq": (LOFTQ, {"strategy": "fsdp"}),
+ZERO2_STRATEGY: dict[str, Any] = {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}
+METHODS_AND_STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ddp lora": (LORA_SPEC, {"strategy": "ddp"}),
+    "zero 2 lora": (LORA_SPEC, ZERO2_STRATEGY),
+    "ddp full": (FULL_SPEC, {"strategy": "ddp"}),
+    "fsdp full": (FULL_SPEC, {"strategy": "fsdp"}),
+    "ddp loftq": (LOFTQ_SPEC, {"strategy": "ddp"}),
+    "fsdp loftq": (LOFTQ_SPEC, {"strategy": "fsdp"}),
 }
 
 
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cells = [
-        Cell(name, str(model), merged(merged(BASE, method), {"distributed": strategy}), ROWS)
-        for name, (method, strategy) in CELLS.items()
+        Cell(name, str(model), merged(merged(BASE_SPEC, method), {"distributed": strategy}), ROWS)
+        for name, (method, strategy) in METHODS_AND_STRATEGIES.items()
     ]
     return launch(cells, tmp_path_factory.mktemp("cells"), ranks=2)
 
@@ -51,8 +51,8 @@ def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """The runs of CELLS on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
-        name: run_training(tmp_path_factory.mktemp(name), model, merged(merged(BASE, method), batch), ROWS)
-        for name, method in (("lora", LORA), ("full", FULL), ("loftq", LOFTQ))
+        name: run_training(tmp_path_factory.mktemp(name), model, merged(merged(BASE_SPEC, method), batch), ROWS)
+        for name, method in (("lora", LORA_SPEC), ("full", FULL_SPEC), ("loftq", LOFTQ_SPEC))
     }
 
 
@@ -64,7 +64,7 @@ def parse_test_loss(notes: list[str]) -> float:
     return float(match[1])
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", METHODS_AND_STRATEGIES)
 def test_two_ranks_give_the_numbers_of_one_rank(
     name: str, results: dict[str, Result], one_rank: dict[str, Outcome]
 ) -> None:

@@ -26,12 +26,12 @@ ROWS = [
 ]
 TOKENS_SPEC: dict[str, Any] = {"model": {"newTokens": NEW_TOKENS}}
 SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
-LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
-METHODS: dict[str, dict[str, Any]] = {
+LORA_SPEC: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
+METHOD_SPECS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}},
     "spectrum": {"method": {"type": "spectrum"}},
-    "lora": LORA,
-    "qlora": merged(LORA, {"method": {"type": "qlora"}, "training": {"learningRate": 1e-2}}),
+    "lora": LORA_SPEC,
+    "qlora": merged(LORA_SPEC, {"method": {"type": "qlora"}, "training": {"learningRate": 1e-2}}),
     "trained head": {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}},
 }
 
@@ -43,7 +43,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tied", tied=True)
 
 
-def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
+def load_tuned(outcome: Outcome, model: Path) -> tuple[Any, Any]:
     """Load model and tokenizer as a user does. If the output is an adapter, resize the base model's embedding before loading it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,30 +57,30 @@ def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
     return PeftModel.from_pretrained(base, outcome.folder).eval(), tokenizer
 
 
-def answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
+def generate_answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
     head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
     ids = tokenizer(head, return_tensors="pt", add_special_tokens=False)
     out = tuned.generate(**ids, max_new_tokens=12, do_sample=False)
     return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :]))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHOD_SPECS)
 def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, merged(merged(SIXTY_STEPS, TOKENS_SPEC), METHODS[name]), ROWS)
+    outcome = run_training(tmp_path, model, merged(merged(SIXTY_STEPS, TOKENS_SPEC), METHOD_SPECS[name]), ROWS)
     assert outcome.losses[-1] < 0.1
     assert "2 new tokens, ids 448 to 449" in outcome.notes
-    tuned, tokenizer = load(outcome, model)
+    tuned, tokenizer = load_tuned(outcome, model)
     assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
-    if name != "qlora":  # a qlora adapter corrects the 4-bit base model, but `load` uses the base model in full precision
+    if name != "qlora":  # a qlora adapter corrects the 4-bit base model, but `load_tuned` uses the base model in full precision
         for row in ROWS[:2]:
-            assert answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
+            assert generate_answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
 
 
 def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     for base, places in ((model, 2), (tied_model, 1)):
-        spec = merged(merged(TOKENS_SPEC, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
+        spec = merged(merged(TOKENS_SPEC, LORA_SPEC), {"checkpoint": {"strategy": "steps", "steps": 2}})
         outcome = run_training(tmp_path / base.name, base, spec, ROWS)
         assert outcome.folder is not None
         for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
@@ -94,7 +94,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
 
 
 def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, merged(merged(TOKENS_SPEC, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
+    outcome = run_training(tmp_path, model, merged(merged(TOKENS_SPEC, LORA_SPEC), {"model": {"dtype": "bfloat16"}}), ROWS)
     trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert sum("trainable_tokens_delta" in name for name in trained) == 2
     assert set(trained.values()) == {torch.float32}
@@ -136,11 +136,11 @@ def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_pa
 
 
 def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merged(merged(TOKENS_SPEC, LORA), {"training": {"maxSteps": 20}}), ROWS)
+    first = run_training(tmp_path / "a", model, merged(merged(TOKENS_SPEC, LORA_SPEC), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
     again = run_training(tmp_path / "b", model, merged(TOKENS_SPEC, spec), ROWS, adapter=first.folder)
     assert again.losses[0] < 0.6 * first.losses[0]
-    plain = run_training(tmp_path / "c", model, LORA)
+    plain = run_training(tmp_path / "c", model, LORA_SPEC)
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path / "d", model, merged(TOKENS_SPEC, spec), ROWS, adapter=plain.folder)
     assert caught.value.code == "NewTokensNotTrained"

@@ -17,27 +17,27 @@ from tests.support.preferences import LABELLED, PAIRS, PROMPTS, assistant, user
 
 pytestmark = pytest.mark.pod
 Spec = dict[str, Any]
-LORA: Spec = {"method": {"type": "lora", "lora": {"dropout": 0}}}
-LONG: Spec = {"training": {"maxSteps": 50, "batchSizePerDevice": 10, "scheduler": "constant", "learningRate": 3e-3}}
-FULL: Spec = {"method": {"type": "full", "lora": None}}
+LORA_SPEC: Spec = {"method": {"type": "lora", "lora": {"dropout": 0}}}
+FIFTY_STEPS: Spec = {"training": {"maxSteps": 50, "batchSizePerDevice": 10, "scheduler": "constant", "learningRate": 3e-3}}
+FULL_SPEC: Spec = {"method": {"type": "full", "lora": None}}
 WITH_E: Spec = {"builtin": "regex", "parameters": {"pattern": "e"}}
-LENGTH: Spec = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
+LENGTH_REWARD: Spec = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
 
 
-def objective(kind: str, spec: Spec | None = None, **trainer: Any) -> Spec:
-    return merged(merged(LORA, {"trainer": {"type": kind, **trainer}}), spec or {})
+def objective_spec(kind: str, spec: Spec | None = None, **trainer: Any) -> Spec:
+    return merged(merged(LORA_SPEC, {"trainer": {"type": kind, **trainer}}), spec or {})
 
 
-def grpo(spec: Spec | None = None, rewards: list[Spec] | None = None, **options: Any) -> Spec:
+def grpo_spec(spec: Spec | None = None, rewards: list[Spec] | None = None, **options: Any) -> Spec:
     group = {"numGenerations": 2, **options}
-    return objective("grpo", spec, maxCompletionLength=8, grpo=group, rewards=rewards or [LENGTH])
+    return objective_spec("grpo", spec, maxCompletionLength=8, grpo=group, rewards=rewards or [LENGTH_REWARD])
 
 
-def logged(outcome: Outcome, key: str) -> list[float]:
+def logged_values(outcome: Outcome, key: str) -> list[float]:
     return [line[key] for line in outcome.logs if key in line]
 
 
-def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     """Log-probability of an answer to a prompt."""
     head = tokenizer.apply_chat_template([user(prompt)], add_generation_prompt=True, tokenize=False)
     start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
@@ -47,7 +47,7 @@ def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     return float(sum(scores[position - 1, ids[0, position]] for position in range(start, ids.shape[1])))
 
 
-def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
+def load_models(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
     """Load and return (tuned model, base model, tokenizer) as a user does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,15 +60,15 @@ def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
 # ---- training direction
 
 
-@pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", LABELLED, 0.3)])
-def test_better_answers_become_more_likely(kind: str, rows: list[Any], bound: float, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, objective(kind, merged(LONG, FULL)), rows)
-    assert outcome.losses[-1] < bound < outcome.losses[0]
-    after, before, tokenizer = tuned(outcome, model)
+@pytest.mark.parametrize(("kind", "rows", "loss_bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", LABELLED, 0.3)])
+def test_better_answers_become_more_likely(kind: str, rows: list[Any], loss_bound: float, model: Path, tmp_path: Path) -> None:
+    outcome = run_training(tmp_path, model, objective_spec(kind, merged(FIFTY_STEPS, FULL_SPEC)), rows)
+    assert outcome.losses[-1] < loss_bound < outcome.losses[0]
+    after, before, tokenizer = load_models(outcome, model)
     for row in PAIRS:
         question, good, bad = row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
         gap = [
-            likelihood(net, tokenizer, question, good) - likelihood(net, tokenizer, question, bad) for net in (before, after)
+            log_probability(net, tokenizer, question, good) - log_probability(net, tokenizer, question, bad) for net in (before, after)
         ]
         assert gap[1] > gap[0] + 1, question
 
@@ -77,7 +77,7 @@ def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) 
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    outcome = run_training(tmp_path, model, objective("reward", LONG), PAIRS)
+    outcome = run_training(tmp_path, model, objective_spec("reward", FIFTY_STEPS), PAIRS)
     assert outcome.losses[-1] < 0.1
     assert outcome.folder is not None and outcome.kind == "adapter"
     assert json.loads((outcome.folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
@@ -95,7 +95,7 @@ def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) 
 def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    outcome = run_training(tmp_path, model, merged(objective("reward"), {"method": {"type": "full", "lora": None}}), PAIRS)
+    outcome = run_training(tmp_path, model, merged(objective_spec("reward"), {"method": {"type": "full", "lora": None}}), PAIRS)
     assert outcome.folder is not None and outcome.kind == "model"
     loaded, info = AutoModelForSequenceClassification.from_pretrained(outcome.folder, output_loading_info=True)
     assert (loaded.config.num_labels, list(info["missing_keys"])) == (1, [])
@@ -115,8 +115,8 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
     # Of the answers of an untrained model, 40 % contain an "e".
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
-    outcome = run_training(tmp_path, model, grpo(merged(steps, FULL), [WITH_E], numGenerations=8), PROMPTS)
-    rewards = logged(outcome, "rewards/regex/mean")
+    outcome = run_training(tmp_path, model, grpo_spec(merged(steps, FULL_SPEC), [WITH_E], numGenerations=8), PROMPTS)
+    rewards = logged_values(outcome, "rewards/regex/mean")
     assert sum(rewards[:3]) / 3 < 0.7
     assert sum(rewards[-3:]) / 3 > 0.9
     assert outcome.resolved["strategy"] == "single"
@@ -125,7 +125,7 @@ def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
 def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) -> None:
     rows = {"dpo": PAIRS, "kto": LABELLED, "grpo": PROMPTS}[kind]
-    spec = grpo(beta=0.1) if kind == "grpo" else objective(kind)
+    spec = grpo_spec(beta=0.1) if kind == "grpo" else objective_spec(kind)
     outcome = run_training(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
     assert outcome.folder is not None
     for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
@@ -135,20 +135,20 @@ def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) 
     assert not any(p.requires_grad for name, p in outcome.model.named_parameters() if ".ref." in name)
 
 
-OBJECTIVES: dict[str, tuple[Spec, list[Any]]] = {
-    "dpo": (objective("dpo"), PAIRS),
-    "kto": (objective("kto"), LABELLED),
-    "orpo": (objective("orpo"), PAIRS),
-    "reward": (objective("reward"), PAIRS),
-    "grpo": (grpo(rewards=[WITH_E], beta=0.1), PROMPTS),
+SPECS_AND_ROWS: dict[str, tuple[Spec, list[Any]]] = {
+    "dpo": (objective_spec("dpo"), PAIRS),
+    "kto": (objective_spec("kto"), LABELLED),
+    "orpo": (objective_spec("orpo"), PAIRS),
+    "reward": (objective_spec("reward"), PAIRS),
+    "grpo": (grpo_spec(rewards=[WITH_E], beta=0.1), PROMPTS),
 }
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", SPECS_AND_ROWS)
 def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
     from finetune_trainer.inputs import RestoredCheckpoint
 
-    spec, rows = OBJECTIVES[kind]
+    spec, rows = SPECS_AND_ROWS[kind]
     spec = merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
     whole = run_training(tmp_path / "a", model, spec, rows)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
@@ -161,7 +161,7 @@ def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "reward"])
 def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
-    spec, rows = OBJECTIVES[kind]
+    spec, rows = SPECS_AND_ROWS[kind]
     outcome = run_training(
         tmp_path, model, merged(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
     )
@@ -178,7 +178,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 )
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
-    outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
+    outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
     # The first loss is known, because the model equals the reference model before the first step, so every log ratio is 0.
     half = math.log(2)
     first_losses = {
@@ -191,13 +191,13 @@ def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_dpo_losses_are_summed(model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PAIRS)
+    outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PAIRS)
     assert outcome.losses[0] == pytest.approx(math.log(2) + 1.0, abs=1e-5)
 
 
 def test_beta_scales_the_gradient(model: Path, tmp_path: Path) -> None:
-    mild = run_training(tmp_path / "a", model, objective("dpo", dpo={"beta": 0.1}), PAIRS)
-    strong = run_training(tmp_path / "b", model, objective("dpo", dpo={"beta": 0.5}), PAIRS)
+    mild = run_training(tmp_path / "a", model, objective_spec("dpo", dpo={"beta": 0.1}), PAIRS)
+    strong = run_training(tmp_path / "b", model, objective_spec("dpo", dpo={"beta": 0.5}), PAIRS)
     assert strong.grad_norms[0] == pytest.approx(5 * mild.grad_norms[0], rel=1e-3)
 
 
@@ -206,7 +206,7 @@ def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, 
     from tests.support.learning import make_run, train_here
 
     spec = merged(
-        objective("dpo", dpo={"referenceModel": "s3://models/other"}), {"method": {"type": method, "lora": None}}
+        objective_spec("dpo", dpo={"referenceModel": "s3://models/other"}), {"method": {"type": method, "lora": None}}
     )
     run, inputs = make_run(tmp_path, model, spec, PAIRS)
     outcome = train_here(run, inputs.model_copy(update={"reference": other_model}))
@@ -217,16 +217,16 @@ def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, 
 
 def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
     long = [{**PAIRS[0], "chosen": [assistant("red " * 30)]}, *PAIRS[1:]]
-    outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=10), long)
+    outcome = run_training(tmp_path, model, objective_spec("dpo", maxCompletionLength=10), long)
     assert "train: answers of 1 rows were cut to trainer.maxCompletionLength 10" in outcome.notes
     short = {"dataset": {"maxSequenceLength": 16, "overflow": "drop"}}
-    outcome = run_training(tmp_path / "drop", model, objective("dpo", short, maxCompletionLength=12), long)
+    outcome = run_training(tmp_path / "drop", model, objective_spec("dpo", short, maxCompletionLength=12), long)
     assert any("left out" in note for note in outcome.notes)
     with pytest.raises(DataError) as caught:
         run_training(
             tmp_path / "fail",
             model,
-            objective("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12),
+            objective_spec("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12),
             long,
         )
     assert caught.value.code == "RowTooLong"
@@ -238,7 +238,7 @@ def test_pairs_that_are_equal_after_cutting_are_dropped(model: Path, tmp_path: P
         {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
         *PAIRS[1:],
     ]
-    outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=4), equal_pairs)
+    outcome = run_training(tmp_path, model, objective_spec("dpo", maxCompletionLength=4), equal_pairs)
     assert "train: 1 rows were left out because their two answers are equal after truncation" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
 
@@ -248,11 +248,11 @@ def test_text_is_joined_without_a_template_and_gets_an_end_token(model: Path, tm
 
     text = [{"prompt": "What is 1 + 1?", "chosen": " two", "rejected": " yes no"}] * 4
     once = {"training": {"maxSteps": 1, "batchSizePerDevice": 4}}
-    outcome = run_training(tmp_path / "a", model, objective("dpo", once), text)
+    outcome = run_training(tmp_path / "a", model, objective_spec("dpo", once), text)
     ids = AutoTokenizer.from_pretrained(model)("What is 1 + 1? yes no<|im_end|>", add_special_tokens=False)["input_ids"]
     assert outcome.extra["data"]["tokens"]["train"]["longest"] == len(ids)
     assert any(note.startswith("prompts and answers are joined without a chat template") for note in outcome.notes)
-    turns = run_training(tmp_path / "b", model, objective("dpo", {**once, "dataset": {"useChatTemplate": True}}), text)
+    turns = run_training(tmp_path / "b", model, objective_spec("dpo", {**once, "dataset": {"useChatTemplate": True}}), text)
     assert turns.extra["data"]["tokens"]["train"]["longest"] > len(ids) + 4
 
 
@@ -262,47 +262,47 @@ def test_text_is_joined_without_a_template_and_gets_an_end_token(model: Path, tm
 def test_user_rewards_get_columns_and_weights(model: Path, tmp_path: Path) -> None:
     source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
     own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5}
-    spec = grpo({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
+    spec = grpo_spec({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
     outcome = run_training(tmp_path, model, spec, PROMPTS, config_maps={"mine": {"r.py": source}})
     mean = sum(len(row["answer"]) for row in PROMPTS) / len(PROMPTS)
-    assert logged(outcome, "rewards/near/mean") == [pytest.approx(mean)]
-    assert logged(outcome, "reward") == [pytest.approx(0.5 * mean + 2 * logged(outcome, "rewards/exactMatch/mean")[0])]
+    assert logged_values(outcome, "rewards/near/mean") == [pytest.approx(mean)]
+    assert logged_values(outcome, "reward") == [pytest.approx(0.5 * mean + 2 * logged_values(outcome, "rewards/exactMatch/mean")[0])]
 
 
 def test_beta_adds_the_kl_penalty(model: Path, tmp_path: Path) -> None:
-    assert logged(run_training(tmp_path / "a", model, grpo(), PROMPTS), "kl") == []
-    assert len(logged(run_training(tmp_path / "b", model, grpo(beta=0.1), PROMPTS), "kl")) == 4
+    assert logged_values(run_training(tmp_path / "a", model, grpo_spec(), PROMPTS), "kl") == []
+    assert len(logged_values(run_training(tmp_path / "b", model, grpo_spec(beta=0.1), PROMPTS), "kl")) == 4
 
 
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "drGrpo", "dapo"])
 def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, grpo({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
+    outcome = run_training(tmp_path, model, grpo_spec({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
     assert all(math.isfinite(value) for value in outcome.losses)
     assert outcome.grad_norms[0] > 0
 
 
 def test_grpo_is_evaluated_by_its_reward(model: Path, tmp_path: Path) -> None:
-    spec = grpo(
+    spec = grpo_spec(
         {
             "evaluation": {"strategy": "steps", "steps": 2},
             "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
         }
     )
     outcome = run_training(tmp_path, model, spec, PROMPTS, validation=PROMPTS[:4])
-    assert len(logged(outcome, "eval_rewards/length/mean")) == 2
+    assert len(logged_values(outcome, "eval_rewards/length/mean")) == 2
 
 
 def test_prompts_that_leave_no_tokens_for_an_answer_are_dropped(model: Path, tmp_path: Path) -> None:
     long = [{"prompt": [user("one " * 60)], "answer": "red"}, *PROMPTS]
-    outcome = run_training(tmp_path, model, grpo({"dataset": {"maxSequenceLength": 40}}), long)
+    outcome = run_training(tmp_path, model, grpo_spec({"dataset": {"maxSequenceLength": 40}}), long)
     assert any("1 of 11 prompts have more than 32 tokens" in note and "left out" in note for note in outcome.notes)
 
 
 def test_grpo_trains_on_text_prompts_and_without_a_chat_template(model: Path, tmp_path: Path) -> None:
     text = [{"prompt": "1 + 1 =", "answer": "two"}] * 4
     plain = {"dataset": {"format": "promptOnly", "useChatTemplate": False}}
-    assert len(run_training(tmp_path / "a", model, grpo(plain), text).losses) == 4
-    assert len(run_training(tmp_path / "b", model, grpo(plain), PROMPTS).losses) == 4
+    assert len(run_training(tmp_path / "a", model, grpo_spec(plain), text).losses) == 4
+    assert len(run_training(tmp_path / "b", model, grpo_spec(plain), PROMPTS).losses) == 4
 
 
 def test_rewards_receive_prompts_and_columns_unchanged(model: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def reward(completions, prompts, note, **columns):
     run_training(
         tmp_path / "run",
         model,
-        grpo({"training": {"maxSteps": 3}}, rewards=[own]),
+        grpo_spec({"training": {"maxSteps": 3}}, rewards=[own]),
         rows,
         config_maps={"mine": {"r.py": code}},
     )
@@ -342,34 +342,34 @@ def test_mismatched_answers_come_from_the_preceding_row() -> None:
 
 # ---- refused
 
-OWN = {"configMapRef": {"name": "mine", "key": "r.py"}}
-REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
-    "exoPair without smoothing": (objective("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "DpoLosses", "logarithm"),
-    "smoothing without effect": (objective("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "DpoLosses", "sigmoid do not read it"),
-    "the same loss type twice": (objective("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "DpoLosses", "ipo twice"),
-    "grouping by length": (objective("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionOfAnotherObjective", "groupByLength"),
+CUSTOM_REWARD = {"configMapRef": {"name": "mine", "key": "r.py"}}
+REFUSED_SPECS: dict[str, tuple[Spec, list[Any], str, str]] = {
+    "exoPair without smoothing": (objective_spec("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "DpoLosses", "logarithm"),
+    "smoothing without effect": (objective_spec("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "DpoLosses", "sigmoid do not read it"),
+    "the same loss type twice": (objective_spec("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "DpoLosses", "ipo twice"),
+    "grouping by length": (objective_spec("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionOfAnotherObjective", "groupByLength"),
     "maximum answer as long as the row": (
-        objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
+        objective_spec("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
     ),
-    "kto with one row per batch": (objective("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),
-    "kto with only good answers": (objective("kto"), LABELLED[::2], "OneSidedJudgement", "labelled good"),
-    "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), LABELLED, "OptionOfAnotherObjective", "lossTypes"),
-    "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
+    "kto with one row per batch": (objective_spec("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),
+    "kto with only good answers": (objective_spec("kto"), LABELLED[::2], "OneSidedJudgement", "labelled good"),
+    "kto with a dpo option": (objective_spec("kto", dpo={"lossTypes": ["ipo"]}), LABELLED, "OptionOfAnotherObjective", "lossTypes"),
+    "orpo with a reference": (objective_spec("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
     "orpo with prompt tuning": (
         {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
     ),
-    "groups that do not divide the batch": (grpo(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "2 is not divisible by 3"),
+    "groups that do not divide the batch": (grpo_spec(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "2 is not divisible by 3"),
     "a missing column": (
-        grpo(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
+        grpo_spec(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
     ),
-    "a reward that fails": (grpo(rewards=[OWN]), PROMPTS, "RewardFailed", "ZeroDivisionError"),
-    "data of another objective": (objective("dpo"), LABELLED, "FormatMismatch", "dpo needs preference"),
+    "a reward that fails": (grpo_spec(rewards=[CUSTOM_REWARD]), PROMPTS, "RewardFailed", "ZeroDivisionError"),
+    "data of another objective": (objective_spec("dpo"), LABELLED, "FormatMismatch", "dpo needs preference"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED_SPECS)
 def test_invalid_input_is_refused_with_its_code(name: str, model: Path, tmp_path: Path) -> None:
-    spec, rows, code, message = REFUSED[name]
+    spec, rows, code, message = REFUSED_SPECS[name]
     files = {"mine": {"r.py": "def reward(completions, **_):\n    return [1 / 0 for _ in completions]\n"}}
     with pytest.raises(FineTuneError) as caught:
         run_training(tmp_path, model, spec, rows, config_maps=files)
@@ -380,12 +380,12 @@ def test_invalid_input_is_refused_with_its_code(name: str, model: Path, tmp_path
 
 
 def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
-    generator = run_training(tmp_path / "a", model, objective("dpo"), PAIRS)
+    generator = run_training(tmp_path / "a", model, objective_spec("dpo"), PAIRS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}, "trainer": {"type": "reward"}}
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path / "b", model, spec, PAIRS, adapter=generator.folder)
     assert caught.value.code == "AdapterWithoutHead"
-    scorer = run_training(tmp_path / "c", model, objective("reward"), PAIRS)
+    scorer = run_training(tmp_path / "c", model, objective_spec("reward"), PAIRS)
     again = run_training(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
     assert again.losses[0] < scorer.losses[0]
 
@@ -400,11 +400,11 @@ def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: 
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotFoundError) as caught:
-        run_training(tmp_path, folder, objective("reward"), PAIRS)
+        run_training(tmp_path, folder, objective_spec("reward"), PAIRS)
     assert caught.value.code == "ModelIncomplete" and "layers.1.mlp.up_proj" in caught.value.message
 
 
 def test_missing_reward_file_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
-        run_training(tmp_path, model, grpo(rewards=[OWN]), PROMPTS)
+        run_training(tmp_path, model, grpo_spec(rewards=[CUSTOM_REWARD]), PROMPTS)
     assert caught.value.code == "ConfigMapMissing"

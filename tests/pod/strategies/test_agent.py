@@ -13,10 +13,10 @@ import pytest
 from finetune_api.pod import StoreTarget
 from pod_harness import PYTHONPATH, UID, Pod, run_config
 
-POD = Path(__file__).parents[1]
+POD_TESTS_FOLDER = Path(__file__).parents[1]
 
 
-def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
+def toy_pod(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
     """A pod whose ranks run `toy_rank` with this script."""
     spec = {
         "model": {"source": f"file://{model}"},
@@ -24,7 +24,7 @@ def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks
         "checkpoint": {"steps": 5},
     }
     run = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), processes=ranks)
-    path = os.pathsep.join([PYTHONPATH, str(POD)])
+    path = os.pathsep.join([PYTHONPATH, str(POD_TESTS_FOLDER)])
     return Pod(
         run,
         folder / "pod",
@@ -32,19 +32,19 @@ def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks
     )
 
 
-@pytest.mark.parametrize(("ranks", "launcher"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("ranks", "loads_torch"), [(1, False), (2, True)])
 def test_the_agent_loads_torch_only_for_several_ranks(
-    ranks: int, launcher: bool, model: Path, rows: Path, tmp_path: Path
+    ranks: int, loads_torch: bool, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    with started(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
+    with toy_pod(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
         pod.wait_step(1)
         (agent,) = pod.pids("agent")
         assert len(pod.pids("train")) == ranks
-        assert ("libtorch" in Path(f"/proc/{agent}/maps").read_text()) is launcher
+        assert ("libtorch" in Path(f"/proc/{agent}/maps").read_text()) is loads_torch
         pod.kill()
 
 
-PRELOAD = """
+PRELOAD_SCRIPT = """
 import sys
 from pathlib import Path
 from tests.support.learning import make_run
@@ -60,7 +60,7 @@ assert is_scipy_available()
 
 def test_scipy_can_still_be_imported_after_preloading_without_it(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", PRELOAD, str(tmp_path)],
+        [sys.executable, "-c", PRELOAD_SCRIPT, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
@@ -74,7 +74,7 @@ def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
     event: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
 ) -> None:
     # Toy ranks do not wait for one another. With 100,000 steps, the healthy rank still runs when the other rank fails.
-    with started(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:
+    with toy_pod(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:
         assert pod.end() == code, pod.text[-3000:]
         message = pod.termination_message()
     assert (message.exit_code, message.code, message.rank) == (code, name, ranks - 1)

@@ -12,7 +12,7 @@ from finetune_trainer.hardware import Hardware, detect_hardware
 
 from tests.support.learning import make_run
 
-GPU: dict[str, Any] = {"resources": {"gpusPerNode": 1}}
+ONE_GPU_SPEC: dict[str, Any] = {"resources": {"gpusPerNode": 1}}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
 
 
-def detected(folder: Path, spec: dict[str, Any]) -> Hardware:
+def detect_for_spec(folder: Path, spec: dict[str, Any]) -> Hardware:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
     world = run.world.model_copy(update={"gpus_per_node": run.spec.resources.gpus_per_node})
     return detect_hardware(run.model_copy(update={"world": world}), 0)
@@ -38,7 +38,7 @@ def detected(folder: Path, spec: dict[str, Any]) -> Hardware:
 def test_a_cpu_trains_in_32_bits_unless_the_spec_says_bf16(
     requested: str, dtype: torch.dtype, bf16: bool, tmp_path: Path
 ) -> None:
-    hardware = detected(tmp_path, {"training": {"mixedPrecision": requested}})
+    hardware = detect_for_spec(tmp_path, {"training": {"mixedPrecision": requested}})
     assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.bf16, hardware.fp16) == (
         True,
         "cpu",
@@ -49,7 +49,7 @@ def test_a_cpu_trains_in_32_bits_unless_the_spec_says_bf16(
 
 
 def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
-    hardware = detected(tmp_path, GPU)
+    hardware = detect_for_spec(tmp_path, ONE_GPU_SPEC)
     assert (hardware.device, hardware.name, hardware.bf16, hardware.fp16) == (
         torch.device("cuda", 0),
         "Tesla T4",
@@ -68,7 +68,7 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
             "write bf16, no or auto",
         ),
         ({"training": {"device": "mps"}}, "DeviceAbsent", "training.device is mps", "write auto"),
-        (GPU, "DeviceAbsent", "requests 1 GPUs per node, but torch finds no GPU", "resources.gpusPerNode: 0"),
+        (ONE_GPU_SPEC, "DeviceAbsent", "requests 1 GPUs per node, but torch finds no GPU", "resources.gpusPerNode: 0"),
         (
             {"training": {"device": "cuda"}},
             "DeviceAbsent",
@@ -83,20 +83,20 @@ def test_a_missing_device_or_format_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
-        detected(tmp_path, spec)
+        detect_for_spec(tmp_path, spec)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
     assert expected in caught.value.message and hint in (caught.value.hint or "")
 
 
 def test_bf16_is_refused_on_a_gpu_without_bf16(old_gpu: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        detected(tmp_path, {**GPU, "training": {"mixedPrecision": "bf16"}})
+        detect_for_spec(tmp_path, {**ONE_GPU_SPEC, "training": {"mixedPrecision": "bf16"}})
     assert caught.value.message == "Tesla T4 cannot compute in bf16"
 
 
 @pytest.mark.parametrize(("requested", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
 def test_the_attention_of_the_spec_is_chosen(requested: str, active: str, tmp_path: Path) -> None:
-    assert detected(tmp_path, {"model": {"attention": requested}}).attention == active
+    assert detect_for_spec(tmp_path, {"model": {"attention": requested}}).attention == active
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flash_attention_needs_16_bits(new_gpus: None, tmp_path: Path) -> None:
-    flash: dict[str, Any] = {**GPU, "model": {"attention": "flashAttention2"}, "method": {"type": "full"}}
-    assert detected(tmp_path / "a", flash).attention == "flash_attention_2"
+    flash: dict[str, Any] = {**ONE_GPU_SPEC, "model": {"attention": "flashAttention2"}, "method": {"type": "full"}}
+    assert detect_for_spec(tmp_path / "a", flash).attention == "flash_attention_2"
     with pytest.raises(ConfigError) as caught:
-        detected(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
+        detect_for_spec(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
     assert caught.value.code == "AttentionPrecision" and "write mixedPrecision bf16" in (caught.value.hint or "")

@@ -9,11 +9,11 @@ import pytest
 from tests.support.matrix import METHODS, OBJECTIVES, STRATEGIES, expected, run
 
 pytestmark = pytest.mark.pod
-QUICK = "one rank"
+QUICK_STRATEGY = "one rank"
 
 
 @pytest.mark.parametrize(
-    "strategy", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+    "strategy", [name if name == QUICK_STRATEGY else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
 )
 def test_the_reference_page_shows_the_actual_matrix(strategy: str, tmp_path: Path) -> None:
     matrix = run(strategy, tmp_path)

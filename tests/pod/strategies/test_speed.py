@@ -11,15 +11,15 @@ from finetune_trainer.speed import ModelShape, flops_per_token
 from tests.support.learning import TEN, Outcome, run_training
 from tests.support.tiny import make_tiny_model
 
-HIDDEN, LAYERS, HEADS = 64, 2, 4
+HIDDEN_SIZE, LAYER_COUNT, HEAD_COUNT = 64, 2, 4
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw", hidden=HIDDEN, layers=LAYERS)
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw", hidden=HIDDEN_SIZE, layers=LAYER_COUNT)
 
 
-def matrices(folder: Path) -> int:
+def count_matrix_weights(folder: Path) -> int:
     """Number of weights in matrix products: all weights of the stored model except the embedding table."""
     from safetensors.torch import load_file
 
@@ -31,13 +31,13 @@ def matrices(folder: Path) -> int:
 def test_every_method_reports_the_shape_of_the_base_model(method: str, model: Path, tmp_path: Path) -> None:
     trained = run_training(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
     base = getattr(trained, "get_base_model", lambda: trained)()
-    assert ModelShape.of(base) == ModelShape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
+    assert ModelShape.of(base) == ModelShape(count_matrix_weights(model), LAYER_COUNT, HEAD_COUNT, HIDDEN_SIZE // HEAD_COUNT)
 
 
 def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN, layers=LAYERS, tied=True)
+    folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN_SIZE, layers=LAYER_COUNT, tied=True)
     tied = AutoModelForCausalLM.from_pretrained(folder)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     assert ModelShape.of(tied).matrix_parameters == sum(weight.numel() for weight in tied.parameters())
@@ -53,7 +53,7 @@ def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
     monkeypatch.setattr(sft, "peak_of", lambda name: peak)
     outcome = run_training(tmp_path, model, {"method": {"type": method}})
     report = outcome.extra["data"]["tokens"]["train"]
-    shape = ModelShape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
+    shape = ModelShape(count_matrix_weights(model), LAYER_COUNT, HEAD_COUNT, HIDDEN_SIZE // HEAD_COUNT)
     flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
     lines = [line for line in outcome.logs if "mfu" in line]
     assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured between two log lines

@@ -18,23 +18,23 @@ from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
 
-FULL: dict[str, Any] = {"method": {"type": "full"}, "training": {"learningRate": 1e-3}}
-LORA: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0.1}}, "training": {"learningRate": 5e-3}}
-QLORA: dict[str, Any] = {"method": {"type": "qlora", "lora": {"dropout": 0}}}
-DDP = {"distributed": {"strategy": "ddp"}}
-SAVING = {"checkpoint": {"strategy": "steps", "steps": 2}}
+FULL_SPEC: dict[str, Any] = {"method": {"type": "full"}, "training": {"learningRate": 1e-3}}
+LORA_SPEC: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0.1}}, "training": {"learningRate": 5e-3}}
+QLORA_SPEC: dict[str, Any] = {"method": {"type": "qlora", "lora": {"dropout": 0}}}
+DDP_SPEC = {"distributed": {"strategy": "ddp"}}
+SAVE_STEPS = {"checkpoint": {"strategy": "steps", "steps": 2}}
 
 
-def fsdp(**options: Any) -> dict[str, Any]:
+def fsdp_spec(**options: Any) -> dict[str, Any]:
     return {"distributed": {"strategy": "fsdp", **({"fsdp": options} if options else {})}}
 
 
-def zero(stage: int | None = None, **options: Any) -> dict[str, Any]:
+def zero_spec(stage: int | None = None, **options: Any) -> dict[str, Any]:
     group = options | ({"zeroStage": stage} if stage is not None else {})
     return {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}}
 
 
-ACCELERATE = """
+ACCELERATE_CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
 num_processes: 2
@@ -46,77 +46,77 @@ fsdp_config:
   fsdp_state_dict_type: FULL_STATE_DICT
   fsdp_backward_prefetch: BACKWARD_PRE
 """
-JSON = {
+DEEPSPEED_CONFIG = {
     "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.25,
     "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.8, 0.9]}},
     "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": "auto"}},
     "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
 }  # fmt: skip
 SPECS: dict[str, dict[str, Any]] = {
-    "ddp full": merged(FULL, DDP),
-    "ddp lora": merged(merged(LORA, DDP), SAVING),
-    "ddp qlora": merged(QLORA, DDP),
-    "fsdp full": merged(merged(FULL, fsdp()), SAVING),
-    "fsdp full, full states": merged(merged(FULL, fsdp(stateDict="full")), SAVING),
-    "fsdp lora": merged(merged(LORA, fsdp()), SAVING),
-    "fsdp qlora": merged(QLORA, fsdp()),
-    "fsdp shardGradOp": merged(FULL, fsdp(sharding="shardGradOp")),
-    "fsdp noShard": merged(FULL, fsdp(sharding="noShard")),
-    "fsdp file": merged(FULL, fsdp(configRef={"name": "mine", "key": "fsdp.yaml"})),
-    "zero0 full": merged(FULL, zero(0)),
-    "zero1 full": merged(FULL, zero(1)),
-    "zero2 full": merged(merged(FULL, zero()), SAVING),
-    "zero2 lora": merged(LORA, zero(2)),
-    "zero2 qlora": merged(QLORA, zero(2)),
-    "zero2 offload": merged(FULL, zero(2, offloadOptimizer=True)),
-    "zero3 full": merged(merged(FULL, zero(3)), SAVING),
-    "zero3 lora": merged(merged(LORA, zero(3)), SAVING),
-    "zero3 offload": merged(FULL, zero(3, offloadOptimizer=True, offloadParameters=True)),
-    "zero3 json": merged(FULL, zero(configRef={"name": "mine", "key": "zero.json"})),
+    "ddp full": merged(FULL_SPEC, DDP_SPEC),
+    "ddp lora": merged(merged(LORA_SPEC, DDP_SPEC), SAVE_STEPS),
+    "ddp qlora": merged(QLORA_SPEC, DDP_SPEC),
+    "fsdp full": merged(merged(FULL_SPEC, fsdp_spec()), SAVE_STEPS),
+    "fsdp full, full states": merged(merged(FULL_SPEC, fsdp_spec(stateDict="full")), SAVE_STEPS),
+    "fsdp lora": merged(merged(LORA_SPEC, fsdp_spec()), SAVE_STEPS),
+    "fsdp qlora": merged(QLORA_SPEC, fsdp_spec()),
+    "fsdp shardGradOp": merged(FULL_SPEC, fsdp_spec(sharding="shardGradOp")),
+    "fsdp noShard": merged(FULL_SPEC, fsdp_spec(sharding="noShard")),
+    "fsdp file": merged(FULL_SPEC, fsdp_spec(configRef={"name": "mine", "key": "fsdp.yaml"})),
+    "zero0 full": merged(FULL_SPEC, zero_spec(0)),
+    "zero1 full": merged(FULL_SPEC, zero_spec(1)),
+    "zero2 full": merged(merged(FULL_SPEC, zero_spec()), SAVE_STEPS),
+    "zero2 lora": merged(LORA_SPEC, zero_spec(2)),
+    "zero2 qlora": merged(QLORA_SPEC, zero_spec(2)),
+    "zero2 offload": merged(FULL_SPEC, zero_spec(2, offloadOptimizer=True)),
+    "zero3 full": merged(merged(FULL_SPEC, zero_spec(3)), SAVE_STEPS),
+    "zero3 lora": merged(merged(LORA_SPEC, zero_spec(3)), SAVE_STEPS),
+    "zero3 offload": merged(FULL_SPEC, zero_spec(3, offloadOptimizer=True, offloadParameters=True)),
+    "zero3 json": merged(FULL_SPEC, zero_spec(configRef={"name": "mine", "key": "zero.json"})),
 }
-RESUMED = ("ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
-BEST = {
-    "fsdp best": merged(merged(LORA, fsdp()), {"training": {"learningRate": 0.03}}),
-    "zero2 best": merged(merged(FULL, zero(2)), {"training": {"learningRate": 0.01}}),
-    "zero3 best": merged(merged(LORA, zero(3)), {"training": {"learningRate": 0.03}}),
+RESUMED_CELLS = ("ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
+BEST_CHECKPOINT_SPECS = {
+    "fsdp best": merged(merged(LORA_SPEC, fsdp_spec()), {"training": {"learningRate": 0.03}}),
+    "zero2 best": merged(merged(FULL_SPEC, zero_spec(2)), {"training": {"learningRate": 0.01}}),
+    "zero3 best": merged(merged(LORA_SPEC, zero_spec(3)), {"training": {"learningRate": 0.03}}),
 }
-UNEVEN = [
+UNEVEN_ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + index % 4)}]}
     for index, row in enumerate(TEN[:8])
 ]
 """Rows whose answers differ in length, so that ranks and micro-batches have unequal numbers of trained tokens."""
-EXACT: dict[str, Any] = {
+EXACT_SPEC: dict[str, Any] = {
     "training": {"seed": 7, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "maxSteps": 4}
 }
 LORA_EXACT = {"method": {"type": "lora", "lora": {"dropout": 0}}}
-EQUAL: dict[str, dict[str, Any]] = {
-    "ddp": DDP,
-    "ddp, accumulated": merged(DDP, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
-    "fsdp": fsdp(),
-    "zero2": zero(2),
-    "zero2, accumulated": merged(zero(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+EQUAL_BATCH_SPECS: dict[str, dict[str, Any]] = {
+    "ddp": DDP_SPEC,
+    "ddp, accumulated": merged(DDP_SPEC, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+    "fsdp": fsdp_spec(),
+    "zero2": zero_spec(2),
+    "zero2, accumulated": merged(zero_spec(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
 }
 """Runs of two ranks that train four rows per step in total."""
-REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp()), "StrategyAndMethod", "virtual tokens"),
-    "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp()), "StrategyAndMethod", "8-bit"),
-    "fsdp local": (fsdp(stateDict="local"), "StateDictUnavailable", "version 2"),
-    "zero3 qlora": (merged(QLORA, zero(3)), "StrategyAndMethod", "quantised"),
-    "zero3 pissa": (merged({"method": {"lora": {"init": "pissa"}}}, zero(3)), "StrategyAndMethod", "pissa"),
-    "zero3 spectrum": (merged({"method": {"type": "spectrum"}}, zero(3)), "StrategyAndMethod", "spectrum"),
+REFUSED_SPECS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp_spec()), "StrategyAndMethod", "virtual tokens"),
+    "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp_spec()), "StrategyAndMethod", "8-bit"),
+    "fsdp local": (fsdp_spec(stateDict="local"), "StateDictUnavailable", "version 2"),
+    "zero3 qlora": (merged(QLORA_SPEC, zero_spec(3)), "StrategyAndMethod", "quantised"),
+    "zero3 pissa": (merged({"method": {"lora": {"init": "pissa"}}}, zero_spec(3)), "StrategyAndMethod", "pissa"),
+    "zero3 spectrum": (merged({"method": {"type": "spectrum"}}, zero_spec(3)), "StrategyAndMethod", "spectrum"),
     "fsdp 8-bit optimizer": (
-        merged({"training": {"optimizer": "adamw_8bit"}}, fsdp()),
+        merged({"training": {"optimizer": "adamw_8bit"}}, fsdp_spec()),
         "StrategyAndMethod",
         "adamw_8bit cannot update weights that FSDP has sharded",
     ),
     "fsdp head": (
-        merged({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp()),
+        merged({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp_spec()),
         "StrategyAndMethod",
         "contains the output head lm_head",
     ),
-    "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
+    "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero_spec(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
     "json against fields": (
-        merged({"training": {"maxGradNorm": 1.0}}, zero(2, configRef={"name": "mine", "key": "zero.json"})),
+        merged({"training": {"maxGradNorm": 1.0}}, zero_spec(2, configRef={"name": "mine", "key": "zero.json"})),
         "ConfigsDisagree",
         "gradient_clipping is 0.25, training.maxGradNorm is 1.0; zero_optimization.stage is 3, distributed.deepspeed.zeroStage is 2",
     ),
@@ -127,20 +127,20 @@ SIXTEEN_BITS: dict[str, Any] = {
     "training": {"mixedPrecision": "bf16", "gradientCheckpointing": "enabled", "maxSteps": 3, "learningRate": 5e-3},
 }
 """The default dtypes of a GPU, with gradient checkpointing."""
-PACKED: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
+PACKING_SPEC: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
 HEAD_IN_FULL = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
 SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
-    "16 bits, ddp": (merged(LORA_EXACT, DDP), TEN),
-    "16 bits, fsdp": (merged(LORA_EXACT, fsdp()), TEN),
-    "16 bits, zero2": (merged(LORA_EXACT, zero(2)), TEN),
-    "16 bits, zero3": (merged(LORA_EXACT, zero(3)), TEN),
-    "16 bits, ddp, trained head": (merged(HEAD_IN_FULL, DDP), TEN),
-    "16 bits, ddp, ia3 and dpo": (merged({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP), PAIRS),
-    "16 bits, fsdp, reward": (merged({"trainer": {"type": "reward"}}, fsdp()), PAIRS),
-    "16 bits, zero3, reward": (merged({"trainer": {"type": "reward"}}, zero(3)), PAIRS),
-    "16 bits, ddp, packed": (merged(merged(LORA_EXACT, PACKED), DDP), TEN),
-    "16 bits, fsdp, packed": (merged(merged(LORA_EXACT, PACKED), fsdp()), TEN),
-    "16 bits, zero3, packed": (merged(merged(LORA_EXACT, PACKED), zero(3)), TEN),
+    "16 bits, ddp": (merged(LORA_EXACT, DDP_SPEC), TEN),
+    "16 bits, fsdp": (merged(LORA_EXACT, fsdp_spec()), TEN),
+    "16 bits, zero2": (merged(LORA_EXACT, zero_spec(2)), TEN),
+    "16 bits, zero3": (merged(LORA_EXACT, zero_spec(3)), TEN),
+    "16 bits, ddp, trained head": (merged(HEAD_IN_FULL, DDP_SPEC), TEN),
+    "16 bits, ddp, ia3 and dpo": (merged({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP_SPEC), PAIRS),
+    "16 bits, fsdp, reward": (merged({"trainer": {"type": "reward"}}, fsdp_spec()), PAIRS),
+    "16 bits, zero3, reward": (merged({"trainer": {"type": "reward"}}, zero_spec(3)), PAIRS),
+    "16 bits, ddp, packed": (merged(merged(LORA_EXACT, PACKING_SPEC), DDP_SPEC), TEN),
+    "16 bits, fsdp, packed": (merged(merged(LORA_EXACT, PACKING_SPEC), fsdp_spec()), TEN),
+    "16 bits, zero3, packed": (merged(merged(LORA_EXACT, PACKING_SPEC), zero_spec(3)), TEN),
 }
 
 
@@ -152,11 +152,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("cells")
-    files = {"mine": {"fsdp.yaml": ACCELERATE, "zero.json": json.dumps(JSON)}}
-    specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED.items()}}
+    files = {"mine": {"fsdp.yaml": ACCELERATE_CONFIG, "zero.json": json.dumps(DEEPSPEED_CONFIG)}}
+    specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED_SPECS.items()}}
     cells = [Cell(name, str(model), spec, TEN, config_maps=files) for name, spec in specs.items()]
     indices = {cell.name: index for index, cell in enumerate(cells)}
-    for name in RESUMED:
+    for name in RESUMED_CELLS:
         checkpoint = folder / f"{indices[name]:03d}" / "out" / "checkpoint-2"
         cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
     # The validation loss first falls, because the model learns the format. Then the loss rises, because the validation
@@ -170,12 +170,12 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         Cell(name, str(model), merged(SIXTEEN_BITS, spec), rows) for name, (spec, rows) in SIXTEEN_BIT_RUNS.items()
     ]
     cells += [
-        Cell(name, str(model), merged(best_spec, spec), TEN, validation=unlearnable_rows) for name, spec in BEST.items()
+        Cell(name, str(model), merged(best_spec, spec), TEN, validation=unlearnable_rows) for name, spec in BEST_CHECKPOINT_SPECS.items()
     ]
     cells += [
-        Cell(equal_cell(method, name), str(model), merged(merged(EXACT, method_spec), spec), UNEVEN)
-        for name, spec in EQUAL.items()
-        for method, method_spec in (("full", FULL), ("lora", LORA_EXACT))
+        Cell(equal_cell(method, name), str(model), merged(merged(EXACT_SPEC, method_spec), spec), UNEVEN_ROWS)
+        for name, spec in EQUAL_BATCH_SPECS.items()
+        for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT))
     ]
     return launch(cells, folder, ranks=2)
 
@@ -184,7 +184,7 @@ def equal_cell(method: str, name: str) -> str:
     return f"equal batches, {method}, {name}"
 
 
-def tensors(result: Result) -> dict[str, torch.Tensor]:
+def load_final_tensors(result: Result) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     final = Path(result.folder) / "final"
@@ -225,7 +225,7 @@ def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) ->
 def test_losses_and_artefact_equal_those_of_ddp(name: str, ddp_name: str, results: dict[str, Result]) -> None:
     result, ddp_result = results[name], results[ddp_name]
     assert result.losses == pytest.approx(ddp_result.losses, abs=1e-5)
-    tensors_here, tensors_of_ddp = tensors(result), tensors(ddp_result)
+    tensors_here, tensors_of_ddp = load_final_tensors(result), load_final_tensors(ddp_result)
     assert tensors_here.keys() == tensors_of_ddp.keys()
     for key, value in tensors_of_ddp.items():
         assert tensors_here[key].shape == value.shape
@@ -239,11 +239,11 @@ def one_process(
 ) -> tuple[str, Any]:
     """Method and outcome of a run on one rank that trains the same four rows per step."""
     method = str(request.param)
-    spec = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
-    return method, run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN)
+    spec = merged(merged(EXACT_SPEC, FULL_SPEC if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
+    return method, run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN_ROWS)
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", EQUAL_BATCH_SPECS)
 def test_two_ranks_have_the_losses_of_one_rank(
     name: str, one_process: tuple[str, Any], results: dict[str, Result]
 ) -> None:
@@ -271,14 +271,14 @@ def test_no_shard_uses_ddp_and_adds_a_note(results: dict[str, Result]) -> None:
     assert any("noShard" in note for note in results["fsdp noShard"].notes)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", RESUMED_CELLS)
 def test_resume_is_exact(name: str, results: dict[str, Result]) -> None:
     uninterrupted, resumed = results[name], results[f"{name}, resumed"]
     assert resumed.error is None
     assert len(resumed.losses) == 2  # steps 3 and 4, not all four again
     assert resumed.losses == uninterrupted.losses[2:]
     assert resumed.grad_norms == uninterrupted.grad_norms[2:]
-    first, second = tensors(uninterrupted), tensors(resumed)
+    first, second = load_final_tensors(uninterrupted), load_final_tensors(resumed)
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
@@ -293,7 +293,7 @@ def test_fsdp_checkpoints_hold_weights_and_optimizer_once(results: dict[str, Res
     assert not any("pytorch_model_fsdp" in name for name in sharded | full | adapter)
 
 
-@pytest.mark.parametrize("name", BEST)
+@pytest.mark.parametrize("name", BEST_CHECKPOINT_SPECS)
 def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -> None:
     from safetensors.torch import load_file
 
@@ -303,7 +303,7 @@ def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
     file = "model.safetensors" if "zero2" in name else "adapter_model.safetensors"
     best = load_file(folder / f"checkpoint-{state['best_global_step']}" / file)
-    last, final = load_file(folder / "checkpoint-12" / file), tensors(result)
+    last, final = load_file(folder / "checkpoint-12" / file), load_final_tensors(result)
     assert state["best_global_step"] < 12
     assert [key for key in best if not torch.equal(final[key], best[key])] == []
     assert not all(torch.equal(final[key], last[key]) for key in last)
@@ -332,9 +332,9 @@ def test_the_json_sets_options_that_the_spec_does_not_set(results: dict[str, Res
     assert result.losses != results["zero3 full"].losses
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED_SPECS)
 def test_impossible_combinations_are_refused_with_the_reason(name: str, results: dict[str, Result]) -> None:
-    _, code, message = REFUSED[name]
+    _, code, message = REFUSED_SPECS[name]
     error = results[name].error
     assert error is not None
     assert (error["code"], error["exitCode"]) == (code, 64)

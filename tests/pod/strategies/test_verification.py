@@ -17,7 +17,7 @@ from finetune_trainer.hardware import Hardware
 from tests.support.learning import make_run, run_training
 from tests.support.tiny import make_tiny_model
 
-CPU = Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa")
+CPU_HARDWARE = Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
     run, _ = make_run(folder, Path("/models/tiny"), ranks=ranks)
     match kind:
         case "fsdp":
-            return Fsdp(run, CPU, ranks, FsdpOptions())
+            return Fsdp(run, CPU_HARDWARE, ranks, FsdpOptions())
         case "zero":
-            return Deepspeed(run, CPU, ranks, DeepspeedOptions(3, {}))
+            return Deepspeed(run, CPU_HARDWARE, ranks, DeepspeedOptions(3, {}))
         case "ddp":
-            return Ddp(run, CPU, ranks)
-    return DistributedStrategy(run, CPU, ranks)
+            return Ddp(run, CPU_HARDWARE, ranks)
+    return DistributedStrategy(run, CPU_HARDWARE, ranks)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_another_attention_is_refused(model: Path, tmp_path: Path, monkeypatch: 
 
     original = loading.load_model
 
-    def swapped(*args: Any, **options: Any) -> Any:
+    def load_with_eager_attention(*args: Any, **options: Any) -> Any:
         loaded, notes = original(*args, **options)
         loaded.set_attn_implementation("eager")
         return loaded, notes
 
-    monkeypatch.setattr(loading, "load_model", swapped)
+    monkeypatch.setattr(loading, "load_model", load_with_eager_attention)
     with pytest.raises(FineTuneError) as caught:
         run_training(tmp_path, model)
     assert (caught.value.code, caught.value.message) == (
@@ -125,12 +125,12 @@ def test_an_adapter_without_trainable_weights_is_refused(
 
     original = Lora.apply
 
-    def frozen(*args: Any, **options: Any) -> Any:
+    def apply_frozen(*args: Any, **options: Any) -> Any:
         trainable = original(*args, **options)
         trainable.model.requires_grad_(False)
         return trainable
 
-    monkeypatch.setattr(Lora, "apply", frozen)
+    monkeypatch.setattr(Lora, "apply", apply_frozen)
     with pytest.raises(FineTuneError) as caught:
         run_training(tmp_path, model)
     assert caught.value.code == "NothingTrainable"
