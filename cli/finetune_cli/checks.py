@@ -48,45 +48,45 @@ def check_manifest(
 ) -> tuple[FineTuneJobSpec | None, list[Finding]]:
     """Return the spec (None if it cannot be read) and every problem of the manifest."""
     findings = list(_check_metadata(manifest))
-    raw = manifest.value.get("spec")
-    if not isinstance(raw, dict):
-        message = "the spec is missing" if raw is None else "the spec is not a mapping"
+    raw_spec = manifest.value.get("spec")
+    if not isinstance(raw_spec, dict):
+        message = "the spec is missing" if raw_spec is None else "the spec is not a mapping"
         mistake = Mistake(manifest.location("spec"), "spec", message, "write `spec:` followed by its fields")
         return None, [*findings, Finding(mistake, "SpecMissing")]
-    raw = without_nulls(raw)
-    findings += _unknown_fields(manifest, raw)
-    spec, field_errors = _load_spec(raw)
+    raw_spec = without_nulls(raw_spec)
+    findings += _find_unknown_fields(manifest, raw_spec)
+    spec, field_errors = _load_spec(raw_spec)
     findings += [
-        _finding(manifest, error.path, error.message, error.hint, "ValueInvalid")
+        _make_finding(manifest, error.path, error.message, error.hint, "ValueInvalid")
         for error in field_errors
         if not error.is_unknown
     ]
     if spec is not None:
-        unsupported = unsupported_fields(spec)
+        unsupported_problems = unsupported_fields(spec)
         problems = [
-            problem for problem in check(spec, target=target) if not _concerns_unsupported(problem, unsupported)
+            problem for problem in check(spec, target=target) if not _is_about_unsupported_field(problem, unsupported_problems)
         ]
         findings += [
-            _finding(manifest, problem.path, problem.message, problem.hint, problem.code)
-            for problem in (*problems, *unsupported)
+            _make_finding(manifest, problem.path, problem.message, problem.hint, problem.code)
+            for problem in (*problems, *unsupported_problems)
             if not (
                 target is ExecutionTarget.LOCAL
                 and problem.code == "SourceInvalid"
-                and _is_local_path(raw, problem.path)
+                and _is_local_path(raw_spec, problem.path)
             )
             and not any(
                 is_within(problem.path, other.path) or is_within(other.path, problem.path) for other in field_errors
             )
         ]
         findings += [
-            _finding(manifest, warning.path, warning.message, warning.hint, warning.code, is_error=False)
+            _make_finding(manifest, warning.path, warning.message, warning.hint, warning.code, is_error=False)
             for warning in warnings(spec)
         ]
-    findings += _find_secrets(manifest, raw)
+    findings += _find_secrets(manifest, raw_spec)
     return spec, findings
 
 
-def _finding(manifest: Manifest, path: str, message: str, hint: str, code: str, *, is_error: bool = True) -> Finding:
+def _make_finding(manifest: Manifest, path: str, message: str, hint: str, code: str, *, is_error: bool = True) -> Finding:
     return Finding(Mistake(manifest.location(f"spec.{path}"), f"spec.{path}", message, hint), code, is_error)
 
 
@@ -99,26 +99,26 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _concerns_unsupported(problem: Problem, unsupported: list[Problem]) -> bool:
+def _is_about_unsupported_field(problem: Problem, unsupported_problems: list[Problem]) -> bool:
     """Return whether a problem is about an unsupported field.
 
     Such problems are not reported, because their hints would contradict the hint to remove the field.
     """
-    paths = [field.path for field in unsupported]
+    paths = [field.path for field in unsupported_problems]
     return any(is_within(problem.path, path) for path in paths) or (
         "tracking.reportTo" in paths and is_within(problem.path, "tracking")
     )
 
 
-def _is_local_path(raw: dict[str, Any], path: str) -> bool:
+def _is_local_path(raw_spec: dict[str, Any], path: str) -> bool:
     """Return whether a field holds a path on the user's machine. `run --local` accepts such paths."""
-    value = get_value(raw, path)
+    value = get_value(raw_spec, path)
     return isinstance(value, str) and (value.startswith(("file://", ".", "/", "~")) or is_data_file_name(value))
 
 
-def _find_secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
+def _find_secrets(manifest: Manifest, raw_spec: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
     """Yield a warning for each string that looks like a secret. Everyone who may read the job can see its spec."""
-    for key, inner in raw.items():
+    for key, inner in raw_spec.items():
         field_path = f"{path}.{key}"
         if isinstance(inner, dict):
             yield from _find_secrets(manifest, inner, field_path)
@@ -146,7 +146,7 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
         if value != expected:
             message = "this required field is missing" if value is None else f"{value} is not {expected}"
             yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected}"), code)
-    yield from (_unknown_key(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
+    yield from (_unknown_key_finding(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
     metadata = manifest.value.get("metadata")
     message = invalid_name(manifest.name)
     if message:
@@ -154,9 +154,9 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
         yield Finding(Mistake(manifest.location("metadata.name"), "metadata.name", message, hint), "NameInvalid")
     if isinstance(metadata, dict):
         yield from (
-            _unknown_key(manifest, key, METADATA_KEYS, "metadata.") for key in metadata if key not in METADATA_KEYS
+            _unknown_key_finding(manifest, key, METADATA_KEYS, "metadata.") for key in metadata if key not in METADATA_KEYS
         )
-        yield from _unquoted_values(manifest, metadata)
+        yield from _find_unquoted_values(manifest, metadata)
 
 
 def invalid_name(name: str) -> str:
@@ -168,20 +168,20 @@ def invalid_name(name: str) -> str:
     return "" if re.match(NAME_PATTERN, name) else f"{name!r} cannot be the name of a FineTuneJob"
 
 
-def _unknown_key(manifest: Manifest, key: str, known: tuple[str, ...], prefix: str) -> Finding:
-    closest = closest_name(key, known)
+def _unknown_key_finding(manifest: Manifest, key: str, known_keys: tuple[str, ...], prefix: str) -> Finding:
+    closest = closest_name(key, known_keys)
     hint = (
         f"did you mean {prefix}{closest}?" if closest else "remove it" if prefix else "remove it, or move it below spec"
     )
     return Finding(Mistake(manifest.location(prefix + key), prefix + key, "unknown field", hint), "UnknownField")
 
 
-def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
+def _find_unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
     """Yield an error for each number or boolean in labels, annotations and namespace. The API server accepts only strings there."""
     values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
     for group in ("labels", "annotations"):
-        inner = metadata.get(group)
-        values += [(f"{group}.{key}", value) for key, value in inner.items()] if isinstance(inner, dict) else []
+        group_values = metadata.get(group)
+        values += [(f"{group}.{key}", value) for key, value in group_values.items()] if isinstance(group_values, dict) else []
     for key, value in values:
         if isinstance(value, bool | int | float):
             path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
@@ -192,67 +192,67 @@ def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[F
 # --- unknown fields and invalid values ------------------------------------------------------------------------------
 
 
-def _unknown_fields(manifest: Manifest, raw: dict[str, Any]) -> Iterator[Finding]:
+def _find_unknown_fields(manifest: Manifest, raw_spec: dict[str, Any]) -> Iterator[Finding]:
     """Yield an error for each field that the schema does not have, with the most similar field of the schema as the hint."""
-    known = {field.path: field.is_group or field.kind.startswith("list of group") for field in fields()}
-    maps = {field.path for field in fields() if field.kind.startswith("map of")}
-    yield from _unknown_fields_below(manifest, raw, "spec", "spec", known, maps)
+    is_group_by_path = {field.path: field.is_group or field.kind.startswith("list of group") for field in fields()}
+    map_paths = {field.path for field in fields() if field.kind.startswith("map of")}
+    yield from _find_unknown_fields_below(manifest, raw_spec, "spec", "spec", is_group_by_path, map_paths)
 
 
-def _unknown_fields_below(
-    manifest: Manifest, value: dict[str, Any], path: str, pattern: str, known: dict[str, bool], maps: set[str]
+def _find_unknown_fields_below(
+    manifest: Manifest, value: dict[str, Any], path: str, pattern: str, is_group_by_path: dict[str, bool], map_paths: set[str]
 ) -> Iterator[Finding]:
     """Check the fields of one group. `path` contains list indexes (`rewards[0]`). `pattern` is the same path with `[]` (`rewards[]`)."""
-    for key, inner in value.items():
+    for key, field_value in value.items():
         field_path, field_pattern = f"{path}.{key}", f"{pattern}.{key}"
         if "." in key:
             message = "a key with dots does not select a nested field"
             yield Finding(
-                Mistake(manifest.location(field_path), field_path, message, f"write {_nested_yaml(key, inner)}"),
+                Mistake(manifest.location(field_path), field_path, message, f"write {_nested_yaml(key, field_value)}"),
                 "UnknownField",
             )
-        elif field_pattern not in known:
+        elif field_pattern not in is_group_by_path:
             yield Finding(
-                Mistake(manifest.location(field_path), field_path, "unknown field", _field_hint(field_pattern, known)),
+                Mistake(manifest.location(field_path), field_path, "unknown field", _suggest_field_hint(field_pattern, is_group_by_path)),
                 "UnknownField",
             )
-        elif field_pattern in maps:
+        elif field_pattern in map_paths:
             continue
-        elif isinstance(inner, dict) and known[field_pattern]:
-            yield from _unknown_fields_below(manifest, inner, field_path, field_pattern, known, maps)
-        elif isinstance(inner, list):
-            for i, item in enumerate(inner):
+        elif isinstance(field_value, dict) and is_group_by_path[field_pattern]:
+            yield from _find_unknown_fields_below(manifest, field_value, field_path, field_pattern, is_group_by_path, map_paths)
+        elif isinstance(field_value, list):
+            for i, item in enumerate(field_value):
                 if isinstance(item, dict):
-                    yield from _unknown_fields_below(
-                        manifest, item, f"{field_path}[{i}]", f"{field_pattern}[]", known, maps
+                    yield from _find_unknown_fields_below(
+                        manifest, item, f"{field_path}[{i}]", f"{field_pattern}[]", is_group_by_path, map_paths
                     )
 
 
 def _nested_yaml(key: str, value: Any) -> str:
     """Return a dotted key and its value as nested YAML: `training: {learningRate: 0.5}`."""
-    *groups, last = key.split(".")
-    text = f"{last}: {json.dumps(value) if isinstance(value, str | int | float | bool | None) else '...'}"
+    *groups, field_name = key.split(".")
+    text = f"{field_name}: {json.dumps(value) if isinstance(value, str | int | float | bool | None) else '...'}"
     for group in reversed(groups):
         text = f"{group}: {{{text}}}"
     return text
 
 
-def _field_hint(path: str, known: dict[str, bool]) -> str:
+def _suggest_field_hint(path: str, known_paths: dict[str, bool]) -> str:
     """Suggest a field to write instead of an unknown field. If the suggested field is a group, add an example of its fields."""
-    closest = suggest_field(path, known)
+    closest = suggest_field(path, known_paths)
     if not closest:
         return "`finetune explain` lists all fields"
     example = group_example(closest.removeprefix("spec."))
     return f"did you mean {closest}?" + (f" For example {example}" if example else "")
 
 
-def _load_spec(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:
+def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:
     """Validate the spec with the pydantic models. Return the spec and an error for each invalid value.
 
     Invalid values are removed, so that the rules can check all other fields.
     """
     errors: list[FieldError] = []
-    value = raw
+    value = raw_spec
     for _ in range(3):
         try:
             return load_spec(value), errors

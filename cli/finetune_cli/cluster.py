@@ -19,17 +19,17 @@ from finetune_api.names import API_VERSION, KIND, PLURAL, Label
 from finetune_cli.output import CommandError
 
 FIELD_MANAGER = "finetune-cli"
-JOBS = f"/apis/{API_VERSION}"
-CORE = "/api/v1"
-EVENTS = "/apis/events.k8s.io/v1"
+JOBS_API_PATH = f"/apis/{API_VERSION}"
+CORE_API_PATH = "/api/v1"
+EVENTS_API_PATH = "/apis/events.k8s.io/v1"
 TABLE_CONTENT_TYPE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 CALL_TIMEOUT_SECONDS = 30
 HTTP_UNAUTHORIZED, HTTP_NOT_FOUND = 401, 404
 KIND_NAMES = (KIND.lower(), PLURAL, "ftj")
-NAMESPACE_NAME = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+NAMESPACE_NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 WATCH_SECONDS = 60
 
-Object = dict[str, Any]
+KubeObject = dict[str, Any]
 
 
 class ClusterError(CommandError):
@@ -49,16 +49,16 @@ class Cluster:
 
     # --- FineTuneJobs
 
-    def job(self, name: str) -> Object:
+    def get_job(self, name: str) -> KubeObject:
         """Return a FineTuneJob. Raises ClusterError, with code 404 if the job does not exist."""
-        return self.call("GET", self._job_path(name))
+        return self.call_api("GET", self._job_path(name))
 
-    def create(self, body: Object, *, dry_run: bool = False) -> Object:
+    def create_object(self, body: KubeObject, *, dry_run: bool = False) -> KubeObject:
         """Create an object. The server refuses unknown fields."""
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
-        return self.call("POST", self._collection_path(body), query, body)
+        return self.call_api("POST", self._collection_path(body), query, body)
 
-    def apply(self, body: Object, *, dry_run: bool = False) -> Object:
+    def apply_object(self, body: KubeObject, *, dry_run: bool = False) -> KubeObject:
         """Create or update an object by server-side apply."""
         query = {
             "fieldManager": FIELD_MANAGER,
@@ -67,11 +67,11 @@ class Cluster:
             **({"dryRun": "All"} if dry_run else {}),
         }
         path = f"{self._collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
-        return self.call("PATCH", path, query, body, "application/apply-patch+yaml")
+        return self.call_api("PATCH", path, query, body, "application/apply-patch+yaml")
 
-    def patch_spec(self, name: str, spec: Object) -> Object:
+    def patch_spec(self, name: str, spec: KubeObject) -> KubeObject:
         """Change fields of a FineTuneJob's spec."""
-        return self.call(
+        return self.call_api(
             "PATCH",
             self._job_path(name),
             {"fieldManager": FIELD_MANAGER},
@@ -79,33 +79,33 @@ class Cluster:
             "application/merge-patch+json",
         )
 
-    def table(self, name: str | None, *, all_namespaces: bool) -> Object:
+    def get_table(self, name: str | None, *, all_namespaces: bool) -> KubeObject:
         """Return the FineTuneJobs as the server's table, with the columns of `kubectl get`."""
-        return self.call(
-            "GET", self._job_path(name) if name else self._jobs_path(all_namespaces), accept=TABLE_CONTENT_TYPE
+        return self.call_api(
+            "GET", self._job_path(name) if name else self._jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
         )
 
-    def jobs(self, *, all_namespaces: bool) -> list[Object]:
+    def list_jobs(self, *, all_namespaces: bool) -> list[KubeObject]:
         """Return the FineTuneJobs of this namespace, or of all namespaces."""
         path = self._jobs_path(all_namespaces)
-        items = self.call("GET", path).get("items") or []
+        items = self.call_api("GET", path).get("items") or []
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
-    def watch_job(self, name: str, deadline: float | None = None) -> Iterator[Object]:
+    def watch_job(self, name: str, deadline: float | None = None) -> Iterator[KubeObject]:
         """Yield a FineTuneJob now and after every change, until the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         while True:
-            job = self.job(name)
+            job = self.get_job(name)
             yield job
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            seconds = (
+            watch_seconds = (
                 WATCH_SECONDS if deadline is None else max(1, min(WATCH_SECONDS, int(deadline - time.monotonic())))
             )
             query = {
                 "watch": "true", "fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"],
-                "timeoutSeconds": str(seconds),
+                "timeoutSeconds": str(watch_seconds),
             }  # fmt: skip
-            for event in self._watch(f"{JOBS}/{self._namespaced(PLURAL)}", query, seconds + CALL_TIMEOUT_SECONDS):
+            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, watch_seconds + CALL_TIMEOUT_SECONDS):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     yield event["object"]
                 elif event.get("type") == "DELETED":
@@ -115,33 +115,33 @@ class Cluster:
 
     # --- objects of a job
 
-    def pods(self, name: str, attempt: int | None = None) -> list[Object]:
+    def list_pods(self, name: str, attempt: int | None = None) -> list[KubeObject]:
         """Return the pods of a job, sorted by attempt and completion index."""
         selector = f"{Label.JOB_NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
-        pods = self.call("GET", f"{CORE}/{self._namespaced('pods')}", {"labelSelector": selector}).get("items") or []
+        pods = self.call_api("GET", f"{CORE_API_PATH}/{self._namespaced_path('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
             pods, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
         )
 
-    def events(self, uids: set[str]) -> list[Object]:
+    def list_events(self, object_uids: set[str]) -> list[KubeObject]:
         """Return the events about the objects with these uids, oldest first."""
-        events = self.call("GET", f"{EVENTS}/{self._namespaced('events')}").get("items") or []
-        return sorted((event for event in events if (event.get("regarding") or {}).get("uid") in uids), key=event_time)
+        events = self.call_api("GET", f"{EVENTS_API_PATH}/{self._namespaced_path('events')}").get("items") or []
+        return sorted((event for event in events if (event.get("regarding") or {}).get("uid") in object_uids), key=event_time)
 
-    def secret(self, name: str) -> Object:
+    def get_secret(self, name: str) -> KubeObject:
         """Return a Secret of the namespace."""
-        return self.call("GET", f"{CORE}/{self._namespaced('secrets', name)}")
+        return self.call_api("GET", f"{CORE_API_PATH}/{self._namespaced_path('secrets', name)}")
 
-    def log(self, pod: str, container: str, *, follow: bool, tail: int | None) -> Iterator[str]:
+    def stream_log(self, pod: str, container: str, *, follow: bool, tail_lines: int | None) -> Iterator[str]:
         """Yield the lines of a container's log. Raises ClusterError."""
         query = {
             "container": container,
             **({"follow": "true"} if follow else {}),
-            **({"tailLines": str(tail)} if tail is not None else {}),
+            **({"tailLines": str(tail_lines)} if tail_lines is not None else {}),
         }
         response = self._send(
             "GET",
-            f"{CORE}/{self._namespaced('pods', pod)}/log",
+            f"{CORE_API_PATH}/{self._namespaced_path('pods', pod)}/log",
             query,
             None,
             "",
@@ -150,18 +150,18 @@ class Cluster:
         )
         yield from _read_lines(response)
 
-    def version(self) -> str:
+    def get_version(self) -> str:
         """Return the version of the API server."""
-        return str(self.call("GET", "/version").get("gitVersion", ""))
+        return str(self.call_api("GET", "/version").get("gitVersion", ""))
 
     # --- requests
 
-    def call(
-        self, method: str, path: str, query: dict[str, str] | None = None, body: Object | None = None,
-        content: str = "application/json", accept: str = "application/json",
-    ) -> Object:  # fmt: skip
+    def call_api(
+        self, method: str, path: str, query: dict[str, str] | None = None, body: KubeObject | None = None,
+        content_type: str = "application/json", accept_type: str = "application/json",
+    ) -> KubeObject:  # fmt: skip
         """Send one request and return its JSON response. Raises ClusterError."""
-        response = self._send(method, path, query or {}, body, content, accept, CALL_TIMEOUT_SECONDS)
+        response = self._send(method, path, query or {}, body, content_type, accept_type, CALL_TIMEOUT_SECONDS)
         try:
             value = json.loads(response.read())
         except ValueError:
@@ -172,8 +172,8 @@ class Cluster:
             )
         return value
 
-    def _watch(self, path: str, query: dict[str, str], seconds: float) -> Iterator[Object]:
-        response = self._send("GET", path, query, None, "", "application/json", seconds)
+    def _watch(self, path: str, query: dict[str, str], timeout_seconds: float) -> Iterator[KubeObject]:
+        response = self._send("GET", path, query, None, "", "application/json", timeout_seconds)
         for line in _read_lines(response):
             if line.strip():
                 yield json.loads(line)
@@ -183,19 +183,19 @@ class Cluster:
         method: str,
         path: str,
         query: dict[str, str],
-        body: Object | None,
-        content: str,
-        accept: str,
-        seconds: float | None,
+        body: KubeObject | None,
+        content_type: str,
+        accept_type: str,
+        timeout_seconds: float | None,
     ) -> Any:
         import urllib3
 
-        headers: dict[str, str] = {"Accept": accept, "User-Agent": FIELD_MANAGER}
+        headers: dict[str, str] = {"Accept": accept_type, "User-Agent": FIELD_MANAGER}
         if body is not None:
-            headers["Content-Type"] = content
+            headers["Content-Type"] = content_type
         self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, None)
         url = f"{self.client.configuration.host.rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
-        timeout = urllib3.Timeout(connect=CALL_TIMEOUT_SECONDS, read=seconds)
+        timeout = urllib3.Timeout(connect=CALL_TIMEOUT_SECONDS, read=timeout_seconds)
         try:
             response = self.client.rest_client.pool_manager.request(
                 method, url, headers=headers, body=None if body is None else json.dumps(body), preload_content=False, timeout=timeout, retries=False,
@@ -227,7 +227,7 @@ class Cluster:
             return ClusterError(
                 f"the API server at {host} does not accept the credentials of the kubeconfig: log in again", status
             )
-        if status == HTTP_NOT_FOUND and not message and path.startswith(JOBS):
+        if status == HTTP_NOT_FOUND and not message and path.startswith(JOBS_API_PATH):
             hint = "install the operator's chart, or choose another cluster with --context"
             return ClusterError(f"the cluster at {host} has no CRD for {KIND} {API_VERSION}: {hint}")
         if not message:
@@ -236,24 +236,24 @@ class Cluster:
         return ClusterError(message, status)
 
     def _job_path(self, name: str) -> str:
-        return f"{JOBS}/{self._namespaced(PLURAL, parse_job_name(name))}"
+        return f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL, parse_job_name(name))}"
 
     def _jobs_path(self, all_namespaces: bool) -> str:
-        return f"{JOBS}/{PLURAL}" if all_namespaces else f"{JOBS}/{self._namespaced(PLURAL)}"
+        return f"{JOBS_API_PATH}/{PLURAL}" if all_namespaces else f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}"
 
-    def _namespaced(self, plural: str, name: str | None = None, namespace: str | None = None) -> str:
+    def _namespaced_path(self, plural_kind: str, name: str | None = None, namespace: str | None = None) -> str:
         """Return the URL path of a collection or of one object. Names are URL-quoted, so that a name like `../x` cannot refer to another collection."""
-        path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural}"
+        path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural_kind}"
         return path if name is None else f"{path}/{quote(name, safe='')}"
 
-    def _collection_path(self, body: Object) -> str:
+    def _collection_path(self, body: KubeObject) -> str:
         kind, version = str(body["kind"]), str(body["apiVersion"])
         namespace = (body.get("metadata") or {}).get("namespace") or self.namespace
-        plural = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps"}.get(kind)
-        if plural is None:
+        plural_kind = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps"}.get(kind)
+        if plural_kind is None:
             raise ClusterError(f"this command does not submit objects of kind {kind}: use kubectl apply")
-        root = CORE if version == "v1" else f"/apis/{version}"
-        return f"{root}/{self._namespaced(plural, namespace=str(namespace))}"
+        root = CORE_API_PATH if version == "v1" else f"/apis/{version}"
+        return f"{root}/{self._namespaced_path(plural_kind, namespace=str(namespace))}"
 
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
@@ -263,7 +263,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
     """
     from kubernetes import client, config
 
-    if namespace is not None and not NAMESPACE_NAME.match(namespace):
+    if namespace is not None and not NAMESPACE_NAME_PATTERN.match(namespace):
         raise ClusterError(
             f"--namespace {namespace}: this cannot be the name of a namespace; write at most 63 characters a-z, 0-9 and -"
         )
@@ -293,7 +293,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
     with _captured_log_errors() as log_errors:
         try:
             config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
-            contexts, active = config.list_kube_config_contexts(config_file=path)
+            contexts, active_context = config.list_kube_config_contexts(config_file=path)
         except config.ConfigException:
             raise
         except OSError as error:
@@ -305,7 +305,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
             ) from None
     if log_errors:
         raise ClusterError(f"the kubeconfig gave no credentials: {'; '.join(log_errors)}")
-    context_entry = next((entry for entry in contexts if entry["name"] == context), active) if context else active
+    context_entry = next((entry for entry in contexts if entry["name"] == context), active_context) if context else active_context
     namespace = (context_entry.get("context") or {}).get("namespace")
     return str(namespace) if namespace else None
 
@@ -313,18 +313,18 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 @contextlib.contextmanager
 def _captured_log_errors() -> Iterator[list[str]]:
     """Collect logged errors: if a credential plugin fails, the library only logs the error."""
-    lines: list[str] = []
+    error_messages: list[str] = []
 
-    class Listener(logging.Handler):
+    class ErrorCollector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
+            error_messages.append(record.getMessage())
 
-    listener, root = Listener(logging.ERROR), logging.getLogger()
-    root.addHandler(listener)
+    error_collector, root_logger = ErrorCollector(logging.ERROR), logging.getLogger()
+    root_logger.addHandler(error_collector)
     try:
-        yield lines
+        yield error_messages
     finally:
-        root.removeHandler(listener)
+        root_logger.removeHandler(error_collector)
 
 
 POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
@@ -339,18 +339,18 @@ def last_reason(error: Exception) -> str:
 def _read_lines(response: Any) -> Iterator[str]:
     import urllib3
 
-    unfinished = b""
+    partial_line = b""
     try:
         for part in response.stream(amt=None, decode_content=True):
-            *complete, unfinished = (unfinished + part).split(b"\n")
-            for line in complete:
+            *complete_lines, partial_line = (partial_line + part).split(b"\n")
+            for line in complete_lines:
                 yield line.decode(errors="replace")
     except urllib3.exceptions.HTTPError:
         return
     finally:
         response.release_conn()
-    if unfinished:
-        yield unfinished.decode(errors="replace")
+    if partial_line:
+        yield partial_line.decode(errors="replace")
 
 
 def parse_job_name(name: str) -> str:
@@ -361,19 +361,19 @@ def parse_job_name(name: str) -> str:
     return job_name
 
 
-def attempt_of(pod: Object) -> int:
+def attempt_of(pod: KubeObject) -> int:
     """Return the attempt number of a pod from its label, or 0 without the label."""
     return int((pod["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
 
 
-def index_of(pod: Object) -> int:
+def index_of(pod: KubeObject) -> int:
     """Return the completion index of a pod within its attempt."""
     labels, annotations = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
     key = "batch.kubernetes.io/job-completion-index"
     return int(labels.get(key) or annotations.get(key) or 0)
 
 
-def event_time(event: Object) -> str:
+def event_time(event: KubeObject) -> str:
     """Return the time of the last occurrence of an event, as a text that sorts by time."""
     series = event.get("series") or {}
     times = (

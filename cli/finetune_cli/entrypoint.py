@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
 
 
@@ -19,8 +19,8 @@ def kubectl_complete() -> None:
     _run("kubectl_complete")
 
 
-def _run(function: str) -> None:
+def _run(function_name: str) -> None:
     try:
-        getattr(importlib.import_module("finetune_cli.main"), function)()
+        getattr(importlib.import_module("finetune_cli.main"), function_name)()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED_EXIT_CODE)

@@ -29,16 +29,16 @@ def is_within(path: str, group: str) -> bool:
     return path == group or path.startswith((f"{group}.", f"{group}["))
 
 
-def field_errors(error: ValidationError, known: Iterable[FieldError] = ()) -> Iterator[FieldError]:
+def field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()) -> Iterator[FieldError]:
     """Yield every error of a model.
 
     The values of the `known` errors were removed. A field that is missing only because of such a removal is not reported.
     """
-    earlier = list(known)
+    earlier_errors = list(known_errors)
     for details in error.errors():
         path = path_of(details["loc"])
         if details["type"] == "missing" and any(
-            is_within(other.path, path.rpartition(".")[0] or path) for other in earlier
+            is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
         ):
             continue
         yield FieldError(path, _message(details), _hint(details, path), details["type"] == "extra_forbidden")
@@ -66,10 +66,10 @@ def _message(details: Any) -> str:
     value = details["input"]
     if details["type"] == "string_too_short":
         return "the value is empty"
-    shown = f"{value!r}: " if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
+    value_text = f"{value!r}: " if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
     if details["type"] == "string_pattern_mismatch":
-        return f"{shown}the value does not have the required form"
-    return shown + str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+        return f"{value_text}the value does not have the required form"
+    return value_text + str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _hint(details: Any, path: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune_cli.mistakes import Mistake
 from finetune_cli.output import CommandError
 
-STDIN = "-"
+STDIN_PATH = "-"
 MAX_BYTES = 4 << 20
 """Maximum size of a file. No API server accepts a larger manifest. JSONL data files may be larger."""
 DATA_SUFFIX = ".jsonl"
@@ -28,7 +28,7 @@ class UnwritableFile(CommandError):
 
 def display_name(path: Path) -> str:
     """Return the name of a path for messages."""
-    return "standard input" if str(path) == STDIN else str(path)
+    return "standard input" if str(path) == STDIN_PATH else str(path)
 
 
 def read_text(path: Path) -> str:
@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     """Read a whole data file. Read other files only up to one byte more than the maximum, to detect that they are too large."""
-    if str(path) == STDIN:
+    if str(path) == STDIN_PATH:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     with path.open("rb") as file:
         return file.read() if path.suffix == DATA_SUFFIX else file.read(MAX_BYTES + 1)
@@ -63,10 +63,10 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise unwritable(path, error) from None
+        raise unwritable_file_error(path, error) from None
 
 
-def unwritable(path: Path, error: Exception) -> UnwritableFile:
+def unwritable_file_error(path: Path, error: Exception) -> UnwritableFile:
     """Return the error for a path that cannot be written."""
     return UnwritableFile(
         f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; choose another path with -o"

@@ -37,30 +37,30 @@ class StoredObject:
 class JobStorage:
     """The objects below a URI: `s3://bucket/prefix` or `file:///path`."""
 
-    def __init__(self, uri: str, connection: StorageRoot, credentials: dict[str, str] | None = None):
+    def __init__(self, uri: str, storage_root: StorageRoot, credentials: dict[str, str] | None = None):
         self.uri = uri.rstrip("/")
         parts = urlsplit(self.uri)
         self.local = Path(parts.path) if parts.scheme == "file" else None
         if parts.scheme not in ("s3", "file"):
             raise StorageError(f"{uri}: this command reads only s3:// and file:// storage")
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
-        self.client: Any = None if self.local else _s3_client(connection, credentials)
+        self.client: Any = None if self.local else _s3_client(storage_root, credentials)
 
-    def objects(self, below: str = "") -> Iterator[StoredObject]:
+    def list_objects(self, folder_path: str = "") -> Iterator[StoredObject]:
         """Yield all objects below a folder, sorted by key. Raises StorageError."""
         if self.local is not None:
-            root = self.local / below
+            root = self.local / folder_path
             for path in sorted(root.rglob("*")) if root.is_dir() else []:
                 if path.is_file():
                     yield StoredObject(path.relative_to(self.local).as_posix(), path.stat().st_size)
             return
-        folder = "/".join(part for part in (self.prefix, below.strip("/")) if part) + "/"
+        folder = "/".join(part for part in (self.prefix, folder_path.strip("/")) if part) + "/"
         with _StorageErrors(self.uri):
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
                 for entry in page.get("Contents") or []:
                     yield StoredObject(entry["Key"][len(self.prefix) :].lstrip("/"), int(entry["Size"]))
 
-    def read(self, key: str) -> bytes:
+    def read_object(self, key: str) -> bytes:
         """Return the content of a small object. Raises StorageError."""
         if self.local is not None:
             try:
@@ -71,7 +71,7 @@ class JobStorage:
             content: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
             return content
 
-    def chunks(self, key: str) -> Iterator[bytes]:
+    def read_chunks(self, key: str) -> Iterator[bytes]:
         """Yield the content of an object in chunks. Raises StorageError."""
         if self.local is not None:
             with (self.local / key).open("rb") as file:
@@ -81,43 +81,43 @@ class JobStorage:
         with _StorageErrors(f"{self.uri}/{key}"):
             yield from self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].iter_chunks(1 << 20)
 
-    def delete(self, objects: list[StoredObject]) -> None:
+    def delete_objects(self, stored_objects: list[StoredObject]) -> None:
         """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
         if self.local is not None:
-            for stored in objects:
+            for stored in stored_objects:
                 (self.local / stored.key).unlink(missing_ok=True)
             return
-        for start in range(0, len(objects), 1000):
-            batch = [{"Key": self._key(stored.key)} for stored in objects[start : start + 1000]]
+        for start in range(0, len(stored_objects), 1000):
+            batch = [{"Key": self._key(stored.key)} for stored in stored_objects[start : start + 1000]]
             with _StorageErrors(self.uri):
-                failed = (
+                failed_objects = (
                     self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True}).get(
                         "Errors"
                     )
                     or []
                 )
-            if failed:
-                raise StorageError(f"{failed[0].get('Key')}: {failed[0].get('Message') or failed[0].get('Code')}")
+            if failed_objects:
+                raise StorageError(f"{failed_objects[0].get('Key')}: {failed_objects[0].get('Message') or failed_objects[0].get('Code')}")
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
 
-def _s3_client(connection: StorageRoot, credentials: dict[str, str] | None) -> Any:
+def _s3_client(storage_root: StorageRoot, credentials: dict[str, str] | None) -> Any:
     import boto3
     from botocore.config import Config
 
-    style = connection.addressing_style or ("path" if connection.endpoint else "virtual")
+    addressing_style = storage_root.addressing_style or ("path" if storage_root.endpoint else "virtual")
     given = credentials or {}
     return boto3.client(
         "s3",
-        endpoint_url=connection.endpoint,
-        region_name=connection.region or "us-east-1",
+        endpoint_url=storage_root.endpoint,
+        region_name=storage_root.region or "us-east-1",
         aws_access_key_id=given.get("AWS_ACCESS_KEY_ID"),
         aws_secret_access_key=given.get("AWS_SECRET_ACCESS_KEY"),
         aws_session_token=given.get("AWS_SESSION_TOKEN"),
         config=Config(
-            s3={"addressing_style": str(style)}, retries={"max_attempts": 5, "mode": "standard"},
+            s3={"addressing_style": str(addressing_style)}, retries={"max_attempts": 5, "mode": "standard"},
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
         ),
     )  # fmt: skip
@@ -132,7 +132,7 @@ class _StorageErrors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, error_type: Any, error: BaseException | None, traceback: Any) -> None:
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
         if isinstance(error, ClientError):
@@ -177,19 +177,19 @@ class CommittedFolder:
     folder: str
     path: str
     manifest_sha256: str
-    healthy: bool
+    is_healthy: bool
 
 
-def list_committed(storage: JobStorage) -> list[CommittedFolder]:
+def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
     """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
-    keys = {stored.key for stored in storage.objects()}
+    keys = {stored.key for stored in storage.list_objects()}
     folders = []
     for key in sorted(keys):
         folder, _, name = key.rpartition("/")
         if name != Storage.COMMITTED:
             continue
         try:
-            marker = json.loads(storage.read(key))
+            marker = json.loads(storage.read_object(key))
             folders.append(
                 CommittedFolder(
                     folder, str(marker["path"]), str(marker["manifestSha256"]), f"{folder}/{Storage.HEALTHY}" in keys
@@ -200,52 +200,52 @@ def list_committed(storage: JobStorage) -> list[CommittedFolder]:
     return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
 
 
-def read_file_list(storage: JobStorage, committed: CommittedFolder) -> list[dict[str, Any]]:
+def read_file_list(storage: JobStorage, committed_folder: CommittedFolder) -> list[dict[str, Any]]:
     """Return the files listed in the manifest of a commit. Raises StorageError if the hash of the manifest is wrong."""
-    key = f"{committed.folder}/{committed.path}/{Storage.MANIFEST}"
-    data = storage.read(key)
-    if hashlib.sha256(data).hexdigest() != committed.manifest_sha256:
+    key = f"{committed_folder.folder}/{committed_folder.path}/{Storage.MANIFEST}"
+    data = storage.read_object(key)
+    if hashlib.sha256(data).hexdigest() != committed_folder.manifest_sha256:
         raise StorageError(f"{storage.uri}/{key} is damaged: the commit marker contains another sha256")
     files: list[dict[str, Any]] = json.loads(data)["files"]
     return files
 
 
-def verify_and_download(storage: JobStorage, committed: CommittedFolder, target: Path | None) -> int:
+def verify_and_download(storage: JobStorage, committed_folder: CommittedFolder, target: Path | None) -> int:
     """Read every file of a commit and check its sha256. With a `target` folder, write the files there. Returns the bytes read."""
     total = 0
-    for manifest_entry in read_file_list(storage, committed):
+    for manifest_entry in read_file_list(storage, committed_folder):
         name = str(manifest_entry["path"])
         if name.startswith("/") or ".." in name.split("/"):
             raise StorageError(
                 f"{storage.uri}: the manifest lists the file {name}, which lies outside the checkpoint's folder"
             )
         total += _verify_file(
-            storage, f"{committed.folder}/{committed.path}/{name}", manifest_entry, target / name if target else None
+            storage, f"{committed_folder.folder}/{committed_folder.path}/{name}", manifest_entry, target / name if target else None
         )
     return total
 
 
 def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
-    digest, count = hashlib.sha256(), 0
+    digest, byte_count = hashlib.sha256(), 0
     part_file = None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part_file = path.with_name(path.name + ".part")
     handle = part_file.open("wb") if part_file else None
     try:
-        for chunk in storage.chunks(key):
+        for chunk in storage.read_chunks(key):
             digest.update(chunk)
-            count += len(chunk)
+            byte_count += len(chunk)
             if handle:
                 handle.write(chunk)
     finally:
         if handle:
             handle.close()
-    if digest.hexdigest() != manifest_entry["sha256"] or count != manifest_entry["size"]:
+    if digest.hexdigest() != manifest_entry["sha256"] or byte_count != manifest_entry["size"]:
         raise StorageError(
-            f"{storage.uri}/{key} is damaged: the file has {count} bytes and sha256 {digest.hexdigest()[:12]}..., "
+            f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {digest.hexdigest()[:12]}..., "
             f"but the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
         )
     if part_file and path:
         part_file.replace(path)
-    return count
+    return byte_count

@@ -29,7 +29,7 @@ from finetune_api.status import Metrics, Stage
 from finetune_cli import output
 from finetune_cli.checks import check_manifest, errors_of
 from finetune_cli.fields import flatten, with_values
-from finetune_cli.files import unwritable
+from finetune_cli.files import unwritable_file_error
 from finetune_cli.local_spec import (
     LocalMachine,
     LocalRunError,
@@ -41,7 +41,7 @@ from finetune_cli.local_spec import (
 from finetune_cli.manifests import Manifest, read_job
 from finetune_cli.overrides import name_option, parse_overrides
 from finetune_cli.provenance import AssignedValue
-from finetune_cli.status_text import bar
+from finetune_cli.status_text import progress_bar
 
 NAMESPACE = "local"
 POLL_SECONDS = 0.5
@@ -60,48 +60,48 @@ class LocalRun:
     notes: tuple[str, ...]
 
 
-def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], claims: list[str]) -> LocalRun:
+def prepare_run(file: Path, folder: Path, set_texts: list[str], config_maps: list[str], claim_texts: list[str]) -> LocalRun:
     """Read a manifest, adapt the spec to this machine and write the run configuration.
 
     Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
     """
     manifest = read_job(file)
-    overrides = parse_overrides(sets)
+    overrides = parse_overrides(set_texts)
     spec = with_values(manifest.spec, {path: assigned.value for path, assigned in overrides.items()})
-    _check_spec(manifest, spec, overrides, only="ValueInvalid")
+    _check_spec(manifest, spec, overrides, only_path="ValueInvalid")
     machine = LocalMachine(
         folder.resolve(),
         file.resolve().parent,
         count_gpus(),
         parse_folders("--config-map", config_maps),
-        parse_folders("--claim", claims),
+        parse_folders("--claim", claim_texts),
     )
     spec = copy.deepcopy(spec)
     notes = adapt_spec(spec, machine)
-    checked = _check_spec(manifest, spec, overrides)
+    checked_spec = _check_spec(manifest, spec, overrides)
     require_s3_credentials(spec)
-    resolution = resolve_defaults(checked, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
+    resolution = resolve_defaults(checked_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
         return _write_run(
             manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes)
         )
     except OSError as error:
-        raise unwritable(folder, error) from None
+        raise unwritable_file_error(folder, error) from None
 
 
 def _check_spec(
-    manifest: Manifest, spec: dict[str, Any], overrides: dict[str, AssignedValue], only: str | None = None
+    manifest: Manifest, spec: dict[str, Any], overrides: dict[str, AssignedValue], only_path: str | None = None
 ) -> FineTuneJobSpec:
     """Check a manifest with `spec` as its spec, and return the validated spec. Raises Exit.
 
     With `only`, report only the errors with this code. An error in a value of `--set` names the option.
     """
-    changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
-    checked, findings = check_manifest(changed, ExecutionTarget.LOCAL)
-    errors = [finding for finding in errors_of(findings) if only in (None, finding.code)]
-    if errors or checked is None:
+    changed_manifest = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
+    checked_spec, findings = check_manifest(changed_manifest, ExecutionTarget.LOCAL)
+    errors = [finding for finding in errors_of(findings) if only_path in (None, finding.code)]
+    if errors or checked_spec is None:
         raise output.fail(*(name_option(finding.mistake, overrides) for finding in errors))
-    return checked
+    return checked_spec
 
 
 # --- the run configuration ------------------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ def _check_same_job(run_file: Path, spec: FineTuneJobSpec, job_folder: Path, nam
 # --- the trainer ----------------------------------------------------------------------------------------------------
 
 
-def train(run: LocalRun, python: str | None) -> int:
+def run_trainer(run: LocalRun, interpreter_path: str | None) -> int:
     """Run the trainer to its end and return the exit code for `finetune run`."""
-    interpreter = python or sys.executable
+    interpreter = interpreter_path or sys.executable
     _require_trainer(interpreter)
-    output.notes(run.notes)
-    output.notes([f"log: {run.log}"])
+    output.print_notes(run.notes)
+    output.print_notes([f"log: {run.log}"])
     run.work_folder.mkdir(parents=True, exist_ok=True)
     termination_file = run.work_folder / "termination-message.json"
     termination_file.unlink(missing_ok=True)
@@ -202,7 +202,7 @@ def train(run: LocalRun, python: str | None) -> int:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        code = _wait(process, port, termination_file)
+        code = _wait_for_trainer(process, port, termination_file)
     return _print_result(code, termination_file, run)
 
 
@@ -226,37 +226,37 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
+def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
     """Show progress until the process ends, and return its exit code.
 
     The last report comes from the termination message, because the process may end between two polls.
     The first Ctrl-C makes the trainer save and stop; the second kills the trainer.
     """
-    show = progress_printer()
+    show_report = progress_printer()
     interrupts = 0
     while True:
         try:
-            code = _poll(process, port, show)
+            code = _poll_trainer(process, port, show_report)
         except KeyboardInterrupt:
             interrupts += 1
             process.send_signal(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
             hint = "saving a checkpoint; press Ctrl-C again to stop without saving" if interrupts == 1 else "stopped"
-            output.notes([hint])
+            output.print_notes([hint])
             continue
         if code is not None:
-            show(last_report(termination_file))
-            show(None)
+            show_report(last_report(termination_file))
+            show_report(None)
             return code
 
 
-def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressReport | None], None]) -> int | None:
+def _poll_trainer(process: subprocess.Popen[bytes], port: int, show_report: Callable[[ProgressReport | None], None]) -> int | None:
     """Return the exit code of the process. If the process still runs after POLL_SECONDS, show the progress and return None."""
     try:
         return process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
         report = fetch_progress(port)
         if report is not None:
-            show(report)
+            show_report(report)
         return None
 
 
@@ -297,7 +297,7 @@ def line_of(report: ProgressReport) -> str:
     """Format a progress report as one line."""
     parts = [str(report.stage)]
     if report.progress.step is not None:
-        parts += [bar(report.progress.percent), report.progress.display or str(report.progress.step)]
+        parts += [progress_bar(report.progress.percent), report.progress.display or str(report.progress.step)]
     if report.metrics.train_loss is not None:
         parts.append(f"loss {report.metrics.train_loss:.4g}")
     if report.progress.eta:
@@ -315,16 +315,16 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
         output.write(f"{run.name}: done, the model is in {uri}")
         return output.OK
     if code == ExitCode.PREEMPTED_SAVED:
-        output.notes(
+        output.print_notes(
             [f"stopped and saved at step {message.step if message else '-'}; run the same command again to continue"]
         )
         return output.ERROR
     if message is not None and message.message:
-        output.errors([f"{message.class_ or ''} {message.code or ''}: {message.message}".strip()])
-        output.notes([message.hint] if message.hint else [])
+        output.print_errors([f"{message.class_ or ''} {message.code or ''}: {message.message}".strip()])
+        output.print_notes([message.hint] if message.hint else [])
     else:
-        output.errors([f"the trainer ended with exit code {code}", *_last_lines(run.log)])
-    output.notes([f"log: {run.log}"])
+        output.print_errors([f"the trainer ended with exit code {code}", *_last_lines(run.log)])
+    output.print_notes([f"log: {run.log}"])
     return output.JOB_FAILED
 
 

@@ -33,15 +33,15 @@ class LocalMachine:
 
     output_folder: Path
     manifest_folder: Path
-    gpus: int
+    gpu_count: int
     config_maps: dict[str, Path] = field(default_factory=dict)
-    claims: dict[str, Path] = field(default_factory=dict)
+    claim_folders: dict[str, Path] = field(default_factory=dict)
 
 
-def parse_folders(option: str, texts: list[str]) -> dict[str, Path]:
+def parse_folders(option: str, pair_texts: list[str]) -> dict[str, Path]:
     """Parse `NAME=FOLDER` texts. Raises LocalRunError if a folder does not exist."""
     result = {}
-    for text in texts:
+    for text in pair_texts:
         name, equals, path = text.partition("=")
         if not equals or not Path(path).is_dir():
             raise LocalRunError(f"{option} {text}: write NAME=FOLDER with an existing folder")
@@ -69,7 +69,7 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
         if isinstance(item, dict) and isinstance(item.get("source"), str):
             item["source"] = local_source(item["source"], f"dataset.mixture[{i}].source", machine)
     _inline_config_maps(spec, machine)
-    _limit_resources(spec, machine.gpus, notes)
+    _limit_resources(spec, machine.gpu_count, notes)
     return notes
 
 
@@ -83,7 +83,7 @@ def local_source(text: str, path: str, machine: LocalMachine) -> str:
     if isinstance(source, ConfigMapSource):
         return f"file://{_path_in_folder(machine.config_maps, source.name, source.key, path, '--config-map')}"
     if isinstance(source, PvcSource):
-        return f"file://{_path_in_folder(machine.claims, source.claim, source.path, path, '--claim')}"
+        return f"file://{_path_in_folder(machine.claim_folders, source.claim, source.path, path, '--claim')}"
     return text
 
 
@@ -103,12 +103,12 @@ def _file_source(text: str, path: str, machine: LocalMachine) -> str:
     )
 
 
-def _path_in_folder(folders: dict[str, Path], name: str, inner: str, path: str, option: str) -> Path:
+def _path_in_folder(folders: dict[str, Path], name: str, inner_path: str, path: str, option: str) -> Path:
     if name not in folders:
         raise LocalRunError(
             f"spec.{path}: {name} is not on this machine; name a folder that replaces it with {option} {name}=FOLDER"
         )
-    file = folders[name] / inner
+    file = folders[name] / inner_path
     if not file.exists():
         raise LocalRunError(f"spec.{path}: {file} does not exist")
     return file
@@ -145,15 +145,15 @@ def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
             )
 
 
-def _limit_resources(spec: dict[str, Any], gpus: int, notes: list[str]) -> None:
+def _limit_resources(spec: dict[str, Any], gpu_count: int, notes: list[str]) -> None:
     resources = spec.setdefault("resources", {})
     if int(resources.get("nodes") or 1) > 1:
         notes.append(f"resources.nodes is {resources['nodes']}, but a local run uses 1")
         resources["nodes"] = 1
     requested_gpus = resources.get("gpusPerNode")
-    if requested_gpus is None or int(requested_gpus) > gpus:
+    if requested_gpus is None or int(requested_gpus) > gpu_count:
         if requested_gpus is not None:
-            notes.append(f"resources.gpusPerNode is {requested_gpus}, but this machine has {gpus}")
-        resources["gpusPerNode"] = min(int(requested_gpus or 1), gpus)
+            notes.append(f"resources.gpusPerNode is {requested_gpus}, but this machine has {gpu_count}")
+        resources["gpusPerNode"] = min(int(requested_gpus or 1), gpu_count)
     for name in ("nodePool", "gpuResource"):
         resources.pop(name, None)

@@ -128,7 +128,7 @@ def run(words: list[str], tool_arguments: list[str]) -> int:
 
     try:
         app(args=words, prog_name=_program(), obj=tool_arguments)
-    except output.Exit as exit_:
+    except output.CommandExit as exit_:
         return exit_.code
     except Exception as error:
         return _print_failure(error)
@@ -147,11 +147,11 @@ def _print_failure(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
     elif isinstance(error, InvalidInput):
-        output.errors(error.mistakes)
+        output.print_errors(error.mistakes)
     elif isinstance(error, output.CommandError | FineTuneError):
-        output.errors([error])
+        output.print_errors([error])
     elif isinstance(error, OSError) and error.filename is not None:
-        output.errors([f"{error.filename}: {error.strerror}"])
+        output.print_errors([f"{error.filename}: {error.strerror}"])
     else:
         _print_bug(error)
     return output.ERROR
@@ -165,11 +165,11 @@ def _print_bug(error: Exception) -> None:
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = frame.filename.replace("\\", "/").rpartition("/")[2]
-    output.errors([f"this is a bug in {_program()}: {type(error).__name__} in {file}:{frame.lineno}"])
+    output.print_errors([f"this is a bug in {_program()}: {type(error).__name__} in {file}:{frame.lineno}"])
     if os.environ.get(TRACE_VARIABLE):
         traceback.print_exception(error)
     else:
-        output.notes([f"set {TRACE_VARIABLE}=1 in the environment to see the traceback for a bug report"])
+        output.print_notes([f"set {TRACE_VARIABLE}=1 in the environment to see the traceback for a bug report"])
 
 
 def kubectl_complete() -> None:

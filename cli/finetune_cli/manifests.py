@@ -57,10 +57,10 @@ class Manifest:
 
 def read(path: Path) -> list[Manifest]:
     """Read every object of a YAML or JSON file or of standard input. Raises UnreadableFile."""
-    return list(parse(read_text(path), display_name(path)))
+    return list(parse_manifests(read_text(path), display_name(path)))
 
 
-def read_all(paths: Iterable[Path]) -> tuple[list[Manifest], list[Mistake]]:
+def read_all_manifests(paths: Iterable[Path]) -> tuple[list[Manifest], list[Mistake]]:
     """Read every object of several files. Returns the objects, and a mistake for each unreadable file."""
     manifests: list[Manifest] = []
     mistakes: list[Mistake] = []
@@ -80,7 +80,7 @@ def read_job(path: Path) -> Manifest:
     return jobs[0]
 
 
-def parse(text: str, file: str) -> Iterator[Manifest]:
+def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
     """Parse every object of a text as kubectl does. Raises UnreadableFile."""
     try:
         trees = read_trees(text)
@@ -101,7 +101,7 @@ def parse(text: str, file: str) -> Iterator[Manifest]:
             yield Manifest(file, number, tree.value, tree.lines)
 
 
-def _list_items(file: str, number: int, tree: Tree) -> Iterator[Manifest]:
+def _list_items(file: str, document_number: int, tree: Tree) -> Iterator[Manifest]:
     """Yield the objects of a List, the form that `kubectl get -o yaml` prints."""
     for i, item in enumerate(tree.value["items"]):
         start = f"items[{i}]"
@@ -111,4 +111,4 @@ def _list_items(file: str, number: int, tree: Tree) -> Iterator[Manifest]:
         lines = {
             path.removeprefix(f"{start}."): line for path, line in tree.lines.items() if path.startswith(f"{start}.")
         }
-        yield Manifest(file, number, item, lines)
+        yield Manifest(file, document_number, item, lines)

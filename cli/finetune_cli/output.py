@@ -14,7 +14,7 @@ OK, ERROR, JOB_FAILED = 0, 1, 2
 """Exit codes: success; the command failed; the job failed."""
 
 
-class Exit(Exception):
+class CommandExit(Exception):
     """End the command with an exit code. All messages are printed before."""
 
     def __init__(self, code: int):
@@ -27,7 +27,7 @@ class CommandError(Exception):
 
 
 @functools.cache
-def console() -> Console:
+def stdout_console() -> Console:
     """Return the console for stdout. Rich honours NO_COLOR and detects whether stdout is a terminal."""
     from rich.console import Console
 
@@ -64,22 +64,22 @@ def _print_lines(prefix: str, lines: Iterable[Any], style: str) -> None:
         error_console().print(Text.assemble((f"{prefix}: ", style), redact_text(str(line))))
 
 
-def errors(lines: Iterable[Any]) -> None:
+def print_errors(lines: Iterable[Any]) -> None:
     """Print errors."""
     _print_lines("error", lines, "bold red")
 
 
-def warnings(lines: Iterable[Any]) -> None:
+def print_warnings(lines: Iterable[Any]) -> None:
     """Print warnings: messages that require an action of the user."""
     _print_lines("warning", lines, "yellow")
 
 
-def notes(lines: Iterable[Any]) -> None:
+def print_notes(lines: Iterable[Any]) -> None:
     """Print notes: messages that require no action."""
     _print_lines("note", lines, "dim")
 
 
-def fail(*lines: Any) -> Exit:
+def fail(*lines: Any) -> CommandExit:
     """Print errors and return the exception that ends the command with exit code 1."""
-    errors(lines)
-    return Exit(ERROR)
+    print_errors(lines)
+    return CommandExit(ERROR)

@@ -20,11 +20,11 @@ FIELD_OF_OPTION = {
 }  # fmt: skip
 CONFIG_MAP_OPTIONS = {"prompts": "evaluation.comparison.promptsRef", "deepspeed": "distributed.deepspeed.configRef"}
 SOURCE_OPTIONS = ("model", "data", "validation", "test", "adapter")
-CONFIG_MAP_NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-CONFIG_MAP_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
+CONFIG_MAP_NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+CONFIG_MAP_KEY_PATTERN = re.compile(r"^[-._a-zA-Z0-9]+$")
 
 
-def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
+def parse_overrides(set_texts: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
     """Return the values given by `--set` and by dedicated options such as `--model`, by spec path. Raises InvalidInput.
 
     `options` maps the option's name to its value. The value None means that the option is not given.
@@ -34,9 +34,9 @@ def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = Non
     for option, value in (options or {}).items():
         if value is not None:
             result |= _parse_option(option, value, mistakes)
-    by_path = {field.path.removeprefix("spec."): field for field in fields() if field.path.startswith("spec.")}
-    for text in sets:
-        result |= _parse_set(text, by_path, mistakes)
+    fields_by_path = {field.path.removeprefix("spec."): field for field in fields() if field.path.startswith("spec.")}
+    for text in set_texts:
+        result |= _parse_set(text, fields_by_path, mistakes)
     if mistakes:
         raise InvalidInput(mistakes)
     return result
@@ -50,10 +50,10 @@ def name_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mis
         return mistake
     option = assigned.origin.location
     key = path if option == "--set" else option
-    return Mistake(option, key, mistake.message, option_hint(mistake.hint, option, path))
+    return Mistake(option, key, mistake.message, hint_for_option(mistake.hint, option, path))
 
 
-def option_hint(hint: str, option: str, path: str) -> str:
+def hint_for_option(hint: str, option: str, path: str) -> str:
     """Return the hint for the value of an option. An example in YAML becomes an example of the option.
 
     An option sets only whole lists, so the example for a list item is a list.
@@ -76,19 +76,19 @@ def _parse_option(option: str, value: Any, mistakes: list[Mistake]) -> dict[str,
         is_path = option in SOURCE_OPTIONS and str(value).startswith((".", "/", "~"))
         return {FIELD_OF_OPTION[option]: AssignedValue(f"file://{value}" if is_path else value, origin, spelling)}
     name, _, key = str(value).removeprefix("configmap://").partition("/")
-    if not CONFIG_MAP_NAME.match(name) or not CONFIG_MAP_KEY.match(key):
+    if not CONFIG_MAP_NAME_PATTERN.match(name) or not CONFIG_MAP_KEY_PATTERN.match(key):
         mistakes.append(Mistake(spelling, str(value), "this is not the name and key of a ConfigMap", "write NAME/KEY"))
         return {}
     path = CONFIG_MAP_OPTIONS[option]
     return {f"{path}.name": AssignedValue(name, origin, spelling), f"{path}.key": AssignedValue(key, origin, spelling)}
 
 
-def _parse_set(text: str, by_path: dict[str, Field], mistakes: list[Mistake]) -> dict[str, AssignedValue]:
-    written, equals, value = text.partition("=")
-    path = written.removeprefix("spec.")
-    field = by_path.get(path)
+def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mistake]) -> dict[str, AssignedValue]:
+    written_path, equals, value = text.partition("=")
+    path = written_path.removeprefix("spec.")
+    field = fields_by_path.get(path)
     if field is None:
-        mistakes.append(Mistake("--set", written, "unknown field", _hint_for_unknown(path, by_path)))
+        mistakes.append(Mistake("--set", written_path, "unknown field", _hint_for_unknown(path, fields_by_path)))
     elif not equals or value == "":
         mistakes.append(
             Mistake(
@@ -98,11 +98,11 @@ def _parse_set(text: str, by_path: dict[str, Field], mistakes: list[Mistake]) ->
     elif value == "null":
         return {path: AssignedValue(None, Origin("--set"), path)}
     elif field.is_group:
-        inner = next((field_path for field_path in by_path if field_path.startswith(f"{path}.")), path)
-        hint = f"set its fields, for example --set {inner}=VALUE, or remove the group with --set {path}=null"
+        nested_path = next((field_path for field_path in fields_by_path if field_path.startswith(f"{path}.")), path)
+        hint = f"set its fields, for example --set {nested_path}=VALUE, or remove the group with --set {path}=null"
         mistakes.append(Mistake("--set", path, "this is a group of fields and takes no value", hint))
     else:
-        return {path: AssignedValue(_convert(field.kind, value), Origin("--set"), path)}
+        return {path: AssignedValue(_convert_text(field.kind, value), Origin("--set"), path)}
     return {}
 
 
@@ -120,7 +120,7 @@ def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
     return f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
 
 
-def _convert(kind: str, text: str) -> Any:
+def _convert_text(kind: str, text: str) -> Any:
     """Convert a text to the type of a field. For strings and enums, `no` and `010` stay text."""
     if kind.startswith("string") or (" | " in kind and not kind.startswith("list")):
         return text

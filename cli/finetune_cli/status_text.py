@@ -25,53 +25,53 @@ def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
     return FineTuneJobStatus.model_validate(job.get("status") or {})
 
 
-def condition(status: FineTuneJobStatus, kind: ConditionType) -> bool | None:
+def condition_status(status: FineTuneJobStatus, condition_type: ConditionType) -> bool | None:
     """Return whether a condition is true, or None if the condition is absent or Unknown."""
-    entry = status.condition(kind)
+    entry = status.condition(condition_type)
     return None if entry is None or entry.status == "Unknown" else entry.status == "True"
 
 
 def has_finished(status: FineTuneJobStatus) -> bool:
     """Return whether the job has ended, so that no further attempt follows."""
-    return bool(condition(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
+    return bool(condition_status(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
 
 
 def has_succeeded(status: FineTuneJobStatus) -> bool:
     """Return whether the final model is committed in storage."""
-    return bool(condition(status, ConditionType.SUCCEEDED)) or status.phase == Phase.SUCCEEDED
+    return bool(condition_status(status, ConditionType.SUCCEEDED)) or status.phase == Phase.SUCCEEDED
 
 
-def bar(percent: int | None) -> str:
+def progress_bar(percent: int | None) -> str:
     """Draw a progress bar of fixed width."""
-    full = 0 if percent is None else max(0, min(BAR_WIDTH, round(BAR_WIDTH * percent / 100)))
-    return "█" * full + "░" * (BAR_WIDTH - full)
+    filled_cells = 0 if percent is None else max(0, min(BAR_WIDTH, round(BAR_WIDTH * percent / 100)))
+    return "█" * filled_cells + "░" * (BAR_WIDTH - filled_cells)
 
 
-def sparkline(values: list[float]) -> str:
+def draw_sparkline(values: list[float]) -> str:
     """Draw values as one line of block characters of different heights."""
     if not values:
         return ""
     low, high = min(values), max(values)
-    span = (high - low) or 1.0
+    value_range = (high - low) or 1.0
     return "".join(
-        SPARK_BLOCKS[min(len(SPARK_BLOCKS) - 1, int((value - low) / span * len(SPARK_BLOCKS)))] for value in values
+        SPARK_BLOCKS[min(len(SPARK_BLOCKS) - 1, int((value - low) / value_range * len(SPARK_BLOCKS)))] for value in values
     )
 
 
-def stages(phase: Phase | None) -> str:
+def stage_line(phase: Phase | None) -> str:
     """List the stages of a job, each with a mark: done, active or not started."""
-    current = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
-    if current is None:
+    current_index = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
+    if current_index is None:
         return ""
     last = len(STAGE_NAMES) - 1
-    marks = [
-        "●" if i < current or (i == last and current == last) else "◐" if i == current else "○"
+    stage_marks = [
+        "●" if i < current_index or (i == last and current_index == last) else "◐" if i == current_index else "○"
         for i in range(len(STAGE_NAMES))
     ]
-    return "  ".join(f"{mark} {name}" for mark, name in zip(marks, STAGE_NAMES, strict=True))
+    return "  ".join(f"{mark} {name}" for mark, name in zip(stage_marks, STAGE_NAMES, strict=True))
 
 
-def age(time: datetime | None, now: datetime | None = None) -> str:
+def age_text(time: datetime | None, now: datetime | None = None) -> str:
     """Format how long ago a time was, as kubectl does."""
     if time is None:
         return "-"
@@ -95,21 +95,21 @@ def format_bytes(number: int | None) -> str:
     return f"{value:.1f} TiB"
 
 
-def describe(job: dict[str, Any], losses: list[float] | None = None, now: datetime | None = None) -> str:
+def describe_job(job: dict[str, Any], losses: list[float] | None = None, now: datetime | None = None) -> str:
     """Describe a job and its progress as text."""
     status = status_of(job)
     spec = job.get("spec") or {}
     metadata = job["metadata"]
     phase = f"{status.phase or Phase.PENDING}" + (f" ({status.reason})" if status.reason else "")
     lines = [f"{metadata.get('namespace', '')}/{metadata['name']}  {phase}"]
-    lines += [f"  {line}" for line in (_reason(status), stages(status.phase)) if line]
+    lines += [f"  {line}" for line in (_reason(status), stage_line(status.phase)) if line]
     lines += [
         "",
         *_model_and_method(spec, status),
-        *_progress(status, losses or [], now),
-        *_failure(status),
+        *_progress_lines(status, losses or [], now),
+        *_failure_lines(status),
         *_attempts(status),
-        *_checkpoints(status, now),
+        *_checkpoint_lines(status, now),
     ]
     lines += _output_and_notes(status)
     return "\n".join(lines)
@@ -146,15 +146,15 @@ def _model_and_method(spec: dict[str, Any], status: FineTuneJobStatus) -> list[s
     return parts
 
 
-def _progress(status: FineTuneJobStatus, losses: list[float], now: datetime | None) -> list[str]:
+def _progress_lines(status: FineTuneJobStatus, losses: list[float], now: datetime | None) -> list[str]:
     progress, metrics = status.progress, status.metrics
     lines = []
     if progress is not None and progress.step is not None:
         eta = f", {progress.eta} left" if progress.eta else ""
-        lines.append(f"progress  {bar(progress.percent)} {progress.display or progress.step}{eta}")
+        lines.append(f"progress  {progress_bar(progress.percent)} {progress.display or progress.step}{eta}")
         if progress.tokens_per_second:
             speed = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen or 0:,} tokens in total"
-            lines.append(f"speed     {speed}, reported {age(progress.update_time, now)} ago")
+            lines.append(f"speed     {speed}, reported {age_text(progress.update_time, now)} ago")
     if status.latest_checkpoint_step is not None:
         lines.append(f"saved     step {status.latest_checkpoint_step}")
     if metrics is not None:
@@ -168,14 +168,14 @@ def _progress(status: FineTuneJobStatus, losses: list[float], now: datetime | No
             if value is not None
         ]
         if loss_texts:
-            spark = sparkline(losses) if len(losses) > 1 else ""
+            spark = draw_sparkline(losses) if len(losses) > 1 else ""
             lines.append(f"loss      {', '.join(loss_texts)}" + (f"  {spark}" if spark else ""))
     if status.workers is not None and status.workers.total:
         lines.append(f"workers   {status.workers.display} ready")
     return lines
 
 
-def _failure(status: FineTuneJobStatus) -> list[str]:
+def _failure_lines(status: FineTuneJobStatus) -> list[str]:
     failure = status.failure
     if failure is None:
         return []
@@ -210,7 +210,7 @@ def _attempts(status: FineTuneJobStatus) -> list[str]:
     return lines
 
 
-def _checkpoints(status: FineTuneJobStatus, now: datetime | None) -> list[str]:
+def _checkpoint_lines(status: FineTuneJobStatus, now: datetime | None) -> list[str]:
     return ["", *checkpoint_table(status, now)] if status.checkpoints else []
 
 
@@ -221,7 +221,7 @@ def checkpoint_table(status: FineTuneJobStatus, now: datetime | None = None) -> 
         healthy = {True: "yes", False: "no", None: "-"}[checkpoint.healthy]
         loss = "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.4g}"
         lines.append(
-            f"{checkpoint.step:<9} {healthy:<8} {loss:<9} {format_bytes(checkpoint.bytes):<11} {age(checkpoint.time, now):<5} {checkpoint.uri}"
+            f"{checkpoint.step:<9} {healthy:<8} {loss:<9} {format_bytes(checkpoint.bytes):<11} {age_text(checkpoint.time, now):<5} {checkpoint.uri}"
         )
     return lines
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from finetune_api.aliases import field_for_alias, normalise
 
 
-def suggest_field(path: str, known: Iterable[str]) -> str:
+def suggest_field(path: str, known_paths: Iterable[str]) -> str:
     """Return the field that an unknown path probably means, or an empty string if no field is similar.
 
     `path` and `known` may begin with `spec.`. Precedence: another spelling of a field in the same group (`batch_size`), a usual name in
     other tools (`lr`), a similar name.
     """
-    candidates = list(known)
+    candidates = list(known_paths)
     group, _, name = path.rpartition(".")
     same_group = (field for field in candidates if field.rpartition(".")[0] == group)
     other_spelling = next((field for field in same_group if normalise(field.rpartition(".")[2]) == normalise(name)), "")
@@ -24,14 +24,14 @@ def suggest_field(path: str, known: Iterable[str]) -> str:
     return other_spelling or (prefix + alias if prefix + alias in candidates else "") or closest_name(path, candidates)
 
 
-def closest_name(word: str, known: Iterable[str]) -> str:
+def closest_name(word: str, known_names: Iterable[str]) -> str:
     """Return the known name most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
-    candidates = list(dict.fromkeys(known))
+    candidates = list(dict.fromkeys(known_names))
     head, dot, tail = word.rpartition(".")
     siblings = {
         candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == head
     }
-    initials = {_initials(name): candidate for name, candidate in reversed(siblings.items())}
+    initials = {_initials_of(name): candidate for name, candidate in reversed(siblings.items())}
     if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in initials:
         return initials[tail.strip("-").lower()]
     similar = _most_similar(tail, siblings, 0.55)
@@ -42,16 +42,16 @@ def closest_name(word: str, known: Iterable[str]) -> str:
     )
     if not dot:
         return same_prefix if len(tail) > 1 else ""
-    elsewhere = next((candidate for candidate in candidates if candidate.rpartition(".")[2] == tail), "")
-    return same_prefix or elsewhere or ("" if siblings else _most_similar(word, candidates, 0.8))
+    name_in_other_group = next((candidate for candidate in candidates if candidate.rpartition(".")[2] == tail), "")
+    return same_prefix or name_in_other_group or ("" if siblings else _most_similar(word, candidates, 0.8))
 
 
-def _most_similar(word: str, known: Iterable[str], cutoff: float) -> str:
-    lower = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), lower, 1, cutoff)
-    return lower[matches[0]] if matches else ""
+def _most_similar(word: str, known_names: Iterable[str], cutoff: float) -> str:
+    names_by_lower_case = {name.lower(): name for name in known_names}
+    matches = difflib.get_close_matches(word.lower(), names_by_lower_case, 1, cutoff)
+    return names_by_lower_case[matches[0]] if matches else ""
 
 
-def _initials(name: str) -> str:
+def _initials_of(name: str) -> str:
     """Return the initials of the words of a name: `lr` for `learning_rate`."""
     return "".join(part[:1] for part in re.split("[-_]", name.strip("-").lower()))

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_cli.redaction import SECRET_NAME
+from finetune_cli.redaction import SECRET_NAME_PATTERN
 
 MAX_NODES = 20_000
 """Maximum number of values, more than any configuration has. With nested aliases, a few lines could expand to billions of values."""
 MAX_QUOTED = 80
-SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
+SCALAR_TAGS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Tree:
     problems: list[Problem] = field(default_factory=list)
     line: int = 1
 
-    def leaves(self, opaque: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
+    def leaves(self, opaque_paths: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
         """Yield (dotted path, value) of every value that is not a mapping. Mappings whose path is in `opaque` count as values."""
-        yield from _leaves(self.value, "", opaque)
+        yield from _leaves(self.value, "", opaque_paths)
 
 
-def _leaves(value: Any, prefix: str, opaque: frozenset[str]) -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, prefix: str, opaque_paths: frozenset[str]) -> Iterator[tuple[str, Any]]:
     for key, inner in value.items():
         path = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(inner, dict) and path not in opaque:
-            yield from _leaves(inner, path, opaque)
+        if isinstance(inner, dict) and path not in opaque_paths:
+            yield from _leaves(inner, path, opaque_paths)
         else:
             yield path, inner
 
@@ -67,11 +67,11 @@ def read_trees(text: str) -> list[Tree]:
     yaml = YAML(typ="safe", pure=True)
     yaml.version = (1, 1)
     try:
-        return [_tree(node) for node in yaml.compose_all(text) if node is not None]
+        return [_build_tree(node) for node in yaml.compose_all(text) if node is not None]
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        error_position = error.problem_mark or error.context_mark
         raise InvalidYaml(
-            f"invalid YAML: {error.problem or error.context}{_quoted_line(text, mark)}", mark.line + 1 if mark else 0
+            f"invalid YAML: {error.problem or error.context}{_quoted_line(text, error_position)}", error_position.line + 1 if error_position else 0
         ) from None
     except YAMLError as error:
         raise InvalidYaml(f"invalid YAML: {str(error).splitlines()[0]}") from None
@@ -79,18 +79,18 @@ def read_trees(text: str) -> list[Tree]:
         raise InvalidYaml("the YAML is nested too deeply for a configuration") from None
 
 
-def _quoted_line(text: str, mark: Any) -> str:
+def _quoted_line(text: str, error_position: Any) -> str:
     """Return the invalid line as the end of a message, or an empty string if the line is unknown, empty, or may hold a secret."""
     lines = text.splitlines()
-    line = lines[mark.line].strip() if mark and mark.line < len(lines) else ""
-    if SECRET_NAME.search(line):
+    line = lines[error_position.line].strip() if error_position and error_position.line < len(lines) else ""
+    if SECRET_NAME_PATTERN.search(line):
         return ""
     return f", in the line `{line[:MAX_QUOTED]}`" if line else ""
 
 
-def _tree(node: Any) -> Tree:
+def _build_tree(node: Any) -> Tree:
     tree = Tree(None, line=node.start_mark.line + 1)
-    tree.value = _Reader(tree).value(node, "")
+    tree.value = _NodeReader(tree).value(node, "")
     return tree
 
 
@@ -103,7 +103,7 @@ def parse_value(text: str) -> Any:
     return trees[0].value if len(trees) == 1 and not trees[0].problems else text if trees else ""
 
 
-class _Reader:
+class _NodeReader:
     """Turns YAML nodes into values and records lines and errors in the tree."""
 
     def __init__(self, tree: Tree):
@@ -121,8 +121,8 @@ class _Reader:
         kind = str(node.tag).rpartition(":")[2]
         if node.id == "scalar":
             return (
-                scalar(node)
-                if kind in SCALARS
+                read_scalar(node)
+                if kind in SCALAR_TAGS
                 else self._add_problem(line, path, f"the tag {node.tag} is not supported")
             )
         if id(node) in self.unfinished:
@@ -130,22 +130,22 @@ class _Reader:
         if kind not in ("map", "seq"):
             return self._add_problem(line, path, f"the tag {node.tag} is not supported")
         self.unfinished.add(id(node))
-        value = self._mapping(node, path) if node.id == "mapping" else self._sequence(node, path)
+        value = self._read_mapping(node, path) if node.id == "mapping" else self._read_sequence(node, path)
         self.unfinished.discard(id(node))
         return value
 
     def _add_problem(self, line: int, path: str, message: str, hint: str = "write the value itself") -> None:
         self.tree.problems.append(Problem(line, path, message, hint))
 
-    def _sequence(self, node: Any, path: str) -> list[Any]:
+    def _read_sequence(self, node: Any, path: str) -> list[Any]:
         return [self.value(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
 
-    def _mapping(self, node: Any, prefix: str) -> dict[str, Any]:
+    def _read_mapping(self, node: Any, prefix: str) -> dict[str, Any]:
         """Read a mapping. The keys of the mapping override merged mappings (`<<`). Earlier merged mappings override later merged mappings."""
         result: dict[str, Any] = {}
         for merged in reversed(list(self._merged_mappings(node))):
             result |= self.value(merged, prefix) or {}
-        first: dict[str, int] = {}
+        first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if key_node.id != "scalar":
@@ -155,10 +155,10 @@ class _Reader:
             path = f"{prefix}.{key}" if prefix else key
             if _is_merge(key_node):
                 continue
-            if key in first:
-                self._add_problem(line, path, f"the key occurs twice, in lines {first[key]} and {line}", "keep one")
+            if key in first_lines:
+                self._add_problem(line, path, f"the key occurs twice, in lines {first_lines[key]} and {line}", "keep one")
                 continue
-            self.tree.lines[path] = first[key] = line
+            self.tree.lines[path] = first_lines[key] = line
             result[key] = self.value(value_node, path)
         return result
 
@@ -178,7 +178,7 @@ def _is_merge(node: Any) -> bool:
     return bool(node.id == "scalar" and node.value == "<<" and not node.style)
 
 
-def scalar(node: Any) -> Any:
+def read_scalar(node: Any) -> Any:
     """Return the value of a scalar node by the rules of YAML 1.1. The docstring of this module lists additional spellings of numbers."""
     kind = str(node.tag).rpartition(":")[2]
     raw = str(node.value)
@@ -187,13 +187,13 @@ def scalar(node: Any) -> Any:
     if kind == "bool":
         return raw.lower() in ("true", "yes", "on", "y")
     if kind in ("int", "float") and not node.style:
-        return _plain_number(raw)
+        return _parse_plain_number(raw)
     return raw
 
 
-def _plain_number(raw: str) -> Any:
+def _parse_plain_number(number_text: str) -> Any:
     """Read a number by YAML 1.1: with underscores, 0x, 0b, or a leading 0 for octal. Numbers in base 60 stay text."""
-    digits = raw.replace("_", "")
+    digits = number_text.replace("_", "")
     sign = -1 if digits.startswith("-") else 1
     plain = digits.lstrip("+-")
     try:
@@ -205,4 +205,4 @@ def _plain_number(raw: str) -> Any:
             return sign * int(plain, 8 if len(plain) > 1 and plain.startswith("0") else 10)
         return float(digits)
     except ValueError:
-        return raw
+        return number_text

@@ -32,7 +32,7 @@ def writer() -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import RoundTripRepresenter
 
-    class Representer(RoundTripRepresenter):
+    class ManifestRepresenter(RoundTripRepresenter):
         """A subclass, so that the representers below do not change the library's own class."""
 
     def represent_text(representer: Any, value: str) -> Any:
@@ -42,10 +42,10 @@ def writer() -> Any:
     def represent_number(representer: Any, value: float) -> Any:
         return representer.represent_scalar("tag:yaml.org,2002:float", number_text(value))
 
-    Representer.add_representer(str, represent_text)
-    Representer.add_representer(float, represent_number)
+    ManifestRepresenter.add_representer(str, represent_text)
+    ManifestRepresenter.add_representer(float, represent_number)
     yaml = YAML()
-    yaml.Representer = Representer
+    yaml.Representer = ManifestRepresenter
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml

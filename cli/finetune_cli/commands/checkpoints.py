@@ -54,11 +54,11 @@ def checkpoints(
     if len(options) > 1:
         raise output.fail(f"{' and '.join(options)} exclude each other: choose one of them")
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.job(name)
+    job = cluster.get_job(name)
     if verify:
-        _verify(open_storage(cluster, job, use_secret, endpoint, storage))
+        _verify_checkpoints(open_storage(cluster, job, use_secret, endpoint, storage))
     elif download is not None:
-        _download(open_storage(cluster, job, use_secret, endpoint, storage), download, to)
+        _download_checkpoints(open_storage(cluster, job, use_secret, endpoint, storage), download, to)
     elif output_format is not None:
         write_data((job.get("status") or {}).get("checkpoints") or [], output_format)
     else:
@@ -66,42 +66,42 @@ def checkpoints(
         if status.checkpoints:
             output.write("\n".join(checkpoint_table(status)))
         else:
-            output.notes([f"{name} has no committed checkpoint yet"])
+            output.print_notes([f"{name} has no committed checkpoint yet"])
 
 
-def _verify(storage: JobStorage) -> None:
-    from finetune_cli.job_storage import list_committed
+def _verify_checkpoints(storage: JobStorage) -> None:
+    from finetune_cli.job_storage import list_committed_folders
 
-    committed = list_committed(storage)
-    if not committed:
-        output.notes([f"there is no committed checkpoint or model below {storage.uri}"])
-    damaged = [folder for folder in committed if not _is_intact(storage, folder)]
+    committed_folders = list_committed_folders(storage)
+    if not committed_folders:
+        output.print_notes([f"there is no committed checkpoint or model below {storage.uri}"])
+    damaged = [folder for folder in committed_folders if not _is_intact(storage, folder)]
     if damaged:
-        raise output.Exit(output.ERROR)
+        raise output.CommandExit(output.ERROR)
 
 
-def _is_intact(storage: JobStorage, committed: CommittedFolder) -> bool:
+def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
     from finetune_cli.job_storage import StorageError, verify_and_download
     from finetune_cli.status_text import format_bytes
 
     try:
-        count = verify_and_download(storage, committed, None)
+        count = verify_and_download(storage, committed_folder, None)
     except StorageError as error:
-        output.errors([f"{committed.folder}: {error}"])
+        output.print_errors([f"{committed_folder.folder}: {error}"])
         return False
-    output.write(f"{committed.folder}: ok, {format_bytes(count)}" + (", healthy" if committed.healthy else ""))
+    output.write(f"{committed_folder.folder}: ok, {format_bytes(count)}" + (", healthy" if committed_folder.is_healthy else ""))
     return True
 
 
-def _download(storage: JobStorage, selection: str, to: Path) -> None:
-    from finetune_cli.job_storage import StorageError, list_committed, verify_and_download
+def _download_checkpoints(storage: JobStorage, selection: str, to: Path) -> None:
+    from finetune_cli.job_storage import StorageError, list_committed_folders, verify_and_download
     from finetune_cli.status_text import format_bytes
 
-    folder, folders = folder_of(selection), list_committed(storage)
+    folder, folders = folder_of(selection), list_committed_folders(storage)
     selected = next((committed for committed in folders if committed.folder == folder), None)
     if selected is None:
-        available = ", ".join(committed.folder for committed in folders) or "nothing"
-        raise StorageError(f"{selection} is not committed below {storage.uri}; available: {available}")
+        available_folders = ", ".join(committed.folder for committed in folders) or "nothing"
+        raise StorageError(f"{selection} is not committed below {storage.uri}; available: {available_folders}")
     count = verify_and_download(storage, selected, to)
     output.write(f"{selected.folder}: {format_bytes(count)} in {to}")
 

@@ -28,31 +28,31 @@ def diff(
     from finetune_cli.fields import flatten
     from finetune_cli.manifests import read_job
 
-    def load(text: str) -> dict[str, Any]:
-        if text == "-" or Path(text).is_file() or text.endswith((".yaml", ".yml", ".json")):
-            manifest = read_job(Path(text))
+    def load_spec(manifest_or_job: str) -> dict[str, Any]:
+        if manifest_or_job == "-" or Path(manifest_or_job).is_file() or manifest_or_job.endswith((".yaml", ".yml", ".json")):
+            manifest = read_job(Path(manifest_or_job))
             unknown = [finding.mistake for finding in check_manifest(manifest)[1] if finding.code == "UnknownField"]
             if unknown:
                 raise output.fail(*unknown)
             return manifest.spec
         from finetune_cli.cluster import connect
 
-        return dict(connect(namespace, context, kubeconfig).job(text).get("spec") or {})
+        return dict(connect(namespace, context, kubeconfig).get_job(manifest_or_job).get("spec") or {})
 
-    left, right = flatten(_resolved(load(first), first)), flatten(_resolved(load(second), second))
+    left_values, right_values = flatten(_spec_with_defaults(load_spec(first), first)), flatten(_spec_with_defaults(load_spec(second), second))
     rows = [
-        (path, left.get(path, "-"), right.get(path, "-"))
-        for path in sorted({*left, *right})
-        if left.get(path) != right.get(path)
+        (path, left_values.get(path, "-"), right_values.get(path, "-"))
+        for path in sorted({*left_values, *right_values})
+        if left_values.get(path) != right_values.get(path)
     ]
     if not rows:
-        output.notes(["both jobs have the same configuration"])
+        output.print_notes(["both jobs have the same configuration"])
         return
     width = max(len(path) for path, *_ in rows)
     output.write("\n".join(f"{path:<{width}}  {a}  ->  {b}" for path, a, b in rows))
 
 
-def _resolved(spec: dict[str, Any], name: str) -> dict[str, Any]:
+def _spec_with_defaults(spec: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a spec with all defaults filled in. Raises Exit for an invalid spec."""
     from finetune_api.defaults import resolve_defaults
     from finetune_api.spec import FineTuneJobSpec

@@ -20,11 +20,11 @@ def events(
     from finetune_cli.status_text import event_line
 
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.job(name)
-    uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in cluster.pods(name))}
-    event_objects = cluster.events(uids)
+    job = cluster.get_job(name)
+    object_uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in cluster.list_pods(name))}
+    event_objects = cluster.list_events(object_uids)
     if not event_objects:
-        output.notes(
+        output.print_notes(
             [
                 f"{name} has no events: the cluster deletes events after some time; `finetune status {name}` still shows the status"
             ]

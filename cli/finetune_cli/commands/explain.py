@@ -40,7 +40,7 @@ def explain(
 
     all_fields = fields()
     if search is not None:
-        matches = _containing(search, all_fields)
+        matches = _find_fields_containing(search, all_fields)
         if not matches:
             raise output.fail(f"no field has {search!r} in its name or description")
         output.write("\n".join(_format_line(field) for field in matches))
@@ -53,14 +53,14 @@ def explain(
     ]
     if not matches:
         suggestion = suggest_field(f"spec.{field_path.removeprefix('spec.')}", [field.path for field in all_fields])
-        mentions = [] if suggestion else _containing(field_path, all_fields)
+        mentions = [] if suggestion else _find_fields_containing(field_path, all_fields)
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
         hint = f"these fields mention the word: {', '.join(field.path for field in mentions)}" if mentions else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
     output.write("\n\n".join(_format_entry(field, all_fields) for field in matches))
 
 
-def _containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
+def _find_fields_containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
     """Return the fields whose name or description contains a word, in any letter case."""
     return [
         field for field in all_fields if word.lower() in field.path.lower() or word.lower() in field.description.lower()
@@ -68,23 +68,23 @@ def _containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
 
 
 def _format_line(field: Field) -> str:
-    return f"{field.path} <{field.kind}>  {_describe(field)}"
+    return f"{field.path} <{field.kind}>  {_describe_field(field)}"
 
 
 def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
-    lines = [f"{field.path} <{field.kind}>", f"  {_describe(field)}"]
+    lines = [f"{field.path} <{field.kind}>", f"  {_describe_field(field)}"]
     prefix = field.path + ("[]." if field.kind.startswith("list of") else ".")
     children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
     if children:
         width = max(len(child.path) - len(prefix) for child in children)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.kind}>  {_describe(child)}" for child in children),
+            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.kind}>  {_describe_field(child)}" for child in children),
         ]
     return "\n".join(lines)
 
 
-def _describe(field: Field) -> str:
+def _describe_field(field: Field) -> str:
     """Return the description of a field. Fields that this version does not support are marked as such."""
     from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
 

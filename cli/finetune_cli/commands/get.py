@@ -17,7 +17,7 @@ from finetune_cli.commands.shared import (
     write_data,
 )
 
-FORMATS = ("yaml", "json", "wide", "name")
+OUTPUT_FORMATS = ("yaml", "json", "wide", "name")
 
 
 def get(
@@ -40,25 +40,25 @@ def get(
     """
     from finetune_cli.cluster import connect
 
-    check_format(output_format, *FORMATS)
+    check_format(output_format, *OUTPUT_FORMATS)
     if name is not None and all_namespaces:
         raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
     cluster = connect(namespace, context, kubeconfig)
     if output_format in ("yaml", "json", "name"):
-        items = [cluster.job(name)] if name else cluster.jobs(all_namespaces=all_namespaces)
-        _write_objects(items, output_format, single=name is not None)
+        items = [cluster.get_job(name)] if name else cluster.list_jobs(all_namespaces=all_namespaces)
+        _write_objects(items, output_format, is_single=name is not None)
         return
-    table = cluster.table(name, all_namespaces=all_namespaces)
+    table = cluster.get_table(name, all_namespaces=all_namespaces)
     rows = table.get("rows") or []
     if not rows:
-        output.notes(
+        output.print_notes(
             [f"there are no FineTuneJobs in {'any namespace' if all_namespaces else 'namespace ' + cluster.namespace}"]
         )
         return
-    output.write(_grid(table["columnDefinitions"], rows, wide=output_format == "wide", namespaces=all_namespaces))
+    output.write(_format_table(table["columnDefinitions"], rows, is_wide=output_format == "wide", with_namespaces=all_namespaces))
 
 
-def _write_objects(items: list[dict[str, Any]], output_format: str, *, single: bool) -> None:
+def _write_objects(items: list[dict[str, Any]], output_format: str, *, is_single: bool) -> None:
     from finetune_api.names import GROUP, PLURAL
 
     for item in items:
@@ -67,20 +67,20 @@ def _write_objects(items: list[dict[str, Any]], output_format: str, *, single: b
         if items:
             output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
         return
-    write_data(items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}, output_format)
+    write_data(items[0] if is_single else {"apiVersion": "v1", "kind": "List", "items": items}, output_format)
 
 
-def _grid(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, wide: bool, namespaces: bool) -> str:
+def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, is_wide: bool, with_namespaces: bool) -> str:
     """Format the API server's table of jobs. Columns with a priority above 0 are shown only with `-o wide`."""
-    shown_columns = [i for i, column in enumerate(columns) if wide or not column.get("priority")]
-    head = (["NAMESPACE"] if namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_columns]
-    lines = [head]
+    shown_columns = [i for i, column in enumerate(columns) if is_wide or not column.get("priority")]
+    header_cells = (["NAMESPACE"] if with_namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_columns]
+    lines = [header_cells]
     for row in rows:
-        namespace = [row["object"]["metadata"].get("namespace", "")] if namespaces else []
+        namespace = [row["object"]["metadata"].get("namespace", "")] if with_namespaces else []
         lines.append(
             namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_columns]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    column_widths = [max(len(line[i]) for line in lines) for i in range(len(header_cells))]
     return "\n".join(
-        "   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        "   ".join(cell.ljust(width) for cell, width in zip(line, column_widths, strict=True)).rstrip() for line in lines
     )

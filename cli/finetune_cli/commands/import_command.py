@@ -14,7 +14,7 @@ from finetune_cli.commands.shared import complete_set, complete_words
 from finetune_cli.importers import IMPORTER_NAMES
 
 if TYPE_CHECKING:
-    from finetune_cli.importers.run_import import Imported
+    from finetune_cli.importers.run_import import ImportResult
 
 
 def import_(
@@ -115,23 +115,23 @@ def import_(
         allowed_variables=frozenset(allow_env or ()),
         environment=dict(os.environ),
     )
-    imported = run_import(request, IMPORTERS)
-    output.warnings(imported.warnings)
-    output.notes(imported.notes)
-    text = options_table(imported) if explain else render(imported, annotate=annotate)
+    import_result = run_import(request, IMPORTERS)
+    output.print_warnings(import_result.warnings)
+    output.print_notes(import_result.notes)
+    text = options_table(import_result) if explain else render(import_result, annotate=annotate)
     if file is None:
         output.write(text)
     else:
         write_text(file, text)
 
 
-def parse_pairs(option: str, texts: list[str]) -> dict[str, str]:
+def parse_pairs(option: str, pair_texts: list[str]) -> dict[str, str]:
     """Parse `NAME=VALUE` texts. Raises InvalidInput."""
     from finetune_cli.mistakes import InvalidInput, Mistake
 
     result: dict[str, str] = {}
     mistakes = []
-    for text in texts:
+    for text in pair_texts:
         key, equals, value = text.partition("=")
         if not equals or not key or not value:
             mistakes.append(Mistake(option, text, "the text does not have the form NAME=VALUE"))
@@ -141,7 +141,7 @@ def parse_pairs(option: str, texts: list[str]) -> dict[str, str]:
     return result
 
 
-def options_table(imported: Imported) -> str:
+def options_table(import_result: ImportResult) -> str:
     """Return a table of every option: the key in the file, the field of the spec, the value, and the origin."""
     from io import StringIO
 
@@ -150,11 +150,11 @@ def options_table(imported: Imported) -> str:
 
     from finetune_cli.importers.render import describe_origin
 
-    grid = Table("WRITTEN AS", "FIELD", "VALUE", "ORIGIN", box=None, pad_edge=False)
-    for path, assigned in sorted(imported.assigned.items()):
+    option_table = Table("WRITTEN AS", "FIELD", "VALUE", "ORIGIN", box=None, pad_edge=False)
+    for path, assigned in sorted(import_result.assigned.items()):
         origin = assigned.origin.location if assigned.key else describe_origin(assigned)
-        grid.add_row(assigned.key or "-", path, str(assigned.value), origin)
+        option_table.add_row(assigned.key or "-", path, str(assigned.value), origin)
     buffer = StringIO()
-    width = sys.stdout.isatty() and output.console().width or 200
-    Console(file=buffer, width=width, highlight=False).print(grid)
+    width = sys.stdout.isatty() and output.stdout_console().width or 200
+    Console(file=buffer, width=width, highlight=False).print(option_table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())

@@ -10,8 +10,8 @@ import typer
 from finetune_cli import output
 from finetune_cli.commands.shared import complete_words
 
-METHODS = ("lora", "qlora", "dora", "full", "spectrum")
-TRAINERS = ("sft", "dpo", "grpo", "kto", "orpo", "reward")
+METHOD_TYPES = ("lora", "qlora", "dora", "full", "spectrum")
+TRAINER_TYPES = ("sft", "dpo", "grpo", "kto", "orpo", "reward")
 FORMATS = {
     "dpo": "preference",
     "orpo": "preference",
@@ -35,11 +35,11 @@ def init(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(metavar="|".join(METHODS), help="Fine-tuning method.", autocompletion=complete_words(*METHODS)),
+        typer.Option(metavar="|".join(METHOD_TYPES), help="Fine-tuning method.", autocompletion=complete_words(*METHOD_TYPES)),
     ] = "lora",
     trainer: Annotated[
         str,
-        typer.Option(metavar="|".join(TRAINERS), help="Training objective.", autocompletion=complete_words(*TRAINERS)),
+        typer.Option(metavar="|".join(TRAINER_TYPES), help="Training objective.", autocompletion=complete_words(*TRAINER_TYPES)),
     ] = "sft",
     gpus: Annotated[int, typer.Option(help="GPUs; 0 trains on CPU.")] = 1,
     file: Annotated[
@@ -54,48 +54,48 @@ def init(
 
     from finetune_cli.files import write_text
 
-    interactive = sys.stdin.isatty()
-    name = _value_or_prompt(name, "Name", interactive, "NAME")
-    model = _value_or_prompt(model, "Base model (org/name or URI)", interactive, "--model")
-    data = _value_or_prompt(data, "Training data (URI)", interactive, "--data")
+    is_interactive = sys.stdin.isatty()
+    name = _value_or_prompt(name, "Name", is_interactive, "NAME")
+    model = _value_or_prompt(model, "Base model (org/name or URI)", is_interactive, "--model")
+    data = _value_or_prompt(data, "Training data (URI)", is_interactive, "--data")
     errors = [
         f"{option}: unknown value {value}; write one of {', '.join(allowed)}"
-        for option, value, allowed in (("--method", method, METHODS), ("--trainer", trainer, TRAINERS))
+        for option, value, allowed in (("--method", method, METHOD_TYPES), ("--trainer", trainer, TRAINER_TYPES))
         if value not in allowed
     ]
     if errors:
         raise output.fail(*errors)
     text = manifest_text(name, model, data, validation, storage, method, trainer, gpus)
-    _check(text, {"model": model, "data": data, "validation": validation, "storage": storage, "gpus": gpus})
+    _check_manifest_text(text, {"model": model, "data": data, "validation": validation, "storage": storage, "gpus": gpus})
     if file is None:
         output.write(text)
     elif file.exists():
         raise output.fail(f"{file} already exists; choose another file")
     else:
         write_text(file, text)
-        output.notes([f"wrote {file}; next: finetune validate {file}"])
+        output.print_notes([f"wrote {file}; next: finetune validate {file}"])
 
 
-def _value_or_prompt(value: str | None, question: str, interactive: bool, option: str) -> str:
+def _value_or_prompt(value: str | None, question: str, is_interactive: bool, option: str) -> str:
     if value:
         return value
-    if not interactive:
+    if not is_interactive:
         raise output.fail(f"{option} is missing; `finetune init` asks for missing values only on a terminal")
     return str(typer.prompt(question, err=True))
 
 
-def _check(text: str, options: dict[str, Any]) -> None:
+def _check_manifest_text(text: str, options: dict[str, Any]) -> None:
     """Print the errors of a manifest and raise Exit. Only `validate` reports fields that are not supported yet."""
     import dataclasses
 
     from finetune_api.names import Reason
 
     from finetune_cli.checks import check_manifest, errors_of
-    from finetune_cli.manifests import parse
+    from finetune_cli.manifests import parse_manifests
     from finetune_cli.overrides import name_option, parse_overrides
 
     overrides = parse_overrides((), options)
-    findings = errors_of(check_manifest(next(parse(text, "manifest")))[1])
+    findings = errors_of(check_manifest(next(parse_manifests(text, "manifest")))[1])
     mistakes = [
         name_option(dataclasses.replace(finding.mistake, location=""), overrides)
         for finding in findings
@@ -127,11 +127,11 @@ def manifest_text(
         f"    source: {quoted(model)}",
         "    # tokenSecretRef: {name: hub, key: token}   # for gated models",
         "  method:",
-        f"    type: {method}   # {', '.join(METHODS)}",
+        f"    type: {method}   # {', '.join(METHOD_TYPES)}",
     ]
     if method in ("lora", "qlora", "dora"):
         lines += ["    lora:", "      rank: 16", "      alpha: 32"]
-    lines += ["  trainer:", f"    type: {trainer}   # {', '.join(TRAINERS)}"]
+    lines += ["  trainer:", f"    type: {trainer}   # {', '.join(TRAINER_TYPES)}"]
     if trainer == "grpo":
         lines += ["    rewards:", "      - builtin: regex", "        parameters: {pattern: '^Answer: '}"]
     lines += ["  dataset:", f"    train: {quoted(data)}"]

@@ -63,14 +63,14 @@ def _patch(
     from finetune_cli.status_text import has_finished, status_of
 
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.job(name)
+    job = cluster.get_job(name)
     status = status_of(job)
     if has_finished(status):
         raise ClusterError(f"{name} has already ended: {status.phase}")
     before = job.get("spec") or {}
     if all(bool(before.get(key)) == value for key, value in spec.items()):
         values = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec.items())
-        output.notes([f"{name}: nothing to change, {values}"])
+        output.print_notes([f"{name}: nothing to change, {values}"])
         return
     cluster.patch_spec(name, spec)
     output.write(f"{name}: {effect}")

@@ -38,11 +38,11 @@ def logs(
     from finetune_cli.cluster import connect
 
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.job(name)
+    job = cluster.get_job(name)
     pods = select_pods(cluster, job, rank, attempt, all_attempts)
-    several = len(pods) > 1
+    has_several_pods = len(pods) > 1
     for origin, line in merged_lines(cluster, pods, follow=follow, tail=tail):
-        output.write(f"{origin} {line}" if several else line)
+        output.write(f"{origin} {line}" if has_several_pods else line)
 
 
 def select_pods(
@@ -52,7 +52,7 @@ def select_pods(
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     name = job["metadata"]["name"]
-    pods = cluster.pods(name)
+    pods = cluster.list_pods(name)
     if not pods:
         raise ClusterError(
             f"{name} has no pods: the pods are not created yet, or already deleted; `finetune status {name}` shows the reason"
@@ -90,7 +90,7 @@ def merged_lines(
     def read_pod(pod: dict[str, Any]) -> None:
         origin = f"[{attempt_of(pod)}/{index_of(pod)}]"
         try:
-            for line in _log(cluster, pod, follow, tail):
+            for line in _stream_log(cluster, pod, follow, tail):
                 lines.put((origin, line))
         except ClusterError as error:
             lines.put((origin, f"({error})"))
@@ -101,7 +101,7 @@ def merged_lines(
         for pod in pods:
             origin = f"[{attempt_of(pod)}/{index_of(pod)}]"
             try:
-                yield from ((origin, line) for line in _log(cluster, pod, follow, tail))
+                yield from ((origin, line) for line in _stream_log(cluster, pod, follow, tail))
             except ClusterError as error:
                 yield origin, f"({error})"
         return
@@ -116,7 +116,7 @@ def merged_lines(
             yield origin, line
 
 
-def _log(cluster: Cluster, pod: dict[str, Any], follow: bool, tail: int | None) -> Iterator[str]:
+def _stream_log(cluster: Cluster, pod: dict[str, Any], follow: bool, tail: int | None) -> Iterator[str]:
     from finetune_api.names import TRAINER_CONTAINER
 
-    return cluster.log(pod["metadata"]["name"], TRAINER_CONTAINER, follow=follow, tail=tail)
+    return cluster.stream_log(pod["metadata"]["name"], TRAINER_CONTAINER, follow=follow, tail_lines=tail)

@@ -51,13 +51,13 @@ def purge(
         raise StorageError("--uid needs --storage URI: the storage root of a deleted job is unknown")
     job = _finished_job(cluster, name, uid)
     opened = open_storage(cluster, job, use_secret, endpoint, storage)
-    objects = list(opened.objects())
+    objects = list(opened.list_objects())
     if not objects:
-        output.notes([f"there are no objects below {opened.uri}"])
+        output.print_notes([f"there are no objects below {opened.uri}"])
         return
     total = format_bytes(sum(stored.size for stored in objects))
-    _confirm(name, f"{len(objects)} objects, {total}, below {opened.uri}", yes)
-    opened.delete(_markers_first(objects))
+    _confirm_deletion(name, f"{len(objects)} objects, {total}, below {opened.uri}", yes)
+    opened.delete_objects(_markers_first(objects))
     output.write(f"{name}: {len(objects)} objects, {total}, deleted")
 
 
@@ -70,7 +70,7 @@ def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any
     from finetune_cli.status_text import has_finished, status_of
 
     try:
-        job = cluster.job(name)
+        job = cluster.get_job(name)
     except ClusterError as error:
         if error.code != HTTP_NOT_FOUND or uid is None:
             raise
@@ -90,7 +90,7 @@ def _markers_first(objects: list[StoredObject]) -> list[StoredObject]:
     return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
 
 
-def _confirm(name: str, objects: str, yes: str | None) -> None:
+def _confirm_deletion(name: str, objects: str, yes: str | None) -> None:
     """Ask for confirmation, then for the job's name. Raises StorageError if the user declines."""
     from finetune_cli.job_storage import StorageError
 

@@ -26,7 +26,7 @@ SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
     r"|(?<=X-Amz-Signature=)[0-9a-f]+|(?i:(?<=bearer )[A-Za-z0-9._-]{8,})"
 )
-REDACTED = "REDACTED"
+REDACTED_VALUE = "REDACTED"
 
 
 def report(
@@ -46,20 +46,20 @@ def report(
     Example: finetune report support-bot
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.files import unwritable
+    from finetune_cli.files import unwritable_file_error
 
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.job(name)
+    job = cluster.get_job(name)
     path = file or Path(f"finetune-report-{name}.tar.gz")
-    parts = collect(cluster, job)
+    parts = collect_report(cluster, job)
     try:
-        _pack(path, name, parts)
+        _write_archive(path, name, parts)
     except OSError as error:
-        raise unwritable(path, error) from None
+        raise unwritable_file_error(path, error) from None
     output.write(f"{path}: {len(parts)} files; look for remaining secrets before you send the archive to others")
 
 
-def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
+def _write_archive(path: Path, name: str, parts: dict[str, str]) -> None:
     with tarfile.open(path, "w:gz") as archive:
         for part, text in parts.items():
             info = tarfile.TarInfo(f"finetune-report-{name}/{part}")
@@ -68,33 +68,33 @@ def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
+def collect_report(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
     """Return the redacted files of the archive by name. The file of an unreadable object contains the error."""
     from finetune_api.names import TRAINER_CONTAINER
 
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.status_text import describe, event_line
+    from finetune_cli.status_text import describe_job, event_line
 
     name = job["metadata"]["name"]
     job["metadata"].pop("managedFields", None)
-    parts = {"job.yaml": to_yaml(redact(job)), "status.txt": describe(job)}
+    parts = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
     pods: list[dict[str, Any]] = []
     try:
-        pods = cluster.pods(name)
+        pods = cluster.list_pods(name)
         for pod in pods:
             pod["metadata"].pop("managedFields", None)
-        parts["pods.yaml"] = to_yaml(redact(pods))
-        uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
-        parts["events.txt"] = "\n".join(map(event_line, cluster.events(uids)))
+        parts["pods.yaml"] = to_yaml(redact_value(pods))
+        object_uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
+        parts["events.txt"] = "\n".join(map(event_line, cluster.list_events(object_uids)))
         parts["versions.json"] = json.dumps(
-            {"kubernetes": cluster.version(), "python": platform.python_version()}, indent=1
+            {"kubernetes": cluster.get_version(), "python": platform.python_version()}, indent=1
         )
     except ClusterError as error:
         parts["errors.txt"] = str(error)
     for pod in pods:
         pod_name = pod["metadata"]["name"]
         try:
-            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.log(pod_name, TRAINER_CONTAINER, follow=False, tail=LOG_LINES))
+            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINES))
         except ClusterError as error:
             parts[f"logs/{pod_name}.txt"] = f"({error})"
     return {part: redact_for_report(text) for part, text in parts.items()}
@@ -104,23 +104,23 @@ def redact_for_report(text: str) -> str:
     """Redact secrets in a text, with broader patterns than other commands, because the user sends the archive to others."""
     from finetune_cli.redaction import redact_text
 
-    return redact_text(SECRET_TEXT.sub(REDACTED, text), REDACTED)
+    return redact_text(SECRET_TEXT.sub(REDACTED_VALUE, text), REDACTED_VALUE)
 
 
-def redact(value: Any, key: str = "") -> Any:
+def redact_value(value: Any, key: str = "") -> Any:
     """Return a copy with redacted values of the variables and fields whose name suggests a secret (`MY_TOKEN`, `password`)."""
     if isinstance(value, dict):
         if "name" in value and "value" in value and len(value) == 2:
             return {
                 "name": value["name"],
-                "value": REDACTED if SECRET_KEY.search(str(value["name"])) else redact(value["value"]),
+                "value": REDACTED_VALUE if SECRET_KEY.search(str(value["name"])) else redact_value(value["value"]),
             }
-        return {name: redact(inner, name) for name, inner in value.items()}
+        return {name: redact_value(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [redact(item, key) for item in value]
+        return [redact_value(item, key) for item in value]
     if isinstance(value, str):
         if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
-            return REDACTED
+            return REDACTED_VALUE
         return _redact_json(value) if value.startswith(("{", "[")) else redact_for_report(value)
     return value
 
@@ -128,6 +128,6 @@ def redact(value: Any, key: str = "") -> Any:
 def _redact_json(text: str) -> str:
     """Redact JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec as JSON, including environment variables."""
     try:
-        return json.dumps(redact(json.loads(text)), ensure_ascii=False)
+        return json.dumps(redact_value(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):
         return redact_for_report(text)

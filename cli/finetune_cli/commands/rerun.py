@@ -36,27 +36,27 @@ def rerun(
     """
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
     from finetune_cli.cluster import connect
-    from finetune_cli.manifests import parse
+    from finetune_cli.manifests import parse_manifests
     from finetune_cli.overrides import name_option, parse_overrides
     from finetune_cli.yaml_writer import to_yaml
 
     cluster = connect(namespace, context, kubeconfig)
-    old = cluster.job(name)
+    old_job = cluster.get_job(name)
     overrides = parse_overrides(sets or ())
-    changes = {path: assigned.value for path, assigned in overrides.items()}
+    changed_values = {path: assigned.value for path, assigned in overrides.items()}
     if from_checkpoint is not None:
-        changes["checkpoint.resume"] = _checkpoint_uri(old, from_checkpoint)
-    taken = {job["metadata"]["name"] for job in cluster.jobs(all_namespaces=False)}
-    body = build_rerun(old, new_name or free_name(name, taken), changes, from_checkpoint)
+        changed_values["checkpoint.resume"] = _checkpoint_uri(old_job, from_checkpoint)
+    taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
+    body = build_rerun(old_job, new_name or free_name(name, taken_names), changed_values, from_checkpoint)
     text = to_yaml(body)
-    _, findings = check_manifest(next(parse(text, "new job")))
-    output.warnings(warnings_of(findings))
+    _, findings = check_manifest(next(parse_manifests(text, "new job")))
+    output.print_warnings(warnings_of(findings))
     if errors_of(findings):
         raise output.fail(*(name_option(finding.mistake, overrides) for finding in errors_of(findings)))
     if dry_run:
         output.write(text)
         return
-    cluster.create(body)
+    cluster.create_object(body)
     output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
 
 
@@ -80,25 +80,25 @@ def _checkpoint_uri(job: dict[str, Any], step: int) -> str:
     return uri
 
 
-def free_name(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken_names: set[str]) -> str:
     """Return the first unused name with a number: `bot` -> `bot-2`, `bot-2` -> `bot-3`. A long base name is shortened."""
     from finetune_api.names import MAX_NAME_LENGTH
 
     match = re.match(r"^(.*?)-(\d+)$", name)
     base, number = (match.group(1), int(match.group(2)) + 1) if match else (name, 2)
-    while f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken:
+    while f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken_names:
         number += 1
     return f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
 
 
-def build_rerun(old: dict[str, Any], name: str, changes: dict[str, Any], step: int | None) -> dict[str, Any]:
+def build_rerun(old_job: dict[str, Any], name: str, changed_values: dict[str, Any], step: int | None) -> dict[str, Any]:
     """Return the new FineTuneJob: the old spec with the changes, without `suspend` and `cancel`. Its annotations contain the name of the old job."""
     from finetune_api.names import API_VERSION, KIND, Annotation
 
     from finetune_cli.fields import with_values
 
-    spec = with_values(old.get("spec") or {}, {"suspend": None, "cancel": None, **changes})
-    metadata = old["metadata"]
+    spec = with_values(old_job.get("spec") or {}, {"suspend": None, "cancel": None, **changed_values})
+    metadata = old_job["metadata"]
     annotations = {Annotation.RERUN_OF.value: f"{metadata['name']}/{metadata['uid']}"}
     if step is not None:
         annotations[Annotation.FROM_STEP.value] = str(step)

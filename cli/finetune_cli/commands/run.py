@@ -46,7 +46,7 @@ def run_command(
         raise output.fail(
             "`finetune run` needs --local and trains on this machine; to run in a cluster, use `finetune submit`"
         )
-    from finetune_cli.local_run import prepare, train
+    from finetune_cli.local_run import prepare_run, run_trainer
 
-    run = prepare(file, folder, sets or [], config_maps or [], claims or [])
-    raise output.Exit(train(run, python))
+    run = prepare_run(file, folder, sets or [], config_maps or [], claims or [])
+    raise output.CommandExit(run_trainer(run, python))

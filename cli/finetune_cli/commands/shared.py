@@ -18,7 +18,7 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
 
     given = ctx.params
     try:
-        jobs = connect(given.get("namespace"), given.get("context"), given.get("kubeconfig")).jobs(all_namespaces=False)
+        jobs = connect(given.get("namespace"), given.get("context"), given.get("kubeconfig")).list_jobs(all_namespaces=False)
     except output.CommandError:
         return []
     return [name for name in (job["metadata"]["name"] for job in jobs) if name.startswith(incomplete)]
@@ -49,10 +49,10 @@ def complete_words(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def check_format(output_format: str | None, *allowed: str) -> None:
+def check_format(output_format: str | None, *allowed_formats: str) -> None:
     """Raise Exit for an output format that the command does not support."""
-    if output_format is not None and output_format not in allowed:
-        raise output.fail(f"-o {output_format}: unknown output format; write one of {', '.join(allowed)}")
+    if output_format is not None and output_format not in allowed_formats:
+        raise output.fail(f"-o {output_format}: unknown output format; write one of {', '.join(allowed_formats)}")
 
 
 SetOption = Annotated[

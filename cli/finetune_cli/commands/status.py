@@ -38,7 +38,7 @@ def status(
     Example: finetune status support-bot --watch
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.status_text import describe
+    from finetune_cli.status_text import describe_job
 
     check_format(output_format, "yaml", "json")
     if watch and output_format is not None:
@@ -47,11 +47,11 @@ def status(
     if watch:
         exit_if_failed(follow_job(cluster, name))
         return
-    job = cluster.job(name)
+    job = cluster.get_job(name)
     if output_format is not None:
         write_data(job.get("status") or {}, output_format)
     else:
-        output.write(describe(job))
+        output.write(describe_job(job))
     exit_if_failed(job)
 
 
@@ -63,23 +63,23 @@ def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
     from rich.live import Live
     from rich.text import Text
 
-    from finetune_cli.status_text import describe, has_finished, status_of
+    from finetune_cli.status_text import describe_job, has_finished, status_of
 
     losses: list[float] = []
     job: dict[str, Any] = {}
-    last = ""
-    with Live(console=output.console(), auto_refresh=False, screen=False) as live:
+    last_text = ""
+    with Live(console=output.stdout_console(), auto_refresh=False, screen=False) as live:
         for job in cluster.watch_job(name):
             status = status_of(job)
             loss = status.metrics.train_loss if status.metrics else None
             if loss is not None and (not losses or losses[-1] != loss):
                 losses = [*losses[1 - MAX_LOSSES :], loss]
-            text = describe(job, losses)
-            if output.console().is_terminal:
+            text = describe_job(job, losses)
+            if output.stdout_console().is_terminal:
                 live.update(Text(text), refresh=True)
-            elif text != last:
+            elif text != last_text:
                 output.write(text + "\n")
-            last = text
+            last_text = text
             if has_finished(status):
                 break
     return job
@@ -91,4 +91,4 @@ def exit_if_failed(job: dict[str, Any]) -> None:
 
     status = status_of(job)
     if has_finished(status) and not has_succeeded(status):
-        raise output.Exit(output.JOB_FAILED)
+        raise output.CommandExit(output.JOB_FAILED)

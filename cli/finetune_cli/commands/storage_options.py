@@ -34,11 +34,11 @@ def open_storage(
     """Open the folder of a job in storage. Raises StorageError or ClusterError."""
     from finetune_cli.job_storage import JobStorage, StorageError, decode_secret, root_of
 
-    changed = job
+    effective_job = job
     if storage_uri is not None:
         spec = dict(job.get("spec") or {})
-        changed = {**job, "spec": {**spec, "storage": {**(spec.get("storage") or {}), "uri": storage_uri}}}
-    uri, connection = root_of(changed)
+        effective_job = {**job, "spec": {**spec, "storage": {**(spec.get("storage") or {}), "uri": storage_uri}}}
+    uri, connection = root_of(effective_job)
     if endpoint is not None:
         connection = connection.model_copy(update={"endpoint": endpoint})
     credentials = None
@@ -47,5 +47,5 @@ def open_storage(
             raise StorageError(
                 "the job has no storage.credentialsSecretRef: set the AWS_ variables instead of --use-secret"
             )
-        credentials = decode_secret(cluster.secret(connection.credentials_secret_ref.name))
+        credentials = decode_secret(cluster.get_secret(connection.credentials_secret_ref.name))
     return JobStorage(uri, connection, credentials)

@@ -41,32 +41,32 @@ def submit(
     """
     from finetune_cli.cluster import connect
 
-    manifests = _checked_manifests(files)
+    manifests = _read_valid_manifests(files)
     cluster = connect(namespace, context, kubeconfig)
     jobs = [manifest for manifest in manifests if manifest.is_job]
     for manifest in (*(manifest for manifest in manifests if not manifest.is_job), *jobs):
-        _send(cluster, manifest, dry_run)
+        _submit_manifest(cluster, manifest, dry_run)
     if wait and not dry_run:
         from finetune_cli.commands.status import exit_if_failed, follow_job
 
-        ended = [follow_job(_in_namespace(cluster, job), job.name) for job in jobs]
-        for job in ended:
+        has_succeeded = [follow_job(_in_namespace(cluster, job), job.name) for job in jobs]
+        for job in has_succeeded:
             exit_if_failed(job)
 
 
-def _checked_manifests(files: list[Path]) -> list[Manifest]:
+def _read_valid_manifests(files: list[Path]) -> list[Manifest]:
     """Read and check all files. Prints every error of every file, then raises Exit."""
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
     from finetune_cli.files import display_name
-    from finetune_cli.manifests import read_all
+    from finetune_cli.manifests import read_all_manifests
 
-    manifests, unreadable = read_all(files)
-    errors: list[Any] = list(unreadable)
+    manifests, read_mistakes = read_all_manifests(files)
+    errors: list[Any] = list(read_mistakes)
     for manifest in manifests:
         kind = manifest.value.get("kind")
         if manifest.is_job:
             findings = check_manifest(manifest)[1]
-            output.warnings(warnings_of(findings))
+            output.print_warnings(warnings_of(findings))
             errors += [finding.mistake for finding in errors_of(findings)]
         elif kind not in ("Secret", "ConfigMap"):
             errors.append(
@@ -85,16 +85,16 @@ def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
     return dataclasses.replace(cluster, namespace=str(namespace)) if namespace else cluster
 
 
-def _send(cluster: Cluster, manifest: Manifest, dry_run: bool) -> None:
+def _submit_manifest(cluster: Cluster, manifest: Manifest, dry_run: bool) -> None:
     from finetune_cli.cluster import ClusterError
 
     target = _in_namespace(cluster, manifest)
     kind, name = manifest.value["kind"], manifest.name
     try:
         if manifest.is_job:
-            target.create(manifest.value, dry_run=dry_run)
+            target.create_object(manifest.value, dry_run=dry_run)
         else:
-            target.apply(manifest.value, dry_run=dry_run)
+            target.apply_object(manifest.value, dry_run=dry_run)
     except ClusterError as error:
         is_name_taken = error.code == HTTP_CONFLICT and manifest.is_job
         hint = (

@@ -35,12 +35,12 @@ def validate(
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.files import display_name
-    from finetune_cli.manifests import read_all
+    from finetune_cli.manifests import read_all_manifests
 
-    manifests, unreadable = read_all(files)
-    errors = list(map(str, unreadable))
+    manifests, read_mistakes = read_all_manifests(files)
+    errors = list(map(str, read_mistakes))
     for manifest in manifests:
-        errors += _check(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
+        errors += _check_manifest_messages(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
     jobs = [manifest for manifest in manifests if manifest.is_job]
     if not jobs and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
@@ -50,7 +50,7 @@ def validate(
     output.write("\n".join(f"{job.file}: {job.name}: ok" for job in jobs))
 
 
-def _check(manifest: Manifest, target: object, strict: bool) -> list[str]:
+def _check_manifest_messages(manifest: Manifest, target: object, strict: bool) -> list[str]:
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
@@ -64,7 +64,7 @@ def _check(manifest: Manifest, target: object, strict: bool) -> list[str]:
         return []
     _, findings = check_manifest(manifest, ExecutionTarget(str(target)))
     if not strict:
-        output.warnings(warnings_of(findings))
+        output.print_warnings(warnings_of(findings))
         findings = errors_of(findings)
     return [f"{finding.mistake} [{finding.code}]" for finding in findings]
 

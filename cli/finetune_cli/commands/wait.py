@@ -38,7 +38,7 @@ def wait(
     from finetune_api.names import Condition, Phase
 
     from finetune_cli.cluster import connect
-    from finetune_cli.status_text import condition, has_finished, status_of
+    from finetune_cli.status_text import condition_status, has_finished, status_of
 
     conditions = {condition_type.value.lower(): condition_type for condition_type in Condition}
     if until.lower() not in conditions and until.lower() != "running":
@@ -51,7 +51,7 @@ def wait(
             exit_if_failed(job)
             _fail_if_unreachable(name, condition_type, status)
         is_running = condition_type is None and status.phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
-        if is_running or (condition_type is not None and condition(status, condition_type)) or has_finished(status):
+        if is_running or (condition_type is not None and condition_status(status, condition_type)) or has_finished(status):
             output.write(f"{name}: {status.phase or until}")
             return
     raise output.fail(f"{name} is not {until} after {timeout:g} s")
@@ -64,8 +64,8 @@ def _fail_if_unreachable(name: str, condition_type: str | None, status: FineTune
     """
     from finetune_api.names import Condition
 
-    from finetune_cli.status_text import condition
+    from finetune_cli.status_text import condition_status
 
     optional = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
-    if condition_type in optional and not condition(status, Condition(condition_type)):
+    if condition_type in optional and not condition_status(status, Condition(condition_type)):
         raise output.fail(f"{name} has ended ({status.phase}) and cannot become {condition_type}")

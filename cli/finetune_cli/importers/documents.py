@@ -43,9 +43,9 @@ def _location(document: Document, line: int) -> str:
     return f"{document.name}:{line}" if line else document.name
 
 
-def entries(document: Document, tree: Tree, opaque: frozenset[str] = frozenset()) -> Iterator[Entry]:
+def entries(document: Document, tree: Tree, opaque_paths: frozenset[str] = frozenset()) -> Iterator[Entry]:
     """Yield an entry, with file and line, for each value of a tree that is not a mapping."""
-    for path, value in tree.leaves(opaque):
+    for path, value in tree.leaves(opaque_paths):
         line = tree.lines.get(path)
         yield Entry(path, value, Origin(f"{document.name}:{line}" if line else document.name))
 

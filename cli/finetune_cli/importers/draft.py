@@ -11,7 +11,7 @@ from typing import Any
 from finetune_cli.importers.converters import Convert, text
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import AssignedValue, Origin
-from finetune_cli.redaction import REDACTED, redact_text
+from finetune_cli.redaction import REDACTED_TEXT, redact_text
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Draft:
         """Return a message without secrets."""
         for secret in sorted(self.secret_texts, key=len, reverse=True):
             edge = r"\b" if len(secret) < 6 else ""
-            message = re.sub(edge + re.escape(secret) + edge, REDACTED, message)
+            message = re.sub(edge + re.escape(secret) + edge, REDACTED_TEXT, message)
         return redact_text(message)
 
 

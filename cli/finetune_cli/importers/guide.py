@@ -170,7 +170,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("tracking.reportTo", ["tensorboard"]),
     ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip
-OPAQUE = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
+OPAQUE_PATHS = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
 FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r", "--merge")
 
 
@@ -200,7 +200,7 @@ def read(draft: Draft) -> Iterator[Entry]:
         if name == "--config" and value:
             add_config_file(draft, value)
     for document in draft.documents:
-        yield from entries(document, parse(document), OPAQUE)
+        yield from entries(document, parse(document), OPAQUE_PATHS)
     for name, value in flags.pairs:
         if name == "--merge":
             yield flag_entry(name, True if value is None else value)

@@ -64,7 +64,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
         "dataset.responseOnly.enabled", True, "fixed by the API", lambda d: d.value("trainer.type", "sft") == "sft"
     ),
 )
-OPAQUE = frozenset({"metadata", "integrations", "error"})
+OPAQUE_PATHS = frozenset({"metadata", "integrations", "error"})
 BASE_RATE = {"sft": 2e-4, "dpo": 5e-6}
 """Base of the learning rate multiplier: the default learning rates for adapters."""
 
@@ -105,7 +105,7 @@ def read(draft: Draft) -> Iterator[Entry]:
 def _leaves(value: dict[str, Any], prefix: str, document: Document, lines: dict[str, int]) -> Iterator[Entry]:
     for key, inner in value.items():
         path = f"{prefix}.{key}" if prefix else key
-        if isinstance(inner, dict) and path not in OPAQUE:
+        if isinstance(inner, dict) and path not in OPAQUE_PATHS:
             yield from _leaves(inner, path, document, lines)
         elif inner is not None:
             yield Entry(path, inner, Origin(f"{document.name}:{lines[path]}" if path in lines else document.name))

@@ -8,37 +8,37 @@ from typing import Any
 from finetune_api.names import API_VERSION, KIND
 from finetune_api.spec import FineTuneJobSpec
 
-from finetune_cli.importers.run_import import Imported
+from finetune_cli.importers.run_import import ImportResult
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.yaml_writer import to_yaml_stream
 
 
-def render(imported: Imported, *, annotate: bool) -> str:
+def render(import_result: ImportResult, *, annotate: bool) -> str:
     """Return all objects as YAML. With `annotate`, a comment after each value names its origin."""
-    return to_yaml_stream(documents(imported, annotate=annotate))
+    return to_yaml_stream(documents(import_result, annotate=annotate))
 
 
-def documents(imported: Imported, *, annotate: bool = False) -> Iterator[Any]:
+def documents(import_result: ImportResult, *, annotate: bool = False) -> Iterator[Any]:
     """Yield the Secret and the ConfigMaps that the job needs, then the FineTuneJob."""
-    if imported.secrets:
+    if import_result.secrets:
         yield {
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": _metadata(imported, imported.secret_name),
+            "metadata": _metadata(import_result, import_result.secret_name),
             "type": "Opaque",
-            "stringData": dict(imported.secrets),
+            "stringData": dict(import_result.secrets),
         }
-    for name, data in imported.config_maps.items():
-        yield {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(imported, name), "data": dict(data)}
-    metadata = _metadata(imported, imported.name)
-    if imported.annotations:
-        metadata["annotations"] = dict(imported.annotations)
-    spec = _to_commented_map(_sort_fields(imported.spec, FineTuneJobSpec), "", imported.assigned if annotate else {})
+    for name, data in import_result.config_maps.items():
+        yield {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(import_result, name), "data": dict(data)}
+    metadata = _metadata(import_result, import_result.name)
+    if import_result.annotations:
+        metadata["annotations"] = dict(import_result.annotations)
+    spec = _to_commented_map(_sort_fields(import_result.spec, FineTuneJobSpec), "", import_result.assigned if annotate else {})
     yield {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 
 
-def _metadata(imported: Imported, name: str) -> dict[str, Any]:
-    return {"name": name, **({"namespace": imported.namespace} if imported.namespace else {})}
+def _metadata(import_result: ImportResult, name: str) -> dict[str, Any]:
+    return {"name": name, **({"namespace": import_result.namespace} if import_result.namespace else {})}
 
 
 def _sort_fields(values: dict[str, Any], model: Any) -> dict[str, Any]:

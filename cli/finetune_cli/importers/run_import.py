@@ -35,14 +35,14 @@ from finetune_cli.importers.draft import (
 )
 from finetune_cli.importers.no_effect import remove_options_without_effect
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.overrides import option_hint
+from finetune_cli.overrides import hint_for_option
 from finetune_cli.provenance import AssignedValue
-from finetune_cli.redaction import REDACTED, SECRET_NAME, contains_secret
+from finetune_cli.redaction import REDACTED_TEXT, SECRET_NAME_PATTERN, contains_secret
 from finetune_cli.suggestions import closest_name
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportResult:
     """The result of an import: a FineTuneJob with the origin of every value."""
 
     importer: Importer
@@ -58,7 +58,7 @@ class Imported:
     notes: list[str]
 
 
-def run_import(request: Request, importers: dict[str, Importer]) -> Imported:
+def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult:
     """Import the files of a request. Raises InvalidInput with all mistakes; secrets in their texts are redacted."""
     _check_namespace(request)
     documents = load(request.files)
@@ -74,7 +74,7 @@ def run_import(request: Request, importers: dict[str, Importer]) -> Imported:
     _refuse_secrets(draft)
     if draft.mistakes:
         raise InvalidInput([_redact_mistake(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
-    return Imported(
+    return ImportResult(
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
         draft.annotations, [draft.redacted(text) for text in draft.warnings], [draft.redacted(text) for text in draft.notes],
     )  # fmt: skip
@@ -295,7 +295,7 @@ def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> b
         draft.unreadable[row.key] = row.path
         locations = ", ".join(dict.fromkeys((first.origin.location, second.origin.location)))
         values = (
-            f"{REDACTED} and {REDACTED}"
+            f"{REDACTED_TEXT} and {REDACTED_TEXT}"
             if row.secret
             else f"{_format_value(first.value)} and {_format_value(second.value)}"
         )
@@ -319,7 +319,7 @@ def _is_unset(value: Any) -> bool:
 
 def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
     """Record an unknown key. The message says whether a group was written as a single value, or a single value as a group."""
-    if SECRET_NAME.search(entry.key):
+    if SECRET_NAME_PATTERN.search(entry.key):
         draft.hide(entry.value)
     known = [key for row in importer.rows for key in (row.key, *row.aliases)]
     option_in_group = next((key for key in known if key.startswith(f"{entry.key}.")), None)
@@ -356,7 +356,7 @@ def _convert(row: Row, entry: Entry, draft: Draft) -> None:
         value = row.convert(entry.value)
     except ConversionError as error:
         draft.unreadable[row.key] = row.path
-        shown = REDACTED if row.secret else _format_value(entry.value)
+        shown = REDACTED_TEXT if row.secret else _format_value(entry.value)
         hint = f"allowed: {error.allowed}" + (f"; did you mean {error.closest}?" if error.closest else "")
         draft.mistakes.append(Mistake(entry.origin.location, entry.key, f"{shown} {error.problem}", hint))
         return
@@ -508,7 +508,7 @@ def _mistake_of_problem(draft: Draft, problem: Problem) -> Mistake:
     keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written))
     locations = ", ".join(dict.fromkeys(value.origin.location for value in written))
     override = draft.request.overrides.get(problem.path.partition("[")[0])
-    hint = option_hint(problem.hint, override.origin.location, problem.path) if override else problem.hint
+    hint = hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
     message = _user_spelling(draft, written[0]) + problem.message
     return Mistake(locations, keys, message, f"{hint} (spec.{problem.path})" if hint else "")
 

@@ -36,7 +36,7 @@ from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, 
 from finetune_cli.importers.sources import assign_output_folder, assign_source
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import Origin
-from finetune_cli.redaction import SECRET_NAME, USERINFO
+from finetune_cli.redaction import SECRET_NAME_PATTERN, USERINFO_PATTERN
 
 SCHEDULERS = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constantWithWarmup", "polynomial": "polynomial",
@@ -298,7 +298,7 @@ def _check_variables(value: Any, key: str, origin: Origin, draft: Draft) -> bool
             Mistake(origin.location, key, f"variable {name} is not set", "set the variable, or write its value here")
         )
     for name in _variables_of(value):
-        if SECRET_NAME.search(name) and not key.endswith("tracking_uri"):
+        if SECRET_NAME_PATTERN.search(name) and not key.endswith("tracking_uri"):
             draft.hide(draft.request.environment.get(name))
     return not missing
 
@@ -527,13 +527,13 @@ def _set_trackers(draft: Draft) -> None:
             draft.unreadable["tracking.mlflow"] = "tracking.mlflow"
         return
     address = str(uri.value)
-    userinfo = USERINFO.search(address)
+    userinfo = USERINFO_PATTERN.search(address)
     if userinfo:
         user, _, password = userinfo.group(0).rstrip("@").partition(":")
         _set_secret_variables(
             draft, "mlflow.tracking_uri", {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
         )
-        address = USERINFO.sub("", address)
+        address = USERINFO_PATTERN.sub("", address)
         draft.add_warning(f"{uri.origin.location}: {uri.key}: user and password are moved into the Secret")
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 

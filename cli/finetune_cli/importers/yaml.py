@@ -178,7 +178,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-OPAQUE = frozenset(
+OPAQUE_PATHS = frozenset(
     {
         "evaluation.performance_thresholds",
         "distributed.fsdp_config",
@@ -206,7 +206,7 @@ def read(draft: Draft) -> Iterator[Entry]:
     overrides = list(_read_overrides(draft))
     for document in draft.documents:
         if not is_deepspeed(document):
-            yield from entries(document, parse(document), OPAQUE)
+            yield from entries(document, parse(document), OPAQUE_PATHS)
     yield from overrides
 
 

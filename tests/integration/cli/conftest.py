@@ -70,7 +70,7 @@ def finetune(
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*words: str, default_namespace: bool = True) -> Result:
-        output.console.cache_clear()
+        output.stdout_console.cache_clear()
         output.error_console.cache_clear()
         extra = ["-n", namespace] if default_namespace else []
         capsys.readouterr()

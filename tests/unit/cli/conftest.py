@@ -42,7 +42,7 @@ def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*words: str | Path, tool_arguments: tuple[str, ...] = ()) -> tuple[int, str, str]:
-        output.console.cache_clear()
+        output.stdout_console.cache_clear()
         output.error_console.cache_clear()
         capsys.readouterr()
         code = main.run([str(word) for word in words], list(tool_arguments))

@@ -43,7 +43,7 @@ def test_unusable_kubeconfig_is_reported_without_secrets(run_command: RunCommand
 
 def test_names_are_quoted_in_paths() -> None:
     client = cluster.Cluster(None, "team/../x")
-    assert client._namespaced("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
+    assert client._namespaced_path("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
 
 
 @pytest.mark.parametrize("name", ["bot", "finetunejobs.finetune-operator.io/bot", "ftj/bot", "FineTuneJob/bot"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from finetune_api.spec.cluster import StorageRoot
-from finetune_cli.job_storage import JobStorage, StorageError, list_committed, root_of, verify_and_download
+from finetune_cli.job_storage import JobStorage, StorageError, list_committed_folders, root_of, verify_and_download
 
 
 def commit_folder(root: Path, folder: str, data_by_name: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
@@ -42,13 +42,13 @@ def storage(tmp_path: Path) -> JobStorage:
 
 
 def test_only_committed_folders_are_listed(storage: JobStorage) -> None:
-    assert [(committed.folder, committed.healthy) for committed in list_committed(storage)] == [
+    assert [(committed.folder, committed.is_healthy) for committed in list_committed_folders(storage)] == [
         ("checkpoints/step-00000010", True), ("checkpoints/step-00000020", False), ("model", False),
     ]  # fmt: skip
 
 
 def test_download_is_complete_and_verified(storage: JobStorage, tmp_path: Path) -> None:
-    assert verify_and_download(storage, list_committed(storage)[1], tmp_path / "out") == 103
+    assert verify_and_download(storage, list_committed_folders(storage)[1], tmp_path / "out") == 103
     assert (tmp_path / "out" / "a.bin").read_bytes() == b"two"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin"]
 
@@ -56,7 +56,7 @@ def test_download_is_complete_and_verified(storage: JobStorage, tmp_path: Path) 
 def test_flipped_byte_is_detected(storage: JobStorage, tmp_path: Path) -> None:
     (tmp_path / "tree/checkpoints/step-00000020/a1-00000000/b.bin").write_bytes(b"y" + b"x" * 99)
     with pytest.raises(StorageError, match=r"b\.bin is damaged: the file has 100 bytes"):
-        verify_and_download(storage, list_committed(storage)[1], tmp_path / "out")
+        verify_and_download(storage, list_committed_folders(storage)[1], tmp_path / "out")
     assert not (tmp_path / "out" / "b.bin").exists()
 
 
@@ -64,7 +64,7 @@ def test_changed_manifest_is_detected(storage: JobStorage, tmp_path: Path) -> No
     path = tmp_path / "tree/model/a1-00000000/manifest.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
-        verify_and_download(storage, list_committed(storage)[2], None)
+        verify_and_download(storage, list_committed_folders(storage)[2], None)
 
 
 def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "t/model/_COMMITTED").write_text(json.dumps(marker))
     storage = JobStorage(f"file://{tmp_path / 't'}", StorageRoot())
     with pytest.raises(StorageError, match="which lies outside the checkpoint's folder"):
-        verify_and_download(storage, list_committed(storage)[0], tmp_path / "out")
+        verify_and_download(storage, list_committed_folders(storage)[0], tmp_path / "out")
 
 
 def test_delete_removes_all_objects(storage: JobStorage) -> None:
-    storage.delete(list(storage.objects()))
-    assert list(storage.objects()) == []
+    storage.delete_objects(list(storage.list_objects()))
+    assert list(storage.list_objects()) == []
 
 
 def test_root_comes_from_spec_or_status() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_cli.commands.report import redact, redact_for_report
+from finetune_cli.commands.report import redact_for_report, redact_value
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from finetune_cli.commands.report import redact, redact_for_report
     ],
 )
 def test_values_named_like_secrets_are_redacted(value: Any, redacted: Any) -> None:
-    assert redact(value) == redacted
+    assert redact_value(value) == redacted
 
 
 @pytest.mark.parametrize(
