@@ -10,7 +10,7 @@ from typing import Any
 from finetune_cli.field_errors import field_example_hint, group_example_hint, is_within
 from finetune_cli.fields import Field, example_of, fields, group_example
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.suggestions import suggest_field
 from finetune_cli.yaml_reader import parse_value
 
@@ -71,7 +71,7 @@ def hint_for_option(hint: str, option: str, path: str) -> str:
 
 
 def _parse_option(option: str, value: Any, mistakes: list[Mistake]) -> dict[str, AssignedValue]:
-    origin, spelling = Origin(f"--{option}"), f"--{option}"
+    origin, spelling = ValueOrigin(f"--{option}"), f"--{option}"
     if option in FIELD_OF_OPTION:
         is_path = option in SOURCE_OPTIONS and str(value).startswith((".", "/", "~"))
         return {FIELD_OF_OPTION[option]: AssignedValue(f"file://{value}" if is_path else value, origin, spelling)}
@@ -96,13 +96,13 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
             )
         )
     elif value == "null":
-        return {path: AssignedValue(None, Origin("--set"), path)}
+        return {path: AssignedValue(None, ValueOrigin("--set"), path)}
     elif field.is_group:
         nested_path = next((field_path for field_path in fields_by_path if field_path.startswith(f"{path}.")), path)
         hint = f"set its fields, for example --set {nested_path}=VALUE, or remove the group with --set {path}=null"
         mistakes.append(Mistake("--set", path, "this is a group of fields and takes no value", hint))
     else:
-        return {path: AssignedValue(_convert_text(field.kind, value), Origin("--set"), path)}
+        return {path: AssignedValue(_convert_text(field.kind, value), ValueOrigin("--set"), path)}
     return {}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Origin:
+class ValueOrigin:
     """The origin of a value. `location`: `file:line`, `command line`, or the reason for a default."""
 
     location: str
@@ -19,5 +19,5 @@ class AssignedValue:
     """A value of the spec with its origin. `key`: the option as the user wrote it; empty for a default."""
 
     value: Any
-    origin: Origin
+    origin: ValueOrigin
     key: str = ""

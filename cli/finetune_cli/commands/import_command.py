@@ -94,7 +94,7 @@ def import_(
     from finetune_cli.files import write_text
     from finetune_cli.importers.draft import Request
     from finetune_cli.importers.registry import IMPORTERS
-    from finetune_cli.importers.render import render
+    from finetune_cli.importers.render import render_manifest
     from finetune_cli.importers.run_import import run_import
     from finetune_cli.overrides import parse_overrides
 
@@ -118,7 +118,7 @@ def import_(
     import_result = run_import(request, IMPORTERS)
     output.print_warnings(import_result.warnings)
     output.print_notes(import_result.notes)
-    text = options_table(import_result) if explain else render(import_result, annotate=annotate)
+    text = options_table(import_result) if explain else render_manifest(import_result, with_origins=annotate)
     if file is None:
         output.write(text)
     else:
@@ -151,7 +151,7 @@ def options_table(import_result: ImportResult) -> str:
     from finetune_cli.importers.render import describe_origin
 
     option_table = Table("WRITTEN AS", "FIELD", "VALUE", "ORIGIN", box=None, pad_edge=False)
-    for path, assigned in sorted(import_result.assigned.items()):
+    for path, assigned in sorted(import_result.assigned_values.items()):
         origin = assigned.origin.location if assigned.key else describe_origin(assigned)
         option_table.add_row(assigned.key or "-", path, str(assigned.value), origin)
     buffer = StringIO()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from finetune_cli.importers.deepspeed import assign_consistently, options_group
-from finetune_cli.importers.documents import parse, peek
-from finetune_cli.importers.draft import Document, Draft
+from finetune_cli.importers.documents import parse_document, peek_keys
+from finetune_cli.importers.draft import InputDocument, JobDraft
 from finetune_cli.mistakes import Mistake
-from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.suggestions import closest_name
 from finetune_cli.yaml_reader import Tree
 
-SHARDING = {
+SHARDING_BY_NAME = {
     "FULL_SHARD": "fullShard", "SHARD_GRAD_OP": "shardGradOp", "NO_SHARD": "noShard", "HYBRID_SHARD": "fullShard", "1": "fullShard", "2": "shardGradOp",
     "3": "noShard",
 }  # fmt: skip
@@ -48,20 +48,20 @@ RESHARD_KEY = "fsdp_reshard_after_forward"
 """Boolean key in FSDP 2; replaces the key `fsdp_sharding_strategy` of FSDP 1."""
 
 
-def is_accelerate(document: Document) -> bool:
+def is_accelerate(document: InputDocument) -> bool:
     """Return whether a document is an accelerate configuration, that is, has the key `distributed_type`."""
-    return "distributed_type" in peek(document)
+    return "distributed_type" in peek_keys(document)
 
 
-def read_accelerate(draft: Draft, document: Document) -> None:
+def read_accelerate(draft: JobDraft, document: InputDocument) -> None:
     """Set strategy, resources and sharding from an accelerate configuration."""
-    tree = parse(document)
+    tree = parse_document(document)
     for key in tree.value:
         if key not in ACCELERATE_KEYS:
             closest = closest_name(key, ACCELERATE_KEYS)
             draft.mistakes.append(
                 Mistake(
-                    _location(document, tree, key),
+                    _option_location(document, tree, key),
                     key,
                     "unknown key",
                     f"did you mean {closest}?" if closest else "remove it",
@@ -76,7 +76,7 @@ def read_accelerate(draft: Draft, document: Document) -> None:
         "FSDP": "fsdp",
         "DEEPSPEED": "deepspeed",
     }.get(kind)
-    origin = Origin(_location(document, tree, "distributed_type"))
+    origin = ValueOrigin(_option_location(document, tree, "distributed_type"))
     if strategy is None:
         draft.mistakes.append(
             Mistake(
@@ -101,33 +101,33 @@ def read_accelerate(draft: Draft, document: Document) -> None:
         _set_deepspeed(draft, document, tree)
 
 
-def _set_precision(draft: Draft, document: Document, tree: Tree) -> None:
+def _set_precision(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
     precision = tree.value.get("mixed_precision")
-    location = _location(document, tree, "mixed_precision")
+    location = _option_location(document, tree, "mixed_precision")
     if precision in ("no", "fp16", "bf16", False):
-        draft.values["training.mixedPrecision"] = AssignedValue(precision or "no", Origin(location), "mixed_precision")
+        draft.values["training.mixedPrecision"] = AssignedValue(precision or "no", ValueOrigin(location), "mixed_precision")
     elif precision is not None:
         draft.mistakes.append(
             Mistake(location, "mixed_precision", f"{precision} is not supported", "write one of no, fp16, bf16")
         )
 
 
-def _location(document: Document, tree: Tree, key: str) -> str:
+def _option_location(document: InputDocument, tree: Tree, key: str) -> str:
     return f"{document.name}:{tree.lines[key]}" if key in tree.lines else document.name
 
 
-def _set_sizes(draft: Draft, document: Document, tree: Tree) -> None:
+def _set_sizes(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
     machines, processes = tree.value.get("num_machines", 1), tree.value.get("num_processes")
-    origin = Origin(_location(document, tree, "num_processes"))
+    origin = ValueOrigin(_option_location(document, tree, "num_processes"))
     for key, value in (("num_machines", machines), ("num_processes", processes)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             draft.mistakes.append(
-                Mistake(_location(document, tree, key), key, f"{value} is not an integer of at least 1")
+                Mistake(_option_location(document, tree, key), key, f"{value} is not an integer of at least 1")
             )
             return
     if machines > 1:
         draft.values["resources.nodes"] = AssignedValue(
-            machines, Origin(_location(document, tree, "num_machines")), "num_machines"
+            machines, ValueOrigin(_option_location(document, tree, "num_machines")), "num_machines"
         )
     if processes is None:
         return
@@ -148,15 +148,15 @@ def _set_sizes(draft: Draft, document: Document, tree: Tree) -> None:
         draft.values["resources.processesPerNode"] = AssignedValue(per_machine, origin, "num_processes")
 
 
-def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
-    options = options_group(draft, tree.value, "fsdp_config", Origin(_location(document, tree, "fsdp_config")))
+def _set_fsdp(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
+    options = options_group(draft, tree.value, "fsdp_config", ValueOrigin(_option_location(document, tree, "fsdp_config")))
     for key, path, words in (
-        ("fsdp_sharding_strategy", "distributed.fsdp.sharding", SHARDING),
+        ("fsdp_sharding_strategy", "distributed.fsdp.sharding", SHARDING_BY_NAME),
         ("fsdp_state_dict_type", "distributed.fsdp.stateDict", STATE_DICTS),
     ):
         if options.get(key) is None:
             continue
-        origin = Origin(_location(document, tree, f"fsdp_config.{key}"))
+        origin = ValueOrigin(_option_location(document, tree, f"fsdp_config.{key}"))
         word = words.get(str(options[key]).upper())
         if word is None:
             draft.mistakes.append(
@@ -171,7 +171,7 @@ def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
             "distributed.fsdp.sharding",
             RESHARD_KEY,
             word,
-            Origin(_location(document, tree, f"fsdp_config.{RESHARD_KEY}")),
+            ValueOrigin(_option_location(document, tree, f"fsdp_config.{RESHARD_KEY}")),
         )
     if str(options.get("fsdp_sharding_strategy")).upper().startswith("HYBRID"):
         draft.add_warning(
@@ -179,7 +179,7 @@ def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
             "the shards on every node: the results are the same, but there is more traffic between nodes"
         )
     if options.get(OFFLOAD_KEY) is True:
-        location = _location(document, tree, f"fsdp_config.{OFFLOAD_KEY}")
+        location = _option_location(document, tree, f"fsdp_config.{OFFLOAD_KEY}")
         draft.add_warning(f"{location}: {OFFLOAD_KEY} has no effect: the weights stay in GPU memory")
     others = [key for key in options if key not in FSDP_KEYS]
     if others:
@@ -188,8 +188,8 @@ def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
         )
 
 
-def _set_deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
-    origin = Origin(_location(document, tree, "deepspeed_config"))
+def _set_deepspeed(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
+    origin = ValueOrigin(_option_location(document, tree, "deepspeed_config"))
     options = options_group(draft, tree.value, "deepspeed_config", origin)
     if isinstance(options.get("zero_stage"), int):
         assign_consistently(draft, "distributed.deepspeed.zeroStage", "zero_stage", options["zero_stage"], origin)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_cli.files import UnreadableFile, read_text
-from finetune_cli.importers.draft import Document, Draft, Entry
+from finetune_cli.importers.draft import InputDocument, JobDraft, OptionEntry
 from finetune_cli.mistakes import Mistake
-from finetune_cli.provenance import Origin
+from finetune_cli.provenance import ValueOrigin
 
 LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "deepspeed", "uv", "poetry", "launch", "run")
-NEGATIVE = re.compile(r"^-(\d|\.\d)")
+NEGATIVE_NUMBER_PATTERN = re.compile(r"^-(\d|\.\d)")
 
 
 def strip_launcher(words: tuple[str, ...]) -> list[str]:
@@ -27,47 +27,47 @@ def strip_launcher(words: tuple[str, ...]) -> list[str]:
 
 
 @dataclass
-class Flags:
+class ParsedFlags:
     """A parsed command line. `pairs`: (name with dashes, value or None) in order. `stray`: words that belong to no flag."""
 
-    pairs: list[tuple[str, str | None]] = field(default_factory=list)
-    stray: list[str] = field(default_factory=list)
+    name_value_pairs: list[tuple[str, str | None]] = field(default_factory=list)
+    stray_words: list[str] = field(default_factory=list)
 
 
-def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> Flags:
+def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> ParsedFlags:
     """Split a command line into flags and values: `--a v` or `--a=v`. A flag has no value if `takes_value` returns false for its name."""
-    flags = Flags()
+    flags = ParsedFlags()
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
-        if not word.startswith("-") or NEGATIVE.match(word):
-            flags.stray.append(word)
+        if not word.startswith("-") or NEGATIVE_NUMBER_PATTERN.match(word):
+            flags.stray_words.append(word)
             continue
         name, equals, value = word.partition("=")
         if equals:
-            flags.pairs.append((name, value))
-        elif takes_value(name) and remaining and (not remaining[0].startswith("-") or NEGATIVE.match(remaining[0])):
-            flags.pairs.append((name, remaining.pop(0)))
+            flags.name_value_pairs.append((name, value))
+        elif takes_value(name) and remaining and (not remaining[0].startswith("-") or NEGATIVE_NUMBER_PATTERN.match(remaining[0])):
+            flags.name_value_pairs.append((name, remaining.pop(0)))
         else:
-            flags.pairs.append((name, None))
+            flags.name_value_pairs.append((name, None))
     return flags
 
 
-def flag_entry(name: str, value: object) -> Entry:
+def flag_entry(name: str, value: object) -> OptionEntry:
     """Return the entry for a flag."""
-    return Entry(name, value, Origin("command line"))
+    return OptionEntry(name, value, ValueOrigin("command line"))
 
 
-def add_stray_mistakes(draft: Draft, flags: Flags) -> None:
+def add_stray_mistakes(draft: JobDraft, flags: ParsedFlags) -> None:
     """Record a mistake for every word that belongs to no flag."""
-    for word in flags.stray:
+    for word in flags.stray_words:
         draft.mistakes.append(Mistake("command line", word, "this word belongs to no option", "write --option value"))
 
 
-def add_config_file(draft: Draft, path: str) -> Document | None:
+def add_config_file(draft: JobDraft, path: str) -> InputDocument | None:
     """Add the file of the tool's `--config` flag to the documents. Returns None if the file was already given or cannot be read."""
     try:
-        document = Document(Path(path), read_text(Path(path)))
+        document = InputDocument(Path(path), read_text(Path(path)))
     except UnreadableFile as error:
         if draft.documents:
             if not any(known.path.name == Path(path).name for known in draft.documents):

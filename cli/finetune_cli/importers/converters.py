@@ -15,82 +15,82 @@ from typing import Any
 from finetune_cli.suggestions import closest_name
 
 NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
-INTEGER = re.compile(r"^[+-]?\d+$")
+INTEGER_PATTERN = re.compile(r"^[+-]?\d+$")
 MAX_DIGITS = 400
 """Longer strings are not read as numbers."""
 RUN_NAME = re.compile(r"^[^$#@&*!]*$")
 
 
 class ConversionError(Exception):
-    """The value of an option is not allowed. `problem`: the reason. `allowed`: the valid values. `closest`: the most similar valid word."""
+    """The value of an option is not allowed. `problem`: the reason. `allowed_text`: the valid values. `closest_value`: the most similar valid word."""
 
-    def __init__(self, problem: str, allowed: str, closest: str = ""):
+    def __init__(self, problem: str, allowed_text: str, closest_value: str = ""):
         super().__init__(problem)
-        self.problem, self.allowed, self.closest = problem, allowed, closest
+        self.problem, self.allowed, self.closest = problem, allowed_text, closest_value
 
 
-Convert = Callable[[Any], Any]
+Converter = Callable[[Any], Any]
 
 
 def _number(value: Any) -> float | int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, str) and len(value) <= MAX_DIGITS and NUMBER.match(value.strip()):
-        value = int(value) if INTEGER.match(value.strip()) else float(value)
+        value = int(value) if INTEGER_PATTERN.match(value.strip()) else float(value)
     return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
 
 
-def number(
-    low: float = -math.inf, high: float = math.inf, *, above: float | None = None, below: float | None = None
-) -> Convert:
-    """Return a converter for a number in an inclusive range. `above` and `below` are exclusive bounds."""
-    allowed = _describe_range("a number", low, high, above, below)
+def to_number(
+    low: float = -math.inf, high: float = math.inf, *, exclusive_low: float | None = None, exclusive_high: float | None = None
+) -> Converter:
+    """Return a converter for a number in an inclusive range. `exclusive_low` and `exclusive_high` are exclusive bounds."""
+    allowed_text = _describe_range("a number", low, high, exclusive_low, exclusive_high)
 
     def convert(value: Any) -> float | int:
         converted = _number(value)
         if converted is None:
-            raise ConversionError("is not a number", allowed)
-        _check_range(converted, low, high, above, below, allowed)
+            raise ConversionError("is not a number", allowed_text)
+        _check_range(converted, low, high, exclusive_low, exclusive_high, allowed_text)
         return converted
 
     return convert
 
 
-def integer(low: float = -math.inf, high: float = math.inf) -> Convert:
+def to_integer(low: float = -math.inf, high: float = math.inf) -> Converter:
     """Return a converter for an integer in an inclusive range."""
-    allowed = _describe_range("an integer", low, high, None, None)
+    allowed_text = _describe_range("an integer", low, high, None, None)
 
     def convert(value: Any) -> int:
         converted = _number(value)
         if (
             converted is None
             or converted != int(converted)
-            or (isinstance(value, str) and not INTEGER.match(value.strip()))
+            or (isinstance(value, str) and not INTEGER_PATTERN.match(value.strip()))
         ):
-            raise ConversionError("is not an integer", allowed)
-        _check_range(converted, low, high, None, None, allowed)
+            raise ConversionError("is not an integer", allowed_text)
+        _check_range(converted, low, high, None, None, allowed_text)
         return int(converted)
 
     return convert
 
 
-def _check_range(value: float, low: float, high: float, above: float | None, below: float | None, allowed: str) -> None:
-    if not low <= value <= high or (above is not None and value <= above) or (below is not None and value >= below):
-        raise ConversionError("is out of range", allowed)
+def _check_range(value: float, low: float, high: float, exclusive_low: float | None, exclusive_high: float | None, allowed_text: str) -> None:
+    if not low <= value <= high or (exclusive_low is not None and value <= exclusive_low) or (exclusive_high is not None and value >= exclusive_high):
+        raise ConversionError("is out of range", allowed_text)
 
 
-def _describe_range(kind: str, low: float, high: float, above: float | None, below: float | None) -> str:
+def _describe_range(kind: str, low: float, high: float, exclusive_low: float | None, exclusive_high: float | None) -> str:
     parts = []
-    if low > -math.inf and high < math.inf and above is None and below is None:
+    if low > -math.inf and high < math.inf and exclusive_low is None and exclusive_high is None:
         return f"{kind} from {_format_bound(low)} to {_format_bound(high)}"
-    if low > -math.inf and (above is None or above < low):
+    if low > -math.inf and (exclusive_low is None or exclusive_low < low):
         parts.append(f"of at least {_format_bound(low)}")
-    if above is not None:
-        parts.append(f"greater than {_format_bound(above)}")
+    if exclusive_low is not None:
+        parts.append(f"greater than {_format_bound(exclusive_low)}")
     if high < math.inf:
         parts.append(f"of at most {_format_bound(high)}")
-    if below is not None:
-        parts.append(f"below {_format_bound(below)}")
+    if exclusive_high is not None:
+        parts.append(f"below {_format_bound(exclusive_high)}")
     return " ".join([kind, " and ".join(parts)]).strip()
 
 
@@ -98,7 +98,7 @@ def _format_bound(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:g}"
 
 
-def boolean(value: Any) -> bool:
+def to_boolean(value: Any) -> bool:
     """Convert true or false in any letter case. `yes`, `1` and `on` are refused, because tools disagree on their meaning."""
     if isinstance(value, bool):
         return value
@@ -132,13 +132,13 @@ def run_name(value: Any) -> str:
     return name
 
 
-def text_matching(check: Callable[[str], bool], problem: str, allowed: str) -> Convert:
-    """Return a converter that accepts only strings for which `check` returns true."""
+def text_matching(is_valid: Callable[[str], bool], problem: str, allowed_text: str) -> Converter:
+    """Return a converter that accepts only strings for which `is_valid` returns true."""
 
     def convert(value: Any) -> str:
         string = text(value)
-        if not check(string):
-            raise ConversionError(problem, allowed)
+        if not is_valid(string):
+            raise ConversionError(problem, allowed_text)
         return string
 
     return convert
@@ -169,7 +169,7 @@ def layer_numbers(value: Any) -> list[int]:
     return list(value)
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def to_mapping(value: Any) -> dict[str, Any]:
     """Convert a mapping."""
     if not isinstance(value, dict):
         raise ConversionError("is not a mapping", "a mapping of names to values")
@@ -181,30 +181,30 @@ def any_value(value: Any) -> Any:
     return value
 
 
-def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> Convert:
-    """Return a converter for one of several words. If `allowed` is a mapping, its values replace the words.
+def to_choice(allowed_values: Mapping[str, Any] | Iterable[str], *, ignore_case: bool = True) -> Converter:
+    """Return a converter for one of several words. If `allowed_values` is a mapping, its values replace the words.
 
     YAML parses an unquoted `no` or `off` as false. If `no` is an allowed word, the converter turns false back into `no`.
     """
-    meaning = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
-    words = ", ".join(meaning)
-    folded = {word.lower() if fold else word: value for word, value in meaning.items()}
+    value_by_name = dict(allowed_values) if isinstance(allowed_values, Mapping) else {word: word for word in allowed_values}
+    words = ", ".join(value_by_name)
+    value_by_word = {word.lower() if ignore_case else word: value for word, value in value_by_name.items()}
 
     def convert(value: Any) -> Any:
-        if value is False and "no" in folded:
+        if value is False and "no" in value_by_word:
             value = "no"
         if isinstance(value, str):
-            key = value.strip().lower() if fold else value.strip()
-            if key in folded:
-                meaning_of_key = folded[key]
+            key = value.strip().lower() if ignore_case else value.strip()
+            if key in value_by_word:
+                meaning_of_key = value_by_word[key]
                 return meaning_of_key.value if isinstance(meaning_of_key, Enum) else meaning_of_key
-        closest = closest_name(str(value), meaning)
+        closest = closest_name(str(value), value_by_name)
         raise ConversionError("is not an allowed value", f"one of {words}", closest)
 
     return convert
 
 
-def list_of(convert_item: Convert) -> Convert:
+def list_of(convert_item: Converter) -> Converter:
     """Return a converter for a list. `convert_item` converts each item. A single string is split at commas."""
 
     def convert(value: Any) -> list[Any]:
@@ -217,7 +217,7 @@ def list_of(convert_item: Convert) -> Convert:
     return convert
 
 
-def first_match(*converters: Convert) -> Convert:
+def first_match(*converters: Converter) -> Converter:
     """Return a converter that tries the converters in order and uses the first that accepts the value."""
 
     def convert(value: Any) -> Any:

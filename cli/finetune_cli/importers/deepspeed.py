@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from finetune_cli.importers.documents import parse_json, peek_json
-from finetune_cli.importers.draft import Document, Draft
+from finetune_cli.importers.draft import InputDocument, JobDraft
 from finetune_cli.mistakes import Mistake
-from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.provenance import AssignedValue, ValueOrigin
 
 DEEPSPEED_KEYS = (
     "zero_optimization",
@@ -20,19 +20,19 @@ DEEPSPEED_KEYS = (
 )
 
 
-def is_deepspeed(document: Document) -> bool:
+def is_deepspeed(document: InputDocument) -> bool:
     """Return whether a document is a DeepSpeed JSON: an object with keys of DeepSpeed."""
     value = peek_json(document)
     return any(key in value for key in DEEPSPEED_KEYS) and "model" not in value
 
 
-def read_deepspeed(draft: Draft, document: Document) -> None:
+def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
     """Set each field that corresponds to an option of the file, and store the whole file in a ConfigMap.
 
     An option that contradicts another file is a mistake.
     """
     content = parse_json(document)
-    origin = Origin(document.name)
+    origin = ValueOrigin(document.name)
     zero = options_group(draft, content, "zero_optimization", origin)
     options: dict[str, tuple[str, Any]] = {
         "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero.get("stage")),
@@ -62,7 +62,7 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
     _add_config_map(draft, document)
 
 
-def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origin) -> dict[str, Any]:
+def options_group(draft: JobDraft, content: dict[str, Any], key: str, origin: ValueOrigin) -> dict[str, Any]:
     """Return a group of options, or an empty dict if the group is absent. A value that is not a mapping is a mistake."""
     group = content.get(key) or {}
     if isinstance(group, dict):
@@ -75,7 +75,7 @@ def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origi
     return {}
 
 
-def assign_consistently(draft: Draft, path: str, key: str, value: Any, origin: Origin) -> None:
+def assign_consistently(draft: JobDraft, path: str, key: str, value: Any, origin: ValueOrigin) -> None:
     """Set a field. If another file gives a different value, record a mistake with both locations."""
     existing = draft.values.get(path)
     if existing is not None and existing.key and existing.value != value:
@@ -93,13 +93,13 @@ def assign_consistently(draft: Draft, path: str, key: str, value: Any, origin: O
         draft.values[path] = AssignedValue(value, origin, key)
 
 
-def _add_config_map(draft: Draft, document: Document) -> None:
+def _add_config_map(draft: JobDraft, document: InputDocument) -> None:
     """Store the whole file in a ConfigMap of the manifest, and set the reference to the ConfigMap."""
     path = "distributed.deepspeed.configRef"
     if any(override.startswith(path) for override in draft.request.overrides):
         return
     name, key = f"{draft.name}-deepspeed", re.sub(r"[^-._a-zA-Z0-9]", "_", document.path.name) or "deepspeed.json"
     draft.config_maps[name] = {key: document.text}
-    origin = Origin(document.name)
+    origin = ValueOrigin(document.name)
     draft.values[f"{path}.name"] = AssignedValue(name, origin, document.name)
     draft.values[f"{path}.key"] = AssignedValue(key, origin, document.name)

@@ -7,23 +7,23 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.importers.draft import Document, Entry
+from finetune_cli.importers.draft import InputDocument, OptionEntry
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.provenance import Origin
+from finetune_cli.provenance import ValueOrigin
 from finetune_cli.yaml_reader import InvalidYaml, Tree, read_trees
 
 
-def parse(document: Document) -> Tree:
+def parse_document(document: InputDocument) -> Tree:
     """Parse a document that holds one YAML or JSON mapping. Raises InvalidInput for any other content."""
     try:
         trees = read_trees(document.text)
     except InvalidYaml as error:
-        raise InvalidInput([Mistake(_location(document, error.line), "", str(error))]) from None
+        raise InvalidInput([Mistake(_line_location(document, error.line), "", str(error))]) from None
     if not trees:
         raise InvalidInput([Mistake(document.name, "", "the file is empty")])
     tree = trees[0]
     if len(trees) > 1:
-        location = _location(document, trees[1].line)
+        location = _line_location(document, trees[1].line)
         raise InvalidInput(
             [Mistake(location, "", "a second YAML document begins here", "keep one configuration per file")]
         )
@@ -32,25 +32,25 @@ def parse(document: Document) -> Tree:
     if tree.problems:
         raise InvalidInput(
             [
-                Mistake(_location(document, problem.line), problem.path, problem.message, problem.hint)
+                Mistake(_line_location(document, problem.line), problem.path, problem.message, problem.hint)
                 for problem in tree.problems
             ]
         )
     return tree
 
 
-def _location(document: Document, line: int) -> str:
+def _line_location(document: InputDocument, line: int) -> str:
     return f"{document.name}:{line}" if line else document.name
 
 
-def entries(document: Document, tree: Tree, opaque_paths: frozenset[str] = frozenset()) -> Iterator[Entry]:
+def iterate_entries(document: InputDocument, tree: Tree, opaque_paths: frozenset[str] = frozenset()) -> Iterator[OptionEntry]:
     """Yield an entry, with file and line, for each value of a tree that is not a mapping."""
     for path, value in tree.leaves(opaque_paths):
         line = tree.lines.get(path)
-        yield Entry(path, value, Origin(f"{document.name}:{line}" if line else document.name))
+        yield OptionEntry(path, value, ValueOrigin(f"{document.name}:{line}" if line else document.name))
 
 
-def parse_json(document: Document) -> dict[str, Any]:
+def parse_json(document: InputDocument) -> dict[str, Any]:
     """Parse a document that holds one JSON object. Raises InvalidInput for any other content."""
     try:
         value = json.loads(document.text)
@@ -65,7 +65,7 @@ def parse_json(document: Document) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def peek_json(document: Document) -> dict[str, Any]:
+def peek_json(document: InputDocument) -> dict[str, Any]:
     """Return the object of a JSON document, or an empty dict for any other document. Used to recognise the tool. Does not report errors."""
     if document.is_folder or not document.text.lstrip().startswith("{"):
         return {}
@@ -76,7 +76,7 @@ def peek_json(document: Document) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def peek(document: Document) -> dict[str, Any]:
+def peek_keys(document: InputDocument) -> dict[str, Any]:
     """Return the mapping of a YAML or JSON document, or guessed keys if the YAML is invalid.
 
     Used to recognise the tool. Does not report errors.
@@ -84,7 +84,7 @@ def peek(document: Document) -> dict[str, Any]:
     if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
         return {}
     try:
-        return dict(parse(document).value)
+        return dict(parse_document(document).value)
     except InvalidInput:
         return _guess_keys(document.text)
 

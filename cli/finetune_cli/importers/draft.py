@@ -8,37 +8,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.importers.converters import Convert, text
+from finetune_cli.importers.converters import Converter, text
 from finetune_cli.mistakes import Mistake
-from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.redaction import REDACTED_TEXT, redact_text
 
 
 @dataclass(frozen=True)
-class Entry:
+class OptionEntry:
     """One option in a file: the key as written, the parsed value, and the location."""
 
     key: str
     value: Any
-    origin: Origin
+    origin: ValueOrigin
 
 
 @dataclass(frozen=True)
 class Row:
     """One option of a tool: `key` in the file, `path` of the field in the spec, and `convert` for the value.
 
-    `manual`: the tool's `combine` function sets the field; `path` is only documentation.
+    `is_set_by_combine`: the tool's `combine_options` function sets the field; `path` is only documentation.
     `no_effect`: why the importer ignores the option. The warning about the option contains this reason.
-    `secret`: the value is never printed and is stored in a Secret.
+    `is_secret`: the value is never printed and is stored in a Secret.
     """
 
     key: str
     path: str = ""
-    convert: Convert = text
+    convert: Converter = text
     aliases: tuple[str, ...] = ()
-    required: bool = False
-    manual: bool = False
-    secret: bool = False
+    is_required: bool = False
+    is_set_by_combine: bool = False
+    is_secret: bool = False
     no_effect: str = ""
     empty_is_absent: bool = True
 
@@ -50,20 +50,20 @@ class ToolDefault:
     path: str
     value: Any
     origin: str = "default of the tool"
-    when: Callable[[Draft], bool] = lambda draft: True
+    is_applicable: Callable[[JobDraft], bool] = lambda draft: True
     needs_gpu: bool = False
     """The value works only on a GPU. A job without GPUs gets the default of FineTuneJob instead."""
 
 
 @dataclass(frozen=True)
 class GivenOption:
-    """An option of the user after conversion: key and value as written (`key`, `raw`), converted value, and location."""
+    """An option of the user after conversion: key and value as written (`key`, `raw_value`), converted value, and location."""
 
     row: Row
     key: str
     value: Any
-    raw: Any
-    origin: Origin
+    raw_value: Any
+    origin: ValueOrigin
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Document:
+class InputDocument:
     """One input file or folder."""
 
     path: Path
@@ -98,16 +98,16 @@ class Document:
 
 
 @dataclass
-class Draft:
+class JobDraft:
     """The values of a FineTuneJob during the import, with mistakes, warnings and notes."""
 
     request: Request
     rows: tuple[Row, ...]
     name: str
-    documents: tuple[Document, ...] = ()
-    given: dict[str, GivenOption] = field(default_factory=dict)
+    documents: tuple[InputDocument, ...] = ()
+    given_options: dict[str, GivenOption] = field(default_factory=dict)
     """Options of the user, by the key in the tool's table."""
-    unreadable: dict[str, str] = field(default_factory=dict)
+    paths_of_invalid_keys: dict[str, str] = field(default_factory=dict)
     """The spec path of every key that has an invalid value."""
     values: dict[str, AssignedValue] = field(default_factory=dict)
     paths_without_default: set[str] = field(default_factory=set)
@@ -133,12 +133,12 @@ class Draft:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the converted value of an option, or the default if the option is absent or unreadable."""
-        option = self.given.get(key)
+        option = self.given_options.get(key)
         return default if option is None else option.value
 
     def has_key(self, key: str) -> bool:
         """Return whether the user wrote this option, with a valid or an invalid value."""
-        return key in self.given or key in self.unreadable
+        return key in self.given_options or key in self.paths_of_invalid_keys
 
     def has_value(self, path: str) -> bool:
         """Return whether the field at this path has a value. An override has precedence."""
@@ -150,18 +150,18 @@ class Draft:
         assigned = self.request.overrides.get(path) or self.values.get(path)
         return default if assigned is None else assigned.value
 
-    def assign(self, path: str, value: Any, source: str | Origin) -> None:
+    def assign(self, path: str, value: Any, source: str | ValueOrigin) -> None:
         """Set a field. `source` is the key of the option that gives the value, or an origin."""
         if isinstance(source, str):
-            given = self.given[source]
-            self.values[path] = AssignedValue(value, given.origin, given.key)
+            given_option = self.given_options[source]
+            self.values[path] = AssignedValue(value, given_option.origin, given_option.key)
         else:
             self.values[path] = AssignedValue(value, source)
 
     def assign_default(self, path: str, value: Any, reason: str = "default of the tool") -> None:
         """Set a field if it has no value yet."""
         if not self.has_value(path) and path not in self.paths_without_default:
-            self.values[path] = AssignedValue(value, Origin(reason, written_by_user=False))
+            self.values[path] = AssignedValue(value, ValueOrigin(reason, written_by_user=False))
 
     def remove(self, prefix: str, reason: str) -> None:
         """Remove a field or group that would have no effect, and ignore the tool's defaults for it. Warns if the user set the field."""
@@ -172,15 +172,15 @@ class Draft:
             if assigned.key:
                 self.add_warning(f"{assigned.origin.location}: {assigned.key} has no effect: {reason}")
 
-    def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explains: str = "") -> None:
+    def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explained_path: str = "") -> None:
         """Record a mistake about one or several options, with their locations.
 
-        `explains` is a spec path: later problems at this path are not reported, because this mistake causes them.
+        `explained_path` is a spec path: later problems at this path are not reported, because this mistake causes them.
         """
-        if explains:
-            self.unreadable[explains] = explains
+        if explained_path:
+            self.paths_of_invalid_keys[explained_path] = explained_path
         keys = (keys,) if isinstance(keys, str) else keys
-        options = [self.given[key] for key in keys if key in self.given]
+        options = [self.given_options[key] for key in keys if key in self.given_options]
         locations = ", ".join(dict.fromkeys(option.origin.location for option in options))
         spellings = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
         self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
@@ -192,8 +192,8 @@ class Draft:
 
     def warn_no_effect(self, key: str, reason: str) -> None:
         """Warn that an option of the user has no effect."""
-        given = self.given[key]
-        self.add_warning(f"{given.origin.location}: {given.key} has no effect: {reason}")
+        given_option = self.given_options[key]
+        self.add_warning(f"{given_option.origin.location}: {given_option.key} has no effect: {reason}")
 
     def add_note(self, message: str) -> None:
         """Record a message that requires no action."""
@@ -203,15 +203,15 @@ class Draft:
     def store_secret(self, key: str, value: str) -> dict[str, str]:
         """Add a value to the Secret and return the spec's reference to this key of the Secret."""
         self.secrets[key] = value
-        self.hide(value)
+        self.redact_in_messages(value)
         return {"name": self.secret_name, "key": key}
 
-    def hide(self, value: Any) -> None:
+    def redact_in_messages(self, value: Any) -> None:
         """Redact this text in every message."""
         if isinstance(value, str) and value.strip():
             self.secret_texts.add(value)
 
-    def redacted(self, message: str) -> str:
+    def redact_message(self, message: str) -> str:
         """Return a message without secrets."""
         for secret in sorted(self.secret_texts, key=len, reverse=True):
             edge = r"\b" if len(secret) < 6 else ""
@@ -227,10 +227,10 @@ class Importer:
     title: str
     rows: tuple[Row, ...]
     defaults: tuple[ToolDefault, ...]
-    recognises: Callable[[tuple[Document, ...], tuple[str, ...]], bool]
+    recognises_input: Callable[[tuple[InputDocument, ...], tuple[str, ...]], bool]
     """Returns whether the documents or the command line belong to this tool."""
-    read: Callable[[Draft], Iterator[Entry]]
-    combine: Callable[[Draft], None]
+    read_options: Callable[[JobDraft], Iterator[OptionEntry]]
+    combine_options: Callable[[JobDraft], None]
     """Sets the fields whose value depends on several options."""
     normalise_key: Callable[[str], str] = lambda key: key
     """Normalises the spelling of a key for the lookup in the table."""

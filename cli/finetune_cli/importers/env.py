@@ -18,22 +18,30 @@ from finetune_cli.importers.command_lines import (
     parse_flags,
     strip_launcher,
 )
-from finetune_cli.importers.converters import boolean, choice, integer, list_of, module_names, number, text_matching
-from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.converters import (
+    list_of,
+    module_names,
+    text_matching,
+    to_boolean,
+    to_choice,
+    to_integer,
+    to_number,
+)
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
 from finetune_cli.importers.sources import assign_config_map, assign_output_folder, assign_source, assign_tokenizer
 from finetune_cli.mistakes import Mistake
-from finetune_cli.provenance import Origin
+from finetune_cli.provenance import ValueOrigin
 from finetune_cli.suggestions import closest_name
 
-FORMATS = {
+DATASET_FORMATS = {
     "plain_text": "plainText", "mcq_jsonl": "mcq", "instruction_jsonl": "instruction", "instruction": "instruction", "qa": "qa", "text": "text",
     "conversation": "messages",
 }  # fmt: skip
-METRICS = {
+METRIC_NAMES = {
     "accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "perplexity": "perplexity", "bleu": "bleu", "rouge": "rouge",
     "rougeL": "rouge", "bertscore": "bertscore",
 }  # fmt: skip
-PRECISION = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
+PRECISION_BY_DTYPE = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 FIXED_FILES = "metrics and reports are written to fixed files"
 MAX_SHOWN_WORD = 12
 FOLDER_NAME = text_matching(
@@ -42,56 +50,56 @@ FOLDER_NAME = text_matching(
 
 ROWS: tuple[Row, ...] = (
     Row("PROJECT_NAME", "output.project", FOLDER_NAME, ("--project_name", "-project", "--project")),
-    Row("MODEL_NAME", "model.source", aliases=("--model_name", "-model", "--model"), manual=True),
-    Row("TOKENIZER", "model.tokenizer", aliases=("--tokenizer", "-tokenizer"), manual=True),
-    Row("HUGGINGFACE_TOKEN", "model.tokenSecretRef", aliases=("--hf_token",), manual=True, secret=True),
-    Row("USE_AUTH_TOKEN", "model.tokenSecretRef", boolean, manual=True),
-    Row("CACHE_DIR", "model.cache", manual=True),
+    Row("MODEL_NAME", "model.source", aliases=("--model_name", "-model", "--model"), is_set_by_combine=True),
+    Row("TOKENIZER", "model.tokenizer", aliases=("--tokenizer", "-tokenizer"), is_set_by_combine=True),
+    Row("HUGGINGFACE_TOKEN", "model.tokenSecretRef", aliases=("--hf_token",), is_set_by_combine=True, is_secret=True),
+    Row("USE_AUTH_TOKEN", "model.tokenSecretRef", to_boolean, is_set_by_combine=True),
+    Row("CACHE_DIR", "model.cache", is_set_by_combine=True),
     Row("PAD_TOKEN", "model.padToken"),
-    Row("TRAIN_DATA_PATH", "dataset.train", aliases=("--data_path", "-data", "--data"), required=True, manual=True),
-    Row("DATASET_TYPE", "dataset.format", choice(FORMATS), ("--dataset_type", "-dataset_type"), required=True, manual=True),
-    Row("DATA_FORMAT", "dataset.fileFormat", choice(["jsonl", "json", "csv", "auto", "txt"])),
-    Row("VAL_DATA_PATH", "dataset.validation", aliases=("--val_path",), manual=True),
-    Row("TEST_DATA_PATH", "dataset.test", aliases=("--test_path",), manual=True),
-    Row("TRAIN_RATIO", "dataset.split.train", number(0, 1), ("--train_ratio",), manual=True),
-    Row("VAL_RATIO", "dataset.split.validation", number(0, 1), ("--val_ratio",), manual=True),
-    Row("TEST_RATIO", "dataset.split.test", number(0, 1), ("--test_ratio",), manual=True),
-    Row("SPLIT_SEED", "dataset.split.seed", integer(0, 4294967295), ("--split_seed",), manual=True),
-    Row("MAX_LENGTH", "dataset.maxSequenceLength", integer(1)),
-    Row("PACKING", "dataset.packing", boolean),
-    Row("TECHNIQUE", "method.type", choice(["lora", "qlora", "dora", "adapter"]), ("--technique", "-technique"), manual=True),
-    Row("ADAPTER_PATH", "method.adapter.source", aliases=("--adapter_path",), manual=True),
-    Row("LORA_R", "method.lora.rank", integer(4, 128), ("--lora_r", "-lora_r")),
-    Row("LORA_ALPHA", "method.lora.alpha", number(above=0), ("--lora_alpha", "-lora_alpha")),
-    Row("LORA_DROPOUT", "method.lora.dropout", number(0, 0.3), ("--lora_dropout", "-lora_dropout")),
+    Row("TRAIN_DATA_PATH", "dataset.train", aliases=("--data_path", "-data", "--data"), is_required=True, is_set_by_combine=True),
+    Row("DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMATS), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True),
+    Row("DATA_FORMAT", "dataset.fileFormat", to_choice(["jsonl", "json", "csv", "auto", "txt"])),
+    Row("VAL_DATA_PATH", "dataset.validation", aliases=("--val_path",), is_set_by_combine=True),
+    Row("TEST_DATA_PATH", "dataset.test", aliases=("--test_path",), is_set_by_combine=True),
+    Row("TRAIN_RATIO", "dataset.split.train", to_number(0, 1), ("--train_ratio",), is_set_by_combine=True),
+    Row("VAL_RATIO", "dataset.split.validation", to_number(0, 1), ("--val_ratio",), is_set_by_combine=True),
+    Row("TEST_RATIO", "dataset.split.test", to_number(0, 1), ("--test_ratio",), is_set_by_combine=True),
+    Row("SPLIT_SEED", "dataset.split.seed", to_integer(0, 4294967295), ("--split_seed",), is_set_by_combine=True),
+    Row("MAX_LENGTH", "dataset.maxSequenceLength", to_integer(1)),
+    Row("PACKING", "dataset.packing", to_boolean),
+    Row("TECHNIQUE", "method.type", to_choice(["lora", "qlora", "dora", "adapter"]), ("--technique", "-technique"), is_set_by_combine=True),
+    Row("ADAPTER_PATH", "method.adapter.source", aliases=("--adapter_path",), is_set_by_combine=True),
+    Row("LORA_R", "method.lora.rank", to_integer(4, 128), ("--lora_r", "-lora_r")),
+    Row("LORA_ALPHA", "method.lora.alpha", to_number(exclusive_low=0), ("--lora_alpha", "-lora_alpha")),
+    Row("LORA_DROPOUT", "method.lora.dropout", to_number(0, 0.3), ("--lora_dropout", "-lora_dropout")),
     Row("LORA_TARGET_MODULES", "method.lora.targetModules", module_names, ("--lora_target_modules",)),
-    Row("LORA_BIAS", "method.lora.bias", choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),
-    Row("LOAD_IN_4BIT", "model.quantization.bits", boolean, manual=True),
-    Row("BNB_4BIT_COMPUTE_DTYPE", "model.quantization.computeDtype", choice(PRECISION)),
-    Row("BNB_4BIT_USE_DOUBLE_QUANT", "model.quantization.doubleQuant", boolean),
-    Row("BNB_4BIT_QUANT_TYPE", "model.quantization.type", choice(["nf4", "fp4"])),
-    Row("EPOCHS", "training.epochs", integer(1, 20), ("--epochs", "-epochs")),
-    Row("BATCH_SIZE", "training.batchSizePerDevice", integer(1, 32), ("--batch_size", "-batch_size")),
-    Row("GRAD_ACC_STEPS", "training.gradientAccumulationSteps", integer(1), ("--grad_acc_steps",)),
-    Row("LEARNING_RATE", "training.learningRate", number(1e-5, 5e-4), ("--learning_rate", "-lr")),
-    Row("DEVICE", "training.device", choice(["cpu", "cuda", "mps", "auto"]), ("--device", "-device"), manual=True),
-    Row("EVAL_STEPS", "evaluation.steps", integer(1), ("--eval_steps",), manual=True),
-    Row("SAVE_STRATEGY", "checkpoint.strategy", choice(["steps", "epoch", "no"]), manual=True),
-    Row("RESUME_CHECKPOINT", "checkpoint.resume", manual=True),
-    Row("OUTPUT_DIR", "output.dir", aliases=("--save_path", "-savepath", "--output", "--output_dir"), manual=True),
-    Row("PROMPTS_FILE", "evaluation.comparison.promptsRef", aliases=("--prompts_file",), manual=True),
-    Row("COMPARISON_MAX_TOKENS", "evaluation.comparison.generation.maxNewTokens", integer(1), ("MAX_NEW_TOKENS",)),
-    Row("COMPARISON_TEMPERATURE", "evaluation.comparison.generation.temperature", number(0, 10)),
-    Row("COMPARISON_TOP_P", "evaluation.comparison.generation.topP", number(0, 1, above=0)),
-    Row("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", boolean),
+    Row("LORA_BIAS", "method.lora.bias", to_choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),
+    Row("LOAD_IN_4BIT", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    Row("BNB_4BIT_COMPUTE_DTYPE", "model.quantization.computeDtype", to_choice(PRECISION_BY_DTYPE)),
+    Row("BNB_4BIT_USE_DOUBLE_QUANT", "model.quantization.doubleQuant", to_boolean),
+    Row("BNB_4BIT_QUANT_TYPE", "model.quantization.type", to_choice(["nf4", "fp4"])),
+    Row("EPOCHS", "training.epochs", to_integer(1, 20), ("--epochs", "-epochs")),
+    Row("BATCH_SIZE", "training.batchSizePerDevice", to_integer(1, 32), ("--batch_size", "-batch_size")),
+    Row("GRAD_ACC_STEPS", "training.gradientAccumulationSteps", to_integer(1), ("--grad_acc_steps",)),
+    Row("LEARNING_RATE", "training.learningRate", to_number(1e-5, 5e-4), ("--learning_rate", "-lr")),
+    Row("DEVICE", "training.device", to_choice(["cpu", "cuda", "mps", "auto"]), ("--device", "-device"), is_set_by_combine=True),
+    Row("EVAL_STEPS", "evaluation.steps", to_integer(1), ("--eval_steps",), is_set_by_combine=True),
+    Row("SAVE_STRATEGY", "checkpoint.strategy", to_choice(["steps", "epoch", "no"]), is_set_by_combine=True),
+    Row("RESUME_CHECKPOINT", "checkpoint.resume", is_set_by_combine=True),
+    Row("OUTPUT_DIR", "output.dir", aliases=("--save_path", "-savepath", "--output", "--output_dir"), is_set_by_combine=True),
+    Row("PROMPTS_FILE", "evaluation.comparison.promptsRef", aliases=("--prompts_file",), is_set_by_combine=True),
+    Row("COMPARISON_MAX_TOKENS", "evaluation.comparison.generation.maxNewTokens", to_integer(1), ("MAX_NEW_TOKENS",)),
+    Row("COMPARISON_TEMPERATURE", "evaluation.comparison.generation.temperature", to_number(0, 10)),
+    Row("COMPARISON_TOP_P", "evaluation.comparison.generation.topP", to_number(0, 1, exclusive_low=0)),
+    Row("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", to_boolean),
     Row("COMPARISON_OUTPUT", no_effect=FIXED_FILES),
-    Row("TRACK_METRICS", "evaluation.metrics", manual=True),
-    Row("METRICS", "evaluation.metrics", list_of(choice(METRICS)), manual=True),
+    Row("TRACK_METRICS", "evaluation.metrics", is_set_by_combine=True),
+    Row("METRICS", "evaluation.metrics", list_of(to_choice(METRIC_NAMES)), is_set_by_combine=True),
     Row("METRICS_PATH", no_effect=FIXED_FILES),
     Row("REPORT_PATH", no_effect=FIXED_FILES),
-    Row("LOG_INTERVAL", "tracking.loggingSteps", integer(1)),
-    Row("MONGODB_ENABLED", "tracking.reportTo", boolean, manual=True),
-    Row("MONGODB_URI", "tracking.mongodb.uriSecretRef", manual=True, secret=True),
+    Row("LOG_INTERVAL", "tracking.loggingSteps", to_integer(1)),
+    Row("MONGODB_ENABLED", "tracking.reportTo", to_boolean, is_set_by_combine=True),
+    Row("MONGODB_URI", "tracking.mongodb.uriSecretRef", is_set_by_combine=True, is_secret=True),
     Row("MONGODB_DB_NAME", "tracking.mongodb.database"),
     Row("MONGODB_COLLECTION_PREFIX", no_effect="collections have fixed names"),
 )  # fmt: skip
@@ -100,24 +108,24 @@ ROWS: tuple[Row, ...] = (
 KEYS = frozenset(key for row in ROWS for key in (row.key, *row.aliases))
 
 
-def _has_validation_data(draft: Draft) -> bool:
+def _has_validation_data(draft: JobDraft) -> bool:
     return draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
 
 
-def _is_4bit(draft: Draft) -> bool:
+def _is_4bit(draft: JobDraft) -> bool:
     return bool(draft.value("model.quantization.bits") == 4)
 
 
-def _compares_models(draft: Draft) -> bool:
+def _compares_models(draft: JobDraft) -> bool:
     """Return whether base and tuned model are compared on prompts. The tool's defaults for this comparison differ from those of FineTuneJob."""
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("model.source", "gpt2", "documented default"),
-    ToolDefault("method.lora.rank", 8, when=lambda d: d.value("method.type") != "adapter"),
-    ToolDefault("method.lora.alpha", 16, when=lambda d: d.value("method.type") != "adapter"),
-    ToolDefault("method.lora.dropout", 0.1, when=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("method.lora.rank", 8, is_applicable=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("method.lora.alpha", 16, is_applicable=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("method.lora.dropout", 0.1, is_applicable=lambda d: d.value("method.type") != "adapter"),
     ToolDefault("training.epochs", 3),
     ToolDefault("training.batchSizePerDevice", 4),
     ToolDefault("training.gradientAccumulationSteps", 4),
@@ -151,24 +159,24 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 # --- reading --------------------------------------------------------------------------------------------------------
 
 KEY_MARKS = re.compile(r"^\s*(export\s+)?(MODEL_NAME|TRAIN_DATA_PATH|DATASET_TYPE|TECHNIQUE)\s*=", re.MULTILINE)
-FLAG_MARKS = ("--data_path", "--dataset_type", "--technique", "--model_name", "--hf_token")
+RECOGNISED_FLAGS = ("--data_path", "--dataset_type", "--technique", "--model_name", "--hf_token")
 
 
-def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
     """Return whether a file is a `.env` file or has keys of the tool; without files, whether the command line has a flag of the tool."""
     if documents:
         return any(d.path.suffix == ".env" or d.path.name == ".env" or KEY_MARKS.search(d.text) for d in documents)
-    return any(word.partition("=")[0] in FLAG_MARKS for word in words)
+    return any(word.partition("=")[0] in RECOGNISED_FLAGS for word in words)
 
 
-def read(draft: Draft) -> Iterator[Entry]:
+def read(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order, then those of the tool's `--config` file, then the tool's flags."""
     for document in draft.documents:
         yield from _read_file(document, draft)
     yield from _read_flags(draft)
 
 
-def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
+def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry]:
     from dotenv.parser import parse_stream
 
     values: dict[str, str] = {}
@@ -181,40 +189,40 @@ def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
                 Mistake(
                     location,
                     "",
-                    f"{_shorten(line_text)!r} does not have the form KEY=value",
+                    f"{_shorten_line(line_text)!r} does not have the form KEY=value",
                     "remove the line, or write KEY=value",
                 )
             )
         elif binding.key is not None and binding.value is None:
-            name = binding.key if binding.key in KEYS else _shorten(binding.key)
+            name = binding.key if binding.key in KEYS else _shorten_line(binding.key)
             hint = f"write {name}=value, or {name}= to leave it unset"
             draft.mistakes.append(Mistake(location, name, "the line has no `=` and no value", hint))
         elif binding.key is not None and binding.value is not None:
-            value = _interpolate(binding.value, values, draft, location, binding.key)
+            value = _expand_variables(binding.value, values, draft, location, binding.key)
             values[binding.key] = value
-            yield Entry(binding.key, value.strip(), Origin(location))
+            yield OptionEntry(binding.key, value.strip(), ValueOrigin(location))
 
 
-def _count_leading_lines(original: str) -> int:
+def _count_leading_lines(text: str) -> int:
     """Count the blank lines before a key. The parser includes these lines in the key's binding."""
-    return len(original) - len(original.lstrip("\r\n")) if original.strip() else 0
+    return len(text) - len(text.lstrip("\r\n")) if text.strip() else 0
 
 
-def _shorten(line: str) -> str:
+def _shorten_line(line: str) -> str:
     """Shorten an invalid line for a message. A single long word may be a secret, so only its first two characters are shown."""
     if " " not in line and len(line) > MAX_SHOWN_WORD:
         return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
 
 
-def _interpolate(value: str, values: dict[str, str], draft: Draft, location: str, key: str) -> str:
+def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, location: str, key: str) -> str:
     from dotenv.variables import parse_variables
 
-    known = {**draft.request.environment, **values}
+    variables = {**draft.request.environment, **values}
     parts = list(parse_variables(value))
     for part in parts:
         name = getattr(part, "name", None)
-        if name is not None and name not in known and getattr(part, "default", None) is None:
+        if name is not None and name not in variables and getattr(part, "default", None) is None:
             draft.mistakes.append(
                 Mistake(
                     location,
@@ -223,39 +231,39 @@ def _interpolate(value: str, values: dict[str, str], draft: Draft, location: str
                     "set the variable above this line, or write its value here",
                 )
             )
-    return "".join(part.resolve(known) for part in parts)
+    return "".join(part.resolve(variables) for part in parts)
 
 
-def _read_flags(draft: Draft) -> Iterator[Entry]:
-    known = [alias for row in ROWS for alias in row.aliases if alias.startswith("-")]
+def _read_flags(draft: JobDraft) -> Iterator[OptionEntry]:
+    known_flags = [alias for row in ROWS for alias in row.aliases if alias.startswith("-")]
     flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: True)
     add_stray_mistakes(draft, flags)
-    entries: list[Entry] = []
-    for name, value in flags.pairs:
-        spelled = _expand_abbreviation(name, known)
-        if spelled in ("--config", "-config"):
+    entries: list[OptionEntry] = []
+    for name, value in flags.name_value_pairs:
+        full_name = _expand_abbreviation(name, known_flags)
+        if full_name in ("--config", "-config"):
             document = add_config_file(draft, value) if value else None
             if document is not None:
                 yield from _read_file(document, draft)
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
-            entries.append(flag_entry(spelled, value))
+            entries.append(flag_entry(full_name, value))
     yield from entries
 
 
-def _expand_abbreviation(name: str, known: list[str]) -> str:
+def _expand_abbreviation(name: str, known_flags: list[str]) -> str:
     """Expand an abbreviated flag as the tool's parser does. Any other name is returned unchanged."""
-    if name in known or name in ("--config", "-config"):
+    if name in known_flags or name in ("--config", "-config"):
         return name
-    matches = [flag for flag in (*known, "--config") if name.startswith("--") and flag.startswith(name)]
+    matches = [flag for flag in (*known_flags, "--config") if name.startswith("--") and flag.startswith(name)]
     return matches[0] if len(matches) == 1 else name
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
 
 
-def combine(draft: Draft) -> None:
+def combine_options(draft: JobDraft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "MODEL_NAME", "model.source")
     assign_tokenizer(draft, "TOKENIZER", "MODEL_NAME")
@@ -274,19 +282,19 @@ def combine(draft: Draft) -> None:
     _set_other_fields(draft)
 
 
-def _set_token(draft: Draft) -> None:
-    token, used = draft.given.get("HUGGINGFACE_TOKEN"), draft.get("USE_AUTH_TOKEN")
-    if token is not None and used is False:
+def _set_token(draft: JobDraft) -> None:
+    token, use_auth_token = draft.given_options.get("HUGGINGFACE_TOKEN"), draft.get("USE_AUTH_TOKEN")
+    if token is not None and use_auth_token is False:
         draft.warn_no_effect("HUGGINGFACE_TOKEN", "USE_AUTH_TOKEN is false")
     elif token is not None:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", token.value), "HUGGINGFACE_TOKEN")
-    elif used and "model.tokenSecretRef" not in draft.request.overrides:
-        location = draft.given["USE_AUTH_TOKEN"].origin.location
+    elif use_auth_token and "model.tokenSecretRef" not in draft.request.overrides:
+        location = draft.given_options["USE_AUTH_TOKEN"].origin.location
         message = "USE_AUTH_TOKEN is true, but no token is given: for a gated model, set model.tokenSecretRef"
         draft.add_warning(f"{location}: {message}")
 
 
-def _set_dataset_format(draft: Draft) -> None:
+def _set_dataset_format(draft: JobDraft) -> None:
     dataset_format = draft.get("DATASET_TYPE")
     if dataset_format == "text":
         dataset_format = "plainText" if str(draft.get("TRAIN_DATA_PATH", "")).endswith(".txt") else "promptCompletion"
@@ -299,71 +307,71 @@ def _set_dataset_format(draft: Draft) -> None:
         )
 
 
-def _set_split(draft: Draft) -> None:
+def _set_split(draft: JobDraft) -> None:
     ratios = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
-    given = {key: float(draft.get(key)) for key in ratios if key in draft.given}
+    given_ratios = {key: float(draft.get(key)) for key in ratios if key in draft.given_options}
     if draft.has_value("dataset.validation") or draft.has_value("dataset.test"):
-        for key in (*given, *(["SPLIT_SEED"] if "SPLIT_SEED" in draft.given else [])):
-            option = draft.given[key]
+        for key in (*given_ratios, *(["SPLIT_SEED"] if "SPLIT_SEED" in draft.given_options else [])):
+            option = draft.given_options[key]
             draft.add_warning(
                 f"{option.origin.location}: {option.key} has no effect: the training data is not split, because a validation or test file is given"
             )
         return
-    if any(key in draft.unreadable for key in ratios):
+    if any(key in draft.paths_of_invalid_keys for key in ratios):
         return
-    total = sum(given.values())
-    names = "+".join(given)
-    if len(given) == 3 and abs(total - 1) > 1e-6:
+    total = sum(given_ratios.values())
+    names = "+".join(given_ratios)
+    if len(given_ratios) == 3 and abs(total - 1) > 1e-6:
         draft.add_mistake(
-            tuple(given),
+            tuple(given_ratios),
             f"{names} = {total:g}, but must be 1",
             "change a ratio, or remove a ratio (it becomes the remaining share)",
         )
         return
     if total > 1 + 1e-6:
-        draft.add_mistake(tuple(given), f"{names} = {total:g}, but must be at most 1", "reduce the ratios")
+        draft.add_mistake(tuple(given_ratios), f"{names} = {total:g}, but must be at most 1", "reduce the ratios")
         return
-    parts = _complete_ratios(given)
+    parts = _complete_ratios(given_ratios)
     if parts["TRAIN_RATIO"] <= 0:
         draft.add_mistake(
-            tuple(given), "no rows are left for training", "reduce the other ratios", explains="dataset.split"
+            tuple(given_ratios), "no rows are left for training", "reduce the other ratios", explained_path="dataset.split"
         )
         return
     for key, value in parts.items():
         part = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
-        if key in given:
+        if key in given_ratios:
             draft.assign(f"dataset.split.{part}", value, key)
         else:
-            draft.assign_default(f"dataset.split.{part}", value, "remaining share" if given else "documented default")
-    if "SPLIT_SEED" in draft.given:
+            draft.assign_default(f"dataset.split.{part}", value, "remaining share" if given_ratios else "documented default")
+    if "SPLIT_SEED" in draft.given_options:
         draft.assign("dataset.split.seed", draft.get("SPLIT_SEED"), "SPLIT_SEED")
     else:
         draft.assign_default("dataset.split.seed", 42, "documented default")
 
 
-def _complete_ratios(given: dict[str, float]) -> dict[str, float]:
+def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
     """Return all three ratios.
 
     If two ratios are given, the third gets the remainder. If only the training ratio is given, validation and test share the remainder.
     If only the validation (or test) ratio is given, test (or validation) gets at most 0.1, and training gets the remainder.
     """
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
-    if not given:
+    if not given_ratios:
         return ratios
-    remaining = round(1 - sum(given.values()), 10)
-    if len(given) == 1 and "TRAIN_RATIO" in given:
-        return {**given, "VAL_RATIO": round(remaining / 2, 10), "TEST_RATIO": round(remaining / 2, 10)}
-    if len(given) == 1:
-        other = "TEST_RATIO" if "VAL_RATIO" in given else "VAL_RATIO"
-        other_ratio = min(ratios[other], remaining)
-        return {**given, other: other_ratio, "TRAIN_RATIO": round(remaining - other_ratio, 10)}
-    missing = next((key for key in ratios if key not in given), None)
-    return given if missing is None else {**given, missing: max(remaining, 0.0)}
+    remaining_ratio = round(1 - sum(given_ratios.values()), 10)
+    if len(given_ratios) == 1 and "TRAIN_RATIO" in given_ratios:
+        return {**given_ratios, "VAL_RATIO": round(remaining_ratio / 2, 10), "TEST_RATIO": round(remaining_ratio / 2, 10)}
+    if len(given_ratios) == 1:
+        other_key = "TEST_RATIO" if "VAL_RATIO" in given_ratios else "VAL_RATIO"
+        other_ratio = min(ratios[other_key], remaining_ratio)
+        return {**given_ratios, other_key: other_ratio, "TRAIN_RATIO": round(remaining_ratio - other_ratio, 10)}
+    missing_key = next((key for key in ratios if key not in given_ratios), None)
+    return given_ratios if missing_key is None else {**given_ratios, missing_key: max(remaining_ratio, 0.0)}
 
 
-def _set_method(draft: Draft) -> None:
+def _set_method(draft: JobDraft) -> None:
     technique, four_bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
-    if "TECHNIQUE" in draft.unreadable:
+    if "TECHNIQUE" in draft.paths_of_invalid_keys:
         return
     if technique == "qlora" and four_bit is False:
         draft.add_mistake(
@@ -376,16 +384,16 @@ def _set_method(draft: Draft) -> None:
         technique = "qlora"
     if technique == "adapter":
         assign_source(draft, "ADAPTER_PATH", "method.adapter.source")
-        if not draft.has_value("method.adapter.source") and "ADAPTER_PATH" not in draft.unreadable:
+        if not draft.has_value("method.adapter.source") and "ADAPTER_PATH" not in draft.paths_of_invalid_keys:
             draft.add_mistake(
                 "TECHNIQUE",
                 "TECHNIQUE adapter continues training an adapter, but no adapter is given",
                 "give --adapter URI",
-                explains="method.adapter.source",
+                explained_path="method.adapter.source",
             )
-    elif "ADAPTER_PATH" in draft.given:
+    elif "ADAPTER_PATH" in draft.given_options:
         draft.warn_no_effect("ADAPTER_PATH", f"TECHNIQUE is {technique}")
-    if "TECHNIQUE" in draft.given:
+    if "TECHNIQUE" in draft.given_options:
         draft.assign("method.type", technique, "TECHNIQUE")
     else:
         draft.assign_default("method.type", technique)
@@ -394,7 +402,7 @@ def _set_method(draft: Draft) -> None:
         draft.assign_default("model.quantization.type", "nf4")
 
 
-def _set_device(draft: Draft) -> None:
+def _set_device(draft: JobDraft) -> None:
     device = draft.get("DEVICE", "auto")
     if device == "auto":
         return
@@ -409,13 +417,13 @@ def _set_device(draft: Draft) -> None:
         draft.assign_default("training.mixedPrecision", "no", "hard-coded in the tool")
 
 
-def _set_intervals(draft: Draft) -> None:
+def _set_intervals(draft: JobDraft) -> None:
     """Set the intervals of evaluation and checkpoints.
 
     With validation data, the tool evaluates and saves a checkpoint every EVAL_STEPS steps. Otherwise SAVE_STRATEGY applies.
     """
     steps, saves = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
-    origin = draft.given["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given else None
+    origin = draft.given_options["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given_options else None
     if _has_validation_data(draft):
         draft.assign_default("evaluation.strategy", "steps", "hard-coded in the tool")
         draft.assign_default("checkpoint.strategy", "steps", "hard-coded in the tool")
@@ -433,64 +441,64 @@ def _set_intervals(draft: Draft) -> None:
         draft.assign("checkpoint.strategy", saves, "SAVE_STRATEGY")
     if saves == "steps":
         draft.assign("checkpoint.steps", steps, "EVAL_STEPS" if origin else "SAVE_STRATEGY")
-    elif origin and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.unreadable:
+    elif origin and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.paths_of_invalid_keys:
         draft.warn_no_effect("EVAL_STEPS", "there is no validation data")
 
 
-def _set_other_fields(draft: Draft) -> None:
-    if "OUTPUT_DIR" in draft.given:
+def _set_other_fields(draft: JobDraft) -> None:
+    if "OUTPUT_DIR" in draft.given_options:
         assign_output_folder(draft, "OUTPUT_DIR")
     assign_config_map(draft, "PROMPTS_FILE", "evaluation.comparison.promptsRef", "prompts", "--prompts")
-    if "RESUME_CHECKPOINT" in draft.given:
+    if "RESUME_CHECKPOINT" in draft.given_options:
         word = str(draft.get("RESUME_CHECKPOINT")).lower()
         if word in ("auto", "never", "true", "false"):
             draft.assign("checkpoint.resume", {"true": "auto", "false": "never"}.get(word, word), "RESUME_CHECKPOINT")
         else:
             assign_source(draft, "RESUME_CHECKPOINT", "checkpoint.resume", always_local=True)
-    if "CACHE_DIR" in draft.given:
+    if "CACHE_DIR" in draft.given_options:
         _set_cache(draft)
     _set_metrics(draft)
     if draft.get("MONGODB_ENABLED"):
         draft.assign("tracking.reportTo", ["mongodb"], "MONGODB_ENABLED")
-    if "MONGODB_URI" in draft.given and draft.get("MONGODB_ENABLED") is not False:
+    if "MONGODB_URI" in draft.given_options and draft.get("MONGODB_ENABLED") is not False:
         draft.assign("tracking.reportTo", ["mongodb"], "MONGODB_URI")
         draft.assign(
             "tracking.mongodb.uriSecretRef", draft.store_secret("mongodb-uri", draft.get("MONGODB_URI")), "MONGODB_URI"
         )
 
 
-def _set_cache(draft: Draft) -> None:
-    given = draft.given["CACHE_DIR"]
-    if str(given.value).startswith("pvc://"):
-        draft.assign("model.cache", given.value, "CACHE_DIR")
+def _set_cache(draft: JobDraft) -> None:
+    given_option = draft.given_options["CACHE_DIR"]
+    if str(given_option.value).startswith("pvc://"):
+        draft.assign("model.cache", given_option.value, "CACHE_DIR")
     else:
         draft.warn_no_effect(
             "CACHE_DIR", "pods cannot use a local folder; give a volume with --set model.cache=pvc://claim/path"
         )
 
 
-def _set_metrics(draft: Draft) -> None:
+def _set_metrics(draft: JobDraft) -> None:
     """Set the metrics from METRICS (a list) and TRACK_METRICS (a list or a boolean)."""
     metrics: list[Any] = list(draft.get("METRICS") or [])
-    track = draft.given.get("TRACK_METRICS")
-    if track is not None and str(track.value).lower() not in ("true", "false"):
-        for word in str(track.value).strip("[]").split(","):
-            name = METRICS.get(word.strip())
+    track_option = draft.given_options.get("TRACK_METRICS")
+    if track_option is not None and str(track_option.value).lower() not in ("true", "false"):
+        for word in str(track_option.value).strip("[]").split(","):
+            name = METRIC_NAMES.get(word.strip())
             if name is None:
-                closest = closest_name(word.strip(), METRICS)
+                closest = closest_name(word.strip(), METRIC_NAMES)
                 draft.add_mistake(
                     "TRACK_METRICS",
                     f'"{word.strip()}" is not a supported metric',
-                    f"write one of {', '.join(METRICS)}" + (f"; did you mean {closest}?" if closest else ""),
+                    f"write one of {', '.join(METRIC_NAMES)}" + (f"; did you mean {closest}?" if closest else ""),
                 )
             else:
                 metrics.append(name)
-    if metrics and not (track is not None and str(track.value).lower() == "false"):
+    if metrics and not (track_option is not None and str(track_option.value).lower() == "false"):
         draft.assign(
             "evaluation.metrics",
             list(dict.fromkeys(metrics)),
-            "METRICS" if "METRICS" in draft.given else "TRACK_METRICS",
+            "METRICS" if "METRICS" in draft.given_options else "TRACK_METRICS",
         )
 
 
-IMPORTER = Importer("env", "this .env tool", ROWS, DEFAULTS, recognises, read, combine)
+IMPORTER = Importer("env", "this .env tool", ROWS, DEFAULTS, recognises_input, read, combine_options)

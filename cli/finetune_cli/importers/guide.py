@@ -16,25 +16,25 @@ from finetune_cli.importers.command_lines import (
 from finetune_cli.importers.converters import (
     ConversionError,
     any_value,
-    boolean,
-    choice,
     first_match,
-    integer,
-    mapping,
     module_names,
-    number,
     text,
     text_matching,
+    to_boolean,
+    to_choice,
+    to_integer,
+    to_mapping,
+    to_number,
 )
-from finetune_cli.importers.documents import entries, parse, peek
-from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source, is_local
-from finetune_cli.importers.toml import BIAS, DTYPES, SCHEDULERS
+from finetune_cli.importers.toml import BIAS_BY_NAME, DTYPES_BY_NAME, SCHEDULERS_BY_NAME
 from finetune_cli.mistakes import Mistake
 
-GENERATION = "evaluation.comparison.generation"
-TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
+GENERATION_PATH = "evaluation.comparison.generation"
+TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
+DATASET_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
 DEVICE_MAP = "the trainer assigns the model to devices"
 
 
@@ -47,99 +47,99 @@ TRAIN_SPLIT = text_matching(
 
 def steps_or_none(value: Any) -> int | None:
     """Convert a number of steps. -1 and 0 become None."""
-    steps = integer(-1)(value)
+    steps = to_integer(-1)(value)
     return steps if steps > 0 else None
 
 
-def positive(value: Any) -> float | int:
+def to_positive_number(value: Any) -> float | int:
     """Convert a positive number."""
     try:
-        converted: float | int = number(above=0)(value)
+        converted: float | int = to_number(exclusive_low=0)(value)
         return converted
     except ConversionError as error:
         raise ConversionError("is not a positive number", error.allowed) from None
 
 
 ROWS: tuple[Row, ...] = (
-    Row("model", "model.source", aliases=("base_model.name", "--model"), required=True, manual=True),
-    Row("base_model.dtype", "model.dtype", choice(DTYPES)),
+    Row("model", "model.source", aliases=("base_model.name", "--model"), is_required=True, is_set_by_combine=True),
+    Row("base_model.dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
     Row("base_model.device_map", no_effect=DEVICE_MAP),
-    Row("base_model.trust_remote_code", "model.trustRemoteCode", boolean),
-    Row("lora_r", "method.lora.rank", integer(1), ("lora.r", "--lora-r")),
-    Row("lora_alpha", "method.lora.alpha", positive, ("lora.lora_alpha",)),
-    Row("lora.lora_dropout", "method.lora.dropout", number(0, below=1)),
-    Row("lora.bias", "method.lora.bias", choice(BIAS)),
-    Row("lora.task_type", "method.lora.taskType", choice({"CAUSAL_LM": "causalLM"})),
-    Row("target_modules", "method.lora.targetModules", first_match(module_names, mapping), ("lora.target_modules",), manual=True),
-    Row("use_4bit", "model.quantization.bits", boolean, manual=True),
-    Row("quantization.enabled", "model.quantization.bits", boolean, manual=True),
-    Row("quantization.load_in_4bit", "model.quantization.bits", boolean, manual=True),
-    Row("quantization.load_in_8bit", "model.quantization.bits", boolean, manual=True),
-    Row("quantization.bnb_4bit_quant_type", "model.quantization.type", choice(["nf4", "fp4"])),
-    Row("quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", choice(["bfloat16", "float16", "float32"])),
-    Row("quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", boolean),
-    Row("batch_size", "training.batchSizePerDevice", integer(1), ("training.per_device_train_batch_size", "--batch-size")),
-    Row("training.per_device_eval_batch_size", "evaluation.batchSizePerDevice", integer(1)),
-    Row("gradient_accumulation", "training.gradientAccumulationSteps", integer(1), ("training.gradient_accumulation_steps",)),
-    Row("epochs", "training.epochs", number(above=0), ("training.num_train_epochs", "--epochs")),
+    Row("base_model.trust_remote_code", "model.trustRemoteCode", to_boolean),
+    Row("lora_r", "method.lora.rank", to_integer(1), ("lora.r", "--lora-r")),
+    Row("lora_alpha", "method.lora.alpha", to_positive_number, ("lora.lora_alpha",)),
+    Row("lora.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
+    Row("lora.bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
+    Row("lora.task_type", "method.lora.taskType", to_choice({"CAUSAL_LM": "causalLM"})),
+    Row("target_modules", "method.lora.targetModules", first_match(module_names, to_mapping), ("lora.target_modules",), is_set_by_combine=True),
+    Row("use_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    Row("quantization.enabled", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    Row("quantization.load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    Row("quantization.load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    Row("quantization.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
+    Row("quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
+    Row("quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
+    Row("batch_size", "training.batchSizePerDevice", to_integer(1), ("training.per_device_train_batch_size", "--batch-size")),
+    Row("training.per_device_eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
+    Row("gradient_accumulation", "training.gradientAccumulationSteps", to_integer(1), ("training.gradient_accumulation_steps",)),
+    Row("epochs", "training.epochs", to_number(exclusive_low=0), ("training.num_train_epochs", "--epochs")),
     Row("training.max_steps", "training.maxSteps", steps_or_none),
-    Row("learning_rate", "training.learningRate", number(above=0), ("training.learning_rate",)),
-    Row("training.lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
-    Row("training.warmup_ratio", "training.warmupRatio", number(0, below=1)),
-    Row("training.warmup_steps", "training.warmupSteps", integer(0)),
+    Row("learning_rate", "training.learningRate", to_number(exclusive_low=0), ("training.learning_rate",)),
+    Row("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    Row("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
+    Row("training.warmup_steps", "training.warmupSteps", to_integer(0)),
     Row("training.optim", "training.optimizer"),
-    Row("training.weight_decay", "training.weightDecay", number(0)),
-    Row("training.max_grad_norm", "training.maxGradNorm", number(0)),
-    Row("training.fp16", "training.mixedPrecision", boolean, manual=True),
-    Row("training.bf16", "training.mixedPrecision", boolean, manual=True),
-    Row("training.gradient_checkpointing", "training.gradientCheckpointing", boolean, manual=True),
-    Row("training.logging_steps", "tracking.loggingSteps", integer(1)),
-    Row("training.logging_first_step", "tracking.logFirstStep", boolean),
-    Row("training.eval_strategy", "evaluation.strategy", choice(["steps", "epoch", "no"])),
-    Row("training.eval_steps", "evaluation.steps", integer(1), manual=True),
+    Row("training.weight_decay", "training.weightDecay", to_number(0)),
+    Row("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
+    Row("training.fp16", "training.mixedPrecision", to_boolean, is_set_by_combine=True),
+    Row("training.bf16", "training.mixedPrecision", to_boolean, is_set_by_combine=True),
+    Row("training.gradient_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
+    Row("training.logging_steps", "tracking.loggingSteps", to_integer(1)),
+    Row("training.logging_first_step", "tracking.logFirstStep", to_boolean),
+    Row("training.eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"])),
+    Row("training.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
     Row("training.eval_accumulation_steps", convert=any_value, no_effect="the trainer does not accumulate evaluation outputs"),
-    Row("training.save_strategy", "checkpoint.strategy", choice(["steps", "epoch", "no"])),
-    Row("training.save_steps", "checkpoint.steps", integer(1)),
-    Row("training.save_total_limit", "checkpoint.keep", integer(1)),
-    Row("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", boolean),
-    Row("training.output_dir", "output.dir", aliases=("--output",), manual=True),
-    Row("training.overwrite_output_dir", convert=boolean, no_effect="every run writes to its own folder"),
-    Row("training.report_to", "tracking.reportTo", choice(TRACKERS), manual=True, empty_is_absent=False),
-    Row("training.seed", "training.seed", integer(0, 4294967295)),
-    Row("--data", "dataset.train", manual=True),
-    Row("dataset.format", "dataset.format", choice(FORMATS)),
+    Row("training.save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
+    Row("training.save_steps", "checkpoint.steps", to_integer(1)),
+    Row("training.save_total_limit", "checkpoint.keep", to_integer(1)),
+    Row("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
+    Row("training.output_dir", "output.dir", aliases=("--output",), is_set_by_combine=True),
+    Row("training.overwrite_output_dir", convert=to_boolean, no_effect="every run writes to its own folder"),
+    Row("training.report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
+    Row("training.seed", "training.seed", to_integer(0, 4294967295)),
+    Row("--data", "dataset.train", is_set_by_combine=True),
+    Row("dataset.format", "dataset.format", to_choice(DATASET_FORMATS)),
     Row("dataset.instruction_column", "dataset.columns.question"),
     Row("dataset.input_column", "dataset.columns.input"),
     Row("dataset.output_column", "dataset.columns.answer"),
-    Row("dataset.max_seq_length", "dataset.maxSequenceLength", integer(1)),
-    Row("dataset.packing", "dataset.packing", boolean),
-    Row("dataset.add_eos_token", "dataset.addEosToken", boolean),
-    Row("dataset.train_split", convert=TRAIN_SPLIT, manual=True),
-    Row("dataset.eval_split", "dataset.validation", manual=True),
-    Row("dataset.eval_size", "dataset.split.validation", number(0, below=1)),
-    Row("callbacks.early_stopping.enabled", "training.earlyStopping", boolean, manual=True),
-    Row("callbacks.early_stopping.patience", "training.earlyStopping.patience", integer(1), manual=True),
-    Row("callbacks.early_stopping.threshold", "training.earlyStopping.threshold", number(0), manual=True),
-    Row("callbacks.wandb.enabled", "tracking.reportTo", boolean, manual=True),
+    Row("dataset.max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
+    Row("dataset.packing", "dataset.packing", to_boolean),
+    Row("dataset.add_eos_token", "dataset.addEosToken", to_boolean),
+    Row("dataset.train_split", convert=TRAIN_SPLIT, is_set_by_combine=True),
+    Row("dataset.eval_split", "dataset.validation", is_set_by_combine=True),
+    Row("dataset.eval_size", "dataset.split.validation", to_number(0, exclusive_high=1)),
+    Row("callbacks.early_stopping.enabled", "training.earlyStopping", to_boolean, is_set_by_combine=True),
+    Row("callbacks.early_stopping.patience", "training.earlyStopping.patience", to_integer(1), is_set_by_combine=True),
+    Row("callbacks.early_stopping.threshold", "training.earlyStopping.threshold", to_number(0), is_set_by_combine=True),
+    Row("callbacks.wandb.enabled", "tracking.reportTo", to_boolean, is_set_by_combine=True),
     Row("callbacks.wandb.project", "tracking.wandb.project"),
     Row("callbacks.wandb.entity", "tracking.wandb.entity"),
-    Row("inference.max_new_tokens", f"{GENERATION}.maxNewTokens", integer(1)),
-    Row("inference.temperature", f"{GENERATION}.temperature", number(0, 10)),
-    Row("inference.top_p", f"{GENERATION}.topP", number(0, 1, above=0)),
-    Row("inference.top_k", f"{GENERATION}.topK", integer(0)),
-    Row("inference.do_sample", f"{GENERATION}.doSample", boolean),
-    Row("inference.num_beams", convert=integer(1), no_effect="generation is greedy or sampled, without beam search"),
-    Row("inference.repetition_penalty", f"{GENERATION}.repetitionPenalty", number(above=0)),
-    Row("post_training.merge_adapter", "output.mergeAdapter", boolean, ("--merge",)),
-    Row("post_training.push_to_hub", "output.hub.push", boolean),
+    Row("inference.max_new_tokens", f"{GENERATION_PATH}.maxNewTokens", to_integer(1)),
+    Row("inference.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
+    Row("inference.top_p", f"{GENERATION_PATH}.topP", to_number(0, 1, exclusive_low=0)),
+    Row("inference.top_k", f"{GENERATION_PATH}.topK", to_integer(0)),
+    Row("inference.do_sample", f"{GENERATION_PATH}.doSample", to_boolean),
+    Row("inference.num_beams", convert=to_integer(1), no_effect="generation is greedy or sampled, without beam search"),
+    Row("inference.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
+    Row("post_training.merge_adapter", "output.mergeAdapter", to_boolean, ("--merge",)),
+    Row("post_training.push_to_hub", "output.hub.push", to_boolean),
     Row("post_training.hub_model_id", "output.hub.repository"),
-    Row("templates", "dataset.template", mapping, manual=True),
+    Row("templates", "dataset.template", to_mapping, is_set_by_combine=True),
     Row("requirements", convert=any_value, no_effect="the section only documents memory requirements"),
 )  # fmt: skip
 HARD_CODED = "hard-coded in the tool"
 
 
-def _is_qlora(draft: Draft) -> bool:
+def _is_qlora(draft: JobDraft) -> bool:
     return bool(draft.value("method.type") == "qlora")
 
 
@@ -156,7 +156,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.gradientAccumulationSteps", 4),
     ToolDefault("training.learningRate", 2e-4),
     ToolDefault("training.scheduler", "linear"),
-    ToolDefault("training.warmupRatio", 0.03, when=lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.warmupRatio", 0.03, is_applicable=lambda d: not d.has_value("training.warmupSteps")),
     ToolDefault("training.optimizer", "adamw_torch"),
     ToolDefault("training.weightDecay", 0),
     ToolDefault("training.maxGradNorm", 1),
@@ -171,37 +171,37 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip
 OPAQUE_PATHS = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
-FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r", "--merge")
+TOOL_FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r", "--merge")
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
     """Return whether a document has the flat form (`model` as text, with `lora_r` or `use_4bit`) or the nested form (`base_model.name`)."""
     if not documents:
         return any(word.partition("=")[0] in ("--lora-r", "--merge") for word in words)
     for document in documents:
-        content = peek(document)
+        content = peek_keys(document)
         base = content.get("base_model")
-        flat = isinstance(content.get("model"), str) and any(
+        is_flat = isinstance(content.get("model"), str) and any(
             key in content for key in ("lora_r", "use_4bit", "lora_alpha")
         )
-        if flat or (isinstance(base, dict) and "name" in base):
+        if is_flat or (isinstance(base, dict) and "name" in base):
             return True
     return False
 
 
-def read(draft: Draft) -> Iterator[Entry]:
+def read(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order, then the flags of the tool's script."""
     flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: name != "--merge")
     add_stray_mistakes(draft, flags)
-    for name, value in flags.pairs:
+    for name, value in flags.name_value_pairs:
         if name == "--config" and value:
             add_config_file(draft, value)
     for document in draft.documents:
-        yield from entries(document, parse(document), OPAQUE_PATHS)
-    for name, value in flags.pairs:
+        yield from iterate_entries(document, parse_document(document), OPAQUE_PATHS)
+    for name, value in flags.name_value_pairs:
         if name == "--merge":
             yield flag_entry(name, True if value is None else value)
         elif name != "--config" and value is None:
@@ -213,7 +213,7 @@ def read(draft: Draft) -> Iterator[Entry]:
 # --- fields that depend on several options --------------------------------------------------------------------------
 
 
-def combine(draft: Draft) -> None:
+def combine_options(draft: JobDraft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "model", "model.source")
     assign_source(draft, "--data", "dataset.train", always_local=is_local(str(draft.get("--data", ""))))
@@ -223,14 +223,14 @@ def combine(draft: Draft) -> None:
     _set_data(draft)
     _set_evaluation(draft)
     _set_callbacks(draft)
-    if "training.output_dir" in draft.given:
+    if "training.output_dir" in draft.given_options:
         assign_output_folder(draft, "training.output_dir")
-    if "training.gradient_checkpointing" in draft.given:
+    if "training.gradient_checkpointing" in draft.given_options:
         state = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
         draft.assign("training.gradientCheckpointing", state, "training.gradient_checkpointing")
 
 
-def _set_method(draft: Draft) -> None:
+def _set_method(draft: JobDraft) -> None:
     key_4bit = _loading_key(draft, "load_in_4bit")
     key_8bit = _loading_key(draft, "load_in_8bit")
     if key_4bit and key_8bit:
@@ -239,15 +239,15 @@ def _set_method(draft: Draft) -> None:
             keys,
             "4-bit and 8-bit loading exclude each other, but both are true",
             "set one of them to false",
-            explains="model.quantization",
+            explained_path="model.quantization",
         )
         return
-    adapters = [key for key in draft.given if key.startswith("lora") or key == "target_modules"]
-    broken = any(key.startswith("lora") or "4bit" in key for key in draft.unreadable) or any(
+    adapter_keys = [key for key in draft.given_options if key.startswith("lora") or key == "target_modules"]
+    has_unreadable_key = any(key.startswith("lora") or "4bit" in key for key in draft.paths_of_invalid_keys) or any(
         m.key.startswith("lora") for m in draft.mistakes
     )
-    if not adapters and not key_4bit:
-        if not broken:
+    if not adapter_keys and not key_4bit:
+        if not has_unreadable_key:
             hint = "write lora_r for LoRA, and use_4bit: true for QLoRA"
             draft.mistakes.append(
                 Mistake(
@@ -258,7 +258,7 @@ def _set_method(draft: Draft) -> None:
                 )
             )
         return
-    source = key_4bit or (adapters[0] if adapters else key_8bit)
+    source = key_4bit or (adapter_keys[0] if adapter_keys else key_8bit)
     if source is None:
         return
     draft.assign("method.type", "qlora" if key_4bit else "lora", source)
@@ -266,14 +266,14 @@ def _set_method(draft: Draft) -> None:
         draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source)
 
 
-def _loading_key(draft: Draft, name: str) -> str | None:
+def _loading_key(draft: JobDraft, name: str) -> str | None:
     """Return the key that enables quantized loading, or None if quantized loading is not enabled."""
     key, enabled = f"quantization.{name}", draft.get("quantization.enabled")
     if name == "load_in_4bit" and draft.get("use_4bit"):
         return "use_4bit"
     if draft.get(key) and enabled is False:
-        given = draft.given[key]
-        draft.warn_no_effect(given.row.key, "quantization.enabled is false")
+        given_option = draft.given_options[key]
+        draft.warn_no_effect(given_option.row.key, "quantization.enabled is false")
         return None
     if draft.get(key):
         return key
@@ -282,35 +282,35 @@ def _loading_key(draft: Draft, name: str) -> str | None:
     return None
 
 
-def _set_target_modules(draft: Draft) -> None:
+def _set_target_modules(draft: JobDraft) -> None:
     """Set the target modules from a list, or from a map of model families. A map's entry applies if its key occurs in the model's name."""
-    given = draft.given.get("target_modules")
-    if given is None:
+    given_option = draft.given_options.get("target_modules")
+    if given_option is None:
         return
-    if not isinstance(given.value, dict):
-        if given.value is not None:
-            draft.assign("method.lora.targetModules", given.value, "target_modules")
+    if not isinstance(given_option.value, dict):
+        if given_option.value is not None:
+            draft.assign("method.lora.targetModules", given_option.value, "target_modules")
         return
     source = str(draft.value("model.source", ""))
     name = re.sub(r"[^a-z0-9]", "", source.lower())
-    families = sorted(given.value, key=len, reverse=True)
+    families = sorted(given_option.value, key=len, reverse=True)
     matched_family = next((family for family in families if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
     matched_family = matched_family or next((family for family in families if family in ("default", "auto")), None)
     if matched_family is None:
         draft.add_mistake(
             "target_modules",
-            f"none of the model families {', '.join(given.value)} occurs in the model name {source}",
+            f"none of the model families {', '.join(given_option.value)} occurs in the model name {source}",
             "write a list",
         )
         return
     try:
-        draft.assign("method.lora.targetModules", module_names(given.value[matched_family]), "target_modules")
+        draft.assign("method.lora.targetModules", module_names(given_option.value[matched_family]), "target_modules")
     except ConversionError as error:
         draft.add_mistake("target_modules", f"{matched_family} {error.problem}", f"allowed: {error.allowed}")
     draft.add_note(f"target_modules: the list for {matched_family} is used for {source}")
 
 
-def _set_precision(draft: Draft) -> None:
+def _set_precision(draft: JobDraft) -> None:
     fp16, bf16 = "training.fp16", "training.bf16"
     if draft.get(fp16) and draft.get(bf16):
         draft.add_mistake((fp16, bf16), "fp16 and bf16 are both true", "set one of them to false")
@@ -318,9 +318,9 @@ def _set_precision(draft: Draft) -> None:
     if draft.get(bf16):
         draft.assign("training.mixedPrecision", "bf16", bf16)
         if draft.get("base_model.dtype") == "float16":
-            given = draft.given["base_model.dtype"]
+            given_option = draft.given_options["base_model.dtype"]
             draft.add_warning(
-                f"{given.origin.location}: {given.key}: float16 weights do not fit bf16 training, so the job uses bfloat16"
+                f"{given_option.origin.location}: {given_option.key}: float16 weights do not fit bf16 training, so the job uses bfloat16"
             )
             draft.assign("model.dtype", "bfloat16", bf16)
     elif draft.get(fp16):
@@ -329,59 +329,59 @@ def _set_precision(draft: Draft) -> None:
         draft.assign("training.mixedPrecision", "no", bf16)
 
 
-def _set_data(draft: Draft) -> None:
-    given = draft.given.get("dataset.eval_split")
-    if given is not None and not draft.has_value("dataset.validation"):
+def _set_data(draft: JobDraft) -> None:
+    given_option = draft.given_options.get("dataset.eval_split")
+    if given_option is not None and not draft.has_value("dataset.validation"):
         draft.add_warning(
-            f"{given.origin.location}: {given.key}: splits of hub data sets cannot be selected; give --validation URI or dataset.eval_size"
+            f"{given_option.origin.location}: {given_option.key}: splits of hub data sets cannot be selected; give --validation URI or dataset.eval_size"
         )
     if draft.has_value("dataset.split.validation"):
         draft.assign_default("dataset.split.seed", 42, "chosen by the importer: the tool's split has no seed")
         if draft.get("dataset.eval_size") == 0:
             draft.values.pop("dataset.split.validation")
             draft.values.pop("dataset.split.seed")
-    templates = draft.given.get("templates")
+    templates = draft.given_options.get("templates")
     if draft.get("dataset.format") == "custom":
         _set_template(draft)
     elif templates is not None:
         draft.add_warning(f"{templates.origin.location}: templates has no effect: dataset.format is not custom")
 
 
-def _set_template(draft: Draft) -> None:
-    given = draft.given.get("templates")
+def _set_template(draft: JobDraft) -> None:
+    given_option = draft.given_options.get("templates")
     templates = (
         {}
-        if given is None
-        else {template_name: template for template_name, template in given.value.items() if isinstance(template, str)}
+        if given_option is None
+        else {template_name: template for template_name, template in given_option.value.items() if isinstance(template, str)}
     )
-    chosen = templates.get("custom") or (next(iter(templates.values())) if len(templates) == 1 else None)
-    if chosen is None:
+    chosen_template = templates.get("custom") or (next(iter(templates.values())) if len(templates) == 1 else None)
+    if chosen_template is None:
         draft.add_mistake(
             "dataset.format",
             "the format custom needs exactly one template",
             "write templates.custom",
-            explains="dataset.template",
+            explained_path="dataset.template",
         )
     else:
-        draft.assign("dataset.template", text(chosen), "templates")
+        draft.assign("dataset.template", text(chosen_template), "templates")
 
 
-def _set_evaluation(draft: Draft) -> None:
-    validated = draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
-    if "training.eval_steps" in draft.given:
-        if validated or draft.has_value("evaluation.strategy"):
+def _set_evaluation(draft: JobDraft) -> None:
+    has_validation_data = draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
+    if "training.eval_steps" in draft.given_options:
+        if has_validation_data or draft.has_value("evaluation.strategy"):
             draft.assign("evaluation.steps", draft.get("training.eval_steps"), "training.eval_steps")
         else:
-            given = draft.given["training.eval_steps"]
-            draft.warn_no_effect(given.row.key, "there is no validation data")
-    elif validated:
+            given_option = draft.given_options["training.eval_steps"]
+            draft.warn_no_effect(given_option.row.key, "there is no validation data")
+    elif has_validation_data:
         draft.assign_default("evaluation.steps", 100)
-    if validated:
+    if has_validation_data:
         draft.assign_default("evaluation.strategy", "steps")
 
 
-def _set_callbacks(draft: Draft) -> None:
-    report = draft.given.get("training.report_to")
+def _set_callbacks(draft: JobDraft) -> None:
+    report = draft.given_options.get("training.report_to")
     trackers = list(draft.get("training.report_to") or []) if report is not None else None
     if draft.get("callbacks.wandb.enabled"):
         trackers = list(dict.fromkeys([*(trackers or []), "wandb"]))
@@ -391,7 +391,7 @@ def _set_callbacks(draft: Draft) -> None:
             trackers,
             "callbacks.wandb.enabled" if draft.get("callbacks.wandb.enabled") else "training.report_to",
         )
-    elif draft.has_key("training.report_to") and "training.report_to" not in draft.unreadable:
+    elif draft.has_key("training.report_to") and "training.report_to" not in draft.paths_of_invalid_keys:
         draft.assign_default("tracking.reportTo", [], "report_to is null")
     names = ("patience", "threshold")
     if draft.get("callbacks.early_stopping.enabled"):
@@ -407,9 +407,9 @@ def _set_callbacks(draft: Draft) -> None:
         )
         return
     for name in names:
-        given = draft.given.get(f"callbacks.early_stopping.{name}")
-        if given is not None:
-            draft.warn_no_effect(given.row.key, "early stopping is not enabled")
+        given_option = draft.given_options.get(f"callbacks.early_stopping.{name}")
+        if given_option is not None:
+            draft.warn_no_effect(given_option.row.key, "early stopping is not enabled")
 
 
-IMPORTER = Importer("guide", "this guide", ROWS, DEFAULTS, recognises, read, combine)
+IMPORTER = Importer("guide", "this guide", ROWS, DEFAULTS, recognises_input, read, combine_options)

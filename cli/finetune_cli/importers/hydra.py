@@ -11,9 +11,9 @@ from typing import Any
 
 from finetune_cli.importers.accelerate import is_accelerate, read_accelerate
 from finetune_cli.importers.command_lines import add_stray_mistakes, flag_entry, parse_flags, strip_launcher
-from finetune_cli.importers.converters import boolean, choice, integer, number
-from finetune_cli.importers.documents import peek
-from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.converters import to_boolean, to_choice, to_integer, to_number
+from finetune_cli.importers.documents import peek_keys
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
 from finetune_cli.importers.hydra_compose import (
     GROUPS,
     config_file,
@@ -25,16 +25,16 @@ from finetune_cli.importers.hydra_compose import (
     split_hydra_flags,
 )
 from finetune_cli.importers.sources import assign_source, is_local
-from finetune_cli.importers.toml import PROJECTIONS, SCHEDULERS
+from finetune_cli.importers.toml import DEFAULT_PROJECTIONS, SCHEDULERS_BY_NAME
 from finetune_cli.importers.yaml import assume_two_gpus
 from finetune_cli.mistakes import Mistake
 from finetune_cli.suggestions import closest_name
 
-TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-FORMATS = {
+TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
+DATASET_FORMATS = {
     "standard": "promptCompletion", "conversational": "messages", "preference": "preference", "no": "plainText", "simple": "plainText",
 }  # fmt: skip
-COLUMNS: dict[str, dict[str, str]] = {
+COLUMNS_BY_FORMAT: dict[str, dict[str, str]] = {
     "messages": {"question": "Question", "answer": "Response"},
     "plainText": {"text": "text"},
 }
@@ -48,33 +48,33 @@ def training_row(key: str, *args: Any, **kwargs: Any) -> Row:
 
 
 ROWS: tuple[Row, ...] = (
-    training_row("model", "model.source", required=True, manual=True),
-    Row("dataset.path", "dataset.train", manual=True, aliases=("--dataset",)),
-    Row("dataset.format", "dataset.format", choice(FORMATS), manual=True, aliases=("--format",)),
-    training_row("trainer", "trainer.type", choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
-    training_row("distributed_training", "distributed.strategy", choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}), manual=True),
-    training_row("per_device_train_batch_size", "training.batchSizePerDevice", integer(1)),
-    training_row("gradient_acc_steps", "training.gradientAccumulationSteps", integer(1)),
+    training_row("model", "model.source", is_required=True, is_set_by_combine=True),
+    Row("dataset.path", "dataset.train", is_set_by_combine=True, aliases=("--dataset",)),
+    Row("dataset.format", "dataset.format", to_choice(DATASET_FORMATS), is_set_by_combine=True, aliases=("--format",)),
+    training_row("trainer", "trainer.type", to_choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
+    training_row("distributed_training", "distributed.strategy", to_choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}), is_set_by_combine=True),
+    training_row("per_device_train_batch_size", "training.batchSizePerDevice", to_integer(1)),
+    training_row("gradient_acc_steps", "training.gradientAccumulationSteps", to_integer(1)),
     training_row("optim", "training.optimizer"),
-    training_row("learning_rate", "training.learningRate", number(above=0)),
-    training_row("num_train_epochs", "training.epochs", integer(1)),
-    training_row("lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
-    training_row("save_steps", "checkpoint.steps", integer(1)),
-    training_row("max_completion_length", "trainer.maxCompletionLength", integer(1)),
-    training_row("max_seq_length", "dataset.maxSequenceLength", integer(1)),
-    training_row("gradient_checkpointing", "training.gradientCheckpointing", boolean, manual=True),
-    training_row("report_to", "tracking.reportTo", choice(TRACKERS), manual=True, empty_is_absent=False),
-    training_row("warmup_ratio", "training.warmupRatio", number(0, below=1)),
-    training_row("warmup_steps", "training.warmupSteps", integer(0)),
-    training_row("weight_decay", "training.weightDecay", number(0)),
-    training_row("max_grad_norm", "training.maxGradNorm", number(0)),
-    training_row("logging_steps", "tracking.loggingSteps", integer(1)),
-    training_row("max_steps", "training.maxSteps", integer(1)),
-    training_row("save_total_limit", "checkpoint.keep", integer(1)),
-    training_row("seed", "training.seed", integer(0, 4294967295)),
-    training_row("beta", "trainer.dpo.beta", number(0), manual=True),
-    training_row("num_generations", "trainer.grpo.numGenerations", integer(2), manual=True),
-    training_row("temperature", "trainer.grpo.temperature", number(above=0), manual=True),
+    training_row("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
+    training_row("num_train_epochs", "training.epochs", to_integer(1)),
+    training_row("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    training_row("save_steps", "checkpoint.steps", to_integer(1)),
+    training_row("max_completion_length", "trainer.maxCompletionLength", to_integer(1)),
+    training_row("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
+    training_row("gradient_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
+    training_row("report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
+    training_row("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
+    training_row("warmup_steps", "training.warmupSteps", to_integer(0)),
+    training_row("weight_decay", "training.weightDecay", to_number(0)),
+    training_row("max_grad_norm", "training.maxGradNorm", to_number(0)),
+    training_row("logging_steps", "tracking.loggingSteps", to_integer(1)),
+    training_row("max_steps", "training.maxSteps", to_integer(1)),
+    training_row("save_total_limit", "checkpoint.keep", to_integer(1)),
+    training_row("seed", "training.seed", to_integer(0, 4294967295)),
+    training_row("beta", "trainer.dpo.beta", to_number(0), is_set_by_combine=True),
+    training_row("num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
+    training_row("temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
 )  # fmt: skip
 HARD_CODED = "hard-coded in the tool"
 DEFAULTS: tuple[ToolDefault, ...] = (
@@ -83,7 +83,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.lora.alpha", 64, HARD_CODED),
     ToolDefault("method.lora.dropout", 0, "hard-coded in the tool for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
     ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
-    ToolDefault("method.lora.targetModules", PROJECTIONS, HARD_CODED),
+    ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, HARD_CODED),
     ToolDefault("method.lora.bias", "none", HARD_CODED),
     ToolDefault("model.dtype", "bfloat16", HARD_CODED, needs_gpu=True),
     ToolDefault("model.attention", "flashAttention2", HARD_CODED, lambda d: d.value("trainer.backend") != "unsloth", needs_gpu=True),
@@ -117,7 +117,7 @@ SHIPPED_CONFIG: dict[str, Any] = {
 """Content of the tool's own configuration files. Without an input file, the overrides change this content."""
 
 
-KNOWN = frozenset(normalise_key(row.key) for row in ROWS)
+KNOWN_KEYS = frozenset(normalise_key(row.key) for row in ROWS)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ FLAG_MARKS = (
 )
 
 
-def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
     """Return whether the input is a training group, a flat group file, a folder of groups, or flags or overrides of the tool."""
     if not documents:
         return any(
@@ -143,7 +143,7 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
     for document in documents:
         if document.is_folder:
             return config_file(document.path) is not None or any(options_by_group(document.path))
-        content = peek(document)
+        content = peek_keys(document)
         model = content.get("model")
         if any(isinstance(content.get(group), dict) for group in GROUPS[:2]):
             return True
@@ -161,38 +161,38 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
     return False
 
 
-def read(draft: Draft) -> Iterator[Entry]:
+def read(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of files and overrides that Hydra composes, and those of the older dashed flags."""
     words, config = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
-    bases = [document for document in draft.documents if not is_accelerate(document)]
-    flagged = has_dashed_flags(words)
-    if len(bases) > 1:
+    base_documents = [document for document in draft.documents if not is_accelerate(document)]
+    uses_dashed_flags = has_dashed_flags(words)
+    if len(base_documents) > 1:
         draft.mistakes.append(
             Mistake(
-                ", ".join(d.name for d in bases),
+                ", ".join(d.name for d in base_documents),
                 "",
                 "several base files are given",
                 "give one file or folder, and at most one accelerate file",
             )
         )
         return
-    if flagged:
-        if bases:
-            yield from read_composed(draft, bases[0], [], config)
+    if uses_dashed_flags:
+        if base_documents:
+            yield from read_composed(draft, base_documents[0], [], config)
         yield from _read_flags(draft, words)
-    elif bases:
-        yield from read_composed(draft, bases[0], words, config)
+    elif base_documents:
+        yield from read_composed(draft, base_documents[0], words, config)
     else:
         yield from read_shipped(draft, words, SHIPPED_CONFIG)
 
 
-def _read_flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
+def _read_flags(draft: JobDraft, words: list[str]) -> Iterator[OptionEntry]:
     flags = parse_flags(words, lambda name: True)
     add_stray_mistakes(draft, flags)
-    known = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN} | {"--dataset", "--format"})
-    for name, value in flags.pairs:
-        if normalise_key(name) not in KNOWN:
-            closest = closest_name(name, known)
+    known_flags = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN_KEYS} | {"--dataset", "--format"})
+    for name, value in flags.name_value_pairs:
+        if normalise_key(name) not in KNOWN_KEYS:
+            closest = closest_name(name, known_flags)
             draft.mistakes.append(
                 Mistake("command line", name, "unknown option", f"did you mean {closest}?" if closest else "remove it")
             )
@@ -208,7 +208,7 @@ def _read_flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
 # --- fields that depend on several options --------------------------------------------------------------------------
 
 
-def combine(draft: Draft) -> None:
+def combine_options(draft: JobDraft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "training_config.model", "model.source")
     dataset_path = str(draft.get("dataset.path", ""))
@@ -221,7 +221,7 @@ def combine(draft: Draft) -> None:
         draft.mistakes.append(
             Mistake(draft.location, "dataset.path", "this required option is missing", "add it, or give --data URI")
         )
-        draft.unreadable["dataset.path"] = "dataset.train"
+        draft.paths_of_invalid_keys["dataset.path"] = "dataset.train"
     _set_learning_rate(draft)
     for document in draft.documents:
         if is_accelerate(document):
@@ -233,7 +233,7 @@ def combine(draft: Draft) -> None:
     _set_trackers(draft)
 
 
-def _set_learning_rate(draft: Draft) -> None:
+def _set_learning_rate(draft: JobDraft) -> None:
     if draft.has_key("training_config.learning_rate"):
         return
     if has_dashed_flags(draft.request.tool_arguments) and not [d for d in draft.documents if not is_accelerate(d)]:
@@ -245,31 +245,31 @@ def _set_learning_rate(draft: Draft) -> None:
         draft.assign_default("training.learningRate", 5e-5, "default in the tool's code")
 
 
-def _read_accelerate_file(draft: Draft, document: Document) -> None:
+def _read_accelerate_file(draft: JobDraft, document: InputDocument) -> None:
     """Read an accelerate file. A strategy that differs from the main file's strategy is a mistake, so set the main file's strategy first."""
-    given = draft.given.get("training_config.distributed_training")
-    if given is not None:
+    given_option = draft.given_options.get("training_config.distributed_training")
+    if given_option is not None:
         draft.assign(
             "distributed.strategy",
-            "none" if given.value == "unsloth" else given.value,
+            "none" if given_option.value == "unsloth" else given_option.value,
             "training_config.distributed_training",
         )
     read_accelerate(draft, document)
 
 
-def _set_strategy(draft: Draft) -> None:
+def _set_strategy(draft: JobDraft) -> None:
     key = "training_config.distributed_training"
-    if key in draft.unreadable:
+    if key in draft.paths_of_invalid_keys:
         return
-    given = draft.given.get(key)
-    if given is None and draft.has_value("distributed.strategy"):
+    given_option = draft.given_options.get(key)
+    if given_option is None and draft.has_value("distributed.strategy"):
         draft.assign_default("trainer.backend", "transformers", "hard-coded in the tool")
         return
-    distributed_training = given.value if given else "unsloth"
+    distributed_training = given_option.value if given_option else "unsloth"
     backend, strategy = (
         ("unsloth", "none") if distributed_training == "unsloth" else ("transformers", distributed_training)
     )
-    if given:
+    if given_option:
         draft.assign("trainer.backend", backend, key)
         draft.assign("distributed.strategy", strategy, key)
     else:
@@ -279,19 +279,19 @@ def _set_strategy(draft: Draft) -> None:
         assume_two_gpus(draft, "FSDP")
 
 
-def _set_dataset_format(draft: Draft) -> None:
-    if "dataset.format" in draft.given:
+def _set_dataset_format(draft: JobDraft) -> None:
+    if "dataset.format" in draft.given_options:
         draft.assign("dataset.format", draft.get("dataset.format"), "dataset.format")
     dataset_format = draft.get("dataset.format")
-    for column, name in COLUMNS.get(str(dataset_format), {}).items():
+    for column, name in COLUMNS_BY_FORMAT.get(str(dataset_format), {}).items():
         draft.assign_default(f"dataset.columns.{column}", name, "hard-coded in the tool")
     if dataset_format == "messages":
         draft.assign_default("dataset.systemPrompt", SYSTEM_PROMPT, "hard-coded in the tool")
 
 
-def _set_objective(draft: Draft) -> None:
+def _set_objective(draft: JobDraft) -> None:
     trainer = draft.get("training_config.trainer", "sft")
-    if "training_config.beta" in draft.given:
+    if "training_config.beta" in draft.given_options:
         path = {"dpo": "trainer.dpo.beta", "grpo": "trainer.grpo.beta"}.get(trainer)
         _assign_or_warn(draft, "training_config.beta", path)
     for key in ("num_generations", "temperature"):
@@ -303,7 +303,7 @@ def _set_objective(draft: Draft) -> None:
         _set_grpo(draft)
 
 
-def _set_completion_length(draft: Draft) -> None:
+def _set_completion_length(draft: JobDraft) -> None:
     """Set the maximum completion length.
 
     If the length leaves no tokens for the prompt, the completion gets half of the sequence length.
@@ -311,16 +311,16 @@ def _set_completion_length(draft: Draft) -> None:
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
     completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
     half_length = max(1, sequence_length // 2)
-    if completion_length < sequence_length and key not in draft.given:
+    if completion_length < sequence_length and key not in draft.given_options:
         draft.assign_default(path, completion_length, "default in the tool's code")
-    elif completion_length >= sequence_length and key in draft.given:
-        given = draft.given[key]
+    elif completion_length >= sequence_length and key in draft.given_options:
+        given_option = draft.given_options[key]
         draft.assign(path, half_length, key)
         draft.add_warning(
-            f"{given.origin.location}: {given.key}: {completion_length} leaves no room for the prompt in {sequence_length} tokens, "
+            f"{given_option.origin.location}: {given_option.key}: {completion_length} leaves no room for the prompt in {sequence_length} tokens, "
             f"so the job uses {half_length}"
         )
-    elif key not in draft.unreadable:
+    elif key not in draft.paths_of_invalid_keys:
         draft.assign_default(
             path,
             half_length,
@@ -328,17 +328,17 @@ def _set_completion_length(draft: Draft) -> None:
         )
 
 
-def _assign_or_warn(draft: Draft, key: str, path: str | None) -> None:
-    given = draft.given.get(key)
-    if given is None:
+def _assign_or_warn(draft: JobDraft, key: str, path: str | None) -> None:
+    given_option = draft.given_options.get(key)
+    if given_option is None:
         return
     if path:
-        draft.assign(path, given.value, key)
+        draft.assign(path, given_option.value, key)
     else:
-        draft.add_warning(f"{given.origin.location}: {given.key} has no effect with this trainer")
+        draft.add_warning(f"{given_option.origin.location}: {given_option.key} has no effect with this trainer")
 
 
-def _set_grpo(draft: Draft) -> None:
+def _set_grpo(draft: JobDraft) -> None:
     draft.assign_default("trainer.rewards", [{"builtin": "citationFormat"}], "hard-coded in the tool")
     draft.add_note(
         "GRPO uses the reward citationFormat, which is hard-coded in the tool; set other rewards in trainer.rewards"
@@ -347,7 +347,7 @@ def _set_grpo(draft: Draft) -> None:
         draft.get("training_config.gradient_acc_steps", 4)
     )
     num_generations = int(draft.get("training_config.num_generations", 8))
-    if rows % num_generations and "training_config.num_generations" not in draft.given:
+    if rows % num_generations and "training_config.num_generations" not in draft.given_options:
         divisor = next((n for n in range(min(num_generations, rows), 1, -1) if rows % n == 0), None)
         if divisor is None:
             draft.assign_default(
@@ -366,23 +366,23 @@ def _set_grpo(draft: Draft) -> None:
             )
 
 
-def _set_gradient_checkpointing(draft: Draft) -> None:
+def _set_gradient_checkpointing(draft: JobDraft) -> None:
     key, path = "training_config.gradient_checkpointing", "training.gradientCheckpointing"
-    gpus = draft.value("resources.gpusPerNode") != 0
-    enabled_value = "unsloth" if gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
-    if key in draft.given:
+    has_gpus = draft.value("resources.gpusPerNode") != 0
+    enabled_value = "unsloth" if has_gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
+    if key in draft.given_options:
         draft.assign(path, enabled_value if draft.get(key) else "disabled", key)
-    elif key not in draft.unreadable:
+    elif key not in draft.paths_of_invalid_keys:
         draft.assign_default(path, enabled_value, "default in the tool's code")
 
 
-def _set_trackers(draft: Draft) -> None:
+def _set_trackers(draft: JobDraft) -> None:
     key = "training_config.report_to"
-    if key in draft.given:
+    if key in draft.given_options:
         draft.assign("tracking.reportTo", draft.get(key), key)
-    elif key not in draft.unreadable:
-        flags = has_dashed_flags(draft.request.tool_arguments)
-        draft.assign_default("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "default in the tool's code")
+    elif key not in draft.paths_of_invalid_keys:
+        uses_dashed_flags = has_dashed_flags(draft.request.tool_arguments)
+        draft.assign_default("tracking.reportTo", ["wandb"] if uses_dashed_flags else ["tensorboard"], "default in the tool's code")
 
 
-IMPORTER = Importer("hydra", "this Hydra tool", ROWS, DEFAULTS, recognises, read, combine, normalise_key)
+IMPORTER = Importer("hydra", "this Hydra tool", ROWS, DEFAULTS, recognises_input, read, combine_options, normalise_key)

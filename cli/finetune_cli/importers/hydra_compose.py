@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli.files import read_text
-from finetune_cli.importers.documents import parse
-from finetune_cli.importers.draft import Document, Draft, Entry
+from finetune_cli.importers.documents import parse_document
+from finetune_cli.importers.draft import InputDocument, JobDraft, OptionEntry
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.provenance import Origin
+from finetune_cli.provenance import ValueOrigin
 from finetune_cli.suggestions import closest_name
 from finetune_cli.yaml_reader import Tree
 
@@ -37,7 +37,7 @@ CONFIG_NAME = ("--config-name", "-cn")
 CONFIG_FOLDER = ("--config-path", "-cp", "--config-dir", "-cd")
 
 
-def split_hydra_flags(draft: Draft, words: list[str]) -> tuple[list[str], str]:
+def split_hydra_flags(draft: JobDraft, words: list[str]) -> tuple[list[str], str]:
     """Separate Hydra's own flags. Returns all other words, and the name of the primary file (default `config`).
 
     Flags for the folder are ignored, because the folder is an argument of `finetune import`.
@@ -79,22 +79,22 @@ def options_by_group(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 yield group, names
 
 
-def read_shipped(draft: Draft, words: list[str], values: dict[str, Any]) -> Iterator[Entry]:
+def read_shipped(draft: JobDraft, words: list[str], values: dict[str, Any]) -> Iterator[OptionEntry]:
     """Apply the overrides to the tool's own configuration, because no file is given."""
     draft.add_note("no file is given, so the overrides apply to the tool's own configuration")
-    base: dict[str, Any] = {"dataset": {}, "training_config": {}}
+    shipped_config: dict[str, Any] = {"dataset": {}, "training_config": {}}
     for key, value in values.items():
         group, _, name = key.partition(".")
-        base[group][name] = value
+        shipped_config[group][name] = value
     from omegaconf import OmegaConf
 
-    applicable = _select_applicable(draft, words, frozenset(values), frozenset())
-    yield from _leaves(
-        draft, _apply(OmegaConf.create(base), applicable), "the tool's own configuration", _override_locations(words)
+    applicable_words = _select_applicable(draft, words, frozenset(values), frozenset())
+    yield from _iterate_entries(
+        draft, _apply_overrides(OmegaConf.create(shipped_config), applicable_words), "the tool's own configuration", _override_locations(words)
     )
 
 
-def read_composed(draft: Draft, document: Document, words: list[str], config: str) -> Iterator[Entry]:
+def read_composed(draft: JobDraft, document: InputDocument, words: list[str], config: str) -> Iterator[OptionEntry]:
     """Compose one file or folder and apply the overrides."""
     from omegaconf.errors import OmegaConfBaseException
 
@@ -107,50 +107,50 @@ def read_composed(draft: Draft, document: Document, words: list[str], config: st
         return
     try:
         if path is None:
-            composed_config = _from_groups(draft, document, words, locations)
+            composed_config = _read_group_folder(draft, document, words, locations)
         else:
-            primary = Document(path, read_text(path)) if document.is_folder else document
-            tree = parse(primary)
-            composed_config = _from_file(draft, primary, tree, words, locations)
+            primary = InputDocument(path, read_text(path)) if document.is_folder else document
+            tree = parse_document(primary)
+            composed_config = _read_primary_file(draft, primary, tree, words, locations)
             locations |= _line_locations(primary.name, tree)
     except OmegaConfBaseException as error:
         raise InvalidInput(
             [Mistake(document.name, "", f"the configuration cannot be read: {str(error).splitlines()[0]}")]
         ) from None
     if composed_config is not None:
-        yield from _leaves(draft, composed_config, document.name, locations | _override_locations(words))
+        yield from _iterate_entries(draft, composed_config, document.name, locations | _override_locations(words))
 
 
 def _line_locations(name: str, tree: Tree, group: str = "") -> dict[str, str]:
     """Return `file:line` of every key of a file. The keys of a file without groups belong to the training group."""
-    flat = not group and not any(isinstance(value, dict) for value in tree.value.values())
-    prefix = f"{group or 'training_config'}." if group or flat else ""
+    is_flat = not group and not any(isinstance(value, dict) for value in tree.value.values())
+    prefix = f"{group or 'training_config'}." if group or is_flat else ""
     return {f"{prefix}{path}": f"{name}:{line}" for path, line in tree.lines.items() if path}
 
 
-def _from_groups(draft: Draft, document: Document, words: list[str], locations: dict[str, str]) -> Any:
+def _read_group_folder(draft: JobDraft, document: InputDocument, words: list[str], locations: dict[str, str]) -> Any:
     """Compose a folder of groups without a primary file. A group with several options needs a choice in `words`.
 
     Returns None after a mistake.
     """
     names_by_group = dict(options_by_group(document.path))
-    chosen = {group for group in names_by_group if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
-    ambiguous = {group: names for group, names in names_by_group.items() if len(names) > 1 and group not in chosen}
-    for group, names in ambiguous.items():
+    chosen_groups = {group for group in names_by_group if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
+    ambiguous_groups = {group: names for group, names in names_by_group.items() if len(names) > 1 and group not in chosen_groups}
+    for group, names in ambiguous_groups.items():
         message, hint = f"the group has several options: {', '.join(names)}", f"choose one: -- {group}={names[0]}"
         draft.mistakes.append(Mistake(document.name, group, message, hint))
-    if ambiguous:
+    if ambiguous_groups:
         return None
-    overrides = [f"+{group}={names[0]}" for group, names in names_by_group.items() if group not in chosen]
+    overrides = [f"+{group}={names[0]}" for group, names in names_by_group.items() if group not in chosen_groups]
     overrides += [f"+{word}" if word.partition("=")[0] in names_by_group else word for word in words]
     folders = (document.path, document.path / "configs", document.path / "conf")
     with_groups = (
         candidate for candidate in folders if any((candidate / group).is_dir() for group in ("dataset", *GROUPS))
     )
-    return _compose(draft, next(with_groups, document.path), None, overrides, locations)
+    return _compose_config(draft, next(with_groups, document.path), None, overrides, locations)
 
 
-def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], locations: dict[str, str]) -> Any:
+def _read_primary_file(draft: JobDraft, document: InputDocument, tree: Tree, words: list[str], locations: dict[str, str]) -> Any:
     """Load a primary file. If the file has a `defaults` list, compose its folder. Otherwise the file is the whole configuration."""
     from omegaconf import OmegaConf
 
@@ -159,7 +159,7 @@ def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], l
         location = f"{document.name}:{tree.lines['defaults']}"
         raise InvalidInput([Mistake(location, "defaults", "this is not a list", "write `- group: option` lines")])
     if defaults:
-        return _compose(draft, document.path.parent, document.path.stem, words, locations)
+        return _compose_config(draft, document.path.parent, document.path.stem, words, locations)
     invalid_groups = [
         group for group in ("dataset", *GROUPS) if group in tree.value and not isinstance(tree.value[group], dict)
     ]
@@ -171,11 +171,11 @@ def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], l
                 for group in invalid_groups
             ]
         )
-    flat = not any(isinstance(value, dict) for value in tree.value.values())
-    value: dict[str, Any] = {"training_config": tree.value} if flat else tree.value
-    applicable = _select_applicable(draft, words, _all_keys(value), frozenset())
-    loaded = OmegaConf.create(document.text)
-    return _apply(OmegaConf.create({"training_config": loaded}) if flat else loaded, applicable)
+    is_flat = not any(isinstance(value, dict) for value in tree.value.values())
+    value: dict[str, Any] = {"training_config": tree.value} if is_flat else tree.value
+    applicable_words = _select_applicable(draft, words, _all_keys(value), frozenset())
+    loaded_config = OmegaConf.create(document.text)
+    return _apply_overrides(OmegaConf.create({"training_config": loaded_config}) if is_flat else loaded_config, applicable_words)
 
 
 def _all_keys(value: dict[str, Any]) -> frozenset[str]:
@@ -184,7 +184,7 @@ def _all_keys(value: dict[str, Any]) -> frozenset[str]:
     ) | frozenset(value)
 
 
-def _parse_overrides(draft: Draft, words: list[str]) -> list[Any]:
+def _parse_overrides(draft: JobDraft, words: list[str]) -> list[Any]:
     """Parse overrides with Hydra. Record a mistake for each override that Hydra rejects and for each multirun sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -227,55 +227,55 @@ def _parse_overrides(draft: Draft, words: list[str]) -> list[Any]:
     return result
 
 
-def _select_applicable(draft: Draft, words: list[str], present: frozenset[str], groups: frozenset[str]) -> list[str]:
+def _select_applicable(draft: JobDraft, words: list[str], present_keys: frozenset[str], groups: frozenset[str]) -> list[str]:
     """Return the valid overrides. An unknown key is a mistake. A key that the file lacks needs `+`; a key in the file must not have `+`."""
-    applicable: list[str] = []
-    known = {normalise_key(row.key) for row in draft.rows}
+    applicable_words: list[str] = []
+    known_keys = {normalise_key(row.key) for row in draft.rows}
     for override in _parse_overrides(draft, words):
         key, line = override.key_or_group, str(override.input_line)
         if key in groups:
-            applicable.append(line)
+            applicable_words.append(line)
             continue
-        if normalise_key(key) not in known:
+        if normalise_key(key) not in known_keys:
             closest = closest_name(
                 key,
                 [
                     spelling
-                    for key_of_tool in sorted(known)
+                    for key_of_tool in sorted(known_keys)
                     for spelling in (key_of_tool, *(key_of_tool.replace("training_config", g, 1) for g in GROUPS))
                 ],
             )
-            plus = "; + can only add keys of this tool" if override.is_add() else ""
+            plus_hint = "; + can only add keys of this tool" if override.is_add() else ""
             draft.mistakes.append(
                 Mistake(
-                    "command line", key, "unknown key", (f"did you mean {closest}?" if closest else "remove it") + plus
+                    "command line", key, "unknown key", (f"did you mean {closest}?" if closest else "remove it") + plus_hint
                 )
             )
         elif override.is_delete() or override.is_force_add():
-            applicable.append(line)
-        elif override.is_add() and key in present:
+            applicable_words.append(line)
+        elif override.is_add() and key in present_keys:
             draft.mistakes.append(
                 Mistake("command line", f"+{key}", "the key already exists", f"write {key}=... without +")
             )
-        elif not override.is_add() and key not in present:
+        elif not override.is_add() and key not in present_keys:
             draft.mistakes.append(
                 Mistake("command line", key, "the key is not in the file", f"write +{key}=... to add it")
             )
         else:
-            applicable.append(line)
-    return applicable
+            applicable_words.append(line)
+    return applicable_words
 
 
-def _apply(composed: Any, words: list[str]) -> Any:
+def _apply_overrides(composed_config: Any, words: list[str]) -> Any:
     """Apply overrides to a plain configuration."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(words), composed)
-    return composed
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(words), composed_config)
+    return composed_config
 
 
-def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], locations: dict[str, str]) -> Any:
+def _compose_config(draft: JobDraft, folder: Path, name: str | None, words: list[str], locations: dict[str, str]) -> Any:
     """Compose a folder of groups and record the location of every key. Raises InvalidInput if Hydra cannot compose the folder."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -288,22 +288,22 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
-            chosen = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
-            base = compose(config_name=name, overrides=chosen)
-            present = (
+            chosen_groups = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
+            base = compose(config_name=name, overrides=chosen_groups)
+            present_keys = (
                 _all_keys({key: value for key, value in _to_dict(base).items() if isinstance(value, dict)}) | groups
             )
-            composed = compose(
+            composed_config = compose(
                 config_name=name,
-                overrides=_select_applicable(draft, override_lines, present, groups),
+                overrides=_select_applicable(draft, override_lines, present_keys, groups),
                 return_hydra_config=True,
             )
-            for group, option in composed.hydra.runtime.choices.items():
+            for group, option in composed_config.hydra.runtime.choices.items():
                 file = folder / group / f"{option}.yaml"
                 if file.is_file():
-                    document = Document(file, read_text(file))
-                    locations |= _line_locations(f"{group}/{document.name}", parse(document), group)
-            return composed
+                    document = InputDocument(file, read_text(file))
+                    locations |= _line_locations(f"{group}/{document.name}", parse_document(document), group)
+            return composed_config
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         # Hydra's parsers raise OSError and ValueError for files that are not configurations.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -314,10 +314,10 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
         GlobalHydra.instance().clear()
 
 
-def _to_dict(composed: Any) -> dict[str, Any]:
+def _to_dict(composed_config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    container = OmegaConf.to_container(composed, resolve=False)
+    container = OmegaConf.to_container(composed_config, resolve=False)
     return {str(key): value for key, value in container.items()} if isinstance(container, dict) else {}
 
 
@@ -326,25 +326,25 @@ def _override_locations(words: list[str]) -> dict[str, str]:
     return {word.lstrip("+~").partition("=")[0]: f"command line {word.partition('=')[0]}" for word in words}
 
 
-RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
+RESOLVER_PATTERN = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
 
 
-def _leaves(draft: Draft, composed: Any, default_location: str, locations: dict[str, str]) -> Iterator[Entry]:
+def _iterate_entries(draft: JobDraft, composed_config: Any, default_location: str, locations: dict[str, str]) -> Iterator[OptionEntry]:
     """Yield every value after interpolation. Only environment variables in `--allow-env` are read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for group, inner in _to_dict(composed).items():
+    for group, inner in _to_dict(composed_config).items():
         if group == "hydra":
             continue
         leaves = inner.items() if isinstance(inner, dict) else [("", inner)]
         for key, raw in leaves:
             path = f"{group}.{key}" if key else group
-            origin = Origin(locations.get(path, default_location))
+            origin = ValueOrigin(locations.get(path, default_location))
             if isinstance(raw, str) and "${" in raw and not _check_resolvers(draft, path, raw, origin):
                 continue
             try:
-                value = OmegaConf.select(composed, path)
+                value = OmegaConf.select(composed_config, path)
             except OmegaConfBaseException as error:
                 draft.mistakes.append(Mistake(origin.location, path, f"{str(error).splitlines()[0]}"))
                 continue
@@ -353,12 +353,12 @@ def _leaves(draft: Draft, composed: Any, default_location: str, locations: dict[
                     Mistake(origin.location, path, "the value is marked as missing (???)", f"give {path}=VALUE")
                 )
                 continue
-            yield Entry(path, value, origin)
+            yield OptionEntry(path, value, origin)
 
 
-def _check_resolvers(draft: Draft, path: str, raw: str, origin: Origin) -> bool:
+def _check_resolvers(draft: JobDraft, path: str, raw_value: str, origin: ValueOrigin) -> bool:
     all_allowed = True
-    for resolver, name in RESOLVER.findall(raw):
+    for resolver, name in RESOLVER_PATTERN.findall(raw_value):
         if resolver != "oc.env":
             draft.mistakes.append(
                 Mistake(origin.location, path, f"the resolver {resolver} is not supported", "write the value itself")
@@ -374,7 +374,7 @@ def _check_resolvers(draft: Draft, path: str, raw: str, origin: Origin) -> bool:
                 )
             )
             all_allowed = False
-        elif name not in draft.request.environment and "," not in raw:
+        elif name not in draft.request.environment and "," not in raw_value:
             draft.mistakes.append(
                 Mistake(
                     origin.location, path, f"variable {name} is not set", "set the variable, or write its value here"

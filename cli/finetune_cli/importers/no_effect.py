@@ -11,28 +11,28 @@ from collections.abc import Callable
 from finetune_api.rules import LORA_METHODS
 from finetune_api.spec.enums import Tracker
 
-from finetune_cli.importers.draft import Draft
+from finetune_cli.importers.draft import JobDraft
 
-LORA = tuple(str(method) for method in LORA_METHODS)
+LORA_METHOD_NAMES = tuple(str(method) for method in LORA_METHODS)
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targetModules", "bias", "taskType", "rankStabilized", "useDora", "loftq", "init", "modulesToSave",
 )  # fmt: skip
 
 
-def _method_of(draft: Draft) -> str:
+def _method_of(draft: JobDraft) -> str:
     return str(draft.value("method.type", "lora"))
 
 
-def _is_not_tracked(tracker: Tracker) -> Callable[[Draft], bool]:
+def _is_not_tracked(tracker: Tracker) -> Callable[[JobDraft], bool]:
     return lambda draft: str(tracker) not in (draft.value("tracking.reportTo") or [])
 
 
-def _is_4bit(draft: Draft) -> bool:
+def _is_4bit(draft: JobDraft) -> bool:
     return _method_of(draft) == "qlora" or draft.value("model.quantization.bits") == 4
 
 
-RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
-    (("method.lora",), lambda d: _method_of(d) not in LORA, "the method has no low-rank adapters"),
+RULES: tuple[tuple[tuple[str, ...], Callable[[JobDraft], bool], str], ...] = (
+    (("method.lora",), lambda d: _method_of(d) not in LORA_METHOD_NAMES, "the method has no low-rank adapters"),
     (
         tuple(f"method.lora.{name}" for name in ADAPTER_FIELDS),
         lambda d: _method_of(d) == "adapter",
@@ -91,7 +91,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
 )
 
 
-def remove_options_without_effect(draft: Draft) -> None:
+def remove_options_without_effect(draft: JobDraft) -> None:
     """Apply the table of rules in order."""
     if draft.value("output.hub.push") is False:
         draft.values.pop("output.hub.push", None)

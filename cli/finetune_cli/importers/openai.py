@@ -7,12 +7,20 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.importers.converters import ConversionError, any_value, choice, integer, mapping, number, text
-from finetune_cli.importers.documents import parse, parse_json, peek_json
-from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.converters import (
+    ConversionError,
+    any_value,
+    text,
+    to_choice,
+    to_integer,
+    to_mapping,
+    to_number,
+)
+from finetune_cli.importers.documents import parse_document, parse_json, peek_json
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
 from finetune_cli.importers.sources import assign_source, is_local
 from finetune_cli.mistakes import Mistake
-from finetune_cli.provenance import Origin
+from finetune_cli.provenance import ValueOrigin
 
 REPORTED_BY_API = "the API only reports this field"
 
@@ -31,26 +39,26 @@ def auto_or(convert: Any) -> Any:
     return read_value
 
 
-def _hyperparameter(
-    name: str, path: str, convert: Any, methods: tuple[str, ...] = ("supervised", "dpo"), *, manual: bool = False
+def _hyperparameter_row(
+    name: str, path: str, convert: Any, methods: tuple[str, ...] = ("supervised", "dpo"), *, is_set_by_combine: bool = False
 ) -> Row:
     aliases = tuple(f"method.{method}.hyperparameters.{name}" for method in methods)
-    return Row(f"hyperparameters.{name}", path, auto_or(convert), aliases, manual=manual)
+    return Row(f"hyperparameters.{name}", path, auto_or(convert), aliases, is_set_by_combine=is_set_by_combine)
 
 
 ROWS: tuple[Row, ...] = (
-    Row("model", "model.source", required=True, manual=True),
-    Row("training_file", "dataset.train", manual=True, required=True),
-    Row("validation_file", "dataset.validation", manual=True),
-    Row("method.type", "trainer.type", choice({"supervised": "sft", "dpo": "dpo"}), manual=True),
-    _hyperparameter("n_epochs", "training.epochs", integer(1, 50)),
-    _hyperparameter("batch_size", "training.batchSizePerDevice", integer(1), manual=True),
-    _hyperparameter("learning_rate_multiplier", "training.learningRate", number(above=0), manual=True),
-    _hyperparameter("beta", "trainer.dpo.beta", number(above=0, high=2), ("dpo",)),
-    Row("seed", "training.seed", integer(0, 4294967295)),
+    Row("model", "model.source", is_required=True, is_set_by_combine=True),
+    Row("training_file", "dataset.train", is_set_by_combine=True, is_required=True),
+    Row("validation_file", "dataset.validation", is_set_by_combine=True),
+    Row("method.type", "trainer.type", to_choice({"supervised": "sft", "dpo": "dpo"}), is_set_by_combine=True),
+    _hyperparameter_row("n_epochs", "training.epochs", to_integer(1, 50)),
+    _hyperparameter_row("batch_size", "training.batchSizePerDevice", to_integer(1), is_set_by_combine=True),
+    _hyperparameter_row("learning_rate_multiplier", "training.learningRate", to_number(exclusive_low=0), is_set_by_combine=True),
+    _hyperparameter_row("beta", "trainer.dpo.beta", to_number(exclusive_low=0, high=2), ("dpo",)),
+    Row("seed", "training.seed", to_integer(0, 4294967295)),
     Row("suffix", "output.runName.suffix", text),
-    Row("metadata", convert=mapping, manual=True),
-    Row("integrations", "tracking.reportTo", any_value, manual=True),
+    Row("metadata", convert=to_mapping, is_set_by_combine=True),
+    Row("integrations", "tracking.reportTo", any_value, is_set_by_combine=True),
     *(Row(key, convert=any_value, no_effect=REPORTED_BY_API) for key in (
         "id", "object", "created_at", "finished_at", "fine_tuned_model", "organization_id", "result_files", "status", "trained_tokens", "error",
         "estimated_finish", "user_provided_suffix", "shared_with_openai", "usage_metrics", "eval_id",
@@ -72,19 +80,19 @@ BASE_RATE = {"sft": 2e-4, "dpo": 5e-6}
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
     """Return whether a document is a JSON object with a training file."""
     return any(_is_api_job(document) for document in documents)
 
 
-def _is_api_job(document: Document) -> bool:
+def _is_api_job(document: InputDocument) -> bool:
     if document.path.suffix == ".json" and '"training_file"' in document.text:
         return True
     return "training_file" in peek_json(document)
 
 
-def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the fields of the job with file and line. `combine` checks the data files."""
+def read(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the fields of the job with file and line. `combine_options` checks the data files."""
     for word in draft.request.tool_arguments:
         draft.mistakes.append(
             Mistake(
@@ -98,27 +106,27 @@ def read(draft: Draft) -> Iterator[Entry]:
         if document.path.suffix == ".jsonl":
             continue
         value = parse_json(document)
-        lines = parse(document).lines
-        yield from _leaves(value, "", document, lines)
+        lines = parse_document(document).lines
+        yield from _iterate_leaves(value, "", document, lines)
 
 
-def _leaves(value: dict[str, Any], prefix: str, document: Document, lines: dict[str, int]) -> Iterator[Entry]:
+def _iterate_leaves(value: dict[str, Any], prefix: str, document: InputDocument, lines: dict[str, int]) -> Iterator[OptionEntry]:
     for key, inner in value.items():
         path = f"{prefix}.{key}" if prefix else key
         if isinstance(inner, dict) and path not in OPAQUE_PATHS:
-            yield from _leaves(inner, path, document, lines)
+            yield from _iterate_leaves(inner, path, document, lines)
         elif inner is not None:
-            yield Entry(path, inner, Origin(f"{document.name}:{lines[path]}" if path in lines else document.name))
+            yield OptionEntry(path, inner, ValueOrigin(f"{document.name}:{lines[path]}" if path in lines else document.name))
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
 
 
-def combine(draft: Draft) -> None:
+def combine_options(draft: JobDraft) -> None:
     """Set the fields whose value depends on several fields of the job."""
     _set_model(draft)
     trainer = draft.get("method.type", "sft")
-    if "method.type" in draft.given:
+    if "method.type" in draft.given_options:
         draft.assign("trainer.type", trainer, "method.type")
     else:
         draft.assign_default("trainer.type", trainer, "fixed by the API")
@@ -137,15 +145,15 @@ def combine(draft: Draft) -> None:
     _set_trackers(draft)
 
 
-def _set_model(draft: Draft) -> None:
-    given = draft.given.get("model")
-    if given is None or "model.source" in draft.request.overrides:
+def _set_model(draft: JobDraft) -> None:
+    given_option = draft.given_options.get("model")
+    if given_option is None or "model.source" in draft.request.overrides:
         return
-    name = str(given.value)
-    mapped = draft.request.model_map.get(name)
-    if mapped is not None:
+    name = str(given_option.value)
+    mapped_model = draft.request.model_map.get(name)
+    if mapped_model is not None:
         draft.assign(
-            "model.source", f"file://{mapped}" if is_local(mapped) and "://" not in mapped else mapped, "model"
+            "model.source", f"file://{mapped_model}" if is_local(mapped_model) and "://" not in mapped_model else mapped_model, "model"
         )
     elif "/" in name or is_local(name):
         assign_source(draft, "model", "model.source")
@@ -154,17 +162,17 @@ def _set_model(draft: Draft) -> None:
             "model",
             f'"{name}" is a model that only the API can train',
             f"give an open model that replaces it: --model-map {name}=org/name",
-            explains="model.source",
+            explained_path="model.source",
         )
 
 
-def _set_data(draft: Draft, trainer: str) -> None:
+def _set_data(draft: JobDraft, trainer: str) -> None:
     data_documents = [document for document in draft.documents if document.path.suffix == ".jsonl"]
     for key, path, document in (
         ("training_file", "dataset.train", data_documents[0] if data_documents else None),
         ("validation_file", "dataset.validation", data_documents[1] if len(data_documents) > 1 else None),
     ):
-        if key not in draft.given or path in draft.request.overrides:
+        if key not in draft.given_options or path in draft.request.overrides:
             continue
         _set_data_source(draft, key, path, document)
     for document in data_documents:
@@ -181,25 +189,25 @@ def _set_data(draft: Draft, trainer: str) -> None:
         draft.assign_default("dataset.format", "messages", "fixed by the API")
 
 
-def _set_data_source(draft: Draft, key: str, path: str, document: Document | None) -> None:
-    given = draft.given[key]
+def _set_data_source(draft: JobDraft, key: str, path: str, document: InputDocument | None) -> None:
+    given_option = draft.given_options[key]
     if document is not None:
         option = "--data" if path == "dataset.train" else "--validation"
         draft.assign(path, f"file://{document.path}", key)
         draft.add_warning(
-            f"{given.origin.location}: {key}: {document.path} is a path on this machine, which pods cannot read; give {option} URI"
+            f"{given_option.origin.location}: {key}: {document.path} is a path on this machine, which pods cannot read; give {option} URI"
         )
-    elif re.match(r"^file-[A-Za-z0-9]+$", str(given.value)):
+    elif re.match(r"^file-[A-Za-z0-9]+$", str(given_option.value)):
         option = "--data" if path == "dataset.train" else "--validation"
         draft.add_warning(
-            f"{given.origin.location}: {key}: {given.value} is a file of the API; give the same rows with {option} URI"
+            f"{given_option.origin.location}: {key}: {given_option.value} is a file of the API; give the same rows with {option} URI"
         )
-        draft.unreadable[key] = path if path == "dataset.train" else ""
+        draft.paths_of_invalid_keys[key] = path if path == "dataset.train" else ""
     else:
         assign_source(draft, key, path)
 
 
-def _check_rows(draft: Draft, document: Document, trainer: str) -> None:
+def _check_rows(draft: JobDraft, document: InputDocument, trainer: str) -> None:
     """Check the keys of the rows, so that data for another method is refused before a GPU is allocated."""
     required_keys = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
     for number_, line in enumerate(document.text.splitlines(), 1):
@@ -211,21 +219,21 @@ def _check_rows(draft: Draft, document: Document, trainer: str) -> None:
             reason = getattr(error, "msg", "the row holds a number that is too long, or is nested too deeply")
             draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"invalid JSON: {reason}"))
             return
-        missing = [key for key in required_keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            present = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        missing_keys = [key for key in required_keys if not isinstance(row, dict) or key not in row]
+        if missing_keys:
+            present_keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             draft.mistakes.append(
                 Mistake(
                     f"{document.name}:{number_}",
-                    ", ".join(missing),
-                    f"the key is missing: this row has {present}",
+                    ", ".join(missing_keys),
+                    f"the key is missing: this row has {present_keys}",
                     f"rows of {trainer} hold {', '.join(required_keys)}",
                 )
             )
             return
 
 
-def _set_batch_size(draft: Draft) -> None:
+def _set_batch_size(draft: JobDraft) -> None:
     """Set the batch size. In the API the batch size is the number of rows per optimizer step, over all ranks."""
     rows, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
     if rows is None:
@@ -248,7 +256,7 @@ def _set_batch_size(draft: Draft) -> None:
     )
 
 
-def _count_ranks(draft: Draft) -> int:
+def _count_ranks(draft: JobDraft) -> int:
     """Return the number of ranks from the options of `finetune import`, because the API's files do not contain the number."""
     integer_options = {
         path: assigned.value for path, assigned in draft.request.overrides.items() if isinstance(assigned.value, int)
@@ -258,23 +266,23 @@ def _count_ranks(draft: Draft) -> int:
     return max(1, ranks_per_node * integer_options.get("resources.nodes", 1))
 
 
-def _set_annotations(draft: Draft) -> None:
+def _set_annotations(draft: JobDraft) -> None:
     for key, value in (draft.get("metadata") or {}).items():
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", str(key)).strip("_.-")[:63].strip("_.-")
         if name:
             draft.annotations[name] = str(value)
 
 
-def _set_trackers(draft: Draft) -> None:
-    given = draft.given.get("integrations")
-    if given is None:
+def _set_trackers(draft: JobDraft) -> None:
+    given_option = draft.given_options.get("integrations")
+    if given_option is None:
         return
-    if not isinstance(given.value, list):
+    if not isinstance(given_option.value, list):
         draft.add_mistake(
             "integrations", "this is not a list", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
         )
         return
-    for integration in given.value:
+    for integration in given_option.value:
         options = integration.get("wandb") if isinstance(integration, dict) else None
         if not isinstance(integration, dict) or integration.get("type") != "wandb" or not isinstance(options, dict):
             draft.add_mistake(
@@ -285,7 +293,7 @@ def _set_trackers(draft: Draft) -> None:
         ignored = [key for key in options if key not in ("project", "entity", "name")]
         if ignored:
             draft.add_warning(
-                f"{given.origin.location}: integrations: {', '.join(ignored)} of wandb has no effect: a FineTuneJob has no such field"
+                f"{given_option.origin.location}: integrations: {', '.join(ignored)} of wandb has no effect: a FineTuneJob has no such field"
             )
         for key, path in (
             ("project", "tracking.wandb.project"),
@@ -296,4 +304,4 @@ def _set_trackers(draft: Draft) -> None:
                 draft.assign(path, str(options[key]), "integrations")
 
 
-IMPORTER = Importer("openai", "the fine-tuning API", ROWS, DEFAULTS, recognises, read, combine)
+IMPORTER = Importer("openai", "the fine-tuning API", ROWS, DEFAULTS, recognises_input, read, combine_options)

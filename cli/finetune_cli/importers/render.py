@@ -13,31 +13,31 @@ from finetune_cli.provenance import AssignedValue
 from finetune_cli.yaml_writer import to_yaml_stream
 
 
-def render(import_result: ImportResult, *, annotate: bool) -> str:
+def render_manifest(import_result: ImportResult, *, with_origins: bool) -> str:
     """Return all objects as YAML. With `annotate`, a comment after each value names its origin."""
-    return to_yaml_stream(documents(import_result, annotate=annotate))
+    return to_yaml_stream(build_documents(import_result, with_origins=with_origins))
 
 
-def documents(import_result: ImportResult, *, annotate: bool = False) -> Iterator[Any]:
+def build_documents(import_result: ImportResult, *, with_origins: bool = False) -> Iterator[Any]:
     """Yield the Secret and the ConfigMaps that the job needs, then the FineTuneJob."""
     if import_result.secrets:
         yield {
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": _metadata(import_result, import_result.secret_name),
+            "metadata": _build_metadata(import_result, import_result.secret_name),
             "type": "Opaque",
             "stringData": dict(import_result.secrets),
         }
     for name, data in import_result.config_maps.items():
-        yield {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(import_result, name), "data": dict(data)}
-    metadata = _metadata(import_result, import_result.name)
+        yield {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _build_metadata(import_result, name), "data": dict(data)}
+    metadata = _build_metadata(import_result, import_result.name)
     if import_result.annotations:
         metadata["annotations"] = dict(import_result.annotations)
-    spec = _to_commented_map(_sort_fields(import_result.spec, FineTuneJobSpec), "", import_result.assigned if annotate else {})
+    spec = _to_commented_map(_sort_fields(import_result.spec, FineTuneJobSpec), "", import_result.assigned_values if with_origins else {})
     yield {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 
 
-def _metadata(import_result: ImportResult, name: str) -> dict[str, Any]:
+def _build_metadata(import_result: ImportResult, name: str) -> dict[str, Any]:
     return {"name": name, **({"namespace": import_result.namespace} if import_result.namespace else {})}
 
 
@@ -60,15 +60,15 @@ def _sort_fields(values: dict[str, Any], model: Any) -> dict[str, Any]:
     return result
 
 
-def _to_commented_map(values: dict[str, Any], prefix: str, assigned: dict[str, AssignedValue]) -> Any:
+def _to_commented_map(values: dict[str, Any], prefix: str, assigned_values: dict[str, AssignedValue]) -> Any:
     from ruamel.yaml.comments import CommentedMap
 
     result = CommentedMap()
     for key, value in values.items():
         path = f"{prefix}.{key}" if prefix else key
-        result[key] = _to_commented_map(value, path, assigned) if isinstance(value, dict) else _to_flow_list(value)
-        if path in assigned:
-            comment = describe_origin(assigned[path])
+        result[key] = _to_commented_map(value, path, assigned_values) if isinstance(value, dict) else _to_flow_list(value)
+        if path in assigned_values:
+            comment = describe_origin(assigned_values[path])
             result.yaml_add_eol_comment(comment, key)
     return result
 
@@ -83,8 +83,8 @@ def _to_flow_list(value: Any) -> Any:
     return value
 
 
-def describe_origin(assigned: AssignedValue) -> str:
+def describe_origin(assigned_value: AssignedValue) -> str:
     """Describe the origin of a value: location and key, or the reason for a default."""
-    if assigned.key and assigned.origin.location.endswith(assigned.key):
-        return assigned.origin.location
-    return f"{assigned.origin.location} {assigned.key}".strip()
+    if assigned_value.key and assigned_value.origin.location.endswith(assigned_value.key):
+        return assigned_value.origin.location
+    return f"{assigned_value.origin.location} {assigned_value.key}".strip()

@@ -22,13 +22,13 @@ from pydantic import ValidationError
 from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove, path_of
 from finetune_cli.files import UnreadableFile, read_text
 from finetune_cli.importers.converters import ConversionError
-from finetune_cli.importers.documents import parse, parse_json
+from finetune_cli.importers.documents import parse_document, parse_json
 from finetune_cli.importers.draft import (
-    Document,
-    Draft,
-    Entry,
     GivenOption,
     Importer,
+    InputDocument,
+    JobDraft,
+    OptionEntry,
     Request,
     Row,
     ToolDefault,
@@ -49,7 +49,7 @@ class ImportResult:
     name: str
     namespace: str | None
     spec: dict[str, Any]
-    assigned: dict[str, AssignedValue]
+    assigned_values: dict[str, AssignedValue]
     secret_name: str
     secrets: dict[str, str]
     config_maps: dict[str, dict[str, str]]
@@ -61,12 +61,12 @@ class ImportResult:
 def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult:
     """Import the files of a request. Raises InvalidInput with all mistakes; secrets in their texts are redacted."""
     _check_namespace(request)
-    documents = load(request.files)
+    documents = load_documents(request.files)
     importer = choose_importer(documents, request, importers)
-    draft = Draft(request, importer.rows, job_name(request, documents), documents)
+    draft = JobDraft(request, importer.rows, job_name(request, documents), documents)
     _read_options(importer, draft)
     _check_required(draft)
-    importer.combine(draft)
+    importer.combine_options(draft)
     _apply_defaults(importer, draft)
     _apply_overrides(draft)
     remove_options_without_effect(draft)
@@ -76,26 +76,26 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
         raise InvalidInput([_redact_mistake(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
     return ImportResult(
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
-        draft.annotations, [draft.redacted(text) for text in draft.warnings], [draft.redacted(text) for text in draft.notes],
+        draft.annotations, [draft.redact_message(text) for text in draft.warnings], [draft.redact_message(text) for text in draft.notes],
     )  # fmt: skip
 
 
-def _apply_defaults(importer: Importer, draft: Draft) -> None:
+def _apply_defaults(importer: Importer, draft: JobDraft) -> None:
     """Apply the tool's defaults to fields without a value, except defaults that this job cannot use."""
-    skipped: dict[str, list[str]] = {}
+    skipped_by_reason: dict[str, list[str]] = {}
     for default in importer.defaults:
-        if not default.when(draft):
+        if not default.is_applicable(draft):
             continue
         reason = _unusable_because(default, draft)
         if reason is None:
             draft.assign_default(default.path, default.value, default.origin)
         elif not draft.has_value(default.path):
-            skipped.setdefault(reason, []).append(f"{default.path} {default.value}")
-    for reason, fields in skipped.items():
+            skipped_by_reason.setdefault(reason, []).append(f"{default.path} {default.value}")
+    for reason, fields in skipped_by_reason.items():
         draft.add_note(f"{reason}, so the defaults of FineTuneJob replace those of the tool: {', '.join(fields)}")
 
 
-def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
+def _unusable_because(default: ToolDefault, draft: JobDraft) -> str | None:
     """Return the reason why this job cannot use a default of the tool, or None if the default is usable."""
     if default.needs_gpu and draft.value("resources.gpusPerNode") == 0:
         return "the job uses no GPU"
@@ -108,7 +108,7 @@ def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
     return None
 
 
-def _apply_overrides(draft: Draft) -> None:
+def _apply_overrides(draft: JobDraft) -> None:
     """Apply the options of `finetune import`. A null removes a field or a whole group."""
     for path, assigned in draft.request.overrides.items():
         for known in [value_path for value_path in draft.values if is_within(value_path, path)]:
@@ -117,7 +117,7 @@ def _apply_overrides(draft: Draft) -> None:
             draft.values[path] = assigned
 
 
-def _refuse_secrets(draft: Draft) -> None:
+def _refuse_secrets(draft: JobDraft) -> None:
     """Record a mistake for each value that looks like a secret. Everyone who may read the job can see its spec."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
     reported = {mistake.key for mistake in draft.mistakes}
@@ -132,28 +132,28 @@ def _refuse_secrets(draft: Draft) -> None:
             draft.mistakes.append(Mistake(draft.location, key, "the value looks like a token or password", "remove it"))
 
 
-def _redact_mistake(draft: Draft, mistake: Mistake) -> Mistake:
+def _redact_mistake(draft: JobDraft, mistake: Mistake) -> Mistake:
     return Mistake(
-        mistake.location, draft.redacted(mistake.key), draft.redacted(mistake.message), draft.redacted(mistake.hint)
+        mistake.location, draft.redact_message(mistake.key), draft.redact_message(mistake.message), draft.redact_message(mistake.hint)
     )
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def load(files: Iterable[Path]) -> tuple[Document, ...]:
+def load_documents(files: Iterable[Path]) -> tuple[InputDocument, ...]:
     """Read all files. A folder becomes a Document without text, because the importer reads the folder's files.
 
     Raises InvalidInput for unreadable or empty files.
     """
     mistakes: list[Mistake] = []
-    documents: list[Document] = []
+    documents: list[InputDocument] = []
     for path in files:
         if path.is_dir():
-            documents.append(Document(path, "", is_folder=True))
+            documents.append(InputDocument(path, "", is_folder=True))
             continue
         try:
-            documents.append(Document(path, read_text(path)))
+            documents.append(InputDocument(path, read_text(path)))
         except UnreadableFile as error:
             mistakes.append(error.mistake)
     mistakes += [
@@ -166,13 +166,13 @@ def load(files: Iterable[Path]) -> tuple[Document, ...]:
     return tuple(documents)
 
 
-def choose_importer(documents: tuple[Document, ...], request: Request, importers: dict[str, Importer]) -> Importer:
+def choose_importer(documents: tuple[InputDocument, ...], request: Request, importers: dict[str, Importer]) -> Importer:
     """Return the importer given with `--from`, or the only importer that recognises the files. Raises InvalidInput."""
-    known = ", ".join(importers)
+    known_importers = ", ".join(importers)
     if request.source is not None:
         if request.source not in importers:
             raise InvalidInput(
-                [Mistake("--from", request.source, "there is no importer with this name", f"write one of {known}")]
+                [Mistake("--from", request.source, "there is no importer with this name", f"write one of {known_importers}")]
             )
         return importers[request.source]
     if not documents and not request.tool_arguments:
@@ -186,7 +186,7 @@ def choose_importer(documents: tuple[Document, ...], request: Request, importers
                 )
             ]
         )
-    matching = [importer for importer in importers.values() if importer.recognises(documents, request.tool_arguments)]
+    matching = [importer for importer in importers.values() if importer.recognises_input(documents, request.tool_arguments)]
     if len(matching) == 1:
         return matching[0]
     file_names = ", ".join(document.name for document in documents) or "command line"
@@ -198,7 +198,7 @@ def choose_importer(documents: tuple[Document, ...], request: Request, importers
                     file_names,
                     "",
                     "no importer recognises this configuration",
-                    f"choose one with --from: {known}",
+                    f"choose one with --from: {known_importers}",
                 )
             ]
         )
@@ -215,11 +215,11 @@ def choose_importer(documents: tuple[Document, ...], request: Request, importers
     )
 
 
-def _check_syntax(documents: tuple[Document, ...]) -> None:
+def _check_syntax(documents: tuple[InputDocument, ...]) -> None:
     """Raises InvalidInput if an unrecognised file is invalid YAML or JSON, or a FineTuneJob."""
     for document in documents:
         if document.path.suffix.lower() in (".yaml", ".yml"):
-            tree = parse(document)
+            tree = parse_document(document)
             if tree.value.get("kind") == KIND:
                 hint = "check it with `finetune validate`, or submit it with `finetune submit`"
                 raise InvalidInput([Mistake(document.name, "", f"this is already a {KIND}", hint)])
@@ -227,7 +227,7 @@ def _check_syntax(documents: tuple[Document, ...]) -> None:
             parse_json(document)
 
 
-def job_name(request: Request, documents: tuple[Document, ...]) -> str:
+def job_name(request: Request, documents: tuple[InputDocument, ...]) -> str:
     """Return the name of the FineTuneJob: from `--name`, or from the name of the first file."""
     if request.name is not None:
         if not re.match(NAME_PATTERN, request.name) or len(request.name) > MAX_NAME_LENGTH:
@@ -261,53 +261,53 @@ COMMAND_LINE = "command line"
 """Prefix of the location of every flag."""
 
 
-def _read_options(importer: Importer, draft: Draft) -> None:
+def _read_options(importer: Importer, draft: JobDraft) -> None:
     """Convert every entry by its row in the tool's table. A later entry of an option overrides an earlier entry."""
     by_key = {importer.normalise_key(spelling): row for row in importer.rows for spelling in (row.key, *row.aliases)}
-    last: dict[str, tuple[Row, Entry]] = {}
-    for entry in importer.read(draft):
+    last_by_key: dict[str, tuple[Row, OptionEntry]] = {}
+    for entry in importer.read_options(draft):
         row = by_key.get(importer.normalise_key(entry.key))
         if row is None:
-            _add_unknown(importer, draft, entry)
+            _report_unknown_option(importer, draft, entry)
             continue
-        if row.secret:
-            draft.hide(entry.value)
-        if row.key in last and not row.no_effect and not _overrides_earlier(draft, row, last[row.key][1], entry):
+        if row.is_secret:
+            draft.redact_in_messages(entry.value)
+        if row.key in last_by_key and not row.no_effect and not _overrides_earlier(draft, row, last_by_key[row.key][1], entry):
             continue
-        last[row.key] = (row, entry)
-    for row, entry in last.values():
-        _convert(row, entry, draft)
+        last_by_key[row.key] = (row, entry)
+    for row, entry in last_by_key.values():
+        _convert_entry(row, entry, draft)
 
 
-def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> bool:
+def _overrides_earlier(draft: JobDraft, row: Row, first_entry: OptionEntry, second_entry: OptionEntry) -> bool:
     """Return whether the second entry of an option overrides the first.
 
     Two spellings of an option in one file with different values are a mistake, because the order in a file has no meaning.
     """
-    if first.key == second.key or _file_of(first) != _file_of(second):
+    if first_entry.key == second_entry.key or _file_of(first_entry) != _file_of(second_entry):
         return True
-    if first.origin.location.startswith(COMMAND_LINE):
-        draft.add_note(f"{second.origin.location}: {second.key} overrides {first.key}")
+    if first_entry.origin.location.startswith(COMMAND_LINE):
+        draft.add_note(f"{second_entry.origin.location}: {second_entry.key} overrides {first_entry.key}")
         return True
-    if _is_unset(second.value) or str(first.value) == str(second.value):
+    if _is_unset(second_entry.value) or str(first_entry.value) == str(second_entry.value):
         return False
-    if not _is_unset(first.value):
-        draft.unreadable[row.key] = row.path
-        locations = ", ".join(dict.fromkeys((first.origin.location, second.origin.location)))
+    if not _is_unset(first_entry.value):
+        draft.paths_of_invalid_keys[row.key] = row.path
+        locations = ", ".join(dict.fromkeys((first_entry.origin.location, second_entry.origin.location)))
         values = (
             f"{REDACTED_TEXT} and {REDACTED_TEXT}"
-            if row.secret
-            else f"{_format_value(first.value)} and {_format_value(second.value)}"
+            if row.is_secret
+            else f"{_format_value(first_entry.value)} and {_format_value(second_entry.value)}"
         )
         draft.mistakes.append(
             Mistake(
-                locations, f"{first.key}, {second.key}", f"{values} are given for the same option", "keep one of them"
+                locations, f"{first_entry.key}, {second_entry.key}", f"{values} are given for the same option", "keep one of them"
             )
         )
     return True
 
 
-def _file_of(entry: Entry) -> str:
+def _file_of(entry: OptionEntry) -> str:
     """Return the file name from the location of an entry, without the line number."""
     return re.sub(r":\d+$", "", entry.origin.location)
 
@@ -317,13 +317,13 @@ def _is_unset(value: Any) -> bool:
     return is_absent(value) or value == "auto"
 
 
-def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
+def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEntry) -> None:
     """Record an unknown key. The message says whether a group was written as a single value, or a single value as a group."""
     if SECRET_NAME_PATTERN.search(entry.key):
-        draft.hide(entry.value)
-    known = [key for row in importer.rows for key in (row.key, *row.aliases)]
-    option_in_group = next((key for key in known if key.startswith(f"{entry.key}.")), None)
-    enclosing_option = next((key for key in known if entry.key.startswith(f"{key}.")), None)
+        draft.redact_in_messages(entry.value)
+    known_keys = [key for row in importer.rows for key in (row.key, *row.aliases)]
+    option_in_group = next((key for key in known_keys if key.startswith(f"{entry.key}.")), None)
+    enclosing_option = next((key for key in known_keys if entry.key.startswith(f"{key}.")), None)
     if option_in_group is not None:
         message, hint = (
             "the key is a group of options, but a single value is given",
@@ -332,7 +332,7 @@ def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
     elif enclosing_option is not None:
         message, hint = "unknown key", f"{enclosing_option} takes a single value and is not a group"
     else:
-        closest = closest_name(entry.key, known)
+        closest = closest_name(entry.key, known_keys)
         message = "unknown key"
         hint = f"did you mean {closest}?" if closest else f"it is not an option of {importer.title}; remove it"
     draft.mistakes.append(Mistake(entry.origin.location, entry.key, message, hint))
@@ -343,10 +343,10 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "null", "~"))
 
 
-def _convert(row: Row, entry: Entry, draft: Draft) -> None:
+def _convert_entry(row: Row, entry: OptionEntry, draft: JobDraft) -> None:
     if row.empty_is_absent and is_absent(entry.value):
-        if row.required:
-            draft.unreadable[row.key] = row.path
+        if row.is_required:
+            draft.paths_of_invalid_keys[row.key] = row.path
             draft.mistakes.append(Mistake(entry.origin.location, entry.key, "this required option is empty"))
         return
     if row.no_effect:
@@ -355,13 +355,13 @@ def _convert(row: Row, entry: Entry, draft: Draft) -> None:
     try:
         value = row.convert(entry.value)
     except ConversionError as error:
-        draft.unreadable[row.key] = row.path
-        shown = REDACTED_TEXT if row.secret else _format_value(entry.value)
+        draft.paths_of_invalid_keys[row.key] = row.path
+        shown_value = REDACTED_TEXT if row.is_secret else _format_value(entry.value)
         hint = f"allowed: {error.allowed}" + (f"; did you mean {error.closest}?" if error.closest else "")
-        draft.mistakes.append(Mistake(entry.origin.location, entry.key, f"{shown} {error.problem}", hint))
+        draft.mistakes.append(Mistake(entry.origin.location, entry.key, f"{shown_value} {error.problem}", hint))
         return
-    draft.given[row.key] = GivenOption(row, entry.key, value, entry.value, entry.origin)
-    if row.path and not row.manual and value is not None:
+    draft.given_options[row.key] = GivenOption(row, entry.key, value, entry.value, entry.origin)
+    if row.path and not row.is_set_by_combine and value is not None:
         draft.assign(row.path, value, row.key)
 
 
@@ -373,11 +373,11 @@ def _format_value(value: Any) -> str:
     return str(value) if not isinstance(value, dict | list) or len(str(value)) <= 80 else "the value"
 
 
-def _check_required(draft: Draft) -> None:
+def _check_required(draft: JobDraft) -> None:
     """Record a mistake for every required option that is missing, unless an override sets its field."""
     for row in draft.rows:
-        if row.required and not draft.has_key(row.key) and row.path not in draft.request.overrides:
-            draft.unreadable[row.key] = row.path
+        if row.is_required and not draft.has_key(row.key) and row.path not in draft.request.overrides:
+            draft.paths_of_invalid_keys[row.key] = row.path
             option = {"model.source": "--model", "dataset.train": "--data"}.get(row.path)
             draft.mistakes.append(
                 Mistake(
@@ -392,7 +392,7 @@ def _check_required(draft: Draft) -> None:
 # --- checks with the API's models and rules -------------------------------------------------------------------------
 
 
-def nest(values: dict[str, AssignedValue]) -> dict[str, Any]:
+def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
     """Turn values at dotted paths into a nested spec."""
     spec: dict[str, Any] = {}
     for path, assigned in values.items():
@@ -404,19 +404,19 @@ def nest(values: dict[str, AssignedValue]) -> dict[str, Any]:
     return spec
 
 
-def _check_spec(draft: Draft) -> dict[str, Any]:
+def _check_spec(draft: JobDraft) -> dict[str, Any]:
     """Check the values of the draft with the API's models and rules, and return them as a nested spec."""
     values = dict(draft.values)
-    reported: list[FieldError] = []
+    reported_errors: list[FieldError] = []
     for _ in range(3):
         try:
-            spec = FineTuneJobSpec.model_validate(nest(values))
+            spec = FineTuneJobSpec.model_validate(nest_values(values))
             break
         except ValidationError as error:
-            new_errors = list(field_errors(error, reported))
-            reported += new_errors
+            new_errors = list(field_errors(error, reported_errors))
+            reported_errors += new_errors
             for field_error in new_errors:
-                draft.unreadable[field_error.path] = field_error.path
+                draft.paths_of_invalid_keys[field_error.path] = field_error.path
                 draft.mistakes.append(
                     _mistake_of_problem(
                         draft, Problem(field_error.path, "Shape", field_error.message, field_error.hint)
@@ -430,16 +430,16 @@ def _check_spec(draft: Draft) -> dict[str, Any]:
                 ]:
                     del values[known]
     else:
-        return nest(values)
-    for problem in _problems(spec, draft):
+        return nest_values(values)
+    for problem in _find_problems(spec, draft):
         _record_problem(problem, draft)
     if not draft.mistakes:
         for unsupported in unsupported_fields(spec):
             draft.add_warning(f"spec.{unsupported.path}: {unsupported.message}; {unsupported.hint}")
-    return nest(draft.values)
+    return nest_values(draft.values)
 
 
-DISCRIMINATORS: dict[str, tuple[str, ...]] = {
+DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {
     "method.type": tuple(MethodType),
     "trainer.type": tuple(TrainerType),
     "dataset.format": tuple(DatasetFormat),
@@ -451,33 +451,33 @@ If the value of such a field is invalid, a problem is reported only if it would 
 """
 
 
-def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
+def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
     """Return the problems that the rules find. Problems that only result from an unreadable value are left out."""
-    unreadable = [path for path in draft.unreadable.values() if path]
+    unreadable_paths = [path for path in draft.paths_of_invalid_keys.values() if path]
     problems = check(spec)
-    for path in unreadable:
-        if path in DISCRIMINATORS:
+    for path in unreadable_paths:
+        if path in DISCRIMINATOR_VALUES:
             group, field = path.split(".")
-            for value in DISCRIMINATORS[path]:
-                changed = spec.to_wire()
-                changed.setdefault(group, {})[field] = value
-                remaining = {(problem.path, problem.code) for problem in check(FineTuneJobSpec.model_validate(changed))}
-                problems = [problem for problem in problems if (problem.path, problem.code) in remaining]
+            for value in DISCRIMINATOR_VALUES[path]:
+                changed_spec = spec.to_wire()
+                changed_spec.setdefault(group, {})[field] = value
+                remaining_problems = {(problem.path, problem.code) for problem in check(FineTuneJobSpec.model_validate(changed_spec))}
+                problems = [problem for problem in problems if (problem.path, problem.code) in remaining_problems]
     return [
         problem
         for problem in problems
-        if not any(is_within(problem.path, path) or is_within(path, problem.path) for path in unreadable)
+        if not any(is_within(problem.path, path) or is_within(path, problem.path) for path in unreadable_paths)
     ]
 
 
-def _record_problem(problem: Problem, draft: Draft) -> None:
+def _record_problem(problem: Problem, draft: JobDraft) -> None:
     """Record a problem as a mistake. If the user can correct the problem in the printed manifest, record a warning instead."""
     mistake = _mistake_of_problem(draft, problem)
     is_local_file = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
     is_missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
     is_device_of_another_machine = problem.path == "training.device" and draft.value("training.device") == "mps"
     if is_missing_data:
-        if "dataset.train" not in draft.unreadable.values():
+        if "dataset.train" not in draft.paths_of_invalid_keys.values():
             draft.add_warning(
                 f"{draft.location}: the configuration names no training data: give --data URI, or set dataset.train in the manifest"
             )
@@ -490,30 +490,30 @@ def _record_problem(problem: Problem, draft: Draft) -> None:
     ):
         draft.add_warning(f"{mistake} (the operator refuses the job until this is corrected)")
     elif problem.code == "ModelMissing":
-        if "model.source" not in draft.unreadable.values():
+        if "model.source" not in draft.paths_of_invalid_keys.values():
             draft.mistakes.append(Mistake(draft.location, "", "no base model is given", "add it, or give --model URI"))
     else:
         draft.mistakes.append(mistake)
 
 
-def _mistake_of_problem(draft: Draft, problem: Problem) -> Mistake:
+def _mistake_of_problem(draft: JobDraft, problem: Problem) -> Mistake:
     """Return the mistake for a problem at a spec path, with the key and location of the value in the user's files."""
     group, _, _ = problem.path.rpartition(".")
-    assigned = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
-    written = [value for value in assigned if value.key] or [
-        value for value in assigned if value.origin.written_by_user
+    assigned_values = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
+    written_values = [value for value in assigned_values if value.key] or [
+        value for value in assigned_values if value.origin.written_by_user
     ]
-    if not written:
+    if not written_values:
         return Mistake(draft.location, f"spec.{problem.path}", problem.message, problem.hint)
-    keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written))
-    locations = ", ".join(dict.fromkeys(value.origin.location for value in written))
+    keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written_values))
+    locations = ", ".join(dict.fromkeys(value.origin.location for value in written_values))
     override = draft.request.overrides.get(problem.path.partition("[")[0])
     hint = hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
-    message = _user_spelling(draft, written[0]) + problem.message
+    message = _user_spelling(draft, written_values[0]) + problem.message
     return Mistake(locations, keys, message, f"{hint} (spec.{problem.path})" if hint else "")
 
 
-def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
+def _values_around(draft: JobDraft, path: str) -> list[AssignedValue]:
     """Return the values at a path, below the path, and of its enclosing groups."""
     return [
         assigned
@@ -522,9 +522,9 @@ def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
     ]
 
 
-def _user_spelling(draft: Draft, assigned: AssignedValue) -> str:
+def _user_spelling(draft: JobDraft, assigned_value: AssignedValue) -> str:
     """Return `"VALUE" is ` with the user's spelling if the spec spells the value differently, and an empty string otherwise."""
-    given = next((option for option in draft.given.values() if option.key == assigned.key), None)
-    if given is None or not isinstance(given.raw, str) or given.row.secret or given.raw == str(assigned.value):
+    given = next((option for option in draft.given_options.values() if option.key == assigned_value.key), None)
+    if given is None or not isinstance(given.raw_value, str) or given.row.is_secret or given.raw_value == str(assigned_value.value):
         return ""
-    return f'"{given.raw}" is ' if isinstance(assigned.value, str) and not given.raw.startswith(("/", ".")) else ""
+    return f'"{given.raw_value}" is ' if isinstance(assigned_value.value, str) and not given.raw_value.startswith(("/", ".")) else ""

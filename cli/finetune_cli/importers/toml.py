@@ -22,41 +22,41 @@ from finetune_cli.importers.converters import (
     ConversionError,
     any_text,
     any_value,
-    boolean,
-    choice,
-    integer,
     list_of,
-    mapping,
     name_list,
-    number,
     run_name,
     text_or_none,
+    to_boolean,
+    to_choice,
+    to_integer,
+    to_mapping,
+    to_number,
 )
-from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.provenance import Origin
+from finetune_cli.provenance import ValueOrigin
 from finetune_cli.redaction import SECRET_NAME_PATTERN, USERINFO_PATTERN
 
-SCHEDULERS = {
+SCHEDULERS_BY_NAME = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constantWithWarmup", "polynomial": "polynomial",
     "cosine_with_restarts": "cosineWithRestarts", "cosine_with_min_lr": "cosineWithMinLr", "inverse_sqrt": "inverseSqrt",
     "warmup_stable_decay": "warmupStableDecay",
 }  # fmt: skip
-DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32", "auto": "auto"}
-BIAS = {"none": "none", "all": "all", "lora_only": "loraOnly"}
-TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-METRICS = {
+DTYPES_BY_NAME = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32", "auto": "auto"}
+BIAS_BY_NAME = {"none": "none", "all": "all", "lora_only": "loraOnly"}
+TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
+METRIC_NAMES = {
     "bleu_score": "bleu", "rouge_score": "rouge", "factual_correctness": "factualCorrectness", "semantic_similarity": "semanticSimilarity",
     "answer_accuracy": "answerAccuracy", "answer_relevancy": "answerRelevancy", "answer_correctness": "answerCorrectness",
 }  # fmt: skip
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEFAULT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
 ONE_RUN_NAME = "only the run name in [mlflow] is used"
 AS_TRAINED = "the tuned model is loaded with the settings of the training"
 
 
-def checkpointing(value: Any) -> str:
+def to_checkpointing_mode(value: Any) -> str:
     """Convert true, false or "unsloth"."""
     if isinstance(value, bool):
         return "enabled" if value else "disabled"
@@ -71,179 +71,179 @@ def tuner_row(key: str, *args: Any, **kwargs: Any) -> Row:
     return Row(f"fine_tuner.{key}", *args, **kwargs)
 
 
-GENERATION = "evaluation.comparison.generation"
+GENERATION_PATH = "evaluation.comparison.generation"
 ROWS: tuple[Row, ...] = (
-    tuner_row("base_model_id", "model.source", required=True, manual=True),
-    tuner_row("max_sequence_length", "dataset.maxSequenceLength", integer(1)),
-    tuner_row("dtype", "model.dtype", choice(DTYPES)),
-    tuner_row("load_in_4bit", "model.quantization.bits", boolean, manual=True),
-    tuner_row("load_in_8bit", "model.quantization.bits", boolean, manual=True),
-    tuner_row("full_finetuning", "method.type", boolean, manual=True),
-    tuner_row("rank", "method.lora.rank", integer(1)),
-    tuner_row("lora_alpha", "method.lora.alpha", number(above=0)),
-    tuner_row("lora_dropout", "method.lora.dropout", number(0, 0.3)),
+    tuner_row("base_model_id", "model.source", is_required=True, is_set_by_combine=True),
+    tuner_row("max_sequence_length", "dataset.maxSequenceLength", to_integer(1)),
+    tuner_row("dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
+    tuner_row("load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    tuner_row("load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    tuner_row("full_finetuning", "method.type", to_boolean, is_set_by_combine=True),
+    tuner_row("rank", "method.lora.rank", to_integer(1)),
+    tuner_row("lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
+    tuner_row("lora_dropout", "method.lora.dropout", to_number(0, 0.3)),
     tuner_row("target_modules", "method.lora.targetModules", name_list),
-    tuner_row("bias", "method.lora.bias", choice(BIAS)),
-    tuner_row("use_rslora", "method.lora.rankStabilized", boolean),
-    tuner_row("loftq_config", "method.lora.loftq", mapping, manual=True),
-    tuner_row("training_data_id", "dataset.train", required=True, manual=True),
-    tuner_row("validation_data_id", "dataset.validation", manual=True),
-    tuner_row("dataset_num_proc", "dataset.numProc", integer(1)),
+    tuner_row("bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
+    tuner_row("use_rslora", "method.lora.rankStabilized", to_boolean),
+    tuner_row("loftq_config", "method.lora.loftq", to_mapping, is_set_by_combine=True),
+    tuner_row("training_data_id", "dataset.train", is_required=True, is_set_by_combine=True),
+    tuner_row("validation_data_id", "dataset.validation", is_set_by_combine=True),
+    tuner_row("dataset_num_proc", "dataset.numProc", to_integer(1)),
     tuner_row("question_column", "dataset.columns.question"),
     tuner_row("ground_truth_column", "dataset.columns.answer"),
     tuner_row("system_prompt_column", "dataset.columns.system", text_or_none, empty_is_absent=False),
     tuner_row("system_prompt_override_text", "dataset.systemPrompt"),
-    tuner_row("epochs", "training.epochs", integer(1)),
-    tuner_row("learning_rate", "training.learningRate", number(above=0)),
-    tuner_row("device_train_batch_size", "training.batchSizePerDevice", integer(1), aliases=("device_batch_size",)),
-    tuner_row("device_validation_batch_size", "evaluation.batchSizePerDevice", integer(1)),
-    tuner_row("grad_accumulation", "training.gradientAccumulationSteps", integer(1)),
-    tuner_row("warmup_steps", "training.warmupSteps", integer(0)),
-    tuner_row("lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
+    tuner_row("epochs", "training.epochs", to_integer(1)),
+    tuner_row("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
+    tuner_row("device_train_batch_size", "training.batchSizePerDevice", to_integer(1), aliases=("device_batch_size",)),
+    tuner_row("device_validation_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
+    tuner_row("grad_accumulation", "training.gradientAccumulationSteps", to_integer(1)),
+    tuner_row("warmup_steps", "training.warmupSteps", to_integer(0)),
+    tuner_row("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
     tuner_row("optimizer", "training.optimizer"),
-    tuner_row("weight_decay", "training.weightDecay", number(0)),
-    tuner_row("grad_clip_norm", "training.maxGradNorm", number(0)),
-    tuner_row("seed", "training.seed", integer(0, 4294967295)),
-    tuner_row("use_gradient_checkpointing", "training.gradientCheckpointing", checkpointing),
-    tuner_row("use_flash_attention", "model.attention", boolean, manual=True),
-    tuner_row("packing", "dataset.packing", boolean),
-    tuner_row("train_on_responses_only", "dataset.responseOnly.enabled", boolean),
+    tuner_row("weight_decay", "training.weightDecay", to_number(0)),
+    tuner_row("grad_clip_norm", "training.maxGradNorm", to_number(0)),
+    tuner_row("seed", "training.seed", to_integer(0, 4294967295)),
+    tuner_row("use_gradient_checkpointing", "training.gradientCheckpointing", to_checkpointing_mode),
+    tuner_row("use_flash_attention", "model.attention", to_boolean, is_set_by_combine=True),
+    tuner_row("packing", "dataset.packing", to_boolean),
+    tuner_row("train_on_responses_only", "dataset.responseOnly.enabled", to_boolean),
     tuner_row("question_part", "dataset.responseOnly.questionMarker", aliases=("user_part_in_chat_template",)),
     tuner_row("answer_part", "dataset.responseOnly.answerMarker", aliases=("assistant_part_in_chat_template",)),
-    tuner_row("log_steps", "tracking.loggingSteps", integer(1)),
-    tuner_row("log_first_step", "tracking.logFirstStep", boolean),
-    tuner_row("report_to", "tracking.reportTo", choice(TRACKERS), manual=True),
-    tuner_row("save_steps", "checkpoint.steps", integer(1)),
-    tuner_row("save_strategy", "checkpoint.strategy", choice(["steps", "epoch", "no"])),
-    tuner_row("save_total_limit", "checkpoint.keep", integer(1)),
-    tuner_row("load_best_model_at_end", "checkpoint.loadBestAtEnd", boolean),
-    tuner_row("metric_for_best_model", convert=choice(["eval_loss", "loss"]), no_effect="the best checkpoint is the one with the lowest validation loss"),
-    tuner_row("eval_steps", "evaluation.steps", integer(1), manual=True),
-    tuner_row("patience", "training.earlyStopping.patience", integer(1)),
-    tuner_row("push_to_hub", "output.hub.push", boolean),
+    tuner_row("log_steps", "tracking.loggingSteps", to_integer(1)),
+    tuner_row("log_first_step", "tracking.logFirstStep", to_boolean),
+    tuner_row("report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True),
+    tuner_row("save_steps", "checkpoint.steps", to_integer(1)),
+    tuner_row("save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
+    tuner_row("save_total_limit", "checkpoint.keep", to_integer(1)),
+    tuner_row("load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
+    tuner_row("metric_for_best_model", convert=to_choice(["eval_loss", "loss"]), no_effect="the best checkpoint is the one with the lowest validation loss"),
+    tuner_row("eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
+    tuner_row("patience", "training.earlyStopping.patience", to_integer(1)),
+    tuner_row("push_to_hub", "output.hub.push", to_boolean),
     tuner_row("wandb_project_name", "tracking.wandb.project"),
     tuner_row("wandb_run_name", no_effect=ONE_RUN_NAME, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
     tuner_row("run_name", convert=run_name, no_effect=ONE_RUN_NAME, aliases=("run_name_prefix", "run_name_suffix")),
-    tuner_row("model_local_output_dir", "output.dir", manual=True),
-    tuner_row("is_multimodel", "model.modality", boolean, manual=True),
-    tuner_row("finetune_vision_layers", "method.vision.visionLayers", boolean, manual=True),
-    tuner_row("finetune_language_layers", "method.vision.languageLayers", boolean, manual=True),
-    tuner_row("finetune_attention_modules", "method.vision.attentionModules", boolean, manual=True),
-    tuner_row("finetune_mlp_modules", "method.vision.mlpModules", boolean, manual=True),
-    Row("mlflow.tracking_uri", "tracking.mlflow.trackingUri", manual=True),
+    tuner_row("model_local_output_dir", "output.dir", is_set_by_combine=True),
+    tuner_row("is_multimodel", "model.modality", to_boolean, is_set_by_combine=True),
+    tuner_row("finetune_vision_layers", "method.vision.visionLayers", to_boolean, is_set_by_combine=True),
+    tuner_row("finetune_language_layers", "method.vision.languageLayers", to_boolean, is_set_by_combine=True),
+    tuner_row("finetune_attention_modules", "method.vision.attentionModules", to_boolean, is_set_by_combine=True),
+    tuner_row("finetune_mlp_modules", "method.vision.mlpModules", to_boolean, is_set_by_combine=True),
+    Row("mlflow.tracking_uri", "tracking.mlflow.trackingUri", is_set_by_combine=True),
     Row("mlflow.experiment_name", "tracking.mlflow.experimentName"),
     Row("mlflow.run_name", "output.runName.name", run_name),
     Row("mlflow.run_name_prefix", "output.runName.prefix", run_name),
     Row("mlflow.run_name_suffix", "output.runName.suffix", run_name),
-    Row("inferencer.testing_data_id", "dataset.test", manual=True),
-    Row("inferencer.max_new_tokens", f"{GENERATION}.maxNewTokens", integer(1)),
-    Row("inferencer.temperature", f"{GENERATION}.temperature", number(0, 10)),
-    Row("inferencer.min_p", f"{GENERATION}.minP", number(0, 1)),
-    Row("inferencer.repetition_penalty", f"{GENERATION}.repetitionPenalty", number(above=0)),
-    Row("inferencer.use_cache", convert=boolean, no_effect="generation always uses the KV cache"),
+    Row("inferencer.testing_data_id", "dataset.test", is_set_by_combine=True),
+    Row("inferencer.max_new_tokens", f"{GENERATION_PATH}.maxNewTokens", to_integer(1)),
+    Row("inferencer.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
+    Row("inferencer.min_p", f"{GENERATION_PATH}.minP", to_number(0, 1)),
+    Row("inferencer.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
+    Row("inferencer.use_cache", convert=to_boolean, no_effect="generation always uses the KV cache"),
     *(Row(f"inferencer.{key}", convert=any_value, no_effect=AS_TRAINED) for key in ("max_sequence_length", "dtype", "load_in_4bit", "load_in_8bit")),
     *(Row(f"inferencer.{key}", no_effect="the test data is read like the training data") for key in (
         "question_column", "ground_truth_column", "system_prompt_column", "system_prompt_override_text",
     )),
-    Row("inferencer.hf_user_id", "output.hub.repository", manual=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
+    Row("inferencer.hf_user_id", "output.hub.repository", is_set_by_combine=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
     *(Row(f"{section}.{key}", convert=any_text, no_effect=ONE_RUN_NAME) for section in ("inferencer", "evaluator") for key in NAME_KEYS),
-    Row("evaluator.metrics", "evaluation.metrics", list_of(choice(METRICS))),
+    Row("evaluator.metrics", "evaluation.metrics", list_of(to_choice(METRIC_NAMES))),
     Row("evaluator.llm", "evaluation.judge.model", aliases=("evaluator.llm_model_id",)),
-    Row("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), manual=True),
-    Row("evaluator.cost_per_million_input_tokens", "evaluation.judge.inputPrice", number(0)),
-    Row("evaluator.cost_per_million_output_tokens", "evaluation.judge.outputPrice", number(0)),
-    Row("pipeline.enable_finetuning", "phases.train", boolean),
-    Row("pipeline.enable_inference", "phases.infer", boolean),
-    Row("pipeline.enable_evaluation", "phases.evaluate", boolean),
-    Row("pipeline.stop_after_finetuning", "phases.infer", boolean, manual=True, aliases=("--stop-after-finetuning",)),
-    Row("pipeline.stop_after_inference", "phases.evaluate", boolean, manual=True, aliases=("--stop-after-inference",)),
-    Row("--skip-finetuning", "phases.train", boolean, manual=True),
-    Row("--skip-inference", "phases.infer", boolean, manual=True),
-    Row("--skip-evaluation", "phases.evaluate", boolean, manual=True),
-    Row("--hf-key", "model.tokenSecretRef", manual=True, secret=True),
-    Row("--wandb-key", "tracking.wandb.apiKeySecretRef", manual=True, secret=True),
-    Row("--openai-key", "placement.env", manual=True, secret=True),
-    Row("--mlflow-username", "placement.env", manual=True, secret=True),
-    Row("--mlflow-password", "placement.env", manual=True, secret=True),
+    Row("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), is_set_by_combine=True),
+    Row("evaluator.cost_per_million_input_tokens", "evaluation.judge.inputPrice", to_number(0)),
+    Row("evaluator.cost_per_million_output_tokens", "evaluation.judge.outputPrice", to_number(0)),
+    Row("pipeline.enable_finetuning", "phases.train", to_boolean),
+    Row("pipeline.enable_inference", "phases.infer", to_boolean),
+    Row("pipeline.enable_evaluation", "phases.evaluate", to_boolean),
+    Row("pipeline.stop_after_finetuning", "phases.infer", to_boolean, is_set_by_combine=True, aliases=("--stop-after-finetuning",)),
+    Row("pipeline.stop_after_inference", "phases.evaluate", to_boolean, is_set_by_combine=True, aliases=("--stop-after-inference",)),
+    Row("--skip-finetuning", "phases.train", to_boolean, is_set_by_combine=True),
+    Row("--skip-inference", "phases.infer", to_boolean, is_set_by_combine=True),
+    Row("--skip-evaluation", "phases.evaluate", to_boolean, is_set_by_combine=True),
+    Row("--hf-key", "model.tokenSecretRef", is_set_by_combine=True, is_secret=True),
+    Row("--wandb-key", "tracking.wandb.apiKeySecretRef", is_set_by_combine=True, is_secret=True),
+    Row("--openai-key", "placement.env", is_set_by_combine=True, is_secret=True),
+    Row("--mlflow-username", "placement.env", is_set_by_combine=True, is_secret=True),
+    Row("--mlflow-password", "placement.env", is_set_by_combine=True, is_secret=True),
 )  # fmt: skip
 
-PATHS = {row.key: row.path for row in ROWS}
+PATHS_BY_KEY = {row.key: row.path for row in ROWS}
 
 
-def _evaluates_by_epoch(draft: Draft) -> bool:
+def _evaluates_by_epoch(draft: JobDraft) -> bool:
     return draft.has_value("dataset.validation") and not draft.has_value("evaluation.steps")
 
 
-EXAMPLE = "documented example"
+EXAMPLE_ORIGIN = "documented example"
 DEFAULTS: tuple[ToolDefault, ...] = (
-    ToolDefault("dataset.maxSequenceLength", 4096, EXAMPLE),
-    ToolDefault("model.dtype", "auto", EXAMPLE),
-    ToolDefault("method.lora.rank", 16, EXAMPLE),
-    ToolDefault("method.lora.alpha", 16, EXAMPLE),
-    ToolDefault("method.lora.dropout", 0.1, EXAMPLE),
-    ToolDefault("method.lora.targetModules", PROJECTIONS, EXAMPLE),
-    ToolDefault("method.lora.bias", "none", EXAMPLE),
-    ToolDefault("method.lora.rankStabilized", False, EXAMPLE),
+    ToolDefault("dataset.maxSequenceLength", 4096, EXAMPLE_ORIGIN),
+    ToolDefault("model.dtype", "auto", EXAMPLE_ORIGIN),
+    ToolDefault("method.lora.rank", 16, EXAMPLE_ORIGIN),
+    ToolDefault("method.lora.alpha", 16, EXAMPLE_ORIGIN),
+    ToolDefault("method.lora.dropout", 0.1, EXAMPLE_ORIGIN),
+    ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, EXAMPLE_ORIGIN),
+    ToolDefault("method.lora.bias", "none", EXAMPLE_ORIGIN),
+    ToolDefault("method.lora.rankStabilized", False, EXAMPLE_ORIGIN),
     ToolDefault("dataset.format", "qa", "hard-coded in the tool"),
-    ToolDefault("dataset.numProc", 4, EXAMPLE),
-    ToolDefault("dataset.columns.question", "question", EXAMPLE),
-    ToolDefault("dataset.columns.answer", "answer", EXAMPLE),
+    ToolDefault("dataset.numProc", 4, EXAMPLE_ORIGIN),
+    ToolDefault("dataset.columns.question", "question", EXAMPLE_ORIGIN),
+    ToolDefault("dataset.columns.answer", "answer", EXAMPLE_ORIGIN),
     ToolDefault("dataset.useChatTemplate", True, "hard-coded in the tool"),
-    ToolDefault("dataset.responseOnly.enabled", True, EXAMPLE),
-    ToolDefault("dataset.packing", False, EXAMPLE),
-    ToolDefault("training.epochs", 30, EXAMPLE),
-    ToolDefault("training.learningRate", 2e-4, EXAMPLE),
-    ToolDefault("training.batchSizePerDevice", 4, EXAMPLE),
-    ToolDefault("training.gradientAccumulationSteps", 4, EXAMPLE),
-    ToolDefault("training.warmupSteps", 5, EXAMPLE),
-    ToolDefault("training.scheduler", "linear", EXAMPLE),
-    ToolDefault("training.optimizer", "paged_adamw_8bit", EXAMPLE, needs_gpu=True),
-    ToolDefault("training.weightDecay", 0.01, EXAMPLE),
+    ToolDefault("dataset.responseOnly.enabled", True, EXAMPLE_ORIGIN),
+    ToolDefault("dataset.packing", False, EXAMPLE_ORIGIN),
+    ToolDefault("training.epochs", 30, EXAMPLE_ORIGIN),
+    ToolDefault("training.learningRate", 2e-4, EXAMPLE_ORIGIN),
+    ToolDefault("training.batchSizePerDevice", 4, EXAMPLE_ORIGIN),
+    ToolDefault("training.gradientAccumulationSteps", 4, EXAMPLE_ORIGIN),
+    ToolDefault("training.warmupSteps", 5, EXAMPLE_ORIGIN),
+    ToolDefault("training.scheduler", "linear", EXAMPLE_ORIGIN),
+    ToolDefault("training.optimizer", "paged_adamw_8bit", EXAMPLE_ORIGIN, needs_gpu=True),
+    ToolDefault("training.weightDecay", 0.01, EXAMPLE_ORIGIN),
     ToolDefault("training.maxGradNorm", 1, "hard-coded in the tool"),
-    ToolDefault("training.seed", 42, EXAMPLE),
-    ToolDefault("training.gradientCheckpointing", "unsloth", EXAMPLE, needs_gpu=True),
+    ToolDefault("training.seed", 42, EXAMPLE_ORIGIN),
+    ToolDefault("training.gradientCheckpointing", "unsloth", EXAMPLE_ORIGIN, needs_gpu=True),
     ToolDefault("trainer.backend", "unsloth", "hard-coded in the tool", needs_gpu=True),
-    ToolDefault("model.attention", "flashAttention2", EXAMPLE, needs_gpu=True),
+    ToolDefault("model.attention", "flashAttention2", EXAMPLE_ORIGIN, needs_gpu=True),
     ToolDefault("checkpoint.strategy", "steps", "hard-coded in the tool"),
-    ToolDefault("checkpoint.steps", 20, EXAMPLE),
-    ToolDefault("checkpoint.keep", 3, EXAMPLE),
+    ToolDefault("checkpoint.steps", 20, EXAMPLE_ORIGIN),
+    ToolDefault("checkpoint.keep", 3, EXAMPLE_ORIGIN),
     ToolDefault("evaluation.strategy", "epoch", "chosen by the importer: the tool loads validation data but does not use it", _evaluates_by_epoch),
     ToolDefault("evaluation.strategy", "steps", "from eval_steps", lambda d: d.has_value("evaluation.steps")),
-    ToolDefault("evaluation.batchSizePerDevice", 4, EXAMPLE, lambda d: d.has_value("dataset.validation")),
+    ToolDefault("evaluation.batchSizePerDevice", 4, EXAMPLE_ORIGIN, lambda d: d.has_value("dataset.validation")),
     ToolDefault("output.dir", "models/fine_tuned", "hard-coded in the tool"),
     ToolDefault("output.layout", "flat", "hard-coded in the tool"),
-    ToolDefault("tracking.loggingSteps", 10, EXAMPLE),
-    ToolDefault("tracking.logFirstStep", True, EXAMPLE),
+    ToolDefault("tracking.loggingSteps", 10, EXAMPLE_ORIGIN),
+    ToolDefault("tracking.logFirstStep", True, EXAMPLE_ORIGIN),
 )  # fmt: skip
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-SECTIONS = ("fine_tuner", "mlflow", "inferencer", "evaluator", "pipeline")
-HEADER = re.compile(r"^\s*\[\s*(?P<name>[^\[\]]+?)\s*\]\s*(#.*)?$")
+KNOWN_SECTIONS = ("fine_tuner", "mlflow", "inferencer", "evaluator", "pipeline")
+SECTION_HEADER_PATTERN = re.compile(r"^\s*\[\s*(?P<name>[^\[\]]+?)\s*\]\s*(#.*)?$")
 LIST_HEADER = re.compile(r"^\s*\[\[\s*(?P<name>[^\[\]]+?)\s*\]\]\s*(#.*)?$")
-KEY = re.compile(r"""^\s*(?P<name>[A-Za-z0-9_-]+|"[^"]*"|'[^']*')\s*=\s*(?P<value>.*)$""")
-VARIABLE = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
+KEY_PATTERN = re.compile(r"""^\s*(?P<name>[A-Za-z0-9_-]+|"[^"]*"|'[^']*')\s*=\s*(?P<value>.*)$""")
+VARIABLE_PATTERN = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
 
 
-def recognises(documents: tuple[Document, ...], words_given: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], words_given: tuple[str, ...]) -> bool:
     """Return whether a document has one of the sections of the tool."""
     return any(re.search(r"^\s*\[(fine_tuner|inferencer|evaluator)\]", d.text, re.MULTILINE) for d in documents)
 
 
-def read(draft: Draft) -> Iterator[Entry]:
+def read(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order, then those of the tool's command line."""
     flags = parse_flags(
         strip_launcher(draft.request.tool_arguments), lambda name: not name.startswith(("--skip-", "--stop-after-"))
     )
     add_stray_mistakes(draft, flags)
     documents = list(draft.documents)
-    for name, value in flags.pairs:
+    for name, value in flags.name_value_pairs:
         config_document = add_config_file(draft, value) if name == "--config" and value else None
         documents += [config_document] if config_document else []
     for document in documents:
         yield from _read_file(document, draft)
-    for name, value in flags.pairs:
+    for name, value in flags.name_value_pairs:
         if name.startswith(("--skip-", "--stop-after-")) and value is None:
             yield flag_entry(name, True)
         elif name != "--config" and value is None:
@@ -252,7 +252,7 @@ def read(draft: Draft) -> Iterator[Entry]:
             yield flag_entry(name, value)
 
 
-def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
+def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry]:
     lines = scan_lines(document)
     try:
         content = tomllib.loads(document.text)
@@ -266,71 +266,71 @@ def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
         ) from None
     for section, group in content.items():
         if not isinstance(group, dict):
-            yield Entry(section, group, _origin(document, lines, section))
+            yield OptionEntry(section, group, _line_origin(document, lines, section))
             continue
-        if section not in SECTIONS:
+        if section not in KNOWN_SECTIONS:
             draft.mistakes.append(
                 Mistake(
-                    _origin(document, lines, section).location,
+                    _line_origin(document, lines, section).location,
                     f"[{section}]",
                     "unknown section",
-                    f"write one of {', '.join(SECTIONS)}",
+                    f"write one of {', '.join(KNOWN_SECTIONS)}",
                 )
             )
             continue
         for key, value in group.items():
             name = f"{section}.{key}"
-            origin = _origin(document, lines, name)
+            origin = _line_origin(document, lines, name)
             if _check_variables(value, name, origin, draft):
-                yield Entry(name, _resolve_value(value, draft), origin)
+                yield OptionEntry(name, _resolve_value(value, draft), origin)
 
 
-def _origin(document: Document, lines: dict[str, int], key: str) -> Origin:
-    return Origin(f"{document.name}:{lines[key]}" if key in lines else document.name)
+def _line_origin(document: InputDocument, lines: dict[str, int], key: str) -> ValueOrigin:
+    return ValueOrigin(f"{document.name}:{lines[key]}" if key in lines else document.name)
 
 
-def _check_variables(value: Any, key: str, origin: Origin, draft: Draft) -> bool:
+def _check_variables(value: Any, key: str, origin: ValueOrigin, draft: JobDraft) -> bool:
     """Return whether every variable in a value is set. Record a mistake for each missing variable."""
-    missing = [name for name in _variables_of(value) if name not in draft.request.environment]
-    for name in missing:
-        draft.unreadable[key] = PATHS.get(key, "")
+    missing_names = [name for name in _variables_of(value) if name not in draft.request.environment]
+    for name in missing_names:
+        draft.paths_of_invalid_keys[key] = PATHS_BY_KEY.get(key, "")
         draft.mistakes.append(
             Mistake(origin.location, key, f"variable {name} is not set", "set the variable, or write its value here")
         )
     for name in _variables_of(value):
         if SECRET_NAME_PATTERN.search(name) and not key.endswith("tracking_uri"):
-            draft.hide(draft.request.environment.get(name))
-    return not missing
+            draft.redact_in_messages(draft.request.environment.get(name))
+    return not missing_names
 
 
 def _variables_of(value: Any) -> list[str]:
     texts = value if isinstance(value, list) else [value]
-    return [match.group(1) for text in texts if isinstance(text, str) and (match := VARIABLE.match(text))]
+    return [match.group(1) for text in texts if isinstance(text, str) and (match := VARIABLE_PATTERN.match(text))]
 
 
-def _resolve_value(value: Any, draft: Draft) -> Any:
+def _resolve_value(value: Any, draft: JobDraft) -> Any:
     """Replace the string `"null"` by None, also in lists. Replace a string `"${NAME}"` by the value of the environment variable."""
     if isinstance(value, list):
         return [item for item in (_resolve_value(item, draft) for item in value) if item is not None]
     if value == "null":
         return None
-    variable = VARIABLE.match(value) if isinstance(value, str) else None
+    variable = VARIABLE_PATTERN.match(value) if isinstance(value, str) else None
     return value if variable is None else draft.request.environment[variable.group(1)]
 
 
-def scan_lines(document: Document) -> dict[str, int]:
+def scan_lines(document: InputDocument) -> dict[str, int]:
     """Return the line of every section and key.
 
     Raises InvalidInput for errors that the TOML parser reports without key or hint.
     """
     lines: dict[str, int] = {}
     mistakes: list[Mistake] = []
-    section, closing = "", ""
+    section, closing_quotes = "", ""
     for number_, line in enumerate(document.text.splitlines(), 1):
-        if closing:
-            closing = "" if closing in line else closing
+        if closing_quotes:
+            closing_quotes = "" if closing_quotes in line else closing_quotes
             continue
-        header, key = HEADER.match(line), KEY.match(line)
+        header, key = SECTION_HEADER_PATTERN.match(line), KEY_PATTERN.match(line)
         if header:
             section = header["name"].replace('"', "")
             _record_line(lines, section, number_, document, mistakes, f"table [{section}] is declared")
@@ -341,14 +341,14 @@ def scan_lines(document: Document) -> dict[str, int]:
             name = f"{section}.{key['name'].strip(chr(34) + chr(39))}".lstrip(".")
             _record_line(lines, name, number_, document, mistakes, f"{name} is set")
             mistakes += _syntax_mistakes(document, number_, name, key["value"].partition("#")[0].strip())
-            closing = _closing_quotes(key["value"])
+            closing_quotes = _closing_quotes(key["value"])
     if mistakes:
         raise InvalidInput(mistakes)
     return lines
 
 
 def _record_line(
-    lines: dict[str, int], name: str, line: int, document: Document, mistakes: list[Mistake], subject: str
+    lines: dict[str, int], name: str, line: int, document: InputDocument, mistakes: list[Mistake], subject: str
 ) -> None:
     if name in lines:
         hint = "keep one of them; a later file can override the value"
@@ -366,7 +366,7 @@ def _closing_quotes(value: str) -> str:
     return ""
 
 
-def _syntax_mistakes(document: Document, line: int, name: str, value: str) -> Iterator[Mistake]:
+def _syntax_mistakes(document: InputDocument, line: int, name: str, value: str) -> Iterator[Mistake]:
     location = f"{document.name}:{line}"
     if value == "null":
         yield Mistake(location, name, "an unquoted null is not TOML", 'write "null", or remove the key')
@@ -381,7 +381,7 @@ def _syntax_mistakes(document: Document, line: int, name: str, value: str) -> It
 # --- fields that depend on several options --------------------------------------------------------------------------
 
 
-def combine(draft: Draft) -> None:
+def combine_options(draft: JobDraft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "fine_tuner.base_model_id", "model.source")
     for key, path in (
@@ -392,13 +392,13 @@ def combine(draft: Draft) -> None:
         assign_source(draft, key, path)
     _set_method(draft)
     _note_system_column(draft)
-    if "fine_tuner.use_flash_attention" in draft.given:
+    if "fine_tuner.use_flash_attention" in draft.given_options:
         draft.assign(
             "model.attention",
             "flashAttention2" if draft.get("fine_tuner.use_flash_attention") else "sdpa",
             "fine_tuner.use_flash_attention",
         )
-    if "fine_tuner.eval_steps" in draft.given:
+    if "fine_tuner.eval_steps" in draft.given_options:
         draft.assign("evaluation.steps", draft.get("fine_tuner.eval_steps"), "fine_tuner.eval_steps")
     _set_trackers(draft)
     _set_vision(draft)
@@ -408,24 +408,24 @@ def combine(draft: Draft) -> None:
     _set_secrets(draft)
 
 
-def _note_system_column(draft: Draft) -> None:
+def _note_system_column(draft: JobDraft) -> None:
     """Add a note if the file disables the system column, because the trainer still reads a column named `system`."""
     key = "fine_tuner.system_prompt_column"
-    if key in draft.given and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given:
+    if key in draft.given_options and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given_options:
         draft.add_note(
             "system_prompt_column is null, but the trainer reads a column `system` or `system_prompt` if the rows have one: "
             "rename the column if it does not contain a system prompt"
         )
 
 
-def _set_method(draft: Draft) -> None:
+def _set_method(draft: JobDraft) -> None:
     key_4bit, key_8bit, key_full = (f"fine_tuner.{key}" for key in ("load_in_4bit", "load_in_8bit", "full_finetuning"))
     if draft.get(key_4bit) and draft.get(key_8bit):
         draft.add_mistake(
             (key_4bit, key_8bit),
             "4-bit and 8-bit loading exclude each other, but both are true",
             "set one of them to false",
-            explains="model.quantization.bits",
+            explained_path="model.quantization.bits",
         )
         return
     if draft.get(key_full):
@@ -435,7 +435,7 @@ def _set_method(draft: Draft) -> None:
                     (key_full, key),
                     f"full fine-tuning trains all weights, but weights in {bits} bits cannot be trained",
                     f"set {key.partition('.')[2]} = false",
-                    explains="model.quantization.bits",
+                    explained_path="model.quantization.bits",
                 )
         if not draft.has_key(key_4bit):
             draft.add_note("full_finetuning is true, so the base model is not loaded in 4 bits")
@@ -444,7 +444,7 @@ def _set_method(draft: Draft) -> None:
     _set_bits(draft, key_4bit, key_8bit)
 
 
-def _set_bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
+def _set_bits(draft: JobDraft, key_4bit: str, key_8bit: str) -> None:
     loftq = draft.get("fine_tuner.loftq_config")
     source = str(draft.get("fine_tuner.base_model_id", ""))
     is_quantized = source.lower().endswith("-bnb-4bit")
@@ -462,21 +462,21 @@ def _set_bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
         _set_loftq(draft, loftq, is_quantized, bits, source)
         return
     if bits is None:
-        draft.assign("method.type", "lora", key_4bit) if key_4bit in draft.given else draft.assign_default(
+        draft.assign("method.type", "lora", key_4bit) if key_4bit in draft.given_options else draft.assign_default(
             "method.type", "lora"
         )
         return
     key = key_8bit if bits == 8 else key_4bit
     for path, value in (("method.type", "lora" if bits == 8 else "qlora"), ("model.quantization.bits", bits)):
-        if key in draft.given:
+        if key in draft.given_options:
             draft.assign(path, value, key)
         else:
-            draft.assign_default(path, value, EXAMPLE)
+            draft.assign_default(path, value, EXAMPLE_ORIGIN)
     if bits == 4:
         draft.assign_default("model.quantization.type", "nf4", "hard-coded in the tool")
 
 
-def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: int | None, source: str) -> None:
+def _set_loftq(draft: JobDraft, loftq: dict[str, Any], is_quantized: bool, bits: int | None, source: str) -> None:
     key = "fine_tuner.loftq_config"
     for name in loftq:
         if name not in ("loftq_bits", "loftq_iter"):
@@ -489,8 +489,8 @@ def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: in
         )
         return
     try:
-        draft.assign("method.lora.loftq.bits", integer(2, 8)(loftq.get("loftq_bits", 4)), key)
-        draft.assign("method.lora.loftq.iterations", integer(1, 64)(loftq.get("loftq_iter", 1)), key)
+        draft.assign("method.lora.loftq.bits", to_integer(2, 8)(loftq.get("loftq_bits", 4)), key)
+        draft.assign("method.lora.loftq.iterations", to_integer(1, 64)(loftq.get("loftq_iter", 1)), key)
     except ConversionError as error:
         draft.add_mistake(key, error.problem, f"allowed: {error.allowed}")
     draft.assign("method.lora.init", "loftq", key)
@@ -501,13 +501,13 @@ def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: in
         )
 
 
-def _set_trackers(draft: Draft) -> None:
-    given = draft.given.get("fine_tuner.report_to")
-    uri = draft.given.get("mlflow.tracking_uri")
-    if given is not None:
-        draft.assign("tracking.reportTo", given.value, "fine_tuner.report_to")
+def _set_trackers(draft: JobDraft) -> None:
+    given_option = draft.given_options.get("fine_tuner.report_to")
+    uri = draft.given_options.get("mlflow.tracking_uri")
+    if given_option is not None:
+        draft.assign("tracking.reportTo", given_option.value, "fine_tuner.report_to")
         if (
-            given.value == ["mlflow"]
+            given_option.value == ["mlflow"]
             and not draft.has_key("mlflow.tracking_uri")
             and not draft.has_value("tracking.mlflow.trackingUri")
         ):
@@ -515,16 +515,16 @@ def _set_trackers(draft: Draft) -> None:
                 "fine_tuner.report_to",
                 "mlflow needs a server, but no server is given",
                 "write [mlflow] tracking_uri",
-                explains="tracking.mlflow",
+                explained_path="tracking.mlflow",
             )
     elif uri is not None or draft.has_key("mlflow.tracking_uri"):
-        draft.assign_default("tracking.reportTo", ["mlflow"], EXAMPLE)
-    elif "fine_tuner.report_to" not in draft.unreadable:
+        draft.assign_default("tracking.reportTo", ["mlflow"], EXAMPLE_ORIGIN)
+    elif "fine_tuner.report_to" not in draft.paths_of_invalid_keys:
         draft.assign_default("tracking.reportTo", [], "no [mlflow] tracking_uri is given")
         draft.add_note("no tracking_uri is given, so metrics are not sent to mlflow (the tool's example sends them)")
     if uri is None:
         if draft.has_key("mlflow.tracking_uri"):
-            draft.unreadable["tracking.mlflow"] = "tracking.mlflow"
+            draft.paths_of_invalid_keys["tracking.mlflow"] = "tracking.mlflow"
         return
     address = str(uri.value)
     userinfo = USERINFO_PATTERN.search(address)
@@ -538,7 +538,7 @@ def _set_trackers(draft: Draft) -> None:
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 
 
-def _set_secret_variables(draft: Draft, key: str, values: dict[str, str]) -> None:
+def _set_secret_variables(draft: JobDraft, key: str, values: dict[str, str]) -> None:
     """Store values in the Secret, and set environment variables of the trainer that refer to the Secret's keys."""
     variables = list(draft.value("placement.env") or [])
     for name, value in values.items():
@@ -548,23 +548,23 @@ def _set_secret_variables(draft: Draft, key: str, values: dict[str, str]) -> Non
         draft.assign("placement.env", variables, key)
 
 
-def _set_vision(draft: Draft) -> None:
+def _set_vision(draft: JobDraft) -> None:
     is_multimodal = draft.get("fine_tuner.is_multimodel")
     if is_multimodal:
         draft.assign("model.modality", "visionLanguage", "fine_tuner.is_multimodel")
     for row in ROWS:
-        if row.path.startswith("method.vision.") and row.key in draft.given:
+        if row.path.startswith("method.vision.") and row.key in draft.given_options:
             if is_multimodal:
                 draft.assign(row.path, draft.get(row.key), row.key)
             else:
-                given = draft.given[row.key]
-                draft.warn_no_effect(given.row.key, "the model is not multimodal")
+                given_option = draft.given_options[row.key]
+                draft.warn_no_effect(given_option.row.key, "the model is not multimodal")
 
 
-def _set_output(draft: Draft) -> None:
-    if "fine_tuner.model_local_output_dir" in draft.given:
+def _set_output(draft: JobDraft) -> None:
+    if "fine_tuner.model_local_output_dir" in draft.given_options:
         assign_output_folder(draft, "fine_tuner.model_local_output_dir")
-    if "mlflow.run_name" not in draft.given and (
+    if "mlflow.run_name" not in draft.given_options and (
         draft.get("mlflow.run_name_prefix") or draft.get("mlflow.run_name_suffix")
     ):
         draft.add_note(
@@ -590,15 +590,15 @@ def _set_output(draft: Draft) -> None:
     draft.assign_default("output.hub.private", False, "hard-coded in the tool")
 
 
-def _set_judge(draft: Draft) -> None:
-    if "evaluator.embedding" in draft.given:
+def _set_judge(draft: JobDraft) -> None:
+    if "evaluator.embedding" in draft.given_options:
         spelled = str(draft.get("evaluator.embedding")).replace("text-embeddings-", "text-embedding-")
         draft.assign("evaluation.judge.embedding", spelled, "evaluator.embedding")
     if draft.get("inferencer.temperature"):
-        draft.assign_default(f"{GENERATION}.doSample", True, "a temperature above 0")
+        draft.assign_default(f"{GENERATION_PATH}.doSample", True, "a temperature above 0")
 
 
-def _set_phases(draft: Draft) -> None:
+def _set_phases(draft: JobDraft) -> None:
     """Set the phases. `stop_after_*` and `--skip-*` options override `enable_*` options."""
     for key, ended in (
         ("pipeline.stop_after_finetuning", ("phases.infer", "phases.evaluate")),
@@ -611,10 +611,10 @@ def _set_phases(draft: Draft) -> None:
             draft.assign(path, False, key)
 
 
-def _set_secrets(draft: Draft) -> None:
-    if "--hf-key" in draft.given:
+def _set_secrets(draft: JobDraft) -> None:
+    if "--hf-key" in draft.given_options:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", draft.get("--hf-key")), "--hf-key")
-    if "--wandb-key" in draft.given:
+    if "--wandb-key" in draft.given_options:
         draft.assign(
             "tracking.wandb.apiKeySecretRef",
             draft.store_secret("wandb-api-key", draft.get("--wandb-key")),
@@ -625,8 +625,8 @@ def _set_secrets(draft: Draft) -> None:
         ("--mlflow-username", "MLFLOW_TRACKING_USERNAME"),
         ("--mlflow-password", "MLFLOW_TRACKING_PASSWORD"),
     ):
-        if flag in draft.given:
+        if flag in draft.given_options:
             _set_secret_variables(draft, flag, {variable: draft.get(flag)})
 
 
-IMPORTER = Importer("toml", "this TOML tool", ROWS, DEFAULTS, recognises, read, combine)
+IMPORTER = Importer("toml", "this TOML tool", ROWS, DEFAULTS, recognises_input, read, combine_options)

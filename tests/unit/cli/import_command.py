@@ -9,10 +9,10 @@ from typing import Any
 
 from finetune_cli.importers.draft import Request
 from finetune_cli.importers.registry import IMPORTERS
-from finetune_cli.importers.render import documents, render
+from finetune_cli.importers.render import build_documents, render_manifest
 from finetune_cli.importers.run_import import run_import
 from finetune_cli.mistakes import InvalidInput
-from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.provenance import AssignedValue, ValueOrigin
 
 CASES_FOLDER = Path(__file__).parent
 ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
@@ -28,7 +28,7 @@ class ImportOutcome:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     secrets: dict[str, str] = field(default_factory=dict)
-    documents: list[Any] = field(default_factory=list)
+    build_documents: list[Any] = field(default_factory=list)
     text: str = ""
 
     def at(self, path: str) -> Any:
@@ -54,7 +54,7 @@ def import_files(
         tuple(shlex.split(words) if isinstance(words, str) else words),
         source,
         name,
-        overrides={path: AssignedValue(value, Origin("option"), "--set") for path, value in (overrides or {}).items()},
+        overrides={path: AssignedValue(value, ValueOrigin("option"), "--set") for path, value in (overrides or {}).items()},
         environment=ENVIRONMENT if environment is None else environment,
         **request_fields,
     )
@@ -67,6 +67,6 @@ def import_files(
         warnings=[warning for warning in imported.warnings if NOT_YET not in warning],
         notes=imported.notes,
         secrets=imported.secrets,
-        documents=list(documents(imported)),
-        text=render(imported, annotate=True),
+        documents=list(build_documents(imported)),
+        text=render_manifest(imported, with_origins=True),
     )

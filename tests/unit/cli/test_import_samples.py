@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_cli.importers.registry import IMPORTERS
-from finetune_cli.importers.run_import import load
+from finetune_cli.importers.run_import import load_documents
 
 from tests.pod.cli.sources import SOURCES
 from tests.unit.cli.cases import AS_COMMANDS, CASES_WITH_COMMANDS, CONTRACT_SAMPLES, PAGES, import_cases, import_outcome
@@ -84,7 +84,7 @@ def test_all_toml_blocks_combine_to_one_configuration() -> None:
 def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
     files, source, words = import_cases()[name]
     recognised = [
-        importer.name for importer in IMPORTERS.values() if importer.recognises(load(files), tuple(words.split()))
+        importer.name for importer in IMPORTERS.values() if importer.recognises_input(load_documents(files), tuple(words.split()))
     ]
     assert recognised in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
 
