@@ -28,7 +28,7 @@ class ImportOutcome:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     secrets: dict[str, str] = field(default_factory=dict)
-    build_documents: list[Any] = field(default_factory=list)
+    documents: list[Any] = field(default_factory=list)
     text: str = ""
 
     def at(self, path: str) -> Any:
