@@ -224,21 +224,21 @@ def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> No
     Errors: ConfigError `CheckpointIncompatible` if the resumed run would train something different.
     """
     for name, word in MUST_MATCH.items():
-        before, after = getattr(saved_facts, name), getattr(run_facts, name)
-        if before and after and before != after:
+        saved_value, run_value = getattr(saved_facts, name), getattr(run_facts, name)
+        if saved_value and run_value and saved_value != run_value:
             raise ConfigError(
-                "CheckpointIncompatible", f"{uri} was made with another {word}: {before} in the checkpoint, {after} in this run",
+                "CheckpointIncompatible", f"{uri} was made with another {word}: {saved_value} in the checkpoint, {run_value} in this run",
                 hint="restore the earlier value, or write checkpoint.resume: never to start again",
             )  # fmt: skip
     for word in INPUTS_THAT_MUST_MATCH:
-        before, after = saved_facts.other_inputs.get(word), run_facts.other_inputs.get(word)
-        if before and after and before != after:
+        saved_value, run_value = saved_facts.other_inputs.get(word), run_facts.other_inputs.get(word)
+        if saved_value and run_value and saved_value != run_value:
             raise ConfigError(
                 "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since",
                 hint="restore the earlier contents, or write checkpoint.resume: never to start again",
             )  # fmt: skip
-    sharded = StrategyType.DEEPSPEED in (saved_facts.strategy, run_facts.strategy)
-    if sharded and (saved_facts.world_size != run_facts.world_size or saved_facts.strategy != run_facts.strategy):
+    uses_deepspeed = StrategyType.DEEPSPEED in (saved_facts.strategy, run_facts.strategy)
+    if uses_deepspeed and (saved_facts.world_size != run_facts.world_size or saved_facts.strategy != run_facts.strategy):
         raise ConfigError(
             "CheckpointIncompatible",
             f"{uri} was made by {saved_facts.strategy} on {saved_facts.world_size} ranks, "

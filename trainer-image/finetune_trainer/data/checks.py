@@ -52,14 +52,14 @@ Rows = Sequence[tuple[RawRow, Example]]
 
 def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Example]]], int]:
     """Remove every row whose example equals an earlier example of any source. Returns the sources and the number of removed rows."""
-    seen: set[bytes] = set()
+    seen_digests: set[bytes] = set()
     unique_rows: list[list[tuple[RawRow, Example]]] = []
     for rows in sources:
         unique_rows.append([])
         for raw, example in rows:
             key = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
-            if key not in seen:
-                seen.add(key)
+            if key not in seen_digests:
+                seen_digests.add(key)
                 unique_rows[-1].append((raw, example))
     return unique_rows, sum(map(len, sources)) - sum(map(len, unique_rows))
 

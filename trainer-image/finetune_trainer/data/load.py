@@ -69,8 +69,8 @@ class LoadedData:
 
     def splits(self) -> list[tuple[str, Rows]]:
         """The splits that have rows, with their names."""
-        named = (("train", self.train), ("validation", self.validation), ("test", self.test))
-        return [(name, rows) for name, rows in named if rows]
+        named_splits = (("train", self.train), ("validation", self.validation), ("test", self.test))
+        return [(name, rows) for name, rows in named_splits if rows]
 
 
 def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
@@ -161,12 +161,12 @@ def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
     """Convert an example to a prompt. The answer and the other columns of the row are kept for the rewards."""
     match example:
         case Conversation(turns):
-            last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
-            if last == 0:
+            last_answer_index = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
+            if last_answer_index == 0:
                 return RowError("PromptMissing", "the conversation begins with the answer", "put a question before the answer")
-            answer = {"answer": turns[last].content} if last < len(turns) else {}
+            answer = {"answer": turns[last_answer_index].content} if last_answer_index < len(turns) else {}
             scalars = {key: value for key, value in row.value.items() if isinstance(value, str | int | float | bool)}
-            return Prompt(turns[:last], {**scalars, **answer})
+            return Prompt(turns[:last_answer_index], {**scalars, **answer})
         case Completion(prompt, completion):
             return Prompt(prompt, {"answer": completion})
         case _:
@@ -194,8 +194,8 @@ class _SourceReader:
         names = ", ".join(file.name for file in files)
         if not sample and not bad_rows:
             raise DataError("DatasetEmpty", f"{names}: no rows", hint="give a file with at least one row")
-        form, columns = self._choose_format(sample, spec_format, columns or Columns())
-        examples = self._read_examples(chain(sample, stream), form, columns, bad_rows)
+        row_format, columns = self._choose_format(sample, spec_format, columns or Columns())
+        examples = self._read_examples(chain(sample, stream), row_format, columns, bad_rows)
         self._limit_bad_rows(bad_rows, len(examples) + len(bad_rows))
         if not examples:
             raise DataError("DatasetEmpty", f"{names}: no usable rows", hint="fix the rows")
@@ -207,25 +207,25 @@ class _SourceReader:
     ) -> tuple[Format, Columns]:
         """Return the format of the rows and the column names to use. Errors: ConfigError FormatMismatch; DataError."""
         if spec_format is not None and is_alpaca_instead(sample, spec_format, columns):
-            form = format_named(DatasetFormat.ALPACA)
-            named = " or ".join(f"`{name}`" for name in (columns.question, columns.answer) if name)
+            row_format = format_named(DatasetFormat.ALPACA)
+            named_columns = " or ".join(f"`{name}`" for name in (columns.question, columns.answer) if name)
             self.summary.notes.append(
-                f"no row has {named} of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
+                f"no row has {named_columns} of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
             )
             columns = columns.model_copy(update={"question": None, "answer": None})
         elif spec_format is not None:
-            form = format_named(spec_format)
+            row_format = format_named(spec_format)
         elif self.trainer is TrainerType.GRPO and all(isinstance(row.value.get("prompt"), list) for row in sample):
-            form = format_named(DatasetFormat.PROMPT_ONLY)
+            row_format = format_named(DatasetFormat.PROMPT_ONLY)
         else:
-            form = detect_format(sample, columns)
-        self._require_format_of_objective(form.name)
-        require_columns(sample, form, columns)
+            row_format = detect_format(sample, columns)
+        self._require_format_of_objective(row_format.name)
+        require_columns(sample, row_format, columns)
         if not self.summary.formats:
-            self.summary.format = form.name
-        if form.name not in self.summary.formats:
-            self.summary.formats.append(form.name)
-        return form, columns
+            self.summary.format = row_format.name
+        if row_format.name not in self.summary.formats:
+            self.summary.formats.append(row_format.name)
+        return row_format, columns
 
     def _require_format_of_objective(self, form: DatasetFormat) -> None:
         """Check that the run's `trainer.type` supports the format. Errors: ConfigError FormatMismatch."""
@@ -242,10 +242,10 @@ class _SourceReader:
             )  # fmt: skip
 
     def _read_options(self, form: Format, columns: Columns) -> ReadOptions:
-        mcq = self.spec.mcq
+        multiple_choice = self.spec.mcq
         return ReadOptions(
             columns=columns, system_prompt=self.spec.system_prompt, template=self.spec.template,
-            include_options=mcq is None or mcq.include_options is not False,
+            include_options=multiple_choice is None or multiple_choice.include_options is not False,
             needs_answer=self.trainer is TrainerType.SFT and trains_on_answers_only(self.run, form.name),
         )  # fmt: skip
 
@@ -273,14 +273,14 @@ class _SourceReader:
         if not bad_rows:
             return
         limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
-        first, error = bad_rows[0]
+        first_row, error = bad_rows[0]
         if len(bad_rows) > limit * rows:
             raise DataError(
-                "TooManyBadRows", f"{len(bad_rows)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first.location}: {error.message}",
+                "TooManyBadRows", f"{len(bad_rows)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first_row.location}: {error.message}",
                 hint=f"{error.hint}; or raise dataset.maxBadRowRatio",
             )  # fmt: skip
         self.summary.notes.append(
-            f"{len(bad_rows)} of {rows} rows were left out; the first: {first.location}: {error.message}"
+            f"{len(bad_rows)} of {rows} rows were left out; the first: {first_row.location}: {error.message}"
         )
 
     def apply_checks(self, sources: list[Rows]) -> list[Rows]:

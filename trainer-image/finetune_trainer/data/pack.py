@@ -16,26 +16,26 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Cost: O(n log n) time for n rows, and O(capacity) additional memory.
     """
     bins_by_space: dict[int, list[int]] = {}
-    spaces: list[int] = []
+    free_spaces: list[int] = []
     """The keys of `bins_by_space`, sorted."""
     bins: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         length = lengths[row]
-        at = bisect_left(spaces, length)
-        if at == len(spaces):
+        at = bisect_left(free_spaces, length)
+        if at == len(free_spaces):
             bins.append([row])
             remaining_space, target = capacity - length, len(bins) - 1
         else:
-            space = spaces[at]
+            space = free_spaces[at]
             target = bins_by_space[space].pop()
             if not bins_by_space[space]:
                 del bins_by_space[space]
-                spaces.pop(at)
+                free_spaces.pop(at)
             bins[target].append(row)
             remaining_space = space - length
         if remaining_space > 0:
             if remaining_space not in bins_by_space:
-                insort(spaces, remaining_space)
+                insort(free_spaces, remaining_space)
             bins_by_space.setdefault(remaining_space, []).append(target)
     return bins
 

@@ -102,12 +102,12 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
     limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < NO_TOKENIZER_LIMIT else None)
     if limit is None:
         return requested or DEFAULT_MAX_SEQUENCE_LENGTH
-    virtual = virtual_tokens(run)
-    available = limit - virtual
-    taken = f" and method.promptLength takes {virtual} of them" if virtual else ""
-    if virtual and available < SHORTEST_SEQUENCE:
+    virtual_count = virtual_tokens(run)
+    available = limit - virtual_count
+    taken_by_prompt = f" and method.promptLength takes {virtual_count} of them" if virtual_count else ""
+    if virtual_count and available < SHORTEST_SEQUENCE:
         raise ConfigError(
-            "SequenceTooLong", f"the model has {limit} positions{taken}, so no row fits",
+            "SequenceTooLong", f"the model has {limit} positions{taken_by_prompt}, so no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
     if requested is None or MAX_SEQUENCE_LENGTH in run.defaults:
@@ -115,7 +115,7 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
     if requested <= available:
         return requested
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH} is {requested}, but the model has {limit} positions{taken}",
+        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH} is {requested}, but the model has {limit} positions{taken_by_prompt}",
         hint=f"write {available} or less, or choose a model with a longer context",
     )  # fmt: skip
 

@@ -134,11 +134,11 @@ def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-def _encoding_error(file: Path, offset: int, head: bytes) -> DataError:
-    other = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "another encoding"
+def _encoding_error(file: Path, byte_offset: int, first_bytes: bytes) -> DataError:
+    other_encoding = "UTF-16" if first_bytes.startswith((b"\xff\xfe", b"\xfe\xff")) else "another encoding"
     return DataError(
-        "DatasetNotUtf8", f"{file.name}: byte {offset} is not UTF-8 (the file looks like {other})",
-        hint=f"convert the file: iconv -f {'UTF-16' if other == 'UTF-16' else 'ENCODING'} -t UTF-8 {file.name}",
+        "DatasetNotUtf8", f"{file.name}: byte {byte_offset} is not UTF-8 (the file looks like {other_encoding})",
+        hint=f"convert the file: iconv -f {'UTF-16' if other_encoding == 'UTF-16' else 'ENCODING'} -t UTF-8 {file.name}",
     )  # fmt: skip
 
 

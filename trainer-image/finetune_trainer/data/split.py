@@ -22,14 +22,14 @@ def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
     ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:
         ratios[0] = 1 - sum(ratios, Fraction(0))
-        last = 0
+        rest_index = 0
     else:
-        last = max(index for index, ratio in enumerate(ratios) if ratio)
+        rest_index = max(index for index, ratio in enumerate(ratios) if ratio)
     total = sum(ratios, Fraction(0))
     is_whole = abs(total - 1) <= Fraction(1, 10**6)
     sizes = [int(ratio / total * rows if is_whole else ratio * rows) for ratio in ratios]
     if is_whole:
-        sizes[last] += rows - sum(sizes)
+        sizes[rest_index] += rows - sum(sizes)
     train, validation, test = sizes
     for name, size, is_asked in (
         ("training", train, True),
@@ -50,8 +50,8 @@ def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], li
     order = list(range(len(items)))
     random.Random(42 if split.seed is None else split.seed).shuffle(order)
     held_out = validation + test
-    chosen = (order[held_out : held_out + train], order[:validation], order[validation:held_out])
-    in_train, in_validation, in_test = ([items[i] for i in sorted(indices)] for indices in chosen)
+    indices_of_splits = (order[held_out : held_out + train], order[:validation], order[validation:held_out])
+    in_train, in_validation, in_test = ([items[i] for i in sorted(indices)] for indices in indices_of_splits)
     return in_train, in_validation, in_test
 
 
@@ -63,9 +63,9 @@ def mix(parts: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) ->
     """
     total = sum(len(part) for part in parts)
     shares = [Fraction(str(w)) for w in weights]
-    exact = [total * share / sum(shares) for share in shares]
-    quotas = [int(x) for x in exact]
-    for i in sorted(range(len(parts)), key=lambda i: (quotas[i] - exact[i], i))[: total - sum(quotas)]:
+    exact_shares = [total * share / sum(shares) for share in shares]
+    quotas = [int(x) for x in exact_shares]
+    for i in sorted(range(len(parts)), key=lambda i: (quotas[i] - exact_shares[i], i))[: total - sum(quotas)]:
         quotas[i] += 1
     mixed: list[Item] = []
     for number, (part, quota) in enumerate(zip(parts, quotas, strict=True)):

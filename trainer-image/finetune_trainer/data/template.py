@@ -90,19 +90,19 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
     """Render one line per turn, such as `Question: ...` and `Answer: ...`, with the format's role names."""
     names = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
     text = ""
-    trained: list[CharSpan] = []
-    untrained: list[CharSpan] = []
+    trained_spans: list[CharSpan] = []
+    untrained_spans: list[CharSpan] = []
     for turn in example.turns:
         text += ("\n" if text else "") + f"{names[turn.role]}: "
         if turn.role == "assistant":
-            (trained if turn.weight else untrained).append((len(text), len(text) + len(turn.content)))
+            (trained_spans if turn.weight else untrained_spans).append((len(text), len(text) + len(turn.content)))
         text += turn.content
-    return Rendered(text, tuple(trained) if options.response_only else _spans_without(untrained, text), False)
+    return Rendered(text, tuple(trained_spans) if options.response_only else _spans_without(untrained_spans, text), False)
 
 
-def _spans_without(untrained: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
-    """Return the spans that cover the text except the `untrained` spans (answers of weight 0)."""
-    ends = [0, *(end for span in untrained for end in span), len(text)]
+def _spans_without(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
+    """Return the spans that cover the text except the `untrained_spans` spans (answers of weight 0)."""
+    ends = [0, *(end for span in untrained_spans for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 
 
@@ -172,13 +172,13 @@ def _generation_spans(
 def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
     """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
-    head = _apply_template(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
-    whole = text if index == len(turns) - 1 else _apply_template(options.tokenizer, turns[: index + 1], tools)
-    if head and text.startswith(head) and text.startswith(whole) and len(whole) > len(head):
-        return _with_end_token(text, (len(head), len(head) + len(whole[len(head) :].rstrip())), options.special_tokens)
+    text_before = _apply_template(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
+    text_with_answer = text if index == len(turns) - 1 else _apply_template(options.tokenizer, turns[: index + 1], tools)
+    if text_before and text.startswith(text_before) and text.startswith(text_with_answer) and len(text_with_answer) > len(text_before):
+        return _with_end_token(text, (len(text_before), len(text_before) + len(text_with_answer[len(text_before) :].rstrip())), options.special_tokens)
     start, end = _content_span(turns, tools, index, text, options.tokenizer)
-    if head and text.startswith(head) and len(head) <= start:
-        start = len(head)
+    if text_before and text.startswith(text_before) and len(text_before) <= start:
+        start = len(text_before)
     return _with_end_token(text, (start, end), options.special_tokens)
 
 
@@ -191,14 +191,14 @@ def _content_span(
     """
     turn = turns[index]
     changed_turns = (*turns[:index], Turn(turn.role, _SENTINEL_TEXT, turn.weight, turn.extra), *turns[index + 1 :])
-    changed = _apply_template(tokenizer, changed_turns, tools)
-    start = changed.find(_SENTINEL_TEXT)
-    tail = len(changed) - start - len(_SENTINEL_TEXT)
+    changed_text = _apply_template(tokenizer, changed_turns, tools)
+    start = changed_text.find(_SENTINEL_TEXT)
+    tail = len(changed_text) - start - len(_SENTINEL_TEXT)
     if (
         start < 0
-        or changed.count(_SENTINEL_TEXT) != 1
-        or text[:start] != changed[:start]
-        or text[len(text) - tail :] != changed[len(changed) - tail :]
+        or changed_text.count(_SENTINEL_TEXT) != 1
+        or text[:start] != changed_text[:start]
+        or text[len(text) - tail :] != changed_text[len(changed_text) - tail :]
     ):
         raise ConfigError(
             "TemplateSpansUnknown", f"the chat template does not show where answer {index + 1} of a conversation begins and ends",

@@ -496,14 +496,14 @@ class Deepspeed(DistributedStrategy):
         name = super().verify_active(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
-        sharded = sum(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+        sharded_count = sum(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
         total = sum(1 for _ in trainer.model.parameters())
-        expected = total if self.options.stage == 3 else 0
-        if (stage, ranks, sharded) != (self.options.stage, self.world_size, expected):
+        expected_count = total if self.options.stage == 3 else 0
+        if (stage, ranks, sharded_count) != (self.options.stage, self.world_size, expected_count):
             raise InternalError(
                 "StrategyNotActive",
                 f"ZeRO stage {self.options.stage} over {self.world_size} ranks was requested; active: stage {stage} over {ranks} ranks, "
-                f"{sharded} of {total} parameters sharded",
+                f"{sharded_count} of {total} parameters sharded",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         return name

@@ -278,13 +278,13 @@ class Fsdp(DistributedStrategy):
 
     def _require_layers(self, model: Any) -> None:
         """Refuse layer classes of the user's file that the model does not have. Errors: ConfigError ConfigFileInvalid."""
-        requested = self.options.wrap_policy.get("transformer_layer_cls_to_wrap", ())
-        available = sorted({type(module).__name__ for module in model.modules()}) if requested else []
-        missing = [name for name in requested if name not in available]
-        if missing:
+        requested_classes = self.options.wrap_policy.get("transformer_layer_cls_to_wrap", ())
+        model_classes = sorted({type(module).__name__ for module in model.modules()}) if requested_classes else []
+        missing_classes = [name for name in requested_classes if name not in model_classes]
+        if missing_classes:
             raise ConfigError(
-                "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, which the model does not have",
-                hint=f"remove it, or write one of {', '.join(available)}",
+                "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing_classes)}, which the model does not have",
+                hint=f"remove it, or write one of {', '.join(model_classes)}",
             )  # fmt: skip
 
     def verify_active(self, trainer: Any) -> str:
@@ -292,16 +292,16 @@ class Fsdp(DistributedStrategy):
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())
-        unsharded = [
+        unsharded_names = [
             name
             for name, parameter in parameters.items()
             if not (isinstance(parameter, DTensor) and parameter.device_mesh.size() == self.world_size)
         ]
-        if unsharded:
+        if unsharded_names:
             raise InternalError(
                 "StrategyNotActive",
-                f"fsdp was requested over {self.world_size} ranks, but {len(unsharded)} of {len(parameters)} parameters are not sharded; "
-                f"the first one is `{unsharded[0]}`",
+                f"fsdp was requested over {self.world_size} ranks, but {len(unsharded_names)} of {len(parameters)} parameters are not sharded; "
+                f"the first one is `{unsharded_names[0]}`",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         return super().verify_active(trainer)

@@ -48,7 +48,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         self._require_new_tokens(config, source)
         weights = _read_weights(folder, source)
         try:
-            wrapped = self._load_adapter(model, folder, weights, f"{source} does not fit {base}")
+            peft_model = self._load_adapter(model, folder, weights, f"{source} does not fit {base}")
         except (RuntimeError, ValueError, KeyError) as error:
             lines = [line.strip() for line in str(error).strip().split("\n")]
             reason = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
@@ -56,9 +56,9 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
                 "AdapterOfAnotherBase", f"{source} does not fit {base}: {reason}",
                 hint="give the base model of the adapter",
             ) from error  # fmt: skip
-        expose_head_bias(wrapped)
+        expose_head_bias(peft_model)
         notes = [f"continues the {config['peft_type']} adapter of {source}"]
-        return TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
+        return TrainableModel(peft_model, OutputKind.ADAPTER, notes=notes)
 
     def _require_new_tokens(self, config: Mapping[str, Any], source: str) -> None:
         """Check that the adapter already trains the rows of `model.newTokens`. Errors: ConfigError NewTokensNotTrained."""
@@ -81,13 +81,13 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         base = dict(model.named_parameters(remove_duplicate=False))
         base_weights = {name: base[name] for name in map(_base_name, weights) if name in base}
         before = {name: parameter.detach().clone() for name, parameter in base_weights.items()}
-        wrapped = PeftModel.from_pretrained(
+        peft_model = PeftModel.from_pretrained(
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
         )
         # The weights are loaded a second time, because only this call returns the missing and unexpected keys.
-        loaded = set_peft_model_state_dict(wrapped, dict(weights))
+        loaded = set_peft_model_state_dict(peft_model, dict(weights))
         _require_all_keys(
-            _absent_weights(wrapped, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
+            _absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
         )
         changed = [
             name
@@ -100,7 +100,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
                 f"{error_prefix}: the adapter file changes the frozen base weights {', '.join(changed[:4])}, but the resulting adapter would not contain them",
                 hint="merge these weights into the base model, or give the base model that already has them",
             )  # fmt: skip
-        return wrapped
+        return peft_model
 
 
 def _read_config(folder: Path, source: str) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def _require_all_keys(absent_names: list[str], unexpected_names: list[str], erro
         )  # fmt: skip
 
 
-def _absent_weights(wrapped: Any, missing_names: Set[str]) -> list[str]:
+def _absent_weights(peft_model: Any, missing_names: Set[str]) -> list[str]:
     """Names of trained parameters that the file lacks. A parameter that layers share has several names (VB-LoRA's vector bank)."""
     names: dict[int, list[str]] = {}
-    for name, parameter in wrapped.named_parameters(remove_duplicate=False):
+    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(name)
     return sorted(aliases[0] for aliases in names.values() if missing_names.issuperset(aliases))

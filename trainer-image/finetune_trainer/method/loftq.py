@@ -29,10 +29,10 @@ def correct_quantization_error(model: Any, unquantized_model: Any) -> int:
         (name, module) for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)
     ]
     for name, layer in layers:
-        packed = layer.get_base_layer().weight
-        quantized = dequantize_4bit(packed.data, packed.quant_state).float()
-        weight = unquantized_model.get_submodule(name).weight.to(quantized.device, torch.float32)
-        b, a = low_rank_factors(weight - quantized, layer.r[ADAPTER_NAME])
+        packed_weight = layer.get_base_layer().weight
+        quantized_weight = dequantize_4bit(packed_weight.data, packed_weight.quant_state).float()
+        weight = unquantized_model.get_submodule(name).weight.to(quantized_weight.device, torch.float32)
+        b, a = low_rank_factors(weight - quantized_weight, layer.r[ADAPTER_NAME])
         layer.lora_A[ADAPTER_NAME].weight.copy_(a)
         layer.lora_B[ADAPTER_NAME].weight.copy_(b / layer.scaling[ADAPTER_NAME])
     return len(layers)

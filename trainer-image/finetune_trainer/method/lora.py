@@ -120,11 +120,11 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         if not self.context.new_token_ids or lora is None:
             return None
         embeddings = vocabulary.embedding_names(model)
-        twice = [name for name in lora.target_modules or () if name.rsplit(".", 1)[-1] in embeddings]
-        if twice:
+        embeddings_twice = [name for name in lora.target_modules or () if name.rsplit(".", 1)[-1] in embeddings]
+        if embeddings_twice:
             raise ConfigError(
-                "NewTokensTwice", f"method.lora.targetModules names {twice[0]}, but model.newTokens trains rows of this module",
-                hint=f"remove targetModules or newTokens, or put {twice[0]} into method.lora.modulesToSave to train it in full",
+                "NewTokensTwice", f"method.lora.targetModules names {embeddings_twice[0]}, but model.newTokens trains rows of this module",
+                hint=f"remove targetModules or newTokens, or put {embeddings_twice[0]} into method.lora.modulesToSave to train it in full",
             )  # fmt: skip
         saved = lora.modules_to_save or ()
         return {name: list(self.context.new_token_ids) for name in embeddings if name not in saved} or None

@@ -22,21 +22,21 @@ def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[s
     from transformers import EarlyStoppingCallback
 
     trainer.remove_callback(EarlyStoppingCallback)  # the callback requires a validation loss, but this evaluation logs a test loss
-    before = len(trainer.state.log_history)
+    logged_before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test, metric_key_prefix="test")
-    logged = {key: value for line in trainer.state.log_history[before:] for key, value in line.items()}
-    measured: dict[str, float] = {ROW_COUNT_KEY: len(test)}
+    logged = {key: value for line in trainer.state.log_history[logged_before:] for key, value in line.items()}
+    measured_values: dict[str, float] = {ROW_COUNT_KEY: len(test)}
     for metric in metrics:
         # TRL logs its own metrics with the prefix "eval_" for every data set.
         value = logged.get(f"test_{metric.logged_as}", logged.get(f"eval_{metric.logged_as}"))
         if isinstance(value, int | float) and math.isfinite(value):
-            measured[metric.status_name] = round(float(value), 6)
-    return measured
+            measured_values[metric.status_name] = round(float(value), 6)
+    return measured_values
 
 
-def summarise(measured: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
+def summarise(measured_values: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
     """Return a note for the status, such as `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
     values = [
-        f"{metric.label} {measured[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured
+        f"{metric.label} {measured_values[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured_values
     ]
-    return ", ".join([f"test: {measured[ROW_COUNT_KEY]:g} rows", *values])
+    return ", ".join([f"test: {measured_values[ROW_COUNT_KEY]:g} rows", *values])

@@ -47,14 +47,14 @@ class KtoObjective(Objective[answers.Splits, KTOConfig]):
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
         """Load the labelled answers and shuffle them. Errors: DataError OneSidedJudgement; errors of `load_labelled_answers`."""
         splits, facts = answers.load_labelled_answers(context)
-        good = sum(splits.train["label"])
-        bad = len(splits.train) - good
-        if not good or not bad:
+        good_count = sum(splits.train["label"])
+        bad_count = len(splits.train) - good_count
+        if not good_count or not bad_count:
             raise DataError(
-                "OneSidedJudgement", f"all {len(splits.train)} answers are labelled {'good' if good else 'bad'}, but kto needs both labels",
+                "OneSidedJudgement", f"all {len(splits.train)} answers are labelled {'good' if good_count else 'bad'}, but kto needs both labels",
                 hint="give rows with both labels, or use trainer.type sft to learn from good answers alone",
             )  # fmt: skip
-        facts.notes.append(f"train: {good} answers are labelled good, {bad} bad")
+        facts.notes.append(f"train: {good_count} answers are labelled good, {bad_count} bad")
         splits.train = splits.train.shuffle(seed=context.run.spec.training.seed or 0)
         return splits, facts
 

@@ -215,20 +215,20 @@ class WebStore:
 
     def _with_retries(self, key: str, send_request: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
         """Retry while the server is busy or the connection breaks. After some megabytes of progress the count of tries restarts."""
-        tries, reached_bytes = 0, 0
+        try_count, reached_bytes = 0, 0
         while True:
             try:
                 return self._translate_errors(key, send_request)
             except _RetryableError as failed:
-                tries = 1 if progress() - reached_bytes >= CHUNK_BYTES else tries + 1
+                try_count = 1 if progress() - reached_bytes >= CHUNK_BYTES else try_count + 1
                 reached_bytes = max(reached_bytes, progress())
-                if tries >= self._attempts:
+                if try_count >= self._attempts:
                     raise failed.error from failed
-                pause = min(max(failed.pause, PAUSE_SECONDS * 2 ** (tries - 1)), LONGEST_PAUSE_SECONDS)
-                log.warning("retry in %.0f s: %s", pause, failed.error.message)
+                pause_seconds = min(max(failed.pause, PAUSE_SECONDS * 2 ** (try_count - 1)), LONGEST_PAUSE_SECONDS)
+                log.warning("retry in %.0f s: %s", pause_seconds, failed.error.message)
             with self._lock:
                 self.retries += 1
-            time.sleep(pause)
+            time.sleep(pause_seconds)
 
     def _translate_errors(self, key: str, send_request: Callable[[], Any]) -> Any:
         """Convert exceptions of requests to FineTuneErrors. `from None` hides their texts, which contain the whole URL."""

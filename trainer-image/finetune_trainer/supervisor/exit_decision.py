@@ -75,8 +75,8 @@ def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> R
     """Return the supervisor's failure, or else the ranks' root cause. A rank's own failure replaces a PeerError of the supervisor."""
     if facts.error is None:
         reported_ranks = {failure.rank for failure in facts.rank_failures}
-        silent = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]
-        return root_cause([*facts.rank_failures, *silent])
+        unreported_failures = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]
+        return root_cause([*facts.rank_failures, *unreported_failures])
     rank_failure = root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     return rank_failure if rank_failure is not None and isinstance(facts.error, PeerError) else RankFailure(facts.error)
 

@@ -40,7 +40,7 @@ class Oasst(Format):
 
 def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
     """Yield each tree's root row with the messages on the tree's best path. A message without a root is a bad row."""
-    flat: dict[str, RawRow] = {}
+    flat_rows_by_id: dict[str, RawRow] = {}
     for row in rows:
         value = row.value
         if isinstance(value.get("prompt"), Mapping):
@@ -48,10 +48,10 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
         elif "message_id" not in value or "text" not in value or "role" not in value:
             present = ", ".join(value) or "no columns"
             yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present}", _COLUMNS_HINT)
-        elif (first := flat.setdefault(str(value["message_id"]), row)) is not row:
+        elif (first := flat_rows_by_id.setdefault(str(value["message_id"]), row)) is not row:
             message = f"message_id {value['message_id']!r} is also the id of {first.location}"
             yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two")
-    yield from _flat_paths(flat)
+    yield from _flat_paths(flat_rows_by_id)
 
 
 def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:

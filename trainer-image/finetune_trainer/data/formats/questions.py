@@ -39,7 +39,7 @@ class Instruction(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
-            row, options, self.question, self.answer, ("Instruction", "Response"), after=INPUT_COLUMN
+            row, options, self.question, self.answer, ("Instruction", "Response"), column_after=INPUT_COLUMN
         )
 
 
@@ -56,7 +56,7 @@ class Alpaca(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
-            row, options, self.question, self.answer, ("Instruction", "Output"), after=INPUT_COLUMN
+            row, options, self.question, self.answer, ("Instruction", "Output"), column_after=INPUT_COLUMN
         )
 
 
@@ -70,7 +70,7 @@ class QuestionAnswer(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
-            row, options, self.question, self.answer, ("Question", "Answer"), before=PASSAGE_COLUMN
+            row, options, self.question, self.answer, ("Question", "Answer"), column_before=PASSAGE_COLUMN
         )
 
 
@@ -120,14 +120,15 @@ def parse_choices(value: Any) -> dict[str, str]:
 
 def read_question_and_answer(
     row: Mapping[str, Any], options: ReadOptions, question: ColumnRole, answer: ColumnRole,
-    role_names: tuple[str, str] = ("User", "Assistant"), *, before: ColumnRole | None = None, after: ColumnRole | None = None,
+    role_names: tuple[str, str] = ("User", "Assistant"),
+    *, column_before: ColumnRole | None = None, column_after: ColumnRole | None = None,
 ) -> Conversation:  # fmt: skip
-    """Return a conversation of one question and one answer. `before`, `after`: columns of text to add before and after the question. Errors: RowError."""
+    """Return a conversation of one question and one answer. `column_before`, `column_after`: columns of text to add before and after the question. Errors: RowError."""
     question_text = required_text(question, row, options.columns)
     answered = required_text(answer, row, options.columns)
-    if before and (text := optional_text(before, row, options.columns)):
+    if column_before and (text := optional_text(column_before, row, options.columns)):
         question_text = f"{text}\n\n{question_text}"
-    if after and (text := optional_text(after, row, options.columns)):
+    if column_after and (text := optional_text(column_after, row, options.columns)):
         question_text = f"{question_text}\n\n{text}"
     turns = (Turn("user", require_text(question_text, "question")), Turn("assistant", answered))
     system = optional_text(SYSTEM_COLUMN, row, options.columns)
