@@ -123,7 +123,7 @@ def read_question_and_answer(
     role_names: tuple[str, str] = ("User", "Assistant"),
     *, column_before: ColumnRole | None = None, column_after: ColumnRole | None = None,
 ) -> Conversation:  # fmt: skip
-    """Return a conversation of one question and one answer. `column_before`, `column_after`: columns of text to add before and after the question. Errors: RowError."""
+    """Return a conversation of one question and one answer. `column_before`, `column_after`: texts to add around the question. Errors: RowError."""
     question_text = required_text(question, row, options.columns)
     answered = required_text(answer, row, options.columns)
     if column_before and (text := optional_text(column_before, row, options.columns)):
