@@ -23,6 +23,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ from smollm2 import cache
 LOCK = ROOT / "requirements/mutants.lock"
 OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
 OPERATOR_TESTS, TRAINER_TESTS = "tests/unit/operator", "tests/unit/trainer"
+LIBRARIES = ("hypothesis", "aiohttp", "kopf", "kubernetes.aio", "boto3", "torch", "transformers", "ruamel.yaml")
+"""Libraries that the test server imports once for all mutants."""
+PART_SIZE = 20
+"""Mutants that one worker tests in a row."""
 MODULES = {
     "decide": (f"{OPERATOR}/decide.py", OPERATOR_TESTS),
     "act": (f"{OPERATOR}/act.py", OPERATOR_TESTS),
@@ -67,6 +72,7 @@ class Mutant:
     file: str
     line: int
     operator: str
+    changed_line: str
     is_killed: bool
 
 
@@ -93,25 +99,42 @@ def copy_checkout(target: Path) -> None:
 class Campaign:
     """Tests mutants in several copies of the checkout at the same time."""
 
-    def __init__(self, folder: Path, workers: int, timeout: float, sample: int | None):
+    def __init__(self, folder: Path, workers: int, timeout: float, sample: int | None, *, only_own_tests: bool):
         self._programs, self._timeout, self._sample, self._workers = install_cosmic_ray(), timeout, sample, workers
+        self._socket, self._only_own_tests = folder / "tests.sock", only_own_tests
         self._checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(workers):
             checkout = folder / str(number)
             copy_checkout(checkout)
             self._checkouts.put(checkout)
 
+    @contextlib.contextmanager
+    def test_server(self) -> Iterator[None]:
+        """Run the server that runs tests in forked processes."""
+        python = ROOT / ".venv/bin/python"
+        server = subprocess.Popen([python, ROOT / "scripts/mutants_server.py", "serve", self._socket, *LIBRARIES])
+        try:
+            while not self._socket.exists():
+                time.sleep(0.1)
+            yield
+        finally:
+            server.kill()
+            server.wait()
+
     def run(self, name: str) -> list[Mutant]:
         """Test the mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
         module, tests = MODULES[name]
         drawn = self._draw_mutants(module, tests)
+        parts = [
+            (file, set(idents[start : start + PART_SIZE]))
+            for file, idents in sorted(drawn.items())
+            for start in range(0, len(idents), PART_SIZE)
+        ]
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
-            # The files with the most mutants first, so that no worker is left alone with a long one.
-            parts = sorted(drawn.items(), key=lambda part: -len(part[1]))
-            results = pool.map(lambda part: self._test_file(part[0], part[1], tests), parts)
+            results = pool.map(lambda part: self._test_part(part[0], part[1], tests), parts)
             return [mutant for part in results for mutant in part]
 
-    def _draw_mutants(self, module: str, tests: str) -> dict[str, set[str]]:
+    def _draw_mutants(self, module: str, tests: str) -> dict[str, list[str]]:
         """Check that the tests pass without a change; return the ids of the mutants to test, by file."""
         with self._session(module, tests, tests) as (checkout, session):
             self._call(checkout, "cosmic-ray", "baseline", "mutants.toml")
@@ -123,12 +146,13 @@ class Campaign:
                 mutants = [(file, f"{operator} {number}") for file, operator, number in database.execute(query)]
         if self._sample is not None and self._sample < len(mutants):
             mutants = random.Random(0).sample(mutants, self._sample)
-        return {file: {ident for of, ident in mutants if of == file} for file in {file for file, _ in mutants}}
+        return {file: [ident for of, ident in mutants if of == file] for file in {file for file, _ in mutants}}
 
-    def _test_file(self, file: str, chosen: set[str], tests: str) -> list[Mutant]:
+    def _test_part(self, file: str, chosen: set[str], tests: str) -> list[Mutant]:
         """Test the chosen mutants of one file. The file's own tests come first, because they notice most changes quickly."""
         own = sorted(path for folder in tests.split() for path in (ROOT / folder).glob(f"**/test_{Path(file).stem}.py"))
-        ordered = [*(str(path.relative_to(ROOT)) for path in own), tests]
+        ordered = [str(path.relative_to(ROOT)) for path in own]
+        ordered += [] if own and self._only_own_tests else [tests]
         with self._session(file, *ordered) as (checkout, session):
             with contextlib.closing(sqlite3.connect(session)) as database, database:
                 rows = database.execute("select job_id, operator_name, occurrence from mutation_specs").fetchall()
@@ -141,8 +165,8 @@ class Campaign:
     @contextlib.contextmanager
     def _session(self, module: str, *tests: str) -> Iterator[tuple[Path, Path]]:
         """A checkout with a cosmic-ray session of all mutants of `module`. The groups of tests run in order until one fails."""
-        pytest = f"{ROOT}/.venv/bin/python -m pytest -q -x -p no:cacheprovider -p no:xdist"
-        command = f"sh -c {shlex.quote(' && '.join(f'{pytest} {group}' for group in tests))}"
+        client = [sys.executable, "-I", "-S", str(ROOT / "scripts/mutants_server.py"), "run", str(self._socket)]
+        command = shlex.join([*client, *tests])
         checkout = self._checkouts.get()
         try:
             (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=self._timeout, command=command))
@@ -167,7 +191,18 @@ def _results(dump: str) -> Iterator[Mutant]:
         if result is not None and result["worker_outcome"] != "skipped":
             (mutation,) = item["mutations"]
             is_killed = result["test_outcome"] != "survived"
-            yield Mutant(mutation["module_path"], mutation["start_pos"][0], mutation["operator_name"], is_killed)
+            added = [line[1:].strip() for line in (result["diff"] or "").splitlines() if line.startswith("+") and line[1:2] != "+"]
+            operator = mutation["operator_name"].removeprefix("core/")
+            yield Mutant(mutation["module_path"], mutation["start_pos"][0], operator, " ".join(added), is_killed)
+
+
+def print_result(name: str, mutants: list[Mutant]) -> None:
+    """Print the share of killed mutants and the changed line of each survivor."""
+    survivors = sorted((mutant for mutant in mutants if not mutant.is_killed), key=lambda mutant: (mutant.file, mutant.line))
+    killed = len(mutants) - len(survivors)
+    print(f"{name}: {killed} of {len(mutants)} killed ({killed / max(1, len(mutants)):.0%})", flush=True)
+    for mutant in survivors:
+        print(f"  {mutant.file}:{mutant.line}: {mutant.operator}: {mutant.changed_line}", flush=True)
 
 
 def main() -> int:
@@ -177,16 +212,15 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=120, help="maximum seconds for the tests of one mutant")
     parser.add_argument("--sample", type=int, help="test only this many mutants of each module, drawn at random")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="mutants that are tested at the same time")
+    parser.add_argument("--own-tests", action="store_true", help="run only the tests named after the changed file, which is faster")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        campaign = Campaign(Path(folder), options.workers, options.timeout, options.sample)
-        for name in options.modules or MODULES:
-            mutants = campaign.run(name)
-            survivors = [mutant for mutant in mutants if not mutant.is_killed]
-            killed = len(mutants) - len(survivors)
-            print(f"{name}: {killed} of {len(mutants)} killed ({killed / max(1, len(mutants)):.0%})", flush=True)
-            for mutant in sorted(survivors, key=lambda mutant: (mutant.file, mutant.line)):
-                print(f"  {mutant.file}:{mutant.line}: {mutant.operator}", flush=True)
+        campaign = Campaign(
+            Path(folder), options.workers, options.timeout, options.sample, only_own_tests=options.own_tests
+        )
+        with campaign.test_server():
+            for name in options.modules or MODULES:
+                print_result(name, campaign.run(name))
     return 0
 
 

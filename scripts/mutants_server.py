@@ -1,0 +1,90 @@
+"""Runs pytest in forked processes for `mutants.py`. Importing the libraries takes longer than most tests of a mutant; the server imports them once.
+
+    mutants_server.py serve SOCKET MODULE...        import the libraries, then answer requests
+    mutants_server.py run SOCKET TESTS [TESTS...]   run groups of tests in the working directory until one group fails
+
+`run` imports nothing of pytest and starts in milliseconds. If it is killed (cosmic-ray's timeout), the server kills the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+
+def run(address: str, groups: list[str]) -> int:
+    """Ask the server to run the tests. Returns 0 if all tests pass."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        connection.sendall(json.dumps({"folder": str(Path.cwd()), "groups": groups}).encode() + b"\n")
+        answer = connection.recv(16)
+    return int(answer or b"1")
+
+
+def serve(address: str, modules: list[str]) -> None:
+    """Answer requests until the process is killed. Each request is handled in a process of its own."""
+    for module in ("pytest", *modules):
+        __import__(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        while True:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                with contextlib.suppress(OSError):
+                    handle(connection)
+                os._exit(0)
+            connection.close()
+
+
+def handle(connection: socket.socket) -> None:
+    """Run the tests of one request in a child process, and send its exit code. Kill the child if the client disconnects."""
+    request = json.loads(connection.makefile().readline())
+    child = os.fork()
+    if child == 0:
+        os._exit(run_tests(request["folder"], request["groups"]))
+    watcher = os.fork()
+    if watcher == 0:
+        connection.recv(1)  # returns when the client ends
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    os.kill(watcher, signal.SIGKILL)
+    connection.sendall(str(int(status != 0)).encode())
+
+
+def run_tests(folder: str, groups: list[str]) -> int:
+    """Run the groups of tests in order until one fails. Returns pytest's exit code."""
+    os.setsid()
+    os.chdir(folder)
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silent, stream)
+    sys.dont_write_bytecode = True  # a compiled mutant could be mistaken for the next one, which has the same size and time
+    import pytest
+
+    for group in groups:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *group.split()])))
+        _, status = os.waitpid(child, 0)
+        if status:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    command, address, *rest = sys.argv[1:]
+    if command == "serve":
+        serve(address, rest)
+    else:
+        sys.exit(run(address, rest))
