@@ -13,7 +13,7 @@ from typing import Any
 MAX_NEW_TOKENS = 48
 
 
-def answer(model: Any, tokenizer: Any, question: str) -> str:
+def generate_answer(model: Any, tokenizer: Any, question: str) -> str:
     """Generate the answer by greedy decoding, with at most MAX_NEW_TOKENS tokens."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -22,17 +22,17 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
     return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def compare(base: str, adapter: str, questions: list[str]) -> list[dict[str, str]]:
+def compare_answers(base_folder: str, adapter_folder: str, questions: list[str]) -> list[dict[str, str]]:
     """Ask the base model and the fine-tuned model each question. Returns one entry per question."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    base_answers = [answer(model, tokenizer, question) for question in questions]
-    tuned = PeftModel.from_pretrained(model, adapter)
-    tuned_answers = [answer(tuned, tokenizer, question) for question in questions]
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    base_answers = [generate_answer(model, tokenizer, question) for question in questions]
+    tuned_model = PeftModel.from_pretrained(model, adapter_folder)
+    tuned_answers = [generate_answer(tuned_model, tokenizer, question) for question in questions]
     return [
         {"question": question, "base": base_answer, "tuned": tuned_answer}
         for question, base_answer, tuned_answer in zip(questions, base_answers, tuned_answers, strict=True)
@@ -40,4 +40,4 @@ def compare(base: str, adapter: str, questions: list[str]) -> list[dict[str, str
 
 
 if __name__ == "__main__":
-    json.dump(compare(sys.argv[1], sys.argv[2], sys.argv[3:]), sys.stdout)
+    json.dump(compare_answers(sys.argv[1], sys.argv[2], sys.argv[3:]), sys.stdout)

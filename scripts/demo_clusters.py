@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.names import GROUP, PLURAL
 from parallel_steps import Commands, Step, StepFailed
 from prepare import ROOT, local_steps
-from smollm2 import cache
+from smollm2 import cache_folder
 from tools import KIND, installed_kind
 
 from localcluster import s3_pod
@@ -34,8 +34,8 @@ OPERATOR_IMAGE = "localhost/finetune-operator:dev"
 TRAINER_IMAGE = "localhost/finetune-trainer:dev"
 KIND_NAME = "finetune-demo"
 NAMESPACE = "finetune-demo"
-RELEASE = "finetune-operator"
-CRD = f"{PLURAL}.{GROUP}"
+RELEASE_NAME = "finetune-operator"
+CRD_NAME = f"{PLURAL}.{GROUP}"
 DEMO_LABEL = f"{GROUP}/demo"
 """Label that marks the namespaces that the demo has created in a user's cluster."""
 
@@ -81,7 +81,7 @@ class DemoCluster(ABC):
         """Whether the demo must uninstall its objects. False if `down` removes the whole cluster."""
         return False
 
-    def keep_lines(self) -> list[str]:
+    def manual_commands(self) -> list[str]:
         """Return commands for the user. The demo prints them if KEEP=1 keeps everything running."""
         return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # show the jobs", "make down"]
 
@@ -91,8 +91,8 @@ class LocalDemoCluster(DemoCluster):
 
     name = "local"
 
-    def __init__(self, *, keep: bool) -> None:
-        self._cluster = NodeCluster(lifetime=Lifetime.UNTIL_STOPPED if keep else Lifetime.UNTIL_PARENT_ENDS, step=shown_step)
+    def __init__(self, *, keep_running: bool) -> None:
+        self._cluster = NodeCluster(lifetime=Lifetime.UNTIL_STOPPED if keep_running else Lifetime.UNTIL_PARENT_ENDS, step=shown_step)
         self._was_running = False
 
     def steps(self) -> list[Step]:
@@ -127,9 +127,9 @@ class LocalDemoCluster(DemoCluster):
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         return self._cluster.kubectl(*arguments, stdin=stdin)
 
-    def keep_lines(self) -> list[str]:
-        kubectl = f"{sys.executable} -m localcluster kubectl --"
-        return [f"export KUBECONFIG={self.kubeconfig}", f"{kubectl} get finetunejobs -A", "make down"]
+    def manual_commands(self) -> list[str]:
+        kubectl_command = f"{sys.executable} -m localcluster kubectl --"
+        return [f"export KUBECONFIG={self.kubeconfig}", f"{kubectl_command} get finetunejobs -A", "make down"]
 
 
 class KubectlCluster(DemoCluster):
@@ -145,48 +145,48 @@ class KindCluster(KubectlCluster):
 
     name = "kind"
 
-    def __init__(self, *, keep: bool) -> None:
-        del keep  # kind's containers keep running until they are removed
-        self._kubeconfig = cache() / f"{KIND_NAME}.kubeconfig"
-        self._program = installed_kind() or KIND.path
-        self._forward: subprocess.Popen[str] | None = None
+    def __init__(self, *, keep_running: bool) -> None:
+        del keep_running  # kind's containers keep running until they are removed
+        self._kubeconfig = cache_folder() / f"{KIND_NAME}.kubeconfig"
+        self._kind_program = installed_kind() or KIND.path
+        self._port_forward: subprocess.Popen[str] | None = None
         self._s3: S3Endpoint | None = None
 
     def steps(self) -> list[Step]:
-        tool = [] if installed_kind() else [KIND.step()]
-        builds = [
-            Step(f"image of the {name}", lambda command, file=file, tag=tag: self._build(command, file, tag))  # type: ignore[misc]  # lambda defaults
+        kind_steps = [] if installed_kind() else [KIND.step()]
+        build_steps = [
+            Step(f"image of the {name}", lambda command, file=file, tag=tag: self._build_image(command, file, tag))  # type: ignore[misc]  # lambda defaults
             for name, file, tag in (
                 ("operator", "operator/Dockerfile", OPERATOR_IMAGE),
                 ("trainer", "trainer-image/Dockerfile", TRAINER_IMAGE),
             )
         ]
-        create = Step("kind cluster", self._create, after=tuple(step.name for step in tool))
-        return [*tool, *builds, create]
+        create_step = Step("kind cluster", self._create_cluster, required_steps=tuple(step.name for step in kind_steps))
+        return [*kind_steps, *build_steps, create_step]
 
-    def _build(self, command: Commands, file: str, tag: str) -> None:
-        uv = shutil.which("uv") or next((str(p) for p in cache().glob("uv-*/bin/uv")), "")
+    def _build_image(self, command: Commands, dockerfile: str, tag: str) -> None:
+        uv = shutil.which("uv") or next((str(p) for p in cache_folder().glob("uv-*/bin/uv")), "")
         if not uv:
             raise StepFailed("uv is missing: run `make setup`")
         command(
-            ["docker", "build", "-q", "-f", ROOT / file, "--build-context", f"uv={Path(uv).parent}", "-t", tag, ROOT]
+            ["docker", "build", "-q", "-f", ROOT / dockerfile, "--build-context", f"uv={Path(uv).parent}", "-t", tag, ROOT]
         )
 
-    def _create(self, command: Commands) -> None:
-        clusters = subprocess.run([self._program, "get", "clusters"], capture_output=True, text=True).stdout.split()
+    def _create_cluster(self, command: Commands) -> None:
+        clusters = subprocess.run([self._kind_program, "get", "clusters"], capture_output=True, text=True).stdout.split()
         if KIND_NAME in clusters:
-            command([self._program, "export", "kubeconfig", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig])
+            command([self._kind_program, "export", "kubeconfig", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig])
         else:
             command(
-                [self._program, "create", "cluster", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig, "--wait", "180s"]
+                [self._kind_program, "create", "cluster", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig, "--wait", "180s"]
             )
 
     def up(self) -> None:
         for image in (OPERATOR_IMAGE, TRAINER_IMAGE):
             with shown_step(f"load {image}"):
-                self._kind("load", "docker-image", image, "--name", KIND_NAME)
+                self._run_kind("load", "docker-image", image, "--name", KIND_NAME)
         with shown_step("start S3"), tempfile.TemporaryDirectory() as folder:
-            self._kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_NAME)
+            self._run_kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_NAME)
             access_key, secret_key = new_keys()
             objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.make_objects(access_key, secret_key)}
             self.kubectl("apply", "-f", "-", stdin=json.dumps(objects))
@@ -195,24 +195,24 @@ class KindCluster(KubectlCluster):
 
     def _reach_s3(self, access_key: str, secret_key: str) -> S3Endpoint:
         command = ["kubectl", "--kubeconfig", str(self._kubeconfig), "-n", s3_pod.NAMESPACE, "port-forward"]
-        self._forward = subprocess.Popen(
+        self._port_forward = subprocess.Popen(
             [*command, f"service/{s3_pod.APP_NAME}", f":{s3_pod.S3_PORT}"], stdout=subprocess.PIPE, text=True
         )
-        assert self._forward.stdout is not None
-        port = self._forward.stdout.readline().partition("->")[0].rpartition(":")[2].strip()
+        assert self._port_forward.stdout is not None
+        port = self._port_forward.stdout.readline().partition("->")[0].rpartition(":")[2].strip()
         endpoint = S3Endpoint(f"http://127.0.0.1:{port}", s3_pod.CLUSTER_URL, access_key, secret_key)
         if not port or not is_ready(endpoint):
             raise NoCluster("the S3 server in the kind cluster does not respond through `kubectl port-forward`")
         return endpoint
 
-    def _kind(self, *arguments: str) -> None:
-        subprocess.run([self._program, *arguments], check=True, capture_output=True)
+    def _run_kind(self, *arguments: str) -> None:
+        subprocess.run([self._kind_program, *arguments], check=True, capture_output=True)
 
     def down(self) -> None:
-        if self._forward:
-            self._forward.terminate()
-            self._forward.wait()
-        subprocess.run([self._program, "delete", "cluster", "--name", KIND_NAME], capture_output=True, check=False)
+        if self._port_forward:
+            self._port_forward.terminate()
+            self._port_forward.wait()
+        subprocess.run([self._kind_program, "delete", "cluster", "--name", KIND_NAME], capture_output=True, check=False)
 
     @property
     def kubeconfig(self) -> Path:
@@ -227,14 +227,14 @@ class KindCluster(KubectlCluster):
 
 def _write_s3_archive(folder: Path) -> Path:
     """Write the S3 image as an archive. An annotation sets the name under which containerd imports the image."""
-    layout = shutil.copytree(s3_pod.write_image_layout(), folder / "layout")
-    index = json.loads((layout / "index.json").read_text())
-    for entry in index["manifests"]:
+    layout_folder = shutil.copytree(s3_pod.write_image_layout(), folder / "layout")
+    image_index = json.loads((layout_folder / "index.json").read_text())
+    for entry in image_index["manifests"]:
         entry["annotations"]["io.containerd.image.name"] = s3_pod.IMAGE_TAG
-    (layout / "index.json").write_text(json.dumps(index))
+    (layout_folder / "index.json").write_text(json.dumps(image_index))
     archive = folder / "seaweedfs.tar"
     with tarfile.open(archive, "w") as tar:
-        tar.add(layout, arcname=".")
+        tar.add(layout_folder, arcname=".")
     return archive
 
 
@@ -242,14 +242,14 @@ class CurrentCluster(KubectlCluster):
     """The cluster of the user's kubeconfig. This cluster pulls the images from a registry, and the demo uses an external S3 server."""
 
     name = "current"
-    needs = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    required_variables = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
-    def __init__(self, *, keep: bool) -> None:
-        del keep
-        missing = [name for name in self.needs if not os.environ.get(name)]
-        if missing:
+    def __init__(self, *, keep_running: bool) -> None:
+        del keep_running
+        missing_variables = [name for name in self.required_variables if not os.environ.get(name)]
+        if missing_variables:
             raise NoCluster(
-                f"CLUSTER=current needs {', '.join(missing)}: build the images and push them to a registry, and start an S3 server "
+                f"CLUSTER=current needs {', '.join(missing_variables)}: build the images and push them to a registry, and start an S3 server "
                 "that pods and this machine can reach (set S3_CLUSTER_ENDPOINT if pods use another address)"
             )
         self.operator_image = os.environ["OPERATOR_IMAGE"]
@@ -268,29 +268,29 @@ class CurrentCluster(KubectlCluster):
 
     def _create_namespaces(self) -> None:
         """Create the demo's two namespaces. Errors: NoCluster if one of the namespaces or the CRD already exists and was not created by the demo."""
-        labels = {name: self._labels("namespace", name) for name in (RELEASE, NAMESPACE)}
-        foreign = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
-        if labels[RELEASE] is None and self._labels("crd", CRD) is not None:
-            foreign.append(f"the CustomResourceDefinition {CRD}")
-        if foreign:
+        labels = {name: self._read_labels("namespace", name) for name in (RELEASE_NAME, NAMESPACE)}
+        objects_of_others = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
+        if labels[RELEASE_NAME] is None and self._read_labels("crd", CRD_NAME) is not None:
+            objects_of_others.append(f"the CustomResourceDefinition {CRD_NAME}")
+        if objects_of_others:
             raise NoCluster(
-                f"the cluster of {self.kubeconfig} already has {' and '.join(foreign)}. The demo would replace and remove them: "
+                f"the cluster of {self.kubeconfig} already has {' and '.join(objects_of_others)}. The demo would replace and remove them: "
                 "use a cluster without the operator, or apply examples/quickstart.yaml there"
             )
         for name, object_labels in labels.items():
             if object_labels is None:
-                meta = {"name": name, "labels": {DEMO_LABEL: "true"}}
-                body = {"apiVersion": "v1", "kind": "Namespace", "metadata": meta}
+                metadata = {"name": name, "labels": {DEMO_LABEL: "true"}}
+                body = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
                 self.kubectl("create", "-f", "-", stdin=json.dumps(body))
 
-    def _labels(self, kind: str, name: str) -> dict[str, str] | None:
+    def _read_labels(self, kind: str, name: str) -> dict[str, str] | None:
         """Return the labels of an object; None if the object does not exist."""
         text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
         return dict(json.loads(text)["metadata"].get("labels") or {}) if text.strip() else None
 
     def has_demo_objects(self) -> bool:
         try:
-            return DEMO_LABEL in (self._labels("namespace", RELEASE) or {})
+            return DEMO_LABEL in (self._read_labels("namespace", RELEASE_NAME) or {})
         except subprocess.CalledProcessError:
             return False  # the demo cannot reach the cluster, so it has created nothing
 
@@ -308,7 +308,7 @@ class CurrentCluster(KubectlCluster):
         return S3Endpoint(host, cluster_url, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
 
 
-CLUSTERS: dict[str, Any] = {"kind": KindCluster, "local": LocalDemoCluster, "current": CurrentCluster}
+CLUSTER_CLASSES: dict[str, Any] = {"kind": KindCluster, "local": LocalDemoCluster, "current": CurrentCluster}
 
 
 def is_docker_running() -> bool:
@@ -320,22 +320,22 @@ def is_docker_running() -> bool:
         return False
 
 
-def choose(wanted: str, *, keep: bool) -> DemoCluster:
+def choose_cluster(requested_name: str, *, keep_running: bool) -> DemoCluster:
     """Return the cluster `wanted`. If `wanted` is empty, return the best available cluster. Errors: NoCluster."""
-    if wanted and wanted not in CLUSTERS:
-        raise NoCluster(f"CLUSTER={wanted} is unknown: set CLUSTER to kind, local or current, or do not set it")
-    if not wanted:
-        wanted = best_available_cluster()
-    if wanted == "kind" and not is_docker_running():
+    if requested_name and requested_name not in CLUSTER_CLASSES:
+        raise NoCluster(f"CLUSTER={requested_name} is unknown: set CLUSTER to kind, local or current, or do not set it")
+    if not requested_name:
+        requested_name = best_available_cluster()
+    if requested_name == "kind" and not is_docker_running():
         raise NoCluster(
             "CLUSTER=kind needs Docker, but `docker info` fails: start Docker, or use CLUSTER=local"
         )
-    if wanted == "local":
+    if requested_name == "local":
         check_local()
     elif shutil.which("kubectl") is None:
-        raise NoCluster(f"CLUSTER={wanted} needs kubectl, but kubectl is not on the PATH: install it")
-    chosen: DemoCluster = CLUSTERS[wanted](keep=keep)
-    return chosen
+        raise NoCluster(f"CLUSTER={requested_name} needs kubectl, but kubectl is not on the PATH: install it")
+    cluster: DemoCluster = CLUSTER_CLASSES[requested_name](keep_running=keep_running)
+    return cluster
 
 
 def check_local() -> None:

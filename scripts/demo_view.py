@@ -58,7 +58,7 @@ class Snapshot:
         return self.status is not None and self.status.phase in FINAL_PHASES
 
 
-class Readable(Protocol):
+class JobReader(Protocol):
     """An object from which the view reads the current state of a job."""
 
     def read(self) -> Snapshot:
@@ -76,17 +76,17 @@ class Job:
 
     def read(self) -> Snapshot:
         """Read status and events."""
-        custom, events = self._api()
-        resource = custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
+        custom_objects, events = self._create_clients()
+        resource = custom_objects.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
         status = resource.get("status") or {}
         selector = f"regarding.kind=FineTuneJob,regarding.uid={resource['metadata']['uid']}"
-        listed = events.list_namespaced_event(self.namespace, field_selector=selector)
+        event_list = events.list_namespaced_event(self.namespace, field_selector=selector)
         return Snapshot(
             FineTuneJobStatus.model_validate(status) if status.get("phase") else None,
-            tuple(sorted((_event(item) for item in listed.items), key=lambda event: event.time)),
+            tuple(sorted((_parse_event(item) for item in event_list.items), key=lambda event: event.time)),
         )
 
-    def _api(self) -> tuple[Any, Any]:
+    def _create_clients(self) -> tuple[Any, Any]:
         if self._clients is None:
             from kubernetes import client, config
 
@@ -95,69 +95,69 @@ class Job:
         return self._clients
 
 
-def _event(item: Any) -> Event:
-    moment = item.event_time or item.metadata.creation_timestamp or datetime.now(UTC)
-    return Event(moment, item.reason or "", item.note or "", item.type == "Warning")
+def _parse_event(item: Any) -> Event:
+    event_time = item.event_time or item.metadata.creation_timestamp or datetime.now(UTC)
+    return Event(event_time, item.reason or "", item.note or "", item.type == "Warning")
 
 
-def follow(job: Readable, console: Console, *, timeout: float) -> Snapshot:
+def follow_job(job: JobReader, console: Console, *, timeout_seconds: float) -> Snapshot:
     """Show the job until it has finished. Returns its last snapshot. Errors: TimeoutError after `timeout` seconds."""
-    return _follow_live(job, console, timeout) if console.is_terminal else _follow_as_lines(job, console, timeout)
+    return _follow_live(job, console, timeout_seconds) if console.is_terminal else _follow_as_lines(job, console, timeout_seconds)
 
 
-def _snapshots(job: Readable, timeout: float) -> Iterator[Snapshot]:
-    deadline = time.monotonic() + timeout
+def _poll_snapshots(job: JobReader, timeout_seconds: float) -> Iterator[Snapshot]:
+    deadline = time.monotonic() + timeout_seconds
     while True:
         snapshot = job.read()
         yield snapshot
         if snapshot.is_finished:
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the job has not finished within {timeout:.0f} s; its phase is {snapshot.phase}")
+            raise TimeoutError(f"the job has not finished within {timeout_seconds:.0f} s; its phase is {snapshot.phase}")
         time.sleep(POLL_SECONDS)
 
 
-def _follow_live(job: Readable, console: Console, timeout: float) -> Snapshot:
-    started = time.monotonic()
+def _follow_live(job: JobReader, console: Console, timeout_seconds: float) -> Snapshot:
+    started_at = time.monotonic()
     with Live(console=console, refresh_per_second=8) as live:
-        for snapshot in _snapshots(job, timeout):
-            live.update(panel(snapshot, time.monotonic() - started))
+        for snapshot in _poll_snapshots(job, timeout_seconds):
+            live.update(render_panel(snapshot, time.monotonic() - started_at))
     return snapshot
 
 
-def _follow_as_lines(job: Readable, console: Console, timeout: float) -> Snapshot:
+def _follow_as_lines(job: JobReader, console: Console, timeout_seconds: float) -> Snapshot:
     """Print one line for each change of phase, each event, and each fifth of the steps."""
-    printed: set[str] = set()
-    for snapshot in _snapshots(job, timeout):
-        for line in [f"phase {snapshot.phase}", *(event.line for event in snapshot.events), *_milestone(snapshot)]:
-            if line not in printed:
-                printed.add(line)
+    printed_lines: set[str] = set()
+    for snapshot in _poll_snapshots(job, timeout_seconds):
+        for line in [f"phase {snapshot.phase}", *(event.line for event in snapshot.events), *_milestone_lines(snapshot)]:
+            if line not in printed_lines:
+                printed_lines.add(line)
                 console.print(f"    {line}", highlight=False, markup=False)
     return snapshot
 
 
-def _milestone(snapshot: Snapshot) -> list[str]:
+def _milestone_lines(snapshot: Snapshot) -> list[str]:
     """Return the line `20 % of the steps done` (40 %, 60 %, 80 %, 100 %); no line before 20 %."""
     progress = snapshot.status.progress if snapshot.status else None
-    fifth = (progress.percent or 0) // 20 * 20 if progress else 0
-    return [f"{fifth} % of the steps done"] if fifth else []
+    percent = (progress.percent or 0) // 20 * 20 if progress else 0
+    return [f"{percent} % of the steps done"] if percent else []
 
 
-def panel(snapshot: Snapshot, seconds: float) -> RenderableType:
+def render_panel(snapshot: Snapshot, seconds: float) -> RenderableType:
     """Render a snapshot for the live view. `seconds` is the time since the view started."""
     status = snapshot.status or FineTuneJobStatus()
-    head = Table.grid(padding=(0, 2))
+    header_row = Table.grid(padding=(0, 2))
     attempt = f"attempt {status.attempt}" if status.attempt else ""
     workers = f"{status.workers.display} pods ready" if status.workers else ""
-    head.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{seconds:.0f} s[/]")
-    parts: list[RenderableType] = [head, _progress_bar(status), _metrics_text(status)]
+    header_row.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{seconds:.0f} s[/]")
+    parts: list[RenderableType] = [header_row, _render_progress(status), _render_metrics(status)]
     if snapshot.events:
         parts.append(Text())
         parts += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENTS:]]
     return Panel(Group(*parts), title="FineTuneJob", title_align="left", border_style="blue")
 
 
-def _progress_bar(status: FineTuneJobStatus) -> RenderableType:
+def _render_progress(status: FineTuneJobStatus) -> RenderableType:
     progress = status.progress
     step, total = (progress.step or 0, progress.total_steps or 0) if progress else (0, 0)
     row = Table.grid(padding=(0, 1))
@@ -166,14 +166,14 @@ def _progress_bar(status: FineTuneJobStatus) -> RenderableType:
     return row
 
 
-def _metrics_text(status: FineTuneJobStatus) -> RenderableType:
-    texts = []
+def _render_metrics(status: FineTuneJobStatus) -> RenderableType:
+    parts = []
     if status.metrics and status.metrics.train_loss is not None:
-        texts.append(f"loss {status.metrics.train_loss:.3f}")
+        parts.append(f"loss {status.metrics.train_loss:.3f}")
     if status.progress and status.progress.eta and not status.completion_time:
-        texts.append(f"ready in {status.progress.eta}")
+        parts.append(f"ready in {status.progress.eta}")
     if status.progress and status.progress.tokens_per_second:
-        texts.append(f"{status.progress.tokens_per_second:.0f} tokens/s")
+        parts.append(f"{status.progress.tokens_per_second:.0f} tokens/s")
     if status.latest_checkpoint:
-        texts.append(f"checkpoint {status.latest_checkpoint.split('/checkpoints/')[-1].split('/')[0]}")
-    return Text("   ".join(texts))
+        parts.append(f"checkpoint {status.latest_checkpoint.split('/checkpoints/')[-1].split('/')[0]}")
+    return Text("   ".join(parts))

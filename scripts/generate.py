@@ -11,21 +11,21 @@ import json
 import sys
 from pathlib import Path
 
-from chart_schema import schema
+from chart_schema import make_values_schema
 from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
-REFERENCE = ROOT / "docs/reference"
+REFERENCE_FOLDER = ROOT / "docs/reference"
 VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
 
 
-def generated() -> dict[Path, str]:
+def generate_files() -> dict[Path, str]:
     """Return the text of each generated file."""
-    values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
-    reference = {REFERENCE / name: text for name, text in build_pages().items()}
-    return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference
+    values = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
+    reference_pages = {REFERENCE_FOLDER / name: text for name, text in build_pages().items()}
+    return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference_pages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,15 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     arguments = parser.parse_args(argv)
-    differing = [path for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text]
-    for path in differing:
+    outdated_files = [path for path, text in generate_files().items() if not path.exists() or path.read_text("utf-8") != text]
+    for path in outdated_files:
         if arguments.check:
             print(f"{path.relative_to(ROOT)} differs from the models: run `make generate`", file=sys.stderr)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(generated()[path], "utf-8")
+            path.write_text(generate_files()[path], "utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
-    return 1 if differing and arguments.check else 0
+    return 1 if outdated_files and arguments.check else 0
 
 
 if __name__ == "__main__":

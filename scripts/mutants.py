@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prepare import ROOT
-from smollm2 import cache
+from smollm2 import cache_folder
 
 LOCK = ROOT / "requirements/mutants.lock"
 OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
@@ -78,9 +78,9 @@ class Mutant:
 
 def install_cosmic_ray() -> Path:
     """Install cosmic-ray if necessary. Returns the folder of its programs."""
-    folder = cache() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
+    folder = cache_folder() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
-        uv = next(iter(cache().glob("uv-*/bin/uv")))
+        uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
         subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
         install = [uv, "pip", "install", "-q", "--python", folder / "bin/python", "--require-hashes", "-r", LOCK]
         subprocess.run(install, check=True)

@@ -36,52 +36,52 @@ class Step:
 
     name: str
     run: Callable[[Commands], None]
-    after: tuple[str, ...] = ()
-    started: float | None = None
-    ended: float | None = None
+    required_steps: tuple[str, ...] = ()
+    started_at: float | None = None
+    ended_at: float | None = None
 
     @property
     def seconds(self) -> float:
         """Duration of the step; while the step is running, the time since its start."""
-        if self.started is None:
+        if self.started_at is None:
             return 0.0
-        return (self.ended or time.monotonic()) - self.started
+        return (self.ended_at or time.monotonic()) - self.started_at
 
 
 @dataclass
 class Commands:
     """Runs programs in separate process groups, and can stop all of them."""
 
-    log: Path
-    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    is_ending: threading.Event = field(default_factory=threading.Event)
+    log_folder: Path
+    running_processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    is_stopping: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> None:
         """Run a command and write its output to a log file. Errors: StepFailed with the last lines of the output."""
-        log = self.log / f"{Path(argv[0]).stem}-{threading.get_ident()}-{time.monotonic_ns()}.log"
+        log = self.log_folder / f"{Path(argv[0]).stem}-{threading.get_ident()}-{time.monotonic_ns()}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             with self._lock:
-                if self.is_ending.is_set():
+                if self.is_stopping.is_set():
                     raise StepFailed("interrupted")
                 process = subprocess.Popen(
                     [str(part) for part in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                     env={**os.environ, **(env or {})}, start_new_session=True,
                 )  # fmt: skip
-                self.running.add(process)
+                self.running_processes.add(process)
             code = process.wait()
         with self._lock:
-            self.running.discard(process)
+            self.running_processes.discard(process)
         if code != 0:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise StepFailed("\n".join(lines[-5:]) or f"{argv[0]} ended with {code}")
 
-    def end(self) -> None:
+    def stop_all(self) -> None:
         """Stop all running programs and their process groups: send SIGTERM, wait, then send SIGKILL."""
         with self._lock:
-            self.is_ending.set()
-            processes = list(self.running)
+            self.is_stopping.set()
+            processes = list(self.running_processes)
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -92,32 +92,32 @@ class Commands:
                     process.wait(max(0.0, deadline - time.monotonic()))
 
 
-def run_all(steps: Sequence[Step], log: Path, console: Console, *, max_parallel: int = 4) -> None:
+def run_all(steps: Sequence[Step], log_folder: Path, console: Console, *, max_parallel: int = 4) -> None:
     """Run all steps, at most `max_parallel` at the same time. Errors: StepFailed with the name of the step."""
-    commands = Commands(log)
-    pending, done = list(steps), set[str]()
-    futures: dict[Future[None], Step] = {}
+    commands = Commands(log_folder)
+    pending_steps, ended_names = list(steps), set[str]()
+    step_by_future: dict[Future[None], Step] = {}
     pool = ThreadPoolExecutor(max_parallel)
     try:
         with _show_progress(steps, console) as refresh:
-            while pending or futures:
-                for step in [step for step in pending if done.issuperset(step.after)]:
-                    pending.remove(step)
-                    futures[pool.submit(_run_timed, step, commands)] = step
-                finished, _ = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    _report_end(futures.pop(future), future, console)
-                done.update(step.name for step in steps if step.ended)
+            while pending_steps or step_by_future:
+                for step in [step for step in pending_steps if ended_names.issuperset(step.required_steps)]:
+                    pending_steps.remove(step)
+                    step_by_future[pool.submit(_run_timed, step, commands)] = step
+                finished_futures, _ = wait(step_by_future, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in finished_futures:
+                    _report_end(step_by_future.pop(future), future, console)
+                ended_names.update(step.name for step in steps if step.ended_at)
                 refresh()
     finally:
-        commands.end()
+        commands.stop_all()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _run_timed(step: Step, commands: Commands) -> None:
-    step.started = time.monotonic()
+    step.started_at = time.monotonic()
     step.run(commands)
-    step.ended = time.monotonic()
+    step.ended_at = time.monotonic()
 
 
 def _report_end(step: Step, future: Future[None], console: Console) -> None:
@@ -136,12 +136,12 @@ def _show_progress(steps: Sequence[Step], console: Console):  # type: ignore[no-
         yield lambda: None
         return
 
-    def table() -> Table:
+    def render_table() -> Table:
         grid = Table.grid(padding=(0, 1))
         for step in steps:
-            if step.started and not step.ended:
+            if step.started_at and not step.ended_at:
                 grid.add_row("  [yellow]…[/]", step.name, f"[dim]{step.seconds:.0f} s[/]")
         return grid
 
-    with Live(table(), console=console, refresh_per_second=4, transient=True) as live:
-        yield lambda: live.update(table())
+    with Live(render_table(), console=console, refresh_per_second=4, transient=True) as live:
+        yield lambda: live.update(render_table())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from parallel_steps import Step, StepFailed, run_all
 from rich.console import Console
-from smollm2 import cache
+from smollm2 import cache_folder
 from tools import HELM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,14 +28,14 @@ def model_step() -> Step:
 
 def local_steps() -> list[Step]:
     """Return the steps that prepare the local cluster: Debian packages, programs and images."""
-    packages = "Debian packages of the local cluster"
+    packages_step = "Debian packages of the local cluster"
     return [
-        Step(packages, lambda command: command(python_command("-m", "localcluster", "packages", "--install"))),
+        Step(packages_step, lambda command: command(python_command("-m", "localcluster", "packages", "--install"))),
         Step("Kubernetes, from its Go modules", lambda command: command(python_command("-m", "localcluster", "build"))),
         Step(
             "images of operator, trainer and S3",
             lambda command: command(python_command("-m", "localcluster", "images", "build", "all")),
-            after=(packages,),
+            required_steps=(packages_step,),
         ),
     ]
 
@@ -44,7 +44,7 @@ def main() -> int:
     """Run all steps. Returns the exit code: 0 after success, 1 if a step failed, 130 after Ctrl-C."""
     console = Console(stderr=True)
     try:
-        run_all([*local_steps(), HELM.step(), model_step()], cache() / "logs", console)
+        run_all([*local_steps(), HELM.step(), model_step()], cache_folder() / "logs", console)
     except StepFailed as error:
         console.print(f"[red]prepare:[/] {error}", highlight=False)
         return 1

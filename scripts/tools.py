@@ -9,46 +9,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel_steps import Commands, Step
-from smollm2 import cache
+from smollm2 import cache_folder
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS_FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Tool:
+class GoTool:
     """A Go program. If the environment variable `override` is set, its value is the path of the binary to use instead."""
 
     name: str
     package: str
     version: str
-    override: str
-    flags: str = ""
+    override_variable: str
+    linker_flags: str = ""
 
     @property
     def path(self) -> Path:
         """Path of the program: the value of the environment variable `override` if it is set, else the path in the cache."""
-        override = os.environ.get(self.override)
-        return Path(override) if override else cache() / "tools" / f"{self.name}-{self.version}" / self.name
+        override_path = os.environ.get(self.override_variable)
+        return Path(override_path) if override_path else cache_folder() / "tools" / f"{self.name}-{self.version}" / self.name
 
     def step(self) -> Step:
         """Return a step that builds the program unless it exists."""
 
         def run(command: Commands) -> None:
             if not self.path.exists():
-                command([SCRIPTS / "build-tool.sh", self.package, self.version, self.path, self.flags])
+                command([SCRIPTS_FOLDER / "build-tool.sh", self.package, self.version, self.path, self.linker_flags])
 
         return Step(f"{self.name} {self.version}", run)
 
 
 HELM_VERSION = "v4.3.1"
-HELM = Tool(
+HELM = GoTool(
     "helm",
     "helm.sh/helm/v4/cmd/helm",
     HELM_VERSION,
     "HELM",
     f"-X helm.sh/helm/v4/internal/version.version={HELM_VERSION}",
 )
-KIND = Tool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
+KIND = GoTool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 
 def installed_kind() -> Path | None:
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     from rich.console import Console
 
     try:
-        run_all([HELM.step()], cache() / "logs", Console(stderr=True))
+        run_all([HELM.step()], cache_folder() / "logs", Console(stderr=True))
     except StepFailed as error:
         sys.exit(f"tools: {error}")
     print(HELM.path)

@@ -22,7 +22,7 @@ if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, w
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the summary of fault rows here, because the xdist controller prints it and loads no other conftest."""
-    fault_rows.register(config)
+    fault_rows.register_plugin(config)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell ignores SIGINT in background jobs, and programs that the tests interrupt would inherit this setting.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,11 +33,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file on one worker, because they share fixtures that are slow to create."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is not typed
+    class ScheduleByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is not typed
         def _split_scope(self, nodeid: str) -> str:
             return NODE_CLUSTER_TESTS if nodeid.startswith(NODE_CLUSTER_TESTS) else nodeid.partition("::")[0]
 
-    return ByFile(config, log)
+    return ScheduleByFile(config, log)
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.learning import Outcome, merged, run_training
+from tests.support.learning import RunOutcome, merge_mappings, run_training
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -46,10 +46,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, model: Path, folder: Path) -> Outcome:
+def run(name: str, model: Path, folder: Path) -> RunOutcome:
     if name in ("liger", "backend unsloth") and importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is only published for x86-64")
-    return run_training(folder, model, merged(SIXTY, RUNS[name]))
+    return run_training(folder, model, merge_mappings(SIXTY, RUNS[name]))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -65,10 +65,10 @@ def test_every_feature_learns_on_a_gpu(name: str, model: Path, tmp_path: Path) -
 def test_a_reward_model_trains_32_bit_weights_on_a_16_bit_base(model: Path, tmp_path: Path) -> None:
     import torch
 
-    from tests.support.preferences import PAIRS
+    from tests.support.preferences import PREFERENCE_PAIRS
 
     spec = {"method": {"lora": {"dropout": 0}}, "trainer": {"type": "reward"}, "training": {"maxSteps": 2}}
-    outcome = run_training(tmp_path, model, merged(SIXTY, spec), PAIRS)
+    outcome = run_training(tmp_path, model, merge_mappings(SIXTY, spec), PREFERENCE_PAIRS)
     types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
 
@@ -76,5 +76,5 @@ def test_a_reward_model_trains_32_bit_weights_on_a_16_bit_base(model: Path, tmp_
 def test_full_training_keeps_weights_in_32_bits(model: Path, tmp_path: Path) -> None:
     import torch
 
-    outcome = run_training(tmp_path, model, merged(SIXTY, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))
+    outcome = run_training(tmp_path, model, merge_mappings(SIXTY, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))
     assert {p.dtype for p in outcome.model.parameters()} == {torch.float32}

@@ -42,19 +42,19 @@ from tests.support.faultproxy import (
 )
 
 __all__ = [
-    "ApiOperation", "ApiProxy", "Bandwidth", "Blackhole", "WatchCommand", "Disconnect", "Exchange", "Fault", "Stall", "DelayResponse",
+    "ApiOperation", "ApiProxy", "Bandwidth", "Blackhole", "WatchCommand", "DisconnectWatch", "Exchange", "Fault", "StallWatch", "DelayResponse",
     "DelayEvents", "Latency", "LostResponse", "ReplayEvents", "Reset", "Rule", "SendEvent", "Status", "StatusAfterApply", "active_rules",
 ]  # fmt: skip
 
-REASONS = {
+REASON_BY_CODE = {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 410: "Expired",
     422: "Invalid", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable", 504: "Timeout",
 }  # fmt: skip
-PATH = re.compile(
+PATH_PATTERN = re.compile(
     r"^/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)"
     r"(?:/namespaces/(?P<namespace>[^/]+)(?=/))?(?:/(?P<resource>[^/]+))?(?:/(?P<name>[^/]+))?(?:/(?P<subresource>[^/]+))?$"
 )
-VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+VERB_BY_METHOD = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class WatchCommand:
 
 
 @dataclass(frozen=True)
-class Disconnect(WatchCommand):
+class DisconnectWatch(WatchCommand):
     """Close the connection in the middle of the response."""
 
 
 @dataclass(frozen=True)
-class Stall(WatchCommand):
+class StallWatch(WatchCommand):
     """Deliver no further events, but keep the connection open, like a load balancer that has lost the connection's state."""
 
 
@@ -120,58 +120,58 @@ class DelayEvents:
     seconds: float
 
     async def handle(self, call: Call[ApiOperation]) -> web.StreamResponse:
-        return await call.forward(response_transform=self._delay)
+        return await call.forward(response_transform=self._delay_events)
 
-    async def _delay(self, chunks: Chunks) -> Chunks:
+    async def _delay_events(self, chunks: Chunks) -> Chunks:
         loop = asyncio.get_running_loop()
-        delayed: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        delayed_chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
-        async def collect() -> None:
+        async def collect_chunks() -> None:
             async for chunk in chunks:
-                delayed.put_nowait((loop.time() + self.seconds, chunk))
-            delayed.put_nowait((loop.time(), b""))
+                delayed_chunks.put_nowait((loop.time() + self.seconds, chunk))
+            delayed_chunks.put_nowait((loop.time(), b""))
 
-        reader = asyncio.create_task(collect())
+        collector = asyncio.create_task(collect_chunks())
         try:
             while True:
-                due, chunk = await delayed.get()
-                await asyncio.sleep(due - loop.time())
+                due_at, chunk = await delayed_chunks.get()
+                await asyncio.sleep(due_at - loop.time())
                 if not chunk:
                     return
                 yield chunk
         finally:
-            reader.cancel()
+            collector.cancel()
 
 
 class Watch:
     """Forwards the lines of one open watch, and executes commands."""
 
-    KEPT_EVENTS = 50
+    MAX_RECENT_EVENTS = 50
 
     def __init__(self, operation: ApiOperation) -> None:
         self.operation = operation
         self.commands: asyncio.Queue[WatchCommand] = asyncio.Queue()
-        self._recent: list[bytes] = []
-        self._stalled = False
+        self._recent_events: list[bytes] = []
+        self._is_stalled = False
 
-    async def transform(self, chunks: Chunks) -> Chunks:
+    async def transform_lines(self, chunks: Chunks) -> Chunks:
         """Yield the lines that the client receives: those of the server, changed by the commands."""
-        lines = _lines(chunks)
+        lines = _split_lines(chunks)
         line: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
         command: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
         try:
             while True:
-                done, _ = await asyncio.wait((line, command), return_when=asyncio.FIRST_COMPLETED)
-                if line in done:
+                finished_tasks, _ = await asyncio.wait((line, command), return_when=asyncio.FIRST_COMPLETED)
+                if line in finished_tasks:
                     try:
                         text = line.result()
                     except StopAsyncIteration:
                         return
-                    if not self._stalled:
-                        self._recent = [*self._recent[-self.KEPT_EVENTS :], text]
+                    if not self._is_stalled:
+                        self._recent_events = [*self._recent_events[-self.MAX_RECENT_EVENTS :], text]
                         yield text
                     line = asyncio.ensure_future(anext(lines))
-                if command in done:
+                if command in finished_tasks:
                     for text in self._execute(command.result()):
                         yield text
                     command = asyncio.ensure_future(self.commands.get())
@@ -181,25 +181,25 @@ class Watch:
 
     def _execute(self, command: WatchCommand) -> list[bytes]:
         match command:
-            case Stall():
-                self._stalled = True
+            case StallWatch():
+                self._is_stalled = True
             case SendEvent(event):
                 return [event.encode() + b"\n"]
             case ReplayEvents(count):
-                return self._recent[-count:]
-            case Disconnect():
+                return self._recent_events[-count:]
+            case DisconnectWatch():
                 raise TruncatedBody
         return []
 
 
-async def _lines(chunks: Chunks) -> Chunks:
-    incomplete = b""
+async def _split_lines(chunks: Chunks) -> Chunks:
+    incomplete_line = b""
     async for chunk in chunks:
-        *complete, incomplete = (incomplete + chunk).split(b"\n")
+        *complete, incomplete_line = (incomplete_line + chunk).split(b"\n")
         for line in complete:
             yield line + b"\n"
-    if incomplete:
-        yield incomplete
+    if incomplete_line:
+        yield incomplete_line
 
 
 # -- the proxy ---------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
     """See the module."""
 
     def __init__(self, endpoint: Endpoint, *, seed: int = 0) -> None:
-        super().__init__(endpoint.server, seed=seed, tls=ssl.create_default_context(cafile=str(endpoint.ca)))
+        super().__init__(endpoint.server, seed=seed, tls_context=ssl.create_default_context(cafile=str(endpoint.ca)))
         self._token = endpoint.token
         self._watches: set[Watch] = set()
 
@@ -227,7 +227,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
 
     def fault(
         self, fault: Fault, *, verb: str | None = None, resource: str | None = None, name: str = "",
-        namespace: str | None = None, times: int | None = None, skip: int = 0, probability: float = 1.0,
+        namespace: str | None = None, max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[ApiOperation]:  # fmt: skip
         """Apply `fault` to requests with this verb, resource (such as `finetunejobs/status`) and namespace; None matches all. `name` is a
         regular expression for a part of the object's name.
@@ -237,24 +237,24 @@ class ApiProxy(FaultProxy[ApiOperation]):
             fault, lambda request: (
                 verb in (None, request.verb) and resource in (None, request.resource)
                 and namespace in (None, request.namespace) and bool(name_pattern.search(request.name))
-            ), times=times, skip=skip, probability=probability,
+            ), max_hits=max_hits, skipped_matches=skipped_matches, probability=probability,
         )  # fmt: skip
 
     def command_watches(self, resource: str, command: WatchCommand) -> int:
         """Send a command to every open watch of `resource`. Returns the number of these watches."""
         count = 0
 
-        def send() -> None:
+        def send_command() -> None:
             nonlocal count
             for watch in self._watches:
                 if watch.operation.resource == resource:
                     watch.commands.put_nowait(command)
                     count += 1
 
-        self.run_in_loop(send)
+        self.run_in_loop(send_command)
         return count
 
-    def writes(self, namespace: str | None = None) -> tuple[str, ...]:
+    def list_writes(self, namespace: str | None = None) -> tuple[str, ...]:
         """Return the labels (such as `create jobs`) of all write requests so far, in order."""
         return tuple(
             e.operation for e in self.exchanges
@@ -268,16 +268,16 @@ class ApiProxy(FaultProxy[ApiOperation]):
         watch = Watch(call.operation)
         self._watches.add(watch)
         try:
-            return await call.forward(response_transform=watch.transform)
+            return await call.forward(response_transform=watch.transform_lines)
         finally:
             self._watches.discard(watch)
 
     def parse_operation(self, request: web.BaseRequest) -> ApiOperation:
-        found = PATH.match(request.path)
+        found = PATH_PATTERN.match(request.path)
         if found is None:
             return ApiOperation(request.method.lower(), request.path, "", "")
         resource, name, subresource = found["resource"] or "", found["name"] or "", found["subresource"]
-        verb = VERBS.get(request.method, "get" if name else "list")
+        verb = VERB_BY_METHOD.get(request.method, "get" if name else "list")
         if request.method == "GET" and request.query.get("watch") in ("true", "1", "True"):
             verb = "watch"
         if verb == "delete" and not name:
@@ -292,5 +292,5 @@ def status(code: int, reason: str, message: str) -> dict[str, Any]:
     """Return a Kubernetes `Status` object for a failed request."""
     return {
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message,
-        "reason": reason or REASONS.get(code, "InternalError"), "code": code,
+        "reason": reason or REASON_BY_CODE.get(code, "InternalError"), "code": code,
     }  # fmt: skip

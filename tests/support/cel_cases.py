@@ -8,8 +8,8 @@ from typing import Any
 from finetune_api.base import CelRule, nested_groups
 from finetune_api.spec import FineTuneJobSpec
 
-MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
-SEALED = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
+MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
 SPEC_RULES: dict[str, dict[str, Any]] = {
     "ModelMissing": {"model": {"dtype": "auto"}},
     "QloraNeedsFourBits": {"method": {"type": "qlora"}, "model": {"source": "a/b", "quantization": {"bits": 8}}},
@@ -29,8 +29,8 @@ SPEC_RULES: dict[str, dict[str, Any]] = {
 GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
     ("Encryption", "kmsKeyId requires"): {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
     ("Encryption", "type customerKey"): {"storage": {"encryption": {"type": "customerKey"}}},
-    ("StorageConnection", "every request"): {"dataset": {"train": "s3://bucket/x", "storage": {"endpoint": "http://s:9", "encryption": SEALED}}},
-    ("StorageRoot", "every request"): {"storage": {"endpoint": "http://store:9000", "encryption": SEALED}},
+    ("StorageConnection", "every request"): {"dataset": {"train": "s3://bucket/x", "storage": {"endpoint": "http://s:9", "encryption": CUSTOMER_KEY}}},
+    ("StorageRoot", "every request"): {"storage": {"endpoint": "http://store:9000", "encryption": CUSTOMER_KEY}},
     ("StorageRoot", "storage.uri"): {"storage": {"uri": "pvc://claim/../x"}},
     ("EnvVar", "an environment variable"): {"placement": {"env": [{"name": "A", "value": "b", "secretKeyRef": {"name": "s", "key": "k"}}]}},
     ("Volume", "a volume needs"): {"placement": {"volumes": [{"name": "v", "secret": "s", "configMap": "c"}]}},
@@ -50,4 +50,4 @@ def group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
     for group in dict.fromkeys(nested_groups(FineTuneJobSpec)):
         for rule in group.cel:
             [case] = [spec for (name, start), spec in GROUP_RULES.items() if name == group.__name__ and rule.message.startswith(start)]
-            yield rule, MINIMAL | case
+            yield rule, MINIMAL_SPEC | case

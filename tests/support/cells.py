@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+CHECKOUT_FOLDER = Path(__file__).parents[2]
 
 
 @dataclass
@@ -58,32 +58,32 @@ class Result:
     """Class, code, message, hint and exitCode of the failure. An unclassified failure also has a traceback."""
 
 
-def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 540) -> dict[str, Result]:
+def launch_cells(cells: Sequence[Cell], folder: Path, *, rank_count: int, timeout: float = 540) -> dict[str, Result]:
     """Run the cells with `ranks` processes on this machine. Returns the results by cell name. Errors: AssertionError with the end of the output."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     command = [sys.executable, "-m", "tests.support.cells", str(folder)]
-    if ranks > 1:
-        start = [
+    if rank_count > 1:
+        torchrun_arguments = [
             "-m",
             "torch.distributed.run",
             "--standalone",
             "--nproc_per_node",
-            str(ranks),
+            str(rank_count),
             "-m",
             "tests.support.cells",
         ]
-        command = [sys.executable, *start, str(folder)]
-    path = os.pathsep.join(str(REPOSITORY / part) for part in ("crds", "trainer-image", "."))
+        command = [sys.executable, *torchrun_arguments, str(folder)]
+    path = os.pathsep.join(str(CHECKOUT_FOLDER / part) for part in ("crds", "trainer-image", "."))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CI": "1", "TMPDIR": str(folder)}
     with (folder / "output.txt").open("wb") as output:
-        done = subprocess.run(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=REPOSITORY
+        process = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=CHECKOUT_FOLDER
         )
     text = (folder / "output.txt").read_text(errors="replace")
-    assert done.returncode == 0, f"the cells exited with {done.returncode}:\n{text[-6000:]}"
-    found = json.loads((folder / "results.json").read_text())
-    return {value["name"]: Result(**value) for value in found}
+    assert process.returncode == 0, f"the cells exited with {process.returncode}:\n{text[-6000:]}"
+    results = json.loads((folder / "results.json").read_text())
+    return {value["name"]: Result(**value) for value in results}
 
 
 def main(folder: Path) -> None:
@@ -91,9 +91,9 @@ def main(folder: Path) -> None:
     import bitsandbytes  # noqa: F401  some cells hide this package: import it before they run
     import torch
 
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, rank_count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
-    if ranks > 1:
+    if rank_count > 1:
         torch.distributed.init_process_group("gloo")
     cells = [Cell(**value) for value in json.loads((folder / "cells.json").read_text())]
     if any("deepspeed" in json.dumps(cell.spec) for cell in cells):
@@ -101,30 +101,30 @@ def main(folder: Path) -> None:
     results = []
     for number, cell in enumerate(cells):
         _reset_library_state()
-        results.append(_run(cell, folder / f"{number:03d}", rank, ranks))
+        results.append(_run_cell(cell, folder / f"{number:03d}", rank, rank_count))
         if rank == 0:
             (folder / "results.json").write_text(json.dumps([asdict(one) for one in results], default=str))
             print(f"{cell.name}: {results[-1].losses or results[-1].error}", flush=True)
     os._exit(0)  # exit without shutting down communication threads, because the shutdown may hang
 
 
-def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
+def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
     from finetune_api.errors import FineTuneError
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
     from finetune_trainer.inputs import RestoredCheckpoint
 
     from tests.support.heap import freeze_libraries
-    from tests.support.learning import Hooks
+    from tests.support.learning import RecordingHooks
 
-    result, hooks, start = Result(cell.name), Hooks(), time.monotonic()
+    result, hooks, start = Result(cell.name), RecordingHooks(), time.monotonic()
     resume = RestoredCheckpoint(path=Path(cell.resume), step=1, uri="file:///x") if cell.resume else None
     if rank == 0:  # writes the files
-        _make(cell, folder, ranks, resume)
-    _barrier(ranks)
-    run, inputs = _make(cell, folder, ranks, resume)
-    _barrier(ranks)
-    channel = Channel.create_recording(folder / "work", rank=rank, local_rank=rank, world_size=ranks)
+        _make_cell_run(cell, folder, rank_count, resume)
+    _wait_for_all_ranks(rank_count)
+    run, inputs = _make_cell_run(cell, folder, rank_count, resume)
+    _wait_for_all_ranks(rank_count)
+    channel = Channel.create_recording(folder / "work", rank=rank, local_rank=rank, world_size=rank_count)
     train.preload(run)
     freeze_libraries()
     try:
@@ -140,28 +140,28 @@ def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
     if outcome.channel is not None:
         result.resolved, result.notes = outcome.resolved, outcome.notes
     result.kind, result.folder = outcome.kind, str(inputs.output_dir)
-    _barrier(ranks)
+    _wait_for_all_ranks(rank_count)
     if outcome.folder is not None:
         result.files = sorted(
             str(path.relative_to(outcome.folder)) for path in outcome.folder.rglob("*") if path.is_file()
         )
     result.seconds = time.monotonic() - start
-    _barrier(ranks)
+    _wait_for_all_ranks(rank_count)
     return result
 
 
-def _make(cell: Cell, folder: Path, ranks: int, resume: Any) -> Any:
+def _make_cell_run(cell: Cell, folder: Path, rank_count: int, restored_checkpoint: Any) -> Any:
     from tests.support.learning import make_run
 
     run, inputs = make_run(
-        folder, Path(cell.model), cell.spec, cell.rows, ranks=ranks, restore=resume, validation=cell.validation,
+        folder, Path(cell.model), cell.spec, cell.rows, ranks=rank_count, restore=restored_checkpoint, validation=cell.validation,
         config_maps=cell.config_maps, adapter=Path(cell.adapter) if cell.adapter else None,
     )  # fmt: skip
     return run, inputs.model_copy(update={"reference": Path(cell.reference) if cell.reference else None})
 
 
-def _barrier(ranks: int) -> None:
-    if ranks > 1:
+def _wait_for_all_ranks(rank_count: int) -> None:
+    if rank_count > 1:
         import torch
 
         torch.distributed.barrier()

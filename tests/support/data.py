@@ -14,10 +14,10 @@ from finetune_trainer.data.rows import Turn
 from finetune_trainer.data.template import RenderOptions, render
 from finetune_trainer.inputs import Inputs
 
-from tests.support.learning import TEN, make_run
-from tests.support.tiny import CHATML, make_tokenizer
+from tests.support.learning import TEN_ROWS, make_run
+from tests.support.tiny import CHATML_TEMPLATE, make_tokenizer
 
-U, A = Turn("user", "hi"), Turn("assistant", "ho")
+USER_TURN, ASSISTANT_TURN = Turn("user", "hi"), Turn("assistant", "ho")
 SYSTEM_FIRST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must come first') }}"
     "{% endif %}{{ '[' + m.role + ']' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -26,7 +26,7 @@ SYSTEM_FIRST = (
 """A chat template that contains the beginning-of-sequence token and accepts a system prompt only as the first message."""
 
 
-def run_for(
+def make_data_run(
     folder: Path,
     spec: dict[str, Any] | None = None,
     rows: Any = (),
@@ -43,21 +43,21 @@ def run_for(
     return run, inputs
 
 
-def load_examples(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **more: Any) -> list[Any]:
+def load_examples(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **run_options: Any) -> list[Any]:
     """Create a run with these rows and return its training examples."""
-    run, inputs = run_for(folder, {"dataset": dataset or {}, **more.pop("spec", {})}, rows, **more)
+    run, inputs = make_data_run(folder, {"dataset": dataset or {}, **run_options.pop("spec", {})}, rows, **run_options)
     return [example for _, example in load(run, inputs).train]
 
 
-def check_error(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **more: Any) -> FineTuneError:
+def catch_check_error(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **run_options: Any) -> FineTuneError:
     """Create a run with these rows and return the error that `check_files` raises."""
-    run, inputs = run_for(folder, {"dataset": dataset or {}, **more.pop("spec", {})}, rows, **more)
+    run, inputs = make_data_run(folder, {"dataset": dataset or {}, **run_options.pop("spec", {})}, rows, **run_options)
     with pytest.raises(FineTuneError) as caught:
         check_files(run, inputs)
     return caught.value
 
 
-def tokenizer(folder: Path, template: str | None = CHATML, **options: Any) -> Any:
+def tokenizer(folder: Path, template: str | None = CHATML_TEMPLATE, **options: Any) -> Any:
     """Create a tiny tokenizer with a chat template."""
     return make_tokenizer(folder / "tokenizer", chat_template=template, **options)
 
@@ -66,8 +66,8 @@ def render_options(
     tok: Any, *, response_only: bool = True, template: bool = True, markers: tuple[str, str] | None = None
 ) -> RenderOptions:
     """Create the options for rendering examples with the tokenizer."""
-    specials = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
-    return RenderOptions(tok, template, response_only, markers, specials)
+    special_tokens = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
+    return RenderOptions(tok, template, response_only, markers, special_tokens)
 
 
 def trained_texts(example: Any, options: RenderOptions) -> list[str]:
@@ -77,14 +77,14 @@ def trained_texts(example: Any, options: RenderOptions) -> list[str]:
 
 
 def prepare_rows(
-    folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN, limit: int = 512
+    folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN_ROWS, limit: int = 512
 ) -> PreparedData:
     """Tokenise the rows and return the token sequences."""
     run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
     return prepare(run, inputs, tok, max_positions=limit, cache=folder / "tokens")
 
 
-def decoded(tok: Any, data: PreparedData) -> list[tuple[str, str]]:
+def decode_rows(tok: Any, data: PreparedData) -> list[tuple[str, str]]:
     """Return (whole text, trained text) for every training sequence."""
     return [
         (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-_outcomes: dict[int, dict[str, int]] = {}
+_counts_by_row: dict[int, dict[str, int]] = {}
 
 
-def register(config: pytest.Config) -> None:
+def register_plugin(config: pytest.Config) -> None:
     """Register the plugin once. Call it in the `pytest_configure` of a conftest."""
     name = "fault-rows"
     if config.pluginmanager.has_plugin(name):
@@ -26,7 +26,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     for key, value in report.user_properties:
         if key == "row":
-            counts = _outcomes.setdefault(int(str(value)), {})
+            counts = _counts_by_row.setdefault(int(str(value)), {})
             counts[report.outcome] = counts.get(report.outcome, 0) + 1
 
 
@@ -39,10 +39,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the numbers of the rows that have passed and of those that have failed."""
-    if not _outcomes:
+    if not _counts_by_row:
         return
-    failed = sorted(row for row, counts in _outcomes.items() if counts.get("failed"))
-    passed = sorted(row for row, counts in _outcomes.items() if not counts.get("failed") and counts.get("passed"))
+    failed_rows = sorted(row for row, counts in _counts_by_row.items() if counts.get("failed"))
+    passed_rows = sorted(row for row, counts in _counts_by_row.items() if not counts.get("failed") and counts.get("passed"))
     terminalreporter.section("fault matrix")
-    terminalreporter.write_line(f"passed rows: {', '.join(map(str, passed)) or 'none'}")
-    terminalreporter.write_line(f"failed rows: {', '.join(map(str, failed)) or 'none'}")
+    terminalreporter.write_line(f"passed rows: {', '.join(map(str, passed_rows)) or 'none'}")
+    terminalreporter.write_line(f"failed rows: {', '.join(map(str, failed_rows)) or 'none'}")

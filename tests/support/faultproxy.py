@@ -63,9 +63,9 @@ class Exchange:
     """Status code that the client received; 0 if it received no response."""
     server_status: int
     """Status code of the server's response; 0 if the server did not receive the request or did not respond."""
-    fault: str
+    fault_name: str
     """Name of the applied fault; empty if no fault was applied."""
-    started: float
+    started_at: float
     """When the request arrived, in seconds of the monotonic clock."""
     seconds: float
     request_bytes: int
@@ -106,39 +106,39 @@ class Call(Generic[Op]):
         """Forward the request to the server and the response to the client. The transforms may change the bodies."""
         async with self._upstream(request_transform) as answer:
             self.server_status = answer.status
-            reply = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
+            response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
             if "Content-Length" not in answer.headers and answer.status not in STATUS_WITHOUT_BODY and answer.method != "HEAD":
-                reply.enable_chunked_encoding()
+                response.enable_chunked_encoding()
             self.begin_response(answer.status)
-            await reply.prepare(self.request)
+            await response.prepare(self.request)
             chunks: Chunks = answer.content.iter_any()
             try:
                 async for chunk in response_transform(chunks) if response_transform else chunks:
                     self.response_bytes += len(chunk)
-                    await reply.write(chunk)
+                    await response.write(chunk)
             except TruncatedBody:
                 await self.close()
-                return reply
-            await reply.write_eof()
-            return reply
+                return response
+            await response.write_eof()
+            return response
 
-    async def apply(self) -> tuple[bytes, CIMultiDict[str]]:
+    async def execute_on_server(self) -> tuple[bytes, CIMultiDict[str]]:
         """Forward the request to the server, but send no response to the client. Returns the body and headers of the server's response."""
         async with self._upstream(None) as answer:
             self.server_status = answer.status
             return await answer.read(), _forwarded_headers(answer.headers)
 
-    async def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
+    async def send_answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
         """Send the client a response that does not come from the server."""
         await self._send_continue()
         async for chunk in self.request.content.iter_any():
             self.request_bytes += len(chunk)
         self.begin_response(status)
         self.response_bytes = len(body)
-        reply = web.Response(status=status, body=b"" if self.request.method == "HEAD" else body, headers=headers)
-        await reply.prepare(self.request)
-        await reply.write_eof()
-        return reply
+        response = web.Response(status=status, body=b"" if self.request.method == "HEAD" else body, headers=headers)
+        await response.prepare(self.request)
+        await response.write_eof()
+        return response
 
     def begin_response(self, status: int) -> None:
         """Record the status code that the client is about to receive."""
@@ -159,8 +159,8 @@ class Call(Generic[Op]):
         headers = _forwarded_headers(request.headers)
         body: Chunks | None = None
         if request.can_read_body:
-            raw: Chunks = request.content.iter_any()
-            body = self._count_bytes(request_transform(raw) if request_transform else raw)
+            request_chunks: Chunks = request.content.iter_any()
+            body = self._count_bytes(request_transform(request_chunks) if request_transform else request_chunks)
         target = URL(self.proxy.upstream + request.raw_path, encoded=True)
         try:
             answer = await self.proxy.session.request(
@@ -213,16 +213,16 @@ class DelayResponse:
     seconds: float
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        body, headers = await call.apply()
+        body, headers = await call.execute_on_server()
         await asyncio.sleep(self.seconds)
-        return await call.answer(call.server_status, body, headers)
+        return await call.send_answer(call.server_status, body, headers)
 
 
 @dataclass(frozen=True)
 class Bandwidth:
     """Request and response bodies are limited to `rate` bytes per second."""
 
-    rate: float
+    bytes_per_second: float
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         return await call.forward(request_transform=self._limit_rate, response_transform=self._limit_rate)
@@ -231,7 +231,7 @@ class Bandwidth:
         async for chunk in chunks:
             for start in range(0, len(chunk), PIECE_BYTES):
                 piece = chunk[start : start + PIECE_BYTES]
-                await asyncio.sleep(len(piece) / self.rate)
+                await asyncio.sleep(len(piece) / self.bytes_per_second)
                 yield piece
 
 
@@ -247,7 +247,7 @@ class Status:
         body, headers = call.proxy.error_response(self.code, self.reason)
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
-        return await call.answer(self.code, body, headers)
+        return await call.send_answer(self.code, body, headers)
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,8 @@ class StatusAfterApply:
     reason: str = ""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        await call.apply()
-        return await call.answer(self.code, *call.proxy.error_response(self.code, self.reason))
+        await call.execute_on_server()
+        return await call.send_answer(self.code, *call.proxy.error_response(self.code, self.reason))
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class LostResponse:
     """The server executes the request, but the connection is reset before the client receives the response."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        await call.apply()
+        await call.execute_on_server()
         raise ConnectionBroken
 
 
@@ -292,19 +292,19 @@ class Blackhole:
 class Truncate:
     """The response announces the full length of the body, but ends after `length` bytes."""
 
-    length: int
+    body_bytes: int
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         return await call.forward(response_transform=self._truncate)
 
     async def _truncate(self, chunks: Chunks) -> Chunks:
-        left = self.length
+        remaining_bytes = self.body_bytes
         async for chunk in chunks:
-            if len(chunk) > left:
-                if left:
-                    yield chunk[:left]
+            if len(chunk) > remaining_bytes:
+                if remaining_bytes:
+                    yield chunk[:remaining_bytes]
                 raise TruncatedBody
-            left -= len(chunk)
+            remaining_bytes -= len(chunk)
             yield chunk
 
 
@@ -318,10 +318,10 @@ class FlipByte:
         return await call.forward(response_transform=self._flip)
 
     async def _flip(self, chunks: Chunks) -> Chunks:
-        passed = 0
+        passed_bytes = 0
         async for chunk in chunks:
-            at = self.offset - passed
-            passed += len(chunk)
+            at = self.offset - passed_bytes
+            passed_bytes += len(chunk)
             yield chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :] if 0 <= at < len(chunk) else chunk
 
 
@@ -332,24 +332,24 @@ class Rule(Generic[Op]):
     proxy: FaultProxy[Op]
     fault: Fault
     matches: Callable[[Op], bool]
-    times: int | None
-    skip: int
+    max_hits: int | None
+    skipped_matches: int
     probability: float
     hits: int = 0
     """Number of requests to which the fault was applied."""
-    matched: int = 0
+    match_count: int = 0
     """Number of requests that matched, including those that were skipped."""
 
     @property
     def name(self) -> str:
         return type(self.fault).__name__
 
-    def applies_to(self, operation: Op, chance: random.Random) -> bool:
+    def applies_to(self, operation: Op, rng: random.Random) -> bool:
         """Whether the fault is applied to this request. Updates the counts."""
-        if not self.matches(operation) or (self.times is not None and self.hits >= self.times):
+        if not self.matches(operation) or (self.max_hits is not None and self.hits >= self.max_hits):
             return False
-        self.matched += 1
-        if self.matched <= self.skip or (self.probability < 1 and chance.random() >= self.probability):
+        self.match_count += 1
+        if self.match_count <= self.skipped_matches or (self.probability < 1 and rng.random() >= self.probability):
             return False
         self.hits += 1
         return True
@@ -366,18 +366,18 @@ class Rule(Generic[Op]):
 
 
 @dataclass
-class _Running:
+class _RunningProxy:
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
-    stop: asyncio.Event
+    stop_requested: asyncio.Event
     port: int
     session: aiohttp.ClientSession
 
 
 @dataclass
-class _Starting:
-    done: threading.Event = field(default_factory=threading.Event)
-    running: _Running | None = None
+class _ProxyStartup:
+    is_complete: threading.Event = field(default_factory=threading.Event)
+    running: _RunningProxy | None = None
     error: BaseException | None = None
 
 
@@ -385,16 +385,16 @@ class FaultProxy(ABC, Generic[Op]):
     """Base class of the fault proxies. `upstream` is the URL of the server. Rules with a probability use random numbers from `seed`."""
 
     def __init__(
-        self, upstream: str, *, seed: int = 0, tls: ssl.SSLContext | None = None
+        self, upstream: str, *, seed: int = 0, tls_context: ssl.SSLContext | None = None
     ) -> None:
         self.upstream = upstream.rstrip("/")
-        self._tls = tls
-        self._chance = random.Random(seed)
+        self._tls_context = tls_context
+        self._rng = random.Random(seed)
         self._rules: list[Rule[Op]] = []
         self._log: list[Exchange] = []
         self._begun_responses = 0
         self._changed = threading.Condition()
-        self._running: _Running | None = None
+        self._running: _RunningProxy | None = None
 
     @abstractmethod
     def parse_operation(self, request: web.BaseRequest) -> Op:
@@ -414,10 +414,10 @@ class FaultProxy(ABC, Generic[Op]):
 
     def add_rule(
         self, fault: Fault, matches: Callable[[Op], bool], *,
-        times: int | None = None, skip: int = 0, probability: float = 1.0,
+        max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[Op]:  # fmt: skip
         """Apply `fault` to matching requests with this probability, at most `times` times. The first `skip` matching requests are skipped."""
-        rule = Rule(self, fault, matches, times, skip, probability)
+        rule = Rule(self, fault, matches, max_hits, skipped_matches, probability)
         with self._changed:
             self._rules.append(rule)
         return rule
@@ -449,40 +449,40 @@ class FaultProxy(ABC, Generic[Op]):
         """Number of requests of an operation so far, including failed requests."""
         return sum(exchange.operation == operation for exchange in self.exchanges)
 
-    def wait_for(self, matches: Callable[[Exchange], bool], *, timeout: float = 20.0) -> Exchange:
+    def wait_for(self, matches: Callable[[Exchange], bool], *, timeout_seconds: float = 20.0) -> Exchange:
         """Return the first exchange that matches, or wait for it. Past exchanges also match. Errors: TimeoutError after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        checked = 0
+        deadline = time.monotonic() + timeout_seconds
+        checked_count = 0
         with self._changed:
             while True:
-                for exchange in self._log[checked:]:
+                for exchange in self._log[checked_count:]:
                     if matches(exchange):
                         return exchange
-                checked = len(self._log)
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    if any(matches(exchange) for exchange in self._log[checked:]):
+                checked_count = len(self._log)
+                seconds_left = deadline - time.monotonic()
+                if seconds_left <= 0 or not self._changed.wait(seconds_left):
+                    if any(matches(exchange) for exchange in self._log[checked_count:]):
                         continue
-                    raise TimeoutError(f"no such request within {timeout:.0f} s; {len(self._log)} other requests were logged")
+                    raise TimeoutError(f"no such request within {timeout_seconds:.0f} s; {len(self._log)} other requests were logged")
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
         """Listen on a free port of the loopback interface. Errors: OSError."""
-        starting = _Starting()
-        thread = threading.Thread(target=lambda: asyncio.run(self._serve(starting)), name="fault-proxy", daemon=True)
+        startup = _ProxyStartup()
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve(startup)), name="fault-proxy", daemon=True)
         thread.start()
-        starting.done.wait()
-        if starting.error is not None:
-            raise starting.error
-        self._running = starting.running
+        startup.is_complete.wait()
+        if startup.error is not None:
+            raise startup.error
+        self._running = startup.running
         return self
 
     def stop(self) -> None:
         """Close all connections and stop. A second call does nothing."""
         running, self._running = self._running, None
         if running is not None:
-            running.loop.call_soon_threadsafe(running.stop.set)
+            running.loop.call_soon_threadsafe(running.stop_requested.set)
             running.thread.join(10)
 
     def __enter__(self) -> Self:
@@ -506,37 +506,37 @@ class FaultProxy(ABC, Generic[Op]):
         assert self._running is not None
         return self._running.session
 
-    async def _serve(self, starting: _Starting) -> None:
+    async def _serve(self, startup: _ProxyStartup) -> None:
         try:
-            loop, stop = asyncio.get_running_loop(), asyncio.Event()
+            loop, stop_requested = asyncio.get_running_loop(), asyncio.Event()
             # Without TLS, each request opens a new connection, because a test may restart the server.
-            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True, force_close=self._tls is None)
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls_context or True, force_close=self._tls_context is None)
             session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, connect=10),
             )  # fmt: skip
-            server = web.Server(self._handle, handler_cancellation=True, access_log=None)
+            server = web.Server(self._handle_request, handler_cancellation=True, access_log=None)
             runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=0)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             port = runner.addresses[0][1]
-            starting.running = _Running(loop, threading.current_thread(), stop, port, session)
-            self._running = starting.running
+            startup.running = _RunningProxy(loop, threading.current_thread(), stop_requested, port, session)
+            self._running = startup.running
         except BaseException as error:  # start() raises it again in the thread of the test
-            starting.error = error
-            starting.done.set()
+            startup.error = error
+            startup.is_complete.set()
             return
-        starting.done.set()
-        await stop.wait()
+        startup.is_complete.set()
+        await stop_requested.wait()
         await runner.cleanup()
         await session.close()
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _handle_request(self, request: web.BaseRequest) -> web.StreamResponse:
         call = Call(self, request, self.parse_operation(request))
         with self._changed:
-            rule = next((rule for rule in self._rules if rule.applies_to(call.operation, self._chance)), None)
-        started = time.monotonic()
+            rule = next((rule for rule in self._rules if rule.applies_to(call.operation, self._rng)), None)
+        started_at = time.monotonic()
         try:
             return await (rule.fault.handle(call) if rule else self.relay(call))
         except (ConnectionBroken, ConnectionError, aiohttp.ClientError):
@@ -544,7 +544,7 @@ class FaultProxy(ABC, Generic[Op]):
             # The client does not receive this response, but aiohttp needs a response to end the request.
             return web.Response(status=502)
         finally:
-            self._log_exchange(call, rule.name if rule else "", started)
+            self._log_exchange(call, rule.name if rule else "", started_at)
 
     def relay(self, call: Call[Op]) -> Awaitable[web.StreamResponse]:
         """Handle a request to which no rule applies."""
@@ -555,14 +555,14 @@ class FaultProxy(ABC, Generic[Op]):
         with self._changed:
             self._begun_responses += count
 
-    def _log_exchange(self, call: Call[Op], fault: str, started: float) -> None:
+    def _log_exchange(self, call: Call[Op], fault_name: str, started_at: float) -> None:
         request = call.request
         with self._changed:
             self._log.append(
                 Exchange(
                     number=len(self._log), operation=call.operation.label, method=request.method, path=request.path,
-                    query=dict(request.query), client_status=call.client_status, server_status=call.server_status, fault=fault, started=started,
-                    seconds=time.monotonic() - started, request_bytes=call.request_bytes,
+                    query=dict(request.query), client_status=call.client_status, server_status=call.server_status, fault_name=fault_name, started_at=started_at,
+                    seconds=time.monotonic() - started_at, request_bytes=call.request_bytes,
                     response_bytes=call.response_bytes,
                 )  # fmt: skip
             )

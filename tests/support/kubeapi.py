@@ -47,13 +47,13 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ApiResponse:
     code: int
     body: Any
     warnings: tuple[str, ...] = ()
 
 
-def path_of(resource: str, namespace: str | None = None, name: str | None = None) -> str:
+def resource_path(resource: str, namespace: str | None = None, name: str | None = None) -> str:
     """Return the URL path of a collection, an object, or an object's subresource (`resource` is then for example `pods/status`)."""
     plural, _, subresource = resource.partition("/")
     parts = [API_PATHS.get(plural, "/api/v1")]
@@ -74,21 +74,21 @@ class KubeApi:
     def __post_init__(self) -> None:
         self.pool = urllib3.PoolManager(ca_certs=str(self.endpoint.ca), maxsize=32, retries=False)
 
-    def request(self, method: str, path: str, body: Any = None, *, patch: str = "merge", **query: str) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, *, patch_type: str = "merge", **query: str) -> ApiResponse:
         """Send one request."""
-        content_type = PATCH_CONTENT_TYPES[patch] if method == "PATCH" else "application/json"
-        answer = self.pool.request(
+        content_type = PATCH_CONTENT_TYPES[patch_type] if method == "PATCH" else "application/json"
+        response = self.pool.request(
             method, self._url(path, query), body=None if body is None else json.dumps(body).encode(), timeout=30,
             headers={"Authorization": f"Bearer {self.token or self.endpoint.token}", "Content-Type": content_type},
         )  # fmt: skip
-        value = json.loads(answer.data) if answer.data[:1] in (b"{", b"[") else answer.data.decode(errors="replace")
-        if answer.status >= 400:
+        value = json.loads(response.data) if response.data[:1] in (b"{", b"[") else response.data.decode(errors="replace")
+        if response.status >= 400:
             status = value if isinstance(value, dict) else {}
-            raise ApiError(answer.status, status.get("reason", ""), status.get("message", str(value)[:300]))
-        return Answer(answer.status, value, tuple(answer.headers.getlist("Warning")))
+            raise ApiError(response.status, status.get("reason", ""), status.get("message", str(value)[:300]))
+        return ApiResponse(response.status, value, tuple(response.headers.getlist("Warning")))
 
     def get(self, resource: str, namespace: str | None, name: str) -> Object:
-        return dict(self.request("GET", path_of(resource, namespace, name)).body)
+        return dict(self.request("GET", resource_path(resource, namespace, name)).body)
 
     def find(self, resource: str, namespace: str | None, name: str) -> Object | None:
         """Return the object; None if it does not exist."""
@@ -101,19 +101,19 @@ class KubeApi:
 
     def list(self, resource: str, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Objects:
         query = ({"labelSelector": labels} if labels else {}) | ({"fieldSelector": fields} if fields else {})
-        return list(self.request("GET", path_of(resource, namespace), **query).body["items"])
+        return list(self.request("GET", resource_path(resource, namespace), **query).body["items"])
 
     def create(self, resource: str, namespace: str | None, body: Object, **query: str) -> Object:
-        return dict(self.request("POST", path_of(resource, namespace), body, **query).body)
+        return dict(self.request("POST", resource_path(resource, namespace), body, **query).body)
 
-    def patch(self, resource: str, namespace: str | None, name: str, body: Any, *, patch: str = "merge") -> Object:
-        query = {"fieldManager": "test", "force": "true"} if patch == "apply" else {}
-        return dict(self.request("PATCH", path_of(resource, namespace, name), body, patch=patch, **query).body)
+    def patch(self, resource: str, namespace: str | None, name: str, body: Any, *, patch_type: str = "merge") -> Object:
+        query = {"fieldManager": "test", "force": "true"} if patch_type == "apply" else {}
+        return dict(self.request("PATCH", resource_path(resource, namespace, name), body, patch_type=patch_type, **query).body)
 
     def delete(self, resource: str, namespace: str | None, name: str, **options: Any) -> bool:
         """Delete an object with these DeleteOptions. Returns whether the object existed."""
         try:
-            self.request("DELETE", path_of(resource, namespace, name), options or None)
+            self.request("DELETE", resource_path(resource, namespace, name), options or None)
         except ApiError as error:
             if error.code == 404:
                 return False
@@ -122,22 +122,22 @@ class KubeApi:
 
     def events(self, namespace: str, name: str) -> Objects:
         """Return the events about an object, oldest first."""
-        found = self.list("events", namespace, fields=f"regarding.name={name}")
-        return sorted(found, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
+        events = self.list("events", namespace, fields=f"regarding.name={name}")
+        return sorted(events, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
 
     def wait(
         self, resource: str, namespace: str | None, name: str, until: Callable[[Object], bool], *,
         timeout: float = 30.0, description: str = "",
     ) -> Object:  # fmt: skip
         """Wait until `until(object)` is true, and return the object. Errors: AssertionError with the object's last status after `timeout` seconds."""
-        last: Object | None = None
-        for last in self._states(resource, namespace, name, time.monotonic() + timeout):
-            if last is not None and until(last):
-                return last
-        status = dict((last or {}).get("status") or {})
+        last_object: Object | None = None
+        for last_object in self._states(resource, namespace, name, time.monotonic() + timeout):
+            if last_object is not None and until(last_object):
+                return last_object
+        status = dict((last_object or {}).get("status") or {})
         status.pop("resolved", None)
-        shown = json.dumps(status if last else None, indent=1)[:4000]
-        raise AssertionError(f"{resource} {namespace}/{name} was not {description or 'in the expected state'} within {timeout:.0f} s: {shown}")
+        shown_status = json.dumps(status if last_object else None, indent=1)[:4000]
+        raise AssertionError(f"{resource} {namespace}/{name} was not {description or 'in the expected state'} within {timeout:.0f} s: {shown_status}")
 
     def wait_gone(self, resource: str, namespace: str | None, name: str, *, timeout: float = 30.0) -> None:
         """Wait until the object does not exist. Errors: AssertionError after `timeout` seconds."""
@@ -153,57 +153,57 @@ class KubeApi:
         """Wait until `until(objects)` is true for a collection, and return its objects. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
-            answer = self.request("GET", path_of(resource, namespace), **({"labelSelector": labels} if labels else {}))
+            answer = self.request("GET", resource_path(resource, namespace), **({"labelSelector": labels} if labels else {}))
             items = list(answer.body["items"])
             if until(items):
                 return items
             query = {"resourceVersion": answer.body["metadata"]["resourceVersion"], "timeoutSeconds": "5"}
             if labels:
                 query["labelSelector"] = labels
-            for _ in self._watch(path_of(resource, namespace), query, deadline):
+            for _ in self._watch(resource_path(resource, namespace), query, deadline):
                 break
             if time.monotonic() > deadline:
-                found = [item["metadata"]["name"] for item in items]
-                raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {found}")
+                names = [item["metadata"]["name"] for item in items]
+                raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {names}")
 
     def _states(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
         """Yield the current object, and the object after each change, until the deadline. Yield None while the object does not exist."""
-        path, fields = path_of(resource, namespace), f"metadata.name={name}"
+        path, fields = resource_path(resource, namespace), f"metadata.name={name}"
         while time.monotonic() < deadline:
-            listed = self.request("GET", path, fieldSelector=fields).body
-            yield next(iter(listed["items"]), None)
-            query = {"fieldSelector": fields, "resourceVersion": listed["metadata"]["resourceVersion"]}
+            collection = self.request("GET", path, fieldSelector=fields).body
+            yield next(iter(collection["items"]), None)
+            query = {"fieldSelector": fields, "resourceVersion": collection["metadata"]["resourceVersion"]}
             for event in self._watch(path, query, deadline):
                 if event["type"] == "ERROR":
                     break
                 yield None if event["type"] == "DELETED" else event["object"]
 
     def _watch(self, path: str, query: dict[str, str], deadline: float) -> Iterator[Object]:
-        left = max(1, min(int(deadline - time.monotonic()) + 1, 60))
-        url = self._url(path, {"watch": "true", "timeoutSeconds": str(left)} | query)
+        seconds_left = max(1, min(int(deadline - time.monotonic()) + 1, 60))
+        url = self._url(path, {"watch": "true", "timeoutSeconds": str(seconds_left)} | query)
         headers = {"Authorization": f"Bearer {self.token or self.endpoint.token}"}
-        answer = self.pool.request("GET", url, headers=headers, preload_content=False, timeout=left + 10)
-        incomplete = b""
+        response = self.pool.request("GET", url, headers=headers, preload_content=False, timeout=seconds_left + 10)
+        incomplete_line = b""
         try:
-            if answer.status >= 400:
+            if response.status >= 400:
                 return
-            for chunk in answer.stream(65536):
-                *lines, incomplete = (incomplete + chunk).split(b"\n")
+            for chunk in response.stream(65536):
+                *lines, incomplete_line = (incomplete_line + chunk).split(b"\n")
                 yield from (json.loads(line) for line in lines)
         finally:
             with contextlib.suppress(Exception):  # the stream may be in any state; the connection is not used again
-                answer.close()
+                response.close()
 
     def _url(self, path: str, query: dict[str, str]) -> str:
         return self.endpoint.server + path + (f"?{urlencode(query)}" if query else "")
 
 
-def condition(body: Object, kind: str) -> Object:
+def find_condition(body: Object, condition_type: str) -> Object:
     """Return the condition of this type; an empty dict if there is none."""
-    found = (body.get("status") or {}).get("conditions") or []
-    return next((dict(one) for one in found if one["type"] == kind), {})
+    conditions = (body.get("status") or {}).get("conditions") or []
+    return next((dict(one) for one in conditions if one["type"] == condition_type), {})
 
 
 def condition_is_true(body: Object, kind: str) -> bool:
     """Whether the status of this condition is True."""
-    return condition(body, kind).get("status") == "True"
+    return find_condition(body, kind).get("status") == "True"

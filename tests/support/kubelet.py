@@ -35,13 +35,13 @@ from finetune_api.status import Stage
 from localcluster.api import Endpoint
 
 Object = dict[str, Any]
-SELECTOR = f"{Label.MANAGED_BY}={names.MANAGER_NAME}"
+OPERATOR_POD_SELECTOR = f"{Label.MANAGED_BY}={names.MANAGER_NAME}"
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 LEASE_DURATION_SECONDS = 40
 LEASE_RENEW_SECONDS = 5.0
 
 
-class Start(Enum):
+class PodStart(Enum):
     """What the fake kubelet does with a new pod."""
 
     RUN = "run"
@@ -57,7 +57,7 @@ class Start(Enum):
 
 
 @dataclass(frozen=True)
-class Ending:
+class ContainerExit:
     """How a container ends."""
 
     exit_code: int = 0
@@ -71,15 +71,15 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PodPlan:
     """What the fake kubelet does with the pods of a namespace."""
 
-    start: Start = Start.RUN
+    start: PodStart = PodStart.RUN
     reason: str = ""
     message: str = ""
-    when_running: Ending | None = None
+    when_running: ContainerExit | None = None
     """How each pod ends as soon as it runs; None if pods keep running."""
-    when_deleted: Ending | None = Ending(75)
+    when_deleted: ContainerExit | None = ContainerExit(75)
     """How a running pod ends when it is deleted; None if deleted pods do not end, as on a dead node."""
 
 
@@ -96,18 +96,18 @@ class FakePod:
     index: int
     node: str
     phase: str
-    deleting: bool
+    is_deleting: bool
     body: Object = field(repr=False, compare=False)
 
 
 def parse_pod(body: Object) -> FakePod:
-    meta = body["metadata"]
-    labels = meta.get("labels") or {}
+    metadata = body["metadata"]
+    labels = metadata.get("labels") or {}
     return FakePod(
-        namespace=meta["namespace"], name=meta["name"], uid=meta["uid"], job=labels.get(Label.JOB_NAME, ""),
-        attempt=_number_or_zero(labels.get(Label.ATTEMPT)), index=_number_or_zero((meta.get("annotations") or {}).get(COMPLETION_INDEX)),
+        namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"], job=labels.get(Label.JOB_NAME, ""),
+        attempt=_number_or_zero(labels.get(Label.ATTEMPT)), index=_number_or_zero((metadata.get("annotations") or {}).get(COMPLETION_INDEX)),
         node=(body.get("spec") or {}).get("nodeName", ""), phase=(body.get("status") or {}).get("phase", "Pending"),
-        deleting=bool(meta.get("deletionTimestamp")), body=body,
+        is_deleting=bool(metadata.get("deletionTimestamp")), body=body,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ class FakeKubelet:
 
     def __init__(
         self, endpoint: Endpoint, *, nodes: Iterable[str] = ("node-a", "node-b"),
-        resources: dict[str, str] | None = None, selector: str = SELECTOR,
+        resources: dict[str, str] | None = None, selector: str = OPERATOR_POD_SELECTOR,
     ) -> None:  # fmt: skip
         self._endpoint = endpoint
         self._selector = selector
@@ -131,10 +131,10 @@ class FakeKubelet:
         self._nodes = list(nodes)
         self._silent_nodes: set[str] = set()
         self._node_counter = itertools.count()
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, PodPlan] = {}
         self._pods: dict[str, FakePod] = {}
         self._last_action: dict[str, str] = {}
-        self._endings: dict[str, Ending] = {}
+        self._endings: dict[str, ContainerExit] = {}
         self._reports: dict[tuple[str, str], Object] = {}
         self.progress_requests: dict[tuple[str, str], int] = {}
         """Number of GET /progress requests, by namespace and name of the FineTuneJob."""
@@ -156,18 +156,18 @@ class FakeKubelet:
         """Value for the operator's setting `scrape.url`, so that the operator reads progress from this server."""
         return f"http://127.0.0.1:{self._port}/{{namespace}}/{{pod}}{{path}}"
 
-    def set_plan(self, namespace: str, plan: Plan) -> None:
+    def set_plan(self, namespace: str, plan: PodPlan) -> None:
         """Set the plan of a namespace. The plan also applies to existing pods."""
-        self._run(self._set_plan(namespace, plan))
+        self._run_in_loop(self._set_plan(namespace, plan))
 
     def pods(self, namespace: str, job: str | None = None, attempt: int | None = None) -> list[FakePod]:
         """Return the last observed state of the pods, sorted by job, attempt and index."""
         with self._changed:
-            found = [
+            matching_pods = [
                 pod for pod in self._pods.values()
                 if pod.namespace == namespace and job in (None, pod.job) and attempt in (None, pod.attempt)
             ]  # fmt: skip
-        return sorted(found, key=lambda pod: (pod.job, pod.attempt, pod.index))
+        return sorted(matching_pods, key=lambda pod: (pod.job, pod.attempt, pod.index))
 
     def wait_pods(
         self, namespace: str, job: str, until: Callable[[list[FakePod]], bool], *,
@@ -176,29 +176,29 @@ class FakeKubelet:
         """Wait until `until(pods)` is true for the pods of a job, and return the pods. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            while not until(found := self.pods(namespace, job, attempt)):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise AssertionError(f"pods of {namespace}/{job} are not in the expected state: {found}; {self.errors[-3:]}")
-                self._changed.wait(left)
-        return found
+            while not until(pods := self.pods(namespace, job, attempt)):
+                seconds_left = deadline - time.monotonic()
+                if seconds_left <= 0:
+                    raise AssertionError(f"pods of {namespace}/{job} are not in the expected state: {pods}; {self.errors[-3:]}")
+                self._changed.wait(seconds_left)
+        return pods
 
     def wait_running(
         self, namespace: str, job: str, *, attempt: int | None = None, count: int = 1, timeout: float = 30.0
     ) -> list[FakePod]:
         """Wait until a job has `count` running pods, and return these pods."""
 
-        def running(pods: list[FakePod]) -> list[FakePod]:
-            return [pod for pod in pods if pod.phase == "Running" and not pod.deleting]
+        def select_running(pods: list[FakePod]) -> list[FakePod]:
+            return [pod for pod in pods if pod.phase == "Running" and not pod.is_deleting]
 
-        found = self.wait_pods(
-            namespace, job, lambda pods: len(running(pods)) == count, attempt=attempt, timeout=timeout
+        pods = self.wait_pods(
+            namespace, job, lambda pods: len(select_running(pods)) == count, attempt=attempt, timeout=timeout
         )
-        return running(found)
+        return select_running(pods)
 
-    def end_pod(self, pod: FakePod, ending: Ending) -> None:
+    def end_pod(self, pod: FakePod, container_exit: ContainerExit) -> None:
         """End the container of a pod. The pod then ends, too."""
-        self._run(self._end_pod(pod, ending))
+        self._run_in_loop(self._end_pod(pod, container_exit))
 
     def set_progress(self, namespace: str, job: str, **report: Any) -> None:
         """Set the response of a job's pods to GET /progress. `report` uses the JSON names of `ProgressReport`; attempt and uid are added."""
@@ -209,11 +209,11 @@ class FakeKubelet:
         """Wait for the next GET /progress of a job."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            before = self.progress_requests.get((namespace, job), 0)
-            while self.progress_requests.get((namespace, job), 0) == before:
-                left = deadline - time.monotonic()
-                assert left > 0, f"no GET /progress for {namespace}/{job} within {timeout:.0f} s"
-                self._changed.wait(left)
+            count_before = self.progress_requests.get((namespace, job), 0)
+            while self.progress_requests.get((namespace, job), 0) == count_before:
+                seconds_left = deadline - time.monotonic()
+                assert seconds_left > 0, f"no GET /progress for {namespace}/{job} within {timeout:.0f} s"
+                self._changed.wait(seconds_left)
 
     def kill_node(self, node: str) -> None:
         """Stop renewing the node's Lease and stop changing its pods, as after a power failure."""
@@ -224,11 +224,11 @@ class FakeKubelet:
         """Resume renewing the node's Lease and changing its pods."""
         with self._changed:
             self._silent_nodes.discard(node)
-        self._run(self._apply_plans())
+        self._run_in_loop(self._apply_plans())
 
     def recreate_node(self, node: str) -> None:
         """Create the node again after its object has been deleted."""
-        self._run(self._create_node(node))
+        self._run_in_loop(self._create_node(node))
         self.revive_node(node)
 
     # -- start and stop --------------------------------------------------------------------------------------------------
@@ -248,14 +248,14 @@ class FakeKubelet:
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._serve())
+            asyncio.run(self._run_until_stopped())
         except BaseException as error:  # __enter__ raises it again in the thread of the test
             self._failure = error
             self.errors.append(repr(error))
         finally:
             self._ready.set()
 
-    async def _serve(self) -> None:
+    async def _run_until_stopped(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         context = ssl.create_default_context(cafile=str(self._endpoint.ca))
         headers = {"Authorization": f"Bearer {self._endpoint.token}"}
@@ -268,14 +268,14 @@ class FakeKubelet:
             self._port = runner.addresses[0][1]
             for node in self._nodes:
                 await self._create_node(node)
-            tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._renew_leases())]
+            tasks = [asyncio.create_task(self._watch_pods()), asyncio.create_task(self._renew_leases())]
             self._ready.set()
             await self._stop.wait()
             for task in [*tasks, *self._tasks]:
                 task.cancel()
             await runner.cleanup()
 
-    def _run(self, action: Any) -> None:
+    def _run_in_loop(self, action: Any) -> None:
         assert self._loop is not None, "the fake kubelet is not started: use it in a with statement"
         asyncio.run_coroutine_threadsafe(action, self._loop).result(30)
 
@@ -283,22 +283,22 @@ class FakeKubelet:
 
     async def _create_node(self, name: str) -> None:
         labels = {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "topology.kubernetes.io/zone": "zone-a"}
-        await self._call("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": labels}}, accept=(409,))
+        await self._send_request("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": labels}}, accepted_codes=(409,))
         resources = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "30000", **self._resources}
-        ready = {"type": "Ready", "status": "True", "reason": "Simulated", "lastTransitionTime": now()}
+        ready_condition = {"type": "Ready", "status": "True", "reason": "Simulated", "lastTransitionTime": current_time()}
         await self._patch(f"/api/v1/nodes/{name}/status", {
-            "status": {"capacity": resources, "allocatable": resources, "conditions": [ready]}
+            "status": {"capacity": resources, "allocatable": resources, "conditions": [ready_condition]}
         })  # fmt: skip
         await self._patch(f"/api/v1/nodes/{name}", {"spec": {"taints": None}})
         await self._renew_lease(name)
 
     async def _renew_lease(self, name: str) -> None:
         path = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
-        moment = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        spec = {"holderIdentity": name, "leaseDurationSeconds": LEASE_DURATION_SECONDS, "renewTime": moment}
-        answer = await self._patch(f"{path}/{name}", {"spec": spec}, accept=(404,))
-        if answer is None:
-            await self._call("POST", path, {"metadata": {"name": name}, "spec": spec}, accept=(409,))
+        renew_time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        spec = {"holderIdentity": name, "leaseDurationSeconds": LEASE_DURATION_SECONDS, "renewTime": renew_time}
+        lease = await self._patch(f"{path}/{name}", {"spec": spec}, accepted_codes=(404,))
+        if lease is None:
+            await self._send_request("POST", path, {"metadata": {"name": name}, "spec": spec}, accepted_codes=(409,))
 
     async def _renew_leases(self) -> None:
         while True:
@@ -309,20 +309,20 @@ class FakeKubelet:
 
     # -- pods ----------------------------------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
+    async def _watch_pods(self) -> None:
         path = "/api/v1/pods"
         while True:
             try:
-                listed = await self._call("GET", path, query={"labelSelector": self._selector}) or {}
-                uids = {item["metadata"]["uid"] for item in listed["items"]}
+                pod_list = await self._send_request("GET", path, query={"labelSelector": self._selector}) or {}
+                uids = {item["metadata"]["uid"] for item in pod_list["items"]}
                 for uid in [uid for uid in self._pods if uid not in uids]:
                     self._drop_pod(uid)
-                for item in listed["items"]:
+                for item in pod_list["items"]:
                     self._store_pod(item)
-                version = listed["metadata"]["resourceVersion"]
+                version = pod_list["metadata"]["resourceVersion"]
                 query = {"watch": "true", "labelSelector": self._selector, "resourceVersion": version}
                 async with self._session.get(self._endpoint.server + path, params=query) as stream:
-                    async for event in _events(stream.content):
+                    async for event in _parse_events(stream.content):
                         if event["type"] == "DELETED":
                             self._drop_pod(event["object"]["metadata"]["uid"])
                         elif event["type"] in ("ADDED", "MODIFIED"):
@@ -345,28 +345,28 @@ class FakeKubelet:
         with self._changed:
             self._pods[pod.uid] = pod
             self._changed.notify_all()
-        self._act(pod)
+        self._apply_plan(pod)
 
-    async def _set_plan(self, namespace: str, plan: Plan) -> None:
+    async def _set_plan(self, namespace: str, plan: PodPlan) -> None:
         self._plans[namespace] = plan
         await self._apply_plans()
 
     async def _apply_plans(self) -> None:
         for pod in list(self._pods.values()):
-            self._act(pod)
+            self._apply_plan(pod)
 
-    def _act(self, pod: FakePod) -> None:
+    def _apply_plan(self, pod: FakePod) -> None:
         """Start the action that the plan requires for the pod. Do nothing if this action was also the last action."""
-        plan = self._plans.get(pod.namespace, Plan())
+        plan = self._plans.get(pod.namespace, PodPlan())
         if pod.node in self._silent_nodes:
             return
-        ended = pod.phase in ("Succeeded", "Failed")
+        has_ended = pod.phase in ("Succeeded", "Failed")
         name, action = "", None
-        if pod.deleting and (ended or pod.phase == "Pending"):
-            name, action = "remove", self._remove(pod)
-        elif pod.deleting and plan.when_deleted is not None:
+        if pod.is_deleting and (has_ended or pod.phase == "Pending"):
+            name, action = "remove", self._delete_object(pod)
+        elif pod.is_deleting and plan.when_deleted is not None:
             name, action = "stop", self._end_pod(pod, plan.when_deleted)
-        elif not ended and pod.phase == "Pending" and plan.start is not Start.STAY_PENDING:
+        elif not has_ended and pod.phase == "Pending" and plan.start is not PodStart.STAY_PENDING:
             name, action = plan.start.value, self._start(pod, plan)
         elif pod.phase == "Running" and plan.when_running is not None:
             name, action = "end", self._end_pod(pod, plan.when_running)
@@ -386,23 +386,23 @@ class FakeKubelet:
         except (aiohttp.ClientError, OSError) as error:
             self.errors.append(repr(error))
 
-    async def _start(self, pod: FakePod, plan: Plan) -> None:
-        if plan.start is Start.UNSCHEDULABLE:
+    async def _start(self, pod: FakePod, plan: PodPlan) -> None:
+        if plan.start is PodStart.UNSCHEDULABLE:
             message = plan.message or "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
-            reason = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
-            await self._patch_status(pod, {"phase": "Pending", "conditions": [reason | {"lastTransitionTime": now()}]})
+            condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+            await self._patch_status(pod, {"phase": "Pending", "conditions": [condition | {"lastTransitionTime": current_time()}]})
             return
-        node = pod.node or await self._bind(pod)
+        node = pod.node or await self._bind_to_node(pod)
         if node is None:
             return
-        if plan.start is Start.CONTAINER_WAITING:
+        if plan.start is PodStart.CONTAINER_WAITING:
             state = {"waiting": {"reason": plan.reason or "ImagePullBackOff", "message": plan.message}}
-            await self._patch_status(pod, _pod_status(pod, state, ready=False) | {"phase": "Pending"})
+            await self._patch_status(pod, _make_pod_status(pod, state, ready=False) | {"phase": "Pending"})
             return
-        ready = plan.start is Start.RUN
-        await self._patch_status(pod, _pod_status(pod, {"running": {"startedAt": now()}}, ready=ready))
+        is_ready = plan.start is PodStart.RUN
+        await self._patch_status(pod, _make_pod_status(pod, {"running": {"startedAt": current_time()}}, ready=is_ready))
 
-    async def _bind(self, pod: FakePod) -> str | None:
+    async def _bind_to_node(self, pod: FakePod) -> str | None:
         live_nodes = [node for node in self._nodes if node not in self._silent_nodes]
         if not live_nodes:
             return None
@@ -410,35 +410,35 @@ class FakeKubelet:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/binding"
         target = {"apiVersion": "v1", "kind": "Node", "name": node}
         body = {"metadata": {"name": pod.name, "uid": pod.uid}, "target": target}
-        made = await self._call("POST", path, body, accept=(404, 409))
-        return node if made is not None else None
+        binding = await self._send_request("POST", path, body, accepted_codes=(404, 409))
+        return node if binding is not None else None
 
-    async def _end_pod(self, pod: FakePod, ending: Ending) -> None:
+    async def _end_pod(self, pod: FakePod, container_exit: ContainerExit) -> None:
         """Write the terminated state of the container, unless the pod has already ended."""
         if pod.uid in self._endings:
             return
-        self._endings[pod.uid] = ending
-        given = ending.termination_message
-        message = given.to_json() if isinstance(given, TerminationMessage) else (given or "")
-        reason = ending.reason or ("Completed" if ending.exit_code == 0 else "Error")
-        times = {"startedAt": _start_time(pod), "finishedAt": now()}
-        state = {"terminated": {"exitCode": ending.exit_code, "reason": reason, "message": message, **times}}
-        status = _pod_status(pod, state, ready=False) | {"phase": "Succeeded" if ending.exit_code == 0 else "Failed"}
-        if ending.pod_reason:
-            status |= {"reason": ending.pod_reason, "message": "The node was low on resource: memory."}
-        if ending.disruption_reason:
-            disrupted = {"type": "DisruptionTarget", "status": "True", "reason": ending.disruption_reason}
-            status["conditions"].append(disrupted | {"message": "The pod is disrupted.", "lastTransitionTime": now()})
+        self._endings[pod.uid] = container_exit
+        termination_message = container_exit.termination_message
+        message = termination_message.to_json() if isinstance(termination_message, TerminationMessage) else (termination_message or "")
+        reason = container_exit.reason or ("Completed" if container_exit.exit_code == 0 else "Error")
+        timestamps = {"startedAt": _read_start_time(pod), "finishedAt": current_time()}
+        state = {"terminated": {"exitCode": container_exit.exit_code, "reason": reason, "message": message, **timestamps}}
+        status = _make_pod_status(pod, state, ready=False) | {"phase": "Succeeded" if container_exit.exit_code == 0 else "Failed"}
+        if container_exit.pod_reason:
+            status |= {"reason": container_exit.pod_reason, "message": "The node was low on resource: memory."}
+        if container_exit.disruption_reason:
+            disruption_condition = {"type": "DisruptionTarget", "status": "True", "reason": container_exit.disruption_reason}
+            status["conditions"].append(disruption_condition | {"message": "The pod is disrupted.", "lastTransitionTime": current_time()})
         await self._patch_status(pod, status)
 
-    async def _remove(self, pod: FakePod) -> None:
+    async def _delete_object(self, pod: FakePod) -> None:
         """Remove the object of a deleted pod. A kubelet does this when the containers have ended."""
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod.uid}}
-        await self._call("DELETE", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", body, accept=(404, 409))
+        await self._send_request("DELETE", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", body, accepted_codes=(404, 409))
 
     async def _patch_status(self, pod: FakePod, status: Object) -> None:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status"
-        await self._patch(path, {"metadata": {"uid": pod.uid}, "status": status}, accept=(404, 409))
+        await self._patch(path, {"metadata": {"uid": pod.uid}, "status": status}, accepted_codes=(404, 409))
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
@@ -458,71 +458,71 @@ class FakeKubelet:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def _patch(self, path: str, body: Object, accept: tuple[int, ...] = ()) -> Object | None:
-        return await self._call("PATCH", path, body, kind="application/merge-patch+json", accept=accept)
+    async def _patch(self, path: str, body: Object, accepted_codes: tuple[int, ...] = ()) -> Object | None:
+        return await self._send_request("PATCH", path, body, content_type="application/merge-patch+json", accepted_codes=accepted_codes)
 
-    async def _call(
-        self, method: str, path: str, body: Object | None = None, *, kind: str = "application/json",
-        query: dict[str, str] | None = None, accept: tuple[int, ...] = (),
+    async def _send_request(
+        self, method: str, path: str, body: Object | None = None, *, content_type: str = "application/json",
+        query: dict[str, str] | None = None, accepted_codes: tuple[int, ...] = (),
     ) -> Object | None:  # fmt: skip
         """Send a request and return the response body; None if the status code is in `accept`. Errors: OSError for other status codes from 400."""
         async with self._session.request(
-            method, self._endpoint.server + path, params=query, headers={"Content-Type": kind},
+            method, self._endpoint.server + path, params=query, headers={"Content-Type": content_type},
             data=None if body is None else json.dumps(body).encode(), timeout=aiohttp.ClientTimeout(total=20),
-        ) as answer:  # fmt: skip
-            if answer.status in accept:
+        ) as response:  # fmt: skip
+            if response.status in accepted_codes:
                 return None
-            if answer.status >= 400:
-                raise OSError(f"{method} {path}: {answer.status} {(await answer.text())[:300]}")
-            value: Object = await answer.json()
+            if response.status >= 400:
+                raise OSError(f"{method} {path}: {response.status} {(await response.text())[:300]}")
+            value: Object = await response.json()
             return value
 
 
-async def _events(stream: aiohttp.StreamReader) -> Any:
-    incomplete = b""
+async def _parse_events(stream: aiohttp.StreamReader) -> Any:
+    incomplete_line = b""
     async for chunk in stream.iter_any():
-        *lines, incomplete = (incomplete + chunk).split(b"\n")
+        *lines, incomplete_line = (incomplete_line + chunk).split(b"\n")
         for line in lines:
             yield json.loads(line)
 
 
-def _pod_status(pod: FakePod, state: Object, *, ready: bool) -> Object:
+def _make_pod_status(pod: FakePod, container_state: Object, *, ready: bool) -> Object:
     """Return the status of a running pod. `state` is the state of its container."""
     container = (pod.body["spec"].get("containers") or [{}])[0]
     is_ready = "True" if ready else "False"
     conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
     status = {
         "name": container.get("name", names.TRAINER_CONTAINER), "image": container.get("image", ""), "restartCount": 0,
-        "imageID": "simulated@sha256:" + "0" * 64, "ready": ready, "started": "running" in state, "state": state,
+        "imageID": "simulated@sha256:" + "0" * 64, "ready": ready, "started": "running" in container_state, "state": container_state,
     }  # fmt: skip
     return {
         "phase": "Running", "startTime": pod.body["metadata"]["creationTimestamp"], "hostIP": "127.0.0.1",
         "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}], "containerStatuses": [status],
-        "conditions": [{"type": k, "status": v, "lastTransitionTime": now()} for k, v in conditions.items()],
+        "conditions": [{"type": k, "status": v, "lastTransitionTime": current_time()} for k, v in conditions.items()],
     }  # fmt: skip
 
 
-def _start_time(pod: FakePod) -> str:
+def _read_start_time(pod: FakePod) -> str:
     container = ((pod.body.get("status") or {}).get("containerStatuses") or [{}])[0]
-    return str(((container.get("state") or {}).get("running") or {}).get("startedAt") or now())
+    return str(((container.get("state") or {}).get("running") or {}).get("startedAt") or current_time())
 
 
-def now() -> str:
+def current_time() -> str:
     """Return the current time in the format of Kubernetes."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def success(uri: str = "s3://bucket/model", step: int = 10, **fields: Any) -> Ending:
+def success_exit(uri: str = "s3://bucket/model", step: int = 10, **fields: Any) -> ContainerExit:
     """Return the ending of a pod that has finished training: exit code 0, and a termination message with the artefact's URI."""
     output = {"uri": uri, "sha256": "0" * 64, "kind": "adapter"}
-    return Ending(0, TerminationMessage.model_validate({"output": output, "step": step, **fields}))
+    return ContainerExit(0, TerminationMessage.model_validate({"output": output, "step": step, **fields}))
 
 
-def failure(exit_code: int, *, step: int | None = None, committed: int | None = None, **fields: Any) -> Ending:
+def failure_exit(exit_code: int, *, step: int | None = None, committed_step: int | None = None, **fields: Any) -> ContainerExit:
     """Return the ending of a pod that has failed. `committed` is the step of the newest checkpoint, `fields` describe the failure."""
-    given = {"exitCode": exit_code, "step": step, "committedStep": committed, **fields}
-    present = {key: value for key, value in given.items() if value is not None}
-    return Ending(exit_code, TerminationMessage.model_validate(present))
+    message_fields = {"exitCode": exit_code, "step": step, "committedStep": committed_step, **fields}
+    fields_with_value = {key: value for key, value in message_fields.items() if value is not None}
+    return ContainerExit(exit_code, TerminationMessage.model_validate(fields_with_value))
 
 
-__all__ = ["Ending", "FakeKubelet", "FakePod", "Plan", "Start", "failure", "now", "parse_pod", "replace", "success"]
+__all__ = ["ContainerExit", "FakeKubelet", "FakePod", "PodPlan", "PodStart", "failure_exit", "current_time", "parse_pod", "replace", "success_exit"]

@@ -16,7 +16,7 @@ from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 
 from tests.support.heap import freeze_libraries
 
-TEN = [
+TEN_ROWS = [
     {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
     for q, a in [
         ("one", "red"), ("two", "green"), ("three", "blue"), ("four", "yes"), ("five", "no"),
@@ -26,12 +26,12 @@ TEN = [
 """Ten rows with unrelated answers: learning one answer does not help with another answer."""
 
 
-def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of `base`, overwritten with the values of `more`. Nested mappings are merged."""
     result = dict(base)
-    for key, value in more.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
+    for key, value in overrides.items():
+        are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge_mappings(result[key], value) if are_mappings else value
     return result
 
 
@@ -43,24 +43,24 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def make_run(
-    folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, *,
+    folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN_ROWS, *,
     ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
     config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
 ) -> tuple[RunConfig, Inputs]:  # fmt: skip
     """Create a resolved run and its inputs, with all files below `folder`. The run uses a CPU unless the spec requests GPUs."""
-    train = write_rows(folder / "train.jsonl", rows)
-    held = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
-    base: dict[str, Any] = {
+    train_file = write_rows(folder / "train.jsonl", rows)
+    validation_files = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
+    base_spec: dict[str, Any] = {
         "model": {"source": f"file://{model}"},
-        "dataset": {"train": f"file://{train}"},
+        "dataset": {"train": f"file://{train_file}"},
         "resources": {"gpusPerNode": 0, "processesPerNode": ranks},
         "training": {"maxSteps": 4, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "learningRate": 5e-3, "warmupRatio": 0},
         "tracking": {"loggingSteps": 1},
         "checkpoint": {"strategy": "no"},
     }  # fmt: skip
-    if held:
-        base["dataset"]["validation"] = f"file://{held[0]}"
-    resolution = resolve_defaults(FineTuneJobSpec.model_validate(merged(base, spec or {})))
+    if validation_files:
+        base_spec["dataset"]["validation"] = f"file://{validation_files[0]}"
+    resolution = resolve_defaults(FineTuneJobSpec.model_validate(merge_mappings(base_spec, spec or {})))
     for name, keys in (config_maps or {}).items():
         for key, text in keys.items():
             (folder / "configmaps" / name).mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,13 @@ def make_run(
         resume=ResumeConfig(mode="auto"), grace_seconds=30,
     )  # fmt: skip
     inputs = Inputs(
-        model=model, train=[train], validation=held, model_revision="tiny", dataset_digest="d" * 64, restore=restore,
+        model=model, train=[train_file], validation=validation_files, model_revision="tiny", dataset_digest="d" * 64, restore=restore,
         output_dir=folder / "out", config_maps=folder / "configmaps", adapter=adapter,
     )  # fmt: skip
     return run, inputs
 
 
-def method_of(
+def create_method_for_run(
     run: RunConfig,
     inputs: Inputs,
     *,
@@ -104,7 +104,7 @@ def method_of(
 
 
 @dataclass
-class Outcome:
+class RunOutcome:
     """The results of a run."""
 
     logs: list[dict[str, Any]] = field(default_factory=list)
@@ -138,10 +138,10 @@ class Outcome:
     @property
     def resolved(self) -> dict[str, Any]:
         """The resolved settings that the run has reported."""
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for message in self.messages("resolved"):
-            found |= message["value"]
-        return found
+            settings |= message["value"]
+        return settings
 
     @property
     def notes(self) -> list[str]:
@@ -149,11 +149,11 @@ class Outcome:
         return [message["text"] for message in self.messages("note")]
 
 
-class Hooks:
+class RecordingHooks:
     """An implementation of `train.Hooks` that records the logs and the folder of the artefact."""
 
     def __init__(self) -> None:
-        self.outcome = Outcome()
+        self.outcome = RunOutcome()
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
         """Return a callback that records the logs."""
@@ -180,20 +180,20 @@ class Hooks:
         self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
 
 
-def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
+def train_here(run: RunConfig, inputs: Inputs) -> RunOutcome:
     """Run one rank in this process. Errors: the same as of the run."""
     from finetune_trainer import train
 
     train.preload(run)
     freeze_libraries()
-    hooks = Hooks()
+    hooks = RecordingHooks()
     channel = Channel.create_recording(inputs.output_dir.parent / "work")
     train.main(run, channel, inputs, hooks)
     return hooks.outcome
 
 
 def run_training(
-    folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, **options: Any
-) -> Outcome:
+    folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN_ROWS, **options: Any
+) -> RunOutcome:
     """Create a run and its inputs, and train in this process."""
     return train_here(*make_run(folder, model, spec, rows, **options))

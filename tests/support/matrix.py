@@ -14,13 +14,13 @@ from typing import Any
 
 from finetune_api.names import ExitCode
 
-from tests.support.cells import REPOSITORY, Cell, Result, launch
-from tests.support.learning import TEN, merged
-from tests.support.preferences import LABELLED, PAIRS, PROMPTS
+from tests.support.cells import CHECKOUT_FOLDER, Cell, Result, launch_cells
+from tests.support.learning import TEN_ROWS, merge_mappings
+from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
 
-PAGE = REPOSITORY / "docs/reference/matrix.md"
-WORKS = "yes"
-METHODS: dict[str, dict[str, Any]] = {
+PAGE = CHECKOUT_FOLDER / "docs/reference/matrix.md"
+WORKS_VERDICT = "yes"
+SPEC_BY_METHOD: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}},
     "lora": {"method": {"type": "lora"}},
     "lora, 8-bit base": {"method": {"type": "lora"}, "model": {"quantization": {"bits": 8}}},
@@ -33,19 +33,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefixTuning": {"method": {"type": "prefixTuning"}},
     "promptTuning": {"method": {"type": "promptTuning"}},
 }
-REWARDED = {
+REWARD_SETTINGS = {
     "grpo": {"numGenerations": 2, "beta": 0.1},
     "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
 }
-OBJECTIVES: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
-    "sft": ({}, TEN),
-    "dpo": ({"type": "dpo"}, PAIRS),
-    "grpo": ({"type": "grpo", "maxCompletionLength": 6, **REWARDED}, PROMPTS),
-    "kto": ({"type": "kto"}, LABELLED),
-    "orpo": ({"type": "orpo"}, PAIRS),
-    "reward": ({"type": "reward"}, PAIRS),
+TRAINER_BY_OBJECTIVE: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
+    "sft": ({}, TEN_ROWS),
+    "dpo": ({"type": "dpo"}, PREFERENCE_PAIRS),
+    "grpo": ({"type": "grpo", "maxCompletionLength": 6, **REWARD_SETTINGS}, PROMPTS),
+    "kto": ({"type": "kto"}, LABELLED_ANSWERS),
+    "orpo": ({"type": "orpo"}, PREFERENCE_PAIRS),
+    "reward": ({"type": "reward"}, PREFERENCE_PAIRS),
 }
-STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
+RANKS_BY_STRATEGY: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "ddp": (2, {"strategy": "ddp"}),
     "fsdp, fullShard": (2, {"strategy": "fsdp"}),
@@ -54,57 +54,57 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed, ZeRO 2": (2, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}),
     "deepspeed, ZeRO 3": (2, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
 }
-Table = dict[tuple[str, str], str]
+VerdictTable = dict[tuple[str, str], str]
 """For each (method, objective): `yes` if the combination works, else the reason for the refusal."""
 
 
-def run(strategy: str, folder: Path) -> Table:
+def run_strategy(strategy: str, folder: Path) -> VerdictTable:
     """Run all cells of one strategy in one launch. Errors: AssertionError if a cell fails with an error other than a ConfigError."""
-    ranks, distributed = STRATEGIES[strategy]
-    model = _model(folder / "model")
-    writer, scorer = (_adapter(model, folder / kind, kind) for kind in ("CAUSAL_LM", "SEQ_CLS"))
+    rank_count, distributed_spec = RANKS_BY_STRATEGY[strategy]
+    model = _make_model(folder / "model")
+    generation_adapter, reward_adapter = (_make_adapter(model, folder / kind, kind) for kind in ("CAUSAL_LM", "SEQ_CLS"))
     cells = []
-    for method, spec in METHODS.items():
-        for objective, (trainer, rows) in OBJECTIVES.items():
-            cell_spec = merged(spec, {"trainer": trainer, "distributed": distributed, "training": {"maxSteps": 2}})
-            adapter = None if method != "adapter" else scorer if objective == "reward" else writer
+    for method, spec in SPEC_BY_METHOD.items():
+        for objective, (trainer, rows) in TRAINER_BY_OBJECTIVE.items():
+            cell_spec = merge_mappings(spec, {"trainer": trainer, "distributed": distributed_spec, "training": {"maxSteps": 2}})
+            adapter = None if method != "adapter" else reward_adapter if objective == "reward" else generation_adapter
             cells.append(Cell(f"{method} | {objective}", str(model), cell_spec, rows, adapter=adapter))
-    found = launch(cells, folder / "cells", ranks=ranks, timeout=1500)
+    results = launch_cells(cells, folder / "cells", rank_count=rank_count, timeout=1500)
     return {
-        (method, objective): _verdict(found[f"{method} | {objective}"])
-        for method in METHODS
-        for objective in OBJECTIVES
+        (method, objective): _read_verdict(results[f"{method} | {objective}"])
+        for method in SPEC_BY_METHOD
+        for objective in TRAINER_BY_OBJECTIVE
     }
 
 
-def _verdict(result: Result) -> str:
+def _read_verdict(result: Result) -> str:
     if result.error is None:
         assert len(result.losses) == 2, result
         assert any(name.endswith(".safetensors") for name in result.files), result
-        return WORKS
+        return WORKS_VERDICT
     assert result.error["exitCode"] == ExitCode.CONFIG_INVALID, f"{result.name}: {result.error}"
     return f"{result.error['message']}; {result.error['hint']}"
 
 
-def _model(path: Path) -> Path:
+def _make_model(path: Path) -> Path:
     from tests.support.tiny import make_tiny_model
 
     return make_tiny_model(path)
 
 
-def _adapter(model: Path, folder: Path, kind: str) -> str:
+def _make_adapter(model: Path, folder: Path, task_type: str) -> str:
     """Create and save an adapter for the PEFT task type `kind`. Returns its folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    loader = AutoModelForCausalLM if kind == "CAUSAL_LM" else AutoModelForSequenceClassification
-    options = {} if kind == "CAUSAL_LM" else {"num_labels": 1}
-    base = loader.from_pretrained(model, **options)
-    get_peft_model(base, LoraConfig(task_type=kind, target_modules="all-linear", r=4)).save_pretrained(folder)
+    loader = AutoModelForCausalLM if task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
+    options = {} if task_type == "CAUSAL_LM" else {"num_labels": 1}
+    base_model = loader.from_pretrained(model, **options)
+    get_peft_model(base_model, LoraConfig(task_type=task_type, target_modules="all-linear", r=4)).save_pretrained(folder)
     return str(folder)
 
 
-HEAD = """# What works together
+PAGE_HEADER = """# What works together
 
 Each combination of method, objective and strategy was run with a tiny model on two CPU ranks (`one rank`: on a single rank). A dot means that
 the combination trained and saved an artefact. A number means that the combination was refused before training, with the message below.
@@ -112,33 +112,33 @@ the combination trained and saved an artefact. A number means that the combinati
 """
 
 
-def page(tables: dict[str, Table]) -> str:
+def render_page(tables: dict[str, VerdictTable]) -> str:
     """Return the text of the reference page."""
     reasons: list[str] = []
-    blocks = []
-    for strategies, table in _grouped(tables):
+    sections = []
+    for strategies, table in _group_by_table(tables):
         lines = [
             f"## {'; '.join(strategies)}",
             "",
-            f"| method | {' | '.join(OBJECTIVES)} |",
-            f"|---|{'---|' * len(OBJECTIVES)}",
+            f"| method | {' | '.join(TRAINER_BY_OBJECTIVE)} |",
+            f"|---|{'---|' * len(TRAINER_BY_OBJECTIVE)}",
         ]
-        for method in METHODS:
-            marks = []
-            for objective in OBJECTIVES:
+        for method in SPEC_BY_METHOD:
+            cell_texts = []
+            for objective in TRAINER_BY_OBJECTIVE:
                 verdict = table[method, objective]
-                if verdict != WORKS and verdict not in reasons:
+                if verdict != WORKS_VERDICT and verdict not in reasons:
                     reasons.append(verdict)
-                marks.append("•" if verdict == WORKS else str(reasons.index(verdict) + 1))
-            lines.append(f"| {method} | {' | '.join(marks)} |")
-        blocks.append("\n".join(lines))
+                cell_texts.append("•" if verdict == WORKS_VERDICT else str(reasons.index(verdict) + 1))
+            lines.append(f"| {method} | {' | '.join(cell_texts)} |")
+        sections.append("\n".join(lines))
     notes = "\n".join(f"{place}. {reason}" for place, reason in enumerate(reasons, 1))
-    return "\n".join([HEAD, "\n\n".join(blocks), "\n## Refused\n", notes, ""])
+    return "\n".join([PAGE_HEADER, "\n\n".join(sections), "\n## Refused\n", notes, ""])
 
 
-def _grouped(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
+def _group_by_table(tables: dict[str, VerdictTable]) -> Iterator[tuple[list[str], VerdictTable]]:
     """Group the strategies that have equal tables. Yields the names of the strategies and their table."""
-    groups: list[tuple[list[str], Table]] = []
+    groups: list[tuple[list[str], VerdictTable]] = []
     for strategy, table in tables.items():
         for names, other in groups:
             if other == table:
@@ -149,30 +149,30 @@ def _grouped(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
     yield from groups
 
 
-def expected(strategy: str) -> Table:
+def read_expected_table(strategy: str) -> VerdictTable:
     """Read the table of a strategy from the reference page."""
     text = PAGE.read_text()
     assert strategy in text, f"the page has no table of {strategy}: run python -m tests.support.matrix '{strategy}'"
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text.split("\n## Refused\n")[1], re.MULTILINE))
-    block = next(one for one in text.split("\n## ") if strategy in one.splitlines()[0].split("; "))
-    table: Table = {}
-    for line in block.splitlines():
-        cells = [one.strip() for one in line.strip("|").split("|")]
-        if cells[0] in METHODS:
-            for objective, mark in zip(OBJECTIVES, cells[1:], strict=True):
-                table[cells[0], objective] = WORKS if mark == "•" else reasons[mark]
+    section = next(one for one in text.split("\n## ") if strategy in one.splitlines()[0].split("; "))
+    table: VerdictTable = {}
+    for line in section.splitlines():
+        cell_texts = [one.strip() for one in line.strip("|").split("|")]
+        if cell_texts[0] in SPEC_BY_METHOD:
+            for objective, mark in zip(TRAINER_BY_OBJECTIVE, cell_texts[1:], strict=True):
+                table[cell_texts[0], objective] = WORKS_VERDICT if mark == "•" else reasons[mark]
     return table
 
 
-def main(requested: Sequence[str]) -> None:
+def main(requested_strategies: Sequence[str]) -> None:
     """Run the requested strategies (default: all). Write the page after each strategy; the tables of other strategies stay unchanged."""
-    tables = {name: expected(name) for name in STRATEGIES if PAGE.exists() and name in PAGE.read_text()}
-    for strategy in requested or STRATEGIES:
+    tables = {name: read_expected_table(name) for name in RANKS_BY_STRATEGY if PAGE.exists() and name in PAGE.read_text()}
+    for strategy in requested_strategies or RANKS_BY_STRATEGY:
         with tempfile.TemporaryDirectory() as folder:
-            tables[strategy] = run(strategy, Path(folder))
-        refused = sum(verdict != WORKS for verdict in tables[strategy].values())
-        print(f"{strategy}: {len(tables[strategy]) - refused} work, {refused} are refused", flush=True)
-        PAGE.write_text(page({name: tables[name] for name in STRATEGIES if name in tables}))
+            tables[strategy] = run_strategy(strategy, Path(folder))
+        refused_count = sum(verdict != WORKS_VERDICT for verdict in tables[strategy].values())
+        print(f"{strategy}: {len(tables[strategy]) - refused_count} work, {refused_count} are refused", flush=True)
+        PAGE.write_text(render_page({name: tables[name] for name in RANKS_BY_STRATEGY if name in tables}))
 
 
 if __name__ == "__main__":

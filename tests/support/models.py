@@ -47,14 +47,14 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was trained on the questions of the ten rows, but with wrong answers."""
-    from tests.support.learning import TEN
-    from tests.support.tiny import make_tiny_model, teach
+    from tests.support.learning import TEN_ROWS
+    from tests.support.tiny import make_tiny_model, train_model
 
     path = make_tiny_model(tmp_path_factory.mktemp("models") / "taught")
-    answers = [row["messages"][1]["content"] for row in TEN]
-    others = [
+    answers = [row["messages"][1]["content"] for row in TEN_ROWS]
+    wrong_conversations = [
         [row["messages"][0], {"role": "assistant", "content": answers[(place + shift) % len(answers)]}]
         for shift in (3, 5, 7)
-        for place, row in enumerate(TEN)
+        for place, row in enumerate(TEN_ROWS)
     ]
-    return teach(path, others, steps=120)
+    return train_model(path, wrong_conversations, steps=120)

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from localcluster.ports import free_ports
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT_FOLDER = Path(__file__).resolve().parents[2]
 FAST_CONFIG: dict[str, Any] = {
     "storage": {"uri": "s3://bucket/prefix", "endpoint": "http://127.0.0.1:1"},
     "trainer": {"image": "example.org/trainer:1"},
@@ -31,17 +31,17 @@ FAST_CONFIG: dict[str, Any] = {
 }
 """A configuration with short intervals and timeouts, so that tests are fast."""
 KILL_VARIABLE = "FINETUNE_TEST_KILL_FILE"
-ERROR_LINE = re.compile(
+ERROR_LINE_PATTERN = re.compile(
     r'"level": ?"(?:error|critical)"|Traceback \(most recent call last\)| \[?(?:ERROR|CRITICAL)\b', re.I
 )
 
 
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of `base`, overwritten with the values of `change`. Nested mappings are merged."""
     result = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
+    for key, value in overrides.items():
+        are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge_mappings(result[key], value) if are_mappings else value
     return result
 
 
@@ -61,15 +61,15 @@ class OperatorProcess:
     _process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
-    def start(self, *, ready: bool = True) -> Self:
+    def start(self, *, wait_until_ready: bool = True) -> Self:
         """Start the process. If `ready` is true, wait until /readyz succeeds. Errors: AssertionError if the process ends before it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_ports(1)[0]
-        config = merged(merged(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
+        config = merge_mappings(merge_mappings(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
         path = self.folder / "config.yaml"
         path.write_text(json.dumps(config))
-        packages = os.pathsep.join(str(CHECKOUT / name) for name in ("crds", "operator"))
-        env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
+        python_path = os.pathsep.join(str(CHECKOUT_FOLDER / name) for name in ("crds", "operator"))
+        env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
         env |= dict(self.env) | {KILL_VARIABLE: str(self.folder / "kill-at")}
         argv = [*self.command_prefix, sys.executable, "-m", "finetune_operator", "--config", str(path)]
         with self.log_path.open("ab") as log:
@@ -77,15 +77,15 @@ class OperatorProcess:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.folder,
                 start_new_session=True,
             )  # fmt: skip
-        if ready:
+        if wait_until_ready:
             self.wait_ready()
         return self
 
     def kill_at(self, point: str) -> None:
         """Make the process kill itself when it next reaches this kill point."""
-        unfinished = self.folder / "kill-at.new"
-        unfinished.write_text(point)
-        unfinished.rename(self.folder / "kill-at")
+        unfinished_file = self.folder / "kill-at.new"
+        unfinished_file.write_text(point)
+        unfinished_file.rename(self.folder / "kill-at")
 
     @property
     def log_path(self) -> Path:
@@ -107,16 +107,16 @@ class OperatorProcess:
     def wait_ready(self, timeout: float = 30.0) -> None:
         """Wait until /readyz returns 200."""
         deadline = time.monotonic() + timeout
-        while self.probe("/readyz") != 200:
+        while self.read_status_code("/readyz") != 200:
             assert self.is_running, f"the operator ended while starting: {self.log[-3000:]}"
             assert time.monotonic() < deadline, f"the operator was not ready in {timeout:.0f} s: {self.log[-3000:]}"
             time.sleep(0.05)
 
-    def probe(self, path: str) -> int:
+    def read_status_code(self, path: str) -> int:
         """Return the status code of a GET request to the operator's HTTP port; 0 if there is no response."""
         return self._get(path)[0]
 
-    def metrics(self) -> dict[str, float]:
+    def read_metrics(self) -> dict[str, float]:
         """Return the values of /metrics, by `name{labels}`."""
         text = self._get("/metrics")[1]
         lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
@@ -165,7 +165,7 @@ class OperatorProcess:
         allowed_patterns = [re.compile(expression) for expression in allowed]
         return [
             line for line in self.log.splitlines()
-            if ERROR_LINE.search(line) and not any(expression.search(line) for expression in allowed_patterns)
+            if ERROR_LINE_PATTERN.search(line) and not any(expression.search(line) for expression in allowed_patterns)
         ]  # fmt: skip
 
     def __enter__(self) -> Self:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def user(text: str) -> dict[str, str]:
+def user_message(text: str) -> dict[str, str]:
     """Return a user message."""
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, str]:
+def assistant_message(text: str) -> dict[str, str]:
     """Return an assistant message."""
     return {"role": "assistant", "content": text}
 
@@ -19,15 +19,15 @@ _QUESTIONS = [
     ("one", "red", "no no"), ("two", "green", "yes"), ("three", "blue", "four five"), ("four", "yes", "red"), ("five", "no", "green blue"),
     ("question", "Paris", "Berlin"), ("answer", "Berlin", "Paris yes"), ("input", "nine", "three"), ("output", "three", "nine"), ("true", "false", "true"),
 ]  # fmt: skip
-PAIRS: list[dict[str, Any]] = [
-    {"prompt": [user(question)], "chosen": [assistant(good)], "rejected": [assistant(bad)]} for question, good, bad in _QUESTIONS
+PREFERENCE_PAIRS: list[dict[str, Any]] = [
+    {"prompt": [user_message(question)], "chosen": [assistant_message(good)], "rejected": [assistant_message(bad)]} for question, good, bad in _QUESTIONS
 ]
 """Ten questions with a better and a worse answer."""
-LABELLED: list[dict[str, Any]] = [
+LABELLED_ANSWERS: list[dict[str, Any]] = [
     {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-    for row in PAIRS
+    for row in PREFERENCE_PAIRS
     for side in ("chosen", "rejected")
 ]
 """The questions and answers of PAIRS as single rows, each with the label good or bad."""
-PROMPTS: list[dict[str, Any]] = [{"prompt": [user(question)], "answer": good} for question, good, _ in _QUESTIONS]
+PROMPTS: list[dict[str, Any]] = [{"prompt": [user_message(question)], "answer": good} for question, good, _ in _QUESTIONS]
 """The questions of PAIRS as prompts. The column `answer` contains the better answer."""

@@ -21,13 +21,13 @@ from ruamel.yaml import YAML
 from localcluster import Endpoint
 from localcluster.processes import wait_until
 from tests.support.apiproxy import ApiProxy
-from tests.support.kubeapi import ApiError, KubeApi, Object, condition, condition_is_true
+from tests.support.kubeapi import ApiError, KubeApi, Object, condition_is_true, find_condition
 from tests.support.kubelet import FakeKubelet
-from tests.support.operator_process import CHECKOUT, OperatorProcess, merged
+from tests.support.operator_process import CHECKOUT_FOLDER, OperatorProcess, merge_mappings
 
-FTJ = names.PLURAL
+FINETUNEJOBS = names.PLURAL
 CRD = f"{names.PLURAL}.{names.GROUP}"
-MINIMAL: dict[str, Any] = {
+MINIMAL_SPEC: dict[str, Any] = {
     "model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}, "resources": {"gpusPerNode": 0},
 }  # fmt: skip
 _namespace_numbers = itertools.count(1)
@@ -44,8 +44,8 @@ class Cluster:
 
 def install_crd(api: KubeApi) -> None:
     """Apply the checked-in CRD and wait until the API server serves it."""
-    crd = YAML(typ="safe").load((CHECKOUT / "crds" / "finetunejobs.yaml").read_text())
-    api.patch("customresourcedefinitions", None, CRD, crd, patch="apply")
+    crd = YAML(typ="safe").load((CHECKOUT_FOLDER / "crds" / "finetunejobs.yaml").read_text())
+    api.patch("customresourcedefinitions", None, CRD, crd, patch_type="apply")
     api.wait("customresourcedefinitions", None, CRD, lambda body: condition_is_true(body, "Established"))
     wait_until("the CRD to be served", lambda: is_served(api), servers=[], timeout=30)
 
@@ -53,7 +53,7 @@ def install_crd(api: KubeApi) -> None:
 def is_served(api: KubeApi) -> bool:
     """Whether the API server can list FineTuneJobs. The API server may need a moment after the CRD has the condition `Established`."""
     try:
-        api.list(FTJ, "default")
+        api.list(FINETUNEJOBS, "default")
     except ApiError as error:
         if error.code in (404, 429):
             return False
@@ -99,40 +99,40 @@ class Rig:
         return proxy
 
     def operator(
-        self, *, through: ApiProxy | None = None, config: Mapping[str, Any] | None = None,
-        ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
+        self, *, proxy: ApiProxy | None = None, config: Mapping[str, Any] | None = None,
+        wait_until_ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
         """Start an operator for this namespace. It uses the proxy `through` and `token` (default: the administrator's token)."""
         folder = self.folder / f"operator-{len(self.operators)}"
         folder.mkdir()
-        if through is not None:
-            kubeconfig = through.kubeconfig(folder / "kubeconfig", token)
+        if proxy is not None:
+            kubeconfig = proxy.kubeconfig(folder / "kubeconfig", token)
         else:
             kubeconfig = self.cluster.endpoint.kubeconfig
         test_config = {"namespaces": [self.namespace], "scrape": {"url": self.kubelet.progress_url}}
-        operator = OperatorProcess(folder, kubeconfig, merged(test_config, config or {}), env=env or {})
+        operator = OperatorProcess(folder, kubeconfig, merge_mappings(test_config, config or {}), env=env or {})
         self.operators.append(operator)
-        return operator.start(ready=ready)
+        return operator.start(wait_until_ready=wait_until_ready)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def submit(self, name: str = "job", **spec: Any) -> Object:
         """Create a FineTuneJob. Its spec is a minimal spec, merged with `spec`."""
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}}
-        return self.api.create(FTJ, self.namespace, body | {"spec": merged(MINIMAL, spec)}, fieldValidation="Strict")
+        return self.api.create(FINETUNEJOBS, self.namespace, body | {"spec": merge_mappings(MINIMAL_SPEC, spec)}, fieldValidation="Strict")
 
     def patch_spec(self, name: str = "job", **spec: Any) -> Object:
         """Merge `spec` into the job's spec."""
-        return self.api.patch(FTJ, self.namespace, name, {"spec": spec})
+        return self.api.patch(FINETUNEJOBS, self.namespace, name, {"spec": spec})
 
     def get(self, name: str = "job") -> Object:
-        return self.api.get(FTJ, self.namespace, name)
+        return self.api.get(FINETUNEJOBS, self.namespace, name)
 
     def status(self, name: str = "job") -> Object:
         return dict(self.get(name).get("status") or {})
 
     def wait(self, until: Callable[[Object], bool], name: str = "job", *, timeout: float = 30, description: str = "") -> Object:
-        return self.api.wait(FTJ, self.namespace, name, until, timeout=timeout, description=description)
+        return self.api.wait(FINETUNEJOBS, self.namespace, name, until, timeout=timeout, description=description)
 
     def wait_phase(self, phase: Phase, name: str = "job", *, timeout: float = 30) -> Object:
         """Wait until the job is in the phase, and return the object."""
@@ -152,8 +152,8 @@ class Rig:
 
     def job_names(self, name: str = "job") -> list[str]:
         """Return the sorted names of the Jobs of a FineTuneJob."""
-        found = self.api.list("jobs", self.namespace, labels=f"{Label.JOB_NAME}={name}")
-        return sorted(body["metadata"]["name"] for body in found)
+        jobs = self.api.list("jobs", self.namespace, labels=f"{Label.JOB_NAME}={name}")
+        return sorted(body["metadata"]["name"] for body in jobs)
 
     def event_reasons(self, name: str = "job") -> list[str]:
         """Return the reasons of the events about a FineTuneJob, oldest first."""
@@ -167,10 +167,10 @@ class Rig:
     def wait_event(self, reason: str, name: str = "job", *, timeout: float = 20) -> Object:
         """Wait for an event with the reason, and return the first one."""
 
-        def found(items: list[Object]) -> list[Object]:
+        def select_events(items: list[Object]) -> list[Object]:
             return [e for e in items if e["reason"] == reason and e["regarding"]["name"] == name]
 
-        return found(self.api.wait_list("events", self.namespace, lambda items: bool(found(items)), timeout=timeout))[0]
+        return select_events(self.api.wait_list("events", self.namespace, lambda items: bool(select_events(items)), timeout=timeout))[0]
 
     def log(self) -> str:
         """The logs of all operators."""
@@ -204,7 +204,7 @@ def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) 
 
 def count_status_writes(proxy: ApiProxy) -> int:
     """Count the status writes of FineTuneJobs that the API server has accepted."""
-    return sum(e.operation.endswith(f"{FTJ}/status") and 200 <= e.server_status < 300 for e in proxy.exchanges)
+    return sum(e.operation.endswith(f"{FINETUNEJOBS}/status") and 200 <= e.server_status < 300 for e in proxy.exchanges)
 
 
 def count_created(proxy: ApiProxy, resource: str) -> int:
@@ -214,7 +214,7 @@ def count_created(proxy: ApiProxy, resource: str) -> int:
 
 def forbidden_writes(proxy: ApiProxy) -> list[str]:
     """Return the writes to FineTuneJobs outside their status. The operator must not send such writes."""
-    return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FTJ}")]
+    return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FINETUNEJOBS}")]
 
 
 def attempt_reasons(body: Object) -> list[tuple[int, str]]:
@@ -223,6 +223,6 @@ def attempt_reasons(body: Object) -> list[tuple[int, str]]:
 
 
 __all__ = [
-    "FTJ", "MINIMAL", "Cluster", "Rig", "attempt_reasons", "condition", "condition_is_true", "count_created", "count_status_writes",
+    "FINETUNEJOBS", "MINIMAL_SPEC", "Cluster", "Rig", "attempt_reasons", "find_condition", "condition_is_true", "count_created", "count_status_writes",
     "fault_cluster", "forbidden_writes", "install_crd", "rig",
 ]  # fmt: skip

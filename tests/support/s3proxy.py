@@ -40,7 +40,7 @@ __all__ = [
     "S3Operation", "S3Proxy", "Status", "StatusAfterApply", "Truncate", "active_rules",
 ]  # fmt: skip
 
-REASONS = {
+ERROR_BY_CODE = {
     400: "BadRequest", 403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 500: "InternalError",
     503: "SlowDown",
 }  # fmt: skip
@@ -61,16 +61,16 @@ class S3Proxy(FaultProxy[S3Operation]):
 
     def fault(
         self, fault: Fault, *, operation: str | None = None, key: str = "",
-        times: int | None = None, skip: int = 0, probability: float = 1.0,
+        max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[S3Operation]:  # fmt: skip
         """Apply `fault` to requests of an operation (such as `PutObject`; None means all) whose key matches the regular expression `key`."""
         key_pattern = re.compile(key)
         return self.add_rule(
             fault, lambda request: operation in (None, request.label) and bool(key_pattern.search(request.key)),
-            times=times, skip=skip, probability=probability,
+            max_hits=max_hits, skipped_matches=skipped_matches, probability=probability,
         )  # fmt: skip
 
-    def through(self, endpoint: S3Endpoint) -> S3Endpoint:
+    def endpoint_through(self, endpoint: S3Endpoint) -> S3Endpoint:
         """Return a copy of the endpoint with the proxy's address."""
         return replace(endpoint, host_url=self.url, cluster_url=self.url)
 
@@ -79,7 +79,7 @@ class S3Proxy(FaultProxy[S3Operation]):
         return S3Operation(_operation_name(request, bucket, key), bucket, key)
 
     def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
-        error_code = reason or REASONS.get(code, "InternalError")
+        error_code = reason or ERROR_BY_CODE.get(code, "InternalError")
         body = f'<?xml version="1.0"?><Error><Code>{error_code}</Code><Message>injected by a test</Message></Error>'
         return body.encode(), {"Content-Type": "application/xml", "x-amz-request-id": "proxy"}
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|bos|>"]
-CORPUS = [
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|bos|>"]
+TOKENIZER_CORPUS = [
     "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.",
     "Ahoy, matey! Berlin is the capital of Germany. Yo-ho-ho! system user assistant question answer instruction response",
     '0123456789 1 + 1 = 2, 2 + 2 = 4, three times three is nine; (a) or (b)? {"key": "value"} <think> </think>',
     "Question: Answer: Instruction: Response: Input: Output: yes no true false red green blue one two three four five",
 ]
 
-CHATML = (
+CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -33,29 +33,29 @@ CHATML_MARKED = (
 
 
 def make_tokenizer(
-    path: Path | str, *, chat_template: str | None = CHATML, pad: str | None = "<|pad|>", bos: bool = False
+    path: Path | str, *, chat_template: str | None = CHATML_TEMPLATE, pad: str | None = "<|pad|>", bos: bool = False
 ):
     """Train and save the tokenizer. If `bos` is true, it adds <|bos|> before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
+    bpe_tokenizer = Tokenizer(models.BPE())
+    bpe_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe_tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=448,
-        special_tokens=SPECIALS,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(CORPUS * 4, trainer)
+    bpe_tokenizer.train_from_iterator(TOKENIZER_CORPUS * 4, trainer)
     if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<|bos|> $A", special_tokens=[("<|bos|>", core.token_to_id("<|bos|>"))]
+        bpe_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", bpe_tokenizer.token_to_id("<|bos|>"))]
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token=pad, bos_token="<|bos|>" if bos else None,
-        extra_special_tokens=SPECIALS[:3], clean_up_tokenization_spaces=False, model_max_length=512,
+        tokenizer_object=bpe_tokenizer, eos_token="<|im_end|>", pad_token=pad, bos_token="<|bos|>" if bos else None,
+        extra_special_tokens=SPECIAL_TOKENS[:3], clean_up_tokenization_spaces=False, model_max_length=512,
     )  # fmt: skip
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(path)
@@ -65,7 +65,7 @@ def make_tokenizer(
 def make_tiny_model(
     path: Path | str,
     *,
-    chat_template: str | None = CHATML,
+    chat_template: str | None = CHATML_TEMPLATE,
     pad: str | None = "<|pad|>",
     bos: bool = False,
     tied: bool = False,
@@ -110,7 +110,7 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
     return path
 
 
-def teach(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
+def train_model(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
     """Train all weights of the saved model on conversations, so that adapters can learn on it. On random weights, adapters learn almost
     nothing, because the frozen head gives every token nearly the same score.
     """

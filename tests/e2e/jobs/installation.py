@@ -28,8 +28,8 @@ import demo  # noqa: E402 -- a script, importable only now
 from demo_clusters import OPERATOR_IMAGE, TRAINER_IMAGE  # noqa: E402
 from tools import HELM  # noqa: E402
 
-MODEL = f"s3://{demo.MODELS}/{demo.MODEL_KEY}"
-SECRET = demo.SECRET
+MODEL = f"s3://{demo.MODELS_BUCKET}/{demo.MODEL_KEY}"
+SECRET = demo.SECRET_NAME
 SMALL_RESOURCES = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
 """Default resources of a pod, so that all jobs of a test fit on two cores."""
 JOB_TIMEOUT_SECONDS = 240
@@ -63,32 +63,32 @@ class Installation:
 
     def helm(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
         """Run Helm in the operator's namespace and return its output."""
-        command = [str(HELM.path), "--kubeconfig", str(self.cluster.kubeconfig), "-n", demo.RELEASE, *arguments]
+        command = [str(HELM.path), "--kubeconfig", str(self.cluster.kubeconfig), "-n", demo.RELEASE_NAME, *arguments]
         done = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True)
         assert done.returncode == 0, f"helm {arguments[0]}: {done.stderr}"
         return done.stdout
 
     def install(self, **chart_values: Any) -> str:
         """Install the chart with the demo's values, overridden by `chart_values`. Returns Helm's notes."""
-        self.api.patch("namespaces", None, demo.RELEASE, restricted_namespace(demo.RELEASE), patch="apply")
-        values = demo.values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.values reads only the fields of ChartInputs
+        self.api.patch("namespaces", None, demo.RELEASE_NAME, restricted_namespace(demo.RELEASE_NAME), patch="apply")
+        values = demo.make_helm_values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
         chart = str(ROOT / "helm/finetune-operator")
         return self.helm(
-            "upgrade", "--install", demo.RELEASE, chart, "--wait", "--timeout", "2m", "-f", "-", values=values
+            "upgrade", "--install", demo.RELEASE_NAME, chart, "--wait", "--timeout", "2m", "-f", "-", values=values
         )
 
     def upload(self, model: Path, files: Mapping[str, bytes]) -> None:
         """Upload the model to the examples' source, and files to the bucket `datasets`."""
-        for bucket in (demo.MODELS, demo.DATASETS, demo.RESULTS):
+        for bucket in (demo.MODELS_BUCKET, demo.DATASETS_BUCKET, demo.RESULTS_BUCKET):
             self.store.create_bucket(Bucket=bucket)
         for path in sorted(model.iterdir()):
-            self.store.upload_file(str(path), demo.MODELS, f"{demo.MODEL_KEY}/{path.name}")
+            self.store.upload_file(str(path), demo.MODELS_BUCKET, f"{demo.MODEL_KEY}/{path.name}")
         for path in sorted((ROOT / "examples/data").iterdir()):
-            self.store.upload_file(str(path), demo.DATASETS, path.name)
+            self.store.upload_file(str(path), demo.DATASETS_BUCKET, path.name)
         for key, body in files.items():
-            self.store.put_object(Bucket=demo.DATASETS, Key=key, Body=body)
+            self.store.put_object(Bucket=demo.DATASETS_BUCKET, Key=key, Body=body)
 
     def create_namespace(self, namespace: str) -> JobNamespace:
         """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""

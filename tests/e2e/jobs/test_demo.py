@@ -62,17 +62,17 @@ def test_demo_runs_to_its_end(
     out = tmp_path / "out.txt"
     with out.open("w") as file:
         monkeypatch.setattr(demo, "console", Console(file=file, width=200))
-        monkeypatch.setattr(demo, "ensure", lambda: model)
+        monkeypatch.setattr(demo, "ensure_model", lambda: model)
         demo.run_demo(RunningCluster(borrowed_installation))
     borrowed_installation.api.delete("namespaces", None, demo.NAMESPACE)
     text = out.read_text()
     for fact in (
         "kubectl apply -f examples/quickstart.yaml", "phase Running", "phase Succeeded", "100 % of the steps done",
         "quickstart   Succeeded   40/40 (100%)", "model/_COMMITTED", "checkpoints/step-00000040/_COMMITTED",
-        *demo.QUESTIONS,
+        *demo.UNSEEN_QUESTIONS,
     ):  # fmt: skip
         assert fact in text, text
-    assert text.count("    tuned  ") == len(demo.QUESTIONS)
+    assert text.count("    tuned  ") == len(demo.UNSEEN_QUESTIONS)
 
 
 def test_second_cluster_is_refused_in_one_line(installation: Installation) -> None:

@@ -10,20 +10,20 @@ from tests.support.kubeapi import condition_is_true
 
 
 def test_operator_runs_under_restricted_and_no_request_is_forbidden(installation: Installation) -> None:
-    logs = installation.cluster.kubectl("-n", demo.RELEASE, "logs", f"deployment/{demo.RELEASE}", "--tail=-1")
+    logs = installation.cluster.kubectl("-n", demo.RELEASE_NAME, "logs", f"deployment/{demo.RELEASE_NAME}", "--tail=-1")
     assert "forbidden" not in logs.lower()
-    (pod,) = installation.api.list("pods", demo.RELEASE)
+    (pod,) = installation.api.list("pods", demo.RELEASE_NAME)
     assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
 
 
 def test_helm_upgrade_with_the_same_values_restarts_nothing(installation: Installation) -> None:
     installation.install()
     installation.api.wait_list(
-        "pods", demo.RELEASE, lambda pods: len(pods) == 1, timeout=60
+        "pods", demo.RELEASE_NAME, lambda pods: len(pods) == 1, timeout=60
     )  # a pod of the previous version may still be ending
-    (before,) = installation.api.list("pods", demo.RELEASE)
+    (before,) = installation.api.list("pods", demo.RELEASE_NAME)
     installation.install()
-    (after,) = installation.api.list("pods", demo.RELEASE)
+    (after,) = installation.api.list("pods", demo.RELEASE_NAME)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
 
 
@@ -34,8 +34,8 @@ def test_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) ->
     )
     job_namespace.wait("alone", lambda s: s.phase is Phase.RUNNING, "running")
     kubectl = installation.cluster.kubectl
-    kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=0", "--timeout=60s")
-    installation.api.wait_list("pods", demo.RELEASE, lambda pods: not pods, timeout=60)
+    kubectl("-n", demo.RELEASE_NAME, "scale", f"deployment/{demo.RELEASE_NAME}", "--replicas=0", "--timeout=60s")
+    installation.api.wait_list("pods", demo.RELEASE_NAME, lambda pods: not pods, timeout=60)
     labels = f"{Label.JOB_NAME}=alone"
     installation.api.wait_list(
         "jobs",
@@ -45,7 +45,7 @@ def test_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) ->
         timeout=120,
     )
     assert job_namespace.status("alone").phase is not Phase.SUCCEEDED
-    kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=1")
+    kubectl("-n", demo.RELEASE_NAME, "scale", f"deployment/{demo.RELEASE_NAME}", "--replicas=1")
     status = job_namespace.wait_finished("alone")
     assert status.output is not None
     assert status.output.uri is not None

@@ -190,10 +190,10 @@ def n2(installation: Installation) -> Iterator[str]:
     """The second node, on which the operator does not run. After the test, the node is started again."""
     kubectl = installation.cluster.kubectl
     kubectl("cordon", "n2")
-    for pod in installation.api.list("pods", demo.RELEASE):
+    for pod in installation.api.list("pods", demo.RELEASE_NAME):
         if pod["spec"].get("nodeName") == "n2":
-            kubectl("-n", demo.RELEASE, "delete", "pod", pod["metadata"]["name"])
-    kubectl("-n", demo.RELEASE, "rollout", "status", f"deployment/{demo.RELEASE}", "--timeout=60s")
+            kubectl("-n", demo.RELEASE_NAME, "delete", "pod", pod["metadata"]["name"])
+    kubectl("-n", demo.RELEASE_NAME, "rollout", "status", f"deployment/{demo.RELEASE_NAME}", "--timeout=60s")
     kubectl("uncordon", "n2")
     yield "n2"
     installation.cluster.start_node("n2")

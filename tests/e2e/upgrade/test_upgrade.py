@@ -37,14 +37,14 @@ class Release:
 
     def install(self, installation: Installation) -> None:
         """Run `helm upgrade --install` and wait until the new operator pod is ready."""
-        values = demo.values(self.images)  # type: ignore[arg-type]  # demo.values reads only the fields of ChartInputs
+        values = demo.make_helm_values(self.images)  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
         installation.helm(
-            "upgrade", "--install", demo.RELEASE, str(self.chart), "--wait", "--timeout", "3m", "-f", "-", values=values
+            "upgrade", "--install", demo.RELEASE_NAME, str(self.chart), "--wait", "--timeout", "3m", "-f", "-", values=values
         )
         installation.cluster.kubectl(
-            "-n", demo.RELEASE, "rollout", "status", f"deployment/{demo.RELEASE}", "--timeout=120s"
+            "-n", demo.RELEASE_NAME, "rollout", "status", f"deployment/{demo.RELEASE_NAME}", "--timeout=120s"
         )
 
 
@@ -167,7 +167,7 @@ def test_jobs_in_every_phase_survive_the_upgrade_from_0_1_0_and_the_rollback(
     old_release.install(installation)
     bring_into_every_phase(job_namespace)
     replace_operator_and_finish(job_namespace, new_release)
-    for pod in installation.api.list("pods", demo.RELEASE):
+    for pod in installation.api.list("pods", demo.RELEASE_NAME):
         assert "0.1.0" not in pod["spec"]["containers"][0]["image"]
 
     rollback_namespace = installation.create_namespace(f"{job_namespace.namespace}-back")

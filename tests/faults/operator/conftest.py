@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from localcluster import ControlPlane, Endpoint
-from tests.support.fault_rows import register
+from tests.support.fault_rows import register_plugin
 from tests.support.rig import fault_cluster, rig
 
 __all__ = ["fault_cluster", "rig"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    register(config)
+    register_plugin(config)
 
 
 @pytest.fixture(scope="session")

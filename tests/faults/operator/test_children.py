@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from finetune_api.names import Condition, Phase, Reason
 
-from tests.support.kubelet import Ending, Plan, Start, failure, success
-from tests.support.rig import FTJ, Rig, attempt_reasons, condition, condition_is_true, count_created
+from tests.support.kubelet import ContainerExit, PodPlan, PodStart, failure_exit, success_exit
+from tests.support.rig import FINETUNEJOBS, Rig, attempt_reasons, condition_is_true, count_created, find_condition
 
 pytestmark = pytest.mark.faults
 
@@ -17,16 +17,16 @@ def test_recreated_finetunejob_waits_for_the_old_job_and_does_not_adopt_it(rig: 
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
-    old = rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"]
-    rig.api.delete(FTJ, rig.namespace, "job", propagationPolicy="Orphan")
-    rig.api.wait_gone(FTJ, rig.namespace, "job")
+    old_uid = rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"]
+    rig.api.delete(FINETUNEJOBS, rig.namespace, "job", propagationPolicy="Orphan")
+    rig.api.wait_gone(FINETUNEJOBS, rig.namespace, "job")
     rig.submit()
-    rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
-    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] == old
+    rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
+    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] == old_uid
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
     body = rig.wait_attempt(1)
     assert attempt_reasons(body) == [(1, "")]
-    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != old
+    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != old_uid
 
 
 @pytest.mark.row(22)
@@ -34,9 +34,9 @@ def test_deleted_service_is_created_again(rig: Rig) -> None:
     rig.operator(config={"resyncSeconds": 2})
     rig.submit(resources={"nodes": 2})
     rig.kubelet.wait_running(rig.namespace, "job", count=2)
-    old = rig.api.wait("services", rig.namespace, "job-1", lambda body: True)["metadata"]["uid"]
+    old_uid = rig.api.wait("services", rig.namespace, "job-1", lambda body: True)["metadata"]["uid"]
     rig.api.delete("services", rig.namespace, "job-1")
-    rig.api.wait("services", rig.namespace, "job-1", lambda body: body["metadata"]["uid"] != old)
+    rig.api.wait("services", rig.namespace, "job-1", lambda body: body["metadata"]["uid"] != old_uid)
     assert attempt_reasons(rig.get()) == [(1, "")]
 
 
@@ -45,7 +45,7 @@ def test_deleted_service_is_created_again(rig: Rig) -> None:
 def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
     """If a Job loses its label, the operator's watch no longer delivers it. The Job still runs, so the operator must not create a second Job."""
     proxy = rig.proxy()
-    rig.operator(through=proxy, config={"resyncSeconds": 1})
+    rig.operator(proxy=proxy, config={"resyncSeconds": 1})
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.wait_attempt(1)
@@ -53,11 +53,11 @@ def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> Non
     rig.submit("other", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "other")
     last_exchange = len(proxy.exchanges)
-    proxy.wait_for(lambda e: e.number > last_exchange and e.operation == "list pods", timeout=20)
+    proxy.wait_for(lambda e: e.number > last_exchange and e.operation == "list pods", timeout_seconds=20)
     assert count_created(proxy, "jobs") == 1
     assert rig.api.find("pods", rig.namespace, pod.name) is not None
     rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: _label_of(label)}}})
-    rig.kubelet.end_pod(pod, success())
+    rig.kubelet.end_pod(pod, success_exit())
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
@@ -65,27 +65,27 @@ def _label_of(label: str) -> str:
     return "finetune-operator" if label.endswith("managed-by") else "1"
 
 
-ENDINGS: dict[str, tuple[Ending, str, str]] = {
-    "host memory": (Ending(137, reason="OOMKilled"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
-    "killed": (Ending(137), Reason.INTERNAL_ERROR, "Internal"),
-    "exit 1": (Ending(1, "RuntimeError: something\nthe last line"), Reason.INTERNAL_ERROR, "Internal"),
-    "gpu memory": (failure(71, message="CUDA out of memory"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
-    "storage": (failure(69, message="503 for ten minutes"), Reason.STORAGE_ERROR, "Storage"),
-    "peer": (failure(74, message="rank 1 is gone"), Reason.PEER_FAILED, "Infrastructure"),
-    "evicted": (Ending(137, pod_reason="Evicted", disruption_reason="TerminationByKubelet"), Reason.PREEMPTED, "Preempted"),
-    "preempted": (Ending(75, disruption_reason="PreemptionByScheduler"), Reason.PREEMPTED, "Preempted"),
+EXIT_CASES: dict[str, tuple[ContainerExit, str, str]] = {
+    "host memory": (ContainerExit(137, reason="OOMKilled"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
+    "killed": (ContainerExit(137), Reason.INTERNAL_ERROR, "Internal"),
+    "exit 1": (ContainerExit(1, "RuntimeError: something\nthe last line"), Reason.INTERNAL_ERROR, "Internal"),
+    "gpu memory": (failure_exit(71, message="CUDA out of memory"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
+    "storage": (failure_exit(69, message="503 for ten minutes"), Reason.STORAGE_ERROR, "Storage"),
+    "peer": (failure_exit(74, message="rank 1 is gone"), Reason.PEER_FAILED, "Infrastructure"),
+    "evicted": (ContainerExit(137, pod_reason="Evicted", disruption_reason="TerminationByKubelet"), Reason.PREEMPTED, "Preempted"),
+    "preempted": (ContainerExit(75, disruption_reason="PreemptionByScheduler"), Reason.PREEMPTED, "Preempted"),
 }
 
 
 @pytest.mark.row(24)
-@pytest.mark.parametrize("case", ENDINGS)
+@pytest.mark.parametrize("case", EXIT_CASES)
 def test_each_end_of_a_pod_has_its_own_reason_and_is_retried(rig: Rig, case: str) -> None:
-    ending, reason, _ = ENDINGS[case]
+    container_exit, reason, _ = EXIT_CASES[case]
     rig.operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
     rig.wait_attempt(1)
-    rig.kubelet.end_pod(pod, ending)
+    rig.kubelet.end_pod(pod, container_exit)
     body = rig.wait_attempt(2)
     assert attempt_reasons(body)[0] == (1, reason)
     rig.wait_event(reason)
@@ -101,12 +101,12 @@ def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, 
     rig.operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.end_pod(pod, failure(code, code="SomeError", message="the message", hint="the hint"))
+    rig.kubelet.end_pod(pod, failure_exit(code, code="SomeError", message="the message", hint="the hint"))
     body = rig.wait_finished()
     assert len(body["status"]["attempts"]) == 1
-    reported = body["status"]["failure"]
-    assert (reported["class"], reported["code"], reported["exitCode"]) == (failure_class, "SomeError", code)
-    assert (reported["message"], reported["hint"]) == ("the message", "the hint")
+    reported_failure = body["status"]["failure"]
+    assert (reported_failure["class"], reported_failure["code"], reported_failure["exitCode"]) == (failure_class, "SomeError", code)
+    assert (reported_failure["message"], reported_failure["hint"]) == ("the message", "the hint")
     assert condition_is_true(body, Condition.STALLED)
 
 
@@ -114,26 +114,26 @@ def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, 
 @pytest.mark.parametrize(
     ("plan", "reason", "expected_text"),
     [
-        (Plan(start=Start.UNSCHEDULABLE, message="0/9 nodes are available"), Reason.UNSCHEDULABLE, "0/9 nodes"),
-        (Plan(start=Start.CONTAINER_WAITING, message="no such image"), Reason.IMAGE_PULL_FAILED, "no such image"),
+        (PodPlan(start=PodStart.UNSCHEDULABLE, message="0/9 nodes are available"), Reason.UNSCHEDULABLE, "0/9 nodes"),
+        (PodPlan(start=PodStart.CONTAINER_WAITING, message="no such image"), Reason.IMAGE_PULL_FAILED, "no such image"),
         (
-            Plan(start=Start.CONTAINER_WAITING, reason="CreateContainerConfigError", message='secret "s" not found'),
+            PodPlan(start=PodStart.CONTAINER_WAITING, reason="CreateContainerConfigError", message='secret "s" not found'),
             Reason.CONFIG_MISSING, 'secret "s" not found',
         ),
     ],
     ids=["unschedulable", "image", "secret"],
 )  # fmt: skip
 def test_pods_that_do_not_start_show_the_reason_until_the_problem_is_solved(
-    rig: Rig, plan: Plan, reason: Reason, expected_text: str
+    rig: Rig, plan: PodPlan, reason: Reason, expected_text: str
 ) -> None:
     rig.kubelet.set_plan(rig.namespace, plan)
     rig.operator()
     rig.submit(policy={"startTimeoutSeconds": 2})
-    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == reason)
-    assert expected_text in condition(body, Condition.PODS_READY)["message"]
+    body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == reason)
+    assert expected_text in find_condition(body, Condition.PODS_READY)["message"]
     rig.wait(lambda b: condition_is_true(b, Condition.STALLED))
     rig.wait_event(reason)
-    rig.kubelet.set_plan(rig.namespace, Plan())
+    rig.kubelet.set_plan(rig.namespace, PodPlan())
     body = rig.wait(lambda b: condition_is_true(b, Condition.PODS_READY))
     assert not condition_is_true(body, Condition.STALLED)
     assert attempt_reasons(body) == [(1, "")]
@@ -170,11 +170,11 @@ def _run_config(rig: Rig, attempt: int) -> str:
 @pytest.mark.row(26)
 def test_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
     rig.operator()
-    tolerated = [
+    tolerations = [
         {"key": f"node.kubernetes.io/{word}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
         for word in ("not-ready", "unreachable")
     ]
-    rig.submit(policy={"terminationGracePeriodSeconds": 1}, placement={"tolerations": tolerated})
+    rig.submit(policy={"terminationGracePeriodSeconds": 1}, placement={"tolerations": tolerations})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.wait_attempt(1)
     rig.kubelet.kill_node(pod.node)
@@ -195,8 +195,8 @@ def test_failure_shows_the_rank_that_failed_first(rig: Rig) -> None:
     rig.submit(resources={"nodes": 2})
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=2)
     rig.wait_attempt(1)
-    rig.kubelet.end_pod(pods[0], failure(74, message="rank 1 is gone", origin=False))
-    rig.kubelet.end_pod(pods[1], failure(65, code="RowInvalid", message="row 7", origin=True))
+    rig.kubelet.end_pod(pods[0], failure_exit(74, message="rank 1 is gone", origin=False))
+    rig.kubelet.end_pod(pods[1], failure_exit(65, code="RowInvalid", message="row 7", origin=True))
     body = rig.wait_finished()
     assert body["status"]["failure"]["code"] == "RowInvalid"
     assert len(body["status"]["attempts"]) == 1

@@ -14,35 +14,35 @@ from finetune_api.names import GROUP, TRAINER_CONTAINER, Condition, Phase, Reaso
 from ruamel.yaml import YAML
 
 from tests.support.apiproxy import ApiProxy
-from tests.support.kubeapi import path_of
-from tests.support.kubelet import Plan, Start, failure, success
-from tests.support.operator_process import CHECKOUT
-from tests.support.rig import FTJ, MINIMAL, Rig, attempt_reasons, condition, condition_is_true
+from tests.support.kubeapi import resource_path
+from tests.support.kubelet import PodPlan, PodStart, failure_exit, success_exit
+from tests.support.operator_process import CHECKOUT_FOLDER
+from tests.support.rig import FINETUNEJOBS, MINIMAL_SPEC, Rig, attempt_reasons, condition_is_true, find_condition
 
 pytestmark = pytest.mark.faults
-CHART = CHECKOUT / "helm" / "finetune-operator"
+CHART_FOLDER = CHECKOUT_FOLDER / "helm" / "finetune-operator"
 
 
-def helm() -> Path:
+def find_helm() -> Path:
     """Return the path of Helm: the value of $HELM, a program on the PATH, or the program that `make tools` has built."""
     found = os.environ.get("HELM") or shutil.which("helm")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator" / "tools"
-    built = sorted(base.glob("helm-*/helm"))
-    path = Path(found) if found and Path(found).exists() else (built[-1] if built else None)
+    tools_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator" / "tools"
+    built_programs = sorted(tools_folder.glob("helm-*/helm"))
+    path = Path(found) if found and Path(found).exists() else (built_programs[-1] if built_programs else None)
     if path is None:
         pytest.fail("Helm is missing: run make tools")
     return path
 
 
-def rendered(namespace: str, **values: str) -> list[dict[str, Any]]:
+def render_chart(namespace: str, **values: str) -> list[dict[str, Any]]:
     """Return the objects that the chart renders with these values."""
-    sets = [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
-    argv = [str(helm()), "template", "ft", str(CHART), "--namespace", namespace, *sets]
+    set_arguments = [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+    argv = [str(find_helm()), "template", "ft", str(CHART_FOLDER), "--namespace", namespace, *set_arguments]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     return [dict(document) for document in YAML(typ="safe").load_all(text) if document]
 
 
-def plural(kind: str) -> str:
+def resource_name(kind: str) -> str:
     return f"{kind.lower()}s"
 
 
@@ -52,20 +52,20 @@ def apply_rbac(rig: Rig, documents: list[dict[str, Any]]) -> str:
         kind, meta = document["kind"], document["metadata"]
         if kind in ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"):
             namespace = None if kind.startswith("Cluster") else meta.get("namespace", rig.namespace)
-            rig.api.patch(plural(kind), namespace, meta["name"], document, patch="apply")
+            rig.api.patch(resource_name(kind), namespace, meta["name"], document, patch_type="apply")
     account = next(d["metadata"]["name"] for d in documents if d["kind"] == "ServiceAccount")
     path = f"/api/v1/namespaces/{rig.namespace}/serviceaccounts/{account}/token"
     return str(rig.api.request("POST", path, {"spec": {"expirationSeconds": 3600}}).body["status"]["token"])
 
 
-def namespaced(rig: Rig) -> list[dict[str, Any]]:
-    return rendered(rig.namespace, **{"watchNamespaces[0]": rig.namespace})
+def render_for_namespace(rig: Rig) -> list[dict[str, Any]]:
+    return render_chart(rig.namespace, **{"watchNamespaces[0]": rig.namespace})
 
 
 @pytest.mark.row(11)
 def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig) -> None:
     rig.allowed_log_lines.append("forbidden")
-    documents = namespaced(rig)
+    documents = render_for_namespace(rig)
     token = apply_rbac(rig, documents)
     role = next(d for d in documents if d["kind"] == "Role" and not d["metadata"]["name"].endswith("-lease"))
     reduced_role = json.loads(json.dumps(role))
@@ -73,10 +73,10 @@ def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig
         if "jobs" in rule["resources"]:
             rule["verbs"] = [verb for verb in rule["verbs"] if verb != "create"]
     put_role(rig, reduced_role)
-    operator = rig.operator(through=rig.proxy(), token=token, config=with_lease(rig))
+    operator = rig.operator(proxy=rig.proxy(), token=token, config=make_lease_config(rig))
     rig.submit()
-    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY)
-    message = condition(body, Condition.PODS_READY)["message"]
+    body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY)
+    message = find_condition(body, Condition.PODS_READY)["message"]
     assert "cannot create" in message
     assert "jobs" in message
     assert body["status"]["phase"] == Phase.PENDING
@@ -86,10 +86,10 @@ def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig
 
 
 def put_role(rig: Rig, role: dict[str, Any]) -> None:
-    rig.api.request("PUT", path_of("roles", rig.namespace, role["metadata"]["name"]), role)
+    rig.api.request("PUT", resource_path("roles", rig.namespace, role["metadata"]["name"]), role)
 
 
-def with_lease(rig: Rig) -> dict[str, Any]:
+def make_lease_config(rig: Rig) -> dict[str, Any]:
     name = "ft-finetune-operator"
     return {"leaderElection": {"enabled": True, "leaseName": name, "leaseNamespace": rig.namespace}}
 
@@ -102,32 +102,32 @@ UNUSED_BY_DESIGN = {
 
 @pytest.mark.row(39)
 def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
-    documents = namespaced(rig)
+    documents = render_for_namespace(rig)
     token = apply_rbac(rig, documents)
     proxy = rig.proxy()
-    config = with_lease(rig) | {"resyncSeconds": 2}
-    first = rig.operator(through=proxy, token=token, config=config)
+    config = make_lease_config(rig) | {"resyncSeconds": 2}
+    first_operator = rig.operator(proxy=proxy, token=token, config=config)
     use_all_permissions(rig, proxy)
-    first.stop()
-    rig.operator(through=proxy, token=token, config=config)
+    first_operator.stop()
+    rig.operator(proxy=proxy, token=token, config=config)
     rig.submit("last")
     rig.wait_attempt(1, "last", timeout=40)
-    refused = sorted({e.operation for e in proxy.exchanges if e.server_status == 403})
-    assert refused == [], "the operator sent requests that the chart does not permit"
-    unused = granted(documents) - used(proxy) - set(UNUSED_BY_DESIGN)
-    assert sorted(unused) == [], "the chart grants permissions that the operator never uses"
+    refused_operations = sorted({e.operation for e in proxy.exchanges if e.server_status == 403})
+    assert refused_operations == [], "the operator sent requests that the chart does not permit"
+    unused_permissions = list_granted_permissions(documents) - list_used_permissions(proxy) - set(UNUSED_BY_DESIGN)
+    assert sorted(unused_permissions) == [], "the chart grants permissions that the operator never uses"
 
 
 def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
     """Cause the operator to send every kind of request."""
     rig.submit("two", resources={"nodes": 2})
     for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
-        rig.kubelet.end_pod(pod, success())
+        rig.kubelet.end_pod(pod, success_exit())
     rig.wait_finished("two")
     rig.submit("again", policy={"retries": 1, "ttlSecondsAfterFinished": 1})
     for attempt in (1, 2):
         pod = rig.kubelet.wait_running(rig.namespace, "again", attempt=attempt)[0]
-        rig.kubelet.end_pod(pod, failure(70, message="broken"))
+        rig.kubelet.end_pod(pod, failure_exit(70, message="broken"))
     rig.wait_finished("again")
     rig.api.wait_gone("jobs", rig.namespace, "again-2")
     rig.submit("flapping", suspend=True)
@@ -142,13 +142,13 @@ def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
     rig.api.create("services", rig.namespace, {"metadata": {"name": "taken-1"}, "spec": {"ports": [{"port": 1}]}})
     rig.submit("taken", resources={"nodes": 2})
     rig.wait_attempt(1, "taken")
-    rig.kubelet.set_plan(rig.namespace, Plan(start=Start.CONTAINER_WAITING, reason="ContainerCreating"))
+    rig.kubelet.set_plan(rig.namespace, PodPlan(start=PodStart.CONTAINER_WAITING, reason="ContainerCreating"))
     rig.submit("held")
     rig.wait_attempt(1, "held")
-    proxy.wait_for(lambda e: e.operation == "list events", timeout=60)
+    proxy.wait_for(lambda e: e.operation == "list events", timeout_seconds=60)
 
 
-def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
+def list_granted_permissions(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
     """Return (resource, verb) for each permission that the chart grants."""
     return {
         (resource, verb)
@@ -157,7 +157,7 @@ def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
     }  # fmt: skip
 
 
-def used(proxy: ApiProxy) -> set[tuple[str, str]]:
+def list_used_permissions(proxy: ApiProxy) -> set[tuple[str, str]]:
     """Return (resource, verb) for each request that the operator has sent."""
     found = set()
     for exchange in proxy.exchanges:
@@ -169,49 +169,49 @@ def used(proxy: ApiProxy) -> set[tuple[str, str]]:
 @pytest.mark.row(39)
 def test_rbac_rules_contain_no_secrets_and_no_wildcards() -> None:
     for values in ({}, {"watchNamespaces[0]": "team-a"}):
-        pairs = granted(rendered("system", **values))
+        pairs = list_granted_permissions(render_chart("system", **values))
         assert pairs
         assert not [pair for pair in pairs if "*" in pair or pair[0].startswith("secrets")]
 
 
-CHANGES = ("create", "update", "patch", "delete", "deletecollection")
-READS = ("get", "list", "watch")
+WRITE_VERBS = ("create", "update", "patch", "delete", "deletecollection")
+READ_VERBS = ("get", "list", "watch")
 
 
 @pytest.mark.row(40)
 def test_user_roles_cover_finetunejobs_without_their_status(rig: Rig) -> None:
-    roles = [d for d in rendered(rig.namespace) if d["kind"] == "ClusterRole"]
+    roles = [d for d in render_chart(rig.namespace) if d["kind"] == "ClusterRole"]
     user_roles = [d for d in roles if any("aggregate-to" in label for label in d["metadata"]["labels"])]
     assert len(user_roles) == 2
     for role in user_roles:
-        rig.api.patch("clusterroles", None, role["metadata"]["name"], role, patch="apply")
+        rig.api.patch("clusterroles", None, role["metadata"]["name"], role, patch_type="apply")
     for role_name, verb in (("view", "watch"), ("edit", "patch"), ("admin", "patch")):
-        rig.api.wait("clusterroles", None, role_name, lambda body, verb=verb: grants(body, verb))
+        rig.api.wait("clusterroles", None, role_name, lambda body, verb=verb: is_verb_granted(body, verb))
         subject = {"kind": "User", "name": f"{role_name}er", "apiGroup": "rbac.authorization.k8s.io"}
         reference = {"kind": "ClusterRole", "name": role_name, "apiGroup": "rbac.authorization.k8s.io"}
         binding = {"metadata": {"name": role_name}, "roleRef": reference, "subjects": [subject]}
         rig.api.create("rolebindings", rig.namespace, binding)
     rig.api.wait_list("nodes", None, lambda items: is_allowed(rig, "adminer", "create"), timeout=20)
-    allowed = {
-        user: [verb for verb in (*READS, *CHANGES) if is_allowed(rig, user, verb)]
+    allowed_verbs = {
+        user: [verb for verb in (*READ_VERBS, *WRITE_VERBS) if is_allowed(rig, user, verb)]
         for user in ("viewer", "editer", "adminer", "stranger")
     }
-    all_verbs = [*READS, *CHANGES]
-    assert allowed == {"viewer": list(READS), "editer": all_verbs, "adminer": all_verbs, "stranger": []}
-    assert [user for user in allowed if is_allowed(rig, user, "update", "status")] == []
-    assert [user for user in allowed if is_allowed(rig, user, "get", "status")] == ["viewer", "editer", "adminer"]
+    all_verbs = [*READ_VERBS, *WRITE_VERBS]
+    assert allowed_verbs == {"viewer": list(READ_VERBS), "editer": all_verbs, "adminer": all_verbs, "stranger": []}
+    assert [user for user in allowed_verbs if is_allowed(rig, user, "update", "status")] == []
+    assert [user for user in allowed_verbs if is_allowed(rig, user, "get", "status")] == ["viewer", "editer", "adminer"]
     assert not is_allowed(rig, "editer", "create", namespace="default")
 
 
-def grants(role: dict[str, Any], verb: str) -> bool:
+def is_verb_granted(role: dict[str, Any], verb: str) -> bool:
     """Whether a role of the API server grants a verb on FineTuneJobs."""
     rules = role.get("rules") or []
-    return any(FTJ in rule.get("resources", []) and verb in rule["verbs"] for rule in rules)
+    return any(FINETUNEJOBS in rule.get("resources", []) and verb in rule["verbs"] for rule in rules)
 
 
-def is_allowed(rig: Rig, user: str, verb: str, part: str = "", namespace: str = "") -> bool:
+def is_allowed(rig: Rig, user: str, verb: str, subresource: str = "", namespace: str = "") -> bool:
     """Whether the API server allows a user to use a verb on FineTuneJobs."""
-    attributes = {"namespace": namespace or rig.namespace, "verb": verb, "group": GROUP, "resource": FTJ, "subresource": part}
+    attributes = {"namespace": namespace or rig.namespace, "verb": verb, "group": GROUP, "resource": FINETUNEJOBS, "subresource": subresource}
     body = {"spec": {"user": user, "resourceAttributes": attributes}}
     answer = rig.api.request("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", body)
     return bool(answer.body["status"]["allowed"])
@@ -220,10 +220,10 @@ def is_allowed(rig: Rig, user: str, verb: str, part: str = "", namespace: str = 
 @pytest.mark.row(36)
 def test_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
     proxy = rig.proxy()
-    operator = rig.operator(through=proxy, config={"namespaces": []})
+    operator = rig.operator(proxy=proxy, config={"namespaces": []})
     rig.api.create("namespaces", None, {"metadata": {"name": f"{rig.namespace}-x"}})
-    body = {"apiVersion": f"{GROUP}/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "job"}, "spec": MINIMAL}
-    rig.api.create(FTJ, f"{rig.namespace}-x", body)
+    body = {"apiVersion": f"{GROUP}/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "job"}, "spec": MINIMAL_SPEC}
+    rig.api.create(FINETUNEJOBS, f"{rig.namespace}-x", body)
     rig.kubelet.wait_running(f"{rig.namespace}-x", "job")
     rig.api.delete("namespaces", None, f"{rig.namespace}-x")
     rig.api.wait_gone("namespaces", None, f"{rig.namespace}-x", timeout=90)
@@ -231,10 +231,10 @@ def test_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
     rig.wait_attempt(1)
     assert operator.is_running
     path = f"/namespaces/{rig.namespace}-x/"
-    made = [e.server_status for e in proxy.exchanges if path in e.path and e.operation == "create jobs"]
-    assert made.count(201) == 1
-    assert set(made) <= {201, 403, 404}
-    assert len(made) <= 6, "the operator retried too often in a terminating namespace"
+    create_statuses = [e.server_status for e in proxy.exchanges if path in e.path and e.operation == "create jobs"]
+    assert create_statuses.count(201) == 1
+    assert set(create_statuses) <= {201, 403, 404}
+    assert len(create_statuses) <= 6, "the operator retried too often in a terminating namespace"
 
 
 @pytest.mark.row(37)
@@ -245,11 +245,11 @@ def test_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str, s
     rig.api.wait("resourcequotas", rig.namespace, "tight", lambda b: b.get("status", {}).get("hard") == hard)
     rig.operator()
     rig.submit()
-    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.QUOTA_EXCEEDED, timeout=60)
-    assert "exceeded quota: tight" in condition(body, Condition.PODS_READY)["message"]
+    body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.QUOTA_EXCEEDED, timeout=60)
+    assert "exceeded quota: tight" in find_condition(body, Condition.PODS_READY)["message"]
     rig.wait_event(Reason.QUOTA_EXCEEDED)
     rig.api.delete("resourcequotas", rig.namespace, "tight")
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", timeout=90)[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", timeout=90)[0], success_exit())
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
@@ -260,9 +260,9 @@ def test_limit_range_refusal_is_quoted(rig: Rig) -> None:
     rig.operator()
     rig.submit(resources={"memory": "2Gi"})
     body = rig.wait(
-        lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
+        lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
     )
-    assert "maximum memory usage per Container is 1Gi" in condition(body, Condition.PODS_READY)["message"]
+    assert "maximum memory usage per Container is 1Gi" in find_condition(body, Condition.PODS_READY)["message"]
 
 
 @pytest.mark.row(38)
@@ -273,7 +273,7 @@ def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
     rig.submit(resources={"nodes": 2}, storage={"credentialsSecretRef": {"name": "s3"}})
     rig.kubelet.wait_running(rig.namespace, "job", count=2)
     assert "would violate" not in operator.log
-    deployment = next(d for d in rendered(rig.namespace) if d["kind"] == "Deployment")
+    deployment = next(d for d in render_chart(rig.namespace) if d["kind"] == "Deployment")
     path = f"/apis/apps/v1/namespaces/{rig.namespace}/deployments"
     answer = rig.api.request("POST", path, deployment, dryRun="All")
     assert answer.warnings == ()
@@ -290,7 +290,7 @@ def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
     rig.operator()
     rig.submit(placement={"annotations": {f"container.apparmor.security.beta.kubernetes.io/{TRAINER_CONTAINER}": "unconfined"}})
     body = rig.wait(
-        lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
+        lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
     )
-    assert "restricted" in condition(body, Condition.PODS_READY)["message"]
+    assert "restricted" in find_condition(body, Condition.PODS_READY)["message"]
     assert not condition_is_true(body, Condition.PODS_READY)

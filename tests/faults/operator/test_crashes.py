@@ -9,8 +9,8 @@ import pytest
 from finetune_api.names import Condition, Phase, Reason
 from finetune_operator.killpoints import KillPoint
 
-from tests.support.kubelet import Plan, failure, success
-from tests.support.rig import FTJ, Rig, attempt_reasons, condition, condition_is_true, count_created
+from tests.support.kubelet import PodPlan, failure_exit, success_exit
+from tests.support.rig import FINETUNEJOBS, Rig, attempt_reasons, condition_is_true, count_created, find_condition
 
 pytestmark = pytest.mark.faults
 
@@ -39,11 +39,11 @@ def create_job_with_two_pods(rig: Rig) -> None:
 
 
 def fail_pod(rig: Rig) -> None:
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], failure(70, message="broken"))
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], failure_exit(70, message="broken"))
 
 
 def complete_pod(rig: Rig) -> None:
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
 
 
 def suspend_job(rig: Rig) -> None:
@@ -59,16 +59,16 @@ def cancel_job(rig: Rig) -> None:
 
 
 STATUS = (KillPoint.BEFORE_STATUS_WRITE, KillPoint.AFTER_STATUS_WRITE)
-CREATION = (KillPoint.BEFORE_JOB_CREATE, KillPoint.AFTER_JOB_CREATE, *STATUS)
-DELETION = (KillPoint.BEFORE_JOB_DELETE, KillPoint.AFTER_JOB_DELETE, *STATUS)
-SCENARIOS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[KillPoint, ...]]] = {
-    "create": (create_nothing, create_job, CREATION),
+CREATION_POINTS = (KillPoint.BEFORE_JOB_CREATE, KillPoint.AFTER_JOB_CREATE, *STATUS)
+DELETION_POINTS = (KillPoint.BEFORE_JOB_DELETE, KillPoint.AFTER_JOB_DELETE, *STATUS)
+SCENARIO_STEPS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[KillPoint, ...]]] = {
+    "create": (create_nothing, create_job, CREATION_POINTS),
     "create two": (create_nothing, create_job_with_two_pods, (KillPoint.BEFORE_SERVICE_CREATE, KillPoint.AFTER_SERVICE_CREATE)),
-    "fail": (start_job, fail_pod, CREATION),
+    "fail": (start_job, fail_pod, CREATION_POINTS),
     "succeed": (start_job, complete_pod, STATUS),
-    "suspend": (start_job, suspend_job, DELETION),
-    "resume": (create_suspended_job, resume_job, CREATION),
-    "cancel": (start_job, cancel_job, DELETION),
+    "suspend": (start_job, suspend_job, DELETION_POINTS),
+    "resume": (create_suspended_job, resume_job, CREATION_POINTS),
+    "cancel": (start_job, cancel_job, DELETION_POINTS),
 }
 """For each scenario: a function that prepares the job, a function that changes it, and the kill points that the operator reaches after the change."""
 EXPECTED_ATTEMPTS: dict[str, list[tuple[int, str]]] = {
@@ -97,14 +97,14 @@ EXPECTED_EVENTS: dict[str, list[str]] = {
 
 def test_every_kill_point_is_covered() -> None:
     """The scenarios reach all kill points except the forced deletion of a pod; the next test covers forced deletion."""
-    died_at = {point for _, _, points in SCENARIOS.values() for point in points}
+    died_at = {point for _, _, points in SCENARIO_STEPS.values() for point in points}
     assert died_at == set(KillPoint) - {KillPoint.AFTER_POD_DELETE}
 
 
 @pytest.mark.row(2)
 def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
     operator = rig.operator()
-    rig.kubelet.set_plan(rig.namespace, Plan(when_deleted=None))
+    rig.kubelet.set_plan(rig.namespace, PodPlan(when_deleted=None))
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
@@ -121,17 +121,17 @@ def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
 def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
     rig.operator()
     start_job(rig)
-    first = rig.kubelet.pods(rig.namespace, "job")[0]
+    first_pod = rig.kubelet.pods(rig.namespace, "job")[0]
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
     body = rig.wait_attempt(2)
     assert attempt_reasons(body) == [(1, Reason.PREEMPTED), (2, "")]
-    assert rig.api.find("pods", rig.namespace, first.name) is None
+    assert rig.api.find("pods", rig.namespace, first_pod.name) is None
 
 
 @pytest.mark.row(2)
-@pytest.mark.parametrize(("scenario", "point"), [(m, p) for m, (_, _, points) in SCENARIOS.items() for p in points])
+@pytest.mark.parametrize(("scenario", "point"), [(m, p) for m, (_, _, points) in SCENARIO_STEPS.items() for p in points])
 def test_job_continues_after_a_kill_at_each_point(rig: Rig, scenario: str, point: str) -> None:
-    prepare_job, change_job, _ = SCENARIOS[scenario]
+    prepare_job, change_job, _ = SCENARIO_STEPS[scenario]
     operator = rig.operator()
     prepare_job(rig)
     operator.kill_at(point)
@@ -141,7 +141,7 @@ def test_job_continues_after_a_kill_at_each_point(rig: Rig, scenario: str, point
     if scenario in ("create", "create two", "fail", "resume"):
         attempt, count = 2 if scenario == "fail" else 1, 2 if scenario == "create two" else 1
         for pod in rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt, count=count):
-            rig.kubelet.end_pod(pod, success())
+            rig.kubelet.end_pod(pod, success_exit())
     body = rig.wait_phase(Phase.SUSPENDED) if scenario == "suspend" else rig.wait_finished()
     assert attempt_reasons(body) == EXPECTED_ATTEMPTS[scenario]
     assert body["status"].get("retriesUsed", 0) == (1 if scenario == "fail" else 0)
@@ -175,9 +175,9 @@ def test_unobserved_end_of_an_attempt_is_reported_as_unobserved(rig: Rig) -> Non
     rig.api.wait_gone("jobs", rig.namespace, "job-1")
     rig.operator()
     body = rig.wait_attempt(2)
-    first = body["status"]["attempts"][0]
-    assert first["endTime"]
-    assert "before the operator read their exit codes" in first["message"]
+    first_attempt = body["status"]["attempts"][0]
+    assert first_attempt["endTime"]
+    assert "before the operator read their exit codes" in first_attempt["message"]
     assert body["status"]["retriesUsed"] == 1
     rig.wait_event(Reason.RETRYING)
 
@@ -189,12 +189,12 @@ def test_deadline_that_passes_while_the_operator_is_down_ends_the_job(rig: Rig) 
     rig.kubelet.wait_running(rig.namespace, "job")
     body = rig.wait_attempt(1)
     operator.stop()
-    started = body["status"]["attempts"][0]["startTime"]
-    rig.api.wait_list("nodes", None, lambda items: _seconds_since(started) > 5, timeout=60)
+    start_time = body["status"]["attempts"][0]["startTime"]
+    rig.api.wait_list("nodes", None, lambda items: _seconds_since(start_time) > 5, timeout=60)
     rig.operator()
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.DEADLINE_EXCEEDED)]
-    assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.DEADLINE_EXCEEDED
+    assert find_condition(body, Condition.SUCCEEDED)["reason"] == Reason.DEADLINE_EXCEEDED
     assert body["status"]["failure"]["class"] == "User"
     rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
 
@@ -209,7 +209,7 @@ def test_job_cancelled_while_the_operator_is_down_never_starts(rig: Rig) -> None
     rig.submit()
     rig.patch_spec(cancel=True)
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     body = rig.wait_finished()
     assert body["status"]["phase"] == Phase.CANCELLED
     assert count_created(proxy, "jobs") == 0
@@ -224,13 +224,13 @@ def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
     rig.wait_attempt(2)
     operator.stop()
     rig.api.request(
-        "PATCH", f"/apis/finetune-operator.io/v1alpha1/namespaces/{rig.namespace}/{FTJ}/job/status",
-        [{"op": "replace", "path": "/status", "value": {"observedGeneration": -1}}], patch="json",
+        "PATCH", f"/apis/finetune-operator.io/v1alpha1/namespaces/{rig.namespace}/{FINETUNEJOBS}/job/status",
+        [{"op": "replace", "path": "/status", "value": {"observedGeneration": -1}}], patch_type="json",
     )  # fmt: skip
-    rig.kubelet.set_plan(rig.namespace, Plan())
+    rig.kubelet.set_plan(rig.namespace, PodPlan())
     proxy = rig.proxy()
-    rig.operator(through=proxy)
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0], success())
+    rig.operator(proxy=proxy)
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0], success_exit())
     body = rig.wait_finished()
     assert body["status"]["attempt"] == 2
     assert count_created(proxy, "jobs") == 0

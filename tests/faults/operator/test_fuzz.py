@@ -14,14 +14,14 @@ from finetune_operator.policies.acceptance import AcceptedSpec, accept
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import read_finetunejob
 
-from tests.support.kubeapi import ApiError, path_of
-from tests.support.kubelet import success
-from tests.support.operator_process import merged
-from tests.support.rig import FTJ, MINIMAL, Rig, attempt_reasons, condition_is_true
+from tests.support.kubeapi import ApiError, resource_path
+from tests.support.kubelet import success_exit
+from tests.support.operator_process import merge_mappings
+from tests.support.rig import FINETUNEJOBS, MINIMAL_SPEC, Rig, attempt_reasons, condition_is_true
 
 pytestmark = pytest.mark.faults
 CONFIG = OperatorConfig.model_validate({"storage": {"uri": "s3://bucket/prefix"}})
-CHOICES: dict[str, list[Any]] = {
+VALUES_BY_FIELD: dict[str, list[Any]] = {
     "resources": [
         {"nodes": 3, "gpusPerNode": 2}, {"gpusPerNode": 0, "cpu": 4}, {"cpu": "500m", "memory": "1.5Gi"},
         {"gpuResource": "nvidia.com/mig-1g.10gb"}, {"nodes": 2, "processesPerNode": 4, "gpusPerNode": 4},
@@ -54,40 +54,40 @@ CHOICES: dict[str, list[Any]] = {
     "method": [{"type": "full"}, {"type": "lora", "lora": {"rank": 64, "alpha": 1}}, {"type": "qlora"}],
     "training": [{"learningRate": 5e-6, "maxSteps": 3}, {"batchSizePerDevice": 1, "gradientAccumulationSteps": 128}],
 }  # fmt: skip
-SEEDS = 120
+SPEC_COUNT = 120
 
 
 def random_spec(rng: random.Random) -> dict[str, Any]:
-    spec = dict(MINIMAL)
-    for group, options in CHOICES.items():
+    spec = dict(MINIMAL_SPEC)
+    for group, options in VALUES_BY_FIELD.items():
         if rng.random() < 0.5:
-            spec = merged(spec, {group: rng.choice(options)})
+            spec = merge_mappings(spec, {group: rng.choice(options)})
     return spec
 
 
 @pytest.mark.row(48)
 def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
-    accepted, refused = 0, set()
-    for seed in range(SEEDS):
+    accepted_count, refusal_messages = 0, set()
+    for seed in range(SPEC_COUNT):
         spec = random_spec(random.Random(seed))
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": f"job-{seed}"}, "spec": spec}
         try:
-            created = rig.api.create(FTJ, rig.namespace, body, dryRun="All", fieldValidation="Strict")
+            created_job = rig.api.create(FINETUNEJOBS, rig.namespace, body, dryRun="All", fieldValidation="Strict")
         except ApiError as error:
-            refused.add(error.message)
+            refusal_messages.add(error.message)
             continue
-        job = read_finetunejob(created)
+        job = read_finetunejob(created_job)
         verdict = accept(job.spec, CONFIG)
         if not isinstance(verdict, AcceptedSpec):
-            refused.add(verdict.message)
+            refusal_messages.add(verdict.message)
             continue
         run = build_run_config(job, verdict.spec, 1, defaults=verdict.defaults, committed_step=0, max_step=None)
-        child = build_job(job, run, verdict.pool, CONFIG)
-        path = path_of("jobs", rig.namespace)
-        answer = rig.api.request("POST", path, child, dryRun="All", fieldValidation="Strict")
+        child_job = build_job(job, run, verdict.pool, CONFIG)
+        path = resource_path("jobs", rig.namespace)
+        answer = rig.api.request("POST", path, child_job, dryRun="All", fieldValidation="Strict")
         assert answer.warnings == (), (seed, spec)
-        accepted += 1
-    assert accepted > SEEDS / 3, sorted(refused)
+        accepted_count += 1
+    assert accepted_count > SPEC_COUNT / 3, sorted(refusal_messages)
 
 
 @pytest.mark.row(49)
@@ -95,7 +95,7 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER_NAME, Label.JOB_NAME.value: "job", Label.JOB_UID.value: "x", Label.ATTEMPT.value: "1"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
     rng = random.Random(49)
-    foreign = []
+    foreign_objects = []
     for number in range(12):
         random_labels = {k: rng.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
         random_labels[Label.MANAGED_BY.value] = names.MANAGER_NAME
@@ -107,16 +107,16 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
             ] if number % 3 == 0 else [],
         }  # fmt: skip
         created = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
-        foreign.append((created["metadata"]["name"], created["metadata"]["uid"]))
+        foreign_objects.append((created["metadata"]["name"], created["metadata"]["uid"]))
         pod = {"metadata": {"name": f"pod-{number}", "labels": random_labels}}
         rig.api.create("pods", rig.namespace, pod | {"spec": template["spec"]})
     pods = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.submit()
     rig.wait_attempt(1)
     own_pod = next(p for p in rig.kubelet.wait_running(rig.namespace, "job", count=1) if p.name.startswith("job-1-"))
-    rig.kubelet.end_pod(own_pod, success())
+    rig.kubelet.end_pod(own_pod, success_exit())
     assert condition_is_true(rig.wait_finished(), Condition.SUCCEEDED)
     assert attempt_reasons(rig.get())[0][0] == 1
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
@@ -131,12 +131,12 @@ def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
     operator.stop()
-    path = path_of(f"{FTJ}/status", rig.namespace, "job")
+    path = resource_path(f"{FINETUNEJOBS}/status", rig.namespace, "job")
     try:
         rig.api.request("PATCH", path, {"status": damage})
     except ApiError as error:
         assert error.code == 422, "only the CRD schema may refuse the damaged status"
     rig.operator()
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
     assert rig.job_names() == ["job-1"]

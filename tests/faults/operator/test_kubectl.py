@@ -8,20 +8,20 @@ import pytest
 from finetune_api import names
 from finetune_api.names import Phase
 
-from tests.support.kubeapi import KubeApi, path_of
-from tests.support.kubelet import Plan, Start, failure, success
-from tests.support.rig import FTJ, Rig
+from tests.support.kubeapi import KubeApi, resource_path
+from tests.support.kubelet import PodPlan, PodStart, failure_exit, success_exit
+from tests.support.rig import FINETUNEJOBS, Rig
 
 pytestmark = pytest.mark.faults
-NARROW = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Reason", "Age"]
+DEFAULT_COLUMNS = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Reason", "Age"]
 MAY_BE_EMPTY = {"Loss", "Checkpoint", "Duration"}
 """Columns that may be empty, because the job does not have the value yet."""
-WIDE = ["Model", "Method", "Checkpoint", "Duration"]
+WIDE_COLUMNS = ["Model", "Method", "Checkpoint", "Duration"]
 
 
-def table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+def read_table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return the table that kubectl receives: the column definitions, and for each job its cells by column."""
-    url = api.endpoint.server + path_of(FTJ, namespace)
+    url = api.endpoint.server + resource_path(FINETUNEJOBS, namespace)
     headers = {
         "Authorization": f"Bearer {api.endpoint.token}",
         "Accept": "application/json;as=Table;v=v1;g=meta.k8s.io",
@@ -45,30 +45,30 @@ def test_only_columns_without_a_value_are_empty(rig: Rig) -> None:
     )  # fmt: skip
     pod = rig.kubelet.wait_running(rig.namespace, "done")[0]
     rig.wait(lambda b: (b["status"].get("progress") or {}).get("step") == 12, "done")
-    columns, rows = table(rig.api, rig.namespace)
+    columns, rows = read_table(rig.api, rig.namespace)
     titles = [column["name"].capitalize() for column in columns]
-    assert titles == [*NARROW, *WIDE]
-    assert [c["name"].capitalize() for c in columns if not c["priority"]] == NARROW
-    running = {key.capitalize(): value for key, value in rows["done"].items()}
-    assert (running["Status"], running["Progress"], running["Eta"]) == ("Running", "12/50 (24%)", "1h12m")
-    assert float(running["Loss"]) == 1.25
-    rig.kubelet.end_pod(pod, success())
+    assert titles == [*DEFAULT_COLUMNS, *WIDE_COLUMNS]
+    assert [c["name"].capitalize() for c in columns if not c["priority"]] == DEFAULT_COLUMNS
+    running_row = {key.capitalize(): value for key, value in rows["done"].items()}
+    assert (running_row["Status"], running_row["Progress"], running_row["Eta"]) == ("Running", "12/50 (24%)", "1h12m")
+    assert float(running_row["Loss"]) == 1.25
+    rig.kubelet.end_pod(pod, success_exit())
     rig.wait_finished("done")
     rig.submit("broken")
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "broken")[0], failure(65, message="row 7"))
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "broken")[0], failure_exit(65, message="row 7"))
     rig.wait_finished("broken")
-    rig.kubelet.set_plan(rig.namespace, Plan(start=Start.STAY_PENDING))
+    rig.kubelet.set_plan(rig.namespace, PodPlan(start=PodStart.STAY_PENDING))
     rig.submit("waiting")
     rig.wait_attempt(1, "waiting")
-    _, rows = table(rig.api, rig.namespace)
+    _, rows = read_table(rig.api, rig.namespace)
     assert {name: row["Status"] for name, row in rows.items()} == {
         "asleep": "Suspended", "broken": "Failed", "done": "Succeeded", "waiting": "Starting",
     }  # fmt: skip
     assert {name: row["Reason"] for name, row in rows.items()} == {
         "asleep": "-", "broken": "DataInvalid", "done": "-", "waiting": "-",
     }  # fmt: skip
-    blank = {(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")}
-    assert {title for _, title in blank} <= MAY_BE_EMPTY
+    empty_cells = {(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")}
+    assert {title for _, title in empty_cells} <= MAY_BE_EMPTY
 
 
 @pytest.mark.row(55)
@@ -76,26 +76,26 @@ def test_every_field_has_a_description(rig: Rig) -> None:
     document = rig.api.request("GET", f"/openapi/v3/apis/{names.API_VERSION}").body
     schemas = document["components"]["schemas"].values()
     kind = next(schema for schema in schemas if {"spec", "status"} <= set(schema.get("properties") or {}))
-    undescribed = list(_undescribed(kind["properties"]["spec"], "spec")) + list(_undescribed(kind["properties"]["status"], "status"))
+    undescribed = list(_list_undescribed(kind["properties"]["spec"], "spec")) + list(_list_undescribed(kind["properties"]["status"], "status"))
     assert undescribed == []
 
 
-def _undescribed(schema: dict[str, Any], path: str) -> Any:
+def _list_undescribed(schema: dict[str, Any], path: str) -> Any:
     """Yield the path of each field that has no description."""
     if not schema.get("description"):
         yield path
     for name, inner in (schema.get("properties") or {}).items():
-        yield from _undescribed(inner, f"{path}.{name}")
+        yield from _list_undescribed(inner, f"{path}.{name}")
 
 
 @pytest.mark.row(55)
 def test_one_kubectl_wait_covers_every_end(rig: Rig) -> None:
     """`kubectl wait --for=condition=Finished` ignores conditions with an old observedGeneration."""
     rig.operator()
-    for name, ending in (("good", success()), ("bad", failure(64, message="no"))):
+    for name, ending in (("good", success_exit()), ("bad", failure_exit(64, message="no"))):
         rig.submit(name)
         rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], ending)
         body = rig.wait_finished(name)
-        finished = next(c for c in body["status"]["conditions"] if c["type"] == "Finished")
-        assert finished["observedGeneration"] == body["metadata"]["generation"]
+        finished_condition = next(c for c in body["status"]["conditions"] if c["type"] == "Finished")
+        assert finished_condition["observedGeneration"] == body["metadata"]["generation"]
         assert body["status"]["observedGeneration"] == body["metadata"]["generation"]

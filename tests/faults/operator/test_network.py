@@ -11,13 +11,13 @@ import pytest
 from finetune_api.names import Phase, Reason
 
 from localcluster import ControlPlane, processes
-from tests.support.apiproxy import Disconnect, SendEvent, Stall, Status
+from tests.support.apiproxy import DisconnectWatch, SendEvent, StallWatch, Status
 from tests.support.kubeapi import KubeApi
-from tests.support.kubelet import FakeKubelet, Plan, failure, success
-from tests.support.rig import FTJ, Cluster, Rig, attempt_reasons, count_created, install_crd
+from tests.support.kubelet import FakeKubelet, PodPlan, failure_exit, success_exit
+from tests.support.rig import FINETUNEJOBS, Cluster, Rig, attempt_reasons, count_created, install_crd
 
 pytestmark = pytest.mark.faults
-WATCHED = ("pods", "jobs", FTJ)
+WATCHED_RESOURCES = ("pods", "jobs", FINETUNEJOBS)
 NO_RESYNC = {"resyncSeconds": 3600}
 """A resync interval longer than the test, so that only watches report changes."""
 
@@ -25,19 +25,19 @@ NO_RESYNC = {"resyncSeconds": 3600}
 @pytest.mark.row(9)
 def test_retry_after_of_a_429_limits_the_requests(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     for number in range(10):
         rig.submit(f"job-{number}")
     for number in range(10):
         rig.wait_attempt(1, f"job-{number}")
     with proxy.fault(Status(429, retry_after=3)):
         proxy.clear_exchanges()
-        rig.kubelet.set_plan(rig.namespace, Plan(when_running=success()))
+        rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=success_exit()))
         start = time.monotonic()
-        proxy.wait_for(lambda e: e.started > start + 20, timeout=60)
-        refused = len(proxy.exchanges)
+        proxy.wait_for(lambda e: e.started_at > start + 20, timeout_seconds=60)
+        refused_count = len(proxy.exchanges)
     # 10 jobs and 3 watches retry at most once per 3 s each; the margin of 3 covers requests that were already in flight
-    assert refused <= 13 * (20 / 3 + 3)
+    assert refused_count <= 13 * (20 / 3 + 3)
     for number in range(10):
         assert attempt_reasons(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
 
@@ -47,16 +47,16 @@ def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
     """kopf's default is to give up after 54 s without an API server; the operator must not."""
     rig.allowed_log_lines.append("503")
     proxy = rig.proxy()
-    operator = rig.operator(through=proxy, config={"stuckSeconds": 3600})
+    operator = rig.operator(proxy=proxy, config={"stuckSeconds": 3600})
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
     with proxy.fault(Status(503)):
-        for resource in WATCHED:
-            proxy.command_watches(resource, Disconnect())
+        for resource in WATCHED_RESOURCES:
+            proxy.command_watches(resource, DisconnectWatch())
         start = time.monotonic()
-        proxy.wait_for(lambda e: e.started > start + 65 and e.operation.startswith("watch"), timeout=120)
-        rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
+        proxy.wait_for(lambda e: e.started_at > start + 65 and e.operation.startswith("watch"), timeout_seconds=120)
+        rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
         assert operator.is_running
     assert attempt_reasons(rig.wait_finished(timeout=90)) == [(1, Reason.SUCCEEDED)]
     assert operator.is_running
@@ -65,15 +65,15 @@ def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
 @pytest.mark.row(12)
 def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
     proxy = rig.proxy()
-    operator = rig.operator(through=proxy, config=NO_RESYNC)
-    rig.kubelet.set_plan(rig.namespace, Plan(when_running=failure(70, message="again")))
+    operator = rig.operator(proxy=proxy, config=NO_RESYNC)
+    rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=failure_exit(70, message="again")))
     for number in range(20):
         rig.submit(f"job-{number}", policy={"retries": 2})
-        for resource in WATCHED:
-            proxy.command_watches(resource, Disconnect())
+        for resource in WATCHED_RESOURCES:
+            proxy.command_watches(resource, DisconnectWatch())
     for number in range(20):
-        for resource in WATCHED:
-            proxy.command_watches(resource, Disconnect())
+        for resource in WATCHED_RESOURCES:
+            proxy.command_watches(resource, DisconnectWatch())
         body = rig.wait_finished(f"job-{number}", timeout=90)
         assert attempt_reasons(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
     assert count_created(proxy, "jobs") == 60
@@ -83,30 +83,30 @@ def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
 @pytest.mark.row(13)
 def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) -> None:
     proxy = rig.proxy()
-    operator = rig.operator(through=proxy, config={"resyncSeconds": 3})
+    operator = rig.operator(proxy=proxy, config={"resyncSeconds": 3})
     for name in ("kept", "deleted"):
         rig.submit(name)
         rig.kubelet.wait_running(rig.namespace, name)
         rig.wait_attempt(1, name)
-    for resource in WATCHED:
-        proxy.command_watches(resource, Stall())
-    rig.api.delete(FTJ, rig.namespace, "deleted")
-    rig.api.wait_gone(FTJ, rig.namespace, "deleted")
+    for resource in WATCHED_RESOURCES:
+        proxy.command_watches(resource, StallWatch())
+    rig.api.delete(FINETUNEJOBS, rig.namespace, "deleted")
+    rig.api.wait_gone(FINETUNEJOBS, rig.namespace, "deleted")
     rig.api.wait_gone("jobs", rig.namespace, "deleted-1", timeout=60)
-    rig.api.wait_list("nodes", None, lambda items: sum(_phases(operator.metrics()).values()) == 1, timeout=60)
+    rig.api.wait_list("nodes", None, lambda items: sum(_count_phases(operator.read_metrics()).values()) == 1, timeout=60)
     proxy.clear_exchanges()
-    for resource in WATCHED:
+    for resource in WATCHED_RESOURCES:
         proxy.command_watches(resource, SendEvent.error(410))
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "kept")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "kept")[0], success_exit())
     rig.wait_finished("kept")
-    rig.api.wait_list("nodes", None, lambda items: _phases(operator.metrics()) == {"Succeeded": 1}, timeout=60)
+    rig.api.wait_list("nodes", None, lambda items: _count_phases(operator.read_metrics()) == {"Succeeded": 1}, timeout=60)
     assert [e.path for e in proxy.exchanges if e.method != "GET" and "/deleted" in e.path] == []
     rig.submit("deleted")
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "deleted")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "deleted")[0], success_exit())
     assert attempt_reasons(rig.wait_finished("deleted")) == [(1, Reason.SUCCEEDED)]
 
 
-def _phases(metrics: dict[str, float]) -> dict[str, int]:
+def _count_phases(metrics: dict[str, float]) -> dict[str, int]:
     """Return the number of jobs by phase, from the operator's metrics."""
     jobs_by_phase = {}
     for name, value in metrics.items():
@@ -118,30 +118,30 @@ def _phases(metrics: dict[str, float]) -> dict[str, int]:
 @pytest.mark.row(14)
 def test_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.operator(through=proxy, config=NO_RESYNC)
+    rig.operator(proxy=proxy, config=NO_RESYNC)
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
-    for resource in WATCHED:
-        proxy.command_watches(resource, Stall())
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    for resource in WATCHED_RESOURCES:
+        proxy.command_watches(resource, StallWatch())
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
     assert attempt_reasons(rig.wait_finished(timeout=150)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(15)
-@pytest.mark.parametrize("resource", WATCHED)
+@pytest.mark.parametrize("resource", WATCHED_RESOURCES)
 def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
     """If a watch fails with an error, the operator must exit, so that its Deployment restarts it."""
     rig.allowed_log_lines += ["watch", "Watch", "multitasker"]
     proxy = rig.proxy()
-    operator = rig.operator(through=proxy, config=NO_RESYNC)
+    operator = rig.operator(proxy=proxy, config=NO_RESYNC)
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
     assert proxy.command_watches(resource, SendEvent.error(500)) >= 1
     assert operator.wait_end() == 1
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
-    rig.operator(through=proxy, config=NO_RESYNC)
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
+    rig.operator(proxy=proxy, config=NO_RESYNC)
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
@@ -168,12 +168,12 @@ def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cl
         rig.wait_attempt(1, name)
     pid, argv = _process_of(state, "kube-apiserver")
     processes.kill(pid)
-    _compact(next(word for word in argv if word.startswith("http://127.0.0.1:")))
+    _compact_etcd(next(word for word in argv if word.startswith("http://127.0.0.1:")))
     log = state / "logs" / "kube-apiserver.log"
     processes.spawn("kube-apiserver", argv, owner=state, log=log, lifetime=processes.Lifetime.UNTIL_PARENT_ENDS)
     processes.wait_until("the API server", cluster.endpoint.is_ready, servers=[], timeout=60)
-    rig.api.delete(FTJ, rig.namespace, "deleted")
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "ended")[0], success())
+    rig.api.delete(FINETUNEJOBS, rig.namespace, "deleted")
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "ended")[0], success_exit())
     assert attempt_reasons(rig.wait_finished("ended", timeout=90)) == [(1, Reason.SUCCEEDED)]
     rig.submit("new")
     rig.wait_attempt(1, "new", timeout=60)
@@ -192,14 +192,14 @@ def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
     raise AssertionError(f"no {name} runs in {state}")
 
 
-def _compact(etcd: str) -> None:
+def _compact_etcd(etcd_url: str) -> None:
     """Compact etcd's store. The resourceVersion of every watch is then too old."""
-    status = _post(f"{etcd}/v3/kv/range", b'{"key": "AA=="}')
+    status = _post_json(f"{etcd_url}/v3/kv/range", b'{"key": "AA=="}')
     revision = status.partition('"revision":"')[2].partition('"')[0]
-    _post(f"{etcd}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
+    _post_json(f"{etcd_url}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
 
 
-def _post(url: str, body: bytes) -> str:
+def _post_json(url: str, body: bytes) -> str:
     with urllib.request.urlopen(urllib.request.Request(url, data=body, method="POST"), timeout=20) as answer:
         return str(answer.read().decode())
 
@@ -211,7 +211,7 @@ def test_missing_crd_ends_the_process_with_a_message(tmp_path: Path) -> None:
         with FakeKubelet(endpoint) as kubelet:
             api.create("namespaces", None, {"metadata": {"name": "work"}})
             rig = Rig(Cluster(endpoint, api, kubelet), "work", tmp_path)
-            operator_without_crd = rig.operator(ready=False)
+            operator_without_crd = rig.operator(wait_until_ready=False)
             assert operator_without_crd.wait_end() == 1
             assert "install the CRD first" in operator_without_crd.log
             assert "Traceback" not in operator_without_crd.log
@@ -240,7 +240,7 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
     except AssertionError:
         assert operator.wait_end(10) > 0
         rig.operator()
-    rig.kubelet.end_pod(rig.kubelet.wait_running("work", "new")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running("work", "new")[0], success_exit())
     # The garbage collector detects the deleted owner only after the API server serves the CRD again.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
@@ -251,8 +251,8 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
 def test_everything_works_through_a_proxy_without_faults(rig: Rig) -> None:
     """Without faults, the proxy must not change the operator's behaviour."""
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.submit()
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     rig.wait_finished()
-    assert {e.fault for e in proxy.exchanges} == {""}
+    assert {e.fault_name for e in proxy.exchanges} == {""}

@@ -11,114 +11,114 @@ from finetune_api.names import Phase, Reason
 
 from tests.support.apiproxy import ApiProxy
 from tests.support.kubeapi import Object
-from tests.support.kubelet import success
+from tests.support.kubelet import success_exit
 from tests.support.operator_process import OperatorProcess
-from tests.support.rig import FTJ, Rig, attempt_reasons, count_created
+from tests.support.rig import FINETUNEJOBS, Rig, attempt_reasons, count_created
 
 pytestmark = pytest.mark.faults
-LEASE = "finetune-operator"
+LEASE_NAME = "finetune-operator"
 
 
-def replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
+def start_replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
     """Start an operator with leader election. A proxy records its requests."""
     election = {
-        "enabled": True, "leaseName": LEASE, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
+        "enabled": True, "leaseName": LEASE_NAME, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
         "renewDeadlineSeconds": 2, "retryPeriodSeconds": 0.5,
     }  # fmt: skip
     proxy = rig.proxy()
-    return rig.operator(through=proxy, config={"leaderElection": election}), proxy
+    return rig.operator(proxy=proxy, config={"leaderElection": election}), proxy
 
 
-def holder(rig: Rig) -> str:
-    found = rig.api.find("leases", rig.namespace, LEASE)
+def read_lease_holder(rig: Rig) -> str:
+    found = rig.api.find("leases", rig.namespace, LEASE_NAME)
     return str((found or {}).get("spec", {}).get("holderIdentity") or "")
 
 
 def writes_except_lease(proxy: ApiProxy) -> list[str]:
     """Return all write requests except those to the Lease."""
-    return [label for label in proxy.writes() if not label.endswith(" leases")]
+    return [label for label in proxy.list_writes() if not label.endswith(" leases")]
 
 
-def finish(rig: Rig, name: str, **more: Any) -> None:
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success())
+def finish_job(rig: Rig, name: str, **more: Any) -> None:
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success_exit())
     assert attempt_reasons(rig.wait_finished(name, timeout=40)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(31)
 def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
-    leader, first = replica(rig)
+    leader, first_proxy = start_replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
-    standby, second = replica(rig)
-    assert writes_except_lease(second) == []
+    standby, second_proxy = start_replica(rig)
+    assert writes_except_lease(second_proxy) == []
     leader.kill()
     rig.submit("two")
     rig.wait_attempt(1, "two", timeout=40)
-    finish(rig, "one")
-    finish(rig, "two")
-    assert (count_created(first, "jobs"), count_created(second, "jobs")) == (1, 1)
-    last = max(e.started for e in first.exchanges)
-    takeover_writes = [e.started for e in second.exchanges if e.operation.startswith(("create", "update")) and e.client_status < 400]
-    assert last < min(takeover_writes)
+    finish_job(rig, "one")
+    finish_job(rig, "two")
+    assert (count_created(first_proxy, "jobs"), count_created(second_proxy, "jobs")) == (1, 1)
+    last_request_at = max(e.started_at for e in first_proxy.exchanges)
+    takeover_writes = [e.started_at for e in second_proxy.exchanges if e.operation.startswith(("create", "update")) and e.client_status < 400]
+    assert last_request_at < min(takeover_writes)
     assert standby.is_running
 
 
 @pytest.mark.row(32)
 def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     rig.allowed_log_lines += ["Lease was not renewed in time", "is the leader now"]
-    leader, first = replica(rig)
+    leader, first_proxy = start_replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
-    _, second = replica(rig)
-    before = holder(rig)
+    _, second_proxy = start_replica(rig)
+    first_holder = read_lease_holder(rig)
     leader.signal(signal.SIGSTOP)
-    rig.api.wait("leases", rig.namespace, LEASE, lambda b: b["spec"].get("holderIdentity") not in ("", before))
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "one")[0], success())
+    rig.api.wait("leases", rig.namespace, LEASE_NAME, lambda b: b["spec"].get("holderIdentity") not in ("", first_holder))
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "one")[0], success_exit())
     rig.wait_finished("one", timeout=40)
     rig.submit("two")
     rig.wait_attempt(1, "two")
-    writes_before = writes_except_lease(first)
+    writes_before = writes_except_lease(first_proxy)
     leader.signal(signal.SIGCONT)
     assert leader.wait_end() == 1
-    assert writes_except_lease(first) == writes_before
-    assert holder(rig) != before
-    assert count_created(second, "jobs") == 1
+    assert writes_except_lease(first_proxy) == writes_before
+    assert read_lease_holder(rig) != first_holder
+    assert count_created(second_proxy, "jobs") == 1
 
 
 @pytest.mark.row(33)
 def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> None:
     rig.allowed_log_lines += ["Lease was not renewed in time", "is the leader now"]
-    replica(rig)
-    replica(rig)
+    start_replica(rig)
+    start_replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
-    rig.api.delete("leases", rig.namespace, LEASE)
-    rig.api.wait("leases", rig.namespace, LEASE, lambda b: bool(b["spec"].get("holderIdentity")))
+    rig.api.delete("leases", rig.namespace, LEASE_NAME)
+    rig.api.wait("leases", rig.namespace, LEASE_NAME, lambda b: bool(b["spec"].get("holderIdentity")))
     rig.submit("two")
     rig.wait_attempt(1, "two", timeout=40)
-    rig.api.patch("leases", rig.namespace, LEASE, {"spec": {"holderIdentity": "somebody-else"}})
+    rig.api.patch("leases", rig.namespace, LEASE_NAME, {"spec": {"holderIdentity": "somebody-else"}})
 
-    def taken_back(lease: Object) -> bool:
+    def is_held_by_replica(lease: Object) -> bool:
         """Whether a replica holds the Lease again. If both replicas have exited, start a new one, as a Deployment does."""
         if not any(operator.is_running for operator in rig.operators):
-            replica(rig)
+            start_replica(rig)
         return lease["spec"].get("holderIdentity") not in ("", "somebody-else")
 
-    rig.api.wait("leases", rig.namespace, LEASE, taken_back)
+    rig.api.wait("leases", rig.namespace, LEASE_NAME, is_held_by_replica)
     rig.submit("three")
     rig.wait_attempt(1, "three", timeout=40)
     assert any(operator.is_running for operator in rig.operators)
 
 
 def test_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
-    leader, _ = replica(rig)
+    leader, _ = start_replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
-    replica(rig)
+    start_replica(rig)
     assert leader.stop() == 0
     rig.submit("two", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "two")
-    assert rig.api.list(FTJ, rig.namespace)
+    assert rig.api.list(FINETUNEJOBS, rig.namespace)
 
 
 @pytest.fixture
@@ -126,12 +126,12 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
     """A second namespace in the same cluster."""
     folder = rig.folder / "neighbour"
     folder.mkdir()
-    other = Rig(rig.cluster, f"{rig.namespace}-b", folder)
-    rig.api.create("namespaces", None, {"metadata": {"name": other.namespace}})
+    neighbour_rig = Rig(rig.cluster, f"{rig.namespace}-b", folder)
+    rig.api.create("namespaces", None, {"metadata": {"name": neighbour_rig.namespace}})
     try:
-        yield other
+        yield neighbour_rig
     finally:
-        error_lines = other.close()
+        error_lines = neighbour_rig.close()
     assert not error_lines, error_lines
 
 
@@ -140,17 +140,17 @@ def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neigh
     sides = []
     for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
         proxy = side.proxy()
-        sides.append((side, proxy, root, side.operator(through=proxy, config={"storage": {"uri": root}})))
+        sides.append((side, proxy, root, side.operator(proxy=proxy, config={"storage": {"uri": root}})))
     for side, _, root, _ in sides:
         side.submit("same-name")
         assert side.wait_attempt(1, "same-name")["status"]["resolved"]["defaults"]["storage.uri"] == root
     sides[0][3].kill()
     rig.submit("later")
-    finish(neighbour, "same-name")
+    finish_job(neighbour, "same-name")
     assert rig.get("later").get("status", {}).get("phase") is None
     sides[0][3].start()
     for name in ("same-name", "later"):
-        finish(rig, name)
+        finish_job(rig, name)
     for side, proxy, _, _ in sides:
-        assert proxy.writes() == proxy.writes(side.namespace)
+        assert proxy.list_writes() == proxy.list_writes(side.namespace)
         assert count_created(proxy, "jobs") == (2 if side is rig else 1)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from finetune_api.names import Condition, Phase, Reason
 
-from tests.support.kubelet import Ending, Plan, failure, success
-from tests.support.rig import FTJ, Rig, attempt_reasons, condition, count_status_writes
+from tests.support.kubelet import ContainerExit, PodPlan, failure_exit, success_exit
+from tests.support.rig import FINETUNEJOBS, Rig, attempt_reasons, count_status_writes, find_condition
 
 pytestmark = pytest.mark.faults
 SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
@@ -20,32 +20,32 @@ SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
 @pytest.mark.row(41)
 def test_finished_jobs_cause_no_requests(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.kubelet.set_plan(rig.namespace, Plan(when_running=success()))
-    rig.operator(through=proxy, config={"resyncSeconds": 3})
+    rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=success_exit()))
+    rig.operator(proxy=proxy, config={"resyncSeconds": 3})
     for number in range(30):
         rig.submit(f"job-{number}")
     for number in range(30):
         rig.wait_finished(f"job-{number}", timeout=60)
     start = time.monotonic()
-    proxy.wait_for(lambda e: e.started > start + 15 and e.operation.startswith("list"), timeout=60)
-    later = [e for e in proxy.exchanges if e.started > start + 2]
-    assert {e.operation for e in later if e.method != "GET"} == set()
-    assert {e.operation for e in later if not e.operation.startswith("watch")} == {
-        f"list {FTJ}", "list jobs", "list pods",
+    proxy.wait_for(lambda e: e.started_at > start + 15 and e.operation.startswith("list"), timeout_seconds=60)
+    later_requests = [e for e in proxy.exchanges if e.started_at > start + 2]
+    assert {e.operation for e in later_requests if e.method != "GET"} == set()
+    assert {e.operation for e in later_requests if not e.operation.startswith("watch")} == {
+        f"list {FINETUNEJOBS}", "list jobs", "list pods",
     }  # fmt: skip
-    assert len([e for e in later if e.operation == "list pods"]) <= 5
+    assert len([e for e in later_requests if e.operation == "list pods"]) <= 5
 
 
 @pytest.mark.row(57)
 def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> None:
     proxy = rig.proxy()
-    scrape = {"intervalSeconds": 0.05, "startingIntervalSeconds": 0.05}
-    rig.operator(through=proxy, config={"progressSeconds": 4, "scrape": scrape})
+    scrape_config = {"intervalSeconds": 0.05, "startingIntervalSeconds": 0.05}
+    rig.operator(proxy=proxy, config={"progressSeconds": 4, "scrape": scrape_config})
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.kubelet.set_progress(rig.namespace, "job", progress={"step": 1, "totalSteps": 10_000})
     rig.wait_phase(Phase.RUNNING)
-    before, start = count_status_writes(proxy), time.monotonic()
+    writes_before, start = count_status_writes(proxy), time.monotonic()
     requests_before = rig.kubelet.progress_requests[rig.namespace, "job"]
     step = 1
     while time.monotonic() < start + 13:
@@ -54,8 +54,8 @@ def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> 
         rig.kubelet.wait_progress_request(rig.namespace, "job")
     elapsed = time.monotonic() - start
     assert rig.kubelet.progress_requests[rig.namespace, "job"] - requests_before > 50
-    assert 1 <= count_status_writes(proxy) - before <= elapsed / 4 + 1
-    rig.kubelet.end_pod(pod, success())
+    assert 1 <= count_status_writes(proxy) - writes_before <= elapsed / 4 + 1
+    rig.kubelet.end_pod(pod, success_exit())
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
@@ -76,13 +76,13 @@ def test_repeated_event_is_counted_in_a_series(rig: Rig) -> None:
             e["reason"] == Reason.SUSPENDED and (e.get("series") or {}).get("count", 0) >= 4 for e in items
         ),
     )  # fmt: skip
-    suspended = [e for e in events if e["reason"] == Reason.SUSPENDED]
-    assert len(suspended) == 1
+    suspended_events = [e for e in events if e["reason"] == Reason.SUSPENDED]
+    assert len(suspended_events) == 1
     names_ = [e["metadata"]["name"] for e in events if e["regarding"]["name"] == "job"]
     assert len(names_) == len(set(names_))
 
 
-SECRETS = ("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "hf_abcdefghijklmnopqrstuvwxyz", "AKIAIOSFODNN7EXAMPLE")
+SECRET_VALUES = ("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "hf_abcdefghijklmnopqrstuvwxyz", "AKIAIOSFODNN7EXAMPLE")
 
 
 @pytest.mark.row(58)
@@ -91,13 +91,13 @@ def test_long_messages_of_pods_are_shortened_and_secrets_masked(rig: Rig) -> Non
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     message = (
-        f"AWS_SECRET_ACCESS_KEY={SECRETS[0]} token: {SECRETS[1]} {SECRETS[2]} \x00\x1b[31m\ud7ff" + "long " * 200_000
+        f"AWS_SECRET_ACCESS_KEY={SECRET_VALUES[0]} token: {SECRET_VALUES[1]} {SECRET_VALUES[2]} \x00\x1b[31m\ud7ff" + "long " * 200_000
     )
-    rig.kubelet.end_pod(pod, Ending(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
+    rig.kubelet.end_pod(pod, ContainerExit(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
     body = rig.wait_finished()
     rig.wait_event(Reason.FAILED)
-    written = json.dumps(body) + json.dumps(rig.api.events(rig.namespace, "job")) + operator.log
-    assert [secret for secret in SECRETS if secret in written] == []
+    written_text = json.dumps(body) + json.dumps(rig.api.events(rig.namespace, "job")) + operator.log
+    assert [secret for secret in SECRET_VALUES if secret in written_text] == []
     assert len(json.dumps(body)) < 100_000
     assert body["status"]["failure"]["code"] == "Loud"
     assert "[redacted]" in body["status"]["failure"]["message"]
@@ -109,7 +109,7 @@ def test_binary_termination_message_is_tolerated(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.end_pod(pod, Ending(1, '{"class": "Nonsense", "step": "many", \x01\x02 "message": [1'))
+    rig.kubelet.end_pod(pod, ContainerExit(1, '{"class": "Nonsense", "step": "many", \x01\x02 "message": [1'))
     body = rig.wait_finished()
     assert body["status"]["failure"]["exitCode"] == 1
     assert body["status"]["phase"] == Phase.FAILED
@@ -131,37 +131,37 @@ def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig, clock_shift: Path, hours: int) -> None:
     proxy = rig.proxy()
     env = {"LD_PRELOAD": str(clock_shift), "CLOCK_SHIFT": str(hours * 3600)}
-    rig.operator(through=proxy, env=env)
+    rig.operator(proxy=proxy, env=env)
     rig.submit("ended", policy={"ttlSecondsAfterFinished": 4})
     rig.submit("kept", policy={"ttlSecondsAfterFinished": 600})
     rig.submit("late", policy={"activeDeadlineSeconds": 4})
     rig.submit("early", policy={"activeDeadlineSeconds": 600})
     for name in ("ended", "kept"):
-        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success())
+        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success_exit())
     body = rig.wait_finished("ended")
     assert rig.api.find("jobs", rig.namespace, "ended-1") is not None
     completed = body["status"]["completionTime"]
     rig.api.wait_gone("jobs", rig.namespace, "ended-1")
-    assert _now(rig) >= _later(completed, 4)
+    assert _read_server_time(rig) >= _to_timestamp(completed, 4)
     assert attempt_reasons(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
     started = rig.get("late")["status"]["attempts"][0]["startTime"]
-    assert _now(rig) >= _later(started, 4)
+    assert _read_server_time(rig) >= _to_timestamp(started, 4)
     assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
     assert attempt_reasons(rig.get("early")) == [(1, "")]
-    assert condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
+    assert find_condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
     assert len(proxy.exchanges) < 400, "a wrong clock causes a busy loop"
 
 
-def _now(rig: Rig) -> float:
+def _read_server_time(rig: Rig) -> float:
     """Return the current time of the API server in seconds, rounded up."""
     created = rig.api.create("events", rig.namespace, {
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
     })  # fmt: skip
-    return _later(created["metadata"]["creationTimestamp"], 0) + 1
+    return _to_timestamp(created["metadata"]["creationTimestamp"], 0) + 1
 
 
-def _later(time_: str, seconds: float) -> float:
+def _to_timestamp(time_: str, seconds: float) -> float:
     from datetime import datetime
 
     return datetime.fromisoformat(time_.replace("Z", "+00:00")).timestamp() + seconds
@@ -170,7 +170,7 @@ def _later(time_: str, seconds: float) -> float:
 def test_failure_emits_one_event(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 0})
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], failure(70, message="broken"))
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], failure_exit(70, message="broken"))
     rig.wait_finished()
     rig.wait_event(Reason.FAILED)
     assert [note for reason, note in rig.event_notes() if reason == Reason.FAILED] == [

@@ -16,15 +16,15 @@ from toy_rank import next_chain
 
 from localcluster.s3 import S3Endpoint
 
-PODS = Path(__file__).parents[2] / "pod"
+POD_TESTS_FOLDER = Path(__file__).parents[2] / "pod"
 
 
 @dataclass
 class ProxiedTree:
     """The storage of one job, with two clients: `proxied` uses the fault proxy, like the pod; `direct` uses the store itself."""
 
-    proxied: CheckpointTree
-    direct: CheckpointTree
+    proxied_tree: CheckpointTree
+    direct_tree: CheckpointTree
     client: Any
     bucket: str
 
@@ -33,9 +33,9 @@ class ProxiedTree:
     ) -> Manifest:
         """Upload and commit a folder through the proxy."""
         base = prefix_of(step)
-        entries = self.proxied.upload(base, incarnation, folder)
+        entries = self.proxied_tree.upload(base, incarnation, folder)
         manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **facts)
-        self.proxied.commit(base, manifest)
+        self.proxied_tree.commit(base, manifest)
         return manifest
 
     def verify_all(self, folder: Path) -> list[int]:
@@ -43,18 +43,18 @@ class ProxiedTree:
         from finetune_trainer.checkpoint.restore import fetch_verified
 
         steps = []
-        for committed in self.direct.list_committed():
-            manifest = self.direct.read_manifest(committed)
+        for committed in self.direct_tree.list_committed():
+            manifest = self.direct_tree.read_manifest(committed)
             assert manifest is not None, committed
             problem = fetch_verified(
-                self.direct, committed.folder, manifest, folder / committed.folder, lambda path: True
+                self.direct_tree, committed.folder, manifest, folder / committed.folder, lambda path: True
             )
             assert problem is None, problem
             steps.append(manifest.step)
         return steps
 
 
-def states(steps: int) -> dict[int, str]:
+def compute_expected_states(steps: int) -> dict[int, str]:
     """Compute the state of rank 0 after each step of an uninterrupted run of toy ranks."""
     states_by_step, state = {}, ""
     for step in range(1, steps + 1):
@@ -62,30 +62,30 @@ def states(steps: int) -> dict[int, str]:
     return states_by_step
 
 
-def logged_states(storage: ProxiedTree) -> dict[int, str]:
+def read_logged_states(storage: ProxiedTree) -> dict[int, str]:
     """Read the state after each step from the logs of all attempts. If two attempts have logged the same step, the states must be equal."""
     states_by_step: dict[int, str] = {}
-    for stat in storage.direct.store.list("metrics/"):
-        for line in (storage.direct.store.get(stat.key) or b"").decode().splitlines():
+    for stat in storage.direct_tree.store.list("metrics/"):
+        for line in (storage.direct_tree.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
             assert states_by_step.setdefault(value["step"], value["chain"]) == value["chain"], value
     return states_by_step
 
 
-def final_state(storage: ProxiedTree) -> str:
+def read_final_state(storage: ProxiedTree) -> str:
     """Read the state of rank 0 from the committed model."""
-    model = storage.direct.get_committed(None)
+    model = storage.direct_tree.get_committed(None)
     assert model is not None, "no model is committed"
-    return (storage.direct.store.get(f"{model.folder}/chain-0") or b"").decode()
+    return (storage.direct_tree.store.get(f"{model.folder}/chain-0") or b"").decode()
 
 
-def toy(
+def make_toy_pod(
     folder: Path, spec: dict[str, Any], storage: ProxiedTree, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
     """Create a pod of toy ranks (tests/pod/toy_rank.py). It stores its checkpoints through the proxy."""
-    target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
+    target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     env = {
-        "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(PODS)]), "FINETUNE_TRAINER_MODULE": "toy_rank",
+        "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(POD_TESTS_FOLDER)]), "FINETUNE_TRAINER_MODULE": "toy_rank",
         "TOY_SCRIPT": json.dumps(script), "AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key,
     }  # fmt: skip
     return Pod(run_config(spec, StoreTarget.model_validate(target.model_dump()), **run), folder / "pod", env)

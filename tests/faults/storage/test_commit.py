@@ -31,14 +31,14 @@ def test_every_checkpoint_is_committed_despite_many_store_errors(storage: Proxie
     for step in (5, 10):
         storage.commit(step, checkpoint)
     assert all(rule.hits > 0 for rule in rules)
-    assert isinstance(storage.proxied.store, s3.S3Store) and storage.proxied.store.retries > 0
+    assert isinstance(storage.proxied_tree.store, s3.S3Store) and storage.proxied_tree.store.retries > 0
     assert storage.verify_all(tmp_path / "check") == [10, 5]
 
 
 @pytest.mark.parametrize("key", ["optimizer.pt", "manifest.json", "_COMMITTED"])
 def test_a_request_whose_response_is_lost_is_retried_without_harm(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str) -> None:
     """The store executes the request, but its response is lost. The client retries. If the retry finds its own marker, the commit has succeeded."""
-    with proxy.fault(LostResponse(), operation="PutObject", key=key, times=1) as lost:
+    with proxy.fault(LostResponse(), operation="PutObject", key=key, max_hits=1) as lost:
         storage.commit(5, checkpoint)
     assert lost.hits == 1
     assert storage.verify_all(tmp_path / "check") == [5]
@@ -49,7 +49,7 @@ def test_a_multipart_upload_whose_last_response_is_lost_is_complete(
 ) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "model.safetensors").write_bytes(random.Random(3).randbytes(11 * s3.MIB))
-    with proxy.fault(LostResponse(), operation="CompleteMultipartUpload", times=1) as lost:
+    with proxy.fault(LostResponse(), operation="CompleteMultipartUpload", max_hits=1) as lost:
         storage.commit(5, checkpoint)
     assert lost.hits == 1
     assert storage.verify_all(tmp_path / "check") == [5]
@@ -77,12 +77,12 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
         thread.start()
     for thread in threads:
         thread.join()
-    committed = [name for name, result in results.items() if result == "committed"]
+    committed_names = [name for name, result in results.items() if result == "committed"]
     if second_attempt == 1:
         assert sorted(type(result).__name__ for result in results.values()) == ["FencedOutError", "str"]
-    found = storage.direct.get_committed(5)
-    assert found is not None and found.marker.path == (committed[0] if second_attempt == 1 else incarnations[1][0])
-    assert found.marker.path in committed
+    found = storage.direct_tree.get_committed(5)
+    assert found is not None and found.marker.path == (committed_names[0] if second_attempt == 1 else incarnations[1][0])
+    assert found.marker.path in committed_names
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
@@ -101,11 +101,11 @@ class IgnoreConditions:
 def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
     """The preflight detects such a store. Two incarnations may both commit, but do not overwrite each other's data."""
     fault = proxy.fault(IgnoreConditions(storage), operation="PutObject")
-    target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
+    target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
     storage.commit(5, checkpoint, "a2-00000002", 2)
-    found = storage.direct.get_committed(5)
+    found = storage.direct_tree.get_committed(5)
     assert found is not None and found.marker.path == "a2-00000002"
     assert storage.verify_all(tmp_path / "check") == [5]
     fault.remove()
@@ -113,14 +113,14 @@ def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage
 
 
 def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTree, checkpoint: Path) -> None:
-    entries = storage.proxied.upload(prefix_of(5), "a1-00000000", checkpoint)
+    entries = storage.proxied_tree.upload(prefix_of(5), "a1-00000000", checkpoint)
     from finetune_trainer.checkpoint.manifest import Manifest
 
-    storage.direct.store.delete(["checkpoints/step-00000005/a1-00000000/optimizer.pt"])
+    storage.direct_tree.store.delete(["checkpoints/step-00000005/a1-00000000/optimizer.pt"])
     with pytest.raises(StorageError) as caught:
-        storage.proxied.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
+        storage.proxied_tree.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     assert caught.value.code == "UploadIncomplete" and "optimizer.pt" in caught.value.message
-    assert storage.direct.list_committed() == []
+    assert storage.direct_tree.list_committed() == []
 
 
 @pytest.mark.parametrize("key", ["trainer_state.json", "manifest.json", "_COMMITTED"])
@@ -129,20 +129,20 @@ def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
 ) -> None:
     """The objects of the failed commit remain in the store, as after a kill -9 during a commit. The next sweep removes these objects."""
     storage.commit(5, checkpoint)
-    store_without_retries = s3.S3Store(storage.proxied.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
-    storage.proxied.store = store_without_retries
+    store_without_retries = s3.S3Store(storage.proxied_tree.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
+    storage.proxied_tree.store = store_without_retries
     with proxy.fault(Reset(), operation="PutObject", key=key), pytest.raises(FineTuneError):
         storage.commit(10, checkpoint)
     assert storage.verify_all(tmp_path / "check") == [5]
-    assert storage.direct.sweep().count > 0
-    assert [stat.key for stat in storage.direct.store.list("checkpoints/step-00000010/")] == []
+    assert storage.direct_tree.sweep().count > 0
+    assert [stat.key for stat in storage.direct_tree.store.list("checkpoints/step-00000010/")] == []
     assert storage.verify_all(tmp_path / "check2") == [5]
 
 
 def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
-    key = storage.direct.store.key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
+    key = storage.direct_tree.store.key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key=key)
-    assert storage.direct.sweep().count == 1
+    assert storage.direct_tree.sweep().count == 1
     assert not storage.client.list_multipart_uploads(Bucket=storage.bucket).get("Uploads")
 
 
@@ -152,28 +152,28 @@ def test_a_committed_step_is_complete_at_every_instant(
     """While checkpoints are committed and removed under faults, a thread continuously checks that every marked checkpoint has a manifest."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
-    done, reads, incomplete = threading.Event(), [0], []
+    is_done, read_count, incomplete_checkpoints = threading.Event(), [0], []
 
-    def watch() -> None:
-        while not done.is_set():
-            for committed in storage.direct.list_committed():
-                manifest = storage.direct.read_manifest(committed)
-                is_removed = storage.direct.get_committed(committed.step or 0) is None  # the checkpoint was removed after `committed()` had listed it
+    def read_continuously() -> None:
+        while not is_done.is_set():
+            for committed in storage.direct_tree.list_committed():
+                manifest = storage.direct_tree.read_manifest(committed)
+                is_removed = storage.direct_tree.get_committed(committed.step or 0) is None  # the checkpoint was removed after `committed()` had listed it
                 if manifest is None and not is_removed:
-                    incomplete.append(committed)
-                reads[0] += 1
+                    incomplete_checkpoints.append(committed)
+                read_count[0] += 1
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=read_continuously)
     thread.start()
     try:
         for step in range(1, 6):
             storage.commit(step, checkpoint)
             if step > 3:
-                storage.proxied.remove(step - 3)
+                storage.proxied_tree.remove(step - 3)
     finally:
-        done.set()
+        is_done.set()
         thread.join()
-    assert not incomplete and reads[0] > 0
+    assert not incomplete_checkpoints and read_count[0] > 0
     assert storage.verify_all(tmp_path / "check") == [5, 4, 3]
 
 
@@ -189,10 +189,10 @@ def test_unusual_file_names_and_empty_files_are_restored(storage: ProxiedTree, t
     manifest = storage.commit(5, folder)
     assert sorted(entry.path for entry in manifest.files) == sorted(UNUSUAL_NAMES)
     assert storage.verify_all(tmp_path / "check") == [5]
-    restored = tmp_path / "check" / "checkpoints/step-00000005/a1-00000000"
-    assert {name: (restored / name).read_text() for name in UNUSUAL_NAMES} == {name: "" if name == "empty" else name for name in UNUSUAL_NAMES}
-    storage.proxied.remove(5)
-    assert list(storage.direct.store.list("")) == []
+    restored_folder = tmp_path / "check" / "checkpoints/step-00000005/a1-00000000"
+    assert {name: (restored_folder / name).read_text() for name in UNUSUAL_NAMES} == {name: "" if name == "empty" else name for name in UNUSUAL_NAMES}
+    storage.proxied_tree.remove(5)
+    assert list(storage.direct_tree.store.list("")) == []
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,14 @@ def test_unusual_file_names_and_empty_files_are_restored(storage: ProxiedTree, t
 def test_a_store_without_batch_deletes_gets_single_deletes(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, status: int, code: str
 ) -> None:
-    refused = proxy.fault(Status(status, code), operation="DeleteObjects")
-    target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
+    refusal_rule = proxy.fault(Status(status, code), operation="DeleteObjects")
+    target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).can_delete
     storage.commit(5, checkpoint)
-    before = refused.hits
-    storage.proxied.remove(5)
-    assert list(storage.direct.store.list("")) == []
-    assert refused.hits == before + 1, "after one refused batch delete, the client must delete objects one by one"
+    hits_before = refusal_rule.hits
+    storage.proxied_tree.remove(5)
+    assert list(storage.direct_tree.store.list("")) == []
+    assert refusal_rule.hits == hits_before + 1, "after one refused batch delete, the client must delete objects one by one"
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
 ) -> None:
     """The trainer checks for a marker before it writes one. This check is enough, because the operator prevents simultaneous writers."""
     proxy.fault(RefuseConditions(status, code), operation="PutObject")
-    target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
+    target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint)
     with pytest.raises(FencedOutError):
@@ -239,15 +239,15 @@ def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
 
 
 def test_the_preflight_succeeds_although_a_response_is_lost(storage: ProxiedTree, proxy: S3Proxy) -> None:
-    target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
-    with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", times=1) as lost:
+    target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
+    with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", max_hits=1) as lost:
         assert preflight(target).conditional_writes
     assert lost.hits == 1
 
 
 def test_a_full_disk_of_the_pod_is_not_an_unreachable_store(storage: ProxiedTree, tmp_path: Path) -> None:
-    storage.direct.store.put("weights", b"x" * 100_000)
+    storage.direct_tree.store.put("weights", b"x" * 100_000)
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(StorageError) as caught:
-        storage.direct.store.download("weights", tmp_path / "full")
+        storage.direct_tree.store.download("weights", tmp_path / "full")
     assert caught.value.code == "LocalDiskFull"

@@ -22,8 +22,8 @@ from proxied_tree import ProxiedTree
 def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
     """Storage whose objects are encrypted with a customer key. The API forbids customer keys with http://, but this test bypasses the API."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
-    plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
-    return plain.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
+    plain_target: StoreTarget = storage.direct_tree.store.target  # type: ignore[attr-defined] # an S3Store
+    return plain_target.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
 
 
 def test_an_encrypted_checkpoint_is_committed_and_restored(
@@ -47,19 +47,19 @@ def test_an_object_cannot_be_read_without_its_key(
 ) -> None:
     S3Store(target).put("key", b"sealed")
     if key is None:
-        other = S3Store(target.model_copy(update={"encryption": None}))
+        other_store = S3Store(target.model_copy(update={"encryption": None}))
     else:
         monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(key).decode())
-        other = S3Store(target)
+        other_store = S3Store(target)
     with pytest.raises(FineTuneError) as caught:
-        other.get("key")
+        other_store.get("key")
     assert caught.value.code in ("EncryptionRefused", "PermissionDenied"), caught.value
 
 
 @pytest.mark.parametrize("kind", [EncryptionType.S3, EncryptionType.KMS])
 def test_a_store_without_keys_is_distinguished_from_a_failing_one(storage: ProxiedTree, kind: EncryptionType) -> None:
     """The test store answers encrypted writes with 500. A write without encryption succeeds, so encryption must be the cause."""
-    plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
+    plain_target: StoreTarget = storage.direct_tree.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
-        preflight(plain.model_copy(update={"encryption": kind}))
+        preflight(plain_target.model_copy(update={"encryption": kind}))
     assert (caught.value.exit_code, caught.value.code) == (67, "EncryptionRefused")

@@ -14,38 +14,38 @@ import pytest
 from aiohttp import web
 from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.manifest import prefix_of, step_of
-from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
+from proxied_tree import ProxiedTree, compute_expected_states, make_toy_pod, read_final_state, read_logged_states
 
 from localcluster.s3 import S3Endpoint
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import S3Operation, S3Proxy
 
-EVERY = 5
-SCRIPT = {"every": EVERY, "pause": 0.02, "bytes": 20_000_000}
+STEPS_PER_CHECKPOINT = 5
+TOY_SCRIPT = {"every": STEPS_PER_CHECKPOINT, "pause": 0.02, "bytes": 20_000_000}
 """A checkpoint of this size is uploaded in three parts. Checkpoints are saved faster than they can be uploaded, so some are skipped."""
-POINTS = {
+REQUEST_BY_KILL_POINT = {
     "part of the data": ("UploadPart", "state-0"), "manifest": ("PutObject", "manifest.json"), "marker": ("PutObject", "_COMMITTED"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Hold:
+class HoldRequest:
     """Never answer a request. If `stored` is true, the store executes the request, and only the response is held."""
 
-    stored: bool
-    reached: threading.Event = field(default_factory=threading.Event)
+    is_executed: bool
+    has_arrived: threading.Event = field(default_factory=threading.Event)
     keys: list[str] = field(default_factory=list)
 
     async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
-        if self.stored:
-            await call.apply()
+        if self.is_executed:
+            await call.execute_on_server()
         self.keys.append(call.operation.key)
-        self.reached.set()
+        self.has_arrived.set()
         return await asyncio.get_running_loop().create_future()
 
 
 @dataclass(frozen=True)
-class Scene:
+class KillScenario:
     """A job with two attempts: the first attempt is killed during a commit, and the second attempt resumes."""
 
     folder: Path
@@ -54,48 +54,48 @@ class Scene:
     proxy: S3Proxy
     server: S3Endpoint
 
-    def kill_first_attempt_at(self, point: str, stored: bool) -> tuple[list[int], int]:
+    def kill_first_attempt_at(self, point: str, is_executed: bool) -> tuple[list[int], int]:
         """Kill the first attempt during a commit. Returns the previously committed steps (newest first) and the interrupted step."""
-        operation, key = POINTS[point]
-        hold = Hold(stored)
-        with toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000}) as pod:
-            pod.wait_committed(EVERY)
-            with self.proxy.fault(hold, operation=operation, key=f"checkpoints/.*{key}"):
-                pod.wait_until(hold.reached.is_set)
-                before = pod.report()
+        operation, key = REQUEST_BY_KILL_POINT[point]
+        held_request = HoldRequest(is_executed)
+        with make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000}) as pod:
+            pod.wait_committed(STEPS_PER_CHECKPOINT)
+            with self.proxy.fault(held_request, operation=operation, key=f"checkpoints/.*{key}"):
+                pod.wait_until(held_request.has_arrived.is_set)
+                last_report = pod.report()
                 pod.kill()
-        interrupted = step_of(hold.keys[0].split("/checkpoints/")[1].split("/")[0])
-        assert before is not None and interrupted is not None
-        return [one.step for one in before.checkpoints], interrupted
+        interrupted_step = step_of(held_request.keys[0].split("/checkpoints/")[1].split("/")[0])
+        assert last_report is not None and interrupted_step is not None
+        return [one.step for one in last_report.checkpoints], interrupted_step
 
     def count_unfinished_uploads(self) -> int:
         """Count the unfinished multipart uploads of the job."""
-        prefix = self.storage.direct.store.key("")  # type: ignore[attr-defined] # an S3Store
-        found = self.storage.client.list_multipart_uploads(Bucket=self.storage.bucket).get("Uploads") or []
-        return sum(one["Key"].startswith(prefix) for one in found)
+        prefix = self.storage.direct_tree.store.key("")  # type: ignore[attr-defined] # an S3Store
+        uploads = self.storage.client.list_multipart_uploads(Bucket=self.storage.bucket).get("Uploads") or []
+        return sum(one["Key"].startswith(prefix) for one in uploads)
 
     def keys(self, step: int) -> set[str]:
         """Return the keys of a step's objects in the store."""
-        return {stat.key for stat in self.storage.direct.store.list(f"{prefix_of(step)}/")}
+        return {stat.key for stat in self.storage.direct_tree.store.list(f"{prefix_of(step)}/")}
 
     def resume_from(self, step: int) -> None:
         """Run the second attempt until it ends. Compare its logs and its result with those of an uninterrupted run."""
-        last = step + 3 * EVERY
+        last_step = step + 3 * STEPS_PER_CHECKPOINT
         resume = ResumeConfig(mode="auto", expect_step=step)
-        script = SCRIPT | {"steps": last}
-        with toy(self.folder / "two", self.spec, self.storage, self.server, script, attempt=2, resume=resume) as pod:
+        script = TOY_SCRIPT | {"steps": last_step}
+        with make_toy_pod(self.folder / "two", self.spec, self.storage, self.server, script, attempt=2, resume=resume) as pod:
             assert pod.end() == 0, pod.text[-3000:]
         assert pod.termination_message().resumed_from_step == step
         assert self.count_unfinished_uploads() == 0
-        logged = logged_states(self.storage)
-        assert {number: state for number, state in logged.items() if number <= last} == states(last)
-        assert final_state(self.storage) == states(last)[last]
-        assert last in self.storage.verify_all(self.folder / "after")
+        logged_states = read_logged_states(self.storage)
+        assert {number: state for number, state in logged_states.items() if number <= last_step} == compute_expected_states(last_step)
+        assert read_final_state(self.storage) == compute_expected_states(last_step)[last_step]
+        assert last_step in self.storage.verify_all(self.folder / "after")
 
 
 @pytest.fixture
-def scene(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Scene:
-    return Scene(tmp_path, spec, storage, proxy, s3_server)
+def scenario(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> KillScenario:
+    return KillScenario(tmp_path, spec, storage, proxy, s3_server)
 
 
 @pytest.mark.parametrize(
@@ -107,20 +107,20 @@ def scene(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3P
         )),
     ],
 )  # fmt: skip
-def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scene: Scene, point: str, stored: bool) -> None:
+def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, stored: bool) -> None:
     """Row 12: the step is not visible, the next attempt removes its objects and uploads, and the result equals that of an uninterrupted run."""
-    before, interrupted = scene.kill_first_attempt_at(point, stored)
-    assert scene.storage.verify_all(scene.folder / "between") == before and interrupted not in before
-    leftovers = scene.keys(interrupted)
-    assert leftovers, "the objects before the held request are stored"
-    assert scene.count_unfinished_uploads() == (1 if point == "part of the data" else 0)
-    scene.resume_from(before[0])
-    assert leftovers.isdisjoint(scene.keys(interrupted))
+    committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, stored)
+    assert scenario.storage.verify_all(scenario.folder / "between") == committed_steps and interrupted_step not in committed_steps
+    leftover_keys = scenario.keys(interrupted_step)
+    assert leftover_keys, "the objects before the held request are stored"
+    assert scenario.count_unfinished_uploads() == (1 if point == "part of the data" else 0)
+    scenario.resume_from(committed_steps[0])
+    assert leftover_keys.isdisjoint(scenario.keys(interrupted_step))
 
 
 @pytest.mark.faults
-def test_a_step_is_committed_if_the_pod_is_killed_after_the_marker(scene: Scene) -> None:
+def test_a_step_is_committed_if_the_pod_is_killed_after_the_marker(scenario: KillScenario) -> None:
     """Row 12: the store has stored the marker, but the pod is killed before it receives the response."""
-    before, interrupted = scene.kill_first_attempt_at("marker", True)
-    assert scene.storage.verify_all(scene.folder / "between") == [interrupted, *before]
-    scene.resume_from(interrupted)
+    committed_steps, interrupted_step = scenario.kill_first_attempt_at("marker", True)
+    assert scenario.storage.verify_all(scenario.folder / "between") == [interrupted_step, *committed_steps]
+    scenario.resume_from(interrupted_step)

@@ -13,7 +13,7 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import ResumeConfig
 from finetune_trainer.processes import descendants
 from pod_harness import Pod
-from proxied_tree import ProxiedTree, toy
+from proxied_tree import ProxiedTree, make_toy_pod
 
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
@@ -25,15 +25,15 @@ def test_checkpoints_are_skipped_if_the_store_is_slow(
     """Every 50 ms, a checkpoint of 4 MB is due, but the store accepts only 4 MB/s."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
     most_staged = 0
-    with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
-        staged = pod.folder / "work" / "staged"
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
+        staged_folder = pod.folder / "work" / "staged"
 
-        def ended() -> bool:
+        def has_ended() -> bool:
             nonlocal most_staged
-            most_staged = max(most_staged, len(list(staged.glob("step-*"))) if staged.exists() else 0)
+            most_staged = max(most_staged, len(list(staged_folder.glob("step-*"))) if staged_folder.exists() else 0)
             return pod.process is not None and pod.process.poll() is not None
 
-        pod.wait_until(ended, 120)
+        pod.wait_until(has_ended, 120)
     termination = pod.termination_message()
     assert termination.exit_code == 0, pod.text[-3000:]
     steps = storage.verify_all(tmp_path / "check")
@@ -46,15 +46,15 @@ def test_training_survives_an_outage_of_the_store(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """During the outage, the last committed checkpoint remains. After the outage, later checkpoints are committed."""
-    with toy(tmp_path, spec, storage, s3_server, {"steps": 500, "every": 10}) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 500, "every": 10}) as pod:
         pod.wait_committed(10)
-        down = proxy.fault(Reset())
-        before = pod.step()
-        pod.wait_step(before + 30)
-        during = [committed.step or 0 for committed in storage.direct.list_committed()]
-        assert max(during) <= before + 10
-        down.remove()
-        assert down.hits > 0
+        outage = proxy.fault(Reset())
+        step_before = pod.step()
+        pod.wait_step(step_before + 30)
+        committed_steps = [committed.step or 0 for committed in storage.direct_tree.list_committed()]
+        assert max(committed_steps) <= step_before + 10
+        outage.remove()
+        assert outage.hits > 0
         assert pod.end() == 0, pod.text[-3000:]
     assert storage.verify_all(tmp_path / "check")[0] == 500
 
@@ -64,7 +64,7 @@ def test_a_missing_permission_for_the_final_model_ends_with_77(
 ) -> None:
     """The write permission is missing only below /model/. The termination message names the permission, and the checkpoints remain."""
     proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
-    with toy(tmp_path, spec, storage, s3_server, {}) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {}) as pod:
         assert pod.end() == 77, pod.text[-3000:]
     termination = pod.termination_message()
     assert (termination.code, termination.class_, termination.committed_step) == ("PermissionDenied", FailureClass.STORAGE, 20)
@@ -75,7 +75,7 @@ def test_a_missing_permission_for_the_final_model_ends_with_77(
 def test_credentials_that_expire_during_training_end_with_77(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5}) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5}) as pod:
         pod.wait_committed(5)
         proxy.fault(Status(400, "ExpiredToken"))
         assert pod.end() == 77, pod.text[-3000:]
@@ -88,7 +88,7 @@ def test_credentials_that_expire_during_training_end_with_77(
 def test_a_store_that_stays_unavailable_ends_with_69(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    pod = toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 5})
+    pod = make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 5})
     pod.env["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"] = "1"
     with pod:
         pod.wait_committed(5)
@@ -103,7 +103,7 @@ def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """Without this timeout, a run could train for days and lose all its steps."""
-    pod = toy(tmp_path, spec, storage, s3_server, {"steps": 10_000_000, "every": 10})
+    pod = make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 10_000_000, "every": 10})
     pod.env["FINETUNE_UNSAVED_TIMEOUT_SECONDS"] = "1"
     spec_with_short_timeout = pod.run.spec.model_copy(update={"policy": pod.run.spec.policy.model_copy(update={"stall_timeout_seconds": 2})})
     pod.run = pod.run.model_copy(update={"spec": spec_with_short_timeout})
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """The next attempt removes the incomplete data and resumes from the previous checkpoint."""
-    with toy(
+    with make_toy_pod(
         tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "pause": 0.02, "bytes": 2_000_000}
     ) as pod:
         pod.wait_committed(20)
@@ -132,10 +132,10 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
     steps = storage.verify_all(tmp_path / "check")
     last = {"steps": steps[0] + 3, "every": 20}
     again = tmp_path / "again"
-    with toy(again, spec, storage, s3_server, last, attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as second:
+    with make_toy_pod(again, spec, storage, s3_server, last, attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == steps[0]
-    folders = {stat.key.split("/")[1] for stat in storage.direct.store.list("checkpoints/")}
+    folders = {stat.key.split("/")[1] for stat in storage.direct_tree.store.list("checkpoints/")}
     assert folders == {f"step-{step:08d}" for step in steps}
 
 
@@ -144,7 +144,7 @@ def test_many_store_errors_do_not_delay_training(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """30 % of the requests fail with SlowDown, 10 % with 500, and 10 % of the connections are reset. These errors delay commits, but not training."""
-    with toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
             proxy.fault(Status(503, "SlowDown"), probability=0.3),
@@ -166,7 +166,7 @@ def test_a_stop_during_an_upload_loses_no_step(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """The pod finishes the running upload. Then it uploads the checkpoint that the ranks save when they stop."""
-    with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
         pod.wait_committed(20)
         slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
         pod.wait_until(lambda: slow.hits > 0)
@@ -182,7 +182,7 @@ def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
 ) -> None:
     """The pod ends at once and does not ask its ranks to stop. Committed checkpoints remain."""
     proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
-    with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
         pod.wait_committed(20)
         pod.terminate()
         assert pod.end() == 76, pod.text[-3000:]
@@ -200,22 +200,22 @@ def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     the pod ends.
     """
     endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
-    with toy(tmp_path / "one", spec, storage, s3_server, endless) as stale:
+    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, endless) as stale:
         stale.wait_committed(10)
         assert stale.process is not None
         frozen = [stale.process.pid, *descendants(stale.process.pid)]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
         resume = ResumeConfig(mode="auto", expect_step=10)
-        with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
+        with make_toy_pod(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
             assert second.end() == 0, second.text[-3000:]
-        before = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+        before = {stat.key: stat.tag for stat in storage.direct_tree.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
         assert stale.end(60) == 74, "the stale pod continues to train although it is fenced\n" + stale.text[-3000:]
     termination = stale.termination_message()
     assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
-    after = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+    after = {stat.key: stat.tag for stat in storage.direct_tree.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
     assert {key: after.get(key) for key in before} == before, "the stale pod has changed an object of the second attempt"
     assert storage.verify_all(tmp_path / "check")[0] == 300
 
@@ -225,19 +225,19 @@ def test_a_damaged_checkpoint_is_replaced(
 ) -> None:
     """The next attempt resumes from the checkpoint before the damaged one. When it repeats the step, its checkpoint replaces the damaged one."""
     script = {"steps": 17, "every": 5}
-    with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
+    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
-    newest, before = storage.direct.list_committed()[:2]
+    newest, before = storage.direct_tree.list_committed()[:2]
     assert newest.step == 15 and before.step is not None
-    storage.direct.store.put(f"{newest.folder}/state-0", b"x" * 1000)
+    storage.direct_tree.store.put(f"{newest.folder}/state-0", b"x" * 1000)
     resume = ResumeConfig(mode="auto", expect_step=15)
-    with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
+    with make_toy_pod(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == before.step
     assert storage.verify_all(tmp_path / "check")[0] == 15
-    replaced = storage.direct.get_committed(15)
+    replaced = storage.direct_tree.get_committed(15)
     assert replaced is not None and replaced.marker.attempt == 2
-    assert {stat.key.split("/")[2] for stat in storage.direct.store.list("checkpoints/step-00000015/a")} == {
+    assert {stat.key.split("/")[2] for stat in storage.direct_tree.store.list("checkpoints/step-00000015/a")} == {
         replaced.marker.path
     }
 
@@ -248,8 +248,8 @@ def test_an_attempt_without_permission_to_delete_succeeds(
     """The attempt cannot remove unfinished uploads. The attempt adds a note about this to the status."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
     proxy.fault(Status(403, "AccessDenied"), operation="ListMultipartUploads")
-    storage.direct.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")
-    with toy(tmp_path, spec, storage, s3_server, {}, attempt=2) as pod:
+    storage.direct_tree.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")
+    with make_toy_pod(tmp_path, spec, storage, s3_server, {}, attempt=2) as pod:
         assert pod.end() == 0, pod.text[-3000:]
     termination = pod.termination_message()
     assert termination.resolved is not None
@@ -262,8 +262,8 @@ def test_a_store_that_is_busy_at_the_start_is_retried(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with (
-        proxy.fault(Status(503, "SlowDown"), operation="PutObject", key=r"\.probe/", times=4) as busy,
-        toy(tmp_path, spec, storage, s3_server, {}) as pod,
+        proxy.fault(Status(503, "SlowDown"), operation="PutObject", key=r"\.probe/", max_hits=4) as busy,
+        make_toy_pod(tmp_path, spec, storage, s3_server, {}) as pod,
     ):
         assert pod.end() == 0, pod.text[-3000:]
     assert busy.hits == 4
@@ -277,11 +277,11 @@ def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
     """When the stop arrives, the ranks have already ended. The pod ends within its grace period and reports whether all steps are saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
     script = {"steps": 20, "every": 5 if saved else 15}
-    with toy(tmp_path, spec, storage, s3_server, script, grace=3) as pod:
+    with make_toy_pod(tmp_path, spec, storage, s3_server, script, grace=3) as pod:
         pod.wait_until(lambda: b'stage="uploading"' in (pod.get("/metrics") or b"") and not pod.pids("train"))
         pod.wait_committed(20 if saved else 15)
         pod.terminate()
         assert pod.end(120) == (75 if saved else 76), pod.text[-3000:]
     termination = pod.termination_message()
     assert (termination.code, termination.committed_step) == (("StoppedSaved", 20) if saved else ("StoppedUnsaved", 15))
-    assert storage.direct.get_committed(None) is None
+    assert storage.direct_tree.get_committed(None) is None

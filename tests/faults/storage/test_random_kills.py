@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from finetune_api.pod import ResumeConfig
-from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
+from proxied_tree import ProxiedTree, compute_expected_states, make_toy_pod, read_final_state, read_logged_states
 
 from localcluster.s3 import S3Endpoint
 
-STEPS, EVERY = 60, 7
+STEPS, STEPS_PER_CHECKPOINT = 60, 7
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 
@@ -21,17 +21,17 @@ def test_a_rank_killed_at_a_random_step_loses_only_steps_after_the_newest_checkp
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint, seed: int
 ) -> None:
     killed_step = random.Random(seed).randint(1, STEPS)
-    script = {"steps": STEPS, "every": EVERY, "pause": 0.002}
-    spec = {**spec, "checkpoint": {"steps": EVERY, "keep": 0}}
-    with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {f"0:{killed_step}": "die"}}) as first:
+    script = {"steps": STEPS, "every": STEPS_PER_CHECKPOINT, "pause": 0.002}
+    spec = {**spec, "checkpoint": {"steps": STEPS_PER_CHECKPOINT, "keep": 0}}
+    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, script | {"at": {f"0:{killed_step}": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
-    newest = (killed_step - 1) // EVERY * EVERY
-    assert first.termination_message().committed_step == (newest or None), "checkpoints that were staged before the kill must be uploaded"
-    assert storage.verify_all(tmp_path / "check")[:1] == ([newest] if newest else [])
+    newest_step = (killed_step - 1) // STEPS_PER_CHECKPOINT * STEPS_PER_CHECKPOINT
+    assert first.termination_message().committed_step == (newest_step or None), "checkpoints that were staged before the kill must be uploaded"
+    assert storage.verify_all(tmp_path / "check")[:1] == ([newest_step] if newest_step else [])
 
-    resume = ResumeConfig(mode="auto", expect_step=newest)
-    with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
+    resume = ResumeConfig(mode="auto", expect_step=newest_step)
+    with make_toy_pod(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
         assert second.end() == 0, second.text[-3000:]
-    assert second.termination_message().resumed_from_step == (newest or None)
-    assert logged_states(storage) == states(STEPS)
-    assert final_state(storage) == states(STEPS)[STEPS]
+    assert second.termination_message().resumed_from_step == (newest_step or None)
+    assert read_logged_states(storage) == compute_expected_states(STEPS)
+    assert read_final_state(storage) == compute_expected_states(STEPS)[STEPS]

@@ -31,7 +31,7 @@ FACTS = RunFacts(
 
 
 @pytest.fixture
-def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
+def two_checkpoints(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
     """Storage with the committed steps 5 and 10."""
     storage.commit(5, checkpoint, facts=FACTS)
     storage.commit(10, checkpoint, facts=FACTS)
@@ -39,74 +39,74 @@ def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
 
 
 def restore_newest(storage: ProxiedTree, folder: Path, resume: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
-    return restore(storage.proxied, resume or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
+    return restore(storage.proxied_tree, resume or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
-def flip(storage: ProxiedTree, key: str) -> None:
-    data = storage.direct.store.get(key)
+def flip_bit(storage: ProxiedTree, key: str) -> None:
+    data = storage.direct_tree.store.get(key)
     assert data is not None
-    storage.direct.store.put(key, data[:7] + bytes([data[7] ^ 1]) + data[8:])
+    storage.direct_tree.store.put(key, data[:7] + bytes([data[7] ^ 1]) + data[8:])
 
 
-def cut(storage: ProxiedTree, key: str) -> None:
-    data = storage.direct.store.get(key)
+def truncate_object(storage: ProxiedTree, key: str) -> None:
+    data = storage.direct_tree.store.get(key)
     assert data is not None
-    storage.direct.store.put(key, data[: len(data) // 2])
+    storage.direct_tree.store.put(key, data[: len(data) // 2])
 
 
-def remove(storage: ProxiedTree, key: str) -> None:
-    storage.direct.store.delete([key])
+def remove_object(storage: ProxiedTree, key: str) -> None:
+    storage.direct_tree.store.delete([key])
 
 
-def test_the_newest_checkpoint_is_restored(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
-    found = restore_newest(two, tmp_path)
+def test_the_newest_checkpoint_is_restored(two_checkpoints: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
+    found = restore_newest(two_checkpoints, tmp_path)
     assert (found.step, found.is_exact, found.inexact_reason, found.damage_messages) == (10, True, None, [])
     assert found.path is not None
-    same = {p.relative_to(found.path): p.read_bytes() for p in found.path.rglob("*") if p.is_file()}
-    assert same == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+    restored_files = {p.relative_to(found.path): p.read_bytes() for p in found.path.rglob("*") if p.is_file()}
+    assert restored_files == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("damage", [flip, cut, remove])
+@pytest.mark.parametrize("damage", [flip_bit, truncate_object, remove_object])
 @pytest.mark.parametrize("name", ["optimizer.pt", "sub/rng_state.pth", "manifest.json"])
 def test_damage_is_reported_and_the_previous_step_is_restored(
-    two: ProxiedTree, tmp_path: Path, damage: Callable[[ProxiedTree, str], None], name: str
+    two_checkpoints: ProxiedTree, tmp_path: Path, damage: Callable[[ProxiedTree, str], None], name: str
 ) -> None:
-    damage(two, f"{FOLDER}/{name}")
-    found = restore_newest(two, tmp_path)
+    damage(two_checkpoints, f"{FOLDER}/{name}")
+    found = restore_newest(two_checkpoints, tmp_path)
     assert found.step == 5
     assert len(found.damage_messages) == 1 and f"{FOLDER}/{name}" in found.damage_messages[0]
 
 
-def test_an_object_outside_the_manifest_is_not_downloaded(two: ProxiedTree, tmp_path: Path) -> None:
-    two.direct.store.put(f"{FOLDER}/model.safetensors", b"stray")
-    found = restore_newest(two, tmp_path)
+def test_an_object_outside_the_manifest_is_not_downloaded(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
+    two_checkpoints.direct_tree.store.put(f"{FOLDER}/model.safetensors", b"stray")
+    found = restore_newest(two_checkpoints, tmp_path)
     assert found.step == 10 and found.path is not None
     assert not (found.path / "model.safetensors").exists()
 
 
-def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two: ProxiedTree, tmp_path: Path) -> None:
-    two.direct.store.put("checkpoints/step-00000010/_COMMITTED", b"{")
-    assert restore_newest(two, tmp_path).step == 5
+def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
+    two_checkpoints.direct_tree.store.put("checkpoints/step-00000010/_COMMITTED", b"{")
+    assert restore_newest(two_checkpoints, tmp_path).step == 5
 
 
-def test_only_damaged_checkpoints_end_with_73(two: ProxiedTree, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_end_with_73(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
     for step in (5, 10):
-        flip(two, f"checkpoints/step-{step:08d}/a1-00000000/optimizer.pt")
+        flip_bit(two_checkpoints, f"checkpoints/step-{step:08d}/a1-00000000/optimizer.pt")
     with pytest.raises(NoCheckpointError) as caught:
-        restore_newest(two, tmp_path)
+        restore_newest(two_checkpoints, tmp_path)
     assert (caught.value.exit_code, caught.value.code) == (73, "NoLoadableCheckpoint")
     assert "step-00000010" in caught.value.message and "step-00000005" in caught.value.message
 
 
-def test_an_interrupted_download_is_retried(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", times=2) as cut_off:
-        found = restore_newest(two, tmp_path)
+def test_an_interrupted_download_is_retried(two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
+    with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", max_hits=2) as cut_off:
+        found = restore_newest(two_checkpoints, tmp_path)
     assert (found.step, found.damage_messages, cut_off.hits) == (10, [], 2)
 
 
-def test_a_byte_flipped_in_transit_is_detected(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", times=1) as flipped:
-        found = restore_newest(two, tmp_path)
+def test_a_byte_flipped_in_transit_is_detected(two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
+    with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", max_hits=1) as flipped:
+        found = restore_newest(two_checkpoints, tmp_path)
     assert (found.step, flipped.hits) == (5, 1)
     assert "optimizer.pt" in found.damage_messages[0]
 
@@ -119,29 +119,29 @@ class RemoveFirst:
     step: int
 
     async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
-        await asyncio.to_thread(self.storage.direct.remove, self.step)
+        await asyncio.to_thread(self.storage.direct_tree.remove, self.step)
         return await call.forward()
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
-    two: ProxiedTree, proxy: S3Proxy, tmp_path: Path
+    two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path
 ) -> None:
-    proxy.fault(RemoveFirst(two, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", times=1)
-    found = restore_newest(two, tmp_path)
+    proxy.fault(RemoveFirst(two_checkpoints, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", max_hits=1)
+    found = restore_newest(two_checkpoints, tmp_path)
     assert (found.step, len(found.damage_messages)) == (5, 1)
     assert "optimizer.pt is missing" in found.damage_messages[0]
-    assert [committed.step for committed in two.direct.list_committed()] == [5]
+    assert [committed.step for committed in two_checkpoints.direct_tree.list_committed()] == [5]
 
 
-def test_a_wrong_clock_is_reported_without_endless_retries(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_clock_is_reported_without_endless_retries(two_checkpoints: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's clock is twenty minutes fast, so its requests have a wrong signing time."""
     from botocore import auth
 
-    now = auth.get_current_datetime
+    original_clock = auth.get_current_datetime
     monkeypatch.setattr(
-        auth, "get_current_datetime", lambda *args, **options: now(*args, **options) + timedelta(minutes=20)
+        auth, "get_current_datetime", lambda *args, **options: original_clock(*args, **options) + timedelta(minutes=20)
     )
-    target = two.proxied.store.target  # type: ignore[attr-defined] # an S3Store
+    target = two_checkpoints.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
         preflight(target)
     assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")
@@ -149,11 +149,11 @@ def test_a_wrong_clock_is_reported_without_endless_retries(two: ProxiedTree, mon
 
 def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     """The store answers two download requests with SlowDown. The client retries until the download succeeds."""
-    storage.direct.store.put("rows.jsonl", b"{}")
-    store = storage.proxied.store
+    storage.direct_tree.store.put("rows.jsonl", b"{}")
+    store = storage.proxied_tree.store
     assert isinstance(store, S3Store)
     run: Any = SimpleNamespace(model_store=None, dataset_store=store.target, storage=store.target)
-    with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", times=2) as busy:
+    with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", max_hits=2) as busy:
         (found,) = Fetcher(run, tmp_path).data(
             f"s3://{store.bucket}/{store.key('rows.jsonl')}", "dataset.train", "train"
         )

@@ -21,30 +21,30 @@ from finetune_trainer.checkpoint.manifest import prefix_of, step_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.s3 import S3Store
 from pod_harness import Pod
-from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
+from proxied_tree import ProxiedTree, compute_expected_states, make_toy_pod, read_final_state, read_logged_states
 
 from localcluster.processes import wait_until
 from localcluster.s3 import S3Endpoint
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import S3Operation, S3Proxy
 
-EVERY = 5
-SCRIPT = {"every": EVERY, "pause": 0.1}
+STEPS_PER_CHECKPOINT = 5
+TOY_SCRIPT = {"every": STEPS_PER_CHECKPOINT, "pause": 0.1}
 READ_INTERVAL_SECONDS = 0.02
-GATE_SECONDS = 120.0
+MAX_HOLD_SECONDS = 120.0
 """Maximum time for which a request is held, so that a failing test ends."""
 
 
 @dataclass(frozen=True)
-class Gate:
+class RequestGate:
     """Hold a request until it is released."""
 
-    opened: threading.Event = field(default_factory=threading.Event)
+    is_open: threading.Event = field(default_factory=threading.Event)
     keys: list[str] = field(default_factory=list)
 
     async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
         self.keys.append(call.operation.key)
-        await asyncio.to_thread(self.opened.wait, GATE_SECONDS)
+        await asyncio.to_thread(self.is_open.wait, MAX_HOLD_SECONDS)
         return await call.forward()
 
 
@@ -55,32 +55,32 @@ class TwoAttempts:
     folder: Path
     spec: dict[str, Any]
     storage: ProxiedTree
-    second: ProxiedTree
+    second_storage: ProxiedTree
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     markers_seen: dict[int, list[str]] = field(default_factory=dict)
     """For each step, the incarnations that its marker has named, oldest first."""
-    start: int = 0
+    start_step: int = 0
     """The step from which the second attempt resumes."""
 
-    def start_earlier(self) -> Pod:
+    def make_earlier_pod(self) -> Pod:
         """Create the pod of the first attempt. Its training would take a long time."""
-        return toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000})
+        return make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000})
 
-    def start_later(self) -> Pod:
+    def make_later_pod(self) -> Pod:
         """Create the pod of the second attempt while the first attempt runs. It ends twelve checkpoints after the step from which it resumes."""
-        self.start = max(one.step or 0 for one in self.storage.direct.list_committed())
-        script, resume = SCRIPT | {"further": 12 * EVERY}, ResumeConfig(mode="auto", expect_step=self.start)
-        return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
+        self.start_step = max(one.step or 0 for one in self.storage.direct_tree.list_committed())
+        script, resume = TOY_SCRIPT | {"further": 12 * STEPS_PER_CHECKPOINT}, ResumeConfig(mode="auto", expect_step=self.start_step)
+        return make_toy_pod(self.folder / "two", self.spec, self.second_storage, self.server, script, attempt=2, resume=resume)
 
     @contextmanager
-    def markers_watched(self) -> Iterator[None]:
+    def watch_markers(self) -> Iterator[None]:
         """Start a thread that repeatedly reads all markers and records their changes."""
-        done = threading.Event()
+        is_done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(READ_INTERVAL_SECONDS):
-                for one in self.storage.direct.list_committed():
+            while not is_done.wait(READ_INTERVAL_SECONDS):
+                for one in self.storage.direct_tree.list_committed():
                     paths = self.markers_seen.setdefault(one.step or 0, [])
                     if paths[-1:] != [one.marker.path]:
                         paths.append(one.marker.path)
@@ -90,99 +90,99 @@ class TwoAttempts:
         try:
             yield
         finally:
-            done.set()
+            is_done.set()
             thread.join()
 
-    def assert_later_attempt_won(self, earlier: Pod, later: Pod, reason: str) -> None:
+    def assert_later_attempt_won(self, earlier_pod: Pod, later_pod: Pod, reason: str) -> None:
         """Check that the earlier attempt was fenced, and that the later attempt has the same result as an uninterrupted run."""
-        assert [earlier.process and earlier.process.poll(), later.end()] == [74, 0], (
-            earlier.text[-3000:] + later.text[-3000:]
+        assert [earlier_pod.process and earlier_pod.process.poll(), later_pod.end()] == [74, 0], (
+            earlier_pod.text[-3000:] + later_pod.text[-3000:]
         )
-        termination = earlier.termination_message()
+        termination = earlier_pod.termination_message()
         assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
         assert reason in (termination.message or "") and "must end" in (termination.message or "")
-        resumed = later.termination_message().resumed_from_step
-        assert resumed is not None and resumed >= self.start
-        last = resumed + 12 * EVERY
-        for one in self.storage.direct.list_committed():
-            assert one.marker.attempt == (1 if (one.step or 0) <= resumed else 2), one
+        resumed_step = later_pod.termination_message().resumed_from_step
+        assert resumed_step is not None and resumed_step >= self.start_step
+        last_step = resumed_step + 12 * STEPS_PER_CHECKPOINT
+        for one in self.storage.direct_tree.list_committed():
+            assert one.marker.attempt == (1 if (one.step or 0) <= resumed_step else 2), one
         for step, paths in self.markers_seen.items():
             assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
-        assert last in self.storage.verify_all(self.folder / "after")
-        committed_folders = {f"{one.folder}/" for one in self.storage.direct.list_committed()}
-        data = [
+        assert last_step in self.storage.verify_all(self.folder / "after")
+        committed_folders = {f"{one.folder}/" for one in self.storage.direct_tree.list_committed()}
+        data_keys = [
             stat.key
-            for stat in self.storage.direct.store.list("checkpoints/")
+            for stat in self.storage.direct_tree.store.list("checkpoints/")
             if not stat.key.rpartition("/")[2].startswith("_")
         ]
-        assert all(any(key.startswith(folder) for folder in committed_folders) for key in data), "the storage still contains data of the fenced attempt"
-        logged = logged_states(self.storage)
-        assert {step: state for step, state in logged.items() if step <= last} == states(last)
-        assert final_state(self.storage) == states(last)[last]
+        assert all(any(key.startswith(folder) for folder in committed_folders) for key in data_keys), "the storage still contains data of the fenced attempt"
+        logged_states = read_logged_states(self.storage)
+        assert {step: state for step, state in logged_states.items() if step <= last_step} == compute_expected_states(last_step)
+        assert read_final_state(self.storage) == compute_expected_states(last_step)[last_step]
 
 
 @pytest.fixture
-def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[TwoAttempts]:
+def two_attempts(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[TwoAttempts]:
     with S3Proxy(s3_server.host_url) as other:
-        target = storage.direct.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
-        second = ProxiedTree(CheckpointTree(S3Store(target)), storage.direct, storage.client, storage.bucket)
+        target = storage.direct_tree.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
+        second = ProxiedTree(CheckpointTree(S3Store(target)), storage.direct_tree, storage.client, storage.bucket)
         yield TwoAttempts(tmp_path, spec, storage, second, (proxy, other), s3_server)
 
 
-def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two: TwoAttempts) -> None:
+def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two_attempts: TwoAttempts) -> None:
     """Row 13: when the second attempt has begun, the first attempt ends and commits nothing more."""
-    with two.markers_watched(), two.start_earlier() as earlier:
-        earlier.wait_committed(2 * EVERY)
-        with two.start_later() as later:
+    with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier:
+        earlier.wait_committed(2 * STEPS_PER_CHECKPOINT)
+        with two_attempts.make_later_pod() as later:
             earlier.end(120)
             assert later.process is not None and later.process.poll() is None, (
                 "the second attempt must still run when the first one ends"
             )
             later.end()
-    two.assert_later_attempt_won(earlier, later, "a later attempt has begun")
+    two_attempts.assert_later_attempt_won(earlier, later, "a later attempt has begun")
 
 
 @dataclass
-class Race:
+class MarkerRace:
     """Two attempts that write the marker of the same step. The proxies hold both write requests."""
 
-    two: TwoAttempts
-    earlier: Pod
+    two_attempts: TwoAttempts
+    earlier_pod: Pod
     step: int
-    markers: tuple[Gate, Gate]
-    final_check: Gate
+    marker_gates: tuple[RequestGate, RequestGate]
+    final_check_gate: RequestGate
     """Holds the request with which the first attempt checks its data after it has written its marker."""
 
     def release_marker(self, attempt: int) -> None:
         """Release the marker request of an attempt, and wait until the marker is stored."""
-        self.markers[attempt - 1].opened.set()
+        self.marker_gates[attempt - 1].is_open.set()
         wait_until(f"the marker of attempt {attempt}", lambda: self.marked_attempt() == attempt, servers=[], timeout=60)
 
     def marked_attempt(self) -> int:
         """Return the number of the attempt that the step's marker names; 0 if there is no marker."""
-        found = self.two.storage.direct.get_committed(self.step)
+        found = self.two_attempts.storage.direct_tree.get_committed(self.step)
         return found.marker.attempt if found is not None else 0
 
     def finish_earlier(self) -> None:
         """Release all requests of the first attempt and wait until its pod has ended."""
-        self.markers[0].opened.set()
-        self.final_check.opened.set()
-        self.earlier.end(120)
+        self.marker_gates[0].is_open.set()
+        self.final_check_gate.is_open.set()
+        self.earlier_pod.end(120)
 
 
-def later_first(race: Race) -> None:
+def release_later_first(race: MarkerRace) -> None:
     race.release_marker(2)
     race.finish_earlier()
 
 
-def earlier_first_and_removed(race: Race) -> None:
+def release_earlier_then_removed(race: MarkerRace) -> None:
     race.release_marker(1)
     race.finish_earlier()
     assert race.marked_attempt() == 0, "the second attempt had removed the data, so the first attempt must remove its marker"
     race.release_marker(2)
 
 
-def earlier_first_and_replaced(race: Race) -> None:
+def release_earlier_then_replaced(race: MarkerRace) -> None:
     race.release_marker(1)
     race.release_marker(2)
     race.finish_earlier()
@@ -191,31 +191,33 @@ def earlier_first_and_replaced(race: Race) -> None:
 @pytest.mark.parametrize(
     ("order", "reason"),
     [
-        pytest.param(later_first, "was committed by a2-", id="later-first", marks=pytest.mark.faults),
+        pytest.param(release_later_first, "was committed by a2-", id="later-first", marks=pytest.mark.faults),
         pytest.param(
-            earlier_first_and_removed, "another incarnation has removed", id="earlier-first-removed", marks=pytest.mark.faults
+            release_earlier_then_removed, "another incarnation has removed", id="earlier-first-removed", marks=pytest.mark.faults
         ),
         pytest.param(
-            earlier_first_and_replaced, "another incarnation has removed", id="earlier-first-replaced", marks=pytest.mark.faults
+            release_earlier_then_replaced, "another incarnation has removed", id="earlier-first-replaced", marks=pytest.mark.faults
         ),
     ],
 )  # fmt: skip
-def test_the_later_attempts_marker_stays_if_two_attempts_commit_the_same_step(two: TwoAttempts, order: Callable[[Race], None], reason: str) -> None:
+def test_the_later_attempts_marker_stays_if_two_attempts_commit_the_same_step(
+    two_attempts: TwoAttempts, order: Callable[[MarkerRace], None], reason: str
+) -> None:
     """Row 13: both attempts write the marker of the same step. The order of the requests varies."""
-    with two.markers_watched(), two.start_earlier() as earlier:
-        earlier.wait_committed(EVERY)
-        markers, final_check = (Gate(), Gate()), Gate()
-        two.proxies[0].fault(markers[0], operation="PutObject", key="checkpoints/.*_COMMITTED", times=1)
-        earlier.wait_until(lambda: bool(markers[0].keys))
-        step = step_of(markers[0].keys[0].split("/")[-2])
+    with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier:
+        earlier.wait_committed(STEPS_PER_CHECKPOINT)
+        marker_gates, final_check = (RequestGate(), RequestGate()), RequestGate()
+        two_attempts.proxies[0].fault(marker_gates[0], operation="PutObject", key="checkpoints/.*_COMMITTED", max_hits=1)
+        earlier.wait_until(lambda: bool(marker_gates[0].keys))
+        step = step_of(marker_gates[0].keys[0].split("/")[-2])
         assert step is not None
-        two.proxies[0].fault(final_check, operation="HeadObject", key=f"{prefix_of(step)}/a1-.*/manifest.json", times=1)
-        two.proxies[1].fault(markers[1], operation="PutObject", key=f"{prefix_of(step)}/_COMMITTED", times=1)
-        with two.start_later() as later:
-            later.wait_until(lambda: bool(markers[1].keys))
-            race = Race(two, earlier, step, markers, final_check)
+        two_attempts.proxies[0].fault(final_check, operation="HeadObject", key=f"{prefix_of(step)}/a1-.*/manifest.json", max_hits=1)
+        two_attempts.proxies[1].fault(marker_gates[1], operation="PutObject", key=f"{prefix_of(step)}/_COMMITTED", max_hits=1)
+        with two_attempts.make_later_pod() as later:
+            later.wait_until(lambda: bool(marker_gates[1].keys))
+            race = MarkerRace(two_attempts, earlier, step, marker_gates, final_check)
             order(race)
             assert race.marked_attempt() == 2
             later.end()
-    two.assert_later_attempt_won(earlier, later, reason)
-    assert two.markers_seen[step][-1].startswith("a2-")
+    two_attempts.assert_later_attempt_won(earlier, later, reason)
+    assert two_attempts.markers_seen[step][-1].startswith("a2-")

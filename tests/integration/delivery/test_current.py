@@ -44,7 +44,7 @@ def current_cluster(
         "AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    return demo_clusters.choose("current", keep=False)
+    return demo_clusters.choose_cluster("current", keep_running=False)
 
 
 def namespace_names(endpoint: Endpoint) -> set[str]:
@@ -58,8 +58,8 @@ def test_demo_creates_and_removes_its_namespaces(
     current_cluster.up()
     current_cluster.up()  # a run of the demo after a run with KEEP=1 calls up() again
     install_crd(KubeApi(users_cluster))
-    assert namespace_names(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
-    demo.uninstall(current_cluster)
+    assert namespace_names(users_cluster) == before | {demo.RELEASE_NAME, demo.NAMESPACE}
+    demo.uninstall_objects(current_cluster)
     assert namespace_names(users_cluster) == before
     assert current_cluster.kubectl("get", "crd", "-o", "name") == ""
     assert not current_cluster.has_demo_objects()

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.support.fault_rows import register
+from tests.support.fault_rows import register_plugin
 from tests.support.rig import fault_cluster, rig
 
 __all__ = ["fault_cluster", "rig"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    register(config)
+    register_plugin(config)

@@ -7,15 +7,15 @@ from finetune_api import names
 from finetune_api.names import Condition, Label, Phase, Reason
 
 from tests.support.apiproxy import DelayEvents, LostResponse, ReplayEvents, Status, StatusAfterApply, active_rules
-from tests.support.kubelet import Ending, Plan, failure, success
+from tests.support.kubelet import ContainerExit, PodPlan, failure_exit, success_exit
 from tests.support.rig import (
-    FTJ,
+    FINETUNEJOBS,
     Rig,
     attempt_reasons,
-    condition,
     condition_is_true,
     count_created,
     count_status_writes,
+    find_condition,
     forbidden_writes,
 )
 
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.integration
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes: int) -> None:
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.submit(resources={"nodes": nodes})
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=nodes)
     rig.wait_phase(Phase.STARTING)
     for pod in pods:
-        rig.kubelet.end_pod(pod, success("s3://bucket/prefix/model"))
+        rig.kubelet.end_pod(pod, success_exit("s3://bucket/prefix/model"))
     body = rig.wait_finished()
     rig.wait_event(Reason.SUCCEEDED)
     assert condition_is_true(body, Condition.SUCCEEDED)
@@ -56,8 +56,8 @@ def test_kill_while_a_job_starts_does_not_change_the_result(rig: Rig, point: str
     rig.submit()
     assert operator.wait_end() == -9
     proxy = rig.proxy()
-    rig.operator(through=proxy)
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.operator(proxy=proxy)
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
     assert rig.job_names() == ["job-1"]
@@ -73,7 +73,7 @@ def test_last_spec_change_while_the_operator_is_down_applies(rig: Rig) -> None:
     for value in (True, False, True):
         rig.patch_spec("flipped", suspend=value)
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.wait_phase(Phase.SUSPENDED, "flipped")
     rig.wait_attempt(1, "new")
     assert rig.job_names("flipped") == []
@@ -86,12 +86,12 @@ def test_job_is_deleted_while_the_operator_is_down(rig: Rig) -> None:
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     operator.kill()
-    rig.api.delete(FTJ, rig.namespace, "job")
-    rig.api.wait_gone(FTJ, rig.namespace, "job")
+    rig.api.delete(FINETUNEJOBS, rig.namespace, "job")
+    rig.api.wait_gone(FINETUNEJOBS, rig.namespace, "job")
     rig.api.wait_gone("jobs", rig.namespace, "job-1", timeout=60)
     rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.submit("another")
     rig.wait_attempt(1, "another")
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
@@ -101,8 +101,8 @@ def test_job_is_deleted_while_the_operator_is_down(rig: Rig) -> None:
 @pytest.mark.parametrize("fault", [LostResponse(), StatusAfterApply(504)], ids=["lost", "504"])
 def test_lost_response_to_a_create_leads_to_one_job(rig: Rig, fault: LostResponse | StatusAfterApply) -> None:
     proxy = rig.proxy()
-    rig.operator(through=proxy)
-    with proxy.fault(fault, verb="create", resource="jobs", times=1) as rule:
+    rig.operator(proxy=proxy)
+    with proxy.fault(fault, verb="create", resource="jobs", max_hits=1) as rule:
         rig.submit()
         body = rig.wait_attempt(1)
     assert rule.hits == 1
@@ -114,32 +114,32 @@ def test_lost_response_to_a_create_leads_to_one_job(rig: Rig, fault: LostRespons
 @pytest.mark.row(8)
 def test_status_conflicts_are_retried_without_a_warning(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     with active_rules(
-        proxy.fault(Status(409), verb="update", resource=f"{FTJ}/status", times=5),
-        proxy.fault(Status(409), verb="patch", resource=f"{FTJ}/status", times=5),
+        proxy.fault(Status(409), verb="update", resource=f"{FINETUNEJOBS}/status", max_hits=5),
+        proxy.fault(Status(409), verb="patch", resource=f"{FINETUNEJOBS}/status", max_hits=5),
     ):
         rig.submit()
-        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
         body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
-    assert sum(e.fault == "Status" for e in proxy.exchanges) == 5
+    assert sum(e.fault_name == "Status" for e in proxy.exchanges) == 5
 
 
 @pytest.mark.row(17)
 def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.submit()
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     before = rig.wait_finished()
     proxy.clear_exchanges()
-    for resource in ("pods", "jobs", FTJ):
+    for resource in ("pods", "jobs", FINETUNEJOBS):
         assert proxy.command_watches(resource, ReplayEvents(50)) >= 1
     rig.submit("later")
     rig.wait_attempt(1, "later")
     assert rig.get()["status"] == before["status"]
-    assert [e.path for e in proxy.exchanges if e.method != "GET" and "/job" in e.path.partition(f"{FTJ}/")[2]] == []
+    assert [e.path for e in proxy.exchanges if e.method != "GET" and "/job" in e.path.partition(f"{FINETUNEJOBS}/")[2]] == []
     assert rig.job_names() == ["job-1"]
 
 
@@ -149,14 +149,14 @@ def test_stale_cache_does_not_create_a_second_job(rig: Rig) -> None:
     with active_rules(
         proxy.fault(DelayEvents(1.5), verb="watch", resource="jobs"),
         proxy.fault(DelayEvents(1.5), verb="watch", resource="pods"),
-        proxy.fault(DelayEvents(1.5), verb="watch", resource=FTJ),
+        proxy.fault(DelayEvents(1.5), verb="watch", resource=FINETUNEJOBS),
     ):
-        rig.operator(through=proxy, config={"resyncSeconds": 3600})
+        rig.operator(proxy=proxy, config={"resyncSeconds": 3600})
         rig.submit()
         pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
-        rig.kubelet.end_pod(pod, failure(70, message="broken"))
+        rig.kubelet.end_pod(pod, failure_exit(70, message="broken"))
         pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
-        rig.kubelet.end_pod(pod, success())
+        rig.kubelet.end_pod(pod, success_exit())
         body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.INTERNAL_ERROR), (2, Reason.SUCCEEDED)]
     assert count_created(proxy, "jobs") == 2
@@ -174,11 +174,11 @@ def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
 
     unrelated_uid, blocking_uid = create_foreign_job("unrelated", 7), create_foreign_job("job-1", 1)
     proxy = rig.proxy()
-    rig.operator(through=proxy)
+    rig.operator(proxy=proxy)
     rig.submit()
-    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
+    body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
     assert body["status"]["phase"] == Phase.PENDING
-    assert "job-1" in condition(body, Condition.PODS_READY)["message"]
+    assert "job-1" in find_condition(body, Condition.PODS_READY)["message"]
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Background", preconditions={"uid": blocking_uid})
     rig.wait_attempt(1)
@@ -197,22 +197,22 @@ def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
         rig.api.delete("jobs", rig.namespace, f"job-{attempt}", propagationPolicy="Foreground")
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.PREEMPTED), (2, Reason.PREEMPTED)]
-    assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
+    assert find_condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
     rig.wait_event(Reason.FAILED)
 
 
 @pytest.mark.row(27)
 def test_exhausted_retries_finish_the_job_permanently(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.kubelet.set_plan(rig.namespace, Plan(when_running=failure(70, message="it breaks each time")))
-    rig.operator(through=proxy)
+    rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=failure_exit(70, message="it breaks each time")))
+    rig.operator(proxy=proxy)
     rig.submit(policy={"retries": 2})
     body = rig.wait_finished()
     assert body["status"]["phase"] == Phase.FAILED
     assert attempt_reasons(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
     assert condition_is_true(body, Condition.STALLED)
     assert not condition_is_true(body, Condition.RECONCILING)
-    assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
+    assert find_condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
     assert "it breaks each time" in body["status"]["failure"]["message"]
     assert count_created(proxy, "jobs") == 3
     rig.submit("later", suspend=True)
@@ -223,7 +223,7 @@ def test_exhausted_retries_finish_the_job_permanently(rig: Rig) -> None:
 
 @pytest.mark.row(30)
 def test_suspend_resume_suspend_leaves_no_pods(rig: Rig) -> None:
-    rig.kubelet.set_plan(rig.namespace, Plan(when_deleted=failure(75, step=4, committed=4)))
+    rig.kubelet.set_plan(rig.namespace, PodPlan(when_deleted=failure_exit(75, step=4, committed_step=4)))
     rig.operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -234,5 +234,5 @@ def test_suspend_resume_suspend_leaves_no_pods(rig: Rig) -> None:
     assert condition_is_true(body, Condition.SUSPENDED)
     assert all(a["reason"] == Reason.SUSPENDED for a in body["status"]["attempts"])
     rig.patch_spec(suspend=False)
-    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], Ending(0))
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], ContainerExit(0))
     assert condition_is_true(rig.wait_finished(), Condition.SUCCEEDED)

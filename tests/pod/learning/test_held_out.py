@@ -9,8 +9,8 @@ import pytest
 import torch
 from finetune_trainer.data import load
 
-from tests.support.learning import TEN, make_run, run_training, train_here, write_rows
-from tests.support.preferences import LABELLED, PAIRS, PROMPTS
+from tests.support.learning import TEN_ROWS, make_run, run_training, train_here, write_rows
+from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
 
 pytestmark = pytest.mark.pod
 LORA_METHOD: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
@@ -19,7 +19,7 @@ LORA_METHOD: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
 def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
     split = {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 7}}}
     spec = {"method": LORA_METHOD, "evaluation": {"strategy": "steps", "steps": 2}, **split}
-    run, inputs = make_run(tmp_path, model, spec, TEN)
+    run, inputs = make_run(tmp_path, model, spec, TEN_ROWS)
     parts = load(run, inputs)
     taken = [raw.number for part in (parts.train, parts.validation, parts.test) for raw, _ in part]
     assert [len(parts.train), len(parts.validation), len(parts.test)] == [5, 2, 3]
@@ -28,7 +28,7 @@ def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path
     evaluation = outcome.extra["evaluation"]
     assert (outcome.resolved["datasetRows"], evaluation["testRows"]) == (5, 3)
     assert evaluation["testLoss"] == pytest.approx(
-        loss_of(outcome.folder, model, [TEN[r.number - 1] for r, _ in parts.test]), abs=1e-4
+        loss_of(outcome.folder, model, [TEN_ROWS[r.number - 1] for r, _ in parts.test]), abs=1e-4
     )
     assert evaluation["testLoss"] not in outcome.eval_losses
     assert sum("test_loss" in line for line in outcome.logs) == 1
@@ -62,10 +62,10 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
 @pytest.mark.parametrize(
     ("kind", "rows", "metric_names"),
     [
-        ("dpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
-        ("orpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
-        ("reward", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
-        ("kto", LABELLED, {"testLoss"}),
+        ("dpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        ("orpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        ("reward", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        ("kto", LABELLED_ANSWERS, {"testLoss"}),
         ("grpo", PROMPTS, {"testReward"}),
     ],
 )
@@ -90,7 +90,7 @@ def test_every_objective_measures_a_test_file(
 def test_answer_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -> None:
     rows = [
         {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y"}, "answer": "AB"[i % 2]}
-        for i, row in enumerate(TEN)
+        for i, row in enumerate(TEN_ROWS)
     ]
     spec = {"training": {"maxSteps": 1}, "dataset": {"split": {"test": 0.4}}}
     assert "testAnswerAccuracy" in run_training(tmp_path, model, spec, rows).extra["evaluation"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from finetune_api.errors import InternalError
 
-from tests.support.learning import TEN, merged, run_training
-from tests.support.preferences import PAIRS, PROMPTS
+from tests.support.learning import TEN_ROWS, merge_mappings, run_training
+from tests.support.preferences import PREFERENCE_PAIRS, PROMPTS
 
 SIXTEEN_BIT_SPEC: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
@@ -20,13 +20,13 @@ SIXTEEN_BIT_SPEC: dict[str, Any] = {
 FULL_MODULES = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
 LENGTH_REWARDS = [{"builtin": "length", "parameters": {"maximum": "3"}}]
 SPECS_AND_ROWS: dict[str, tuple[dict[str, Any], Any]] = {
-    "modules trained in full": (FULL_MODULES, TEN),
-    "a reward model's head": ({"trainer": {"type": "reward"}}, PAIRS),
+    "modules trained in full": (FULL_MODULES, TEN_ROWS),
+    "a reward model's head": ({"trainer": {"type": "reward"}}, PREFERENCE_PAIRS),
     "answers of grpo": (
         {**FULL_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": LENGTH_REWARDS}},
         PROMPTS,
     ),
-    "ia3": ({"method": {"type": "ia3"}}, TEN),
+    "ia3": ({"method": {"type": "ia3"}}, TEN_ROWS),
 }  # fmt: skip
 
 
@@ -34,16 +34,16 @@ SPECS_AND_ROWS: dict[str, tuple[dict[str, Any], Any]] = {
 def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, tmp_path: Path) -> None:
     """16-bit weights would lose the small updates of usual learning rates."""
     spec, rows = SPECS_AND_ROWS[name]
-    outcome = run_training(tmp_path, model, merged(SIXTEEN_BIT_SPEC, spec), rows)
+    outcome = run_training(tmp_path, model, merge_mappings(SIXTEEN_BIT_SPEC, spec), rows)
     types = {(parameter.requires_grad, parameter.dtype) for parameter in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
     assert len(outcome.losses) == 2 and all(math.isfinite(loss) for loss in outcome.losses)
 
 
 def test_packing_in_16_bits_gives_the_losses_of_unpacked_rows(model: Path, tmp_path: Path) -> None:
-    spec = merged(SIXTEEN_BIT_SPEC, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
+    spec = merge_mappings(SIXTEEN_BIT_SPEC, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
     unpacked = run_training(tmp_path / "a", model, spec)
-    packed = run_training(tmp_path / "b", model, merged(spec, {"dataset": {"packing": True}}))
+    packed = run_training(tmp_path / "b", model, merge_mappings(spec, {"dataset": {"packing": True}}))
     assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
     assert packed.losses == pytest.approx(unpacked.losses, rel=0.01)
 
@@ -53,7 +53,7 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(InternalError) as caught:
-        run_training(tmp_path, model, merged(SIXTEEN_BIT_SPEC, {"dataset": {"packing": True}}))
+        run_training(tmp_path, model, merge_mappings(SIXTEEN_BIT_SPEC, {"dataset": {"packing": True}}))
     assert caught.value.code == "PackingLeaks"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError, NotFoundError
 
-from tests.support.learning import TEN, Outcome, merged, run_training
+from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_training
 
 pytestmark = pytest.mark.pod
 SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
@@ -41,7 +41,7 @@ SPECS_AND_LOSS_BOUNDS = {
 }
 
 
-def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
+def load_tuned(outcome: RunOutcome, model: Path, **options: Any) -> Any:
     """Load the artefact as a user does."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def generate_answer(tuned: Any, folder: Path, question: str) -> str:
 @pytest.mark.parametrize("name", SPECS_AND_LOSS_BOUNDS)
 def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path: Path) -> None:
     spec, bound = SPECS_AND_LOSS_BOUNDS[name]
-    outcome = run_training(tmp_path, model, merged(SIXTY_STEPS, spec))
+    outcome = run_training(tmp_path, model, merge_mappings(SIXTY_STEPS, spec))
     assert outcome.losses[0] > 1.5 * bound
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
@@ -81,7 +81,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
             assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
         assert generate_answer(tuned, outcome.folder, "Who?")
     else:
-        for row in TEN[:3]:
+        for row in TEN_ROWS[:3]:
             question, reply = (turn["content"] for turn in row["messages"])
             assert generate_answer(tuned, outcome.folder, question) == f"{reply}<|im_end|>"
 
@@ -112,7 +112,7 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
 
     still = {"training": {"maxSteps": 1, "learningRate": 1e-12}}
     lora = {"rank": 4, "alpha": 16, "init": "loftq", "dropout": 0, "targetModules": ["q_proj", "down_proj", "up_proj"]}
-    outcome = run_training(tmp_path, model, merged(still, {"method": {"lora": lora}}))
+    outcome = run_training(tmp_path, model, merge_mappings(still, {"method": {"lora": lora}}))
     original = load_file(model / "model.safetensors")
     layers = [m for m in outcome.model.get_base_model().named_modules() if hasattr(m[1], "lora_A")]
     assert len(layers) == 6
@@ -188,9 +188,9 @@ def test_an_unknown_target_module_is_refused_with_the_known_names(model: Path, t
 
 
 def test_a_continued_adapter_starts_from_its_trained_weights(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merged(SIXTY_STEPS, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
+    first = run_training(tmp_path / "a", model, merge_mappings(SIXTY_STEPS, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
     spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first.folder}"}}}
-    again = run_training(tmp_path / "b", model, merged(SIXTY_STEPS, spec), adapter=first.folder)
+    again = run_training(tmp_path / "b", model, merge_mappings(SIXTY_STEPS, spec), adapter=first.folder)
     assert again.losses[0] == pytest.approx(first.losses[-1], rel=0.5)
     assert again.losses[0] < 0.5 * first.losses[0]
     assert again.losses[-1] < again.losses[0]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from finetune_api.errors import NotFoundError
 
-from tests.support.learning import Outcome, make_run, merged, run_training, train_here
+from tests.support.learning import RunOutcome, make_run, merge_mappings, run_training, train_here
 from tests.support.preferences import PROMPTS
 
 pytestmark = pytest.mark.pod
 ONE_STEP: dict[str, Any] = {"training": {"maxSteps": 1}}
 
 
-def adapter_config(outcome: Outcome) -> dict[str, Any]:
+def adapter_config(outcome: RunOutcome) -> dict[str, Any]:
     assert outcome.folder is not None
     config: dict[str, Any] = json.loads((outcome.folder / "adapter_config.json").read_text())
     return config
@@ -38,7 +38,7 @@ def weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dic
 def test_prompt_length_is_the_number_of_virtual_tokens(
     method: str, shape: tuple[int, int], model: Path, tmp_path: Path
 ) -> None:
-    outcome = run_training(tmp_path, model, merged(ONE_STEP, {"method": {"type": method, "promptLength": 7}}))
+    outcome = run_training(tmp_path, model, merge_mappings(ONE_STEP, {"method": {"type": method, "promptLength": 7}}))
     assert adapter_config(outcome)["num_virtual_tokens"] == 7
     (learned,) = weights(outcome.folder).values()
     assert tuple(learned.shape) == shape
@@ -46,11 +46,11 @@ def test_prompt_length_is_the_number_of_virtual_tokens(
 
 def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
     lora = {"lora": {"dropout": 0, "rank": 4}}
-    by_type = run_training(tmp_path / "a", model, merged(ONE_STEP, {"method": {"type": "dora", **lora}}))
+    by_type = run_training(tmp_path / "a", model, merge_mappings(ONE_STEP, {"method": {"type": "dora", **lora}}))
     by_flag = run_training(
-        tmp_path / "b", model, merged(ONE_STEP, {"method": {"lora": {**lora["lora"], "useDora": True}}})
+        tmp_path / "b", model, merge_mappings(ONE_STEP, {"method": {"lora": {**lora["lora"], "useDora": True}}})
     )
-    plain = run_training(tmp_path / "c", model, merged(ONE_STEP, {"method": lora}))
+    plain = run_training(tmp_path / "c", model, merge_mappings(ONE_STEP, {"method": lora}))
     sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (by_type, by_flag, plain)]
     assert sizes == [14, 14, 0]
     assert by_type.losses == by_flag.losses
@@ -70,7 +70,7 @@ def test_the_biases_of_the_spec_are_trained(bias: str, trained_count: int, tmp_p
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_4_bit_layers_compute_in_the_dtype_of_the_spec(kind: str, model: Path, tmp_path: Path) -> None:
-    spec = merged(ONE_STEP, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
+    spec = merge_mappings(ONE_STEP, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
     outcome = run_training(tmp_path, model, spec)
     layers = [m for m in outcome.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")]
     assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{kind}"}
@@ -87,7 +87,7 @@ def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None
         for layer in (0, 1)
     }
     best = max(ratios, key=lambda layer: ratios[layer])
-    spec = merged(
+    spec = merge_mappings(
         ONE_STEP, {"method": {"type": "spectrum", "spectrum": {"metric": "meanOverStd", "snrThreshold": 0.9}}}
     )
     outcome = run_training(tmp_path, model, spec)
@@ -103,7 +103,7 @@ def test_a_scan_is_reused_for_the_same_model_revision(
 ) -> None:
     from finetune_trainer.method import spectrum
 
-    spec = merged(ONE_STEP, {"method": {"type": "spectrum"}})
+    spec = merge_mappings(ONE_STEP, {"method": {"type": "spectrum"}})
     first = run_training(tmp_path, model, spec)
     scanned: list[str] = []
     original = spectrum.signal_to_noise
@@ -138,7 +138,7 @@ def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, mon
     with pytest.raises(NotFoundError) as caught:
         run_training(tmp_path / "a", own, ONE_STEP)
     assert caught.value.hint == "set model.trustRemoteCode: true if you trust the source"
-    trusted = run_training(tmp_path / "b", own, merged(ONE_STEP, {"model": {"trustRemoteCode": True}}))
+    trusted = run_training(tmp_path / "b", own, merge_mappings(ONE_STEP, {"model": {"trustRemoteCode": True}}))
     assert type(trusted.model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
@@ -160,7 +160,7 @@ def test_sampling_from_one_candidate_gives_equal_completions(
             "rewards": [reward],
         }
         batch = {"training": {"batchSizePerDevice": 32, "maxSteps": 1}}
-        outcome = run_training(tmp_path / f"{sorted(options)}", model, merged(batch, {"trainer": trainer}), PROMPTS)
+        outcome = run_training(tmp_path / f"{sorted(options)}", model, merge_mappings(batch, {"trainer": trainer}), PROMPTS)
         return next(float(line["frac_reward_zero_std"]) for line in outcome.logs if "frac_reward_zero_std" in line)
 
     assert share_of_groups_with_equal_rewards(**sampling) == 1.0

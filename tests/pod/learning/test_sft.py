@@ -11,7 +11,7 @@ import torch
 from finetune_api.errors import FineTuneError
 
 from tests.support.data import prepare_rows
-from tests.support.learning import TEN, merged, run_training
+from tests.support.learning import TEN_ROWS, merge_mappings, run_training
 
 pytestmark = pytest.mark.pod
 
@@ -80,7 +80,7 @@ def test_packed_documents_that_attend_to_each_other_end_the_run(
 def test_gradient_accumulation_equals_one_large_batch(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + i % 4)}]}
-        for i, row in enumerate(TEN[:8])
+        for i, row in enumerate(TEN_ROWS[:8])
     ]
     lora = {"method": {"lora": {"dropout": 0}}}
     big = run_training(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
@@ -102,7 +102,7 @@ def test_packing_trains_to_the_same_loss(model: Path, tmp_path: Path) -> None:
 def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 3 * (i % 3))}]}
-        for i, row in enumerate(TEN)
+        for i, row in enumerate(TEN_ROWS)
     ]
     spec = {"training": {"maxSteps": 1}, "evaluation": {"steps": 1, "strategy": "steps"}}
     row_by_row = run_training(
@@ -140,12 +140,12 @@ def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(mod
         "training": {"maxSteps": 1, "learningRate": 1e-9},
     }
     outcome = run_training(
-        tmp_path / "run", folder, merged(spec, {"training": {"batchSizePerDevice": 2}}), rows, validation=rows
+        tmp_path / "run", folder, merge_mappings(spec, {"training": {"batchSizePerDevice": 2}}), rows, validation=rows
     )
     (line,) = [line for line in outcome.logs if "loss" in line]
     assert line["num_tokens"] > 0 and line["loss"] > outcome.eval_losses[0] + 0.4
     one_batch = run_training(
-        tmp_path / "one", folder, merged(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows
+        tmp_path / "one", folder, merge_mappings(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows
     )
     assert outcome.eval_losses == pytest.approx(one_batch.eval_losses, abs=1e-5)
 
@@ -153,7 +153,7 @@ def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(mod
 def test_correct_letters_of_multiple_choice_are_measured(model: Path, tmp_path: Path) -> None:
     rows = [
         {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y", "C": "z"}, "answer": "ABC"[i % 3]}
-        for i, row in enumerate(TEN)
+        for i, row in enumerate(TEN_ROWS)
     ]
     spec = {
         "training": {"maxSteps": 80, "batchSizePerDevice": 10, "scheduler": "constant"}, "method": {"type": "full"},

@@ -13,25 +13,25 @@ import torch
 from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError, NotFoundError
 from finetune_trainer.inputs import RestoredCheckpoint
 
-from tests.support.learning import TEN, Hooks, Outcome, merged, run_training
+from tests.support.learning import TEN_ROWS, RecordingHooks, RunOutcome, merge_mappings, run_training
 
 pytestmark = pytest.mark.pod
 LORA_SPEC = {"method": {"lora": {"dropout": 0}}}
 
 
 @pytest.fixture(scope="module")
-def default_lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def default_lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     """Four steps of LoRA with default options."""
     return run_training(tmp_path_factory.mktemp("default"), model, LORA_SPEC)
 
 
 @pytest.fixture(scope="module")
-def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     """Four steps of full training with default options."""
     return run_training(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
 
 
-def learning_rates(outcome: Outcome) -> list[float]:
+def learning_rates(outcome: RunOutcome) -> list[float]:
     """The logged learning rates."""
     return [line["learning_rate"] for line in outcome.logs if "learning_rate" in line]
 
@@ -110,7 +110,7 @@ def test_transformers_has_every_optimizer_of_the_api() -> None:
 @pytest.mark.parametrize(
     "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion_8bit", "rmsprop"]
 )
-def test_optimizers_train(name: str, model: Path, default_lora: Outcome, tmp_path: Path) -> None:
+def test_optimizers_train(name: str, model: Path, default_lora: RunOutcome, tmp_path: Path) -> None:
     outcome = run_training(
         tmp_path, model, {**LORA_SPEC, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
     )
@@ -131,7 +131,7 @@ CHANGED_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED_OPTIONS)
-def test_an_option_changes_the_losses(name: str, model: Path, default_full: Outcome, tmp_path: Path) -> None:
+def test_an_option_changes_the_losses(name: str, model: Path, default_full: RunOutcome, tmp_path: Path) -> None:
     other = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGED_OPTIONS[name]})
     assert default_full.losses != other.losses
 
@@ -143,8 +143,8 @@ def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
 
 def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": "full"}, "training": {"optimizer": "sgd", "learningRate": 1e-2}}
-    clipped = run_training(tmp_path / "a", model, merged(spec, {"training": {"maxGradNorm": 0.001}}))
-    unclipped = run_training(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
+    clipped = run_training(tmp_path / "a", model, merge_mappings(spec, {"training": {"maxGradNorm": 0.001}}))
+    unclipped = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"maxGradNorm": 0}}))
     assert clipped.grad_norms[0] > 0.001
     assert clipped.losses[1] > unclipped.losses[1]
 
@@ -156,7 +156,7 @@ def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> N
 
 
 def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(
-    model: Path, default_full: Outcome, tmp_path: Path
+    model: Path, default_full: RunOutcome, tmp_path: Path
 ) -> None:
     mixed = run_training(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
     assert mixed.losses != default_full.losses and mixed.losses == pytest.approx(default_full.losses, rel=0.05)
@@ -170,7 +170,7 @@ def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(
 def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": method, **({"lora": {"dropout": 0}} if method == "lora" else {})}}
     plain = run_training(tmp_path / "a", model, spec)
-    again = run_training(tmp_path / "b", model, merged(spec, {"training": {"gradientCheckpointing": "enabled"}}))
+    again = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"gradientCheckpointing": "enabled"}}))
     assert again.losses == pytest.approx(plain.losses, abs=1e-6)
 
 
@@ -185,25 +185,25 @@ def test_gradient_checkpointing_may_cover_only_every_nth_layer(
 
 def test_grouping_by_length_reduces_padding(model: Path, tmp_path: Path) -> None:
     rows = [
-        {"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * (1 + 9 * (i % 2))}]}
+        {"messages": [TEN_ROWS[0]["messages"][0], {"role": "assistant", "content": "red " * (1 + 9 * (i % 2))}]}
         for i in range(20)
     ]
     spec = {"training": {"maxSteps": 10, "batchSizePerDevice": 2}}
     mixed = run_training(tmp_path / "a", model, spec, rows)
-    grouped = run_training(tmp_path / "b", model, merged(spec, {"training": {"groupByLength": True}}), rows)
+    grouped = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"groupByLength": True}}), rows)
     padding = [sum(line["padding_share"] for line in o.logs if "padding_share" in line) for o in (mixed, grouped)]
     assert padding[1] < 0.5 * padding[0]
 
 
 def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
     unlearnable_rows = [
-        {"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)
+        {"messages": [row["messages"][0], TEN_ROWS[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN_ROWS)
     ]
     spec = {
         "training": {"maxSteps": 60, "earlyStopping": {"patience": 2}},
         "evaluation": {"strategy": "steps", "steps": 2},
     }
-    outcome = run_training(tmp_path, model, merged(LORA_SPEC, spec), validation=unlearnable_rows)
+    outcome = run_training(tmp_path, model, merge_mappings(LORA_SPEC, spec), validation=unlearnable_rows)
     best = min(outcome.eval_losses)
     assert len(outcome.losses) < 60
     assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
@@ -213,13 +213,13 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     from safetensors.torch import load_file
 
     unlearnable_rows = [
-        {"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)
+        {"messages": [row["messages"][0], TEN_ROWS[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN_ROWS)
     ]
     spec = {
         "training": {"maxSteps": 8}, "evaluation": {"strategy": "steps", "steps": 2},
         "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
     }  # fmt: skip
-    outcome = run_training(tmp_path, model, merged(LORA_SPEC, spec), validation=unlearnable_rows)
+    outcome = run_training(tmp_path, model, merge_mappings(LORA_SPEC, spec), validation=unlearnable_rows)
     best = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
     assert best < 8
     assert outcome.folder is not None
@@ -233,7 +233,7 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     moved = tmp_path / "again" / "restored"
     shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
     shutil.rmtree(tmp_path / "out")
-    longer = merged(merged(LORA_SPEC, spec), {"training": {"maxSteps": 10}})
+    longer = merge_mappings(merge_mappings(LORA_SPEC, spec), {"training": {"maxSteps": 10}})
     restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
     again = run_training(tmp_path / "again", model, longer, validation=unlearnable_rows, restore=restore)
     assert len(again.losses) == 2
@@ -308,8 +308,8 @@ def test_weights_that_become_nan_after_the_last_step_are_not_published(
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             next(parameter for parameter in model.parameters() if parameter.requires_grad).data[0] = float("nan")
 
-    original = Hooks.create_callbacks
-    monkeypatch.setattr(Hooks, "create_callbacks", lambda self, *args: [*original(self, *args), Poison()])
+    original = RecordingHooks.create_callbacks
+    monkeypatch.setattr(RecordingHooks, "create_callbacks", lambda self, *args: [*original(self, *args), Poison()])
     with pytest.raises(DivergedError) as caught:
         run_training(tmp_path, model, {"method": {"type": method}})
     assert caught.value.code == "WeightsNotFinite" and int(caught.value.exit_code) == 72

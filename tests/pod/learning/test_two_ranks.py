@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.cells import Cell, Result, launch
-from tests.support.learning import TEN, Outcome, merged, run_training
+from tests.support.cells import Cell, Result, launch_cells
+from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_training
 
 pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(400)]
 ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
-    for row in [*TEN, TEN[0]]
+    for row in [*TEN_ROWS, TEN_ROWS[0]]
 ]
 """Eleven rows, of which the test set gets three. On two ranks the last test batch repeats a row, and this row must count only once."""
 BASE_SPEC: dict[str, Any] = {
@@ -40,18 +40,18 @@ METHODS_AND_STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cells = [
-        Cell(name, str(model), merged(merged(BASE_SPEC, method), {"distributed": strategy}), ROWS)
+        Cell(name, str(model), merge_mappings(merge_mappings(BASE_SPEC, method), {"distributed": strategy}), ROWS)
         for name, (method, strategy) in METHODS_AND_STRATEGIES.items()
     ]
-    return launch(cells, tmp_path_factory.mktemp("cells"), ranks=2)
+    return launch_cells(cells, tmp_path_factory.mktemp("cells"), rank_count=2)
 
 
 @pytest.fixture(scope="module")
-def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunOutcome]:
     """The runs of CELLS on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
-        name: run_training(tmp_path_factory.mktemp(name), model, merged(merged(BASE_SPEC, method), batch), ROWS)
+        name: run_training(tmp_path_factory.mktemp(name), model, merge_mappings(merge_mappings(BASE_SPEC, method), batch), ROWS)
         for name, method in (("lora", LORA_SPEC), ("full", FULL_SPEC), ("loftq", LOFTQ_SPEC))
     }
 
@@ -66,7 +66,7 @@ def parse_test_loss(notes: list[str]) -> float:
 
 @pytest.mark.parametrize("name", METHODS_AND_STRATEGIES)
 def test_two_ranks_give_the_numbers_of_one_rank(
-    name: str, results: dict[str, Result], one_rank: dict[str, Outcome]
+    name: str, results: dict[str, Result], one_rank: dict[str, RunOutcome]
 ) -> None:
     two_ranks, single = results[name], one_rank[name.rsplit(" ", 1)[-1]]
     assert two_ranks.error is None

@@ -10,8 +10,8 @@ import torch
 from finetune_api.errors import ConfigError
 from finetune_trainer.inputs import RestoredCheckpoint
 
-from tests.support.learning import TEN, Outcome, merged, run_training
-from tests.support.preferences import PAIRS
+from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_training
+from tests.support.preferences import PREFERENCE_PAIRS
 
 pytestmark = pytest.mark.pod
 NEW_TOKENS = ["<yes>", "<no>"]
@@ -22,7 +22,7 @@ ROWS = [
             {"role": "assistant", "content": f"{NEW_TOKENS[i % 2]}{row['messages'][1]['content']}"},
         ]
     }
-    for i, row in enumerate(TEN)
+    for i, row in enumerate(TEN_ROWS)
 ]
 TOKENS_SPEC: dict[str, Any] = {"model": {"newTokens": NEW_TOKENS}}
 SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
@@ -31,7 +31,7 @@ METHOD_SPECS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}},
     "spectrum": {"method": {"type": "spectrum"}},
     "lora": LORA_SPEC,
-    "qlora": merged(LORA_SPEC, {"method": {"type": "qlora"}, "training": {"learningRate": 1e-2}}),
+    "qlora": merge_mappings(LORA_SPEC, {"method": {"type": "qlora"}, "training": {"learningRate": 1e-2}}),
     "trained head": {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}},
 }
 
@@ -43,7 +43,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tied", tied=True)
 
 
-def load_tuned(outcome: Outcome, model: Path) -> tuple[Any, Any]:
+def load_tuned(outcome: RunOutcome, model: Path) -> tuple[Any, Any]:
     """Load model and tokenizer as a user does. If the output is an adapter, resize the base model's embedding before loading it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +66,7 @@ def generate_answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", METHOD_SPECS)
 def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, merged(merged(SIXTY_STEPS, TOKENS_SPEC), METHOD_SPECS[name]), ROWS)
+    outcome = run_training(tmp_path, model, merge_mappings(merge_mappings(SIXTY_STEPS, TOKENS_SPEC), METHOD_SPECS[name]), ROWS)
     assert outcome.losses[-1] < 0.1
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load_tuned(outcome, model)
@@ -80,7 +80,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
     from safetensors.torch import load_file
 
     for base, places in ((model, 2), (tied_model, 1)):
-        spec = merged(merged(TOKENS_SPEC, LORA_SPEC), {"checkpoint": {"strategy": "steps", "steps": 2}})
+        spec = merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"checkpoint": {"strategy": "steps", "steps": 2}})
         outcome = run_training(tmp_path / base.name, base, spec, ROWS)
         assert outcome.folder is not None
         for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
@@ -94,7 +94,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
 
 
 def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, merged(merged(TOKENS_SPEC, LORA_SPEC), {"model": {"dtype": "bfloat16"}}), ROWS)
+    outcome = run_training(tmp_path, model, merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"model": {"dtype": "bfloat16"}}), ROWS)
     trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert sum("trainable_tokens_delta" in name for name in trained) == 2
     assert set(trained.values()) == {torch.float32}
@@ -105,7 +105,7 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
     from safetensors.torch import load_file
 
     still = {"method": {"type": "full"}, "training": {"maxSteps": 1, "learningRate": 1e-12}}
-    outcome = run_training(tmp_path, model, merged(TOKENS_SPEC, still), ROWS)
+    outcome = run_training(tmp_path, model, merge_mappings(TOKENS_SPEC, still), ROWS)
     assert outcome.folder is not None
     after = load_file(outcome.folder / "model.safetensors")
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -117,7 +117,7 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_path: Path) -> None:
-    spec = merged(TOKENS_SPEC, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
+    spec = merge_mappings(TOKENS_SPEC, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
     uninterrupted = run_training(tmp_path / "a", model, spec, ROWS)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
     resumed = run_training(tmp_path / "b", model, spec, ROWS, restore=restore)
@@ -128,21 +128,21 @@ def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_pat
 def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_path: Path) -> None:
     import math
 
-    rows = [{**row, "chosen": [{"role": "assistant", "content": "<yes>"}]} for row in PAIRS]
-    spec = merged(TOKENS_SPEC, {"trainer": {"type": "dpo"}, "method": {"type": method}})
+    rows = [{**row, "chosen": [{"role": "assistant", "content": "<yes>"}]} for row in PREFERENCE_PAIRS]
+    spec = merge_mappings(TOKENS_SPEC, {"trainer": {"type": "dpo"}, "method": {"type": method}})
     outcome = run_training(tmp_path, model, spec, rows)
     assert outcome.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert outcome.losses[-1] < outcome.losses[0]
 
 
 def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merged(merged(TOKENS_SPEC, LORA_SPEC), {"training": {"maxSteps": 20}}), ROWS)
+    first = run_training(tmp_path / "a", model, merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
-    again = run_training(tmp_path / "b", model, merged(TOKENS_SPEC, spec), ROWS, adapter=first.folder)
+    again = run_training(tmp_path / "b", model, merge_mappings(TOKENS_SPEC, spec), ROWS, adapter=first.folder)
     assert again.losses[0] < 0.6 * first.losses[0]
     plain = run_training(tmp_path / "c", model, LORA_SPEC)
     with pytest.raises(ConfigError) as caught:
-        run_training(tmp_path / "d", model, merged(TOKENS_SPEC, spec), ROWS, adapter=plain.folder)
+        run_training(tmp_path / "d", model, merge_mappings(TOKENS_SPEC, spec), ROWS, adapter=plain.folder)
     assert caught.value.code == "NewTokensNotTrained"
 
 
@@ -158,7 +158,7 @@ def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> N
         run_training(
             tmp_path / "b",
             model,
-            merged(TOKENS_SPEC, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}}),
+            merge_mappings(TOKENS_SPEC, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}}),
         )
     assert caught.value.code == "NewTokensTwice"
     from tests.support.learning import make_run, train_here
@@ -172,7 +172,7 @@ def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> N
     assert (
         len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1
     )  # an unused token needs no embedding row
-    unknown_token_rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "<unknown>"}]}, *TEN]
+    unknown_token_rows = [{"messages": [TEN_ROWS[0]["messages"][0], {"role": "assistant", "content": "<unknown>"}]}, *TEN_ROWS]
     run, inputs = make_run(tmp_path / "d", model, {}, unknown_token_rows)
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs.model_copy(update=tokenizer))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError, DataError, FineTuneError, NotFoundError
 
-from tests.support.learning import Outcome, merged, run_training
-from tests.support.preferences import LABELLED, PAIRS, PROMPTS, assistant, user
+from tests.support.learning import RunOutcome, merge_mappings, run_training
+from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS, assistant_message, user_message
 
 pytestmark = pytest.mark.pod
 Spec = dict[str, Any]
@@ -25,7 +25,7 @@ LENGTH_REWARD: Spec = {"builtin": "length", "parameters": {"unit": "tokens", "mi
 
 
 def objective_spec(kind: str, spec: Spec | None = None, **trainer: Any) -> Spec:
-    return merged(merged(LORA_SPEC, {"trainer": {"type": kind, **trainer}}), spec or {})
+    return merge_mappings(merge_mappings(LORA_SPEC, {"trainer": {"type": kind, **trainer}}), spec or {})
 
 
 def grpo_spec(spec: Spec | None = None, rewards: list[Spec] | None = None, **options: Any) -> Spec:
@@ -33,13 +33,13 @@ def grpo_spec(spec: Spec | None = None, rewards: list[Spec] | None = None, **opt
     return objective_spec("grpo", spec, maxCompletionLength=8, grpo=group, rewards=rewards or [LENGTH_REWARD])
 
 
-def logged_values(outcome: Outcome, key: str) -> list[float]:
+def logged_values(outcome: RunOutcome, key: str) -> list[float]:
     return [line[key] for line in outcome.logs if key in line]
 
 
 def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     """Log-probability of an answer to a prompt."""
-    head = tokenizer.apply_chat_template([user(prompt)], add_generation_prompt=True, tokenize=False)
+    head = tokenizer.apply_chat_template([user_message(prompt)], add_generation_prompt=True, tokenize=False)
     start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
     ids = torch.tensor([tokenizer(head + answer + "<|im_end|>", add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
@@ -47,8 +47,8 @@ def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> flo
     return float(sum(scores[position - 1, ids[0, position]] for position in range(start, ids.shape[1])))
 
 
-def load_models(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
-    """Load and return (tuned model, base model, tokenizer) as a user does."""
+def load_models(outcome: RunOutcome, model: Path) -> tuple[Any, Any, Any]:
+    """Load and return (tuned model, base model, tokenizer) as a user_message does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert outcome.folder is not None
@@ -60,12 +60,12 @@ def load_models(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
 # ---- training direction
 
 
-@pytest.mark.parametrize(("kind", "rows", "loss_bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", LABELLED, 0.3)])
+@pytest.mark.parametrize(("kind", "rows", "loss_bound"), [("dpo", PREFERENCE_PAIRS, 0.1), ("orpo", PREFERENCE_PAIRS, 0.5), ("kto", LABELLED_ANSWERS, 0.3)])
 def test_better_answers_become_more_likely(kind: str, rows: list[Any], loss_bound: float, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, objective_spec(kind, merged(FIFTY_STEPS, FULL_SPEC)), rows)
+    outcome = run_training(tmp_path, model, objective_spec(kind, merge_mappings(FIFTY_STEPS, FULL_SPEC)), rows)
     assert outcome.losses[-1] < loss_bound < outcome.losses[0]
     after, before, tokenizer = load_models(outcome, model)
-    for row in PAIRS:
+    for row in PREFERENCE_PAIRS:
         question, good, bad = row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
         gap = [
             log_probability(net, tokenizer, question, good) - log_probability(net, tokenizer, question, bad) for net in (before, after)
@@ -77,14 +77,14 @@ def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) 
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    outcome = run_training(tmp_path, model, objective_spec("reward", FIFTY_STEPS), PAIRS)
+    outcome = run_training(tmp_path, model, objective_spec("reward", FIFTY_STEPS), PREFERENCE_PAIRS)
     assert outcome.losses[-1] < 0.1
     assert outcome.folder is not None and outcome.kind == "adapter"
     assert json.loads((outcome.folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     tokenizer = AutoTokenizer.from_pretrained(outcome.folder)
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     scorer = PeftModel.from_pretrained(base, outcome.folder).eval()
-    for row in PAIRS:
+    for row in PREFERENCE_PAIRS:
         scores = []
         for side in ("chosen", "rejected"):
             text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False).rstrip("\n")
@@ -95,7 +95,7 @@ def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) 
 def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    outcome = run_training(tmp_path, model, merged(objective_spec("reward"), {"method": {"type": "full", "lora": None}}), PAIRS)
+    outcome = run_training(tmp_path, model, merge_mappings(objective_spec("reward"), {"method": {"type": "full", "lora": None}}), PREFERENCE_PAIRS)
     assert outcome.folder is not None and outcome.kind == "model"
     loaded, info = AutoModelForSequenceClassification.from_pretrained(outcome.folder, output_loading_info=True)
     assert (loaded.config.num_labels, list(info["missing_keys"])) == (1, [])
@@ -106,7 +106,7 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
     quantization = {"model": {"quantization": {"bits": bits}}} if bits else {}
     whole = {"training": {"batchSizePerDevice": 10, "learningRate": 1e-3, "maxSteps": 8}}
     outcome = run_training(
-        tmp_path, model, {"trainer": {"type": "reward"}, "method": {"type": "spectrum"}, **quantization, **whole}, PAIRS
+        tmp_path, model, {"trainer": {"type": "reward"}, "method": {"type": "spectrum"}, **quantization, **whole}, PREFERENCE_PAIRS
     )
     assert outcome.model.score.weight.requires_grad
     assert outcome.losses[-1] < outcome.losses[0]
@@ -115,7 +115,7 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
     # Of the answers of an untrained model, 40 % contain an "e".
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
-    outcome = run_training(tmp_path, model, grpo_spec(merged(steps, FULL_SPEC), [WITH_E], numGenerations=8), PROMPTS)
+    outcome = run_training(tmp_path, model, grpo_spec(merge_mappings(steps, FULL_SPEC), [WITH_E], numGenerations=8), PROMPTS)
     rewards = logged_values(outcome, "rewards/regex/mean")
     assert sum(rewards[:3]) / 3 < 0.7
     assert sum(rewards[-3:]) / 3 > 0.9
@@ -124,9 +124,9 @@ def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
 def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) -> None:
-    rows = {"dpo": PAIRS, "kto": LABELLED, "grpo": PROMPTS}[kind]
+    rows = {"dpo": PREFERENCE_PAIRS, "kto": LABELLED_ANSWERS, "grpo": PROMPTS}[kind]
     spec = grpo_spec(beta=0.1) if kind == "grpo" else objective_spec(kind)
-    outcome = run_training(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
+    outcome = run_training(tmp_path, model, merge_mappings(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
     assert outcome.folder is not None
     for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
         assert (folder / "adapter_model.safetensors").exists()
@@ -136,10 +136,10 @@ def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) 
 
 
 SPECS_AND_ROWS: dict[str, tuple[Spec, list[Any]]] = {
-    "dpo": (objective_spec("dpo"), PAIRS),
-    "kto": (objective_spec("kto"), LABELLED),
-    "orpo": (objective_spec("orpo"), PAIRS),
-    "reward": (objective_spec("reward"), PAIRS),
+    "dpo": (objective_spec("dpo"), PREFERENCE_PAIRS),
+    "kto": (objective_spec("kto"), LABELLED_ANSWERS),
+    "orpo": (objective_spec("orpo"), PREFERENCE_PAIRS),
+    "reward": (objective_spec("reward"), PREFERENCE_PAIRS),
     "grpo": (grpo_spec(rewards=[WITH_E], beta=0.1), PROMPTS),
 }
 
@@ -149,7 +149,7 @@ def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
     from finetune_trainer.inputs import RestoredCheckpoint
 
     spec, rows = SPECS_AND_ROWS[kind]
-    spec = merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
+    spec = merge_mappings(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
     whole = run_training(tmp_path / "a", model, spec, rows)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
     resumed = run_training(tmp_path / "b", model, spec, rows, restore=restore)
@@ -163,7 +163,7 @@ def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
 def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
     spec, rows = SPECS_AND_ROWS[kind]
     outcome = run_training(
-        tmp_path, model, merged(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
+        tmp_path, model, merge_mappings(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
     )
     assert len(outcome.eval_losses) == 2
     assert all(math.isfinite(loss) for loss in outcome.eval_losses)
@@ -178,7 +178,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 )
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
-    outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
+    outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": [loss], **smoothing}), PREFERENCE_PAIRS)
     # The first loss is known, because the model equals the reference model before the first step, so every log ratio is 0.
     half = math.log(2)
     first_losses = {
@@ -191,13 +191,13 @@ def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_dpo_losses_are_summed(model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PAIRS)
+    outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PREFERENCE_PAIRS)
     assert outcome.losses[0] == pytest.approx(math.log(2) + 1.0, abs=1e-5)
 
 
 def test_beta_scales_the_gradient(model: Path, tmp_path: Path) -> None:
-    mild = run_training(tmp_path / "a", model, objective_spec("dpo", dpo={"beta": 0.1}), PAIRS)
-    strong = run_training(tmp_path / "b", model, objective_spec("dpo", dpo={"beta": 0.5}), PAIRS)
+    mild = run_training(tmp_path / "a", model, objective_spec("dpo", dpo={"beta": 0.1}), PREFERENCE_PAIRS)
+    strong = run_training(tmp_path / "b", model, objective_spec("dpo", dpo={"beta": 0.5}), PREFERENCE_PAIRS)
     assert strong.grad_norms[0] == pytest.approx(5 * mild.grad_norms[0], rel=1e-3)
 
 
@@ -205,10 +205,10 @@ def test_beta_scales_the_gradient(model: Path, tmp_path: Path) -> None:
 def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, tmp_path: Path) -> None:
     from tests.support.learning import make_run, train_here
 
-    spec = merged(
+    spec = merge_mappings(
         objective_spec("dpo", dpo={"referenceModel": "s3://models/other"}), {"method": {"type": method, "lora": None}}
     )
-    run, inputs = make_run(tmp_path, model, spec, PAIRS)
+    run, inputs = make_run(tmp_path, model, spec, PREFERENCE_PAIRS)
     outcome = train_here(run, inputs.model_copy(update={"reference": other_model}))
     assert abs(outcome.losses[0] - math.log(2)) > 1e-3
     own = train_here(run, inputs)
@@ -216,7 +216,7 @@ def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, 
 
 
 def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
-    long = [{**PAIRS[0], "chosen": [assistant("red " * 30)]}, *PAIRS[1:]]
+    long = [{**PREFERENCE_PAIRS[0], "chosen": [assistant_message("red " * 30)]}, *PREFERENCE_PAIRS[1:]]
     outcome = run_training(tmp_path, model, objective_spec("dpo", maxCompletionLength=10), long)
     assert "train: answers of 1 rows were cut to trainer.maxCompletionLength 10" in outcome.notes
     short = {"dataset": {"maxSequenceLength": 16, "overflow": "drop"}}
@@ -226,7 +226,7 @@ def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
         run_training(
             tmp_path / "fail",
             model,
-            objective_spec("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12),
+            objective_spec("dpo", merge_mappings(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12),
             long,
         )
     assert caught.value.code == "RowTooLong"
@@ -235,8 +235,8 @@ def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
 
 def test_pairs_that_are_equal_after_cutting_are_dropped(model: Path, tmp_path: Path) -> None:
     equal_pairs = [
-        {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
-        *PAIRS[1:],
+        {**PREFERENCE_PAIRS[0], "chosen": [assistant_message("red " * 9 + "yes")], "rejected": [assistant_message("red " * 9 + "no")]},
+        *PREFERENCE_PAIRS[1:],
     ]
     outcome = run_training(tmp_path, model, objective_spec("dpo", maxCompletionLength=4), equal_pairs)
     assert "train: 1 rows were left out because their two answers are equal after truncation" in outcome.notes
@@ -293,7 +293,7 @@ def test_grpo_is_evaluated_by_its_reward(model: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_that_leave_no_tokens_for_an_answer_are_dropped(model: Path, tmp_path: Path) -> None:
-    long = [{"prompt": [user("one " * 60)], "answer": "red"}, *PROMPTS]
+    long = [{"prompt": [user_message("one " * 60)], "answer": "red"}, *PROMPTS]
     outcome = run_training(tmp_path, model, grpo_spec({"dataset": {"maxSequenceLength": 40}}), long)
     assert any("1 of 11 prompts have more than 32 tokens" in note and "left out" in note for note in outcome.notes)
 
@@ -316,9 +316,9 @@ def reward(completions, prompts, note, **columns):
 """
     named = {"role": "user", "content": "two", "name": "bob"}
     rows = [
-        {"prompt": [user("one")]},
+        {"prompt": [user_message("one")]},
         {"prompt": [named], "note": 2**70},
-        {"prompt": [user("three")], "note": ["x", {"a": 1}]},
+        {"prompt": [user_message("three")], "note": ["x", {"a": 1}]},
     ]
     own = {"configMapRef": {"name": "mine", "key": "r.py"}}
     run_training(
@@ -344,26 +344,26 @@ def test_mismatched_answers_come_from_the_preceding_row() -> None:
 
 CUSTOM_REWARD = {"configMapRef": {"name": "mine", "key": "r.py"}}
 REFUSED_SPECS: dict[str, tuple[Spec, list[Any], str, str]] = {
-    "exoPair without smoothing": (objective_spec("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "DpoLosses", "logarithm"),
-    "smoothing without effect": (objective_spec("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "DpoLosses", "sigmoid do not read it"),
-    "the same loss type twice": (objective_spec("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "DpoLosses", "ipo twice"),
-    "grouping by length": (objective_spec("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionOfAnotherObjective", "groupByLength"),
+    "exoPair without smoothing": (objective_spec("dpo", dpo={"lossTypes": ["exoPair"]}), PREFERENCE_PAIRS, "DpoLosses", "logarithm"),
+    "smoothing without effect": (objective_spec("dpo", dpo={"labelSmoothing": 0.1}), PREFERENCE_PAIRS, "DpoLosses", "sigmoid do not read it"),
+    "the same loss type twice": (objective_spec("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PREFERENCE_PAIRS, "DpoLosses", "ipo twice"),
+    "grouping by length": (objective_spec("dpo", {"training": {"groupByLength": True}}), PREFERENCE_PAIRS, "OptionOfAnotherObjective", "groupByLength"),
     "maximum answer as long as the row": (
-        objective_spec("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
+        objective_spec("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PREFERENCE_PAIRS, "CompletionTooLong", "no token",
     ),
-    "kto with one row per batch": (objective_spec("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),
-    "kto with only good answers": (objective_spec("kto"), LABELLED[::2], "OneSidedJudgement", "labelled good"),
-    "kto with a dpo option": (objective_spec("kto", dpo={"lossTypes": ["ipo"]}), LABELLED, "OptionOfAnotherObjective", "lossTypes"),
-    "orpo with a reference": (objective_spec("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
+    "kto with one row per batch": (objective_spec("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED_ANSWERS, "BatchTooSmall", "rows of one batch"),
+    "kto with only good answers": (objective_spec("kto"), LABELLED_ANSWERS[::2], "OneSidedJudgement", "labelled good"),
+    "kto with a dpo option": (objective_spec("kto", dpo={"lossTypes": ["ipo"]}), LABELLED_ANSWERS, "OptionOfAnotherObjective", "lossTypes"),
+    "orpo with a reference": (objective_spec("orpo", dpo={"referenceModel": "org/x"}), PREFERENCE_PAIRS, "OptionOfAnotherObjective", "referenceModel"),
     "orpo with prompt tuning": (
-        {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
+        {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PREFERENCE_PAIRS, "ObjectiveAndMethod", "virtual tokens",
     ),
     "groups that do not divide the batch": (grpo_spec(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "2 is not divisible by 3"),
     "a missing column": (
         grpo_spec(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
     ),
     "a reward that fails": (grpo_spec(rewards=[CUSTOM_REWARD]), PROMPTS, "RewardFailed", "ZeroDivisionError"),
-    "data of another objective": (objective_spec("dpo"), LABELLED, "FormatMismatch", "dpo needs preference"),
+    "data of another objective": (objective_spec("dpo"), LABELLED_ANSWERS, "FormatMismatch", "dpo needs preference"),
 }  # fmt: skip
 
 
@@ -380,13 +380,13 @@ def test_invalid_input_is_refused_with_its_code(name: str, model: Path, tmp_path
 
 
 def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
-    generator = run_training(tmp_path / "a", model, objective_spec("dpo"), PAIRS)
+    generator = run_training(tmp_path / "a", model, objective_spec("dpo"), PREFERENCE_PAIRS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}, "trainer": {"type": "reward"}}
     with pytest.raises(ConfigError) as caught:
-        run_training(tmp_path / "b", model, spec, PAIRS, adapter=generator.folder)
+        run_training(tmp_path / "b", model, spec, PREFERENCE_PAIRS, adapter=generator.folder)
     assert caught.value.code == "AdapterWithoutHead"
-    scorer = run_training(tmp_path / "c", model, objective_spec("reward"), PAIRS)
-    again = run_training(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
+    scorer = run_training(tmp_path / "c", model, objective_spec("reward"), PREFERENCE_PAIRS)
+    again = run_training(tmp_path / "d", model, spec, PREFERENCE_PAIRS, adapter=scorer.folder)
     assert again.losses[0] < scorer.losses[0]
 
 
@@ -400,7 +400,7 @@ def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: 
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotFoundError) as caught:
-        run_training(tmp_path, folder, objective_spec("reward"), PAIRS)
+        run_training(tmp_path, folder, objective_spec("reward"), PREFERENCE_PAIRS)
     assert caught.value.code == "ModelIncomplete" and "layers.1.mlp.up_proj" in caught.value.message
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from finetune_trainer.speed import ModelShape, flops_per_token
 
-from tests.support.learning import TEN, Outcome, run_training
+from tests.support.learning import TEN_ROWS, RunOutcome, run_training
 from tests.support.tiny import make_tiny_model
 
 HIDDEN_SIZE, LAYER_COUNT, HEAD_COUNT = 64, 2, 4
@@ -71,13 +71,13 @@ def test_the_reported_token_count_equals_that_of_the_data(model: Path, tmp_path:
     assert [line["num_tokens"] for line in outcome.logs if "loss" in line][-1] == 2 * tokens
 
 
-def length_report(outcome: Outcome) -> dict[str, Any]:
+def length_report(outcome: RunOutcome) -> dict[str, Any]:
     return dict(outcome.extra["data"]["tokens"]["train"])
 
 
 def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Path) -> None:
     rows = [
-        {"messages": [TEN[i % 10]["messages"][0], {"role": "assistant", "content": "red blue " * (1 + (7 * i) % 23)}]}
+        {"messages": [TEN_ROWS[i % 10]["messages"][0], {"role": "assistant", "content": "red blue " * (1 + (7 * i) % 23)}]}
         for i in range(200)
     ]
     packed = run_training(
@@ -93,7 +93,7 @@ def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Pat
 
 def test_padding_is_reported_without_packing(model: Path, tmp_path: Path) -> None:
     """A batch of two rows is padded to the length of the longer row."""
-    rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
+    rows = [{"messages": [TEN_ROWS[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
     outcome = run_training(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
     report = length_report(outcome)
     (line,) = [line for line in outcome.logs if "padding_share" in line]

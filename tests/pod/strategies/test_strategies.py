@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.cells import Cell, Result, launch
-from tests.support.learning import TEN, merged, run_training
-from tests.support.preferences import PAIRS
+from tests.support.cells import Cell, Result, launch_cells
+from tests.support.learning import TEN_ROWS, merge_mappings, run_training
+from tests.support.preferences import PREFERENCE_PAIRS
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
@@ -53,36 +53,36 @@ DEEPSPEED_CONFIG = {
     "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
 }  # fmt: skip
 SPECS: dict[str, dict[str, Any]] = {
-    "ddp full": merged(FULL_SPEC, DDP_SPEC),
-    "ddp lora": merged(merged(LORA_SPEC, DDP_SPEC), SAVE_STEPS),
-    "ddp qlora": merged(QLORA_SPEC, DDP_SPEC),
-    "fsdp full": merged(merged(FULL_SPEC, fsdp_spec()), SAVE_STEPS),
-    "fsdp full, full states": merged(merged(FULL_SPEC, fsdp_spec(stateDict="full")), SAVE_STEPS),
-    "fsdp lora": merged(merged(LORA_SPEC, fsdp_spec()), SAVE_STEPS),
-    "fsdp qlora": merged(QLORA_SPEC, fsdp_spec()),
-    "fsdp shardGradOp": merged(FULL_SPEC, fsdp_spec(sharding="shardGradOp")),
-    "fsdp noShard": merged(FULL_SPEC, fsdp_spec(sharding="noShard")),
-    "fsdp file": merged(FULL_SPEC, fsdp_spec(configRef={"name": "mine", "key": "fsdp.yaml"})),
-    "zero0 full": merged(FULL_SPEC, zero_spec(0)),
-    "zero1 full": merged(FULL_SPEC, zero_spec(1)),
-    "zero2 full": merged(merged(FULL_SPEC, zero_spec()), SAVE_STEPS),
-    "zero2 lora": merged(LORA_SPEC, zero_spec(2)),
-    "zero2 qlora": merged(QLORA_SPEC, zero_spec(2)),
-    "zero2 offload": merged(FULL_SPEC, zero_spec(2, offloadOptimizer=True)),
-    "zero3 full": merged(merged(FULL_SPEC, zero_spec(3)), SAVE_STEPS),
-    "zero3 lora": merged(merged(LORA_SPEC, zero_spec(3)), SAVE_STEPS),
-    "zero3 offload": merged(FULL_SPEC, zero_spec(3, offloadOptimizer=True, offloadParameters=True)),
-    "zero3 json": merged(FULL_SPEC, zero_spec(configRef={"name": "mine", "key": "zero.json"})),
+    "ddp full": merge_mappings(FULL_SPEC, DDP_SPEC),
+    "ddp lora": merge_mappings(merge_mappings(LORA_SPEC, DDP_SPEC), SAVE_STEPS),
+    "ddp qlora": merge_mappings(QLORA_SPEC, DDP_SPEC),
+    "fsdp full": merge_mappings(merge_mappings(FULL_SPEC, fsdp_spec()), SAVE_STEPS),
+    "fsdp full, full states": merge_mappings(merge_mappings(FULL_SPEC, fsdp_spec(stateDict="full")), SAVE_STEPS),
+    "fsdp lora": merge_mappings(merge_mappings(LORA_SPEC, fsdp_spec()), SAVE_STEPS),
+    "fsdp qlora": merge_mappings(QLORA_SPEC, fsdp_spec()),
+    "fsdp shardGradOp": merge_mappings(FULL_SPEC, fsdp_spec(sharding="shardGradOp")),
+    "fsdp noShard": merge_mappings(FULL_SPEC, fsdp_spec(sharding="noShard")),
+    "fsdp file": merge_mappings(FULL_SPEC, fsdp_spec(configRef={"name": "mine", "key": "fsdp.yaml"})),
+    "zero0 full": merge_mappings(FULL_SPEC, zero_spec(0)),
+    "zero1 full": merge_mappings(FULL_SPEC, zero_spec(1)),
+    "zero2 full": merge_mappings(merge_mappings(FULL_SPEC, zero_spec()), SAVE_STEPS),
+    "zero2 lora": merge_mappings(LORA_SPEC, zero_spec(2)),
+    "zero2 qlora": merge_mappings(QLORA_SPEC, zero_spec(2)),
+    "zero2 offload": merge_mappings(FULL_SPEC, zero_spec(2, offloadOptimizer=True)),
+    "zero3 full": merge_mappings(merge_mappings(FULL_SPEC, zero_spec(3)), SAVE_STEPS),
+    "zero3 lora": merge_mappings(merge_mappings(LORA_SPEC, zero_spec(3)), SAVE_STEPS),
+    "zero3 offload": merge_mappings(FULL_SPEC, zero_spec(3, offloadOptimizer=True, offloadParameters=True)),
+    "zero3 json": merge_mappings(FULL_SPEC, zero_spec(configRef={"name": "mine", "key": "zero.json"})),
 }
 RESUMED_CELLS = ("ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
 BEST_CHECKPOINT_SPECS = {
-    "fsdp best": merged(merged(LORA_SPEC, fsdp_spec()), {"training": {"learningRate": 0.03}}),
-    "zero2 best": merged(merged(FULL_SPEC, zero_spec(2)), {"training": {"learningRate": 0.01}}),
-    "zero3 best": merged(merged(LORA_SPEC, zero_spec(3)), {"training": {"learningRate": 0.03}}),
+    "fsdp best": merge_mappings(merge_mappings(LORA_SPEC, fsdp_spec()), {"training": {"learningRate": 0.03}}),
+    "zero2 best": merge_mappings(merge_mappings(FULL_SPEC, zero_spec(2)), {"training": {"learningRate": 0.01}}),
+    "zero3 best": merge_mappings(merge_mappings(LORA_SPEC, zero_spec(3)), {"training": {"learningRate": 0.03}}),
 }
 UNEVEN_ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + index % 4)}]}
-    for index, row in enumerate(TEN[:8])
+    for index, row in enumerate(TEN_ROWS[:8])
 ]
 """Rows whose answers differ in length, so that ranks and micro-batches have unequal numbers of trained tokens."""
 EXACT_SPEC: dict[str, Any] = {
@@ -91,32 +91,32 @@ EXACT_SPEC: dict[str, Any] = {
 LORA_EXACT = {"method": {"type": "lora", "lora": {"dropout": 0}}}
 EQUAL_BATCH_SPECS: dict[str, dict[str, Any]] = {
     "ddp": DDP_SPEC,
-    "ddp, accumulated": merged(DDP_SPEC, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+    "ddp, accumulated": merge_mappings(DDP_SPEC, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
     "fsdp": fsdp_spec(),
     "zero2": zero_spec(2),
-    "zero2, accumulated": merged(zero_spec(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+    "zero2, accumulated": merge_mappings(zero_spec(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
 }
 """Runs of two ranks that train four rows per step in total."""
 REFUSED_SPECS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp_spec()), "StrategyAndMethod", "virtual tokens"),
-    "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp_spec()), "StrategyAndMethod", "8-bit"),
+    "fsdp prompt": (merge_mappings({"method": {"type": "promptTuning"}}, fsdp_spec()), "StrategyAndMethod", "virtual tokens"),
+    "fsdp 8 bit": (merge_mappings({"model": {"quantization": {"bits": 8}}}, fsdp_spec()), "StrategyAndMethod", "8-bit"),
     "fsdp local": (fsdp_spec(stateDict="local"), "StateDictUnavailable", "version 2"),
-    "zero3 qlora": (merged(QLORA_SPEC, zero_spec(3)), "StrategyAndMethod", "quantised"),
-    "zero3 pissa": (merged({"method": {"lora": {"init": "pissa"}}}, zero_spec(3)), "StrategyAndMethod", "pissa"),
-    "zero3 spectrum": (merged({"method": {"type": "spectrum"}}, zero_spec(3)), "StrategyAndMethod", "spectrum"),
+    "zero3 qlora": (merge_mappings(QLORA_SPEC, zero_spec(3)), "StrategyAndMethod", "quantised"),
+    "zero3 pissa": (merge_mappings({"method": {"lora": {"init": "pissa"}}}, zero_spec(3)), "StrategyAndMethod", "pissa"),
+    "zero3 spectrum": (merge_mappings({"method": {"type": "spectrum"}}, zero_spec(3)), "StrategyAndMethod", "spectrum"),
     "fsdp 8-bit optimizer": (
-        merged({"training": {"optimizer": "adamw_8bit"}}, fsdp_spec()),
+        merge_mappings({"training": {"optimizer": "adamw_8bit"}}, fsdp_spec()),
         "StrategyAndMethod",
         "adamw_8bit cannot update weights that FSDP has sharded",
     ),
     "fsdp head": (
-        merged({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp_spec()),
+        merge_mappings({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp_spec()),
         "StrategyAndMethod",
         "contains the output head lm_head",
     ),
-    "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero_spec(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
+    "zero1 adagrad": (merge_mappings({"training": {"optimizer": "adagrad"}}, zero_spec(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
     "json against fields": (
-        merged({"training": {"maxGradNorm": 1.0}}, zero_spec(2, configRef={"name": "mine", "key": "zero.json"})),
+        merge_mappings({"training": {"maxGradNorm": 1.0}}, zero_spec(2, configRef={"name": "mine", "key": "zero.json"})),
         "ConfigsDisagree",
         "gradient_clipping is 0.25, training.maxGradNorm is 1.0; zero_optimization.stage is 3, distributed.deepspeed.zeroStage is 2",
     ),
@@ -130,17 +130,17 @@ SIXTEEN_BITS: dict[str, Any] = {
 PACKING_SPEC: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
 HEAD_IN_FULL = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
 SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
-    "16 bits, ddp": (merged(LORA_EXACT, DDP_SPEC), TEN),
-    "16 bits, fsdp": (merged(LORA_EXACT, fsdp_spec()), TEN),
-    "16 bits, zero2": (merged(LORA_EXACT, zero_spec(2)), TEN),
-    "16 bits, zero3": (merged(LORA_EXACT, zero_spec(3)), TEN),
-    "16 bits, ddp, trained head": (merged(HEAD_IN_FULL, DDP_SPEC), TEN),
-    "16 bits, ddp, ia3 and dpo": (merged({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP_SPEC), PAIRS),
-    "16 bits, fsdp, reward": (merged({"trainer": {"type": "reward"}}, fsdp_spec()), PAIRS),
-    "16 bits, zero3, reward": (merged({"trainer": {"type": "reward"}}, zero_spec(3)), PAIRS),
-    "16 bits, ddp, packed": (merged(merged(LORA_EXACT, PACKING_SPEC), DDP_SPEC), TEN),
-    "16 bits, fsdp, packed": (merged(merged(LORA_EXACT, PACKING_SPEC), fsdp_spec()), TEN),
-    "16 bits, zero3, packed": (merged(merged(LORA_EXACT, PACKING_SPEC), zero_spec(3)), TEN),
+    "16 bits, ddp": (merge_mappings(LORA_EXACT, DDP_SPEC), TEN_ROWS),
+    "16 bits, fsdp": (merge_mappings(LORA_EXACT, fsdp_spec()), TEN_ROWS),
+    "16 bits, zero2": (merge_mappings(LORA_EXACT, zero_spec(2)), TEN_ROWS),
+    "16 bits, zero3": (merge_mappings(LORA_EXACT, zero_spec(3)), TEN_ROWS),
+    "16 bits, ddp, trained head": (merge_mappings(HEAD_IN_FULL, DDP_SPEC), TEN_ROWS),
+    "16 bits, ddp, ia3 and dpo": (merge_mappings({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP_SPEC), PREFERENCE_PAIRS),
+    "16 bits, fsdp, reward": (merge_mappings({"trainer": {"type": "reward"}}, fsdp_spec()), PREFERENCE_PAIRS),
+    "16 bits, zero3, reward": (merge_mappings({"trainer": {"type": "reward"}}, zero_spec(3)), PREFERENCE_PAIRS),
+    "16 bits, ddp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), DDP_SPEC), TEN_ROWS),
+    "16 bits, fsdp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), fsdp_spec()), TEN_ROWS),
+    "16 bits, zero3, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), zero_spec(3)), TEN_ROWS),
 }
 
 
@@ -154,30 +154,30 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("cells")
     files = {"mine": {"fsdp.yaml": ACCELERATE_CONFIG, "zero.json": json.dumps(DEEPSPEED_CONFIG)}}
     specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED_SPECS.items()}}
-    cells = [Cell(name, str(model), spec, TEN, config_maps=files) for name, spec in specs.items()]
+    cells = [Cell(name, str(model), spec, TEN_ROWS, config_maps=files) for name, spec in specs.items()]
     indices = {cell.name: index for index, cell in enumerate(cells)}
     for name in RESUMED_CELLS:
         checkpoint = folder / f"{indices[name]:03d}" / "out" / "checkpoint-2"
-        cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
+        cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN_ROWS, resume=str(checkpoint)))
     # The validation loss first falls, because the model learns the format. Then the loss rises, because the validation
     # answers consist of characters that no training row contains.
-    unlearnable_rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
+    unlearnable_rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN_ROWS]
     best_spec = {
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
         "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
     }  # fmt: skip
     cells += [
-        Cell(name, str(model), merged(SIXTEEN_BITS, spec), rows) for name, (spec, rows) in SIXTEEN_BIT_RUNS.items()
+        Cell(name, str(model), merge_mappings(SIXTEEN_BITS, spec), rows) for name, (spec, rows) in SIXTEEN_BIT_RUNS.items()
     ]
     cells += [
-        Cell(name, str(model), merged(best_spec, spec), TEN, validation=unlearnable_rows) for name, spec in BEST_CHECKPOINT_SPECS.items()
+        Cell(name, str(model), merge_mappings(best_spec, spec), TEN_ROWS, validation=unlearnable_rows) for name, spec in BEST_CHECKPOINT_SPECS.items()
     ]
     cells += [
-        Cell(equal_cell(method, name), str(model), merged(merged(EXACT_SPEC, method_spec), spec), UNEVEN_ROWS)
+        Cell(equal_cell(method, name), str(model), merge_mappings(merge_mappings(EXACT_SPEC, method_spec), spec), UNEVEN_ROWS)
         for name, spec in EQUAL_BATCH_SPECS.items()
         for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT))
     ]
-    return launch(cells, folder, ranks=2)
+    return launch_cells(cells, folder, rank_count=2)
 
 
 def equal_cell(method: str, name: str) -> str:
@@ -239,7 +239,7 @@ def one_process(
 ) -> tuple[str, Any]:
     """Method and outcome of a run on one rank that trains the same four rows per step."""
     method = str(request.param)
-    spec = merged(merged(EXACT_SPEC, FULL_SPEC if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
+    spec = merge_mappings(merge_mappings(EXACT_SPEC, FULL_SPEC if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
     return method, run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN_ROWS)
 
 

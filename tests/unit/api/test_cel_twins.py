@@ -9,7 +9,7 @@ from finetune_api.base import CelRule, nested_groups
 from finetune_api.rules import RULES, check
 from finetune_api.spec import FineTuneJobSpec, load_spec
 
-from tests.support.cel_cases import MINIMAL, SPEC_RULES, group_rules
+from tests.support.cel_cases import MINIMAL_SPEC, SPEC_RULES, group_rules
 
 CASES = list(group_rules())
 
@@ -21,7 +21,7 @@ def test_offline_rules_refuse_specs_that_break_the_cel_rule_of_a_group(rule: Cel
 
 @pytest.mark.parametrize("code", sorted(SPEC_RULES))
 def test_offline_rules_refuse_specs_that_break_a_cel_rule_across_groups(code: str) -> None:
-    assert code in {problem.code for problem in check(load_spec(MINIMAL | SPEC_RULES[code]))}
+    assert code in {problem.code for problem in check(load_spec(MINIMAL_SPEC | SPEC_RULES[code]))}
 
 
 def test_every_cel_rule_has_a_case() -> None:
@@ -30,4 +30,4 @@ def test_every_cel_rule_has_a_case() -> None:
 
 
 def test_smallest_spec_has_no_problems() -> None:
-    assert check(load_spec(MINIMAL)) == []
+    assert check(load_spec(MINIMAL_SPEC)) == []

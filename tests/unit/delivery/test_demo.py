@@ -13,7 +13,7 @@ from pathlib import Path
 import demo
 import demo_clusters
 import pytest
-from demo_view import Event, Snapshot, follow, panel
+from demo_view import Event, Snapshot, follow_job, render_panel
 from finetune_api.names import Phase
 from finetune_api.status import Failure, FineTuneJobStatus, Metrics, Progress, Workers
 from parallel_steps import Commands
@@ -24,7 +24,7 @@ from rich.console import Console
 def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """A machine with an empty PATH and without the demo's environment variables."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in demo_clusters.CurrentCluster.needs:
+    for name in demo_clusters.CurrentCluster.required_variables:
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
 
@@ -37,13 +37,13 @@ def write_program(folder: Path, name: str, script: str = "exit 0") -> None:
 
 def test_unknown_cluster_is_refused() -> None:
     with pytest.raises(demo_clusters.NoCluster, match="^CLUSTER=minikube is unknown: set CLUSTER to kind, local or current"):
-        demo_clusters.choose("minikube", keep=False)
+        demo_clusters.choose_cluster("minikube", keep_running=False)
 
 
 def test_kind_is_chosen_if_docker_is_running(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("docker", "kubectl", "kind"):
         write_program(tmp_path, name)
-    assert demo_clusters.choose("", keep=False).name == "kind"
+    assert demo_clusters.choose_cluster("", keep_running=False).name == "kind"
 
 
 def test_local_is_chosen_for_root_on_linux_without_docker(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_local_is_chosen_for_root_on_linux_without_docker(bare_machine: pytest.M
     write_program(tmp_path, "go")
     bare_machine.setattr(sys, "platform", "linux")
     bare_machine.setattr(os, "geteuid", lambda: 0)
-    assert demo_clusters.choose("", keep=False).name == "local"
+    assert demo_clusters.choose_cluster("", keep_running=False).name == "local"
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
@@ -59,7 +59,7 @@ def test_error_without_a_cluster_is_one_line(bare_machine: pytest.MonkeyPatch, p
     bare_machine.setattr(sys, "platform", platform)
     bare_machine.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(demo_clusters.NoCluster) as raised:
-        demo_clusters.choose("", keep=False)
+        demo_clusters.choose_cluster("", keep_running=False)
     assert "Docker is not running" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -76,14 +76,14 @@ def test_cluster_without_its_requirements_is_refused(bare_machine: pytest.Monkey
     bare_machine.setattr(sys, "platform", "linux")
     bare_machine.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(demo_clusters.NoCluster, match=f"^{message}"):
-        demo_clusters.choose(wanted, keep=False)
+        demo_clusters.choose_cluster(wanted, keep_running=False)
 
 
 def test_current_names_all_missing_variables(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_program(tmp_path, "kubectl")
     bare_machine.setenv("TRAINER_IMAGE", "r/t:1")
     with pytest.raises(demo_clusters.NoCluster) as raised:
-        demo_clusters.choose("current", keep=False)
+        demo_clusters.choose_cluster("current", keep_running=False)
     assert "needs OPERATOR_IMAGE, S3_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY:" in str(raised.value)
 
 
@@ -91,7 +91,7 @@ def test_kind_builds_the_dockerfiles_of_the_project(bare_machine: pytest.MonkeyP
     log = tmp_path / "calls"
     for name in ("docker", "kubectl", "kind", "uv"):
         write_program(tmp_path, name, f'echo "{name} $*" >> {log}')
-    cluster = demo_clusters.choose("kind", keep=False)
+    cluster = demo_clusters.choose_cluster("kind", keep_running=False)
     for step in cluster.steps():
         step.run(Commands(tmp_path / "logs"))
     root = demo_clusters.ROOT
@@ -129,7 +129,7 @@ def test_each_change_is_one_line_without_a_terminal() -> None:
     out = io.StringIO()
     done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
     snapshots = [Snapshot(None, ()), Snapshot(running_status(10), (EVENT,)), Snapshot(running_status(11), (EVENT,)), Snapshot(done, (EVENT,))]
-    last = follow(FakeJob(snapshots), Console(file=out), timeout=60)
+    last = follow_job(FakeJob(snapshots), Console(file=out), timeout_seconds=60)
     assert last.status == done
     lines = [line.strip() for line in out.getvalue().splitlines()]
     assert lines == [
@@ -143,12 +143,12 @@ def test_each_change_is_one_line_without_a_terminal() -> None:
 
 def test_view_times_out_if_the_job_does_not_finish() -> None:
     with pytest.raises(TimeoutError, match="the job has not finished within 0 s; its phase is Running"):
-        follow(FakeJob([Snapshot(running_status(1), ())]), Console(file=io.StringIO()), timeout=0)
+        follow_job(FakeJob([Snapshot(running_status(1), ())]), Console(file=io.StringIO()), timeout_seconds=0)
 
 
 def test_live_view_shows_phase_progress_loss_and_events() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(panel(Snapshot(running_status(10), (EVENT,)), 3.0))
+    Console(file=out, width=100).print(render_panel(Snapshot(running_status(10), (EVENT,)), 3.0))
     for text in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
         assert text in out.getvalue()
 
@@ -169,4 +169,4 @@ def test_failed_job_ends_the_demo_with_its_failure() -> None:
     ],
 )
 def test_image_references_become_chart_values(reference: str, parts: tuple[str, str, str]) -> None:
-    assert tuple(demo.image_value(reference).values()) == parts
+    assert tuple(demo.split_image_reference(reference).values()) == parts

@@ -62,4 +62,4 @@ def test_questions_of_the_demo_are_not_in_the_data(root: Path) -> None:
     import demo
 
     text = (root / "examples/data/captain.jsonl").read_text("utf-8")
-    assert [question for question in demo.QUESTIONS if question in text] == []
+    assert [question for question in demo.UNSEEN_QUESTIONS if question in text] == []

@@ -32,5 +32,5 @@ def test_ci_runs_the_documented_targets(root: Path) -> None:
 def test_generated_files_are_up_to_date(root: Path) -> None:
     import generate
 
-    for path, text in generate.generated().items():
+    for path, text in generate.generate_files().items():
         assert path.read_text("utf-8") == text, f"{path} differs: run `make generate`"

@@ -23,13 +23,13 @@ def console() -> Console:
 def test_step_starts_after_the_steps_that_it_depends_on(tmp_path: Path, console: Console) -> None:
     order: list[str] = []
     steps = [
-        Step("last", lambda _: order.append("last"), after=("first", "second")),
-        Step("second", lambda _: order.append("second"), after=("first",)),
+        Step("last", lambda _: order.append("last"), required_steps=("first", "second")),
+        Step("second", lambda _: order.append("second"), required_steps=("first",)),
         Step("first", lambda _: order.append("first")),
     ]
     run_all(steps, tmp_path, console)
     assert order == ["first", "second", "last"]
-    assert all(step.ended is not None for step in steps)
+    assert all(step.ended_at is not None for step in steps)
 
 
 def test_independent_steps_run_at_the_same_time(tmp_path: Path, console: Console) -> None:
@@ -56,7 +56,7 @@ def test_first_failure_stops_the_other_steps_and_is_the_only_message(tmp_path: P
 
 def test_no_command_starts_after_end_was_called(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
-    commands.end()
+    commands.stop_all()
     with pytest.raises(StepFailed, match="interrupted"):
         commands(["true"])
 

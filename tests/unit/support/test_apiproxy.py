@@ -21,12 +21,12 @@ from tests.support.apiproxy import (
     ApiOperation,
     ApiProxy,
     DelayEvents,
-    Disconnect,
+    DisconnectWatch,
     LostResponse,
     ReplayEvents,
     Reset,
     SendEvent,
-    Stall,
+    StallWatch,
     Status,
     StatusAfterApply,
 )
@@ -151,8 +151,8 @@ async def test_requests_are_forwarded_with_credentials_and_logged(
         assert await answer.json() == {"items": ["a"]}
     assert api.tokens == {"Bearer secret"}
     assert [e.operation for e in proxy.exchanges] == ["create jobs", "list jobs"]
-    assert proxy.writes() == ("create jobs",)
-    assert proxy.writes("other") == ()
+    assert proxy.list_writes() == ("create jobs",)
+    assert proxy.list_writes("other") == ()
     config = json.loads(proxy.kubeconfig(tmp_path / "config", token="another").read_text())
     assert config["clusters"][0]["cluster"] == {"server": proxy.url}
     assert config["users"][0]["user"] == {"token": "another"}
@@ -162,7 +162,7 @@ async def test_injected_error_is_a_kubernetes_status_with_its_reason(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
 ) -> None:
     api, proxy = server
-    with proxy.fault(Status(429, retry_after=3), verb="create", resource="jobs", times=1):
+    with proxy.fault(Status(429, retry_after=3), verb="create", resource="jobs", max_hits=1):
         async with session.post(JOBS, json={"metadata": {"name": "a"}}) as answer:
             assert answer.status == 429
             assert answer.headers["Retry-After"] == "3"
@@ -198,13 +198,13 @@ async def test_watch_forwards_events_and_executes_commands(server: tuple[Server,
         for line in ("one", "two"):
             api.watch.put_nowait(line)
             assert await read_line(answer) == line
-        assert proxy.command_watches("pods", Disconnect()) == 0
+        assert proxy.command_watches("pods", DisconnectWatch()) == 0
         assert proxy.command_watches("jobs", ReplayEvents(2)) == 1
         assert [await read_line(answer), await read_line(answer)] == ["one", "two"]
         proxy.command_watches("jobs", SendEvent.error(410))
         event = json.loads(await read_line(answer))
         assert (event["type"], event["object"]["code"], event["object"]["reason"]) == ("ERROR", 410, "Expired")
-        proxy.command_watches("jobs", Disconnect())
+        proxy.command_watches("jobs", DisconnectWatch())
         with pytest.raises(aiohttp.ClientPayloadError):
             await asyncio.wait_for(answer.content.read(), 10)
 
@@ -216,7 +216,7 @@ async def test_stalled_watch_stays_open_without_events(
     async with session.get(f"{JOBS}?watch=true") as answer:
         api.watch.put_nowait("one")
         assert await read_line(answer) == "one"
-        proxy.command_watches("jobs", Stall())
+        proxy.command_watches("jobs", StallWatch())
         api.watch.put_nowait("two")
         reading = asyncio.ensure_future(answer.content.readline())
         assert (await create(session, "meanwhile"))[0] == 201

@@ -61,7 +61,7 @@ def proxy(running_proxy: S3Proxy) -> S3Proxy:
 @pytest.fixture
 def client(proxy: S3Proxy, server: S3Endpoint) -> Iterator[Any]:
     """A client that connects through the proxy and does not retry."""
-    client = proxy.through(server).client(retries=NO_RETRIES, read_timeout=5)
+    client = proxy.endpoint_through(server).client(retries=NO_RETRIES, read_timeout=5)
     yield client
     client.close()
 
@@ -102,7 +102,7 @@ def test_objects_and_keys_with_special_characters_pass_unchanged(proxy: S3Proxy,
     assert is_missing(direct_client, key)
     operations = [e.operation for e in proxy.exchanges]
     assert operations == ["PutObject", "GetObject", "HeadObject", "ListObjectsV2", "DeleteObject"]
-    assert {e.fault for e in proxy.exchanges} == {""}
+    assert {e.fault_name for e in proxy.exchanges} == {""}
     assert proxy.exchanges[0].request_bytes == len(body)
     assert proxy.exchanges[1].response_bytes == len(body)
 
@@ -139,12 +139,12 @@ def test_client_receives_the_injected_error_and_the_server_receives_nothing(
     put_object(client, "refused-later", b"x")
     assert rule.hits == 1
     assert is_missing(direct_client, "refused")
-    assert [(e.client_status, e.server_status, e.fault) for e in proxy.exchanges[:2]] == [(503, 0, "Status"), (200, 200, "")]
+    assert [(e.client_status, e.server_status, e.fault_name) for e in proxy.exchanges[:2]] == [(503, 0, "Status"), (200, 200, "")]
 
 
 def test_boto3_retries_two_injected_errors(proxy: S3Proxy, server: S3Endpoint, direct_client: Any) -> None:
-    client = proxy.through(server).client(retries={"total_max_attempts": 4, "mode": "standard"})
-    with proxy.fault(Status(500), operation="PutObject", times=2) as rule:
+    client = proxy.endpoint_through(server).client(retries={"total_max_attempts": 4, "mode": "standard"})
+    with proxy.fault(Status(500), operation="PutObject", max_hits=2) as rule:
         put_object(client, "retried", b"value")
     assert rule.hits == 2
     assert read_object(direct_client, "retried") == b"value"
@@ -153,11 +153,11 @@ def test_boto3_retries_two_injected_errors(proxy: S3Proxy, server: S3Endpoint, d
 def test_same_seed_applies_the_fault_to_the_same_requests(server: S3Endpoint) -> None:
     def faulty_requests(seed: int) -> list[int]:
         with S3Proxy(server.host_url, seed=seed) as proxy:
-            client = proxy.through(server).client(retries=NO_RETRIES)
+            client = proxy.endpoint_through(server).client(retries=NO_RETRIES)
             proxy.fault(Status(404), probability=0.5)
             for _ in range(12):
                 is_missing(client, "nothing")
-            return [e.number for e in proxy.exchanges if e.fault]
+            return [e.number for e in proxy.exchanges if e.fault_name]
 
     first = faulty_requests(1)
     assert faulty_requests(1) == first
@@ -167,7 +167,7 @@ def test_same_seed_applies_the_fault_to_the_same_requests(server: S3Endpoint) ->
 
 def test_skip_and_times_select_the_requests(proxy: S3Proxy, client: Any) -> None:
     put_object(client, "chosen", b"value")
-    with proxy.fault(Status(500), operation="GetObject", skip=1, times=1):
+    with proxy.fault(Status(500), operation="GetObject", skipped_matches=1, max_hits=1):
         outcomes = []
         for _ in range(3):
             try:
@@ -212,22 +212,22 @@ def test_flip_byte_changes_one_byte(proxy: S3Proxy, client: Any) -> None:
 
 
 def test_blackhole_lasts_until_the_client_times_out(proxy: S3Proxy, server: S3Endpoint, direct_client: Any) -> None:
-    client = proxy.through(server).client(retries=NO_RETRIES, read_timeout=0.2)
+    client = proxy.endpoint_through(server).client(retries=NO_RETRIES, read_timeout=0.2)
     with proxy.fault(Blackhole(), key="hole"), pytest.raises(ReadTimeoutError):
         put_object(client, "hole", b"x")
-    assert proxy.wait_for(lambda e: e.fault == "Blackhole").server_status == 0
+    assert proxy.wait_for(lambda e: e.fault_name == "Blackhole").server_status == 0
     assert is_missing(direct_client, "hole")
 
 
 def test_server_executes_a_request_with_delayed_response_but_not_a_delayed_request(
     proxy: S3Proxy, server: S3Endpoint, direct_client: Any
 ) -> None:
-    client = proxy.through(server).client(retries=NO_RETRIES, read_timeout=0.3)
+    client = proxy.endpoint_through(server).client(retries=NO_RETRIES, read_timeout=0.3)
     with proxy.fault(Latency(30), key="late-request"), pytest.raises(ReadTimeoutError):
         put_object(client, "late-request", b"x")
     with proxy.fault(DelayResponse(30), key="late-response"), pytest.raises(ReadTimeoutError):
         put_object(client, "late-response", b"x")
-    assert proxy.wait_for(lambda e: e.fault == "DelayResponse").server_status == 200
+    assert proxy.wait_for(lambda e: e.fault_name == "DelayResponse").server_status == 200
     assert is_missing(direct_client, "late-request")
     assert read_object(direct_client, "late-response") == b"x"
 
@@ -244,7 +244,7 @@ def test_bandwidth_limit_determines_the_duration(proxy: S3Proxy, client: Any) ->
     put_object(client, "slow", b"x" * 100_000)
     with proxy.fault(Bandwidth(500_000), operation="GetObject"):
         assert len(read_object(client, "slow")) == 100_000
-    assert proxy.wait_for(lambda e: e.fault == "Bandwidth").seconds >= 0.2
+    assert proxy.wait_for(lambda e: e.fault_name == "Bandwidth").seconds >= 0.2
 
 
 def test_active_rules_removes_all_rules_at_the_end(proxy: S3Proxy, client: Any) -> None:
@@ -259,10 +259,10 @@ def test_active_rules_removes_all_rules_at_the_end(proxy: S3Proxy, client: Any) 
 def test_unreachable_server_resets_the_connection(server: S3Endpoint) -> None:
     with S3Proxy(f"http://127.0.0.1:{free_ports(1)[0]}") as proxy:
         with pytest.raises((ConnectionClosedError, HTTPClientError)):
-            put_object(proxy.through(server).client(retries=NO_RETRIES), "x", b"x")
+            put_object(proxy.endpoint_through(server).client(retries=NO_RETRIES), "x", b"x")
         assert [(e.operation, e.client_status, e.server_status) for e in proxy.exchanges] == [("PutObject", 0, 0)]
 
 
 def test_wait_for_times_out_without_a_matching_request(proxy: S3Proxy) -> None:
     with pytest.raises(TimeoutError, match="no such request"):
-        proxy.wait_for(lambda e: False, timeout=0.01)
+        proxy.wait_for(lambda e: False, timeout_seconds=0.01)

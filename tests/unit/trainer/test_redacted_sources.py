@@ -13,7 +13,7 @@ from finetune_trainer.data.load import _mix_sources
 from finetune_trainer.model import _check_complete, load_config
 from finetune_trainer.train import _name_base_by_source
 
-from tests.support.learning import make_run, method_of
+from tests.support.learning import create_method_for_run, make_run
 
 URI = "https://host/jobs/model?signature=hidden"
 
@@ -31,7 +31,7 @@ def test_error_messages_do_not_hold_the_signature(run: Any, tmp_path: Path) -> N
     for failing_call in (
         lambda: load_config(run, inputs),
         lambda: _check_complete({"missing_keys": ["weight"]}, run),
-        lambda: method_of(run, inputs).apply(None),
+        lambda: create_method_for_run(run, inputs).apply(None),
         lambda: _mix_sources(make_reader().summary, run, [[], []]),
     ):
         with pytest.raises(FineTuneError) as caught:

@@ -8,7 +8,7 @@ import pytest
 from finetune_trainer.data import check_files
 from finetune_trainer.data.rows import Turn
 
-from tests.support.data import check_error, run_for
+from tests.support.data import catch_check_error, make_data_run
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
 
@@ -18,14 +18,14 @@ def test_scan_of_a_long_row_without_spaces_takes_linear_time(tmp_path: Path) -> 
     """For a row with many dots, a search that restarts at every dot would take minutes."""
     dots = "a.b-c." * 50_000
     rows = [{"text": dots}, {"text": f"{dots}@{dots}"}, {"text": "to a.b@mail.example.org."}, {"text": "a@b"}]
-    run, inputs = run_for(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)
+    run, inputs = make_data_run(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)
     findings = check_files(run, inputs).findings
     assert findings.personal_data_counts is not None and findings.personal_data_counts["email"] == 1
 
 
 def test_an_answer_that_is_not_json_is_a_bad_row(tmp_path: Path) -> None:
     rows = [{"question": "hi", "answer": '{"a": 1}'}, {"question": "hi", "answer": "{a: 1}"}]
-    error = check_error(tmp_path, {"checks": {"validateJson": True}}, rows)
+    error = catch_check_error(tmp_path, {"checks": {"validateJson": True}}, rows)
     assert error.code == "AnswerNotJson" and "row 2" in error.message
 
 
@@ -34,7 +34,7 @@ def test_check_results_are_reported(tmp_path: Path) -> None:
         {"question": "Mail me", "answer": "to a.b@example.org"}, {"question": "Mail me", "answer": "to a.b@example.org"},
         {"question": "Call", "answer": "+49 170 1234567"}, {"question": "Which", "answer": "yes"}, {"question": "What", "answer": "yes"},
     ]  # fmt: skip
-    run, inputs = run_for(
+    run, inputs = make_data_run(
         tmp_path, {"dataset": {"checks": {"deduplicate": True, "piiScan": True, "balance": True}}}, rows
     )
     summary = check_files(run, inputs)

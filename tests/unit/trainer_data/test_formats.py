@@ -11,7 +11,7 @@ from finetune_trainer.data import load
 from finetune_trainer.data.formats import FORMATS as ALL_FORMATS
 from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer, Preference, Prompt, Text, Turn
 
-from tests.support.data import check_error, load_examples, run_for
+from tests.support.data import catch_check_error, load_examples, make_data_run
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -138,7 +138,7 @@ BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("name", FORMAT_CASES)
 def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
     kind, row, expected = FORMAT_CASES[name]
-    run, inputs = run_for(tmp_path, {}, [row])
+    run, inputs = make_data_run(tmp_path, {}, [row])
     loaded = load(run, inputs)
     assert loaded.summary.format == kind
     assert [example for _, example in loaded.train] == [expected]
@@ -163,7 +163,7 @@ def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", MISMATCH_CASES)
 def test_an_answer_that_does_not_continue_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
     trainer, row, code, message = MISMATCH_CASES[name]
-    error = check_error(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
+    error = catch_check_error(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
     assert (error.code, error.exit_code) == (code, 65)
     assert message in error.message and "train.jsonl, row 1" in error.message
 
@@ -181,7 +181,7 @@ def test_oasst_takes_the_best_ranked_path(tmp_path: Path) -> None:
 
 def test_oasst_message_without_its_parent_is_a_bad_row(tmp_path: Path) -> None:
     rows = [{"message_id": "1", "parent_id": "9", "role": "prompter", "text": "hi"}]
-    error = check_error(tmp_path, rows=rows)
+    error = catch_check_error(tmp_path, rows=rows)
     assert (error.code, error.exit_code) == ("ParentMissing", 65)
     assert "train.jsonl, row 1" in error.message and "'9'" in error.message
 
@@ -193,23 +193,23 @@ def message(name: str, parent: str | None, role: str = "prompter", text: str = "
 def test_oasst_messages_without_a_root_are_bad_rows(tmp_path: Path) -> None:
     tree = [message("1", None), message("2", "1", "assistant", "ho")]
     circle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
-    error = check_error(tmp_path / "a", rows=[*tree, *circle])
+    error = catch_check_error(tmp_path / "a", rows=[*tree, *circle])
     assert (error.code, error.exit_code) == ("ParentsInCircle", 65)
     assert "train.jsonl, row 3" in error.message and "'b'" in error.message
     below = [message("d", "gone"), message("e", "d", "assistant")]
     skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
-    run, inputs = run_for(tmp_path / "b", {"dataset": skip}, [*circle, *tree, *below])
+    run, inputs = make_data_run(tmp_path / "b", {"dataset": skip}, [*circle, *tree, *below])
     loaded = load(run, inputs)
     assert [example for _, example in loaded.train] == [Conversation((U, A))]
     assert loaded.summary.bad_rows == 5
-    itself = check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
+    itself = catch_check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
     assert itself.code == "ParentsInCircle" and "row 3" in itself.message
 
 
 @pytest.mark.timeout(30)
 def test_oasst_duplicate_id_is_a_bad_row(tmp_path: Path) -> None:
     rows = [message("1", None), message("2", "1", "assistant", "ho"), message("1", "2")]
-    error = check_error(tmp_path, rows=rows)
+    error = catch_check_error(tmp_path, rows=rows)
     assert (error.code, error.exit_code) == ("MessageIdTwice", 65)
     assert "row 3" in error.message and "train.jsonl, row 1" in error.message
 
@@ -234,17 +234,17 @@ def test_messages_format_reads_question_and_answer_columns_named_in_dataset_colu
     assert load_examples(tmp_path / "b", dataset, [{"messages": CHAT}]) == [
         expected
     ]  # an existing messages column takes precedence
-    error = check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
+    error = catch_check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
     assert error.code == "ColumnMissing"
     assert "column `Response` (dataset.columns.answer)" in error.message and "`Question`, `Answer`" in error.message
-    error = check_error(tmp_path / "d", {"format": "messages"}, [{"Question": "hi", "Response": "ho"}])
+    error = catch_check_error(tmp_path / "d", {"format": "messages"}, [{"Question": "hi", "Response": "ho"}])
     assert error.code == "ColumnMissing" and "`messages`" in error.message
 
 
 def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
     dataset = {"format": "qa", "columns": {"question": "question", "answer": "answer"}}
     row = {"instruction": "hi", "input": "x", "output": "ho"}
-    run, inputs = run_for(tmp_path / "a", {"dataset": dataset}, [row])
+    run, inputs = make_data_run(tmp_path / "a", {"dataset": dataset}, [row])
     loaded = load(run, inputs)
     assert [example for _, example in loaded.train] == [
         Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output"))
@@ -253,7 +253,7 @@ def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
     assert loaded.summary.notes == [
         "no row has `question` or `answer` of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
     ]
-    error = check_error(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])
+    error = catch_check_error(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])
     assert error.code == "ColumnMissing" and "`instruction`, `input`, `output`" in error.message
 
 
@@ -266,7 +266,7 @@ def test_a_prompt_may_be_an_object_with_messages(tmp_path: Path) -> None:
     dataset, spec = {"format": "preference", "columns": columns}, {"trainer": {"type": "dpo"}}
     assert load_examples(tmp_path / "a", dataset, [row], spec=spec) == [PAIR_OF_TURNS]
     row["input"] = {"messages": CHAT[:1], "tools": [{"type": "function"}]}
-    error = check_error(tmp_path / "b", dataset, [row], spec=spec)
+    error = catch_check_error(tmp_path / "b", dataset, [row], spec=spec)
     assert error.code == "DatasetRowInvalid" and "holds tools" in error.message
 
 
@@ -297,7 +297,7 @@ def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BAD_CONVERSATIONS)
 def test_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
     code, turns, message = BAD_CONVERSATIONS[name]
-    error = check_error(tmp_path, rows=[{"messages": CHAT}, {"messages": turns}])
+    error = catch_check_error(tmp_path, rows=[{"messages": CHAT}, {"messages": turns}])
     assert (error.code, int(error.exit_code)) == (code, 65)
     assert error.message.startswith("train.jsonl, row 2: ") and message in error.message
 
@@ -311,9 +311,9 @@ def test_equal_answers_and_missing_prompts_are_refused(tmp_path: Path) -> None:
     spec = {"trainer": {"type": "dpo"}}
     assert (
         "are equal"
-        in check_error(tmp_path / "a", rows=[{"prompt": "a", "chosen": "b", "rejected": "b"}], spec=spec).message
+        in catch_check_error(tmp_path / "a", rows=[{"prompt": "a", "chosen": "b", "rejected": "b"}], spec=spec).message
     )
-    assert check_error(tmp_path / "b", rows=[{"chosen": "b", "rejected": "c"}], spec=spec).code == "PromptMissing"
+    assert catch_check_error(tmp_path / "b", rows=[{"chosen": "b", "rejected": "c"}], spec=spec).code == "PromptMissing"
 
 
 def test_every_dataset_format_has_one_class() -> None:

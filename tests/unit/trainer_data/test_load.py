@@ -13,7 +13,7 @@ from finetune_api.errors import ConfigError, DataError
 from finetune_trainer.data import DataSummary, check_files, load
 from finetune_trainer.data.rows import Text, Turn
 
-from tests.support.data import check_error, load_examples, run_for
+from tests.support.data import catch_check_error, load_examples, make_data_run
 from tests.support.learning import make_run, write_rows
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
@@ -45,7 +45,7 @@ def test_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
     code, line, found, write = BAD_ROWS[name]
     lines = [json.dumps(GOOD_ROW)] * 200
     lines[16] = line
-    error = check_error(tmp_path, text="\n".join(lines))
+    error = catch_check_error(tmp_path, text="\n".join(lines))
     assert isinstance(error, DataError)
     assert error.code == code and error.exit_code == 65
     assert error.message.startswith("train.jsonl, row 17: ")
@@ -56,7 +56,7 @@ def test_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
 def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     lines = [json.dumps(GOOD_ROW)] * 60
     lines[4], lines[9] = "{", '{"question": "hi", "answer": ""}'
-    run, inputs = run_for(tmp_path, {"dataset": {"badRows": "skip"}}, text="\n".join(lines))
+    run, inputs = make_data_run(tmp_path, {"dataset": {"badRows": "skip"}}, text="\n".join(lines))
     summary: DataSummary = check_files(run, inputs)
     assert (summary.rows["train"], summary.bad_rows) == (58, 2)
     assert summary.notes == [
@@ -66,7 +66,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_bad_rows_are_refused(tmp_path: Path) -> None:
     lines = [json.dumps(GOOD_ROW)] * 10 + ["{"]
-    error = check_error(tmp_path, {"badRows": "skip"}, text="\n".join(lines))
+    error = catch_check_error(tmp_path, {"badRows": "skip"}, text="\n".join(lines))
     assert error.code == "TooManyBadRows" and "1 of 11 rows" in error.message and "row 11" in error.message
     assert len(load_examples(tmp_path, {"badRows": "skip", "maxBadRowRatio": 0.1}, text="\n".join(lines))) == 10
 
@@ -74,7 +74,7 @@ def test_too_many_bad_rows_are_refused(tmp_path: Path) -> None:
 def load_mixture(folder: Path, dataset: dict[str, Any], *sources: Any) -> Any:
     """Load a mixture of sources; the first source has weight 9."""
     items = [{"source": f"s3://data/{i}.jsonl", "weight": 1 if i else 9} for i in range(len(sources))]
-    run, inputs = run_for(folder, {"dataset": {"train": None, "mixture": items, **dataset}})
+    run, inputs = make_data_run(folder, {"dataset": {"train": None, "mixture": items, **dataset}})
     files = [[write_rows(folder / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
     return load(run, inputs.model_copy(update={"train": [], "mixture": files}))
 
@@ -110,21 +110,21 @@ def test_a_source_with_only_duplicates_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_column_that_no_row_has_is_one_error(tmp_path: Path) -> None:
-    error = check_error(tmp_path, {"format": "qa", "columns": {"answer": "reply"}, "badRows": "skip"}, [GOOD_ROW])
+    error = catch_check_error(tmp_path, {"format": "qa", "columns": {"answer": "reply"}, "badRows": "skip"}, [GOOD_ROW])
     assert error.code == "ColumnMissing"
     assert "column `reply` (dataset.columns.answer)" in error.message and "`question`, `answer`" in error.message
 
 
 def test_rows_in_a_format_of_another_objective_are_refused(tmp_path: Path) -> None:
-    error = check_error(tmp_path / "a", rows=[{"prompt": "hi", "chosen": "ho", "rejected": "no"}])
+    error = catch_check_error(tmp_path / "a", rows=[{"prompt": "hi", "chosen": "ho", "rejected": "no"}])
     assert isinstance(error, ConfigError) and error.code == "FormatMismatch" and "preference" in error.message
-    error = check_error(tmp_path / "b", rows=[GOOD_ROW], spec={"trainer": {"type": "dpo"}})
+    error = catch_check_error(tmp_path / "b", rows=[GOOD_ROW], spec={"trainer": {"type": "dpo"}})
     assert error.code == "FormatMismatch" and "dpo needs preference data; the rows are qa" in error.message
 
 
 def test_response_only_on_plain_text_needs_markers(tmp_path: Path) -> None:
     rows = [{"text": "x"}]
-    error = check_error(tmp_path, {"responseOnly": {"enabled": True}}, rows)
+    error = catch_check_error(tmp_path, {"responseOnly": {"enabled": True}}, rows)
     assert isinstance(error, ConfigError) or error.code == "ResponseOnlyWithoutTurns"
     assert "questionMarker" in (error.hint or "")
     assert load_examples(tmp_path, {"responseOnly": {"questionMarker": "Q:", "answerMarker": "A:"}}, rows) == [

@@ -8,15 +8,15 @@ import pytest
 from finetune_api.errors import DataError
 
 from tests.support.data import SYSTEM_FIRST, prepare_rows, tokenizer
-from tests.support.learning import TEN
+from tests.support.learning import TEN_ROWS
 
 
 @pytest.mark.timeout(120)
 def test_several_processes_give_the_same_tokens_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.data import parallel
 
-    failing_row = {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}
-    rows = [failing_row if index in (7, 1203) else TEN[index % 10] for index in range(2500)]
+    failing_row = {"messages": [*TEN_ROWS[1]["messages"], {"role": "system", "content": "late"}]}
+    rows = [failing_row if index in (7, 1203) else TEN_ROWS[index % 10] for index in range(2500)]
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
     dataset = {"badRows": "skip", "numProc": 2}
     alone = prepare_rows(tmp_path / "a", tok, dataset, rows)

@@ -11,8 +11,8 @@ from finetune_api.errors import ConfigError, FineTuneError
 from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, max_sequence_length, prepare
 from finetune_trainer.data.rows import Completion
 
-from tests.support.data import decoded, prepare_rows, render_options, tokenizer, trained_texts
-from tests.support.learning import TEN, make_run, write_rows
+from tests.support.data import decode_rows, prepare_rows, render_options, tokenizer, trained_texts
+from tests.support.learning import TEN_ROWS, make_run, write_rows
 from tests.support.tiny import CHATML_MARKED
 
 
@@ -48,10 +48,10 @@ def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> No
 def test_prompt_and_completion_are_joined_without_a_template(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     data = prepare_rows(tmp_path, tok, {"format": "promptCompletion"}, [{"prompt": "one:", "completion": "red"}] * 3)
-    assert decoded(tok, data) == [("one:red<|im_end|>", "red<|im_end|>")] * 3
+    assert decode_rows(tok, data) == [("one:red<|im_end|>", "red<|im_end|>")] * 3
     assert any("useChatTemplate" in note for note in data.notes)
     turns = prepare_rows(tmp_path / "b", tok, {"useChatTemplate": True}, [{"prompt": "one", "completion": "red"}])
-    assert decoded(tok, turns)[0][0].startswith("<|im_start|>user\none")
+    assert decode_rows(tok, turns)[0][0].startswith("<|im_start|>user\none")
     assert trained_texts(Completion("one ", "red"), render_options(tok, template=False)) == ["red"]
 
 
@@ -60,12 +60,12 @@ def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_
     """The run trains on all tokens of plain text, but not on the questions of a conversation. The order of the sources has no effect."""
     tok = tokenizer(tmp_path)
     plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
-    sources = [plain, joined, TEN[:1]] if first == "text" else [TEN[:1], joined, plain]
+    sources = [plain, joined, TEN_ROWS[:1]] if first == "text" else [TEN_ROWS[:1], joined, plain]
     files = [[write_rows(tmp_path / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
     mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
     inputs = inputs.model_copy(update={"train": [], "mixture": files})
-    trained = decoded(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
+    trained = decode_rows(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
     assert sorted(trained) == sorted([
         ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
         ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
@@ -85,7 +85,7 @@ def test_tokens_are_cached_by_content(tmp_path: Path) -> None:
     assert prepare_rows(tmp_path, tok).is_from_cache is False
     assert prepare_rows(tmp_path, tok).is_from_cache is True
     assert prepare_rows(tmp_path, tok, {"addEosToken": False}).is_from_cache is False
-    assert prepare_rows(tmp_path, tok, {}, TEN[:9]).is_from_cache is False
+    assert prepare_rows(tmp_path, tok, {}, TEN_ROWS[:9]).is_from_cache is False
     assert prepare_rows(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).is_from_cache is False
 
 
@@ -93,7 +93,7 @@ def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     template = "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
     data = prepare_rows(tmp_path, tok, {"chatTemplate": {"text": template}})
-    assert decoded(tok, data)[0] == ("user=one<|im_end|>assistant=red<|im_end|>", "red<|im_end|>")
+    assert decode_rows(tok, data)[0] == ("user=one<|im_end|>assistant=red<|im_end|>", "red<|im_end|>")
     with pytest.raises(FineTuneError) as caught:
         prepare_rows(tmp_path, tok, {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}})
     assert caught.value.code == "ConfigMapMissing"
@@ -103,15 +103,15 @@ def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
 def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_path: Path) -> None:
     """The content of the validation or test file changes, but not its name."""
     tok = tokenizer(tmp_path)
-    run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN)
-    files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN[:2]) for name in ("validation", "test")}
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN_ROWS)
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN_ROWS[:2]) for name in ("validation", "test")}
     inputs = inputs.model_copy(update={name: [file] for name, file in files.items()})
 
     def prepare_again() -> PreparedData:
         return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
 
     assert (prepare_again().is_from_cache, prepare_again().is_from_cache) == (False, True)
-    write_rows(files[changed], TEN[2:5])
+    write_rows(files[changed], TEN_ROWS[2:5])
     data = prepare_again()
     assert not data.is_from_cache
     assert data.rows[changed] == 3
@@ -119,7 +119,7 @@ def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_p
 
 def test_changed_seed_changes_the_mixture(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN[i * 5 : i * 5 + 5])] for i in range(2)]
+    sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN_ROWS[i * 5 : i * 5 + 5])] for i in range(2)]
     mixture = [{"source": f"s3://data/{i}.jsonl", "weight": 1 + 3 * i} for i in range(2)]
 
     def prepare_mixture(seed: int) -> PreparedData:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_trainer.data.rows import Conversation, Text, Turn
 
-from tests.support.data import check_error, load_examples
+from tests.support.data import catch_check_error, load_examples
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -99,7 +99,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_broken_file_is_refused(text: str | bytes, name: str, code: str, message: str, tmp_path: Path) -> None:
-    error = check_error(tmp_path, text=text, name=name)
+    error = catch_check_error(tmp_path, text=text, name=name)
     assert (error.code, int(error.exit_code)) == (code, 65)
     assert message in error.message and name in error.message
 

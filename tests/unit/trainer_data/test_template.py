@@ -10,8 +10,8 @@ from finetune_trainer.data.rows import Conversation, Text, Turn
 from finetune_trainer.data.template import render
 
 from tests.support.data import SYSTEM_FIRST, prepare_rows, render_options, tokenizer, trained_texts
-from tests.support.learning import TEN
-from tests.support.tiny import CHATML, CHATML_MARKED
+from tests.support.learning import TEN_ROWS
+from tests.support.tiny import CHATML_MARKED, CHATML_TEMPLATE
 
 THINKING_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -37,7 +37,7 @@ MARKED_IN_PIECES = MARKED_TEMPLATE.replace(
 MARKED_IN_PIECES = MARKED_IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
 
 
-@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, THINKING_TEMPLATE], ids=["plain", "marked", "thinking"])
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, CHATML_MARKED, THINKING_TEMPLATE], ids=["plain", "marked", "thinking"])
 def test_answers_are_trained_on_with_their_end_tokens(template: str, tmp_path: Path) -> None:
     spans = trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path, template)))
     assert spans[0] == "red<|im_end|>"
@@ -68,7 +68,7 @@ def test_generation_markers_may_split_an_answer(tmp_path: Path) -> None:
 
 def test_generation_markers_of_an_unused_template_are_ignored(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    tok.chat_template = {"default": CHATML, "tool_use": MARKED_TEMPLATE}
+    tok.chat_template = {"default": CHATML_TEMPLATE, "tool_use": MARKED_TEMPLATE}
     assert trained_texts(Conversation(TWO_ANSWERS), render_options(tok)) == ["red<|im_end|>", "green<|im_end|>"]
 
 
@@ -120,7 +120,7 @@ def test_role_names_are_written_without_a_template(tmp_path: Path) -> None:
 
 
 def test_error_of_the_template_names_the_row(tmp_path: Path) -> None:
-    rows = [TEN[0], {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}]
+    rows = [TEN_ROWS[0], {"messages": [*TEN_ROWS[1]["messages"], {"role": "system", "content": "late"}]}]
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tokenizer(tmp_path, SYSTEM_FIRST, bos=True), {}, rows)
     assert caught.value.code == "TemplateRefusedRow"

@@ -9,8 +9,8 @@ from finetune_api.errors import ConfigError, DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.data import SYSTEM_FIRST, decoded, prepare_rows, tokenizer
-from tests.support.learning import TEN, make_run
+from tests.support.data import SYSTEM_FIRST, decode_rows, prepare_rows, tokenizer
+from tests.support.learning import TEN_ROWS, make_run
 from tests.support.tiny import make_tiny_model
 
 LONG_ROWS = [{"text": "one two three four five " * n} for n in (1, 2, 12)]
@@ -46,11 +46,11 @@ def test_a_token_is_trained_on_if_it_overlaps_a_span(widths: list[int], gaps: li
 
 def test_beginning_token_occurs_once_and_is_not_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
-    for dataset, rows in (({}, TEN), ({}, [{"text": "one red"}]), ({"addBosToken": True}, TEN)):
+    for dataset, rows in (({}, TEN_ROWS), ({}, [{"text": "one red"}]), ({"addBosToken": True}, TEN_ROWS)):
         for row in prepare_rows(tmp_path, tok, dataset, rows).train:
             assert row["input_ids"].count(tok.bos_token_id) == 1 and row["input_ids"][0] == tok.bos_token_id
             assert row["labels"][0] == -100
-    for rows in (TEN, [{"text": "one red"}]):
+    for rows in (TEN_ROWS, [{"text": "one red"}]):
         assert all(
             tok.bos_token_id not in row["input_ids"]
             for row in prepare_rows(tmp_path, tok, {"addBosToken": False}, rows).train
@@ -64,7 +64,7 @@ TEMPLATE_WITH_TWO_BOS = SYSTEM_FIRST.replace("{{ bos_token }}", "{{ bos_token + 
 @pytest.mark.parametrize("count", [1, 2])
 def test_beginning_tokens_in_the_text_are_not_doubled(count: int, add_bos: bool | None, tmp_path: Path) -> None:
     tok = tokenizer(tmp_path, SYSTEM_FIRST if count == 1 else TEMPLATE_WITH_TWO_BOS, bos=True)
-    for name, rows in (("plain", [{"text": tok.bos_token * count + "one red"}]), ("templated", TEN)):
+    for name, rows in (("plain", [{"text": tok.bos_token * count + "one red"}]), ("templated", TEN_ROWS)):
         for row in prepare_rows(tmp_path / name, tok, {"addBosToken": add_bos}, rows).train:
             assert (row["input_ids"].count(tok.bos_token_id), row["input_ids"][0]) == (1, tok.bos_token_id)
             assert len(row["labels"]) == len(row["input_ids"])
@@ -83,7 +83,7 @@ def test_a_row_whose_first_token_alone_has_a_label_is_a_bad_row(tmp_path: Path) 
 
 def test_end_token_occurs_once_and_is_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    for rows in (TEN, [{"text": "one red"}], [{"text": "one red<|im_end|>"}]):
+    for rows in (TEN_ROWS, [{"text": "one red"}], [{"text": "one red<|im_end|>"}]):
         for row in prepare_rows(tmp_path, tok, {}, rows).train:
             answer = [token for token in row["labels"] if token != -100]
             assert answer[-1] == tok.eos_token_id and answer.count(tok.eos_token_id) == 1
@@ -95,8 +95,8 @@ def test_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) -> 
     tok = tokenizer(tmp_path)
     more = [{"role": "user", "content": "two"}]
     silent = [{"role": "assistant", "content": "green", "weight": 0}]
-    rows = [{"messages": TEN[0]["messages"] + last} for last in ([], more, more + silent)]
-    trained = decoded(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
+    rows = [{"messages": TEN_ROWS[0]["messages"] + last} for last in ([], more, more + silent)]
+    trained = decode_rows(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
     assert [learned for _, learned in trained] == [" red<|im_end|>", " red", " red"]
     assert all(text.endswith("<|im_end|>") for text, _ in trained)
 
@@ -112,15 +112,15 @@ def test_end_token_is_trained_on_although_it_is_the_pad_token(tmp_path: Path, mo
     from transformers import AutoTokenizer
 
     tokenizer(tmp_path, pad="<|im_end|>")
-    run, inputs = make_run(tmp_path, model, {}, TEN)
+    run, inputs = make_run(tmp_path, model, {}, TEN_ROWS)
     chosen, notes = load_tokenizer(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
     assert chosen.pad_token != chosen.eos_token and chosen.pad_token in ("<|pad|>", "<|endoftext|>")
     assert "short rows are padded with" in notes[0]
-    run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<eos>"}}, TEN)
+    run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<eos>"}}, TEN_ROWS)
     forced, _ = load_tokenizer(run, inputs)
     assert forced.pad_token == forced.eos_token
     assert all(row["labels"][-2:].count(forced.eos_token_id) == 1 for row in prepare_rows(tmp_path, forced).train)
-    run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<nope>"}}, TEN)
+    run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<nope>"}}, TEN_ROWS)
     with pytest.raises(ConfigError, match="PadTokenUnknown"):
         load_tokenizer(run, inputs)
     assert AutoTokenizer.from_pretrained(model).pad_token == "<|pad|>"
@@ -143,7 +143,7 @@ def test_overflow_fail_names_the_row(tmp_path: Path) -> None:
 
 
 def test_rows_that_lose_their_answer_are_left_out_and_counted(tmp_path: Path) -> None:
-    rows = [*TEN, {"messages": [{"role": "user", "content": "one two three " * 30}, TEN[0]["messages"][1]]}]
+    rows = [*TEN_ROWS, {"messages": [{"role": "user", "content": "one two three " * 30}, TEN_ROWS[0]["messages"][1]]}]
     data = prepare_rows(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 64}, rows)
     assert len(data.train) == 10 and data.reports["train"].answerless == 1
     with pytest.raises(DataError) as caught:

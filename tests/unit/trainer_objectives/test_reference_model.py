@@ -10,7 +10,7 @@ import pytest
 from finetune_api.errors import ConfigError
 
 from tests.support.learning import make_run, run_training, train_here
-from tests.support.preferences import LABELLED, PAIRS, PROMPTS, user
+from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS, user_message
 from tests.support.tiny import make_tiny_model
 
 METHOD_CLASSES: dict[str, dict[str, Any]] = {
@@ -38,12 +38,12 @@ def same_matmul_order(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", METHOD_CLASSES)
 def test_first_dpo_loss_shows_that_reference_and_model_are_equal(method: str, model: Path, tmp_path: Path) -> None:
     spec = {**METHOD_CLASSES[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
-    assert run_training(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
+    assert run_training(tmp_path, model, spec, PREFERENCE_PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
 
 
 def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tmp_path: Path) -> None:
     spec = {**METHOD_CLASSES["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
-    assert run_training(tmp_path, model, spec, LABELLED).losses == [pytest.approx(0.5, abs=2e-6)]
+    assert run_training(tmp_path, model, spec, LABELLED_ANSWERS).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
@@ -51,7 +51,7 @@ def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path:
     """The run logs the KL divergence from the reference model. To read prompts with a new token, the reference model needs the token's row."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
     spec = {**METHOD_CLASSES.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
-    rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
+    rows = [{**row, "prompt": [user_message("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
     assert [line["kl"] for line in run_training(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
 
 
@@ -68,7 +68,7 @@ def model_with_spare_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, LABELLED), (GRPO_TRAINER, PROMPTS)]
+    ("trainer", "rows"), [({"type": "dpo"}, PREFERENCE_PAIRS), ({"type": "kto"}, LABELLED_ANSWERS), (GRPO_TRAINER, PROMPTS)]
 )
 def test_reference_needs_no_rows_for_unused_tokens(
     trainer: dict[str, Any], rows: Any, model_with_spare_token: Path, tmp_path: Path
@@ -85,7 +85,7 @@ def test_named_reference_needs_as_many_rows_as_the_model(rows: int, model_with_s
     other.resize_token_embeddings(rows)
     other.save_pretrained(tmp_path / "reference")
     trainer = {"type": "dpo", "dpo": {"referenceModel": "s3://models/other"}}
-    run, inputs = make_run(tmp_path, model_with_spare_token, {"trainer": trainer, "training": {"maxSteps": 1}}, PAIRS)
+    run, inputs = make_run(tmp_path, model_with_spare_token, {"trainer": trainer, "training": {"maxSteps": 1}}, PREFERENCE_PAIRS)
     inputs = inputs.model_copy(update={"reference": tmp_path / "reference"})
     if rows == 448:
         assert len(train_here(run, inputs).losses) == 1

@@ -11,7 +11,7 @@ import pytest
 from finetune_api.errors import ConfigError, FineTuneError, NotFoundError
 from finetune_trainer.distributed import deepspeed, fsdp
 
-from tests.support.learning import make_run, merged
+from tests.support.learning import make_run, merge_mappings
 
 CPU_HARDWARE: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", is_cpu=True)
 GPU_HARDWARE: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=False)
@@ -22,7 +22,7 @@ def deepspeed_options(
 ) -> deepspeed.DeepspeedOptions:
     """DeepSpeed options of a run with the DeepSpeed JSON `file` (None: no JSON)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
-    job_spec = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
+    job_spec = merge_mappings(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
     maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
     run, inputs = make_run(tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps=maps)
     return deepspeed.build_options(run, inputs, hardware, 2)
@@ -31,7 +31,7 @@ def deepspeed_options(
 def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.FsdpOptions:
     """FSDP options of a run with the accelerate file `file` (None: no accelerate file)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
-    job_spec = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
+    job_spec = merge_mappings(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
     run, inputs = make_run(
         tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
     )
@@ -163,7 +163,7 @@ GRPO_SPEC = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "param
         ({}, (4, 4), (2, 8), (2, 65536), (2, 65536), "of the file stays 2, although"),
         (KTO_SPEC, (4, 4), (2, 8), (2, None), (2, 4), "of the file stays 2, although"),
         (KTO_SPEC, (8, 4), (2, 16), (6, None), (2, 12), "of the file therefore changes from 6 to 2"),
-        (merged(GRPO_SPEC, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "of the file therefore changes from 2 to 1"),
+        (merge_mappings(GRPO_SPEC, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "of the file therefore changes from 2 to 1"),
     ],
 )  # fmt: skip
 def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
@@ -177,7 +177,7 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     text = json.dumps({key: value for key, value in zip(keys, batch_of_file, strict=True) if value})
     run, inputs = make_run(
-        tmp_path, tmp_path / "model", merged(spec, {"training": training, "distributed": group}), ranks=2,
+        tmp_path, tmp_path / "model", merge_mappings(spec, {"training": training, "distributed": group}), ranks=2,
         config_maps={"mine": {"ds.json": text}},
     )  # fmt: skip
     first = run.model_copy(
@@ -279,9 +279,9 @@ UNSET_BATCH_SPEC = {"training": {"batchSizePerDevice": None, "gradientAccumulati
 @pytest.mark.parametrize(
     ("file", "spec", "code", "expected"),
     [
-        ({"train_micro_batch_size_per_gpu": 1}, merged(UNSET_BATCH_SPEC, KTO_SPEC), "BatchTooSmall", "kto compares"),
+        ({"train_micro_batch_size_per_gpu": 1}, merge_mappings(UNSET_BATCH_SPEC, KTO_SPEC), "BatchTooSmall", "kto compares"),
         (
-            {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merged(UNSET_BATCH_SPEC, GRPO_SPEC),
+            {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merge_mappings(UNSET_BATCH_SPEC, GRPO_SPEC),
             "GenerationsDoNotDivide", "one optimizer step has 6 completions",
         ),
         ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum needs whole"),

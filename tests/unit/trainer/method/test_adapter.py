@@ -13,7 +13,7 @@ from finetune_api.errors import ConfigError, FineTuneError, NotFoundError
 from finetune_api.names import FailureClass
 from safetensors.torch import load_file, save_file
 
-from tests.support.learning import make_run, merged, method_of
+from tests.support.learning import create_method_for_run, make_run, merge_mappings
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING_WEIGHT = "base_model.model.model.embed_tokens.weight"
@@ -45,8 +45,8 @@ def saved_adapter(folder: Path, **options: Any) -> Path:
 def continue_adapter(tmp_path: Path, folder: Path, spec: dict[str, Any] | None = None, model: Any = None) -> Any:
     """Load the adapter on its base model for further training."""
     run_spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/mine"}}}
-    run, inputs = make_run(tmp_path, tmp_path / "model", merged(run_spec, spec or {}), adapter=folder)
-    return method_of(run, inputs).apply(base_model() if model is None else model)
+    run, inputs = make_run(tmp_path, tmp_path / "model", merge_mappings(run_spec, spec or {}), adapter=folder)
+    return create_method_for_run(run, inputs).apply(base_model() if model is None else model)
 
 
 def rewrite_weights(folder: Path, by: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

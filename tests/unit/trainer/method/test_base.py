@@ -12,7 +12,7 @@ from finetune_trainer.method.base import METHOD_CLASSES, Method, TrainableModel
 from finetune_trainer.method.full import Full
 from finetune_trainer.method.registry import all_methods
 
-from tests.support.learning import make_run, method_of
+from tests.support.learning import create_method_for_run, make_run
 
 
 def llama_model(*, is_tied: bool = False) -> Any:
@@ -29,7 +29,7 @@ def llama_model(*, is_tied: bool = False) -> Any:
 def lora_with_saved_module(folder: Path, *, is_tied: bool, uses_fsdp: bool, saved_module: str = "embed_tokens") -> TrainableModel:
     """A small model with LoRA adapters; one of its modules is trained in full."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved_module]}}})
-    trainable: TrainableModel = method_of(run, inputs, fsdp=uses_fsdp).make_trainable(llama_model(is_tied=is_tied))
+    trainable: TrainableModel = create_method_for_run(run, inputs, fsdp=uses_fsdp).make_trainable(llama_model(is_tied=is_tied))
     return trainable
 
 
@@ -51,7 +51,7 @@ def test_a_method_that_trains_nothing_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Full, "apply", freeze_all)
     run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "full"}})
     with pytest.raises(InternalError) as caught:
-        method_of(run, inputs).make_trainable(llama_model())
+        create_method_for_run(run, inputs).make_trainable(llama_model())
     assert caught.value.code == "NothingTrainable"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError
 
-from tests.support.learning import make_run, method_of
+from tests.support.learning import create_method_for_run, make_run
 
 
 def llama_model(**options: Any) -> Any:
@@ -33,7 +33,7 @@ def gpt2_model() -> Any:
 def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
     """Apply LoRA adapters with these options of `method.lora` to the model."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": options}})
-    return method_of(run, inputs).apply(model)
+    return create_method_for_run(run, inputs).apply(model)
 
 
 @pytest.mark.parametrize(
