@@ -230,7 +230,7 @@ def uninstall_objects(cluster: DemoCluster) -> None:
 
 
 def prepare_and_run(cluster: DemoCluster, *, keep_running: bool) -> None:
-    """Prepare the cluster, run the demo, and clean up. If `keep` is true and the demo succeeds, remove nothing."""
+    """Prepare the cluster, run the demo, and clean up. If `keep_running` is true and the demo succeeds, remove nothing."""
     print_heading(f"Prepare the {cluster.name} cluster (slow steps run in parallel, and only once)")
     run_all([*cluster.steps(), HELM.step(), model_step()], cache_folder() / "logs", console)
     is_kept = False

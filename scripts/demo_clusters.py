@@ -321,7 +321,7 @@ def is_docker_running() -> bool:
 
 
 def choose_cluster(requested_name: str, *, keep_running: bool) -> DemoCluster:
-    """Return the cluster `wanted`. If `wanted` is empty, return the best available cluster. Errors: NoCluster."""
+    """Return the cluster `requested_name`. If `requested_name` is empty, return the best available cluster. Errors: NoCluster."""
     if requested_name and requested_name not in CLUSTER_CLASSES:
         raise NoCluster(f"CLUSTER={requested_name} is unknown: set CLUSTER to kind, local or current, or do not set it")
     if not requested_name:

@@ -101,7 +101,7 @@ def _parse_event(item: Any) -> Event:
 
 
 def follow_job(job: JobReader, console: Console, *, timeout_seconds: float) -> Snapshot:
-    """Show the job until it has finished. Returns its last snapshot. Errors: TimeoutError after `timeout` seconds."""
+    """Show the job until it has finished. Returns its last snapshot. Errors: TimeoutError after `timeout_seconds`."""
     return _follow_live(job, console, timeout_seconds) if console.is_terminal else _follow_as_lines(job, console, timeout_seconds)
 
 

@@ -32,7 +32,7 @@ class StepFailed(Exception):
 
 @dataclass
 class Step:
-    """A slow step. `run` starts programs with a Commands object. The step starts when the steps in `after` have ended."""
+    """A slow step. `run` starts programs with a Commands object. The step starts when the steps in `required_steps` have ended."""
 
     name: str
     run: Callable[[Commands], None]

@@ -16,7 +16,7 @@ SCRIPTS_FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class GoTool:
-    """A Go program. If the environment variable `override` is set, its value is the path of the binary to use instead."""
+    """A Go program. If the environment variable `override_variable` is set, its value is the path of the binary to use instead."""
 
     name: str
     package: str
@@ -26,7 +26,7 @@ class GoTool:
 
     @property
     def path(self) -> Path:
-        """Path of the program: the value of the environment variable `override` if it is set, else the path in the cache."""
+        """Path of the program: the value of the environment variable `override_variable` if it is set, else the path in the cache."""
         override_path = os.environ.get(self.override_variable)
         return Path(override_path) if override_path else cache_folder() / "tools" / f"{self.name}-{self.version}" / self.name
 

@@ -1,6 +1,6 @@
 """Run many short training runs (cells) in one launch. Starting the ranks takes seconds, but a tiny run takes less than one second.
 
-`launch` starts this module once for each rank. Every rank runs the same cells in the same order, and rank 0 writes the results.
+`launch_cells` starts this module once for each rank. Every rank runs the same cells in the same order, and rank 0 writes the results.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Result:
 
 
 def launch_cells(cells: Sequence[Cell], folder: Path, *, rank_count: int, timeout: float = 540) -> dict[str, Result]:
-    """Run the cells with `ranks` processes on this machine. Returns the results by cell name. Errors: AssertionError with the end of the output."""
+    """Run the cells with `rank_count` processes on this machine. Returns the results by cell name. Errors: AssertionError with the end of the output."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     command = [sys.executable, "-m", "tests.support.cells", str(folder)]

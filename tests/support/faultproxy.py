@@ -220,7 +220,7 @@ class DelayResponse:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Request and response bodies are limited to `rate` bytes per second."""
+    """Request and response bodies are limited to `bytes_per_second`."""
 
     bytes_per_second: float
 
@@ -290,7 +290,7 @@ class Blackhole:
 
 @dataclass(frozen=True)
 class Truncate:
-    """The response announces the full length of the body, but ends after `length` bytes."""
+    """The response announces the full length of the body, but ends after `body_bytes` bytes."""
 
     body_bytes: int
 
@@ -416,7 +416,7 @@ class FaultProxy(ABC, Generic[Op]):
         self, fault: Fault, matches: Callable[[Op], bool], *,
         max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[Op]:  # fmt: skip
-        """Apply `fault` to matching requests with this probability, at most `times` times. The first `skip` matching requests are skipped."""
+        """Apply `fault` to matching requests with this probability, at most `max_hits` times. The first `skipped_matches` matching requests are skipped."""
         rule = Rule(self, fault, matches, max_hits, skipped_matches, probability)
         with self._changed:
             self._rules.append(rule)
@@ -450,7 +450,7 @@ class FaultProxy(ABC, Generic[Op]):
         return sum(exchange.operation == operation for exchange in self.exchanges)
 
     def wait_for(self, matches: Callable[[Exchange], bool], *, timeout_seconds: float = 20.0) -> Exchange:
-        """Return the first exchange that matches, or wait for it. Past exchanges also match. Errors: TimeoutError after `timeout` seconds."""
+        """Return the first exchange that matches, or wait for it. Past exchanges also match. Errors: TimeoutError after `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
         checked_count = 0
         with self._changed:

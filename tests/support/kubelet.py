@@ -1,14 +1,14 @@
 """A fake scheduler and kubelet with simulated nodes. The test decides how pods run and end; no containers are started.
 
 `FakeKubelet` writes to a real API server what a scheduler and kubelets write (node leases, bindings, pod status, the final deletion) and
-serves `/progress` for its pods. The `Plan` of a namespace defines what happens to its pods. A test may replace the plan at any time, and may
+serves `/progress` for its pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any time, and may
 end single pods. The event loop runs in a separate thread.
 
     with FakeKubelet(endpoint) as kubelet:
-        kubelet.set_plan("ns", Plan())                        # pods start and keep running
+        kubelet.set_plan("ns", PodPlan())                        # pods start and keep running
         pod = kubelet.wait_running("ns", "job")[0]
         kubelet.set_progress("ns", "job", progress={"step": 5, "totalSteps": 10})
-        kubelet.end_pod(pod, Ending(0))
+        kubelet.end_pod(pod, ContainerExit(0))
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class PodStart(Enum):
     STAY_PENDING = "stay pending"
     """The pod is neither bound nor started."""
     UNSCHEDULABLE = "unschedulable"
-    """The pod fits on no node. `Plan.message` is the scheduler's message."""
+    """The pod fits on no node. `PodPlan.message` is the scheduler's message."""
     CONTAINER_WAITING = "container waiting"
-    """The pod is bound, and its container waits. The waiting state has `Plan.reason` (such as `ImagePullBackOff`) and `Plan.message`."""
+    """The pod is bound, and its container waits. The waiting state has `PodPlan.reason` (such as `ImagePullBackOff`) and `PodPlan.message`."""
 
 
 @dataclass(frozen=True)
@@ -465,7 +465,7 @@ class FakeKubelet:
         self, method: str, path: str, body: Object | None = None, *, content_type: str = "application/json",
         query: dict[str, str] | None = None, accepted_codes: tuple[int, ...] = (),
     ) -> Object | None:  # fmt: skip
-        """Send a request and return the response body; None if the status code is in `accept`. Errors: OSError for other status codes from 400."""
+        """Send a request and return the response body; None if the status code is in `accepted_codes`. Errors: OSError for other status codes from 400."""
         async with self._session.request(
             method, self._endpoint.server + path, params=query, headers={"Content-Type": content_type},
             data=None if body is None else json.dumps(body).encode(), timeout=aiohttp.ClientTimeout(total=20),
@@ -487,7 +487,7 @@ async def _parse_events(stream: aiohttp.StreamReader) -> Any:
 
 
 def _make_pod_status(pod: FakePod, container_state: Object, *, ready: bool) -> Object:
-    """Return the status of a running pod. `state` is the state of its container."""
+    """Return the status of a running pod. `container_state` is the `state` object of its container status (waiting, running or terminated)."""
     container = (pod.body["spec"].get("containers") or [{}])[0]
     is_ready = "True" if ready else "False"
     conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
@@ -519,7 +519,7 @@ def success_exit(uri: str = "s3://bucket/model", step: int = 10, **fields: Any) 
 
 
 def failure_exit(exit_code: int, *, step: int | None = None, committed_step: int | None = None, **fields: Any) -> ContainerExit:
-    """Return the ending of a pod that has failed. `committed` is the step of the newest checkpoint, `fields` describe the failure."""
+    """Return the ending of a pod that has failed. `committed_step` is the step of the newest checkpoint, `fields` describe the failure."""
     message_fields = {"exitCode": exit_code, "step": step, "committedStep": committed_step, **fields}
     fields_with_value = {key: value for key, value in message_fields.items() if value is not None}
     return ContainerExit(exit_code, TerminationMessage.model_validate(fields_with_value))

@@ -27,7 +27,7 @@ TEN_ROWS = [
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base`, overwritten with the values of `more`. Nested mappings are merged."""
+    """Return a copy of `base`, overwritten with the values of `overrides`. Nested mappings are merged."""
     result = dict(base)
     for key, value in overrides.items():
         are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

@@ -93,7 +93,7 @@ def _make_model(path: Path) -> Path:
 
 
 def _make_adapter(model: Path, folder: Path, task_type: str) -> str:
-    """Create and save an adapter for the PEFT task type `kind`. Returns its folder."""
+    """Create and save an adapter for the PEFT task type `task_type`. Returns its folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

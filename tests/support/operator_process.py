@@ -37,7 +37,7 @@ ERROR_LINE_PATTERN = re.compile(
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base`, overwritten with the values of `change`. Nested mappings are merged."""
+    """Return a copy of `base`, overwritten with the values of `overrides`. Nested mappings are merged."""
     result = dict(base)
     for key, value in overrides.items():
         are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -62,7 +62,7 @@ class OperatorProcess:
     port: int = 0
 
     def start(self, *, wait_until_ready: bool = True) -> Self:
-        """Start the process. If `ready` is true, wait until /readyz succeeds. Errors: AssertionError if the process ends before it is ready."""
+        """Start the process. If `wait_until_ready` is true, wait until /readyz succeeds. Errors: AssertionError if the process ends before it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_ports(1)[0]
         config = merge_mappings(merge_mappings(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})

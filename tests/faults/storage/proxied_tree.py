@@ -21,7 +21,7 @@ POD_TESTS_FOLDER = Path(__file__).parents[2] / "pod"
 
 @dataclass
 class ProxiedTree:
-    """The storage of one job, with two clients: `proxied` uses the fault proxy, like the pod; `direct` uses the store itself."""
+    """The storage of one job, with two clients: `proxied_tree` uses the fault proxy, like the pod; `direct_tree` uses the store itself."""
 
     proxied_tree: CheckpointTree
     direct_tree: CheckpointTree

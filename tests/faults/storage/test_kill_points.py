@@ -30,7 +30,7 @@ REQUEST_BY_KILL_POINT = {
 
 @dataclass(frozen=True)
 class HoldRequest:
-    """Never answer a request. If `stored` is true, the store executes the request, and only the response is held."""
+    """Never answer a request. If `is_executed` is true, the store executes the request, and only the response is held."""
 
     is_executed: bool
     has_arrived: threading.Event = field(default_factory=threading.Event)
