@@ -70,7 +70,7 @@ class Installation:
 
     def install(self, **chart_values: Any) -> str:
         """Install the chart with the demo's values, overridden by `chart_values`. Returns Helm's notes."""
-        self.api.patch("namespaces", None, demo.RELEASE_NAME, restricted_namespace(demo.RELEASE_NAME), patch="apply")
+        self.api.patch("namespaces", None, demo.RELEASE_NAME, restricted_namespace(demo.RELEASE_NAME), patch_type="apply")
         values = demo.make_helm_values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
@@ -92,7 +92,7 @@ class Installation:
 
     def create_namespace(self, namespace: str) -> JobNamespace:
         """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""
-        self.api.patch("namespaces", None, namespace, restricted_namespace(namespace), patch="apply")
+        self.api.patch("namespaces", None, namespace, restricted_namespace(namespace), patch_type="apply")
         keys = {"AWS_ACCESS_KEY_ID": self.cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.cluster.s3.secret_key}
         created = JobNamespace(self, namespace)
         created.secret(SECRET, keys)
