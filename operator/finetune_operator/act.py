@@ -136,7 +136,7 @@ class PlanExecutor:
                 return BlockingCondition(Reason.CHILDREN_CONFLICT, message)
         except (Forbidden, Invalid) as error:
             return _blocked_by_refusal(error)
-        self._service_seen_at = {uid: at for uid, at in self._service_seen_at.items() if now - at < 2 * self._config.resync_seconds}
+        self._service_seen_at = {uid: at for uid, at in self._service_seen_at.items() if now - at < self._config.resync_seconds}
         self._service_seen_at[job.uid] = now
         return None
 

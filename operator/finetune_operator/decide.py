@@ -117,11 +117,11 @@ def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
         return _plan_termination(facts, current_job)
     if current_job.failed_at is not None:
         return plan_of_ended_attempt(facts, cause_of(current_job, facts.newest_pods), current_job.failed_at)
-    termination = _find_termination(facts)
+    termination = _find_termination(facts, current_job)
     if termination is not None:
         return Plan(Situation.ACTIVE, termination=termination)
     pods = facts.active_pods
-    rank0_pod = next((pod for pod in pods if pod.completion_index == 0 and pod.phase == "Running"), None)
+    rank0_pod = facts.rank0_pod
     all_ready = sum(pod.is_ready for pod in pods) >= facts.nodes
     deadline = timeouts.deadline_at(facts.active_deadline_seconds, facts.earlier_running_seconds, facts.running_since)
     time_limits = [
@@ -133,13 +133,13 @@ def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
     return Plan(
         Situation.ACTIVE,
         blocking_condition=None if all_ready or current_job.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking_condition),
-        scrape_pod=rank0_pod if rank0_pod is not None and rank0_pod.ip else None,
+        scrape_pod=rank0_pod if rank0_pod is not None and rank0_pod.phase == "Running" and rank0_pod.ip else None,
         reconcile_at=timeouts.next_reconcile_at(facts.now, *time_limits),
         delete_jobs=_superseded_jobs(facts),
     )
 
 
-def _find_termination(facts: Facts) -> Termination | None:
+def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
     """Return why the running attempt must be ended, or None if the attempt may continue."""
     if facts.cancel_requested:
         return Termination(Reason.CANCELLED, "spec.cancel is true")
@@ -154,21 +154,21 @@ def _find_termination(facts: Facts) -> Termination | None:
     if not facts.spec_is_readable:
         # The start timeout and the stall timeout are part of the spec, so they are unknown. A new attempt could not start either.
         return None
-    gang_problem = _incomplete_gang(facts)
+    gang_problem = _incomplete_gang(facts, current_job)
     if gang_problem:
         return Termination(Reason.GANG_INCOMPLETE, gang_problem)
     stall_text = stall_message(facts)
     return Termination(Reason.STALLED, stall_text) if stall_text else None
 
 
-def _incomplete_gang(facts: Facts) -> str:
+def _incomplete_gang(facts: Facts, current_job: JobView) -> str:
     """Return why the attempt must release its nodes, or an empty string if the attempt keeps its nodes.
 
     If two gangs each hold some of the nodes, they wait for each other forever, unless a queue such as Kueue schedules them. If no pod has
     a node, the attempt keeps waiting: the attempt blocks no other job, and an autoscaler may be adding nodes.
     """
-    job, timeout_at = facts.current_job, start_timeout_at(facts)
-    if job is None or job.queue or facts.nodes < 2 or timeout_at is None or facts.now < timeout_at:
+    timeout_at = start_timeout_at(facts)
+    if current_job.queue or timeout_at is None or facts.now < timeout_at:
         return ""
     placed_count = sum(bool(pod.node) for pod in facts.active_pods)
     if placed_count in (0, facts.nodes) or len(facts.newest_pods) > len(facts.active_pods):

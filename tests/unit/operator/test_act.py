@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import asyncio
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -12,13 +13,17 @@ from finetune_operator import act as act_module
 from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
-from finetune_operator.kube import Invalid, KubeClient
+from finetune_operator.kube import Forbidden, Invalid, KubeClient, KubeError, OutcomeUnknown
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Kind, Object
-from finetune_operator.plan import ActionResult, Plan
+from finetune_operator.plan import ActionResult, Plan, Situation
+from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.policies.rejection import rejected_user_fields
+from finetune_operator.policies.verdict import RefusedSpec
+from finetune_operator.views import JobView
 
 from tests.unit.operator.fake_cluster import Process, Server, new_server
-from tests.unit.operator.samples import CONFIG, T0, UID, at, facts, finetunejob, job, spec, status
+from tests.unit.operator.samples import CONFIG, T0, UID, at, facts, finetunejob, job, pod, spec, status
+from tests.unit.operator.virtual import run
 
 SUSPENDED_ATTEMPT = {"number": 1, "startTime": T0.isoformat(), "endTime": T0.isoformat(), "reason": "Suspended"}
 SECOND_ATTEMPT_STATUS = status(attempt=2, attempts=[SUSPENDED_ATTEMPT])
@@ -41,6 +46,46 @@ def second_attempt(**fields: Any) -> tuple[Facts, Plan]:
 
 async def carry_out(server: Server, observed: Facts, plan: Plan) -> ActionResult:
     return await PlanExecutor(cast("KubeClient", server), CONFIG).act(observed, plan)
+
+
+# Deletions
+
+
+@dataclass
+class RecordingServer(Server):
+    """A server that records deletions: name, uid and grace period."""
+
+    deletions: list[tuple[str, str, int | None]] = field(default_factory=list)
+
+    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace_seconds: int | None = None) -> bool:
+        """Record the request and delete the object."""
+        self.deletions.append((name, uid, grace_seconds))
+        return await super().delete(kind, namespace, name, uid=uid, grace_seconds=grace_seconds)
+
+
+DELETED_JOBS = (job(1, name="job-a", uid="1"), job(1, name="job-b", uid="2"))
+DELETED_PODS = (pod(name="pod-a", uid="3"), pod(name="pod-b", uid="4"))
+LOST_PODS = (pod(name="lost-a", uid="5"), pod(name="lost-b", uid="6"))
+
+
+@pytest.mark.parametrize("create_attempt", [None, 1])
+@pytest.mark.parametrize(("missing", "count"), [((), 6), (("job-b", "pod-b", "lost-b"), 3), (("job-a", "pod-a"), 4), (("lost-a",), 5)])
+async def test_planned_objects_are_deleted_by_uid_and_counted_if_they_existed(
+    missing: tuple[str, ...], count: int, create_attempt: int | None
+) -> None:
+    """Only pods of lost nodes are deleted without a grace period."""
+    server = RecordingServer(new_server().objects)
+    for kind, views in ((JOB, DELETED_JOBS), (POD, DELETED_PODS + LOST_PODS)):
+        for view in views:
+            if view.name not in missing:
+                server.put(kind, {"metadata": {"name": view.name}})
+    plan = Plan(
+        Situation.STARTING, create_attempt=create_attempt, delete_jobs=DELETED_JOBS, delete_pods=DELETED_PODS, force_delete_pods=LOST_PODS
+    )
+    result = await carry_out(server, facts(), plan)
+    assert (result.deleted_count, result.created_job is not None) == (count, create_attempt is not None)
+    with_grace_period = [(view.name, view.uid, None) for view in (*DELETED_JOBS, *DELETED_PODS)]
+    assert server.deletions == [*with_grace_period, *((view.name, view.uid, 0) for view in LOST_PODS)]
 
 
 # Before a later attempt
@@ -117,11 +162,13 @@ async def test_existing_own_job_is_adopted(server: Server) -> None:
     assert result.created_job is not None and result.blocking_condition is None
 
 
-async def test_job_of_another_owner_is_not_adopted(server: Server) -> None:
+@pytest.mark.parametrize("metadata", [{}, {"ownerReferences": []}, {"ownerReferences": [], "labels": {}}], ids=["other owner", "only labels", "nothing"])
+async def test_job_of_another_owner_is_not_adopted(server: Server, metadata: Object) -> None:
     await put_existing_job(server, "another")
-    result = await carry_out(server, *first_attempt())
-    assert result.created_job is None
-    assert result.blocking_condition is not None and result.blocking_condition.reason is Reason.CHILDREN_CONFLICT
+    body = server.objects[JOB.plural, "run-1"]
+    server.put(JOB, {**body, "metadata": {**body["metadata"], **metadata}})
+    conflict = BlockingCondition(Reason.CHILDREN_CONFLICT, "Job run-1 exists and belongs to another object")
+    assert await carry_out(server, *first_attempt()) == ActionResult(blocking_condition=conflict)
 
 
 @pytest.mark.parametrize(("owner", "adopted"), [("uid-run-1", True), ("another", False)])
@@ -133,19 +180,107 @@ async def test_service_is_adopted_only_if_the_job_owns_it(server: Server, owner:
     assert adopted or (result.blocking_condition is not None and result.blocking_condition.reason is Reason.CHILDREN_CONFLICT)
 
 
+# The Service of a gang
+
+GANG = spec(resources={"nodes": 2, "gpusPerNode": 0})
+
+
+@pytest.mark.parametrize(
+    ("current_job", "service_count"),
+    [
+        (job(nodes=1), 0),
+        (job(nodes=2), 1),
+        (job(nodes=2, failed_at=T0), 0),
+        (job(nodes=2, completed_at=T0), 0),
+        (job(nodes=2, is_deleting=True), 0),
+        (None, 0),
+    ],
+    ids=["one pod", "two pods", "failed", "completed", "being deleted", "no Job"],
+)
+async def test_only_a_running_job_with_several_pods_gets_a_service(server: Server, current_job: JobView | None, service_count: int) -> None:
+    observed = facts(spec=GANG, jobs=[current_job] if current_job else [])
+    assert await carry_out(server, observed, Plan(Situation.ACTIVE)) == ActionResult()
+    assert server.requests == [("create", SERVICE.plural)] * service_count
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+async def test_first_attempt_is_created_at_once_with_a_service_for_several_pods(server: Server, nodes: int) -> None:
+    """Only later attempts need a check against the API server."""
+    await carry_out(server, *first_attempt(spec(resources={"nodes": nodes, "gpusPerNode": 0})))
+    assert server.requests == [("create", JOB.plural), ("create", SERVICE.plural)][: 1 + (nodes > 1)]
+
+
+def test_service_is_checked_again_after_the_resync_interval() -> None:
+    """The creates of the Services of two Jobs must not affect each other."""
+
+    async def check() -> None:
+        server, counts = new_server(), []
+        executor = PlanExecutor(cast("KubeClient", server), CONFIG)
+        for wait, uid in ((0, "a"), (1, "b"), (0, "a"), (298, "a"), (1, "b"), (0, "a"), (1, "b"), (299, "b"), (0, "a")):
+            await asyncio.sleep(wait)
+            observed = facts(spec=GANG, jobs=[job(nodes=2, uid=uid, name="run-1")])
+            server.objects.pop((SERVICE.plural, "run-1"), None)
+            await executor.act(observed, Plan(Situation.ACTIVE))
+            counts.append(server.count("create", SERVICE))
+        assert counts == [1, 2, 2, 2, 2, 3, 4, 4, 5]
+
+    assert CONFIG.resync_seconds == 300
+    run(check())
+
+
+@pytest.mark.parametrize("error", [Forbidden, Invalid])
+async def test_refused_service_is_a_blocking_condition_and_is_created_later(server: Server, error: type[KubeError]) -> None:
+    executor, observed = PlanExecutor(cast("KubeClient", server), CONFIG), facts(spec=GANG, jobs=[job(nodes=2)])
+    server.before_request = refuse("create", SERVICE, error, "exceeded quota: services")
+    message = "the API server refused to create Service run-1: exceeded quota: services"
+    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, message))
+    assert [await executor.act(observed, Plan(Situation.ACTIVE)) for _ in range(2)] == [refused, refused]
+    server.before_request = lambda verb, kind: None
+    assert await executor.act(observed, Plan(Situation.ACTIVE)) == ActionResult()
+    assert (SERVICE.plural, "run-1") in server.objects
+
+
 # Jobs that the API server rejects
+
+
+def refuse(verb: str, kind: Kind, error: type[KubeError], message: str, code: int = 403) -> Any:
+    """Return a function that makes requests of this verb and kind fail."""
+
+    def before(request_verb: str, request_kind: Kind) -> None:
+        if (request_verb, request_kind) == (verb, kind):
+            raise error(verb, kind, "run-1", code, "", message)
+
+    return before
+
+
+ADMISSION_MESSAGE = 'admission webhook "policy" denied the request: spec.template.labels: Invalid value: "red green"'
+
+
+@pytest.mark.parametrize("error", [Forbidden, Invalid, OutcomeUnknown])
+async def test_refusal_of_a_job_by_an_admission_policy_is_a_blocking_condition(server: Server, error: type[KubeError]) -> None:
+    """The user's label is not the cause, even if the policy's message looks like a field error."""
+    server.before_request = refuse("create", JOB, error, ADMISSION_MESSAGE)
+    found, plan = first_attempt()
+    result = await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
+    message = f"the API server refused to create Job run-1: {ADMISSION_MESSAGE}"
+    assert result == ActionResult(blocking_condition=BlockingCondition(Reason.FORBIDDEN_BY_POLICY, message))
+
+
+async def test_job_is_adopted_if_the_answer_to_its_create_was_lost(server: Server) -> None:
+    await put_existing_job(server, UID)
+    server.before_request = refuse("create", JOB, OutcomeUnknown, "no answer", 0)
+    result = await carry_out(server, *first_attempt())
+    assert result.created_job is not None and result.created_job.name == "run-1"
+
+
+async def test_create_without_an_answer_is_an_error_if_the_job_does_not_exist(server: Server) -> None:
+    server.before_request = refuse("create", JOB, OutcomeUnknown, "no answer", 0)
+    with pytest.raises(OutcomeUnknown, match="no answer"):
+        await carry_out(server, *first_attempt())
 
 PLATFORM_ERROR = 'Job.batch "run-1" is invalid: spec.template.spec.containers[0].env[9].name: Invalid value: "a b": a valid name'
 USER_ERROR = 'Job.batch "run-1" is invalid: spec.template.labels: Invalid value: "red green": a valid label must be'
 SPEC_WITH_INVALID_LABEL = spec(placement={"labels": {"color": "red green"}})
-
-
-def reject_jobs(message: str, code: int) -> Any:
-    def before(verb: str, kind: Kind) -> None:
-        if (verb, kind) == ("create", JOB):
-            raise Invalid(verb, kind, "run-1", code, "Invalid", message)
-
-    return before
 
 
 def accepted_before(written: Object, observed: Facts) -> Facts:
@@ -156,7 +291,7 @@ def accepted_before(written: Object, observed: Facts) -> Facts:
 @pytest.mark.parametrize("code", [400, 422])
 async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server: Server, code: int) -> None:
     """Only the platform team can correct the chart's values; the user's job must not fail."""
-    server.before_request = reject_jobs(PLATFORM_ERROR, code)
+    server.before_request = refuse("create", JOB, Invalid, PLATFORM_ERROR, code)
     process = Process(server)
     server.put(FINETUNEJOB, {**server.finetunejob, "status": {}})
     process.refresh()
@@ -168,7 +303,7 @@ async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server:
 
 
 async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(server: Server) -> None:
-    server.before_request = reject_jobs(USER_ERROR, 422)
+    server.before_request = refuse("create", JOB, Invalid, USER_ERROR, 422)
     found, plan = first_attempt()
     with pytest.raises(SpecRejected) as caught:
         await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
@@ -178,7 +313,7 @@ async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(s
 
 async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> None:
     """The API server accepted the Job of the first attempt with the same spec, so the spec is not the cause."""
-    server.before_request = reject_jobs(USER_ERROR, 422)
+    server.before_request = refuse("create", JOB, Invalid, USER_ERROR, 422)
     found, plan = second_attempt()
     result = await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
     assert result.blocking_condition is not None and result.blocking_condition.reason is Reason.JOB_REJECTED
@@ -187,17 +322,16 @@ async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> No
 async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_later_ones(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise ConfigError("SourceInvalid", "dataset.train: `..` is not allowed", hint="write pvc://claim/path")
+    for hint in ("write pvc://claim/path", None):
 
-    monkeypatch.setattr(act_module, "build_job", fail)
-    for (found, plan), is_final in ((first_attempt(), True), (second_attempt(), False)):
-        with pytest.raises(SpecRejected) as caught:
-            await carry_out(server, found, plan)
-        assert caught.value.refusal.is_final is is_final
-        assert (caught.value.refusal.message, caught.value.refusal.hint) == (
-            "dataset.train: `..` is not allowed", "write pvc://claim/path",
-        )  # fmt: skip
+        def fail(*args: Any, error: Exception = ConfigError("SourceInvalid", "`..` is not allowed", hint=hint), **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(act_module, "build_job", fail)
+        for (found, plan), is_final in ((first_attempt(), True), (second_attempt(), False)):
+            with pytest.raises(SpecRejected) as caught:
+                await carry_out(server, found, plan)
+            assert caught.value.refusal == RefusedSpec(Reason.REJECTED, "`..` is not allowed", hint or "", is_final, found.spec)
 
 
 async def test_rejected_spec_fails_with_its_message_in_status(server: Server) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from finetune_api.names import Condition, Phase, Reason
+from finetune_api.names import Condition, FailureClass, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import Checkpoint, FineTuneJobStatus
+from finetune_api.status import Checkpoint, Failure, FineTuneJobStatus
 from finetune_operator.decide import decide
-from finetune_operator.plan import Outcome, Plan, Situation
+from finetune_operator.plan import JobEnd, Outcome, Plan, Situation, Termination
+from finetune_operator.policies.blocking import BlockingCondition
+from finetune_operator.policies.verdict import RefusedSpec
+from finetune_operator.views import JobView, PodView
 
-from tests.unit.operator.samples import at, condition, end_pod, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import UID, at, condition, end_pod, facts, job, pod, report, spec, status
 
 T = "2026-11-21T12:00:00Z"
 STARTED_ATTEMPT = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
@@ -83,13 +88,6 @@ def test_finished_job_never_starts_again(state: str) -> None:
         plan = decide(facts(spec=spec(**stop_request), status=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
         assert (plan.create_attempt, plan.job_end, plan.termination) == (None, None, None)
-
-
-def test_next_attempt_starts_when_the_backoff_ends() -> None:
-    assert plan_of("recovering").situation is Situation.BACKING_OFF
-    known, jobs, pods = STATES["recovering"]
-    plan = decide(facts(status=known, jobs=jobs, pods=pods, now=at(71)))
-    assert (plan.situation, plan.create_attempt) == (Situation.STARTING, 2)
 
 
 NOT_READY_CONDITION = {
@@ -215,14 +213,6 @@ def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situat
     assert decide(facts(status=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
 
-def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
-    """The Job has the name and labels of the first attempt, but its owner reference names another owner."""
-    foreign = job(is_owned=False)
-    plan = decide(facts(jobs=[foreign]))
-    assert (plan.situation, plan.delete_jobs) == (Situation.BLOCKED, ())
-    assert plan.blocking_condition is not None and plan.blocking_condition.reason is Reason.CHILDREN_CONFLICT
-
-
 @pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])
 def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
     """The Job has a label with the FineTuneJob's uid, but no owner reference to the FineTuneJob."""
@@ -232,21 +222,279 @@ def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop
     assert decide(observed).delete_jobs == ()
 
 
-def test_orphaned_pods_are_deleted_at_the_ttl_like_their_job() -> None:
-    done = [condition(Condition.FINISHED, "True", "Succeeded", 100)]
-    known = status(attempt=1, phase=Phase.SUCCEEDED, conditions=done, completionTime=at(100).isoformat())
-    written = spec(policy={"ttlSecondsAfterFinished": 60})
-    ended_pod, running_pod = end_pod(pod(), 0), pod(uid="runs", index=1)
-    early = decide(facts(spec=written, status=known, pods=[ended_pod, running_pod], now=at(120)))
-    assert (early.situation, early.delete_pods, early.is_clean) == (Situation.FINISHED, (running_pod,), False)
-    due = decide(facts(spec=written, status=known, pods=[ended_pod], now=at(161)))
-    assert (due.delete_pods, due.is_clean) == ((ended_pod,), False)
-    with_job = decide(facts(spec=written, status=known, jobs=[job(completed_at=at(90))], pods=[ended_pod], now=at(161)))
-    assert (with_job.delete_pods, len(with_job.delete_jobs)) == ((), 1)
-
-
 def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missing() -> None:
     known = status(attempt=2, attempts=[{**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
     plan = decide(facts(spec=written, status=known, jobs=[job(1)], now=at(90)))
     assert [job.name for job in plan.delete_jobs] == ["run-1"]
+
+
+# Jobs and pods that are deleted. Each Job and pod has a name that says its state.
+
+JOBS = {
+    "runs": job(1),
+    "done": job(2, completed_at=at(50)),
+    "failed": job(3, failed_at=at(50)),
+    "runs and is being deleted": job(4, is_deleting=True),
+    "done and is being deleted": job(5, completed_at=at(50), is_deleting=True),
+}
+PODS = {
+    "runs": pod(uid="runs", job_uid="gone"),
+    "ended": end_pod(pod(uid="ended", job_uid="gone"), 0),
+    "is being deleted": pod(uid="is being deleted", job_uid="gone", deletion_timestamp=at(90)),
+    "is deleted": pod(uid="is deleted", job_uid="gone", is_deleted=True),
+    "runs in a Job": pod(uid="runs in a Job", job_uid="job-1"),
+}
+
+
+def names(objects: Sequence[JobView | PodView]) -> list[str]:
+    """The names in JOBS and PODS of these objects."""
+    return [name for one in objects for name, known in [*JOBS.items(), *PODS.items()] if known is one]
+
+
+@pytest.mark.parametrize(
+    ("ttl", "now", "jobs", "pods", "reconcile_at"),
+    [
+        (60, 159, ["runs"], ["runs"], at(160)),
+        (60, 160, ["runs", "done", "failed"], ["runs", "ended"], None),
+        (60, 161, ["runs", "done", "failed"], ["runs", "ended"], None),
+        (None, 9999, ["runs"], ["runs"], None),
+    ],
+    ids=["before the TTL", "at the TTL", "after the TTL", "no TTL"],
+)
+def test_finished_job_deletes_what_runs_at_once_and_the_rest_at_the_ttl(
+    ttl: int | None, now: float, jobs: list[str], pods: list[str], reconcile_at: object
+) -> None:
+    known = status(attempt=5, conditions=[condition(Condition.FINISHED, "True", "Succeeded", 100)], completionTime=at(100).isoformat())
+    observed = facts(
+        spec=spec(policy={"ttlSecondsAfterFinished": ttl}), status=known, jobs=[*JOBS.values()], pods=[*PODS.values()], now=at(now)
+    )
+    plan = decide(observed)
+    assert (names(plan.delete_jobs), names(plan.delete_pods), plan.reconcile_at) == (jobs, pods, reconcile_at)
+    only_jobs, only_pods = replace(observed, pods=()), replace(observed, jobs=())
+    neither = replace(observed, jobs=(JOBS["done and is being deleted"],), pods=(PODS["is being deleted"],))
+    assert [decide(found).is_clean for found in (observed, only_jobs, only_pods, neither)] == [False, False, False, True]
+
+
+def test_job_that_is_being_deleted_needs_no_action() -> None:
+    assert decide(facts(status=RUNNING_STATUS, jobs=[job()], pods=[pod()], is_deleting=True)) == Plan(Situation.DELETING)
+
+
+def next_attempt(
+    jobs: Sequence[str] = (), pods: Sequence[str] = (), *, added_pods: Sequence[PodView] = (), now: float = 100, **stop_request: bool
+) -> Plan:
+    """The plan before attempt 6 while these Jobs and pods of earlier attempts exist."""
+    known = status(attempt=6, conditions=[NOT_READY_CONDITION])
+    found = [*(PODS[name] for name in pods), *added_pods]
+    return decide(facts(spec=spec(**stop_request), status=known, jobs=[JOBS[name] for name in jobs], pods=found, now=at(now)))
+
+
+@pytest.mark.parametrize("stop_request", [{}, {"suspend": True}], ids=["next attempt", "suspend"])
+def test_running_jobs_and_pods_of_earlier_attempts_are_deleted_before_the_next_attempt(stop_request: dict[str, bool]) -> None:
+    plan = next_attempt([*JOBS], [*PODS], **stop_request)
+    assert (plan.situation, plan.create_attempt) == (Situation.BLOCKED, None)
+    assert (names(plan.delete_jobs), names(plan.delete_pods), plan.force_delete_pods) == (["runs"], ["runs"], ())
+    assert plan.blocking_condition is not None and plan.blocking_condition.reason is Reason.PROGRESSING
+    assert plan.reconcile_at == at(90 + 61)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "pods", "situation"),
+    [
+        ([], [], Situation.STARTING),
+        (["done", "failed"], ["ended", "is deleted"], Situation.STARTING),
+        (["runs"], ["runs in a Job"], Situation.BLOCKED),
+        (["done and is being deleted"], [], Situation.BLOCKED),
+        ([], ["runs"], Situation.BLOCKED),
+        ([], ["is being deleted"], Situation.BLOCKED),
+    ],
+)
+def test_next_attempt_waits_until_no_job_or_pod_of_an_earlier_attempt_runs(jobs: list[str], pods: list[str], situation: Situation) -> None:
+    assert next_attempt(jobs, pods).situation is situation
+
+
+def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_period() -> None:
+    in_a_job = pod(uid="in a Job", job_uid="job-1", deletion_timestamp=at(39))
+    at_the_limit, over_the_limit = (pod(uid=f"from {end}", job_uid="gone", deletion_timestamp=at(end)) for end in (40, 39))
+    plan = next_attempt(["runs"], added_pods=[at_the_limit, over_the_limit, in_a_job])
+    assert (plan.delete_pods, plan.force_delete_pods, plan.reconcile_at) == ((), (over_the_limit, in_a_job), at(130))
+
+
+@pytest.mark.parametrize(
+    ("names_of_jobs", "superseded"),
+    [
+        ([], []),
+        (["failed"], []),
+        (["done", "failed"], ["done"]),
+        (["failed", "done"], ["done"]),
+        (["done", "failed", "last"], ["done", "failed"]),
+        (["runs and is being deleted", "failed", "done", "last"], ["done", "failed"]),
+        (["done and is being deleted", "failed", "last"], ["failed"]),
+        (["runs", "last"], []),
+    ],
+)
+def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_jobs: list[str], superseded: list[str]) -> None:
+    """Users can still read the logs of the last attempt. Jobs that are running or already being deleted are not deleted again."""
+    jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in names_of_jobs]
+    known = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
+    running = facts(status=known, jobs=[job(1000), *jobs], now=at(61))
+    assert names(decide(running).delete_jobs) == superseded
+    if all(one.is_finished and not one.is_deleting for one in jobs):
+        plan = decide(facts(status=status(attempt=1000), jobs=jobs, now=at(61)))
+        assert (plan.create_attempt, names(plan.delete_jobs)) == (1000, superseded)
+
+
+# Before an attempt
+
+
+@pytest.mark.parametrize(
+    ("record", "situation"),
+    [({"number": 1}, Situation.STARTING), (STARTED_ATTEMPT, Situation.ENDED), (ENDED_ATTEMPT, Situation.STARTING)],
+    ids=["not started", "started", "ended"],
+)
+def test_attempt_whose_job_is_missing_ends_only_if_it_has_started(record: dict[str, Any], situation: Situation) -> None:
+    assert decide(facts(status=status(attempt=1, attempts=[record]), now=at(100))).situation is situation
+
+
+@pytest.mark.parametrize("hint", ["", "write a model"])
+def test_final_refusal_fails_the_job_and_a_temporary_one_waits(hint: str) -> None:
+    refusal = RefusedSpec(Reason.REJECTED, "no model", hint, is_final=True)
+    observed = facts(status=status(conditions=[REFUSED_CONDITION]), now=at(100))
+    failure = Failure(class_=FailureClass.USER, code=Reason.REJECTED, message="no model", hint=hint or None)
+    failed = Plan(Situation.FINISHED, refusal=refusal, job_end=JobEnd(Outcome.FAILED, Reason.REJECTED, failure))
+    assert decide(replace(observed, acceptance=refusal)) == failed
+    temporary = replace(refusal, is_final=False)
+    assert decide(replace(observed, acceptance=temporary)) == Plan(Situation.REFUSED, refusal=temporary, reconcile_at=at(1800))
+
+
+@pytest.mark.parametrize(("owner", "text"), [(UID, f"uid {UID}"), ("other", "uid other"), ("", "uid unknown")])
+def test_only_a_foreign_job_with_the_name_of_the_attempt_blocks_it(owner: str, text: str) -> None:
+    """The Jobs have the labels of the attempts, but no owner reference to the FineTuneJob."""
+    found = [job(attempt, is_owned=False, owner_uid=owner) for attempt in (1, 2, 3)]
+    known = status(attempt=2, conditions=[NOT_READY_CONDITION])
+    blocking_condition = BlockingCondition(Reason.CHILDREN_CONFLICT, f"Job run-2 belongs to another object ({text})")
+    blocked = Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=at(1800))
+    assert decide(facts(status=known, jobs=found, now=at(100))) == blocked
+    assert decide(facts(status=known, jobs=[found[0], found[2]], now=at(100))) == Plan(Situation.STARTING, create_attempt=2)
+
+
+@pytest.mark.parametrize(("now", "is_over"), [(60, False), (69, False), (70, True)])
+def test_backoff_lasts_10_s_after_the_first_failed_attempt(now: float, is_over: bool) -> None:
+    waiting, starting = Plan(Situation.BACKING_OFF, reconcile_at=at(70)), Plan(Situation.STARTING, create_attempt=2)
+    assert decide(facts(status=RECOVERING_STATUS, now=at(now))) == (starting if is_over else waiting)
+
+
+# While the attempt runs
+
+
+def active_plan(pods: Sequence[PodView] = (), *, now: float = 100, nodes: int = 1, policy: dict[str, Any] | None = None, **fields: Any) -> Plan:
+    found = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(nodes=nodes, **fields)], pods=pods, now=at(now))
+    return decide(replace(found, blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "from events")))
+
+
+@pytest.mark.parametrize(
+    ("pods", "scraped"),
+    [
+        ([pod(index=1), pod(index=0)], "pod-1-0"),
+        ([pod(index=1)], None),
+        ([pod(phase="Pending")], None),
+        ([pod(phase="Unknown")], None),
+        ([pod(ip="")], None),
+        ([end_pod(pod(), 0)], None),
+        ([pod(is_ready=False)], "pod-1-0"),
+    ],
+    ids=["two ranks", "no rank 0", "pending", "unknown", "no address", "ended", "not ready"],
+)
+def test_only_a_running_pod_of_rank_0_with_an_address_is_scraped(pods: list[PodView], scraped: str | None) -> None:
+    plan = active_plan(pods, nodes=2)
+    assert (plan.scrape_pod.uid if plan.scrape_pod else None) == scraped
+
+
+@pytest.mark.parametrize(
+    ("pods", "is_suspended", "reason"),
+    [
+        ([pod(), pod(index=1)], False, None),
+        ([pod()], False, Reason.QUOTA_EXCEEDED),
+        ([pod(), pod(index=1, is_ready=False)], False, Reason.QUOTA_EXCEEDED),
+        ([pod(), replace(UNSCHEDULABLE_POD, completion_index=1)], False, Reason.UNSCHEDULABLE),
+        ([UNSCHEDULABLE_POD], True, None),
+    ],
+    ids=["all ready", "one missing", "one not ready", "one unschedulable", "suspended by a queue"],
+)
+def test_attempt_is_blocked_until_all_pods_are_ready(pods: list[PodView], is_suspended: bool, reason: Reason | None) -> None:
+    plan = active_plan(pods, nodes=2, is_suspended=is_suspended)
+    assert (plan.situation, plan.blocking_condition and plan.blocking_condition.reason) == (Situation.ACTIVE, reason)
+
+
+LEAVING_POD = pod(deletion_timestamp=at(90))
+
+
+@pytest.mark.parametrize(
+    ("pods", "policy", "is_suspended", "reconcile_at"),
+    [
+        ([pod()], {}, False, None),
+        ([pod(is_ready=False)], {}, False, at(1800)),
+        ([pod()], {"activeDeadlineSeconds": 200}, False, at(200)),
+        ([LEAVING_POD], {"activeDeadlineSeconds": 200}, False, at(90 + 61)),
+        ([], {"activeDeadlineSeconds": 200}, True, at(1800)),
+    ],
+    ids=["no limit", "start timeout", "deadline", "lost node", "deadline while a queue suspends the Job"],
+)
+def test_running_attempt_is_reconciled_at_its_next_time_limit(
+    pods: list[PodView], policy: dict[str, Any], is_suspended: bool, reconcile_at: object
+) -> None:
+    assert active_plan(pods, policy=policy, is_suspended=is_suspended).reconcile_at == reconcile_at
+
+
+@pytest.mark.parametrize(("now", "earlier", "is_over"), [(99, 0, False), (100, 0, True), (101, 0, True), (59, 40, False), (60, 40, True)])
+def test_attempt_is_ended_when_the_job_has_run_for_its_active_deadline(now: float, earlier: int, is_over: bool) -> None:
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=earlier)
+    limit = {"activeDeadlineSeconds": 100}
+    plan = decide(facts(spec=spec(policy=limit), status=known, jobs=[job()], pods=[pod()], now=at(now)))
+    ended = Termination(Reason.DEADLINE_EXCEEDED, "policy.activeDeadlineSeconds 100 passed")
+    assert plan.termination == (ended if is_over else None)
+    queued = status(attempt=1, activeSeconds=100, attempts=[{**STARTED_ATTEMPT}], conditions=[condition(Condition.QUOTA_RESERVED, "False", "Queued", 0)])
+    waiting_job = job(is_suspended=True, started_at=None, queue="q")
+    assert decide(facts(spec=spec(policy=limit), status=queued, jobs=[waiting_job], now=at(now))).termination is None
+
+
+@pytest.mark.parametrize(("node", "text"), [("node-1", "node node-1"), ("", "node unknown")])
+def test_attempt_with_several_lost_pods_is_ended_because_of_the_first(node: str, text: str) -> None:
+    lost_pods = [pod(index=0, name="a", node=node, deletion_timestamp=at(39)), pod(index=1, name="b", node="node-2", deletion_timestamp=at(39))]
+    plan = active_plan(lost_pods, nodes=2)
+    assert plan == Plan(Situation.ACTIVE, termination=Termination(Reason.NODE_LOST, f"pod a does not end: {text} is lost"))
+
+
+# While the attempt is being ended
+
+
+def test_end_of_a_job_is_the_time_that_the_job_controller_recorded() -> None:
+    for ended_job in (job(completed_at=at(60)), job(failed_at=at(60))):
+        plan = decide(facts(status=RUNNING_STATUS, jobs=[ended_job], pods=[end_pod(pod(), 0)], now=at(90)))
+        assert plan.attempt_end is not None and plan.attempt_end.time == at(60)
+
+
+@pytest.mark.parametrize("failed_at", [None, at(60)])
+def test_deletion_of_a_job_by_another_client_is_recorded_as_preemption(failed_at: Any) -> None:
+    plan = decide(facts(status=RUNNING_STATUS, jobs=[job(is_deleting=True, failed_at=failed_at)], pods=[pod()], now=at(61)))
+    termination = Termination(Reason.PREEMPTED, "the Job of this attempt was deleted by another client than the operator")
+    assert plan == Plan(Situation.TERMINATING, termination=termination)
+
+
+@pytest.mark.parametrize("is_deleting", [False, True])
+def test_job_is_deleted_once_and_its_lost_pods_are_force_deleted(is_deleting: bool) -> None:
+    found_job, lost_pod = job(is_deleting=is_deleting), pod(index=1, deletion_timestamp=at(39))
+    plan = decide(facts(status=SUSPENDING_STATUS, jobs=[found_job], pods=[LEAVING_POD, pod(), lost_pod], now=at(100)))
+    assert plan == Plan(
+        Situation.TERMINATING, delete_jobs=() if is_deleting else (found_job,), force_delete_pods=(lost_pod,), reconcile_at=at(130)
+    )
+
+
+def test_pods_of_a_deleted_job_are_deleted_before_the_attempt_ends() -> None:
+    lost_pod = pod(index=1, deletion_timestamp=at(39))
+    pods = [pod(), LEAVING_POD, lost_pod, end_pod(pod(index=2), 75)]
+    plan = decide(facts(status=SUSPENDING_STATUS, pods=pods, now=at(100)))
+    assert plan == Plan(Situation.TERMINATING, delete_pods=(pods[0],), force_delete_pods=(lost_pod,), reconcile_at=at(130))
+    without_lost = decide(facts(status=SUSPENDING_STATUS, pods=pods[:2], now=at(100)))
+    assert (without_lost.force_delete_pods, without_lost.reconcile_at) == ((), at(90 + 61))
+    assert decide(facts(status=SUSPENDING_STATUS, pods=pods[3:], now=at(100))).situation is Situation.ENDED

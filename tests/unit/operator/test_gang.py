@@ -24,23 +24,23 @@ UNREADY_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[UNREA
 GANG_SPEC = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
 
 
-def waiting_gang(placed_count: int, *, created_count: int = 3, now_seconds: float = 601, **job_fields: Any) -> Facts:
-    """A gang of three pods: `created_count` pods exist, and `placed_count` of them have a node."""
+def waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int = 3, now_seconds: float = 600, **job_fields: Any) -> Facts:
+    """A gang of `nodes` pods: `created_count` pods exist, and `placed_count` of them have a node."""
     pods = [
         pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed_count else "")
         for index in range(created_count)
     ]
-    return facts(spec=GANG_SPEC, status=UNREADY_STATUS, jobs=[job(nodes=3, **job_fields)], pods=pods, now=at(now_seconds))
+    return facts(spec=GANG_SPEC, status=UNREADY_STATUS, jobs=[job(nodes=nodes, **job_fields)], pods=pods, now=at(now_seconds))
 
 
-@pytest.mark.parametrize(("placed", "created"), [(1, 3), (2, 3), (1, 1), (2, 2)])
-def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, created: int) -> None:
+@pytest.mark.parametrize(("nodes", "placed", "created"), [(2, 1, 2), (2, 1, 1), (3, 1, 3), (3, 2, 3), (3, 1, 1), (3, 2, 2)])
+def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed: int, created: int) -> None:
     """Pods without a node may be unschedulable. Pods that do not exist may exceed a quota."""
-    plan = decide(waiting_gang(placed, created_count=created))
+    plan = decide(waiting_gang(placed, nodes=nodes, created_count=created))
     assert plan.termination is not None
     assert plan.termination.reason is Reason.GANG_INCOMPLETE
-    assert f"{placed} of 3 pods have a node" in plan.termination.message
-    assert decide(waiting_gang(placed, created_count=created, now_seconds=599)).termination is None
+    assert f"{placed} of {nodes} pods have a node" in plan.termination.message
+    assert decide(waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=599)).termination is None
 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
@@ -62,9 +62,9 @@ def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
-def test_single_pod_keeps_waiting() -> None:
-    observed = facts(spec=spec(policy={"startTimeoutSeconds": 600}), status=UNREADY_STATUS, jobs=[job(nodes=1)], now=at(601))
-    assert decide(observed).termination is None
+@pytest.mark.parametrize(("placed", "created"), [(0, 0), (0, 1), (1, 1)])
+def test_single_pod_keeps_waiting(placed: int, created: int) -> None:
+    assert decide(waiting_gang(placed, nodes=1, created_count=created)).termination is None
 
 
 def test_gang_with_a_finished_pod_is_not_terminated() -> None:
