@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -70,8 +71,8 @@ def _copy(value: Object) -> Object:
     return {**value, "metadata": dict(value["metadata"]), "spec": dict(value["spec"])}
 
 
-def make_elector(server: Server, name: str) -> LeaderElector:
-    return LeaderElector(cast(KubeClient, server), SETTINGS, "operators", name)
+def make_elector(server: Server, name: str, settings: LeaderElection = SETTINGS) -> LeaderElector:
+    return LeaderElector(cast(KubeClient, server), settings, "operators", name)
 
 
 def loop_seconds() -> float:
@@ -326,3 +327,146 @@ def test_without_leader_election_work_starts_at_once() -> None:
 def test_contradictory_durations_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must exceed"):
         LeaderElection.model_validate(values)
+
+
+def lease_of(holder: str | None, **fields: Any) -> Object:
+    return {"metadata": {"name": "l", "resourceVersion": "0"}, "spec": {"holderIdentity": holder, **fields}}
+
+
+@pytest.mark.parametrize(("duration", "written"), [(15.0, 15), (15.6, 16), (0.4, 1)])
+def test_written_lease_has_the_fields_that_client_go_expects(duration: float, written: int) -> None:
+    settings = LeaderElection(lease_duration_seconds=duration, renew_deadline_seconds=0.3, retry_period_seconds=0.1)
+
+    async def scenario() -> None:
+        server, start = Server(), datetime.now(UTC)
+        await make_elector(server, "first", settings).acquire()
+        for transitions in (0, 1):
+            assert server.lease is not None
+            assert (server.lease["metadata"]["name"], server.lease["metadata"]["namespace"]) == ("finetune-operator", "operators")
+            fields = server.lease["spec"]
+            assert set(fields) == {"holderIdentity", "leaseDurationSeconds", "acquireTime", "renewTime", "leaseTransitions"}
+            assert (fields["leaseDurationSeconds"], fields["leaseTransitions"]) == (written, transitions)
+            for name in ("acquireTime", "renewTime"):
+                assert timedelta(0) <= datetime.fromisoformat(fields[name]) - start < timedelta(minutes=10)
+            await make_elector(server, "second", settings).acquire()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("lease", "transitions"),
+    [
+        (lease_of("", leaseTransitions=5), 6), (lease_of(None), 1), (lease_of("first", leaseTransitions=5), 5),
+        ({**lease_of(None), "spec": {}}, 1),
+    ],
+)  # fmt: skip
+def test_lease_without_another_holder_is_acquired_at_once(lease: Object, transitions: int) -> None:
+    async def scenario() -> None:
+        server = Server()
+        server.lease = lease
+        await make_elector(server, "first").acquire()
+        assert loop_seconds() == 0
+        assert (server.holder, server.lease["spec"]["leaseTransitions"]) == ("first", transitions)
+
+    run(scenario())
+
+
+def test_renewal_keeps_the_time_of_acquisition_and_other_fields() -> None:
+    async def scenario() -> None:
+        server = Server()
+        server.lease = lease_of("first", acquireTime="2026-01-01T00:00:00Z", renewTime="2026-01-01T00:00:00Z", strategy="x")
+        await make_elector(server, "first").acquire()
+        fields = server.lease["spec"]
+        assert (fields["acquireTime"], fields["strategy"]) == ("2026-01-01T00:00:00Z", "x")
+        assert fields["renewTime"] > "2026-01-01T00:00:01Z"
+
+    run(scenario())
+
+
+def test_lease_expires_when_it_has_been_unchanged_for_longer_than_its_duration() -> None:
+    settings = LeaderElection(lease_duration_seconds=15, renew_deadline_seconds=10, retry_period_seconds=5)
+
+    async def scenario() -> float:
+        server = Server()
+        server.lease = lease_of("first")
+        await make_elector(server, "second", settings).acquire()
+        return loop_seconds()
+
+    assert run(scenario()) == 20
+
+
+def test_leader_may_write_until_the_renew_deadline() -> None:
+    async def scenario() -> None:
+        first = make_elector(Server(), "first")
+        await first.acquire()
+        await asyncio.sleep(10)
+        first.ensure_leading()
+        await asyncio.sleep(0.125)
+        with pytest.raises(LeaseLost, match="the Lease was not renewed in time"):
+            first.ensure_leading()
+
+    run(scenario())
+
+
+def test_request_without_answer_ends_at_the_renew_deadline() -> None:
+    async def scenario() -> float:
+        server = Server()
+        server.answer_delay_seconds = 11
+        acquiring = asyncio.create_task(make_elector(server, "first").acquire())
+        await asyncio.sleep(10.5)
+        server.answer_delay_seconds = 0
+        await acquiring
+        return loop_seconds()
+
+    assert run(scenario()) == 12
+
+
+@pytest.mark.parametrize("is_down", [True, False])
+def test_release_leaves_a_lease_without_holder_if_the_server_can_be_reached(is_down: bool) -> None:
+    async def scenario() -> None:
+        server = Server()
+        first = make_elector(server, "first")
+        await first.acquire()
+        server.is_down = is_down
+        await first.release()
+        assert server.lease is not None and not first.is_leader
+        fields = server.lease["spec"]
+        assert (fields["holderIdentity"], fields["leaseDurationSeconds"]) == (("first", 15) if is_down else ("", 1))
+        with pytest.raises(LeaseLost):
+            first.ensure_leading()
+
+    run(scenario())
+
+
+def test_replica_that_does_not_lead_releases_nothing() -> None:
+    async def scenario() -> None:
+        server = Server()
+        server.lease = lease_of("first")  # the same identity, from an earlier process
+        await make_elector(server, "first").release()
+        assert server.holder == "first"
+
+    run(scenario())
+
+
+def test_lease_that_another_replica_creates_first_is_not_held() -> None:
+    class RacingServer(Server):
+        async def create(self, kind: Kind, namespace: str, body: Object) -> ApiResponse:
+            self.lease = lease_of("second", renewTime="x")
+            return await super().create(kind, namespace, body)
+
+    async def scenario() -> float:
+        server = RacingServer()
+        await make_elector(server, "first").acquire()
+        return loop_seconds()
+
+    assert 15 < run(scenario()) <= 20
+
+
+@pytest.mark.parametrize(("lease_namespace", "namespace"), [(None, "operators"), ("leases", "leases")])
+def test_namespace_of_the_lease_is_the_configured_or_the_operators_own(lease_namespace: str | None, namespace: str) -> None:
+    async def scenario() -> None:
+        server = Server()
+        await make_elector(server, "first", SETTINGS.model_copy(update={"lease_namespace": lease_namespace})).acquire()
+        assert server.lease is not None and server.lease["metadata"]["namespace"] == namespace
+
+    run(scenario())

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from finetune_api.exits import FailurePrecedence, RetryPolicy
-from finetune_api.names import Reason
-from finetune_api.status import Attempt, FineTuneJobStatus
+from finetune_api.names import FailureClass, Reason
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Adaptation, Attempt, Failure, FineTuneJobStatus
 from finetune_operator.policies.cause import pod_cause
-from finetune_operator.policies.retry import FailureCause, GiveUp, RetryDecision, backoff_seconds, retry_or_give_up
+from finetune_operator.policies.retry import (
+    FailureCause,
+    GiveUp,
+    RetryDecision,
+    backoff_seconds,
+    blocked_retry_seconds,
+    retry_or_give_up,
+)
 from finetune_operator.settings import RetrySettings
 
 from tests.unit.operator.samples import T0, accept_spec, end_pod, pod, spec
@@ -46,7 +56,14 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
         ([], 0.0),
         ([("InternalError", True, 0)], 10.0),
         ([("InternalError", True, 0), ("InternalError", True, 0)], 20.0),
+        ([("InternalError", True, 0)] * 3, 40.0),
+        ([("InternalError", True, 0)] * 6, 320.0),
         ([("InternalError", True, 0)] * 9, 600.0),
+        ([("InternalError", True, 0), ("InternalError", True, 5), ("InternalError", True, 0)], 10.0),
+        ([("InternalError", True, 0), ("Preempted", False, 0)], 10.0),
+        ([("Preempted", False, 0), ("InternalError", True, 0)], 20.0),
+        ([("TrainerTooOld", False, 0)], 10.0),
+        ([("TrainerTooOld", False, 0), ("TrainerTooOld", False, 0)], 20.0),
         ([("Preempted", False, 0)], 0.0),
         ([("Preempted", False, 0), ("Preempted", False, 0)], 10.0),
         ([("InternalError", True, 0), ("Suspended", False, 0)], 0.0),
@@ -57,3 +74,101 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
 def test_backoff_doubles_with_attempts_without_progress(rows: list[tuple[str, bool, int]], seconds: float) -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
     assert backoff_seconds(attempts(*rows), settings) == seconds
+
+
+def test_backoff_stops_doubling_after_21_attempts() -> None:
+    settings = RetrySettings(base_seconds=0.001, max_seconds=86400)
+    delays = [backoff_seconds(attempts(*[("InternalError", True, 0)] * count), settings) for count in (20, 21, 22, 50)]
+    assert delays == pytest.approx([524.288, 1048.576, 1048.576, 1048.576])
+
+
+@pytest.mark.parametrize(
+    ("committed_step", "resumed_from_step", "seconds"),
+    [(None, None, 10.0), (0, None, 10.0), (1, None, 0.0), (5, 5, 10.0), (6, 5, 0.0), (4, 5, 10.0)],
+)
+def test_backoff_ends_when_an_attempt_commits_a_newer_step_than_it_resumed_from(
+    committed_step: int | None, resumed_from_step: int | None, seconds: float
+) -> None:
+    failed = Attempt(number=1, reason="InternalError", counted=True, committed_step=committed_step, resumed_from_step=resumed_from_step)
+    assert backoff_seconds([failed], RetrySettings(base_seconds=10, max_seconds=600)) == seconds
+
+
+def test_backoff_after_an_incomplete_gang_is_random_for_each_job_and_attempt() -> None:
+    settings, gang = RetrySettings(base_seconds=10, max_seconds=600), ("GangIncomplete", False, 0)
+    delays = [
+        backoff_seconds(attempts(*rows), settings, seed)
+        for rows, seed in (([gang], "a"), ([gang], "b"), ([gang, gang], "a"), ([gang, ("InternalError", True, 0)], "a"))
+    ]
+    assert delays == pytest.approx([8.319, 14.193, 19.026, 20.0], abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "delay"),
+    [(0.0, 15.0), (30.0, 15.0), (31.0, 15.5), (599.0, 299.5), (600.0, 300.0), (602.0, 300.0), (86400.0, 300.0)],
+)
+def test_refused_request_is_repeated_after_half_of_the_blocked_time(blocked: float, delay: float) -> None:
+    assert blocked_retry_seconds(blocked) == delay
+
+
+def cause_with(policy: RetryPolicy, message: str = "it failed") -> FailureCause:
+    failure = Failure(class_=FailureClass.INTERNAL, code="C", message=message)
+    return FailureCause(Reason.INTERNAL_ERROR, failure, policy)
+
+
+@pytest.mark.parametrize(("retries_used", "retries", "gives_up"), [(None, 0, True), (None, 1, False), (2, None, False), (3, None, True)])
+def test_three_retries_are_allowed_by_default(retries_used: int | None, retries: int | None, gives_up: bool) -> None:
+    unresolved = FineTuneJobSpec.model_validate(spec(policy={"retries": retries}))
+    decision = retry_or_give_up(
+        cause_with(RetryPolicy.COUNTED), unresolved, FineTuneJobStatus(retries_used=retries_used), made_progress=False, now=T0
+    )
+    if not gives_up:
+        assert decision == RetryDecision(is_counted=True)
+        return
+    used = retries_used or 0
+    message = f"{used + 1} attempts in a row made no progress, but policy.retries is {used}; last failure: it failed"
+    failure = Failure(class_=FailureClass.INTERNAL, code="C", message=message)
+    assert decision == GiveUp(Reason.RETRIES_EXHAUSTED, failure)
+
+
+@pytest.mark.parametrize("made_progress", [True, False])
+@pytest.mark.parametrize("policy", [RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT, RetryPolicy.COUNTED, RetryPolicy.ROLL_BACK])
+def test_uncounted_retry_needs_no_budget(policy: RetryPolicy, made_progress: bool) -> None:
+    """While the spec is unreadable, all failures that permit another attempt are not counted."""
+    spec_is_readable = policy in (RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT)
+    decision = retry_or_give_up(
+        cause_with(policy), accept_spec(spec(policy={"retries": 0})).spec, FineTuneJobStatus(retries_used=9),
+        made_progress=made_progress, now=T0, spec_is_readable=spec_is_readable,
+    )  # fmt: skip
+    assert decision == RetryDecision(is_counted=False, adaptation=None, made_progress=made_progress)
+
+
+@pytest.mark.parametrize("spec_is_readable", [True, False])
+def test_final_failure_is_not_retried(spec_is_readable: bool) -> None:
+    cause = cause_with(RetryPolicy.NEVER)
+    decision = retry_or_give_up(
+        cause, accept_spec().spec, FineTuneJobStatus(), made_progress=True, now=T0, spec_is_readable=spec_is_readable
+    )
+    assert decision == GiveUp(cause.reason, cause.failure)
+
+
+@pytest.mark.parametrize("made_progress", [True, False])
+def test_adapted_retry_is_not_counted(made_progress: bool) -> None:
+    for policy, changed in ((RetryPolicy.ADAPT_MEMORY, "training.batchSizePerDevice"), (RetryPolicy.ROLL_BACK, "resume.maxStep")):
+        replayed = Adaptation(time=T0, reason=Reason.DIVERGED, change="")
+        decision = retry_or_give_up(
+            cause_with(policy), accept_spec(spec(training={"batchSizePerDevice": 4})).spec, FineTuneJobStatus(adaptations=[replayed]),
+            made_progress=made_progress, now=T0,
+        )  # fmt: skip
+        assert isinstance(decision, RetryDecision) and decision.adaptation is not None
+        values: dict[str, Any] = decision.adaptation.set or {}
+        assert changed in values and values.get("resume.firstAttempt", 2) == 2
+        assert (decision.is_counted, decision.made_progress) == (False, made_progress)
+
+
+@pytest.mark.parametrize(("message", "joined"), [("it failed", "it failed; policy.onOutOfMemory is Fail"), ("", "policy.onOutOfMemory is Fail")])
+def test_failure_after_the_last_adaptation_says_why_there_is_no_other(message: str, joined: str) -> None:
+    unadaptable = accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec
+    cause = cause_with(RetryPolicy.ADAPT_MEMORY, message)
+    decision = retry_or_give_up(cause, unadaptable, FineTuneJobStatus(), made_progress=True, now=T0)
+    hint = "write policy.onOutOfMemory: Adapt, or lower the batch"
+    assert decision == GiveUp(cause.reason, Failure(class_=FailureClass.INTERNAL, code="C", message=joined, hint=hint))

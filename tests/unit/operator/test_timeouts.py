@@ -7,18 +7,24 @@ from datetime import datetime
 
 import pytest
 from finetune_operator.policies import timeouts
+from finetune_operator.views import PodView
 
-from tests.unit.operator.samples import T0, accept_spec, at, pod, report, spec
+from tests.unit.operator.samples import T0, accept_spec, at, end_pod, pod, report, spec
+
+SHORT_STALL_TIMEOUT = accept_spec(spec(policy={"stallTimeoutSeconds": 60})).spec
+UNREADY_POD = replace(pod(), is_ready=False)
 
 
 @pytest.mark.parametrize(
     ("limit", "active", "since", "moment"),
     [
         (100, 0.0, T0, at(100)),
-        (100, 60.0, T0, at(40)),
+        (100, 30.0, T0, at(70)),
+        (100, 99.5, T0, at(0.5)),
         (100, 200.0, T0, T0),
         (None, 0.0, T0, None),
         (100, 0.0, None, None),
+        (None, 0.0, None, None),
     ],
 )
 def test_deadline_counts_earlier_running_time(
@@ -55,6 +61,9 @@ def test_stall_limit_follows_the_step_time_unless_the_spec_sets_it() -> None:
 def test_next_reconcile_is_within_an_hour() -> None:
     assert timeouts.next_reconcile_at(T0, at(10), at(20), None) == at(10)
     assert timeouts.next_reconcile_at(T0, at(99999)) == at(3600)
+    assert timeouts.next_reconcile_at(T0, at(3601), at(7200)) == at(3600)
+    assert timeouts.next_reconcile_at(T0, at(-10), T0, at(30)) == at(30)
+    assert timeouts.next_reconcile_at(T0, at(-10), T0) == at(3600)
     assert timeouts.next_reconcile_at(T0, None) is None
 
 
@@ -70,3 +79,68 @@ def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float 
     assert bool(timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(5))) is (
         late and (heartbeat_age is None or heartbeat_age + 5 > 600)
     )
+
+
+@pytest.mark.parametrize(("start", "seconds"), [(None, 0.0), (at(5), 0.0), (T0, 0.0), (at(-0.5), 0.5), (at(-90), 90.0)])
+def test_seconds_between_are_never_negative(start: datetime | None, seconds: float) -> None:
+    assert timeouts.seconds_between(start, T0) == seconds
+
+
+@pytest.mark.parametrize(
+    ("ttl_seconds", "completed_at", "expires_at"),
+    [(60, T0, at(60)), (0, T0, T0), (None, T0, None), (60, None, None), (None, None, None)],
+)
+def test_ttl_starts_when_the_job_completes(
+    ttl_seconds: int | None, completed_at: datetime | None, expires_at: datetime | None
+) -> None:
+    assert timeouts.ttl_expires_at(ttl_seconds, completed_at) == expires_at
+
+
+@pytest.mark.parametrize(("median", "limit"), [(None, 600.0), (30.0, 600.0), (30.5, 610.0)])
+def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float | None, limit: float) -> None:
+    assert timeouts.stall_limit_seconds(accept_spec().spec, report(health={"medianStepSeconds": median})) == limit
+    assert timeouts.stall_limit_seconds(accept_spec().spec, None) == 600.0
+
+
+@pytest.mark.parametrize(
+    ("since_step", "report_age", "message"),
+    [
+        (590.0, 10, ""),
+        (590.0, 11, "no step for 601 s; the stall timeout is 600 s"),
+        (5000.0, 119.5, "no step for 5120 s; the stall timeout is 600 s"),
+        (5000.0, 120, ""),
+        (None, 100, ""),
+    ],
+)
+def test_missing_steps_count_while_the_report_is_new(since_step: float | None, report_age: float, message: str) -> None:
+    received = report(health={"secondsSinceStep": since_step})
+    assert timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(report_age)) == message
+
+
+def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
+    received = report(health={"secondsSinceStep": 30.0})
+    assert timeouts.stall_message(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(31)).startswith("no step for 61 s")
+    assert timeouts.stall_message(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(60)) == ""
+
+
+@pytest.mark.parametrize(
+    ("pods", "reported_at", "unready_since", "seconds"),
+    [
+        ([UNREADY_POD], at(-61), None, 61), ([UNREADY_POD], at(-60), None, None), ([UNREADY_POD], None, None, None),
+        ([UNREADY_POD], at(-90), at(-61), 61), ([UNREADY_POD], at(-61), at(-90), 61), ([UNREADY_POD], at(-90), at(-60), None),
+        ([], at(-61), None, None), ([end_pod(pod(), 70)], at(-61), None, None),
+        ([UNREADY_POD, end_pod(pod(), 70)], at(-61), None, 61), ([UNREADY_POD, pod(index=1)], at(-61), None, None),
+        ([UNREADY_POD, replace(UNREADY_POD, deletion_timestamp=T0)], at(-61), None, None),
+    ],
+)  # fmt: skip
+def test_running_pods_stall_if_none_has_answered_or_been_ready_for_the_stall_timeout(
+    pods: list[PodView], reported_at: datetime | None, unready_since: datetime | None, seconds: int | None
+) -> None:
+    message = timeouts.stall_message(SHORT_STALL_TIMEOUT, None, reported_at, pods, T0, unready_since)
+    expected = f"the pods have not answered for {seconds} s and are not ready; the stall timeout is 60 s"
+    assert message == (expected if seconds else "")
+
+
+def test_node_is_lost_if_its_pod_exists_longer_than_the_margin_after_its_grace_period() -> None:
+    late, deleted = replace(pod(), deletion_timestamp=at(-31)), replace(pod(), deletion_timestamp=at(-31), is_deleted=True)
+    assert timeouts.pods_of_lost_nodes([pod(), late, deleted, replace(pod(), deletion_timestamp=at(-30))], 30.0, T0) == [late]
