@@ -135,7 +135,7 @@ def _build_failure(pod: PodView, failure_class: FailureClass, code: str, message
         message=clean(message),
         hint=clean(reported_end.hint or hint) or None,
         node=pod.node or None,
-        rank=reported_end.rank if reported_end.rank is not None else None,
+        rank=reported_end.rank,
         step=reported_end.step,
         exit_code=pod.terminated.exit_code if pod.terminated else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from finetune_api.names import Reason
@@ -10,9 +11,12 @@ from finetune_operator.policies.blocking import (
     BlockingCondition,
     blocking_condition_of_events,
     blocking_condition_of_pods,
+    is_admission_refusal,
+    reason_of_refusal,
 )
+from finetune_operator.views import TerminatedState
 
-from tests.unit.operator.samples import parse_pod, pod
+from tests.unit.operator.samples import T0, end_pod, parse_pod, pod
 
 RUNNING_STATE = {"running": {"startedAt": "2026-11-21T12:00:00Z"}}
 
@@ -66,3 +70,65 @@ def test_scheduling_gate_is_named() -> None:
     blocking = blocking_condition_of_pods([parse_pod("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
     assert blocking is not None
     assert (blocking.reason, blocking.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")
+
+
+def test_most_important_condition_of_all_pods_is_shown() -> None:
+    pods = [
+        replace(pod(), terminated=TerminatedState(0)),
+        replace(pod(), phase="Pending", unschedulable_message="0/1 nodes"),
+        replace(pod(), phase="Pending", waiting_reason="ErrImagePull"),
+        replace(pod(), phase="Pending", waiting_reason="CreateContainerConfigError"),
+    ]
+    reasons = [Reason.PODS_NOT_READY, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING]
+    for count, reason in enumerate(reasons, 1):
+        for order in (pods[:count], pods[:count][::-1]):
+            found = blocking_condition_of_pods([pod(), *order])
+            assert found is not None and found.reason is reason
+
+
+@pytest.mark.parametrize("change", [{"phase": "Failed"}, {"phase": "Succeeded"}, {"is_deleted": True}, {"waiting_reason": "ContainerCreating"}])
+def test_pod_that_has_ended_or_is_about_to_start_is_not_blocked(change: dict[str, Any]) -> None:
+    blocked_pod = replace(pod(), phase="Pending", waiting_reason="ErrImagePull")
+    assert blocking_condition_of_pods([blocked_pod]) == BlockingCondition(Reason.IMAGE_PULL_FAILED, "ErrImagePull")
+    assert blocking_condition_of_pods([replace(blocked_pod, **change)]) is None
+
+
+def test_trainer_that_ended_in_a_pending_pod_does_not_block() -> None:
+    assert blocking_condition_of_pods([replace(end_pod(pod(), 0), phase="Pending")]) is None
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        lambda time: {"lastTimestamp": time},
+        lambda time: {"eventTime": time, "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"}},
+        lambda time: {"metadata": {"creationTimestamp": time}},
+        lambda time: {"series": {"lastObservedTime": time}, "lastTimestamp": "2026-01-01T00:00:00Z"},
+        lambda time: {"series": {"count": 2}, "lastTimestamp": time, "eventTime": "2026-01-01T00:00:00Z"},
+    ],
+    ids=["lastTimestamp", "eventTime", "creationTimestamp", "series", "lastTimestamp despite a series"],
+)  # fmt: skip
+def test_newest_event_that_explains_the_problem_counts(times: Any) -> None:
+    middle = {"reason": "FailedMount", "note": "no such volume", "lastTimestamp": T0.isoformat()}
+    quota = {"reason": "FailedCreate", "message": "exceeded Quota"}
+    unrelated = {"reason": "Pulled", "message": "x", "lastTimestamp": "2028-01-01T00:00:00Z"}
+    undated = {"reason": "FailedCreate", "message": "undated"}
+    volume_found = BlockingCondition(Reason.CONFIG_MISSING, "no such volume")
+    quota_found = BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded Quota")
+    for time, found in (("2026-06-01T00:00:00Z", volume_found), ("2027-01-01T00:00:00Z", quota_found)):
+        assert blocking_condition_of_events([undated, middle, {**quota, **times(time)}, unrelated]) == found
+    assert blocking_condition_of_events([{"reason": "FailedAttachVolume"}]) == BlockingCondition(Reason.CONFIG_MISSING, "")
+
+
+@pytest.mark.parametrize(
+    ("message", "is_admission", "reason"),
+    [
+        ('admission webhook "policy.example.com" denied the request', True, Reason.FORBIDDEN_BY_POLICY),
+        ("ValidatingAdmissionPolicy 'p' denied request", True, Reason.FORBIDDEN_BY_POLICY),
+        ('failed calling webhook "w": timeout', True, Reason.FORBIDDEN_BY_POLICY),
+        ("exceeded quota: gpus", False, Reason.QUOTA_EXCEEDED),
+        ("Job.batch is invalid", False, Reason.FORBIDDEN_BY_POLICY),
+    ],
+)
+def test_refusal_is_traced_to_an_admission_policy_or_a_quota(message: str, is_admission: bool, reason: Reason) -> None:
+    assert (is_admission_refusal(message), reason_of_refusal(message)) == (is_admission, reason)

@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from finetune_api.exits import RetryPolicy
+from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import TerminationMessage
+from finetune_api.status import Failure
 from finetune_operator.policies.cause import cause_of, pod_cause
+from finetune_operator.policies.retry import FailureCause
+from finetune_operator.views import PodView, TerminatedState
 
 from tests.unit.operator.samples import T0, at, end_pod, job, parse_pod, pod
 
@@ -168,3 +171,155 @@ def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) 
     disruption = pod_cause(replace(evicted, disruption_reason="TerminationByKubelet"))
     assert disruption is not None
     assert disruption.retry_policy is RetryPolicy.NOT_COUNTED
+
+
+def ended_at(seconds: float | None, index: int = 0, **fields: Any) -> PodView:
+    """A pod that failed with code 70. `fields` are fields of its termination message; without fields there is none."""
+    text = TerminationMessage(code="E", message="m", **fields).to_json() if fields else ""
+    finished_at = None if seconds is None else at(seconds)
+    return replace(pod(index=index), phase="Failed", terminated=TerminatedState(70, "", text, finished_at), node=f"n{index}")
+
+
+T0_NS = int(T0.timestamp()) * 10**9
+
+
+@pytest.mark.parametrize(
+    "pods",
+    [
+        [ended_at(1, 1), ended_at(2, 0)],
+        [ended_at(1.5, 1), ended_at(1.75, 0)],
+        [ended_at(9, 1), ended_at(None, 0)],
+        [ended_at(1, 1), ended_at(1, 2)],
+        [ended_at(None, 1), ended_at(None, 2)],
+        [ended_at(9, 1, time_ns=T0_NS + 1), ended_at(9, 0, time_ns=T0_NS + 2)],
+        [ended_at(9, 1, time_ns=T0_NS + 10**9), ended_at(1.5, 0)],
+        [ended_at(0.5, 1), ended_at(None, 0, time_ns=T0_NS + 10**9)],
+        [ended_at(1, 1, time_ns=0), ended_at(2, 0, time_ns=0)],
+        [ended_at(2, 1, origin=True), ended_at(1, 0, origin=False)],
+        [ended_at(2, 1, rank=1), ended_at(1, 0, origin=False)],
+        [ended_at(1, 1, origin=True), ended_at(2, 0, rank=1)],
+    ],
+    ids=[
+        "earlier end", "earlier by milliseconds", "known end", "lower index", "lower index without a time", "earlier reported time",
+        "reported time before the other end", "end before the other reported time", "no reported time", "own failure",
+        "failure of unknown origin", "own failure is not preferred to one of unknown origin",
+    ],
+)  # fmt: skip
+def test_first_own_failure_of_equal_precedence_is_the_cause(pods: list[PodView]) -> None:
+    for order in (pods, pods[::-1]):
+        assert cause_of(None, order).failure.node == "n1"
+
+
+EVICTED = replace(pod(), phase="Failed", reason="Evicted")
+
+
+@pytest.mark.parametrize(
+    ("failed_pod", "reason", "retry_policy", "precedence", "failure"),
+    [
+        (
+            end_pod(pod(), 137, reason="OOMKilled"),
+            Reason.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY, FailurePrecedence.NUMERIC_FAILURE,
+            (FailureClass.OUT_OF_MEMORY, "OOMKilled", "the kernel killed the trainer: the pod's memory limit was reached",
+             "raise resources.memory, or lower training.batchSizePerDevice", 137),
+        ),
+        (
+            EVICTED, Reason.PREEMPTED, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            (FailureClass.INFRASTRUCTURE, "Evicted", "the node evicted the pod",
+             "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume", None),
+        ),
+        (
+            replace(end_pod(pod(), 70), reason="Evicted"), Reason.PREEMPTED, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            (FailureClass.INFRASTRUCTURE, "Evicted", "the node evicted the pod",
+             "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume", 70),
+        ),
+        (
+            replace(end_pod(pod(), 71), reason="Evicted"), Reason.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY, FailurePrecedence.NUMERIC_FAILURE,
+            (FailureClass.OUT_OF_MEMORY, "GpuOutOfMemory", "exit code 71",
+             "lower training.batchSizePerDevice or dataset.maxSequenceLength, or use method qlora", 71),
+        ),
+        (
+            replace(pod(), phase="Failed", disruption_reason="DeletionByPodGC"),
+            Reason.NODE_LOST, RetryPolicy.NOT_COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            (FailureClass.PREEMPTED, "DeletionByPodGC", "the node is lost", None, None),
+        ),
+        (
+            replace(end_pod(pod(), 74), disruption_reason="PreemptionByScheduler"),
+            Reason.PREEMPTED, RetryPolicy.NOT_COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            (FailureClass.PREEMPTED, "PreemptionByScheduler", "the cluster removed the pod", None, 74),
+        ),
+        (
+            replace(pod(), phase="Failed", disruption_reason="PreemptionByScheduler", disruption_message="a higher priority"),
+            Reason.PREEMPTED, RetryPolicy.NOT_COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            (FailureClass.PREEMPTED, "PreemptionByScheduler", "a higher priority", None, None),
+        ),
+        (
+            replace(end_pod(pod(), 70), disruption_reason="PreemptionByScheduler"),
+            Reason.INTERNAL_ERROR, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE,
+            (FailureClass.INTERNAL, "Unclassified", "exit code 70", "see the log of the pod", 70),
+        ),
+        (
+            replace(end_pod(pod(), 143), deletion_timestamp=T0),
+            Reason.PREEMPTED, RetryPolicy.NOT_COUNTED, FailurePrecedence.STOPPED_ON_REQUEST,
+            (FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted, and the trainer was killed before it had saved a checkpoint",
+             None, 143),
+        ),
+        (
+            replace(end_pod(pod(), 139), deletion_timestamp=T0),
+            Reason.INTERNAL_ERROR, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE,
+            (FailureClass.INTERNAL, "ExitCode139", "the trainer ended with exit code 139", None, 139),
+        ),
+        (
+            end_pod(pod(), 1, message("Bad", class_=FailureClass.DATA)),
+            Reason.DATA_ERROR, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE, (FailureClass.DATA, "Bad", "Bad happened", None, 1),
+        ),
+        (
+            replace(pod(), phase="Failed"), Reason.PEER_FAILED, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            (FailureClass.INFRASTRUCTURE, "PodRejected", "the node rejected the pod", None, None),
+        ),
+        (
+            replace(pod(), is_deleted=True), Reason.PREEMPTED, RetryPolicy.NOT_COUNTED, FailurePrecedence.STOPPED_ON_REQUEST,
+            (FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted", None, None),
+        ),
+    ],
+)  # fmt: skip
+def test_each_end_of_a_pod_has_its_cause(
+    failed_pod: PodView, reason: Reason, retry_policy: RetryPolicy, precedence: FailurePrecedence,
+    failure: tuple[FailureClass, str, str, str | None, int | None],
+) -> None:  # fmt: skip
+    failure_class, code, text, hint, exit_code = failure
+    expected = Failure(class_=failure_class, code=code, message=text, hint=hint, node="node-1", exit_code=exit_code)
+    assert pod_cause(failed_pod) == FailureCause(reason, expected, retry_policy, precedence)
+
+
+def test_deleted_pod_that_succeeded_before_did_not_fail() -> None:
+    assert pod_cause(replace(pod(), phase="Succeeded", is_deleted=True)) is None
+    assert pod_cause(replace(end_pod(pod(), 0), phase="Failed", is_deleted=True)) is None
+
+
+@pytest.mark.parametrize("rank", [0, 3, None])
+def test_failure_names_the_reported_rank_and_step(rank: int | None) -> None:
+    cause = pod_cause(replace(end_pod(pod(), 70, message("E", rank=rank, step=7, hint="h")), node=""))
+    assert cause is not None
+    assert cause.failure == Failure(
+        class_=FailureClass.INTERNAL, code="E", message="E happened", hint="h", rank=rank, step=7, exit_code=70
+    )
+
+
+@pytest.mark.parametrize(
+    ("log", "last_line"),
+    [("a\nb\n \n\n", "b"), ("one line", "one line"), ("", "exit code 70"), (" \n", "exit code 70"), ('{"cut', "exit code 70")],
+)
+def test_last_line_of_the_log_that_is_not_empty_is_shown(log: str, last_line: str) -> None:
+    cause = pod_cause(end_pod(pod(), 70, message=log))
+    assert cause is not None
+    assert cause.failure.message == last_line
+
+
+def test_job_without_a_failed_pod_or_a_reason_lost_its_pods() -> None:
+    lost = Failure(
+        class_=FailureClass.INFRASTRUCTURE, code="PodsLost", message="the pods were deleted before the operator read their exit codes"
+    )
+    expected = FailureCause(Reason.PEER_FAILED, lost, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
+    assert cause_of(None, [pod(), end_pod(pod(), 0)]) == cause_of(job(failed_at=T0), []) == expected
+    failed = job(failed_at=T0, failed_reason="DeadlineExceeded", failed_message="too long")
+    assert cause_of(failed, []).failure == lost.model_copy(update={"code": "DeadlineExceeded", "message": "too long"})
