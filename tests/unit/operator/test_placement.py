@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Reason
+from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
+from finetune_operator.policies.placement import choose_pool, placement_problems
 from finetune_operator.settings import OperatorConfig, parse_config
 
-from tests.unit.operator.samples import CONFIG, accept_spec, spec
+from tests.unit.operator.samples import CONFIG, SPEC, accept_spec, spec
 
 TAINT = {"key": "gpu", "operator": "Equal", "value": "h100", "effect": "NoSchedule"}
 CONFIG_WITH_POOL = parse_config(
@@ -111,3 +113,128 @@ def test_storage_with_dots_in_its_path_is_refused() -> None:
 
 def test_accepted_spec_has_its_pool() -> None:
     assert accept_spec(spec(resources={"gpusPerNode": 8})).pool is not None
+
+
+def spec_with(**groups: Any) -> FineTuneJobSpec:
+    """A spec without defaults that contains only `groups` and the required groups."""
+    return FineTuneJobSpec.model_validate({"model": SPEC["model"], "dataset": SPEC["dataset"], **groups})
+
+
+POOLS = parse_config(
+    {
+        "nodePools": [
+            {"name": "small", "gpusPerNode": 4},
+            {"name": "main", "default": True, "gpusPerNode": 8, "maxNodes": 2},
+            {"name": "slices", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig", "gpuMemory": "10Gi", "description": "tests", "maxNodes": 1},
+            {"name": "amd", "gpusPerNode": 8, "gpuResource": "amd.com/gpu"},
+            {"name": "more-slices", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig"},
+            {"name": "cpu"},
+        ]
+    },
+    "test",
+)
+LIST_OF_POOLS = (
+    "the pools are: small (4 x nvidia.com/gpu), main (8 x nvidia.com/gpu), slices (7 x nvidia.com/mig of 10Gi: tests), "
+    "amd (8 x amd.com/gpu), more-slices (7 x nvidia.com/mig), cpu (0 x nvidia.com/gpu)"
+)
+
+
+@pytest.mark.parametrize(
+    ("resources", "name"),
+    [
+        ({}, "main"), ({"gpusPerNode": 0}, None), ({"gpusPerNode": 8, "nodes": 2}, "main"), ({"gpuResource": "nvidia.com/gpu"}, "main"),
+        ({"gpuResource": "nvidia.com/mig"}, "slices"), ({"gpuResource": "amd.com/gpu"}, "amd"), ({"gpuResource": "intel.com/gpu"}, None),
+        ({"nodePool": "small", "gpusPerNode": 4, "nodes": 99}, "small"), ({"nodePool": "slices"}, "slices"),
+        ({"nodePool": "cpu", "gpusPerNode": 0}, "cpu"), ({"nodePool": "cpu", "gpusPerNode": 0, "gpuResource": "amd.com/gpu"}, "cpu"),
+        ({"nodePool": "amd", "gpuResource": "".join(("amd.com", "/gpu"))}, "amd"),
+    ],
+)  # fmt: skip
+def test_pool_with_enough_gpus_and_nodes_is_chosen(resources: dict[str, Any], name: str | None) -> None:
+    pool = choose_pool(spec_with(resources=resources), POOLS)
+    assert not isinstance(pool, RefusedSpec)
+    assert (pool.name if pool else None) == name
+
+
+@pytest.mark.parametrize(
+    ("resources", "reason", "problem"),
+    [
+        ({"nodePool": "gone"}, Reason.UNKNOWN_NODE_POOL, "nodePool is 'gone'"),
+        ({"nodePool": "amd", "gpuResource": "nvidia.com/mig"}, Reason.POOL_LACKS_RESOURCE,
+         "gpuResource is nvidia.com/mig, but nodes of pool amd have amd.com/gpu"),
+        ({"nodePool": "slices", "gpuResource": "amd.com/gpu"}, Reason.POOL_LACKS_RESOURCE,
+         "gpuResource is amd.com/gpu, but nodes of pool slices have nvidia.com/mig"),
+        ({"gpusPerNode": 9}, Reason.POOL_TOO_SMALL, "gpusPerNode is 9, but a node of pool main has 8"),
+        ({"nodePool": "cpu"}, Reason.POOL_TOO_SMALL, "gpusPerNode is 1, but a node of pool cpu has 0"),
+        ({"nodes": 3}, Reason.POOL_TOO_SMALL, "nodes is 3, but pool main has at most 2 nodes"),
+        ({"nodePool": "slices", "nodes": 2}, Reason.POOL_TOO_SMALL, "nodes is 2, but pool slices has at most 1 nodes"),
+    ],
+)  # fmt: skip
+def test_job_that_fits_no_pool_waits_for_another_configuration(resources: dict[str, Any], reason: Reason, problem: str) -> None:
+    refusal = choose_pool(spec_with(resources=resources), POOLS)
+    assert isinstance(refusal, RefusedSpec)
+    assert (refusal.reason, refusal.message, refusal.is_final) == (reason, f"spec.resources.{problem}; {LIST_OF_POOLS}", False)
+
+
+def test_operator_without_pools_says_so() -> None:
+    config = parse_config({}, "test")
+    assert choose_pool(spec_with(resources={"gpusPerNode": 64, "nodes": 9}), config) is None
+    refusal = choose_pool(spec_with(resources={"nodePool": "a"}), config)
+    assert isinstance(refusal, RefusedSpec)
+    assert refusal.message == "spec.resources.nodePool is 'a'; the operator's configuration has no pools"
+
+
+@pytest.mark.parametrize(
+    ("toleration", "pool_toleration", "conflicts"),
+    [
+        ({}, {}, False), ({"value": "a"}, {}, True), ({"value": "z"}, {}, True),
+        ({"value": "a", "key": "cpu"}, {}, False), ({"value": "a", "key": "tpu"}, {}, False),
+        ({"value": "a", "effect": "NoExecute"}, {}, False), ({"value": "a", "effect": "PreferNoSchedule"}, {}, False),
+        ({"effect": None}, {}, True), ({}, {"effect": None}, True), ({"value": "a", "effect": None}, {"effect": None}, True),
+    ],
+)  # fmt: skip
+def test_tolerations_conflict_if_they_match_the_same_taint_but_differ(
+    toleration: dict[str, Any], pool_toleration: dict[str, Any], conflicts: bool
+) -> None:
+    pool = {"name": "h100", "default": True, "gpusPerNode": 8, "tolerations": [{**TAINT, **pool_toleration}]}
+    config = parse_config({"nodePools": [pool]}, "test")
+    job_toleration = {"".join(list(name)): value and "".join(list(value)) for name, value in {**TAINT, **toleration}.items()}
+    written = spec_with(placement={"tolerations": [{"key": "other", "operator": "Exists"}, job_toleration]})
+    values = [{name: value for name, value in {**TAINT, **fields}.items() if value} for fields in (toleration, pool_toleration)]
+    message = f"spec.placement.tolerations[1] is {values[0]}, but pool h100 sets {values[1]}"
+    assert list(placement_problems(written, config.node_pools[0], config)) == ([message] if conflicts else [])
+    assert list(placement_problems(written, None, config)) == []
+
+
+@pytest.mark.parametrize("value", ["a", "z"])
+def test_each_conflicting_label_is_named_with_both_values(value: str) -> None:
+    equal = "".join(["h", "100"])
+    written = spec_with(placement={"nodeSelector": {"gpu": value, "disk": "b"}, "labels": {"cost": value}, "annotations": {"mesh": value}})
+    assert list(placement_problems(written, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == [
+        f"spec.placement.nodeSelector.gpu is '{value}', but pool h100 selects nodes with 'h100'",
+        f"spec.placement.labels.cost is '{value}', but the operator's configuration sets 'research'",
+        f"spec.placement.annotations.mesh is '{value}', but the operator's configuration sets 'off'",
+    ]
+    written = spec_with(placement={"nodeSelector": {"gpu": equal}, "labels": {"cost": "".join(["re", "search"])}})
+    assert list(placement_problems(written, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "hint"),
+    [
+        ("labels", "kueue.x-k8s.io/queue-name", "write placement.queueName"), ("labels", "job-name", "remove it"),
+        ("labels", "batch.kubernetes.io/x", "remove it"), ("annotations", "finetune-operator.io/x", "remove it"),
+        ("annotations", "kubectl.kubernetes.io/default-container", "remove it"),
+    ],
+)  # fmt: skip
+def test_reserved_key_is_refused(field: str, key: str, hint: str) -> None:
+    message = f"spec.placement.{field}.{key} is 'a', but the operator sets this key itself: {hint}"
+    assert list(placement_problems(spec_with(placement={field: {key: "a"}}), None, CONFIG)) == [message]
+
+
+@pytest.mark.parametrize("field", ["nodeSelector", "labels", "annotations"])
+def test_syntax_of_keys_and_of_label_values_is_checked(field: str) -> None:
+    path = f"spec.placement.{field}"
+    rule = "write at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
+    messages = [f"{path}.a b: 'a b' is not a label or annotation key: write a key such as team or example.com/team"]
+    messages += [] if field == "annotations" else [f"{path}.c is 'd e': {rule}"]
+    assert list(placement_problems(spec_with(placement={field: {"a b": "", "c": "d e"}}), None, CONFIG)) == messages
