@@ -15,7 +15,7 @@ def check_environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
             yield (
                 f"placement.env[{i}].name",
                 f"the operator sets {variable.name}",
-                "remove {variable.name}; write credentials into storage.credentialsSecretRef and model.tokenSecretRef",
+                f"remove {variable.name}; write credentials into storage.credentialsSecretRef and model.tokenSecretRef",
             )
 
 

@@ -111,7 +111,7 @@ def check_best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
         )
         return
     save_strategy, eval_strategy = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or IntervalStrategy.STEPS
-    if save_strategy == IntervalStrategy.NO or save_strategy != eval_strategy:
+    if save_strategy != eval_strategy:
         yield (
             "checkpoint.strategy",
             f"{save_strategy}, but evaluation.strategy is {eval_strategy}, and loadBestAtEnd needs the same strategy for both",

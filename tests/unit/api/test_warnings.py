@@ -39,6 +39,23 @@ def test_learning_rate_outside_the_usual_range_gives_a_warning(
     assert [warning.code for warning in warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
 
 
+@pytest.mark.parametrize(
+    ("method", "trainer", "low", "high"),
+    [
+        ("full", "sft", 1e-7, 1e-3), ("lora", "reward", 1e-6, 1e-2), ("ia3", "sft", 1e-5, 1.0), ("prefixTuning", "sft", 1e-5, 1.0),
+        ("full", "grpo", 1e-8, 1e-3), ("lora", "kto", 1e-8, 1e-3),
+    ],
+)  # fmt: skip
+def test_the_limits_of_the_learning_rate_are_usual_values(method: str, trainer: str, low: float, high: float) -> None:
+    def words(rate: float) -> list[str]:
+        found = warnings(spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate}))
+        return [warning.message.split(" for ")[0] for warning in found]
+
+    assert words(low) == words(high) == []
+    assert words(low * 0.9) == [f"{low * 0.9:g} is unusually small"]
+    assert words(high * 1.1) == [f"{high * 1.1:g} is unusually large"]
+
+
 def test_default_learning_rates_give_no_warning() -> None:
     for rate, range_name in ((LEARNING_RATE_ADAPTER, "adapters"), (LEARNING_RATE_FULL, "base weights")):
         low, high = LEARNING_RATE_RANGES[range_name]
