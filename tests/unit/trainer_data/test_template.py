@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from finetune_api.errors import DataError
-from finetune_trainer.data.rows import Conversation, Text, Turn
-from finetune_trainer.data.template import render
+from finetune_api.errors import ConfigError, DataError
+from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RowError, Text, Turn
+from finetune_trainer.data.template import RenderOptions, render
 
 from tests.support.data import SYSTEM_FIRST, prepare_rows, render_options, tokenizer, trained_texts
 from tests.support.learning import TEN_ROWS
@@ -35,13 +36,6 @@ MARKED_IN_PIECES = MARKED_TEMPLATE.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )
 MARKED_IN_PIECES = MARKED_IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
-
-
-@pytest.mark.parametrize("template", [CHATML_TEMPLATE, CHATML_MARKED, THINKING_TEMPLATE], ids=["plain", "marked", "thinking"])
-def test_answers_are_trained_on_with_their_end_tokens(template: str, tmp_path: Path) -> None:
-    spans = trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path, template)))
-    assert spans[0] == "red<|im_end|>"
-    assert spans[1] in ("green<|im_end|>", "<think></think>green<|im_end|>")
 
 
 def test_generation_markers_define_the_answers(tmp_path: Path) -> None:
@@ -72,38 +66,6 @@ def test_generation_markers_of_an_unused_template_are_ignored(tmp_path: Path) ->
     assert trained_texts(Conversation(TWO_ANSWERS), render_options(tok)) == ["red<|im_end|>", "green<|im_end|>"]
 
 
-def test_an_answer_of_weight_0_is_not_trained_on(tmp_path: Path) -> None:
-    turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
-    assert trained_texts(Conversation(turns), render_options(tokenizer(tmp_path))) == ["green<|im_end|>"]
-    whole = trained_texts(Conversation(turns), render_options(tokenizer(tmp_path), response_only=False))
-    assert "red" not in "".join(whole) and "green" in "".join(whole)
-
-
-@pytest.mark.parametrize("template", [True, False], ids=["template", "words"])
-def test_an_untrained_answer_is_distinguished_from_the_same_word_elsewhere(template: bool, tmp_path: Path) -> None:
-    turns = (Turn("user", "say red"), Turn("assistant", "red", 0), Turn("user", "two"), Turn("assistant", "green"))
-    options = render_options(tokenizer(tmp_path), response_only=False, template=template)
-    rendered = render(Conversation(turns), options)
-    silent = "".join(
-        rendered.text[end:start] for (_, end), (start, _) in zip(rendered.spans, rendered.spans[1:], strict=False)
-    )
-    assert silent in ("red", "red<|im_end|>")
-    assert "say red" in rendered.text[slice(*rendered.spans[0])]
-
-
-def test_all_tokens_are_trained_on_if_response_only_is_disabled(tmp_path: Path) -> None:
-    options = render_options(tokenizer(tmp_path), response_only=False)
-    rendered = render(Conversation(TWO_ANSWERS), options)
-    assert rendered.spans == ((0, len(rendered.text)),)
-
-
-def test_markers_of_the_user_take_precedence(tmp_path: Path) -> None:
-    options = render_options(tokenizer(tmp_path), markers=("<|im_start|>user", "<|im_start|>assistant\n"))
-    assert trained_texts(Conversation(TWO_ANSWERS), options) == ["red<|im_end|>\n", "green<|im_end|>\n"]
-    plain = render_options(tokenizer(tmp_path), template=False, markers=("Q:", "A:"))
-    assert trained_texts(Text("Q: one A: red Q: two A: green"), plain) == [" red ", " green"]
-
-
 def test_error_for_an_absent_marker_shows_the_row(tmp_path: Path) -> None:
     dataset = {"responseOnly": {"questionMarker": "<start_of_turn>user", "answerMarker": "<start_of_turn>model"}}
     with pytest.raises(DataError) as caught:
@@ -112,16 +74,168 @@ def test_error_for_an_absent_marker_shows_the_row(tmp_path: Path) -> None:
     assert "train.jsonl, row 1" in caught.value.message and "<|im_start|>user" in caught.value.message
 
 
-def test_role_names_are_written_without_a_template(tmp_path: Path) -> None:
-    example = Conversation((Turn("user", "one"), Turn("assistant", "red")), role_names=("Question", "Answer"))
-    rendered = render(example, render_options(tokenizer(tmp_path, None), template=False))
-    assert rendered.text == "Question: one\nAnswer: red"
-    assert [rendered.text[a:b] for a, b in rendered.spans] == ["red"]
-
-
 def test_error_of_the_template_names_the_row(tmp_path: Path) -> None:
     rows = [TEN_ROWS[0], {"messages": [*TEN_ROWS[1]["messages"], {"role": "system", "content": "late"}]}]
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tokenizer(tmp_path, SYSTEM_FIRST, bos=True), {}, rows)
     assert caught.value.code == "TemplateRefusedRow"
     assert "row 2" in caught.value.message and "system must come first" in caught.value.message
+
+
+def marked(example: Example, options: RenderOptions) -> str:
+    """Return the rendered text with « and » around each trained span, and [ and ] in place of <|im_start|> and <|im_end|>."""
+    rendered = render(example, options)
+    text = rendered.text
+    for start, end in reversed(rendered.spans):
+        text = f"{text[:start]}«{text[start:end]}»{text[end:]}"
+    return text.replace("<|im_start|>", "[").replace("<|im_end|>", "]")
+
+
+HI, HO, TWO, GREEN = Turn("user", "hi"), Turn("assistant", "ho"), Turn("user", "two"), Turn("assistant", "green")
+UNTRAINED_HO, UNTRAINED_GREEN = Turn("assistant", "ho", 0), Turn("assistant", "green", 0)
+UPPER_TEMPLATE = CHATML_TEMPLATE.replace("message['content'] +", "(message['content'] | upper) +")
+TWICE_TEMPLATE = CHATML_TEMPLATE.replace("message['content'] +", "message['content'] + message['content'] +")
+HIDDEN_TEMPLATE = CHATML_TEMPLATE.replace(
+    "message['content'] +", "(message['content'] if message['role'] == 'user' else '') +"
+)
+LENGTH_TEMPLATE = "{{ messages[-1].content | length }}" + CHATML_TEMPLATE
+LENGTH_AT_END_TEMPLATE = CHATML_TEMPLATE + "{{ messages[-1].content | length }}"
+REMINDER_TEMPLATE = CHATML_TEMPLATE.replace("'<|im_end|>", "(' end' if loop.last else '') + '<|im_end|>")
+"""Adds a word to the last message, so that the text of earlier turns changes with each turn."""
+HEADER_TEMPLATE = CHATML_TEMPLATE.replace("<|im_start|>assistant\\n' }}{% endif %}", "# ' }}{% endif %}")
+"""Template whose generation prompt is not part of the conversation."""
+TOOLS_TEMPLATE = "{{ tools | length if tools is not none else 'no' }} tools\n" + CHATML_MARKED
+END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
+    "message['content'] + '<|im_end|>'", "'<|im_end|>' + message['content']"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "expected"),
+    [
+        (CHATML_TEMPLATE, (HI, HO), "[user\nhi]\n[assistant\n«ho]»\n"),
+        (CHATML_TEMPLATE, (HO, HI), "[assistant\n«ho]»\n[user\nhi]\n"),
+        (CHATML_TEMPLATE, (HI, Turn("assistant", " ho  ")), "[user\nhi]\n[assistant\n« ho  ]»\n"),
+        (CHATML_TEMPLATE, (HI, Turn("assistant", "")), "[user\nhi]\n[assistant\n«]»\n"),
+        (CHATML_TEMPLATE, (HI, Turn("assistant", "ho<|im_end|>")), "[user\nhi]\n[assistant\n«ho]]»\n"),
+        (CHATML_TEMPLATE, (HI, HO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[assistant\n«green]»\n"),
+        (CHATML_TEMPLATE, (HI, UNTRAINED_HO), "[user\nhi]\n[assistant\nho]\n"),
+        (CHATML_TEMPLATE, (HI,), "[user\nhi]\n"),
+        (CHATML_MARKED, (HI,), "[user\nhi]\n"),
+        (CHATML_MARKED, (HI, UNTRAINED_HO, TWO, GREEN), "[user\nhi]\n[assistant\nho]\n[user\ntwo]\n[assistant\n«green]»\n"),
+        (CHATML_MARKED, (HI, UNTRAINED_HO, TWO, UNTRAINED_GREEN), "[user\nhi]\n[assistant\nho]\n[user\ntwo]\n[assistant\ngreen]\n"),
+        (UPPER_TEMPLATE, (HO, HI), "[assistant\n«HO]»\n[user\nHI]\n"),
+        (END_TOKEN_FIRST_TEMPLATE, (HI, HO), "[user\nhi]\n[assistant\n«]ho»\n"),
+        (TOOLS_TEMPLATE, (HI, HO), "no tools\n[user\nhi]\n[assistant\n«ho]»\n"),
+        (THINKING_TEMPLATE, (HI, HO, TWO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo]\n[assistant\n«<think></think>green]»\n"),
+        (REMINDER_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo end]\n"),
+        (HEADER_TEMPLATE, (HI, HO, TWO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo]\n[assistant\n«green]»\n"),
+    ],
+    ids=[
+        "one answer", "answer first", "answer with spaces", "empty answer", "answer with an end token", "two answers in a row",
+        "untrained answer", "no answer", "no answer, marked", "marked, weights differ", "marked, weight 0", "changed answer", "end token inside the markers",
+        "marked, with tools", "last answer rendered differently", "last turn rendered differently", "other generation prompt",
+    ],
+)  # fmt: skip
+def test_only_the_answers_are_trained_on(template: str, turns: tuple[Turn, ...], expected: str, tmp_path: Path) -> None:
+    options = render_options(tokenizer(tmp_path, template))
+    assert marked(Conversation(turns), options) == expected
+    assert render(Conversation(turns), options).is_templated
+
+
+ALL_ROLES = (Turn("system", "be"), HI, UNTRAINED_HO, Turn("tool", "42"), Turn("assistant", ""), GREEN)
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "expected"),
+    [
+        (Text("some text"), {}, "«some text»"),
+        (Completion("ask ", "say"), {"use_chat_template": False}, "ask «say»"),
+        (Completion("ask ", "say"), {"use_chat_template": False, "response_only": False}, "«ask say»"),
+        (Completion("ask ", "say"), {"text_as_turns": False}, "ask «say»"),
+        (Completion("ask ", "say"), {}, "[user\nask ]\n[assistant\n«say]»\n"),
+        (Conversation(ALL_ROLES), {"use_chat_template": False}, "System: be\nUser: hi\nAssistant: ho\nTool: 42\nAssistant: «»\nAssistant: «green»"),
+        (
+            Conversation(ALL_ROLES), {"use_chat_template": False, "response_only": False},
+            "«System: be\nUser: hi\nAssistant: »ho«\nTool: 42\nAssistant: \nAssistant: green»",
+        ),
+        (
+            Conversation((UNTRAINED_HO, HI, UNTRAINED_GREEN), role_names=("Question", "Answer")), {"use_chat_template": False, "response_only": False},
+            "«Answer: »ho«\nQuestion: hi\nAnswer: »green",
+        ),
+        (
+            Conversation((Turn("user", "say ho"), UNTRAINED_HO, TWO, GREEN)), {"response_only": False},
+            "«[user\nsay ho]\n[assistant\n»ho]«\n[user\ntwo]\n[assistant\ngreen]\n»",
+        ),
+        (Conversation((HI, HO)), {"response_only": False}, "«[user\nhi]\n[assistant\nho]\n»"),
+        (Conversation((HI, HO)), {"turn_markers": ("<|im_start|>", "\n")}, "[user\n«hi]\n»[assistant\n«ho]\n»"),
+        (Text("A:1 Q:2 A:3 A:4Q:A:"), {"turn_markers": ("Q:", "A:")}, "A:«1 »Q:2 A:«3 A:4»Q:A:«»"),
+        (Text("Q:1 A:2 Q:3"), {"turn_markers": ("", "A:")}, "Q:1 A:«2 Q:3»"),
+        (Text("Q:1 A:2 Q:3"), {"turn_markers": ("Q:", "A:"), "response_only": False}, "«Q:1 A:2 Q:3»"),
+    ],
+    ids=[
+        "text", "joined", "joined, whole", "joined in spite of a template", "as turns", "words", "words, whole", "words, whole, untrained",
+        "template, whole, untrained", "template, whole", "markers in a template", "marker at the start", "no question marker", "markers not used",
+    ],
+)  # fmt: skip
+def test_the_options_decide_what_is_trained_on(
+    example: Example, options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    given = RenderOptions(
+        **{"use_chat_template": True, "response_only": True, **options},
+        tokenizer=tokenizer(tmp_path),
+        special_tokens=("<|im_end|>",),
+    )
+    assert marked(example, given) == expected
+    assert render(example, given).is_templated == ("[" in expected)
+
+
+def test_untrained_answers_in_pieces_are_left_out_of_the_whole_text(tmp_path: Path) -> None:
+    options = render_options(tokenizer(tmp_path, MARKED_IN_PIECES), response_only=False)
+    assert marked(Conversation((HI, Turn("assistant", "red", 0))), options) == "«[user\nhi]\n[assistant says: »red]\n"
+
+
+def test_the_longest_special_token_ends_the_answer(tmp_path: Path) -> None:
+    options = RenderOptions(
+        tokenizer(tmp_path, MARKED_TEMPLATE), True, True, special_tokens=("<|im_end|>\n", "<|im_end|>")
+    )
+    assert marked(Conversation((HI, HO)), options) == "[user\nhi]\n[assistant says: «ho]\n»"
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "answer"),
+    [
+        (TWICE_TEMPLATE, (HO, HI), 1), (HIDDEN_TEMPLATE, (HO, HI), 1), (LENGTH_TEMPLATE, (HI, HI, GREEN), 3), (LENGTH_TEMPLATE, (TWO, HO), 2),
+        (LENGTH_AT_END_TEMPLATE, (HO,), 1), (LENGTH_AT_END_TEMPLATE, (GREEN,), 1),
+    ],
+    ids=["repeated answer", "no answer", "other text before a long answer", "before a short answer", "other text after a short answer", "after a long answer"],
+)  # fmt: skip
+def test_a_template_that_hides_the_answers_is_refused(
+    template: str, turns: tuple[Turn, ...], answer: int, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        render(Conversation(turns), render_options(tokenizer(tmp_path, template)))
+    assert caught.value.code == "TemplateSpansUnknown"
+    assert f"answer {answer} of" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("example", "markers", "code", "message", "hint"),
+    [
+        (Text("x" * 121), ("Q:", "A:"), "MarkerAbsent", f"the answer marker 'A:' does not occur in the rendered row: {'x' * 120!r}...", "copy the marker"),
+        (Text("A: 1"), ("Q:", ""), "MarkerAbsent", "the answer marker '' does not occur in the rendered row: 'A: 1'...", "copy the marker"),
+        (Prompt("x", {}), None, "FormatMismatch", "Prompt rows have no text to learn", "choose a trainer.type that reads such rows"),
+        (
+            Conversation((HI, Turn("system", "be"))), None, "TemplateRefusedRow",
+            "the chat template refuses the conversation: system must come first", "(the row has: user, system)",
+        ),
+    ],
+    ids=["no marker in the row", "empty marker", "other row", "turns in a wrong order"],
+)  # fmt: skip
+def test_error_for_a_row_that_cannot_be_rendered(
+    example: Example, markers: tuple[str, str] | None, code: str, message: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RowError) as caught:
+        render(example, render_options(tokenizer(tmp_path, SYSTEM_FIRST), markers=markers))
+    assert (caught.value.code, caught.value.message) == (code, message)
+    assert hint in caught.value.hint

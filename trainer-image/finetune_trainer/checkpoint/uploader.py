@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune_api.errors import FineTuneError, StorageError
-from finetune_api.names import ExitCode
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Checkpoint, Output
 
@@ -267,7 +266,7 @@ class Uploader:
             self._upload_and_commit(staged, started_at)
         except StorageError as error:
             must_retry_final = staged.step is None and time.monotonic() - started_at < self._final_upload_timeout
-            if not (staged.is_graceful_stop or must_retry_final) or self._closing or error.exit_code is not ExitCode.STORAGE_UNREACHABLE:
+            if not (staged.is_graceful_stop or must_retry_final) or self._closing:
                 raise
             log.warning("%s was not stored, will retry: %s", prefix_of(staged.step), error)
             return False

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import CredentialsError, StorageError
+from finetune_api.status import Checkpoint
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.checkpoint.uploader import KeepPolicy, StagedCheckpoint, Uploader, checkpoints_for_status
+from finetune_trainer.storage.base import ByteCounter
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor.run_state import RunState
 
@@ -28,11 +30,11 @@ class GatedStore(FolderStore):
         self.gate.set()
         self.refuse: Callable[[str], None] = lambda key: None
 
-    def put_file(self, source: Path, key: str, *, count: object = None) -> None:
+    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
         self.entered.set()
         assert self.gate.wait(20)
         self.refuse(key)
-        super().put_file(source, key)
+        super().put_file(source, key, count=count)
 
     def delete(self, keys: object) -> None:
         for key in keys:  # type: ignore[attr-defined] # an iterable of keys
@@ -43,13 +45,18 @@ class GatedStore(FolderStore):
 class UploaderBench:
     """An uploader with a GatedStore, and functions that offer checkpoints and wait for uploads."""
 
-    def __init__(self, folder: Path, *, final_timeout: float = 60, **policy: object) -> None:
+    def __init__(self, folder: Path, *, node: int = 0, nodes: int = 1, **policy: object) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.store = GatedStore(folder / "root")
+        self.steps_before_commit: list[list[int]] = []
+        self.steps_after_commit: list[list[int]] = []
         self.tree, self.run_state = CheckpointTree(self.store), RunState()
         self.uploader = Uploader(
             self.tree, self.run_state, RunFacts(), KeepPolicy(**policy), job="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
-            final_upload_timeout=final_timeout,
+            node=node, nodes=nodes, final_upload_timeout=60,
+            before_commit=lambda: self.steps_before_commit.append(self.steps()),
+            after_commit=lambda: self.steps_after_commit.append(self.steps()),
         )  # fmt: skip
 
     def enqueue(self, step: int | None, *, graceful: bool = False, **facts: object) -> None:
@@ -62,6 +69,9 @@ class UploaderBench:
 
     def steps(self) -> list[int]:
         return [one.step or 0 for one in self.tree.list_committed()]
+
+    def part_keys(self) -> list[str]:
+        return [stat.key for stat in self.store.list("checkpoints/") if "/.parts/" in stat.key]
 
     def wait_until_idle(self) -> None:
         self.store.gate.set()
@@ -98,6 +108,10 @@ def test_the_stop_checkpoint_is_never_dropped(bench: UploaderBench) -> None:
     bench.enqueue(4)
     bench.wait_until_idle()
     assert bench.steps() == [3, 1]
+    assert bench.run_state.counters["checkpoints_skipped"] == 2
+    assert not (bench.folder / "staged-4").exists()
+    assert bench.part_keys() == [], "a run with one pod does not report parts"
+    assert bench.steps_before_commit == [], "no time is lost before the commit of a stop"
 
 
 def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:
@@ -158,17 +172,6 @@ def test_an_already_committed_step_does_not_count_as_unsaved(
         bench.wait_until_idle()
     clock.now += 10_000
     assert bench.uploader.unsaved_error(600, None) is None
-
-
-def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = FakeClock(monkeypatch)
-    bench.uploader.record_unsaved()
-    clock.now += 1000
-    bench.uploader.record_unsaved()
-    clock.now += 1999
-    assert bench.uploader.unsaved_error(60, None) is None
-    clock.now += 2
-    assert bench.uploader.unsaved_error(60, None) is not None
 
 
 def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: UploaderBench) -> None:
@@ -234,6 +237,8 @@ def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(ben
     health = bench.run_state.report().health
     assert (health.healthy, health.checkpoint_problem) == (False, "StorageFailed: step 1 was not stored: gone")
     assert bench.uploader.failure is None
+    assert bench.run_state.counters["checkpoint_failures"] == 1 and bench.part_keys() == []
+    assert not (bench.folder / "staged-1").exists()
     bench.store.refuse = lambda key: None
     bench.enqueue(2)
     bench.wait_until_idle()
@@ -322,19 +327,6 @@ def test_the_evaluation_is_part_of_output_and_manifest(bench: UploaderBench) -> 
     assert manifest is not None and manifest.extra["evaluation"] == measured
 
 
-def test_a_final_model_that_cannot_be_stored_ends_the_attempt(tmp_path: Path) -> None:
-    bench = UploaderBench(tmp_path, final_timeout=0)
-
-    def refuse(key: str) -> None:
-        raise StorageError("StorageFailed", "gone")
-
-    bench.store.refuse = refuse
-    bench.enqueue(None)
-    bench.wait_until_idle()
-    bench.uploader.close()
-    assert bench.uploader.failure is not None and bench.uploader.failure.exit_code == 69
-
-
 def test_the_final_model_is_retried_while_the_store_is_unavailable(
     bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,19 +342,6 @@ def test_the_final_model_is_retried_while_the_store_is_unavailable(
     bench.enqueue(None)
     bench.wait_until_idle()
     assert bench.uploader.failure is None and bench.uploader.output is not None
-
-
-def test_a_final_model_without_permission_to_write_is_not_retried(bench: UploaderBench) -> None:
-    tries: list[str] = []
-
-    def refuse(key: str) -> None:
-        tries.append(key)
-        raise CredentialsError("AccessDenied", "no s3:PutObject")
-
-    bench.store.refuse = refuse
-    bench.enqueue(None)
-    bench.wait_until_idle()
-    assert len(tries) == 1 and bench.uploader.failure is not None and bench.uploader.failure.exit_code == 77
 
 
 def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
@@ -506,3 +485,256 @@ def test_before_commit_is_called_except_for_the_checkpoint_of_a_stop(tmp_path: P
     uploader.close()
     assert steps_before_commit == [[], [8, 5]]
     assert uploader.output is not None
+
+
+def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+
+    def advance_clock(key: str) -> None:
+        clock.now += 1.23456
+        bench.store.retries += 3
+
+    bench.store.refuse = advance_clock
+    bench.enqueue(12, epoch=0.5, samples=96, tokens=4096, evalLoss=1.5, extra={"notes": ["x"]})
+    bench.wait_until_idle()
+    (found,) = bench.tree.list_committed()
+    manifest = bench.tree.read_manifest(found)
+    assert manifest is not None and manifest.model_dump(exclude={"files", "facts", "version"}) == {
+        "job": "n/j/u", "attempt": 1, "incarnation": "a1-00000000", "step": 12, "epoch": 0.5, "samples": 96, "tokens": 4096,
+        "eval_loss": 1.5, "graceful": False, "kind": None, "extra": {"notes": ["x"]},
+    }  # fmt: skip
+    (shown,) = bench.run_state.checkpoints
+    assert shown.time is not None and shown.model_dump(exclude={"time"}) == {
+        "step": 12, "uri": f"{bench.store.uri}/{found.folder}", "sha256": found.marker.manifest_sha256, "bytes": 2,
+        "healthy": False, "eval_loss": 1.5, "save_seconds": 1.235,
+    }  # fmt: skip
+    assert bench.run_state.last_save_seconds == 1.235
+    assert bench.run_state.counters == {"uploaded_bytes": 2, "checkpoints": 1, "storage_retries": 3}
+    assert (bench.steps_before_commit, bench.steps_after_commit) == ([[]], [[12]])
+    assert not (bench.folder / "staged-12").exists()
+    bench.enqueue(13, graceful=True)
+    bench.wait_until_idle()
+    found, older = bench.tree.list_committed()
+    manifest = bench.tree.read_manifest(found)
+    assert manifest is not None and manifest.graceful
+    assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(13, True), (12, True)]
+    assert bench.run_state.counters["storage_retries"] == 6
+    bench.store.delete([f"{older.folder}/manifest.json"])
+    assert [(one.step, one.bytes, one.eval_loss) for one in checkpoints_for_status(bench.tree, [found, older])] == [(13, 2, None), (12, None, None)]
+
+
+@pytest.mark.parametrize(
+    ("due_at", "timeout", "stall_timeout", "limit"),
+    [
+        ([0], 60, None, 60), ([0], 0.5, None, 0.5), ([0], 60, 30, 60), ([0], 60, 90, 90), ([0, 20], 60, None, 60), ([0, 30], 60, None, 90),
+        ([0, 30], 95, 92, 95), ([0, 10, 40], 60, None, 90), ([0, 30, 40], 55, None, 55),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_unsaved_steps_are_an_error_after_the_longest_limit(
+    due_at: list[float], timeout: float, stall_timeout: float | None, limit: float, bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    clock = FakeClock(monkeypatch)
+    assert bench.uploader.unsaved_error(0, None) is None, "no checkpoint is due"
+    for seconds in due_at:
+        clock.now = 1000 + seconds
+        bench.uploader.record_unsaved()
+    clock.now = 1000 + limit
+    assert bench.uploader.unsaved_error(timeout, stall_timeout) is None
+    clock.now += 0.25
+    error = bench.uploader.unsaved_error(timeout, stall_timeout)
+    assert error is not None and (
+        error.message
+        == f"no checkpoint was committed for {limit + 0.25:.0f} s although some were due: the upload has not ended"
+    )
+
+
+def test_a_queued_checkpoint_is_unsaved_since_it_was_queued(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    second_began, go_on = threading.Event(), threading.Event()
+
+    def wait_in_second(key: str) -> None:
+        if "step-00000002" in key:
+            second_began.set()
+            assert go_on.wait(20)
+
+    bench.store.refuse = wait_in_second
+    bench.store.gate.clear()
+    bench.enqueue(1)
+    assert bench.store.entered.wait(10) and not bench.uploader.wait_until_idle(0)
+    clock.now += 10
+    bench.enqueue(2)
+    bench.store.gate.set()
+    assert second_began.wait(10)
+    clock.now += 60
+    assert bench.uploader.unsaved_error(60, None) is None, "step 1 is committed, and step 2 is queued for 60 s"
+    clock.now += 0.5
+    assert bench.uploader.unsaved_error(60, None) is not None
+    go_on.set()
+    bench.enqueue(None)
+    bench.wait_until_idle()
+    clock.now += 1000
+    assert bench.uploader.unsaved_error(60, None) is None, "the final model is no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("step", "graceful", "error", "tries", "problem"),
+    [
+        (None, False, StorageError("StorageFailed", "gone"), 2, None),
+        (None, True, CredentialsError("AccessDenied", "no"), 1, None),
+        (3, False, StorageError("StorageFailed", "gone"), 1, "StorageFailed: step 3 was not stored: gone"),
+        (3, True, CredentialsError("AccessDenied", "no"), 1, "AccessDenied: step 3 was not stored: no"),
+        (3, False, ValueError("bad"), 1, "UploadFailed: step 3 was not stored: ValueError: bad"),
+    ],
+    ids=["final model", "final model, refused", "checkpoint", "checkpoint of a stop, refused", "other error"],
+)
+def test_only_the_last_upload_of_a_run_is_retried(
+    step: int | None, graceful: bool, error: Exception, tries: int, problem: str | None, bench: UploaderBench,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each try takes half of the time in which the final model is retried."""
+    clock = FakeClock(monkeypatch)
+    monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
+    keys: list[str] = []
+
+    def refuse(key: str) -> None:
+        clock.now += 30
+        keys.append(key)
+        raise error
+
+    bench.store.refuse = refuse
+    bench.enqueue(step, graceful=graceful)
+    bench.wait_until_idle()
+    assert len(keys) == tries and bench.run_state.counters["checkpoint_failures"] == 1
+    assert bench.run_state.checkpoint_problem == problem
+    assert bench.uploader.failure is (error if step is None else None)
+    assert bench.uploader.output is None
+
+
+def test_a_step_before_the_last_committed_step_is_not_uploaded(bench: UploaderBench) -> None:
+    assert bench.uploader.committed_step == 0
+    for step in (5, 4):
+        bench.enqueue(step)
+        bench.wait_until_idle()
+    assert bench.steps() == [5] and bench.uploader.committed_step == 5
+    assert not (bench.folder / "staged-4").exists()
+
+
+def test_three_checkpoints_are_kept_by_default(tmp_path: Path) -> None:
+    bench = UploaderBench(tmp_path)
+    for step in range(1, 6):
+        bench.enqueue(step)
+        bench.wait_until_idle()
+    assert bench.steps() == [5, 4, 3] and bench.uploader.output is None
+    bench.uploader.close()
+
+
+@pytest.mark.parametrize("wait", [30, 30.5], ids=["within the limit", "after the limit"])
+def test_after_the_limit_for_parts_a_commit_does_not_wait(wait: float, bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    bench.uploader.limit_part_wait(30)
+    clock.now += wait
+    bench.enqueue(1)
+    bench.wait_until_idle()
+    assert bench.steps() == [1] and bench.steps_before_commit == ([[]] if wait == 30 else [])
+
+
+@pytest.mark.parametrize("graceful", [False, True], ids=["checkpoint", "checkpoint of a stop"])
+def test_a_commit_does_not_wait_if_the_checkpoint_of_a_stop_is_queued(graceful: bool, bench: UploaderBench) -> None:
+    bench.store.gate.clear()
+    bench.enqueue(1)
+    assert bench.store.entered.wait(10)
+    bench.enqueue(2, graceful=graceful)
+    bench.wait_until_idle()
+    assert bench.steps_before_commit == ([] if graceful else [[], [1]])
+
+
+def test_a_silent_pod_delays_neither_the_checkpoint_of_a_stop_nor_the_final_model(tmp_path: Path) -> None:
+    bench = UploaderBench(tmp_path, nodes=2)
+    bench.tree.report_part(prefix_of(6), "a1-00000000", 1, [])
+    bench.enqueue(5)
+    assert bench.store.entered.wait(10)
+    bench.enqueue(6, graceful=True)
+    bench.wait_until_idle()
+    assert bench.steps() == [6]
+    bench.enqueue(7)
+    bench.uploader.limit_part_wait(-1)
+    bench.wait_until_idle()
+    assert bench.run_state.checkpoint_problem == (
+        "PartMissing: step 7 was not stored: pod 1 did not write its part of checkpoints/step-00000007 within 1800 s"
+    )
+    bench.enqueue(None)
+    bench.wait_until_idle()
+    assert bench.uploader.output is not None and bench.uploader.output.kind == "adapter"
+    bench.uploader.close()
+
+
+def test_another_pod_uploads_its_files_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    bench = UploaderBench(tmp_path, node=1, nodes=2)
+
+    def refuse(key: str, data: bytes) -> None:
+        raise StorageError("StorageFailed", "gone")
+
+    put, bench.store.put = bench.store.put, refuse  # type: ignore[method-assign] # the fault to test
+    bench.enqueue(4)
+    bench.wait_until_idle()
+    assert bench.uploader.uploaded_step == 0, "the part could not be reported"
+    bench.store.put = put  # type: ignore[method-assign]
+    bench.enqueue(5)
+    bench.wait_until_idle()
+    clock.now += 1000
+    assert bench.uploader.uploaded_step == 5 and bench.uploader.unsaved_error(60, None) is None
+    assert bench.part_keys() == [f"{prefix_of(5)}/a1-00000000/.parts/node-1.json"]
+    assert (bench.steps(), bench.uploader.committed_step, bench.run_state.checkpoints) == ([], 0, [])
+    bench.uploader.close()
+
+
+@pytest.mark.parametrize(("reported", "step"), [({"step": 9}, 9), ({}, 7)], ids=["step of the report", "newest step"])
+def test_the_manifest_of_the_final_model_holds_the_last_step(reported: dict[str, int], step: int, bench: UploaderBench) -> None:
+    bench.run_state.record_step(7)
+    folder = bench.folder / "final"
+    folder.mkdir()
+    for name in ("b", "a"):
+        (folder / name).write_text(name)
+    bench.uploader.enqueue(StagedCheckpoint(None, folder, "a1-00000000", rank0_report=reported))
+    bench.wait_until_idle()
+    committed = bench.tree.get_committed(None)
+    manifest = bench.tree.read_manifest(committed) if committed else None
+    assert manifest is not None and (manifest.step, [one.path for one in manifest.files]) == (step, ["a", "b"])
+    assert bench.steps_after_commit == [] and not folder.exists()
+
+
+def test_a_repeated_restored_step_is_not_healthy_yet(tmp_path: Path) -> None:
+    """A run that resumes at step 10 may save step 10 again. Nothing is known about the losses after that step."""
+    bench = UploaderBench(tmp_path, keep_count=0)
+    marks: list[int] = []
+    mark = bench.tree.mark_healthy
+
+    def record_mark(step: int) -> None:
+        marks.append(step)
+        mark(step)
+
+    bench.tree.mark_healthy = record_mark  # type: ignore[method-assign]
+    bench.uploader.adopt_committed([
+        Checkpoint(step=5, uri="5", healthy=True), Checkpoint(step=8, uri="8", healthy=False), Checkpoint(step=10, uri="10", healthy=False),
+    ])  # fmt: skip
+    for step, expected in ((10, [8]), (11, [8, 10]), (12, [8, 10, 11])):
+        bench.enqueue(step)
+        bench.wait_until_idle()
+        assert marks == expected
+    assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(12, False), (11, True), (10, True), (8, True), (5, True)]
+    bench.uploader.close()
+
+
+def test_closing_ends_the_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    bench = UploaderBench(tmp_path)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.daemon, "a store that does not answer must not keep the process alive"
+    bench.enqueue(1)
+    bench.wait_until_idle()
+    assert thread.is_alive()
+    bench.uploader.close()
+    thread.join(10)
+    assert not thread.is_alive()
