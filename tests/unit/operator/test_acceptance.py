@@ -9,7 +9,7 @@ from finetune_api.names import Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt
 from finetune_operator.decide import decide
-from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, read_first_attempt
 from finetune_operator.settings import NodePool, OperatorConfig, parse_config
 
 from tests.unit.operator.samples import CONFIG, T0, accept_spec, at, end_pod, facts, job, pod, spec, status
@@ -181,3 +181,120 @@ def test_new_rules_do_not_end_a_started_job() -> None:
 def test_stricter_storage_rules_do_not_end_a_started_job() -> None:
     acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
     assert isinstance(acceptance, RefusedSpec) and not acceptance.is_final
+
+
+@pytest.mark.parametrize(
+    ("fields", "first_attempt"),
+    [
+        ({}, None), ({"resolved": {"specSha256": "a"}}, None), ({"attempts": [{"number": 1}]}, FirstAttempt()),
+        ({"attempts": [{"number": 1}], "resolved": {}}, FirstAttempt()),
+        ({"attempts": [{"number": 1}], "resolved": {"specSha256": "a", "defaults": {"x": 1}}}, FirstAttempt({"x": 1}, "a")),
+    ],
+)  # fmt: skip
+def test_first_attempt_is_read_from_the_status(fields: dict[str, Any], first_attempt: FirstAttempt | None) -> None:
+    assert read_first_attempt(status(**fields)) == first_attempt
+
+
+UNSUPPORTED = {"output": {"dir": "x"}}
+AGAINST_A_RULE = {"training": {"optimizer": "adafactor", "adamBeta1": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason", "problems"),
+    [
+        (UNSUPPORTED, Reason.NOT_SUPPORTED_YET, ["spec.output.dir"]),
+        (AGAINST_A_RULE, Reason.REJECTED, ["spec.training.adamBeta1"]),
+        ({**UNSUPPORTED, **AGAINST_A_RULE}, Reason.REJECTED, ["spec.training.adamBeta1", "spec.output.dir"]),
+    ],
+    ids=["unsupported", "against a rule", "both"],
+)  # fmt: skip
+def test_only_a_new_job_is_refused_because_of_rules(groups: dict[str, Any], reason: Reason, problems: list[str]) -> None:
+    new, begun = accept(spec(**groups), CONFIG), accept(spec(**groups), CONFIG, FirstAttempt())
+    assert isinstance(new, RefusedSpec) and isinstance(begun, AcceptedSpec)
+    assert (new.reason, new.is_final, new.spec is not None and new.spec.policy.retries) == (reason, True, None)
+    assert [text.split(":")[0] for text in new.message.split("; ") if text.startswith("spec.")] == problems
+    refused_notes = [note.removeprefix("a new job would be refused: ") for note in begun.notes if note.startswith("a new job would be refused: ")]
+    assert (len(refused_notes), "; ".join(refused_notes)) == (len(problems), new.message)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "problem"),
+    [
+        ({"training": {"epochs": []}}, "spec.training.epochs: Input should be a valid number"),
+        ({"training": {"newer": 1}, **UNSUPPORTED}, "spec.training.newer"),
+    ],
+)
+def test_job_with_unknown_parts_waits_for_a_newer_operator(groups: dict[str, Any], problem: str, is_new: bool) -> None:
+    refusal = accept(spec(**groups), CONFIG, None if is_new else FirstAttempt())
+    assert isinstance(refusal, RefusedSpec)
+    assert (refusal.reason, refusal.is_final) == (Reason.OPERATOR_TOO_OLD, False)
+    assert refusal.message == f"this version of the operator does not know parts of the spec: {problem}"
+
+
+@pytest.mark.parametrize(("digest", "is_accepted"), [("0" * 64, False), ("f" * 64, False), (None, True), ("own", True)])
+def test_started_job_whose_spec_has_changed_waits(digest: str | None, is_accepted: bool) -> None:
+    own_digest = accept_spec().spec_sha256
+    acceptance = accept(spec(), CONFIG, FirstAttempt({}, "".join(list(own_digest)) if digest == "own" else digest))
+    assert isinstance(acceptance, AcceptedSpec) is is_accepted
+    if isinstance(acceptance, RefusedSpec):
+        assert (acceptance.reason, acceptance.is_final) == (Reason.SPEC_CHANGED, False)
+
+
+def env_of(length: int) -> list[dict[str, str]]:
+    """Environment variables whose values have `length` characters altogether."""
+    return [{"name": f"V{n:02}", "value": "x" * min(4000, max(0, length - n * 4000))} for n in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "first_attempt"),
+    [
+        ({"resources": {"nodePool": "gone"}}, None), ({"storage": {"uri": None}}, None), ({"storage": {"uri": "pvc://c/../x"}}, FirstAttempt()),
+        ({"placement": {"labels": {"job-name": "x"}}}, None), ({"placement": {"env": env_of(60000)}}, FirstAttempt()),
+        ({"newer": 1}, None), ({}, FirstAttempt({}, "0" * 64)),
+    ],
+    ids=["pool", "no storage", "storage", "placement", "size", "unknown field", "changed spec"],
+)  # fmt: skip
+def test_refused_spec_contains_the_defaults(groups: dict[str, Any], first_attempt: FirstAttempt | None) -> None:
+    refusal = accept(spec(**groups), CONFIG, first_attempt)
+    assert isinstance(refusal, RefusedSpec) and refusal.spec is not None
+    assert (refusal.spec.policy.retries, refusal.spec.training.learning_rate) == (3, 2e-4)
+
+
+@pytest.mark.parametrize("first_attempt", [None, FirstAttempt()])
+def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt | None) -> None:
+    def accept_with_value(length: int) -> AcceptedSpec | RefusedSpec:
+        return accept(spec(placement={"env": env_of(length)}), CONFIG, first_attempt)
+
+    refusal = accept_with_value(57344)
+    assert isinstance(refusal, RefusedSpec)
+    assert (refusal.reason, refusal.is_final) == (Reason.REJECTED, first_attempt is None)
+    other_bytes = int(refusal.message.split("has ")[1].split(" bytes")[0]) - 57344
+    assert isinstance(accept_with_value(57344 - other_bytes), AcceptedSpec)
+    assert isinstance(accept_with_value(57345 - other_bytes), RefusedSpec)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "field", "value"),
+    [
+        ({"training.learningRate": 1e-3}, "training.learningRate", 1e-3), ({"training.learningRate": 1e-6}, "training.learningRate", 1e-6),
+        ({"training.epochs": 1, "checkpoint.keep": 7}, "checkpoint.keep", 7), ({"resources.memory": "1Gi"}, "resources.memory", "4Gi"),
+        ({"policy.retries": 9}, "policy.retries", 3), ({"storage.region": "x"}, "storage.region", None),
+    ],
+)  # fmt: skip
+def test_training_keeps_the_first_attempts_defaults_and_the_cluster_follows_the_configuration(
+    recorded: dict[str, Any], field: str, value: Any
+) -> None:
+    acceptance = accept(spec(), CONFIG, FirstAttempt(recorded))
+    assert isinstance(acceptance, AcceptedSpec)
+    assert (acceptance.spec.value(field), acceptance.defaults.get(field)) == (value, value)
+
+
+def test_pool_resources_take_precedence_over_the_operators() -> None:
+    pools = [{"name": "a", "default": True, "gpusPerNode": 1, "gpuResource": "amd.com/gpu", "resources": {"cpu": "7", "sharedMemory": "9Gi"}}]
+    config = parse_config({"nodePools": pools, "resources": {"memory": "5Gi", "sharedMemory": "2Gi"}}, "test")
+    for gpus, expected in ((1, ("a", "amd.com/gpu", "7", "5Gi", "20Gi", "9Gi")), (0, (None, "nvidia.com/gpu", "1", "5Gi", "20Gi", "2Gi"))):
+        acceptance = accept(spec(resources={"gpusPerNode": gpus}), config)
+        assert isinstance(acceptance, AcceptedSpec)
+        found = acceptance.spec.resources
+        assert (found.node_pool, found.gpu_resource, found.cpu, found.memory, found.ephemeral_storage, found.shared_memory) == expected

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from finetune_api.names import Reason
 from finetune_api.rules import check
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Checkpoint
 from finetune_operator.decide import decide
 from finetune_operator.plan import ActionResult
@@ -16,6 +17,7 @@ from finetune_operator.policies.adaptations import (
     adapt_to_out_of_memory,
     apply_adaptations,
     max_start_step,
+    original_values,
 )
 from finetune_operator.report import compute_status
 from hypothesis import given, settings
@@ -142,6 +144,8 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
         ([(20, 1), (30, 2), (40, 3)], None),
         ([(30, 2), (500, 3), (600, 4)], None),
         ([(30, 0)], 20),
+        ([(1, 3)], None),
+        ([(20, 1), (1, 3)], 20),
     ],
 )
 def test_rollback_excludes_checkpoints_of_older_attempts_only(
@@ -186,3 +190,109 @@ def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
         assert not isinstance(change, AdaptationsExhausted)
         adaptations.append(change)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400
+
+
+def next_change(**groups: Any) -> str:
+    """The next adaptation of a spec without defaults to memory that ran out, as text."""
+    change = adapt_to_out_of_memory(FineTuneJobSpec.model_validate(spec(**groups)), T0)
+    return change.change if isinstance(change, Adaptation) else change.message
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "text"),
+    [
+        (2, None, "batchSizePerDevice 2 -> 1, gradientAccumulationSteps None -> 2"),
+        (5, 3, "batchSizePerDevice 5 -> 1, gradientAccumulationSteps 3 -> 15"),
+        (6, 5, "batchSizePerDevice 6 -> 3, gradientAccumulationSteps 5 -> 10"),
+        (2, 32768, "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 32768 -> 65536"),
+        (2, 32769, "gradientCheckpointing disabled -> enabled"),
+        (1, 1, "gradientCheckpointing disabled -> enabled"),
+    ],
+)
+def test_micro_batch_shrinks_within_the_limit_of_accumulation(batch: int, accumulation: int | None, text: str) -> None:
+    training = {"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation, "gradientCheckpointing": "disabled"}
+    assert next_change(training=training) == text
+
+
+@pytest.mark.parametrize(
+    ("training", "values"),
+    [
+        ({}, "batchSizePerDevice 1, gradientAccumulationSteps 1 and activation checkpointing unknown"),
+        ({"batchSizePerDevice": 1, "gradientAccumulationSteps": 7, "gradientCheckpointing": "enabled"},
+         "batchSizePerDevice 1, gradientAccumulationSteps 7 and activation checkpointing enabled"),
+    ],
+    ids=["no values", "smallest values"],
+)  # fmt: skip
+def test_final_message_has_the_values_that_cannot_be_reduced(training: dict[str, Any], values: str) -> None:
+    assert next_change(training=training) == f"memory ran out with {values}: no further reduction is possible"
+
+
+@pytest.mark.parametrize(
+    ("split", "evaluation_batch", "text"),
+    [
+        ("validation", 3, "batchSizePerDevice 4 -> 2, gradientAccumulationSteps 1 -> 2, evaluation.batchSizePerDevice 3 -> 2"),
+        ("test", 5, "batchSizePerDevice 4 -> 2, gradientAccumulationSteps 1 -> 2, evaluation.batchSizePerDevice 5 -> 2"),
+        ("validation", 2, "batchSizePerDevice 4 -> 2, gradientAccumulationSteps 1 -> 2"),
+        ("test", 1, "batchSizePerDevice 4 -> 2, gradientAccumulationSteps 1 -> 2"),
+        (None, 5, "batchSizePerDevice 4 -> 2, gradientAccumulationSteps 1 -> 2"),
+        ("validation", None, "batchSizePerDevice 4 -> 2, gradientAccumulationSteps 1 -> 2"),
+    ],
+)
+def test_evaluation_batch_is_at_most_the_training_batch(split: str | None, evaluation_batch: int | None, text: str) -> None:
+    dataset = {"split": {split: 0.1}} if split else {}
+    training = {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}
+    assert next_change(dataset=dataset, training=training, evaluation={"batchSizePerDevice": evaluation_batch}) == text
+
+
+@pytest.mark.parametrize(("evaluation_batch", "changes"), [(1, False), (2, True)])
+def test_evaluation_batch_shrinks_if_the_training_batch_cannot(evaluation_batch: int, changes: bool) -> None:
+    text = next_change(
+        dataset={"split": {"test": 0.1}}, training={"batchSizePerDevice": 1}, evaluation={"batchSizePerDevice": evaluation_batch}
+    )
+    assert (text == f"evaluation.batchSizePerDevice {evaluation_batch} -> 1") is changes
+
+
+def test_newest_value_of_an_adapted_field_is_used_and_the_original_is_known() -> None:
+    values: list[dict[str, Any] | None] = [
+        {"training.batchSizePerDevice": 2, "resume.maxStep": 20, "resume.firstAttempt": 3}, None, {"training.batchSizePerDevice": 1}
+    ]  # fmt: skip
+    adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set=value) for value in values]
+    resolved = accept_spec().spec
+    assert apply_adaptations(resolved, adaptations) == resolved.with_values({"training.batchSizePerDevice": 1})
+    assert original_values(resolved, adaptations) == {"training.batchSizePerDevice": 4}
+    unusable = Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set={"training.batchSizePerDevice": "many"})
+    assert apply_adaptations(resolved, [unusable]) == resolved
+
+
+@pytest.mark.parametrize(
+    ("steps", "texts"),
+    [
+        ([], ["replay from the start, nothing changed", "rolled back to the start, learningRate 0.01 -> 0.005",
+              "rolled back to the start, learningRate 0.005 -> 0.0025"]),
+        ([10], ["replay from step 10, nothing changed", "rolled back to the start, learningRate 0.01 -> 0.005",
+                "rolled back to the start, learningRate 0.005 -> 0.0025"]),
+        ([10, 30], ["replay from step 30, nothing changed", "rolled back to step 10, learningRate 0.01 -> 0.005",
+                    "rolled back to step 10, learningRate 0.005 -> 0.0025"]),
+        ([30, 10, 40, 20], ["replay from step 40, nothing changed", "rolled back to step 30, learningRate 0.01 -> 0.005",
+                            "rolled back to step 20, learningRate 0.005 -> 0.0025"]),
+    ],
+    ids=["no checkpoint", "one checkpoint", "two checkpoints", "unsorted checkpoints"],
+)  # fmt: skip
+def test_each_rollback_skips_one_more_checkpoint(steps: list[int], texts: list[str]) -> None:
+    checkpoints = [Checkpoint(step=step, uri=f"u{step}", healthy=None if step == 10 else True) for step in steps]
+    base = accept_spec(spec(training={"learningRate": 0.01})).spec
+    adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="")]
+    for text in texts:
+        change = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
+        assert isinstance(change, Adaptation)
+        assert (change.change, change.time, change.reason) == (text, T0, Reason.DIVERGED)
+        adaptations.append(change)
+    end = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
+    assert isinstance(end, AdaptationsExhausted)
+    assert end.message == "the loss was not finite again after one replay and 2 rollbacks, the last one with learningRate 0.0025"
+
+
+@pytest.mark.parametrize(("values", "limit"), [({"resume.maxStep": 20}, 20), ({"resume.firstAttempt": 3}, None), ({"resume.maxStep": "x"}, None)])
+def test_incomplete_rollback_limits_the_start_step_only_if_the_step_is_known(values: dict[str, Any], limit: int | None) -> None:
+    incomplete = Adaptation(time=T0, reason=Reason.DIVERGED, change="", set=values)
+    assert max_start_step([incomplete], [Checkpoint(step=30, uri="s3://b/step")]) == limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -68,7 +69,8 @@ class Server:
 
 
 def _copy(value: Object) -> Object:
-    return {**value, "metadata": dict(value["metadata"]), "spec": dict(value["spec"])}
+    """A copy with new strings, as read from a response."""
+    return cast(Object, json.loads(json.dumps(value)))
 
 
 def make_elector(server: Server, name: str, settings: LeaderElection = SETTINGS) -> LeaderElector:
@@ -419,6 +421,30 @@ def test_request_without_answer_ends_at_the_renew_deadline() -> None:
         return loop_seconds()
 
     assert run(scenario()) == 12
+
+
+def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
+    async def scenario() -> float:
+        server = Server()
+        server.lease = lease_of("b", renewTime="2026-01-02T00:00:00Z")
+        acquiring = asyncio.create_task(make_elector(server, "second").acquire())
+        await asyncio.sleep(11)
+        server.lease = lease_of("a", renewTime="2026-01-01T00:00:00Z")
+        await acquiring
+        return loop_seconds()
+
+    assert run(scenario()) == 28  # the change is observed after 12 s
+
+
+def test_conflict_does_not_make_a_replica_the_leader() -> None:
+    async def scenario() -> float:
+        server = Server()
+        server.lease, server.conflicts = lease_of(""), 1
+        await make_elector(server, "first").acquire()
+        assert server.holder == "first"
+        return loop_seconds()
+
+    assert run(scenario()) == 2
 
 
 @pytest.mark.parametrize("is_down", [True, False])
