@@ -6,23 +6,17 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Reason
-from finetune_api.pod import TerminationMessage
-from finetune_api.status import Attempt
 from finetune_operator.decide import decide
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, read_first_attempt
-from finetune_operator.settings import NodePool, OperatorConfig, parse_config
+from finetune_operator.settings import OperatorConfig, parse_config
 
-from tests.unit.operator.samples import CONFIG, T0, accept_spec, at, end_pod, facts, job, pod, spec, status
+from tests.unit.operator.samples import CONFIG, accept_spec, at, end_pod, facts, job, pod, spec, status
 
 
 def refuse_spec(written: dict[str, Any], config: OperatorConfig = CONFIG) -> RefusedSpec:
     acceptance = accept(written, config)
     assert isinstance(acceptance, RefusedSpec), acceptance
     return acceptance
-
-
-def message(code: str, **fields: Any) -> TerminationMessage:
-    return TerminationMessage(code=code, message=f"{code} happened", **fields)
 
 
 STORE = {"uri": "s3://one/models", "endpoint": "https://a.example.com", "credentialsSecretRef": {"name": "one"}}
@@ -34,13 +28,6 @@ def accept_with_storage(written: dict[str, Any], storage: dict[str, Any], kept: 
     acceptance = accept(written, parse_config({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
     assert isinstance(acceptance, AcceptedSpec), acceptance
     return acceptance
-
-
-def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
-    return [
-        Attempt(number=n, reason=reason, counted=counted, committed_step=step or None, end_time=T0)
-        for n, (reason, counted, step) in enumerate(rows, 1)
-    ]
 
 
 def test_defaults_are_filled_in_and_listed() -> None:
@@ -79,27 +66,6 @@ def test_refusal_has_its_reason_and_message_and_is_final_only_if_another_spec_he
     acceptance = refuse_spec(written)
     assert (acceptance.reason, acceptance.is_final) == (reason, final)
     assert expected_text in acceptance.message
-
-
-def test_unknown_pool_message_describes_the_configured_pools() -> None:
-    pool = NodePool(name="h200", gpus_per_node=8, gpu_memory="141Gi", description="for large models")
-    acceptance = refuse_spec(spec(resources={"nodePool": "none"}), CONFIG.model_copy(update={"node_pools": (pool,)}))
-    assert acceptance.message.endswith("pools are: h200 (8 x nvidia.com/gpu of 141Gi: for large models)")
-
-
-@pytest.mark.parametrize(
-    ("resources", "pool"),
-    [
-        ({"gpusPerNode": 0}, None),
-        ({"gpusPerNode": 1}, "h100"),
-        ({"gpusPerNode": 1, "nodePool": "mig"}, "mig"),
-        ({"gpusPerNode": 1, "gpuResource": "nvidia.com/mig-1g.10gb"}, "mig"),
-        ({"gpusPerNode": 1, "gpuResource": "amd.com/gpu"}, None),
-    ],
-)
-def test_pool_is_chosen_by_name_then_by_resource(resources: dict[str, Any], pool: str | None) -> None:
-    acceptance = accept_spec(spec(resources=resources))
-    assert (acceptance.pool.name if acceptance.pool else None) == pool
 
 
 @pytest.mark.parametrize("new_storage", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
@@ -145,37 +111,11 @@ def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> N
     assert plan.attempt_end.adaptation.change.startswith("batchSizePerDevice 2 -> 1")
 
 
-def test_spec_too_long_for_an_annotation_is_refused_with_its_size() -> None:
-    env = [{"name": f"V{n}", "value": "x" * 4000} for n in range(20)]
-    acceptance = refuse_spec(spec(placement={"env": env}))
-    assert "bytes" in acceptance.message
-
-
 def test_size_limit_counts_bytes_and_not_characters() -> None:
     """A Chinese character has three bytes in UTF-8."""
     for letter, fits in (("m", True), ("\u6a21", False)):
         env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
         assert isinstance(accept(spec(placement={"env": env}), CONFIG), AcceptedSpec) is fits
-
-
-def test_sample_spec_is_accepted() -> None:
-    assert isinstance(accept(spec(), CONFIG), AcceptedSpec)
-
-
-def test_pool_without_the_named_resource_is_refused_with_the_list_of_pools() -> None:
-    acceptance = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
-    assert isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.POOL_LACKS_RESOURCE
-    assert (
-        "amd.com/gpu, but nodes of pool h100 have nvidia.com/gpu; the pools are: h100 (8 x nvidia.com/gpu" in acceptance.message
-    )
-
-
-def test_new_rules_do_not_end_a_started_job() -> None:
-    written = spec(training={"optimizer": "adafactor", "adamBeta1": 0.9})
-    new, begun = accept(written, CONFIG), accept(written, CONFIG, FirstAttempt({"training.epochs": 3}))
-    assert isinstance(new, RefusedSpec) and new.is_final
-    assert isinstance(begun, AcceptedSpec)
-    assert any(note.startswith("a new job would be refused: spec.training.adamBeta1") for note in begun.notes)
 
 
 def test_stricter_storage_rules_do_not_end_a_started_job() -> None:

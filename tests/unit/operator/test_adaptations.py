@@ -68,14 +68,6 @@ def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumul
     assert current.training.gradient_checkpointing == "enabled"
 
 
-def test_next_micro_batch_is_the_largest_divisor_at_or_below_half() -> None:
-    change = adapt_to_out_of_memory(
-        accept_spec(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0
-    )
-    assert isinstance(change, Adaptation)
-    assert change.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
-
-
 def test_micro_batch_of_kto_keeps_two_rows() -> None:
     written = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
     first = adapt_to_out_of_memory(accept_spec(written).spec, T0)
@@ -122,16 +114,6 @@ def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
     rollback = adapt_to_divergence(base, [replay], checkpoints, T0, 2)
     assert isinstance(rollback, Adaptation) and rollback.set is not None
     assert rollback.set["resume.maxStep"] == 10
-
-
-def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
-    base = accept_spec().spec
-    first = adapt_to_divergence(base, [], [], T0)
-    assert isinstance(first, Adaptation)
-    second = adapt_to_divergence(base, [first], [], T0)
-    assert isinstance(second, Adaptation)
-    assert second.set is not None
-    assert second.set["resume.maxStep"] == 0
 
 
 @pytest.mark.parametrize(

@@ -79,22 +79,6 @@ def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
     assert cause.reason is Reason.DATA_ERROR
 
 
-def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
-    cause = pod_cause(end_pod(pod(), 137, reason="OOMKilled"))
-    assert cause is not None
-    assert (cause.reason, cause.retry_policy, cause.failure.code) == (
-        Reason.OUT_OF_MEMORY,
-        RetryPolicy.ADAPT_MEMORY,
-        "OOMKilled",
-    )
-
-
-def test_pod_killed_while_being_deleted_is_preempted() -> None:
-    cause = pod_cause(replace(end_pod(pod(), 137), deletion_timestamp=T0))
-    assert cause is not None
-    assert (cause.reason, cause.retry_policy) == (Reason.PREEMPTED, RetryPolicy.NOT_COUNTED)
-
-
 def test_pod_rejected_by_its_node_counts_as_a_retry() -> None:
     cause = pod_cause(replace(pod(), phase="Failed", reason="OutOfnvidia.com/gpu", message="no"))
     assert cause is not None
@@ -112,25 +96,9 @@ def test_failure_with_the_lowest_precedence_is_the_cause(codes: list[int], expec
     assert cause_of(None, pods).failure.exit_code == expected
 
 
-def test_first_rank_that_failed_itself_is_the_cause() -> None:
-    pods = [
-        end_pod(pod(index=0), 70, message("Noticed", origin=False, time_ns=1, rank=0)),
-        end_pod(pod(index=1), 70, message("Late", origin=True, time_ns=30, rank=1)),
-        end_pod(pod(index=2), 70, message("Early", origin=True, time_ns=20, rank=2)),
-    ]
-    assert cause_of(None, pods).failure.code == "Early"
-
-
 def test_disruption_is_the_cause_of_peer_failures() -> None:
     pods = [end_pod(pod(index=0), 74), replace(end_pod(pod(index=1), 137), disruption_reason="DeletionByTaintManager")]
     assert cause_of(None, pods).reason is Reason.NODE_LOST
-
-
-def test_condition_of_the_job_is_the_cause_if_no_pod_is_known() -> None:
-    failed = job(failed_at=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
-    cause = cause_of(failed, [])
-    assert (cause.failure.code, cause.retry_policy) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
-    assert cause_of(None, []).failure.code == "PodsLost"
 
 
 def test_last_log_line_replaces_a_missing_termination_message_without_secrets() -> None:

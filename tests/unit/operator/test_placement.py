@@ -9,7 +9,7 @@ from finetune_api.names import Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.policies.placement import choose_pool, placement_problems
-from finetune_operator.settings import OperatorConfig, parse_config
+from finetune_operator.settings import parse_config
 
 from tests.unit.operator.samples import CONFIG, SPEC, accept_spec, spec
 
@@ -83,16 +83,6 @@ def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None
     assert isinstance(acceptance, RefusedSpec), acceptance
     assert acceptance.reason is Reason.REJECTED
     assert f"spec.resources.{name}" in acceptance.message and value in acceptance.message
-
-
-@pytest.mark.parametrize(("gpus", "nodes", "fits"), [(8, 1, True), (9, 1, False), (8, 2, True), (7, 3, False)])
-def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
-    """The pool has two nodes with 8 GPUs each."""
-    pools = [{"name": "h100", "default": True, "gpusPerNode": 8, "maxNodes": 2}]
-    config: OperatorConfig = parse_config({"trainer": {"image": "t"}, "nodePools": pools}, "test")
-    acceptance = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
-    assert isinstance(acceptance, AcceptedSpec) is fits
-    assert fits or (isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.POOL_TOO_SMALL)
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:

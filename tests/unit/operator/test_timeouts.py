@@ -52,12 +52,6 @@ def test_attempt_stalls_without_steps_or_without_reports_while_its_pod_is_not_re
     assert bool(message) == stalls
 
 
-def test_stall_limit_follows_the_step_time_unless_the_spec_sets_it() -> None:
-    received = report(health={"medianStepSeconds": 120.0})
-    assert timeouts.stall_limit_seconds(accept_spec().spec, received) == 2400.0
-    assert timeouts.stall_limit_seconds(accept_spec(spec(policy={"stallTimeoutSeconds": 5})).spec, received) == 5.0
-
-
 def test_next_reconcile_is_within_an_hour() -> None:
     assert timeouts.next_reconcile_at(T0, at(10), at(20), None) == at(10)
     assert timeouts.next_reconcile_at(T0, at(99999)) == at(3600)
@@ -65,12 +59,6 @@ def test_next_reconcile_is_within_an_hour() -> None:
     assert timeouts.next_reconcile_at(T0, at(-10), T0, at(30)) == at(30)
     assert timeouts.next_reconcile_at(T0, at(-10), T0) == at(3600)
     assert timeouts.next_reconcile_at(T0, None) is None
-
-
-def test_ready_pod_does_not_stall_because_its_last_report_is_old() -> None:
-    """If a network policy prevents the operator from reading reports, the attempt must not end."""
-    received = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
-    assert timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(580)) == ""
 
 
 @pytest.mark.parametrize(("heartbeat_age", "late"), [(3.0, False), (690.0, True), (None, True)])
