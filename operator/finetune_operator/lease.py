@@ -78,7 +78,7 @@ class LeaderElector:
             async with asyncio.timeout(self._settings.renew_deadline_seconds):
                 is_held = await self._acquire_or_renew()
         except (KubeError, TimeoutError) as error:
-            logger.info("the Lease cannot be written: %s", error or "no answer in time")
+            logger.info("the Lease cannot be written: %s", str(error) or "no answer in time")
             return False
         if is_held:
             self._renewed_at = started_at

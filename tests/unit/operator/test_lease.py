@@ -398,7 +398,9 @@ def test_leader_may_write_until_the_renew_deadline() -> None:
     run(scenario())
 
 
-def test_request_without_answer_ends_at_the_renew_deadline() -> None:
+def test_request_without_answer_ends_at_the_renew_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
     async def scenario() -> float:
         server = Server()
         server.answer_delay_seconds = 11
@@ -409,6 +411,7 @@ def test_request_without_answer_ends_at_the_renew_deadline() -> None:
         return loop_seconds()
 
     assert run(scenario()) == 12
+    assert "the Lease cannot be written: no answer in time" in caplog.messages
 
 
 def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
