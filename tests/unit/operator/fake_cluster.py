@@ -49,6 +49,8 @@ class Server:
     rejection_message: str = "status.progress.step: Invalid value"
     pruned_fields: frozenset[str] = frozenset()
     """Fields of the status that the CRD does not know. The server removes them from each write."""
+    warnings: tuple[str, ...] = ()
+    """Warnings in the response to each create."""
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
@@ -80,7 +82,7 @@ class Server:
         name = body["metadata"]["name"]
         if (kind.plural, name) in self.objects:
             raise AlreadyExists("create", kind, name, 409, "AlreadyExists", "")
-        return ApiResponse(self.put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}))
+        return ApiResponse(self.put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}), self.warnings)
 
     async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
         self._receive("update", kind)

@@ -138,6 +138,11 @@ async def test_second_attempt_does_not_wait_for_other_pods(server: Server, body:
     assert (await carry_out(server, *second_attempt())).created_job is not None
 
 
+async def test_warnings_about_a_new_job_are_returned(server: Server) -> None:
+    server.warnings = ("violates a policy",)
+    assert (await carry_out(server, *second_attempt())).warnings == ("violates a policy",)
+
+
 # Objects that exist already
 
 

@@ -337,7 +337,7 @@ def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_
     """Users can still read the logs of the last attempt. Jobs that are running or already being deleted are not deleted again."""
     jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in names_of_jobs]
     known = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
-    running = facts(status=known, jobs=[job(1000), *jobs], now=at(61))
+    running = facts(status=known, jobs=[job(int("1000")), *jobs], now=at(61))  # an int object of its own
     assert names(decide(running).delete_jobs) == superseded
     if all(one.is_finished and not one.is_deleting for one in jobs):
         plan = decide(facts(status=status(attempt=1000), jobs=jobs, now=at(61)))

@@ -36,10 +36,11 @@ def waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int = 3, n
 @pytest.mark.parametrize(("nodes", "placed", "created"), [(2, 1, 2), (2, 1, 1), (3, 1, 3), (3, 2, 3), (3, 1, 1), (3, 2, 2)])
 def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed: int, created: int) -> None:
     """Pods without a node may be unschedulable. Pods that do not exist may exceed a quota."""
-    plan = decide(waiting_gang(placed, nodes=nodes, created_count=created))
-    assert plan.termination is not None
-    assert plan.termination.reason is Reason.GANG_INCOMPLETE
-    assert f"{placed} of {nodes} pods have a node" in plan.termination.message
+    for now_seconds in (600, 601):
+        plan = decide(waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=now_seconds))
+        assert plan.termination is not None
+        assert plan.termination.reason is Reason.GANG_INCOMPLETE
+        assert f"{placed} of {nodes} pods have a node" in plan.termination.message
     assert decide(waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=599)).termination is None
 
 
