@@ -75,7 +75,7 @@ def test_demo_neither_replaces_nor_removes_existing_objects(
     else:
         current_cluster.kubectl("create", "namespace", existing_object.partition(" ")[2])
     before = namespace_names(users_cluster)
-    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{existing_object}.*, which the demo did not create"):
+    with pytest.raises(demo_clusters.NoCluster, match=f"already has .*{existing_object}"):
         current_cluster.up()
     assert not current_cluster.has_demo_objects()
     assert namespace_names(users_cluster) == before

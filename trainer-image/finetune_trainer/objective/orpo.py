@@ -53,7 +53,7 @@ class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
         run, spec = context.run, context.run.spec.trainer.dpo or DpoSpec()
         return ORPOConfig(
             **shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
-            beta=0.1 if spec.beta is None else spec.beta, max_length=answers.length_limits(context).sequence,
+            beta=0.1 if spec.beta is None else spec.beta, max_length=answers.length_limits(context).max_row_length,
             remove_unused_columns=False,
         )  # fmt: skip
 
