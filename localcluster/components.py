@@ -133,10 +133,10 @@ def kubelet_configuration(folder: Path, *, containerd_socket: str, dns_address: 
     )
 
 
-def kube_proxy_command(kube_program: Path, make_kubeconfig: Path, *, node_name: str, cluster_cidr: str) -> list[str]:
+def kube_proxy_command(kube_program: Path, kubeconfig: Path, *, node_name: str, cluster_cidr: str) -> list[str]:
     """Command line of kube-proxy in iptables mode. kube-proxy does not set the conntrack sysctls, because they affect the whole machine."""
     return [
-        str(kube_program), "kube-proxy", "--kubeconfig", str(make_kubeconfig), "--proxy-mode", "iptables",
+        str(kube_program), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
         "--hostname-override", node_name, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
         "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0",
         "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "127.0.0.1:10249",

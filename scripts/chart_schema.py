@@ -94,12 +94,12 @@ def _is_superfluous(key: str, value: Any) -> bool:
     return is_title or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
 
 
-def _without_null(make_values_schema: Schema) -> Schema:
-    options = make_values_schema.get("anyOf")
+def _without_null(schema: Schema) -> Schema:
+    options = schema.get("anyOf")
     if not isinstance(options, list) or {"type": "null"} not in options:
-        return make_values_schema
+        return schema
     other_options = [option for option in options if option != {"type": "null"}]
-    keywords = {key: value for key, value in make_values_schema.items() if key != "anyOf"}
+    keywords = {key: value for key, value in schema.items() if key != "anyOf"}
     return other_options[0] | keywords if len(other_options) == 1 else keywords | {"anyOf": other_options}
 
 

@@ -53,7 +53,7 @@ LAST_STEP = {"early": 3 * CHECKPOINT_STEPS}
 class RecordedRun:
     """Log lines, trained rows and final weights of a run with one or several attempts."""
 
-    read_log_lines: Lines
+    lines: Lines
     rows: Rows
     weight_hashes: dict[str, str]
 

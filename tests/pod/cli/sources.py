@@ -24,7 +24,7 @@ class Source:
 
     file: str
     text: str
-    make_rows: str
+    rows: str
     steps: int
     rank: int
 

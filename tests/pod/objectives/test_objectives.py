@@ -345,7 +345,7 @@ def test_mismatched_answers_come_from_the_preceding_row() -> None:
 CUSTOM_REWARD = {"configMapRef": {"name": "mine", "key": "r.py"}}
 REFUSED_SPECS: dict[str, tuple[Spec, list[Any], str, str]] = {
     "exoPair without smoothing": (objective_spec("dpo", dpo={"lossTypes": ["exoPair"]}), PREFERENCE_PAIRS, "DpoLosses", "logarithm"),
-    "smoothing without effect": (objective_spec("dpo", dpo={"labelSmoothing": 0.1}), PREFERENCE_PAIRS, "DpoLosses", "sigmoid do not read it"),
+    "smoothing without effect": (objective_spec("dpo", dpo={"labelSmoothing": 0.1}), PREFERENCE_PAIRS, "DpoLosses", "has no effect on sigmoid"),
     "the same loss type twice": (objective_spec("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PREFERENCE_PAIRS, "DpoLosses", "ipo twice"),
     "grouping by length": (objective_spec("dpo", {"training": {"groupByLength": True}}), PREFERENCE_PAIRS, "OptionOfAnotherObjective", "groupByLength"),
     "maximum answer as long as the row": (
