@@ -147,8 +147,9 @@ class Fetcher:
                     kind, path, str(source), "does not exist: there is no object at this key or below it"
                 )
             self._require_space(sum(stat.size for stat in objects), path)
-            root = "" if [stat.key for stat in objects] == [source.key] else source.key
-            jobs = [(stat, target / _relative_path(stat.key, root)) for stat in objects]
+            is_single_object = [stat.key for stat in objects] == [source.key]
+            folder = source.key.rpartition("/")[0] if is_single_object else source.key
+            jobs = [(stat, target / _relative_path(stat.key, folder)) for stat in objects]
             with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
                 sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
             for stat, digest in zip(objects, sums, strict=True):
@@ -161,7 +162,7 @@ class Fetcher:
         finally:
             store.close()
         files = [file for _, file in jobs]
-        return FetchedSource(files[0] if not root and len(files) == 1 else target, files)
+        return FetchedSource(files[0] if is_single_object else target, files)
 
     def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
         """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""
@@ -299,8 +300,6 @@ def _hub_unreachable_error(kind: SourceKind, path: str, repository: str, error: 
 
 
 def _relative_path(key: str, root: str) -> str:
-    if not root:
-        return PurePosixPath(key).name
     relative = key[len(root) :].lstrip("/")
     return "/".join(part for part in relative.split("/") if part not in ("", ".", ".."))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_trainer.settings import Settings
+from finetune_trainer.supervisor import agent_process as subject
 from finetune_trainer.supervisor.agent_process import _rank_environment
 
 RUN: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=1))
@@ -28,3 +29,34 @@ def test_future_warnings_of_libraries_are_hidden_unless_the_user_sets_pythonwarn
     assert _rank_environment(RUN, settings, "socket")["PYTHONWARNINGS"] == "ignore::FutureWarning"
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     assert _rank_environment(RUN, settings, "socket")["PYTHONWARNINGS"] == "default"
+
+
+class StartedProcess:
+    """Records the command and the environment that a process would be started with."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.command, self.environment = command, environment
+
+    def option(self, name: str) -> str | None:
+        return self.command[self.command.index(name) + 1] if name in self.command else None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address", "port", "local_address"), [(1, "127.0.0.1", "0", "127.0.0.1"), (2, "rank-0.host", "29400", None)]
+)
+def test_the_agent_meets_other_nodes_at_the_master_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, address: str, port: str, local_address: str | None
+) -> None:
+    monkeypatch.setattr(subject, "ChildProcess", StartedProcess)
+    world = SimpleNamespace(nodes=nodes, processes_per_node=3, master_address="rank-0.host", master_port=29400, rendezvous_id="r")
+    agent: Any = subject.start_agent(SimpleNamespace(attempt=1, world=world), Settings.from_env(work=str(tmp_path)), "socket")  # type: ignore[arg-type] # a fake run
+    options = ("--nodes", "--processes", "--address", "--port", "--local-address")
+    assert [agent.option(name) for name in options] == [str(nodes), "3", address, port, local_address]
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(1, "8"), (3, "2"), (8, "1"), (16, "1")])
+def test_ranks_share_the_cpus_of_the_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, threads: str) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(subject.os, "sched_getaffinity", lambda pid: set(range(8)))
+    run: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=ranks))
+    assert _rank_environment(run, Settings.from_env(work=str(tmp_path)), "socket")["OMP_NUM_THREADS"] == threads

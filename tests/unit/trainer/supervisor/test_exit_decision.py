@@ -80,3 +80,31 @@ def test_a_stop_is_saved_only_if_every_step_is_stored(
 @pytest.mark.parametrize(("grace", "deadline"), [(10, 109.0), (30, 127.0), (300, 395.0)])
 def test_the_deadline_leaves_time_for_the_termination_message(grace: float, deadline: float) -> None:
     assert stop_deadline(100.0, grace) == deadline
+
+
+@pytest.mark.parametrize(
+    ("agent_code", "node_rank", "code", "text"),
+    [
+        (-9, 0, 74, "was killed by signal 9"), (-1, 1, 74, "was killed by signal 1"), (1, 1, 74, "ended with 1"), (0, 0, 70, "without a final artefact"),
+        (None, 1, 74, "ended with None"),
+    ],
+)  # fmt: skip
+def test_the_end_of_the_agent_is_named(agent_code: int | None, node_rank: int, code: int, text: str) -> None:
+    decided = decide_exit(AttemptFacts(agent_code=agent_code), [], is_saved=False, node_rank=node_rank)
+    assert decided.code == code and decided.failure is not None and text in decided.failure.error.message
+    assert not decided.failure.is_reported
+
+
+@pytest.mark.parametrize(("step", "committed", "is_saved"), [(0, 0, True), (1, 0, False), (1, 1, True), (1, 2, True)])
+def test_an_attempt_from_zero_has_saved_what_it_committed(step: int, committed: int, is_saved: bool) -> None:
+    assert is_state_saved(AttemptFacts(), step=step, committed_step=committed, uploaded_step=0, node_rank=0) is is_saved
+
+
+def test_files_uploaded_beyond_the_agreed_step_are_saved() -> None:
+    facts = AttemptFacts(stopped_ranks={1})
+    assert is_state_saved(facts, step=9, committed_step=0, uploaded_step=10, node_rank=1)
+
+
+@pytest.mark.parametrize(("grace", "deadline"), [(49, 144.1), (50, 145.0), (51, 146.0)])
+def test_the_margin_for_the_termination_message_is_at_most_five_seconds(grace: float, deadline: float) -> None:
+    assert stop_deadline(100.0, grace) == pytest.approx(deadline)

@@ -16,9 +16,11 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.storage.base import ObjectStat
+from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_ATTEMPTS
-from finetune_trainer.supervisor.fetch import Fetcher
+from finetune_trainer.supervisor.fetch import Fetcher, fingerprint
 from web_server import Fault, WebServer
 
 SECRET_QUERY = "?X-Amz-Signature=hidden-word"
@@ -162,3 +164,144 @@ def test_the_error_message_for_a_model_does_not_show_the_signature(
     error = caught.value
     assert (error.exit_code, error.code, error.failure_class) == (66, code, FailureClass.MODEL)
     assert message in error.message and "model.source" in error.message and "hidden-word" not in str(error)
+
+
+class ObjectStore(FolderStore):
+    """A folder store in which, as in S3, a folder is not an object."""
+
+    def stat(self, key: str) -> ObjectStat | None:
+        return super().stat(key) if (self.root / key).is_file() else None
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetcher:
+    """A fetcher whose buckets are folders."""
+    run: Any = SimpleNamespace(model_store=None, dataset_store=None, storage=StoreTarget(uri="pvc://c/x"))
+    fetcher = Fetcher(run, tmp_path / "work")
+    monkeypatch.setattr(fetcher, "_open_store", lambda bucket, kind, **_: ObjectStore(tmp_path / bucket, f"s3://{bucket}"))
+    return fetcher
+
+
+def write_files(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"text of {name}")
+
+
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [
+        ("s3://bucket/data/a.jsonl", ["a.jsonl"]),
+        ("s3://bucket/data", ["a.jsonl", "inner/b.csv"]),
+        ("s3://bucket", ["data/a.jsonl", "data/inner/b.csv", "database/c.jsonl"]),
+    ],
+)
+def test_an_s3_source_is_one_object_or_all_objects_below_a_key(local: Fetcher, tmp_path: Path, source: str, files: list[str]) -> None:
+    write_files(tmp_path / "bucket", "data/a.jsonl", "data/inner/b.csv", "database/c.jsonl")
+    found = local.data(source, "dataset.train", "train")
+    assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in found] == files
+    assert [file.read_text().rpartition("/")[2] for file in found] == [name.rpartition("/")[2] for name in files]
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/missing", "file:///missing", "s3://bucket/dat"])
+def test_a_missing_source_is_named(local: Fetcher, tmp_path: Path, source: str) -> None:
+    write_files(tmp_path / "bucket", "data/a.jsonl")
+    with pytest.raises(FineTuneError, match="does not exist") as caught:
+        local.data(source, "dataset.train", "train")
+    assert (caught.value.code, caught.value.exit_code, caught.value.hint) == ("DatasetNotFound", 66, "correct dataset.train")
+
+
+@pytest.mark.parametrize(("free", "is_refused"), [(64 * 1024**2 + 16, True), (64 * 1024**2 + 17, False)])
+def test_a_reserve_of_64_mebibytes_stays_free(
+    local: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_refused: bool
+) -> None:
+    write_files(tmp_path / "bucket", "one.jsonl")
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: free)
+    if not is_refused:
+        assert len(local.data("s3://bucket/one.jsonl", "dataset.train", "train")) == 1
+        return
+    with pytest.raises(FineTuneError, match=r"has 0.00 GB, but the pod's disk has only 0.07 GB left"):
+        local.data("s3://bucket/one.jsonl", "dataset.train", "train")
+
+
+def test_a_model_is_a_folder_with_a_configuration(local: Fetcher, tmp_path: Path) -> None:
+    write_files(tmp_path / "bucket", "m/config.json", "m/w.safetensors", "weights/c", "weights/b", "weights/a", "weights/d", "weights/e", "weights/f")
+    model = local.model("s3://bucket/m", "model.source", "model")
+    assert (model.path, model.hub_revision) == (tmp_path / "work/fetched/model", None)
+    for source, text in (("s3://bucket/m/config.json", "which is a file"), (f"file://{tmp_path}/bucket/weights", r"\(it holds a, b, c, d, e\)")):
+        with pytest.raises(FineTuneError, match=text) as caught:
+            local.model(source, "model.source", "other")
+        assert (caught.value.code, caught.value.failure_class) == ("ModelInvalid", FailureClass.MODEL)
+
+
+def test_mounted_sources_are_used_in_place(local: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.PVC_MOUNT", str(tmp_path / "pvc"))
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.CONFIGMAP_MOUNT", str(tmp_path / "maps"))
+    write_files(tmp_path, "pvc/claim/d/b.csv", "pvc/claim/d/a.jsonl", "pvc/claim/d/ignored.bin", "maps/m/rows.jsonl")
+    assert [file.name for file in local.data("pvc://claim/d", "dataset.train", "train")] == ["a.jsonl", "b.csv"]
+    assert local.data("configmap://m/rows.jsonl", "dataset.train", "train") == [tmp_path / "maps/m/rows.jsonl"]
+    (tmp_path / "pvc/claim/empty").mkdir()
+    with pytest.raises(FineTuneError, match="holds no data file"):
+        local.data("pvc://claim/empty", "dataset.train", "train")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        ("GatedRepoError", "DatasetGated", "a/b@v1, which is gated"),
+        ("RevisionNotFoundError", "DatasetNotFound", "a/b@v1, which has no such revision"),
+        ("RepositoryNotFoundError", "DatasetNotFound", "a/b@v1, which is not on the hub"),
+        ("HFValidationError", "DatasetNotFound", "a/b@v1, which is not on the hub"),
+        ("LocalEntryNotFoundError", "HubUnreachable", "a/b@v1, but the model hub could not be reached (LocalEntryNotFoundError)"),
+    ],
+)
+def test_a_failure_of_the_hub_is_named(local: Fetcher, monkeypatch: pytest.MonkeyPatch, error: str, code: str, text: str) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> str:
+        kind = getattr(huggingface_hub.errors, error)
+        raise kind.__new__(kind, "no")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FineTuneError) as caught:
+        local.data("hf://a/b@v1", "dataset.train", "train")
+    assert caught.value.code == code and text in caught.value.message
+
+
+def test_a_hub_model_has_the_revision_of_its_snapshot(local: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    options: dict[str, Any] = {}
+
+    def download(repository: str, **given: Any) -> str:
+        options.update(given, repository=repository)
+        write_files(tmp_path / "0123abc", "config.json")
+        return str(tmp_path / "0123abc")
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert local.model("a/b", "model.source", "model").hub_revision == "0123abc"
+    assert (options["repository"], options["revision"], options["repo_type"], options["token"]) == ("a/b", None, "model", False)
+    assert options["cache_dir"] == tmp_path / "work/hub"
+
+
+MEBIBYTE = 1024**2
+
+
+@pytest.mark.parametrize(
+    ("size", "changed_byte", "is_noticed"),
+    [
+        (8 * MEBIBYTE, 4 * MEBIBYTE, True), (8 * MEBIBYTE + 1, 4 * MEBIBYTE, False), (9 * MEBIBYTE, MEBIBYTE - 1, True),
+        (9 * MEBIBYTE, MEBIBYTE, False), (9 * MEBIBYTE, 8 * MEBIBYTE - 1, False), (9 * MEBIBYTE, 8 * MEBIBYTE, True), (9 * MEBIBYTE, 9 * MEBIBYTE, True),
+    ],
+)  # fmt: skip
+def test_a_fingerprint_covers_small_files_and_the_ends_of_large_files(tmp_path: Path, size: int, changed_byte: int, is_noticed: bool) -> None:
+    file = tmp_path / "weights"
+    with file.open("wb") as stream:
+        stream.truncate(size)
+    before = fingerprint(tmp_path)
+    with file.open("r+b") as stream:
+        stream.seek(changed_byte)
+        stream.write(b"x")
+    assert before.startswith("sha256:") and len(before) == len("sha256:") + 64
+    assert (fingerprint(tmp_path) != before) is is_noticed

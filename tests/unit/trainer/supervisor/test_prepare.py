@@ -9,11 +9,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
+from finetune_api.errors import StorageError
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts
+from finetune_trainer.checkpoint.restore import RestoreResult
+from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError, SweepResult
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.folder import FolderStore
-from finetune_trainer.supervisor.prepare import Preparation, other_inputs_of
+from finetune_trainer.storage.preflight import StoreAbilities
+from finetune_trainer.supervisor import prepare as subject
+from finetune_trainer.supervisor.prepare import (
+    Preparation,
+    other_inputs_of,
+    run_facts_of,
+    setting_hashes_of,
+    sweep_leftovers,
+    with_restored_checkpoint,
+)
 from finetune_trainer.supervisor.run_state import RunState
 
 
@@ -92,7 +105,7 @@ def store(tmp_path: Path) -> RecordingStore:
 
 
 def make_preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
-    run: Any = SimpleNamespace(attempt=attempt, to_bytes=lambda: b"{}")
+    run: Any = SimpleNamespace(attempt=attempt, to_bytes=lambda: b"{}", storage=None, resume=None)
     settings = Settings.from_env(work=str(work))
     return Preparation(run, "", replace(settings, node_rank=node_rank), RunState())
 
@@ -118,3 +131,117 @@ def test_an_attempt_that_starts_after_a_later_one_changes_nothing_in_storage(sto
 def test_only_rank_0s_pod_claims_storage(store: RecordingStore, tmp_path: Path) -> None:
     make_preparation(tmp_path, 2, node_rank=1).claim_storage(CheckpointTree(store))
     assert store.changes == []
+
+
+@pytest.mark.parametrize(("busy_responses", "expected_pauses"), [(0, []), (1, [1.0]), (4, [1.0, 2.0, 4.0, 8.0])])
+def test_a_busy_store_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy_responses: int, expected_pauses: list[float]
+) -> None:
+    pauses: list[float] = []
+    responses = [StorageError("StorageFailed", "busy")] * busy_responses
+    monkeypatch.setattr(subject.time, "sleep", pauses.append)
+    preparation = make_preparation(tmp_path, 1)
+
+    def ask() -> str:
+        if responses:
+            raise responses.pop()
+        return "ready"
+
+    assert (preparation._retry_while_busy(ask), pauses) == ("ready", expected_pauses)
+
+
+@pytest.mark.parametrize(("code", "pauses_count"), [("StorageFailed", 4), ("EndpointUnreachable", 0)])
+def test_a_store_that_stays_busy_or_cannot_be_reached_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, pauses_count: int
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(subject.time, "sleep", pauses.append)
+
+    def refuse() -> None:
+        raise StorageError(code, "no")
+
+    with pytest.raises(StorageError, match=code):
+        make_preparation(tmp_path, 1)._retry_while_busy(refuse)
+    assert len(pauses) == pauses_count
+
+
+@pytest.mark.parametrize(
+    ("node_rank", "can_delete", "notes"),
+    [(0, True, None), (1, False, None), (0, False, ["storage: s3:DeleteObject is not granted; old checkpoints are not removed"])],
+)
+def test_only_rank_0s_pod_reports_the_abilities_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node_rank: int, can_delete: bool, notes: list[str] | None
+) -> None:
+    needs: list[bool] = []
+
+    def try_store(target: object, *, needs_write: bool) -> StoreAbilities:
+        needs.append(needs_write)
+        return StoreAbilities("s3", True, can_delete)
+
+    monkeypatch.setattr(subject, "preflight", try_store)
+    preparation = make_preparation(tmp_path, 1, node_rank)
+    preparation.preflight()
+    resolved = preparation._state.report().resolved
+    assert (needs, resolved.notes, resolved.storage is not None) == ([node_rank == 0], notes, node_rank == 0)
+
+
+def test_a_resumed_run_reports_its_step_and_what_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [
+        RestoreResult(manifest=Manifest(step=7, incarnation="a1-0", files=[]), path=tmp_path, uri="u", is_exact=False, inexact_reason="other seed",
+                      changed_inputs=["tokenizer", "adapter"], damage_messages=["step 9 is damaged"]),
+        RestoreResult(),
+    ]  # fmt: skip
+    monkeypatch.setattr(subject, "restore", lambda *_, **__: results.pop(0))
+    preparation = make_preparation(tmp_path, 1)
+    tree: Any = None
+    inputs = Inputs(model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path)
+    restored = with_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore
+    report = preparation._state.report()
+    assert restored is not None and (restored.step, restored.uri, restored.path) == (7, "u", tmp_path)
+    assert (report.resumed_from_step, report.resolved.resume_exact, report.resolved.resume_note) == (7, False, "other seed")
+    assert report.resolved.notes == ["skipped: step 9 is damaged", "resumed from step 7 with changed tokenizer, adapter"]
+    assert report.health.checkpoint_problem == "CheckpointDamaged: step 9 is damaged"
+    assert with_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore is None
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"), [({}, (1, 1, 0, 6)), ({"batchSizePerDevice": 2, "gradientAccumulationSteps": 4, "seed": 3}, (2, 4, 3, 48))]
+)
+def test_the_effective_batch_counts_all_ranks(tmp_path: Path, training: dict[str, int], expected: tuple[int, ...]) -> None:
+    inputs = Inputs(model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path)
+    run: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate({"training": training}), world=SimpleNamespace(size=6))
+    facts = run_facts_of(run, "c", inputs)
+    assert (facts.micro_batch, facts.accumulation, facts.seed, facts.effective_batch) == expected
+    assert "torch" in facts.versions
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [
+        ({"training": {"epochs": 3}}, {"training"}), ({"training": {"learningRate": 0.5}}, set()), ({"dataset": {"train": "a/b"}}, {"dataset"}),
+        ({"dataset": {"storage": {"region": "x"}}}, set()), ({"checkpoint": {"steps": 4}}, set()), ({"evaluation": {"steps": 4}}, {"evaluation"}),
+    ],
+)  # fmt: skip
+def test_settings_that_change_the_computed_numbers_are_hashed(change: dict[str, Any], groups: set[str]) -> None:
+    def hashes(spec: dict[str, Any]) -> dict[str, str]:
+        run: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate(spec))
+        return setting_hashes_of(run)
+
+    before, after = hashes({}), hashes(change)
+    assert {group for group in before if before[group] != after[group]} == groups
+    assert {len(text) for text in before.values()} == {12}
+
+
+def test_a_sweep_that_fails_adds_a_note() -> None:
+    state = RunState()
+    for result in (SweepResult(2), SweepResult(0, StorageError("x", "no access"))):
+        tree: Any = SimpleNamespace(sweep=lambda result=result: result)
+        sweep_leftovers(tree, state)
+    assert state.report().resolved.notes == ["storage: unfinished uploads could not be removed: no access"]
+
+
+def test_downloaded_bytes_are_shown(tmp_path: Path) -> None:
+    preparation = make_preparation(tmp_path, 1)
+    for size in (1_400_000, 600_000):
+        preparation._count_downloaded_bytes(size)
+    assert preparation._state.report().detail == "2 MB"

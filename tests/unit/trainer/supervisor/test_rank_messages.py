@@ -90,3 +90,21 @@ def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
 def test_a_stop_request_of_another_pod_also_stops_this_pod(pod: Pod) -> None:
     pod.receive("stopping", local_rank=1, step=12)
     assert pod.facts.stop_requested_at is not None and pod.state.current_stage is Stage.STOPPING
+
+
+def test_the_first_stop_request_decides_the_deadline(pod: Pod) -> None:
+    pod.facts.stop_requested_at = 5.0
+    pod.receive("stopping", local_rank=1, step=12)
+    pod.receive("stopped", local_rank=1)
+    assert (pod.facts.stop_requested_at, pod.facts.stopped_ranks, pod.state.report().detail) == (5.0, {1}, "at step 12")
+
+
+@pytest.mark.parametrize(("kind", "is_heartbeat"), [("alive", True), ("heartbeat", True), ("note", False), ("metrics", False)])
+def test_only_signs_of_work_are_heartbeats(pod: Pod, kind: str, is_heartbeat: bool) -> None:
+    pod.receive(kind, step=1, text="x", value={})
+    assert (pod.state.seconds_since_heartbeat() is not None) is is_heartbeat
+
+
+def test_an_output_on_the_pods_disk_is_uploaded(pod: Pod) -> None:
+    pod.receive("finished", local_rank=1, folder="unused")
+    assert pod.facts.is_output_written and pod.state.current_stage is Stage.UPLOADING

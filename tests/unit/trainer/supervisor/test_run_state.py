@@ -79,3 +79,85 @@ def test_the_last_heartbeat_may_be_newer_than_the_last_step(clock: FakeClock) ->
     assert (health.seconds_since_step, health.seconds_since_heartbeat) == (705.0, 5.0)
     state.record_step(2)
     assert state.report().health.seconds_since_heartbeat == 0.0
+
+
+def test_the_newest_time_of_a_step_counts_only_after_the_step_before_it(clock: FakeClock) -> None:
+    state = RunState()
+    assert (state.median_step_seconds(), state.seconds_since_step(), state.seconds_since_heartbeat()) == (None, None, None)
+    for step, seconds in ((1, 9), (2, 3), (2, 9), (4, 9), (5, 4)):
+        clock.now += seconds
+        state.record_step(step)
+    assert (state.median_step_seconds(), state.step) == (3.5, 5)
+    for step in range(6, 56):
+        clock.now += 7
+        state.record_step(step)
+    assert state.median_step_seconds() == 7.0, "only the newest 50 steps are measured"
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "display"),
+    [(0, 3, "0/3 (0%)"), (1, 3, "1/3 (33%)"), (3, 3, "3/3 (100%)"), (4, 3, "4/3 (100%)"), (None, 3, None), (1, None, None), (1, 0, None)],
+)
+def test_percentages_are_rounded_down(step: int | None, total: int | None, display: str | None) -> None:
+    state = RunState()
+    state.merge_progress(Progress(step=step, total_steps=total))
+    progress = state.report().progress
+    assert (progress.display, progress.seconds_remaining) == (display, None)
+
+
+def test_remaining_time_is_never_negative(clock: FakeClock) -> None:
+    state = RunState()
+    state.merge_progress(Progress(total_steps=3))
+    for step in (1, 2, 3, 4):
+        clock.now += 1.4
+        state.record_step(step)
+        progress = state.report().progress
+        assert (progress.seconds_remaining, progress.eta) == ((None, None) if step == 1 else (max(0, 3 - step), f"{max(0, 3 - step)}s"))
+
+
+def test_timings_and_counters_are_added(clock: FakeClock) -> None:
+    state = RunState()
+    for seconds in (1.25, 2.0):
+        state.add_timing("fetch", seconds)
+        state.increment_counter("checkpoints")
+    clock.now += 2
+    state.enter_stage(Stage.STARTING, "again")
+    clock.now += 1
+    report = state.report()
+    assert (report.timings, report.detail, state.counters) == ({"fetch": 3.25, "starting": 3.0}, "again", {"checkpoints": 2})
+    assert (report.attempt, report.uid, report.latest_checkpoint, report.resolved.notes) == (1, "", None, None)
+
+
+def test_checkpoints_are_listed_from_the_newest_to_the_oldest() -> None:
+    state = RunState()
+    for step in (5, 15, 10):
+        state.add_checkpoint(Checkpoint(step=step, uri=f"u{step}"), seconds=1.23456)
+    state.mark_checkpoint_healthy(10)
+    state.mark_checkpoint_healthy(11)
+    state.remove_checkpoint(5)
+    state.remove_checkpoint(6)
+    assert [(one.step, bool(one.healthy)) for one in state.checkpoints] == [(15, False), (10, True)]
+    assert (state.last_save_seconds, state.report().latest_checkpoint) == (1.235, "u15")
+    state.add_checkpoint(Checkpoint(step=20, uri="u20"))
+    assert state.last_save_seconds == 1.235
+
+
+def test_a_checkpoint_problem_makes_the_run_unhealthy_until_it_is_cleared() -> None:
+    state = RunState()
+    assert state.report().health.healthy is True
+    state.record_checkpoint_problem("Reason", "why")
+    assert (state.report().health.healthy, state.checkpoint_problem) == (False, "Reason: why")
+    state.clear_checkpoint_problem()
+    assert (state.report().health.healthy, state.checkpoint_problem) == (True, None)
+
+
+def test_of_checkpoints_with_the_same_loss_the_earlier_one_is_the_best() -> None:
+    losses = {9: None, 8: 0.5, 7: 0.5, 6: 0.5, 5: 0.5, 4: 0.25, 3: 0.0, 2: 0.0, 1: None}
+    checkpoints = [Checkpoint(step=step, uri="u", eval_loss=loss) for step, loss in losses.items()]
+    assert [one.step for one in newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
+    assert newest_and_best(checkpoints[:3]) == checkpoints[:3] and newest_and_best([]) == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(60, "1m0s"), (3599, "59m59s"), (3600, "1h0m"), (90061, "25h1m")])
+def test_long_durations_are_formatted(seconds: int, text: str) -> None:
+    assert format_duration(seconds) == text

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from finetune_api.status import Checkpoint
+from finetune_trainer.supervisor import server as subject
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server, format_metrics, merge_kubeflow_status
 
@@ -70,3 +73,54 @@ def test_metrics_have_the_prometheus_format() -> None:
     lines = format_metrics(state).splitlines()
     assert "finetune_trainer_step 7" in lines and "finetune_trainer_checkpoints_total 2" in lines
     assert 'finetune_trainer_stage{stage="starting"} 1' in lines
+
+
+def request(server: Server, path: str, body: bytes | None = None, length: int | None = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.putrequest("GET" if body is None else "POST", path)
+    if body is not None:
+        connection.putheader("Content-Length", str(len(body) if length is None else length))
+    connection.endheaders(body)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "length", "status", "text"),
+    [
+        ("/healthz?x=1", None, None, 200, b"ok\n"), ("/metrics", None, None, 200, b"finetune_trainer_stage"), ("/progress", None, None, 200, b'"stage"'),
+        ("/other", None, None, 404, b"try /"), ("/other", b"{}", None, 404, b"not found"), ("/status", b"{}", None, 422, b"trainerStatus"),
+        ("/status", b"[", None, 422, b"trainerStatus"), ("/status", b"", None, 422, b"trainerStatus"), ("/status", b"{}", 65537, 413, b"too large"),
+        ("/status", b'{"trainerStatus": {"progressPercentage": "x"}}', None, 422, b"trainerStatus"),
+        ("/status?x=1", b'{"trainerStatus": {}}'.ljust(65536), None, 200, b"trainerStatus"),
+    ],
+)  # fmt: skip
+def test_every_request_has_a_response(server: Server, path: str, body: bytes | None, length: int | None, status: int, text: bytes) -> None:
+    found_status, found = request(server, path, body, length)
+    assert found_status == status and text in found
+
+
+def test_a_status_from_another_host_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "LOOPBACK_ADDRESSES", ())
+    assert request(server, "/status", b'{"trainerStatus": {}}')[0] == 404
+
+
+def test_metrics_without_a_value_are_left_out() -> None:
+    state = RunState()
+    assert [line for line in format_metrics(state).splitlines() if not line.startswith("#")] == [
+        "finetune_trainer_healthy 1", 'finetune_trainer_stage{stage="starting"} 1',
+    ]  # fmt: skip
+    state.record_checkpoint_problem("Reason", "why")
+    for step in (5, 9):
+        state.add_checkpoint(Checkpoint(step=step, uri="u"), seconds=2.5)
+    lines = format_metrics(state).splitlines()
+    assert {"finetune_trainer_healthy 0", "finetune_trainer_checkpoint_step 9", "finetune_trainer_checkpoint_seconds 2.5"} <= set(lines)
+    assert "# TYPE finetune_trainer_healthy gauge" in lines and format_metrics(state).endswith("\n")
+
+
+def test_a_kubeflow_report_may_lack_every_field() -> None:
+    state = RunState()
+    merge_kubeflow_status(state, {"metrics": None})
+    merge_kubeflow_status(state, {"progressPercentage": 0, "estimatedRemainingSeconds": 0})
+    progress = state.report().progress
+    assert (progress.percent, progress.display, progress.seconds_remaining) == (0, "0%", 0)

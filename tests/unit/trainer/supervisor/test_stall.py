@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
 import pytest
 from finetune_api.status import Stage
+from finetune_trainer.supervisor import stall as subject
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stall import StallWatch
 
@@ -56,3 +60,48 @@ def test_a_configured_timeout_also_limits_the_first_step(clock: FakeClock) -> No
     clock.now += 61
     assert watch.stall_error() is not None
     assert StallWatch(state, 5).timeout_seconds() == 5.0
+
+
+@pytest.mark.parametrize(("step_seconds", "timeout"), [(29, 600.0), (30, 600.0), (31, 620.0)])
+def test_the_default_timeout_is_at_least_ten_minutes(clock: FakeClock, step_seconds: float, timeout: float) -> None:
+    state = RunState()
+    state.enter_stage(Stage.TRAINING)
+    for step in (1, 2):
+        clock.now += step_seconds
+        state.record_step(step)
+    state.record_activity()
+    watch = StallWatch(state, None)
+    clock.now += timeout
+    assert (watch.timeout_seconds(), watch.stall_error()) == (timeout, None)
+    clock.now += 1
+    error = watch.stall_error()
+    assert error is not None and f"no progress for {timeout + 1:.0f} s after step 2; a step takes {step_seconds}.00 s" in error.message
+
+
+def test_without_a_heartbeat_the_time_since_the_start_counts(clock: FakeClock) -> None:
+    state = RunState()
+    state.enter_stage(Stage.TRAINING)
+    watch = StallWatch(state, 60)
+    clock.now += 60
+    assert watch.stall_error() is None
+    clock.now += 1
+    error = watch.stall_error()
+    assert error is not None and "no progress for 61 s after step 0; a step takes 0.00 s" in error.message
+
+
+def test_only_ranks_are_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    signalled: list[tuple[int, int]] = []
+    pauses: list[float] = []
+    monkeypatch.setattr(subject.os, "kill", lambda pid, number: signalled.append((pid, number)))
+    monkeypatch.setattr(subject.time, "sleep", pauses.append)
+    commands = {11: b"python\0agent", 13: b"python\0-m\0train\0x", 14: b"python\0trainer", 15: b"train"}
+
+    def read_bytes(path: Path) -> bytes:
+        try:
+            return commands[int(path.parent.name)]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    subject.dump_rank_stacks([11, 12, 13, 14, 15])
+    assert signalled == [(13, signal.SIGUSR1), (15, signal.SIGUSR1)] and pauses == [1.0]

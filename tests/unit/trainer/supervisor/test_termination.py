@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from finetune_api.errors import ERROR_OF_CODE, FineTuneError
+from finetune_api.errors import ERROR_OF_CODE, FineTuneError, InternalError
 from finetune_api.exits import EXIT_POLICIES
 from finetune_api.names import MAX_TERMINATION_BYTES, ExitCode, FailureClass
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, Output, Progress
 from finetune_trainer.channel import Channel
-from finetune_trainer.failure import classify_error, failure_from_message
+from finetune_trainer.failure import RankFailure, classify_error, failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, ExitDecision, decide_exit
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
@@ -64,3 +64,33 @@ def test_a_message_is_cut_to_the_size_that_the_kubelet_keeps(tmp_path: Path, cap
     assert len((tmp_path / "termination").read_bytes()) <= MAX_TERMINATION_BYTES
     write_termination_message(message, tmp_path / "missing" / "termination")
     assert TerminationMessage.model_validate_json(capsys.readouterr().out).code == "TrainerCrashed", "without a termination log the message is printed"
+
+
+@pytest.mark.parametrize(
+    ("step", "start_step", "code", "text"),
+    [
+        (None, 4, ExitCode.PREEMPTED_SAVED, "stopped on request at step 4, the state is saved"),
+        (7, 4, ExitCode.PREEMPTED_UNSAVED, "stopped on request at step 7, the newest steps are not saved"),
+    ],
+)
+def test_a_stop_names_the_newest_step(step: int | None, start_step: int, code: ExitCode, text: str) -> None:
+    state = RunState()
+    state.merge_progress(Progress(step=step))
+    message = termination_message(ExitDecision(code), state.report(), output=None, start_step=start_step, node_name="")
+    assert (message.message, message.step, message.node) == (text, step, None)
+    assert (message.committed_step, message.checkpoint, message.latest_checkpoint) == (None, None, None)
+    assert message.time_ns and message.time_ns > 10**18
+
+
+@pytest.mark.parametrize(("failed_at", "step"), [(None, 7), (0, 0), (3, 3)])
+def test_a_failure_names_the_step_and_time_of_the_rank(failed_at: int | None, step: int) -> None:
+    failure = RankFailure(InternalError("x", "m"), rank=0, step=failed_at, time_ns=5)
+    message = message_of(ExitDecision(70, failure))
+    assert (message.step, message.rank, message.time_ns, message.origin, message.latest_checkpoint) == (step, 0, 5, True, "s3://b/step-5")
+
+
+@pytest.mark.parametrize(("hint", "text"), [("write x", "Code: wrong (write x)"), (None, "Code: wrong")])
+def test_a_failure_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, hint: str | None, text: str) -> None:
+    write_termination_message(TerminationMessage(exit_code=70, code="Code", message="wrong", hint=hint), tmp_path / "log")
+    write_termination_message(TerminationMessage(exit_code=0), tmp_path / "log")
+    assert caplog.messages == [text]
