@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -29,11 +30,16 @@ SUSPENDED_ATTEMPT = {"number": 1, "startTime": T0.isoformat(), "endTime": T0.iso
 SECOND_ATTEMPT_STATUS = status(attempt=2, attempts=[SUSPENDED_ATTEMPT])
 
 
+def as_response(body: Object) -> Object:
+    """Encode and decode the object, so that equal values are different Python objects."""
+    return cast("Object", json.loads(json.dumps(body)))
+
+
 @pytest.fixture
 def server() -> Server:
     """A server whose FineTuneJob is about to start its second attempt."""
     found = new_server()
-    found.put(FINETUNEJOB, {**found.finetunejob, "status": SECOND_ATTEMPT_STATUS.to_wire()})
+    found.put(FINETUNEJOB, as_response({**found.finetunejob, "status": SECOND_ATTEMPT_STATUS.to_wire()}))
     return found
 
 
@@ -100,13 +106,16 @@ async def test_second_attempt_is_created_if_the_facts_match_the_server(server: S
     "changed_parts",
     [
         {"metadata": {"uid": "another"}},
+        {"metadata": {"uid": "0"}},
         {"metadata": {"generation": 2}},
+        {"metadata": {"generation": 0}},
         {"metadata": {"deletionTimestamp": "2026-11-21T12:00:00Z"}},
         {"spec": {"suspend": True}},
         {"spec": {"cancel": True}},
         {"status": {"attempt": 3}},
+        {"status": {"attempt": 1}},
     ],
-    ids=["other uid", "other generation", "deleting", "suspended", "cancelled", "other attempt"],
+    ids=["other uid", "lower uid", "newer spec", "older spec", "deleting", "suspended", "cancelled", "later attempt", "earlier attempt"],
 )
 async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: Server, changed_parts: dict[str, Object]) -> None:
     """The API server has stored a change that the watch has not delivered yet."""
@@ -157,7 +166,7 @@ async def put_existing_job(server: Server, uid: str) -> None:
     assert result.created_job is not None
     body = server.objects[JOB.plural, "run-1"]
     owners = [{**owner, "uid": uid} for owner in body["metadata"]["ownerReferences"]]
-    server.put(JOB, {**body, "metadata": {**body["metadata"], "ownerReferences": owners}})
+    server.put(JOB, as_response({**body, "metadata": {**body["metadata"], "ownerReferences": owners}}))
 
 
 async def test_existing_own_job_is_adopted(server: Server) -> None:
@@ -167,16 +176,17 @@ async def test_existing_own_job_is_adopted(server: Server) -> None:
     assert result.created_job is not None and result.blocking_condition is None
 
 
+@pytest.mark.parametrize("uid", ["another", "0"])
 @pytest.mark.parametrize("metadata", [{}, {"ownerReferences": []}, {"ownerReferences": [], "labels": {}}], ids=["other owner", "only labels", "nothing"])
-async def test_job_of_another_owner_is_not_adopted(server: Server, metadata: Object) -> None:
-    await put_existing_job(server, "another")
+async def test_job_of_another_owner_is_not_adopted(server: Server, uid: str, metadata: Object) -> None:
+    await put_existing_job(server, uid)
     body = server.objects[JOB.plural, "run-1"]
     server.put(JOB, {**body, "metadata": {**body["metadata"], **metadata}})
     conflict = BlockingCondition(Reason.CHILDREN_CONFLICT, "Job run-1 exists and belongs to another object")
     assert await carry_out(server, *first_attempt()) == ActionResult(blocking_condition=conflict)
 
 
-@pytest.mark.parametrize(("owner", "adopted"), [("uid-run-1", True), ("another", False)])
+@pytest.mark.parametrize(("owner", "adopted"), [("uid-run-1", True), ("another", False), ("zzz", False)])
 async def test_service_is_adopted_only_if_the_job_owns_it(server: Server, owner: str, adopted: bool) -> None:
     server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team", "ownerReferences": [{"uid": owner}]}})
     result = await carry_out(server, *first_attempt(spec(resources={"nodes": 2, "gpusPerNode": 0})))
@@ -221,13 +231,13 @@ def test_service_is_checked_again_after_the_resync_interval() -> None:
     async def check() -> None:
         server, counts = new_server(), []
         executor = PlanExecutor(cast("KubeClient", server), CONFIG)
-        for wait, uid in ((0, "a"), (1, "b"), (0, "a"), (298, "a"), (1, "b"), (0, "a"), (1, "b"), (299, "b"), (0, "a")):
+        for wait, uid in ((0, "a"), (1, "b"), (0, "a"), (298, "a"), (1, "b"), (0, "a"), (1, "b"), (299, "b"), (0, "a"), (1, "b"), (0, "a")):
             await asyncio.sleep(wait)
             observed = facts(spec=GANG, jobs=[job(nodes=2, uid=uid, name="run-1")])
             server.objects.pop((SERVICE.plural, "run-1"), None)
             await executor.act(observed, Plan(Situation.ACTIVE))
             counts.append(server.count("create", SERVICE))
-        assert counts == [1, 2, 2, 2, 2, 3, 4, 4, 5]
+        assert counts == [1, 2, 2, 2, 2, 3, 4, 4, 5, 6, 6]
 
     assert CONFIG.resync_seconds == 300
     run(check())
