@@ -238,7 +238,7 @@ class EventRecorder:
                     await self._post(event)
             except (KubeError, TimeoutError) as error:
                 # A terminating namespace or a missing permission must not fail the reconcile.
-                logger.info("event not posted: %s", error or "timeout")
+                logger.info("event not posted: %s", str(error) or "timeout")
 
     def record_status_write(self, uid: str) -> None:
         """Record that the status was written. From now on, an equal event is a repeat, and the series counts it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ def test_refusal_has_its_reason_and_message_and_is_final_only_if_another_spec_he
     acceptance = refuse_spec(written)
     assert (acceptance.reason, acceptance.is_final) == (reason, final)
     assert expected_text in acceptance.message
+    assert acceptance.hint
 
 
 @pytest.mark.parametrize("new_storage", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
@@ -210,7 +212,9 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.is_final) == (Reason.REJECTED, first_attempt is None)
     other_bytes = int(refusal.message.split("has ")[1].split(" bytes")[0]) - 57344
-    assert isinstance(accept_with_value(57344 - other_bytes), AcceptedSpec)
+    longest = accept_with_value(57344 - other_bytes)
+    assert isinstance(longest, AcceptedSpec)
+    assert len(json.dumps(longest.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # 1e-8 or 1e-08
     assert isinstance(accept_with_value(57345 - other_bytes), RefusedSpec)
 
 

@@ -74,7 +74,7 @@ def test_scheduling_gate_is_named() -> None:
 
 def test_most_important_condition_of_all_pods_is_shown() -> None:
     pods = [
-        replace(pod(), terminated=TerminatedState(0)),
+        replace(pod(), phase="".join(["Run", "ning"]), terminated=TerminatedState(0)),  # a new string, as in a response
         replace(pod(), phase="Pending", unschedulable_message="0/1 nodes"),
         replace(pod(), phase="Pending", waiting_reason="ErrImagePull"),
         replace(pod(), phase="Pending", waiting_reason="CreateContainerConfigError"),

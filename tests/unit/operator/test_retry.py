@@ -62,6 +62,7 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
         ([("InternalError", True, 0), ("InternalError", True, 5), ("InternalError", True, 0)], 10.0),
         ([("InternalError", True, 0), ("Preempted", False, 0)], 10.0),
         ([("Preempted", False, 0), ("InternalError", True, 0)], 20.0),
+        ([("DataError", True, 0)], 10.0),
         ([("TrainerTooOld", False, 0)], 10.0),
         ([("TrainerTooOld", False, 0), ("TrainerTooOld", False, 0)], 20.0),
         ([("Preempted", False, 0)], 0.0),

@@ -79,7 +79,10 @@ async def test_status_is_written_without_permission_for_events(server: Server, r
     assert bool(server.event_counts()) is (refused == "nothing")
 
 
-async def test_status_is_written_when_the_event_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_status_is_written_when_the_event_times_out(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(events, "POST_TIMEOUT_SECONDS", 0.01)
 
     async def never_answer(kind: Kind, namespace: str, body: Object) -> ApiResponse:
@@ -91,6 +94,7 @@ async def test_status_is_written_when_the_event_times_out(server: Server, monkey
     await Process(server).reconcile()
     assert server.finetunejob["status"]["phase"] == "Starting"
     assert server.event_counts() == {}
+    assert "event not posted: timeout" in caplog.messages
 
 
 # The first status during a burst of new jobs

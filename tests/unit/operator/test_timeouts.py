@@ -114,7 +114,8 @@ def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
 @pytest.mark.parametrize(
     ("pods", "reported_at", "unready_since", "seconds"),
     [
-        ([UNREADY_POD], at(-61), None, 61), ([UNREADY_POD], at(-60), None, None), ([UNREADY_POD], None, None, None),
+        ([UNREADY_POD], at(-61), None, 61), ([UNREADY_POD], at(-60), None, None), ([UNREADY_POD], at(-59), None, None),
+        ([UNREADY_POD], None, None, None),
         ([UNREADY_POD], at(-90), at(-61), 61), ([UNREADY_POD], at(-61), at(-90), 61), ([UNREADY_POD], at(-90), at(-60), None),
         ([], at(-61), None, None), ([end_pod(pod(), 70)], at(-61), None, None),
         ([UNREADY_POD, end_pod(pod(), 70)], at(-61), None, 61), ([UNREADY_POD, pod(index=1)], at(-61), None, None),
