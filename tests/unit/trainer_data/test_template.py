@@ -55,7 +55,7 @@ def test_generation_markers_may_split_an_answer(tmp_path: Path) -> None:
     options = render_options(tokenizer(tmp_path, MARKED_IN_PIECES))
     assert trained_texts(Conversation(TWO_ANSWERS), options) == ["re", "d<|im_end|>\n", "gr", "een<|im_end|>\n"]
     turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
-    assert "red" not in "".join(trained_texts(Conversation(turns), options)), (
+    assert trained_texts(Conversation(turns), options) == ["<|im_start|>assistant says: green<|im_end|>"], (
         "the content of the answers is searched if the marked spans cannot be matched"
     )
 
@@ -150,10 +150,10 @@ ALL_ROLES = (Turn("system", "be"), HI, UNTRAINED_HO, Turn("tool", "42"), Turn("a
     ("example", "options", "expected"),
     [
         (Text("some text"), {}, "«some text»"),
-        (Completion("ask ", "say"), {"use_chat_template": False}, "ask «say»"),
-        (Completion("ask ", "say"), {"use_chat_template": False, "response_only": False}, "«ask say»"),
-        (Completion("ask ", "say"), {"text_as_turns": False}, "ask «say»"),
-        (Completion("ask ", "say"), {}, "[user\nask ]\n[assistant\n«say]»\n"),
+        (Completion("ask ", "answer"), {"use_chat_template": False}, "ask «answer»"),
+        (Completion("ask ", "answer"), {"use_chat_template": False, "response_only": False}, "«ask answer»"),
+        (Completion("ask ", "answer"), {"text_as_turns": False}, "ask «answer»"),
+        (Completion("ask ", "answer"), {}, "[user\nask ]\n[assistant\n«answer]»\n"),
         (Conversation(ALL_ROLES), {"use_chat_template": False}, "System: be\nUser: hi\nAssistant: ho\nTool: 42\nAssistant: «»\nAssistant: «green»"),
         (
             Conversation(ALL_ROLES), {"use_chat_template": False, "response_only": False},

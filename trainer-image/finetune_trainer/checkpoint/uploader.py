@@ -213,7 +213,7 @@ class Uploader:
         return self._queued is None and self._uploading is None and self._final is None
 
     def close(self) -> None:
-        """End the uploader thread after its current upload, without further retries."""
+        """End the uploader thread after the current and the queued uploads, without further retries."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

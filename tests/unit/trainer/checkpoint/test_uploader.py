@@ -578,27 +578,28 @@ def test_a_queued_checkpoint_is_unsaved_since_it_was_queued(bench: UploaderBench
 
 
 @pytest.mark.parametrize(
-    ("step", "graceful", "error", "tries", "problem"),
+    ("step", "graceful", "error", "seconds", "tries", "problem"),
     [
-        (None, False, StorageError("StorageFailed", "gone"), 2, None),
-        (None, True, CredentialsError("AccessDenied", "no"), 1, None),
-        (3, False, StorageError("StorageFailed", "gone"), 1, "StorageFailed: step 3 was not stored: gone"),
-        (3, True, CredentialsError("AccessDenied", "no"), 1, "AccessDenied: step 3 was not stored: no"),
-        (3, False, ValueError("bad"), 1, "UploadFailed: step 3 was not stored: ValueError: bad"),
+        (None, False, StorageError("StorageFailed", "gone"), 30, 2, None),
+        (None, False, StorageError("StorageFailed", "gone"), 45, 2, None),
+        (None, True, CredentialsError("AccessDenied", "no"), 30, 1, None),
+        (3, False, StorageError("StorageFailed", "gone"), 30, 1, "StorageFailed: step 3 was not stored: gone"),
+        (3, True, CredentialsError("AccessDenied", "no"), 30, 1, "AccessDenied: step 3 was not stored: no"),
+        (3, False, ValueError("bad"), 30, 1, "UploadFailed: step 3 was not stored: ValueError: bad"),
     ],
-    ids=["final model", "final model, refused", "checkpoint", "checkpoint of a stop, refused", "other error"],
+    ids=["until the limit", "beyond the limit", "final model, refused", "checkpoint", "checkpoint of a stop, refused", "other error"],
 )
 def test_only_the_last_upload_of_a_run_is_retried(
-    step: int | None, graceful: bool, error: Exception, tries: int, problem: str | None, bench: UploaderBench,
+    step: int | None, graceful: bool, error: Exception, seconds: float, tries: int, problem: str | None, bench: UploaderBench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Each try takes half of the time in which the final model is retried."""
+    """Each try takes some seconds. The final model is retried for 60 seconds."""
     clock = FakeClock(monkeypatch)
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
     keys: list[str] = []
 
     def refuse(key: str) -> None:
-        clock.now += 30
+        clock.now += seconds
         keys.append(key)
         raise error
 
@@ -727,7 +728,7 @@ def test_a_repeated_restored_step_is_not_healthy_yet(tmp_path: Path) -> None:
     bench.uploader.close()
 
 
-def test_closing_ends_the_thread(tmp_path: Path) -> None:
+def test_closing_ends_the_thread_after_the_queued_upload(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     bench = UploaderBench(tmp_path)
     (thread,) = set(threading.enumerate()) - before
@@ -735,6 +736,12 @@ def test_closing_ends_the_thread(tmp_path: Path) -> None:
     bench.enqueue(1)
     bench.wait_until_idle()
     assert thread.is_alive()
+    bench.store.gate.clear()
+    bench.store.entered.clear()
+    bench.enqueue(2)
+    assert bench.store.entered.wait(10)
+    bench.enqueue(3)
     bench.uploader.close()
+    bench.store.gate.set()
     thread.join(10)
-    assert not thread.is_alive()
+    assert not thread.is_alive() and bench.steps() == [3, 2, 1]
