@@ -102,6 +102,10 @@ LENGTH_TEMPLATE = "{{ messages[-1].content | length }}" + CHATML_TEMPLATE
 LENGTH_AT_END_TEMPLATE = CHATML_TEMPLATE + "{{ messages[-1].content | length }}"
 REMINDER_TEMPLATE = CHATML_TEMPLATE.replace("'<|im_end|>", "(' end' if loop.last else '') + '<|im_end|>")
 """Adds a word to the last message, so that the text of earlier turns changes with each turn."""
+SUFFIX_TEMPLATE = CHATML_TEMPLATE.replace("'<|im_end|>", "(' ok' if message['role'] == 'assistant' else '') + '<|im_end|>")
+PREFIX_TEMPLATE = CHATML_MARKED.replace("{% generation %}", "{{ '> ' }}").replace("{% endgeneration %}{{ '", "{{ ' end' if loop.last else '' }}{{ '")
+"""Template that writes `> ` before an answer, and a word after the last answer."""
+HEADER_ONLY_TEMPLATE = PREFIX_TEMPLATE.replace("{{ '> ' }}{{ message['content'] + '<|im_end|>' }}{{ ' end' if loop.last else '' }}{{ '\\n' }}", "")
 HEADER_TEMPLATE = CHATML_TEMPLATE.replace("<|im_start|>assistant\\n' }}{% endif %}", "# ' }}{% endif %}")
 """Template whose generation prompt is not part of the conversation."""
 TOOLS_TEMPLATE = "{{ tools | length if tools is not none else 'no' }} tools\n" + CHATML_MARKED
@@ -129,12 +133,15 @@ END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
         (TOOLS_TEMPLATE, (HI, HO), "no tools\n[user\nhi]\n[assistant\n«ho]»\n"),
         (THINKING_TEMPLATE, (HI, HO, TWO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo]\n[assistant\n«<think></think>green]»\n"),
         (REMINDER_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo end]\n"),
+        (SUFFIX_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«ho ok]»\n[user\ntwo]\n"),
+        (PREFIX_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«> ho]»\n[user\ntwo]\n"),
         (HEADER_TEMPLATE, (HI, HO, TWO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo]\n[assistant\n«green]»\n"),
     ],
     ids=[
         "one answer", "answer first", "answer with spaces", "empty answer", "answer with an end token", "two answers in a row",
         "untrained answer", "no answer", "no answer, marked", "marked, weights differ", "marked, weight 0", "changed answer", "end token inside the markers",
-        "marked, with tools", "last answer rendered differently", "last turn rendered differently", "other generation prompt",
+        "marked, with tools", "last answer rendered differently", "last turn rendered differently", "text after an answer",
+        "text before an answer", "other generation prompt",
     ],
 )  # fmt: skip
 def test_only_the_answers_are_trained_on(template: str, turns: tuple[Turn, ...], expected: str, tmp_path: Path) -> None:
@@ -205,10 +212,14 @@ def test_the_longest_special_token_ends_the_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "turns", "answer"),
     [
-        (TWICE_TEMPLATE, (HO, HI), 1), (HIDDEN_TEMPLATE, (HO, HI), 1), (LENGTH_TEMPLATE, (HI, HI, GREEN), 3), (LENGTH_TEMPLATE, (TWO, HO), 2),
+        (TWICE_TEMPLATE, (HO, HI), 1), (HIDDEN_TEMPLATE, (HO, HI), 1), (HEADER_ONLY_TEMPLATE, (HI, HO), 2),
+        (LENGTH_TEMPLATE, (HI, HI, GREEN), 3), (LENGTH_TEMPLATE, (TWO, HO), 2),
         (LENGTH_AT_END_TEMPLATE, (HO,), 1), (LENGTH_AT_END_TEMPLATE, (GREEN,), 1),
     ],
-    ids=["repeated answer", "no answer", "other text before a long answer", "before a short answer", "other text after a short answer", "after a long answer"],
+    ids=[
+        "repeated answer", "no answer", "only the header",
+        "other text before a long answer", "before a short answer", "other text after a short answer", "after a long answer",
+    ],
 )  # fmt: skip
 def test_a_template_that_hides_the_answers_is_refused(
     template: str, turns: tuple[Turn, ...], answer: int, tmp_path: Path
