@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -245,3 +246,35 @@ def test_downloaded_bytes_are_shown(tmp_path: Path) -> None:
     for size in (1_400_000, 600_000):
         preparation._count_downloaded_bytes(size)
     assert preparation._state.report().detail == "2 MB"
+
+
+def test_every_source_of_the_spec_is_fetched(tmp_path: Path) -> None:
+    sources = tmp_path / "sources"
+    for name in ("model/config.json", "tokenizer/tokenizer.json", "adapter/adapter_config.json", "reference/config.json",
+                 "a.jsonl", "b.jsonl", "train.jsonl", "valid.jsonl", "test.jsonl"):  # fmt: skip
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).write_text(name)
+
+    def fetch(**groups: Any) -> Inputs:
+        spec = {"model": {"source": f"file://{sources}/model"}, "dataset": {"train": f"file://{sources}/train.jsonl"}} | groups
+        preparation = make_preparation(tmp_path / "work", 1)
+        preparation._run.spec = FineTuneJobSpec.model_validate(spec)  # type: ignore[misc] # this fake run is not frozen
+        return preparation._fetch()
+
+    def names(inputs: Inputs, *fields: str) -> list[Any]:
+        values = [getattr(inputs, field) for field in fields]
+        return [[file.name for file in value] if isinstance(value, list) else value and value.name for value in values]
+
+    model = {"source": f"file://{sources}/model", "tokenizer": f"file://{sources}/tokenizer"}
+    full = fetch(
+        model=model, method={"adapter": {"source": f"file://{sources}/adapter"}}, trainer={"dpo": {"referenceModel": f"file://{sources}/reference"}},
+        dataset={"mixture": [{"source": f"file://{sources}/{name}.jsonl"} for name in "ab"]}
+        | {name: f"file://{sources}/{file}.jsonl" for name, file in (("validation", "valid"), ("test", "test"))},
+    )  # fmt: skip
+    assert names(full, "model", "tokenizer", "adapter", "reference") == ["model", "tokenizer", "adapter", "reference"]
+    assert names(full, "train", "validation", "test") == [[], ["valid.jsonl"], ["test.jsonl"]]
+    assert [[file.name for file in part] for part in full.mixture] == [["a.jsonl"], ["b.jsonl"]]
+    small = fetch(model=model | {"tokenizer": model["source"]})
+    assert names(small, "tokenizer", "adapter", "reference", "train", "mixture", "test") == [None, None, None, ["train.jsonl"], [], []]
+    assert small.output_dir == tmp_path / "work/output" and small.model_revision.startswith("sha256:")
+    assert small.dataset_digest == hashlib.sha256(hashlib.sha256(b"train.jsonl").hexdigest().encode()).hexdigest()
