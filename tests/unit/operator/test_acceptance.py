@@ -242,3 +242,14 @@ def test_pool_resources_take_precedence_over_the_operators() -> None:
         assert isinstance(acceptance, AcceptedSpec)
         found = acceptance.spec.resources
         assert (found.node_pool, found.gpu_resource, found.cpu, found.memory, found.ephemeral_storage, found.shared_memory) == expected
+
+
+def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
+    """The job waits instead of failing, because the user cannot correct the operator's configuration."""
+    config = parse_config({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
+    written = {name: group for name, group in spec().items() if name != "storage"}
+    acceptance = accept(written, config)
+    assert isinstance(acceptance, RefusedSpec)
+    assert (acceptance.reason, acceptance.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
+    assert acceptance.hint
+    assert isinstance(accept(spec(), config), AcceptedSpec)

@@ -268,6 +268,7 @@ def test_each_rollback_skips_one_more_checkpoint(steps: list[int], texts: list[s
         change = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
         assert isinstance(change, Adaptation)
         assert (change.change, change.time, change.reason) == (text, T0, Reason.DIVERGED)
+        assert (change.set or {}).get("resume.firstAttempt", 2) == 2
         adaptations.append(change)
     end = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
     assert isinstance(end, AdaptationsExhausted)

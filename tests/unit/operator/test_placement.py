@@ -85,16 +85,6 @@ def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None
     assert f"spec.resources.{name}" in acceptance.message and value in acceptance.message
 
 
-def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
-    """The job waits instead of failing, because the user cannot correct the operator's configuration."""
-    config = parse_config({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
-    written = {name: group for name, group in spec().items() if name != "storage"}
-    acceptance = accept(written, config)
-    assert isinstance(acceptance, RefusedSpec)
-    assert (acceptance.reason, acceptance.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
-    assert isinstance(accept(spec(), config), AcceptedSpec)
-
-
 def test_storage_with_dots_in_its_path_is_refused() -> None:
     found = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
     assert isinstance(found, RefusedSpec) and found.is_final
