@@ -161,3 +161,14 @@ def test_of_checkpoints_with_the_same_loss_the_earlier_one_is_the_best() -> None
 @pytest.mark.parametrize(("seconds", "text"), [(60, "1m0s"), (3599, "59m59s"), (3600, "1h0m"), (90061, "25h1m")])
 def test_long_durations_are_formatted(seconds: int, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_seconds_are_rounded(clock: FakeClock) -> None:
+    state = RunState()
+    for step in (300, 301):
+        clock.now += 1.23456
+        state.record_step(step)
+        state.record_activity()
+    clock.now += 0.12345
+    health = state.report().health
+    assert (health.median_step_seconds, health.seconds_since_step, health.seconds_since_heartbeat) == (1.2346, 0.123, 0.123)
