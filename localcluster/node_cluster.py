@@ -97,7 +97,7 @@ class NodeCluster:
             return False
         if (count := self.plan.count) != self.options.nodes:
             raise ClusterDiffers(
-                f"the cluster in {self.state_dir} is running with {count} node(s), but {self.options.nodes} were requested: "
+                f"the cluster in {self.state_dir} is running with {count} node(s), but {self.options.nodes} node(s) are requested: "
                 f"run `localcluster down` first"
             )
         return True

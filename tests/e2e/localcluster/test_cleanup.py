@@ -51,7 +51,7 @@ def test_second_up_uses_the_running_cluster_and_other_options_are_refused(cluste
     pid = Machine(cluster.state_dir).pid()
     again = NodeCluster(cluster.state_dir, nodes=2).up()
     assert Machine(again.state_dir).pid() == pid
-    with pytest.raises(ClusterDiffers, match="2 node.*not 1: run `localcluster down` first"):
+    with pytest.raises(ClusterDiffers, match="2 node.*but 1 node.*are requested: run `localcluster down` first"):
         NodeCluster(cluster.state_dir, nodes=1).up()
     with pytest.raises(ClusterBusy, match="only one can run per machine"):
         NodeCluster(tmp_path / "other").up()
