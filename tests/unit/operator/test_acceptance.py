@@ -122,7 +122,7 @@ def test_size_limit_counts_bytes_and_not_characters() -> None:
 
 def test_stricter_storage_rules_do_not_end_a_started_job() -> None:
     acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
-    assert isinstance(acceptance, RefusedSpec) and not acceptance.is_final
+    assert isinstance(acceptance, RefusedSpec) and not acceptance.is_final and acceptance.hint
 
 
 @pytest.mark.parametrize(

@@ -132,4 +132,5 @@ def test_running_pods_stall_if_none_has_answered_or_been_ready_for_the_stall_tim
 
 def test_node_is_lost_if_its_pod_exists_longer_than_the_margin_after_its_grace_period() -> None:
     late, deleted = replace(pod(), deletion_timestamp=at(-31)), replace(pod(), deletion_timestamp=at(-31), is_deleted=True)
+    assert timeouts.pods_of_lost_nodes([replace(pod(), deletion_timestamp=at(-29))], 30.0, T0) == []
     assert timeouts.pods_of_lost_nodes([pod(), late, deleted, replace(pod(), deletion_timestamp=at(-30))], 30.0, T0) == [late]
