@@ -82,11 +82,11 @@ class StatusWriter:
             is_pruned = written_job.status.to_wire() != sent_status
             state.pruned_write = (written_job.resource_version, sent_status) if is_pruned else None
             return written_job
-        reduced_version = reduced_status(new_status, job.status)
-        if reduced_version.to_wire() == job.status.to_wire():
+        status_without_reports = reduced_status(new_status, job.status)
+        if status_without_reports.to_wire() == job.status.to_wire():
             return job
         try:
-            return await self._send_status(job, reduced_version)
+            return await self._send_status(job, status_without_reports)
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
