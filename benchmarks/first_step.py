@@ -125,7 +125,7 @@ class Run:
             response = self._core.connect_get_namespaced_pod_proxy_with_path(
                 pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
             )
-            return ProgressReport.model_validate_json(response.data)
+            return ProgressReport.model_validate_json(response.data)  # type: ignore[attr-defined]  # the stub does not know `_preload_content`
         except (client.ApiException, ValidationError):
             return None
 

@@ -315,7 +315,7 @@ def reward(completions, prompts, note, **columns):
     return [0.0] * len(completions)
 """
     named = {"role": "user", "content": "two", "name": "bob"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": [user_message("one")]},
         {"prompt": [named], "note": 2**70},
         {"prompt": [user_message("three")], "note": ["x", {"a": 1}]},

@@ -20,7 +20,7 @@ LAST_STEP = 4
 """The run ends in the middle of an epoch, because an epoch has nine steps."""
 
 
-class OneWeightModel(torch.nn.Module):
+class OneWeightModel(torch.nn.Module):  # type: ignore[name-defined]  # importorskip returns Any
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
@@ -128,7 +128,7 @@ class ClockedTrainer(PlainGuardedTrainer):
         return super().compute_loss(*args, **options)
 
 
-class SlowRows(torch.utils.data.Dataset):
+class SlowRows(torch.utils.data.Dataset):  # type: ignore[name-defined]  # importorskip returns Any
     def __len__(self) -> int:
         return 9
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
         )
         # The weights are loaded a second time, because only this call returns the missing and unexpected keys.
-        loaded = set_peft_model_state_dict(peft_model, dict(weights))
+        loaded: Any = set_peft_model_state_dict(peft_model, dict(weights))
         _require_all_keys(
             _absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
         )
@@ -169,7 +169,7 @@ def _require_all_keys(absent_names: list[str], unexpected_names: list[str], erro
         )  # fmt: skip
 
 
-def _absent_weights(peft_model: Any, missing_names: Set[str]) -> list[str]:
+def _absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
     """Names of trained parameters that the file lacks. A parameter that layers share has several names (VB-LoRA's vector bank)."""
     names: dict[int, list[str]] = {}
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):
