@@ -87,7 +87,7 @@ def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> di
 
 
 def main() -> None:
-    """Measure and write the result. A part that is not measured keeps the figures of the last run."""
+    """Measure and write the result. A part that is not measured keeps its measurements of the last run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="lora,full,slow", help="parts to measure")
     parser.add_argument("--lora-steps", type=int, default=240)
@@ -97,16 +97,16 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts.split(",")
     path = record.RESULTS_FOLDER / "checkpoint_stall.json"
-    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    measurements: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
     with open_workspace() as workspace:
         if "lora" in parts:
-            figures["lora"] = measure_stalls(workspace, "lora", LORA_MODEL_SHAPE, options.lora_steps)
+            measurements["lora"] = measure_stalls(workspace, "lora", LORA_MODEL_SHAPE, options.lora_steps)
         if "full" in parts:
-            figures["full"] = measure_stalls(workspace, "full", FULL_MODEL_SHAPE, options.full_steps)
+            measurements["full"] = measure_stalls(workspace, "full", FULL_MODEL_SHAPE, options.full_steps)
         if "slow" in parts:
-            figures["slowStore"] = measure_slow_store(workspace, options.rounds, options.slow_steps)
-    print(json.dumps(figures, indent=1))
-    print(record.write_result("checkpoint_stall", figures, method=record.extract_method(__doc__)))
+            measurements["slowStore"] = measure_slow_store(workspace, options.rounds, options.slow_steps)
+    print(json.dumps(measurements, indent=1))
+    print(record.write_result("checkpoint_stall", measurements, method=record.extract_method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,10 @@ PROGRAM_BY_NAME = {
 
 
 def ensure_built(name: str, step: Step = silent_step) -> Path:
-    """Build a program unless it exists. Returns its path. Errors: MissingRequirement if Go is missing, BuildFailed with the end of the log."""
+    """Build a program unless it exists. Returns its path.
+
+    Errors: MissingRequirement if Go is missing. BuildFailed if the build fails; its message contains the end of the log.
+    """
     program = PROGRAM_BY_NAME[name]
     binary_path = program.binary_path
     if binary_path.exists():

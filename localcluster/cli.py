@@ -13,9 +13,7 @@ import typer
 
 from localcluster import build, images, paths, requirements
 from localcluster.api import Endpoint
-from localcluster.control_plane import CONTROL_PLANE_MODE as CONTROL_PLANE
-from localcluster.control_plane import NODE_MODE as NODE
-from localcluster.control_plane import ControlPlane, read_mode
+from localcluster.control_plane import CONTROL_PLANE_MODE, NODE_MODE, ControlPlane, read_mode
 from localcluster.errors import LocalClusterError, NotRunning
 from localcluster.node_cluster import NodeCluster, list_ready_nodes
 from localcluster.processes import Lifetime
@@ -31,8 +29,8 @@ app.add_typer(images_app, name="images")
 class Mode(StrEnum):
     """Kind of cluster that `up` starts."""
 
-    CONTROL_PLANE = CONTROL_PLANE
-    NODE = NODE
+    CONTROL_PLANE = CONTROL_PLANE_MODE
+    NODE = NODE_MODE
 
 
 INTERRUPTED_EXIT_CODE = 130
@@ -76,7 +74,7 @@ def down(
     """Stop a cluster. Keep the nodes' images for the next cluster."""
     state_dir = state_folder(name, state)
     with shown_step(f"stop the cluster in {state_dir}"):
-        if read_mode(state_dir) == CONTROL_PLANE or os.geteuid() != 0:
+        if read_mode(state_dir) == CONTROL_PLANE_MODE or os.geteuid() != 0:
             ControlPlane(state_dir).down()
         else:
             cluster = NodeCluster(state_dir)
@@ -85,7 +83,7 @@ def down(
 
 def open_endpoint(state_dir: Path) -> Endpoint:
     """Return the API server endpoint of the cluster in `state_dir`. Errors: NotRunning."""
-    endpoint = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE else ControlPlane(state_dir).running_endpoint()
+    endpoint = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE_MODE else ControlPlane(state_dir).running_endpoint()
     if endpoint is None or not endpoint.is_ready():
         raise NotRunning(f"no cluster is running in {state_dir}: run `localcluster up`")
     return endpoint
@@ -97,7 +95,7 @@ def status(name: NameOption = "default", state: StateOption = None) -> None:
     state_dir = state_folder(name, state)
     endpoint = open_endpoint(state_dir)
     typer.echo(f"mode    {read_mode(state_dir)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
-    if read_mode(state_dir) == NODE:
+    if read_mode(state_dir) == NODE_MODE:
         cluster = NodeCluster(state_dir)
         ready_names = list_ready_nodes(endpoint)
         states = ", ".join(f"{n.name} {'Ready' if n.name in ready_names else 'NotReady'}" for n in cluster.plan.nodes)

@@ -92,7 +92,7 @@ def build_images(requested_images: Sequence[ImageName], step: Step = silent_step
 
 
 def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -> BuiltImage:
-    """Build one image from the folder `context` and export it. Errors: the same as of `build_images`."""
+    """Build one image from the folder `context` and export it. Raises the errors that `build_images` documents."""
     check_packages(IMAGE_PACKAGES)
     if os.geteuid() != 0:
         raise MissingRequirement("building images needs root: run this command as root, or build with Docker and use kind")

@@ -76,7 +76,7 @@ class Job:
 
     def read(self) -> Snapshot:
         """Read status and events."""
-        custom_objects, events = self._create_clients()
+        custom_objects, events = self._get_clients()
         resource = custom_objects.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
         status = resource.get("status") or {}
         selector = f"regarding.kind=FineTuneJob,regarding.uid={resource['metadata']['uid']}"
@@ -86,7 +86,7 @@ class Job:
             tuple(sorted((_parse_event(item) for item in event_list.items), key=lambda event: event.time)),
         )
 
-    def _create_clients(self) -> tuple[Any, Any]:
+    def _get_clients(self) -> tuple[Any, Any]:
         if self._clients is None:
             from kubernetes import client, config
 

@@ -1,4 +1,4 @@
-"""Client of the API server. Objects are plain dicts. The configuration is that of kubectl. Each error message is one sentence."""
+"""Client of the API server. Objects are plain dicts. The client uses kubectl's configuration. Each error message is one sentence."""
 
 from __future__ import annotations
 

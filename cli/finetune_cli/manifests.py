@@ -49,7 +49,7 @@ class Manifest:
         return spec
 
     def location(self, path: str) -> str:
-        """Return `file:line` of a field. If the file lacks the field, return that of the nearest enclosing group."""
+        """Return `file:line` of a field. If the file lacks the field, return `file:line` of the nearest enclosing group."""
         while path and path not in self.lines:
             path = path[: path.rfind("[")] if path.endswith("]") else path.rpartition(".")[0]
         return f"{self.file}:{self.lines[path]}" if path else self.file
@@ -101,14 +101,14 @@ def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
             yield Manifest(file, number, tree.value, tree.lines)
 
 
-def _list_items(file: str, document_number: int, tree: Tree) -> Iterator[Manifest]:
-    """Yield the objects of a List, the form that `kubectl get -o yaml` prints."""
-    for i, item in enumerate(tree.value["items"]):
+def _list_items(file: str, document_number: int, list_document: Tree) -> Iterator[Manifest]:
+    """Yield the objects of a List document, as `kubectl get -o yaml` prints several objects."""
+    for i, item in enumerate(list_document.value["items"]):
         start = f"items[{i}]"
         if not isinstance(item, dict):
-            location = f"{file}:{tree.lines.get(start, tree.line)}"
+            location = f"{file}:{list_document.lines.get(start, list_document.line)}"
             raise UnreadableFile(Mistake(location, start, "this is not a manifest, because it is not a mapping"))
         lines = {
-            path.removeprefix(f"{start}."): line for path, line in tree.lines.items() if path.startswith(f"{start}.")
+            path.removeprefix(f"{start}."): line for path, line in list_document.lines.items() if path.startswith(f"{start}.")
         }
         yield Manifest(file, document_number, item, lines)

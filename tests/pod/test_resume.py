@@ -137,18 +137,18 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
     pods: list[Pod] = []
     newest = 0
     for attempt in range(1, 7):
-        at = draw.randint(newest + 1, min(STEPS, newest + 2 * CHECKPOINT_STEPS)) if attempt < 6 else 0
+        kill_step = draw.randint(newest + 1, min(STEPS, newest + 2 * CHECKPOINT_STEPS)) if attempt < 6 else 0
         resume = ResumeConfig(mode="auto", expect_step=newest)
         run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
-        pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold_point=f"forward:{at}" if at else "")
+        pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold_point=f"forward:{kill_step}" if kill_step else "")
         pods.append(pod)
         with pod:
-            if at:
+            if kill_step:
                 pod.wait_until((pod.folder / "work" / "held").exists)
                 code, expected = rank_killed(pod)
                 assert code == expected, pod.text[-4000:]
             else:
                 assert pod.end() == 0, pod.text[-4000:]
-        newest = max(newest, (at - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
-        assert max(committed_steps(bucket), default=0) == (newest if at else STEPS)
+        newest = max(newest, (kill_step - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
+        assert max(committed_steps(bucket), default=0) == (newest if kill_step else STEPS)
     assert record_run(bucket, pods, pods[-1].termination_message()) == expected_run

@@ -1,6 +1,6 @@
-"""A rank for tests of the supervisor. It does not train: it counts steps, writes checkpoints and fails as TOY_SCRIPT says.
+"""A rank for tests of the supervisor. It does not train: it counts steps, writes checkpoints and fails where TOY_SCRIPT specifies it.
 
-The state is a hash of the previous state and the step. A run that resumes from a wrong state therefore ends with another hash.
+The state is a hash of the previous state and the step. A run that resumes from a wrong state therefore ends with a different hash.
 TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from the step of the resume),
 "every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<event>"}}.
 """

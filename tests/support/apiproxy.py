@@ -214,7 +214,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self._watches: set[Watch] = set()
 
     def kubeconfig(self, path: Path, token: str | None = None) -> Path:
-        """Write a kubeconfig for this proxy. It contains `token`; the default is the administrator's token."""
+        """Write a kubeconfig for this proxy. The kubeconfig contains `token`; the default is the administrator's token."""
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "proxy",
             "clusters": [{"name": "proxy", "cluster": {"server": self.url}}],

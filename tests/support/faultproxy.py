@@ -434,7 +434,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """All requests that have ended so far, in the order of their ends. They include every request whose response a client has fully received."""
+        """All requests that have ended so far, in the order in which they ended. A request is included as soon as a client has received its full response."""
         with self._changed:
             self._changed.wait_for(lambda: not self._begun_responses, LOG_WAIT_SECONDS)
             return tuple(self._log)
@@ -551,7 +551,7 @@ class FaultProxy(ABC, Generic[Op]):
         return call.forward()
 
     def count_begun_responses(self, count: int) -> None:
-        """Record that `count` responses have begun. They are logged when they end."""
+        """Record that `count` responses have begun. The log lists a response when it ends."""
         with self._changed:
             self._begun_responses += count
 

@@ -181,7 +181,7 @@ class RecordingHooks:
 
 
 def train_here(run: RunConfig, inputs: Inputs) -> RunOutcome:
-    """Run one rank in this process. Errors: the same as of the run."""
+    """Run one rank in this process. Errors that the rank raises reach the caller unchanged."""
     from finetune_trainer import train
 
     train.preload(run)

@@ -102,7 +102,7 @@ class Rig:
         self, *, proxy: ApiProxy | None = None, config: Mapping[str, Any] | None = None,
         wait_until_ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
-        """Start an operator for this namespace. It uses `proxy` and `token` (default: the administrator's token)."""
+        """Start an operator for this namespace. The operator uses `proxy` and `token` (default: the administrator's token)."""
         folder = self.folder / f"operator-{len(self.operators)}"
         folder.mkdir()
         if proxy is not None:

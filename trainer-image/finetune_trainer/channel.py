@@ -41,7 +41,7 @@ from finetune_trainer.inputs import Inputs
 SOCKET_VARIABLE = "FINETUNE_CHANNEL"
 """Environment variable with the path of the supervisor's socket. Only supervisor and ranks use it."""
 STOP_FILE = "stop"
-"""The supervisor creates this file in the work folder when the pod must stop. It holds the deadline in seconds since 1970."""
+"""The supervisor creates this file in the work folder when the pod must stop. The file holds the deadline in seconds since 1970."""
 POLL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 20.0
 """While the supervisor is busy, messages that must not be dropped are retried for this time."""
@@ -195,7 +195,7 @@ def _discard_message(_message: dict[str, Any], _timeout: float) -> bool:
 
 
 def socket_sender(address: str) -> Sender:
-    """Create a sender for the datagram socket at `address`. It drops messages if the supervisor has ended, because this rank ends too."""
+    """Create a sender for the datagram socket at `address`. The sender drops messages if the supervisor has ended, because this rank ends too."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     connection.setblocking(False)
 

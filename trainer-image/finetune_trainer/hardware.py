@@ -89,7 +89,7 @@ def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
         )
     if not torch.cuda.is_available():
         raise ConfigError(
-            "DeviceAbsent", f"the job requests {run.world.gpus_per_node} GPUs per node, but torch finds no GPU",
+            "DeviceAbsent", f"torch finds no GPU, but the job requests GPUs (per node: {run.world.gpus_per_node})",
             hint="set resources.gpusPerNode: 0 for a CPU run, or check the GPU driver and resources.gpuResource",
         )  # fmt: skip
     return torch.device("cuda", local_rank % torch.cuda.device_count())

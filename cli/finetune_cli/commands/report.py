@@ -108,7 +108,7 @@ def redact_for_report(text: str) -> str:
 
 
 def redact_value(value: Any, key: str = "") -> Any:
-    """Return a copy with redacted values of the variables and fields whose name suggests a secret (`MY_TOKEN`, `password`)."""
+    """Return a copy in which the value of each variable or field is redacted if its name suggests a secret (`MY_TOKEN`, `password`)."""
     if isinstance(value, dict):
         if "name" in value and "value" in value and len(value) == 2:
             return {

@@ -1,7 +1,7 @@
 """Imports of configuration files of other tools.
 
 Each tool has one module with a reader and a table of its options. `run_import.py` does the steps that are the same for all tools:
-precedence, defaults, checks, and the report of all errors at once.
+precedence, defaults, checks, and the report of all errors at once. In an importer, "the tool" means the tool whose configuration it reads.
 
 To add a tool, write a module with `IMPORTER = Importer(...)` (see `draft.py`) and add its name to `IMPORTER_NAMES`.
 """

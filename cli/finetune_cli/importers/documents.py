@@ -90,7 +90,7 @@ def peek_keys(document: InputDocument) -> dict[str, Any]:
 
 
 def _guess_keys(text: str) -> dict[str, Any]:
-    """Return the keys in a file that is not valid YAML. They select the importer, and that importer reports the syntax error."""
+    """Return the keys in a file that is not valid YAML. These keys select the importer, and the importer reports the syntax error."""
     result: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():

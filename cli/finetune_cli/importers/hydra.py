@@ -353,16 +353,16 @@ def _set_grpo(draft: JobDraft) -> None:
             draft.assign_default(
                 "training.gradientAccumulationSteps",
                 8,
-                "chosen by the importer: a step must contain several completions of a prompt",
+                "chosen by the importer, because each step must contain several completions of the same prompt",
             )
         else:
             draft.assign_default(
                 "trainer.grpo.numGenerations",
                 divisor,
-                "chosen by the importer: the number must divide the completions of a step",
+                "chosen by the importer, because the number of completions in a step must be a multiple of numGenerations",
             )
             draft.add_note(
-                f"GRPO samples {divisor} completions per prompt, because 8 does not divide the {rows} completions of a step"
+                f"GRPO samples {divisor} completions per prompt, because the {rows} completions of a step are not a multiple of {num_generations}"
             )
 
 

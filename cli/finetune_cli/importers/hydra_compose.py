@@ -167,7 +167,7 @@ def _read_primary_file(draft: JobDraft, document: InputDocument, tree: Tree, wor
         group_lines = {group: f"{document.name}:{tree.lines[group]}" for group in invalid_groups}
         raise InvalidInput(
             [
-                Mistake(group_lines[group], group, "this is not a group of options", "write name: value below it")
+                Mistake(group_lines[group], group, f"`{group}` is not a Hydra config group", "write its options below it as `name: value`")
                 for group in invalid_groups
             ]
         )

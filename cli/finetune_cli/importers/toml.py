@@ -253,7 +253,7 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry]:
-    lines = scan_lines(document)
+    line_of_key = scan_lines(document)
     try:
         content = tomllib.loads(document.text)
     except tomllib.TOMLDecodeError as error:
@@ -266,12 +266,12 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
         ) from None
     for section, group in content.items():
         if not isinstance(group, dict):
-            yield OptionEntry(section, group, _line_origin(document, lines, section))
+            yield OptionEntry(section, group, _line_origin(document, line_of_key, section))
             continue
         if section not in KNOWN_SECTIONS:
             draft.mistakes.append(
                 Mistake(
-                    _line_origin(document, lines, section).location,
+                    _line_origin(document, line_of_key, section).location,
                     f"[{section}]",
                     "unknown section",
                     f"write one of {', '.join(KNOWN_SECTIONS)}",
@@ -280,13 +280,13 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
             continue
         for key, value in group.items():
             name = f"{section}.{key}"
-            origin = _line_origin(document, lines, name)
+            origin = _line_origin(document, line_of_key, name)
             if _check_variables(value, name, origin, draft):
                 yield OptionEntry(name, _resolve_value(value, draft), origin)
 
 
-def _line_origin(document: InputDocument, lines: dict[str, int], key: str) -> ValueOrigin:
-    return ValueOrigin(f"{document.name}:{lines[key]}" if key in lines else document.name)
+def _line_origin(document: InputDocument, line_of_key: dict[str, int], key: str) -> ValueOrigin:
+    return ValueOrigin(f"{document.name}:{line_of_key[key]}" if key in line_of_key else document.name)
 
 
 def _check_variables(value: Any, key: str, origin: ValueOrigin, draft: JobDraft) -> bool:
@@ -323,7 +323,7 @@ def scan_lines(document: InputDocument) -> dict[str, int]:
 
     Raises InvalidInput for errors that the TOML parser reports without key or hint.
     """
-    lines: dict[str, int] = {}
+    line_of_key: dict[str, int] = {}
     mistakes: list[Mistake] = []
     section, closing_quotes = "", ""
     for number_, line in enumerate(document.text.splitlines(), 1):
@@ -333,29 +333,29 @@ def scan_lines(document: InputDocument) -> dict[str, int]:
         header, key = SECTION_HEADER_PATTERN.match(line), KEY_PATTERN.match(line)
         if header:
             section = header["name"].replace('"', "")
-            _record_line(lines, section, number_, document, mistakes, f"table [{section}] is declared")
+            _record_line(line_of_key, section, number_, document, mistakes, f"table [{section}] is declared")
         elif list_header := LIST_HEADER.match(line):
             section = list_header["name"].replace('"', "")
-            lines.setdefault(section, number_)
+            line_of_key.setdefault(section, number_)
         elif key:
             name = f"{section}.{key['name'].strip(chr(34) + chr(39))}".lstrip(".")
-            _record_line(lines, name, number_, document, mistakes, f"{name} is set")
+            _record_line(line_of_key, name, number_, document, mistakes, f"{name} is set")
             mistakes += _syntax_mistakes(document, number_, name, key["value"].partition("#")[0].strip())
             closing_quotes = _closing_quotes(key["value"])
     if mistakes:
         raise InvalidInput(mistakes)
-    return lines
+    return line_of_key
 
 
 def _record_line(
-    lines: dict[str, int], name: str, line: int, document: InputDocument, mistakes: list[Mistake], subject: str
+    line_of_key: dict[str, int], name: str, line: int, document: InputDocument, mistakes: list[Mistake], subject: str
 ) -> None:
-    if name in lines:
+    if name in line_of_key:
         hint = "keep one of them; a later file can override the value"
         mistakes.append(
-            Mistake(f"{document.name}:{line}", name, f"{subject} twice: lines {lines[name]} and {line}", hint)
+            Mistake(f"{document.name}:{line}", name, f"{subject} twice: lines {line_of_key[name]} and {line}", hint)
         )
-    lines.setdefault(name, line)
+    line_of_key.setdefault(name, line)
 
 
 def _closing_quotes(value: str) -> str:

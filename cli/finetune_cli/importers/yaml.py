@@ -194,9 +194,9 @@ def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...
     if not documents:
         return any(word.startswith(FLAG_MARKS) for word in words)
     for document in documents:
-        content = peek_keys(document)
-        model = content.get("model")
-        if "fine_tuning" in content or (isinstance(model, dict) and "base_model" in model):
+        values_by_key = peek_keys(document)
+        model = values_by_key.get("model")
+        if "fine_tuning" in values_by_key or (isinstance(model, dict) and "base_model" in model):
             return True
     return False
 

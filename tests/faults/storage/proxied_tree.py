@@ -29,17 +29,17 @@ class ProxiedTree:
     bucket: str
 
     def commit(
-        self, step: int | None, folder: Path, incarnation: str = "a1-00000000", attempt: int = 1, **facts: Any
+        self, step: int | None, folder: Path, incarnation: str = "a1-00000000", attempt: int = 1, **manifest_fields: Any
     ) -> Manifest:
         """Upload and commit a folder through the proxy."""
         base = prefix_of(step)
         entries = self.proxied_tree.upload(base, incarnation, folder)
-        manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **facts)
+        manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **manifest_fields)
         self.proxied_tree.commit(base, manifest)
         return manifest
 
     def verify_all(self, folder: Path) -> list[int]:
-        """Verify every committed checkpoint against its manifest. Returns the steps of the checkpoints, newest first."""
+        """Verify every committed checkpoint against its manifest. Returns the steps of these checkpoints, newest first."""
         from finetune_trainer.checkpoint.restore import fetch_verified
 
         steps = []
@@ -82,7 +82,7 @@ def read_final_state(storage: ProxiedTree) -> str:
 def make_toy_pod(
     folder: Path, spec: dict[str, Any], storage: ProxiedTree, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
-    """Create a pod of toy ranks (tests/pod/toy_rank.py). It stores its checkpoints through the proxy."""
+    """Create a pod of toy ranks (tests/pod/toy_rank.py). The pod stores its checkpoints through the proxy."""
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(POD_TESTS_FOLDER)]), "FINETUNE_TRAINER_MODULE": "toy_rank",

@@ -68,7 +68,7 @@ class TwoAttempts:
         return make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000})
 
     def make_later_pod(self) -> Pod:
-        """Create the pod of the second attempt while the first attempt runs. It ends twelve checkpoints after the step from which it resumes."""
+        """Create the pod of the second attempt while the first attempt runs. The second attempt resumes and ends after twelve more checkpoints."""
         self.start_step = max(one.step or 0 for one in self.storage.direct_tree.list_committed())
         script, resume = TOY_SCRIPT | {"further": 12 * STEPS_PER_CHECKPOINT}, ResumeConfig(mode="auto", expect_step=self.start_step)
         return make_toy_pod(self.folder / "two", self.spec, self.second_storage, self.server, script, attempt=2, resume=resume)

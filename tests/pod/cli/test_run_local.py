@@ -98,8 +98,8 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     (step,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
     saved = int(step.parent.name.removeprefix("step-"))
     assert 0 < saved < 300
-    other = run_finetune(folder, *arguments[:-2], "--set", "training.seed=1")
-    assert (other.returncode, "holds results of a job bot with another spec" in other.stderr) == (1, True)
+    run_with_other_seed = run_finetune(folder, *arguments[:-2], "--set", "training.seed=1")
+    assert (run_with_other_seed.returncode, "holds results of a job bot with another spec" in run_with_other_seed.stderr) == (1, True)
     resumed = run_finetune(folder, *arguments)
     assert resumed.returncode == 0, resumed.stderr
     message = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))

@@ -229,7 +229,8 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
     assert all(torch.equal(load_file(carried)[key], best_weights[key]) for key in best_weights)
 
-    # The disk of the second attempt contains only the newest checkpoint. The attempt publishes the same weights.
+    # The disk of the second attempt contains only the newest checkpoint.
+    # The second attempt publishes the weights of the best checkpoint, as the first attempt does.
     moved = tmp_path / "again" / "restored"
     shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
     shutil.rmtree(tmp_path / "out")

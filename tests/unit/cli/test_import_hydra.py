@@ -253,7 +253,7 @@ def test_config_name_selects_the_primary_file(write_file: WriteFile, folder: Pat
         ("defaults: hello\ndataset: {path: x}\n", "config.yaml:1: defaults: this is not a list; write `- group: option` lines"),
         ("defaults:\n  - dataset: missing\n", "configs: Hydra cannot compose the folder: In 'config': Could not find 'dataset/missing'; "
                                                "Available options in 'dataset': default pairs"),
-        ("dataset: [1]\ntraining: x\n", "config.yaml:1: dataset: this is not a group of options; write name: value below it"),
+        ("dataset: [1]\ntraining: x\n", "config.yaml:1: dataset: `dataset` is not a Hydra config group; write its options below it as `name: value`"),
         ('dataset: {path: "${dataset.path}"}\ntraining: {model: org/m}\n', "config.yaml:1: dataset.path: Recursive interpolation detected"),
         ('dataset: {path: "${"}\ntraining: {model: org/m}\n', "configs: the configuration cannot be read: no viable alternative at input '${'"),
     ],

@@ -69,7 +69,7 @@ def _get_committed_step(tree: CheckpointTree, step: int | None) -> CommittedChec
 
 
 def download_committed(
-    tree: CheckpointTree, checkpoint: CommittedCheckpoint, folder: Path, *, count: ByteCounter | None = None, check_space: ByteCounter | None = None
+    tree: CheckpointTree, checkpoint: CommittedCheckpoint, folder: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None
 ) -> str | None:
     """Call `check_space` with the size in bytes, then download and verify the files. Return the first problem, or None."""
     manifest = tree.read_manifest(checkpoint)
@@ -77,4 +77,4 @@ def download_committed(
         return f"{tree.uri(join(checkpoint.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
     if check_space:
         check_space(manifest.total_bytes)
-    return fetch_verified(tree, checkpoint.folder, manifest, folder, lambda path: True, count)
+    return fetch_verified(tree, checkpoint.folder, manifest, folder, lambda path: True, byte_counter)

@@ -60,7 +60,7 @@ class RestoreResult:
 
 def restore(
     tree: CheckpointTree, resume_config: ResumeConfig, facts: RunFacts, target: Path, *, is_wanted: Callable[[str], bool] = lambda path: True,
-    count: ByteCounter | None = None, attempt: int | None = None,
+    byte_counter: ByteCounter | None = None, attempt: int | None = None,
 ) -> RestoreResult:  # fmt: skip
     """Find, check and download the checkpoint to resume from.
 
@@ -68,8 +68,8 @@ def restore(
     is only used while the job has no checkpoints of its own. The operator may not know the job's own checkpoints: if a queue
     reclaims the quota of a running job, the same attempt starts again later.
 
-    Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and no checkpoint can be loaded; ConfigError
-    `CheckpointIncompatible`, with the difference, if the newest undamaged checkpoint belongs to a different run.
+    Errors: NoCheckpointError with code `NoLoadableCheckpoint` if the job has made progress and no checkpoint can be loaded. ConfigError
+    with code `CheckpointIncompatible` if the newest undamaged checkpoint belongs to a different run; its message names the difference.
     """
     own_checkpoints, unreadable_steps = tree.list_committed_and_damaged()
     result = RestoreResult(skipped_checkpoints=own_checkpoints)
@@ -81,9 +81,9 @@ def restore(
         unreadable_steps = [step for step in unreadable_steps if step <= resume_config.max_step]
     result.damage_messages += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable_steps]
     if resume_config.mode not in ("auto", "never") and not candidates and not unreadable_steps:
-        return _restore_named(resume_config.mode, facts, target, tree, is_wanted, count, result)
+        return _restore_named(resume_config.mode, facts, target, tree, is_wanted, byte_counter, result)
     for candidate in candidates:
-        problem = _try_to_restore(tree, candidate, facts, target, result, is_wanted, count)
+        problem = _try_to_restore(tree, candidate, facts, target, result, is_wanted, byte_counter)
         if problem is None:
             result.ancestor_checkpoints = [one for one in own_checkpoints if (one.step or 0) <= result.step]
             result.skipped_checkpoints = [one for one in own_checkpoints if (one.step or 0) > result.step]
@@ -101,7 +101,7 @@ def restore(
 
 def _try_to_restore(
     tree: CheckpointTree, candidate: CommittedCheckpoint, facts: RunFacts, target: Path, result: RestoreResult, is_wanted: Callable[[str], bool],
-    count: ByteCounter | None,
+    byte_counter: ByteCounter | None,
 ) -> str | None:  # fmt: skip
     """Download one checkpoint and fill `result`; returns why the checkpoint cannot be used, or None."""
     manifest = tree.read_manifest(candidate)
@@ -111,7 +111,7 @@ def _try_to_restore(
         )
     check_compatible(manifest.facts, facts, tree.uri(candidate.folder))
     folder = target / f"checkpoint-{manifest.step}"
-    problem = fetch_verified(tree, candidate.folder, manifest, folder, is_wanted, count)
+    problem = fetch_verified(tree, candidate.folder, manifest, folder, is_wanted, byte_counter)
     if problem is not None:
         shutil.rmtree(folder, ignore_errors=True)
         return problem
@@ -122,7 +122,7 @@ def _try_to_restore(
 
 
 def _restore_named(
-    uri: str, facts: RunFacts, target: Path, tree: CheckpointTree, is_wanted: Callable[[str], bool], count: ByteCounter | None,
+    uri: str, facts: RunFacts, target: Path, tree: CheckpointTree, is_wanted: Callable[[str], bool], byte_counter: ByteCounter | None,
     result: RestoreResult,
 ) -> RestoreResult:  # fmt: skip
     """Restore the checkpoint at the URI in `checkpoint.resume`. The URI names the folder of a step or of one incarnation of a step."""
@@ -140,7 +140,7 @@ def _restore_named(
             "CheckpointNotFound", f"checkpoint.resume is {uri}, and there is no committed checkpoint at this address",
             hint="write the uri of a folder step-... that holds a _COMMITTED object",
         )  # fmt: skip
-    problem = _try_to_restore(other_tree, candidate, facts, target, result, is_wanted, count)
+    problem = _try_to_restore(other_tree, candidate, facts, target, result, is_wanted, byte_counter)
     if problem is not None:
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"checkpoint.resume is {uri}, and this checkpoint is damaged: {problem}"
@@ -168,7 +168,7 @@ def fetch_verified(
     manifest: Manifest,
     target: Path,
     is_wanted: Callable[[str], bool],
-    count: ByteCounter | None = None,
+    byte_counter: ByteCounter | None = None,
 ) -> str | None:
     """Download the wanted files and compare them with the manifest; returns the first difference, or None.
 
@@ -177,7 +177,7 @@ def fetch_verified(
 
     def fetch(entry: FileEntry) -> str | None:
         key = join(folder, entry.path)
-        sha256 = tree.store.download(key, target / entry.path, count=count)
+        sha256 = tree.store.download(key, target / entry.path, byte_counter=byte_counter)
         if sha256 is None:
             return f"{tree.uri(key)} is missing"
         if sha256 != entry.sha256:

@@ -122,11 +122,11 @@ class CheckpointTree:
 
     # ---- writing ----
 
-    def upload(self, prefix: str, incarnation: str, folder: Path, *, count: ByteCounter | None = None) -> list[FileEntry]:
+    def upload(self, prefix: str, incarnation: str, folder: Path, *, byte_counter: ByteCounter | None = None) -> list[FileEntry]:
         """Upload the files of a local folder to the incarnation's folder; returns their entries."""
         entries = entries_of(folder)
         for entry in entries:
-            self.store.put_file(folder / entry.path, join(prefix, incarnation, entry.path), count=count)
+            self.store.put_file(folder / entry.path, join(prefix, incarnation, entry.path), byte_counter=byte_counter)
         return entries
 
     def report_part(self, prefix: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:

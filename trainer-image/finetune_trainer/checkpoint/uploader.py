@@ -74,6 +74,7 @@ class KeepPolicy:
 
     keep_count: int = 3
     pinned_steps: tuple[int, ...] = ()
+    """`checkpoint.pinned` of the spec: steps whose checkpoints are always kept."""
 
 
 class Uploader:
@@ -289,7 +290,7 @@ class Uploader:
 
     def _upload_and_commit(self, staged: StagedCheckpoint, started_at: float) -> None:
         prefix = prefix_of(staged.step)
-        entries = self.tree.upload(prefix, staged.incarnation, staged.folder, count=self._count_uploaded_bytes)
+        entries = self.tree.upload(prefix, staged.incarnation, staged.folder, byte_counter=self._count_uploaded_bytes)
         if self._node > 0:
             self.tree.report_part(prefix, staged.incarnation, self._node, entries)
             self.uploaded_step = staged.step or 0

@@ -239,7 +239,7 @@ def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConf
             note = f"{MICRO_BATCH_KEY} of the file stays {rows}, although {change}: no smaller divisor of {rows} is allowed"
         else:
             note = (
-                f"{change}; {MICRO_BATCH_KEY} of the file therefore changes from {rows} to {reduced_rows}, and {ACCUMULATION_KEY} "
+                f"{change}; {MICRO_BATCH_KEY} in the file therefore changes from {rows} to {reduced_rows}, and {ACCUMULATION_KEY} "
                 f"from {steps} to {steps * rows // reduced_rows}"
             )
         merge.notes.append(note)
@@ -352,7 +352,7 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
 
 
 def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
-    """Use the file's warm-up steps. They replace the warm-up ratio of the spec if that is a default."""
+    """Use the file's warm-up steps instead of the spec's warm-up ratio if that ratio is a default."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO_VALUE):
         return

@@ -284,7 +284,7 @@ class Fsdp(DistributedStrategy):
         if missing_classes:
             raise ConfigError(
                 "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing_classes)}, which the model does not have",
-                hint=f"remove it, or write one of {', '.join(model_classes)}",
+                hint=f"remove it, or write one of these classes: {', '.join(model_classes)}",
             )  # fmt: skip
 
     def verify_active(self, trainer: Any) -> str:

@@ -179,7 +179,7 @@ class FileMerge:
             return spec_value
         value = file_value * spec_value / value_before_adaptation
         self.notes.append(
-            f"the operator changed {path} from {_as_text(value_before_adaptation)} to {_as_text(spec_value)}; {key} of the file therefore changes from "
+            f"the operator changed {path} from {_as_text(value_before_adaptation)} to {_as_text(spec_value)}; {key} in the file therefore changes from "
             f"{_as_text(file_value)} to {value:.10g}"
         )
         return value

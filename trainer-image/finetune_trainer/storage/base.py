@@ -41,7 +41,7 @@ class Store(Protocol):
     retries: int
     """Number of requests that were retried so far."""
 
-    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         """Upload a file atomically: readers see the old object or the complete new one."""
 
     def put(self, key: str, data: bytes) -> None:
@@ -53,7 +53,7 @@ class Store(Protocol):
     def get(self, key: str) -> bytes | None:
         """The bytes of a small object, or None if it does not exist."""
 
-    def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
+    def download(self, key: str, target: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
         """Download an object to a file; returns the sha256 (hex) of its bytes, or None if it does not exist."""
 
     def stat(self, key: str) -> ObjectStat | None:

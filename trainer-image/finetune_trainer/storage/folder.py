@@ -32,13 +32,13 @@ class FolderStore:
         self.uri = uri.rstrip("/")
         self.retries = 0
 
-    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         with self._open_partial_file(key) as partial_file:
             with source.open("rb") as reader, partial_file.open("wb") as writer:
                 while chunk := reader.read(CHUNK_BYTES):
                     writer.write(chunk)
-                    if count:
-                        count(len(chunk))
+                    if byte_counter:
+                        byte_counter(len(chunk))
                 writer.flush()
                 os.fsync(writer.fileno())
             partial_file.rename(self.root / key)
@@ -68,7 +68,7 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
+    def download(self, key: str, target: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
         digest = hashlib.sha256()
         with self._translate_os_errors(f"read {key}"), contextlib.ExitStack() as stack:
             try:
@@ -82,8 +82,8 @@ class FolderStore:
                 digest.update(chunk)
                 with _translate_local_errors():
                     writer.write(chunk)
-                if count:
-                    count(len(chunk))
+                if byte_counter:
+                    byte_counter(len(chunk))
             with _translate_local_errors():
                 writer.flush()
         return digest.hexdigest()

@@ -94,12 +94,12 @@ class S3Store:
 
     # ---- writing ----
 
-    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         size = source.stat().st_size
         if size <= PART_BYTES:
             self.put(key, source.read_bytes())
-            if count:
-                count(size)
+            if byte_counter:
+                byte_counter(size)
             return
         try:
             self._client.upload_file(
@@ -107,7 +107,7 @@ class S3Store:
                 self.bucket,
                 self.key(key),
                 Config=_transfer_config(size),
-                Callback=count,
+                Callback=byte_counter,
                 ExtraArgs=self._encryption.write,
             )
         except Exception as error:
@@ -202,7 +202,7 @@ class S3Store:
                     raise explain(error, self.connection, key=key) from error
         raise AssertionError("unreachable")
 
-    def download(self, key: str, target: Path, *, count: ByteCounter | None = None) -> str | None:
+    def download(self, key: str, target: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
         """Download ranges in parallel and hash them in order, so that the file need not be read again."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,9 +216,9 @@ class S3Store:
                 for start in starts:
                     pending.append(pool.submit(self._get_range, key, stat, start))
                     if len(pending) > MAX_PARALLEL_TRANSFERS:
-                        _append_bytes(pending.popleft().result(), digest, writer, count)
+                        _append_bytes(pending.popleft().result(), digest, writer, byte_counter)
                 while pending:
-                    _append_bytes(pending.popleft().result(), digest, writer, count)
+                    _append_bytes(pending.popleft().result(), digest, writer, byte_counter)
         except Exception as error:
             if _is_missing(error):
                 return None
@@ -278,11 +278,11 @@ class S3Store:
         self._client.close()
 
 
-def _append_bytes(data: bytes, digest: Any, writer: IO[bytes], count: ByteCounter | None) -> None:
+def _append_bytes(data: bytes, digest: Any, writer: IO[bytes], byte_counter: ByteCounter | None) -> None:
     digest.update(data)
     writer.write(data)
-    if count:
-        count(len(data))
+    if byte_counter:
+        byte_counter(len(data))
 
 
 def describe_connection(target: StoreTarget, bucket: str) -> Connection:

@@ -81,7 +81,7 @@ class WebStore:
         return buffer.getvalue() if self._download(key, _Download(buffer)) is not None else None
 
     def download(
-        self, key: str, target: Path, *, count: ByteCounter | None = None, check_space: ByteCounter | None = None
+        self, key: str, target: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None
     ) -> str | None:
         """Download an object. The key "" is the root itself.
 
@@ -90,7 +90,7 @@ class WebStore:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as writer:
-                digest = self._download(key, _Download(writer, count, check_space))
+                digest = self._download(key, _Download(writer, byte_counter, check_space))
             if digest is None:
                 target.unlink()
         except OSError as error:  # an error of a local file; connection errors are FineTuneErrors
@@ -115,7 +115,7 @@ class WebStore:
 
     # ---- writing: refused ----
 
-    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         self._refuse_writing("write", key)
 
     def put(self, key: str, data: bytes) -> None:
@@ -269,8 +269,8 @@ class _RetryableError(Exception):
 class _Download:
     """A download that continues after an interruption if the server's ETag shows that the object is still the same."""
 
-    def __init__(self, file: IO[bytes], count: ByteCounter | None = None, check_space: ByteCounter | None = None) -> None:
-        self._file, self._count, self._check_space = file, count, check_space
+    def __init__(self, file: IO[bytes], byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None) -> None:
+        self._file, self._byte_counter, self._check_space = file, byte_counter, check_space
         self.furthest = 0
         self.restart()
 
@@ -307,8 +307,8 @@ class _Download:
         self.digest.update(chunk)
         self.size += len(chunk)
         self.furthest = max(self.furthest, self.size)
-        if self._count:
-            self._count(len(chunk))
+        if self._byte_counter:
+            self._byte_counter(len(chunk))
 
 
 def split_query(uri: str) -> tuple[str, str]:

@@ -71,10 +71,10 @@ class FetchedSource:
 
 
 class Fetcher:
-    """Fetches the sources of one run. `count` is called with the number of bytes of each downloaded chunk."""
+    """Fetches the sources of one run. `byte_counter` is called with the number of bytes of each downloaded chunk."""
 
-    def __init__(self, run: RunConfig, work: Path, *, count: ByteCounter | None = None) -> None:
-        self.run, self.work, self.count = run, work, count
+    def __init__(self, run: RunConfig, work: Path, *, byte_counter: ByteCounter | None = None) -> None:
+        self.run, self.work, self.byte_counter = run, work, byte_counter
 
     def model(self, text: str, path: str, name: str) -> FetchedSource:
         """Fetch a folder with a model, tokenizer or adapter. `path` is the spec field, `name` the folder to download into.
@@ -151,7 +151,7 @@ class Fetcher:
             folder = source.key.rpartition("/")[0] if is_single_object else source.key
             jobs = [(stat, target / _relative_path(stat.key, folder)) for stat in objects]
             with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
-                sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
+                sums = list(pool.map(lambda job: store.download(job[0].key, job[1], byte_counter=self.byte_counter), jobs))
             for stat, digest in zip(objects, sums, strict=True):
                 if digest is None:
                     raise self._missing_error(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed during its download")
@@ -201,7 +201,7 @@ class Fetcher:
         store = self._open_web_store(source.url, kind)
         try:
             digest = store.download(
-                "", file, count=self.count, check_space=lambda size: self._require_space(size, path)
+                "", file, byte_counter=self.byte_counter, check_space=lambda size: self._require_space(size, path)
             )
         except NotFoundError as error:
             raise self._missing_error(kind, path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
@@ -226,7 +226,7 @@ class Fetcher:
             problem = "holds no _COMMITTED object"
             if committed is not None:
                 problem = download_committed(
-                    CheckpointTree(store), committed, target, count=self.count,
+                    CheckpointTree(store), committed, target, byte_counter=self.byte_counter,
                     check_space=lambda size: self._require_space(size, path),
                 )  # fmt: skip
         finally:

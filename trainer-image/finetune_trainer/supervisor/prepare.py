@@ -98,7 +98,7 @@ class Preparation:
         restore_result = self._run_timed(
             "restore",
             lambda: restore(
-                tree, self._run.resume, facts, self._work / "output", count=self._count_downloaded_bytes, attempt=self._run.attempt
+                tree, self._run.resume, facts, self._work / "output", byte_counter=self._count_downloaded_bytes, attempt=self._run.attempt
             ),
         )
         for sentence in restore_result.damage_messages:
@@ -114,7 +114,7 @@ class Preparation:
         return restore_result
 
     def _fetch(self) -> Inputs:
-        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, count=self._count_downloaded_bytes)
+        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, byte_counter=self._count_downloaded_bytes)
         data = spec.dataset
         source = spec.model.source or ""
         model = fetcher.model(source, "model.source", "model")

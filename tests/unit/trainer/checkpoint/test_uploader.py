@@ -30,11 +30,11 @@ class GatedStore(FolderStore):
         self.gate.set()
         self.refuse: Callable[[str], None] = lambda key: None
 
-    def put_file(self, source: Path, key: str, *, count: ByteCounter | None = None) -> None:
+    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         self.entered.set()
         assert self.gate.wait(20)
         self.refuse(key)
-        super().put_file(source, key, count=count)
+        super().put_file(source, key, byte_counter=byte_counter)
 
     def delete(self, keys: object) -> None:
         for key in keys:  # type: ignore[attr-defined] # an iterable of keys

@@ -139,11 +139,11 @@ def test_values_only_in_the_file_are_adapted_by_the_same_factor(tmp_path: Path) 
     assert resolved.training_arguments["learning_rate"] == pytest.approx(5e-5)
     assert resolved.config["train_batch_size"] == 48
     assert (
-        "the operator changed training.batchSizePerDevice from 2 to 1; train_micro_batch_size_per_gpu of the file therefore changes "
+        "the operator changed training.batchSizePerDevice from 2 to 1; train_micro_batch_size_per_gpu in the file therefore changes "
         "from 8 to 4, and gradient_accumulation_steps from 3 to 6" in resolved.notes
     )
     assert (
-        "the operator changed training.learningRate from 0.005 to 0.0025; optimizer.params.lr of the file therefore changes from "
+        "the operator changed training.learningRate from 0.005 to 0.0025; optimizer.params.lr in the file therefore changes from "
         "0.0001 to 5e-05" in resolved.notes
     )
 
@@ -156,14 +156,14 @@ GRPO_SPEC = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "param
     ("spec", "old_batch", "new_batch", "batch_of_file", "expected", "note"),
     [
         ({}, (4, 4), (2, 8), (1, None), (1, 4), "of the file stays 1, although"),
-        ({}, (4, 4), (2, 8), (5, None), (1, 20), "of the file therefore changes from 5 to 1"),
-        ({}, (4, 4), (2, 8), (9, 2), (3, 6), "of the file therefore changes from 9 to 3"),
-        ({}, (4, 4), (1, 16), (12, None), (3, 16), "of the file therefore changes from 12 to 3"),
-        ({}, (4, 4), (2, 8), (None, 3), (2, 6), "of the file therefore changes from 4 to 2"),
+        ({}, (4, 4), (2, 8), (5, None), (1, 20), "in the file therefore changes from 5 to 1"),
+        ({}, (4, 4), (2, 8), (9, 2), (3, 6), "in the file therefore changes from 9 to 3"),
+        ({}, (4, 4), (1, 16), (12, None), (3, 16), "in the file therefore changes from 12 to 3"),
+        ({}, (4, 4), (2, 8), (None, 3), (2, 6), "in the file therefore changes from 4 to 2"),
         ({}, (4, 4), (2, 8), (2, 65536), (2, 65536), "of the file stays 2, although"),
         (KTO_SPEC, (4, 4), (2, 8), (2, None), (2, 4), "of the file stays 2, although"),
-        (KTO_SPEC, (8, 4), (2, 16), (6, None), (2, 12), "of the file therefore changes from 6 to 2"),
-        (merge_mappings(GRPO_SPEC, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "of the file therefore changes from 2 to 1"),
+        (KTO_SPEC, (8, 4), (2, 16), (6, None), (2, 12), "in the file therefore changes from 6 to 2"),
+        (merge_mappings(GRPO_SPEC, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "in the file therefore changes from 2 to 1"),
     ],
 )  # fmt: skip
 def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
@@ -416,7 +416,7 @@ def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
         fsdp.Fsdp(run, CPU_HARDWARE, 2, resolved).on_accelerator_created(trainer)
     assert caught.value.code == "ConfigFileInvalid"
     assert "names NoSuchLayer, which the model does not have" in caught.value.message
-    assert caught.value.hint == "remove it, or write one of Block"
+    assert caught.value.hint == "remove it, or write one of these classes: Block"
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def download_error(store: WebStore, target: Path, key: str = "weights") -> FineT
 
 def test_a_download_returns_the_sha256_of_the_object(store: WebStore, server: WebServer, tmp_path: Path) -> None:
     chunk_sizes: list[int] = []
-    found = store.download("weights", tmp_path / "deep/weights", count=chunk_sizes.append)
+    found = store.download("weights", tmp_path / "deep/weights", byte_counter=chunk_sizes.append)
     assert found == hashlib.sha256(BODY).hexdigest() and sum(chunk_sizes) == len(BODY)
     assert (tmp_path / "deep/weights").read_bytes() == BODY == store.get("weights")
     assert store.stat("weights") == ObjectStat("weights", len(BODY), found[:12])

@@ -109,7 +109,7 @@ def test_an_invalid_url_is_refused(fetcher: Fetcher, url: str) -> None:
 
 def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> None:
     chunk_sizes: list[int] = []
-    fetcher.count = chunk_sizes.append
+    fetcher.byte_counter = chunk_sizes.append
     server.faults = [Fault(503)]
     (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET_QUERY}", "dataset.train", "train")
     assert (file.name, file.read_bytes(), sum(chunk_sizes)) == ("rows.jsonl", b"0123456789", 10)
