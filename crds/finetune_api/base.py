@@ -83,8 +83,8 @@ def spec_field(
 ) -> Any:
     """Declare an optional field of the spec. Without a user's value, the field is None until `defaults.resolve_defaults` fills it in.
 
-    `default` is a constant default; `default_text` describes a default that depends on other fields. `since` is the release
-    that added the field; the default of a newer field must keep the behaviour of older releases.
+    `default`: a constant default. `default_text`: the description of a default that depends on other fields. `since`: the release
+    that added the field. The default of a field that was added later must keep the behaviour of earlier releases.
     """
     given_metadata = {DEFAULT_KEY: default, DEFAULT_TEXT_KEY: default_text or None, EXAMPLE_KEY: example, SINCE_KEY: since or None}
     schema_extra = {key: value for key, value in given_metadata.items() if value is not None}
@@ -95,12 +95,12 @@ PROMPT_KEY = "x-prompt"
 
 
 class PromptWrite(StrEnum):
-    """Which changes of a status field the operator writes immediately. All other changes wait for the next periodic status write."""
+    """Which changes of a status field the operator writes at once. Other changes may wait for the next periodic status write."""
 
-    VALUE = "value"
-    """The operator writes every change of the value immediately."""
-    PRESENCE = "presence"
-    """The operator immediately writes only changes from absent to present or from present to absent."""
+    WHEN_VALUE_CHANGES = "value"
+    """Every change of the value is written at once."""
+    WHEN_PRESENCE_CHANGES = "presence"
+    """A change is written at once only if the field appears or disappears; other changes may wait."""
 
 
 def status_field(

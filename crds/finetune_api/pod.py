@@ -183,7 +183,10 @@ class HealthReport(ReportModel):
 
     @model_serializer(mode="wrap")
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the heartbeat under its old name, too. Operator 0.1.0 knows only the old name and would treat a long evaluation as a stall."""
+        """Write `secondsSinceHeartbeat` under its old name, too.
+
+        Operator 0.1.0 reads this field only under its old name, `secondsSinceSign`. Without it, that operator takes a long evaluation for a stall.
+        """
         value: dict[str, Any] = handler(self)
         if value.get("secondsSinceHeartbeat") is not None:
             value["secondsSinceSign"] = value["secondsSinceHeartbeat"]

@@ -31,13 +31,13 @@ Time = Annotated[datetime, PlainSerializer(format_rfc3339, return_type=str, when
 class Condition(ReportModel):
     """A condition, with the fields of a Kubernetes condition."""
 
-    type: ConditionType = status_field("Name of the condition.", default=..., prompt=PromptWrite.VALUE)
+    type: ConditionType = status_field("Name of the condition.", default=..., prompt=PromptWrite.WHEN_VALUE_CHANGES)
     status: Literal["True", "False", "Unknown"] = status_field(
         "Whether the condition is true. Values: `True`: the condition is true. `False`: the condition is false. `Unknown`: not known yet.",
-        default=..., prompt=PromptWrite.VALUE,
+        default=..., prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     reason: str = status_field(
-        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", prompt=PromptWrite.VALUE
+        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     message: str = status_field("Explanation of the condition's status in one sentence.", default="")
     last_transition_time: Time | None = status_field("Time of the last change of `status`.", example="2026-03-01T12:00:00Z")
@@ -49,14 +49,14 @@ class Condition(ReportModel):
 class Attempt(ReportModel):
     """One attempt to run the job. Each attempt is one Kubernetes Job."""
 
-    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, prompt=PromptWrite.VALUE)
+    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
     start_time: Time | None = status_field(
         "Creation time of the attempt's Job. With a queue: time of the Job's admission.", example="2026-03-01T12:00:00Z"
     )
     end_time: Time | None = status_field(
-        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", prompt=PromptWrite.VALUE
+        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
-    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", prompt=PromptWrite.VALUE)
+    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", prompt=PromptWrite.WHEN_VALUE_CHANGES)
     message: str | None = status_field("Error message of the failed rank.")
     exit_code: int | None = status_field(
         "Exit code of the trainer container that explains the end of the attempt. docs/reference/names.md lists all exit codes.", example=71
@@ -223,50 +223,50 @@ class FineTuneJobStatus(ReportModel):
 
     observed_generation: int = status_field(
         "metadata.generation of the spec that this status describes. -1 until the operator has read the job.",
-        default=-1, example=1, prompt=PromptWrite.VALUE,
+        default=-1, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     phase: Phase | None = status_field(
-        "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=PromptWrite.VALUE
+        "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     reason: str | None = status_field(
         "Reason why the job waits or failed, in one word. `-` if the phase needs no reason.",
-        example="Unschedulable", prompt=PromptWrite.VALUE,
+        example="Unschedulable", prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
-    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=PromptWrite.VALUE)
-    attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=PromptWrite.VALUE)
-    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, prompt=PromptWrite.VALUE)
+    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, prompt=PromptWrite.WHEN_VALUE_CHANGES)
     retries_used: int | None = status_field(
-        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, prompt=PromptWrite.VALUE
+        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     active_seconds: int | None = status_field(
         "Running time of all ended attempts together, in seconds. Time in the queue and suspended time do not count.",
-        example=7200, prompt=PromptWrite.VALUE,
+        example=7200, prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
-    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=PromptWrite.VALUE)
+    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES)
     progress: Progress | None = status_field("Progress of training.")
     metrics: Metrics | None = status_field("Latest values of the training metrics.")
     checkpoints: list[Checkpoint] = status_field(
         "The newest five committed checkpoints, and the best checkpoint.", default_factory=list
     )
     latest_checkpoint: str | None = status_field(
-        "Folder of the newest committed checkpoint.", prompt=PromptWrite.PRESENCE,
+        "Folder of the newest committed checkpoint.", prompt=PromptWrite.WHEN_PRESENCE_CHANGES,
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
     )  # fmt: skip
     latest_checkpoint_step: int | None = status_field("Optimizer step of the newest committed checkpoint.", example=400)
-    output: Output | None = status_field("The final model or adapter.", prompt=PromptWrite.VALUE)
-    failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=PromptWrite.VALUE)
+    output: Output | None = status_field("The final model or adapter.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
     adaptations: list[Adaptation] = status_field(
         "Changes that the operator made to the job's configuration, so that the job can continue.",
-        default_factory=list, prompt=PromptWrite.VALUE,
+        default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     workers: Workers | None = status_field("Pods of the current attempt.")
     resolved: ResolvedConfig | None = status_field("The configuration in use.")
     start_time: Time | None = status_field(
         "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
-        example="2026-03-01T12:00:00Z", prompt=PromptWrite.VALUE,
+        example="2026-03-01T12:00:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     completion_time: Time | None = status_field(
-        "Time at which the job ended.", example="2026-03-01T14:03:00Z", prompt=PromptWrite.VALUE
+        "Time at which the job ended.", example="2026-03-01T14:03:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     duration: str | None = status_field("Time from the start to the end of the job, as text.", example="2h3m")
 
@@ -281,7 +281,7 @@ class FineTuneJobStatus(ReportModel):
 
     def prompt_part(self) -> dict[str, Any]:
         """Return all fields with `prompt` as JSON values. If two statuses have equal fields with `prompt`, the operator may write the newer status later."""
-        present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, PromptWrite.PRESENCE)}
+        present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, PromptWrite.WHEN_PRESENCE_CHANGES)}
         return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
 
     @property
@@ -303,7 +303,7 @@ def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
     If the items of a list have fields with `Prompt.VALUE`, the result includes only these fields of each item.
     """
     include: dict[str, Any] = {}
-    for name in _fields_marked(model, PromptWrite.VALUE):
+    for name in _fields_marked(model, PromptWrite.WHEN_VALUE_CHANGES):
         items = [
             argument
             for argument in get_args(model.model_fields[name].annotation)

@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class StaleFacts(Exception):
-    """The facts differ from the state on the API server. The reconcile is repeated after the cache has received the newer state."""
+    """Raised when the objects on the API server have changed since the operator read them.
+
+    The reconcile is repeated after the cache has received the newer state.
+    """
 
 
 class SpecRejected(Exception):

@@ -18,7 +18,7 @@ from finetune_operator.kube import Forbidden, KubeClient
 from finetune_operator.objects import CORE_EVENT
 from finetune_operator.policies.blocking import blocking_condition_of_events, blocking_condition_of_pods
 from finetune_operator.policies.timeouts import seconds_between
-from finetune_operator.throttle import RateLimiter
+from finetune_operator.throttle import ReadTimeLimiter
 from finetune_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class BlockingConditionReader:
 
     def __init__(self, kube: KubeClient):
         self._kube = kube
-        self._limiter = RateLimiter()
+        self._limiter = ReadTimeLimiter()
 
     async def read(self, key: Key, facts: Facts, state: EventReadState) -> bool:
         """Update `state.blocking_condition` if a read is due. Returns whether the condition changed. Errors: KubeError except Forbidden."""

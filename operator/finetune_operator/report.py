@@ -79,7 +79,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         checkpoints=checkpoints.kept_checkpoints,
         latest_checkpoint=checkpoints.latest_uri,
         latest_checkpoint_step=checkpoints.latest_step,
-        output=_compute_output(inputs),
+        output=_compute_output_status(inputs),
         failure=_compute_failure(inputs),
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
@@ -430,7 +430,7 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
 # The end
 
 
-def _compute_output(inputs: StatusInput) -> Output | None:
+def _compute_output_status(inputs: StatusInput) -> Output | None:
     message = inputs.termination_message
     return (message.output if message else None) or inputs.old_status.output
 

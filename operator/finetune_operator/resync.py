@@ -40,10 +40,10 @@ class Resyncer:
         self._last_version = 0
         self._lock = asyncio.Lock()
         self.is_synced = asyncio.Event()
-        """Set after the first full list."""
+        """Set after all objects were first listed."""
 
     async def run_periodically(self, period_seconds: float) -> None:
-        """List all objects periodically until cancelled. The first run starts one period after the first full list."""
+        """List all objects periodically until cancelled. The first resync starts one period after all objects were first listed."""
         await self.is_synced.wait()
         while True:
             await asyncio.sleep(period_seconds)

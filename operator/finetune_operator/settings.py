@@ -236,7 +236,7 @@ class OperatorConfig(WireModel):
 
 
 def parse_config(value: Any, source_name: str) -> OperatorConfig:
-    """Validate a parsed file. Errors: SettingsError, whose message contains `source_name`, each wrong key and the problem of the key."""
+    """Validate a parsed file. If it is not valid, raise SettingsError; the message names `source_name`, each wrong key and its problem."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
     except ValidationError as error:

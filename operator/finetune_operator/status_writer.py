@@ -90,12 +90,12 @@ class StatusWriter:
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
-        minimal_version = reduced_status(new_status, FineTuneJobStatus())
+        minimal_status = reduced_status(new_status, FineTuneJobStatus())
         try:
-            return await self._send_status(job, minimal_version)
+            return await self._send_status(job, minimal_status)
         except Invalid as error:
             # If the CRD is older than the operator, it does not know all phases and conditions.
-            return await self._send_status(job, without_rejected_fields(minimal_version, error.message))
+            return await self._send_status(job, without_rejected_fields(minimal_status, error.message))
 
     async def _send_status(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
         body = status_body(job, status.to_wire())

@@ -17,8 +17,8 @@ MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 5.0
 JOB_END_SECONDS = 5.0
 """If all pods have ended but their Job has not, the status shows the pods as not ready only after this many seconds."""
 
-READ_TIME_SHARE, MAX_READ_PAUSE = 20, 10.0
-"""The pause after a read is READ_TIME_SHARE times the read's duration, but at most MAX_READ_PAUSE seconds."""
+READ_TIME_DIVISOR, MAX_READ_PAUSE = 20, 10.0
+"""The pause after a read is `READ_TIME_DIVISOR` times the read's duration, but at most `MAX_READ_PAUSE` seconds."""
 MAX_READ_DELAY = 120.0
 """Maximum delay of a reservation in seconds, for any number of waiting callers."""
 
@@ -60,7 +60,7 @@ class StatusThrottle:
         self._transitions = BurstDetector()
 
     def progress_delay(self, pending: PendingChanges, now: float, burst_seconds: float = 0.0) -> float:
-        """Return the seconds until a status without a transition may be written. If the result is not positive, it may be written now.
+        """Return the seconds until a status without a transition may be written. 0 or a negative result: the status may be written now.
 
         During a burst, the write may be deferred for `burst_seconds` beyond the normal interval.
         """
@@ -71,7 +71,10 @@ class StatusThrottle:
         return min(RECHECK_SECONDS, due_at + burst_seconds - now)
 
     def transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float) -> float:
-        """Return the seconds until a status with a deferrable transition must be written. If the result is 0, it must be written now."""
+        """Return how many seconds the write of this status may still be delayed. 0: the status must be written now.
+
+        All changes in this status must be changes that may be written late.
+        """
         if pending.transition_at is None:
             pending.transition_at = now if pending.created_at is None else pending.created_at
             self._transitions.record(now)
@@ -90,8 +93,8 @@ class StatusThrottle:
         pending.progress_at = progress_at
 
 
-class RateLimiter:
-    """Spreads expensive reads over time. Usually the reads take at most 1/`READ_TIME_SHARE` of the time."""
+class ReadTimeLimiter:
+    """Spreads expensive reads over time. Usually the reads take at most 1/`READ_TIME_DIVISOR` of the time."""
 
     def __init__(self) -> None:
         self._pause_seconds = 0.0
@@ -114,5 +117,5 @@ class RateLimiter:
 
     def record_read(self, started_at: float, now: float) -> None:
         """Record the duration of a read. The next pause depends on this duration."""
-        self._pause_seconds = min(READ_TIME_SHARE * (now - started_at), MAX_READ_PAUSE)
+        self._pause_seconds = min(READ_TIME_DIVISOR * (now - started_at), MAX_READ_PAUSE)
         self._next_free_at = now + self._pause_seconds

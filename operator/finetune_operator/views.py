@@ -39,14 +39,14 @@ class JobView:
     version: int
     owner_uid: str
     is_owned: bool
-    """Whether the Job's controller is a FineTuneJob. If it is not, `owner_uid` comes from a label."""
+    """Whether the Job's controller is a FineTuneJob. If the controller is another object, or the Job has none, `owner_uid` comes from a label."""
     job_name: str
     """Name of the FineTuneJob, from the label."""
     attempt: int
     created_at: datetime
     is_deleting: bool = False
     is_suspended: bool = False
-    """`spec.suspend` of the Job. If it is true, the Job waits in a queue."""
+    """`spec.suspend` of the Job. A suspended Job waits in a queue."""
     suspended_since: datetime | None = None
     """Transition time of the Job's Suspended condition. The condition disappears shortly after the queue has resumed the Job."""
     queue: str | None = None

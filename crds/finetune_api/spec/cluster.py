@@ -54,7 +54,7 @@ class Resources(Group):
     )
     gpu_resource: LabelKey | None = spec_field(
         "Kubernetes resource that the pods request as GPU. Set this field for MIG slices and for GPUs of other vendors.",
-        default_text="the resource of the node pool; without a node pool nvidia.com/gpu",
+        default_text="the node pool's resource, or nvidia.com/gpu if there is no node pool",
         example="nvidia.com/mig-1g.10gb",
     )
     node_pool: ShortText | None = spec_field(

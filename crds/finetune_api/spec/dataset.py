@@ -94,7 +94,7 @@ class MixtureItem(Group):
     """One source of a mixture."""
 
     source: Source = Field(
-        description="Location of the data, in a notation of dataset.train. Required. Example: `s3://data/a.jsonl`."
+        description="Location of the data. Accepts the same forms as `dataset.train`. Required. Example: `s3://data/a.jsonl`."
     )
     weight: Annotated[float, Field(gt=0, le=1000000)] | None = spec_field(
         "Weight of this source, relative to the weights of the other sources.", default=1.0, example=0.5
@@ -154,12 +154,12 @@ class Dataset(Group):
         example="s3://data/train.jsonl",
     )
     validation: Source | None = spec_field(
-        "Validation data, in a notation of dataset.train.",
+        "Validation data. Accepts the same forms as `dataset.train`.",
         default_text="the part of dataset.split if set",
         example="s3://data/validation.jsonl",
     )
     test: Source | None = spec_field(
-        "Test data, in a notation of dataset.train.",
+        "Test data. Accepts the same forms as `dataset.train`.",
         default_text="the part of dataset.split if set",
         example="s3://data/test.jsonl",
     )

@@ -15,7 +15,7 @@ class Adapter(Group):
     """`method.adapter`: an existing adapter for further training."""
 
     source: Source | None = spec_field(
-        "Location of the existing adapter, in a notation of model.source. Required with `method.type: adapter`.",
+        "Location of the existing adapter. Accepts the same forms as `model.source`. Required with `method.type: adapter`.",
         default_text="none",
         example="s3://models/my-adapter",
     )

@@ -41,7 +41,7 @@ class Model(Group):
         example="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     tokenizer: Source | None = spec_field(
-        "Location of the tokenizer, in a notation of model.source.", default_text="model.source", example="s3://models/tokenizer"
+        "Location of the tokenizer. Accepts the same forms as `model.source`.", default_text="model.source", example="s3://models/tokenizer"
     )
     token_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with a hub token. Gated models need a token.", default_text="none", example={"name": "hub", "key": "token"}

@@ -24,7 +24,7 @@ class Dpo(Group):
         "Assumed probability (below 0.5) that the labels of a pair are swapped.", default=0.0, example=0.1
     )
     reference_model: Source | None = spec_field(
-        "Location of the reference model, in a notation of model.source.",
+        "Location of the reference model. Accepts the same forms as `model.source`.",
         default_text="the untrained model",
         example="s3://models/sft",
     )

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from finetune_operator.kube import KubeError
 from finetune_operator.objects import CORE_EVENT, Kind
-from finetune_operator.throttle import READ_TIME_SHARE
+from finetune_operator.throttle import READ_TIME_DIVISOR
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
 from tests.unit.operator.samples import pod
@@ -46,7 +46,7 @@ async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
     await process.reconcile()
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == 0
-    assert 0 < (process.queue.seconds_until_due() or 0) <= 0.2 * READ_TIME_SHARE + 0.1
+    assert 0 < (process.queue.seconds_until_due() or 0) <= 0.2 * READ_TIME_DIVISOR + 0.1
     process.reconciler._observer.states[KEY].event_read.due_at = 0.0
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == 1

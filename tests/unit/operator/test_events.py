@@ -20,11 +20,11 @@ RUNNING_STATUS = {
 }
 
 
-def step(known: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
+def step(old_status: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
     """Return the next status, and the reasons of the events that this change of the status emits."""
-    found = facts(status=known, **observed)
-    new = compute_status(found, decide(found), result or ActionResult())
-    return new, [note.reason.value for note in draft_events(known, new)]
+    found = facts(status=old_status, **observed)
+    new_status = compute_status(found, decide(found), result or ActionResult())
+    return new_status, [note.reason.value for note in draft_events(old_status, new_status)]
 
 
 def test_events_of_a_whole_run() -> None:

@@ -10,11 +10,11 @@ from finetune_operator.throttle import (
     MAX_DEFER_SECONDS,
     MAX_READ_DELAY,
     MAX_READ_PAUSE,
-    READ_TIME_SHARE,
+    READ_TIME_DIVISOR,
     RECHECK_SECONDS,
     BurstDetector,
     PendingChanges,
-    RateLimiter,
+    ReadTimeLimiter,
     StatusThrottle,
 )
 
@@ -127,17 +127,17 @@ def test_limit_of_a_deferred_first_status_counts_from_its_first_deferral() -> No
 
 
 def test_reads_pause_in_proportion_to_the_duration_of_the_last_read() -> None:
-    limiter = RateLimiter()
+    limiter = ReadTimeLimiter()
     assert [limiter.reserve_read(caller, 10.0) for caller in "abc"] == [10.0, 10.0, 10.0]
     for caller in "abc":
         limiter.release(caller)
     limiter.record_read(19.9, 20.0)
-    expected = [20.0 + 0.1 * READ_TIME_SHARE * number for number in (1, 2, 3)]
+    expected = [20.0 + 0.1 * READ_TIME_DIVISOR * number for number in (1, 2, 3)]
     assert [limiter.reserve_read(caller, 20.0) for caller in "abc"] == pytest.approx(expected)
 
 
 def test_released_reservations_delay_no_other_caller() -> None:
-    limiter = RateLimiter()
+    limiter = ReadTimeLimiter()
     limiter.record_read(0.0, 0.1)
     for number in range(1000):
         limiter.reserve_read(number, 1.0)
@@ -147,13 +147,13 @@ def test_released_reservations_delay_no_other_caller() -> None:
 
 
 def test_pause_after_a_slow_read_is_limited() -> None:
-    limiter = RateLimiter()
+    limiter = ReadTimeLimiter()
     limiter.record_read(0.0, 150.0)
     assert limiter.reserve_read("next", 150.0) == 150.0 + MAX_READ_PAUSE
 
 
 def test_too_many_reservations_are_spread_over_the_longest_delay() -> None:
-    limiter = RateLimiter()
+    limiter = ReadTimeLimiter()
     limiter.record_read(0.0, 150.0)
     reserved = [limiter.reserve_read(number, 150.0) - 150.0 for number in range(1200)]
     assert min(reserved) == 0.0 and max(reserved) == MAX_READ_DELAY - MAX_READ_PAUSE
