@@ -68,7 +68,7 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
             "write bf16, no or auto",
         ),
         ({"training": {"device": "mps"}}, "DeviceAbsent", "training.device is mps", "write auto"),
-        (ONE_GPU_SPEC, "DeviceAbsent", "requests 1 GPUs per node, but torch finds no GPU", "resources.gpusPerNode: 0"),
+        (ONE_GPU_SPEC, "DeviceAbsent", "torch finds no GPU, but the job requests GPUs (per node: 1)", "resources.gpusPerNode: 0"),
         (
             {"training": {"device": "cuda"}},
             "DeviceAbsent",
