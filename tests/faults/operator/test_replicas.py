@@ -10,7 +10,7 @@ import pytest
 from finetune_api.names import Phase, Reason
 
 from tests.support.apiproxy import ApiProxy
-from tests.support.kubeapi import Object
+from tests.support.kubeapi import Objects
 from tests.support.kubelet import success_exit
 from tests.support.operator_process import OperatorProcess
 from tests.support.rig import FINETUNEJOBS, Rig, attempt_reasons, count_created
@@ -98,13 +98,14 @@ def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> No
     rig.wait_attempt(1, "two", timeout=40)
     rig.api.patch("leases", rig.namespace, LEASE_NAME, {"spec": {"holderIdentity": "somebody-else"}})
 
-    def is_held_by_replica(lease: Object) -> bool:
+    def is_held_by_replica(leases: Objects) -> bool:
         """Whether a replica holds the Lease again. If both replicas have exited, start a new one, as a Deployment does."""
         if not any(operator.is_running for operator in rig.operators):
             start_replica(rig)
-        return lease["spec"].get("holderIdentity") not in ("", "somebody-else")
+        return leases[0]["spec"].get("holderIdentity") not in ("", "somebody-else")
 
-    rig.api.wait("leases", rig.namespace, LEASE_NAME, is_held_by_replica)
+    # Both replicas may exit after the last change of the Lease: a watch would not call the function again, but a list does.
+    rig.api.wait_list("leases", rig.namespace, is_held_by_replica, timeout=60)
     rig.submit("three")
     rig.wait_attempt(1, "three", timeout=40)
     assert any(operator.is_running for operator in rig.operators)
