@@ -96,14 +96,15 @@ def copy_checkout(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-class Campaign:
+class MutationRun:
     """Tests mutants in several copies of the checkout at the same time."""
 
-    def __init__(self, folder: Path, workers: int, timeout: float, sample: int | None, *, only_own_tests: bool):
-        self._programs, self._timeout, self._sample, self._workers = install_cosmic_ray(), timeout, sample, workers
+    def __init__(self, folder: Path, worker_count: int, timeout_seconds: float, sample_size: int | None, *, only_own_tests: bool):
+        self._programs, self._timeout_seconds = install_cosmic_ray(), timeout_seconds
+        self._sample_size, self._worker_count = sample_size, worker_count
         self._socket, self._only_own_tests = folder / "tests.sock", only_own_tests
         self._checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for number in range(workers):
+        for number in range(worker_count):
             checkout = folder / str(number)
             copy_checkout(checkout)
             self._checkouts.put(checkout)
@@ -115,13 +116,15 @@ class Campaign:
         server = subprocess.Popen([python, ROOT / "scripts/mutants_server.py", "serve", self._socket, *LIBRARIES])
         try:
             while not self._socket.exists():
-                time.sleep(0.1)
+                if server.poll() is not None:
+                    raise RuntimeError(f"the test server ended with exit code {server.returncode} before it was ready")
+                time.sleep(0.1)  # while the server imports the libraries
             yield
         finally:
             server.kill()
             server.wait()
 
-    def run(self, name: str) -> list[Mutant]:
+    def test_module(self, name: str) -> list[Mutant]:
         """Test the mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
         module, tests = MODULES[name]
         drawn = self._draw_mutants(module, tests)
@@ -130,13 +133,13 @@ class Campaign:
             for file, idents in sorted(drawn.items())
             for start in range(0, len(idents), PART_SIZE)
         ]
-        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self._worker_count) as pool:
             results = pool.map(lambda part: self._test_part(part[0], part[1], tests), parts)
             return [mutant for part in results for mutant in part]
 
     def _draw_mutants(self, module: str, tests: str) -> dict[str, list[str]]:
         """Check that the tests pass without a change; return the ids of the mutants to test, by file."""
-        with self._session(module, tests, tests) as (checkout, session):
+        with self._session(module, tests) as (checkout, session):
             self._call(checkout, "cosmic-ray", "baseline", "mutants.toml")
             with contextlib.closing(sqlite3.connect(session)) as database:
                 query = (
@@ -144,8 +147,8 @@ class Campaign:
                     " where job_id not in (select job_id from work_results) order by 1, 2, 3"
                 )
                 mutants = [(file, f"{operator} {number}") for file, operator, number in database.execute(query)]
-        if self._sample is not None and self._sample < len(mutants):
-            mutants = random.Random(0).sample(mutants, self._sample)
+        if self._sample_size is not None and self._sample_size < len(mutants):
+            mutants = random.Random(0).sample(mutants, self._sample_size)
         return {file: [ident for of, ident in mutants if of == file] for file in {file for file, _ in mutants}}
 
     def _test_part(self, file: str, chosen: set[str], tests: str) -> list[Mutant]:
@@ -169,7 +172,7 @@ class Campaign:
         command = shlex.join([*client, *tests])
         checkout = self._checkouts.get()
         try:
-            (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=self._timeout, command=command))
+            (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=self._timeout_seconds, command=command))
             session = checkout / "mutants.sqlite"
             session.unlink(missing_ok=True)
             self._call(checkout, "cosmic-ray", "init", "mutants.toml", session.name)
@@ -215,12 +218,12 @@ def main() -> int:
     parser.add_argument("--own-tests", action="store_true", help="run only the tests named after the changed file, which is faster")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        campaign = Campaign(
+        mutation_run = MutationRun(
             Path(folder), options.workers, options.timeout, options.sample, only_own_tests=options.own_tests
         )
-        with campaign.test_server():
+        with mutation_run.test_server():
             for name in options.modules or MODULES:
-                print_result(name, campaign.run(name))
+                print_result(name, mutation_run.test_module(name))
     return 0
 
 

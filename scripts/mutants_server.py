@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ def run(address: str, groups: list[str]) -> int:
 def serve(address: str, modules: list[str]) -> None:
     """Answer requests until the process is killed. Each request is handled in a process of its own."""
     for module in ("pytest", *modules):
-        __import__(module)
+        importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -62,7 +62,7 @@ class StatusWriter:
         now = asyncio.get_running_loop().time()
         await self._recorder.emit(facts.job, drafts)
         kill_if_requested(KillPoint.BEFORE_STATUS_WRITE)
-        written_job = await self._replace_status(facts.job, new_status, state)
+        written_job = await self._replace_status(facts.job, new_status, new_wire, state)
         kill_if_requested(KillPoint.AFTER_STATUS_WRITE)
         # The next interval starts when the progress was received. If it started at the write, one late write would delay all later writes.
         received_ago = seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0
@@ -71,34 +71,34 @@ class StatusWriter:
         self._recorder.record_status_write(facts.job.uid)
         self._record_metrics(facts, old_status, new_status, plan)
 
-    async def _replace_status(self, job: JobObject, new_status: FineTuneJobStatus, state: JobState) -> JobObject:
-        """Write the status. If the API server rejects it, omit values from pods, so that suspend, cancel and deadlines still work."""
+    async def _replace_status(self, job: JobObject, new_status: FineTuneJobStatus, new_wire: Object, state: JobState) -> JobObject:
+        """Write the status, whose JSON is `new_wire`. If the API server rejects it, omit values from pods, so that suspend, cancel and
+        deadlines still work."""
         try:
-            written_job = await self._send_status(job, new_status)
+            written_job = await self._send_status(job, new_wire)
         except Invalid as error:
             await self._report_rejection(job, error, state)
         else:
-            sent_status = new_status.to_wire()
-            is_pruned = written_job.status.to_wire() != sent_status
-            state.pruned_write = (written_job.resource_version, sent_status) if is_pruned else None
+            is_pruned = written_job.status.to_wire() != new_wire
+            state.pruned_write = (written_job.resource_version, new_wire) if is_pruned else None
             return written_job
-        status_without_reports = reduced_status(new_status, job.status)
-        if status_without_reports.to_wire() == job.status.to_wire():
+        wire_without_reports = reduced_status(new_status, job.status).to_wire()
+        if wire_without_reports == job.status.to_wire():
             return job
         try:
-            return await self._send_status(job, status_without_reports)
+            return await self._send_status(job, wire_without_reports)
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
         minimal_status = reduced_status(new_status, FineTuneJobStatus())
         try:
-            return await self._send_status(job, minimal_status)
+            return await self._send_status(job, minimal_status.to_wire())
         except Invalid as error:
             # If the CRD is older than the operator, it does not know all phases and conditions.
-            return await self._send_status(job, without_rejected_fields(minimal_status, error.message))
+            return await self._send_status(job, without_rejected_fields(minimal_status, error.message).to_wire())
 
-    async def _send_status(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
-        body = status_body(job, status.to_wire())
+    async def _send_status(self, job: JobObject, status: Object) -> JobObject:
+        body = status_body(job, status)
         return read_finetunejob(await self._kube.replace(FINETUNEJOB, job.namespace, body, subresource="status"))
 
     async def _report_rejection(self, job: JobObject, error: Invalid, state: JobState) -> None:
