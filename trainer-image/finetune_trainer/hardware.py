@@ -28,7 +28,7 @@ class Hardware:
     bf16: bool
     fp16: bool
     attention: str
-    notes: tuple[str, ...] = ()
+    """transformers' name of the attention implementation. The final choice also depends on the model (`attention.choose_attention`)."""
 
     @property
     def is_cpu(self) -> bool:
@@ -46,7 +46,7 @@ def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
 
     device = _choose_device(run, local_rank)
     bf16, fp16 = _choose_precision(run, device)
-    attention, notes = _choose_attention(run, device)
+    attention = _choose_attention(run, device)
     dtype = _choose_dtype(run, device, bf16)
     if attention == FLASH_ATTENTION and dtype is torch.float32 and not (bf16 or fp16):
         raise ConfigError(
@@ -55,7 +55,7 @@ def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
         )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return Hardware(device, _device_name(device), dtype, bf16, fp16, attention, tuple(notes))
+    return Hardware(device, _device_name(device), dtype, bf16, fp16, attention)
 
 
 def trains_on_quantized_base(run: RunConfig) -> bool:
@@ -128,15 +128,12 @@ def _choose_dtype(run: RunConfig, device: torch.device, computes_in_bf16: bool) 
     return "auto" if device.type == "cuda" and not computes_in_bf16 else torch.bfloat16 if computes_in_bf16 else "auto"
 
 
-def _choose_attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
-    """Return transformers' name of the attention implementation, and notes for the status."""
+def _choose_attention(run: RunConfig, device: torch.device) -> str:
+    """Return transformers' name of the attention implementation for a model without packed sequences."""
     requested = run.spec.model.attention or AttentionImplementation.AUTO
-    if requested is AttentionImplementation.FLASH_ATTENTION_2:
-        if device.type == "cuda" and find_spec("flash_attn") is not None:
-            return FLASH_ATTENTION, []
-        reason = "flash-attn is not installed" if device.type == "cuda" else "the run uses no GPU"
-        return "sdpa", [f"model.attention flashAttention2 is not available ({reason}): sdpa is used"]
-    return {AttentionImplementation.AUTO: "sdpa", AttentionImplementation.SDPA: "sdpa", AttentionImplementation.EAGER: "eager"}[requested], []
+    if requested is AttentionImplementation.FLASH_ATTENTION_2 and device.type == "cuda" and find_spec("flash_attn") is not None:
+        return FLASH_ATTENTION
+    return "eager" if requested is AttentionImplementation.EAGER else "sdpa"
 
 
 def _device_name(device: torch.device) -> str:

@@ -115,6 +115,20 @@ def attention_implementation(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def passes_document_boundaries(config: Any) -> bool:
+    """Whether transformers' language model for `config` passes the boundaries of packed documents to its attention layers.
+
+    The flags of the class say: it uses the attention and mask interfaces and passes all keyword arguments to each layer
+    (`_supports_attention_backend`), its layers also work without a mask, as for flash attention (`_supports_flash_attn`), and sdpa can
+    compute its attention (`_supports_sdpa`). False for models that run code from their repository.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    flags = ("_supports_attention_backend", "_supports_flash_attn", "_supports_sdpa")
+    return all(getattr(model_class, flag, False) is True for flag in flags)
+
+
 @contextmanager
 def accept_quantized_model(model: Any) -> Iterator[None]:
     """Let transformers build a Trainer on a quantised model that has no adapter, but trained unquantised modules.

@@ -99,7 +99,10 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from finetune_trainer import attention
+
     spec = run.spec.model
+    attention.register()
     notes = _check_prequantized(load_config(run, inputs), run)
     options: dict[str, Any] = {
         "dtype": hardware.dtype,

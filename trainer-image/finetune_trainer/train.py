@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -43,7 +44,7 @@ run.json may come from an older operator without the rule, or from a test."""
 def preload(run: RunConfig) -> None:
     """Import the large libraries of this run. Called while the supervisor downloads the inputs."""
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
-    from finetune_trainer import engine, hardware, model  # noqa: F401  each imports the libraries that it needs
+    from finetune_trainer import attention, engine, hardware, model  # noqa: F401  each imports the libraries that it needs
 
 
 @runtime_checkable
@@ -98,7 +99,6 @@ class TrainingSession:
         self.strategy.prepare_process()
         self.resume_path = hooks.resume_path(inputs)
         self._emitted_notes: set[str] = set()
-        self._emit_notes(*self.hardware.notes)
 
     def execute(self) -> None:
         """Train, evaluate the test set, save and deliver."""
@@ -150,13 +150,17 @@ class TrainingSession:
         return trainer, trainable_model
 
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
-        """Create the context of the objective and its TrainingArguments."""
+        """Choose the attention for the model, and create the context of the objective and its TrainingArguments."""
         from finetune_trainer import model
         from finetune_trainer.arguments import choose_kernels
+        from finetune_trainer.attention import choose_attention
         from finetune_trainer.library_internals import use_one_device
         from finetune_trainer.objective.base import TrainingContext
 
         config = model.load_config(self.run, self.inputs)
+        attention, notes = choose_attention(self.run, self.hardware, config)
+        self.hardware = self.strategy.hardware = replace(self.hardware, attention=attention)
+        self._emit_notes(*notes)
         context = TrainingContext(
             self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.max_positions(config), callbacks,
         )  # fmt: skip

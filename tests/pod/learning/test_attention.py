@@ -1,0 +1,367 @@
+"""Variable-length attention equals sdpa on packed sequences. A stand-in for the GPU kernel computes each document with plain torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import FineTuneError
+from finetune_trainer import attention
+from finetune_trainer.attention import VARLEN, varlen_attention, varlen_mask
+from finetune_trainer.hardware import Hardware
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.masking_utils import causal_mask_function
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from tests.support.learning import make_run, merge_mappings, run_training
+
+pytestmark = pytest.mark.pod
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WINDOW = 5
+MIXED_LAYERS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, **MIXED_LAYERS},
+    "qwen3": {},
+    "gemma3_text": {"query_pre_attn_scalar": 20, **MIXED_LAYERS},
+}
+"""Options of small models with grouped key heads. Three of them have layers with a sliding window."""
+DOCUMENTS = [[3 + (7 * row + 5 * i) % 60 for i in range(length)] for row, length in enumerate((7, 1, 12, WINDOW, WINDOW + 1))]
+
+
+class DocumentKernel:
+    """A stand-in for `varlen_attn`. Counts its calls."""
+
+    def __init__(self, *, mixes_documents: bool = False):
+        self.mixes_documents = mixes_documents
+        self.windows: list[tuple[int, int]] = []
+
+    def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+        real_kernel = inspect.signature(torch.nn.attention.varlen.varlen_attn).bind(*args, **options).arguments
+        query, key, value, starts = (real_kernel[name] for name in ("query", "key", "value", "cu_seq_q"))
+        assert real_kernel["cu_seq_k"] is starts and starts.dtype == torch.int32
+        assert all(type(real_kernel[name]) is int and real_kernel[name] == int(starts.diff().max()) for name in ("max_q", "max_k"))
+        before, after = real_kernel["window_size"]
+        assert after == 0
+        self.windows.append((before, after))
+        boundaries = [0, len(query)] if self.mixes_documents else starts.tolist()
+        groups = query.shape[1] // key.shape[1]
+        results = []
+        for start, end in pairwise(boundaries):
+            q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
+            k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+            distances = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+            visible = (distances >= 0) & ((distances <= before) | (before < 0))
+            scores = (q @ k.mT) * (real_kernel.get("scale") or q.shape[-1] ** -0.5)
+            results.append((scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(results)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> DocumentKernel:
+    """Use the stand-in, as if the CPU had the kernel in 32 bits."""
+    return install_kernel(monkeypatch, DocumentKernel())
+
+
+def install_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> DocumentKernel:
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "device_has_kernel", lambda device: True)
+    monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.float32, torch.bfloat16))
+    return kernel
+
+
+def build_model(name: str, implementation: str, *, lora: bool = False, gradient_checkpointing: bool = False, **options: Any) -> Any:
+    """Create a small model whose weights are the same for each implementation."""
+    attention.register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **MODELS[name], **options})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model
+
+
+def collate(documents: list[list[int]], *, packed: bool = True) -> dict[str, Any]:
+    batch: dict[str, Any] = DataCollatorForLanguageModeling(0, padding_free=packed)([{"input_ids": ids} for ids in documents])
+    return batch
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return float(loss), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def assert_same_training(found: Any, expected: Any, batch: dict[str, Any]) -> None:
+    """Compare the losses and all gradients of two models."""
+    found_loss, found_gradients = loss_and_gradients(found, batch)
+    expected_loss, expected_gradients = loss_and_gradients(expected, batch)
+    assert found_loss == pytest.approx(expected_loss, abs=1e-5)
+    assert found_gradients.keys() == expected_gradients.keys() and found_gradients
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all activations kept", "gradient checkpointing"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernel_trains_like_sdpa(name: str, lora: bool, checkpointing: bool, kernel: DocumentKernel) -> None:
+    options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": checkpointing}
+    assert_same_training(build_model(name, VARLEN, **options), build_model(name, "sdpa", **options), collate(DOCUMENTS))
+    per_pass = {"mistral": [(WINDOW - 1, 0)] * 2, "qwen2": [(WINDOW - 1, 0), (-1, 0)], "gemma3_text": [(WINDOW - 1, 0), (-1, 0)]}
+    forward = per_pass.get(name, [(-1, 0), (-1, 0)])
+    recomputed = forward[::-1] if checkpointing else []  # the backward pass begins with the last layer
+    assert kernel.windows == forward + recomputed
+
+
+def test_documents_are_computed_as_if_they_were_alone(kernel: DocumentKernel) -> None:
+    model = build_model("mistral", VARLEN)
+    with torch.no_grad():
+        packed = model(**collate(DOCUMENTS), use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_kernel_the_result_is_that_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has no GPU, so nothing is replaced."""
+    monkeypatch.setattr(attention, "varlen_attn", None)
+    for name in MODELS:
+        for packed in (True, False):
+            assert_same_training(build_model(name, VARLEN), build_model(name, "sdpa"), collate(DOCUMENTS, packed=packed))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"attention_dropout": 0.2}, {"head_dim": 12}, {"head_dim": 264}],
+    ids=["dropout", "head size not a multiple of 8", "large heads"],
+)
+def test_unsupported_models_use_sdpa(options: dict[str, Any], kernel: DocumentKernel) -> None:
+    found, expected = (build_model("llama", name, **options) for name in (VARLEN, "sdpa"))
+    found, expected = (model.eval() if "attention_dropout" in options else model for model in (found, expected))
+    assert_same_training(found, expected, collate(DOCUMENTS))
+    assert kernel.windows == []
+
+
+def test_padded_batches_and_generation_use_sdpa(kernel: DocumentKernel) -> None:
+    found, expected = (build_model("mistral", name) for name in (VARLEN, "sdpa"))
+    assert_same_training(found, expected, collate(DOCUMENTS, packed=False))
+    prompt = torch.tensor([DOCUMENTS[2]])
+    for mask in (None, torch.ones_like(prompt)):
+        texts = [model.eval().generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False) for model in (found, expected)]
+        assert texts[0].tolist() == texts[1].tolist()
+    assert kernel.windows == []
+
+
+MASK: dict[str, Any] = {
+    "config": LlamaConfig(**SIZES), "batch_size": 1, "q_length": 8, "kv_length": 8, "q_offset": 0, "kv_offset": 0, "mask_function": causal_mask_function,
+    "attention_mask": None, "allow_is_causal_skip": False, "dtype": torch.float32, "use_vmap": False, "device": CPU,
+}  # fmt: skip
+MASKS_OF_SDPA: dict[str, dict[str, Any]] = {
+    "several rows": {"batch_size": 2},
+    "padding": {"attention_mask": torch.ones(1, 8, dtype=torch.bool)},
+    "cached keys": {"q_length": 2, "q_offset": 6},
+    "mask changed by the model": {"use_vmap": True},
+    "bidirectional": {"allow_is_bidirectional_skip": False},
+    "chunks": {"local_size": 4},
+    "64 bits": {"dtype": torch.float64},
+    "soft-capping": {"config": AutoConfig.for_model("gemma2", **SIZES, attn_logit_softcapping=50.0)},
+    "dropout": {"config": LlamaConfig(**SIZES, attention_dropout=0.1)},
+}
+
+
+def test_a_packed_sequence_needs_no_mask(kernel: DocumentKernel) -> None:
+    assert varlen_mask(**MASK) is None
+    assert varlen_mask(**MASK | {"config": AutoConfig.for_model("mistral", **SIZES, sliding_window=4), "local_size": 4}) is None
+
+
+@pytest.mark.parametrize("case", MASKS_OF_SDPA)
+def test_other_batches_have_the_mask_of_sdpa(case: str, kernel: DocumentKernel) -> None:
+    mask = varlen_mask(**MASK | MASKS_OF_SDPA[case])
+    assert mask is not None and mask.shape[-1] == 8
+
+
+def test_a_device_without_the_kernel_has_the_mask_of_sdpa() -> None:
+    assert varlen_mask(**MASK) is not None
+
+
+def test_autocast_decides_the_data_type_of_the_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> None:
+    """With 32-bit weights and autocast, rotary embeddings convert queries and keys to 32 bits. The kernel computes in 16 bits."""
+    monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.bfloat16,))
+    assert varlen_mask(**MASK) is not None
+    model, batch = build_model("llama", VARLEN), collate(DOCUMENTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert varlen_mask(**MASK) is None
+        loss = model(**batch, use_cache=False).loss
+    assert len(kernel.windows) == 2
+    expected = build_model("llama", "sdpa")(**batch, use_cache=False).loss
+    assert float(loss) == pytest.approx(float(expected), abs=0.02)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("described_by", ["boundaries", "positions"])
+def test_the_attention_function_creates_an_omitted_mask(described_by: str, window: int | None, kernel: DocumentKernel) -> None:
+    """If no mask was created, but the kernel does not support the inputs of a layer, the documents stay separate."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, sum(map(len, DOCUMENTS)), 8, dtype=torch.float64) for heads in (4, 2, 2))
+    batch = collate(DOCUMENTS)
+    options = {"boundaries": ("cu_seq_lens_q", "max_length_q"), "positions": ("position_ids",)}[described_by]
+    module: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    found, _ = varlen_attention(module, query, key, value, None, sliding_window=window, **{name: batch[name] for name in options})
+    starts = batch["cu_seq_lens_q"]
+    window_size = (-1 if window is None else window - 1, 0)
+    expected = DocumentKernel()(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), starts, starts, *[batch["max_length_q"]] * 2, window_size=window_size
+    )
+    assert kernel.windows == []
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_grouped_key_heads_work_with_both_versions_of_the_kernel() -> None:
+    def kernel_of_torch_2_11(query: Any, *, scale: Any = None) -> None: ...
+    def kernel_of_torch_2_15(query: Any, *, scale: Any = None, enable_gqa: bool = False) -> None: ...
+
+    assert attention.gqa_options(kernel_of_torch_2_11) == {}
+    assert attention.gqa_options(kernel_of_torch_2_15) == {"enable_gqa": True}
+
+
+@pytest.mark.parametrize(("capability", "hip", "expected"), [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 0), "7.2", False)])
+def test_the_kernel_runs_on_nvidia_gpus_since_ampere(
+    capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    attention.device_has_kernel.cache_clear()
+    assert attention.device_has_kernel(torch.device("cuda", 0)) is expected
+    assert attention.device_has_kernel(CPU) is False
+    attention.device_has_kernel.cache_clear()
+
+
+H100 = Hardware(torch.device("cuda", 0), "NVIDIA H100", torch.bfloat16, True, False, "sdpa")
+LLAMA = LlamaConfig(**SIZES)
+PACKED: dict[str, Any] = {"dataset": {"packing": True}}
+SPEC_CHOICES: dict[str, tuple[dict[str, Any], str, str, list[str]]] = {
+    "packed": (PACKED, "sdpa", VARLEN, []),
+    "packed, sdpa requested": (PACKED | {"model": {"attention": "sdpa"}}, "sdpa", "sdpa", []),
+    "packed, eager requested": (PACKED | {"model": {"attention": "eager"}}, "eager", "eager", []),
+    "packed, flash attention installed": (PACKED | {"model": {"attention": "flashAttention2"}}, "flash_attention_2", "flash_attention_2", []),
+    "packed, flash attention missing": (
+        PACKED | {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN,
+        ["model.attention flashAttention2 is not available (flash-attn is not installed): varlen is used"],
+    ),
+    "not packed": ({}, "sdpa", "sdpa", []),
+    "not packed, flash attention missing": (
+        {"model": {"attention": "flashAttention2"}}, "sdpa", "sdpa",
+        ["model.attention flashAttention2 is not available (flash-attn is not installed): sdpa is used"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPEC_CHOICES)
+def test_the_spec_decides_whether_varlen_is_chosen(case: str, kernel: DocumentKernel, tmp_path: Path) -> None:
+    spec, of_hardware, expected, notes = SPEC_CHOICES[case]
+    hardware = Hardware(H100.device, H100.name, H100.dtype, True, False, of_hardware)
+    assert attention.choose_attention(make_run(tmp_path, tmp_path, spec)[0], hardware, LLAMA) == (expected, notes)
+
+
+CPU_HARDWARE = Hardware(CPU, "cpu", torch.float32, False, False, "sdpa")
+GPU_IN_32_BITS = Hardware(H100.device, H100.name, torch.float32, False, False, "sdpa")
+WEIGHT_FILES_DECIDE = Hardware(H100.device, H100.name, "auto", False, False, "sdpa")
+MODEL_CHOICES: dict[str, tuple[Hardware, Any, str, str | None]] = {
+    "cpu": (CPU_HARDWARE, LLAMA, "sdpa", None),
+    "mps": (Hardware(torch.device("mps"), "mps", "auto", False, False, "sdpa"), LLAMA, "sdpa", None),
+    "32 bits": (GPU_IN_32_BITS, LLAMA, "sdpa", "the run computes in 32 bits"),
+    "16-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**SIZES, dtype="bfloat16"), VARLEN, None),
+    "32-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**SIZES, dtype="float32"), "sdpa", "the run computes in 32 bits"),
+    "sliding window": (H100, AutoConfig.for_model("mistral", **SIZES), VARLEN, None),
+    "soft-capping": (H100, AutoConfig.for_model("gemma3_text", **SIZES, attn_logit_softcapping=50.0), "sdpa", "attn_logit_softcapping"),
+    "no sdpa": (H100, AutoConfig.for_model("gemma2", **SIZES), "sdpa", "transformers does not support it for models of type gemma2"),
+    "no keyword arguments": (H100, AutoConfig.for_model("bloom"), "sdpa", "transformers does not support it for models of type bloom"),
+    "chunks": (H100, AutoConfig.for_model("llama4_text"), "sdpa", "transformers does not support it for models of type llama4_text"),
+    "images": (H100, AutoConfig.for_model("gemma3"), "sdpa", "models of type gemma3 have other inputs than text"),
+    "dropout": (H100, LlamaConfig(**SIZES, attention_dropout=0.1), "sdpa", "attention_dropout"),
+    "bidirectional": (H100, AutoConfig.for_model("gemma3_text", **SIZES, use_bidirectional_attention=True), "sdpa", "is not causal"),
+    "large heads": (H100, LlamaConfig(**SIZES | {"head_dim": 264}), "sdpa", "attention heads of size 264"),
+    "odd heads": (H100, LlamaConfig(**SIZES | {"head_dim": 12}), "sdpa", "attention heads of size 12"),
+    "largest heads": (H100, LlamaConfig(**SIZES | {"head_dim": 256}), VARLEN, None),
+    "latent attention": (H100, AutoConfig.for_model("deepseek_v3"), "sdpa", "v_head_dim"),
+}
+
+
+@pytest.mark.parametrize("case", MODEL_CHOICES)
+def test_hardware_and_model_decide_whether_varlen_is_chosen(case: str, kernel: DocumentKernel, tmp_path: Path) -> None:
+    hardware, config, expected, reason = MODEL_CHOICES[case]
+    found, notes = attention.choose_attention(make_run(tmp_path, tmp_path, PACKED)[0], hardware, config)
+    assert found == expected and len(notes) == (reason is not None)
+    if reason is not None:
+        assert reason in notes[0] and notes[0].endswith(": sdpa is used")
+
+
+def test_an_old_gpu_uses_sdpa(tmp_path: Path) -> None:
+    hardware = Hardware(CPU_HARDWARE.device, "Tesla T4", torch.float16, False, True, "sdpa")
+    assert attention.reason_against_varlen(make_run(tmp_path, tmp_path, PACKED)[0], hardware, LLAMA) == (
+        "torch has no variable-length kernel for Tesla T4"
+    )
+
+
+def test_a_model_with_its_own_code_uses_sdpa(kernel: DocumentKernel, tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, tmp_path, merge_mappings(PACKED, {"model": {"trustRemoteCode": True}}))
+    config = LlamaConfig(**SIZES, auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    assert "trustRemoteCode" in (attention.reason_against_varlen(run, H100, config) or "")
+
+
+@pytest.fixture
+def choose_varlen(monkeypatch: pytest.MonkeyPatch) -> Callable[[DocumentKernel], DocumentKernel]:
+    """Install a stand-in for the kernel, and choose `varlen` for runs on the CPU."""
+
+    def install(kernel: DocumentKernel) -> DocumentKernel:
+        monkeypatch.setattr(attention, "choose_attention", lambda *_: (VARLEN, []))
+        return install_kernel(monkeypatch, kernel)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": {"type": "full"}},
+        {"method": {"lora": {"dropout": 0}}, "training": {"gradientCheckpointing": "enabled"}},
+        {"method": {"lora": {"dropout": 0}}, "training": {"gradientCheckpointing": "disabled"}},
+    ],
+    ids=["full", "lora, gradient checkpointing", "lora"],
+)
+def test_a_packed_run_has_the_losses_of_sdpa(
+    spec: dict[str, Any], model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
+) -> None:
+    packed = merge_mappings(spec, PACKED | {"evaluation": {"strategy": "steps", "steps": 4}})
+    rows = [{"text": f"{word} " * length} for length, word in enumerate(("red", "green", "blue", "yes", "no", "one"), 1)]
+    sdpa = run_training(tmp_path / "a", model, packed, rows, validation=rows[:3])
+    kernel = choose_varlen(DocumentKernel())
+    varlen = run_training(tmp_path / "b", model, packed, rows, validation=rows[:3])
+    assert (sdpa.resolved["attention"], varlen.resolved["attention"]) == ("sdpa", VARLEN) and kernel.windows
+    assert varlen.losses == pytest.approx(sdpa.losses, abs=1e-5)
+    assert varlen.grad_norms == pytest.approx(sdpa.grad_norms, rel=1e-4)
+    assert varlen.eval_losses == pytest.approx(sdpa.eval_losses, abs=1e-5) and len(varlen.eval_losses) == 1
+
+
+def test_a_kernel_that_mixes_documents_ends_the_run(
+    model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
+) -> None:
+    choose_varlen(DocumentKernel(mixes_documents=True))
+    with pytest.raises(FineTuneError) as caught:
+        run_training(tmp_path, model, PACKED)
+    assert caught.value.code == "PackingLeaks" and caught.value.message.endswith("with attention varlen")

@@ -1,0 +1,245 @@
+"""Attention for packed sequences with torch's variable-length kernel, registered with transformers as `varlen`.
+
+A packed sequence holds several documents. With sdpa, transformers describes the documents by a mask of all pairs of tokens, and no flash
+kernel accepts such a mask. `varlen_attn` receives the boundaries of the documents instead. TRL's collator adds them to each batch
+(`cu_seq_lens_q`, `max_length_q`), and transformers passes them to every attention layer.
+
+transformers creates one mask per forward pass and then calls the attention function in each layer. `varlen_mask` creates no mask if the
+kernel can compute the batch. `varlen_attention` calls the kernel, or sdpa in all other cases.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from finetune_api.pod import RunConfig
+from finetune_api.rules import trainer_type_of
+from finetune_api.spec.enums import AttentionImplementation, TrainerType
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
+
+from finetune_trainer.hardware import FLASH_ATTENTION, Hardware
+from finetune_trainer.library_internals import passes_document_boundaries
+
+VARLEN = "varlen"
+"""Name of this implementation in transformers and in the status."""
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Data types that the kernel computes in."""
+MAX_HEAD_SIZE = 256
+HEAD_SIZE_MULTIPLE = 8
+"""The kernel needs head sizes that are multiples of this number. sdpa pads other head sizes."""
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
+    """Arguments with which the kernel accepts fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+
+
+GQA_OPTIONS = gqa_options(varlen_attn)
+
+
+def register() -> None:
+    """Register `varlen` with transformers, so that models can be loaded with it."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, varlen_mask)
+
+
+def choose_attention(run: RunConfig, hardware: Hardware, config: Any) -> tuple[str, list[str]]:
+    """Return transformers' name of the attention implementation for this model, and notes for the status.
+
+    Packed runs on a GPU use `varlen` unless the spec requests `sdpa`, `eager` or an installed flash attention. `config`: the model's
+    configuration.
+    """
+    requested = run.spec.model.attention or AttentionImplementation.AUTO
+    if requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER) or hardware.attention == FLASH_ATTENTION:
+        return hardware.attention, []
+    attention, notes = hardware.attention, []
+    if run.spec.dataset.packing is True and trainer_type_of(run.spec) is TrainerType.SFT and hardware.device.type == "cuda":
+        reason = reason_against_varlen(run, hardware, config)
+        if reason is None:
+            attention = VARLEN
+        else:
+            notes.append(f"dataset.packing is faster with attention {VARLEN}, but {reason}: {attention} is used")
+    if requested is AttentionImplementation.FLASH_ATTENTION_2:
+        reason = "the run uses no GPU" if hardware.device.type != "cuda" else "flash-attn is not installed"
+        notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
+    return attention, notes
+
+
+def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> str | None:
+    """Return why a packed run on this GPU cannot use `varlen`; None if it can."""
+    if not device_has_kernel(hardware.device):
+        return f"torch has no variable-length kernel for {hardware.name}"
+    dtype = getattr(config, "dtype", None) if hardware.dtype == "auto" else hardware.dtype
+    if not (hardware.bf16 or hardware.fp16 or str(dtype).removeprefix("torch.") in ("float16", "bfloat16")):
+        return "the run computes in 32 bits"
+    if run.spec.model.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return "the model runs code from its repository (model.trustRemoteCode)"
+    if not passes_document_boundaries(config):
+        return f"transformers does not support it for models of type {config.model_type}"
+    if config.get_text_config() is not config:
+        return f"models of type {config.model_type} have other inputs than text"
+    return _unsupported_feature(config)
+
+
+def _unsupported_feature(config: Any) -> str | None:
+    """Return the feature of a text model's attention that the kernel does not have; None if there is no such feature."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model limits its attention scores (attn_logit_softcapping)"
+    if getattr(config, "attention_dropout", 0.0):
+        return "the model uses attention dropout (attention_dropout)"
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+        return "the model's attention is not causal"
+    if getattr(config, "attention_chunk_size", None) is not None or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "the model's attention is limited to chunks (attention_chunk_size)"
+    if getattr(config, "v_head_dim", None) is not None:
+        return "the model's keys and values have different sizes (v_head_dim)"
+    sizes = _head_sizes(config)
+    unsupported = [size for size in sizes if not _is_supported_head_size(size)]
+    return f"its kernel does not support attention heads of size {unsupported[0]}" if unsupported or not sizes else None
+
+
+def _head_sizes(config: Any) -> list[int]:
+    """Sizes of the model's attention heads. Some models have larger heads in the layers without a sliding window."""
+    size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    if size is None and heads:
+        size = config.hidden_size // heads
+    return [int(one) for one in (size, getattr(config, "global_head_dim", None)) if one]
+
+
+def _is_supported_head_size(size: int) -> bool:
+    return size <= MAX_HEAD_SIZE and size % HEAD_SIZE_MULTIPLE == 0
+
+
+@lru_cache
+def device_has_kernel(device: torch.device) -> bool:
+    """Whether torch has the variable-length kernel for a device: NVIDIA GPUs since Ampere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= MIN_COMPUTE_CAPABILITY
+
+
+def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Data type in which attention computes inputs of type `dtype`. Autocast does not convert the inputs of the kernel itself."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def varlen_mask(**arguments: Any) -> torch.Tensor | None:
+    """Create the attention mask of one forward pass (transformers' mask interface): None if the kernel is used, else the mask for sdpa."""
+    return None if _needs_no_mask(**arguments) else sdpa_mask(**arguments)
+
+
+def _needs_no_mask(
+    *, config: Any, batch_size: int, q_length: int, kv_length: int, device: torch.device, dtype: torch.dtype, q_offset: Any = 0,
+    attention_mask: torch.Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, **options: Any,
+) -> bool:  # fmt: skip
+    """Whether `varlen_attention` can compute attention from the boundaries of the documents and the size of the sliding window alone."""
+    return (
+        # Only causal masks have no option for bidirectional masks. A mask that a model changes is built with vmap.
+        "allow_is_bidirectional_skip" not in options
+        and not use_vmap
+        # Chunked masks also have a local size, but no layer passes it to the attention function.
+        and local_size in (None, getattr(config, "sliding_window", None))
+        and attention_mask is None
+        and batch_size == 1
+        and isinstance(q_offset, int)
+        and (q_offset, q_length) == (0, kv_length)
+        and device_has_kernel(device)
+        and _compute_dtype(device, dtype) in KERNEL_DTYPES
+        and _unsupported_feature(config) is None
+    )
+
+
+def varlen_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None, is_causal: bool | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Compute the attention of one layer (transformers' attention interface).
+
+    Shapes: `query` (batch, heads, tokens, head size); `key` and `value` the same, possibly with fewer heads; the result
+    (batch, tokens, heads, head size). `options` may hold the boundaries of the documents: `cu_seq_lens_q` and `max_length_q`.
+    """
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    boundaries = options.get("cu_seq_lens_q")
+    if attention_mask is None and is_causal and boundaries is not None and _kernel_supports(query, key, value, dropout, scaling, options):
+        return _call_kernel(query, key, value, boundaries, int(options["max_length_q"]), scaling, sliding_window), None
+    if attention_mask is None and is_causal and _mask_was_omitted(query, key):
+        attention_mask = _create_mask(query, boundaries, options.get("position_ids"), sliding_window)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, sliding_window=sliding_window,
+        **options,
+    )  # fmt: skip
+
+
+def _kernel_supports(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None, options: dict[str, Any]
+) -> bool:
+    """Whether the kernel computes the same as sdpa for these inputs."""
+    dtypes = {_compute_dtype(query.device, tensor.dtype) for tensor in (query, key, value)}
+    return (
+        device_has_kernel(query.device)
+        and len(dtypes) == 1
+        and dtypes.pop() in KERNEL_DTYPES
+        and query.shape[0] == 1
+        and query.shape[2] == key.shape[2]
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and _is_supported_head_size(query.shape[-1])
+        and dropout == 0.0
+        and (scaling is None or scaling > 0)
+        and options.get("max_length_q") is not None
+        and all(options.get(name) is None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    )
+
+
+def _call_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, max_length: int, scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Call the kernel. `boundaries`: start of each document, then the number of tokens; `max_length`: tokens of the longest document.
+
+    A sliding window of transformers counts the token itself. The kernel counts only the tokens before it.
+    """
+    dtype = _compute_dtype(query.device, query.dtype)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    has_window = sliding_window is not None and sliding_window < max_length
+    # The same tensor twice: a newer torch only uses cuDNN's faster kernel if both boundaries are one object.
+    result: torch.Tensor = varlen_attn(
+        query, key, value, boundaries, boundaries, max_length, max_length, scale=scaling,
+        window_size=(sliding_window - 1 if has_window else -1, 0), **GQA_OPTIONS,
+    )  # fmt: skip
+    return result.unsqueeze(0)
+
+
+def _mask_was_omitted(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether `varlen_mask` may have created no mask because of the kernel, although the kernel does not support these inputs."""
+    return device_has_kernel(query.device) and query.shape[0] == 1 and query.shape[2] == key.shape[2]
+
+
+def _create_mask(
+    query: torch.Tensor, boundaries: torch.Tensor | None, position_ids: torch.Tensor | None, sliding_window: int | None
+) -> torch.Tensor | None:
+    """Create the mask for sdpa of one packed sequence: (1, 1, tokens, tokens). None if a plain causal mask is correct."""
+    positions = torch.arange(query.shape[2], device=query.device)
+    documents = None
+    if boundaries is not None and len(boundaries) > 2:
+        documents = torch.searchsorted(boundaries.contiguous(), positions, right=True)
+    elif boundaries is None and position_ids is not None and position_ids.ndim == 2:
+        found = find_packed_sequence_indices(position_ids)
+        documents = None if found is None else found[0]
+    has_window = sliding_window is not None and sliding_window < len(positions)
+    if documents is None and not has_window:
+        return None
+    distances = positions[:, None] - positions[None, :]
+    mask = distances >= 0
+    if documents is not None:
+        mask &= documents[:, None] == documents[None, :]
+    if has_window:
+        mask &= distances < sliding_window
+    return mask[None, None]
