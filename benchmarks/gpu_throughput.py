@@ -1,13 +1,17 @@
-"""Tokens per second of this trainer and of a bare TRL script, with packed sequences and random weights.
+"""Tokens per second, MFU and peak memory of this trainer, of bare TRL and of hand-tuned TRL.
 
-    python benchmarks/gpu_throughput.py --shape 8b --method lora            # one GPU
-    python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write  # only checks that the benchmark runs
+    python benchmarks/gpu_throughput.py --shape 8b --method lora --data packed     # one GPU
+    python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write       # only checks that the benchmark runs
 
-Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. Rows of random words are packed
-into full sequences. This trainer and bare TRL train alternately for the same number of steps with the same arguments in one process; the
-first pair warms up and is not counted. Only optimizer steps are timed, and padding tokens are not counted. MFU is the rate of the model's
-FLOPs (recomputation is not counted), divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per token, a token
-needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training.
+Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. `packed` data are documents
+of different lengths that are packed into full sequences. `chat` data are conversations of about 500 tokens, a few of them much longer. All
+arms train in one process on the same rows, one after the other, `rounds` times. `ours` is the whole rank with the defaults of a FineTuneJob
+that names only model, data, method, sequence length and batch size. `bare` is TRL's SFTTrainer with TRL's defaults on 16-bit weights. The
+`tuned` arms are TRL with settings chosen by hand for speed. Losses of the first step are written down, because equal work must give
+equal losses. Time is measured from the end of the warm-up steps to the end of the last step, with the device synchronised at both
+ends. Padding tokens are not counted. MFU is the rate of the model's FLOPs (recomputation is not counted), divided by the device's
+dense bf16 peak. With N parameters and A attention FLOPs per token, a token needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full
+training.
 """
 
 from __future__ import annotations
@@ -19,6 +23,10 @@ import random
 import statistics
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,122 +57,407 @@ MODEL_SHAPES = {
 }
 VOCABULARY_SIZES = {"tiny": 448, "1b": 128256, "8b": 128256}
 TIED_EMBEDDINGS = {"tiny": False, "1b": True, "8b": False}
+MEAN_CHAT_TOKENS = 500
+WORDS = ("red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog")
 
 
-def make_model(folder: Path, shape_name: str, sequence_length: int) -> Path:
+@dataclass(frozen=True)
+class Workload:
+    """What all arms train."""
+
+    shape: str
+    method: str
+    data: str
+    """`packed` or `chat`."""
+    length: int
+    """Tokens of a full sequence."""
+    batch: int
+    """Full sequences of a step. A step of unpacked chat data has as many rows as have about so many tokens."""
+    steps: int
+    warmup_steps: int
+    is_gpu: bool
+
+    @property
+    def chat_rows_per_step(self) -> int:
+        return max(1, self.batch * self.length // min(MEAN_CHAT_TOKENS, self.length // 2))
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences of a step of an arm that packs only if the data are packed."""
+        return self.batch if self.data == "packed" else self.chat_rows_per_step
+
+
+@dataclass(frozen=True)
+class TrlArm:
+    """Settings of an arm that runs TRL's SFTTrainer without this trainer."""
+
+    checkpointing: bool
+    attention: str = "sdpa"
+    liger: bool = False
+    compiles: bool = False
+    packs: bool = False
+    """Whether chat data are packed, too."""
+    dropout: float | None = None
+    """LoRA's dropout; None: as in `ours`."""
+
+
+OUR_ARMS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, checkpointing off": {"training": {"gradientCheckpointing": "disabled"}},
+    "ours, 16-bit weights": {"model": {"dtype": "bfloat16"}},
+    "ours, packing": {"dataset": {"packing": True}},
+    "ours, liger": {"model": {"ligerKernels": True}},
+    "ours, sdpa": {"model": {"attention": "sdpa"}},
+    "ours, tuned": {"training": {"gradientCheckpointing": "disabled"}, "model": {"ligerKernels": True}, "dataset": {"packing": True}},
+}
+"""Arms of this trainer: settings beside the defaults."""
+TRL_ARMS = {
+    "bare": TrlArm(checkpointing=True),
+    "tuned": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0),
+    "tuned, liger": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True),
+    "tuned, sdpa": TrlArm(checkpointing=False, packs=True, dropout=0.0),
+    "tuned, checkpointing": TrlArm(checkpointing=True, attention="varlen", packs=True, dropout=0.0, liger=True),
+    "tuned, compiled": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True, compiles=True),
+}
+
+
+@dataclass
+class ArmResult:
+    """Measurements of one run of an arm."""
+
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    first_loss: float | None = None
+    peak_memory_gb: float | None = None
+    attention: str | None = None
+    seconds: float = 0.0
+    """Duration of the whole run, with loading and warm-up."""
+    error: str | None = None
+
+
+@dataclass
+class CountingCollator:
+    """A collator that counts the tokens of each batch that are not padding."""
+
+    inner: Any
+    counts: list[int] = field(default_factory=list)
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self.inner(rows)
+        self.counts.append(int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()))
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def make_window_timer(workload: Workload, result: ArmResult) -> Any:
+    """Create a callback that measures the steps after the warm-up."""
+    import torch
+    from transformers import TrainerCallback
+
+    class WindowTimer(TrainerCallback):
+        started_at = 0.0
+
+        def on_trainer_created(self, trainer: Any) -> None:
+            self.collator = trainer.data_collator = CountingCollator(trainer.data_collator)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.collator.counts.clear()
+            result.attention = str(model.config._attn_implementation)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step not in (workload.warmup_steps, workload.steps):
+                return
+            if workload.is_gpu:
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if state.global_step == workload.warmup_steps:
+                self.started_at = now
+                return
+            tokens = sum(self.collator.counts[workload.warmup_steps : workload.steps])
+            result.tokens_per_second = tokens / (now - self.started_at)
+            result.step_seconds = (now - self.started_at) / (workload.steps - workload.warmup_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs and result.first_loss is None:
+                result.first_loss = logs["loss"]
+
+    return WindowTimer()
+
+
+class TimingHooks:
+    """The hooks of a rank without a supervisor, and the callback that measures the run."""
+
+    def __init__(self, timer: Any) -> None:
+        self._timer = timer
+
+    def create_callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
+        """Return the rank's callbacks for checkpoints and reporting, followed by the timer."""
+        from finetune_trainer.checkpoint import rank
+
+        return [*rank.create_callbacks(run, channel, inputs), self._timer]
+
+    def resume_path(self, inputs: Any) -> None:
+        """Return None: the run does not resume."""
+
+    def deliver_output(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+        """Do nothing: the artefact is not uploaded."""
+
+
+def make_model(folder: Path, workload: Workload) -> Path:
     """Write a model with random bf16 weights and the small tokenizer of the tests, which uses only a part of the vocabulary."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from tests.support.tiny import make_tokenizer
 
+    if (folder / "config.json").exists():
+        return folder
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **MODEL_SHAPES[shape_name], vocab_size=VOCABULARY_SIZES[shape_name], tie_word_embeddings=TIED_EMBEDDINGS[shape_name],
-        max_position_embeddings=max(sequence_length, 512),
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    with torch.device("cuda" if workload.is_gpu else "cpu"):
+        model = LlamaForCausalLM(model_config(workload, tokenizer.eos_token_id, tokenizer.pad_token_id)).to(torch.bfloat16)
     model.save_pretrained(folder)
     return folder
 
 
-def make_rows(sequence_length: int, sequence_count: int) -> list[dict[str, str]]:
-    """Create random rows of different lengths. Packed together, they fill at least `sequence_count` sequences."""
+def model_config(workload: Workload, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Any:
+    """The configuration of the workload's model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        **MODEL_SHAPES[workload.shape], vocab_size=VOCABULARY_SIZES[workload.shape], tie_word_embeddings=TIED_EMBEDDINGS[workload.shape],
+        max_position_embeddings=max(workload.length, 512), dtype="bfloat16", eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+    )  # fmt: skip
+
+
+def make_rows(workload: Workload) -> list[dict[str, Any]]:
+    """Create random rows of different lengths, enough for all steps."""
     rng = random.Random(0)
-    words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
-    rows_of_text, tokens = [], 0
-    while tokens < sequence_length * sequence_count:
-        count = rng.randint(8, max(9, sequence_length // 8))
-        rows_of_text.append({"text": " ".join(rng.choice(words) for _ in range(count))})
-        tokens += 2 * count
-    return rows_of_text
+
+    def text(token_count: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(max(1, token_count // 2)))
+
+    rows: list[dict[str, Any]] = []
+    if workload.data == "chat":
+        for _ in range(workload.chat_rows_per_step * (workload.steps + 1)):
+            tokens = min(workload.length // 2, max(16, int(rng.lognormvariate(5.9, 0.8))))
+            messages = [{"role": "user", "content": text(tokens // 3)}, {"role": "assistant", "content": text(tokens * 2 // 3)}]
+            rows.append({"messages": messages})
+        return rows
+    tokens = 0
+    while tokens < 1.3 * workload.length * workload.batch * (workload.steps + 1):
+        count = rng.randint(16, max(17, workload.length // 4))
+        rows.append({"text": text(count)})
+        tokens += count
+    return rows
 
 
-def measure_programs(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure tokens per second and MFU of both programs, and their ratio. Errors: SystemExit if the chosen device is not available."""
-    import torch
-    from finetune_trainer.hardware import detect_hardware
-    from finetune_trainer.speed import ModelShape, flops_per_token, peak_of
-    from trainer_overhead import run_our_trainer, run_plain_trl
-    from transformers import AutoModelForCausalLM
+def our_spec(workload: Workload, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of an arm of this trainer."""
+    from tests.support.learning import merge_mappings
+
+    spec = merge_mappings(
+        {
+            "method": {"type": workload.method}, "resources": {"gpusPerNode": int(workload.is_gpu), "processesPerNode": 1},
+            "dataset": {"maxSequenceLength": workload.length, **({"packing": True} if workload.data == "packed" else {})},
+            "training": {"maxSteps": workload.steps, "gradientAccumulationSteps": 1, "learningRate": 1e-5},
+            "tracking": {"loggingSteps": workload.steps},
+        },
+        changes,
+    )  # fmt: skip
+    rows = workload.batch if spec["dataset"].get("packing") else workload.chat_rows_per_step
+    return merge_mappings(spec, {"training": {"batchSizePerDevice": rows}})
+
+
+def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, model: Path, result: ArmResult) -> None:
+    """Run this trainer once."""
+    from finetune_trainer import train
+    from finetune_trainer.channel import Channel
 
     from tests.support.learning import make_run
 
-    is_gpu = options.device == "cuda"
+    class TrainOnly(train.TrainingSession):
+        def _save_output(self, trainer: Any, trainable_model: Any) -> tuple[Path, dict[str, Any]]:
+            return self.inputs.output_dir, {}
+
+    run, inputs = make_run(folder, model, our_spec(workload, changes), make_rows(workload))
+    train.preload(run)
+    channel = Channel.create_recording(folder / "work")
+    TrainOnly(run, channel, inputs, TimingHooks(make_window_timer(workload, result))).execute()
+
+
+def prepare_tokens(workload: Workload, folder: Path, model: Path) -> tuple[Any, Any]:
+    """Tokenise the rows as this trainer does. Returns the data set of token sequences and the run."""
+    from finetune_trainer import hardware, train
+    from finetune_trainer import model as models
+    from finetune_trainer.distributed import DistributedStrategy
+    from finetune_trainer.objective.base import TrainingContext
+    from finetune_trainer.objective.sft import OBJECTIVE
+
+    from tests.support.learning import make_run
+
+    run, inputs = make_run(folder, model, our_spec(workload, {}), make_rows(workload))
+    train.preload(run)
+    device = hardware.detect_hardware(run, 0)
+    tokenizer, _ = models.load_tokenizer(run, inputs)
+    context = TrainingContext(
+        run, inputs, device, DistributedStrategy(run, device, 1), tokenizer, folder / "work" / "tokens", workload.length, []
+    )
+    data, _ = OBJECTIVE.load_data(context)
+    return data.train, run
+
+
+def run_trl_arm(workload: Workload, arm: TrlArm, folder: Path, model_folder: Path, result: ArmResult) -> None:
+    """Run TRL once on the tokens of this trainer."""
+    import torch
+    from finetune_trainer import attention
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, set_seed
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+
+    attention.register()
+    tokens, run = prepare_tokens(workload, folder, model_folder)
+    is_packed = workload.data == "packed" or arm.packs
+    if is_packed and workload.data != "packed":
+        tokens = pack_dataset(tokens.select_columns(["input_ids", "labels"]), workload.length, "bfd")
+    set_seed(42)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    ) if workload.method == "qlora" else None  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.bfloat16 if workload.is_gpu else torch.float32, attn_implementation=arm.attention,
+        quantization_config=quantization, device_map={"": 0} if workload.is_gpu else None,
+    )  # fmt: skip
+    if workload.method != "full":
+        lora = run.spec.method.lora
+        dropout = lora.dropout if arm.dropout is None else arm.dropout
+        config = LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=dropout, target_modules="all-linear")
+        model = get_peft_model(model, config)
+    args = SFTConfig(
+        output_dir=str(folder / "bare"), per_device_train_batch_size=workload.batch if is_packed else workload.chat_rows_per_step,
+        gradient_accumulation_steps=1, max_steps=workload.steps, learning_rate=1e-5, logging_steps=workload.steps, logging_first_step=True,
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not workload.is_gpu, bf16=workload.is_gpu,
+        gradient_checkpointing=arm.checkpointing, use_liger_kernel=arm.liger,
+        liger_kernel_config={"fused_linear_cross_entropy": False} if arm.liger else None, torch_compile=arm.compiles, tf32=workload.is_gpu or None,
+        dataset_kwargs={"skip_prepare_dataset": True}, packing=is_packed, max_length=workload.length if is_packed else None,
+    )  # fmt: skip
+    timer = make_window_timer(workload, result)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokens.with_format(None),
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        callbacks=[timer],
+    )
+    timer.on_trainer_created(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def run_arm(workload: Workload, name: str, folder: Path, model: Path) -> ArmResult:
+    """Run one arm. A failure is a result, too: its first line is returned."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    result, started_at = ArmResult(), time.perf_counter()
+    gc.collect()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    if workload.is_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        if name in OUR_ARMS:
+            run_our_arm(workload, OUR_ARMS[name], folder, model, result)
+        else:
+            run_trl_arm(workload, TRL_ARMS[name], folder, model, result)
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+        if not isinstance(error, torch.OutOfMemoryError):
+            traceback.print_exc()
+        traceback.clear_frames(error.__traceback__)  # the frames hold tensors
+    if workload.is_gpu:
+        result.peak_memory_gb = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    result.seconds = round(time.perf_counter() - started_at, 1)
+    return result
+
+
+def flops_of_token(workload: Workload, document_lengths: Sequence[int]) -> float:
+    """FLOPs that the model needs to train one token. A token attends on average to half of its document."""
+    import torch
+    from finetune_trainer.speed import ModelShape, flops_per_token
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        shape = ModelShape.of(LlamaForCausalLM(model_config(workload)))
+    attended_length = sum(length**2 for length in document_lengths) / sum(document_lengths)
+    return flops_per_token(shape, attended_length, frozen_base=workload.method != "full")
+
+
+def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: Path) -> Iterator[dict[str, Any]]:
+    """Run the arms alternately. Yields the figures so far after every run, so that an interrupted benchmark keeps its results."""
+    import torch
+    from finetune_trainer.speed import peak_of
+
     folder = Path(tempfile.mkdtemp(prefix="gpu-throughput-"))
-    model = make_model(folder / "model", options.shape, options.length)
-    spec = {
-        "method": {"type": options.method}, "resources": {"gpusPerNode": int(is_gpu), "processesPerNode": 1},
-        "dataset": {"packing": True, "maxSequenceLength": options.length, "format": "plainText"},
-        "model": {"dtype": "bfloat16"} if is_gpu else {}, "tracking": {"loggingSteps": 1},
-        "training": {
-            "maxSteps": options.steps, "batchSizePerDevice": options.batch, "gradientAccumulationSteps": 1, "learningRate": 1e-5,
-            "optimizer": options.optimizer, "gradientCheckpointing": options.checkpointing,
-        },
-    }  # fmt: skip
-    run, inputs = make_run(folder, model, spec, make_rows(options.length, 2 * options.batch * options.steps))
-    device = detect_hardware(run, 0).name
-    if is_gpu == (device == "cpu"):
-        raise SystemExit(f"--device {options.device} is not available: the runs would use {device}")
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    peak_memory_bytes = 0
-    for round_number in range(options.rounds + 1):
-        for name, program in (("ours", run_our_trainer), ("bare", run_plain_trl)):
-            gc.collect()
-            if is_gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            measurements = program(run, inputs, folder)
-            if round_number:
-                seconds[name].append(measurements.loop_seconds)
-            if is_gpu and name == "ours":
-                peak_memory_bytes = max(peak_memory_bytes, torch.cuda.max_memory_allocated())
-    (summary_file,) = (folder / "work" / "tokens").glob("*/summary.json")
-    row_counts = json.loads(summary_file.read_text())["reports"]["train"]
-    tokens = options.steps * options.batch * row_counts["tokens"] / row_counts["sequences"]
-    shape = ModelShape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
-    flops = flops_per_token(shape, row_counts["tokens"] / row_counts["rows"], frozen_base=options.method != "full")
-    peak_flops = peak_of(device)
-    figures: dict[str, Any] = {
-        "shape": options.shape,
-        "method": options.method,
-        "device": device,
-        "length": options.length,
-        "batch": options.batch,
-    }
-    for name, loop_seconds in seconds.items():
-        tokens_per_second = tokens / statistics.median(loop_seconds)
-        figures[name] = {"tokensPerSecond": round(tokens_per_second, 1), "mfu": round(tokens_per_second * flops / peak_flops, 4) if peak_flops else None}
-    figures["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
-    if is_gpu:
-        figures["peakMemoryGb"] = round(peak_memory_bytes / 1e9, 2)
-    return figures
+    device = torch.cuda.get_device_name() if workload.is_gpu else "cpu"
+    model = make_model(cache / workload.shape, workload)
+    tokens, _ = prepare_tokens(workload, folder / "tokens", model)
+    lengths = [length for row in tokens["seq_lengths"] for length in row] if workload.data == "packed" else [len(row) for row in tokens["input_ids"]]
+    flops, peak = flops_of_token(workload, lengths), peak_of(device)
+    figures: dict[str, Any] = {"workload": asdict(workload), "device": device, "flopsPerToken": round(flops), "arms": {}}
+    results: dict[str, list[ArmResult]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            result = run_arm(workload, name, folder / f"{number}-{names.index(name)}", model)
+            results[name].append(result)
+            speeds = [one.tokens_per_second for one in results[name] if one.tokens_per_second]
+            speed = statistics.median(speeds) if speeds else None
+            figures["arms"][name] = {
+                "tokensPerSecond": speed and round(speed, 1), "mfu": speed and peak and round(speed * flops / peak, 4), "runs": len(speeds),
+                "peakMemoryGb": result.peak_memory_gb, "stepSeconds": result.step_seconds and round(result.step_seconds, 4),
+                "firstLoss": result.first_loss, "attention": result.attention, "seconds": result.seconds, "error": result.error,
+            }  # fmt: skip
+            yield figures
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print, and write the result unless --no-write is set."""
+    """Measure, print, and write the result unless --no-write is set. Errors: SystemExit if the chosen device is not available."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(MODEL_SHAPES), default="1b")
     parser.add_argument("--method", choices=["full", "lora", "qlora"], default="lora")
+    parser.add_argument("--data", choices=["packed", "chat"], default="packed")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=2, help="full sequences of a step")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--optimizer", default="adamw_torch_fused")
-    parser.add_argument("--checkpointing", choices=["enabled", "disabled", "unsloth"], default="enabled")
+    parser.add_argument("--warmup-steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--arms", default="ours; bare; tuned", help=f"separated by semicolons: {'; '.join([*OUR_ARMS, *TRL_ARMS])}")
+    parser.add_argument("--model-cache", type=Path, help="folder that keeps the models for the next run")
+    parser.add_argument("--output", type=Path, help="JSON file that is rewritten after every run of an arm")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(argv)
-    figures = measure_programs(options)
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda is not available: torch finds no GPU")
+    workload = Workload(
+        options.shape, options.method, options.data, options.length, options.batch, options.steps, options.warmup_steps, options.device == "cuda"
+    )  # fmt: skip
+    cache = options.model_cache or Path(tempfile.mkdtemp(prefix="gpu-throughput-models-"))
+    figures: dict[str, Any] = {}
+    for figures in measure_arms(workload, [name.strip() for name in options.arms.split(";")], options.rounds, cache):
+        if options.output:
+            options.output.write_text(json.dumps(figures))
     print(json.dumps(figures, indent=1))
     if not options.no_write:
         import record
 
         method = record.extract_method(__doc__).replace("\n", " ")
-        print(record.write_result(f"gpu_throughput_{options.shape}_{options.method}", figures, method=method))
+        print(record.write_result(f"gpu_throughput_{options.shape}_{options.method}_{options.data}", figures, method=method))
     return figures
 
 

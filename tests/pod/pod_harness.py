@@ -51,18 +51,18 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def run_config(
     spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
-    resume: ResumeConfig | None = None, master_port: int = 0, grace: int = 60,
+    gpus: int = 0, resume: ResumeConfig | None = None, master_port: int = 0, grace: int = 60,
 ) -> RunConfig:  # fmt: skip
-    """Build the run configuration that the operator would write for this spec."""
+    """Build the run configuration that the operator would write for this spec. `gpus`: GPUs per node."""
     root = storage.uri.rsplit("/", 3)[0]
     parsed_spec = FineTuneJobSpec.model_validate(
-        merge(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
+        merge(spec, {"resources": {"nodes": nodes, "gpusPerNode": gpus, "processesPerNode": processes}})
     )
     resolution = resolve_defaults(parsed_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=root)))
     return RunConfig(
         name="job", namespace="team", uid=UID, attempt=attempt, spec=resolution.spec, defaults=sorted(resolution.defaults),
         world=World(
-            nodes=nodes, processes_per_node=processes, gpus_per_node=0, master_address="127.0.0.1", master_port=master_port,
+            nodes=nodes, processes_per_node=processes, gpus_per_node=gpus, master_address="127.0.0.1", master_port=master_port,
             rendezvous_id=f"{UID}-{attempt}",
         ),
         storage=storage, resume=resume or ResumeConfig(mode="auto"), grace_seconds=grace,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,19 @@ VerdictTable = dict[tuple[str, str], str]
 """For each (method, objective): `yes` if the combination works, else the reason for the refusal."""
 
 
-def run_strategy(strategy: str, folder: Path) -> VerdictTable:
-    """Run all cells of one strategy in one launch. Errors: AssertionError if a cell fails with an error other than a ConfigError."""
+def run_strategy(
+    strategy: str, folder: Path, *, methods: Sequence[str] = tuple(SPEC_BY_METHOD), base_spec: Mapping[str, Any] | None = None
+) -> VerdictTable:
+    """Run all cells of one strategy in one launch. `base_spec`: settings of every cell.
+
+    Errors: AssertionError if a cell fails with an error other than a ConfigError.
+    """
     rank_count, distributed_spec = RANKS_BY_STRATEGY[strategy]
     model = _make_model(folder / "model")
     generation_adapter, reward_adapter = (_make_adapter(model, folder / kind, kind) for kind in ("CAUSAL_LM", "SEQ_CLS"))
     cells = []
-    for method, spec in SPEC_BY_METHOD.items():
+    for method in methods:
+        spec = merge_mappings(base_spec or {}, SPEC_BY_METHOD[method])
         for objective, (trainer, rows) in TRAINER_BY_OBJECTIVE.items():
             cell_spec = merge_mappings(spec, {"trainer": trainer, "distributed": distributed_spec, "training": {"maxSteps": 2}})
             adapter = None if method != "adapter" else reward_adapter if objective == "reward" else generation_adapter
@@ -72,7 +78,7 @@ def run_strategy(strategy: str, folder: Path) -> VerdictTable:
     results = launch_cells(cells, folder / "cells", rank_count=rank_count, timeout=1500)
     return {
         (method, objective): _read_verdict(results[f"{method} | {objective}"])
-        for method in SPEC_BY_METHOD
+        for method in methods
         for objective in TRAINER_BY_OBJECTIVE
     }
 

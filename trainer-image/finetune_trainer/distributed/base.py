@@ -7,6 +7,7 @@ strategy from the wrapped model, and ends the run if it is not the chosen strate
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from finetune_api.errors import InternalError
@@ -77,6 +78,15 @@ class Ddp(DistributedStrategy):
     def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused parameters."""
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
+
+
+def announce_group_of_one() -> None:
+    """Set the variables of torchrun for a single rank, so that accelerate and DeepSpeed create a process group for it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def connect_trainer_class(kind: type, strategy: DistributedStrategy, **attributes: Any) -> Any:

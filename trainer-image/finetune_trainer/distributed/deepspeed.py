@@ -10,8 +10,6 @@ has the wrong type. For such keys and values, this module raises an error that n
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from finetune_api.rules import (
 from finetune_api.spec.enums import LearningRateSchedule
 from pydantic import ValidationError
 
-from finetune_trainer.distributed.base import DistributedStrategy
+from finetune_trainer.distributed.base import DistributedStrategy, announce_group_of_one
 from finetune_trainer.distributed.user_config import (
     AUTO_VALUE,
     BOOLEAN_TYPE,
@@ -474,14 +472,7 @@ class Deepspeed(DistributedStrategy):
 
         validate_with_deepspeed(self.options.config)
         if self.world_size == 1:
-            alone = {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(_free_port()),
-            }
-            os.environ |= alone
+            announce_group_of_one()
         if self.hardware.is_cpu:
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("gloo")
@@ -524,9 +515,3 @@ def _best_weights_mixin() -> type:
             self.accelerator.wait_for_everyone()
 
     return BestWeightsFromFolder
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

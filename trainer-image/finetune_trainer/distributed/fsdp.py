@@ -19,7 +19,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import incompatible_with_fsdp, raise_first_finding
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
-from finetune_trainer.distributed.base import DistributedStrategy
+from finetune_trainer.distributed.base import DistributedStrategy, announce_group_of_one
 from finetune_trainer.distributed.user_config import (
     COUNT_TYPE,
     MAPPING_TYPE,
@@ -244,6 +244,16 @@ class Fsdp(DistributedStrategy):
     def trainer_mixins(self) -> tuple[type, ...]:
         """Return the mixin that saves and loads sharded state."""
         return (_sharded_checkpoints_mixin(),)
+
+    def prepare_process(self) -> None:
+        """Create the process group that FSDP needs even for one rank. On CPU, accelerate would not create it."""
+        if self.world_size > 1:
+            return
+        import torch
+
+        announce_group_of_one()
+        if self.hardware.is_cpu and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
 
     def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments. The model is always saved unsharded; see `ShardedCheckpoints`."""

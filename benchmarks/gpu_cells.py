@@ -1,0 +1,272 @@
+"""Tests and benchmarks for a machine with a GPU, as named cells with the most valuable first.
+
+    make gpu-kit                                                   # here: packs what that machine lacks
+    python3 benchmarks/gpu_cells.py install build/gpu-kit/site.tar.xz   # there, once
+    python3 benchmarks/gpu_cells.py run --output OUT --seconds 570      # there; repeat until all cells have run
+    python3 benchmarks/gpu_cells.py run --rehearse --output OUT         # on a CPU, with tiny models
+
+Method. Every cell runs in a process of its own and writes one JSON value. Cells that ran already, according to the files given with
+`--done`, are skipped, so that several calls continue one list. The cells `tests-*` run the tests of `tests/gpu` in parallel processes; the
+other cells run alone. The result names the versions that were used. The machine has its own torch: no result is one of the locked torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = Path("/opt/gpu-kit/site-packages")
+"""Folder of the kit's packages. dill takes only modules below a folder of this name for installed ones; datasets needs this for its hashes."""
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "trainer-image", "benchmarks", "."))
+VERSIONS = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
+CELL_SECONDS = 90.0
+TEST_PROCESSES = 8
+PREPARED_MODELS = "models"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A named cell. `command` gets the path of the cell's JSON file and whether this is a rehearsal on a CPU."""
+
+    name: str
+    command: Callable[[Path, bool], Sequence[str]]
+    seconds: float = CELL_SECONDS
+
+
+def environment_cell(output: Path, is_rehearsal: bool) -> Sequence[str]:
+    return (sys.executable, str(Path(__file__)), "environment", str(output))
+
+
+def test_cell(name: str, expression: str, *, files: str = "tests/gpu", processes: int = TEST_PROCESSES, seconds: float = CELL_SECONDS) -> Cell:
+    """A cell that runs tests of `tests/gpu`."""
+
+    def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
+        # The machine lacks some of pytest's plugins that pyproject.toml configures.
+        options = ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "-ra"]
+        parallel = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
+        report = str(output.with_suffix(".xml"))
+        return (sys.executable, "-m", "pytest", *options, *parallel, "--junitxml", report, "-W", "ignore", "-k", expression, *files.split())
+
+    return Cell(f"tests-{name}", command, seconds)
+
+
+def speed_cell(shape: str, method: str, data: str, arms: str, *, rounds: int = 1, steps: int = 12, batch: int = 2, seconds: float = CELL_SECONDS) -> Cell:
+    """A cell that measures arms of `gpu_throughput.py`."""
+    name = "-".join(["speed", shape, method, data, *([f"batch{batch}"] if batch != 2 else [])])
+
+    def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
+        size = ["--shape", "tiny", "--device", "cpu", "--length", "256"] if is_rehearsal else ["--shape", shape]
+        models = ["--model-cache", str(model_folder())]
+        amount = ["--rounds", str(rounds), "--steps", str(steps), "--batch", str(batch), "--output", str(output), "--no-write"]
+        return (sys.executable, str(ROOT / "benchmarks/gpu_throughput.py"), *size, "--method", method, "--data", data, "--arms", arms, *models, *amount)
+
+    return Cell(name, command, seconds)
+
+
+CELLS = (
+    Cell("environment", environment_cell, 60),
+    test_cell("features", "test_learning or (test_pods and not out_of_memory) or test_matrix", seconds=240),
+    test_cell("memory", "out_of_memory", processes=1),
+    speed_cell("8b", "lora", "packed", "ours; bare; tuned; tuned, liger"),
+    speed_cell("1b", "lora", "packed", "ours; bare; tuned; tuned, liger; tuned, sdpa; ours, tuned", steps=20),
+    speed_cell("8b", "lora", "chat", "ours; bare; tuned, liger"),
+    speed_cell("8b", "full", "packed", "tuned, checkpointing; ours; ours, 16-bit weights; bare"),
+    speed_cell("1b", "full", "packed", "ours; bare; tuned; tuned, liger; ours, tuned", steps=20),
+    speed_cell("8b", "qlora", "packed", "ours; bare; tuned, liger"),
+    speed_cell("1b", "lora", "chat", "ours; bare; tuned, liger; ours, packing; ours, tuned", steps=20),
+    speed_cell("1b", "full", "chat", "ours; bare; tuned, liger; ours, tuned", steps=20),
+    speed_cell("1b", "lora", "packed", "tuned, liger; tuned, compiled", steps=30, batch=4),
+)
+
+
+def model_folder() -> Path:
+    """Folder of the generated models. Memory is faster than the disk, if there is enough."""
+    memory = Path("/dev/shm")  # noqa: S108  models are no secrets
+    if memory.exists() and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 30 * 2**30:
+        return memory / "gpu-kit-models"
+    return SITE / "models"
+
+
+def install(archive: Path) -> None:
+    """Unpack the kit and make its packages take precedence over those of the machine's Python."""
+    SITE.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(SITE, filter="data")
+    path_file = Path(sysconfig.get_paths()["purelib"]) / "gpu-kit.pth"
+    path_file.write_text(f"import sys; sys.path.insert(0, {str(SITE)!r})\n")
+    print(f"{SITE} comes first on the path of {sys.executable}")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, device, and the two ceilings of the GPU: bf16 matrix products and memory bandwidth."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def version_of(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    result: dict[str, Any] = {"python": sys.version.split()[0], "cores": os.cpu_count(), "versions": {name: version_of(name) for name in VERSIONS}}
+    result["versions"]["cuda"] = torch.version.cuda
+    if not torch.cuda.is_available():
+        return result | {"device": "cpu"}
+    properties = torch.cuda.get_device_properties(0)
+    result |= {"device": properties.name, "memoryGb": round(properties.total_memory / 1e9, 1)}
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    result["matmulTeraflops"] = round(2 * 8192**3 / _seconds(lambda: torch.matmul(a, b)) / 1e12, 1)
+    result["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _seconds(lambda: target.copy_(source)) / 1e12, 2)
+    return result
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    """Median duration of an action on the GPU."""
+    import statistics
+
+    import torch
+
+    durations = []
+    for number in range(23):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        torch.cuda.synchronize()
+        durations += [time.perf_counter() - start] if number >= 3 else []
+    return statistics.median(durations)
+
+
+def run_cell(cell: Cell, folder: Path, seconds: float, *, is_rehearsal: bool) -> dict[str, Any]:
+    """Run one cell for at most `seconds`. Returns its result; a cell that ran out of time keeps what it has written."""
+    output, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
+    environment = os.environ | {
+        "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        **({"REHEARSE_ON_CPU": "1", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"OMP_NUM_THREADS": "4"}),
+    }  # fmt: skip
+    started_at = time.monotonic()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(cell.command(output, is_rehearsal), env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+    figures = _read_figures(output)
+    status = "out of time" if code is None else "passed" if code == 0 else "failed"
+    result = {"status": status, "seconds": round(time.monotonic() - started_at, 1), "figures": figures}
+    return result if status == "passed" else result | {"log": log.read_text(errors="replace")[-1500:]}
+
+
+def _read_figures(output: Path) -> Any:
+    """The figures that a cell has written: its JSON file, or the table of its tests."""
+    if output.exists():
+        return json.loads(output.read_text())
+    report = output.with_suffix(".xml")
+    if not report.exists():
+        return None
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return {case.get("name"): _read_case(case) for case in cases}
+
+
+def _read_case(case: ElementTree.Element) -> dict[str, Any]:
+    """Status, duration and, for a failure, the end of its message."""
+    seconds = round(float(case.get("time") or 0), 1)
+    for kind in ("failure", "error", "skipped"):
+        element = case.find(kind)
+        if element is not None:
+            return {"status": kind, "seconds": seconds, "message": (element.get("message") or "")[:600], "text": (element.text or "")[-2500:]}
+    return {"status": "passed", "seconds": seconds}
+
+
+def _has_result(figures: Any) -> bool:
+    """Whether at least one arm, test or property of a cell has a result."""
+    if not figures:
+        return False
+    if "arms" in figures:
+        return any(arm["error"] is None for arm in figures["arms"].values())
+    return not all(isinstance(one, dict) and one.get("status", "passed") != "passed" for one in figures.values())
+
+
+def summarise(cells: Mapping[str, Any]) -> str:
+    """A short table of all cells."""
+    lines = []
+    for name, cell in cells.items():
+        lines.append(f"{cell['status']:12} {name} ({cell['seconds']} s)")
+        figures = cell["figures"] or {}
+        if "arms" in figures:
+            lines += [f"    {arm}: {_describe_arm(one)}" for arm, one in figures["arms"].items()]
+        elif name.startswith("tests-"):
+            failures = {test: one for test, one in figures.items() if one["status"] != "passed"}
+            lines.append(f"    {len(figures) - len(failures)} of {len(figures)} tests passed")
+            lines += [f"    {one['status']}: {test}: {one['message'][:300]!r}" for test, one in failures.items()]
+        else:
+            lines.append(f"    {json.dumps(figures)[:900]}")
+    return "\n".join(lines)
+
+
+def _describe_arm(arm: Mapping[str, Any]) -> str:
+    speed = arm["error"] or f"{arm['tokensPerSecond']} tokens/s, MFU {arm['mfu']}, first loss {arm['firstLoss']}"
+    return f"{speed}, {arm['peakMemoryGb']} GB, {arm['seconds']} s"
+
+
+def run_cells(options: argparse.Namespace) -> int:
+    """Run the cells that are not done, in order, until the time is used up. Returns 1 if a cell failed."""
+    deadline = time.monotonic() + options.seconds
+    options.output.mkdir(parents=True, exist_ok=True)
+    done = {name for file in options.done for name, cell in json.loads(file.read_text())["cells"].items() if cell["status"] == "passed"}
+    results: dict[str, Any] = {}
+    for cell in CELLS:
+        remaining = deadline - time.monotonic()
+        if (options.only and cell.name not in options.only.split(",")) or cell.name in done or remaining < 20:
+            continue
+        print(f"--- {cell.name}", flush=True)
+        results[cell.name] = run_cell(cell, options.output, min(cell.seconds, remaining - 5), is_rehearsal=options.rehearse)
+        (options.output / "gpu_cells.json").write_text(json.dumps({"cells": results}, indent=1))
+        if not _has_result(results[cell.name]["figures"]):
+            print(f"{cell.name} has no result: the other cells are skipped, because the kit may not work on this machine")
+            break
+    print(summarise(results))
+    return int(any(cell["status"] != "passed" for cell in results.values()))
+
+
+def main() -> int:
+    """Install the kit, run the cells, or describe the machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)
+    commands.add_parser("environment", help="write versions and speed of this machine").add_argument("file", type=Path)
+    run = commands.add_parser("run", help="run the cells")
+    run.add_argument("--output", type=Path, required=True, help="folder for results and logs")
+    run.add_argument("--seconds", type=float, default=1e9, help="end after this time")
+    run.add_argument("--done", type=Path, nargs="*", default=[], help="result files of earlier calls")
+    run.add_argument("--only", help=f"run only these cells, separated by commas: {', '.join(cell.name for cell in CELLS)}")
+    run.add_argument("--rehearse", action="store_true", help="run on a CPU with tiny models")
+    options = parser.parse_args()
+    if options.command == "install":
+        install(options.archive)
+        return 0
+    if options.command == "environment":
+        options.file.write_text(json.dumps(describe_environment()))
+        return 0
+    return run_cells(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Pack the Python packages that the GPU cells need on a machine without a package registry (`make gpu-kit`).
+
+    python scripts/gpu_kit.py            # writes build/gpu-kit/site.tar.xz
+
+The GPU machine has Python 3.12 and torch for CUDA 13.0 with its own numpy, scipy and pandas. The kit adds packages of
+`requirements/trainer.lock` in their locked versions, for that Python. `benchmarks/gpu_cells.py` says how to use the kit there. The kit and
+all tracked files together stay below 60 MiB, because they are sent to the machine in one piece.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements" / "trainer.lock"
+ARCHIVE = ROOT / "build" / "gpu-kit" / "site.tar.xz"
+PYTHON_VERSION = "3.12"
+PLATFORM = "x86_64-manylinux_2_28"
+CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
+"""The library of bitsandbytes for the machine's CUDA version. The wheel has one for each version of CUDA and ROCm, 125 MB in all."""
+CARRIED = (
+    "accelerate", "annotated-types", "bitsandbytes", "datasets", "deepspeed", "dill", "fsspec", "hjson", "httpcore2", "httpx2", "huggingface-hub",
+    "jsonschema", "jsonschema-specifications", "liger-kernel", "multiprocess", "peft", "py-cpuinfo", "pyarrow", "pydantic", "pydantic-core",
+    "referencing", "rpds-py", "safetensors", "tokenizers", "transformers", "trl", "truststore", "typing-extensions", "typing-inspection",
+)  # fmt: skip
+"""Packages of the lock that the machine lacks, or has in another version."""
+PUBLISHED_AS_SOURCE = ("deepspeed",)
+"""Packages without a wheel. They are pure Python, so the installed files are packed."""
+LEFT_OUT = re.compile(
+    r"(^|/)(__pycache__|tests?|include|src|examples)/|\.(pyi|pyx|pxd|h|hpp|a)$|libbitsandbytes_(?!cuda130|cpu)|^bin/"
+    r"|^pyarrow/(_|lib(arrow_)?(python_)?)(flight|gcsfs|azurefs|s3fs|s3)\.|^pyarrow/lib\w+\.so(\.\d+\.\d+\.\d+)?$"
+)
+"""Files that no cell needs, by their path below the packages' folder."""
+SIZE_LIMIT_MIB = 60
+
+
+def locked_requirements(lock: str) -> dict[str, str]:
+    """Return the requirements of a lock file with their hashes, by the name of the package."""
+    entries = re.split(r"\n(?=[a-z0-9])", re.sub(r"^\s*#.*\n", "", lock, flags=re.MULTILINE))
+    named = ((re.match(r"[a-z0-9][a-z0-9._-]*(?===)", entry), entry) for entry in entries)
+    return {match.group(): entry for match, entry in named if match}
+
+
+def install_packages(folder: Path) -> None:
+    """Install the wheels of the locked versions for the GPU machine into `folder`. The hashes are checked."""
+    requirements = locked_requirements(LOCK.read_text())
+    chosen = [requirements[name] for name in CARRIED if name not in PUBLISHED_AS_SOURCE]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(chosen) + "\n")
+        file.flush()
+        base = Path(sys.executable).resolve()
+        uv = next(Path(entry, "uv") for entry in [sysconfig.get_path("scripts"), *_shared_script_folders()] if Path(entry, "uv").exists())
+        command = [
+            uv, "pip", "install", "-q", "--target", folder, "--python", base, "--python-version", PYTHON_VERSION, "--python-platform", PLATFORM,
+            "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", file.name,
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+
+
+def _shared_script_folders() -> Iterator[Path]:
+    """Folders of the scripts of the environments on `sys.path`. The checkout's environment uses the packages of a shared one."""
+    yield from (Path(entry).parents[2] / "bin" for entry in sys.path if entry.endswith("site-packages"))
+
+
+def copy_installed_package(name: str, folder: Path) -> None:
+    """Copy the files of an installed pure-Python package to `folder`."""
+    files = distribution(name).files or []
+    for file in files:
+        if ".." not in file.parts:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(Path(str(file.locate())).read_bytes())
+
+
+def pack_folder(folder: Path, archive: Path) -> None:
+    """Write all files of `folder` that are needed on the GPU machine to a tar archive."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:xz", preset=6) as tar:
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and not LEFT_OUT.search(name):
+                tar.add(path, name)
+
+
+def tracked_bytes() -> int:
+    """Total size of the tracked files of this checkout."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sum((ROOT / name).stat().st_size for name in names.split("\0") if name and (ROOT / name).is_file())
+
+
+def main() -> int:
+    """Pack the kit and print its size. Returns 1 if it is too large."""
+    with tempfile.TemporaryDirectory(prefix="gpu-kit-") as name:
+        folder = Path(name)
+        install_packages(folder)
+        for package in PUBLISHED_AS_SOURCE:
+            copy_installed_package(package, folder)
+        pack_folder(folder, ARCHIVE)
+    sizes = [size / 2**20 for size in (ARCHIVE.stat().st_size, tracked_bytes())]
+    print(f"{ARCHIVE.relative_to(ROOT)}: {sizes[0]:.1f} MiB; with the tracked files {sum(sizes):.1f} MiB (limit {SIZE_LIMIT_MIB})")
+    return int(sum(sizes) > SIZE_LIMIT_MIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

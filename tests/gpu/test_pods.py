@@ -1,0 +1,111 @@
+"""Whole pods on a GPU: every strategy trains, a killed run resumes exactly, and exhausted memory is named. (`make test-gpu` runs the
+tests one at a time, because the last test takes nearly all memory of the GPU.)"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode
+from finetune_api.pod import StoreTarget
+
+from tests.support.gpu import GPU_COUNT, IS_REHEARSAL, require_gpu
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pod"))
+
+from pod_harness import UID, Pod, merge, run_config, write_rows  # noqa: E402 - the path comes first
+
+pytestmark = pytest.mark.gpu
+STEPS, CHECKPOINT_STEPS = 300, 30
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fsdp": {"strategy": "fsdp"},
+    "zero1": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 1}},
+    "zero2": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}},
+    "zero3": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
+}
+EXPECTED = {"none": "single", "fsdp": "fsdp", "zero1": "deepspeed", "zero2": "deepspeed", "zero3": "deepspeed"}
+"""The strategy that the pod reports."""
+RESUMED: dict[str, dict[str, Any]] = {
+    "lora": {"method": {"type": "lora", "lora": {"dropout": 0.1}}},
+    "full": {"method": {"type": "full"}},
+    "qlora": {"method": {"type": "qlora"}},
+    "packed": {"method": {"type": "lora"}, "dataset": {"packing": True, "maxSequenceLength": 128}},
+    "fp16": {"method": {"type": "lora"}, "training": {"mixedPrecision": "fp16"}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose sizes the kernels support. Skips the tests of this file without a CUDA device."""
+    require_gpu()
+    from tests.support.tiny import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "gpu", hidden=256)
+
+
+def gpu_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, store: Path | None = None) -> Pod:
+    """A pod with one GPU that stores its results below `store` (default: `folder`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = write_rows(folder / "rows.jsonl")
+    base = {
+        "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"},
+        "training": {"maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3},
+        "checkpoint": {"steps": CHECKPOINT_STEPS}, "tracking": {"loggingSteps": 5},
+    }  # fmt: skip
+    target = StoreTarget(uri=f"file://{store or folder}/root/team/job/{UID}")
+    return Pod(run_config(merge(base, spec), target, attempt=attempt, gpus=GPU_COUNT), folder / f"pod-{attempt}")
+
+
+def final_weights(pod: Pod) -> dict[str, bytes]:
+    """The weight files of the pod's final model, by name."""
+    output = pod.termination_message().output
+    assert output is not None and output.uri is not None
+    return {path.name: path.read_bytes() for path in Path(output.uri.removeprefix("file://")).rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_on_one_gpu(strategy: str, method: str, model: Path, tmp_path: Path) -> None:
+    spec = {"method": {"type": method}, "distributed": STRATEGIES[strategy], "training": {"maxSteps": 4}}
+    with gpu_pod(tmp_path, model, spec) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        assert final_weights(pod)
+        resolved = pod.termination_message().resolved
+    assert resolved is not None and resolved.strategy == EXPECTED[strategy]
+    assert (resolved.device == "cpu") is IS_REHEARSAL
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_run(name: str, model: Path, tmp_path: Path) -> None:
+    with gpu_pod(tmp_path / "whole", model, RESUMED[name]) as whole:
+        assert whole.end() == ExitCode.OK, whole.text[-6000:]
+    with gpu_pod(tmp_path / "killed", model, RESUMED[name]) as killed:
+        killed.wait_committed(CHECKPOINT_STEPS)
+        killed.kill()
+    with gpu_pod(tmp_path / "again", model, RESUMED[name], attempt=2, store=tmp_path / "killed") as resumed:
+        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
+    assert resumed.termination_message().resumed_from_step in range(CHECKPOINT_STEPS, STEPS)
+    assert final_weights(resumed) == final_weights(whole)
+
+
+def test_a_batch_that_does_not_fit_into_the_gpu_ends_with_out_of_memory(model: Path, tmp_path: Path) -> None:
+    import torch
+
+    text = "The quick brown fox jumps over the lazy dog. " * 40
+    rows = write_rows(tmp_path / "long.jsonl", [{"text": text} for _ in range(512)])
+    spec = {
+        "method": {"type": "full"}, "dataset": {"train": f"file://{rows}", "maxSequenceLength": 512},
+        "training": {"batchSizePerDevice": 512, "gradientCheckpointing": "disabled"},
+    }  # fmt: skip
+    free_bytes, _ = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free_bytes - 2 * 2**30), dtype=torch.uint8, device="cuda")
+    with gpu_pod(tmp_path, model, spec) as pod:
+        code = pod.end()
+    del held
+    torch.cuda.empty_cache()
+    assert code == ExitCode.OUT_OF_MEMORY, pod.text[-6000:]
+    message = pod.termination_message()
+    assert (message.code, message.rank) == ("GpuOutOfMemory", 0)

@@ -1,0 +1,19 @@
+"""Tests that need a CUDA device skip without one. With REHEARSE_ON_CPU=1 they run on the CPU, to find mistakes in the tests themselves."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+IS_REHEARSAL = os.environ.get("REHEARSE_ON_CPU") == "1"
+GPU_COUNT = 0 if IS_REHEARSAL else 1
+ONE_GPU: dict[str, Any] = {"resources": {"gpusPerNode": GPU_COUNT, "processesPerNode": 1}}
+
+
+def require_gpu() -> None:
+    """Skip the test without a CUDA device."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not IS_REHEARSAL and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
