@@ -78,3 +78,47 @@ def test_full_training_keeps_weights_in_32_bits(model: Path, tmp_path: Path) -> 
 
     outcome = run_training(tmp_path, model, merge_mappings(SIXTY, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))
     assert {p.dtype for p in outcome.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", [{"type": "full"}, {"lora": {"dropout": 0}}], ids=["full", "lora"])
+def test_packed_sequences_have_the_losses_of_sdpa(method: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    spec = {"method": method, "dataset": {"packing": True}, "training": {"maxSteps": 5, "learningRate": 1e-3}}
+    outcomes = {
+        name: run_training(tmp_path / name, model, merge_mappings(SIXTY, {**spec, "model": {"attention": name}}))
+        for name in ("auto", "sdpa")
+    }
+    assert {name: outcome.resolved["attention"] for name, outcome in outcomes.items()} == {"auto": "varlen", "sdpa": "sdpa"}
+    assert outcomes["auto"].losses == pytest.approx(outcomes["sdpa"].losses, abs=0.02)
+    assert outcomes["auto"].grad_norms == pytest.approx(outcomes["sdpa"].grad_norms, rel=0.1)
+
+
+@pytest.mark.parametrize("head_size", [64, 256])
+@pytest.mark.parametrize("window", [None, 1, 5, 64], ids=lambda window: f"window {window}")
+def test_the_kernel_computes_what_sdpa_computes_with_a_mask(window: int | None, head_size: int, model: Path) -> None:
+    """Forward and backward pass of one layer with grouped key heads. A window counts the token itself, as in transformers."""
+    from types import SimpleNamespace
+
+    import torch
+    from finetune_trainer.attention import varlen_attention
+
+    lengths = [7, 1, 40, 200, 64]
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+    positions = torch.arange(sum(lengths), device="cuda")
+    distances = positions[:, None] - positions[None, :]
+    mask = (distances >= 0) & (documents[:, None] == documents[None, :])
+    mask &= distances < (window or len(positions))
+    layer: Any = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=True)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, len(positions), head_size, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    weights = torch.randn(1, len(positions), 8, head_size, device="cuda", dtype=torch.bfloat16)
+
+    def results(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        result, _ = varlen_attention(layer, *leaves, attention_mask, scaling=0.1, sliding_window=window, **options)
+        result.backward(weights)
+        return [result, *(leaf.grad for leaf in leaves)]
+
+    found = results(None, cu_seq_lens_q=starts, max_length_q=max(lengths))
+    for one, expected in zip(found, results(mask[None, None]), strict=True):
+        torch.testing.assert_close(one.float(), expected.float(), atol=0.1, rtol=0.05)

@@ -45,7 +45,7 @@ class ComputeDtype(StrEnum):
 
 class AttentionImplementation(StrEnum):
     AUTO = "auto"
-    """Same implementation as sdpa."""
+    """PyTorch's variable-length attention (varlen) for packed sequences on a GPU that supports it, otherwise sdpa."""
     EAGER = "eager"
     """Plain PyTorch operations."""
     SDPA = "sdpa"

@@ -56,7 +56,7 @@ class Model(Group):
     )
     dtype: WeightDtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
     attention: AttentionImplementation | None = spec_field(
-        "Attention implementation. If the implementation is not available, the trainer uses sdpa. status.resolved.attention shows the implementation in use.",
+        "Attention implementation. If the implementation is not available, the trainer uses that of auto. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )

@@ -244,6 +244,38 @@ def test_the_attention_function_creates_an_omitted_mask(described_by: str, windo
     torch.testing.assert_close(found[0], expected)
 
 
+LAYERS_FOR_SDPA: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout": 0.1},
+    "negative scale": {"scaling": -1.0},
+    "not causal": {"is_causal": False},
+    "soft-capping": {"softcap": 50.0},
+    "sinks": {"s_aux": torch.zeros(4)},
+    "position bias": {"position_bias": torch.zeros(1)},
+    "paged cache": {"cache": object()},
+    "longest document unknown": {"max_length_q": None},
+    "mask given": {"attention_mask": torch.ones(1, 1, 31, 31, dtype=torch.bool)},
+    "smaller values": {"value": torch.zeros(1, 2, 31, 4)},
+    "odd head size": {name: torch.zeros(1, 2, 31, 12) for name in ("query", "key", "value")},
+    "two rows": {name: torch.zeros(2, 2, 31, 8) for name in ("query", "key", "value")},
+    "more keys than queries": {"key": torch.zeros(1, 2, 40, 8), "value": torch.zeros(1, 2, 40, 8)},
+    "mixed data types": {"value": torch.zeros(1, 2, 31, 8, dtype=torch.bfloat16)},
+}
+
+
+@pytest.mark.parametrize("case", [None, *LAYERS_FOR_SDPA])
+def test_the_kernel_is_called_only_for_inputs_that_it_supports(
+    case: str | None, kernel: DocumentKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **options: (calls.append(options), None))
+    query, key, value = random_heads(torch.float32)
+    batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
+    arguments = {"query": query, "key": key, "value": value, "attention_mask": None, **batch}
+    changes = LAYERS_FOR_SDPA[case] if case else {}
+    varlen_attention(MODULE, **arguments | changes)
+    assert (len(kernel.windows), len(calls)) == ((0, 1) if case else (1, 0))
+
+
 def test_grouped_key_heads_work_with_both_versions_of_the_kernel() -> None:
     def kernel_of_torch_2_11(query: Any, *, scale: Any = None) -> None: ...
     def kernel_of_torch_2_15(query: Any, *, scale: Any = None, enable_gqa: bool = False) -> None: ...

@@ -144,6 +144,26 @@ def test_the_active_attention_follows_a_later_change(model: Path) -> None:
     assert internals.attention_implementation(loaded) == "eager"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [("llama", True), ("mistral", True), ("qwen3", True), ("gemma3_text", True), ("gemma2", False), ("bloom", False), ("llama4_text", False)],
+)
+def test_models_that_pass_document_boundaries_are_known_by_their_class(model_type: str, expected: bool) -> None:
+    """Gemma 2 has no sdpa, Bloom does not use the attention interface, and layers of Llama 4 need a mask."""
+    from transformers import AutoConfig
+
+    assert internals.passes_document_boundaries(AutoConfig.for_model(model_type)) is expected
+
+
+def test_a_configuration_of_foreign_code_passes_no_document_boundaries() -> None:
+    from transformers import LlamaConfig
+
+    class ForeignConfig(LlamaConfig):
+        model_type = "foreign"
+
+    assert not internals.passes_document_boundaries(ForeignConfig())
+
+
 def test_a_quantised_model_is_accepted_inside_the_context_only() -> None:
     from transformers.trainer_utils import validate_quantization_for_training
 
