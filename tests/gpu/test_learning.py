@@ -114,10 +114,11 @@ def test_the_kernel_computes_what_sdpa_computes_with_a_mask(window: int | None, 
     weights = torch.randn(1, len(positions), 8, head_size, device="cuda", dtype=torch.bfloat16)
 
     def results(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        result, _ = varlen_attention(layer, *leaves, attention_mask, scaling=0.1, sliding_window=window, **options)
+        query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
+        result, _ = varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
         result.backward(weights)
-        return [result, *(leaf.grad for leaf in leaves)]
+        gradients = [tensor.grad for tensor in (query, key, value)]
+        return [result, *(gradient for gradient in gradients if gradient is not None)]
 
     found = results(None, cu_seq_lens_q=starts, max_length_q=max(lengths))
     for one, expected in zip(found, results(mask[None, None]), strict=True):

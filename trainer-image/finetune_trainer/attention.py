@@ -42,7 +42,7 @@ def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
-GQA_OPTIONS = gqa_options(varlen_attn)
+GQA_OPTIONS: dict[str, Any] = gqa_options(varlen_attn)
 
 
 def register() -> None:
@@ -58,10 +58,17 @@ def choose_attention(run: RunConfig, hardware: Hardware, config: Any) -> tuple[s
     configuration.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
-    if requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER) or hardware.attention == FLASH_ATTENTION:
+    if (
+        requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
+        or hardware.attention == FLASH_ATTENTION
+    ):
         return hardware.attention, []
     attention, notes = hardware.attention, []
-    if run.spec.dataset.packing is True and trainer_type_of(run.spec) is TrainerType.SFT and hardware.device.type == "cuda":
+    if (
+        run.spec.dataset.packing is True
+        and trainer_type_of(run.spec) is TrainerType.SFT
+        and hardware.device.type == "cuda"
+    ):
         reason = reason_against_varlen(run, hardware, config)
         if reason is None:
             attention = VARLEN
@@ -97,7 +104,9 @@ def _unsupported_feature(config: Any) -> str | None:
         return "the model uses attention dropout (attention_dropout)"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         return "the model's attention is not causal"
-    if getattr(config, "attention_chunk_size", None) is not None or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+    if getattr(config, "attention_chunk_size", None) is not None or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
         return "the model's attention is limited to chunks (attention_chunk_size)"
     if getattr(config, "v_head_dim", None) is not None:
         return "the model's keys and values have different sizes (v_head_dim)"
@@ -168,7 +177,12 @@ def varlen_attention(
     """
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     boundaries = options.get("cu_seq_lens_q")
-    if attention_mask is None and is_causal and boundaries is not None and _kernel_supports(query, key, value, dropout, scaling, options):
+    if (
+        attention_mask is None
+        and is_causal
+        and boundaries is not None
+        and _kernel_supports(query, key, value, dropout, scaling, options)
+    ):
         return _call_kernel(query, key, value, boundaries, int(options["max_length_q"]), scaling, sliding_window), None
     if attention_mask is None and is_causal and _mask_was_omitted(query, key):
         attention_mask = _create_mask(query, boundaries, options.get("position_ids"), sliding_window)
@@ -179,7 +193,12 @@ def varlen_attention(
 
 
 def _kernel_supports(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None, options: dict[str, Any]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    options: dict[str, Any],
 ) -> bool:
     """Whether the kernel computes the same as sdpa for these inputs."""
     dtypes = {_compute_dtype(query.device, tensor.dtype) for tensor in (query, key, value)}
@@ -208,12 +227,20 @@ def _call_kernel(
     """
     dtype = _compute_dtype(query.device, query.dtype)
     query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    has_window = sliding_window is not None and sliding_window < max_length
+    tokens_before = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else -1
     # The same tensor twice: a newer torch only uses cuDNN's faster kernel if both boundaries are one object.
-    result: torch.Tensor = varlen_attn(
-        query, key, value, boundaries, boundaries, max_length, max_length, scale=scaling,
-        window_size=(sliding_window - 1 if has_window else -1, 0), **GQA_OPTIONS,
-    )  # fmt: skip
+    result: Any = varlen_attn(
+        query,
+        key,
+        value,
+        boundaries,
+        boundaries,
+        max_length,
+        max_length,
+        scale=scaling,
+        window_size=(tokens_before, 0),
+        **GQA_OPTIONS,
+    )
     return result.unsqueeze(0)
 
 
@@ -233,13 +260,14 @@ def _create_mask(
     elif boundaries is None and position_ids is not None and position_ids.ndim == 2:
         found = find_packed_sequence_indices(position_ids)
         documents = None if found is None else found[0]
-    has_window = sliding_window is not None and sliding_window < len(positions)
-    if documents is None and not has_window:
+    if sliding_window is not None and sliding_window >= len(positions):
+        sliding_window = None
+    if documents is None and sliding_window is None:
         return None
     distances = positions[:, None] - positions[None, :]
     mask = distances >= 0
     if documents is not None:
         mask &= documents[:, None] == documents[None, :]
-    if has_window:
+    if sliding_window is not None:
         mask &= distances < sliding_window
     return mask[None, None]

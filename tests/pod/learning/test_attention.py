@@ -38,7 +38,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 20, **MIXED_LAYERS},
 }
 """Options of small models with grouped key heads. Three of them have layers with a sliding window."""
-DOCUMENTS = [[3 + (7 * row + 5 * i) % 60 for i in range(length)] for row, length in enumerate((7, 1, 12, WINDOW, WINDOW + 1))]
+DOCUMENTS = [
+    [3 + (7 * row + 5 * i) % 60 for i in range(length)] for row, length in enumerate((7, 1, 12, WINDOW, WINDOW + 1))
+]
 
 
 class DocumentKernel:
@@ -52,7 +54,10 @@ class DocumentKernel:
         real_kernel = inspect.signature(torch.nn.attention.varlen.varlen_attn).bind(*args, **options).arguments
         query, key, value, starts = (real_kernel[name] for name in ("query", "key", "value", "cu_seq_q"))
         assert real_kernel["cu_seq_k"] is starts and starts.dtype == torch.int32
-        assert all(type(real_kernel[name]) is int and real_kernel[name] == int(starts.diff().max()) for name in ("max_q", "max_k"))
+        assert all(
+            type(real_kernel[name]) is int and real_kernel[name] == int(starts.diff().max())
+            for name in ("max_q", "max_k")
+        )
         before, after = real_kernel["window_size"]
         assert after == 0
         self.windows.append((before, after))
@@ -84,7 +89,9 @@ def install_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> D
     return kernel
 
 
-def build_model(name: str, implementation: str, *, lora: bool = False, gradient_checkpointing: bool = False, **options: Any) -> Any:
+def build_model(
+    name: str, implementation: str, *, lora: bool = False, gradient_checkpointing: bool = False, **options: Any
+) -> Any:
     """Create a small model whose weights are the same for each implementation."""
     attention.register()
     torch.manual_seed(0)
@@ -99,7 +106,9 @@ def build_model(name: str, implementation: str, *, lora: bool = False, gradient_
 
 
 def collate(documents: list[list[int]], *, packed: bool = True) -> dict[str, Any]:
-    batch: dict[str, Any] = DataCollatorForLanguageModeling(0, padding_free=packed)([{"input_ids": ids} for ids in documents])
+    batch: dict[str, Any] = DataCollatorForLanguageModeling(0, padding_free=packed)(
+        [{"input_ids": ids} for ids in documents]
+    )
     return batch
 
 
@@ -125,7 +134,11 @@ def assert_same_training(found: Any, expected: Any, batch: dict[str, Any]) -> No
 def test_the_kernel_trains_like_sdpa(name: str, lora: bool, checkpointing: bool, kernel: DocumentKernel) -> None:
     options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": checkpointing}
     assert_same_training(build_model(name, VARLEN, **options), build_model(name, "sdpa", **options), collate(DOCUMENTS))
-    per_pass = {"mistral": [(WINDOW - 1, 0)] * 2, "qwen2": [(WINDOW - 1, 0), (-1, 0)], "gemma3_text": [(WINDOW - 1, 0), (-1, 0)]}
+    per_pass = {
+        "mistral": [(WINDOW - 1, 0)] * 2,
+        "qwen2": [(WINDOW - 1, 0), (-1, 0)],
+        "gemma3_text": [(WINDOW - 1, 0), (-1, 0)],
+    }
     forward = per_pass.get(name, [(-1, 0), (-1, 0)])
     recomputed = forward[::-1] if checkpointing else []  # the backward pass begins with the last layer
     assert kernel.windows == forward + recomputed
@@ -144,7 +157,9 @@ def test_without_the_kernel_the_result_is_that_of_sdpa(monkeypatch: pytest.Monke
     monkeypatch.setattr(attention, "varlen_attn", None)
     for name in MODELS:
         for packed in (True, False):
-            assert_same_training(build_model(name, VARLEN), build_model(name, "sdpa"), collate(DOCUMENTS, packed=packed))
+            assert_same_training(
+                build_model(name, VARLEN), build_model(name, "sdpa"), collate(DOCUMENTS, packed=packed)
+            )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,10 @@ def test_padded_batches_and_generation_use_sdpa(kernel: DocumentKernel) -> None:
     assert_same_training(found, expected, collate(DOCUMENTS, packed=False))
     prompt = torch.tensor([DOCUMENTS[2]])
     for mask in (None, torch.ones_like(prompt)):
-        texts = [model.eval().generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False) for model in (found, expected)]
+        texts = [
+            model.eval().generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+            for model in (found, expected)
+        ]
         assert texts[0].tolist() == texts[1].tolist()
     assert kernel.windows == []
 
@@ -188,7 +206,10 @@ MASKS_OF_SDPA: dict[str, dict[str, Any]] = {
 
 def test_a_packed_sequence_needs_no_mask(kernel: DocumentKernel) -> None:
     assert varlen_mask(**MASK) is None
-    assert varlen_mask(**MASK | {"config": AutoConfig.for_model("mistral", **SIZES, sliding_window=4), "local_size": 4}) is None
+    assert (
+        varlen_mask(**MASK | {"config": AutoConfig.for_model("mistral", **SIZES, sliding_window=4), "local_size": 4})
+        is None
+    )
 
 
 @pytest.mark.parametrize("case", MASKS_OF_SDPA)
@@ -197,8 +218,9 @@ def test_other_batches_have_the_mask_of_sdpa(case: str, kernel: DocumentKernel) 
     assert mask is not None and mask.shape[-1] == 8
 
 
-def test_a_device_without_the_kernel_has_the_mask_of_sdpa() -> None:
-    assert varlen_mask(**MASK) is not None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_device_without_the_kernel_has_the_mask_of_sdpa(dtype: torch.dtype) -> None:
+    assert varlen_mask(**MASK | {"dtype": dtype}) is not None
 
 
 def test_autocast_decides_the_data_type_of_the_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> None:
@@ -229,19 +251,37 @@ def random_heads(dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("described_by", ["boundaries", "positions"])
-def test_the_attention_function_creates_an_omitted_mask(described_by: str, window: int | None, kernel: DocumentKernel) -> None:
+def test_the_attention_function_creates_an_omitted_mask(
+    described_by: str, window: int | None, kernel: DocumentKernel
+) -> None:
     """If no mask was created, but the kernel does not support the inputs of a layer, the documents stay separate."""
     query, key, value = random_heads(torch.float64)
     batch = collate(DOCUMENTS)
     options = {"boundaries": ("cu_seq_lens_q", "max_length_q"), "positions": ("position_ids",)}[described_by]
-    found, _ = varlen_attention(MODULE, query, key, value, None, sliding_window=window, **{name: batch[name] for name in options})
+    found, _ = varlen_attention(
+        MODULE, query, key, value, None, sliding_window=window, **{name: batch[name] for name in options}
+    )
     starts = batch["cu_seq_lens_q"]
     window_size = (-1 if window is None else window - 1, 0)
     expected = DocumentKernel()(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), starts, starts, *[batch["max_length_q"]] * 2, window_size=window_size
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        starts,
+        starts,
+        *[batch["max_length_q"]] * 2,
+        window_size=window_size,
     )
     assert kernel.windows == []
     torch.testing.assert_close(found[0], expected)
+
+
+def test_a_window_longer_than_all_documents_is_not_passed_to_the_kernel(kernel: DocumentKernel) -> None:
+    """The faster kernel of cuDNN supports no window."""
+    query, key, value = random_heads(torch.float32)
+    batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
+    longest = max(map(len, DOCUMENTS))
+    for window in (longest - 1, longest, longest + 1):
+        varlen_attention(MODULE, query, key, value, None, sliding_window=window, **batch)
+    assert kernel.windows == [(longest - 2, 0), (-1, 0), (-1, 0)]
 
 
 LAYERS_FOR_SDPA: dict[str, dict[str, Any]] = {
@@ -266,8 +306,13 @@ LAYERS_FOR_SDPA: dict[str, dict[str, Any]] = {
 def test_the_kernel_is_called_only_for_inputs_that_it_supports(
     case: str | None, kernel: DocumentKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **options: (calls.append(options), None))
+    calls: list[Any] = []
+
+    def sdpa(*arguments: Any, **options: Any) -> tuple[None, None]:
+        calls.append(arguments)
+        return None, None
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa)
     query, key, value = random_heads(torch.float32)
     batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     arguments = {"query": query, "key": key, "value": value, "attention_mask": None, **batch}
@@ -284,7 +329,10 @@ def test_grouped_key_heads_work_with_both_versions_of_the_kernel() -> None:
     assert attention.gqa_options(kernel_of_torch_2_15) == {"enable_gqa": True}
 
 
-@pytest.mark.parametrize(("capability", "hip", "expected"), [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 0), "7.2", False)])
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 0), "7.2", False)],
+)
 def test_the_kernel_runs_on_nvidia_gpus_since_ampere(
     capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,13 +381,38 @@ MODEL_CHOICES: dict[str, tuple[Hardware, Any, str, str | None]] = {
     "16-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**SIZES, dtype="bfloat16"), VARLEN, None),
     "32-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**SIZES, dtype="float32"), "sdpa", "the run computes in 32 bits"),
     "sliding window": (H100, AutoConfig.for_model("mistral", **SIZES), VARLEN, None),
-    "soft-capping": (H100, AutoConfig.for_model("gemma3_text", **SIZES, attn_logit_softcapping=50.0), "sdpa", "attn_logit_softcapping"),
-    "no sdpa": (H100, AutoConfig.for_model("gemma2", **SIZES), "sdpa", "transformers does not support it for models of type gemma2"),
-    "no keyword arguments": (H100, AutoConfig.for_model("bloom"), "sdpa", "transformers does not support it for models of type bloom"),
-    "chunks": (H100, AutoConfig.for_model("llama4_text"), "sdpa", "transformers does not support it for models of type llama4_text"),
+    "soft-capping": (
+        H100,
+        AutoConfig.for_model("gemma3_text", **SIZES, attn_logit_softcapping=50.0),
+        "sdpa",
+        "attn_logit_softcapping",
+    ),
+    "no sdpa": (
+        H100,
+        AutoConfig.for_model("gemma2", **SIZES),
+        "sdpa",
+        "transformers does not support it for models of type gemma2",
+    ),
+    "no keyword arguments": (
+        H100,
+        AutoConfig.for_model("bloom"),
+        "sdpa",
+        "transformers does not support it for models of type bloom",
+    ),
+    "chunks": (
+        H100,
+        AutoConfig.for_model("llama4_text"),
+        "sdpa",
+        "transformers does not support it for models of type llama4_text",
+    ),
     "images": (H100, AutoConfig.for_model("gemma3"), "sdpa", "models of type gemma3 have other inputs than text"),
     "dropout": (H100, LlamaConfig(**SIZES, attention_dropout=0.1), "sdpa", "attention_dropout"),
-    "bidirectional": (H100, AutoConfig.for_model("gemma3_text", **SIZES, use_bidirectional_attention=True), "sdpa", "is not causal"),
+    "bidirectional": (
+        H100,
+        AutoConfig.for_model("gemma3_text", **SIZES, use_bidirectional_attention=True),
+        "sdpa",
+        "is not causal",
+    ),
     "large heads": (H100, LlamaConfig(**SIZES | {"head_dim": 264}), "sdpa", "attention heads of size 264"),
     "odd heads": (H100, LlamaConfig(**SIZES | {"head_dim": 12}), "sdpa", "attention heads of size 12"),
     "largest heads": (H100, LlamaConfig(**SIZES | {"head_dim": 256}), VARLEN, None),
@@ -365,7 +438,7 @@ def test_an_old_gpu_uses_sdpa(tmp_path: Path) -> None:
 
 def test_a_model_with_its_own_code_uses_sdpa(kernel: DocumentKernel, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tmp_path, merge_mappings(PACKED, {"model": {"trustRemoteCode": True}}))
-    config = LlamaConfig(**SIZES, auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    config = AutoConfig.for_model("llama", **SIZES, auto_map={"AutoModelForCausalLM": "modeling.Own"})
     assert "trustRemoteCode" in (attention.reason_against_varlen(run, H100, config) or "")
 
 
@@ -393,7 +466,9 @@ def test_a_packed_run_has_the_losses_of_sdpa(
     spec: dict[str, Any], model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
 ) -> None:
     packed = merge_mappings(spec, PACKED | {"evaluation": {"strategy": "steps", "steps": 4}})
-    rows = [{"text": f"{word} " * length} for length, word in enumerate(("red", "green", "blue", "yes", "no", "one"), 1)]
+    rows = [
+        {"text": f"{word} " * length} for length, word in enumerate(("red", "green", "blue", "yes", "no", "one"), 1)
+    ]
     sdpa = run_training(tmp_path / "a", model, packed, rows, validation=rows[:3])
     kernel = choose_varlen(DocumentKernel())
     varlen = run_training(tmp_path / "b", model, packed, rows, validation=rows[:3])
