@@ -62,3 +62,17 @@ def test_without_autocast_trained_modules_keep_the_dtype_of_the_spec(model: Path
         tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULL_MODULES, "training": {"maxSteps": 1}}
     )
     assert outcome.model.get_output_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_inputs_that_autocast_converts_give_the_same_losses(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's conversion to 32 bits is left out, because autocast converts back to 16 bits."""
+    from finetune_trainer.method import lora
+
+    spec = merge_mappings(SIXTEEN_BIT_SPEC, {"method": {"lora": {"dropout": 0}}, "training": {"maxSteps": 4}})
+    by_autocast = run_training(tmp_path / "autocast", model, spec)
+    layers = [module for module in by_autocast.model.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+    monkeypatch.setattr(lora, "leave_conversion_to_autocast", lambda model: None)
+    by_peft = run_training(tmp_path / "peft", model, spec)
+    assert by_autocast.losses == by_peft.losses
+    assert by_autocast.grad_norms == by_peft.grad_norms

@@ -35,6 +35,8 @@ class DistributedStrategy:
     """Whether a rank holds only a part of each weight."""
     keeps_base_dtype = False
     """Whether adapters must have the dtype of the base model."""
+    uses_autocast = True
+    """Whether 16-bit training runs the forward pass under torch's autocast."""
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int):
         self.run, self.hardware, self.world_size = run, hardware, world_size

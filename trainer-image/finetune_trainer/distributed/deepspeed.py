@@ -450,6 +450,7 @@ class Deepspeed(DistributedStrategy):
     """The model is wrapped in DeepSpeed's engine."""
 
     name = "deepspeed"
+    uses_autocast = False
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, options: DeepspeedOptions):
         super().__init__(run, hardware, world_size)

@@ -14,6 +14,7 @@ from finetune_trainer.library_internals import expose_head_bias
 from finetune_trainer.method import eva, loftq
 from finetune_trainer.method.base import TrainableModel
 from finetune_trainer.method.peft_method import ADAPTER_NAME, PeftMethod, linear_layer_names, peft_task_type
+from finetune_trainer.method.precision import leave_conversion_to_autocast
 from finetune_trainer.model import load_model
 
 ALL_LINEAR = "all-linear"
@@ -79,6 +80,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             loftq.correct_quantization_error(trainable.model, unquantized)
             trainable.notes.append("init loftq: the adapter corrects the 4-bit quantisation error of this base model")
         super().after_apply(trainable)
+        if (context.hardware.bf16 or context.hardware.fp16) and context.strategy.uses_autocast:
+            leave_conversion_to_autocast(trainable.model)
 
     def on_trainer_created(self, trainer: Any) -> None:
         """For EVA, compute the initial adapters from training data. Then reset the random seed, because EVA consumes random numbers."""

@@ -18,6 +18,19 @@ def widen_trained_weights(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
+def leave_conversion_to_autocast(model: Any) -> None:
+    """Stop LoRA layers from converting their 16-bit inputs to 32 bits.
+
+    Autocast converts inputs and weights to 16 bits before each product. If PEFT first converts an input to the 32 bits of the adapter's
+    weights, the input is copied twice, and the result is the same. DoRA also uses inputs outside of products and keeps the conversion.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False
+
+
 def require_scalable_weights(model: Any) -> None:
     """Refuse trained float16 weights, because torch's gradient scaler for fp16 needs 32-bit gradients. Errors: ConfigError HalfWeights."""
     for name, parameter in model.named_parameters():
