@@ -4,6 +4,7 @@
     python3 benchmarks/gpu_cells.py install build/gpu-kit/site.tar.xz   # there, once
     python3 benchmarks/gpu_cells.py run --output OUT --seconds 570      # there; repeat until all cells have run
     python3 benchmarks/gpu_cells.py run --rehearse --output OUT         # on a CPU, with tiny models
+    python benchmarks/gpu_cells.py record OUT/gpu_cells.json ...        # here: writes results/gpu_cells.json
 
 Method. Every cell runs in a process of its own and writes one JSON value. Cells that ran already, according to the files given with
 `--done`, are skipped, so that several calls continue one list. The cells `tests-*` run the tests of `tests/gpu` in parallel processes; the
@@ -25,7 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+
+import gpu_test_report
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path("/opt/gpu-kit/site-packages")
@@ -57,8 +59,7 @@ def test_cell(name: str, expression: str, *, files: str = "tests/gpu", processes
         # The machine lacks some of pytest's plugins that pyproject.toml configures.
         options = ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "-ra"]
         parallel = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
-        report = str(output.with_suffix(".xml"))
-        return (sys.executable, "-m", "pytest", *options, *parallel, "--junitxml", report, "-W", "ignore", "-k", expression, *files.split())
+        return (sys.executable, "-m", "pytest", *options, *parallel, "-p", "gpu_test_report", "-W", "ignore", "-k", expression, *files.split())
 
     return Cell(f"tests-{name}", command, seconds)
 
@@ -78,17 +79,17 @@ def speed_cell(shape: str, method: str, data: str, arms: str, *, rounds: int = 1
 
 CELLS = (
     Cell("environment", environment_cell, 60),
-    test_cell("features", "test_learning or (test_pods and not out_of_memory) or test_matrix", seconds=240),
+    test_cell("features", "not out_of_memory", processes=12, seconds=300),
     test_cell("memory", "out_of_memory", processes=1),
-    speed_cell("8b", "lora", "packed", "ours; bare; tuned; tuned, liger"),
-    speed_cell("1b", "lora", "packed", "ours; bare; tuned; tuned, liger; tuned, sdpa; ours, tuned", steps=20),
-    speed_cell("8b", "lora", "chat", "ours; bare; tuned, liger"),
-    speed_cell("8b", "full", "packed", "tuned, checkpointing; ours; ours, 16-bit weights; bare"),
-    speed_cell("1b", "full", "packed", "ours; bare; tuned; tuned, liger; ours, tuned", steps=20),
-    speed_cell("8b", "qlora", "packed", "ours; bare; tuned, liger"),
-    speed_cell("1b", "lora", "chat", "ours; bare; tuned, liger; ours, packing; ours, tuned", steps=20),
-    speed_cell("1b", "full", "chat", "ours; bare; tuned, liger; ours, tuned", steps=20),
-    speed_cell("1b", "lora", "packed", "tuned, liger; tuned, compiled", steps=30, batch=4),
+    speed_cell("8b", "lora", "packed", "ours; ours, checkpointing off; tuned"),
+    speed_cell("8b", "lora", "chat", "ours; ours, checkpointing off; tuned; bare"),
+    speed_cell("1b", "lora", "packed", "ours; ours, checkpointing off; tuned; bare", steps=20),
+    speed_cell("8b", "full", "packed", "ours; ours, 16-bit weights; tuned, checkpointing on"),
+    speed_cell("8b", "qlora", "packed", "ours; ours, checkpointing off; tuned"),
+    speed_cell("1b", "full", "packed", "ours; ours, checkpointing off; tuned; bare", steps=20),
+    speed_cell("1b", "lora", "chat", "ours; ours, checkpointing off; tuned; bare", steps=20),
+    speed_cell("1b", "full", "chat", "ours; ours, checkpointing off; tuned; bare", steps=20),
+    speed_cell("1b", "lora", "packed", "tuned; tuned, compiled", steps=30, batch=4),
 )
 
 
@@ -157,6 +158,7 @@ def run_cell(cell: Cell, folder: Path, seconds: float, *, is_rehearsal: bool) ->
     output, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     environment = os.environ | {
         "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        gpu_test_report.VARIABLE: str(output.with_suffix(".jsonl")),
         **({"REHEARSE_ON_CPU": "1", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"OMP_NUM_THREADS": "4"}),
     }  # fmt: skip
     started_at = time.monotonic()
@@ -178,24 +180,11 @@ def _read_figures(output: Path) -> Any:
     """The figures that a cell has written: its JSON file, or the table of its tests."""
     if output.exists():
         return json.loads(output.read_text())
-    report = output.with_suffix(".xml")
-    if not report.exists():
-        return None
-    cases = ElementTree.parse(report).getroot().iter("testcase")
-    return {case.get("name"): _read_case(case) for case in cases}
+    report = output.with_suffix(".jsonl")
+    return gpu_test_report.read_report(report) if report.exists() else None
 
 
-def _read_case(case: ElementTree.Element) -> dict[str, Any]:
-    """Status, duration and, for a failure, the end of its message."""
-    seconds = round(float(case.get("time") or 0), 1)
-    for kind in ("failure", "error", "skipped"):
-        element = case.find(kind)
-        if element is not None:
-            return {"status": kind, "seconds": seconds, "message": (element.get("message") or "")[:600], "text": (element.text or "")[-2500:]}
-    return {"status": "passed", "seconds": seconds}
-
-
-def _has_result(figures: Any) -> bool:
+def has_result(figures: Any) -> bool:
     """Whether at least one arm, test or property of a cell has a result."""
     if not figures:
         return False
@@ -215,7 +204,7 @@ def summarise(cells: Mapping[str, Any]) -> str:
         elif name.startswith("tests-"):
             failures = {test: one for test, one in figures.items() if one["status"] != "passed"}
             lines.append(f"    {len(figures) - len(failures)} of {len(figures)} tests passed")
-            lines += [f"    {one['status']}: {test}: {one['message'][:300]!r}" for test, one in failures.items()]
+            lines += [f"    {one['status']}: {test}: {one['text'][-400:]!r}" for test, one in failures.items()]
         else:
             lines.append(f"    {json.dumps(figures)[:900]}")
     return "\n".join(lines)
@@ -239,11 +228,29 @@ def run_cells(options: argparse.Namespace) -> int:
         print(f"--- {cell.name}", flush=True)
         results[cell.name] = run_cell(cell, options.output, min(cell.seconds, remaining - 5), is_rehearsal=options.rehearse)
         (options.output / "gpu_cells.json").write_text(json.dumps({"cells": results}, indent=1))
-        if not _has_result(results[cell.name]["figures"]):
+        if not has_result(results[cell.name]["figures"]):
             print(f"{cell.name} has no result: the other cells are skipped, because the kit may not work on this machine")
             break
     print(summarise(results))
     return int(any(cell["status"] != "passed" for cell in results.values()))
+
+
+def merge_results(files: Sequence[Path]) -> dict[str, Any]:
+    """Merge the cells of several calls. A later result replaces an earlier one unless it has no figures."""
+    merged: dict[str, Any] = {}
+    for file in files:
+        for name, cell in json.loads(file.read_text())["cells"].items():
+            if name not in merged or has_result(cell["figures"]):
+                merged[name] = cell
+    return merged
+
+
+def write_results(files: Sequence[Path]) -> Path:
+    """Write the merged results to `results/gpu_cells.json`, without the logs of the cells."""
+    import record
+
+    cells = {name: {key: value for key, value in cell.items() if key != "log"} for name, cell in merge_results(files).items()}
+    return record.write_result("gpu_cells", cells, method=record.extract_method(__doc__).replace("\n", " "))
 
 
 def main() -> int:
@@ -252,6 +259,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)
     commands.add_parser("environment", help="write versions and speed of this machine").add_argument("file", type=Path)
+    commands.add_parser("record", help="write the results of all calls to benchmarks/results").add_argument("files", type=Path, nargs="+")
     run = commands.add_parser("run", help="run the cells")
     run.add_argument("--output", type=Path, required=True, help="folder for results and logs")
     run.add_argument("--seconds", type=float, default=1e9, help="end after this time")
@@ -264,6 +272,9 @@ def main() -> int:
         return 0
     if options.command == "environment":
         options.file.write_text(json.dumps(describe_environment()))
+        return 0
+    if options.command == "record":
+        print(write_results(options.files))
         return 0
     return run_cells(options)
 

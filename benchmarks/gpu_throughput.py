@@ -113,10 +113,10 @@ OUR_ARMS: dict[str, dict[str, Any]] = {
 """Arms of this trainer: settings beside the defaults."""
 TRL_ARMS = {
     "bare": TrlArm(checkpointing=True),
-    "tuned": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0),
-    "tuned, liger": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True),
-    "tuned, sdpa": TrlArm(checkpointing=False, packs=True, dropout=0.0),
-    "tuned, checkpointing": TrlArm(checkpointing=True, attention="varlen", packs=True, dropout=0.0, liger=True),
+    "tuned": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True),
+    "tuned, without liger": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0),
+    "tuned, checkpointing off": TrlArm(checkpointing=False, packs=True, dropout=0.0),
+    "tuned, checkpointing on": TrlArm(checkpointing=True, attention="varlen", packs=True, dropout=0.0, liger=True),
     "tuned, compiled": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True, compiles=True),
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-from finetune_api.errors import ConfigError
 
 pytestmark = pytest.mark.pod
 BENCHMARKS_FOLDER = Path(__file__).parents[3] / "benchmarks"
@@ -23,36 +24,65 @@ def load_benchmark(name: str) -> ModuleType:
 
 @pytest.mark.slow
 def test_the_overhead_benchmark_runs() -> None:
-    figures = load_benchmark("trainer_overhead").measure(1, 3, hidden=64, layers=2, length=64, batch=2, method="lora")
+    measure = load_benchmark("trainer_overhead").measure_pairs
+    figures = measure(1, 3, hidden_size=64, layer_count=2, sequence_length=64, batch_size=2, method="lora")
     assert figures["step"]["ratio"] > 0 and figures["run"]["ratio"] > 0 and figures["stepsEach"] == 3
 
 
 @pytest.mark.slow
-def test_the_throughput_benchmark_runs_on_a_cpu() -> None:
-    options = [
-        "--shape",
-        "tiny",
-        "--device",
-        "cpu",
-        "--length",
-        "128",
-        "--batch",
-        "1",
-        "--steps",
-        "2",
-        "--rounds",
-        "1",
-        "--no-write",
-    ]
+@pytest.mark.parametrize("data", ["packed", "chat"])
+def test_all_arms_of_the_throughput_benchmark_start_with_the_same_loss(data: str, tmp_path: Path) -> None:
+    size = ["--shape", "tiny", "--device", "cpu", "--length", "256", "--batch", "2", "--steps", "4", "--warmup-steps", "1"]
+    arms = ["--arms", "ours; bare; tuned, checkpointing off"]
+    options = [*size, *arms, "--data", data, "--output", str(tmp_path / "figures.json"), "--no-write"]
     figures = load_benchmark("gpu_throughput").main(options)
-    assert figures["ours"]["tokensPerSecond"] > 0 and figures["bare"]["tokensPerSecond"] > 0
-    assert figures["ours"]["mfu"] is None and figures["device"] == "cpu"
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    results = figures["arms"]
+    assert [arm["error"] for arm in results.values()] == [None, None, None]
+    assert all(arm["tokensPerSecond"] > 0 and arm["mfu"] is None for arm in results.values())
+    # Packed chat data have other batches. Otherwise all arms do the same work.
+    alike = [results[name]["firstLoss"] for name in results if data == "packed" or "tuned" not in name]
+    assert alike == pytest.approx([alike[0]] * len(alike), abs=1e-6)
 
 
 def test_the_throughput_benchmark_refuses_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(SystemExit, match="torch finds no GPU"):
         load_benchmark("gpu_throughput").main(["--shape", "tiny", "--length", "128", "--no-write"])
-    assert caught.value.code == "DeviceAbsent"
+
+
+def cell_of(command: list[str], seconds: float = 60) -> Any:
+    return load_benchmark("gpu_cells").Cell("cell", lambda output, is_rehearsal: command, seconds)
+
+
+def test_a_cell_that_runs_out_of_time_keeps_what_it_has_written(tmp_path: Path) -> None:
+    cells = load_benchmark("gpu_cells")
+    script = f"import time; open({str(tmp_path / 'cell.json')!r}, 'w').write('{{\"a\": 1}}'); time.sleep(600)"
+    result = cells.run_cell(cell_of([sys.executable, "-c", script]), tmp_path, 2, is_rehearsal=True)
+    assert (result["status"], result["figures"]) == ("out of time", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("figures", "has_result"),
+    [
+        (None, False),
+        ({}, False),
+        ({"device": "cpu"}, True),
+        ({"test_a": {"status": "failed"}}, False),
+        ({"test_a": {"status": "failed"}, "test_b": {"status": "passed"}}, True),
+        ({"arms": {"ours": {"error": "OutOfMemoryError"}}}, False),
+        ({"arms": {"ours": {"error": "OutOfMemoryError"}, "bare": {"error": None}}}, True),
+    ],
+)
+def test_a_cell_has_a_result_if_at_least_one_part_of_it_worked(figures: Any, has_result: bool) -> None:
+    assert load_benchmark("gpu_cells").has_result(figures) is has_result
+
+
+def test_a_later_call_replaces_only_the_cells_that_it_measured(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.json", tmp_path / "2.json"
+    first.write_text(json.dumps({"cells": {"a": {"status": "passed", "figures": {"x": 1}}, "b": {"status": "failed", "figures": {"x": 1}}}}))
+    second.write_text(json.dumps({"cells": {"b": {"status": "passed", "figures": {"x": 2}}, "a": {"status": "failed", "figures": None}}}))
+    merged = load_benchmark("gpu_cells").merge_results([first, second])
+    assert {name: cell["figures"] for name, cell in merged.items()} == {"a": {"x": 1}, "b": {"x": 2}}
