@@ -35,6 +35,8 @@ MAX_HEAD_SIZE = 256
 HEAD_SIZE_MULTIPLE = 8
 """The kernel needs head sizes that are multiples of this number. sdpa pads other head sizes."""
 MIN_COMPUTE_CAPABILITY = (8, 0)
+DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+"""Fields of model configurations that hold the probability of attention dropout."""
 
 
 def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
@@ -93,15 +95,19 @@ def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> st
         return f"transformers does not support it for models of type {config.model_type}"
     if config.get_text_config() is not config:
         return f"models of type {config.model_type} have other inputs than text"
-    return _unsupported_feature(config)
+    try:
+        return _unsupported_feature(config)
+    except RuntimeError:  # transformers raises this error for a field that each layer sets to its own value
+        return "the layers of the model have different attention settings"
 
 
 def _unsupported_feature(config: Any) -> str | None:
     """Return the feature of a text model's attention that the kernel does not have; None if there is no such feature."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model limits its attention scores (attn_logit_softcapping)"
-    if getattr(config, "attention_dropout", 0.0):
-        return "the model uses attention dropout (attention_dropout)"
+    dropout = next((name for name in DROPOUT_FIELDS if getattr(config, name, None)), None)
+    if dropout is not None:
+        return f"the model uses attention dropout ({dropout})"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         return "the model's attention is not causal"
     if getattr(config, "attention_chunk_size", None) is not None or "chunked_attention" in (
@@ -111,8 +117,10 @@ def _unsupported_feature(config: Any) -> str | None:
     if getattr(config, "v_head_dim", None) is not None:
         return "the model's keys and values have different sizes (v_head_dim)"
     sizes = _head_sizes(config)
+    if not sizes:
+        return "the size of the model's attention heads is unknown"
     unsupported = [size for size in sizes if not _is_supported_head_size(size)]
-    return f"its kernel does not support attention heads of size {unsupported[0]}" if unsupported or not sizes else None
+    return f"its kernel does not support attention heads of size {unsupported[0]}" if unsupported else None
 
 
 def _head_sizes(config: Any) -> list[int]:

@@ -16,7 +16,7 @@ from finetune_trainer import attention
 from finetune_trainer.attention import VARLEN, varlen_attention, varlen_mask
 from finetune_trainer.hardware import Hardware
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -407,6 +407,9 @@ MODEL_CHOICES: dict[str, tuple[Hardware, Any, str, str | None]] = {
     ),
     "images": (H100, AutoConfig.for_model("gemma3"), "sdpa", "models of type gemma3 have other inputs than text"),
     "dropout": (H100, LlamaConfig(**SIZES, attention_dropout=0.1), "sdpa", "attention_dropout"),
+    "dropout of GPT-2": (H100, AutoConfig.for_model("gpt2"), "sdpa", "attn_pdrop"),
+    "GPT-2 without dropout": (H100, AutoConfig.for_model("gpt2", attn_pdrop=0.0), VARLEN, None),
+    "heads of different sizes": (H100, AutoConfig.for_model("gemma4_text"), "sdpa", "different attention settings"),
     "bidirectional": (
         H100,
         AutoConfig.for_model("gemma3_text", **SIZES, use_bidirectional_attention=True),
@@ -427,6 +430,14 @@ def test_hardware_and_model_decide_whether_varlen_is_chosen(case: str, kernel: D
     assert found == expected and len(notes) == (reason is not None)
     if reason is not None:
         assert reason in notes[0] and notes[0].endswith(": sdpa is used")
+
+
+def test_a_model_with_unknown_head_sizes_uses_sdpa(
+    kernel: DocumentKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(attention, "passes_document_boundaries", lambda config: True)
+    run, _ = make_run(tmp_path, tmp_path, PACKED)
+    assert "is unknown" in (attention.reason_against_varlen(run, H100, PreTrainedConfig()) or "")
 
 
 def test_an_old_gpu_uses_sdpa(tmp_path: Path) -> None:
