@@ -32,7 +32,7 @@ import gpu_test_report
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path("/opt/gpu-kit/site-packages")
 """Folder of the kit's packages. dill takes only modules below a folder of this name for installed ones; datasets needs this for its hashes."""
-PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "trainer-image", "benchmarks", "."))
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
 VERSIONS = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
 CELL_SECONDS = 90.0
 TEST_PROCESSES = 8
@@ -79,8 +79,8 @@ def speed_cell(shape: str, method: str, data: str, arms: str, *, rounds: int = 1
 
 CELLS = (
     Cell("environment", environment_cell, 60),
-    test_cell("features", "not out_of_memory", processes=12, seconds=300),
-    test_cell("memory", "out_of_memory", processes=1),
+    test_cell("features", "not does_not_fit", processes=12, seconds=300),
+    test_cell("memory", "does_not_fit", processes=1),
     speed_cell("8b", "lora", "packed", "ours; ours, checkpointing off; tuned"),
     speed_cell("8b", "lora", "chat", "ours; ours, checkpointing off; tuned; bare"),
     speed_cell("1b", "lora", "packed", "ours; ours, checkpointing off; tuned; bare", steps=20),

@@ -4,6 +4,7 @@ tests one at a time, because the last test takes nearly all memory of the GPU.)"
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,33 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_run(name: str, 
     assert final_weights(resumed) == final_weights(whole)
 
 
-def test_a_batch_that_does_not_fit_into_the_gpu_ends_with_out_of_memory(model: Path, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path) -> None:
+    """The pods of all attempts share what another program has left of the GPU's memory: two GiB."""
     import torch
+    from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations
 
     text = "The quick brown fox jumps over the lazy dog. " * 40
     rows = write_rows(tmp_path / "long.jsonl", [{"text": text} for _ in range(512)])
     spec = {
         "method": {"type": "full"}, "dataset": {"train": f"file://{rows}", "maxSequenceLength": 512},
-        "training": {"batchSizePerDevice": 512, "gradientCheckpointing": "disabled"},
+        "training": {"maxSteps": 1, "batchSizePerDevice": 512, "gradientAccumulationSteps": 1, "gradientCheckpointing": "disabled"},
     }  # fmt: skip
+    pod, codes, batches = gpu_pod(tmp_path, model, spec), [], []
     free_bytes, _ = torch.cuda.mem_get_info()
     held = torch.empty(max(0, free_bytes - 2 * 2**30), dtype=torch.uint8, device="cuda")
-    with gpu_pod(tmp_path, model, spec) as pod:
-        code = pod.end()
+    while not codes or codes[-1] == ExitCode.OUT_OF_MEMORY:
+        with pod:
+            codes.append(pod.end())
+            message, training = pod.termination_message(), pod.run.spec.training
+        batches.append((training.batch_size_per_device, training.gradient_accumulation_steps))
+        if codes[-1] == ExitCode.OUT_OF_MEMORY:
+            assert (message.code, message.rank) == ("GpuOutOfMemory", 0)
+            adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC))
+            adapted = apply_adaptations(pod.run.spec, [adaptation])
+            attempt = pod.run.attempt + 1
+            pod = Pod(pod.run.model_copy(update={"spec": adapted, "attempt": attempt}), tmp_path / f"pod-{attempt}")
     del held
     torch.cuda.empty_cache()
-    assert code == ExitCode.OUT_OF_MEMORY, pod.text[-6000:]
-    message = pod.termination_message()
-    assert (message.code, message.rank) == ("GpuOutOfMemory", 0)
+    assert codes[-1] == ExitCode.OK, pod.text[-6000:]
+    assert len(codes) > 1, "the first batch fits into the memory"
+    assert batches == [(512 >> step, 1 << step) for step in range(len(codes))]
