@@ -129,6 +129,7 @@ class TrainingSession:
         data, self.facts = self.objective.load_data(context)
         self.test_rows = data.test
         self._emit_notes(*notes, *self.facts.notes)
+        self._choose_checkpointing(args)
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
@@ -168,6 +169,23 @@ class TrainingSession:
         use_one_device(args)
         self._emit_notes(*choose_kernels(args, self.run, config.model_type))
         return context, args
+
+    def _choose_checkpointing(self, args: Any) -> None:
+        """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory."""
+        import torch
+
+        from finetune_trainer import model
+        from finetune_trainer.activation_memory import keeps_all_activations
+
+        if self.hardware.device.type != "cuda" or not self.facts.longest_sequence:
+            return
+        note = keeps_all_activations(
+            self.run, self.hardware, self.strategy.name, model.load_config(self.run, self.inputs),
+            batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence, free_bytes=torch.cuda.mem_get_info(self.hardware.device)[0],
+        )  # fmt: skip
+        if note is not None:
+            args.activation_checkpointing = args.gradient_checkpointing = False
+            self._emit_notes(note)
 
     def _method_context(self, tokenizer: Any) -> MethodContext:
         from finetune_trainer import vocabulary

@@ -51,6 +51,8 @@ class DataFacts:
     """Sentences for the status."""
     report: dict[str, Any] = field(default_factory=dict)
     """Counts for the report, as JSON."""
+    longest_sequence: int = 0
+    """Tokens of the longest training sequence; 0 if unknown."""
 
 
 @dataclass(frozen=True)

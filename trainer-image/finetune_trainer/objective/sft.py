@@ -161,7 +161,9 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
             one_rank_first=PartialState().local_main_process_first(),
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
-        facts = DataFacts(data.rows["train"], data.format, data.notes, {"tokens": reports, "rows": data.rows})
+        dataset = context.run.spec.dataset
+        longest = (dataset.max_sequence_length or 2048) if dataset.packing else data.reports["train"].longest
+        facts = DataFacts(data.rows["train"], data.format, data.notes, {"tokens": reports, "rows": data.rows}, longest)
         return data, facts
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> SFTConfig:
