@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.learning import RunOutcome, merge_mappings, run_training
+from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_training
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -90,6 +90,31 @@ def test_packed_sequences_have_the_losses_of_sdpa(method: dict[str, Any], model:
     assert {name: outcome.resolved["attention"] for name, outcome in outcomes.items()} == {"auto": "varlen", "sdpa": "sdpa"}
     assert outcomes["auto"].losses == pytest.approx(outcomes["sdpa"].losses, abs=0.02)
     assert outcomes["auto"].grad_norms == pytest.approx(outcomes["sdpa"].grad_norms, rel=0.1)
+
+
+@pytest.mark.parametrize("method", [{"type": "full"}, {"lora": {"dropout": 0}}], ids=["full", "lora"])
+def test_a_padding_free_run_has_the_losses_of_a_padded_run(method: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Ten rows in batches of four. The last batch of an evaluation has two rows."""
+    rows = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 17 * i % 50)}]}
+        for i, row in enumerate(TEN_ROWS)
+    ]
+    spec = {
+        "method": method, "training": {"maxSteps": 5, "batchSizePerDevice": 4, "gradientAccumulationSteps": 2, "learningRate": 1e-3},
+        "evaluation": {"strategy": "steps", "steps": 5},
+    }  # fmt: skip
+    padding_free, padded = (
+        run_training(tmp_path / name, model, merge_mappings(SIXTY, {**spec, "model": {"attention": name}}), rows, validation=rows)
+        for name in ("auto", "sdpa")
+    )
+    assert [outcome.resolved["attention"] for outcome in (padding_free, padded)] == ["varlen", "sdpa"]
+    assert padding_free.losses == pytest.approx(padded.losses, rel=2e-2)
+    assert padding_free.grad_norms == pytest.approx(padded.grad_norms, rel=0.1)
+    assert padding_free.eval_losses == pytest.approx(padded.eval_losses, rel=2e-2) and len(padded.eval_losses) == 1
+    counts, expected = ([line["num_tokens"] for line in outcome.logs if "loss" in line] for outcome in (padding_free, padded))
+    assert counts == expected
+    assert {line["padding_share"] for line in padding_free.logs if "loss" in line} == {0.0}
+    assert any("concatenated instead of padded" in note for note in padding_free.notes)
 
 
 @pytest.mark.parametrize("head_size", [64, 256])

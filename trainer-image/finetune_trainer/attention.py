@@ -1,8 +1,9 @@
-"""Attention for packed sequences with torch's variable-length kernel, registered with transformers as `varlen`.
+"""Attention for packed sequences and padding-free batches with torch's variable-length kernel, registered with transformers as `varlen`.
 
-A packed sequence holds several documents. With sdpa, transformers describes the documents by a mask of all pairs of tokens, and no flash
-kernel accepts such a mask. `varlen_attn` receives the boundaries of the documents instead. TRL's collator adds them to each batch
-(`cu_seq_lens_q`, `max_length_q`), and transformers passes them to every attention layer.
+A packed sequence holds several documents. A padding-free batch is such a sequence, too: its rows are concatenated instead of padded. With
+sdpa, transformers describes the documents by a mask of all pairs of tokens, and no flash kernel accepts such a mask. `varlen_attn`
+receives the boundaries of the documents instead. TRL's collator adds them to each batch (`cu_seq_lens_q`, `max_length_q`), and
+transformers passes them to every attention layer.
 
 transformers creates one mask per forward pass and then calls the attention function in each layer. `varlen_mask` creates no mask if the
 kernel can compute the batch. `varlen_attention` calls the kernel, or sdpa in all other cases.
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from finetune_api.pod import RunConfig
-from finetune_api.rules import trainer_type_of
+from finetune_api.rules import PROMPT_METHODS, method_type_of, trainer_type_of, value_or_default
 from finetune_api.spec.enums import AttentionImplementation, TrainerType
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -38,6 +39,17 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 """Fields of model configurations that hold the probability of attention dropout."""
 
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+"""Layer types of model configurations that hold attention and no recurrence or convolution over the tokens."""
+TYPES_WITH_LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
+"""Types of models without rotary embeddings that read the positions of a padding-free batch."""
+TYPES_WITHOUT_BOUNDARIES = ("nemotron",)
+"""Types of models whose layers do not pass the boundaries of the rows to the attention function, so that sdpa computes the whole batch."""
+PADDING_FREE_NOTE = (
+    f"the rows of a batch are concatenated instead of padded, because attention {VARLEN} keeps them separate: the loss is the same, and no "
+    "time is spent on padding"
+)
+
 
 def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
     """Arguments with which the kernel accepts fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
@@ -56,8 +68,8 @@ def register() -> None:
 def choose_attention(run: RunConfig, hardware: Hardware, config: Any) -> tuple[str, list[str]]:
     """Return transformers' name of the attention implementation for this model, and notes for the status.
 
-    Packed runs on a GPU use `varlen` unless the spec requests `sdpa`, `eager` or an installed flash attention. `config`: the model's
-    configuration.
+    SFT runs on a GPU use `varlen` for packed sequences or padding-free batches, unless the spec requests `sdpa`, `eager` or an installed
+    flash attention. `config`: the model's configuration.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
     if (
@@ -66,24 +78,53 @@ def choose_attention(run: RunConfig, hardware: Hardware, config: Any) -> tuple[s
     ):
         return hardware.attention, []
     attention, notes = hardware.attention, []
-    if (
-        run.spec.dataset.packing is True
-        and trainer_type_of(run.spec) is TrainerType.SFT
-        and hardware.device.type == "cuda"
-    ):
+    if trainer_type_of(run.spec) is TrainerType.SFT and hardware.device.type == "cuda":
         reason = reason_against_varlen(run, hardware, config)
-        if reason is None:
-            attention = VARLEN
-        else:
+        if run.spec.dataset.packing is True and reason is not None:
             notes.append(f"dataset.packing is faster with attention {VARLEN}, but {reason}: {attention} is used")
+        elif run.spec.dataset.packing is True:
+            attention = VARLEN
+        elif reason is None and can_concatenate_rows(run, config):
+            attention = VARLEN
+            notes.append(PADDING_FREE_NOTE)
     if requested is AttentionImplementation.FLASH_ATTENTION_2:
         reason = "the run uses no GPU" if hardware.device.type != "cuda" else "flash-attn is not installed"
         notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
     return attention, notes
 
 
+def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
+    """Whether the rows of a batch are concatenated instead of padded. `attention`: the result of `choose_attention`."""
+    return attention == VARLEN and run.spec.dataset.packing is not True
+
+
+def can_concatenate_rows(run: RunConfig, config: Any) -> bool:
+    """Whether an unpacked run that can use `varlen` gives the same results, and is faster, without padding."""
+    return (
+        # Prefix and prompt tuning add virtual tokens to each row. PEFT puts them before the whole batch, and drops the positions.
+        method_type_of(run.spec) not in PROMPT_METHODS
+        # The size of NEFTune's noise depends on the length of the sequence.
+        and run.spec.training.neftune_noise_alpha is None
+        # One row has no padding.
+        and value_or_default(run.spec.training, "batch_size_per_device") > 1
+        and separates_rows_by_position(config)
+    )
+
+
+def separates_rows_by_position(config: Any) -> bool:
+    """Whether the layers of a text model keep the rows of a padding-free batch separate, and compute their attention with the kernel.
+
+    The positions begin at 0 in each row. Recurrent and convolutional layers ignore them. Encoders such as RoBERTa count from another number.
+    """
+    return (
+        (bool(getattr(config, "rope_parameters", None)) or config.model_type in TYPES_WITH_LEARNED_POSITIONS)
+        and config.model_type not in TYPES_WITHOUT_BOUNDARIES
+        and set(getattr(config, "layer_types", None) or ()) <= ATTENTION_LAYERS
+    )
+
+
 def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> str | None:
-    """Return why a packed run on this GPU cannot use `varlen`; None if it can."""
+    """Return why a run on this GPU cannot use `varlen`; None if it can."""
     if not device_has_kernel(hardware.device):
         return f"torch has no variable-length kernel for {hardware.name}"
     dtype = getattr(config, "dtype", None) if hardware.dtype == "auto" else hardware.dtype

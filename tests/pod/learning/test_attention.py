@@ -13,14 +13,15 @@ import pytest
 import torch
 from finetune_api.errors import FineTuneError
 from finetune_trainer import attention
-from finetune_trainer.attention import VARLEN, varlen_attention, varlen_mask
+from finetune_trainer.attention import PADDING_FREE_NOTE, VARLEN, varlen_attention, varlen_mask
 from finetune_trainer.hardware import Hardware
+from finetune_trainer.inputs import RestoredCheckpoint
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tests.support.learning import make_run, merge_mappings, run_training
+from tests.support.learning import TEN_ROWS, make_run, merge_mappings, run_training
 
 pytestmark = pytest.mark.pod
 CPU = torch.device("cpu")
@@ -356,11 +357,21 @@ SPEC_CHOICES: dict[str, tuple[dict[str, Any], str, str, list[str]]] = {
         PACKED | {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN,
         ["model.attention flashAttention2 is not available (flash-attn is not installed): varlen is used"],
     ),
-    "not packed": ({}, "sdpa", "sdpa", []),
-    "not packed, flash attention missing": (
-        {"model": {"attention": "flashAttention2"}}, "sdpa", "sdpa",
-        ["model.attention flashAttention2 is not available (flash-attn is not installed): sdpa is used"],
+    "not packed": ({}, "sdpa", VARLEN, [PADDING_FREE_NOTE]),
+    "not packed, sdpa requested": ({"model": {"attention": "sdpa"}}, "sdpa", "sdpa", []),
+    "not packed, eager requested": ({"model": {"attention": "eager"}}, "eager", "eager", []),
+    "not packed, flash attention installed": (
+        {"model": {"attention": "flashAttention2"}}, "flash_attention_2", "flash_attention_2", [],
     ),
+    "not packed, flash attention missing": (
+        {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN,
+        [PADDING_FREE_NOTE, "model.attention flashAttention2 is not available (flash-attn is not installed): varlen is used"],
+    ),
+    "one row per batch": ({"training": {"batchSizePerDevice": 1}}, "sdpa", "sdpa", []),
+    "prefix tuning": ({"method": {"type": "prefixTuning"}}, "sdpa", "sdpa", []),
+    "prompt tuning": ({"method": {"type": "promptTuning"}}, "sdpa", "sdpa", []),
+    "NEFTune": ({"training": {"neftuneNoiseAlpha": 5}}, "sdpa", "sdpa", []),
+    "another objective": ({"trainer": {"type": "dpo"}}, "sdpa", "sdpa", []),
 }  # fmt: skip
 
 
@@ -368,7 +379,9 @@ SPEC_CHOICES: dict[str, tuple[dict[str, Any], str, str, list[str]]] = {
 def test_the_spec_decides_whether_varlen_is_chosen(case: str, kernel: DocumentKernel, tmp_path: Path) -> None:
     spec, of_hardware, expected, notes = SPEC_CHOICES[case]
     hardware = Hardware(H100.device, H100.name, H100.dtype, True, False, of_hardware)
-    assert attention.choose_attention(make_run(tmp_path, tmp_path, spec)[0], hardware, LLAMA) == (expected, notes)
+    run, _ = make_run(tmp_path, tmp_path, spec)
+    assert attention.choose_attention(run, hardware, LLAMA) == (expected, notes)
+    assert attention.uses_padding_free_batches(run, expected) is (PADDING_FREE_NOTE in notes)
 
 
 CPU_HARDWARE = Hardware(CPU, "cpu", torch.float32, False, False, "sdpa")
@@ -430,6 +443,35 @@ def test_hardware_and_model_decide_whether_varlen_is_chosen(case: str, kernel: D
     assert found == expected and len(notes) == (reason is not None)
     if reason is not None:
         assert reason in notes[0] and notes[0].endswith(": sdpa is used")
+
+
+UNPACKED_CHOICES: dict[str, tuple[Hardware, Any, str]] = {
+    "cpu": (CPU_HARDWARE, LLAMA, "sdpa"),
+    "32 bits": (GPU_IN_32_BITS, LLAMA, "sdpa"),
+    "sliding window": (H100, AutoConfig.for_model("mistral", **SIZES), VARLEN),
+    "mixed layers": (H100, AutoConfig.for_model("gemma3_text", **SIZES, **MIXED_LAYERS), VARLEN),
+    "soft-capping": (H100, AutoConfig.for_model("gemma3_text", **SIZES, attn_logit_softcapping=50.0), "sdpa"),
+    "ALiBi": (H100, AutoConfig.for_model("bloom"), "sdpa"),
+    "dropout of GPT-2": (H100, AutoConfig.for_model("gpt2"), "sdpa"),
+    "GPT-2 without dropout": (H100, AutoConfig.for_model("gpt2", attn_pdrop=0.0), VARLEN),
+    "OPT": (H100, AutoConfig.for_model("opt"), VARLEN),
+    "convolutions": (H100, AutoConfig.for_model("lfm2", full_attn_idxs=[1]), "sdpa"),
+    "recurrence": (H100, AutoConfig.for_model("recurrent_gemma", hidden_size=64, num_attention_heads=4), "sdpa"),
+    "linear attention": (H100, AutoConfig.for_model("minimax"), "sdpa"),
+    "state space layers": (H100, AutoConfig.for_model("granitemoehybrid"), "sdpa"),
+    "encoder": (H100, AutoConfig.for_model("roberta", attention_probs_dropout_prob=0.0), "sdpa"),
+    "boundaries are not passed": (H100, AutoConfig.for_model("nemotron", head_dim=128), "sdpa"),
+}
+
+
+@pytest.mark.parametrize("case", UNPACKED_CHOICES)
+def test_hardware_and_model_decide_whether_batches_are_padding_free(
+    case: str, kernel: DocumentKernel, tmp_path: Path
+) -> None:
+    """Padding is the normal case, so no note explains it."""
+    hardware, config, expected = UNPACKED_CHOICES[case]
+    notes = [PADDING_FREE_NOTE] if expected == VARLEN else []
+    assert attention.choose_attention(make_run(tmp_path, tmp_path)[0], hardware, config) == (expected, notes)
 
 
 def test_a_model_with_unknown_head_sizes_uses_sdpa(
@@ -496,3 +538,101 @@ def test_a_kernel_that_mixes_documents_ends_the_run(
     with pytest.raises(FineTuneError) as caught:
         run_training(tmp_path, model, PACKED)
     assert caught.value.code == "PackingLeaks" and caught.value.message.endswith("with attention varlen")
+
+
+def answers(*lengths: int) -> list[dict[str, Any]]:
+    """Conversations whose answers have the given numbers of words."""
+    return [
+        {"messages": [TEN_ROWS[i]["messages"][0], {"role": "assistant", "content": "red " * length}]}
+        for i, length in enumerate(lengths)
+    ]
+
+
+LENGTHS = (1, 40, 3, 25, 2, 60, 9, 1, 30, 5)
+TEXTS = [{"text": f"{word} " * length} for word, length in zip(("red", "green", "blue", "yes", "no"), LENGTHS, strict=False)]
+LETTERS = [
+    {"question": "one or more " * length, "options": {"A": row["messages"][1]["content"], "B": "y"}, "answer": "AB"[i % 2]}
+    for i, (row, length) in enumerate(zip(TEN_ROWS, LENGTHS, strict=True))
+]
+LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
+THREE_ROWS: dict[str, Any] = {
+    "training": {"batchSizePerDevice": 3, "learningRate": 2e-4, "maxSteps": 4},
+    "evaluation": {"strategy": "steps", "steps": 2},
+}
+"""Ten rows in batches of three: the last batch of an epoch and of an evaluation has one row."""
+PADDING_FREE_RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "full, answers": ({"method": {"type": "full"}}, answers(*LENGTHS)),
+    "lora, answers": (LORA, answers(*LENGTHS)),
+    "lora, all tokens": (LORA, TEXTS),
+    "full, multiple choice": ({"method": {"type": "full"}}, LETTERS),
+    "accumulation": (merge_mappings(LORA, {"training": {"gradientAccumulationSteps": 2}}), answers(*LENGTHS)),
+    "rows grouped by length": (merge_mappings(LORA, {"training": {"groupByLength": True}}), answers(*LENGTHS)),
+    "gradient checkpointing": (
+        merge_mappings(LORA, {"training": {"gradientCheckpointing": "enabled"}}),
+        answers(*LENGTHS),
+    ),
+    "test set": (
+        merge_mappings(LORA, {"dataset": {"split": {"test": 0.4}}, "evaluation": {"batchSizePerDevice": 3}}),
+        answers(*LENGTHS),
+    ),
+    "eva": ({"method": {"lora": {"dropout": 0, "init": "eva", "rank": 2}}}, answers(*LENGTHS)),
+}
+
+
+@pytest.mark.parametrize("case", PADDING_FREE_RUNS)
+def test_a_padding_free_run_has_the_losses_of_a_padded_run(
+    case: str, model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
+) -> None:
+    spec, rows = PADDING_FREE_RUNS[case]
+    spec = merge_mappings(THREE_ROWS, spec)
+    padded = run_training(tmp_path / "a", model, spec, rows, validation=rows)
+    kernel = choose_varlen(DocumentKernel())
+    found = run_training(tmp_path / "b", model, spec, rows, validation=rows)
+    assert (padded.resolved["attention"], found.resolved["attention"]) == ("sdpa", VARLEN) and kernel.windows
+    assert found.losses == pytest.approx(padded.losses, abs=1e-5) and len(found.losses) == 4
+    assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
+    assert found.eval_losses == pytest.approx(padded.eval_losses, abs=1e-5) and len(found.eval_losses) == 2
+    shares, padded_shares = (
+        [line["padding_share"] for line in outcome.logs if "loss" in line] for outcome in (found, padded)
+    )
+    assert set(shares) == {0.0} and max(padded_shares) > 0.2
+    for name in ("num_tokens", "eval_mean_token_accuracy", "eval_answer_accuracy"):
+        values, expected = ([line.get(name) for line in outcome.logs] for outcome in (found, padded))
+        assert values == pytest.approx(expected)
+    assert found.extra.get("evaluation", {}) == pytest.approx(padded.extra.get("evaluation", {}), abs=1e-5)
+
+
+def test_a_resumed_padding_free_run_continues_with_the_same_losses(
+    model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
+) -> None:
+    choose_varlen(DocumentKernel())
+    rows = answers(*LENGTHS)
+    spec = merge_mappings(merge_mappings(THREE_ROWS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
+    whole = run_training(tmp_path / "a", model, spec, rows, validation=rows)
+    checkpoint = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
+    resumed = run_training(tmp_path / "b", model, spec, rows, validation=rows, restore=checkpoint)
+    assert resumed.losses == whole.losses[2:] and len(resumed.losses) == 2
+    tokens, expected = ([line["num_tokens"] for line in one.logs if "loss" in line] for one in (resumed, whole))
+    assert tokens == expected[2:]
+
+
+def test_a_prefix_tuning_run_stays_padded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real choice of the attention, as if this machine had a GPU with the kernel."""
+    kernel = install_kernel(monkeypatch, DocumentKernel())
+    choose = attention.choose_attention
+    monkeypatch.setattr(attention, "choose_attention", lambda run, hardware, config: choose(run, H100, config))
+    spec = merge_mappings(THREE_ROWS, {"method": {"type": "prefixTuning", "promptLength": 4}})
+    outcome = run_training(tmp_path / "a", model, spec, answers(*LENGTHS), validation=answers(*LENGTHS))
+    assert outcome.resolved["attention"] == "sdpa" and not kernel.windows and PADDING_FREE_NOTE not in outcome.notes
+    chosen = run_training(tmp_path / "b", model, merge_mappings(THREE_ROWS, LORA), answers(*LENGTHS), validation=TEXTS)
+    assert chosen.resolved["attention"] == VARLEN and kernel.windows and PADDING_FREE_NOTE in chosen.notes
+
+
+def test_a_kernel_that_mixes_rows_ends_a_padding_free_run(
+    model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
+) -> None:
+    choose_varlen(DocumentKernel(mixes_documents=True))
+    with pytest.raises(FineTuneError) as caught:
+        run_training(tmp_path, model, THREE_ROWS, validation=TEN_ROWS)
+    assert caught.value.code == "PackingLeaks" and "rows of a padding-free batch" in caught.value.message
+    assert "model.attention: sdpa" in (caught.value.hint or "")

@@ -6,6 +6,7 @@ Source: Paischer et al., Parameter Efficient Fine-tuning via Explained Variance 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from finetune_api.errors import ConfigError
@@ -41,12 +42,24 @@ def initialize_from_inputs(trainer: Any) -> None:
         )  # fmt: skip
     if device != trainer.args.device:  # a model that will be sharded is moved to the GPU when training begins
         model.to(trainer.args.device)
-    initialize_lora_eva_weights(
-        model, dataloader=_EndlessInputs(trainer, rank), show_progress_bar=False,
-        gather_distributed_inputs=trainer.accelerator.num_processes > 1,
-    )  # fmt: skip
+    with _padded_batches(trainer.data_collator):
+        initialize_lora_eva_weights(
+            model, dataloader=_EndlessInputs(trainer, rank), show_progress_bar=False,
+            gather_distributed_inputs=trainer.accelerator.num_processes > 1,
+        )  # fmt: skip
     if device != trainer.args.device:
         model.to(device)
+
+
+@contextmanager
+def _padded_batches(collator: Any) -> Iterator[None]:
+    """Let the collator of a padding-free run pad its batches. PEFT recognises padding by the attention mask, and accepts only tensors."""
+    before = collator.padding_free
+    collator.padding_free = False
+    try:
+        yield
+    finally:
+        collator.padding_free = before
 
 
 class _EndlessInputs:

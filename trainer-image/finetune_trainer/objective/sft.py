@@ -14,6 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.arguments import shared_arguments
+from finetune_trainer.attention import uses_padding_free_batches
 from finetune_trainer.data.prepare import PreparedData, prepare
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import attention_implementation
@@ -172,6 +173,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         return SFTConfig(
             **shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
             packing=packing,
+            padding_free=uses_padding_free_batches(run, context.hardware.attention),
             eval_packing=False,
             max_length=run.spec.dataset.max_sequence_length or 2048 if packing else None,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -196,8 +198,8 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         return trainer
 
     def verify_trainer(self, trainer: Any) -> None:
-        """If packing is on, check that packed documents are isolated. Errors: InternalError PackingLeaks."""
-        if trainer.args.packing:
+        """Check that packed documents, or the rows of a padding-free batch, are isolated. Errors: InternalError PackingLeaks."""
+        if trainer.args.packing or trainer.args.padding_free:
             require_isolated_documents(trainer)
 
 
@@ -208,7 +210,7 @@ def _as_arrays(rows: Dataset) -> Dataset:
 
 @torch.no_grad()
 def require_isolated_documents(trainer: Any) -> None:
-    """Check that this model and attention kernel do not let packed documents attend to each other.
+    """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
     The logits of a document must not depend on the preceding document. The check changes the preceding tokens, first as a separate
     document, then as a part of the same document, and compares the two changes of the logits. All four sequences have the same shape,
@@ -238,10 +240,12 @@ def require_isolated_documents(trainer: Any) -> None:
     )
     model.train(was_training)
     if as_two_documents > 0.1 * as_one_document:
+        documents, hint = "packed documents", "set dataset.packing: false, or choose another model.attention"
+        if trainer.args.padding_free:
+            documents, hint = "the rows of a padding-free batch", "set model.attention: sdpa for padded batches"
         raise InternalError(
-            "PackingLeaks", f"packed documents attend to each other with attention {attention_implementation(model)}",
-            hint="set dataset.packing: false, or choose another model.attention",
-        )  # fmt: skip
+            "PackingLeaks", f"{documents} attend to each other with attention {attention_implementation(model)}", hint=hint
+        )
 
 
 OBJECTIVE = SftObjective()
