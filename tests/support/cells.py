@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Cell:
     reference: str | None = None
     resume: str | None = None
     """The checkpoint folder from which the run resumes."""
+    padding_free: bool = False
+    """Whether the run concatenates the rows of a batch, as on a GPU. The CPU computes variable-length attention with sdpa."""
     keep: bool = False
     """Whether to keep the final folder and the checkpoints on disk."""
 
@@ -109,8 +112,10 @@ def main(folder: Path) -> None:
 
 
 def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
+    from unittest.mock import patch
+
     from finetune_api.errors import FineTuneError
-    from finetune_trainer import train
+    from finetune_trainer import attention, train
     from finetune_trainer.channel import Channel
     from finetune_trainer.inputs import RestoredCheckpoint
 
@@ -127,8 +132,10 @@ def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
     channel = Channel.create_recording(folder / "work", rank=rank, local_rank=rank, world_size=rank_count)
     train.preload(run)
     freeze_libraries()
+    choice = (attention.VARLEN, []) if cell.padding_free else None
     try:
-        train.main(run, channel, inputs, hooks)
+        with patch.object(attention, "choose_attention", lambda *_: choice) if choice else nullcontext():
+            train.main(run, channel, inputs, hooks)
     except FineTuneError as error:
         result.error = {
             "class": type(error).__name__, "code": error.code, "message": error.message, "hint": error.hint, "exitCode": int(error.exit_code),

@@ -12,8 +12,10 @@ kernel can compute the batch. `varlen_attention` calls the kernel, or sdpa in al
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,11 +67,13 @@ def register() -> None:
     AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
-def choose_attention(run: RunConfig, hardware: Hardware, config: Any) -> tuple[str, list[str]]:
+def choose_attention(
+    run: RunConfig, hardware: Hardware, config: Any, adapter: Path | None = None
+) -> tuple[str, list[str]]:
     """Return transformers' name of the attention implementation for this model, and notes for the status.
 
     SFT runs on a GPU use `varlen` for packed sequences or padding-free batches, unless the spec requests `sdpa`, `eager` or an installed
-    flash attention. `config`: the model's configuration.
+    flash attention. `config`: the model's configuration; `adapter`: folder of the adapter whose training the run continues.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
     if (
@@ -84,7 +88,7 @@ def choose_attention(run: RunConfig, hardware: Hardware, config: Any) -> tuple[s
             notes.append(f"dataset.packing is faster with attention {VARLEN}, but {reason}: {attention} is used")
         elif run.spec.dataset.packing is True:
             attention = VARLEN
-        elif reason is None and can_concatenate_rows(run, config):
+        elif reason is None and can_concatenate_rows(run, config, adapter):
             attention = VARLEN
             notes.append(PADDING_FREE_NOTE)
     if requested is AttentionImplementation.FLASH_ATTENTION_2:
@@ -98,17 +102,28 @@ def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
     return attention == VARLEN and run.spec.dataset.packing is not True
 
 
-def can_concatenate_rows(run: RunConfig, config: Any) -> bool:
+def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = None) -> bool:
     """Whether an unpacked run that can use `varlen` gives the same results, and is faster, without padding."""
     return (
         # Prefix and prompt tuning add virtual tokens to each row. PEFT puts them before the whole batch, and drops the positions.
         method_type_of(run.spec) not in PROMPT_METHODS
+        and (adapter is None or changes_tokens_alike(adapter))
         # The size of NEFTune's noise depends on the length of the sequence.
         and run.spec.training.neftune_noise_alpha is None
         # One row has no padding.
         and value_or_default(run.spec.training, "batch_size_per_device") > 1
         and separates_rows_by_position(config)
     )
+
+
+def changes_tokens_alike(adapter: Path) -> bool:
+    """Whether an adapter in a folder changes every token in the same way, wherever the token's row begins."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+    except (OSError, ValueError):
+        return False  # loading the adapter raises an error with the reason
+    # Activated LoRA (aLoRA) searches its invocation tokens once per row of the batch.
+    return config.get("peft_type") in ("LORA", "IA3") and not config.get("alora_invocation_tokens")
 
 
 def separates_rows_by_position(config: Any) -> bool:

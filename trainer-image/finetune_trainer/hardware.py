@@ -129,7 +129,7 @@ def _choose_dtype(run: RunConfig, device: torch.device, computes_in_bf16: bool) 
 
 
 def _choose_attention(run: RunConfig, device: torch.device) -> str:
-    """Return transformers' name of the attention implementation for a model without packed sequences."""
+    """Return transformers' name of the attention implementation for runs that do not use variable-length attention."""
     requested = run.spec.model.attention or AttentionImplementation.AUTO
     if requested is AttentionImplementation.FLASH_ATTENTION_2 and device.type == "cuda" and find_spec("flash_attn") is not None:
         return FLASH_ATTENTION

@@ -159,7 +159,7 @@ class TrainingSession:
         from finetune_trainer.objective.base import TrainingContext
 
         config = model.load_config(self.run, self.inputs)
-        attention, notes = choose_attention(self.run, self.hardware, config)
+        attention, notes = choose_attention(self.run, self.hardware, config, self.inputs.adapter)
         self.hardware = self.strategy.hardware = replace(self.hardware, attention=attention)
         self._emit_notes(*notes)
         context = TrainingContext(

@@ -153,6 +153,23 @@ def test_documents_are_computed_as_if_they_were_alone(kernel: DocumentKernel) ->
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "opt"])
+def test_learned_positions_begin_again_in_each_row(name: str, kernel: DocumentKernel) -> None:
+    """The batch is longer than the model's table of positions."""
+    attention.register()
+    torch.manual_seed(0)
+    no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
+    sizes = {"word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 16}
+    config = AutoConfig.for_model(name, **{**SIZES, **no_dropout, **sizes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN).eval()
+    assert sum(map(len, DOCUMENTS)) > 16 and attention.separates_rows_by_position(config)
+    with torch.no_grad():
+        together = model(**collate(DOCUMENTS), use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
+    assert len(kernel.windows) == 2
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_without_the_kernel_the_result_is_that_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine has no GPU, so nothing is replaced."""
     monkeypatch.setattr(attention, "varlen_attn", None)
@@ -474,6 +491,27 @@ def test_hardware_and_model_decide_whether_batches_are_padding_free(
     assert attention.choose_attention(make_run(tmp_path, tmp_path)[0], hardware, config) == (expected, notes)
 
 
+ADAPTERS: dict[str, tuple[str, bool]] = {
+    "LoRA": ('{"peft_type": "LORA", "alora_invocation_tokens": null}', True),
+    "IA3": ('{"peft_type": "IA3"}', True),
+    "activated LoRA": ('{"peft_type": "LORA", "alora_invocation_tokens": [5, 6]}', False),
+    "virtual tokens": ('{"peft_type": "CPT"}', False),
+    "unreadable": ("{", False),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_the_type_of_an_existing_adapter_decides_whether_batches_are_padding_free(
+    case: str, kernel: DocumentKernel, tmp_path: Path
+) -> None:
+    text, expected = ADAPTERS[case]
+    (tmp_path / "adapter_config.json").write_text(text)
+    run, _ = make_run(
+        tmp_path, tmp_path, {"method": {"type": "adapter", "adapter": {"source": f"file://{tmp_path}"}}}
+    )
+    assert attention.choose_attention(run, H100, LLAMA, tmp_path)[0] == (VARLEN if expected else "sdpa")
+
+
 def test_a_model_with_unknown_head_sizes_uses_sdpa(
     kernel: DocumentKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -620,7 +658,7 @@ def test_a_prefix_tuning_run_stays_padded(model: Path, tmp_path: Path, monkeypat
     """The real choice of the attention, as if this machine had a GPU with the kernel."""
     kernel = install_kernel(monkeypatch, DocumentKernel())
     choose = attention.choose_attention
-    monkeypatch.setattr(attention, "choose_attention", lambda run, hardware, config: choose(run, H100, config))
+    monkeypatch.setattr(attention, "choose_attention", lambda run, hardware, *options: choose(run, H100, *options))
     spec = merge_mappings(THREE_ROWS, {"method": {"type": "prefixTuning", "promptLength": 4}})
     outcome = run_training(tmp_path / "a", model, spec, answers(*LENGTHS), validation=answers(*LENGTHS))
     assert outcome.resolved["attention"] == "sdpa" and not kernel.windows and PADDING_FREE_NOTE not in outcome.notes
