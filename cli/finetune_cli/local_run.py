@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.defaults import PlatformDefaults, origins_of, resolve_defaults
+from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, origins_of, resolve_defaults
 from finetune_api.names import Env, ExitCode, FailureClass
 from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import ExecutionTarget
@@ -82,9 +82,7 @@ def prepare_run(file: Path, folder: Path, set_texts: list[str], config_maps: lis
     require_s3_credentials(spec)
     resolution = resolve_defaults(checked_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
-        return _write_run(
-            manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes)
-        )
+        return _write_run(manifest.name, resolution, folder.resolve(), notes)
     except OSError as error:
         raise unwritable_file_error(folder, error) from None
 
@@ -107,20 +105,19 @@ def _check_spec(
 # --- the run configuration ------------------------------------------------------------------------------------------
 
 
-def _write_run(
-    name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Path, notes: tuple[str, ...]
-) -> LocalRun:
+def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]) -> LocalRun:
     """Write the run configuration of the next attempt. A run with the same folder and name continues the same job."""
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
     state_folder = root / ".finetune" / name
     state_folder.mkdir(parents=True, exist_ok=True)
     job_folder = root / NAMESPACE / name / uid
-    _check_same_job(state_folder / names.RUN_FILE_NAME, spec, job_folder, name)
+    resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
     counter = state_folder / "attempt"
     counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
     # Storage is read too, because users delete the counter's folder to free disk space: the folder also contains downloads.
     attempt = max(counted, last_started_attempt(job_folder)) + 1
     counter.write_text(str(attempt), encoding="utf-8")
+    spec, defaults = resolution.spec, resolution.defaults
     gpus = spec.resources.gpus_per_node or 0
     run = RunConfig(
         name=name,
@@ -141,7 +138,7 @@ def _write_run(
     )  # fmt: skip
     run_file = state_folder / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
-    return LocalRun(name, run, run_file, state_folder / "work", state_folder / f"attempt-{attempt}.log", notes)
+    return LocalRun(name, run, run_file, state_folder / "work", state_folder / f"attempt-{attempt}.log", (*notes, *resolution.notes))
 
 
 def last_started_attempt(job_folder: Path) -> int:
@@ -150,20 +147,24 @@ def last_started_attempt(job_folder: Path) -> int:
     return max((number for number in numbers if number is not None), default=0)
 
 
-def _check_same_job(run_file: Path, spec: FineTuneJobSpec, job_folder: Path, name: str) -> None:
-    """Raise LocalRunError if the folder holds checkpoints of a job with another spec."""
+def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, name: str) -> ResolvedSpec:
+    """Return the resolved spec with the defaults of the job's earlier attempts, which an earlier release may have started.
+
+    Raise LocalRunError if the folder holds checkpoints of a job with another spec.
+    """
     if not run_file.is_file() or not any(job_folder.rglob(names.Storage.COMMITTED.value)):
-        return
-    old, new = (
-        flatten(RunConfig.model_validate_json(run_file.read_bytes()).spec.to_wire()),
-        flatten(spec.to_wire()),
-    )
+        return resolution
+    earlier_run = RunConfig.model_validate_json(run_file.read_bytes())
+    recorded_defaults = {path: earlier_run.spec.value(path) for path in earlier_run.defaults}
+    resolution = keep_recorded_defaults(resolution, {path: value for path, value in recorded_defaults.items() if value is not None})
+    old, new = flatten(earlier_run.spec.to_wire()), flatten(resolution.spec.to_wire())
     changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
     if changed:
         differences = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
         raise LocalRunError(
             f"{job_folder} holds results of a job {name} with another spec ({differences}): choose another folder with -o, or delete this folder"
         )
+    return resolution
 
 
 # --- the trainer ----------------------------------------------------------------------------------------------------

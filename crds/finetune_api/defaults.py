@@ -7,7 +7,7 @@ declared with their fields (`option(default=...)`). This module computes the def
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from finetune_api.rules import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
-from finetune_api.spec.enums import IntervalStrategy, LoraInit, MethodType, StrategyType, TrainerType
+from finetune_api.spec.enums import IntervalStrategy, LoraInit, MethodType, StrategyType, TrainerBackend, TrainerType
 from finetune_api.spec.method import Method
 
 LEARNING_RATE_FULL = 2e-5
@@ -119,6 +119,8 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         "phases.evaluate": bool(spec.evaluation.metrics),
         "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
+    if spec.trainer.backend is TrainerBackend.UNSLOTH:
+        result["model.ligerKernels"] = True
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
@@ -170,6 +172,33 @@ def _storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
 FROM_PLATFORM = (
     "resources.gpuResource", "resources.nodePool", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
 )  # fmt: skip
+
+
+FORMER_DEFAULTS = ("model.ligerKernels",)
+"""Fields whose constant default was removed. An earlier release filled in this default, and its jobs keep it."""
+GROUPS_OF_THE_ATTEMPT = ("resources", "placement", "policy", "storage")
+"""Groups whose recorded defaults are not kept. They determine where and how long an attempt runs, not the training."""
+
+
+def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mapping[str, Any]) -> ResolvedSpec:
+    """Return the resolved spec of a job with the defaults that its first attempt recorded, because a new release can have other defaults.
+
+    Errors: pydantic's ValidationError if this release does not accept a recorded default.
+    """
+    values = {
+        path: recorded for path, recorded in recorded_defaults.items()
+        if path.partition(".")[0] not in GROUPS_OF_THE_ATTEMPT and _differs_from_recorded(resolved_spec, path, recorded)
+    }  # fmt: skip
+    if not values:
+        return resolved_spec
+    return replace(resolved_spec, spec=resolved_spec.spec.with_values(values), defaults={**resolved_spec.defaults, **values})
+
+
+def _differs_from_recorded(resolved_spec: ResolvedSpec, path: str, recorded: Any) -> bool:
+    """Whether the current default of a field, or no default, would replace the recorded default. A value of the user is never replaced."""
+    if path in resolved_spec.defaults:
+        return bool(resolved_spec.defaults[path] != recorded)
+    return path in FORMER_DEFAULTS and resolved_spec.spec.value(path) is None
 
 
 def origins_of(filled_paths: Iterable[str]) -> dict[str, Origin]:

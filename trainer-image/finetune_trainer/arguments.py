@@ -10,6 +10,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import GradientCheckpointing, IntervalStrategy, LearningRateSchedule, TrainerBackend
 
+from finetune_trainer import kernels
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
@@ -17,7 +18,6 @@ from finetune_trainer.schedules import SCHEDULER_NAMES, scheduler_parameters
 
 CHECKPOINTING_PATH = "training.gradientCheckpointing"
 OPTIMIZER_PATH = "training.optimizer"
-LIGER_PATH = "model.ligerKernels"
 LOW_MEMORY_OPTIMIZER = "paged_adamw_8bit"
 OPTIMIZER_PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
 """Additional Python package for an optimizer, by the prefix of the optimizer's name."""
@@ -30,6 +30,7 @@ class MemorySavers:
     gradient_checkpointing: GradientCheckpointing
     optimizer: str
     uses_liger: bool
+    """Whether the run uses Liger's kernels, unless `kernels.choose_kernels` finds a reason against them."""
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -38,7 +39,7 @@ class MemorySavers:
         training = run.spec.training
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
-        uses_liger = run.spec.model.liger_kernels is True
+        uses_liger = kernels.is_allowed(run) and (hardware.device.type == "cuda" or kernels.is_demanded(run))
         if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
             return MemorySavers(mode, name, uses_liger)
         if hardware.is_cpu:
@@ -49,7 +50,6 @@ class MemorySavers:
         if CHECKPOINTING_PATH in run.defaults and mode is not GradientCheckpointing.DISABLED:
             mode = GradientCheckpointing.UNSLOTH
         name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else name
-        uses_liger = uses_liger or LIGER_PATH in run.defaults
         note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {name}, gradientCheckpointing {mode}, liger kernels {uses_liger}"
         return MemorySavers(mode, name, uses_liger, (note,))
 
@@ -77,8 +77,7 @@ def shared_arguments(
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
         "optim": require_optimizer(savers.optimizer),
         "use_liger_kernel": savers.uses_liger,
-        # liger's fused cross entropy replaces the forward pass. TRL's losses and a reward model's head need the original forward pass.
-        "liger_kernel_config": {"fused_linear_cross_entropy": False} if savers.uses_liger else None,
+        "liger_kernel_config": dict(kernels.LIGER_OPTIONS) if savers.uses_liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
         "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
@@ -183,24 +182,3 @@ def require_optimizer(name: str) -> str:
             hint="write adamw_torch_fused or adamw_8bit, or set placement.image to an image that has the package",
         )  # fmt: skip
     return name
-
-
-def choose_kernels(args: Any, run: RunConfig, model_type: str) -> list[str]:
-    """Turn off liger's kernels if they are unavailable and the user did not request them. Returns notes for the status.
-
-    Errors: ConfigError KernelsUnavailable if the user requested them.
-    """
-    if not args.use_liger_kernel:
-        return []
-    if find_spec("liger_kernel") is None:
-        reason = "liger-kernel is not installed in this image"
-    else:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-        if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            return []
-        reason = f"liger has no kernels for models of type {model_type}"
-    if LIGER_PATH not in run.defaults:
-        raise ConfigError("KernelsUnavailable", f"{LIGER_PATH} is true, but {reason}", hint="remove it")
-    args.use_liger_kernel = False
-    return [f"{reason}: the model's own layers are used"]

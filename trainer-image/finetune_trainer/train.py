@@ -153,8 +153,8 @@ class TrainingSession:
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
         """Choose the attention for the model, and create the context of the objective and its TrainingArguments."""
         from finetune_trainer import model
-        from finetune_trainer.arguments import choose_kernels
         from finetune_trainer.attention import choose_attention
+        from finetune_trainer.kernels import choose_kernels
         from finetune_trainer.library_internals import use_one_device
         from finetune_trainer.objective.base import TrainingContext
 
@@ -167,7 +167,7 @@ class TrainingSession:
         )  # fmt: skip
         args = self.objective.training_arguments(context, has_validation_data=rules.has_validation_set(self.run.spec))
         use_one_device(args)
-        self._emit_notes(*choose_kernels(args, self.run, config.model_type))
+        self._emit_notes(*choose_kernels(args, self.run, self.hardware, config, self.objective.model_kind))
         return context, args
 
     def _choose_checkpointing(self, args: Any) -> None:
@@ -239,7 +239,7 @@ class TrainingSession:
         attention = verification.require_attention(base_model, self.hardware)
         verification.require_quantization(base_model, self.run, self.hardware)
         if args.use_liger_kernel:
-            verification.require_kernels(base_model)
+            self._emit_notes(*verification.verify_kernels(base_model, self.run))
         self.objective.verify_trainer(trainer)
         self.channel.report_resolved(
             ResolvedConfig(

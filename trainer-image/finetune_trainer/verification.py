@@ -7,6 +7,7 @@ from typing import Any
 from finetune_api.errors import InternalError
 from finetune_api.pod import RunConfig
 
+from finetune_trainer import kernels
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.library_internals import attention_implementation
 from finetune_trainer.model import quantization_config
@@ -37,11 +38,17 @@ def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) ->
         raise InternalError("QuantizationNotActive", f"{bits}-bit weights were requested, but no layer has such weights")
 
 
-def require_kernels(base_model: Any) -> None:
-    """Errors: InternalError KernelsNotActive if no layer uses a liger kernel. The liger library silently skips unknown models."""
-    modules = (getattr(module.forward, "__module__", "") for module in base_model.modules())
-    if not any(name.startswith("liger_kernel") for name in modules):
-        raise InternalError(
-            "KernelsNotActive", f"liger kernels were requested, but no layer of {type(base_model).__name__} uses a liger kernel",
-            hint="set model.ligerKernels: false",
-        )  # fmt: skip
+def verify_kernels(base_model: Any, run: RunConfig) -> list[str]:
+    """Check whether a layer of the model uses a kernel of Liger, which silently skips unknown models. Returns notes for the status.
+
+    Errors: InternalError KernelsNotActive if no layer uses a kernel, although the user demanded the kernels.
+    """
+    name = type(base_model).__name__
+    if any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in base_model.modules()):
+        return kernels.choice_note(run, base_model.config.model_type)
+    if not kernels.is_demanded(run):
+        return [f"{kernels.LIGER_PATH} has no effect: no layer of {name} uses a kernel of Liger"]
+    raise InternalError(
+        "KernelsNotActive", f"Liger's kernels were requested, but no layer of {name} uses a kernel of Liger",
+        hint="set model.ligerKernels: false",
+    )  # fmt: skip

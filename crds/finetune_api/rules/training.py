@@ -63,7 +63,7 @@ def check_precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
     if spec.model.liger_kernels:
         yield (
             "model.ligerKernels",
-            "true, but the job runs on CPU and Liger kernels need a GPU",
+            "true, but the job uses no CUDA GPU and Liger kernels need one",
             "remove ligerKernels, or request GPUs in spec.resources",
         )
     if spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH:

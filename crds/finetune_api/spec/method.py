@@ -40,7 +40,7 @@ class Lora(Group):
         "Scale of the weight update: it is multiplied by alpha / rank.", default=32, example=128
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
-        "Dropout probability at the adapter's input.", default=0.05, example=0.1
+        "Dropout probability at the adapter's input.", default=0, example=0.1
     )
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=256)] | None = spec_field(
         "Names of modules with an adapter. `all-linear`: all linear layers except the output head.",

@@ -60,7 +60,13 @@ class Model(Group):
         default="auto",
         example="flashAttention2",
     )
-    liger_kernels: bool | None = spec_field("Use the fused kernels of Liger. Only on GPUs.", default=False, example=True)
+    liger_kernels: bool | None = spec_field(
+        "Use Liger's fused kernels for the layers of the model, which are faster and need less GPU memory. With true, a run that cannot use "
+        "the kernels ends with an error. Only on GPUs.",
+        default_text="true with trainer.backend unsloth. Otherwise, the trainer uses the kernels on an NVIDIA GPU if Liger is installed and "
+        "this release has compared the kernels with the layers of the model's type; status.resolved.notes shows the choice",
+        example=False,
+    )
     quantization: Quantization | None = spec_field(
         "Quantisation of the frozen base model.", default_text="none", example={"bits": 4}
     )

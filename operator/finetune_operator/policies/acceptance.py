@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.compatibility import read_spec
-from finetune_api.defaults import PlatformDefaults, ResolvedSpec, resolve_defaults
+from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
 from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
 """Maximum size of the resolved spec in bytes. The same annotation must also have room for the other fields of the run configuration."""
-CLUSTER_GROUPS = ("resources", "placement", "policy")
-"""Groups whose defaults are filled in again for each attempt. These groups determine where and how long an attempt runs, not the training."""
 STORE_IDENTITY = ("storage.uri", "storage.endpoint")
 """Fields that identify the store. The other fields of `storage` only configure the connection."""
 
@@ -157,17 +155,8 @@ def _resolve_spec(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults, fi
             resolved_spec = resolve_defaults(spec, platform_defaults=replace(platform_defaults, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
-    differing_defaults = {
-        path: recorded_defaults[path] for path, value in resolved_spec.defaults.items()
-        if path in recorded_defaults and recorded_defaults[path] != value and path.partition(".")[0] not in (*CLUSTER_GROUPS, "storage")
-    }  # fmt: skip
-    return _with_defaults(resolved_spec, differing_defaults) if differing_defaults else resolved_spec
-
-
-def _with_defaults(resolved_spec: ResolvedSpec, values: Mapping[str, Any]) -> ResolvedSpec:
-    """Return the resolved spec with other defaults. `values` contains the new defaults by path."""
     try:
-        return replace(resolved_spec, spec=resolved_spec.spec.with_values(values), defaults={**resolved_spec.defaults, **values})
+        return keep_recorded_defaults(resolved_spec, recorded_defaults)
     except ValidationError as error:
         logger.warning("the defaults of the job's first attempt cannot be used; using the current defaults: %s", error)
         return resolved_spec

@@ -48,8 +48,8 @@ def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:
 
 
 def test_backend_transformers_changes_nothing(tmp_path: Path) -> None:
-    arguments = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
-    assert (arguments["optim"], arguments["use_liger_kernel"], arguments["notes"]) == ("adamw_torch_fused", True, [])
+    arguments = gpu_arguments(tmp_path, {})
+    assert (arguments["optim"], arguments["notes"]) == ("adamw_torch_fused", [])
     assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False}
     assert (arguments["bf16"], arguments["use_cpu"], arguments["logging_nan_inf_filter"]) == (True, False, False)
 
@@ -99,58 +99,6 @@ def _script_environment(root: Path) -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-
-
-def choose_liger_kernels(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
-    """Return whether Liger kernels stay enabled for a model type, and the notes for the user."""
-    from types import SimpleNamespace
-
-    from finetune_trainer.arguments import choose_kernels
-
-    run, _ = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
-    args = SimpleNamespace(use_liger_kernel=True)
-    notes = choose_kernels(args, run, kind)
-    return args.use_liger_kernel, notes
-
-
-def test_kernels_without_an_implementation_are_refused_or_disabled(tmp_path: Path) -> None:
-    """liger-kernel silently skips a model type that it does not support."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
-    tuned = {"trainer": {"backend": "unsloth"}}
-    assert choose_liger_kernels(tmp_path / "a", tuned, "llama") == (True, [])
-    on, notes = choose_liger_kernels(tmp_path / "b", tuned, "rwkv")
-    assert not on and notes == ["liger has no kernels for models of type rwkv: the model's own layers are used"]
-    with pytest.raises(ConfigError) as caught:
-        choose_liger_kernels(tmp_path / "c", {"model": {"ligerKernels": True}}, "rwkv")
-    assert caught.value.code == "KernelsUnavailable"
-
-
-@pytest.mark.slow
-def test_active_kernels_are_found_and_keep_the_forward_pass(tmp_path: Path) -> None:
-    """A reward model has no language-model head, so a kernel that replaces the forward pass would fail."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
-    code = """
-import sys
-from finetune_trainer.verification import require_kernels
-from tests.support.tiny import make_tiny_model
-from transformers import AutoModelForSequenceClassification
-from transformers.integrations.liger import apply_liger_kernel
-
-config = {"fused_linear_cross_entropy": False}
-model = AutoModelForSequenceClassification.from_pretrained(make_tiny_model(sys.argv[1]), num_labels=1)
-try:
-    require_kernels(model)
-except Exception as error:
-    print(error.code)
-apply_liger_kernel(model, config)
-require_kernels(model)
-print(model.forward.__func__ is type(model).forward)
-"""
-    arguments = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
-    assert arguments["liger_kernel_config"] == {"fused_linear_cross_entropy": False}
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
-    # Libraries may print warnings to the same stream.
-    assert result.stdout.split()[-2:] == ["KernelsNotActive", "True"], result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

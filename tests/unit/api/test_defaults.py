@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_api.base import nested_group
-from finetune_api.defaults import PlatformDefaults, resolve_defaults
+from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
 from finetune_api.rules import LORA_METHODS, check
 from finetune_api.rules.derived_values import constant_default
 from finetune_api.spec import FineTuneJobSpec
@@ -28,7 +28,7 @@ def test_defaults_of_the_smallest_job() -> None:
         "lora",
         16,
         32,
-        0.05,
+        0,
     )
     assert (spec.training.epochs, spec.training.batch_size_per_device, spec.training.gradient_accumulation_steps) == (
         3,
@@ -106,3 +106,45 @@ def test_default_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
     assert resolve_spec(None, platform).spec.storage == default
     storage = resolve_spec({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
     assert storage.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "is_default"),
+    [
+        ({}, None, False),
+        ({"trainer": {"backend": "unsloth"}}, True, True),
+        ({"trainer": {"backend": "unsloth"}, "model": {"source": "org/name", "ligerKernels": False}}, False, False),
+        ({"model": {"source": "org/name", "ligerKernels": True}}, True, False),
+    ],
+)
+def test_liger_kernels_have_a_default_only_with_the_backend_unsloth(change: dict[str, Any], expected: bool | None, is_default: bool) -> None:
+    """A trainer of an earlier release reads an absent value as false, and with backend unsloth it needs the value of the earlier release."""
+    resolution = resolve_spec(change)
+    assert (resolution.spec.model.liger_kernels, "model.ligerKernels" in resolution.defaults) == (expected, is_default)
+
+
+EARLIER_DEFAULTS = {"model.ligerKernels": False, "method.lora.dropout": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("change", "recorded", "liger_kernels", "dropout"),
+    [
+        ({}, EARLIER_DEFAULTS, False, 0.05),
+        ({}, {}, None, 0),
+        ({"model": {"source": "org/name", "ligerKernels": True}}, EARLIER_DEFAULTS, True, 0.05),
+        ({"method": {"lora": {"dropout": 0.2}}}, EARLIER_DEFAULTS, False, 0.2),
+        ({"trainer": {"backend": "unsloth"}}, EARLIER_DEFAULTS, False, 0.05),
+        ({}, {"resources.gpusPerNode": 8, "storage.region": "x", "removed.option": 1}, None, 0),
+    ],
+    ids=["earlier release", "new job", "kernels of the user", "dropout of the user", "backend unsloth", "values of the attempt"],
+)
+def test_job_keeps_the_defaults_of_its_first_attempt(
+    change: dict[str, Any], recorded: dict[str, Any], liger_kernels: bool | None, dropout: float
+) -> None:
+    current: ResolvedSpec = resolve_spec(change)
+    kept = keep_recorded_defaults(current, recorded)
+    assert (kept.spec.model.liger_kernels, kept.spec.method.lora and kept.spec.method.lora.dropout) == (liger_kernels, dropout)
+    assert kept.spec.resources == current.spec.resources
+    assert {path: value for path, value in kept.defaults.items() if path in recorded} == {
+        path: value for path, value in recorded.items() if path in kept.defaults and path.partition(".")[0] in ("model", "method")
+    } | {path: value for path, value in current.defaults.items() if path in recorded and path.startswith("resources.")}

@@ -223,6 +223,8 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
     [
         ({"training.learningRate": 1e-3}, "training.learningRate", 1e-3), ({"training.learningRate": 1e-6}, "training.learningRate", 1e-6),
         ({"training.epochs": 1, "checkpoint.keep": 7}, "checkpoint.keep", 7), ({"resources.memory": "1Gi"}, "resources.memory", "4Gi"),
+        ({"model.ligerKernels": False}, "model.ligerKernels", False), ({}, "model.ligerKernels", None),
+        ({"method.lora.dropout": 0.05}, "method.lora.dropout", 0.05), ({}, "method.lora.dropout", 0),
         ({"policy.retries": 9}, "policy.retries", 3), ({"storage.region": "x"}, "storage.region", None),
     ],
 )  # fmt: skip

@@ -1,0 +1,205 @@
+"""The choice of Liger's kernels. The kernels themselves need a GPU (`tests/gpu/test_kernels.py`)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, InternalError
+
+from tests.support.learning import make_run
+
+pytestmark = pytest.mark.pod
+UNSLOTH = {"trainer": {"backend": "unsloth"}}
+TRUE, FALSE = {"model": {"ligerKernels": True}}, {"model": {"ligerKernels": False}}
+ON, OFF = (True, []), (False, [])
+NOT_TESTED = "model.ligerKernels is off: this release was not tested with Liger's kernels for models of type {}"
+NO_KERNELS = "model.ligerKernels is off: Liger has no kernels for models of type rwkv"
+OTHER_ACTIVATION = "Liger's kernel for models of type llama does not compute the model's activation relu"
+
+
+@pytest.fixture
+def working_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the first run of a kernel, which needs a GPU."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
+    from finetune_trainer import kernels
+
+    monkeypatch.setattr(kernels, "_why_kernels_fail", lambda hardware: None)
+
+
+def choose(
+    folder: Path, spec: dict[str, Any], config: dict[str, Any] | None = None, *, device: str = "cuda", kind: str = "causal",
+    recorded: dict[str, Any] | None = None,
+) -> tuple[bool, list[str]]:  # fmt: skip
+    """Return whether the run uses Liger's kernels, and the notes for the status. `recorded`: defaults of the job's first attempt."""
+    import torch
+    from finetune_api.defaults import ResolvedSpec, keep_recorded_defaults
+    from finetune_trainer.arguments import MemorySavers
+    from finetune_trainer.hardware import Hardware
+    from finetune_trainer.kernels import choose_kernels
+
+    run, _ = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
+    kept = keep_recorded_defaults(ResolvedSpec(run.spec, {path: run.spec.value(path) for path in run.defaults}), recorded or {})
+    run = run.model_copy(update={"spec": kept.spec, "defaults": sorted(kept.defaults)})
+    hardware = Hardware(torch.device(device), f"the {device} device", torch.bfloat16, True, False, "sdpa")
+    args = SimpleNamespace(use_liger_kernel=MemorySavers.choose(run, hardware).uses_liger)
+    notes = choose_kernels(args, run, hardware, SimpleNamespace(**{"model_type": "llama", "hidden_act": "silu", **(config or {})}), kind)
+    return args.use_liger_kernel, notes
+
+
+CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, list[str]]]] = {
+    "no value": ({}, {}, ON),
+    "false": (FALSE, {}, OFF),
+    "true": (TRUE, {}, ON),
+    "backend unsloth": (UNSLOTH, {}, ON),
+    "backend unsloth, false": ({**UNSLOTH, **FALSE}, {}, OFF),
+    "recorded false": ({}, {"recorded": {"model.ligerKernels": False}}, OFF),
+    "recorded false, backend unsloth": (UNSLOTH, {"recorded": {"model.ligerKernels": False}}, ON),
+    "cpu": ({}, {"device": "cpu"}, OFF),
+    "mps": ({}, {"device": "mps"}, OFF),
+    "unknown type": ({}, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS])),
+    "unknown type, backend unsloth": (UNSLOTH, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS])),
+    "mixture of experts": ({}, {"config": {"model_type": "mixtral"}}, (False, [NOT_TESTED.format("mixtral")])),
+    "mixture of experts, true": (TRUE, {"config": {"model_type": "mixtral"}}, ON),
+    "images": ({}, {"config": {"model_type": "gemma3"}}, (False, [NOT_TESTED.format("gemma3")])),
+    "other activation": ({}, {"config": {"hidden_act": "relu"}}, (False, [f"model.ligerKernels is off: {OTHER_ACTIVATION}"])),
+    "reward model": ({}, {"kind": "reward"}, ON),
+    "gemma3": ({}, {"config": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}}, ON),
+    "gemma3 as a reward model": (
+        {}, {"config": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}, "kind": "reward"},
+        (False, ["model.ligerKernels is off: Liger has no kernels for reward models of type gemma3_text"]),
+    ),
+    "code of the model": (
+        {"model": {"trustRemoteCode": True}}, {"config": {"auto_map": {"AutoModelForCausalLM": "code.Model"}}},
+        (False, ["model.ligerKernels is off: the model runs code from its repository (model.trustRemoteCode)"]),
+    ),
+    "unused code of the model": ({}, {"config": {"auto_map": {"AutoModelForCausalLM": "code.Model"}}}, ON),
+}  # fmt: skip
+"""By name: the spec, the options of `choose`, and the expected choice with its notes."""
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.usefixtures("working_kernels")
+def test_choice_of_the_kernels(name: str, tmp_path: Path) -> None:
+    spec, options, expected = CHOICES[name]
+    assert choose(tmp_path, spec, **options) == expected
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "cpu": ({"device": "cpu"}, "model.ligerKernels is true, but the run trains on cpu, and Liger's kernels need a CUDA GPU"),
+    "mps": ({"device": "mps"}, "model.ligerKernels is true, but the run trains on mps, and Liger's kernels need a CUDA GPU"),
+    "unknown type": ({"config": {"model_type": "rwkv"}}, "model.ligerKernels is true, but Liger has no kernels for models of type rwkv"),
+    "gemma3 as a reward model": ({"config": {"model_type": "gemma3_text"}, "kind": "reward"}, "Liger has no kernels for reward models"),
+    "other activation": ({"config": {"hidden_act": "relu"}}, OTHER_ACTIVATION),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.usefixtures("working_kernels")
+def test_demanded_kernels_that_the_run_cannot_use_are_refused(name: str, tmp_path: Path) -> None:
+    options, message = REFUSALS[name]
+    with pytest.raises(ConfigError) as caught:
+        choose(tmp_path, TRUE, **options)
+    assert caught.value.code == "KernelsUnavailable" and message in caught.value.message
+    assert caught.value.hint == "remove ligerKernels, or write `ligerKernels: false`"
+
+
+@pytest.mark.parametrize("missing", ["package", "compiler", "library"])
+def test_kernels_that_cannot_run_are_refused_or_turned_off(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton fails on this machine, because it has no GPU. On a GPU machine, it fails without a C compiler."""
+    import torch
+    from finetune_trainer import kernels
+
+    if missing == "package":
+        monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+        reason = "liger-kernel is not installed in this image"
+    elif missing == "library":
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+        reason = "liger-kernel cannot be imported: "
+    else:
+        if torch.cuda.is_available():
+            pytest.skip("the kernels run on this machine")
+        reason = "Liger's kernels do not run on the cuda device: "
+    if missing != "package":
+        pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
+    is_on, notes = choose(tmp_path, {})
+    assert not is_on and len(notes) == 1 and notes[0].startswith(f"model.ligerKernels is off: {reason}")
+    with pytest.raises(ConfigError, match="KernelsUnavailable") as caught:
+        choose(tmp_path, TRUE)
+    assert reason in caught.value.message
+
+
+def test_the_release_chooses_only_types_that_liger_knows() -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
+    from finetune_trainer.kernels import ACTIVATIONS, COMPARED_TYPES, TYPES_WITHOUT_REWARD_KERNELS
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    assert set(MODEL_TYPE_TO_APPLY_LIGER_FN) >= COMPARED_TYPES == set(ACTIVATIONS)
+    assert COMPARED_TYPES > TYPES_WITHOUT_REWARD_KERNELS
+
+
+@pytest.mark.parametrize(
+    ("spec", "active", "expected"),
+    [
+        ({}, True, ["model.ligerKernels is on: the run uses a GPU, and Liger has kernels for models of type llama"]),
+        ({}, False, ["model.ligerKernels has no effect: no layer of FakeModel uses a kernel of Liger"]),
+        (UNSLOTH, False, ["model.ligerKernels has no effect: no layer of FakeModel uses a kernel of Liger"]),
+        (TRUE, True, []),
+        (TRUE, False, "KernelsNotActive"),
+    ],
+)
+def test_only_demanded_kernels_end_a_run_whose_layers_do_not_use_them(
+    spec: dict[str, Any], active: bool, expected: list[str] | str, tmp_path: Path
+) -> None:
+    import torch
+    from finetune_trainer.verification import verify_kernels
+
+    class FakeModel(torch.nn.Linear):
+        config = SimpleNamespace(model_type="llama")
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input
+
+    FakeModel.forward.__module__ = "liger_kernel.transformers.rms_norm" if active else __name__
+    run, _ = make_run(tmp_path, Path("/models/tiny"), spec)
+    if isinstance(expected, str):
+        with pytest.raises(InternalError, match=expected):
+            verify_kernels(FakeModel(1, 1), run)
+    else:
+        assert verify_kernels(FakeModel(1, 1), run) == expected
+
+
+MODEL_SCRIPT = """
+import sys, torch
+from finetune_trainer.kernels import COMPARED_TYPES, LIGER_OPTIONS, TYPES_WITHOUT_REWARD_KERNELS
+from tests.support.kernels import make_model, uses_kernels
+from transformers.integrations.liger import apply_liger_kernel
+
+cross_entropy = torch.nn.functional.cross_entropy
+for kind in ("causal", "reward"):
+    for model_type in sorted(COMPARED_TYPES - (TYPES_WITHOUT_REWARD_KERNELS if kind == "reward" else set())):
+        with torch.device("meta"):
+            model = make_model(model_type, kind)
+        if model is None:
+            continue
+        assert kind == "reward" or not uses_kernels(model)  # Liger also replaces classes of transformers
+        apply_liger_kernel(model, LIGER_OPTIONS)
+        assert uses_kernels(model), (model_type, kind)
+        assert model.forward.__func__ is type(model).forward, (model_type, kind)
+assert torch.nn.functional.cross_entropy is cross_entropy
+print("compared")
+"""
+
+
+@pytest.mark.slow
+def test_liger_replaces_layers_of_every_chosen_type_and_leaves_forward_pass_and_loss() -> None:
+    """A reward model has no language-model head, so a kernel that replaces the forward pass would fail."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
+    root = Path(__file__).parents[3]
+    result = subprocess.run([sys.executable, "-c", MODEL_SCRIPT], cwd=root, capture_output=True, text=True, check=False)
+    # Libraries may print warnings to the same stream.
+    assert result.stdout.split()[-1:] == ["compared"], result.stderr[-2000:]

@@ -1,0 +1,27 @@
+"""Small models of the types for which the trainer chooses Liger's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 128, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
+}  # fmt: skip
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_model(model_type: str, kind: str) -> Any:
+    """Return a model with random weights, or None if transformers has no model of this type and kind (`causal` or `reward`)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    known = AutoConfig.for_model(model_type)
+    sizes = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(model_type, **sizes, **SPECIAL_TOKENS, num_labels=1)
+    loader = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    return loader.from_config(config).train() if type(config) in loader._model_mapping else None
+
+
+def uses_kernels(model: Any) -> bool:
+    """Whether a layer of the model uses a kernel of Liger."""
+    return any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in model.modules())

@@ -1,0 +1,133 @@
+"""Decides whether a run uses Liger's kernels for the layers of its model.
+
+`model.ligerKernels: true` demands the kernels, and false turns them off. Without a value of the user, the trainer chooses: the kernels are
+used if nothing speaks against them. `docs/decisions/0078-liger-kernels-by-default.md` has the measurements and the reasons.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from finetune_api.errors import ConfigError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import TrainerBackend
+
+from finetune_trainer.hardware import Hardware
+
+LIGER_PATH = "model.ligerKernels"
+LIGER_OPTIONS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+"""The loss is left as it is. Liger's fused cross entropy replaces the forward pass of the model, which TRL's losses and a reward model's head
+need. Its plain cross entropy, which is on by default for Granite, replaces the function of torch for the whole process."""
+SWIGLU_TYPES = frozenset({
+    "exaone4", "falcon_h1", "glm4", "granite", "hunyuan_v1_dense", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
+})  # fmt: skip
+GEGLU_TYPES = frozenset({"gemma", "gemma2", "gemma3_text"})
+COMPARED_TYPES = SWIGLU_TYPES | GEGLU_TYPES
+"""Types of models whose outputs and gradients with Liger's kernels were compared with those of the model's own layers.
+
+Only these types get the kernels without a request. Types with mixtures of experts are left out, because Liger replaces the layer that holds the
+experts and with it an adapter on the experts. Types with other inputs than text are left out, because Liger requires one class for each of them.
+"""
+ACTIVATIONS = dict.fromkeys(SWIGLU_TYPES, ("silu", "swish")) | dict.fromkeys(GEGLU_TYPES, ("gelu_pytorch_tanh",))
+"""The activation that Liger's kernel computes, by model type. Liger does not read the activation of the model's configuration."""
+TYPES_WITHOUT_REWARD_KERNELS = frozenset({"gemma3_text"})
+"""Types for which Liger refuses models with a score head."""
+
+
+def is_allowed(run: RunConfig) -> bool:
+    """Whether the spec leaves the choice to the trainer or demands the kernels."""
+    return run.spec.model.liger_kernels is not False or _is_chosen_by_backend(run)
+
+
+def is_demanded(run: RunConfig) -> bool:
+    """Whether the user set `model.ligerKernels: true`."""
+    return run.spec.model.liger_kernels is True and LIGER_PATH not in run.defaults
+
+
+def _is_chosen_by_backend(run: RunConfig) -> bool:
+    """Whether `trainer.backend: unsloth` requests the kernels. Jobs of earlier releases recorded the default false, which the backend replaces."""
+    return run.spec.trainer.backend is TrainerBackend.UNSLOTH and LIGER_PATH in run.defaults
+
+
+def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, model_kind: str) -> list[str]:
+    """Turn off the kernels in the TrainingArguments if the run cannot use them. Returns notes for the status.
+
+    `config`: the configuration of the base model. `model_kind`: `causal` or `reward`.
+
+    Errors: ConfigError KernelsUnavailable if the user demanded the kernels.
+    """
+    if not args.use_liger_kernel:
+        return []
+    reason = _why_impossible(hardware, config, model_kind)
+    if reason is None and not is_demanded(run):
+        reason = _why_not_chosen(run, config)
+    if reason is None:
+        reason = _why_kernels_fail(hardware)
+    if reason is None:
+        return []
+    if is_demanded(run):
+        raise ConfigError(
+            "KernelsUnavailable", f"{LIGER_PATH} is true, but {reason}", hint="remove ligerKernels, or write `ligerKernels: false`"
+        )
+    args.use_liger_kernel = False
+    return [f"{LIGER_PATH} is off: {reason}"] if hardware.device.type == "cuda" else []
+
+
+def choice_note(run: RunConfig, model_type: str) -> list[str]:
+    """Return the note about kernels that are in use. Empty if the user demanded them."""
+    return [] if is_demanded(run) else [f"{LIGER_PATH} is on: the run uses a GPU, and Liger has kernels for models of type {model_type}"]
+
+
+def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | None:
+    """Return why the kernels would fail or compute something else than the model's own layers; None if they would not."""
+    if hardware.device.type != "cuda":
+        return f"the run trains on {hardware.device.type}, and Liger's kernels need a CUDA GPU"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed in this image"
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        return f"liger-kernel cannot be imported: {_first_line(error)}"
+    model_type = config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"Liger has no kernels for models of type {model_type}"
+    if model_kind == "reward" and model_type in TYPES_WITHOUT_REWARD_KERNELS:
+        return f"Liger has no kernels for reward models of type {model_type}"
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if activation not in ACTIVATIONS.get(model_type, (activation,)):
+        return f"Liger's kernel for models of type {model_type} does not compute the model's activation {activation}"
+    return None
+
+
+def _why_not_chosen(run: RunConfig, config: Any) -> str | None:
+    """Return why the trainer does not choose kernels that the user may still demand; None if it chooses them."""
+    import torch
+
+    if torch.version.hip is not None:
+        return "this release was not tested with Liger's kernels on AMD GPUs"
+    if run.spec.model.trust_remote_code and getattr(config, "auto_map", None):
+        return "the model runs code from its repository (model.trustRemoteCode)"
+    if config.model_type not in COMPARED_TYPES:
+        return f"this release was not tested with Liger's kernels for models of type {config.model_type}"
+    return None
+
+
+def _why_kernels_fail(hardware: Hardware) -> str | None:
+    """Run one small kernel, and return the error's first line; None if it runs.
+
+    Triton compiles a kernel when it first runs. It needs a C compiler, a folder that it can write to, and a GPU that it supports.
+    """
+    import torch
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm
+
+    dtype = torch.bfloat16 if hardware.bf16 else torch.float16 if hardware.fp16 else torch.float32
+    try:
+        LigerRMSNorm(32).to(hardware.device, dtype)(torch.ones(1, 32, device=hardware.device, dtype=dtype)).sum().item()
+    except Exception as error:  # Triton raises exceptions of many types
+        return f"Liger's kernels do not run on {hardware.name}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
