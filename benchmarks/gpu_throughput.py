@@ -106,9 +106,8 @@ OUR_ARMS: dict[str, dict[str, Any]] = {
     "ours, checkpointing off": {"training": {"gradientCheckpointing": "disabled"}},
     "ours, 16-bit weights": {"model": {"dtype": "bfloat16"}},
     "ours, packing": {"dataset": {"packing": True}},
-    "ours, liger": {"model": {"ligerKernels": True}},
+    "ours, without liger": {"model": {"ligerKernels": False}},
     "ours, sdpa": {"model": {"attention": "sdpa"}},
-    "ours, tuned": {"training": {"gradientCheckpointing": "disabled"}, "model": {"ligerKernels": True}, "dataset": {"packing": True}},
 }
 """Arms of this trainer: settings beside the defaults."""
 TRL_ARMS = {
@@ -396,8 +395,13 @@ def flops_of_token(workload: Workload, document_lengths: Sequence[int]) -> float
     return flops_per_token(shape, attended_length, frozen_base=workload.method != "full")
 
 
+def uses_liger(arm: str) -> bool:
+    """Whether an arm uses Liger's kernels on a GPU."""
+    return TRL_ARMS[arm].liger if arm in TRL_ARMS else OUR_ARMS[arm].get("model", {}).get("ligerKernels") is not False
+
+
 def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: Path) -> Iterator[dict[str, Any]]:
-    """Run the arms alternately. Yields the figures so far after every run, so that an interrupted benchmark keeps its results."""
+    """Run the arms one after the other. Yields the figures so far after every run, so that an interrupted benchmark keeps its results."""
     import torch
     from finetune_trainer.speed import peak_of
 
@@ -408,9 +412,11 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
     lengths = [length for row in tokens["seq_lengths"] for length in row] if workload.data == "packed" else [len(row) for row in tokens["input_ids"]]
     flops, peak = flops_of_token(workload, lengths), peak_of(device)
     figures: dict[str, Any] = {"workload": asdict(workload), "device": device, "flopsPerToken": round(flops), "arms": {}}
+    # Liger replaces the layers of a model type for the whole process.
+    names = sorted(names, key=uses_liger)
     results: dict[str, list[ArmResult]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names:
+    for name in names:
+        for number in range(rounds):
             result = run_arm(workload, name, folder / f"{number}-{names.index(name)}", model)
             results[name].append(result)
             speeds = [one.tokens_per_second for one in results[name] if one.tokens_per_second]
