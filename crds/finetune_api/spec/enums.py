@@ -45,7 +45,7 @@ class ComputeDtype(StrEnum):
 
 class AttentionImplementation(StrEnum):
     AUTO = "auto"
-    """PyTorch's variable-length attention (varlen) for packed sequences on a GPU that supports it, otherwise sdpa."""
+    """PyTorch's variable-length attention (varlen) for SFT on a GPU that supports it, otherwise sdpa. With varlen, batches have no padding."""
     EAGER = "eager"
     """Plain PyTorch operations."""
     SDPA = "sdpa"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -506,9 +507,7 @@ def test_the_type_of_an_existing_adapter_decides_whether_batches_are_padding_fre
 ) -> None:
     text, expected = ADAPTERS[case]
     (tmp_path / "adapter_config.json").write_text(text)
-    run, _ = make_run(
-        tmp_path, tmp_path, {"method": {"type": "adapter", "adapter": {"source": f"file://{tmp_path}"}}}
-    )
+    run, _ = make_run(tmp_path, tmp_path, {"method": {"type": "adapter", "adapter": {"source": f"file://{tmp_path}"}}})
     assert attention.choose_attention(run, H100, LLAMA, tmp_path)[0] == (VARLEN if expected else "sdpa")
 
 
@@ -587,9 +586,15 @@ def answers(*lengths: int) -> list[dict[str, Any]]:
 
 
 LENGTHS = (1, 40, 3, 25, 2, 60, 9, 1, 30, 5)
-TEXTS = [{"text": f"{word} " * length} for word, length in zip(("red", "green", "blue", "yes", "no"), LENGTHS, strict=False)]
+TEXTS = [
+    {"text": f"{word} " * length} for word, length in zip(("red", "green", "blue", "yes", "no"), LENGTHS, strict=False)
+]
 LETTERS = [
-    {"question": "one or more " * length, "options": {"A": row["messages"][1]["content"], "B": "y"}, "answer": "AB"[i % 2]}
+    {
+        "question": "one or more " * length,
+        "options": {"A": row["messages"][1]["content"], "B": "y"},
+        "answer": "AB"[i % 2],
+    }
     for i, (row, length) in enumerate(zip(TEN_ROWS, LENGTHS, strict=True))
 ]
 LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
@@ -638,6 +643,25 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(
         values, expected = ([line.get(name) for line in outcome.logs] for outcome in (found, padded))
         assert values == pytest.approx(expected)
     assert found.extra.get("evaluation", {}) == pytest.approx(padded.extra.get("evaluation", {}), abs=1e-5)
+
+
+def test_padding_free_batches_have_the_load_balance_loss_of_padded_batches(
+    model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
+) -> None:
+    """A mixture of experts balances its experts over the tokens. Padding does not count."""
+    folder = tmp_path / "experts"
+    shutil.copytree(model, folder)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 448, "pad_token_id": 3, "max_position_embeddings": 512}
+    config = AutoConfig.for_model("mixtral", **sizes, num_local_experts=4, router_aux_loss_coef=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    spec = merge_mappings(THREE_ROWS, {"method": {"type": "full"}, "training": {"gradientAccumulationSteps": 2}})
+    padded = run_training(tmp_path / "a", folder, spec, answers(*LENGTHS), validation=TEXTS)
+    choose_varlen(DocumentKernel())
+    found = run_training(tmp_path / "b", folder, spec, answers(*LENGTHS), validation=TEXTS)
+    assert found.losses == pytest.approx(padded.losses, abs=1e-5)
+    assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
+    assert found.eval_losses == pytest.approx(padded.eval_losses, abs=1e-5)
 
 
 def test_a_resumed_padding_free_run_continues_with_the_same_losses(
