@@ -25,3 +25,36 @@ def make_model(model_type: str, kind: str) -> Any:
 def uses_kernels(model: Any) -> bool:
     """Whether a layer of the model uses a kernel of Liger."""
     return any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in model.modules())
+
+
+def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, float]:
+    """Return the largest relative difference of the outputs and of a parameter's gradient with and without Liger's kernels.
+
+    Both are 0 if transformers has no model of this type and kind.
+    """
+    import torch
+    from finetune_trainer.kernels import LIGER_OPTIONS
+    from transformers.integrations.liger import apply_liger_kernel
+
+    torch.manual_seed(0)
+    model = make_model(model_type, kind)
+    if model is None:
+        return 0.0, 0.0
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2 if parameter.ndim > 1 else parameter + torch.randn_like(parameter) * 0.1
+    model = model.to(device)
+    tokens = torch.randint(3, SIZES["vocab_size"], (2, 9), device=device)
+
+    def results() -> tuple[Any, dict[str, Any]]:
+        model.zero_grad()
+        outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        outputs.pow(2).mean().backward()
+        return outputs.detach(), {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+    expected, expected_gradients = results()
+    apply_liger_kernel(model, LIGER_OPTIONS)
+    assert uses_kernels(model)
+    found, gradients = results()
+    assert gradients.keys() == expected_gradients.keys()
+    differences = [float((gradients[name] - one).norm() / (one.norm() + 1e-12)) for name, one in expected_gradients.items()]
+    return float((found - expected).abs().max() / expected.abs().max()), max(differences)
