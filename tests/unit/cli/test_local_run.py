@@ -1,4 +1,4 @@
-"""`finetune run --local`: attempt numbers and the last progress report."""
+"""`finetune run --local`: attempt numbers, kept defaults and the last progress report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_cli.local_run import last_report, last_started_attempt
+from finetune_api import names
+from finetune_api.defaults import ResolvedSpec, resolve_defaults
+from finetune_api.spec import FineTuneJobSpec
+from finetune_cli.local_run import _write_run, last_report, last_started_attempt
+from finetune_cli.local_spec import LocalRunError
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,36 @@ def test_attempts_are_counted_from_storage(tmp_path: Path) -> None:
     for name in ("attempt-9", "attempt-10", "attempt-x", "other"):
         (tmp_path / "run" / name).mkdir(parents=True)
     assert last_started_attempt(tmp_path) == 10
+
+
+EARLIER_DEFAULTS = {"model.ligerKernels": False, "method.lora.dropout": 0.05}
+
+
+def resolve_local(method: dict[str, Any]) -> ResolvedSpec:
+    spec = {"model": {"source": "org/name"}, "dataset": {"train": "file:///train.jsonl"}, "storage": {"uri": "file:///out"}, "method": method}
+    return resolve_defaults(FineTuneJobSpec.model_validate(spec))
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "method", "expected"),
+    [(True, {}, (False, 0.05)), (False, {}, (None, 0)), (True, {"lora": {"rank": 8}}, "method.lora.rank 16 -> 8")],
+    ids=["continued job", "job without checkpoints", "another spec"],
+)
+def test_continued_job_keeps_the_defaults_of_an_earlier_release(
+    has_checkpoint: bool, method: dict[str, Any], expected: tuple[bool | None, float] | str, tmp_path: Path
+) -> None:
+    resolution = resolve_local({})
+    earlier = ResolvedSpec(resolution.spec.with_values(EARLIER_DEFAULTS), {**resolution.defaults, **EARLIER_DEFAULTS})
+    first = _write_run("job", earlier, tmp_path, [])
+    if has_checkpoint:
+        folder = Path(first.config.storage.uri.removeprefix("file://")) / "checkpoints/step-00000100"
+        folder.mkdir(parents=True)
+        (folder / names.Storage.COMMITTED.value).touch()
+    if isinstance(expected, str):
+        with pytest.raises(LocalRunError) as caught:
+            _write_run("job", resolve_local(method), tmp_path, [])
+        assert f"another spec ({expected})" in str(caught.value)
+        return
+    run = _write_run("job", resolve_local(method), tmp_path, []).config
+    assert run.spec.method.lora is not None
+    assert (run.spec.model.liger_kernels, run.spec.method.lora.dropout, "model.ligerKernels" in run.defaults) == (*expected, has_checkpoint)
