@@ -245,12 +245,16 @@ def merge_results(files: Sequence[Path]) -> dict[str, Any]:
     return merged
 
 
-def write_results(files: Sequence[Path]) -> Path:
-    """Write the merged results to `results/gpu_cells.json`, without the logs of the cells."""
+def write_results(name: str, files: Sequence[Path]) -> Path:
+    """Write the merged results to `results/<name>.json`, without logs and tracebacks. The cell `environment` describes the machine."""
     import record
 
-    cells = {name: {key: value for key, value in cell.items() if key != "log"} for name, cell in merge_results(files).items()}
-    return record.write_result("gpu_cells", cells, method=record.extract_method(__doc__).replace("\n", " "))
+    cells = {cell: {key: value for key, value in result.items() if key != "log"} for cell, result in merge_results(files).items()}
+    for test in (test for cell in cells.values() for test in cell["figures"].values() if isinstance(test, dict) and "text" in test):
+        test["text"] = "\n".join(line for line in test["text"].splitlines() if line.startswith("E ") and "Error" in line)[-500:]
+    machine = cells.pop("environment")["figures"]
+    versions = {"python": machine.pop("python"), **machine.pop("versions")}
+    return record.write_result(name, cells, method=record.extract_method(__doc__).replace("\n", " "), machine=machine, versions=versions)
 
 
 def main() -> int:
@@ -259,7 +263,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)
     commands.add_parser("environment", help="write versions and speed of this machine").add_argument("file", type=Path)
-    commands.add_parser("record", help="write the results of all calls to benchmarks/results").add_argument("files", type=Path, nargs="+")
+    record = commands.add_parser("record", help="write the results of all calls to benchmarks/results")
+    record.add_argument("files", type=Path, nargs="+", help="results of all calls, oldest first")
+    record.add_argument("--name", default="gpu_cells", help="name of the file in benchmarks/results")
     run = commands.add_parser("run", help="run the cells")
     run.add_argument("--output", type=Path, required=True, help="folder for results and logs")
     run.add_argument("--seconds", type=float, default=1e9, help="end after this time")
@@ -275,7 +281,7 @@ def main() -> int:
         options.file.write_text(json.dumps(describe_environment()))
         return 0
     if options.command == "record":
-        print(write_results(options.files))
+        print(write_results(options.name, options.files))
         return 0
     return run_cells(options)
 

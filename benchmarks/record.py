@@ -61,13 +61,15 @@ def extract_method(docstring: str | None) -> str:
     return (docstring or "").split("Method.", 1)[1].strip()
 
 
-def write_result(name: str, figures: dict[str, Any], *, method: str) -> Path:
-    """Write `results/<name>.json`, which replaces the last result."""
+def write_result(
+    name: str, figures: dict[str, Any], *, method: str, machine: dict[str, Any] | None = None, versions: dict[str, str] | None = None
+) -> Path:
+    """Write `results/<name>.json`, which replaces the last result. `machine` and `versions`: those of this machine if not given."""
     RESULTS_FOLDER.mkdir(parents=True, exist_ok=True)
     path = RESULTS_FOLDER / f"{name}.json"
     record = {
         "benchmark": name, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": checkout_commit(), "method": method,
-        "machine": describe_machine(), "versions": package_versions(), "figures": figures,
+        "machine": machine or describe_machine(), "versions": versions or package_versions(), "figures": figures,
     }  # fmt: skip
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
