@@ -89,6 +89,10 @@ test-faults: prepare verify ## Run the fault tests and the long tests
 test-gpu: setup ## Run the tests that need a CUDA device
 	@HF_HUB_OFFLINE=1 .venv/bin/pytest -q -m gpu
 
+.PHONY: gpu-kit
+gpu-kit: setup ## Pack the packages that the GPU cells need on another machine (see benchmarks/gpu_cells.py)
+	@$(PY) scripts/gpu_kit.py
+
 .PHONY: prepare
 prepare: setup ## Build Kubernetes, Helm, the images and the demo's model for the e2e tests, in parallel
 	@$(PY) scripts/prepare.py
