@@ -27,7 +27,7 @@ DROPOUT_VALUES_PER_HIDDEN_UNIT, DROPOUT_VALUES_PER_FEED_FORWARD_UNIT = 2, 1
 FIXED_BYTES = 3 * 10**9
 """CUDA context, workspaces and a part of the logits."""
 USABLE_SHARE = 0.85
-"""Share of the free memory that the estimate may reach. The rest is for fragmentation."""
+"""Share of the GPU's memory that the estimate may reach. The rest is for fragmentation."""
 UNSHARDED_STRATEGIES = ("single", "ddp")
 
 
@@ -46,27 +46,27 @@ class MemoryEstimate:
 
 
 def keeps_all_activations(
-    run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, free_bytes: int
+    run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int
 ) -> str | None:
     """Return a note for the status if the run need not recompute activations, otherwise None.
 
-    `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `free_bytes`: free memory of the
-    GPU before the model is loaded.
+    `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: memory of the GPU,
+    also if another program uses a part of it, so that all ranks and all attempts on GPUs of one type make the same choice.
     """
     if not _is_choice_of_trainer(run) or hardware.device.type != "cuda" or strategy_name not in UNSHARDED_STRATEGIES:
         return None
     estimate = estimate_memory(run, hardware, config, batch_tokens)
-    if estimate is None or estimate.total_bytes > USABLE_SHARE * free_bytes:
+    if estimate is None or estimate.total_bytes > USABLE_SHARE * gpu_bytes:
         return None
     return (
-        f"activations are not recomputed, because the run needs at most {estimate.total_bytes / 1e9:.0f} GB of {free_bytes / 1e9:.0f} GB "
+        f"activations are not recomputed, because the run needs at most {estimate.total_bytes / 1e9:.0f} GB of {gpu_bytes / 1e9:.0f} GB "
         "of GPU memory (training.gradientCheckpointing: enabled would save memory)"
     )
 
 
 def _is_choice_of_trainer(run: RunConfig) -> bool:
     """Whether the spec leaves the choice open, and an attempt that runs out of memory could be followed by a smaller one."""
-    training = run.spec.training
+    training, lora = run.spec.training, run.spec.method.lora
     return (
         training.gradient_checkpointing is GradientCheckpointing.ENABLED
         and CHECKPOINTING_PATH in run.defaults
@@ -74,6 +74,8 @@ def _is_choice_of_trainer(run: RunConfig) -> bool:
         and (training.batch_size_per_device or 1) > 1
         and trainer_type_of(run.spec) is TrainerType.SFT
         and run.spec.trainer.backend is not TrainerBackend.UNSLOTH
+        # The estimate does not know the sizes of modules that are trained in full beside an adapter.
+        and not (lora is not None and lora.modules_to_save)
     )
 
 

@@ -31,12 +31,12 @@ def bf16_gpu(dtype: torch.dtype = torch.bfloat16) -> Hardware:
     return Hardware(torch.device("cuda", 0), "NVIDIA H200", dtype, True, False, "varlen")
 
 
-def note_for(folder: Path, spec: dict[str, Any], config: Any = EIGHT_B, *, free_bytes: int = H200, **changes: Any) -> str | None:
+def note_for(folder: Path, spec: dict[str, Any], config: Any = EIGHT_B, *, gpu_bytes: int = H200, **changes: Any) -> str | None:
     run, _ = make_run(folder, Path("/models/tiny"), merge_mappings(GPU_SPEC, spec))
     hardware = changes.pop("hardware", bf16_gpu())
     strategy = changes.pop("strategy", "single")
     run = run.model_copy(update=changes)
-    return keeps_all_activations(run, hardware, strategy, config, batch_tokens=2 * 4096, free_bytes=free_bytes)
+    return keeps_all_activations(run, hardware, strategy, config, batch_tokens=2 * 4096, gpu_bytes=gpu_bytes)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_run_that_fits_keeps_its_activations_and_says_so(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("spec", "changes"),
     [
-        pytest.param({}, {"free_bytes": H100}, id="memory too small"),
+        pytest.param({}, {"gpu_bytes": H100}, id="memory too small"),
         pytest.param({"training": {"gradientCheckpointing": "enabled"}}, {}, id="recomputing requested"),
         pytest.param({"training": {"gradientCheckpointing": "disabled"}}, {}, id="already disabled"),
         pytest.param({"training": {"gradientCheckpointing": "unsloth"}}, {}, id="activations in host memory"),
@@ -76,6 +76,7 @@ def test_a_run_that_fits_keeps_its_activations_and_says_so(tmp_path: Path) -> No
         pytest.param({}, {"before_adaptation": {"training.batchSizePerDevice": 4}}, id="memory ran out before"),
         pytest.param({}, {"strategy": "fsdp"}, id="sharded"),
         pytest.param({"trainer": {"type": "dpo"}, "dataset": {"packing": False}}, {}, id="other objective"),
+        pytest.param({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, {}, id="head trained in full"),
         pytest.param({"trainer": {"backend": "unsloth"}}, {}, id="backend that saves memory"),
         pytest.param({}, {"config": MixtralConfig()}, id="experts"),
         pytest.param({}, {"hardware": Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa")}, id="cpu"),
