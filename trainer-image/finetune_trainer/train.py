@@ -181,7 +181,8 @@ class TrainingSession:
             return
         note = keeps_all_activations(
             self.run, self.hardware, self.strategy.name, model.load_config(self.run, self.inputs),
-            batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence, gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory,
+            batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence,
+            gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory,
         )  # fmt: skip
         if note is not None:
             args.activation_checkpointing = args.gradient_checkpointing = False
