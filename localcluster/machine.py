@@ -23,7 +23,7 @@ from localcluster.layout import HOST_LINK, Node, Plan
 from localcluster.processes import Lifetime, Server
 
 LOCK_FILE = Path("/run/finetune-localcluster.lock")
-COMPONENT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROGRAM_SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Machine:
@@ -44,7 +44,7 @@ class Machine:
                 ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
                  "--propagation", "private", sys.executable, "-m", "localcluster.namespace_init", self.folder],
                 owner=self.folder, log=self.folder / "logs" / "machine.log", lifetime=lifetime,
-                env={"PATH": COMPONENT_PATH, "PYTHONPATH": str(paths.CHECKOUT_FOLDER), "HOME": "/root", "LANG": "C.UTF-8"},
+                env={"PATH": PROGRAM_SEARCH_PATH, "PYTHONPATH": str(paths.CHECKOUT_FOLDER), "HOME": "/root", "LANG": "C.UTF-8"},
                 pass_fds=[lock.fileno()],
             )
         processes.wait_until("the nodes' network", self.is_responding, servers=[server], timeout=20)

@@ -64,7 +64,7 @@ class SettingsSchema:
         """Schema of one top-level field, with all `$ref` resolved."""
         return self._resolve_references(self._properties[name])
 
-    def schemas_below_settings(self) -> dict[str, Schema]:
+    def schemas_inside_settings(self) -> dict[str, Schema]:
         """Schemas of the fields that users set below `settings`."""
         return {name: self.field_schema(name) for name in self._properties if name not in FIELDS_SET_BY_CHART}
 
@@ -143,7 +143,7 @@ def make_values_schema() -> Schema:
         "trainer": trainer_schema(settings),
         "storage": settings.field_schema("storage"),
         "nodePools": node_pools,
-        "settings": closed_object_schema(settings.schemas_below_settings(), "Further settings of the operator."),
+        "settings": closed_object_schema(settings.schemas_inside_settings(), "Further settings of the operator."),
         "log": settings.field_schema("log"),
         "crds": closed_object_schema(
             {"enabled": boolean_schema, "keep": boolean_schema},

@@ -65,7 +65,7 @@ class JobObserver:
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
         is_finished = job.status.is_true(Kind.FINISHED)
-        # If a CRD prunes fields, the spec changes but the generation does not.
+        # If the API server prunes fields that an older CRD lacks, the spec changes but the generation does not.
         spec_changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
         # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.

@@ -46,7 +46,10 @@ class Target:
 
 @dataclass(eq=False)
 class PodSubscription:
-    """A target between `watch` and `stop`. A new target gets a new subscription, and the heap entry of the old subscription is skipped."""
+    """A target whose progress is read: `watch` was called for it, and `stop` was not yet called.
+
+    A new target gets a new subscription, and the heap entry of the old subscription is skipped.
+    """
 
     number: int
     key: Key

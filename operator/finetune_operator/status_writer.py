@@ -94,7 +94,7 @@ class StatusWriter:
         try:
             return await self._send_status(job, minimal_status.to_wire())
         except Invalid as error:
-            # If the CRD is older than the operator, it does not know all phases and conditions.
+            # A CRD that is older than the operator lacks some phases and conditions that the operator writes.
             return await self._send_status(job, without_rejected_fields(minimal_status, error.message).to_wire())
 
     async def _send_status(self, job: JobObject, status: Object) -> JobObject:

@@ -51,7 +51,7 @@ class KeepBest(TrainerCallback):
         state.best_model_checkpoint = str(best_weights)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the weights of this checkpoint if it is the best one; otherwise add the best weights to this checkpoint."""
+        """Store the best weights in this checkpoint, too, unless this checkpoint is the best one."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
         root = Path(str(args.output_dir))

@@ -72,13 +72,13 @@ def _write_objects(items: list[dict[str, Any]], output_format: str, *, is_single
 
 def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, is_wide: bool, with_namespaces: bool) -> str:
     """Format the API server's table of jobs. Columns with a priority above 0 are shown only with `-o wide`."""
-    shown_columns = [i for i, column in enumerate(columns) if is_wide or not column.get("priority")]
-    header_cells = (["NAMESPACE"] if with_namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_columns]
+    shown_column_indexes = [i for i, column in enumerate(columns) if is_wide or not column.get("priority")]
+    header_cells = (["NAMESPACE"] if with_namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_column_indexes]
     lines = [header_cells]
     for row in rows:
         namespace = [row["object"]["metadata"].get("namespace", "")] if with_namespaces else []
         lines.append(
-            namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_columns]
+            namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_column_indexes]
         )
     column_widths = [max(len(line[i]) for line in lines) for i in range(len(header_cells))]
     return "\n".join(

@@ -87,7 +87,7 @@ def merged_lines(
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
 
-    def read_pod(pod: dict[str, Any]) -> None:
+    def queue_log_lines(pod: dict[str, Any]) -> None:
         origin = f"[{attempt_of(pod)}/{index_of(pod)}]"
         try:
             for line in _stream_log(cluster, pod, follow, tail):
@@ -106,7 +106,7 @@ def merged_lines(
                 yield origin, f"({error})"
         return
     for pod in pods:
-        threading.Thread(target=read_pod, args=(pod,), daemon=True).start()
+        threading.Thread(target=queue_log_lines, args=(pod,), daemon=True).start()
     running = len(pods)
     while running:
         origin, line = lines.get()

@@ -14,7 +14,7 @@ NESTED_CONFIG = "base_model: {name: mistralai/M}\nlora: {r: 8, lora_alpha: 16}\n
 
 @pytest.fixture
 def import_guide(write_file: WriteFile) -> Any:
-    """Return a function that imports a configuration in the form of the guide."""
+    """Return a function that imports a configuration that is written as in the guide."""
 
     def run(text: str, words: str = "", **request_fields: Any) -> ImportOutcome:
         return import_files(write_file("job.yaml", text), words=words, source="guide", **request_fields)

@@ -48,7 +48,7 @@ FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
 AUTO_ALLOWED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys of zero_optimization that may be `auto`: transformers computes their values from the model's size."""
-_SET_IN_TRACKING = "the spec's `tracking` decides where metrics are sent"
+_TRACKING_DECIDES = "the spec's `tracking` decides where metrics are sent"
 _REMOVED_SECTION_REASON = "this version of DeepSpeed does not have this section"
 REFUSED_SECTIONS = {
     "tensor_parallel": "tensor parallelism is not supported", "sequence_parallel_size": "sequence parallelism is not supported",
@@ -58,7 +58,7 @@ REFUSED_SECTIONS = {
     "activation_checkpointing": "write training.gradientCheckpointing instead",
     "torch_autocast": "write training.mixedPrecision instead", "bfloat16": "the key is called bf16",
     "aio": "nvme is not supported", "autotuning": "the operator starts the ranks", "hybrid_engine": "DeepSpeed does not generate completions",
-    "tensorboard": _SET_IN_TRACKING, "wandb": _SET_IN_TRACKING, "comet": _SET_IN_TRACKING, "csv_monitor": _SET_IN_TRACKING,
+    "tensorboard": _TRACKING_DECIDES, "wandb": _TRACKING_DECIDES, "comet": _TRACKING_DECIDES, "csv_monitor": _TRACKING_DECIDES,
 } | dict.fromkeys(
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
     _REMOVED_SECTION_REASON,

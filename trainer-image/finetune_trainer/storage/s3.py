@@ -226,7 +226,7 @@ class S3Store:
         return digest.hexdigest()
 
     def _get_range(self, key: str, stat: ObjectStat, start: int) -> bytes:
-        """Download one range of an object; retries interrupted responses. Errors: StorageError `ObjectChanged`."""
+        """Download one byte range of an object. An interrupted download is repeated. Errors: StorageError `ObjectChanged`."""
         end = min(start + RANGE_BYTES, stat.size) - 1
         tries_left = 4
         while True:

@@ -151,7 +151,7 @@ def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, t
 
 
 def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
-    """Damaged checkpoints, and checkpoints after the step of a rollback, are skipped."""
+    """Damaged checkpoints are skipped, and so are checkpoints after the step to which a rollback has returned."""
     rolled = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
     assert ([one.step for one in rolled.ancestor_checkpoints], [one.step for one in rolled.skipped_checkpoints]) == ([5], [10])
     two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")

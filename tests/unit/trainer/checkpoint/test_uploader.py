@@ -427,7 +427,7 @@ def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> Non
 
 
 def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
-    """A pod reports a skipped part on a separate thread. The thread that handles the ranks' messages must not wait for the store."""
+    """A separate thread reports that the pod skipped its part of a checkpoint. The thread that handles the ranks' messages must not wait for the store."""
     store = GatedStore(tmp_path / "root")
     reported = threading.Event()
     put = store.put

@@ -75,7 +75,7 @@ class QuestionAnswer(Format):
 
 
 class MultipleChoice(Format):
-    """A question with options, and the letter or the text of the correct option. The model learns the letter."""
+    """A question with options, and the letter or the text of the correct option. The model learns to answer with the letter of the correct option."""
 
     name = DatasetFormat.MCQ
     question = ColumnRole("question", ("question",))
