@@ -2,9 +2,9 @@
 
     python scripts/gpu_kit.py            # writes build/gpu-kit/site.tar.xz
 
-The GPU machine has Python 3.12 and torch for CUDA 13.0 with its own numpy, scipy and pandas. The kit adds packages of
+The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. It adds packages of
 `requirements/trainer.lock` in their locked versions, for that Python. `benchmarks/gpu_cells.py` says how to use the kit there. The kit and
-all tracked files together stay below 60 MiB, because they are sent to the machine in one piece.
+all tracked files together stay below 60 MiB, so that they can be copied quickly.
 """
 
 from __future__ import annotations

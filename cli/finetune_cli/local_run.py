@@ -25,6 +25,7 @@ from finetune_api.rules import ExecutionTarget
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.status import Metrics, Stage
+from pydantic import ValidationError
 
 from finetune_cli import output
 from finetune_cli.checks import check_manifest, errors_of
@@ -156,7 +157,10 @@ def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, na
         return resolution
     earlier_run = RunConfig.model_validate_json(run_file.read_bytes())
     recorded_defaults = {path: earlier_run.spec.value(path) for path in earlier_run.defaults}
-    resolution = keep_recorded_defaults(resolution, {path: value for path, value in recorded_defaults.items() if value is not None})
+    try:
+        resolution = keep_recorded_defaults(resolution, {path: value for path, value in recorded_defaults.items() if value is not None})
+    except ValidationError as error:
+        raise LocalRunError(f"this release cannot use the defaults recorded in {run_file}: choose another folder with -o") from error
     old, new = flatten(earlier_run.spec.to_wire()), flatten(resolution.spec.to_wire())
     changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
     if changed:

@@ -14,7 +14,7 @@ COMPARISON_SCRIPT = """
 import sys
 from tests.support.kernels import compare_kernels
 
-print(*compare_kernels(sys.argv[1], sys.argv[2], "cuda"))
+print(*(compare_kernels(sys.argv[1], sys.argv[2], "cuda") or ["missing"]))
 """
 
 
@@ -31,5 +31,7 @@ def test_kernels_compute_the_outputs_and_gradients_of_the_models_layers(model_ty
     command = [sys.executable, "-c", COMPARISON_SCRIPT, model_type, kind]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
+    if result.stdout.split()[-1] == "missing":
+        pytest.skip("transformers has no model of this type and kind")
     output_error, gradient_error = map(float, result.stdout.split()[-2:])
     assert output_error < 1e-4 and gradient_error < 1e-3

@@ -95,7 +95,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_run(name: str, 
 def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path) -> None:
     """The pods of all attempts share what another program has left of the GPU's memory: two GiB."""
     import torch
-    from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations
+    from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations, original_values
 
     text = "The quick brown fox jumps over the lazy dog. " * 40
     rows = write_rows(tmp_path / "long.jsonl", [{"text": text} for _ in range(512)])
@@ -116,7 +116,8 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
             adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC))
             adapted = apply_adaptations(pod.run.spec, [adaptation])
             attempt = pod.run.attempt + 1
-            pod = Pod(pod.run.model_copy(update={"spec": adapted, "attempt": attempt}), tmp_path / f"pod-{attempt}")
+            changes = {"spec": adapted, "attempt": attempt, "before_adaptation": original_values(pod.run.spec, [adaptation])}
+            pod = Pod(pod.run.model_copy(update=changes), tmp_path / f"pod-{attempt}")
     del held
     torch.cuda.empty_cache()
     assert codes[-1] == ExitCode.OK, pod.text[-6000:]

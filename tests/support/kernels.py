@@ -27,10 +27,10 @@ def uses_kernels(model: Any) -> bool:
     return any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in model.modules())
 
 
-def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, float]:
+def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, float] | None:
     """Return the largest relative difference of the outputs and of a parameter's gradient with and without Liger's kernels.
 
-    Both are 0 if transformers has no model of this type and kind.
+    None if transformers has no model of this type and kind.
     """
     import torch
     from finetune_trainer.kernels import LIGER_OPTIONS
@@ -39,7 +39,7 @@ def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, flo
     torch.manual_seed(0)
     model = make_model(model_type, kind)
     if model is None:
-        return 0.0, 0.0
+        return None
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.2 if parameter.ndim > 1 else parameter + torch.randn_like(parameter) * 0.1
     model = model.to(device)

@@ -39,7 +39,7 @@ class MemorySavers:
         training = run.spec.training
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
-        uses_liger = kernels.is_allowed(run) and (hardware.device.type == "cuda" or kernels.is_demanded(run))
+        uses_liger = kernels.is_allowed(run) and (hardware.device.type == "cuda" or kernels.is_requested(run))
         if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
             return MemorySavers(mode, name, uses_liger)
         if hardware.is_cpu:

@@ -1,7 +1,7 @@
 """Decides whether a run uses Liger's kernels for the layers of its model.
 
-`model.ligerKernels: true` demands the kernels, and false turns them off. Without a value of the user, the trainer chooses: the kernels are
-used if nothing speaks against them. `docs/decisions/0078-liger-kernels-by-default.md` has the measurements and the reasons.
+`model.ligerKernels: true` requests the kernels, and false turns them off. Without a value of the user, the trainer chooses: the kernels are
+used unless one of the reasons below excludes them. `docs/decisions/0078-liger-kernels-by-default.md` has the measurements and the reasons.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TYPES_WITHOUT_REWARD_KERNELS = frozenset({"gemma3_text"})
 
 
 def is_allowed(run: RunConfig) -> bool:
-    """Whether the spec leaves the choice to the trainer or demands the kernels."""
+    """Whether the spec leaves the choice to the trainer or requests the kernels."""
     return run.spec.model.liger_kernels is not False or _is_chosen_by_backend(run)
 
 
-def is_demanded(run: RunConfig) -> bool:
+def is_requested(run: RunConfig) -> bool:
     """Whether the user set `model.ligerKernels: true`."""
     return run.spec.model.liger_kernels is True and LIGER_PATH not in run.defaults
 
@@ -55,18 +55,18 @@ def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, m
 
     `config`: the configuration of the base model. `model_kind`: `causal` or `reward`.
 
-    Errors: ConfigError KernelsUnavailable if the user demanded the kernels.
+    Errors: ConfigError KernelsUnavailable if the user requested the kernels.
     """
     if not args.use_liger_kernel:
         return []
     reason = _why_impossible(hardware, config, model_kind)
-    if reason is None and not is_demanded(run):
+    if reason is None and not is_requested(run) and not _is_chosen_by_backend(run):
         reason = _why_not_chosen(run, config)
     if reason is None:
-        reason = _why_kernels_fail(hardware)
+        reason = _first_reason_of_all_ranks(_why_kernels_fail(hardware))
     if reason is None:
         return []
-    if is_demanded(run):
+    if is_requested(run):
         raise ConfigError(
             "KernelsUnavailable", f"{LIGER_PATH} is true, but {reason}", hint="remove ligerKernels, or write `ligerKernels: false`"
         )
@@ -76,7 +76,10 @@ def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, m
 
 def choice_note(run: RunConfig, model_type: str) -> list[str]:
     """Return the note about kernels that are in use. Empty if the user demanded them."""
-    return [] if is_demanded(run) else [f"{LIGER_PATH} is on: the run uses a GPU, and Liger has kernels for models of type {model_type}"]
+    if is_requested(run):
+        return []
+    reason = f"the run uses a GPU, and Liger has kernels for models of type {model_type}"
+    return [f"{LIGER_PATH} is on: {reason} ({LIGER_PATH}: false turns them off)"]
 
 
 def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | None:
@@ -101,7 +104,7 @@ def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | N
 
 
 def _why_not_chosen(run: RunConfig, config: Any) -> str | None:
-    """Return why the trainer does not choose kernels that the user may still demand; None if it chooses them."""
+    """Return why the trainer does not choose kernels that the user may still request; None if it chooses them."""
     import torch
 
     if torch.version.hip is not None:
@@ -109,7 +112,7 @@ def _why_not_chosen(run: RunConfig, config: Any) -> str | None:
     if run.spec.model.trust_remote_code and getattr(config, "auto_map", None):
         return "the model runs code from its repository (model.trustRemoteCode)"
     if _may_use_zero3(run):
-        return "full training with ZeRO stage 3 failed in the backward pass when the kernels were on"
+        return "the kernels are not used with ZeRO stage 3, or with a DeepSpeed file that may set it"
     if config.model_type not in COMPARED_TYPES:
         return f"this release was not tested with Liger's kernels for models of type {config.model_type}"
     return None
@@ -136,6 +139,13 @@ def _why_kernels_fail(hardware: Hardware) -> str | None:
     except Exception as error:  # Triton raises exceptions of many types
         return f"Liger's kernels do not run on {hardware.name}: {_first_line(error)}"
     return None
+
+
+def _first_reason_of_all_ranks(reason: str | None) -> str | None:
+    """Return the reason of the first rank that has one, so that all ranks make the same choice."""
+    from accelerate.utils import gather_object
+
+    return next((one for one in gather_object([reason]) if one is not None), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -41,13 +41,13 @@ def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) ->
 def verify_kernels(base_model: Any, run: RunConfig) -> list[str]:
     """Check whether a layer of the model uses a kernel of Liger, which silently skips unknown models. Returns notes for the status.
 
-    Errors: InternalError KernelsNotActive if no layer uses a kernel, although the user demanded the kernels.
+    Errors: InternalError KernelsNotActive if no layer uses a kernel, although the user requested the kernels.
     """
     name = type(base_model).__name__
     if any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in base_model.modules()):
         return kernels.choice_note(run, base_model.config.model_type)
-    if not kernels.is_demanded(run):
-        return [f"{kernels.LIGER_PATH} has no effect: no layer of {name} uses a kernel of Liger"]
+    if not kernels.is_requested(run):
+        return [f"{kernels.LIGER_PATH} is off: Liger replaced no layer of {name}"]
     raise InternalError(
         "KernelsNotActive", f"Liger's kernels were requested, but no layer of {name} uses a kernel of Liger",
         hint="set model.ligerKernels: false",

@@ -45,7 +45,7 @@ class ComputeDtype(StrEnum):
 
 class AttentionImplementation(StrEnum):
     AUTO = "auto"
-    """PyTorch's variable-length attention (varlen) for SFT on a GPU that supports it, otherwise sdpa. With varlen, batches have no padding."""
+    """PyTorch's variable-length attention (varlen) for SFT on a GPU that supports it, otherwise sdpa. With varlen, batches of several rows are concatenated instead of padded."""
     EAGER = "eager"
     """Plain PyTorch operations."""
     SDPA = "sdpa"

@@ -18,7 +18,7 @@ UNSLOTH = {"trainer": {"backend": "unsloth"}}
 TRUE, FALSE = {"model": {"ligerKernels": True}}, {"model": {"ligerKernels": False}}
 ON, OFF = (True, []), (False, [])
 NOT_TESTED = "model.ligerKernels is off: this release was not tested with Liger's kernels for models of type {}"
-NOT_WITH_ZERO3 = "model.ligerKernels is off: full training with ZeRO stage 3 failed in the backward pass when the kernels were on"
+NOT_WITH_ZERO3 = "model.ligerKernels is off: the kernels are not used with ZeRO stage 3, or with a DeepSpeed file that may set it"
 NO_KERNELS = "model.ligerKernels is off: Liger has no kernels for models of type rwkv"
 OTHER_ACTIVATION = "Liger's kernel for models of type llama does not compute the model's activation relu"
 
@@ -103,7 +103,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 @pytest.mark.usefixtures("working_kernels")
-def test_demanded_kernels_that_the_run_cannot_use_are_refused(name: str, tmp_path: Path) -> None:
+def test_requested_kernels_that_the_run_cannot_use_are_refused(name: str, tmp_path: Path) -> None:
     options, message = REFUSALS[name]
     with pytest.raises(ConfigError) as caught:
         choose(tmp_path, TRUE, **options)
@@ -148,14 +148,14 @@ def test_the_release_chooses_only_types_that_liger_knows() -> None:
 @pytest.mark.parametrize(
     ("spec", "active", "expected"),
     [
-        ({}, True, ["model.ligerKernels is on: the run uses a GPU, and Liger has kernels for models of type llama"]),
-        ({}, False, ["model.ligerKernels has no effect: no layer of FakeModel uses a kernel of Liger"]),
-        (UNSLOTH, False, ["model.ligerKernels has no effect: no layer of FakeModel uses a kernel of Liger"]),
+        ({}, True, ["model.ligerKernels is on: the run uses a GPU, and Liger has kernels for models of type llama (model.ligerKernels: false turns them off)"]),
+        ({}, False, ["model.ligerKernels is off: Liger replaced no layer of FakeModel"]),
+        (UNSLOTH, False, ["model.ligerKernels is off: Liger replaced no layer of FakeModel"]),
         (TRUE, True, []),
         (TRUE, False, "KernelsNotActive"),
     ],
 )
-def test_only_demanded_kernels_end_a_run_whose_layers_do_not_use_them(
+def test_only_requested_kernels_end_a_run_whose_layers_do_not_use_them(
     spec: dict[str, Any], active: bool, expected: list[str] | str, tmp_path: Path
 ) -> None:
     import torch

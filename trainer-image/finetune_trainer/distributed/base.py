@@ -82,7 +82,7 @@ class Ddp(DistributedStrategy):
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 
-def announce_group_of_one() -> None:
+def set_single_rank_variables() -> None:
     """Set the variables of torchrun for a single rank, so that accelerate and DeepSpeed create a process group for it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

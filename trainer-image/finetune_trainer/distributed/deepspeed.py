@@ -25,7 +25,7 @@ from finetune_api.rules import (
 from finetune_api.spec.enums import LearningRateSchedule
 from pydantic import ValidationError
 
-from finetune_trainer.distributed.base import DistributedStrategy, announce_group_of_one
+from finetune_trainer.distributed.base import DistributedStrategy, set_single_rank_variables
 from finetune_trainer.distributed.user_config import (
     AUTO_VALUE,
     BOOLEAN_TYPE,
@@ -473,7 +473,7 @@ class Deepspeed(DistributedStrategy):
 
         validate_with_deepspeed(self.options.config)
         if self.world_size == 1:
-            announce_group_of_one()
+            set_single_rank_variables()
         if self.hardware.is_cpu:
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("gloo")

@@ -19,7 +19,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import incompatible_with_fsdp, raise_first_finding
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
-from finetune_trainer.distributed.base import DistributedStrategy, announce_group_of_one
+from finetune_trainer.distributed.base import DistributedStrategy, set_single_rank_variables
 from finetune_trainer.distributed.user_config import (
     COUNT_TYPE,
     MAPPING_TYPE,
@@ -251,7 +251,7 @@ class Fsdp(DistributedStrategy):
             return
         import torch
 
-        announce_group_of_one()
+        set_single_rank_variables()
         if self.hardware.is_cpu and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
 

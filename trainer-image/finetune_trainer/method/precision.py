@@ -22,7 +22,7 @@ def leave_conversion_to_autocast(model: Any) -> None:
     """Stop LoRA layers from converting their 16-bit inputs to 32 bits.
 
     Autocast converts inputs and weights to 16 bits before each product. If PEFT first converts an input to the 32 bits of the adapter's
-    weights, the input is copied twice, and the result is the same. DoRA also uses inputs outside of products and keeps the conversion.
+    weights, the input is copied twice. Without dropout, the result is the same. DoRA also uses inputs outside of products and keeps the conversion.
     """
     from peft.tuners.lora import LoraLayer
 
