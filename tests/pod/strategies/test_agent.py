@@ -78,3 +78,15 @@ def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
         assert pod.end() == code, pod.text[-3000:]
         message = pod.termination_message()
     assert (message.exit_code, message.code, message.rank) == (code, name, ranks - 1)
+
+
+def test_fsdp_trains_with_a_single_rank(model: Path, rows: Path, tmp_path: Path) -> None:
+    spec = {
+        "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"}, "distributed": {"strategy": "fsdp"},
+        "training": {"maxSteps": 2, "batchSizePerDevice": 2}, "checkpoint": {"strategy": "no"},
+    }  # fmt: skip
+    run = run_config(spec, StoreTarget(uri=f"file://{tmp_path}/root/team/job/{UID}"))
+    with Pod(run, tmp_path / "pod") as pod:
+        assert pod.end() == 0, pod.text[-3000:]
+        resolved = pod.termination_message().resolved
+    assert resolved is not None and resolved.strategy == "fsdp"
