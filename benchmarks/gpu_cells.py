@@ -2,7 +2,7 @@
 
     make gpu-kit                                                   # here: packs what that machine lacks
     python3 benchmarks/gpu_cells.py install build/gpu-kit/site.tar.xz   # there, once
-    python3 benchmarks/gpu_cells.py run --output OUT --seconds 570      # there; repeat until all cells have run
+    python3 benchmarks/gpu_cells.py run --output OUT --seconds 1800     # there; repeat until all cells have run
     python3 benchmarks/gpu_cells.py run --rehearse --output OUT         # on a CPU, with tiny models
     python benchmarks/gpu_cells.py record OUT/gpu_cells.json ...        # here: writes results/gpu_cells.json
 
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_test_report
+import record
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path("/opt/gpu-kit/site-packages")
@@ -35,8 +36,6 @@ SITE = Path("/opt/gpu-kit/site-packages")
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
 VERSIONS = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
 CELL_SECONDS = 90.0
-TEST_PROCESSES = 8
-PREPARED_MODELS = "models"
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,14 @@ def environment_cell(output: Path, is_rehearsal: bool) -> Sequence[str]:
     return (sys.executable, str(Path(__file__)), "environment", str(output))
 
 
-def test_cell(name: str, expression: str, *, files: str = "tests/gpu", processes: int = TEST_PROCESSES, seconds: float = CELL_SECONDS) -> Cell:
+def test_cell(name: str, expression: str, *, processes: int, seconds: float = CELL_SECONDS) -> Cell:
     """A cell that runs tests of `tests/gpu`."""
 
     def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
-        # The machine lacks some of pytest's plugins that pyproject.toml configures.
+        # A machine without the project's environment lacks some of pytest's plugins that pyproject.toml configures.
         options = ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "-ra"]
         parallel = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
-        return (sys.executable, "-m", "pytest", *options, *parallel, "-p", "gpu_test_report", "-W", "ignore", "-k", expression, *files.split())
+        return (sys.executable, "-m", "pytest", *options, *parallel, "-p", "gpu_test_report", "-W", "ignore", "-k", expression, "tests/gpu")
 
     return Cell(f"tests-{name}", command, seconds)
 
@@ -113,18 +112,9 @@ def install(archive: Path) -> None:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, device, and the two ceilings of the GPU: bf16 matrix products and memory bandwidth."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
-    def version_of(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    result: dict[str, Any] = {"python": sys.version.split()[0], "cores": os.cpu_count(), "versions": {name: version_of(name) for name in VERSIONS}}
-    result["versions"]["cuda"] = torch.version.cuda
+    result: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.package_versions(VERSIONS) | {"cuda": torch.version.cuda}}
     if not torch.cuda.is_available():
         return result | {"device": "cpu"}
     properties = torch.cuda.get_device_properties(0)
@@ -223,7 +213,7 @@ def run_cells(options: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
     for cell in CELLS:
         remaining = deadline - time.monotonic()
-        if (options.only and cell.name not in options.only.split(",")) or cell.name in done or remaining < 20:
+        if (options.only and cell.name not in options.only) or cell.name in done or remaining < 20:
             continue
         print(f"--- {cell.name}", flush=True)
         results[cell.name] = run_cell(cell, options.output, min(cell.seconds, options.cell_seconds, remaining - 5), is_rehearsal=options.rehearse)
@@ -247,14 +237,23 @@ def merge_results(files: Sequence[Path]) -> dict[str, Any]:
 
 def write_results(name: str, files: Sequence[Path]) -> Path:
     """Write the merged results to `results/<name>.json`, without logs and tracebacks. The cell `environment` describes the machine."""
-    import record
-
     cells = {cell: {key: value for key, value in result.items() if key != "log"} for cell, result in merge_results(files).items()}
     for test in (test for cell in cells.values() for test in cell["figures"].values() if isinstance(test, dict) and "text" in test):
         test["text"] = "\n".join(line for line in test["text"].splitlines() if line.startswith("E ") and "Error" in line)[-500:]
+    if "environment" not in cells:
+        raise SystemExit("the results lack the cell environment, which describes the machine: run it with --only environment, and add its file")
     machine = cells.pop("environment")["figures"]
-    versions = {"python": machine.pop("python"), **machine.pop("versions")}
-    return record.write_result(name, cells, method=record.extract_method(__doc__).replace("\n", " "), machine=machine, versions=versions)
+    method = record.extract_method(__doc__).replace("\n", " ")
+    return record.write_result(name, cells, method=method, machine=machine, versions=machine.pop("versions"))
+
+
+def parse_cells(text: str) -> list[str]:
+    """Return the cells of an option, separated by commas. Errors: argparse.ArgumentTypeError for an unknown cell."""
+    names, known = text.split(","), [cell.name for cell in CELLS]
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no cell {name!r}: write one of {', '.join(known)}")
+    return names
 
 
 def main() -> int:
@@ -263,15 +262,15 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)
     commands.add_parser("environment", help="write versions and speed of this machine").add_argument("file", type=Path)
-    record = commands.add_parser("record", help="write the results of all calls to benchmarks/results")
-    record.add_argument("files", type=Path, nargs="+", help="results of all calls, oldest first")
-    record.add_argument("--name", default="gpu_cells", help="name of the file in benchmarks/results")
+    recorder = commands.add_parser("record", help="write the results of all calls to benchmarks/results")
+    recorder.add_argument("files", type=Path, nargs="+", help="results of all calls, oldest first")
+    recorder.add_argument("--name", default="gpu_cells", help="name of the file in benchmarks/results")
     run = commands.add_parser("run", help="run the cells")
     run.add_argument("--output", type=Path, required=True, help="folder for results and logs")
     run.add_argument("--seconds", type=float, default=1e9, help="end after this time")
     run.add_argument("--cell-seconds", type=float, default=1e9, help="end each cell after this time; what it has measured is kept")
     run.add_argument("--done", type=Path, nargs="*", default=[], help="result files of earlier calls")
-    run.add_argument("--only", help=f"run only these cells, separated by commas: {', '.join(cell.name for cell in CELLS)}")
+    run.add_argument("--only", type=parse_cells, help=f"run only these cells, separated by commas: {', '.join(cell.name for cell in CELLS)}")
     run.add_argument("--rehearse", action="store_true", help="run on a CPU with tiny models")
     options = parser.parse_args()
     if options.command == "install":

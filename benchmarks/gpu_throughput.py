@@ -5,13 +5,13 @@
 
 Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. `packed` data are documents
 of different lengths that are packed into full sequences. `chat` data are conversations of about 500 tokens, a few of them much longer. All
-arms train in one process on the same rows, one after the other, `rounds` times. `ours` is the whole rank with the defaults of a FineTuneJob
-that names only model, data, method, sequence length and batch size. `bare` is TRL's SFTTrainer with TRL's defaults on 16-bit weights. The
-`tuned` arms are TRL with settings chosen by hand for speed. Losses of the first step are written down, because equal work must give
-equal losses. Time is measured from the end of the warm-up steps to the end of the last step, with the device synchronised at both
-ends. Padding tokens are not counted. MFU is the rate of the model's FLOPs (recomputation is not counted), divided by the device's
-dense bf16 peak. With N parameters and A attention FLOPs per token, a token needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full
-training.
+arms train in one process on the same rows, one after the other, those with Liger's kernels last. Each arm runs `rounds` times. `ours` is the
+whole rank with the defaults of a FineTuneJob that names only model, data, method, sequence length and batch size. `bare` is TRL's
+SFTTrainer with TRL's defaults on 16-bit weights. The `tuned` arms are TRL with settings chosen by hand for speed. The loss of the
+first step is recorded, because equal work must give equal losses. Time is measured from the end of the warm-up steps to the end of the
+last step, with the device synchronised at both ends. Padding tokens are not counted. MFU is the rate of the model's FLOPs
+(recomputation is not counted), divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per token, a token
+needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training.
 """
 
 from __future__ import annotations
@@ -81,11 +81,6 @@ class Workload:
     def chat_rows_per_step(self) -> int:
         return max(1, self.batch * self.length // min(MEAN_CHAT_TOKENS, self.length // 2))
 
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences of a step of an arm that packs only if the data are packed."""
-        return self.batch if self.data == "packed" else self.chat_rows_per_step
-
 
 @dataclass(frozen=True)
 class TrlArm:
@@ -114,7 +109,7 @@ TRL_ARMS = {
     "bare": TrlArm(checkpointing=True),
     "tuned": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True),
     "tuned, without liger": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0),
-    "tuned, checkpointing off": TrlArm(checkpointing=False, packs=True, dropout=0.0),
+    "tuned, sdpa": TrlArm(checkpointing=False, packs=True, dropout=0.0),
     "tuned, checkpointing on": TrlArm(checkpointing=True, attention="varlen", packs=True, dropout=0.0, liger=True),
     "tuned, compiled": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True, compiles=True),
 }
@@ -183,25 +178,6 @@ def make_window_timer(workload: Workload, result: ArmResult) -> Any:
                 result.first_loss = logs["loss"]
 
     return WindowTimer()
-
-
-class TimingHooks:
-    """The hooks of a rank without a supervisor, and the callback that measures the run."""
-
-    def __init__(self, timer: Any) -> None:
-        self._timer = timer
-
-    def create_callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
-        """Return the rank's callbacks for checkpoints and reporting, followed by the timer."""
-        from finetune_trainer.checkpoint import rank
-
-        return [*rank.create_callbacks(run, channel, inputs), self._timer]
-
-    def resume_path(self, inputs: Any) -> None:
-        """Return None: the run does not resume."""
-
-    def deliver_output(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
-        """Do nothing: the artefact is not uploaded."""
 
 
 def make_model(folder: Path, workload: Workload) -> Path:
@@ -274,6 +250,7 @@ def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, mo
     """Run this trainer once."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
+    from trainer_overhead import MeasuringHooks
 
     from tests.support.learning import make_run
 
@@ -284,11 +261,21 @@ def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, mo
     run, inputs = make_run(folder, model, our_spec(workload, changes), make_rows(workload))
     train.preload(run)
     channel = Channel.create_recording(folder / "work")
-    TrainOnly(run, channel, inputs, TimingHooks(make_window_timer(workload, result))).execute()
+    TrainOnly(run, channel, inputs, MeasuringHooks(make_window_timer(workload, result))).execute()
 
 
-def prepare_tokens(workload: Workload, folder: Path, model: Path) -> tuple[Any, Any]:
-    """Tokenise the rows as this trainer does. Returns the data set of token sequences and the run."""
+@dataclass(frozen=True)
+class PreparedTokens:
+    """The training data of the TRL arms."""
+
+    tokens: Any
+    """The data set of token sequences."""
+    run: Any
+    """The run of the arm `ours`, which has produced them."""
+
+
+def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTokens:
+    """Tokenise the rows as this trainer does."""
     from finetune_trainer import hardware, train
     from finetune_trainer import model as models
     from finetune_trainer.distributed import DistributedStrategy
@@ -305,19 +292,21 @@ def prepare_tokens(workload: Workload, folder: Path, model: Path) -> tuple[Any, 
         run, inputs, device, DistributedStrategy(run, device, 1), tokenizer, folder / "work" / "tokens", workload.length, []
     )
     data, _ = OBJECTIVE.load_data(context)
-    return data.train, run
+    return PreparedTokens(data.train, run)
 
 
-def run_trl_arm(workload: Workload, arm: TrlArm, folder: Path, model_folder: Path, result: ArmResult) -> None:
+def run_trl_arm(
+    workload: Workload, arm: TrlArm, folder: Path, model_folder: Path, prepared: PreparedTokens, result: ArmResult
+) -> None:
     """Run TRL once on the tokens of this trainer."""
     import torch
-    from finetune_trainer import attention
+    from finetune_trainer import attention, kernels
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, set_seed
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
     attention.register()
-    tokens, run = prepare_tokens(workload, folder, model_folder)
+    tokens = prepared.tokens
     is_packed = workload.data == "packed" or arm.packs
     if is_packed and workload.data != "packed":
         tokens = pack_dataset(tokens.select_columns(["input_ids", "labels"]), workload.length, "bfd")
@@ -330,7 +319,7 @@ def run_trl_arm(workload: Workload, arm: TrlArm, folder: Path, model_folder: Pat
         quantization_config=quantization, device_map={"": 0} if workload.is_gpu else None,
     )  # fmt: skip
     if workload.method != "full":
-        lora = run.spec.method.lora
+        lora = prepared.run.spec.method.lora
         dropout = lora.dropout if arm.dropout is None else arm.dropout
         config = LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=dropout, target_modules="all-linear")
         model = get_peft_model(model, config)
@@ -339,7 +328,7 @@ def run_trl_arm(workload: Workload, arm: TrlArm, folder: Path, model_folder: Pat
         gradient_accumulation_steps=1, max_steps=workload.steps, learning_rate=1e-5, logging_steps=workload.steps, logging_first_step=True,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not workload.is_gpu, bf16=workload.is_gpu,
         gradient_checkpointing=arm.checkpointing, use_liger_kernel=arm.liger,
-        liger_kernel_config={"fused_linear_cross_entropy": False} if arm.liger else None, torch_compile=arm.compiles, tf32=workload.is_gpu or None,
+        liger_kernel_config=dict(kernels.LIGER_OPTIONS) if arm.liger else None, torch_compile=arm.compiles, tf32=workload.is_gpu or None,
         dataset_kwargs={"skip_prepare_dataset": True}, packing=is_packed, max_length=workload.length if is_packed else None,
     )  # fmt: skip
     timer = make_window_timer(workload, result)
@@ -355,7 +344,7 @@ def run_trl_arm(workload: Workload, arm: TrlArm, folder: Path, model_folder: Pat
     trainer.train()
 
 
-def run_arm(workload: Workload, name: str, folder: Path, model: Path) -> ArmResult:
+def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: PreparedTokens) -> ArmResult:
     """Run one arm. A failure is a result, too: its first line is returned."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
@@ -371,7 +360,7 @@ def run_arm(workload: Workload, name: str, folder: Path, model: Path) -> ArmResu
         if name in OUR_ARMS:
             run_our_arm(workload, OUR_ARMS[name], folder, model, result)
         else:
-            run_trl_arm(workload, TRL_ARMS[name], folder, model, result)
+            run_trl_arm(workload, TRL_ARMS[name], folder, model, prepared, result)
     except Exception as error:
         result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         if not isinstance(error, torch.OutOfMemoryError):
@@ -408,7 +397,8 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
     folder = Path(tempfile.mkdtemp(prefix="gpu-throughput-"))
     device = torch.cuda.get_device_name() if workload.is_gpu else "cpu"
     model = make_model(cache / workload.shape, workload)
-    tokens, _ = prepare_tokens(workload, folder / "tokens", model)
+    prepared = prepare_tokens(workload, folder / "tokens", model)
+    tokens = prepared.tokens
     lengths = [length for row in tokens["seq_lengths"] for length in row] if workload.data == "packed" else [len(row) for row in tokens["input_ids"]]
     flops, peak = flops_of_token(workload, lengths), peak_of(device)
     figures: dict[str, Any] = {"workload": asdict(workload), "device": device, "flopsPerToken": round(flops), "arms": {}}
@@ -417,7 +407,7 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
     results: dict[str, list[ArmResult]] = {name: [] for name in names}
     for name in names:
         for number in range(rounds):
-            result = run_arm(workload, name, folder / f"{number}-{names.index(name)}", model)
+            result = run_arm(workload, name, folder / f"{number}-{names.index(name)}", model, prepared)
             results[name].append(result)
             speeds = [one.tokens_per_second for one in results[name] if one.tokens_per_second]
             speed = statistics.median(speeds) if speeds else None
@@ -427,6 +417,15 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
                 "firstLoss": result.first_loss, "attention": result.attention, "seconds": result.seconds, "error": result.error,
             }  # fmt: skip
             yield figures
+
+
+def parse_arms(text: str) -> list[str]:
+    """Return the arms of an option, separated by semicolons. Errors: argparse.ArgumentTypeError for an unknown arm."""
+    names = [name.strip() for name in text.split(";")]
+    for name in names:
+        if name not in OUR_ARMS and name not in TRL_ARMS:
+            raise argparse.ArgumentTypeError(f"there is no arm {name!r}: write one of {'; '.join([*OUR_ARMS, *TRL_ARMS])}")
+    return names
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -441,7 +440,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup-steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--arms", default="ours; bare; tuned", help=f"separated by semicolons: {'; '.join([*OUR_ARMS, *TRL_ARMS])}")
+    parser.add_argument("--arms", type=parse_arms, default="ours; bare; tuned", help=f"separated by semicolons: {'; '.join([*OUR_ARMS, *TRL_ARMS])}")
     parser.add_argument("--model-cache", type=Path, help="folder that keeps the models for the next run")
     parser.add_argument("--output", type=Path, help="JSON file that is rewritten after every run of an arm")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -455,7 +454,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     cache = options.model_cache or Path(tempfile.mkdtemp(prefix="gpu-throughput-models-"))
     figures: dict[str, Any] = {}
-    for figures in measure_arms(workload, [name.strip() for name in options.arms.split(";")], options.rounds, cache):
+    for figures in measure_arms(workload, options.arms, options.rounds, cache):
         if options.output:
             options.output.write_text(json.dumps(figures))
     print(json.dumps(figures, indent=1))

@@ -68,15 +68,14 @@ def make_timing_callback(measurements: RunMeasurements) -> Any:
 class MeasuringHooks:
     """The hooks of a rank without a supervisor, and the callback that measures the run."""
 
-    def __init__(self, measurements: RunMeasurements) -> None:
-        self._measurements = measurements
-        self.trainer_arguments: dict[str, Any] = {}
+    def __init__(self, callback: Any) -> None:
+        self._callback = callback
 
     def create_callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
         """Return the rank's callbacks for checkpoints and reporting, followed by the measuring callback."""
         from finetune_trainer.checkpoint import rank
 
-        return [*rank.create_callbacks(run, channel, inputs), make_timing_callback(self._measurements)]
+        return [*rank.create_callbacks(run, channel, inputs), self._callback]
 
     def resume_path(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
@@ -95,7 +94,7 @@ def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
 
     measurements = RunMeasurements()
     channel = Channel.create_recording(folder / "work")
-    train.TrainingSession(run, channel, inputs, MeasuringHooks(measurements)).execute()
+    train.TrainingSession(run, channel, inputs, MeasuringHooks(make_timing_callback(measurements))).execute()
     return measurements
 
 

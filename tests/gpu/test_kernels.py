@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from finetune_trainer.kernels import COMPARED_TYPES, TYPES_WITHOUT_REWARD_KERNELS
 
+from tests.support.gpu import require_cuda
+
 pytestmark = pytest.mark.gpu
 COMPARISON_SCRIPT = """
 import sys
@@ -22,9 +24,7 @@ print(*(compare_kernels(sys.argv[1], sys.argv[2], "cuda") or ["missing"]))
 @pytest.mark.parametrize("model_type", sorted(COMPARED_TYPES))
 def test_kernels_compute_the_outputs_and_gradients_of_the_models_layers(model_type: str, kind: str) -> None:
     """Each type runs in its own process, because Liger replaces functions of transformers."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    require_cuda()
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     if kind == "reward" and model_type in TYPES_WITHOUT_REWARD_KERNELS:
         pytest.skip("Liger refuses a score head for this type")

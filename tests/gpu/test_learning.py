@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.gpu import require_cuda
 from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_training
 from tests.support.tiny import make_tiny_model
 
@@ -21,9 +22,7 @@ SIXTY = {
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sizes the kernels support. Skips the tests of this folder without a CUDA device."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    require_cuda()
     import bitsandbytes  # noqa: F401  imported before a job hides it
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "gpu", hidden=256)

@@ -56,7 +56,7 @@ def gpu_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1
         "training": {"maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3},
         "checkpoint": {"steps": CHECKPOINT_STEPS}, "tracking": {"loggingSteps": 5},
     }  # fmt: skip
-    target = StoreTarget(uri=f"file://{store or folder}/root/team/job/{UID}")
+    target = StoreTarget(uri=f"file://{store or folder}/store/team/job/{UID}")
     return Pod(run_config(merge(base, spec), target, attempt=attempt, gpus=GPU_COUNT), folder / f"pod-{attempt}")
 
 

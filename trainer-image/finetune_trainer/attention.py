@@ -76,23 +76,21 @@ def choose_attention(
     flash attention. `config`: the model's configuration; `adapter`: folder of the adapter whose training the run continues.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
-    if (
-        requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
-        or hardware.attention == FLASH_ATTENTION
-    ):
-        return hardware.attention, []
     attention, notes = hardware.attention, []
-    if trainer_type_of(run.spec) is TrainerType.SFT and hardware.device.type == "cuda":
-        reason = reason_against_varlen(run, hardware, config)
-        if run.spec.dataset.packing is True and reason is not None:
-            notes.append(f"dataset.packing is faster with attention {VARLEN}, but {reason}: {attention} is used")
-        elif run.spec.dataset.packing is True:
+    is_requested = requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
+    if is_requested or attention == FLASH_ATTENTION:
+        return attention, notes
+    is_on_gpu = hardware.device.type == "cuda"
+    if is_on_gpu and trainer_type_of(run.spec) is TrainerType.SFT:
+        is_packed = run.spec.dataset.packing is True
+        obstacle = reason_against_varlen(run, hardware, config)
+        if obstacle is None and (is_packed or can_concatenate_rows(run, config, adapter)):
             attention = VARLEN
-        elif reason is None and can_concatenate_rows(run, config, adapter):
-            attention = VARLEN
-            notes.append(PADDING_FREE_NOTE)
+            notes += [] if is_packed else [PADDING_FREE_NOTE]
+        elif is_packed:
+            notes.append(f"dataset.packing is faster with attention {VARLEN}, but {obstacle}: {attention} is used")
     if requested is AttentionImplementation.FLASH_ATTENTION_2:
-        reason = "the run uses no GPU" if hardware.device.type != "cuda" else "flash-attn is not installed"
+        reason = "flash-attn is not installed" if is_on_gpu else "the run uses no GPU"
         notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
     return attention, notes
 

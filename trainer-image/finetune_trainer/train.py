@@ -158,7 +158,7 @@ class TrainingSession:
         from finetune_trainer.library_internals import use_one_device
         from finetune_trainer.objective.base import TrainingContext
 
-        config = model.load_config(self.run, self.inputs)
+        self.config = config = model.load_config(self.run, self.inputs)
         attention, notes = choose_attention(self.run, self.hardware, config, self.inputs.adapter)
         self.hardware = self.strategy.hardware = replace(self.hardware, attention=attention)
         self._emit_notes(*notes)
@@ -174,13 +174,12 @@ class TrainingSession:
         """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory."""
         import torch
 
-        from finetune_trainer import model
         from finetune_trainer.activation_memory import keeps_all_activations
 
         if self.hardware.device.type != "cuda" or not self.facts.longest_sequence:
             return
         note = keeps_all_activations(
-            self.run, self.hardware, self.strategy.name, model.load_config(self.run, self.inputs),
+            self.run, self.hardware, self.strategy.name, self.config,
             batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence,
             gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -33,7 +34,7 @@ def test_the_overhead_benchmark_runs() -> None:
 @pytest.mark.parametrize("data", ["packed", "chat"])
 def test_all_arms_of_the_throughput_benchmark_start_with_the_same_loss(data: str, tmp_path: Path) -> None:
     size = ["--shape", "tiny", "--device", "cpu", "--length", "256", "--batch", "2", "--steps", "4", "--warmup-steps", "1"]
-    arms = ["--arms", "ours; bare; tuned, checkpointing off"]
+    arms = ["--arms", "ours; bare; tuned, sdpa"]
     options = [*size, *arms, "--data", data, "--output", str(tmp_path / "figures.json"), "--no-write"]
     figures = load_benchmark("gpu_throughput").main(options)
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
@@ -51,6 +52,12 @@ def test_the_throughput_benchmark_refuses_a_missing_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch finds no GPU"):
         load_benchmark("gpu_throughput").main(["--shape", "tiny", "--length", "128", "--no-write"])
+
+
+@pytest.mark.parametrize(("benchmark", "parser", "text"), [("gpu_throughput", "parse_arms", "ours; our"), ("gpu_cells", "parse_cells", "memory")])
+def test_an_unknown_arm_or_cell_is_refused_with_the_known_names(benchmark: str, parser: str, text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no .*: write one of .*"):
+        getattr(load_benchmark(benchmark), parser)(text)
 
 
 def cell_of(command: list[str], seconds: float = 60) -> Any:

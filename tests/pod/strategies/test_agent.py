@@ -85,7 +85,7 @@ def test_fsdp_trains_with_a_single_rank(model: Path, rows: Path, tmp_path: Path)
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"}, "distributed": {"strategy": "fsdp"},
         "training": {"maxSteps": 2, "batchSizePerDevice": 2}, "checkpoint": {"strategy": "no"},
     }  # fmt: skip
-    run = run_config(spec, StoreTarget(uri=f"file://{tmp_path}/root/team/job/{UID}"))
+    run = run_config(spec, StoreTarget(uri=f"file://{tmp_path}/store/team/job/{UID}"))
     with Pod(run, tmp_path / "pod") as pod:
         assert pod.end() == 0, pod.text[-3000:]
         resolved = pod.termination_message().resolved

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from finetune_api.errors import InternalError
+from finetune_api.pod import RunConfig
+from finetune_api.rules import value_or_default
 from finetune_api.spec.enums import MethodType, TrainerType
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -162,8 +164,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
             one_rank_first=PartialState().local_main_process_first(),
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
-        dataset = context.run.spec.dataset
-        longest = (dataset.max_sequence_length or 2048) if dataset.packing else data.reports["train"].longest
+        longest = packed_length(context.run) or data.reports["train"].longest
         facts = DataFacts(data.rows["train"], data.format, data.notes, {"tokens": reports, "rows": data.rows}, longest)
         return data, facts
 
@@ -175,7 +176,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
             packing=packing,
             padding_free=uses_padding_free_batches(run, context.hardware.attention),
             eval_packing=False,
-            max_length=run.spec.dataset.max_sequence_length or 2048 if packing else None,
+            max_length=packed_length(run),
             dataset_kwargs={"skip_prepare_dataset": True},
             average_tokens_across_devices=True,
         )
@@ -201,6 +202,11 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         """Check that packed documents, or the rows of a padding-free batch, are isolated. Errors: InternalError PackingLeaks."""
         if trainer.args.packing or trainer.args.padding_free:
             require_isolated_documents(trainer)
+
+
+def packed_length(run: RunConfig) -> int | None:
+    """Tokens of a packed sequence; None without packing."""
+    return value_or_default(run.spec.dataset, "max_sequence_length") if run.spec.dataset.packing else None
 
 
 def _as_arrays(rows: Dataset) -> Dataset:
