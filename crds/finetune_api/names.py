@@ -385,6 +385,8 @@ class Reason(StrEnum):
     """The trainer image does not know a field that the user set. The job waits for a newer image."""
     GATE_FAILED = "GateFailed"
     """The trained model failed a gate of `evaluation.gates`. The model is kept in storage."""
+    EVALUATION_FAILED = "EvaluationFailed"
+    """The model is trained and stored, but its evaluation failed."""
     SUSPENDED = "Suspended"
     """`spec.suspend` is true, and all pods have ended."""
     SUSPENDING = "Suspending"

@@ -204,6 +204,7 @@ class ProgressReport(ReportModel):
     metrics: Metrics = Field(default_factory=Metrics)
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     latest_checkpoint: str | None = None
+    output: Output | None = Field(default=None, description="The final model or adapter, as soon as it is committed.")
     resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
     resolved: ResolvedConfig = Field(
         default_factory=ResolvedConfig, description="The configuration in use, without fields that this trainer release does not know."
@@ -228,6 +229,9 @@ class TerminationMessage(ReportModel):
     time_ns: int | None = Field(default=None, description="Time of the failure's detection, in nanoseconds since 1970.")
     origin: bool | None = Field(
         default=None, description="True: this rank itself failed. False: this rank noticed the failure of another rank."
+    )
+    stage: Stage | None = Field(
+        default=None, description="The stage that failed, if it follows the commit of the model. Absent if training failed."
     )
     output: Output | None = None
     metrics: Metrics | None = None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PlainSerializer
 
 from finetune_api.base import PROMPT_KEY, PromptWrite, ReportModel, status_field
 from finetune_api.names import Condition as ConditionType
-from finetune_api.names import FailureClass, Phase
+from finetune_api.names import FailureClass, Phase, Reason
 from finetune_api.spec.enums import OutputKind
 
 
@@ -341,3 +341,7 @@ class Stage(StrEnum):
     """The final model is committed to storage."""
     FAILED = "failed"
     """The pod failed and is about to exit."""
+
+
+REASON_OF_STAGE = {Stage.EVALUATING: Reason.EVALUATION_FAILED}
+"""Reason of an attempt in which a stage after training failed."""

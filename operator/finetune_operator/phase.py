@@ -81,8 +81,9 @@ def phase_of_pods(inputs: StatusInput, in_recovery: bool) -> Phase:
             # The operator was restarted and has not read the pod's progress yet, but the status shows that the pod trained.
             return Phase.RUNNING
         return Phase.RECOVERING if in_recovery else Phase.STARTING
-    reported_phase = PHASE_OF_STAGE[live_report.report.stage]
-    if reported_phase is Phase.EVALUATING and not _is_last_step(live_report.report.progress):
+    report = live_report.report
+    reported_phase = PHASE_OF_STAGE[report.stage]
+    if reported_phase is Phase.EVALUATING and report.output is None and not _is_last_step(report.progress):
         return Phase.RUNNING
     is_starting = reported_phase in (Phase.STARTING, Phase.VALIDATING)
     return Phase.RECOVERING if is_starting and in_recovery else reported_phase

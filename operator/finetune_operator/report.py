@@ -431,8 +431,8 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
 
 
 def _compute_output_status(inputs: StatusInput) -> Output | None:
-    message = inputs.termination_message
-    return (message.output if message else None) or inputs.old_status.output
+    message, live_report = inputs.termination_message, inputs.facts.live_report
+    return (message.output if message else None) or (live_report.report.output if live_report else None) or inputs.old_status.output
 
 
 def _compute_failure(inputs: StatusInput) -> Failure | None:

@@ -26,6 +26,7 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     BASE_WEIGHT_METHODS,
     base_bits,
+    computes_metrics,
     constant_default,
     evaluates_during_training,
     given_bits,
@@ -39,6 +40,7 @@ from finetune_api.rules.derived_values import (
     uses_loftq,
     trainer_type_of,
     world_size,
+    writes_predictions,
 )
 from finetune_api.rules import required_fields
 from finetune_api.rules.required_fields import source_fields
@@ -83,6 +85,7 @@ __all__ = [
     "base_bits",
     "trains_base_weights",
     "check",
+    "computes_metrics",
     "constant_default",
     "evaluates_during_training",
     "given_bits",
@@ -99,6 +102,7 @@ __all__ = [
     "source_fields",
     "uses_loftq",
     "trainer_type_of",
+    "writes_predictions",
     "incompatible_with_deepspeed",
     "incompatible_with_fsdp",
     "incompatible_with_zero3",

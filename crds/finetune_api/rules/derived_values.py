@@ -101,3 +101,13 @@ def evaluates_during_training(spec: FineTuneJobSpec) -> bool:
     if spec.evaluation.strategy is None:
         return has_validation_set(spec)
     return spec.evaluation.strategy is not IntervalStrategy.NO
+
+
+def computes_metrics(spec: FineTuneJobSpec) -> bool:
+    """Whether `evaluation.metrics` are computed after training."""
+    return bool(spec.evaluation.metrics) and spec.phases.evaluate is not False
+
+
+def writes_predictions(spec: FineTuneJobSpec) -> bool:
+    """Whether the tuned model answers the test set after training."""
+    return spec.phases.infer is True

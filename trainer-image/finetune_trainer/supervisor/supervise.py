@@ -26,17 +26,20 @@ from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
 from finetune_trainer.failure import RankFailure, failure_from_exit_code
-from finetune_trainer.inputs import FILE_NAME
+from finetune_trainer.inputs import FILE_NAME, Inputs
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
 from finetune_trainer.supervisor.exit_decision import (
     AttemptFacts,
     ExitDecision,
+    StageFailure,
+    StageReport,
     decide_exit,
     is_state_saved,
     stop_deadline,
 )
+from finetune_trainer.supervisor.later_stages import LaterStages
 from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
@@ -100,7 +103,9 @@ class Supervisor:
             self._channel.close()
         # 7. Finish the uploads, within the time limit.
         self._finish_uploads()
-        # 8. Decide the exit code, and report it to the operator.
+        # 8. Run the stages after training.
+        self._run_later_stages()
+        # 9. Decide the exit code, and report it to the operator.
         exit_decision = self._decide_exit()
         self._report_end(exit_decision)
         return exit_decision.code
@@ -142,8 +147,9 @@ class Supervisor:
         work.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
             (work / name).unlink(missing_ok=True)
-        for name in ("output", "staged"):
+        for name in ("output", "staged", "stages", "final-model"):
             shutil.rmtree(work / name, ignore_errors=True)
+        for name in ("output", "staged"):
             (work / name).mkdir()
 
     def _open_channel(self, run: RunConfig) -> RankChannel:
@@ -333,7 +339,45 @@ class Supervisor:
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep_leftovers(self._tree, self._state)
 
-    # ---- 8: end ----
+    # ---- 8: stages after training ----
+
+    def _run_later_stages(self) -> None:
+        """Run the stages that follow the commit of the model. Rank 0's pod runs them."""
+        run, tree, output = self._run, self._tree, self._facts.output
+        if run is None or tree is None or output is None or self._settings.node_rank > 0:
+            return
+        self._show_output(output)
+        stages = LaterStages(
+            run, self._settings, tree, self._state, fetch_inputs=lambda: self._fetch_for_stages(run),
+            is_stop_requested=lambda: self._facts.stop_requested_at is not None,
+        )  # fmt: skip
+        try:
+            self._facts.stages = stages.run(output, self._add_evaluation)
+        except FineTuneError as error:
+            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, error))
+        except Exception as error:
+            log.exception("StageFailed")
+            failure = InternalError("StageFailed", f"{type(error).__name__}: {error}")
+            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, failure))
+
+    def _fetch_for_stages(self, run: RunConfig) -> Inputs:
+        """Download the inputs in a pod that has not trained, because the model was committed before."""
+        assert self._tree is not None
+        preparation = Preparation(run, self._state.config_sha256, self._settings, self._state)
+        preparation.claim_storage(self._tree)
+        return preparation.fetch()[0]
+
+    def _show_output(self, output: Output) -> None:
+        self._facts.output = output
+        self._state.set_output(output)
+
+    def _add_evaluation(self, metrics: dict[str, Any]) -> None:
+        """Add metrics to the output in the status."""
+        assert self._facts.output is not None
+        if metrics:
+            self._show_output(self._facts.output.model_copy(update={"evaluation": {**(self._facts.output.evaluation or {}), **metrics}}))
+
+    # ---- 9: end ----
 
     def _decide_exit(self) -> ExitDecision:
         is_saved = is_state_saved(
