@@ -57,9 +57,13 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("evaluation.benchmarks"),
     UnsupportedField("evaluation.judge"),
     UnsupportedField("evaluation.comparison"),
+    UnsupportedField("evaluation.gates"),
+    UnsupportedField("evaluation.metric_models"),
+    UnsupportedField("evaluation.max_rows"),
     UnsupportedField("tracking.report_to"),
     UnsupportedField("tracking.system_metrics"),
     UnsupportedField("phases.train", _any_of(False), "remove phases.train"),
+    UnsupportedField("phases.from_"),
     UnsupportedField("phases.infer"),
     UnsupportedField("phases.evaluate"),
 )

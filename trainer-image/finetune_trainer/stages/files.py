@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from finetune_api.base import LenientModel, WireModel
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Stage
+from finetune_api.status import EvaluationResult, Stage
 from pydantic import Field
 
 TASK_FILE = "task.json"
@@ -32,8 +31,7 @@ class StageTask(WireModel):
 class StageResult(LenientModel):
     """`result.json`: what the process of a stage has found. Its files lie in the folder `files` beside it."""
 
-    evaluation: dict[str, Any] = Field(default_factory=dict, description="Metrics for `status.output.evaluation`, by name.")
-    reasons: dict[str, str] = Field(default_factory=dict, description="Why a metric could not be computed, by its name.")
+    evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
 
 
 class StoredFile(LenientModel):

@@ -69,8 +69,8 @@ class LaterStages:
         self._fetch_inputs, self._is_stop_requested = fetch_inputs, is_stop_requested
         self._folder = settings.work / "stages"
 
-    def run(self, output: Output, on_result: Callable[[dict[str, Any]], None]) -> StageReport:
-        """Run all open stages in order. A failure or a stop request ends the loop. `on_result` receives each stage's metrics."""
+    def run(self, output: Output) -> StageReport:
+        """Run all open stages in order. A failure or a stop request ends the loop."""
         stages = planned_stages(self._run)
         report = StageReport()
         records = {stage: self._read_record(stage, output) for stage in stages}
@@ -86,7 +86,8 @@ class LaterStages:
             except FineTuneError as error:
                 report.failure = StageFailure(stage, error)
                 return report
-            on_result(result.evaluation)
+            if result.evaluation is not None:
+                self._state.merge_evaluation(result.evaluation)
             if record is None:
                 report.open_stages.remove(stage)
         return report

@@ -346,13 +346,13 @@ class Supervisor:
         run, tree, output = self._run, self._tree, self._facts.output
         if run is None or tree is None or output is None or self._settings.node_rank > 0:
             return
-        self._show_output(output)
+        self._state.set_output(output)
         stages = LaterStages(
             run, self._settings, tree, self._state, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
         )  # fmt: skip
         try:
-            self._facts.stages = stages.run(output, self._add_evaluation)
+            self._facts.stages = stages.run(output)
         except FineTuneError as error:
             self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, error))
         except Exception as error:
@@ -366,16 +366,6 @@ class Supervisor:
         preparation = Preparation(run, self._state.config_sha256, self._settings, self._state)
         preparation.claim_storage(self._tree)
         return preparation.fetch()[0]
-
-    def _show_output(self, output: Output) -> None:
-        self._facts.output = output
-        self._state.set_output(output)
-
-    def _add_evaluation(self, metrics: dict[str, Any]) -> None:
-        """Add metrics to the output in the status."""
-        assert self._facts.output is not None
-        if metrics:
-            self._show_output(self._facts.output.model_copy(update={"evaluation": {**(self._facts.output.evaluation or {}), **metrics}}))
 
     # ---- 9: end ----
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from finetune_api.errors import DataError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Output, Stage
+from finetune_api.status import EvaluationResult, MetricResult, Output, Stage
 from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.inputs import Inputs
@@ -23,6 +22,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 from tests.support.learning import make_run
 
+EVALUATION = EvaluationResult(rows=2, metrics={"perplexity": MetricResult(value=2.5)})
 RECORD = "run/stages/evaluating.json"
 
 
@@ -38,7 +38,7 @@ class FakeStages(LaterStages):
     @staticmethod
     def behaviour(folder: Path) -> None:
         (folder / OUTPUT_FOLDER / "predictions.jsonl").write_text('{"a": 1}\n')
-        (folder / RESULT_FILE).write_text(StageResult(evaluation={"perplexity": 2.5}).model_dump_json(by_alias=True))
+        (folder / RESULT_FILE).write_text(StageResult(evaluation=EVALUATION).model_dump_json(by_alias=True))
 
 
 class Attempt:
@@ -54,16 +54,16 @@ class Attempt:
             (work / "output" / "final").mkdir(parents=True)
         self.fetched, self.is_stopped = 0, False
         settings = Settings(folder / "run.json", None, work, folder / "log", 0, 0, "node", f"{number:08d}")
-        self.stages = FakeStages(self.run, settings, self.tree, RunState(), fetch_inputs=self._fetch, is_stop_requested=lambda: self.is_stopped)
+        self.state = RunState()
+        self.stages = FakeStages(self.run, settings, self.tree, self.state, fetch_inputs=self._fetch, is_stop_requested=lambda: self.is_stopped)
         self.stages.calls = []
-        self.shown: list[dict[str, Any]] = []
 
     def _fetch(self) -> Inputs:
         self.fetched += 1
         return self.inputs
 
     def end(self, output: Output) -> StageReport:
-        return self.stages.run(output, self.shown.append)
+        return self.stages.run(output)
 
 
 def _run_of(folder: Path, number: int) -> tuple[RunConfig, Inputs]:
@@ -87,11 +87,11 @@ def output(tmp_path: Path) -> Output:
 def test_a_stage_stores_its_files_and_its_record(tmp_path: Path, output: Output) -> None:
     attempt = Attempt(tmp_path, 1)
     assert attempt.end(output) == StageReport()
-    assert attempt.shown == [{"perplexity": 2.5}] and attempt.fetched == 0
+    assert attempt.state.report().evaluation == EVALUATION and attempt.fetched == 0
     assert attempt.stages.calls[0].model == tmp_path / "work-1" / "output" / "final"
     assert attempt.tree.store.get("evaluation/predictions.jsonl") == b'{"a": 1}\n'
     record = json.loads(attempt.tree.store.get(RECORD) or b"")
-    assert (record["modelSha256"], record["attempt"], record["result"]["evaluation"]) == (output.sha256, 1, {"perplexity": 2.5})
+    assert (record["modelSha256"], record["attempt"], record["result"]["evaluation"]) == (output.sha256, 1, EVALUATION.to_wire())
     assert record["files"][0]["key"] == "evaluation/predictions.jsonl" and record["files"][0]["size"] == 9
 
 
@@ -99,7 +99,7 @@ def test_a_later_attempt_skips_a_stage_that_is_done(tmp_path: Path, output: Outp
     Attempt(tmp_path, 1).end(output)
     later = Attempt(tmp_path, 2, has_trained=False)
     assert later.end(output) == StageReport()
-    assert later.stages.calls == [] and later.fetched == 0 and later.shown == [{"perplexity": 2.5}]
+    assert later.stages.calls == [] and later.fetched == 0 and later.state.report().evaluation == EVALUATION
 
 
 @pytest.mark.parametrize("damaged", ["no record", "another model", "not JSON"])
