@@ -43,6 +43,8 @@ class GuardedTrainer(OpenTrainer):
     meter: SpeedMeter | None = None
     lora_plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
+    clock: TrainingClock | None = None
+    """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, then apply the strategy's settings that have no field in TrainingArguments."""
@@ -54,6 +56,7 @@ class GuardedTrainer(OpenTrainer):
 
         transformers compares the step with `max_steps` only after each step. A run that resumes from its last step would train one more step.
         """
+        self._running_clock()
         if self._is_complete():
             self.control.should_training_stop = True
             return
@@ -73,12 +76,19 @@ class GuardedTrainer(OpenTrainer):
         return super().get_batch_samples(_time_waiting(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to the logged values: the throughput since the last log line, and the peak GPU memory."""
+        """Add to the logged values: the time, the seconds of training over all attempts, the throughput, and the peak GPU memory."""
+        logs["unix_time"] = round(time.time(), 3)
+        logs["training_seconds"] = self._running_clock().read(is_training=self.is_in_train)
         if self.meter is not None and self.model.training and "loss" in logs:
             logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
             if self.args.device.type == "cuda":
                 logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
+
+    def _running_clock(self) -> TrainingClock:
+        if self.clock is None:
+            self.clock = TrainingClock(logged_training_seconds(self.state))
+        return self.clock
 
     def load_best_model(self) -> None:
         """Load the best weights from the folder of `best.KeepBest`. Errors: NoCheckpointError BestCheckpointMissing."""
@@ -142,6 +152,26 @@ class GuardedTrainer(OpenTrainer):
                 "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched_names[:4])}",
                 hint="use the same model, method and target modules as the run that wrote the checkpoint",
             )  # fmt: skip
+
+
+class TrainingClock:
+    """Seconds of training over all attempts of a run. The clock runs from its creation until the end of training."""
+
+    def __init__(self, seconds_before: float) -> None:
+        """`seconds_before`: seconds of training of the earlier attempts."""
+        self._seconds_before, self._started = seconds_before, time.perf_counter()
+        self._last_reading = seconds_before
+
+    def read(self, *, is_training: bool) -> float:
+        """Seconds of training until now. After training (`is_training` is false), the reading of the last call."""
+        if is_training:
+            self._last_reading = round(self._seconds_before + time.perf_counter() - self._started, 3)
+        return self._last_reading
+
+
+def logged_training_seconds(state: TrainerState) -> float:
+    """The seconds of training at the last logged line. 0 for a new run, and for checkpoints of releases that did not log this value."""
+    return next((float(line["training_seconds"]) for line in reversed(state.log_history) if "training_seconds" in line), 0.0)
 
 
 def _time_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
