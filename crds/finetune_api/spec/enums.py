@@ -348,9 +348,9 @@ class IntervalStrategy(StrEnum):
 
 class OutputLayout(StrEnum):
     PROJECT_MODEL_TIME = "projectModelTime"
-    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`."""
+    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`, with the start time of the run in UTC. The final model is in the folder `model` there."""
     FLAT = "flat"
-    """All files in one folder."""
+    """All files directly in output.dir. A later run overwrites them."""
 
 
 class ExportFormat(StrEnum):

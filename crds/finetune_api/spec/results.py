@@ -22,13 +22,19 @@ NamePart = Annotated[str, StringConstraints(pattern=r"^[^$#@&*!]*$", max_length=
 
 
 class RunName(Group):
-    """`output.runName`: name of the run in trackers."""
+    """`output.runName`: name of the run in trackers. The name is prefix + name + suffix, without separators."""
 
     name: NamePart | None = spec_field(
-        "Name of the run, without $ # @ & * !.", default_text="the FineTuneJob's name", example="support-bot"
+        "Name of the run, without $ # @ & * !.",
+        default_text="the start time of the run as YYYYMMDD-HHMMSS, in UTC",
+        example="support-bot",
     )
-    prefix: NamePart | None = spec_field("Text before the name.", default_text="none", example="team-a-")
-    suffix: NamePart | None = spec_field("Text after the name.", default_text="none", example="-v2")
+    prefix: NamePart | None = spec_field(
+        "Text before the name, without $ # @ & * !. No separator is added.", default_text="none", example="team-a-"
+    )
+    suffix: NamePart | None = spec_field(
+        "Text after the name, without $ # @ & * !. No separator is added.", default_text="none", example="-v2"
+    )
 
 
 class Hub(Group):
@@ -56,9 +62,15 @@ class Output(Group):
         "Project name in the folders below output.dir and in trackers.", default_text="the namespace", example="support"
     )
     run_name: RunName | None = spec_field(
-        "Name of the run in trackers.", default_text="the FineTuneJob's name", example={"name": "support-bot"}
+        "Name of the run in trackers: prefix, name and suffix, without separators.",
+        default_text="the FineTuneJob's name",
+        example={"name": "support-bot"},
     )
-    layout: OutputLayout | None = spec_field("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
+    layout: OutputLayout | None = spec_field(
+        "Structure of the folders below output.dir. With `projectModelTime`, each run has its own folder. With `flat`, a run overwrites the files of an earlier run with the same output.dir.",
+        default="projectModelTime",
+        example="flat",
+    )
     hub: Hub | None = spec_field(
         "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
@@ -133,7 +145,7 @@ class Comparison(Group):
     """`evaluation.comparison`: compare the answers of the base model and of the tuned model to the same prompts."""
 
     prompts_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with one prompt per line.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
+        "ConfigMap key with the prompts: one prompt per line, or prompts of several lines that are separated by blank lines.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
     )
     generation: Generation | None = spec_field(
         "Options for generating answers.", default_text="the defaults of the fields", example={"maxNewTokens": 128}
