@@ -128,6 +128,8 @@ class TrainingSession:
         context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
         data, self.facts = self.objective.load_data(context)
         self.test_rows = data.test
+        if data.test is not None and self.channel.rank == 0:
+            self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
         self._choose_checkpointing(args)
         set_seed(args.seed)
@@ -263,6 +265,20 @@ class TrainingSession:
         metrics = held_out.measure(trainer, self.test_rows, self.objective.held_out_metrics)
         self._emit_notes(held_out.summarise(metrics, self.objective.held_out_metrics))
         return metrics
+
+    def _write_test_split(self) -> None:
+        """Write the raw rows of the test set to the output folder.
+
+        All data is read once more, because the rows may come from the token cache. This happens before the model is loaded, while the
+        pod has enough memory for the rows.
+        """
+        from finetune_trainer.data import load
+        from finetune_trainer.results.file_names import ResultFile
+        from finetune_trainer.results.test_split import jsonl_lines
+
+        self.inputs.output_dir.mkdir(parents=True, exist_ok=True)
+        with (self.inputs.output_dir / ResultFile.TEST_SPLIT).open("w", encoding="utf-8") as file:
+            file.writelines(jsonl_lines(row for row, _ in load(self.run, self.inputs).test))
 
     def _save_output(self, trainer: Any, trainable_model: TrainableModel) -> tuple[Path, dict[str, Any]]:
         """Write the final artefact as a folder for transformers or PEFT. All ranks must call it; rank 0 writes."""

@@ -19,7 +19,7 @@ from finetune_api.sources import HubSource, last_folder, parse
 from finetune_api.spec.enums import OutputLayout
 from finetune_api.spec.results import Output
 
-from finetune_trainer.results.metric_files import ResultFile
+from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.run_names import time_folder
 
 MODEL_FOLDER = "model/"

@@ -7,12 +7,13 @@ test set (`test_...`, and `eval_...` for the metrics of TRL) and one summary at 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from finetune_trainer.results.json_values import finite_or_none
 
 NOT_FINITE_TEXTS = frozenset({"nan", "inf", "-inf"})
 """How a rank sends numbers that are not finite to the supervisor, because JSON has no such numbers."""
@@ -57,7 +58,7 @@ class LogEntry(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _replace_not_finite_numbers(cls, data: Any) -> Any:
-        return {name: _finite_or_none(value) for name, value in data.items()} if isinstance(data, Mapping) else data
+        return {name: _read_value(value) for name, value in data.items()} if isinstance(data, Mapping) else data
 
     @classmethod
     def from_json(cls, line: str) -> Self:
@@ -113,16 +114,6 @@ def training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:
     return (entry for entry in entries if entry.kind is LineKind.TRAINING)
 
 
-def _finite_or_none(value: Any) -> Any:
-    """Return a JSON value in which numbers that are not finite are None, also within lists and objects."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case str():
-            return None if value in NOT_FINITE_TEXTS else value
-        case list() | tuple():
-            return [_finite_or_none(item) for item in value]
-        case dict():
-            return {name: _finite_or_none(item) for name, item in value.items()}
-        case _:
-            return value
+def _read_value(value: Any) -> Any:
+    """Return a logged value. Numbers that are not finite, also those sent as text, are None."""
+    return None if isinstance(value, str) and value in NOT_FINITE_TEXTS else finite_or_none(value)

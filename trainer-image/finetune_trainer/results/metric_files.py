@@ -12,37 +12,16 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LineKind, LogEntry, log_jsonl, training_lines
 from finetune_trainer.results.run_names import time_folder
 
 EPOCH_TOLERANCE = 1e-6
 """Rounding error of the logged epochs: the line after the last step of an epoch may be slightly below or above the whole number."""
-
-
-class ResultFile(StrEnum):
-    """Names of the files of results beside the final model."""
-
-    STEP_METRICS = "step_metrics.json"
-    """Training loss, learning rate and gradient norm of each logged step."""
-    EPOCH_METRICS = "epoch_metrics.json"
-    """Training loss and evaluation of each epoch."""
-    FINAL_METRICS = "final_metrics.json"
-    """Final and best values of the run, and its configuration."""
-    TRAINING_METRICS = "training_metrics.json"
-    """Losses, GPU memory and step durations as lists."""
-    PERFORMANCE_SUMMARY = "performance_summary.json"
-    """Training time and parameter counts."""
-    LOG = "log.jsonl"
-    """Every logged line, as JSON Lines."""
-    TEST_SPLIT = "test_split.jsonl"
-    """The raw rows of the test set."""
-    MODEL_COMPARISON = "model_comparison.json"
-    """Answers of the base model and of the tuned model to the same prompts."""
 
 
 class FileModel(BaseModel):

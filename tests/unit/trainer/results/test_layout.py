@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from finetune_api.errors import ConfigError
 from finetune_api.spec.results import Output
+from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder, copy_folder, model_folder
-from finetune_trainer.results.metric_files import ResultFile
 
 STARTED = datetime(2025, 10, 9, 17, 21, 56, tzinfo=UTC)
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LogEntry, join_attempts
 from finetune_trainer.results.metric_files import (
-    ResultFile,
     RunDescription,
     epoch_metrics,
     final_metrics,
