@@ -53,19 +53,13 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("output.export"),
     UnsupportedField("output.run_name"),
     UnsupportedField("output.project"),
-    UnsupportedField("evaluation.metrics"),
     UnsupportedField("evaluation.benchmarks"),
-    UnsupportedField("evaluation.judge"),
-    UnsupportedField("evaluation.comparison"),
+    UnsupportedField("evaluation.comparison.prompts_ref"),
     UnsupportedField("evaluation.gates"),
-    UnsupportedField("evaluation.metric_models"),
-    UnsupportedField("evaluation.max_rows"),
     UnsupportedField("tracking.report_to"),
     UnsupportedField("tracking.system_metrics"),
     UnsupportedField("phases.train", _any_of(False), "remove phases.train"),
     UnsupportedField("phases.from_"),
-    UnsupportedField("phases.infer"),
-    UnsupportedField("phases.evaluate"),
 )
 
 

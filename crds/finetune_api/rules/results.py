@@ -17,7 +17,9 @@ from finetune_api.rules.derived_values import (
     has_validation_set,
     method_type_of,
     metrics_after_training,
+    trainer_type_of,
     trains_base_weights,
+    writes_predictions,
 )
 from finetune_api.sources import HubSource, parse
 from finetune_api.spec import FineTuneJobSpec
@@ -25,6 +27,7 @@ from finetune_api.spec.enums import (
     EvaluationMetric,
     GateMetric,
     Tracker,
+    TrainerType,
 )
 
 
@@ -240,12 +243,29 @@ def check_gate_metrics(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
 
 @rule("EvaluationRowsMissing")
 def check_evaluation_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if spec.evaluation.gates and not has_test_set(spec) and not has_validation_set(spec):
-        yield (
-            "evaluation.gates",
-            "the gates need rows to evaluate, but the spec contains neither test data nor validation data",
-            "write for example `dataset: {test: s3://bucket/test.jsonl}` or `dataset: {split: {test: 0.1}}`",
-        )
+    if has_test_set(spec) or has_validation_set(spec):
+        return
+    for path, needs_rows, subject in (
+        ("evaluation.gates", bool(spec.evaluation.gates), "the gates need"),
+        ("evaluation.metrics", bool(metrics_after_training(spec)), "the metrics need"),
+        ("phases.infer", writes_predictions(spec), "the phase infer needs"),
+    ):
+        if needs_rows:
+            yield (
+                path,
+                f"{subject} rows to evaluate, but the spec contains neither test data nor validation data",
+                "write for example `dataset: {test: s3://bucket/test.jsonl}` or `dataset: {split: {test: 0.1}}`",
+            )
+            return
+
+
+@rule("RewardModelWritesNoText")
+def check_evaluation_of_reward_model(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if trainer_type_of(spec) is not TrainerType.REWARD:
+        return
+    for path, is_set in (("evaluation.metrics", bool(metrics_after_training(spec))), ("phases.infer", writes_predictions(spec))):
+        if is_set:
+            yield path, "a reward model scores answers and writes no text, so its answers cannot be evaluated", f"remove {path}"
 
 
 @rule("EvaluationOptionWithoutEffect")

@@ -44,6 +44,7 @@ def gates_spec(*gates: dict[str, Any], metrics: list[str] | None = ["accuracy", 
     return {"evaluation": {"metrics": metrics, "gates": list(gates)}, "dataset": {"test": "s3://bucket/test.jsonl"}}
 
 
+TESTED: dict[str, Any] = {"dataset": {"test": "s3://bucket/test.jsonl"}}
 PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ModelMissing", {"model": {"source": None}}, "model.source"),
     ("DatasetMissing", {"dataset": {"train": None}}, "dataset.train"),
@@ -438,6 +439,10 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("GateMetricMissing", gates_spec(ACCURACY_GATE, metrics=None), "evaluation.gates[0].metric"),
     ("GateMetricMissing", merge(gates_spec(ACCURACY_GATE), {"phases": {"evaluate": False}}), "evaluation.gates"),
     ("EvaluationRowsMissing", merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None}}), "evaluation.gates"),
+    ("EvaluationRowsMissing", {"evaluation": {"metrics": ["bleu"]}}, "evaluation.metrics"),
+    ("EvaluationRowsMissing", {"phases": {"infer": True}}, "phases.infer"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "evaluation": {"metrics": ["bleu"]}} | TESTED, "evaluation.metrics"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "phases": {"infer": True}} | TESTED, "phases.infer"),
     ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100}}, "evaluation.maxRows"),
     ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100, "metrics": ["bleu"]}, "phases": {"evaluate": False}}, "evaluation.maxRows"),
     ("PhasesContradiction", {"phases": {"from": "s3://bucket/model"}}, "phases.from"),
@@ -582,14 +587,14 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
             {"metric": "f1", "op": "le", "value": 1}, {"metric": "f1", "notWorseThanBase": {}}, {"metric": "loss", "notWorseThanBase": {"margin": 3}},
         ),
         merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None, "split": {"validation": 0.1}}}),
-        {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
-        {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
+        TESTED | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
+        TESTED | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
         {"evaluation": {"metrics": ["answerAccuracy", "bertscore"]}, "phases": {"evaluate": False}},
-        {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
-        {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
-        {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
+        TESTED | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
+        TESTED | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
+        TESTED | {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
         {"phases": {"train": False, "infer": True, "from": "s3://bucket/model"}, "dataset": {"train": None, "test": "s3://bucket/test.jsonl"}},
-        {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
+        TESTED | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
     ],
 )
 def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
@@ -641,7 +646,7 @@ def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, is_
 
 
 def test_local_run_reads_the_judges_key_from_the_users_environment() -> None:
-    judged = spec({"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
+    judged = spec(TESTED | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
     assert check(judged, target=ExecutionTarget.LOCAL) == []
 
 

@@ -38,14 +38,18 @@ class Question:
     user_prompt: str
     ground_truth: str | None
     """None if the example contains no answer."""
+    text: str
+    """The rendered text up to the answer."""
+    is_templated: bool
+    """Whether a chat template rendered the text. Such a text already contains its special tokens."""
     token_ids: list[int]
     letters: tuple[str, ...] = ()
     """Letters of the options of a multiple-choice question."""
 
 
-def held_out_rows(loaded: LoadedData) -> tuple[str, list[tuple[RawRow, Example]]]:
-    """The test set, or the validation set if the run has no test set, with its name. Empty if the run has neither."""
-    return ("test", loaded.test) if loaded.test else ("validation", loaded.validation)
+def held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
+    """The rows of the test set, or of the validation set if the run has no test set."""
+    return loaded.test or loaded.validation
 
 
 def as_answered(example: Example) -> Conversation | Completion | Text | None:
@@ -69,12 +73,11 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
     A question that leaves no room for an answer within `options.max_length` keeps its last tokens.
     """
-    asked = [(example, rendered) for _, row in rows if (found := _render_question(row, render_options)) for example, rendered in [found]]
-    plain_options = replace(options, add_eos=False)
+    asked = [found for _, example in rows if (found := _render_question(example, render_options)) is not None]
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
-    encoded = encode(texts, render_options.tokenizer, plain_options)
+    encoded = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [
-        _question_of(example, ids[-options.max_length :]) for (example, _), (_, ids, _) in zip(asked, encoded, strict=True)
+        _question_of(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, _) in zip(asked, encoded, strict=True)
     ]
 
 
@@ -88,13 +91,11 @@ def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], re
 
 
 def _render_question(example: Example, options: RenderOptions) -> tuple[Conversation | Completion, Rendered] | None:
-    """Return the example with its answer, and its text up to the last answer."""
+    """Return the example with its answer (empty if it has none), and its text up to the last answer. None if it asks no question."""
     answered = as_answered(example)
     if answered is None and isinstance(example, Prompt):
-        answered = as_answered(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}))
-        without_answer = True
-    else:
-        without_answer = False
+        found = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
+        return None if found is None else (_without_answer(found[0]), found[1])
     if not isinstance(answered, Conversation | Completion):
         return None
     if isinstance(answered, Conversation):
@@ -106,8 +107,7 @@ def _render_question(example: Example, options: RenderOptions) -> tuple[Conversa
         rendered = render(answered, replace(options, response_only=True, turn_markers=None))
     except RowError:
         return None
-    question = Rendered(rendered.text[: rendered.spans[-1][0]], (), rendered.is_templated)
-    return _without_answer(answered) if without_answer else answered, question
+    return answered, Rendered(rendered.text[: rendered.spans[-1][0]], (), rendered.is_templated)
 
 
 def _without_answer(example: Conversation | Completion) -> Conversation | Completion:
@@ -116,14 +116,14 @@ def _without_answer(example: Conversation | Completion) -> Conversation | Comple
     return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content="")))
 
 
-def _question_of(example: Conversation | Completion, token_ids: list[int]) -> Question:
+def _question_of(example: Conversation | Completion, rendered: Rendered, token_ids: list[int]) -> Question:
     if isinstance(example, Completion):
-        return Question(None, example.prompt, example.completion or None, token_ids)
-    by_role: dict[str, str] = {}
-    for turn in example.turns[:-1]:
-        by_role[turn.role] = turn.content
-    letters: tuple[str, ...] = tuple(map(str, example.columns.get("options", ()))) if isinstance(example.columns.get("options"), tuple) else ()
-    return Question(by_role.get("system"), by_role.get("user", ""), example.turns[-1].content or None, token_ids, letters)
+        return Question(None, example.prompt, example.completion or None, rendered.text, rendered.is_templated, token_ids)
+    by_role = {turn.role: turn.content for turn in example.turns[:-1]}
+    letters = tuple(map(str, example.columns.get("options", ())))
+    return Question(
+        by_role.get("system"), by_role.get("user", ""), example.turns[-1].content or None, rendered.text, rendered.is_templated, token_ids, letters
+    )
 
 
 def end_token_ids(tokenizer: Any, model: Any, labels: Iterable[Sequence[int]]) -> list[int]:
