@@ -303,8 +303,18 @@ class TrainingSession:
             for unwanted in ("training_args.bin", "README.md"):
                 (folder / unwanted).unlink(missing_ok=True)
             _name_base_by_source(folder, self.run)
+            self._write_log(trainer)
         trainer.accelerator.wait_for_everyone()
-        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes)}
+        parameters = {"trainable": trainable_model.trainable, "total": trainable_model.total}
+        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
+
+    def _write_log(self, trainer: Any) -> None:
+        """Write all logged lines of the run to the output folder. The Trainer's state includes the lines of earlier attempts."""
+        from finetune_trainer.results.file_names import ResultFile
+        from finetune_trainer.results.log_entry import LogEntry, log_jsonl
+
+        entries = [LogEntry.model_validate(line) for line in trainer.state.log_history]
+        (self.inputs.output_dir / ResultFile.LOG).write_text(log_jsonl(entries), encoding="utf-8")
 
     def _emit_notes(self, *notes: str) -> None:
         """Report each note for the status once, from rank 0."""

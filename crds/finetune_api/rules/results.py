@@ -70,6 +70,12 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"{spec.output.layout}, but layout has no effect without output.dir",
             "write output.dir, or remove layout",
         )
+    if spec.output.project is not None and spec.output.dir is None and not spec.tracking.report_to:
+        yield (
+            "output.project",
+            f"{spec.output.project}, but project has no effect without output.dir and without trackers",
+            "write output.dir, or remove project",
+        )
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
@@ -82,6 +88,14 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"true, but {method_type_of(spec)} trains virtual tokens, and virtual tokens cannot be merged into weights",
             "remove it",
         )
+
+
+@rule("OutputPathInvalid")
+def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    folders = {"output.dir": (spec.output.dir or "").split("/"), "output.project": [spec.output.project or ""]}
+    for path, names in folders.items():
+        if any(name in (".", "..") for name in names):
+            yield path, f"{'/'.join(names)}, but `.` and `..` are not names of folders", "write a folder below storage.uri, for example results"
 
 
 @rule("TrackerAndOptions")

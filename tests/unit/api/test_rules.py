@@ -387,6 +387,9 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("HubRepositoryMissing", {"output": {"hub": {"push": True, "repository": "a/b"}}}, "output.hub.tokenSecretRef"),
     ("HubRepositoryMissing", {"output": {"hub": {"repository": "a/b"}}}, "output.hub"),
+    ("OutputPathInvalid", {"output": {"dir": "a/../b"}}, "output.dir"),
+    ("OutputPathInvalid", {"output": {"dir": "a", "project": ".."}}, "output.project"),
+    ("OutputOptionWithoutEffect", {"output": {"project": "p"}}, "output.project"),
     ("OutputOptionWithoutEffect", {"output": {"layout": "flat"}}, "output.layout"),
     (
         "OutputOptionWithoutEffect",
@@ -588,7 +591,8 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         ),
         merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None, "split": {"validation": 0.1}}}),
         TESTED | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
-        TESTED | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
+        TESTED
+        | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
         {"evaluation": {"metrics": ["answerAccuracy", "bertscore"]}, "phases": {"evaluate": False}},
         TESTED | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
         TESTED | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},

@@ -32,6 +32,7 @@ class StageResult(LenientModel):
     """`result.json`: what the process of a stage has found. Its files lie in the folder `files` beside it."""
 
     evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
+    published_uri: str | None = Field(default=None, description="For `status.output.publishedUri`. Absent if the stage copies nothing.")
 
 
 class StoredFile(LenientModel):

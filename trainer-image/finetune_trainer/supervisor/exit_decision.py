@@ -34,6 +34,8 @@ class StageReport:
     open_stages: list[Stage] = field(default_factory=list)
     """Planned stages that are not done yet."""
     failure: StageFailure | None = None
+    output: Output | None = None
+    """The committed model, with what the stages have added to it."""
 
 
 @dataclass

@@ -43,6 +43,7 @@ from finetune_trainer.storage.base import join, sha256_file
 from finetune_trainer.supervisor.agent_process import rank_environment
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
 from finetune_trainer.supervisor.rank_channel import RankChannel
+from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
 
@@ -62,17 +63,20 @@ class LaterStages:
 
     def __init__(
         self, run: RunConfig, settings: Settings, tree: CheckpointTree, run_state: RunState, *,
-        fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool],
+        results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool],
     ) -> None:  # fmt: skip
-        """`fetch_inputs` downloads the inputs of a pod that has not trained. `is_stop_requested`: whether the pod must end."""
+        """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
+
+        `is_stop_requested`: whether the pod must end.
+        """
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
-        self._fetch_inputs, self._is_stop_requested = fetch_inputs, is_stop_requested
+        self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
         self._folder = settings.work / "stages"
 
     def run(self, output: Output) -> StageReport:
         """Run all open stages in order. A failure or a stop request ends the loop."""
         stages = planned_stages(self._run)
-        report = StageReport()
+        report = StageReport(output=output)
         records = {stage: self._read_record(stage, output) for stage in stages}
         report.open_stages = [stage for stage in stages if records[stage] is None]
         for stage in stages:
@@ -86,16 +90,27 @@ class LaterStages:
             except FineTuneError as error:
                 report.failure = StageFailure(stage, error)
                 return report
-            if result.evaluation is not None:
-                self._state.merge_evaluation(result.evaluation)
+            report.output = self._apply(result, report.output or output)
             if record is None:
                 report.open_stages.remove(stage)
         return report
+
+    def _apply(self, result: StageResult, output: Output) -> Output:
+        """Add the result of a stage to the pod's report. Returns the output with the result."""
+        if result.evaluation is not None:
+            self._state.merge_evaluation(result.evaluation)
+        if result.published_uri is not None:
+            output = output.model_copy(update={"published_uri": result.published_uri})
+            self._state.set_output(output)
+        return output
 
     def _run_stage(self, stage: Stage, output: Output) -> StageResult:
         """Run one stage, store its files, and write its record."""
         self._state.enter_stage(stage)
         self._tree.require_newest_attempt(self._run.attempt)
+        if stage is Stage.UPLOADING:
+            uri = self._results.publish(output, self._local_model(output), tuple(STORAGE_FOLDERS.values()))
+            return self._record(stage, output, StageResult(published_uri=uri), [])
         folder = self._folder / stage.value
         shutil.rmtree(folder, ignore_errors=True)
         (folder / OUTPUT_FOLDER).mkdir(parents=True)
@@ -106,7 +121,10 @@ class LaterStages:
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
         self._run_process(stage, folder)
         result = _read_result(folder)
-        files = self._upload_files(stage, folder / OUTPUT_FOLDER)
+        return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
+
+    def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageResult:
+        """Write the record of a stage that is done."""
         record = StageRecord(
             stage=stage, model_sha256=output.sha256 or "", attempt=self._run.attempt, time=datetime.now(UTC).isoformat(), result=result, files=files
         )

@@ -18,6 +18,7 @@ from finetune_trainer.stages.files import OUTPUT_FOLDER, RESULT_FILE, StageResul
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor.exit_decision import StageReport
 from finetune_trainer.supervisor.later_stages import LaterStages, StoppedError
+from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState
 
 from tests.support.learning import make_run
@@ -55,7 +56,10 @@ class Attempt:
         self.fetched, self.is_stopped = 0, False
         settings = Settings(folder / "run.json", None, work, folder / "log", 0, 0, "node", f"{number:08d}")
         self.state = RunState()
-        self.stages = FakeStages(self.run, settings, self.tree, self.state, fetch_inputs=self._fetch, is_stop_requested=lambda: self.is_stopped)
+        results = RunResults(self.run, self.tree, work / "output")
+        self.stages = FakeStages(
+            self.run, settings, self.tree, self.state, results=results, fetch_inputs=self._fetch, is_stop_requested=lambda: self.is_stopped
+        )
         self.stages.calls = []
 
     def _fetch(self) -> Inputs:
@@ -86,7 +90,7 @@ def output(tmp_path: Path) -> Output:
 
 def test_a_stage_stores_its_files_and_its_record(tmp_path: Path, output: Output) -> None:
     attempt = Attempt(tmp_path, 1)
-    assert attempt.end(output) == StageReport()
+    assert attempt.end(output) == StageReport(output=output)
     assert attempt.state.report().evaluation == EVALUATION and attempt.fetched == 0
     assert attempt.stages.calls[0].model == tmp_path / "work-1" / "output" / "final"
     assert attempt.tree.store.get("evaluation/predictions.jsonl") == b'{"a": 1}\n'
@@ -98,7 +102,7 @@ def test_a_stage_stores_its_files_and_its_record(tmp_path: Path, output: Output)
 def test_a_later_attempt_skips_a_stage_that_is_done(tmp_path: Path, output: Output) -> None:
     Attempt(tmp_path, 1).end(output)
     later = Attempt(tmp_path, 2, has_trained=False)
-    assert later.end(output) == StageReport()
+    assert later.end(output) == StageReport(output=output)
     assert later.stages.calls == [] and later.fetched == 0 and later.state.report().evaluation == EVALUATION
 
 
@@ -115,7 +119,7 @@ def test_a_later_attempt_downloads_the_model_and_repeats_an_open_stage(damaged: 
         case "not JSON":
             first.tree.store.put(RECORD, b"{")
     later = Attempt(tmp_path, 2, has_trained=False)
-    assert later.end(output) == StageReport()
+    assert later.end(output) == StageReport(output=output)
     assert later.fetched == 1
     assert (later.stages.calls[0].model / "model.safetensors").read_bytes() == b"weights"
     assert json.loads(later.tree.store.get(RECORD) or b"")["attempt"] == 2
@@ -147,10 +151,10 @@ def test_a_stop_leaves_the_stage_open_without_a_failure(tmp_path: Path, output: 
         raise StoppedError
 
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(stop))
-    assert Attempt(tmp_path, 1).end(output) == StageReport([Stage.EVALUATING])
+    assert Attempt(tmp_path, 1).end(output) == StageReport([Stage.EVALUATING], output=output)
     stopped_before = Attempt(tmp_path, 2)
     stopped_before.is_stopped = True
-    assert stopped_before.end(output) == StageReport([Stage.EVALUATING]) and stopped_before.stages.calls == []
+    assert stopped_before.end(output) == StageReport([Stage.EVALUATING], output=output) and stopped_before.stages.calls == []
 
 
 def test_an_attempt_that_was_superseded_runs_no_stage(tmp_path: Path, output: Output) -> None:
