@@ -27,6 +27,7 @@ from finetune_trainer.best import best_folder, copy_to_all_nodes
 from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
+from finetune_trainer.module_walks import CollectedModel, collected_model
 from finetune_trainer.speed import SpeedMeter
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class GuardedTrainer(OpenTrainer):
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
     clock: TrainingClock | None = None
     """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
+    _collected: CollectedModel | None = None
+    """The modules and parameters of the model, during an epoch."""
+    _operations_per_value: int | None = None
+    """transformers' estimate of the floating-point operations for each token of a micro-batch."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, then apply the strategy's settings that have no field in TrainingArguments."""
@@ -60,7 +65,31 @@ class GuardedTrainer(OpenTrainer):
         if self._is_complete():
             self.control.should_training_stop = True
             return
-        super().run_epoch(*args, **options)
+        with collected_model(self.model_wrapped) as collected:
+            self._collected = collected
+            try:
+                super().run_epoch(*args, **options)
+            finally:
+                self._collected = None
+
+    def clip_gradients(self, model: Any) -> Any:
+        """Clip the gradients as transformers does, but without a walk over all modules."""
+        return super().clip_gradients(self._collected or model)
+
+    def gradient_norm(self, model: Any, norm: Any = None) -> Any:
+        """Return the gradient norm as transformers does, but without a walk over all modules."""
+        return super().gradient_norm(self._collected or model, norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return transformers' estimate of the operations for a micro-batch. The parameters of the model are counted only once."""
+        main_input = getattr(self.model, "main_input_name", "input_ids")
+        # DeepSpeed ZeRO-3 changes the sizes of the parameters during a step.
+        if main_input not in inputs or self.is_deepspeed_enabled:
+            return int(super().floating_point_ops(inputs))
+        values = inputs[main_input].numel()
+        if self._operations_per_value is None and values:
+            self._operations_per_value = super().floating_point_ops(inputs) // values
+        return (self._operations_per_value or 0) * values
 
     def _is_complete(self) -> bool:
         callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
