@@ -47,7 +47,7 @@ class GuardedTrainer(OpenTrainer):
     clock: TrainingClock | None = None
     """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
     _collected: CollectedModel | None = None
-    """The modules and parameters of the model, during an epoch."""
+    """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
     _operations_per_value: int | None = None
     """transformers' estimate of the floating-point operations for each token of a micro-batch."""
 
@@ -65,26 +65,33 @@ class GuardedTrainer(OpenTrainer):
         if self._is_complete():
             self.control.should_training_stop = True
             return
-        with collected_model(self.model_wrapped) as collected:
-            self._collected = collected
-            try:
-                super().run_epoch(*args, **options)
-            finally:
-                self._collected = None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().run_epoch(*args, **options)
+            return
+        with collected_model(self.model_wrapped) as self._collected:
+            super().run_epoch(*args, **options)
+        self._collected = None
 
     def clip_gradients(self, model: Any) -> Any:
-        """Clip the gradients as transformers does, but without a walk over all modules."""
-        return super().clip_gradients(self._collected or model)
+        """Clip the gradients and return their norm, without a walk over all modules."""
+        return super().clip_gradients(model) if self._collected is None else self._clip_collected(self.args.max_grad_norm)
 
     def gradient_norm(self, model: Any, norm: Any = None) -> Any:
-        """Return the gradient norm as transformers does, but without a walk over all modules."""
-        return super().gradient_norm(self._collected or model, norm)
+        """Return the gradient norm, without a walk over all modules. `norm`: the norm if the gradients were clipped."""
+        if self._collected is None or norm is not None:
+            return super().gradient_norm(model, norm)
+        return self._clip_collected(math.inf)
+
+    def _clip_collected(self, max_norm: float) -> Any:
+        """Do what accelerate does for models that a rank holds as a whole."""
+        assert self._collected is not None
+        self.accelerator.unscale_gradients()
+        return torch.nn.utils.clip_grad_norm_(self._collected.trained_parameters, max_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return transformers' estimate of the operations for a micro-batch. The parameters of the model are counted only once."""
         main_input = getattr(self.model, "main_input_name", "input_ids")
-        # DeepSpeed ZeRO-3 changes the sizes of the parameters during a step.
-        if main_input not in inputs or self.is_deepspeed_enabled:
+        if main_input not in inputs or self._collected is None:
             return int(super().floating_point_ops(inputs))
         values = inputs[main_input].numel()
         if self._operations_per_value is None and values:

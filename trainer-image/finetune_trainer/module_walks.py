@@ -1,14 +1,15 @@
 """Collects the modules and parameters of a model once per epoch, so that no micro-batch walks over all modules.
 
 transformers calls `train`, `zero_grad`, `parameters` and `num_parameters` of the model in each step. Each call visits every module: 2,665 for a
-Llama with 32 layers and LoRA on all linear layers, which takes 5 to 15 ms. A GPU that has finished its kernels waits for these visits. Modules
-and parameters do not change within an epoch, so lists of them give the same results.
+Llama with 32 layers and LoRA on all linear layers. A GPU that has finished its kernels waits meanwhile. Modules and parameters do not change
+within an epoch, so lists of them give the same results. `benchmarks/host_overhead.py` measures the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,23 +17,21 @@ from transformers import PreTrainedModel
 
 REPEATABLE_TRAIN_METHODS = (nn.Module.train, PreTrainedModel.train, DistributedDataParallel.train)
 """Implementations of `train` that change nothing if the module and all its children are in training mode already."""
+IS_TRAINING = attrgetter("training")
 
 
 class CollectedModel:
-    """The modules and parameters of a model, in the order of `Module.modules` and `Module.parameters`."""
+    """The modules and the trained parameters of a model, in the order of `Module.modules` and `Module.parameters`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules = list(model.modules())
-        self._parameters = list(model.parameters())
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of the model."""
-        return iter(self._parameters)
+        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        """Only these parameters can have gradients."""
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of all modules. Does nothing if all modules are in training mode already."""
-        if mode and all(module.training for module in self._modules):
+        if mode and all(map(IS_TRAINING, self._modules)):
             return self._model
         model: nn.Module = type(self._model).train(self._model, mode)
         return model
@@ -42,9 +41,8 @@ class CollectedModel:
         if not set_to_none:
             type(self._model).zero_grad(self._model, set_to_none)
             return
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad = None
+        for parameter in self.trained_parameters:
+            parameter.grad = None
 
     @property
     def can_replace_train(self) -> bool:
@@ -53,7 +51,7 @@ class CollectedModel:
 
     @property
     def can_replace_zero_grad(self) -> bool:
-        """Whether the model uses torch's `zero_grad`. DeepSpeed's engine has its own."""
+        """Whether the model uses torch's `zero_grad`."""
         return type(self._model).zero_grad is nn.Module.zero_grad
 
 
@@ -62,6 +60,7 @@ def collected_model(model: nn.Module) -> Iterator[CollectedModel]:
     """Collect the modules of `model`, and replace its methods `train` and `zero_grad` within the context.
 
     The methods of this object are replaced, not those of its class. So calls from transformers and TRL also use the collected lists.
+    Every rank must hold the whole model. FSDP and ZeRO stage 3 exchange the parameters of their modules within a step.
     """
     collected = CollectedModel(model)
     replaced = {}
