@@ -28,6 +28,7 @@ from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
 from finetune_trainer.module_walks import CollectedModel, collected_model
+from finetune_trainer.recomputation import RecomputationPerBatch
 from finetune_trainer.speed import SpeedMeter
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class GuardedTrainer(OpenTrainer):
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
     clock: TrainingClock | None = None
     """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
+    max_kept_tokens: int | None = None
+    """Larger micro-batches recompute their activations; None if gradient checkpointing is on or off for all micro-batches."""
+    _recomputation: RecomputationPerBatch | None = None
     _collected: CollectedModel | None = None
     """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
     _operations_per_value: int | None = None
@@ -71,6 +75,14 @@ class GuardedTrainer(OpenTrainer):
         with collected_model(self.model_wrapped) as self._collected:
             super().run_epoch(*args, **options)
         self._collected = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """Compute the gradients of a micro-batch, after the decision whether it recomputes its activations."""
+        if self.max_kept_tokens is not None:
+            if self._recomputation is None:
+                self._recomputation = RecomputationPerBatch(self.model, self.max_kept_tokens)
+            self._recomputation.prepare(inputs)
+        return super().training_step(model, inputs, *args, **options)
 
     def clip_gradients(self, model: Any) -> Any:
         """Clip the gradients and return their norm, without a walk over all modules."""

@@ -131,7 +131,7 @@ class TrainingSession:
         if data.test is not None and self.channel.rank == 0:
             self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
-        self._choose_checkpointing(args)
+        max_kept_tokens = self._choose_checkpointing(args)
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
@@ -144,6 +144,7 @@ class TrainingSession:
         self._emit_notes(*notes, *trainable_model.notes, *self.strategy.notes)
         with method.trainer_construction(base_model):
             trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
+        trainer.max_kept_tokens = max_kept_tokens
         method.on_trainer_created(trainer)
         for callback in callbacks:
             if isinstance(callback, NeedsTrainer):
@@ -172,22 +173,28 @@ class TrainingSession:
         self._emit_notes(*choose_kernels(args, self.run, self.hardware, config, self.objective.model_kind))
         return context, args
 
-    def _choose_checkpointing(self, args: Any) -> None:
-        """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory."""
+    def _choose_checkpointing(self, args: Any) -> int | None:
+        """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
+
+        Returns the tokens of the largest micro-batch that keeps its activations, if larger ones must recompute them.
+        """
         import torch
 
-        from finetune_trainer.activation_memory import keeps_all_activations
+        from finetune_trainer.activation_memory import choose_kept_activations
 
         if self.hardware.device.type != "cuda" or not self.facts.longest_sequence:
-            return
-        note = keeps_all_activations(
+            return None
+        choice = choose_kept_activations(
             self.run, self.hardware, self.strategy.name, self.config,
             batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence,
             gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory,
         )  # fmt: skip
-        if note is not None:
+        if choice is None:
+            return None
+        self._emit_notes(choice.note)
+        if choice.max_kept_tokens is None:
             args.activation_checkpointing = args.gradient_checkpointing = False
-            self._emit_notes(note)
+        return choice.max_kept_tokens
 
     def _method_context(self, tokenizer: Any) -> MethodContext:
         from finetune_trainer import vocabulary
