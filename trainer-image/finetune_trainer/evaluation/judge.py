@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.evaluation.text_metrics import NO_REFERENCE, cosine
-from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 
 FACTUAL_SHARE = 0.75
 """Weight of the factual correctness in the answer correctness. The similarity has the rest."""
@@ -81,8 +82,8 @@ QUESTIONS_PROMPT = (
 )
 
 
-class UnjudgedError(Exception):
-    """One row could not be judged. The message is the reason; it contains no secrets."""
+class UnjudgedError(NotComputedError):
+    """The judge did not give a usable answer about one row."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,14 @@ class Judge:
         embeddings: list[list[float]] = []
         for start in range(0, len(texts), EMBEDDINGS_PER_REQUEST):
             part = texts[start : start + EMBEDDINGS_PER_REQUEST]
-            response = self._request(lambda part=part: self._client.embeddings.create(model=model, input=part, encoding_format="float"))
-            received = sorted(response.data or [], key=lambda entry: entry.index)
+            response = self._request(partial(self._client.embeddings.create, model=model, input=part, encoding_format="float"))
+            try:  # the client does not check the types of a response
+                received = [[float(number) for number in entry.embedding] for entry in sorted(response.data, key=lambda entry: entry.index)]
+            except (AttributeError, TypeError, ValueError):
+                raise UnjudgedError("the response of the embedding endpoint contains no embeddings") from None
             if len(received) != len(part):
                 raise UnjudgedError(f"the embedding endpoint returned {len(received)} embeddings for {len(part)} texts")
-            embeddings += [list(entry.embedding) for entry in received]
+            embeddings += received
         return embeddings
 
     @property
@@ -209,10 +213,10 @@ class Judge:
             with self._lock:
                 self._failed_in_a_row += 1
             attempts = self.settings.max_retries + 1
-            raise UnjudgedError(f"the judge's endpoint failed after {attempts} attempts: {_describe(error)}") from None
+            raise UnjudgedError(f"the judge's endpoint failed after {attempts} attempt(s): {_describe(error)}") from None
         except openai.APIStatusError as error:
             raise self._permanent_error(error) from None
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, ValueError) as error:  # the client does not wrap the ValueError of a body that is not JSON
             raise UnjudgedError(f"the judge's response could not be read ({type(error).__name__})") from None
         self._count(response)
         return response

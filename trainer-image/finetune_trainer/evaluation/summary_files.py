@@ -44,7 +44,11 @@ def _name(metric: str, names: Mapping[str, str]) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, "utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, "utf-8")
+
+    replace_file(path, write)
 
 
 def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mapping[str, MetricValue]) -> None:

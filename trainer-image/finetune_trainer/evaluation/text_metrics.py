@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.evaluation.predictions import Prediction, rows_with_reference
-from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 
 NO_REFERENCE = "no row of the predictions has a ground_truth"
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 BERTSCORE_NAMES = ("precision", "recall", "f1")
 
 Embedder = Callable[[list[str]], Sequence[Sequence[float]]]
-"""Returns one embedding per text."""
+"""Returns one embedding per text. Errors: NotComputedError."""
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 """A word, or one Chinese character or Japanese kana: these scripts have no spaces between words."""
@@ -126,7 +126,8 @@ def bertscore(
     filled = [index for index, texts in pairs.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
     scores: dict[int, Sequence[float]] = dict.fromkeys(scored, (0.0, 0.0, 0.0))
     if filled:
-        results = _bertscores(*zip(*(pairs[index] for index in filled), strict=True), folder, layer, model_name, device, batch_size)
+        answers, references = ([pairs[index][side] for index in filled] for side in (0, 1))
+        results = _bertscores(answers, references, folder, layer, model_name, device, batch_size)
         scores.update(zip(filled, results, strict=True))
     if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN by 0, but only in F1
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"the model in {field} computes embeddings that are not finite"))
@@ -220,7 +221,10 @@ def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | Non
     filled = [index for index in scored if predictions[index].assistant_response.strip() and _reference(predictions[index]).strip()]
     answers = [predictions[index].assistant_response for index in filled]
     references = [_reference(predictions[index]) for index in filled]
-    embeddings = embed(answers + references) if filled else []
+    try:
+        embeddings = embed(answers + references) if filled else []
+    except NotComputedError as error:
+        return MetricValue.missing(str(error))
     reasons = _reasons_without_reference(predictions)
     for place, index in enumerate(filled):
         rows[index] = cosine(embeddings[place], embeddings[len(filled) + place])

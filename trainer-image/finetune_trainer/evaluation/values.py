@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
+class NotComputedError(Exception):
+    """A score could not be computed. The message is the reason; it contains no secrets."""
+
+
 @dataclass(frozen=True)
 class MetricValue:
     """One metric of an evaluation. A metric that could not be computed has no value, but a reason. A value is never a guess.

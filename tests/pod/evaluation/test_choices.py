@@ -1,0 +1,104 @@
+"""Multiple choice: metrics against scikit-learn, and log-probabilities against single passes over complete texts."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import DataError
+from finetune_trainer.evaluation.choices import chosen_letter, letter_log_probabilities, letter_metrics
+from sklearn import metrics as sklearn_metrics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> tuple[Any, Any]:
+    """The tiny model and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+
+
+def one_by_one(model: Any, context: list[int], suffix: list[int]) -> float:
+    """Log-probability of `suffix` after `context`, with one pass per token and no padding."""
+    total = 0.0
+    for place, token in enumerate(suffix):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + suffix[:place]])).logits[0, -1]
+        total += logits.double().log_softmax(-1)[token].item()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("prompt", "letters"),
+    [("Answer:", ["A", "B", "C"]), ("Answer:", ["A", "zzz", "B)"]), ("Question: (a) or (b)?\nAnswer: ", ["Paris is", "Berlin is", "Rome"])],
+    ids=["one token each", "of different lengths", "merged with the end of the prompt"],
+)  # fmt: skip
+def test_log_probabilities_equal_those_of_single_passes(loaded: tuple[Any, Any], prompt: str, letters: list[str]) -> None:
+    model, tokenizer = loaded
+    options = {letter: tokenizer(prompt + letter, add_special_tokens=False)["input_ids"] for letter in letters}
+    prompt_tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    shared = next(count for count in range(len(prompt_tokens), 0, -1) if all(ids[:count] == prompt_tokens[:count] for ids in options.values()))
+    found = letter_log_probabilities(model, tokenizer, prompt, letters)
+    assert list(found) == letters
+    for letter, ids in options.items():
+        assert found[letter] == pytest.approx(one_by_one(model, ids[:shared], ids[shared:]), abs=1e-4)
+
+
+def test_the_tokenizer_merges_a_letter_with_the_end_of_the_prompt(loaded: tuple[Any, Any]) -> None:
+    """The test above covers this case: the word and the space in front of it are one token, which the prompt alone does not have."""
+    tokenizer = loaded[1]
+    prompt, text = "Question: (a) or (b)?\nAnswer: ", "Question: (a) or (b)?\nAnswer: Paris"
+    prompt_tokens, tokens = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (prompt, text))
+    assert tokens[: len(prompt_tokens)] != prompt_tokens
+
+
+def test_a_prompt_without_tokens_is_refused(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(DataError, match="ChoicePromptEmpty"):
+        letter_log_probabilities(*loaded, "", ["A", "B"])
+
+
+def test_equal_scores_choose_the_first_letter_of_the_row() -> None:
+    assert chosen_letter({"A": -2.0, "B": -1.0, "C": -1.0}) == "B"
+    assert chosen_letter({"D": -1.0, "A": -1.0}) == "D"
+
+
+def row_choosing(letter: str) -> dict[str, float]:
+    return {name: 0.0 if name == letter else -1.0 for name in "ABCDE"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
+    """E is never correct, D is never chosen; the averages cover the letters that occur."""
+    dice = random.Random(seed)
+    correct = [dice.choice("ABCD") for _ in range(60)]
+    chosen = [letter if letter != "D" and dice.random() < 0.5 else dice.choice("ABCE") for letter in correct]
+    found = letter_metrics([row_choosing(letter) for letter in chosen], correct)
+    options: Any = {"average": "macro", "zero_division": 0}
+    assert found["accuracy"].value == pytest.approx(sklearn_metrics.accuracy_score(correct, chosen))
+    assert found["precision"].value == pytest.approx(sklearn_metrics.precision_score(correct, chosen, **options))
+    assert found["recall"].value == pytest.approx(sklearn_metrics.recall_score(correct, chosen, **options))
+    assert found["f1"].value == pytest.approx(sklearn_metrics.f1_score(correct, chosen, **options))
+    assert found["accuracy"].rows == [float(one == other) for one, other in zip(chosen, correct, strict=True)]
+    assert found["f1"].rows is None
+
+
+def test_metrics_by_hand() -> None:
+    found = letter_metrics([row_choosing(letter) for letter in "AABC"], list("ABBB"))
+    assert {name: metric.value for name, metric in found.items()} == {
+        "accuracy": 0.5,
+        "precision": pytest.approx((1 / 2 + 1 + 0) / 3),
+        "recall": pytest.approx((1 + 1 / 3 + 0) / 3),
+        "f1": pytest.approx((2 / 3 + 2 / 4 + 0) / 3),
+    }
+
+
+def test_values_that_cannot_be_computed() -> None:
+    empty = letter_metrics([], [])
+    assert {metric.value for metric in empty.values()} == {None} and "no multiple-choice rows" in str(empty["f1"].reason)
+    broken = letter_metrics([row_choosing("A"), {"A": math.nan, "B": -1.0}], ["A", "B"])
+    assert broken["accuracy"].value is None and "NaN in 1 of 2 multiple-choice rows (first: row 2)" in str(broken["accuracy"].reason)
+    with pytest.raises(DataError, match="row 2: the correct letter 'F' is not one of A, B, C, D, E"):
+        letter_metrics([row_choosing("A"), row_choosing("A")], ["A", "F"])

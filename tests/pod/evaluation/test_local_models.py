@@ -1,0 +1,127 @@
+"""BERTScore and sentence embeddings with tiny local models."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.evaluation.text_metrics import bertscore, semantic_similarity, sentence_embedder
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]",
+    "the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "old", "man", "paris", "is", "capital", "of", "france",
+]  # fmt: skip
+PAIRS = [
+    ("the cat sat on the mat", "a dog sat on the mat"),
+    ("paris", "paris is the capital of france"),
+    ("the old man", "the old man"),
+    ("", "paris"),
+    ("the", None),
+    ("the cat " * 40, "the cat " * 50),  # longer than the model's positions
+]
+PREDICTIONS = [Prediction(None, "question", answer, reference) for answer, reference in PAIRS]
+POSITIONS = 24
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT with random weights and three layers. The folder's name contains `t5`, which bert-score takes for another architecture."""
+    folder = tmp_path_factory.mktemp("models") / "not-t5"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=POSITIONS,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def token_embeddings(folder: Path, text: str, layer: int) -> torch.Tensor:
+    """Unit vectors of the tokens of one text without padding. The first is [CLS], the last is [SEP]."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokens = torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITIONS)])
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states[layer][0]
+    return torch.nn.functional.normalize(states.double(), dim=-1)
+
+
+@pytest.mark.parametrize(("layer", "batch_size"), [(None, 32), (2, 32), (2, 1)])
+def test_bertscore_is_the_mean_of_greedy_matches(encoder: Path, layer: int | None, batch_size: int) -> None:
+    found = bertscore(PREDICTIONS, encoder, field="x", layer=layer, batch_size=batch_size)
+    expected: list[tuple[float, float, float]] = []
+    for answer, reference in ((answer, reference) for answer, reference in PAIRS if answer and reference):
+        cosines = token_embeddings(encoder, answer, layer or 3) @ token_embeddings(encoder, reference, layer or 3).T
+        precision, recall = cosines.amax(1)[1:-1].mean().item(), cosines.amax(0)[1:-1].mean().item()
+        expected.append((precision, recall, 2 * precision * recall / (precision + recall)))
+    expected.insert(3, (0.0, 0.0, 0.0))
+    for place, name in enumerate(("precision", "recall", "f1")):
+        column = [scores[place] for scores in expected]
+        assert found[name].scores == pytest.approx(column, abs=1e-4)
+        assert found[name].value == pytest.approx(sum(column) / 5, abs=1e-4)
+        assert found[name].rows is not None and found[name].rows[4] is None and found[name].rows[2] == pytest.approx(1.0, abs=1e-5)
+    assert 0 < expected[0][0] < 0.99 and expected[1][0] != pytest.approx(expected[1][1], abs=1e-3)
+
+
+def test_the_tokenizer_of_the_model_has_no_length_limit(encoder: Path) -> None:
+    """The case in which bert-score alone fails with an integer overflow, and in which a longer text than the positions arrives."""
+    assert AutoTokenizer.from_pretrained(encoder).model_max_length > 10**18
+
+
+def test_the_recommended_layer_of_a_known_model(encoder: Path, tmp_path: Path) -> None:
+    """bert-score recommends layer 9 of bert-base-uncased. This model has three layers, so the last one is used; 2 is another result."""
+    known = tmp_path / "bert-base-uncased"
+    shutil.copytree(encoder, known)
+    last, second = (bertscore(PREDICTIONS[:1], encoder, field="x", layer=layer)["f1"].value for layer in (3, 2))
+    assert bertscore(PREDICTIONS[:1], known, field="x")["f1"].value == last != second
+    assert bertscore(PREDICTIONS[:1], encoder, field="x", model_name="roberta-base-openai-detector")["f1"].value == last
+
+
+def test_embeddings_that_are_not_finite_leave_no_value(encoder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    model = AutoModel.from_pretrained(broken)
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.fill_(math.nan)
+    model.save_pretrained(broken)
+    found = bertscore(PREDICTIONS[:2], broken, field="evaluation.b")
+    assert found["f1"].value is None and "evaluation.b" in str(found["f1"].reason)
+
+
+@pytest.mark.parametrize("pooling", [None, "cls"])
+def test_sentence_embeddings_are_pooled_token_embeddings(encoder: Path, tmp_path: Path, pooling: str | None) -> None:
+    """A plain encoder gets mean pooling; a sentence-transformers folder has its own."""
+    folder = encoder
+    if pooling is not None:
+        folder = tmp_path / "sentences"
+        shutil.copytree(encoder, folder)
+        (folder / "modules.json").write_text(json.dumps([
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ]))  # fmt: skip
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(
+            json.dumps({"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+        )
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+
+    def by_hand(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            states = model(torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITIONS)])).last_hidden_state[0].double()
+        return states[0] if pooling == "cls" else states.mean(0)
+
+    found = semantic_similarity(PREDICTIONS, sentence_embedder(folder), field="x")
+    expected = [
+        torch.cosine_similarity(by_hand(answer), by_hand(reference), dim=0).item() if answer else 0.0
+        for answer, reference in PAIRS if reference is not None
+    ]  # fmt: skip
+    assert found.scores == pytest.approx(expected, abs=1e-5) and found.rows is not None and found.rows[4] is None

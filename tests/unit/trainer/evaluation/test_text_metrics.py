@@ -1,0 +1,159 @@
+"""Text metrics against references that are written out here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.evaluation.text_metrics import bertscore, bleu, cosine, exact_match, rouge, semantic_similarity
+
+PAIRS = [
+    ("the cat sat on the red mat", "the cat sat on the red mat"),
+    ("the the the dog ran to the old man", "the dog ran to the old man at six"),
+    ("a big fox can see the sun set in the sky", "the fox can see the sun go up in the sky"),
+]
+"""Answers and correct answers. No word changes by stemming, and each pair has equal sequences of four words."""
+
+
+def as_predictions(pairs: Sequence[tuple[str, str | None]]) -> list[Prediction]:
+    return [Prediction(None, "question", answer, reference) for answer, reference in pairs]
+
+
+WITHOUT_REFERENCE = as_predictions([("anything", None)])
+
+
+def ngrams(text: str, size: int) -> Counter[tuple[str, ...]]:
+    words = text.split()
+    return Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
+
+
+def bleu_by_hand(pairs: Sequence[tuple[str, str]], orders: int = 4) -> float:
+    """Geometric mean of the clipped n-gram precisions, times the brevity penalty (Papineni et al. 2002)."""
+    logarithms = []
+    for size in range(1, orders + 1):
+        matches = sum((ngrams(answer, size) & ngrams(reference, size)).total() for answer, reference in pairs)
+        logarithms.append(math.log(matches / sum(ngrams(answer, size).total() for answer, _ in pairs)))
+    answers, references = (sum(len(pair[side].split()) for pair in pairs) for side in (0, 1))
+    return 100 * min(1.0, math.exp(1 - references / answers)) * math.exp(sum(logarithms) / orders)
+
+
+def f_measure(matches: int, answer: int, reference: int) -> float:
+    return 2 * matches / (answer + reference)
+
+
+def longest_common_subsequence(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    @cache
+    def longest(one: int, other: int) -> int:
+        if one == len(first) or other == len(second):
+            return 0
+        if first[one] == second[other]:
+            return 1 + longest(one + 1, other + 1)
+        return max(longest(one + 1, other), longest(one, other + 1))
+
+    return longest(0, 0)
+
+
+def test_bleu_is_computed_over_the_corpus_on_a_scale_to_100() -> None:
+    found = bleu(as_predictions(PAIRS))
+    assert found.value == pytest.approx(bleu_by_hand(PAIRS), rel=1e-9)
+    assert found.rows == pytest.approx([bleu_by_hand([pair]) for pair in PAIRS], rel=1e-9)
+    assert found.rows is not None and found.rows[0] == 100.0 and found.reason is None
+    assert 40 < found.value < 90 and found.value != pytest.approx(sum(found.scores) / 3)
+
+
+def test_bleu_of_a_short_row_counts_the_orders_that_it_has() -> None:
+    """Two words have no sequence of four words."""
+    assert bleu(as_predictions([("red mat", "red mat")])).rows == [100.0]
+
+
+def test_rouge_is_the_mean_f_measure_of_the_rows() -> None:
+    found = rouge(as_predictions(PAIRS))
+    for size, name in ((1, "rouge1"), (2, "rouge2")):
+        expected = [
+            f_measure((ngrams(answer, size) & ngrams(reference, size)).total(), ngrams(answer, size).total(), ngrams(reference, size).total())
+            for answer, reference in PAIRS
+        ]
+        assert found[name].rows == pytest.approx(expected)
+        assert found[name].value == pytest.approx(sum(expected) / 3)
+    words = [(tuple(answer.split()), tuple(reference.split())) for answer, reference in PAIRS]
+    longest = [f_measure(longest_common_subsequence(*pair), len(pair[0]), len(pair[1])) for pair in words]
+    assert found["rougeL"].rows == pytest.approx(longest) and found["rougeL"].value == pytest.approx(sum(longest) / 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("Running, runs!", "runs running", 1.0),  # stemmed; punctuation does not count
+        ("Αθήνα", "Αθήνα", 1.0),
+        ("東京です", "東京", 2 * 2 / (4 + 2)),
+        ("", "Paris", 0.0),
+    ],
+)  # fmt: skip
+def test_words_of_rouge(answer: str, reference: str, score: float) -> None:
+    assert rouge(as_predictions([(answer, reference)]))["rouge1"].value == pytest.approx(score)
+
+
+def test_ascii_words_are_those_of_the_rouge_library() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    answer, reference = "Don't stop: the 3 runners' e-mails (generously) said nothing.", "The runner generously e-mailed 3 times, don't stop!"
+    library = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
+    found = rouge(as_predictions([(answer, reference)]))
+    assert {name: metric.value for name, metric in found.items()} == pytest.approx({name: score.fmeasure for name, score in library.items()})
+
+
+def test_exact_match_ignores_outer_white_space_only() -> None:
+    found = exact_match(as_predictions([(" Paris\n", "Paris"), ("paris", "Paris"), ("Paris.", "Paris"), ("x", None)]))
+    assert found.value == pytest.approx(1 / 3) and found.rows == [1.0, 0.0, 0.0, None]
+    assert found.reason == "1 of 4 rows are not scored (first: the row has no ground_truth)"
+    assert found.row_reasons == {3: "the row has no ground_truth"}
+
+
+VECTORS = {"one": [1.0, 0.0], "diagonal": [3.0, 3.0], "opposite": [-2.0, 0.0], "zero": [0.0, 0.0]}
+
+
+def test_semantic_similarity_is_the_mean_cosine() -> None:
+    calls = []
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        calls.append(texts)
+        return [VECTORS[text] for text in texts]
+
+    rows = as_predictions([("one", "diagonal"), ("one", "opposite"), ("one", None), ("one", "zero"), (" ", "one")])
+    found = semantic_similarity(rows, embed, field="x")
+    assert found.rows == [pytest.approx(math.sqrt(0.5)), -1.0, None, None, 0.0]
+    assert found.value == pytest.approx((math.sqrt(0.5) - 1) / 3)
+    assert found.row_reasons == {2: "the row has no ground_truth", 3: "an embedding is zero or not finite"}
+    assert calls == [["one", "one", "one", "diagonal", "opposite", "zero"]]
+    assert semantic_similarity(as_predictions([("one", "zero")]), embed, field="x").value is None
+
+
+def test_metrics_without_a_model_name_the_field_to_set() -> None:
+    rows = as_predictions(PAIRS)
+    assert semantic_similarity(rows, None, field="evaluation.a").reason == "semantic similarity needs an embedding model: set evaluation.a"
+    found = bertscore(rows, None, field="evaluation.b")
+    assert set(found) == {"precision", "recall", "f1"}
+    assert found["f1"].value is None and found["f1"].reason == "BERTScore needs a local encoder model: set evaluation.b"
+
+
+@pytest.mark.parametrize("rows", [WITHOUT_REFERENCE, []], ids=["no correct answer", "no rows"])
+def test_metrics_without_a_correct_answer_have_no_value(rows: list[Prediction]) -> None:
+    found = [bleu(rows), *rouge(rows).values(), exact_match(rows), semantic_similarity(rows, lambda texts: [[1.0] for _ in texts], field="x")]
+    assert {metric.value for metric in found} == {None}
+    assert {metric.reason for metric in found} == {"no row of the predictions has a ground_truth"}
+
+
+def test_rows_without_a_correct_answer_keep_their_place() -> None:
+    rows = [*WITHOUT_REFERENCE, *as_predictions(PAIRS)]
+    for metric in (bleu(rows), *rouge(rows).values()):
+        assert metric.rows is not None and metric.rows[0] is None and len(metric.scores) == 3
+    assert bleu(rows).value == bleu(as_predictions(PAIRS)).value
+
+
+def test_the_cosine_of_vectors_that_have_none() -> None:
+    assert cosine([1.0], [0.0]) is None and cosine([math.nan], [1.0]) is None and cosine([math.inf], [1.0]) is None
+    assert cosine([1e200, 1e200], [1.0, 1.0]) == pytest.approx(1.0)
