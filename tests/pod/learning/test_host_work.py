@@ -103,7 +103,8 @@ def use_library_methods(patch: pytest.MonkeyPatch) -> None:
 
 
 def results_of(outcome: RunOutcome) -> tuple[Any, ...]:
-    lines = [{key: value for key, value in line.items() if not key.endswith(("_runtime", "_per_second", "_share"))} for line in outcome.logs]
+    times = ("_runtime", "_per_second", "_share", "_time", "_seconds")
+    lines = [{key: value for key, value in line.items() if not key.endswith(times)} for line in outcome.logs]
     return [{key: value for key, value in line.items() if key != "train_runtime"} for line in lines], outcome.model.state_dict()
 
 

@@ -218,24 +218,30 @@ def _as_arrays(rows: Dataset) -> Dataset:
 def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
-    The log-probabilities of a document must not depend on the preceding document. The check changes the preceding tokens, first as a
-    separate document, then as a part of the same document, and compares the two changes. All four sequences have the same shape, so that
-    16-bit kernels round alike. The model is called as in training: ZeRO stage 3 gathers parameters in the order of the first call.
+    The scores of a document must not depend on the preceding document. The check changes the preceding tokens, first as a separate
+    document, then as a part of the same document, and compares the two changes. All four sequences have the same shape, so that 16-bit
+    kernels round alike. With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the
+    first call. Otherwise the head computes logits: with torch 2.11, FSDP fails in the backward pass if the head was never called.
     Errors: InternalError PackingLeaks.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
     first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))
 
-    def log_probs_of_second(before: list[int], lengths: list[int]) -> torch.Tensor:
+    def scores_of_second(before: list[int], lengths: list[int]) -> torch.Tensor:
+        """Log-probabilities of the second document's tokens, or the logits at its positions."""
         ids = before + second
-        batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
+        batch = trainer.prepare_inputs(trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}]))
         with trainer.accelerator.autocast():
-            log_probs: torch.Tensor = model(**trainer.prepare_inputs(batch), use_cache=False, fused_lm_head=True).log_probs
-        return log_probs[0, 1 - len(second) :].float()
+            if trainer.is_deepspeed_enabled:
+                log_probs: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
+                return log_probs[0, 1 - len(second) :].float()
+            del batch["labels"]
+            logits: torch.Tensor = model(**batch, use_cache=False).logits
+        return logits[0, -len(second) :].float()
 
     def change(lengths: list[int]) -> torch.Tensor:
-        """Mean change of the second document's log-probabilities when the tokens before it are reversed."""
-        return (log_probs_of_second(first, lengths) - log_probs_of_second(first[::-1], lengths)).abs().mean()
+        """Mean change of the second document's scores when the tokens before it are reversed."""
+        return (scores_of_second(first, lengths) - scores_of_second(first[::-1], lengths)).abs().mean()
 
     was_training = model.training
     model.eval()
