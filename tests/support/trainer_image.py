@@ -1,0 +1,152 @@
+"""Run Python in the built trainer image, under the restrictions of a trainer pod and without a cluster.
+
+A trainer pod runs as uid 10001 without capabilities, on a read-only root file system. The containers of this module have the same
+restrictions, and no network except their loopback interface. runc starts them on the layers that buildah has built.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from finetune_api.names import TRAINER_UID
+from localcluster import images, paths
+from localcluster.requirements import find_executable
+from localcluster.steps import shown_step
+
+from tests.support.cells import CHECKOUT_FOLDER, PythonRunner
+
+CHECKOUT_IN_CONTAINER = "/checkout"
+NAME_PREFIX = "finetune-test-"
+PASSED_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
+"""Variables of the test process that adapt the libraries to this machine."""
+SITE_PACKAGES = "/opt/venv/lib/python3.11/site-packages"
+"""Folder of the installed packages in the image."""
+_container_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class TrainerImage:
+    """The mounted trainer image."""
+
+    root: Path
+    """The image's root file system."""
+    environment: Mapping[str, str]
+    """The environment variables that the image sets."""
+    working_folder: str
+    user: str
+
+    def run(
+        self, command: Sequence[str], shared_folder: Path, output: IO[bytes], *, environment: Mapping[str, str] | None = None,
+        hidden_folders: Sequence[str] = (), timeout: float = 300,
+    ) -> int:  # fmt: skip
+        """Run a command in a new container. Returns its exit code.
+
+        `shared_folder` has the same path in the container, and the container's user owns all its files. `hidden_folders` are empty in the
+        container. Errors: subprocess.TimeoutExpired.
+        """
+        for path in [shared_folder, *shared_folder.rglob("*")]:
+            os.chown(path, TRAINER_UID, TRAINER_UID, follow_symlinks=False)
+        name = f"{NAME_PREFIX}{os.getpid()}-{next(_container_numbers)}"
+        with tempfile.TemporaryDirectory(prefix=name) as bundle:
+            hosts = Path(bundle) / "hosts"
+            hosts.write_text("127.0.0.1 localhost trainer\n")
+            mounts = [
+                _bind_mount(hosts, "/etc/hosts"), _bind_mount(CHECKOUT_FOLDER / "tests", f"{CHECKOUT_IN_CONTAINER}/tests"),
+                _bind_mount(shared_folder, str(shared_folder), is_writable=True), *(_empty_folder(path) for path in hidden_folders),
+            ]  # fmt: skip
+            configuration = self._container_configuration(command, environment or {}, mounts)
+            (Path(bundle) / "config.json").write_text(json.dumps(configuration))
+            try:
+                return subprocess.run(
+                    _runc_command("run", "--bundle", bundle, name), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
+                ).returncode
+            finally:
+                subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
+
+    def python_runner(self, shared_folder: Path) -> PythonRunner:
+        """Return a runner that starts the image's Python with the test helpers of this checkout, and with the trainer of the image."""
+
+        def run_python(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
+            variables = {**environment, "PYTHONPATH": f"{self.environment['PYTHONPATH']}:{CHECKOUT_IN_CONTAINER}"}
+            return self.run(["python", *arguments], shared_folder, output, environment=variables, timeout=timeout)
+
+        return run_python
+
+    def _container_configuration(self, command: Sequence[str], environment: Mapping[str, str], mounts: list[dict[str, Any]]) -> dict[str, Any]:
+        """The configuration of the OCI runtime specification, https://github.com/opencontainers/runtime-spec/blob/v1.0.2/config.md"""
+        user, group = (int(number) for number in self.user.split(":"))
+        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+        variables = {**self.environment, **passed, **environment}
+        return {
+            "ociVersion": "1.0.2",
+            "hostname": "trainer",
+            "root": {"path": str(self.root), "readonly": True},
+            "process": {
+                "args": list(command), "cwd": self.working_folder, "env": [f"{name}={value}" for name, value in variables.items()],
+                "user": {"uid": user, "gid": group}, "capabilities": {}, "noNewPrivileges": True,
+            },
+            "mounts": [
+                _special_mount("proc", "/proc", "nosuid,noexec,nodev"), _special_mount("sysfs", "/sys", "nosuid,noexec,nodev,ro"),
+                _special_mount("tmpfs", "/dev", "nosuid,mode=755,size=65536k"), _special_mount("devpts", "/dev/pts", "newinstance,ptmxmode=0666"),
+                _special_mount("tmpfs", "/dev/shm", "nosuid,nodev,mode=1777"), _special_mount("tmpfs", "/tmp", "nosuid,nodev,mode=1777"),
+                *mounts,
+            ],
+            "linux": {"namespaces": [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount")]},
+        }  # fmt: skip
+
+
+def _bind_mount(source: Path, destination: str, *, is_writable: bool = False) -> dict[str, Any]:
+    return {"type": "bind", "source": str(source), "destination": destination, "options": ["rbind", "rw" if is_writable else "ro"]}
+
+
+def _empty_folder(path: str) -> dict[str, Any]:
+    return _special_mount("tmpfs", path, "ro,mode=755")
+
+
+def _special_mount(kind: str, destination: str, options: str) -> dict[str, Any]:
+    return {"type": kind, "source": kind, "destination": destination, "options": options.split(",")}
+
+
+def _runc_command(*arguments: str) -> list[str]:
+    return [find_executable("runc") or "runc", "--root", str(paths.cache_folder() / "test-containers"), *arguments]
+
+
+@contextmanager
+def open_trainer_image() -> Iterator[TrainerImage]:
+    """Build the trainer image of this checkout (unchanged layers come from the cache) and mount it."""
+    _remove_abandoned_containers()
+    built = images.build_images([images.ImageName.TRAINER], shown_step)[0]
+    name = f"{NAME_PREFIX}{os.getpid()}"
+    images.run_buildah("from", "--quiet", "--pull=never", "--name", name, built.tag)
+    try:
+        config = json.loads(images.run_buildah("inspect", name))["OCIv1"]["config"]
+        yield TrainerImage(
+            Path(images.run_buildah("mount", name).strip()), dict(variable.split("=", 1) for variable in config["Env"]), config["WorkingDir"], config["User"]
+        )
+    finally:
+        images.run_buildah("rm", name)
+
+
+def _remove_abandoned_containers() -> None:
+    """Remove the containers of test processes that were killed."""
+    running = subprocess.run(_runc_command("list", "--quiet"), capture_output=True, text=True).stdout.split()
+    for name in running:
+        if _is_abandoned(name):
+            subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
+    for container in json.loads(images.run_buildah("containers", "--json") or "[]") or []:
+        if _is_abandoned(container["containername"]):
+            images.run_buildah("rm", container["containername"])
+
+
+def _is_abandoned(name: str) -> bool:
+    owner_pid = name.removeprefix(NAME_PREFIX).partition("-")[0]
+    return name.startswith(NAME_PREFIX) and not Path(f"/proc/{owner_pid}").exists()
