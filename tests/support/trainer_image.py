@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune_api.names import TRAINER_UID
+
 from localcluster import images, paths
 from localcluster.requirements import find_executable
 from localcluster.steps import shown_step
-
 from tests.support.cells import CHECKOUT_FOLDER, PythonRunner
 
 CHECKOUT_IN_CONTAINER = "/checkout"
@@ -46,12 +47,11 @@ class TrainerImage:
 
     def run(
         self, command: Sequence[str], shared_folder: Path, output: IO[bytes], *, environment: Mapping[str, str] | None = None,
-        hidden_folders: Sequence[str] = (), timeout: float = 300,
+        timeout: float = 300,
     ) -> int:  # fmt: skip
         """Run a command in a new container. Returns its exit code.
 
-        `shared_folder` has the same path in the container, and the container's user owns all its files. `hidden_folders` are empty in the
-        container. Errors: subprocess.TimeoutExpired.
+        `shared_folder` has the same path in the container, and the container's user owns all its files. Errors: subprocess.TimeoutExpired.
         """
         for path in [shared_folder, *shared_folder.rglob("*")]:
             os.chown(path, TRAINER_UID, TRAINER_UID, follow_symlinks=False)
@@ -61,7 +61,7 @@ class TrainerImage:
             hosts.write_text("127.0.0.1 localhost trainer\n")
             mounts = [
                 _bind_mount(hosts, "/etc/hosts"), _bind_mount(CHECKOUT_FOLDER / "tests", f"{CHECKOUT_IN_CONTAINER}/tests"),
-                _bind_mount(shared_folder, str(shared_folder), is_writable=True), *(_empty_folder(path) for path in hidden_folders),
+                _bind_mount(shared_folder, str(shared_folder), is_writable=True),
             ]  # fmt: skip
             configuration = self._container_configuration(command, environment or {}, mounts)
             (Path(bundle) / "config.json").write_text(json.dumps(configuration))
@@ -108,10 +108,6 @@ def _bind_mount(source: Path, destination: str, *, is_writable: bool = False) ->
     return {"type": "bind", "source": str(source), "destination": destination, "options": ["rbind", "rw" if is_writable else "ro"]}
 
 
-def _empty_folder(path: str) -> dict[str, Any]:
-    return _special_mount("tmpfs", path, "ro,mode=755")
-
-
 def _special_mount(kind: str, destination: str, options: str) -> dict[str, Any]:
     return {"type": kind, "source": kind, "destination": destination, "options": options.split(",")}
 
@@ -124,14 +120,28 @@ def _runc_command(*arguments: str) -> list[str]:
 def open_trainer_image() -> Iterator[TrainerImage]:
     """Build the trainer image of this checkout (unchanged layers come from the cache) and mount it."""
     _remove_abandoned_containers()
-    built = images.build_images([images.ImageName.TRAINER], shown_step)[0]
-    name = f"{NAME_PREFIX}{os.getpid()}"
-    images.run_buildah("from", "--quiet", "--pull=never", "--name", name, built.tag)
+    images.build_images([images.ImageName.TRAINER], shown_step)
+    with _mount_image() as image:
+        yield image
+
+
+@contextmanager
+def open_broken_trainer_image(removed_folder: str) -> Iterator[TrainerImage]:
+    """Mount the trainer image without one folder of its installed packages."""
+    with _mount_image() as image:
+        shutil.rmtree(image.root / SITE_PACKAGES.lstrip("/") / removed_folder)
+        yield image
+
+
+@contextmanager
+def _mount_image() -> Iterator[TrainerImage]:
+    """Mount the trainer image. Changes below the mounted root do not change the image."""
+    name = f"{NAME_PREFIX}{os.getpid()}-{next(_container_numbers)}"
+    images.run_buildah("from", "--quiet", "--pull=never", "--name", name, images.RECIPE_BY_IMAGE[images.ImageName.TRAINER].tag)
     try:
         config = json.loads(images.run_buildah("inspect", name))["OCIv1"]["config"]
-        yield TrainerImage(
-            Path(images.run_buildah("mount", name).strip()), dict(variable.split("=", 1) for variable in config["Env"]), config["WorkingDir"], config["User"]
-        )
+        variables = dict(variable.split("=", 1) for variable in config["Env"])
+        yield TrainerImage(Path(images.run_buildah("mount", name).strip()), variables, config["WorkingDir"], config["User"])
     finally:
         images.run_buildah("rm", name)
 

@@ -73,6 +73,8 @@ MISSING_PART_PATTERNS = (
     (re.compile(r"requires the (.+) library,? but it was not found in your environment"), "the Python package {}"),
 )
 """Messages of libraries about a missing part of the image, and the name of that part. The messages were recorded with the locked versions."""
+INSTALL_ADVICE = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
+"""The advice in an ImportError of a library that lacks another package."""
 GPU_DRIVER_MISSING = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")
 """Messages about a GPU driver that the pod does not have at all. The driver's libraries come from the node, not from the image."""
 NODE_DRIVER_MESSAGES = (
@@ -157,6 +159,8 @@ def _missing_part(error: BaseException) -> tuple[str | None, str]:
         if match := pattern.search(text):
             line_start = text.rfind("\n", 0, match.end()) + 1
             return part.format(match.group(1) if match.groups() else ""), text[line_start:].splitlines()[0].strip()[:1000]
+    if isinstance(error, ImportError) and (match := INSTALL_ADVICE.search(text)):
+        return f"the Python package {match.group(1)}", _first_line(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
         return f"a usable Python package {str(error.name).partition('.')[0]}", _first_line(error)
     return None, ""

@@ -148,6 +148,10 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
             ImportError("\nLlamaConverter requires the protobuf library but it was not found in your environment. Check out the instructions on the"),
             "lacks the Python package protobuf",
         ),
+        (
+            ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`"),
+            "lacks the Python package bitsandbytes: ImportError: Using",
+        ),
         (ImportError("cannot import name 'x' from 'peft.utils' (/opt/peft/utils.py)", name="peft.utils"), "lacks a usable Python package peft"),
         (
             caused_by(
@@ -159,8 +163,8 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
     ],
     ids=[
         "c++", "nvcc", "Triton without C compiler", "torch.compile without C++ compiler", "ninja", "DeepSpeed without ninja", "nvcc of torch",
-        "nvcc of DeepSpeed", "library of bitsandbytes", "C library", "packages of model code", "package of transformers", "version of a package",
-        "reason hidden by transformers",
+        "nvcc of DeepSpeed", "library of bitsandbytes", "C library", "packages of model code", "package of transformers", "package of a quantiser",
+        "version of a package", "reason hidden by transformers",
     ],
 )  # fmt: skip
 def test_a_missing_part_of_the_image_is_final_and_named(error: Exception, expected: str) -> None:
