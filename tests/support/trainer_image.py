@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,11 @@ from localcluster.steps import shown_step
 from tests.support.cells import CHECKOUT_FOLDER, PythonRunner
 
 CHECKOUT_IN_CONTAINER = "/checkout"
+PACKAGES_OF_IMAGE = ("crds/finetune_api", "trainer-image/finetune_trainer")
+"""Packages of the checkout that the image contains. In a container, the image's packages replace those of the checkout."""
 NAME_PREFIX = "finetune-test-"
+TEST_PACKAGES = ("pytest", "pluggy", "iniconfig", "hypothesis", "sortedcontainers", "pytest-asyncio", "pytest-timeout", "cryptography", "cffi", "pycparser")
+"""Packages that the tests need and the image does not contain."""
 PASSED_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
 """Variables of the test process that adapt the libraries to this machine."""
 SITE_PACKAGES = "/opt/venv/lib/python3.11/site-packages"
@@ -60,7 +65,8 @@ class TrainerImage:
             hosts = Path(bundle) / "hosts"
             hosts.write_text("127.0.0.1 localhost trainer\n")
             mounts = [
-                _bind_mount(hosts, "/etc/hosts"), _bind_mount(CHECKOUT_FOLDER / "tests", f"{CHECKOUT_IN_CONTAINER}/tests"),
+                _bind_mount(hosts, "/etc/hosts"), _bind_mount(CHECKOUT_FOLDER, CHECKOUT_IN_CONTAINER),
+                *(_bind_mount(self.root / "app" / Path(path).name, f"{CHECKOUT_IN_CONTAINER}/{path}") for path in PACKAGES_OF_IMAGE),
                 _bind_mount(shared_folder, str(shared_folder), is_writable=True),
             ]  # fmt: skip
             configuration = self._container_configuration(command, environment or {}, mounts)
@@ -71,6 +77,21 @@ class TrainerImage:
                 ).returncode
             finally:
                 subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
+
+    def run_pytest(self, arguments: Sequence[str], shared_folder: Path, output: IO[bytes], *, timeout: float) -> int:
+        """Run tests of this checkout with the image's Python and libraries. Returns pytest's exit code. pytest itself is copied from this environment."""
+        packages = shared_folder / "test-packages"
+        for name in TEST_PACKAGES:
+            for file in distribution(name).files or ():
+                if ".." not in file.parts and "__pycache__" not in file.parts:
+                    (packages / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(str(file.locate()), packages / file)
+        command = [
+            "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", CHECKOUT_IN_CONTAINER, "--basetemp", str(shared_folder / "pytest"),
+            *(f"{CHECKOUT_IN_CONTAINER}/{argument}" if argument.startswith("tests/") else argument for argument in arguments),
+        ]  # fmt: skip
+        environment = {"PYTHONPATH": f"{self.environment['PYTHONPATH']}:{CHECKOUT_IN_CONTAINER}:{packages}", "CI": "1", "HF_HUB_OFFLINE": "1"}
+        return self.run(command, shared_folder, output, environment=environment, timeout=timeout)
 
     def python_runner(self, shared_folder: Path) -> PythonRunner:
         """Return a runner that starts the image's Python with the test helpers of this checkout, and with the trainer of the image."""
