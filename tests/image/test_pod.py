@@ -28,7 +28,7 @@ class EndedPod:
     termination_message: TerminationMessage
 
 
-def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processes: int = 2) -> EndedPod:
+def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processes: int = 2, gpus: int = 0) -> EndedPod:
     """Run one pod until it ends. Its model, data and results are in `folder`."""
     model, rows = make_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl")
     (folder / "work").mkdir()
@@ -36,7 +36,7 @@ def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processe
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"},
         "training": {"maxSteps": 2, "batchSizePerDevice": 2}, "checkpoint": {"strategy": "no"},
     }  # fmt: skip
-    run = run_config({**base, **spec}, StoreTarget(uri=f"file://{folder}/store/team/job/{UID}"), processes=processes)
+    run = run_config({**base, **spec}, StoreTarget(uri=f"file://{folder}/store/team/job/{UID}"), processes=processes, gpus=gpus)
     data = run.to_bytes()
     (folder / "run.json").write_bytes(data)
     environment = {
@@ -79,3 +79,10 @@ def test_an_image_that_lacks_a_library_ends_the_job(
     assert pod.termination_message.code == "InstallationBroken"
     assert f"the trainer image lacks {missing_part}" in str(pod.termination_message.message)
     assert EXIT_POLICIES[pod.exit_code].retry_policy is RetryPolicy.NEVER
+
+
+@pytest.mark.slow
+def test_a_pod_that_requests_a_gpu_and_has_no_driver_ends_the_job(trainer_image: TrainerImage, tmp_path: Path) -> None:
+    pod = run_pod(trainer_image, tmp_path, {}, processes=1, gpus=1)
+    assert (pod.exit_code, pod.termination_message.code) == (ExitCode.INSTALLATION_BROKEN, "GpuDriverMissing"), pod.log[-6000:]
+    assert "the pod has no GPU driver: Found no NVIDIA driver" in str(pod.termination_message.message)

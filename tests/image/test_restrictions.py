@@ -38,6 +38,7 @@ def test_the_image_has_the_trainer_of_this_checkout(trainer_image: TrainerImage)
         assert subprocess.run(command, capture_output=True, text=True).stdout == ""
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_a_broken_installation(trainer_image: TrainerImage, tmp_path: Path) -> None:
     """The libraries raise their real errors, because the image of the tests has no compiler."""
     failures = run_report(trainer_image, tmp_path, "tests.support.compiler_failures")
