@@ -211,8 +211,9 @@ def make_rows(workload: Workload) -> list[dict[str, Any]]:
     """Create random rows of different lengths, enough for all steps."""
     rng = random.Random(0)
 
-    def text(token_count: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(max(1, token_count // 2)))
+    def text(word_count: int) -> str:
+        """A text of so many words; with the tests' tokenizer, a word is about one token."""
+        return " ".join(rng.choice(WORDS) for _ in range(max(1, word_count)))
 
     rows: list[dict[str, Any]] = []
     if workload.data == "chat":
@@ -224,8 +225,8 @@ def make_rows(workload: Workload) -> list[dict[str, Any]]:
     tokens = 0
     while tokens < 1.3 * workload.length * workload.batch * (workload.steps + 1):
         count = rng.randint(16, max(17, workload.length // 4))
-        rows.append({"text": text(count)})
-        tokens += count
+        rows.append({"text": text(count // 2)})
+        tokens += count // 2
     return rows
 
 

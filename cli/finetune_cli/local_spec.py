@@ -20,6 +20,9 @@ SOURCE_FIELDS = (
     "dataset.train",
     "dataset.validation",
     "dataset.test",
+    "evaluation.metricModels.bertscore",
+    "evaluation.metricModels.semanticSimilarity",
+    "phases.from",
 )
 
 

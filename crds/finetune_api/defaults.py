@@ -72,6 +72,7 @@ OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
     "trainer.dpo", "trainer.grpo", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
+    "evaluation.metricModels",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
 })  # fmt: skip
 """Groups without automatic defaults: a group is present only if the user sets it, or the method or objective needs it."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -17,7 +19,7 @@ from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
-from finetune_api.status import Checkpoint, Metrics, Output, Progress, ResolvedConfig, Stage
+from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, Stage
 
 
 class StoreTarget(WireModel):
@@ -204,6 +206,8 @@ class ProgressReport(ReportModel):
     metrics: Metrics = Field(default_factory=Metrics)
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     latest_checkpoint: str | None = None
+    output: Output | None = Field(default=None, description="The final model or adapter, as soon as it is committed.")
+    evaluation: EvaluationResult | None = Field(default=None, description="Results of the evaluation after training.")
     resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
     resolved: ResolvedConfig = Field(
         default_factory=ResolvedConfig, description="The configuration in use, without fields that this trainer release does not know."
@@ -229,7 +233,11 @@ class TerminationMessage(ReportModel):
     origin: bool | None = Field(
         default=None, description="True: this rank itself failed. False: this rank noticed the failure of another rank."
     )
+    stage: Stage | None = Field(
+        default=None, description="The stage that failed, if it follows the commit of the model. Absent if training failed."
+    )
     output: Output | None = None
+    evaluation: EvaluationResult | None = None
     metrics: Metrics | None = None
     progress: Progress | None = None
     checkpoints: list[Checkpoint] = Field(default_factory=list)
@@ -240,16 +248,33 @@ class TerminationMessage(ReportModel):
     def to_json(self) -> str:
         """Return the message as JSON of at most 4096 bytes, the kubelet's limit. Optional fields are dropped first, then long texts are cut."""
         value = self.to_wire()
-        for key in ("resolved", "checkpoints", "metrics"):
+        for drop_part in _DROPPED_PARTS:
             if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
                 break
-            value.pop(key, None)
+            drop_part(value)
         for key in ("hint", "message"):
             excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
             if excess > 0 and isinstance(value.get(key), str):
                 text = value[key].encode(errors="replace")
                 value[key] = text[: max(0, len(text) - excess - 16)].decode(errors="ignore") + " ..."
         return _compact_json(value).decode()
+
+
+def _drop_texts_of_passed_gates(message: dict[str, Any]) -> None:
+    for gate in message.get("evaluation", {}).get("gates", []):
+        if gate["passed"]:
+            gate.pop("text", None)
+
+
+_DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
+    partial(remove_path, path="resolved"),
+    partial(remove_path, path="checkpoints"),
+    partial(remove_path, path="metrics"),
+    _drop_texts_of_passed_gates,
+    partial(remove_path, path="evaluation.metrics"),
+    partial(remove_path, path="evaluation"),
+)
+"""Functions that drop a part of a termination message that is too long, in the order of use. The storage keeps all results of the evaluation."""
 
 
 def _compact_json(value: dict[str, Any]) -> bytes:

@@ -216,13 +216,21 @@ def model_name(source: str) -> str:
     The name is the hub repository without the owner, the last folder of a path, or, for a job's result
     (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), the name of the job.
     """
+    name = last_folder(source)
+    return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
+
+
+def last_folder(source: str) -> str:
+    """Return the last folder of a model source: the hub repository without the owner and revision, or the last folder of a path.
+
+    For a job's result (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), this is the name of the job.
+    """
     text = redact_source(source).rstrip("/")
     if "://" not in text or text.startswith("hf://"):
         text = text.partition("@")[0] if "@" in text else text
     folder = _MODEL_PATH_PATTERN.sub("", _CHECKPOINT_PATH_PATTERN.sub("", text))
     parts = [part for part in re.sub(r"^[a-z0-9]+://", "", folder).split("/") if part and not _UID_PATTERN.match(part)]
-    name = parts[-1] if parts else text
-    return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
+    return parts[-1] if parts else text
 
 
 def redact_source(text: str) -> str:

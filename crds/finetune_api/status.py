@@ -12,11 +12,11 @@ from enum import StrEnum
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, Field, PlainSerializer
 
 from finetune_api.base import PROMPT_KEY, PromptWrite, ReportModel, status_field
 from finetune_api.names import Condition as ConditionType
-from finetune_api.names import FailureClass, Phase
+from finetune_api.names import FailureClass, Phase, Reason
 from finetune_api.spec.enums import OutputKind
 
 
@@ -26,6 +26,14 @@ def format_rfc3339(time: datetime) -> str:
 
 
 Time = Annotated[datetime, PlainSerializer(format_rfc3339, return_type=str, when_used="json")]
+
+
+def round_to_six_digits(value: float) -> float:
+    """Return the number rounded to six significant digits. Shorter numbers are easier to read and keep the termination message small."""
+    return float(f"{value:.6g}")
+
+
+RoundedNumber = Annotated[float, AfterValidator(round_to_six_digits)]
 
 
 class Condition(ReportModel):
@@ -135,9 +143,54 @@ class Output(ReportModel):
     merged_uri: str | None = status_field("Folder with the merged model. Present if output.mergeAdapter is true.")
     published_uri: str | None = status_field("Folder of the published copy. Present if output.dir is set.")
     report_uri: str | None = status_field("Folder with the run's report.")
+    promoted: bool | None = status_field(
+        "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True
+    )
     evaluation: dict[str, Any] | None = status_field(
         "Metrics measured after training, by name. With a test set: testRows, testLoss (nats per token), testTokenAccuracy. "
         "Depending on the data format also testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
+    )
+
+
+class MetricResult(ReportModel):
+    """Values of one evaluation metric. An absent value was not measured."""
+
+    value: RoundedNumber | None = status_field("Value of the trained model, in the metric's own unit.", example=0.83)
+    base: RoundedNumber | None = status_field("Value of the base model on the same rows.", example=0.79)
+    difference: RoundedNumber | None = status_field("Value of the trained model minus value of the base model.", example=0.04)
+    low: RoundedNumber | None = status_field("Lower end of the 95 % confidence interval of the difference.", example=0.012)
+    high: RoundedNumber | None = status_field("Upper end of the 95 % confidence interval of the difference.", example=0.068)
+    reason: str | None = status_field(
+        "Reason if the metric or its confidence interval could not be computed.", example="2 of 200 answers could not be scored by the judge"
+    )
+
+
+class GateResult(ReportModel):
+    """Result of one gate of `evaluation.gates`."""
+
+    metric: str = status_field("Metric of the gate.", default=..., example="accuracy")
+    passed: bool = status_field("Whether the trained model passed the gate.", default=..., example=True)
+    text: str | None = status_field(
+        "The measured and the required value in one sentence.", example="accuracy is 0.83, and the gate requires at least 0.8"
+    )
+
+
+class EvaluationResult(ReportModel):
+    """Results of the evaluation after training."""
+
+    rows: int | None = status_field("Number of evaluated rows.", example=200)
+    metrics: dict[str, MetricResult] | None = status_field(
+        "Metrics of evaluation.metrics, by name.", example={"accuracy": {"value": 0.83, "base": 0.79, "difference": 0.04, "low": 0.012, "high": 0.068}}
+    )
+    gates: list[GateResult] | None = status_field(
+        "Results of evaluation.gates, in the order of the spec.", example=[{"metric": "accuracy", "passed": True}]
+    )
+    comparison_uri: str | None = status_field(
+        "File with the answers of the base model and the trained model to the same prompts.",
+        example="s3://models/ft/team-a/support-bot/UID/evaluation/comparison.jsonl",
+    )
+    predictions_uri: str | None = status_field(
+        "File with the generated answer and the scores of each row.", example="s3://models/ft/team-a/support-bot/UID/evaluation/predictions.jsonl"
     )
 
 
@@ -254,6 +307,7 @@ class FineTuneJobStatus(ReportModel):
     )  # fmt: skip
     latest_checkpoint_step: int | None = status_field("Optimizer step of the newest committed checkpoint.", example=400)
     output: Output | None = status_field("The final model or adapter.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    evaluation: EvaluationResult | None = status_field("Results of the evaluation after training.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
     failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
     adaptations: list[Adaptation] = status_field(
         "Changes that the operator made to the job's configuration, so that the job can continue.",
@@ -329,15 +383,32 @@ class Stage(StrEnum):
     """The pod is restoring a checkpoint."""
     TRAINING = "training"
     """The pod is training."""
-    EVALUATING = "evaluating"
-    """The pod is evaluating the model."""
     SAVING = "saving"
     """The pod is saving a checkpoint."""
+    MERGING = "merging"
+    """The pod is merging the adapter into the base model."""
+    EVALUATING = "evaluating"
+    """The pod is evaluating the model."""
+    COMPARING = "comparing"
+    """The pod is generating answers with the base model and the trained model to compare them."""
+    BENCHMARKING = "benchmarking"
+    """The pod is running the benchmarks of `evaluation.benchmarks`."""
+    VERIFYING = "verifying"
+    """The pod is checking that the stored final model can be loaded."""
     UPLOADING = "uploading"
     """The pod is uploading the final model."""
+    REPORTING = "reporting"
+    """The pod is writing the run's report."""
     STOPPING = "stopping"
     """The pod has received SIGTERM and is saving a checkpoint."""
     DONE = "done"
     """The final model is committed to storage."""
     FAILED = "failed"
     """The pod failed and is about to exit."""
+
+
+REASON_OF_STAGE = {
+    Stage.MERGING: Reason.MERGE_FAILED, Stage.EVALUATING: Reason.EVALUATION_FAILED, Stage.COMPARING: Reason.COMPARISON_FAILED,
+    Stage.BENCHMARKING: Reason.BENCHMARK_FAILED, Stage.VERIFYING: Reason.VERIFICATION_FAILED, Stage.REPORTING: Reason.REPORT_FAILED,
+}  # fmt: skip
+"""Reason of an attempt in which a stage after training failed."""

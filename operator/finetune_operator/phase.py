@@ -21,8 +21,13 @@ PHASE_OF_STAGE: dict[Stage, Phase] = {
     Stage.RESTORING: Phase.STARTING,
     Stage.TRAINING: Phase.RUNNING,
     Stage.SAVING: Phase.RUNNING,
+    Stage.MERGING: Phase.UPLOADING,
     Stage.EVALUATING: Phase.EVALUATING,
+    Stage.COMPARING: Phase.EVALUATING,
+    Stage.BENCHMARKING: Phase.EVALUATING,
+    Stage.VERIFYING: Phase.EVALUATING,
     Stage.UPLOADING: Phase.UPLOADING,
+    Stage.REPORTING: Phase.UPLOADING,
     Stage.STOPPING: Phase.RUNNING,
     Stage.DONE: Phase.UPLOADING,
     Stage.FAILED: Phase.RUNNING,
@@ -81,15 +86,17 @@ def phase_of_pods(inputs: StatusInput, in_recovery: bool) -> Phase:
             # The operator was restarted and has not read the pod's progress yet, but the status shows that the pod trained.
             return Phase.RUNNING
         return Phase.RECOVERING if in_recovery else Phase.STARTING
-    reported_phase = PHASE_OF_STAGE[live_report.report.stage]
-    if reported_phase is Phase.EVALUATING and not _is_last_step(live_report.report.progress):
+    report = live_report.report
+    reported_phase = PHASE_OF_STAGE[report.stage]
+    if report.stage is Stage.EVALUATING and report.output is None and _is_before_last_step(report.progress):
         return Phase.RUNNING
     is_starting = reported_phase in (Phase.STARTING, Phase.VALIDATING)
     return Phase.RECOVERING if is_starting and in_recovery else reported_phase
 
 
-def _is_last_step(progress: Progress) -> bool:
-    return progress.total_steps is not None and (progress.step or 0) >= progress.total_steps
+def _is_before_last_step(progress: Progress) -> bool:
+    """Whether training still has steps to do. False if the job has no optimizer steps, because it only evaluates."""
+    return progress.total_steps is not None and (progress.step or 0) < progress.total_steps
 
 
 def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:

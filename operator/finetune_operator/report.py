@@ -18,6 +18,7 @@ from finetune_api.status import (
     Adaptation,
     Attempt,
     Checkpoint,
+    EvaluationResult,
     Failure,
     FineTuneJobStatus,
     Metrics,
@@ -80,6 +81,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         latest_checkpoint=checkpoints.latest_uri,
         latest_checkpoint_step=checkpoints.latest_step,
         output=_compute_output_status(inputs),
+        evaluation=_compute_evaluation(inputs),
         failure=_compute_failure(inputs),
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
@@ -122,6 +124,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
         latest_checkpoint=stored_status.latest_checkpoint,
         latest_checkpoint_step=stored_status.latest_checkpoint_step,
         output=Output(uri=new_status.output.uri) if new_status.output else None,
+        evaluation=stored_status.evaluation,
         failure=_reduced_failure(new_status.failure),
         adaptations=new_status.adaptations,
         workers=new_status.workers,
@@ -431,8 +434,13 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
 
 
 def _compute_output_status(inputs: StatusInput) -> Output | None:
-    message = inputs.termination_message
-    return (message.output if message else None) or inputs.old_status.output
+    message, live_report = inputs.termination_message, inputs.facts.live_report
+    return (message.output if message else None) or (live_report.report.output if live_report else None) or inputs.old_status.output
+
+
+def _compute_evaluation(inputs: StatusInput) -> EvaluationResult | None:
+    message, live_report = inputs.termination_message, inputs.facts.live_report
+    return (message.evaluation if message else None) or (live_report.report.evaluation if live_report else None) or inputs.old_status.evaluation
 
 
 def _compute_failure(inputs: StatusInput) -> Failure | None:

@@ -30,13 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}},
-    "lora": {"method": {"lora": {"dropout": 0}}, "training": {"learningRate": 5e-3}},
-    "qlora": {"method": {"type": "qlora", "lora": {"dropout": 0}}, "training": {"learningRate": 5e-3}},
-    "loftq": {"method": {"lora": {"dropout": 0, "init": "loftq"}}, "training": {"learningRate": 5e-3}},
+    "lora": {"method": {"lora": {"dropout": 0}}, "training": {"learningRate": 2e-3}},
+    "qlora": {"method": {"type": "qlora", "lora": {"dropout": 0}}, "training": {"learningRate": 2e-3}},
+    "loftq": {"method": {"lora": {"dropout": 0, "init": "loftq"}}, "training": {"learningRate": 2e-3}},
     "new tokens": {
         "model": {"newTokens": ["<new>"]},
         "method": {"lora": {"dropout": 0}},
-        "training": {"learningRate": 5e-3},
+        "training": {"learningRate": 2e-3},
     },
     "packed": {"method": {"type": "full"}, "dataset": {"packing": True}},
     "offloaded activations": {"method": {"type": "full"}, "training": {"gradientCheckpointing": "unsloth"}},

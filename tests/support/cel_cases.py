@@ -10,6 +10,7 @@ from finetune_api.spec import FineTuneJobSpec
 
 MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
+ROWS = {"train": "s3://bucket/train.jsonl", "test": "s3://bucket/test.jsonl"}
 SPEC_RULES: dict[str, dict[str, Any]] = {
     "ModelMissing": {"model": {"dtype": "auto"}},
     "QloraNeedsFourBits": {"method": {"type": "qlora"}, "model": {"source": "a/b", "quantization": {"bits": 8}}},
@@ -40,6 +41,15 @@ GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
     ("Dataset", "dataset.maxBadRowRatio"): {"dataset": {"train": "s3://bucket/x", "maxBadRowRatio": 0.1}},
     ("Dataset", "dataset.template"): {"dataset": {"train": "s3://bucket/x", "template": "{q}"}},
     ("Reward", "a reward needs"): {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}},
+    ("Gate", "a gate needs"): {"evaluation": {"metrics": ["accuracy"], "gates": [{"metric": "accuracy"}]}, "dataset": ROWS},
+    ("Gate", "a gate with"): {"evaluation": {"metrics": ["accuracy"], "gates": [{"metric": "accuracy", "value": 0.8}]}, "dataset": ROWS},
+    ("Gate", "`notWorseThanBase`"): {
+        "evaluation": {"metrics": ["accuracy"], "gates": [{"metric": "accuracy", "op": "ge", "notWorseThanBase": {}}]}, "dataset": ROWS,
+    },
+    ("Evaluation", "a gate's metric"): {
+        "evaluation": {"metrics": ["accuracy"], "gates": [{"metric": "loss", "op": "le", "value": 2}]}, "dataset": ROWS,
+    },
+    ("Phases", "`train: false` and `from`"): {"phases": {"train": False, "evaluate": True}, "evaluation": {"metrics": ["perplexity"]}},
     ("Training", "training.warmupSteps"): {"training": {"warmupSteps": 0, "warmupRatio": 0.1}},
 }  # fmt: skip
 """For each rule inside one group, by the group and the beginning of the rule's message: a spec that breaks the rule."""

@@ -1,4 +1,5 @@
-"""Entry point of the trainer image: `supervise` runs as PID 1 of a pod, `agent` starts the pod's ranks, `train` runs one rank.
+"""Entry point of the trainer image: `supervise` runs as PID 1 of a pod, `agent` starts the pod's ranks, `train` runs one rank, `stage` runs a
+stage after training.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
@@ -25,9 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
             from finetune_trainer import agent
 
             return agent.main(options)
+        case "stage":
+            from finetune_trainer.stages import process
+
+            return process.main(options)
         case "supervise" | "run":
             return _supervise(command, options)
-    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, train or agent", file=sys.stderr)
+    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, train, agent or stage", file=sys.stderr)
     return 64
 
 

@@ -1,9 +1,10 @@
-"""Decides whether a run recomputes activations, if the spec leaves this to the trainer.
+"""Decides which micro-batches recompute their activations, if the spec leaves this to the trainer.
 
-Recomputing (gradient checkpointing) saves memory and costs a second forward pass. It is left out if the estimated memory of all activations
-fits. The estimate covers dense decoders with LoRA or full training. Per token and layer it counts 5 values for each hidden unit, 8 for each unit
-of the attention heads and 6 for each unit of the feed-forward layer. Measured peaks are 20 to 50 % lower (benchmarks/results/gpu_cells*.json).
-If an attempt runs out of memory nevertheless, the next one has a smaller micro-batch and recomputes, because then the spec has an adaptation.
+Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
+largest micro-batch fits into the GPU. Otherwise it recomputes only the micro-batches that do not fit. The estimate covers dense decoders with
+LoRA or full training. Per token and layer it counts 5 values for each hidden unit, 8 for each unit of the attention heads and 6 for each unit
+of the feed-forward layer. Measured peaks are 20 to 50 % lower (benchmarks/results/gpu_cells*.json). If an attempt runs out of memory
+nevertheless, the next one has a smaller micro-batch and always recomputes, because then the spec has an adaptation.
 """
 
 from __future__ import annotations
@@ -46,10 +47,20 @@ class MemoryEstimate:
         return self.state_bytes + self.activation_bytes + FIXED_BYTES
 
 
-def keeps_all_activations(
+@dataclass(frozen=True)
+class ActivationChoice:
+    """Which micro-batches keep their activations. The others recompute them."""
+
+    max_kept_tokens: int | None
+    """Largest number of tokens, with padding, of a micro-batch that keeps its activations; None if all micro-batches keep them."""
+    note: str
+    """Sentence for the status."""
+
+
+def choose_kept_activations(
     run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int
-) -> str | None:
-    """Return a note for the status if the run need not recompute activations, otherwise None.
+) -> ActivationChoice | None:
+    """Choose the micro-batches that need not recompute their activations. Returns None if all must, or if the spec decides.
 
     `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: memory of the GPU,
     also if another program uses a part of it, so that all ranks and all attempts on GPUs of one type make the same choice.
@@ -57,12 +68,21 @@ def keeps_all_activations(
     if not _is_choice_of_trainer(run) or not _is_estimated(run, hardware, strategy_name, config):
         return None
     estimate = estimate_memory(run, hardware, strategy_name, config, batch_tokens)
-    if estimate.total_bytes > USABLE_SHARE * gpu_bytes:
+    available_bytes = int(USABLE_SHARE * gpu_bytes)
+    if estimate.total_bytes <= available_bytes:
+        return ActivationChoice(None, (
+            f"activations are not recomputed, because the run needs an estimated {estimate.total_bytes / 1e9:.0f} GB of "
+            f"{gpu_bytes / 1e9:.0f} GB of GPU memory (training.gradientCheckpointing: enabled would save memory)"
+        ))  # fmt: skip
+    one_token = estimate_memory(run, hardware, strategy_name, config, 1)
+    max_tokens = (available_bytes - one_token.state_bytes - FIXED_BYTES) // one_token.activation_bytes
+    # Packed micro-batches are all as long as the longest. Other micro-batches have at least one token per row.
+    if run.spec.dataset.packing or max_tokens < (run.spec.training.batch_size_per_device or 1):
         return None
-    return (
-        f"activations are not recomputed, because the run needs an estimated {estimate.total_bytes / 1e9:.0f} GB of "
-        f"{gpu_bytes / 1e9:.0f} GB of GPU memory (training.gradientCheckpointing: enabled would save memory)"
-    )
+    return ActivationChoice(max_tokens, (
+        f"activations are recomputed only for micro-batches of more than {max_tokens} tokens, because smaller ones fit into {gpu_bytes / 1e9:.0f} GB "
+        "of GPU memory by the trainer's estimate (training.gradientCheckpointing: enabled would always recompute)"
+    ))  # fmt: skip
 
 
 def _is_choice_of_trainer(run: RunConfig) -> bool:

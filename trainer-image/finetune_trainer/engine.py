@@ -27,6 +27,8 @@ from finetune_trainer.best import best_folder, copy_to_all_nodes
 from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
+from finetune_trainer.module_walks import CollectedModel, collected_model
+from finetune_trainer.recomputation import RecomputationPerBatch
 from finetune_trainer.speed import SpeedMeter
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,15 @@ class GuardedTrainer(OpenTrainer):
     meter: SpeedMeter | None = None
     lora_plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
+    clock: TrainingClock | None = None
+    """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
+    max_kept_tokens: int | None = None
+    """Larger micro-batches recompute their activations; None if gradient checkpointing is on or off for all micro-batches."""
+    _recomputation: RecomputationPerBatch | None = None
+    _collected: CollectedModel | None = None
+    """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
+    _operations_per_value: int | None = None
+    """transformers' estimate of the floating-point operations for each token of a micro-batch."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, then apply the strategy's settings that have no field in TrainingArguments."""
@@ -54,10 +65,50 @@ class GuardedTrainer(OpenTrainer):
 
         transformers compares the step with `max_steps` only after each step. A run that resumes from its last step would train one more step.
         """
+        self._running_clock()
         if self._is_complete():
             self.control.should_training_stop = True
             return
-        super().run_epoch(*args, **options)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().run_epoch(*args, **options)
+            return
+        with collected_model(self.model_wrapped) as self._collected:
+            super().run_epoch(*args, **options)
+        self._collected = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """Compute the gradients of a micro-batch, after the decision whether it recomputes its activations."""
+        if self.max_kept_tokens is not None:
+            if self._recomputation is None:
+                self._recomputation = RecomputationPerBatch(self.model, self.max_kept_tokens)
+            self._recomputation.prepare(inputs)
+        return super().training_step(model, inputs, *args, **options)
+
+    def clip_gradients(self, model: Any) -> Any:
+        """Clip the gradients and return their norm, without a walk over all modules."""
+        return super().clip_gradients(model) if self._collected is None else self._clip_collected(self.args.max_grad_norm)
+
+    def gradient_norm(self, model: Any, norm: Any = None) -> Any:
+        """Return the gradient norm, without a walk over all modules. `norm`: the norm if the gradients were clipped."""
+        if self._collected is None or norm is not None:
+            return super().gradient_norm(model, norm)
+        return self._clip_collected(math.inf)
+
+    def _clip_collected(self, max_norm: float) -> Any:
+        """Do what accelerate does for models that a rank holds as a whole."""
+        assert self._collected is not None
+        self.accelerator.unscale_gradients()
+        return torch.nn.utils.clip_grad_norm_(self._collected.trained_parameters, max_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return transformers' estimate of the operations for a micro-batch. The parameters of the model are counted only once."""
+        main_input = getattr(self.model, "main_input_name", "input_ids")
+        if main_input not in inputs or self._collected is None:
+            return int(super().floating_point_ops(inputs))
+        values = inputs[main_input].numel()
+        if self._operations_per_value is None and values:
+            self._operations_per_value = super().floating_point_ops(inputs) // values
+        return (self._operations_per_value or 0) * values
 
     def _is_complete(self) -> bool:
         callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
@@ -73,12 +124,19 @@ class GuardedTrainer(OpenTrainer):
         return super().get_batch_samples(_time_waiting(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to the logged values: the throughput since the last log line, and the peak GPU memory."""
+        """Add to the logged values: the time, the seconds of training over all attempts, the throughput, and the peak GPU memory."""
+        logs["unix_time"] = round(time.time(), 3)
+        logs["training_seconds"] = self._running_clock().read(is_training=self.is_in_train)
         if self.meter is not None and self.model.training and "loss" in logs:
             logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
             if self.args.device.type == "cuda":
                 logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
+
+    def _running_clock(self) -> TrainingClock:
+        if self.clock is None:
+            self.clock = TrainingClock(logged_training_seconds(self.state))
+        return self.clock
 
     def load_best_model(self) -> None:
         """Load the best weights from the folder of `best.KeepBest`. Errors: NoCheckpointError BestCheckpointMissing."""
@@ -142,6 +200,26 @@ class GuardedTrainer(OpenTrainer):
                 "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched_names[:4])}",
                 hint="use the same model, method and target modules as the run that wrote the checkpoint",
             )  # fmt: skip
+
+
+class TrainingClock:
+    """Seconds of training over all attempts of a run. The clock runs from its creation until the end of training."""
+
+    def __init__(self, seconds_before: float) -> None:
+        """`seconds_before`: seconds of training of the earlier attempts."""
+        self._seconds_before, self._started = seconds_before, time.perf_counter()
+        self._last_reading = seconds_before
+
+    def read(self, *, is_training: bool) -> float:
+        """Seconds of training until now. After training (`is_training` is false), the reading of the last call."""
+        if is_training:
+            self._last_reading = round(self._seconds_before + time.perf_counter() - self._started, 3)
+        return self._last_reading
+
+
+def logged_training_seconds(state: TrainerState) -> float:
+    """The seconds of training at the last logged line. 0 for a new run, and for checkpoints of releases that did not log this value."""
+    return next((float(line["training_seconds"]) for line in reversed(state.log_history) if "training_seconds" in line), 0.0)
 
 
 def _time_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:

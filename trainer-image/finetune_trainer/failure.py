@@ -55,11 +55,14 @@ SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in message
 
 BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "nvcc", "ninja")
 IMAGE_PACKAGES = (
-    "accelerate", "aiohttp", "bitsandbytes", "boto3", "botocore", "datasets", "deepspeed", "finetune_api", "finetune_trainer", "huggingface_hub",
-    "jinja2", "jsonschema", "liger_kernel", "numpy", "peft", "prometheus_client", "pyarrow", "pydantic", "safetensors", "scipy", "sentencepiece",
-    "tiktoken", "tokenizers", "torch", "transformers", "triton", "trl",
+    "accelerate", "aiohttp", "bert_score", "bitsandbytes", "boto3", "botocore", "datasets", "deepspeed", "finetune_api", "finetune_trainer",
+    "huggingface_hub", "jinja2", "jsonschema", "liger_kernel", "lm_eval", "mlflow", "numpy", "openai", "openpyxl", "peft", "prometheus_client",
+    "pyarrow", "pydantic", "pymongo", "rouge_score", "sacrebleu", "safetensors", "scipy", "securesystemslib", "sentence_transformers",
+    "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "transformers", "triton", "trl", "wandb",
 )  # fmt: skip
 """Packages that the trainer image installs. If one is missing, the image is broken; other missing modules are the user's own."""
+HIDDEN_PACKAGE = "None in sys.modules"
+"""Part of the message when code imports a package that `imports.preload` has hidden. The image contains this package."""
 MISSING_PART_PATTERNS = (
     (re.compile(r"(?:^|[\s:/])(c\+\+|g\+\+|gcc|cc|clang|clang\+\+|nvcc|ninja): (?:command )?not found", re.MULTILINE), "the program {}"),
     (re.compile(r"Failed to find (C(?:\+\+)?) compiler"), "a {} compiler"),
@@ -150,6 +153,8 @@ def _own_installation_error(error: BaseException) -> InstallationBrokenError | N
 
 def _missing_part(error: BaseException) -> tuple[str | None, str]:
     """Return the name of the image's missing part (None if no part is missing), and the line of the message about it."""
+    if HIDDEN_PACKAGE in str(error):
+        return None, ""
     if isinstance(error, FileNotFoundError) and _is_build_tool(str(error.filename)):
         return f"the program {str(error.filename).rpartition('/')[2]}", _first_line(error)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:

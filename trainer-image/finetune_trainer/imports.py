@@ -1,8 +1,8 @@
 """Imports the heavy libraries that a job needs, and hides libraries that the job does not need.
 
 Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft
-imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved. If a job does not need such a
-package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden only while
+imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved; TRL imports wandb and mlflow. If a
+job does not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden only while
 transformers is imported, because transformers would spend half a second on importing it for object detection losses.
 """
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
-from finetune_api.spec.enums import StrategyType, TrainerBackend
+from finetune_api.spec.enums import StrategyType, Tracker, TrainerBackend
 
 LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -42,6 +42,11 @@ def needs_deepspeed(run: RunConfig) -> bool:
     return run.spec.distributed.strategy is StrategyType.DEEPSPEED
 
 
+def needs_tracker(run: RunConfig, tracker: Tracker) -> bool:
+    """Whether the job reports its metrics to `tracker`."""
+    return tracker in (run.spec.tracking.report_to or [])
+
+
 def preload(run: RunConfig, objective_module: str) -> None:
     """Hide the libraries that the job does not need, and import the others and `objective_module`."""
     for name, value in LIBRARY_ENVIRONMENT.items():
@@ -49,7 +54,13 @@ def preload(run: RunConfig, objective_module: str) -> None:
     threads = run.spec.dataset.num_proc
     if threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # the thread pool of tokenizers reads this once
-    for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
+    needed_packages = {
+        "bitsandbytes": needs_bitsandbytes(run),
+        "deepspeed": needs_deepspeed(run),
+        "wandb": needs_tracker(run, Tracker.WANDB),
+        "mlflow": needs_tracker(run, Tracker.MLFLOW),
+    }
+    for name, needed in needed_packages.items():
         if not needed:
             _hide_package(name)
     with _hide_temporarily("scipy"):

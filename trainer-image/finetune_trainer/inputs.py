@@ -34,6 +34,8 @@ class Inputs(WireModel):
         default=None, description="Folder of the adapter to continue training (method.adapter)."
     )
     reference: Path | None = Field(default=None, description="Folder of the reference model (trainer.dpo).")
+    bertscore_model: Path | None = Field(default=None, description="Folder of the model of evaluation.metricModels.bertscore.")
+    similarity_model: Path | None = Field(default=None, description="Folder of the model of evaluation.metricModels.semanticSimilarity.")
     train: list[Path] = Field(default_factory=list, description="Training files, in the order of their names.")
     mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
     validation: list[Path] = Field(default_factory=list, description="Validation files.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import StrategyType, TrainerBackend
+from finetune_api.spec.enums import TrainerBackend
 
 from finetune_trainer.hardware import Hardware
 
@@ -111,18 +111,9 @@ def _why_not_chosen(run: RunConfig, config: Any) -> str | None:
         return "this release was not tested with Liger's kernels on AMD GPUs"
     if run.spec.model.trust_remote_code and getattr(config, "auto_map", None):
         return "the model runs code from its repository (model.trustRemoteCode)"
-    if _may_use_zero3(run):
-        return "the kernels are not used with ZeRO stage 3, or with a DeepSpeed file that may set it"
     if config.model_type not in COMPARED_TYPES:
         return f"this release was not tested with Liger's kernels for models of type {config.model_type}"
     return None
-
-
-def _may_use_zero3(run: RunConfig) -> bool:
-    """Whether the run uses DeepSpeed's ZeRO stage 3, or a configuration file that may set it."""
-    deepspeed = run.spec.distributed.deepspeed
-    is_deepspeed = run.spec.distributed.strategy is StrategyType.DEEPSPEED
-    return is_deepspeed and deepspeed is not None and (deepspeed.zero_stage == 3 or deepspeed.config_ref is not None)
 
 
 def _why_kernels_fail(hardware: Hardware) -> str | None:

@@ -7,10 +7,13 @@ written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpee
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 
@@ -69,6 +72,20 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         """Write weights, configuration and tokenizer on this rank. (The public `save_model` also decides which ranks write.)"""
         super()._save(output_dir, state_dict)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.clip_gradients(model)
+
+    def clip_gradients(self, model: Any) -> Any:
+        """Clip the gradients of `model.parameters()`, and return their norm. Overridden because each call walks over all modules."""
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return self.gradient_norm(model, grad_norm)
+
+    def gradient_norm(self, model: Any, norm: Any = None) -> Any:
+        """Return `norm`, or compute it from `model.parameters()`. Overridden because each computation walks over all modules."""
+        return super()._get_grad_norm(model, norm)
+
     def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device in the same way as the training loop."""
         prepared: dict[str, Any] = self._prepare_inputs(batch)
@@ -110,6 +127,93 @@ def disable_compiled_deepspeed_operations() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
+
+
+@contextmanager
+def cheap_reference_passes(trainer: Any) -> Iterator[None]:
+    """Replace the functions that TRL's dpo, kto and grpo trainers call around each forward pass of the reference model.
+
+    Each of these functions walks over all modules of the trained model. Within the context, the replacements do not:
+    * `is_peft_model` and `Accelerator.unwrap_model` return the results of their first calls, which do not change.
+    * `use_adapter` sets the active adapter in a list of layers. It leaves `requires_grad` alone, because TRL computes no gradients there.
+    * `disable_gradient_checkpointing` does nothing. Without gradients, checkpointing has no effect. TRL 1.16 would turn it on again with
+      transformers' defaults, so that `every_n_layers` and `offload` are lost, and would add another hook to the embedding each time.
+    """
+    trl_class = next(kind for kind in type(trainer).__mro__ if kind.__module__.startswith("trl."))
+    namespace = vars(sys.modules[trl_class.__module__])
+    accelerator, unwrap = trainer.accelerator, trainer.accelerator.unwrap_model
+    unwrap_once = cache(unwrap)
+    replacements = {
+        "is_peft_model": cache(namespace["is_peft_model"]), "use_adapter": AdapterSwitch(namespace["use_adapter"]).use_adapter,
+        "disable_gradient_checkpointing": lambda model, options=None: nullcontext(),
+    }  # fmt: skip
+    originals = {name: namespace[name] for name in replacements}
+    namespace.update(replacements)
+    accelerator.unwrap_model = lambda model, *args, **options: unwrap(model, *args, **options) if args or options else unwrap_once(model)
+    try:
+        yield
+    finally:
+        namespace.update(originals)
+        del accelerator.unwrap_model
+
+
+class AdapterSwitch:
+    """Activates another adapter of a PEFT model for a forward pass without gradients.
+
+    The first switch to an adapter calls TRL's `use_adapter`, and records the active adapter of each object. Later switches set these values.
+    """
+
+    def __init__(self, use_adapter: Callable[[Any, str | None], AbstractContextManager[None]]) -> None:
+        self._use_adapter = use_adapter
+        self._holders: dict[int, list[tuple[Any, str]]] = {}
+        """Objects that have an active adapter, by the id of their model."""
+        self._values: dict[tuple[int, str], list[Any]] = {}
+        """The active adapter of each of these objects, by the id of their model and the adapter's name."""
+
+    @contextmanager
+    def use_adapter(self, model: Any, adapter_name: str | None) -> Iterator[None]:
+        """Activate an adapter within the context. None deactivates all adapters."""
+        if adapter_name is None or torch.is_grad_enabled():
+            with self._use_adapter(model, adapter_name):
+                yield
+            return
+        key = (id(model), adapter_name)
+        if key not in self._values:
+            self._holders.setdefault(id(model), _adapter_holders(model))
+            with self._use_adapter(model, adapter_name):
+                self._values[key] = self._active_adapters(model)
+                yield
+            return
+        previous_values = self._active_adapters(model)
+        self._activate(model, self._values[key])
+        try:
+            yield
+        finally:
+            self._activate(model, previous_values)
+
+    def _active_adapters(self, model: Any) -> list[Any]:
+        return [vars(holder).get(name, UNSET) for holder, name in self._holders[id(model)]]
+
+    def _activate(self, model: Any, values: list[Any]) -> None:
+        for (holder, name), value in zip(self._holders[id(model)], values, strict=True):
+            if value is not UNSET:
+                vars(holder)[name] = value
+            else:
+                vars(holder).pop(name, None)
+
+
+UNSET = object()
+"""Marks an object without an active adapter of its own: the default of its class applies."""
+
+
+def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
+    """Return the objects of a PEFT model that have an active adapter, each with the name of the attribute."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    names = ((BaseTunerLayer, "_active_adapter"), (AuxiliaryTrainingWrapper, "_active_adapter"), (BaseTuner, "active_adapter"))
+    holders = [(module, name) for module in model.modules() for kind, name in names if isinstance(module, kind)]
+    return [(model, "active_adapter"), *holders]
 
 
 def use_one_device(args: TrainingArguments) -> None:

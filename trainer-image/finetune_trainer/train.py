@@ -128,8 +128,10 @@ class TrainingSession:
         context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
         data, self.facts = self.objective.load_data(context)
         self.test_rows = data.test
+        if data.test is not None and self.channel.rank == 0:
+            self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
-        self._choose_checkpointing(args)
+        max_kept_tokens = self._choose_checkpointing(args)
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
@@ -142,6 +144,7 @@ class TrainingSession:
         self._emit_notes(*notes, *trainable_model.notes, *self.strategy.notes)
         with method.trainer_construction(base_model):
             trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
+        trainer.max_kept_tokens = max_kept_tokens
         method.on_trainer_created(trainer)
         for callback in callbacks:
             if isinstance(callback, NeedsTrainer):
@@ -170,22 +173,28 @@ class TrainingSession:
         self._emit_notes(*choose_kernels(args, self.run, self.hardware, config, self.objective.model_kind))
         return context, args
 
-    def _choose_checkpointing(self, args: Any) -> None:
-        """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory."""
+    def _choose_checkpointing(self, args: Any) -> int | None:
+        """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
+
+        Returns the tokens of the largest micro-batch that keeps its activations, if larger ones must recompute them.
+        """
         import torch
 
-        from finetune_trainer.activation_memory import keeps_all_activations
+        from finetune_trainer.activation_memory import choose_kept_activations
 
         if self.hardware.device.type != "cuda" or not self.facts.longest_sequence:
-            return
-        note = keeps_all_activations(
+            return None
+        choice = choose_kept_activations(
             self.run, self.hardware, self.strategy.name, self.config,
             batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence,
             gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory,
         )  # fmt: skip
-        if note is not None:
+        if choice is None:
+            return None
+        self._emit_notes(choice.note)
+        if choice.max_kept_tokens is None:
             args.activation_checkpointing = args.gradient_checkpointing = False
-            self._emit_notes(note)
+        return choice.max_kept_tokens
 
     def _method_context(self, tokenizer: Any) -> MethodContext:
         from finetune_trainer import vocabulary
@@ -264,6 +273,20 @@ class TrainingSession:
         self._emit_notes(held_out.summarise(metrics, self.objective.held_out_metrics))
         return metrics
 
+    def _write_test_split(self) -> None:
+        """Write the raw rows of the test set to the output folder.
+
+        All data is read once more, because the rows may come from the token cache. This happens before the model is loaded, while the
+        pod has enough memory for the rows.
+        """
+        from finetune_trainer.data import load
+        from finetune_trainer.results.file_names import ResultFile
+        from finetune_trainer.results.test_split import jsonl_lines
+
+        self.inputs.output_dir.mkdir(parents=True, exist_ok=True)
+        with (self.inputs.output_dir / ResultFile.TEST_SPLIT).open("w", encoding="utf-8") as file:
+            file.writelines(jsonl_lines(row for row, _ in load(self.run, self.inputs).test))
+
     def _save_output(self, trainer: Any, trainable_model: TrainableModel) -> tuple[Path, dict[str, Any]]:
         """Write the final artefact as a folder for transformers or PEFT. All ranks must call it; rank 0 writes."""
         from finetune_trainer.engine import require_finite_weights
@@ -287,8 +310,18 @@ class TrainingSession:
             for unwanted in ("training_args.bin", "README.md"):
                 (folder / unwanted).unlink(missing_ok=True)
             _name_base_by_source(folder, self.run)
+            self._write_log(trainer)
         trainer.accelerator.wait_for_everyone()
-        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes)}
+        parameters = {"trainable": trainable_model.trainable, "total": trainable_model.total}
+        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
+
+    def _write_log(self, trainer: Any) -> None:
+        """Write all logged lines of the run to the output folder. The Trainer's state includes the lines of earlier attempts."""
+        from finetune_trainer.results.file_names import ResultFile
+        from finetune_trainer.results.log_entry import LogEntry, log_jsonl
+
+        entries = [LogEntry.model_validate(line) for line in trainer.state.log_history]
+        (self.inputs.output_dir / ResultFile.LOG).write_text(log_jsonl(entries), encoding="utf-8")
 
     def _emit_notes(self, *notes: str) -> None:
         """Report each note for the status once, from rank 0."""

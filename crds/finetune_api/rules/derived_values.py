@@ -7,6 +7,8 @@ from typing import Any
 from finetune_api.base import DEFAULT_KEY, Group
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    EvaluationMetric,
+    GateMetric,
     IntervalStrategy,
     LoraInit,
     MethodType,
@@ -101,3 +103,28 @@ def evaluates_during_training(spec: FineTuneJobSpec) -> bool:
     if spec.evaluation.strategy is None:
         return has_validation_set(spec)
     return spec.evaluation.strategy is not IntervalStrategy.NO
+
+
+def writes_predictions(spec: FineTuneJobSpec) -> bool:
+    """Whether the tuned model answers the test set after training."""
+    return spec.phases.infer is True
+
+
+def metrics_after_training(spec: FineTuneJobSpec) -> list[EvaluationMetric]:
+    """Return the metrics that the job computes after training. With `phases.evaluate: false` the list is empty."""
+    return [] if spec.phases.evaluate is False else list(spec.evaluation.metrics or [])
+
+
+JUDGE_METRICS = (
+    EvaluationMetric.FACTUAL_CORRECTNESS, EvaluationMetric.ANSWER_ACCURACY, EvaluationMetric.ANSWER_RELEVANCY, EvaluationMetric.ANSWER_CORRECTNESS,
+)  # fmt: skip
+"""Metrics that need the judge model."""
+JUDGE_EMBEDDING_METRICS = (EvaluationMetric.ANSWER_RELEVANCY, EvaluationMetric.ANSWER_CORRECTNESS)
+"""Metrics that need the judge's embedding model."""
+FRACTION_METRICS = (
+    GateMetric.ACCURACY, GateMetric.F1, GateMetric.PRECISION, GateMetric.RECALL, GateMetric.ROUGE, GateMetric.FACTUAL_CORRECTNESS,
+    GateMetric.ANSWER_ACCURACY, GateMetric.ANSWER_RELEVANCY, GateMetric.ANSWER_CORRECTNESS,
+)  # fmt: skip
+"""Metrics whose values are between 0 and 1."""
+LOWER_IS_BETTER = (GateMetric.LOSS, GateMetric.PERPLEXITY)
+"""Metrics of which a lower value is better."""

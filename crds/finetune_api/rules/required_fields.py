@@ -26,13 +26,15 @@ def check_model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
 
 @rule("DatasetMissing")
 def check_dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if spec.dataset.train is None and spec.dataset.mixture is None:
+    dataset = spec.dataset
+    has_rows_to_evaluate = spec.phases.train is False and (dataset.test is not None or dataset.validation is not None)
+    if dataset.train is None and dataset.mixture is None and not has_rows_to_evaluate:
         yield (
             "dataset.train",
             "the spec names no training data",
             "write for example `train: s3://bucket/train.jsonl`, or a `mixture`",
         )
-    if spec.dataset.train is not None and spec.dataset.mixture is not None:
+    if dataset.train is not None and dataset.mixture is not None:
         yield "dataset.mixture", "dataset.train and dataset.mixture exclude each other", "remove dataset.train or dataset.mixture"
 
 
@@ -83,6 +85,12 @@ def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
         ("dataset.test", spec.dataset.test),
     ]
     fields += [(f"dataset.mixture[{i}].source", item.source) for i, item in enumerate(spec.dataset.mixture or [])]
+    if spec.evaluation.metric_models is not None:
+        fields += [
+            ("evaluation.metricModels.bertscore", spec.evaluation.metric_models.bertscore),
+            ("evaluation.metricModels.semanticSimilarity", spec.evaluation.metric_models.semantic_similarity),
+        ]
+    fields.append(("phases.from", spec.phases.from_))
     if spec.checkpoint.resume not in (None, "auto", "never"):
         fields.append(("checkpoint.resume", spec.checkpoint.resume))
     return ((path, text) for path, text in fields if text is not None)

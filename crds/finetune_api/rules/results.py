@@ -1,16 +1,33 @@
-"""Rules for `spec.output`, `spec.tracking` and `spec.evaluation.judge`."""
+"""Rules for `spec.output`, `spec.tracking`, `spec.evaluation` and `spec.phases`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from finetune_api.errors import ConfigError
+from finetune_api.names import JUDGE_KEY
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
+    FRACTION_METRICS,
+    JUDGE_EMBEDDING_METRICS,
+    JUDGE_METRICS,
+    LOWER_IS_BETTER,
     PROMPT_METHODS,
+    has_test_set,
+    has_validation_set,
     method_type_of,
+    metrics_after_training,
+    trainer_type_of,
     trains_base_weights,
+    writes_predictions,
 )
+from finetune_api.sources import HubSource, parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    EvaluationMetric,
+    GateMetric,
     Tracker,
+    TrainerType,
 )
 
 
@@ -53,6 +70,12 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"{spec.output.layout}, but layout has no effect without output.dir",
             "write output.dir, or remove layout",
         )
+    if spec.output.project is not None and spec.output.dir is None and not spec.tracking.report_to:
+        yield (
+            "output.project",
+            f"{spec.output.project}, but project has no effect without output.dir and without trackers",
+            "write output.dir, or remove project",
+        )
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
@@ -65,6 +88,14 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"true, but {method_type_of(spec)} trains virtual tokens, and virtual tokens cannot be merged into weights",
             "remove it",
         )
+
+
+@rule("OutputPathInvalid")
+def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    folders = {"output.dir": (spec.output.dir or "").split("/"), "output.project": [spec.output.project or ""]}
+    for path, names in folders.items():
+        if any(name in (".", "..") for name in names):
+            yield path, f"{'/'.join(names)}, but `.` and `..` are not names of folders", "write a folder below storage.uri, for example results"
 
 
 @rule("TrackerAndOptions")
@@ -117,3 +148,188 @@ def check_judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             "inputPrice and outputPrice have no effect without a judge model",
             "write evaluation.judge.model, or remove the prices",
         )
+    metrics = metrics_after_training(spec)
+    judged = [metric for metric in JUDGE_METRICS if metric in metrics]
+    if not judged:
+        return
+    if group is None or group.model is None:
+        yield (
+            "evaluation.judge.model",
+            f"evaluation.metrics contains {_join(judged)}, but the judge model is missing",
+            "write for example `judge: {model: gpt-4.1-mini, apiKeySecretRef: {name: judge, key: apiKey}}`; "
+            "for a server of your own also write evaluation.judge.endpoint (default https://api.openai.com/v1)",
+        )
+    has_key = (group is not None and group.api_key_secret_ref is not None) or any(variable.name == JUDGE_KEY for variable in spec.placement.env or [])
+    if not has_key and target is ExecutionTarget.CLUSTER:
+        yield (
+            "evaluation.judge.apiKeySecretRef",
+            f"evaluation.metrics contains {_join(judged)}, but the API key of the judge is missing",
+            "write `judge: {apiKeySecretRef: {name: judge, key: apiKey}}`; if the server does not check the API key, the Secret may contain any text",
+        )
+    embedded = [metric for metric in JUDGE_EMBEDDING_METRICS if metric in metrics]
+    if embedded and (group is None or group.embedding is None):
+        yield (
+            "evaluation.judge.embedding",
+            f"evaluation.metrics contains {_join(embedded)}, but the judge's embedding model is missing",
+            "write for example `judge: {embedding: text-embedding-3-small}`",
+        )
+
+
+@rule("MetricModelMissing")
+def check_metric_models(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    metrics, models, judge = metrics_after_training(spec), spec.evaluation.metric_models, spec.evaluation.judge
+    bertscore, semantic_similarity = (models.bertscore, models.semantic_similarity) if models else (None, None)
+    if EvaluationMetric.BERTSCORE in metrics and bertscore is None:
+        yield (
+            "evaluation.metricModels.bertscore",
+            "evaluation.metrics contains bertscore, but the model for this metric is missing",
+            "write for example `metricModels: {bertscore: FacebookAI/roberta-large}`, or remove bertscore",
+        )
+    if EvaluationMetric.SEMANTIC_SIMILARITY in metrics and semantic_similarity is None and (judge is None or judge.embedding is None):
+        yield (
+            "evaluation.metricModels.semanticSimilarity",
+            "evaluation.metrics contains semanticSimilarity, but the model for this metric is missing",
+            "write for example `metricModels: {semanticSimilarity: sentence-transformers/all-MiniLM-L6-v2}`, or evaluation.judge.embedding",
+        )
+    for metric, source in ((EvaluationMetric.BERTSCORE, bertscore), (EvaluationMetric.SEMANTIC_SIMILARITY, semantic_similarity)):
+        if source is not None and metric not in metrics:
+            yield (
+                f"evaluation.metricModels.{metric}",
+                f"the model has no effect, because the job does not compute the metric {metric}",
+                f"add {metric} to evaluation.metrics, or remove metricModels.{metric}",
+            )
+
+
+@rule("GateInvalid")
+def check_gates(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, gate in enumerate(spec.evaluation.gates or []):
+        path = f"evaluation.gates[{i}]"
+        if (gate.value is None) == (gate.not_worse_than_base is None):
+            given = "neither value nor notWorseThanBase" if gate.value is None else "both value and notWorseThanBase"
+            yield (
+                path,
+                f"the gate for {gate.metric} has {given}, but a gate needs exactly one of the two",
+                f"write for example `{{metric: {gate.metric}, op: {_passing_op(gate.metric)}, value: 0.8}}` or `{{metric: {gate.metric}, notWorseThanBase: {{margin: 0.02}}}}`",
+            )
+        elif gate.value is not None and gate.op is None:
+            yield (
+                f"{path}.op",
+                f"the gate for {gate.metric} has the value {gate.value:g}, but the comparison is missing",
+                f"write `op: {_passing_op(gate.metric)}`, or another one of lt, le, gt, ge",
+            )
+        elif gate.not_worse_than_base is not None and gate.op is not None:
+            yield f"{path}.op", f"{gate.op}, but notWorseThanBase already contains the comparison", "remove op"
+        if gate.metric in FRACTION_METRICS:
+            margin = gate.not_worse_than_base.margin if gate.not_worse_than_base else None
+            for field, number in (("value", gate.value), ("notWorseThanBase.margin", margin)):
+                if number is not None and not 0 <= number <= 1:
+                    yield (
+                        f"{path}.{field}",
+                        f"{number:g}, but {gate.metric} is a number between 0 and 1",
+                        f"write for example {number / 100:g}" if 1 < number <= 100 else "write a number between 0 and 1",
+                    )
+
+
+def _passing_op(metric: GateMetric) -> str:
+    """Return the usual comparison of a metric, for examples in hints."""
+    return "le" if metric in LOWER_IS_BETTER else "ge"
+
+
+@rule("GateMetricMissing")
+def check_gate_metrics(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if spec.evaluation.gates and spec.phases.evaluate is False:
+        yield (
+            "evaluation.gates",
+            "the gates need the metrics of the evaluation, but phases.evaluate is false",
+            "remove `evaluate: false`, or remove evaluation.gates",
+        )
+        return
+    for i, gate in enumerate(spec.evaluation.gates or []):
+        needed_metric = EvaluationMetric.PERPLEXITY if gate.metric is GateMetric.LOSS else EvaluationMetric(gate.metric.value)
+        if needed_metric not in (spec.evaluation.metrics or []):
+            cause = f"{gate.metric} is measured together with perplexity, but" if gate.metric is GateMetric.LOSS else f"{gate.metric}, but"
+            yield (
+                f"evaluation.gates[{i}].metric",
+                f"{cause} evaluation.metrics does not contain {needed_metric}",
+                f"add {needed_metric} to evaluation.metrics, or remove the gate",
+            )
+
+
+@rule("EvaluationRowsMissing")
+def check_evaluation_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if has_test_set(spec) or has_validation_set(spec):
+        return
+    for path, needs_rows, subject in (
+        ("evaluation.gates", bool(spec.evaluation.gates), "the gates need"),
+        ("evaluation.metrics", bool(metrics_after_training(spec)), "the metrics need"),
+        ("phases.infer", writes_predictions(spec), "the phase infer needs"),
+    ):
+        if needs_rows:
+            yield (
+                path,
+                f"{subject} rows to evaluate, but the spec contains neither test data nor validation data",
+                "write for example `dataset: {test: s3://bucket/test.jsonl}` or `dataset: {split: {test: 0.1}}`",
+            )
+            return
+
+
+@rule("RewardModelWritesNoText")
+def check_evaluation_of_reward_model(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if trainer_type_of(spec) is not TrainerType.REWARD:
+        return
+    for path, is_set in (("evaluation.metrics", bool(metrics_after_training(spec))), ("phases.infer", writes_predictions(spec))):
+        if is_set:
+            yield path, "a reward model scores answers and writes no text, so its answers cannot be evaluated", f"remove {path}"
+
+
+@rule("EvaluationOptionWithoutEffect")
+def check_max_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if spec.evaluation.max_rows is not None and not metrics_after_training(spec) and not spec.phases.infer:
+        yield (
+            "evaluation.maxRows",
+            f"{spec.evaluation.max_rows}, but maxRows has no effect, because the job generates no answers",
+            "write evaluation.metrics or `phases: {infer: true}`, or remove maxRows",
+        )
+
+
+@rule("PhasesContradiction")
+def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    phases = spec.phases
+    if phases.train is not False:
+        if phases.from_ is not None:
+            yield (
+                "phases.from",
+                "phases.from has no effect, because the job trains its own model",
+                "write `train: false` to evaluate the model of phases.from, or remove `from`",
+            )
+        return
+    if phases.from_ is None:
+        yield (
+            "phases.from",
+            "phases.train is false, but the model for the other phases is missing",
+            "write for example `from: s3://bucket/prefix/model`, the value of status.output.uri of another FineTuneJob",
+        )
+    elif _is_hub_source(phases.from_):
+        yield (
+            "phases.from",
+            f"{phases.from_!r} is a hub repository, but phases.from needs a final model or checkpoint of another FineTuneJob",
+            "write for example `from: s3://bucket/prefix/model`, the value of status.output.uri of that job",
+        )
+    evaluates = bool(spec.evaluation.metrics) if phases.evaluate is None else phases.evaluate
+    if not phases.infer and not evaluates:
+        yield (
+            "phases",
+            "train, infer and evaluate are all false, so the job would do nothing",
+            "write evaluation.metrics and `evaluate: true`, or `infer: true`, or remove `train: false`",
+        )
+
+
+def _is_hub_source(text: str) -> bool:
+    try:
+        return isinstance(parse(text), HubSource)
+    except ConfigError:  # `check_sources` reports sources that cannot be parsed
+        return False
+
+
+def _join(metrics: Iterable[EvaluationMetric]) -> str:
+    return " and ".join(metrics)

@@ -348,9 +348,9 @@ class IntervalStrategy(StrEnum):
 
 class OutputLayout(StrEnum):
     PROJECT_MODEL_TIME = "projectModelTime"
-    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`."""
+    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`, with the start time of the run in UTC. The final model is in the folder `model` there."""
     FLAT = "flat"
-    """All files in one folder."""
+    """All files directly in output.dir. A later run overwrites them."""
 
 
 class ExportFormat(StrEnum):
@@ -389,6 +389,50 @@ class EvaluationMetric(StrEnum):
     """A judge model scores the relevance of the answer to the question."""
     ANSWER_CORRECTNESS = "answerCorrectness"
     """A judge model scores the factual and semantic agreement with the reference answer."""
+
+
+class GateMetric(StrEnum):
+    """The metrics of `EvaluationMetric`, and the loss."""
+
+    LOSS = "loss"
+    """Mean loss per token, in nats; lower is better."""
+    PERPLEXITY = "perplexity"
+    """exp of the mean loss per token; lower is better."""
+    ACCURACY = "accuracy"
+    """Fraction of correct answers."""
+    F1 = "f1"
+    """Harmonic mean of precision and recall."""
+    PRECISION = "precision"
+    """Fraction of predicted positives that are correct."""
+    RECALL = "recall"
+    """Fraction of actual positives that are predicted as positive."""
+    BLEU = "bleu"
+    """n-gram precision of the answers."""
+    ROUGE = "rouge"
+    """n-gram recall of the answers."""
+    BERTSCORE = "bertscore"
+    """Similarity of the answers' token embeddings."""
+    SEMANTIC_SIMILARITY = "semanticSimilarity"
+    """Cosine similarity of the answers' sentence embeddings."""
+    FACTUAL_CORRECTNESS = "factualCorrectness"
+    """The judge's score for the facts of the answers."""
+    ANSWER_ACCURACY = "answerAccuracy"
+    """The judge's score for the agreement with the reference answers."""
+    ANSWER_RELEVANCY = "answerRelevancy"
+    """The judge's score for the relevance of the answers."""
+    ANSWER_CORRECTNESS = "answerCorrectness"
+    """The judge's score for the factual and semantic agreement with the reference answers."""
+
+
+class GateOperator(StrEnum):
+    LT = "lt"
+    """Less than `value`."""
+    LE = "le"
+    """At most `value`."""
+    GT = "gt"
+    """Greater than `value`."""
+    GE = "ge"
+    """At least `value`."""
 
 
 class Tracker(StrEnum):

@@ -6,21 +6,35 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Group, spec_field
-from finetune_api.spec.common import ConfigMapKeyRef, Line, SecretKeyRef, ShortText
-from finetune_api.spec.enums import EvaluationMetric, ExportFormat, IntervalStrategy, OutputLayout, Tracker
+from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.spec.common import ConfigMapKeyRef, Line, SecretKeyRef, ShortText, Source
+from finetune_api.spec.enums import (
+    EvaluationMetric,
+    ExportFormat,
+    GateMetric,
+    GateOperator,
+    IntervalStrategy,
+    OutputLayout,
+    Tracker,
+)
 
 NamePart = Annotated[str, StringConstraints(pattern=r"^[^$#@&*!]*$", max_length=128)]
 
 
 class RunName(Group):
-    """`output.runName`: name of the run in trackers."""
+    """`output.runName`: name of the run in trackers. The name is prefix + name + suffix, without separators."""
 
     name: NamePart | None = spec_field(
-        "Name of the run, without $ # @ & * !.", default_text="the FineTuneJob's name", example="support-bot"
+        "Name of the run, without $ # @ & * !.",
+        default_text="the start time of the run as YYYYMMDD-HHMMSS, in UTC",
+        example="support-bot",
     )
-    prefix: NamePart | None = spec_field("Text before the name.", default_text="none", example="team-a-")
-    suffix: NamePart | None = spec_field("Text after the name.", default_text="none", example="-v2")
+    prefix: NamePart | None = spec_field(
+        "Text before the name, without $ # @ & * !. No separator is added.", default_text="none", example="team-a-"
+    )
+    suffix: NamePart | None = spec_field(
+        "Text after the name, without $ # @ & * !. No separator is added.", default_text="none", example="-v2"
+    )
 
 
 class Hub(Group):
@@ -48,9 +62,15 @@ class Output(Group):
         "Project name in the folders below output.dir and in trackers.", default_text="the namespace", example="support"
     )
     run_name: RunName | None = spec_field(
-        "Name of the run in trackers.", default_text="the FineTuneJob's name", example={"name": "support-bot"}
+        "Name of the run in trackers: prefix, name and suffix, without separators.",
+        default_text="the FineTuneJob's name",
+        example={"name": "support-bot"},
     )
-    layout: OutputLayout | None = spec_field("Structure of the folders below output.dir.", default="projectModelTime", example="flat")
+    layout: OutputLayout | None = spec_field(
+        "Structure of the folders below output.dir. With `projectModelTime`, each run has its own folder. With `flat`, a run overwrites the files of an earlier run with the same output.dir.",
+        default="projectModelTime",
+        example="flat",
+    )
     hub: Hub | None = spec_field(
         "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
@@ -72,8 +92,27 @@ class Benchmark(Group):
 class Judge(Group):
     """`evaluation.judge`: a model that scores answers."""
 
-    model: ShortText | None = spec_field("Model that scores answers.", default_text="none", example="my-judge")
-    embedding: ShortText | None = spec_field("Model that computes embeddings.", default_text="none", example="my-embedder")
+    model: ShortText | None = spec_field(
+        "Model that scores answers. Required with the metrics factualCorrectness, answerAccuracy, answerRelevancy and answerCorrectness.",
+        default_text="none",
+        example="gpt-4.1-mini",
+    )
+    embedding: ShortText | None = spec_field(
+        "Model that computes embeddings. Required with the metrics answerRelevancy and answerCorrectness.",
+        default_text="none",
+        example="text-embedding-3-small",
+    )
+    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$", max_length=512)] | None = spec_field(
+        "Base URL of a server with the OpenAI API, without user and password. The trainer sends the questions and answers of the test set to this server.",
+        default="https://api.openai.com/v1",
+        example="http://vllm.inference:8000/v1",
+    )
+    api_key_secret_ref: SecretKeyRef | None = spec_field(
+        "Secret key with the API key of the endpoint. Required with the metrics that need a judge. If the server does not check the API key, the Secret may contain any text.",
+        default_text="the variable OPENAI_API_KEY in placement.env if set",
+        example={"name": "judge", "key": "apiKey"},
+        since="0.2.0",
+    )
     input_price: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
         "Price of a million input tokens, for the cost report.", default_text="none", example=0.5
     )
@@ -106,15 +145,91 @@ class Comparison(Group):
     """`evaluation.comparison`: compare the answers of the base model and of the tuned model to the same prompts."""
 
     prompts_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with one prompt per line.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
+        "ConfigMap key with the prompts: one prompt per line, or prompts of several lines that are separated by blank lines.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
     )
     generation: Generation | None = spec_field(
         "Options for generating answers.", default_text="the defaults of the fields", example={"maxNewTokens": 128}
     )
 
 
+class MetricModels(Group):
+    """`evaluation.metricModels`: the models that compute metrics in the job's pods. They accept the same forms as `model.source`."""
+
+    bertscore: Source | None = spec_field(
+        "Model whose token embeddings the metric bertscore compares. Required with this metric.",
+        default_text="none",
+        example="FacebookAI/roberta-large",
+    )
+    semantic_similarity: Source | None = spec_field(
+        "Model whose sentence embeddings the metric semanticSimilarity compares. Required with this metric if judge.embedding is absent.",
+        default_text="none",
+        example="sentence-transformers/all-MiniLM-L6-v2",
+    )
+
+
+class NotWorseThanBase(Group):
+    """`evaluation.gates[].notWorseThanBase`: a comparison of the trained model with the base model on the same rows."""
+
+    margin: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
+        "Accepted loss of quality, in the metric's own unit.", default=0.0, example=0.02
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = spec_field(
+        "One-sided confidence of the comparison, above 0.5. With 0.95, at most about 5 % of the models whose quality is exactly at the margin pass the gate.",
+        default=0.95,
+        example=0.99,
+    )
+
+
+class Gate(Group):
+    """One gate: a condition on one metric of the trained model."""
+
+    cel = (
+        CelRule(
+            "has(self.value) != has(self.notWorseThanBase)",
+            "a gate needs exactly one of `value` and `notWorseThanBase`",
+            "GateInvalid",
+        ),
+        CelRule(
+            "has(self.op) || !has(self.value)",
+            "a gate with `value` needs `op`: write for example `op: ge`",
+            "GateInvalid",
+        ),
+        CelRule(
+            "!has(self.op) || !has(self.notWorseThanBase)",
+            "`notWorseThanBase` already contains the comparison: remove `op`",
+            "GateInvalid",
+        ),
+    )
+
+    metric: GateMetric = Field(
+        description="Metric of the trained model. The metric must be in evaluation.metrics; loss needs perplexity there. Required. Example: `accuracy`."
+    )
+    op: GateOperator | None = spec_field(
+        "Comparison of the metric with `value`. Required with `value`, and not allowed with notWorseThanBase.", default_text="none", example="ge"
+    )
+    value: Annotated[float, Field(ge=-1000000, le=1000000)] | None = spec_field(
+        "Required value of the metric, in the metric's own unit. Exactly one of `value` and notWorseThanBase is required.",
+        default_text="none",
+        example=0.8,
+    )
+    not_worse_than_base: NotWorseThanBase | None = spec_field(
+        "The gate passes if the trained model is, with the given confidence, not worse than the base model by more than the margin. "
+        "loss and perplexity may exceed the base model's value by at most the margin; all other metrics may fall below it by at most the margin.",
+        default_text="none",
+        example={"margin": 0.02},
+    )
+
+
 class Evaluation(Group):
     """`spec.evaluation`."""
+
+    cel = (
+        CelRule(
+            "!has(self.gates) || self.gates.all(g, has(self.metrics) && (g.metric in self.metrics || (g.metric == 'loss' && 'perplexity' in self.metrics)))",
+            "a gate's metric is not measured: add the metric to evaluation.metrics; for loss add perplexity",
+            "GateMetricMissing",
+        ),
+    )
 
     strategy: IntervalStrategy | None = spec_field(
         "When the trainer measures the validation loss.", default_text="steps with validation data, otherwise no", example="epoch"
@@ -127,6 +242,24 @@ class Evaluation(Group):
     )
     metrics: Annotated[list[EvaluationMetric], Field(max_length=16)] | None = spec_field(
         "Metrics that are computed after training.", default_text="none", example=["perplexity"]
+    )
+    max_rows: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
+        "Number of rows of the test set for which answers are generated. The rows are a random sample with the seed of training.seed.",
+        default_text="all rows",
+        example=200,
+        since="0.2.0",
+    )
+    metric_models: MetricModels | None = spec_field(
+        "Models that compute metrics in the job's pods.",
+        default_text="none",
+        example={"bertscore": "FacebookAI/roberta-large"},
+        since="0.2.0",
+    )
+    gates: Annotated[list[Gate], Field(min_length=1, max_length=16)] | None = spec_field(
+        "Conditions on the trained model. If a gate fails, the job fails with reason GateFailed, and the trained model stays in storage without the marker `_PROMOTED`.",
+        default_text="none",
+        example=[{"metric": "accuracy", "op": "ge", "value": 0.8}, {"metric": "loss", "notWorseThanBase": {"margin": 0.05}}],
+        since="0.2.0",
     )
     benchmarks: Annotated[list[Benchmark], Field(max_length=32)] | None = spec_field(
         "Benchmarks that run after training.", default_text="none", example=[{"name": "lm-eval"}]
@@ -184,7 +317,22 @@ class Tracking(Group):
 class Phases(Group):
     """`spec.phases`: the phases of the job."""
 
-    train: bool | None = spec_field("Train the model.", default=True, example=False)
+    cel = (
+        CelRule(
+            "has(self.from) == (has(self.train) && !self.train)",
+            "`train: false` and `from` require each other: write both, or remove both",
+            "PhasesContradiction",
+        ),
+    )
+
+    train: bool | None = spec_field("Train the model. With false, the other phases use the model of phases.from.", default=True, example=False)
+    from_: Source | None = spec_field(
+        "Folder of a committed final model or checkpoint of another job, for jobs that do not train. The folder is read with the connection of spec.storage. Only with `train: false`.",
+        default_text="none",
+        example="s3://models/ft/team-a/support-bot/UID/model",
+        since="0.2.0",
+        alias="from",
+    )
     infer: bool | None = spec_field("Generate answers to the test set with the tuned model.", default=False, example=True)
     evaluate: bool | None = spec_field(
         "Compute evaluation.metrics after training.",

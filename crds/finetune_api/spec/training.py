@@ -98,7 +98,10 @@ class Training(Group):
     mixed_precision: MixedPrecision | None = spec_field("Data type of the forward pass.", default="auto", example="bf16")
     gradient_checkpointing: GradientCheckpointing | None = spec_field(
         "Whether activations are recomputed to save GPU memory.",
-        default_text="enabled on GPU unless the trainer estimates that all activations fit into its memory, disabled on CPU and for prefixTuning",
+        default_text=(
+            "enabled on GPU, but the trainer keeps the activations of micro-batches that fit into its memory by the trainer's estimate; "
+            "disabled on CPU and for prefixTuning"
+        ),
         example="disabled",
     )
     checkpoint_every_n_layers: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(

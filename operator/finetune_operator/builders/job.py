@@ -248,7 +248,7 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
     ]
     if spec.model.token_secret_ref:
         operator_variables.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key_source(spec.model.token_secret_ref)})
-    overridable_variables = _tracker_and_hub_keys(spec)
+    overridable_variables = _client_keys(spec)
     if run.world.nodes > 1 and run.world.gpus_per_node:
         overridable_variables.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
     reserved_names = {variable["name"] for variable in operator_variables}
@@ -261,13 +261,14 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
     return [*operator_variables, *(variable for variable in overridable_variables if variable["name"] not in user_variable_names), *defaults, *user_variables]
 
 
-def _tracker_and_hub_keys(spec: FineTuneJobSpec) -> list[Object]:
-    """Credentials for experiment trackers and the model hub, as the environment variables that the client libraries read."""
-    wandb, mongodb, hub = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub
+def _client_keys(spec: FineTuneJobSpec) -> list[Object]:
+    """Credentials for experiment trackers, the model hub and the judge, as the environment variables that the client libraries read."""
+    wandb, mongodb, hub, judge = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub, spec.evaluation.judge
     secret_references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
         (names.MONGODB_URI, mongodb.uri_secret_ref if mongodb else None),
         (names.HUB_TOKEN, hub.token_secret_ref if hub else None),
+        (names.JUDGE_KEY, judge.api_key_secret_ref if judge else None),
     )
     return [{"name": name, "valueFrom": _secret_key_source(secret_reference)} for name, secret_reference in secret_references if secret_reference is not None]
 

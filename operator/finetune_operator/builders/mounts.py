@@ -73,6 +73,7 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     """Yield each source of the spec and whether the job writes to that source."""
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference_model = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+    metric_models = spec.evaluation.metric_models
     data = spec.dataset
     mixture_sources = [part.source for part in data.mixture or []]
     read_sources = [
@@ -84,6 +85,9 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
         data.validation,
         data.test,
         *mixture_sources,
+        metric_models.bertscore if metric_models else None,
+        metric_models.semantic_similarity if metric_models else None,
+        spec.phases.from_,
     ]
     resume_source = spec.checkpoint.resume
     if resume_source is not None and "://" in resume_source:

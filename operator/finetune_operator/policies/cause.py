@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS, ExitPolicy, FailurePrecedence, attempt_reason
+from finetune_api.exits import (
+    EXIT_POLICIES,
+    REASON_OF_CLASS,
+    ExitPolicy,
+    FailurePrecedence,
+    RetryPolicy,
+    attempt_reason,
+)
 from finetune_api.names import ExitCode, FailureClass, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import Failure
+from finetune_api.status import REASON_OF_STAGE, Failure, Stage
 
 from finetune_operator.policies.retry import FailureCause, PodEnd
 from finetune_operator.text import clean
@@ -67,7 +74,17 @@ def _cause_of_known_exit(pod: PodView, exit_policy: ExitPolicy) -> FailureCause:
     failure_class = reported_end.class_ or exit_policy.failure_class
     message = reported_end.message or _last_log_line(pod) or f"exit code {exit_policy.code:d}"
     failure = _build_failure(pod, failure_class, reported_end.code or exit_policy.default_failure_code, message, exit_policy.default_hint)
+    if reported_end.stage is not None:
+        return _cause_of_failed_stage(reported_end.stage, failure, exit_policy)
     return FailureCause(attempt_reason(exit_policy, failure_class), failure, exit_policy.retry_policy, exit_policy.precedence)
+
+
+def _cause_of_failed_stage(stage: Stage, failure: Failure, exit_policy: ExitPolicy) -> FailureCause:
+    """Return the cause of a failed stage after training. Training is complete, so its values are not adapted."""
+    adapts_training = exit_policy.retry_policy in (RetryPolicy.ADAPT_MEMORY, RetryPolicy.ROLL_BACK)
+    retry_policy = RetryPolicy.COUNTED if adapts_training else exit_policy.retry_policy
+    reason = exit_policy.reason if exit_policy.reason is Reason.GATE_FAILED else REASON_OF_STAGE.get(stage, exit_policy.reason)
+    return FailureCause(reason, failure, retry_policy, exit_policy.precedence)
 
 
 def _cause_with_policy(reason: Reason, failure: Failure, pod_end: PodEnd) -> FailureCause:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Adaptation, Attempt, Failure, FineTuneJobStatus
+from finetune_api.status import REASON_OF_STAGE, Adaptation, Attempt, Failure, FineTuneJobStatus
 
 from finetune_operator.policies.adaptations import AdaptationsExhausted, adapt_to_divergence, adapt_to_out_of_memory
 from finetune_operator.settings import RetrySettings
@@ -130,7 +130,7 @@ def _retry_if_allowed(cause: FailureCause, spec: FineTuneJobSpec, retries_used: 
     if retries_used >= allowed_retries:
         message = f"{retries_used + 1} attempts in a row made no progress, but policy.retries is {allowed_retries}; last failure: "
         failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
-        return GiveUp(Reason.RETRIES_EXHAUSTED, failure)
+        return GiveUp(cause.reason if cause.reason in REASON_OF_STAGE.values() else Reason.RETRIES_EXHAUSTED, failure)
     return RetryDecision(is_counted=True)
 
 

@@ -30,6 +30,12 @@ def test_the_overhead_benchmark_runs() -> None:
     assert figures["step"]["ratio"] > 0 and figures["run"]["ratio"] > 0 and figures["stepsEach"] == 3
 
 
+def test_the_host_overhead_benchmark_runs() -> None:
+    figures = load_benchmark("host_overhead").measure(1, 2, layer_count=2)
+    assert set(figures["overheadMs"]) == {"ours", "libraries"} and figures["modules"] > 100
+    assert all(figures[name]["stepMs"] > 0 for name in ("ours", "libraries", "plain"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["packed", "chat"])
 def test_all_arms_of_the_throughput_benchmark_start_with_the_same_loss(data: str, tmp_path: Path) -> None:

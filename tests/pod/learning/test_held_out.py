@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path
     assert evaluation["testLoss"] not in outcome.eval_losses
     assert sum("test_loss" in line for line in outcome.logs) == 1
     assert 0 <= evaluation["testTokenAccuracy"] <= 1
+    written = [json.loads(line) for line in (tmp_path / "out" / "test_split.jsonl").read_text().splitlines()]
+    assert written == [TEN_ROWS[row.number - 1] for row, _ in parts.test]
     assert any(
         note.startswith(f"test: 3 rows, loss {evaluation['testLoss']:.4f}, token accuracy") for note in outcome.notes
     )
@@ -82,6 +85,8 @@ def test_every_objective_measures_a_test_file(
     outcome = train_here(run, inputs.model_copy(update={"test": [test_file]}))
     evaluation = outcome.extra["evaluation"]
     assert metric_names <= evaluation.keys()
+    written = (tmp_path / "out" / "test_split.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows[:4]
     assert evaluation["testRows"] == 4
     assert outcome.resolved["datasetRows"] == len(rows)
     assert [message["stage"] for message in outcome.messages("stage")][-2:] == ["evaluating", "saving"]
@@ -99,4 +104,5 @@ def test_answer_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -
 def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, {"training": {"maxSteps": 1}})
     assert "evaluation" not in outcome.extra
+    assert not (tmp_path / "out" / "test_split.jsonl").exists()
     assert "evaluating" not in [message["stage"] for message in outcome.messages("stage")]

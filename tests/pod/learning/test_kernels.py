@@ -18,7 +18,6 @@ UNSLOTH = {"trainer": {"backend": "unsloth"}}
 TRUE, FALSE = {"model": {"ligerKernels": True}}, {"model": {"ligerKernels": False}}
 ON, OFF = (True, []), (False, [])
 NOT_TESTED = "model.ligerKernels is off: this release was not tested with Liger's kernels for models of type {}"
-NOT_WITH_ZERO3 = "model.ligerKernels is off: the kernels are not used with ZeRO stage 3, or with a DeepSpeed file that may set it"
 NO_KERNELS = "model.ligerKernels is off: Liger has no kernels for models of type rwkv"
 OTHER_ACTIVATION = "Liger's kernel for models of type llama does not compute the model's activation relu"
 
@@ -79,7 +78,7 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, list[str]]]
         (False, ["model.ligerKernels is off: the model runs code from its repository (model.trustRemoteCode)"]),
     ),
     "ZeRO stage 2": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}}, {}, ON),
-    "ZeRO stage 3": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}}, {}, (False, [NOT_WITH_ZERO3])),
+    "ZeRO stage 3": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}}, {}, ON),
     "unused code of the model": ({}, {"config": {"auto_map": {"AutoModelForCausalLM": "code.Model"}}}, ON),
 }  # fmt: skip
 """By name: the spec, the options of `choose`, and the expected choice with its notes."""

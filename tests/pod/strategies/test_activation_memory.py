@@ -1,4 +1,4 @@
-"""Activations are kept instead of recomputed only if all of them certainly fit, and if a run that fails could be repeated with less memory."""
+"""Activations are kept instead of recomputed only if they certainly fit, and if a run that fails could be repeated with less memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer.activation_memory import estimate_memory, keeps_all_activations
+from finetune_trainer.activation_memory import (
+    ESTIMATED_TYPES,
+    USABLE_SHARE,
+    ActivationChoice,
+    choose_kept_activations,
+    estimate_memory,
+)
 from finetune_trainer.hardware import Hardware
 from transformers import FalconH1Config, LlamaConfig, MixtralConfig, Qwen3Config
 
@@ -31,12 +37,14 @@ def bf16_gpu(dtype: torch.dtype = torch.bfloat16) -> Hardware:
     return Hardware(torch.device("cuda", 0), "NVIDIA H200", dtype, True, False, "varlen")
 
 
-def note_for(folder: Path, spec: dict[str, Any], config: Any = EIGHT_B, *, gpu_bytes: int = H200, **changes: Any) -> str | None:
+def choose(
+    folder: Path, spec: dict[str, Any], config: Any = EIGHT_B, *, gpu_bytes: int = H200, batch_tokens: int = 2 * 4096, **changes: Any
+) -> ActivationChoice | None:
     run, _ = make_run(folder, Path("/models/tiny"), merge_mappings(GPU_SPEC, spec))
     hardware = changes.pop("hardware", bf16_gpu())
     strategy = changes.pop("strategy", "single")
     run = run.model_copy(update=changes)
-    return keeps_all_activations(run, hardware, strategy, config, batch_tokens=2 * 4096, gpu_bytes=gpu_bytes)
+    return choose_kept_activations(run, hardware, strategy, config, batch_tokens=batch_tokens, gpu_bytes=gpu_bytes)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +77,57 @@ def test_the_estimate_is_above_the_peak_that_was_measured_on_a_gpu(
     ],
 )
 def test_a_run_that_fits_keeps_its_activations_and_says_so(spec: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
-    note = note_for(tmp_path, spec, **changes)
-    assert note is not None and note.startswith("activations are not recomputed, because the run needs an estimated ")
-    assert " of 149 GB of GPU memory" in note
+    choice = choose(tmp_path, spec, **changes)
+    assert choice is not None and choice.max_kept_tokens is None
+    assert choice.note.startswith("activations are not recomputed, because the run needs an estimated ")
+    assert " of 149 GB of GPU memory" in choice.note
+
+
+UNPACKED: dict[str, Any] = {"dataset": {"packing": False, "maxSequenceLength": 2048}, "training": {"batchSizePerDevice": 16}}
+TOKENS_OF_LONGEST_ROWS = 16 * 2048
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize(("config", "gpu_bytes"), [(EIGHT_B, H200), (EIGHT_B, H100), (ONE_B, 24_000_000_000)], ids=["8b-h200", "8b-h100", "1b-24gb"])
+def test_the_largest_micro_batch_that_fits_keeps_its_activations(config: Any, gpu_bytes: int, strategy: str, tmp_path: Path) -> None:
+    choice = choose(tmp_path, UNPACKED, config, gpu_bytes=gpu_bytes, strategy=strategy, batch_tokens=TOKENS_OF_LONGEST_ROWS)
+    assert choice is not None and choice.max_kept_tokens is not None
+    run, _ = make_run(tmp_path, Path("/models/tiny"), merge_mappings(GPU_SPEC, UNPACKED))
+    limit = choice.max_kept_tokens
+    at_limit, above = (estimate_memory(run, bf16_gpu(), strategy, config, tokens).total_bytes for tokens in (limit, limit + 1))
+    assert at_limit <= USABLE_SHARE * gpu_bytes < above
+    assert choice.note.startswith(f"activations are recomputed only for micro-batches of more than {limit} tokens")
+    # The largest micro-batch decides only whether any micro-batch recomputes, so data with other rows have the same limit.
+    assert choose(tmp_path, UNPACKED, config, gpu_bytes=gpu_bytes, strategy=strategy, batch_tokens=4 * TOKENS_OF_LONGEST_ROWS) == choice
+
+
+def test_sixteen_conversations_of_500_tokens_keep_their_activations_on_an_h200(tmp_path: Path) -> None:
+    """The chat data of benchmarks/gpu_throughput.py."""
+    choice = choose(tmp_path, UNPACKED, EIGHT_B, gpu_bytes=H200, batch_tokens=TOKENS_OF_LONGEST_ROWS)
+    assert choice is not None and choice.max_kept_tokens is not None
+    assert 16 * 500 < choice.max_kept_tokens < TOKENS_OF_LONGEST_ROWS
+
+
+def test_packed_micro_batches_that_do_not_fit_are_recomputed(tmp_path: Path) -> None:
+    """They all have the same number of tokens."""
+    assert choose(tmp_path, {}, gpu_bytes=H100, batch_tokens=4 * 4096) is None
+
+
+def test_weights_that_do_not_fit_leave_no_micro_batch(tmp_path: Path) -> None:
+    assert choose(tmp_path, UNPACKED, EIGHT_B, gpu_bytes=16_000_000_000, batch_tokens=TOKENS_OF_LONGEST_ROWS) is None
+
+
+@pytest.mark.parametrize("model_type", sorted(ESTIMATED_TYPES))
+def test_the_layers_of_estimated_models_read_the_flag_in_each_forward_pass(model_type: str) -> None:
+    """`RecomputationPerBatch` changes the flag between two micro-batches."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 32, "pad_token_id": 0}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **heads, **sizes))
+    assert sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules()) == 2
 
 
 def test_ddp_needs_memory_for_a_second_copy_of_the_gradients(tmp_path: Path) -> None:
@@ -107,4 +163,6 @@ def test_ddp_needs_memory_for_a_second_copy_of_the_gradients(tmp_path: Path) -> 
     ],
 )
 def test_activations_are_recomputed_otherwise(spec: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
-    assert note_for(tmp_path, spec, **changes) is None
+    assert choose(tmp_path, spec, **changes) is None
+    fitting = changes.get("gpu_bytes") == H100
+    assert fitting or choose(tmp_path, merge_mappings(UNPACKED, spec), batch_tokens=TOKENS_OF_LONGEST_ROWS, **changes) is None

@@ -140,6 +140,8 @@ SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
     "16 bits, zero3, reward": (merge_mappings({"trainer": {"type": "reward"}}, zero_spec(3)), PREFERENCE_PAIRS),
     "16 bits, ddp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), DDP_SPEC), TEN_ROWS),
     "16 bits, fsdp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), fsdp_spec()), TEN_ROWS),
+    "16 bits, ddp, packed, full": (merge_mappings(merge_mappings(FULL_SPEC, PACKING_SPEC), DDP_SPEC), TEN_ROWS),
+    "16 bits, zero3, packed, full": (merge_mappings(merge_mappings(FULL_SPEC, PACKING_SPEC), zero_spec(3)), TEN_ROWS),
     "16 bits, zero3, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), zero_spec(3)), TEN_ROWS),
 }
 

@@ -207,7 +207,7 @@ REPORT: dict[str, Any] = {"attempt": 1, "uid": "u-1", "stage": "training", "prog
 
 
 def test_unknown_enumeration_value_in_a_report_drops_only_its_field() -> None:
-    report = ProgressReport.model_validate_json(json.dumps(REPORT | {"stage": "benchmarking", "mood": "good"}))
+    report = ProgressReport.model_validate_json(json.dumps(REPORT | {"stage": "distilling", "mood": "good"}))
     assert (report.stage, report.progress.step, report.metrics.train_loss) == ("starting", 5, 1.5)
 
 

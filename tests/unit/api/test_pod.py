@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from finetune_api import names
 from finetune_api.defaults import resolve_defaults
 from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Checkpoint, Metrics, ResolvedConfig
+from finetune_api.spec.enums import EvaluationMetric
+from finetune_api.status import Checkpoint, EvaluationResult, Metrics, ResolvedConfig
 
 MINIMAL_SPEC = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
@@ -38,6 +40,29 @@ def test_termination_message_fits_into_4096_bytes() -> None:
     parsed = TerminationMessage.model_validate_json(text)
     assert (parsed.class_, parsed.code, parsed.checkpoints) == ("Data", "DatasetRowInvalid", [])
     assert parsed.message and parsed.message.endswith(" ...")
+
+
+def large_evaluation(gate_count: int) -> EvaluationResult:
+    numbers = {"value": 0.123456, "base": 0.123456, "difference": 0.123456, "low": 0.123456, "high": 0.123456}
+    gates = [{"metric": "answerCorrectness", "passed": i % 2 == 0, "text": "t" * 150} for i in range(gate_count)]
+    return EvaluationResult.model_validate({"rows": 200, "metrics": {metric.value: numbers for metric in EvaluationMetric}, "gates": gates})
+
+
+@pytest.mark.parametrize(
+    ("gate_count", "text_length", "has_metrics", "gates_with_text"),
+    [(2, 0, True, 2), (16, 0, True, 8), (16, 900, False, 8), (0, 3900, False, 0)],
+    ids=["all fits", "texts of passed gates are dropped", "metrics are dropped", "the evaluation is dropped"],
+)
+def test_long_termination_message_keeps_the_most_important_results(
+    gate_count: int, text_length: int, has_metrics: bool, gates_with_text: int
+) -> None:
+    message = TerminationMessage(message="m" * text_length, evaluation=large_evaluation(gate_count), resolved=ResolvedConfig(notes=["n" * 900]))
+    text = message.to_json()
+    assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
+    evaluation = TerminationMessage.model_validate_json(text).evaluation or EvaluationResult()
+    assert bool(evaluation.metrics) is has_metrics
+    assert sum(gate.text is not None for gate in evaluation.gates or []) == gates_with_text
+    assert len(evaluation.gates or []) == gate_count
 
 
 def test_termination_message_with_half_a_character_is_valid_utf8() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.rules import RULES, ExecutionTarget, check, new_problems
+from finetune_api.rules import JUDGE_METRICS, RULES, ExecutionTarget, check, new_problems
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import EvaluationMetric, GateMetric
 
 MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
@@ -35,6 +36,15 @@ def grpo_spec(reward: dict[str, Any], **groups: Any) -> dict[str, Any]:
     return merge({"trainer": {"type": "grpo", "rewards": [reward]}}, groups)
 
 
+KEY = {"name": "judge", "key": "apiKey"}
+ACCURACY_GATE = {"metric": "accuracy", "op": "ge", "value": 0.8}
+
+
+def gates_spec(*gates: dict[str, Any], metrics: list[str] | None = ["accuracy", "f1", "perplexity"]) -> dict[str, Any]:  # noqa: B006 -- never changed
+    return {"evaluation": {"metrics": metrics, "gates": list(gates)}, "dataset": {"test": "s3://bucket/test.jsonl"}}
+
+
+TESTED: dict[str, Any] = {"dataset": {"test": "s3://bucket/test.jsonl"}}
 PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ModelMissing", {"model": {"source": None}}, "model.source"),
     ("DatasetMissing", {"dataset": {"train": None}}, "dataset.train"),
@@ -377,6 +387,9 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("HubRepositoryMissing", {"output": {"hub": {"push": True, "repository": "a/b"}}}, "output.hub.tokenSecretRef"),
     ("HubRepositoryMissing", {"output": {"hub": {"repository": "a/b"}}}, "output.hub"),
+    ("OutputPathInvalid", {"output": {"dir": "a/../b"}}, "output.dir"),
+    ("OutputPathInvalid", {"output": {"dir": "a", "project": ".."}}, "output.project"),
+    ("OutputOptionWithoutEffect", {"output": {"project": "p"}}, "output.project"),
     ("OutputOptionWithoutEffect", {"output": {"layout": "flat"}}, "output.layout"),
     (
         "OutputOptionWithoutEffect",
@@ -394,6 +407,60 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("TrackerAndOptions", {"tracking": {"reportTo": ["mongodb"]}}, "tracking.mongodb.uriSecretRef"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["tensorboard", "tensorboard"]}}, "tracking.reportTo[1]"),
     ("JudgeMissing", {"evaluation": {"judge": {"inputPrice": 1}}}, "evaluation.judge.model"),
+    ("JudgeMissing", {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"apiKeySecretRef": KEY}}}, "evaluation.judge.model"),
+    ("JudgeMissing", {"evaluation": {"metrics": ["factualCorrectness"], "judge": {"model": "m"}}}, "evaluation.judge.apiKeySecretRef"),
+    (
+        "JudgeMissing",
+        {"evaluation": {"metrics": ["answerRelevancy"], "judge": {"model": "m", "apiKeySecretRef": KEY}}},
+        "evaluation.judge.embedding",
+    ),
+    (
+        "JudgeMissing",
+        {"evaluation": {"metrics": ["answerCorrectness"], "judge": {"model": "m", "apiKeySecretRef": KEY}}},
+        "evaluation.judge.embedding",
+    ),
+    ("MetricModelMissing", {"evaluation": {"metrics": ["bertscore"]}}, "evaluation.metricModels.bertscore"),
+    ("MetricModelMissing", {"evaluation": {"metrics": ["semanticSimilarity"]}}, "evaluation.metricModels.semanticSimilarity"),
+    ("MetricModelMissing", {"evaluation": {"metricModels": {"bertscore": "a/b"}}}, "evaluation.metricModels.bertscore"),
+    (
+        "MetricModelMissing",
+        {"evaluation": {"metrics": ["accuracy"], "metricModels": {"semanticSimilarity": "a/b"}}},
+        "evaluation.metricModels.semanticSimilarity",
+    ),
+    ("GateInvalid", gates_spec({"metric": "accuracy"}), "evaluation.gates[0]"),
+    ("GateInvalid", gates_spec({"metric": "accuracy", "op": "ge", "value": 0.8, "notWorseThanBase": {}}), "evaluation.gates[0]"),
+    ("GateInvalid", gates_spec({"metric": "accuracy", "value": 0.8}), "evaluation.gates[0].op"),
+    ("GateInvalid", gates_spec({"metric": "accuracy", "op": "ge", "notWorseThanBase": {}}), "evaluation.gates[0].op"),
+    ("GateInvalid", gates_spec(ACCURACY_GATE, {"metric": "f1", "op": "ge", "value": 80}), "evaluation.gates[1].value"),
+    (
+        "GateInvalid",
+        gates_spec({"metric": "accuracy", "notWorseThanBase": {"margin": 2}}),
+        "evaluation.gates[0].notWorseThanBase.margin",
+    ),
+    ("GateMetricMissing", gates_spec(ACCURACY_GATE, metrics=["bleu"]), "evaluation.gates[0].metric"),
+    ("GateMetricMissing", gates_spec({"metric": "loss", "op": "le", "value": 2}, metrics=["bleu"]), "evaluation.gates[0].metric"),
+    ("GateMetricMissing", gates_spec(ACCURACY_GATE, metrics=None), "evaluation.gates[0].metric"),
+    ("GateMetricMissing", merge(gates_spec(ACCURACY_GATE), {"phases": {"evaluate": False}}), "evaluation.gates"),
+    ("EvaluationRowsMissing", merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None}}), "evaluation.gates"),
+    ("EvaluationRowsMissing", {"evaluation": {"metrics": ["bleu"]}}, "evaluation.metrics"),
+    ("EvaluationRowsMissing", {"phases": {"infer": True}}, "phases.infer"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "evaluation": {"metrics": ["bleu"]}} | TESTED, "evaluation.metrics"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "phases": {"infer": True}} | TESTED, "phases.infer"),
+    ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100}}, "evaluation.maxRows"),
+    ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100, "metrics": ["bleu"]}, "phases": {"evaluate": False}}, "evaluation.maxRows"),
+    ("PhasesContradiction", {"phases": {"from": "s3://bucket/model"}}, "phases.from"),
+    ("PhasesContradiction", {"phases": {"train": True, "from": "s3://bucket/model"}}, "phases.from"),
+    ("PhasesContradiction", {"phases": {"train": False, "infer": True}}, "phases.from"),
+    ("PhasesContradiction", {"phases": {"train": False, "infer": True, "from": "org/model"}}, "phases.from"),
+    ("PhasesContradiction", {"phases": {"train": False, "from": "s3://bucket/model"}}, "phases"),
+    (
+        "PhasesContradiction",
+        {"phases": {"train": False, "infer": False, "evaluate": False, "from": "s3://bucket/model"}, "evaluation": {"metrics": ["bleu"]}},
+        "phases",
+    ),
+    ("SourceInvalid", {"phases": {"train": False, "infer": True, "from": "configmap://name/key"}}, "phases.from"),
+    ("SourceInvalid", {"evaluation": {"metrics": ["bertscore"], "metricModels": {"bertscore": "./roberta"}}}, "evaluation.metricModels.bertscore"),
+    ("DatasetMissing", {"dataset": {"train": None}, "phases": {"train": False, "infer": True, "from": "s3://bucket/model"}}, "dataset.train"),
     (
         "EnvironmentReserved",
         {"placement": {"env": [{"name": "AWS_ACCESS_KEY_ID", "value": "x"}]}},
@@ -518,6 +585,20 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         {"training": {"optimizer": "paged_ademamix_8bit", "adamBeta1": 0.8, "adamEpsilon": 1e-6}},
         {"training": {"optimizer": "lion_32bit", "adamBeta1": 0.8, "adamBeta2": 0.9}},
         {"training": {"groupByLength": False}, "dataset": {"packing": True}},
+        gates_spec(
+            ACCURACY_GATE, {"metric": "loss", "op": "lt", "value": 2}, {"metric": "perplexity", "op": "gt", "value": 1},
+            {"metric": "f1", "op": "le", "value": 1}, {"metric": "f1", "notWorseThanBase": {}}, {"metric": "loss", "notWorseThanBase": {"margin": 3}},
+        ),
+        merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None, "split": {"validation": 0.1}}}),
+        TESTED | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
+        TESTED
+        | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
+        {"evaluation": {"metrics": ["answerAccuracy", "bertscore"]}, "phases": {"evaluate": False}},
+        TESTED | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
+        TESTED | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
+        TESTED | {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
+        {"phases": {"train": False, "infer": True, "from": "s3://bucket/model"}, "dataset": {"train": None, "test": "s3://bucket/test.jsonl"}},
+        TESTED | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
     ],
 )
 def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
@@ -566,6 +647,20 @@ def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, is_
     )  # fmt: skip
     paths = {problem.path for problem in check(spec(change)) if problem.code == "GenerationsDoNotDivide"}
     assert ("evaluation.batchSizePerDevice" in paths) == is_refused
+
+
+def test_local_run_reads_the_judges_key_from_the_users_environment() -> None:
+    judged = spec(TESTED | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
+    assert check(judged, target=ExecutionTarget.LOCAL) == []
+
+
+def test_hints_for_gates_contain_a_value_that_fits_the_metric() -> None:
+    problems = check(spec(gates_spec({"metric": "f1", "op": "ge", "value": 80}, {"metric": "loss", "value": 2})))
+    assert [problem.hint for problem in problems] == ["write for example 0.8", "write `op: le`, or another one of lt, le, gt, ge"]
+
+
+def test_gates_can_use_every_metric_and_the_loss() -> None:
+    assert {metric.value for metric in GateMetric} == {metric.value for metric in EvaluationMetric} | {"loss"}
 
 
 def test_apple_gpu_is_allowed_in_local_runs() -> None:

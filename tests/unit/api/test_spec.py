@@ -41,6 +41,32 @@ def test_endpoint_with_credentials_or_a_path_or_without_scheme_is_refused(endpoi
         load_spec(MINIMAL_SPEC | {"storage": {"endpoint": endpoint}})
 
 
+@pytest.mark.parametrize("endpoint", ["https://api.openai.com/v1", "http://vllm:8000", "http://10.0.0.7:8000/v1/"])
+def test_judge_endpoint_may_have_a_path(endpoint: str) -> None:
+    judge = load_spec(MINIMAL_SPEC | {"evaluation": {"judge": {"endpoint": endpoint}}}).evaluation.judge
+    assert judge is not None and judge.endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        {"judge": {"endpoint": "https://key@host/v1"}}, {"judge": {"endpoint": "host/v1"}}, {"judge": {"endpoint": "https://host/v1?key=x"}},
+        {"gates": []}, {"gates": [{"metric": "vibes", "op": "ge", "value": 1}]}, {"gates": [{"op": "ge", "value": 1}]},
+        {"gates": [{"metric": "f1", "op": "eq", "value": 1}]}, {"gates": [{"metric": "f1", "notWorseThanBase": {"margin": -0.1}}]},
+        {"gates": [{"metric": "f1", "notWorseThanBase": {"confidence": 0.5}}]}, {"gates": [{"metric": "f1", "notWorseThanBase": {"confidence": 1}}]},
+        {"gates": [{"metric": "f1", "op": "ge", "value": 1}] * 17}, {"maxRows": 0},
+    ],
+)  # fmt: skip
+def test_values_of_the_evaluation_outside_their_bounds_are_refused(evaluation: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="evaluation"):
+        load_spec(MINIMAL_SPEC | {"evaluation": evaluation})
+
+
+def test_the_field_from_of_phases_keeps_its_name_in_json() -> None:
+    phases = {"train": False, "from": "s3://b/model"}
+    assert load_spec(MINIMAL_SPEC | {"phases": phases}).to_wire()["phases"] == phases
+
+
 def test_loading_accepts_every_spelling_of_an_integer() -> None:
     assert load_spec(MINIMAL_SPEC | {"training": {"maxSteps": 20.0, "epochs": 1}}).training.max_steps == 20
 

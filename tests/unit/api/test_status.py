@@ -40,6 +40,7 @@ def prompt_part(**changes: Any) -> dict[str, Any]:
         {"retriesUsed": 1},
         {"activeSeconds": 5},
         {"output": {"uri": "s3://b/m"}},
+        {"evaluation": {"rows": 200}},
         {"failure": {"class": "Data", "code": "DatasetEmpty"}},
         {"adaptations": [{"time": NOON, "reason": "OutOfMemory", "change": "x"}]},
         {"startTime": "2026-03-01T12:00:01Z"},
@@ -75,6 +76,12 @@ def test_change_of_a_prompt_field_changes_the_prompt_part(change: dict[str, Any]
 )
 def test_change_of_another_field_does_not_change_the_prompt_part(change: dict[str, Any]) -> None:
     assert prompt_part(**change) == prompt_part()
+
+
+def test_numbers_of_the_evaluation_are_rounded_and_unreadable_ones_are_dropped() -> None:
+    metrics = {"bleu": {"value": 12.3456789, "base": 1e-9 / 3, "low": float("nan")}}
+    evaluation = FineTuneJobStatus.model_validate({"evaluation": {"rows": 3, "metrics": metrics}}).to_wire()["evaluation"]
+    assert evaluation == {"rows": 3, "metrics": {"bleu": {"value": 12.3457, "base": 3.33333e-10}}}
 
 
 def test_only_the_presence_of_the_latest_checkpoint_is_part_of_the_prompt_part() -> None:

@@ -9,7 +9,7 @@ import pytest
 from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import Failure
+from finetune_api.status import Failure, Stage
 from finetune_operator.policies.cause import cause_of, pod_cause
 from finetune_operator.policies.retry import FailureCause
 from finetune_operator.views import PodView, TerminatedState
@@ -41,6 +41,18 @@ def test_exit_code_decides_reason_and_retry_policy(code: int, reason: Reason, re
     cause = pod_cause(end_pod(pod(), code))
     assert cause is not None
     assert (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "retry"),
+    [
+        (65, Reason.EVALUATION_FAILED, RetryPolicy.NEVER), (69, Reason.EVALUATION_FAILED, RetryPolicy.COUNTED),
+        (71, Reason.EVALUATION_FAILED, RetryPolicy.COUNTED), (80, Reason.GATE_FAILED, RetryPolicy.NEVER),
+    ],
+)  # fmt: skip
+def test_a_stage_that_fails_after_training_changes_no_value_of_the_training(code: int, reason: Reason, retry: RetryPolicy) -> None:
+    cause = pod_cause(end_pod(pod(), code, message("X", stage=Stage.EVALUATING)))
+    assert cause is not None and (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
 
 
 def test_class_in_the_termination_message_takes_precedence_over_the_exit_codes_class() -> None:

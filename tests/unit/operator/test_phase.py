@@ -36,7 +36,12 @@ def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJo
         ("saving", 3, 1, Phase.RUNNING),
         ("evaluating", 3, 1, Phase.RUNNING),
         ("evaluating", 10, 1, Phase.EVALUATING),
+        ("merging", 10, 1, Phase.UPLOADING),
+        ("comparing", 10, 1, Phase.EVALUATING),
+        ("benchmarking", 10, 1, Phase.EVALUATING),
+        ("verifying", 10, 1, Phase.EVALUATING),
         ("uploading", 10, 1, Phase.UPLOADING),
+        ("reporting", 10, 1, Phase.UPLOADING),
         ("downloading", 0, 2, Phase.RECOVERING),
         ("training", 4, 2, Phase.RUNNING),
     ],
@@ -49,6 +54,12 @@ def test_phase_follows_the_stage_that_the_pod_reports(stage: str, step: int, att
     pods = [pod(attempt, uid="pod-1-0")]
     new_status = status_of(facts(status=status(**known), jobs=[job(attempt)], pods=pods, last_report=reported))
     assert new_status.phase == phase
+
+
+@pytest.mark.parametrize("stage", ["evaluating", "comparing"])
+def test_job_without_training_is_evaluating(stage: str) -> None:
+    observed = facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(stage=stage, progress={}))
+    assert status_of(observed).phase is Phase.EVALUATING
 
 
 def test_phase_stays_running_after_a_restart_of_the_operator() -> None:

@@ -139,7 +139,7 @@ def test_only_the_newest_of_many_checkpoints_are_kept() -> None:
 
 
 def test_unknown_stage_does_not_discard_the_report() -> None:
-    parsed = read_report(changed_report("stage", "merging"))
+    parsed = read_report(changed_report("stage", "distilling"))
     assert parsed is not None
     assert (parsed.stage, parsed.progress.step) == ("starting", 3)
 

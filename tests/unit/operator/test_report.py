@@ -168,6 +168,17 @@ def test_termination_message_alone_is_enough_to_report_success() -> None:
     assert new_status.progress is not None and new_status.progress.step == 500
 
 
+def test_results_of_the_evaluation_stay_in_the_status() -> None:
+    metrics = {"semanticSimilarity": {"value": -0.25, "difference": -0.5}}
+    evaluation = {"rows": 20, "metrics": metrics, "gates": [{"metric": "semanticSimilarity", "passed": False}]}
+    message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": evaluation})
+    observed = facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
+    new_status = status_of(observed)
+    assert new_status.to_wire()["evaluation"] == evaluation
+    later = status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
+    assert later.evaluation == new_status.evaluation
+
+
 def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
     message = TerminationMessage(code="X" * 5000, message="y" * 100_000, hint="z" * 100_000)
     failed = end_pod(pod(), 65, message)

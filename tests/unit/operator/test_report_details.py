@@ -70,6 +70,23 @@ def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> No
     assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [500]
 
 
+def test_committed_model_is_in_the_status_while_the_stages_after_training_run_and_after_one_failed() -> None:
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT])
+    received = report(stage="evaluating", output={"uri": "s3://m/final"}, progress={"step": 500})
+    running = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
+    new = compute_status(running, decide(running), ActionResult())
+    assert new.phase is Phase.EVALUATING and new.output is not None and new.output.uri == "s3://m/final"
+    message = TerminationMessage.model_validate(
+        {"step": 500, "stage": "evaluating", "code": "DatasetEmpty", "message": "m", "output": {"uri": "s3://m/final"}, "class": "Data"}
+    )
+    failed = facts(status=new, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 65, message)], now=at(61))
+    ended = compute_status(failed, decide(failed), ActionResult())
+    succeeded = ended.condition(Condition.SUCCEEDED)
+    assert succeeded is not None and (succeeded.status, succeeded.reason) == ("False", "EvaluationFailed")
+    assert (ended.phase, ended.reason) == (Phase.FAILED, "DatasetEmpty")
+    assert ended.output is not None and ended.output.uri == "s3://m/final"
+
+
 def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     admitted = {
         "type": "QuotaReserved",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,13 @@ def test_three_retries_are_allowed_by_default(retries_used: int | None, retries:
     message = f"{used + 1} attempts in a row made no progress, but policy.retries is {used}; last failure: it failed"
     failure = Failure(class_=FailureClass.INTERNAL, code="C", message=message)
     assert decision == GiveUp(Reason.RETRIES_EXHAUSTED, failure)
+
+
+def test_a_stage_that_fails_again_and_again_is_the_reason_of_the_jobs_failure() -> None:
+    cause = replace(cause_with(RetryPolicy.COUNTED), reason=Reason.EVALUATION_FAILED)
+    unresolved = FineTuneJobSpec.model_validate(spec(policy={"retries": 0}))
+    decision = retry_or_give_up(cause, unresolved, FineTuneJobStatus(), made_progress=False, now=T0)
+    assert isinstance(decision, GiveUp) and decision.reason is Reason.EVALUATION_FAILED
 
 
 @pytest.mark.parametrize("made_progress", [True, False])

@@ -9,6 +9,7 @@ from finetune_api import names
 from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.builders.job import build_job
+from finetune_operator.builders.mounts import build_mounts
 
 from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob, spec
 from tests.unit.operator.test_builders import build_config_and_job
@@ -34,6 +35,7 @@ KEY = {"name": "keys", "key": "mine"}
     [
         (names.WANDB_KEY, {"tracking": {"wandb": {"apiKeySecretRef": KEY}}}),
         (names.MONGODB_URI, {"tracking": {"mongodb": {"uriSecretRef": KEY}}}),
+        (names.JUDGE_KEY, {"evaluation": {"judge": {"apiKeySecretRef": KEY}}}),
         (names.HUB_TOKEN, {"output": {"hub": {"tokenSecretRef": KEY}}}),
         (names.Env.HF_TOKEN.value, {"model": {"source": "org/m", "tokenSecretRef": KEY}}),
         ("OPENAI_API_KEY", {"placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}}),
@@ -53,3 +55,10 @@ def test_users_variable_never_replaces_the_hub_token() -> None:
     placement = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
     environment = secret_variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
     assert environment[names.Env.HF_TOKEN.value] == KEY
+
+
+def test_pods_mount_the_claims_of_metric_models_and_of_the_evaluated_model() -> None:
+    claims = {"evaluation": {"metricModels": {"bertscore": "pvc://metrics/a"}}, "phases": {"train": False, "from": "pvc://results/model"}}
+    written = FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, **claims})
+    volumes = build_mounts(written).volumes
+    assert [volume["persistentVolumeClaim"]["claimName"] for volume in volumes] == ["metrics", "results"]

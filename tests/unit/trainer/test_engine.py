@@ -11,7 +11,7 @@ from finetune_api.errors import DivergedError, NoCheckpointError
 
 torch = pytest.importorskip("torch")
 from finetune_trainer import engine, speed  # noqa: E402 - the module needs torch
-from finetune_trainer.engine import FiniteGuard, GuardedTrainer  # noqa: E402 - the module needs torch
+from finetune_trainer.engine import FiniteGuard, GuardedTrainer, LogLine, logged_training_seconds  # noqa: E402 - the module needs torch
 from finetune_trainer.speed import SpeedMeter  # noqa: E402 - the module needs torch
 from safetensors.torch import load_file, save_file  # noqa: E402 - the module needs torch
 from transformers import Trainer, TrainingArguments  # noqa: E402 - the module needs torch
@@ -137,12 +137,17 @@ class SlowRows(torch.utils.data.Dataset):  # type: ignore[name-defined]  # impor
         return {"x": float(index)}
 
 
+def use_virtual_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the clocks of the trainer by `ClockedTrainer.now`. The wall clock is 1.7e9 seconds ahead of it."""
+    clock = SimpleNamespace(perf_counter=lambda: ClockedTrainer.now, time=lambda: 1.7e9 + ClockedTrainer.now)
+    monkeypatch.setattr(engine, "time", clock)
+    monkeypatch.setattr(speed, "time", clock)
+
+
 def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(perf_counter=lambda: ClockedTrainer.now)
-    monkeypatch.setattr(engine, "time", clock)
-    monkeypatch.setattr(speed, "time", clock)
+    use_virtual_clock(monkeypatch)
     args = TrainingArguments(
         output_dir=str(tmp_path), max_steps=LAST_STEP, save_strategy="no", per_device_train_batch_size=1, logging_steps=1, report_to=[],
         use_cpu=True, disable_tqdm=True, include_num_input_tokens_seen="no",
@@ -156,3 +161,51 @@ def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
     for line in lines:
         assert line["data_wait_share"] == FETCH_SECONDS / step_seconds
         assert line["tokens_per_second"] == TOKENS_PER_STEP / step_seconds
+
+
+def run_clocked_training(folder: Path, last_step: int, resume: Path | None = None) -> list[dict[str, Any]]:
+    """Train until `last_step`, save a checkpoint there, evaluate once more after training, and return the log history."""
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=last_step, save_steps=2, per_device_train_batch_size=1, logging_steps=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    rows = SlowRows()
+    trainer = ClockedTrainer(model=OneWeightModel(), args=args, train_dataset=rows, eval_dataset=rows)
+    ClockedTrainer.now += 1000  # loading the model is not training
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    ClockedTrainer.now += 1000
+    trainer.evaluate(metric_key_prefix="test")
+    return list(trainer.state.log_history)
+
+
+def test_seconds_of_training_add_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause between two attempts, loading and the test after training are not part of `training_seconds`."""
+    use_virtual_clock(monkeypatch)
+    run_clocked_training(tmp_path / "first", 2)
+    ClockedTrainer.now += 5000  # the pause between the attempts
+    lines = run_clocked_training(tmp_path / "second", 4, tmp_path / "first" / "checkpoint-2")
+    # training and evaluation at steps 2 and 4, the summary, and the test after training
+    kinds = [(line["step"], next(name for name in ("loss", "eval_runtime", "train_loss", "test_runtime") if name in line)) for line in lines]
+    assert kinds == [(2, "loss"), (2, "eval_runtime"), (4, "loss"), (4, "eval_runtime"), (4, "train_loss"), (4, "test_runtime")]
+    two_steps, evaluation = 2 * (FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS), 9 * FETCH_SECONDS
+    one_row_ahead = FETCH_SECONDS  # the data loader fetches the next row before the current step
+    seconds = [line["training_seconds"] for line in lines]
+    assert seconds[:2] == [two_steps + one_row_ahead, two_steps + one_row_ahead + evaluation]
+    assert seconds[2] == seconds[1] + two_steps + one_row_ahead
+    assert seconds[3:] == [seconds[2] + evaluation] * 3
+    times = [line["unix_time"] for line in lines]
+    test_and_loading = 1000 + evaluation + 5000 + 1000
+    assert times[0] > 1.7e9 and times[2] - times[1] == test_and_loading + two_steps + one_row_ahead
+
+
+def test_seconds_of_training_start_at_0_after_a_checkpoint_without_them() -> None:
+    assert logged_training_seconds(SimpleNamespace(log_history=[{"loss": 1.0, "step": 1}])) == 0.0  # type: ignore[arg-type]
+    history = [{"training_seconds": 2.5, "step": 1}, {"loss": 1.0, "step": 2}]
+    assert logged_training_seconds(SimpleNamespace(log_history=history)) == 2.5  # type: ignore[arg-type]
+
+
+def test_the_line_in_the_pod_log_shows_neither_time_nor_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    state = SimpleNamespace(global_step=3, max_steps=9, is_world_process_zero=True)
+    with caplog.at_level("INFO", logger=engine.logger.name):
+        LogLine().on_log(SimpleNamespace(), state, SimpleNamespace(), logs={"loss": 1.5, "unix_time": 1.7e9, "training_seconds": 4.0})  # type: ignore[arg-type]
+    assert caplog.messages == ["step 3/9  loss 1.5"]

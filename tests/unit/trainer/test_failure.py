@@ -77,6 +77,7 @@ class OutOfMemoryError(RuntimeError):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/cc"), "TrainerCrashed", 70, True),
         (ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes"), "InstallationBroken", 78, True),
         (ModuleNotFoundError("No module named 'my_rewards'", name="my_rewards"), "TrainerCrashed", 70, True),
+        (ModuleNotFoundError("import of wandb halted; None in sys.modules", name="wandb"), "TrainerCrashed", 70, True),
         (ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (OSError("libnccl.so.2: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (RuntimeError("CUDA driver version is insufficient for CUDA runtime version"), "NodeDriverUnusable", 74, True),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+from finetune_api.spec.enums import Tracker
 from finetune_trainer import imports
 from transformers import trainer_optimizer
 
@@ -17,3 +21,26 @@ def test_every_bitsandbytes_optimizer_imports_bitsandbytes(tmp_path: Path) -> No
         assert imports.needs_bitsandbytes(run), optimizer
     run, _ = make_run(tmp_path, tmp_path / "model")
     assert not imports.needs_bitsandbytes(run)
+
+
+@pytest.mark.parametrize(("tracker", "options"), [
+    (Tracker.WANDB, {"wandb": {"apiKeySecretRef": {"name": "wandb", "key": "apiKey"}}}),
+    (Tracker.MLFLOW, {"mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}),
+])  # fmt: skip
+def test_a_tracker_is_imported_only_by_jobs_that_report_to_it(tmp_path: Path, tracker: Tracker, options: dict[str, object]) -> None:
+    """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s."""
+    without, _ = make_run(tmp_path, tmp_path / "model")
+    with_tracker, _ = make_run(tmp_path, tmp_path / "model", {"tracking": {"reportTo": [tracker.value], **options}})
+    assert not imports.needs_tracker(without, tracker)
+    assert imports.needs_tracker(with_tracker, tracker)
+
+
+def test_preload_hides_the_trackers_that_the_job_does_not_need(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": {"reportTo": ["tensorboard"]}})
+    program = (
+        "import sys; from pathlib import Path; from finetune_api.pod import RunConfig; from finetune_trainer import imports; "
+        "imports.preload(RunConfig.model_validate_json(sys.stdin.read()), 'finetune_trainer.objective.grpo'); "
+        "print([sys.modules.get(name) for name in ('wandb', 'mlflow')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[None, None]"]), done.stderr

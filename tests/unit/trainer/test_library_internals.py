@@ -35,7 +35,7 @@ class OneWeightModel(torch.nn.Module):
 
 HOOK_NAMES = (
     "run_epoch", "load_checkpoint_weights", "check_loaded_keys", "load_optimizer_and_scheduler", "save_optimizer_and_scheduler",
-    "load_best_model", "save_files",
+    "load_best_model", "save_files", "clip_gradients", "gradient_norm",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> Non
     # The run saves two checkpoints. Loading the best weights checks the loaded keys once.
     assert trainer.calls == {
         "run_epoch": 2, "load_checkpoint_weights": 0, "check_loaded_keys": 1, "load_optimizer_and_scheduler": 0,
-        "save_optimizer_and_scheduler": 2, "load_best_model": 1, "save_files": 2,
+        "save_optimizer_and_scheduler": 2, "load_best_model": 1, "save_files": 2, "clip_gradients": 2, "gradient_norm": 2,
     }  # fmt: skip
 
 
@@ -133,6 +133,62 @@ def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) 
     names = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
     assert "lm_head.weight" in names
     assert internals.tied_weight_names(OneWeightModel()) == set()
+
+
+def reference_passes(folder: Path, model: Path) -> tuple[Any, Any]:
+    """Build a DPO trainer with LoRA, and return it and its PEFT model."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    net = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    rows = Dataset.from_list([{"prompt": "one", "chosen": "red", "rejected": "blue"}])
+    args = DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True)
+    trainer = DPOTrainer(model=net, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model))
+    return trainer, net
+
+
+def test_a_cheap_switch_activates_the_adapters_that_peft_would_activate(model: Path, tmp_path: Path) -> None:
+    from trl.trainer import dpo_trainer
+    from trl.trainer.utils import use_adapter
+
+    def active_adapters() -> list[Any]:
+        return [net.active_adapter, net.base_model.active_adapter, *(getattr(one, "active_adapter", None) for one in net.modules())]
+
+    trainer, net = reference_passes(tmp_path, model)
+    with torch.no_grad():
+        with use_adapter(net, "ref"):
+            pass  # PEFT replaces the initial list ["default"] by its only value
+        before = active_adapters()
+        with use_adapter(net, "ref"):
+            expected = active_adapters()
+        assert expected != before == active_adapters()
+        with internals.cheap_reference_passes(trainer):
+            for _ in range(3):
+                with dpo_trainer.use_adapter(net, "ref"):
+                    assert active_adapters() == expected
+                assert active_adapters() == before
+            trained = [name for name, one in net.named_parameters() if one.requires_grad]
+            with dpo_trainer.use_adapter(net, None):
+                assert all(one.disable_adapters for one in net.modules() if hasattr(one, "disable_adapters"))
+        assert [name for name, one in net.named_parameters() if one.requires_grad] == trained
+
+
+def test_functions_of_trl_are_replaced_within_the_context_only(model: Path, tmp_path: Path) -> None:
+    from trl.trainer import dpo_trainer
+
+    trainer, net = reference_passes(tmp_path, model)
+    names = ("is_peft_model", "use_adapter", "disable_gradient_checkpointing")
+    originals = [getattr(dpo_trainer, name) for name in names]
+    with internals.cheap_reference_passes(trainer):
+        assert all(getattr(dpo_trainer, name) is not original for name, original in zip(names, originals, strict=True))
+        assert dpo_trainer.is_peft_model(net) and not dpo_trainer.is_peft_model(net.get_base_model())
+        assert trainer.accelerator.unwrap_model(net) is net
+        assert trainer.accelerator.unwrap_model(net, keep_torch_compile=False) is net
+    assert [getattr(dpo_trainer, name) for name in names] == originals
+    assert "unwrap_model" not in vars(trainer.accelerator)
 
 
 def test_the_active_attention_follows_a_later_change(model: Path) -> None:

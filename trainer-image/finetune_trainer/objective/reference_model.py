@@ -10,7 +10,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.rules import trains_base_weights
 
 from finetune_trainer import vocabulary
-from finetune_trainer.library_internals import OpenTrainer
+from finetune_trainer.library_internals import OpenTrainer, cheap_reference_passes
 from finetune_trainer.model import load_config, load_model
 from finetune_trainer.objective.base import TrainingContext
 
@@ -23,7 +23,7 @@ class ReferenceModelMixin(OpenTrainer):
 
     If an adapter is trained, TRL keeps its initial state as a second adapter. This mixin freezes the second adapter, because PEFT marks
     it as trainable for some adapter types, and DDP would then wait forever for its gradients. The mixin also excludes the second
-    adapter from saved files.
+    adapter from saved files, and keeps the forward passes of the reference model cheap.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -32,6 +32,11 @@ class ReferenceModelMixin(OpenTrainer):
             # Parameter names contain the adapter's name in the middle (lora_A.ref.weight) or at the end (ia3_l.ref).
             if REFERENCE_ADAPTER in name.split("."):
                 parameter.requires_grad_(False)
+
+    def run_epoch(self, *args: Any, **options: Any) -> None:
+        """Train on one pass over the data. Forward passes of the reference model do not walk over all modules."""
+        with cheap_reference_passes(self):
+            super().run_epoch(*args, **options)
 
     def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         """Save without the frozen adapter."""

@@ -218,32 +218,28 @@ def _as_arrays(rows: Dataset) -> Dataset:
 def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
-    The logits of a document must not depend on the preceding document. The check changes the preceding tokens, first as a separate
-    document, then as a part of the same document, and compares the two changes of the logits. All four sequences have the same shape,
-    so that 16-bit kernels round alike.
+    The log-probabilities of a document must not depend on the preceding document. The check changes the preceding tokens, first as a
+    separate document, then as a part of the same document, and compares the two changes. All four sequences have the same shape, so that
+    16-bit kernels round alike. The model is called as in training: ZeRO stage 3 gathers parameters in the order of the first call.
     Errors: InternalError PackingLeaks.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
     first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))
 
-    def logits_of_second(before: list[int], lengths: list[int]) -> torch.Tensor:
+    def log_probs_of_second(before: list[int], lengths: list[int]) -> torch.Tensor:
         ids = before + second
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
-        del batch["labels"]
         with trainer.accelerator.autocast():
-            logits: torch.Tensor = model(**trainer.prepare_inputs(batch), use_cache=False).logits
-        return logits[0, -len(second) :].float()
+            log_probs: torch.Tensor = model(**trainer.prepare_inputs(batch), use_cache=False, fused_lm_head=True).log_probs
+        return log_probs[0, 1 - len(second) :].float()
 
-    def logit_change(lengths: list[int]) -> torch.Tensor:
-        """Mean change of the second document's logits when the tokens before it are reversed."""
-        return (logits_of_second(first, lengths) - logits_of_second(first[::-1], lengths)).abs().mean()
+    def change(lengths: list[int]) -> torch.Tensor:
+        """Mean change of the second document's log-probabilities when the tokens before it are reversed."""
+        return (log_probs_of_second(first, lengths) - log_probs_of_second(first[::-1], lengths)).abs().mean()
 
     was_training = model.training
     model.eval()
-    as_two_documents, as_one_document = (
-        logit_change([len(first), len(second)]),
-        logit_change([len(first) + len(second)]),
-    )
+    as_two_documents, as_one_document = change([len(first), len(second)]), change([len(first) + len(second)])
     model.train(was_training)
     if as_two_documents > 0.1 * as_one_document:
         documents, hint = "packed documents", "set dataset.packing: false, or choose another model.attention"

@@ -26,10 +26,10 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
     ]  # fmt: skip
     if not several_nodes:
         command += ["--local-address", "127.0.0.1"]
-    return ChildProcess(command, _rank_environment(run, settings, channel_address))
+    return ChildProcess(command, rank_environment(run, settings, channel_address))
 
 
-def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
+def rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
     """The environment of agent and ranks. It has no storage credentials, because ranks never access storage."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith(tuple(CREDENTIAL_VARIABLES))}
     cpus = len(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
 """Decides the exit code of a pod from recorded facts only, without access to processes, storage or clock.
 
-A committed final artefact is success, whatever happened afterwards. After a requested stop, the pod exits with 75 or 76. In all
+After the final artefact is committed, only the stages after training can fail. After a requested stop, the pod exits with 75 or 76. In all
 other cases the root cause of the failures decides.
 """
 
@@ -10,13 +10,32 @@ from dataclasses import dataclass, field
 
 from finetune_api.errors import FineTuneError, InstallationBrokenError, InternalError, PeerError
 from finetune_api.names import ExitCode
-from finetune_api.status import Output
+from finetune_api.status import Output, Stage
 
 from finetune_trainer.failure import RankFailure, root_cause
 
 MAX_GRACE_MARGIN_SECONDS = 5.0
 GRACE_MARGIN = 0.1
 """Fraction of the grace period that is reserved for the termination message, at most `MAX_GRACE_MARGIN_SECONDS`."""
+
+
+@dataclass(frozen=True)
+class StageFailure:
+    """The failure of a stage after training."""
+
+    stage: Stage
+    error: FineTuneError
+
+
+@dataclass
+class StageReport:
+    """What the stages after training have done in this pod."""
+
+    open_stages: list[Stage] = field(default_factory=list)
+    """Planned stages that are not done yet."""
+    failure: StageFailure | None = None
+    output: Output | None = None
+    """The committed model, with what the stages have added to it."""
 
 
 @dataclass
@@ -37,6 +56,8 @@ class AttemptFacts:
     agent_code: int | None = None
     output: Output | None = None
     """The committed final artefact."""
+    stages: StageReport = field(default_factory=StageReport)
+    """The stages after training."""
     start_step: int = 0
     """Step that this incarnation started from."""
 
@@ -47,12 +68,14 @@ class ExitDecision:
 
     code: int
     failure: RankFailure | None = None
+    stage: Stage | None = None
+    """The stage after training that failed."""
 
 
 def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> ExitDecision:
     """Decide the exit of this pod. `exit_code_failures`: failures known only from exit codes; `is_saved`: see `is_state_saved`."""
     if facts.output is not None:
-        return ExitDecision(ExitCode.OK)
+        return _exit_after_commit(facts)
     if facts.error is None and facts.stop_requested_at is not None:
         return _exit_after_stop(facts, is_saved)
     failure = _root_cause(facts, exit_code_failures)
@@ -61,6 +84,14 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
     if failure is None:
         failure = RankFailure(_failure_of_agent(facts.agent_code), is_reported=False)
     return ExitDecision(int(failure.error.exit_code), failure)
+
+
+def _exit_after_commit(facts: AttemptFacts) -> ExitDecision:
+    """The model is committed, so only the stages after training can fail. After a stop, the next attempt runs the open stages."""
+    failure = facts.stages.failure
+    if failure is not None:
+        return ExitDecision(int(failure.error.exit_code), RankFailure(failure.error), failure.stage)
+    return ExitDecision(ExitCode.PREEMPTED_SAVED if facts.stages.open_stages else ExitCode.OK)
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:

@@ -126,6 +126,8 @@ class Preparation:
             fetcher.data(item.source, f"dataset.mixture[{number}].source", f"mixture-{number}")
             for number, item in enumerate(data.mixture or [])
         ]
+        metric_models = spec.evaluation.metric_models
+        bertscore, similarity = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
         return Inputs(
             model=model.path,
             tokenizer=fetcher.model(tokenizer, "model.tokenizer", "tokenizer").path
@@ -133,6 +135,8 @@ class Preparation:
             else None,
             adapter=fetcher.model(adapter, "method.adapter.source", "adapter").path if adapter else None,
             reference=fetcher.model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
+            bertscore_model=fetcher.model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
+            similarity_model=fetcher.model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
             train=train,
             mixture=mixture,
             validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],

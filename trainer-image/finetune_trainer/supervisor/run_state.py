@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.pod import HealthReport, ProgressReport, RunConfig
-from finetune_api.status import Checkpoint, Metrics, Progress, ResolvedConfig, Stage
+from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, Stage
 
 RECENT_STEPS = 50
 NEWEST_CHECKPOINTS = 5
@@ -33,6 +33,8 @@ class RunState:
         self._resolved = ResolvedConfig()
         self._notes: list[str] = []
         self._checkpoints: dict[int, Checkpoint] = {}
+        self._output: Output | None = None
+        self._evaluation: EvaluationResult | None = None
         self._recent_step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step_time: float | None = None
         self._activity_time: float | None = None
@@ -125,6 +127,18 @@ class RunState:
             if seconds is not None:
                 self._health = self._health.model_copy(update={"last_save_seconds": round(seconds, 3)})
 
+    def set_output(self, output: Output) -> None:
+        """Set the committed model."""
+        with self._lock:
+            self._output = output
+
+    def merge_evaluation(self, evaluation: EvaluationResult) -> None:
+        """Merge the results of a stage after training: fields that are None keep their earlier value."""
+        with self._lock:
+            self._evaluation = (self._evaluation or EvaluationResult()).model_copy(
+                update={name: value for name, value in evaluation if value is not None}
+            )
+
     def mark_checkpoint_healthy(self, step: int) -> None:
         """Record that the losses after this checkpoint were finite."""
         with self._lock:
@@ -140,6 +154,11 @@ class RunState:
     @property
     def current_stage(self) -> Stage:
         return self._stage
+
+    @property
+    def config_sha256(self) -> str:
+        """sha256 (hex) of the run configuration."""
+        return self._resolved.config_sha256 or ""
 
     @property
     def step(self) -> int:
@@ -191,6 +210,8 @@ class RunState:
                 metrics=self._metrics,
                 checkpoints=newest_and_best(newest),
                 latest_checkpoint=newest[0].uri if newest else None,
+                output=self._output,
+                evaluation=self._evaluation,
                 resumed_from_step=self.resumed_from_step,
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
                 health=self._health_with_ages(),

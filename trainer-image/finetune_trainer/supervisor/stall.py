@@ -22,6 +22,8 @@ from finetune_trainer.supervisor.run_state import RunState
 MIN_TIMEOUT_SECONDS = 600.0
 MEDIAN_STEPS = 20.0
 DUMP_SECONDS = 1.0
+RANK_COMMANDS = {b"train", b"stage"}
+"""Commands of the processes that compute."""
 WATCHED_STAGES = (Stage.TRAINING, Stage.EVALUATING, Stage.STOPPING)
 
 
@@ -57,6 +59,6 @@ def dump_rank_stacks(pids: list[int]) -> None:
     """Signal the ranks among these processes to write the stacks of their threads, and wait a second."""
     for pid in pids:
         with contextlib.suppress(OSError):
-            if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            if RANK_COMMANDS & set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
                 os.kill(pid, signal.SIGUSR1)
     time.sleep(DUMP_SECONDS)

@@ -26,21 +26,25 @@ from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
 from finetune_trainer.failure import RankFailure, failure_from_exit_code, installation_error
-from finetune_trainer.inputs import FILE_NAME
+from finetune_trainer.inputs import FILE_NAME, Inputs
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
 from finetune_trainer.supervisor.exit_decision import (
     AttemptFacts,
     ExitDecision,
+    StageFailure,
+    StageReport,
     decide_exit,
     is_state_saved,
     stop_deadline,
 )
+from finetune_trainer.supervisor.later_stages import LaterStages
 from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.rank_messages import RankMessages
+from finetune_trainer.supervisor.run_results import RunResults, store_quietly
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.staging import Staging
@@ -74,6 +78,7 @@ class Supervisor:
         self._uploader: Uploader | None = None
         self._staging: Staging | None = None
         self._metric_log: MetricLog | None = None
+        self._results: RunResults | None = None
         self._server: Server | None = None
         self._channel: RankChannel | None = None
 
@@ -100,7 +105,9 @@ class Supervisor:
             self._channel.close()
         # 7. Finish the uploads, within the time limit.
         self._finish_uploads()
-        # 8. Decide the exit code, and report it to the operator.
+        # 8. Run the stages after training.
+        self._run_later_stages()
+        # 9. Decide the exit code, and report it to the operator.
         exit_decision = self._decide_exit()
         self._report_end(exit_decision)
         return exit_decision.code
@@ -142,8 +149,9 @@ class Supervisor:
         work.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
             (work / name).unlink(missing_ok=True)
-        for name in ("output", "staged"):
+        for name in ("output", "staged", "stages", "final-model"):
             shutil.rmtree(work / name, ignore_errors=True)
+        for name in ("output", "staged"):
             (work / name).mkdir()
 
     def _open_channel(self, run: RunConfig) -> RankChannel:
@@ -167,12 +175,15 @@ class Supervisor:
             preparation = Preparation(run, config_sha256, self._settings, self._state)
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
+            self._results = RunResults(run, tree, self._settings.work / "output")
             self._facts.output = committed_output(tree)
             if self._facts.output is not None:
                 self._must_end.set()
                 return
             inputs, facts = preparation.fetch()
             preparation.claim_storage(tree)
+            if self._settings.node_rank == 0:
+                store_quietly(self._results.record_start, self._state.add_note)
             restore_result = preparation.restore(tree, facts)
             self._facts.start_step = restore_result.step
             self._start_uploader(run, tree, facts, restore_result)
@@ -199,6 +210,8 @@ class Supervisor:
         """Upload the log lines before each commit: an attempt that resumes from the checkpoint does not log earlier steps again."""
         if self._tree is not None and self._metric_log is not None and self._settings.node_rank == 0:
             self._metric_log.upload(self._tree.store)
+        if self._results is not None and self._settings.node_rank == 0:
+            store_quietly(self._results.store_files_of_rank, self._state.add_note)
 
     def _warn_if_grace_period_is_too_short(self) -> None:
         grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
@@ -333,7 +346,37 @@ class Supervisor:
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep_leftovers(self._tree, self._state)
 
-    # ---- 8: end ----
+    # ---- 8: stages after training ----
+
+    def _run_later_stages(self) -> None:
+        """Run the stages that follow the commit of the model. Rank 0's pod runs them."""
+        run, tree, results, output = self._run, self._tree, self._results, self._facts.output
+        if run is None or tree is None or results is None or output is None or self._settings.node_rank > 0:
+            return
+        self._state.set_output(output)
+        stages = LaterStages(
+            run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
+            is_stop_requested=lambda: self._facts.stop_requested_at is not None,
+        )  # fmt: skip
+        try:
+            self._facts.stages = stages.run(output)
+        except FineTuneError as error:
+            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, error))
+        except Exception as error:
+            log.exception("StageFailed")
+            failure = InternalError("StageFailed", f"{type(error).__name__}: {error}")
+            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, failure))
+        self._facts.output = self._facts.stages.output or output
+        self._clean_up(lambda: store_quietly(results.store_metric_files, self._state.add_note))
+
+    def _fetch_for_stages(self, run: RunConfig) -> Inputs:
+        """Download the inputs in a pod that has not trained, because the model was committed before."""
+        assert self._tree is not None
+        preparation = Preparation(run, self._state.config_sha256, self._settings, self._state)
+        preparation.claim_storage(self._tree)
+        return preparation.fetch()[0]
+
+    # ---- 9: end ----
 
     def _decide_exit(self) -> ExitDecision:
         is_saved = is_state_saved(

@@ -25,13 +25,14 @@ def termination_message(
         "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
         "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
         "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
+        "output": output, "evaluation": report.evaluation, "stage": exit_decision.stage,
     }  # fmt: skip
     if exit_decision.code == ExitCode.OK:
-        return TerminationMessage(**common_fields, output=output)
+        return TerminationMessage(**common_fields)
     failure = exit_decision.failure
     if failure is None:
         is_saved = exit_decision.code == ExitCode.PREEMPTED_SAVED
-        location = f"at step {report.progress.step or start_step}"
+        location = "after training" if output is not None else f"at step {report.progress.step or start_step}"
         return TerminationMessage(
             **common_fields, class_=FailureClass.PREEMPTED, code="StoppedSaved" if is_saved else "StoppedUnsaved",
             message=f"stopped on request {location}, " + ("the state is saved" if is_saved else "the newest steps are not saved"),

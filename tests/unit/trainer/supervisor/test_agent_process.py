@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import agent_process as subject
-from finetune_trainer.supervisor.agent_process import _rank_environment
+from finetune_trainer.supervisor.agent_process import rank_environment
 
 RUN: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=1))
 
@@ -17,7 +17,7 @@ RUN: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=1
 def test_ranks_get_no_storage_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("KEPT", "seen")
-    environment = _rank_environment(RUN, Settings.from_env(work=str(tmp_path)), "socket")
+    environment = rank_environment(RUN, Settings.from_env(work=str(tmp_path)), "socket")
     assert environment["KEPT"] == "seen" and not [name for name in environment if "AWS_" in name and "ACCESS_KEY" in name]
 
 
@@ -26,9 +26,9 @@ def test_future_warnings_of_libraries_are_hidden_unless_the_user_sets_pythonwarn
 ) -> None:
     monkeypatch.delenv("PYTHONWARNINGS", raising=False)
     settings = Settings.from_env(work=str(tmp_path))
-    assert _rank_environment(RUN, settings, "socket")["PYTHONWARNINGS"] == "ignore::FutureWarning"
+    assert rank_environment(RUN, settings, "socket")["PYTHONWARNINGS"] == "ignore::FutureWarning"
     monkeypatch.setenv("PYTHONWARNINGS", "default")
-    assert _rank_environment(RUN, settings, "socket")["PYTHONWARNINGS"] == "default"
+    assert rank_environment(RUN, settings, "socket")["PYTHONWARNINGS"] == "default"
 
 
 class StartedProcess:
@@ -59,4 +59,4 @@ def test_ranks_share_the_cpus_of_the_pod(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(subject.os, "sched_getaffinity", lambda pid: set(range(8)))
     run: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=ranks))
-    assert _rank_environment(run, Settings.from_env(work=str(tmp_path)), "socket")["OMP_NUM_THREADS"] == threads
+    assert rank_environment(run, Settings.from_env(work=str(tmp_path)), "socket")["OMP_NUM_THREADS"] == threads

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.errors import DataError, DivergedError, FineTuneError, InternalError, PeerError, StorageError
-from finetune_api.status import Output
+from finetune_api.status import Output, Stage
 from finetune_trainer.failure import RankFailure, failure_from_exit_code
-from finetune_trainer.supervisor.exit_decision import AttemptFacts, decide_exit, is_state_saved, stop_deadline
+from finetune_trainer.supervisor.exit_decision import (
+    AttemptFacts,
+    StageFailure,
+    StageReport,
+    decide_exit,
+    is_state_saved,
+    stop_deadline,
+)
 
 DIVERGED_FAILURE = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
 PEER_LOST_FAILURE = RankFailure(PeerError("PeerLost", "m"), rank=0, is_origin=False)
+FAILED_STAGES = StageReport([Stage.EVALUATING], StageFailure(Stage.EVALUATING, DataError("DatasetEmpty", "m")))
 STALLED_ERROR = PeerError("Stalled", "m")
 
 
@@ -17,6 +25,8 @@ STALLED_ERROR = PeerError("Stalled", "m")
     ("facts", "saved", "code", "error_code"),
     [
         (AttemptFacts(output=Output(uri="u"), error=STALLED_ERROR, stop_requested_at=1.0), False, 0, None),
+        (AttemptFacts(output=Output(uri="u"), stop_requested_at=1.0, stages=StageReport([Stage.EVALUATING])), False, 75, None),
+        (AttemptFacts(output=Output(uri="u"), error=STALLED_ERROR, stages=FAILED_STAGES), False, 65, "DatasetEmpty"),
         (AttemptFacts(stop_requested_at=1.0), True, 75, None),
         (AttemptFacts(stop_requested_at=1.0), False, 76, None),
         (AttemptFacts(stop_requested_at=1.0, rank_failures=[PEER_LOST_FAILURE]), True, 75, None),
@@ -32,7 +42,8 @@ STALLED_ERROR = PeerError("Stalled", "m")
         (AttemptFacts(agent_code=78), False, 78, "InstallationBroken"),
     ],
     ids=[
-        "an-artefact-is-success", "stopped-and-saved", "stopped-and-not-saved", "a-lost-peer-does-not-explain-a-stop",
+        "an-artefact-is-success", "stopped-before-a-stage-was-done", "a-failed-stage",
+        "stopped-and-saved", "stopped-and-not-saved", "a-lost-peer-does-not-explain-a-stop",
         "a-failure-before-the-stop", "storage-failed-during-the-stop", "the-supervisor's-own-failure",
         "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed", "agent-without-torch",
     ],

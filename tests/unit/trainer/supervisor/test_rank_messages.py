@@ -12,6 +12,7 @@ from finetune_trainer.supervisor.exit_decision import AttemptFacts
 from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.rank_messages import RankMessages
 from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.server import format_metrics
 from finetune_trainer.supervisor.staging import Staging
 
 
@@ -108,3 +109,11 @@ def test_only_signs_of_work_are_heartbeats(pod: Pod, kind: str, is_heartbeat: bo
 def test_an_output_on_the_pods_disk_is_uploaded(pod: Pod) -> None:
     pod.receive("finished", local_rank=1, folder="unused")
     assert pod.facts.is_output_written and pod.state.current_stage is Stage.UPLOADING
+
+
+def test_the_times_of_a_log_line_are_stored_but_are_not_metrics(pod: Pod) -> None:
+    pod.receive("log", step=3, values={"loss": 1.5, "unix_time": 1.7e9, "training_seconds": 4.5})
+    stored = pod.messages._metric_log._lines
+    assert stored == ['{"step": 3, "loss": 1.5, "unix_time": 1700000000.0, "training_seconds": 4.5}']
+    metrics = format_metrics(pod.state)
+    assert "unix_time" not in metrics and "training_seconds" not in metrics

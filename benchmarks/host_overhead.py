@@ -1,0 +1,257 @@
+"""Time that the host spends per micro-batch outside the computation of the model, which a fast GPU would have to wait for.
+
+    python benchmarks/host_overhead.py --rounds 4 --steps 60
+
+Method. A Llama with 32 layers and LoRA on all linear layers has 2,665 modules. Its width is 32, so that its arithmetic is small on a CPU. One
+micro-batch makes an optimizer step. The time outside the computation is the duration of a step without five parts: collation of the batch (`dataMs`),
+forward pass, backward pass, norm of the gradients, and step of the optimizer. Three programs train the same model on the same batches, one after the
+other in changing order. `plain` is a loop in PyTorch that does only these parts; outside of them, it frees the gradients and the graph. `ours` is the
+whole rank of this trainer. In `libraries`, the same rank uses the methods of transformers that walk over all modules: `train`, `zero_grad`,
+`parameters` for the gradient norm, and `num_parameters` for the number of operations. Each figure is the median over all steps of all rounds,
+without the first ten steps of a run. The host overhead is the difference to `plain`. The losses of `ours` and `libraries` must be equal. The
+target is an overhead of 1 ms for `ours`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+WARMUP_STEPS = 10
+LAYERS = 32
+
+
+@dataclass
+class StepTimes:
+    """Seconds of each step of a run."""
+
+    total: list[float] = field(default_factory=list)
+    computation: list[float] = field(default_factory=list)
+    """Forward pass, backward pass, gradient norm and optimizer."""
+    data: list[float] = field(default_factory=list)
+    """Fetching and collating the batch."""
+    losses: list[float] = field(default_factory=list)
+    modules: int = 0
+
+    def after_warmup(self) -> StepTimes:
+        """Remove the first steps."""
+        for values in (self.total, self.computation, self.data):
+            del values[:WARMUP_STEPS]
+        return self
+
+
+class StepTimer:
+    """Times the parts of each step. It is a set of hooks of a rank, and the source of its callback."""
+
+    def __init__(self) -> None:
+        self.times = StepTimes()
+        self._computation = self._data = 0.0
+        self._forward_began = self._step_began = 0.0
+
+    def create_callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
+        """Return the rank's callbacks for checkpoints and reporting, followed by the callback that times the steps."""
+        from finetune_trainer.checkpoint import rank
+        from transformers import TrainerCallback
+
+        timer = self
+
+        class TimingCallback(TrainerCallback):
+            def on_trainer_created(self, trainer: Any) -> None:
+                trainer.accelerator.backward = timer.timed(trainer.accelerator.backward)
+                trainer.get_batch_samples = timer.timed(trainer.get_batch_samples, is_data=True)
+
+            def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+                timer.times.modules = sum(1 for _ in model.modules())
+                model.register_forward_pre_hook(timer._begin_forward)
+                model.register_forward_hook(timer._end_forward)
+                optimizer.step = timer.timed(optimizer.step)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                timer.end_step()
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                timer.times.losses += [logs["loss"]] if logs and "loss" in logs else []
+
+        return [*rank.create_callbacks(run, channel, inputs), TimingCallback()]
+
+    def resume_path(self, inputs: Any) -> None:
+        """Return None: the run does not resume."""
+
+    def deliver_output(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+        """Do nothing: the artefact is not uploaded."""
+
+    @contextmanager
+    def timed_gradient_norm(self) -> Iterator[None]:
+        """Time torch's function for the gradient norm within the context."""
+        import torch
+
+        original = torch.nn.utils.clip_grad_norm_
+        torch.nn.utils.clip_grad_norm_ = self.timed(original)
+        try:
+            yield
+        finally:
+            torch.nn.utils.clip_grad_norm_ = original
+
+    def timed(self, function: Callable[..., Any], *, is_data: bool = False) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            began_at = time.perf_counter()
+            result = function(*args, **options)
+            seconds = time.perf_counter() - began_at
+            if is_data:
+                self._data += seconds
+            else:
+                self._computation += seconds
+            return result
+
+        return call
+
+    def _begin_forward(self, *_: Any) -> None:
+        self._forward_began = time.perf_counter()
+
+    def _end_forward(self, *_: Any) -> None:
+        self._computation += time.perf_counter() - self._forward_began
+
+    def end_step(self) -> None:
+        now = time.perf_counter()
+        if self._step_began:
+            self.times.total.append(now - self._step_began)
+            self.times.computation.append(self._computation)
+            self.times.data.append(self._data)
+        self._step_began, self._computation, self._data = now, 0.0, 0.0
+
+
+@contextmanager
+def library_methods() -> Iterator[None]:
+    """Let transformers walk over the modules, as in a trainer without `finetune_trainer.module_walks`."""
+    from finetune_trainer import engine
+
+    @contextmanager
+    def replace_nothing(model: Any) -> Iterator[None]:
+        yield None
+
+    original = engine.collected_model
+    engine.collected_model = replace_nothing  # type: ignore[assignment]  # yields None instead of the lists
+    try:
+        yield
+    finally:
+        engine.collected_model = original
+
+
+def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes:
+    """Train in a loop that calls only the model, torch and the optimizer, and return the times of its steps after the warm-up."""
+    import torch
+    from finetune_trainer import train
+    from finetune_trainer.channel import Channel
+
+    timer = StepTimer()
+    session = train.TrainingSession(run, Channel.create_recording(folder / "work"), inputs, timer)
+    trainer, _ = session._build_trainer([])
+    optimizer, model = trainer.create_optimizer(), trainer.model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(8), strict=False)]
+    forward, backward, clip, step = map(timer.timed, (model, torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, optimizer.step))
+    for number in range(steps):
+        batch = batches[number % len(batches)]
+        outputs = forward(**batch, use_cache=False, fused_lm_head=True)
+        loss = -outputs.log_probs.sum() / outputs.label_mask.sum()
+        backward(loss)
+        clip(parameters, 1.0)
+        step()
+        del outputs, loss
+        optimizer.zero_grad()
+        timer.end_step()
+    return timer.times.after_warmup()
+
+
+def run_rank(run: Any, inputs: Any, folder: Path, *, uses_library_methods: bool) -> StepTimes:
+    """Run the rank once, and return the times of its steps after the warm-up."""
+    from contextlib import nullcontext
+
+    from finetune_trainer import train
+    from finetune_trainer.channel import Channel
+
+    timer = StepTimer()
+    with library_methods() if uses_library_methods else nullcontext(), timer.timed_gradient_norm():
+        train.TrainingSession(run, Channel.create_recording(folder / "work"), inputs, timer).execute()
+    return timer.times.after_warmup()
+
+
+def measure(round_count: int, steps: int, *, layer_count: int = LAYERS) -> dict[str, Any]:
+    """Measure the three programs alternately. Errors: SystemExit if their losses differ."""
+    import torch
+    from trainer_overhead import suppress_warnings
+
+    from tests.support.learning import make_run
+    from tests.support.tiny import make_tiny_model
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = Path(tempfile.mkdtemp(prefix="host-overhead-"))
+    model = make_tiny_model(folder / "model", hidden=32, layers=layer_count)
+    rows = [{"text": f"The quick brown fox jumps over the lazy dog {number}."} for number in range(64)]
+    spec = {
+        "method": {"type": "lora"}, "tracking": {"loggingSteps": 10},
+        "training": {"maxSteps": steps + WARMUP_STEPS + 1, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+    }  # fmt: skip
+    run, inputs = make_run(folder, model, spec, rows)
+    programs: dict[str, Callable[[], StepTimes]] = {
+        "ours": lambda: run_rank(run, inputs, folder, uses_library_methods=False),
+        "libraries": lambda: run_rank(run, inputs, folder, uses_library_methods=True),
+        "plain": lambda: run_plain_loop(run, inputs, folder, steps + WARMUP_STEPS),
+    }  # fmt: skip
+    results: dict[str, list[StepTimes]] = {name: [] for name in programs}
+    with suppress_warnings():
+        for round_number in range(round_count):
+            for name in list(programs)[:: 1 if round_number % 2 == 0 else -1]:
+                results[name].append(programs[name]())
+    shutil.rmtree(folder)
+    losses = [times.losses for name in ("ours", "libraries") for times in results[name]]
+    if any(one != losses[0] for one in losses):
+        raise SystemExit(f"the losses of the runs differ: {losses}")
+    figures = {name: _summarise(runs) for name, runs in results.items()}
+    overheads = {name: round(figures[name]["outsideMs"] - figures["plain"]["outsideMs"], 3) for name in ("ours", "libraries")}
+    return {
+        "overheadMs": overheads, **figures, "modules": results["ours"][0].modules, "rounds": round_count, "stepsEach": steps,
+        "layers": layer_count, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _summarise(runs: list[StepTimes]) -> dict[str, float]:
+    """Return the medians over all steps of all runs, in milliseconds."""
+    steps = [step for times in runs for step in zip(times.total, times.computation, times.data, strict=True)]
+    milliseconds = {
+        "outsideMs": statistics.median(total - computation - data for total, computation, data in steps),
+        "dataMs": statistics.median(data for *_, data in steps), "stepMs": statistics.median(total for total, *_ in steps),
+    }  # fmt: skip
+    return {name: round(1000 * seconds, 3) for name, seconds in milliseconds.items()}
+
+
+def main() -> None:
+    """Measure, print, and write the result unless --no-write is set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4, help="runs of each program")
+    parser.add_argument("--steps", type=int, default=60, help="measured optimizer steps of a run")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    figures = measure(options.rounds, options.steps)
+    print(json.dumps(figures, indent=1))
+    if not options.no_write:
+        import record
+
+        print(record.write_result("host_overhead", figures, method=record.extract_method(__doc__).replace("\n", " ")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Losses and weights do not depend on which micro-batches recompute their activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_trainer.recomputation import RecomputationPerBatch
+
+from tests.support import learning
+from tests.support.learning import RunOutcome, merge_mappings, run_training
+
+pytestmark = pytest.mark.pod
+ROWS = [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 5)} for number in range(20)]
+"""Rows of different lengths: the largest micro-batch of two rows has about five times as many tokens as the smallest."""
+SPEC: dict[str, Any] = {
+    "training": {"maxSteps": 5, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "gradientCheckpointing": "enabled"},
+    "evaluation": {"strategy": "steps", "steps": 2},
+}  # fmt: skip
+METHODS = {
+    "lora": {"method": {"type": "lora"}},
+    "lora with dropout": {"method": {"type": "lora", "lora": {"dropout": 0.1}}},
+    "full": {"method": {"type": "full", "lora": None}},
+    "full in 16 bits": {"method": {"type": "full", "lora": None}, "training": {"mixedPrecision": "bf16"}},
+}
+LIMITS = {"all recompute": 0, "some recompute": 60, "none recompute": 10**9}
+
+
+class ForwardCounter:
+    """Counts how often the first layer begins its forward pass in each optimizer step: twice for a recomputed micro-batch."""
+
+    def __init__(self, max_kept_tokens: int | None) -> None:
+        self._max_kept_tokens = max_kept_tokens
+        self.counts: list[int] = []
+
+    def create_callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        counter = self
+
+        class Callback(TrainerCallback):
+            def on_trainer_created(self, trainer: Any) -> None:
+                trainer.max_kept_tokens = counter._max_kept_tokens
+                base = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+                base.model.layers[0].mlp.register_forward_pre_hook(lambda module, *_: counter._count(module))
+
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                counter.counts.append(0)
+
+        return Callback()
+
+    def _count(self, module: torch.nn.Module) -> None:
+        if module.training:
+            self.counts[-1] += 1
+
+
+def train(folder: Path, model: Path, spec: dict[str, Any], max_kept_tokens: int | None, patch: pytest.MonkeyPatch) -> tuple[RunOutcome, list[int]]:
+    counter = ForwardCounter(max_kept_tokens)
+    with patch.context() as context:
+        create_callbacks = learning.RecordingHooks.create_callbacks
+        context.setattr(learning.RecordingHooks, "create_callbacks", lambda *args: [*create_callbacks(*args), counter.create_callback()])
+        return run_training(folder, model, spec, ROWS, validation=ROWS[:4]), counter.counts
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_results_do_not_depend_on_the_choice(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = merge_mappings(SPEC, METHODS[name])
+    disabled = merge_mappings(spec, {"training": {"gradientCheckpointing": "disabled"}})
+    expected, counts = train(tmp_path / "disabled", model, disabled, None, monkeypatch)
+    assert counts == [2] * 5
+    counts_by_limit = {}
+    for limit_name, limit in LIMITS.items():
+        outcome, counts_by_limit[limit_name] = train(tmp_path / limit_name, model, spec, limit, monkeypatch)
+        assert outcome.losses == expected.losses and outcome.grad_norms == expected.grad_norms
+        assert outcome.eval_losses == expected.eval_losses and outcome.eval_losses
+        weights = expected.model.state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in outcome.model.state_dict().items())
+    assert counts_by_limit["all recompute"] == [4] * 5
+    assert counts_by_limit["none recompute"] == [2] * 5
+    assert 2 * 5 < sum(counts_by_limit["some recompute"]) < 4 * 5
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+
+
+def test_only_layers_that_are_checkpointed_follow_the_choice() -> None:
+    model = torch.nn.ModuleList([Layer(True), Layer(False), torch.nn.Linear(1, 1), Layer(True)])
+    recomputation = RecomputationPerBatch(model, 10)
+    flags = []
+    for rows, length in [(2, 5), (1, 11), (1, 11), (11, 1), (1, 10)]:
+        recomputation.prepare({"input_ids": torch.zeros(rows, length)})
+        flags.append([getattr(layer, "gradient_checkpointing", None) for layer in model])
+    kept, recomputed = [False, False, None, False], [True, False, None, True]
+    assert flags == [kept, recomputed, recomputed, recomputed, kept]
+
+
+RANK_LIMITS = {"both recompute": (0, 0), "one rank recomputes": (0, 100), "none recomputes": (100, 100)}
+
+
+def train_two_ranks(rank: int, model: str, folder: str) -> None:
+    """Train with ddp for each pair of limits, in one of two processes, and write the weights."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import AutoModelForCausalLM
+
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    weights = {}
+    for name, limits in RANK_LIMITS.items():
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+        net.activation_checkpointing_enable({"use_reentrant": False})
+        recomputation, wrapped = RecomputationPerBatch(net, limits[rank]), DistributedDataParallel(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(rank)
+        for step in range(4):
+            ids = torch.randint(0, 400, (2, 8 + step), generator=generator)
+            recomputation.prepare({"input_ids": ids})
+            if step % 2 == 0:
+                with wrapped.no_sync():
+                    wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                continue
+            wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[name] = net.state_dict()
+    torch.save(weights, f"{folder}/weights-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_ranks_may_choose_differently(model: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_two_ranks, (str(model), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1)]
+    expected = ranks[0]["none recomputes"]
+    for weights in (ranks[rank][name] for rank in (0, 1) for name in RANK_LIMITS):
+        assert all(torch.equal(value, expected[key]) for key, value in weights.items())

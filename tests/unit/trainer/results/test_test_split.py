@@ -1,0 +1,57 @@
+"""`test_split.jsonl` has the rows of the test set as they are in the source."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_trainer.data import load
+from finetune_trainer.data.rows import RawRow
+from finetune_trainer.results.test_split import jsonl_lines
+
+from tests.support.data import make_data_run
+
+ROWS = [{"question": f"q{number} é", "answer": "ho", "source": {"page": number, "tags": ["a", None]}} for number in range(20)]
+
+
+def lines_of(folder: Path, dataset: dict[str, Any], **data: Any) -> list[Any]:
+    run, inputs = make_data_run(folder, {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 5}, **dataset}}, **data)
+    loaded = load(run, inputs)
+    lines = list(jsonl_lines(row for row, _ in loaded.test))
+    assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
+    in_other_sets = [dict(row.value) for row, _ in (*loaded.train, *loaded.validation)]
+    rows = [json.loads(line) for line in lines]
+    assert not [row for row in rows if row in in_other_sets]
+    return rows
+
+
+def test_split_rows_equal_the_source_rows(tmp_path: Path) -> None:
+    """Columns that training does not read are kept, and so is the text before templates and system prompts are applied."""
+    written = lines_of(tmp_path, {"systemPrompt": "Answer.", "format": "qa"}, rows=ROWS)
+    assert len(written) == 6 and all(row in ROWS for row in written)
+    assert [ROWS.index(row) for row in written] == sorted(ROWS.index(row) for row in written)
+
+
+def test_rows_of_text_files_have_one_column(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(10))
+    written = lines_of(tmp_path, {"format": "plainText"}, text=text, name="train.txt")
+    assert len(written) == 3 and {tuple(row) for row in written} == {("text",)}
+    assert all(row["text"] + "\n" in text for row in written)
+
+
+def test_rows_of_csv_files_have_the_columns_of_the_header(tmp_path: Path) -> None:
+    text = "question,answer,id\n" + "".join(f'"a, ""b"" {number}",ho,{number}\n' for number in range(10))
+    written = lines_of(tmp_path, {"format": "qa"}, text=text, name="train.csv")
+    assert written and all(row == {"question": f'a, "b" {row["id"]}', "answer": "ho", "id": row["id"]} for row in written)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(float("nan"), None), (datetime.date(2025, 1, 2), "2025-01-02"), ("nan", "nan"), ([float("inf"), 1], [None, 1]), ("a\nb", "a\nb")],
+)
+def test_values_that_json_does_not_have_are_null_or_text(value: Any, written: Any) -> None:
+    (line,) = jsonl_lines([RawRow(Path("rows.parquet"), 1, {"column": value})])
+    assert json.loads(line) == {"column": written}

@@ -1,0 +1,109 @@
+"""Metrics over the option letters of multiple-choice rows.
+
+Token metrics say little about multiple choice, because most tokens of an answer do not decide it. Here the model's choice is the
+option letter with the highest log-probability.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from finetune_api.errors import DataError
+
+from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+
+NO_ROWS = "the evaluation set has no multiple-choice rows"
+
+
+@torch.inference_mode()
+def letter_log_probabilities(
+    model: Any, tokenizer: Any, prompt: str, letters: Sequence[str], *, add_special_tokens: bool = False
+) -> dict[str, float]:
+    """Return log p(letter | prompt) in nats for each option letter of one row.
+
+    A letter may have several tokens; their log-probabilities are added up. `letters` are the texts that follow the prompt, in the
+    row's order, for example `A` or ` A`. A tokenizer may merge the letter with the end of the prompt, for example `: ` and `A`
+    into `:` and ` A`. The function therefore tokenises prompt and letter together. It scores the tokens after the part that the
+    prompt and all options have in common, so that all options are scored after the same tokens.
+
+    `add_special_tokens` is false for prompts of a chat template, because the template has added them already.
+    Errors: DataError ChoicePromptEmpty if no token is left in front of the letters.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    prompt_tokens, options = encode(prompt), [encode(prompt + letter) for letter in letters]
+    shared = min(_common_length(prompt_tokens, option) for option in options)
+    shared = min(shared, min(map(len, options)) - 1)  # a letter that the tokenizer drops would have no token to score
+    if shared < 1:
+        raise DataError("ChoicePromptEmpty", "a multiple-choice row has no token in front of its option letters")
+    suffixes = [option[shared:] for option in options]
+    longest = max(map(len, suffixes))
+    device = model.get_input_embeddings().weight.device
+    if longest == 1:  # one pass over the prompt scores all options
+        log_probabilities = _last_log_probabilities(model, torch.tensor([prompt_tokens[:shared]], device=device), 1)[0, 0]
+        return {letter: float(log_probabilities[tokens[0]]) for letter, tokens in zip(letters, suffixes, strict=True)}
+    # The last token of an option is not an input. Padding behind an option does not change the scores in front of it.
+    inputs = [prompt_tokens[:shared] + (tokens + [0] * (longest - len(tokens)))[:-1] for tokens in suffixes]
+    log_probabilities = _last_log_probabilities(model, torch.tensor(inputs, device=device), longest)
+    return {
+        letter: math.fsum(float(log_probabilities[row, place, token]) for place, token in enumerate(tokens))
+        for row, (letter, tokens) in enumerate(zip(letters, suffixes, strict=True))
+    }
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of equal tokens at the start of two sequences."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _last_log_probabilities(model: Any, tokens: torch.Tensor, positions: int) -> torch.Tensor:
+    """Return float32 log-probabilities at the last positions of causal sequences, shape (rows, positions, vocabulary size)."""
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
+    base = getattr(model, "get_base_model", lambda: model)()
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:  # saves the logits of the prompt
+        options["logits_to_keep"] = positions
+    logits = model(input_ids=tokens, **options).logits[:, -positions:]
+    return logits.float().log_softmax(dim=-1)
+
+
+def chosen_letter(log_probabilities: Mapping[str, float]) -> str:
+    """Return the letter with the highest log-probability. If several are equal, the first one of the row."""
+    return max(log_probabilities, key=log_probabilities.__getitem__)
+
+
+def letter_metrics(rows: Sequence[Mapping[str, float]], correct_letters: Sequence[str]) -> dict[str, MetricValue]:
+    """Return `accuracy`, `precision`, `recall` and `f1` of the chosen letters.
+
+    `rows` are the log-probabilities of each row's letters, in the row's order. Precision, recall and F1 are scikit-learn's macro
+    averages with zero_division=0: the plain mean over all letters that are correct or chosen in at least one row. Only the
+    accuracy has scores of single rows: 1 or 0. Errors: DataError ChoiceUnknown if a correct letter is not among the row's options.
+    """
+    for number, (row, correct) in enumerate(zip(rows, correct_letters, strict=True), start=1):
+        if correct not in row:
+            raise DataError("ChoiceUnknown", f"multiple-choice row {number}: the correct letter {correct!r} is not one of {', '.join(row)}")
+    names = ("accuracy", "precision", "recall", "f1")
+    if not rows:
+        return dict.fromkeys(names, MetricValue.missing(NO_ROWS))
+    undecided = [number for number, row in enumerate(rows, start=1) if any(math.isnan(score) for score in row.values())]
+    if undecided:
+        reason = f"the model's output is NaN in {len(undecided)} of {len(rows)} multiple-choice rows (first: row {undecided[0]})"
+        return dict.fromkeys(names, MetricValue.missing(reason))
+    pairs = [(chosen_letter(row), correct) for row, correct in zip(rows, correct_letters, strict=True)]
+    precisions, recalls, f1_scores = [], [], []
+    for letter in sorted({letter for pair in pairs for letter in pair}):
+        hits = sum(pair == (letter, letter) for pair in pairs)
+        chosen = sum(choice == letter for choice, _ in pairs)
+        correct_count = sum(correct == letter for _, correct in pairs)
+        precisions.append(hits / chosen if chosen else 0.0)
+        recalls.append(hits / correct_count if correct_count else 0.0)
+        f1_scores.append(2 * hits / (chosen + correct_count))
+    macro = (MetricValue(math.fsum(scores) / len(scores)) for scores in (precisions, recalls, f1_scores))
+    accuracy = mean_of_rows([float(choice == correct) for choice, correct in pairs], {})
+    return dict(zip(names, (accuracy, *macro), strict=True))

@@ -1,0 +1,82 @@
+"""The answers of a model to the rows of a test set, and the file that contains them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune_api.errors import DataError
+
+COLUMNS = ("system_prompt", "user_prompt", "assistant_response", "ground_truth")
+"""Keys of a row of the predictions file, in this order."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One prompt, the model's answer and, if the test set has one, the correct answer."""
+
+    system_prompt: str | None
+    user_prompt: str
+    assistant_response: str
+    ground_truth: str | None
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Write JSON Lines with the keys of `COLUMNS`. The file contains one run: an existing file is replaced."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for prediction in predictions:
+                file.write(_as_line(prediction))
+
+    replace_file(path, write)
+
+
+def _as_line(prediction: Prediction) -> str:
+    """Return one line of JSON. UTF-8 has no half surrogate pairs, so a row with one is written with escapes."""
+    line = json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(asdict(prediction)) + "\n"
+    return line
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read the file of `write_predictions`. Blank lines are ignored. Errors: DataError PredictionsInvalid with the line number."""
+    predictions = []
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                predictions.append(_parse(line, f"{path.name}, line {number}"))
+    return predictions
+
+
+def _parse(line: str, location: str) -> Prediction:
+    """Return the prediction in one line of JSON."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError("PredictionsInvalid", f"{location} is not JSON: {error}") from None
+    if not isinstance(row, dict) or set(row) != set(COLUMNS):
+        raise DataError("PredictionsInvalid", f"{location} must be an object with exactly the keys {', '.join(COLUMNS)}")
+    optional = {"system_prompt", "ground_truth"}
+    for name in COLUMNS:
+        if not isinstance(row[name], str) and not (name in optional and row[name] is None):
+            raise DataError("PredictionsInvalid", f"{location}: {name} must be a text{' or null' if name in optional else ''}")
+    return Prediction(**row)
+
+
+def rows_with_reference(predictions: Sequence[Prediction]) -> list[int]:
+    """Indices of the rows that have a correct answer."""
+    return [index for index, prediction in enumerate(predictions) if prediction.ground_truth is not None]
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` create a temporary file and rename it to `path`, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,274 @@
+"""Metrics that compare the text of an answer with the text of the correct answer.
+
+A row without a correct answer has no score, and a remark of the metric says how many such rows there are. The libraries are imported
+on use. Nothing is downloaded: models are read from local folders.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.evaluation.predictions import Prediction, rows_with_reference
+from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+
+NO_REFERENCE = "no row of the predictions has a ground_truth"
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+BERTSCORE_NAMES = ("precision", "recall", "f1")
+
+Embedder = Callable[[list[str]], Sequence[Sequence[float]]]
+"""Returns one embedding per text."""
+
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+"""A word, or one Chinese character or Japanese kana: these scripts have no spaces between words."""
+
+
+def bleu(predictions: Sequence[Prediction]) -> MetricValue:
+    """Corpus BLEU on the scale 0 to 100, by sacrebleu with its default tokenizer `13a` (Papineni et al. 2002, Post 2018).
+
+    The rows contain sentence BLEU with the effective order, also from 0 to 100. Their mean is not the corpus BLEU.
+    """
+    scored = rows_with_reference(predictions)
+    if not scored:
+        return MetricValue.missing(NO_REFERENCE)
+    from sacrebleu.metrics import BLEU
+
+    answers = [predictions[index].assistant_response for index in scored]
+    references = [_reference(predictions[index]) for index in scored]
+    sentence = BLEU(effective_order=True)
+    rows: list[float | None] = [None] * len(predictions)
+    for index, answer, reference in zip(scored, answers, references, strict=True):
+        rows[index] = _limit(sentence.sentence_score(answer, [reference]).score, 100.0)
+    value = _limit(BLEU().corpus_score(answers, [references]).score, 100.0)
+    return MetricValue(value, _unscored(predictions), rows, _reasons_without_reference(predictions))
+
+
+def _limit(score: float, maximum: float) -> float:
+    """Remove the rounding error of a perfect score, such as 100.00000000000004."""
+    return min(float(score), maximum)
+
+
+class _RougeTokenizer:
+    """Lower-case words, of which English ones longer than three letters are stemmed.
+
+    On ASCII text this is rouge-score's tokenizer with `use_stemmer=True`. That one removes all other letters, so that equal answers
+    in Greek or Chinese would have the score 0.
+    """
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stem = PorterStemmer().stem  # contains its rules; no nltk data is needed
+
+    def tokenize(self, text: str) -> list[str]:
+        words = WORD.findall(text.lower())
+        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
+def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures from 0 to 1, by rouge-score (Lin 2004). Each value is the mean over the rows."""
+    scored = rows_with_reference(predictions)
+    if not scored:
+        return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=_RougeTokenizer())
+    rows: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}
+    for index in scored:
+        scores = scorer.score(_reference(predictions[index]), predictions[index].assistant_response)
+        for name in ROUGE_TYPES:
+            rows[name][index] = float(scores[name].fmeasure)
+    reasons = _reasons_without_reference(predictions)
+    return {name: mean_of_rows(rows[name], reasons, reason=_unscored(predictions)) for name in ROUGE_TYPES}
+
+
+def exact_match(predictions: Sequence[Prediction]) -> MetricValue:
+    """Share of answers that equal the correct answer, apart from white space at the start and the end."""
+    if not rows_with_reference(predictions):
+        return MetricValue.missing(NO_REFERENCE)
+    rows = [
+        None if row.ground_truth is None else float(row.assistant_response.strip() == row.ground_truth.strip())
+        for row in predictions
+    ]
+    return mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored(predictions))
+
+
+def bertscore(
+    predictions: Sequence[Prediction],
+    folder: Path | None,
+    *,
+    field: str,
+    model_name: str | None = None,
+    layer: int | None = None,
+    device: str = "cpu",
+    batch_size: int = 32,
+) -> dict[str, MetricValue]:
+    """BERTScore `precision`, `recall` and `f1` without idf weights and without rescaling (Zhang et al. 2020), by bert-score.
+
+    Each token of the answer is compared with the most similar token of the correct answer, by the cosine of their embeddings. The
+    precision is the mean over the tokens of the answer, the recall over those of the correct answer. Special tokens such as [SEP] can
+    be the most similar token, but do not count in the means. An empty text scores 0.
+    `folder` contains an encoder model; `field` is the field that sets it. `layer` is the layer whose output is the embedding. By
+    default it is the layer that bert-score recommends for the model `model_name` (or the folder's name), such as `roberta-large`,
+    and otherwise the last layer.
+    """
+    if folder is None:
+        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))
+    scored = rows_with_reference(predictions)
+    if not scored:
+        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(NO_REFERENCE))
+    pairs = {index: (predictions[index].assistant_response.strip(), _reference(predictions[index]).strip()) for index in scored}
+    filled = [index for index, texts in pairs.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
+    scores: dict[int, Sequence[float]] = dict.fromkeys(scored, (0.0, 0.0, 0.0))
+    if filled:
+        results = _bertscores(*zip(*(pairs[index] for index in filled), strict=True), folder, layer, model_name, device, batch_size)
+        scores.update(zip(filled, results, strict=True))
+    if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN by 0, but only in F1
+        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"the model in {field} computes embeddings that are not finite"))
+    metrics = {}
+    for place, name in enumerate(BERTSCORE_NAMES):
+        rows = [scores[index][place] if index in scores else None for index in range(len(predictions))]
+        metrics[name] = mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored(predictions))
+    return metrics
+
+
+class _BertScoreTokenizer:
+    """The tokenizer as bert-score calls it.
+
+    bert-score passes `model_max_length`, which is 10^30 if the tokenizer's files do not set it, and then fails with an integer
+    overflow. This class passes the number of the model's positions instead.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer, self.model_max_length = tokenizer, max_length
+        self.pad_token_id = tokenizer.pad_token_id or 0  # the padding is masked
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=True, max_length=self.model_max_length, truncation=True)
+
+
+def _bertscores(
+    answers: Sequence[str], references: Sequence[str], folder: Path, layer: int | None, model_name: str | None, device: str, batch_size: int
+) -> list[list[float]]:
+    """Return precision, recall and F1 of each pair of texts that are not empty."""
+    import torch
+    from bert_score.utils import bert_cos_score_idf
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    layers = min(layer or _recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
+    # bert-score loads models by their name. A folder's name may contain `t5`, which it takes for the architecture.
+    with _without_warnings():  # about the weights of the layers above
+        model = AutoModel.from_pretrained(folder, local_files_only=True, num_hidden_layers=layers, dtype=torch.float32)
+    if config.is_encoder_decoder:
+        model = model.get_encoder()
+    model = model.to(device).eval()
+    # These two tokenizers distinguish words with and without a space in front; bert-score lets each text start with a space.
+    options = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    weights: dict[int, float] = defaultdict(lambda: 1.0)
+    for token in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            weights[token] = 0.0
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= config.pad_token_id + 1  # their positions start behind the id of the padding
+    length = min(tokenizer.model_max_length, positions)
+    scores: torch.Tensor = bert_cos_score_idf(
+        model, list(references), list(answers), _BertScoreTokenizer(tokenizer, length), weights, batch_size=batch_size, device=device,
+    )  # fmt: skip
+    return scores.double().tolist()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Suppress the warnings of transformers."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _recommended_layer(model_name: str | None, folder: Path) -> int | None:
+    """Return the layer that bert-score's authors chose for a model by comparison with human ratings. None: they did not rate it."""
+    from bert_score.utils import model2layers
+
+    names = (model_name or "", folder.name)
+    return next((model2layers[name] for name in names if name in model2layers), None)
+
+
+def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | None, *, field: str) -> MetricValue:
+    """Mean cosine of the embeddings of answer and correct answer, from -1 to 1. An empty text scores 0.
+
+    `embed` is `sentence_embedder(folder)` or the embedding endpoint of a judge. `field` is the field that sets it.
+    """
+    if embed is None:
+        return MetricValue.missing(f"semantic similarity needs an embedding model: set {field}")
+    scored = rows_with_reference(predictions)
+    if not scored:
+        return MetricValue.missing(NO_REFERENCE)
+    rows: list[float | None] = [0.0 if index in set(scored) else None for index in range(len(predictions))]
+    filled = [index for index in scored if predictions[index].assistant_response.strip() and _reference(predictions[index]).strip()]
+    answers = [predictions[index].assistant_response for index in filled]
+    references = [_reference(predictions[index]) for index in filled]
+    embeddings = embed(answers + references) if filled else []
+    reasons = _reasons_without_reference(predictions)
+    for place, index in enumerate(filled):
+        rows[index] = cosine(embeddings[place], embeddings[len(filled) + place])
+        if rows[index] is None:
+            reasons[index] = "an embedding is zero or not finite"
+    if all(score is None for score in rows):
+        return MetricValue(None, "all embeddings are zero or not finite", rows, reasons)
+    return mean_of_rows(rows, reasons, reason=_unscored(predictions, reasons))
+
+
+def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32) -> Embedder:
+    """Load a sentence-transformers model from a local folder. A folder with a plain encoder gets mean pooling.
+
+    The import takes seconds and loads scikit-learn.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
+    if not 0 < (model.max_seq_length or 0) < 1 << 20:  # as in BERTScore: the tokenizer's files do not set the limit
+        positions = getattr(getattr(model[0], "auto_model", None), "config", None)
+        model.max_seq_length = getattr(positions, "max_position_embeddings", None) or 512
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        embeddings = model.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
+        return [[float(number) for number in embedding] for embedding in embeddings]
+
+    return embed
+
+
+def cosine(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return the cosine of the angle between two vectors. None: a vector is zero or not finite."""
+    norms = math.hypot(*first) * math.hypot(*second)
+    product = math.fsum(one * other for one, other in zip(first, second, strict=True)) if math.isfinite(norms) else math.nan
+    return max(-1.0, min(1.0, product / norms)) if norms and math.isfinite(product) else None
+
+
+def _reference(prediction: Prediction) -> str:
+    """Return the correct answer of a row that has one."""
+    assert prediction.ground_truth is not None
+    return prediction.ground_truth
+
+
+def _reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, str]:
+    """Reasons of the rows that cannot be scored, by row index."""
+    return {index: "the row has no ground_truth" for index, row in enumerate(predictions) if row.ground_truth is None}
+
+
+def _unscored(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
+    """Remark on the rows without a score. None if all rows have one."""
+    reasons = _reasons_without_reference(predictions) if reasons is None else reasons
+    return f"{len(reasons)} of {len(predictions)} rows are not scored (first: {next(iter(reasons.values()))})" if reasons else None

@@ -1,0 +1,119 @@
+"""The logged lines of a run: the input of all metric files, and the file `log.jsonl`.
+
+transformers logs four kinds of lines: training lines (`loss`), evaluations of the validation set (`eval_...`), the evaluation of the
+test set (`test_...`, and `eval_...` for the metrics of TRL) and one summary at the end (`train_runtime`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from finetune_trainer.results.json_values import finite_or_none
+
+NOT_FINITE_TEXTS = frozenset({"nan", "inf", "-inf"})
+"""How a rank sends numbers that are not finite to the supervisor, because JSON has no such numbers."""
+
+
+class LineKind(StrEnum):
+    """What a logged line measures."""
+
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+    TEST = "test"
+    SUMMARY = "summary"
+    OTHER = "other"
+
+
+class LogEntry(BaseModel):
+    """One logged line. Further values of the line are kept under their names. Numbers that are not finite are None."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    step: int = Field(ge=0, description="Optimizer steps done when the line was logged.")
+    epoch: float | None = Field(default=None, description="Passes over the training data done when the line was logged.")
+    unix_time: float | None = Field(default=None, description="Time of the line in seconds since 1970, UTC.")
+    training_seconds: float | None = Field(
+        default=None, description="Seconds of training until the line, over all attempts. Evaluations during training are included."
+    )
+    loss: float | None = Field(default=None, description="Mean training loss of the steps since the last training line.")
+    grad_norm: float | None = Field(default=None, description="Gradient norm of the step before clipping.")
+    learning_rate: float | None = Field(default=None, description="Learning rate of the step.")
+    peak_memory_gb: float | None = Field(
+        default=None, description="Peak GPU memory of rank 0 in units of 1e9 bytes. Absent on CPUs."
+    )
+    eval_loss: float | None = Field(default=None, description="Loss on the validation set.")
+    eval_mean_token_accuracy: float | None = Field(
+        default=None, description="Share of tokens of the validation set that the model predicts correctly."
+    )
+    eval_precision: float | None = Field(default=None, description="Weighted precision on the validation set.")
+    eval_recall: float | None = Field(default=None, description="Weighted recall on the validation set.")
+    eval_f1: float | None = Field(default=None, description="Weighted F1 score on the validation set.")
+    eval_runtime: float | None = Field(default=None, description="Duration of the evaluation in seconds.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_not_finite_numbers(cls, data: Any) -> Any:
+        return {name: _read_value(value) for name, value in data.items()} if isinstance(data, Mapping) else data
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Read a line of `log.jsonl` or of the object `metrics/<incarnation>.jsonl`. Errors: ValidationError."""
+        return cls.model_validate(json.loads(line))
+
+    @property
+    def kind(self) -> LineKind:
+        """What the line measures."""
+        names = self.model_fields_set
+        if any(name.startswith("test_") for name in names):
+            return LineKind.TEST
+        if any(name.startswith("eval_") for name in names):
+            return LineKind.EVALUATION
+        if "train_runtime" in names:
+            return LineKind.SUMMARY
+        return LineKind.TRAINING if "loss" in names else LineKind.OTHER
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the values of the line for JSON, without values that were not logged."""
+        return self.model_dump(exclude_unset=True)
+
+
+def log_jsonl(entries: Iterable[LogEntry]) -> str:
+    """The content of `log.jsonl`: every logged line as one JSON object, in order."""
+    return "".join(json.dumps(entry.to_wire(), ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+
+
+def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
+    """Join the lines of consecutive attempts, oldest attempt first, to the log of the whole run.
+
+    An attempt resumes from a checkpoint and repeats the steps after it. Of each repeated step, only the lines of the later attempt
+    are kept. At the first step that the later attempt logs, the earlier attempt's lines of another kind are kept: an evaluation at
+    the step of the checkpoint is not repeated.
+    """
+    joined: list[LogEntry] = []
+    for attempt in attempts:
+        if not attempt:
+            continue
+        first_step = attempt[0].step
+        repeated_kinds = {entry.kind for entry in attempt if entry.step == first_step}
+        joined = [
+            entry
+            for entry in joined
+            if entry.step < first_step or (entry.step == first_step and entry.kind not in repeated_kinds)
+        ]
+        joined += attempt
+    return joined
+
+
+def training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:
+    """The lines with a training loss, in order."""
+    return (entry for entry in entries if entry.kind is LineKind.TRAINING)
+
+
+def _read_value(value: Any) -> Any:
+    """Return a logged value. Numbers that are not finite, also those sent as text, are None."""
+    return None if isinstance(value, str) and value in NOT_FINITE_TEXTS else finite_or_none(value)

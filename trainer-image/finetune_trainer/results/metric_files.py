@@ -1,0 +1,355 @@
+"""The metric files of a run: the models of their contents, and the functions that compute them from the logged lines.
+
+`step_metrics.json`, `epoch_metrics.json` and `final_metrics.json` have the keys of ATMECS-IT/finetuning; `training_metrics.json` and
+`performance_summary.json` have the keys of Danielmark001/llm-finetuning-lora-spectrum. Each value belongs to the step at which it was
+measured. A value that was not measured, or is not finite, is null. Times are UTC.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from finetune_trainer.results.file_names import ResultFile
+from finetune_trainer.results.log_entry import LineKind, LogEntry, log_jsonl, training_lines
+from finetune_trainer.results.run_names import time_folder
+
+EPOCH_TOLERANCE = 1e-6
+"""Rounding error of the logged epochs: the line after the last step of an epoch may be slightly below or above the whole number."""
+
+
+class FileModel(BaseModel):
+    """The content of a JSON file. The fields have the names of the JSON keys. Fields that are None are written as null."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def to_json(self) -> str:
+        """Return the content of the file."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class RunDescription(BaseModel):
+    """What the metric files say about a run besides its logged lines."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: str = Field(description="Base model, as the user wrote it, without secrets.")
+    technique: str = Field(description="Method, such as `lora`.")
+    learning_rate: str | None = Field(default=None, description="Learning rate, as the user wrote it, such as `3e-4`.")
+    batch_size: str | None = Field(default=None, description="Rows per rank in one forward pass.")
+    epochs: str | None = Field(default=None, description="Number of epochs. None if the run has a maximum number of steps instead.")
+    lora_r: str | None = Field(default=None, description="Rank of the adapter. None for methods without a rank.")
+    lora_alpha: str | None = Field(default=None, description="Scaling of the adapter. None for methods without it.")
+    dataset_type: str | None = Field(default=None, description="Format of the data set, such as `mcq`.")
+    metrics_directory: str = Field(
+        default="", description="Folder of the metric files, relative to `storage.uri`. Empty for the folder itself."
+    )
+    started_at: datetime = Field(description="Time at which the first attempt of the run started.")
+    completed_at: datetime = Field(description="Time at which the last attempt had saved the final model.")
+    training_seconds: float | None = Field(
+        default=None, ge=0, description="Seconds of training over all attempts. None: the value of the last logged line."
+    )
+    trainable_parameters: int | None = Field(default=None, ge=0, description="Number of trained parameters.")
+    total_parameters: int | None = Field(default=None, ge=0, description="Number of all parameters, including adapters.")
+
+
+class StepMetrics(FileModel):
+    """One entry of `step_metrics.json`: one training line."""
+
+    step: int = Field(description="Optimizer steps done.")
+    loss: float | None = Field(description="Mean training loss of the steps since the previous entry.")
+    learning_rate: float | None = Field(description="Learning rate of the step.")
+    grad_norm: float | None = Field(description="Gradient norm of the step before clipping.")
+    timestamp: str | None = Field(description="Time of the line, ISO 8601.")
+
+
+class EpochMetrics(FileModel):
+    """One entry of `epoch_metrics.json`. The last epoch may be incomplete."""
+
+    epoch: int = Field(description="Number of the epoch; the first is 1.")
+    epoch_time: float | None = Field(
+        description="Seconds of the epoch, including its evaluations. Interpolated between log lines if no line was logged at its end."
+    )
+    train_loss: float | None = Field(
+        description="Mean training loss over the steps of the epoch. A line whose steps belong to two epochs counts for both, in proportion to its steps."
+    )
+    eval_loss: float | None = Field(description="Validation loss of the last evaluation within the epoch.")
+    timestamp: str | None = Field(description="Time of the last line within the epoch, ISO 8601.")
+    eval_accuracy: float | None = Field(description="Token accuracy of the last evaluation within the epoch.")
+    eval_f1: float | None = Field(description="Weighted F1 score of the last evaluation within the epoch.")
+    eval_precision: float | None = Field(description="Weighted precision of the last evaluation within the epoch.")
+    eval_recall: float | None = Field(description="Weighted recall of the last evaluation within the epoch.")
+
+
+class TrainingSummary(FileModel):
+    """`training_summary` of `final_metrics.json`. `final` is the newest measured value of an epoch.
+
+    `best` is the lowest loss, or the highest value of another metric, over all epochs.
+    """
+
+    total_steps: int = Field(description="Optimizer steps of the run.")
+    total_epochs: int = Field(description="Number of entries in `epoch_metrics.json`.")
+    total_training_time: float | None = Field(description="Seconds of training over all attempts.")
+    avg_epoch_time: float | None = Field(description="Mean of `epoch_time` over the epochs.")
+    final_train_loss: float | None
+    final_eval_loss: float | None
+    best_train_loss: float | None
+    best_eval_loss: float | None
+    best_eval_accuracy: float | None
+    final_eval_accuracy: float | None
+    best_eval_f1: float | None
+    final_eval_f1: float | None
+    best_eval_precision: float | None
+    final_eval_precision: float | None
+    best_eval_recall: float | None
+    final_eval_recall: float | None
+
+
+class Configuration(FileModel):
+    """`configuration` of `final_metrics.json`. Numbers are strings, as the user wrote them."""
+
+    model: str
+    technique: str
+    learning_rate: str | None
+    batch_size: str | None
+    epochs: str | None
+    lora_r: str | None
+    lora_alpha: str | None
+    dataset_type: str | None
+
+
+class MetricsFiles(FileModel):
+    """`metrics_files` of `final_metrics.json`: paths relative to `storage.uri`."""
+
+    step_metrics: str
+    epoch_metrics: str
+    final_metrics: str
+
+
+class RunInfo(FileModel):
+    """`run_info` of `final_metrics.json`."""
+
+    timestamp: str = Field(description="Start of the run as YYYYMMDD_HHMMSS.")
+    metrics_directory: str = Field(description="Folder of the metric files, relative to `storage.uri`.")
+    completed_at: str = Field(description="End of the run, ISO 8601.")
+
+
+class FinalMetrics(FileModel):
+    """The content of `final_metrics.json`."""
+
+    training_summary: TrainingSummary
+    configuration: Configuration
+    metrics_files: MetricsFiles
+    run_info: RunInfo
+
+
+class ResourceUsage(FileModel):
+    """One entry of `resource_usage` in `training_metrics.json`."""
+
+    step: int = Field(description="Optimizer steps done.")
+    gpu_memory_gb: float | None = Field(description="Peak GPU memory of rank 0 in units of 1e9 bytes. null on CPUs.")
+    loss: float | None = Field(description="Mean training loss of the steps since the previous entry.")
+
+
+class TrainingMetrics(FileModel):
+    """The content of `training_metrics.json`. The three lists have one entry for each training line."""
+
+    loss_history: list[float | None] = Field(description="Training losses.")
+    resource_usage: list[ResourceUsage]
+    step_times: list[float | None] = Field(
+        description="Mean seconds of an optimizer step since the previous training line, without evaluations."
+    )
+
+
+class PerformanceSummary(FileModel):
+    """The content of `performance_summary.json`."""
+
+    training_time_minutes: float | None = Field(description="Minutes of training over all attempts.")
+    trainable_parameters: int | None = Field(description="Number of trained parameters.")
+    total_parameters: int | None = Field(description="Number of all parameters, including adapters.")
+    parameter_efficiency: float | None = Field(description="Trained parameters divided by all parameters.")
+    pruning: None = Field(default=None, description="Always null, because the trainer does not prune models.")
+
+
+def metric_files(entries: Sequence[LogEntry], run: RunDescription) -> dict[ResultFile, str]:
+    """Return the contents of all metric files. `entries`: the logged lines of the whole run (see `join_attempts`)."""
+    epochs = epoch_metrics(entries)
+    return {
+        ResultFile.STEP_METRICS: _list_to_json(list[StepMetrics], step_metrics(entries)),
+        ResultFile.EPOCH_METRICS: _list_to_json(list[EpochMetrics], epochs),
+        ResultFile.FINAL_METRICS: final_metrics(entries, epochs, run).to_json(),
+        ResultFile.TRAINING_METRICS: training_metrics(entries).to_json(),
+        ResultFile.PERFORMANCE_SUMMARY: performance_summary(entries, run).to_json(),
+        ResultFile.LOG: log_jsonl(entries),
+    }
+
+
+def step_metrics(entries: Iterable[LogEntry]) -> list[StepMetrics]:
+    """Compute `step_metrics.json`: one entry for each training line."""
+    return [
+        StepMetrics(
+            step=line.step, loss=line.loss, learning_rate=line.learning_rate, grad_norm=line.grad_norm, timestamp=_iso_time(line.unix_time),
+        )
+        for line in training_lines(entries)
+    ]  # fmt: skip
+
+
+def epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
+    """Compute `epoch_metrics.json`. Lines without an epoch, the test and the summary are ignored."""
+    lines = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
+    lines_by_epoch: dict[int, list[LogEntry]] = defaultdict(list)
+    for line in lines:
+        lines_by_epoch[_epoch_number(line)].append(line)
+    losses, times = _mean_losses(lines), _TimeCurve(lines)
+    return [
+        _epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
+        for number in range(1, max(lines_by_epoch, default=0) + 1)
+    ]
+
+
+def _epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, loss: float | None) -> EpochMetrics:
+    evaluations = [line for line in lines if line.kind is LineKind.EVALUATION]
+    evaluation = evaluations[-1] if evaluations else LogEntry(step=0)
+    return EpochMetrics(
+        epoch=number, epoch_time=seconds, train_loss=loss, timestamp=_iso_time(lines[-1].unix_time) if lines else None,
+        eval_loss=evaluation.eval_loss, eval_accuracy=evaluation.eval_mean_token_accuracy, eval_f1=evaluation.eval_f1,
+        eval_precision=evaluation.eval_precision, eval_recall=evaluation.eval_recall,
+    )  # fmt: skip
+
+
+def final_metrics(entries: Sequence[LogEntry], epochs: Sequence[EpochMetrics], run: RunDescription) -> FinalMetrics:
+    """Compute `final_metrics.json`."""
+
+    def values(name: str) -> list[float]:
+        return [value for epoch in epochs if (value := getattr(epoch, name)) is not None]
+
+    def final_and_best(name: str, best_of: Callable[..., float | None]) -> dict[str, float | None]:
+        measured = values(name)
+        return {f"final_{name}": measured[-1] if measured else None, f"best_{name}": best_of(measured, default=None)}
+
+    metrics: dict[str, float | None] = {}
+    for name in ("train_loss", "eval_loss"):
+        metrics |= final_and_best(name, min)
+    for name in ("eval_accuracy", "eval_f1", "eval_precision", "eval_recall"):
+        metrics |= final_and_best(name, max)
+    epoch_times = values("epoch_time")
+    folder = run.metrics_directory.strip("/")
+    prefix = f"{folder}/" if folder else ""
+    return FinalMetrics(
+        training_summary=TrainingSummary(
+            total_steps=max((entry.step for entry in entries), default=0), total_epochs=len(epochs),
+            total_training_time=_total_seconds(entries, run),
+            avg_epoch_time=sum(epoch_times) / len(epoch_times) if epoch_times else None,
+            **metrics,
+        ),
+        configuration=Configuration(**{name: getattr(run, name) for name in Configuration.model_fields}),
+        metrics_files=MetricsFiles(
+            step_metrics=prefix + ResultFile.STEP_METRICS, epoch_metrics=prefix + ResultFile.EPOCH_METRICS,
+            final_metrics=prefix + ResultFile.FINAL_METRICS,
+        ),
+        run_info=RunInfo(
+            timestamp=time_folder(run.started_at), metrics_directory=folder or ".",
+            completed_at=run.completed_at.astimezone(UTC).isoformat(timespec="milliseconds"),
+        ),
+    )  # fmt: skip
+
+
+def training_metrics(entries: Sequence[LogEntry]) -> TrainingMetrics:
+    """Compute `training_metrics.json`."""
+    lines = list(training_lines(entries))
+    return TrainingMetrics(
+        loss_history=[line.loss for line in lines],
+        resource_usage=[ResourceUsage(step=line.step, gpu_memory_gb=line.peak_memory_gb, loss=line.loss) for line in lines],
+        step_times=_step_times(entries),
+    )
+
+
+def performance_summary(entries: Sequence[LogEntry], run: RunDescription) -> PerformanceSummary:
+    """Compute `performance_summary.json`."""
+    seconds = _total_seconds(entries, run)
+    trained, total = run.trainable_parameters, run.total_parameters
+    return PerformanceSummary(
+        training_time_minutes=None if seconds is None else seconds / 60, trainable_parameters=trained, total_parameters=total,
+        parameter_efficiency=trained / total if trained is not None and total else None,
+    )  # fmt: skip
+
+
+def _mean_losses(lines: Iterable[LogEntry]) -> dict[int, float]:
+    """Mean training loss of each epoch, by its number. A line's loss is a mean over the steps since the previous training line."""
+    weighted_sums: dict[int, float] = defaultdict(float)
+    weights: dict[int, float] = defaultdict(float)
+    start = 0.0
+    for line in training_lines(lines):
+        end = line.epoch or 0.0
+        for number in range(math.floor(start + EPOCH_TOLERANCE) + 1, _epoch_number(line) + 1):
+            part = min(end, number) - max(start, number - 1)
+            if line.loss is not None and part > 0:
+                weighted_sums[number] += part * line.loss
+                weights[number] += part
+        start = end
+    return {number: weighted_sums[number] / weight for number, weight in weights.items()}
+
+
+class _TimeCurve:
+    """The seconds of training as a function of the epoch, linear between the logged lines."""
+
+    def __init__(self, lines: Iterable[LogEntry]) -> None:
+        points = [(line.epoch or 0.0, line.training_seconds) for line in lines if line.training_seconds is not None]
+        self._epochs = [0.0, *(epoch for epoch, _ in points)]
+        self._seconds = [0.0, *(seconds for _, seconds in points)]
+
+    def seconds_of_epoch(self, number: int) -> float | None:
+        """Seconds of an epoch, until the last logged line. None if no seconds were logged."""
+        return self._seconds_at(number) - self._seconds_at(number - 1) if len(self._epochs) > 1 else None
+
+    def _seconds_at(self, epoch: float) -> float:
+        """Seconds at the end of an epoch. Of several lines there, the last one counts, so that an evaluation belongs to the epoch that it ends."""
+        after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
+        before = after - 1
+        if after == len(self._epochs) or epoch <= self._epochs[before]:
+            return self._seconds[before]
+        share = (epoch - self._epochs[before]) / (self._epochs[after] - self._epochs[before])
+        return self._seconds[before] + share * (self._seconds[after] - self._seconds[before])
+
+
+def _step_times(entries: Sequence[LogEntry]) -> list[float | None]:
+    """Mean seconds of an optimizer step for each training line. The durations of evaluations between two training lines are subtracted."""
+    times: list[float | None] = []
+    last_step, last_seconds, evaluation_seconds = 0, 0.0, 0.0
+    for entry in entries:
+        if entry.kind is LineKind.EVALUATION:
+            evaluation_seconds += entry.eval_runtime or 0.0
+        if entry.kind is not LineKind.TRAINING:
+            continue
+        steps, seconds = entry.step - last_step, entry.training_seconds
+        if seconds is None or steps <= 0:
+            times.append(None)
+        else:
+            times.append(max(0.0, seconds - last_seconds - evaluation_seconds) / steps)
+        last_step, last_seconds, evaluation_seconds = entry.step, last_seconds if seconds is None else seconds, 0.0
+    return times
+
+
+def _total_seconds(entries: Sequence[LogEntry], run: RunDescription) -> float | None:
+    if run.training_seconds is not None:
+        return run.training_seconds
+    return max((entry.training_seconds for entry in entries if entry.training_seconds is not None), default=None)
+
+
+def _epoch_number(line: LogEntry) -> int:
+    """Number of the epoch that a line belongs to. The line after the last step of epoch 1 has epoch 1.0 and belongs to epoch 1."""
+    return math.ceil((line.epoch or 0.0) - EPOCH_TOLERANCE)
+
+
+def _iso_time(unix_time: float | None) -> str | None:
+    return None if unix_time is None else datetime.fromtimestamp(unix_time, UTC).isoformat(timespec="milliseconds")
+
+
+def _list_to_json(list_type: Any, items: Sequence[FileModel]) -> str:
+    return TypeAdapter(list_type).dump_json(list(items), indent=2).decode() + "\n"

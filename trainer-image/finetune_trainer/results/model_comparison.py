@@ -1,0 +1,109 @@
+"""`model_comparison.json`: the answers of the base model and of the tuned model to the same prompts, and the file of these prompts.
+
+The keys are those of ATMECS-IT/finetuning. `response_length_diff`, `label` and further options of the generation are optional keys.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from finetune_api.errors import DataError
+from pydantic import BaseModel, ConfigDict, Field
+
+PREVIEW_LENGTH = 100
+"""Characters of a prompt in `prompt_preview`."""
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+class _ComparisonModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class GenerationParams(_ComparisonModel):
+    """`metadata.generation_params`: the options with which both models generated their answers."""
+
+    max_new_tokens: int = Field(ge=1, description="Maximum length of an answer in tokens.")
+    temperature: float = Field(ge=0, description="Sampling temperature.")
+    top_p: float = Field(gt=0, le=1, description="Total probability of the tokens among which an answer is sampled.")
+    do_sample: bool = Field(description="Whether tokens were sampled. If false, each token is the most likely one.")
+    top_k: int | None = Field(default=None, ge=0, description="Number of the most likely tokens among which an answer is sampled.")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Minimum probability of a token, as a fraction of the most likely token's probability."
+    )
+    repetition_penalty: float | None = Field(default=None, gt=0, description="Penalty on repeated tokens.")
+
+
+class ComparisonMetadata(_ComparisonModel):
+    """`metadata` of `model_comparison.json`."""
+
+    base_model: str = Field(description="Base model, as the user wrote it, without secrets.")
+    finetuned_model_path: str = Field(description="URI of the tuned model.")
+    prompts_file: str = Field(description="File of the prompts.")
+    num_prompts: int = Field(ge=0, description="Number of prompts.")
+    generation_params: GenerationParams
+    device: str = Field(description="Device that generated the answers.")
+    comparison_date: str = Field(description="Time of the comparison, ISO 8601, UTC.")
+
+
+class ComparedAnswers(_ComparisonModel):
+    """One entry of `comparisons`: one prompt and the two answers."""
+
+    prompt_id: int = Field(ge=1, description="Number of the prompt; the first is 1.")
+    prompt: str
+    prompt_preview: str = Field(description="The first 100 characters of the prompt.")
+    base_model_response: str = Field(description="Answer of the base model.")
+    finetuned_model_response: str = Field(description="Answer of the tuned model.")
+    timestamp: str = Field(description="Time of the second answer, ISO 8601, UTC.")
+    response_length_diff: int | None = Field(
+        default=None, description="Characters of the tuned model's answer minus characters of the base model's answer."
+    )
+    label: str | None = Field(default=None, description="Expected answer or other label of the prompt.")
+
+    @classmethod
+    def of(
+        cls, number: int, prompt: str, *, base_answer: str, tuned_answer: str, time: datetime, label: str | None = None
+    ) -> ComparedAnswers:
+        """Create an entry with the preview of the prompt and the difference of the lengths."""
+        return cls(
+            prompt_id=number, prompt=prompt, prompt_preview=prompt[:PREVIEW_LENGTH], base_model_response=base_answer,
+            finetuned_model_response=tuned_answer, timestamp=iso_time(time), response_length_diff=len(tuned_answer) - len(base_answer),
+            label=label,
+        )  # fmt: skip
+
+
+class ModelComparison(_ComparisonModel):
+    """The content of `model_comparison.json`."""
+
+    metadata: ComparisonMetadata
+    comparisons: list[ComparedAnswers]
+
+    def to_json(self) -> str:
+        """Return the content of the file. Optional keys without a value are left out."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+
+
+def iso_time(time: datetime) -> str:
+    """Return a time as ISO 8601 in UTC with milliseconds."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def parse_prompts(content: bytes, *, name: str) -> list[str]:
+    """Return the prompts of a text file in UTF-8, without leading and trailing white space. `name`: name of the file for messages.
+
+    Blank lines separate prompts of several lines. If no blank line is between two lines with text, each line is a prompt.
+    Errors: DataError PromptsNotUtf8, PromptsEmpty.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "PromptsNotUtf8", f"{name}: byte {error.start + 1} is not valid UTF-8", hint="save the file as UTF-8"
+        ) from None
+    lines = [line.rstrip() for line in _LINE_END.split(text.strip())]
+    if lines == [""]:
+        raise DataError("PromptsEmpty", f"{name}: no prompts", hint="write one prompt per line, or separate prompts by blank lines")
+    if "" not in lines:
+        return [line.lstrip() for line in lines]
+    blocks = re.split(r"\n{2,}", "\n".join(lines))
+    return [block.strip() for block in blocks]

@@ -1,0 +1,51 @@
+"""The name of a run in trackers, and names derived from it and from the start time of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from datetime import UTC, datetime
+
+from finetune_api.spec.results import RunName
+
+MAX_SLUG_LENGTH = 63
+"""Maximum length of a Kubernetes label value and of a DNS label."""
+
+
+def run_name(option: RunName | None, *, job_name: str, started_at: datetime) -> str:
+    """Return prefix + base + suffix of `output.runName`, without separators.
+
+    The base is `name`, or the start of the run as YYYYMMDD-HHMMSS (UTC) without `name`. Without `output.runName`, the run has the
+    FineTuneJob's name.
+    """
+    if option is None:
+        return job_name
+    base = option.name or _utc(started_at).strftime("%Y%m%d-%H%M%S")
+    return f"{option.prefix or ''}{base}{option.suffix or ''}"
+
+
+def slug(name: str) -> str:
+    """Return a run's name as a Kubernetes object name, label value and name of a file or folder.
+
+    The slug has at most 63 lower-case letters, digits, dots and dashes, and begins and ends with a letter or digit. Several names can
+    have the same slug. A name without any usable character becomes `run-` and eight digits of its sha256.
+    """
+    letters = unicodedata.normalize("NFKD", name).lower()
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    dashed = re.sub(r"[^a-z0-9.]+", "-", letters)
+    dashed = re.sub(r"-*\.[.-]*", ".", dashed)  # each part between two dots must begin and end with a letter or digit
+    usable = dashed.strip(".-")[:MAX_SLUG_LENGTH].rstrip(".-")
+    return usable or f"run-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def time_folder(started_at: datetime) -> str:
+    """Return the start of a run as the name of a folder: YYYYMMDD_HHMMSS (UTC)."""
+    return _utc(started_at).strftime("%Y%m%d_%H%M%S")
+
+
+def _utc(time: datetime) -> datetime:
+    """Convert to UTC. Errors: ValueError if the time has no time zone, because its meaning would depend on the machine."""
+    if time.tzinfo is None:
+        raise ValueError(f"{time} has no time zone")
+    return time.astimezone(UTC)

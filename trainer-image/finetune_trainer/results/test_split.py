@@ -1,0 +1,23 @@
+"""`test_split.jsonl`: the raw rows of the test set, so that another program can measure the same rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from finetune_trainer.data.rows import RawRow
+from finetune_trainer.results.json_values import finite_or_none
+
+
+def jsonl_lines(rows: Iterable[RawRow]) -> Iterator[str]:
+    """Yield the lines of the file: each row with the columns and values of its source, before any template is applied.
+
+    Numbers that are not finite become null. Values of Parquet files that JSON does not have, such as dates, become text.
+    """
+    for row in rows:
+        yield json.dumps(finite_or_none(dict(row.value)), ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
+
+
+def _as_text(value: Any) -> str:
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)

@@ -1,0 +1,110 @@
+"""Metrics of generated answers: by their text, by models, and by the judge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from finetune_api.names import JUDGE_KEY
+from finetune_api.pod import RunConfig
+from finetune_api.rules import JUDGE_METRICS, value_or_default
+from finetune_api.spec.enums import EvaluationMetric
+from finetune_api.spec.results import Judge as JudgeSpec
+from finetune_api.status import Stage
+
+from finetune_trainer.channel import Channel
+from finetune_trainer.evaluation import judge as judges
+from finetune_trainer.evaluation import text_metrics
+from finetune_trainer.evaluation.judge import Judge, JudgeSettings
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.evaluation.values import MetricValue
+from finetune_trainer.inputs import Inputs
+
+BERTSCORE_FIELD, SIMILARITY_FIELD = "evaluation.metricModels.bertscore", "evaluation.metricModels.semanticSimilarity"
+
+
+def measure_answers(
+    run: RunConfig, channel: Channel, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction]
+) -> dict[str, MetricValue]:
+    """Return the metrics of generated answers, by name. Exact match is always one of them. Errors: those of the judge's endpoint."""
+
+    def report(metric: str) -> None:
+        channel.report_stage(Stage.EVALUATING, f"computing {metric}")
+
+    values = {"exactMatch": text_metrics.exact_match(predictions)}
+    if EvaluationMetric.BLEU in metrics:
+        values["bleu"] = text_metrics.bleu(predictions)
+    if EvaluationMetric.ROUGE in metrics:
+        values |= text_metrics.rouge(predictions)
+    if EvaluationMetric.BERTSCORE in metrics:
+        report("bertscore")
+        values |= _measure_bertscore(run, inputs.bertscore_model, predictions)
+    if any(metric in (*JUDGE_METRICS, EvaluationMetric.SEMANTIC_SIMILARITY) for metric in metrics):
+        values |= _measure_with_judge(run, channel, inputs, metrics, predictions, report)
+    return values
+
+
+def _measure_bertscore(run: RunConfig, folder: Path | None, predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
+    """BERTScore. Its F1 has the name of the metric."""
+    models = run.spec.evaluation.metric_models
+    name = (models.bertscore if models else None) or ""
+    values = text_metrics.bertscore(predictions, folder, field=BERTSCORE_FIELD, model_name=name.rpartition("/")[2] or None)
+    return {"bertscore": values["f1"], "bertscorePrecision": values["precision"], "bertscoreRecall": values["recall"]}
+
+
+def _measure_with_judge(
+    run: RunConfig, channel: Channel, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction],
+    report: Callable[[str], None],
+) -> dict[str, MetricValue]:  # fmt: skip
+    """Semantic similarity, and the metrics of the judge. A note tells the number of requests and their cost."""
+    judge = _connect_judge(run.spec.evaluation.judge)
+    values: dict[str, MetricValue] = {}
+    for metric in metrics:
+        match metric:
+            case EvaluationMetric.FACTUAL_CORRECTNESS if judge is not None:
+                report(metric)
+                values[metric] = judges.factual_correctness(judge, predictions)
+            case EvaluationMetric.ANSWER_ACCURACY if judge is not None:
+                report(metric)
+                values[metric] = judges.answer_accuracy(judge, predictions)
+            case EvaluationMetric.ANSWER_RELEVANCY if judge is not None:
+                report(metric)
+                values[metric] = judges.answer_relevancy(judge, predictions)
+            case EvaluationMetric.SEMANTIC_SIMILARITY:
+                report(metric)
+                values[metric] = _measure_similarity(inputs.similarity_model, judge, predictions)
+    if EvaluationMetric.ANSWER_CORRECTNESS in metrics and judge is not None:
+        report(EvaluationMetric.ANSWER_CORRECTNESS)
+        factual = values.get(EvaluationMetric.FACTUAL_CORRECTNESS) or judges.factual_correctness(judge, predictions)
+        similarity = text_metrics.semantic_similarity(predictions, judge.embed, field="evaluation.judge.embedding")
+        values[EvaluationMetric.ANSWER_CORRECTNESS] = judges.answer_correctness(factual, similarity)
+    if judge is not None:
+        channel.report_note(_describe_usage(judge))
+        judge.close()
+    return {str(name): value for name, value in values.items()}
+
+
+def _measure_similarity(folder: Path | None, judge: Judge | None, predictions: Sequence[Prediction]) -> MetricValue:
+    """By the local model if there is one, else by the judge's embedding model."""
+    embed = text_metrics.sentence_embedder(folder) if folder is not None else None
+    if embed is None and judge is not None and judge.settings.embedding_model is not None:
+        embed = judge.embed
+    return text_metrics.semantic_similarity(predictions, embed, field=SIMILARITY_FIELD)
+
+
+def _connect_judge(spec: JudgeSpec | None) -> Judge | None:
+    """The judge of the spec; None without a judge. The key is in the environment, and in no message."""
+    if spec is None or (spec.model is None and spec.embedding is None):
+        return None
+    settings = JudgeSettings(
+        base_url=value_or_default(spec, "endpoint"), model=spec.model or "", api_key=os.environ.get(JUDGE_KEY) or None,
+        embedding_model=spec.embedding, input_price=spec.input_price, output_price=spec.output_price,
+    )  # fmt: skip
+    return Judge(settings)
+
+
+def _describe_usage(judge: Judge) -> str:
+    usage, cost = judge.usage, judge.cost
+    text = f"judge: {usage.requests} requests, {usage.input_tokens} input tokens, {usage.output_tokens} output tokens"
+    return f"{text}, cost {cost.value:.4f}" if cost.value is not None else f"{text}, cost unknown: {cost.reason}"

@@ -1,0 +1,54 @@
+"""What supervisor and stage process hand over to each other as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_api.base import LenientModel, WireModel
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import EvaluationResult, Stage
+from pydantic import Field
+
+TASK_FILE = "task.json"
+RESULT_FILE = "result.json"
+OUTPUT_FOLDER = "files"
+
+
+class StageTask(WireModel):
+    """`task.json`: what the process of a stage reads. The supervisor writes it to the stage's folder."""
+
+    stage: Stage = Field(description="The stage.")
+    model: Path = Field(description="Folder with the committed model or adapter.")
+    kind: OutputKind = Field(description="Whether `model` is an adapter or a complete model.")
+    uri: str = Field(description="Address of the committed model in storage.")
+
+    @staticmethod
+    def read(folder: Path) -> StageTask:
+        """Read the task in the folder of a stage."""
+        return StageTask.model_validate_json((folder / TASK_FILE).read_text())
+
+
+class StageResult(LenientModel):
+    """`result.json`: what the process of a stage has found. Its files lie in the folder `files` beside it."""
+
+    evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
+    published_uri: str | None = Field(default=None, description="For `status.output.publishedUri`. Absent if the stage copies nothing.")
+
+
+class StoredFile(LenientModel):
+    """A file that a stage has stored."""
+
+    key: str = Field(description="Key below the job's folder in storage.")
+    size: int = Field(description="Bytes.")
+    sha256: str = Field(description="Hex.")
+
+
+class StageRecord(LenientModel):
+    """`run/stages/<stage>.json` in storage: the stage is done. Later attempts of the job skip a stage with a record for their model."""
+
+    stage: Stage
+    model_sha256: str = Field(description="sha256 (hex) of the manifest of the model that the stage has read.")
+    attempt: int = Field(description="Number of the attempt that ran the stage.")
+    time: str = Field(description="Time of the record, in ISO 8601.")
+    result: StageResult = Field(default_factory=StageResult)
+    files: list[StoredFile] = Field(default_factory=list)

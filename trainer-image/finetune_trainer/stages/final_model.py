@@ -1,0 +1,56 @@
+"""Loads the committed model or adapter in a fresh process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from finetune_api.errors import NotFoundError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import OutputKind
+
+from finetune_trainer import model as models
+from finetune_trainer.hardware import Hardware
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.stages.files import StageTask
+
+ATTENTION = ("sdpa", "eager")
+"""Attention implementations for padded batches."""
+
+
+def load_tokenizer(run: RunConfig, inputs: Inputs, task: StageTask) -> Any:
+    """Load the tokenizer that was saved with the model."""
+    saved = task.model if (task.model / "tokenizer_config.json").exists() else inputs.tokenizer or inputs.model
+    tokenizer, _ = models.load_tokenizer(_without_new_tokens(run), inputs.model_copy(update={"tokenizer": saved}))
+    return tokenizer
+
+
+def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
+    """Load the model in evaluation mode, an adapter on its base model. Errors: NotFoundError ModelUnreadable."""
+    is_adapter = task.kind is OutputKind.ADAPTER
+    base = load_base_model(run, inputs if is_adapter else inputs.model_copy(update={"model": task.model}), hardware, quantizes=is_adapter)
+    if not is_adapter:
+        return base
+    from peft import PeftModel
+
+    if run.spec.model.new_tokens and base.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    try:
+        return PeftModel.from_pretrained(base, task.model).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise NotFoundError("ModelUnreadable", f"the adapter {task.uri} cannot be loaded: {error}") from error
+
+
+def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quantizes: bool = True) -> Any:
+    """Load a model on the device, in evaluation mode."""
+    padded = hardware if hardware.attention in ATTENTION else replace(hardware, attention="sdpa")
+    model, _ = models.load_model(run, inputs, padded, quantize=quantizes)
+    if getattr(model, "hf_device_map", None) is None:
+        model = model.to(hardware.device)
+    return model.eval()
+
+
+def _without_new_tokens(run: RunConfig) -> RunConfig:
+    """The run without `model.newTokens`, because the saved tokenizer has these tokens already."""
+    model = run.spec.model.model_copy(update={"new_tokens": None})
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"model": model})})

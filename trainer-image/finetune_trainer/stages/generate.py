@@ -1,0 +1,79 @@
+"""Generates answers to questions in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from finetune_api.rules import value_or_default
+from finetune_api.spec.results import Generation
+
+GENERATION_FIELDS = {
+    "max_new_tokens": "max_new_tokens", "do_sample": "do_sample", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
+    "min_p": "min_p", "repetition_penalty": "repetition_penalty",
+}  # fmt: skip
+"""Field of the spec and the option of transformers."""
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
+"""Options that have an effect only if tokens are sampled."""
+
+
+def generation_options(spec: Generation | None) -> dict[str, Any]:
+    """Options of transformers' `generate`, with the defaults of the API."""
+    group = spec or Generation()
+    options = {name: value_or_default(group, field) for field, name in GENERATION_FIELDS.items()}
+    if not options["do_sample"]:
+        options = {name: value for name, value in options.items() if name not in SAMPLING_FIELDS}
+    return options
+
+
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, options: dict[str, Any], end_ids: Sequence[int], batch_size: int, seed: int,
+    on_progress: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """Return the answer to each prompt, without special tokens. `prompts`: token ids.
+
+    Prompts of similar length share a batch. If a batch does not fit into memory, its size is halved. `on_progress` receives the number of
+    answers so far.
+    """
+    import torch
+    from transformers import set_seed
+
+    set_seed(seed)
+    answers: dict[int, str] = {}
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
+    while order:
+        numbers = order[:batch_size]
+        try:
+            texts = _generate_batch(model, tokenizer, [prompts[number] for number in numbers], options, end_ids)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size = (batch_size + 1) // 2
+            torch.cuda.empty_cache()
+            continue
+        answers |= dict(zip(numbers, texts, strict=True))
+        order = order[len(numbers) :]
+        on_progress(len(answers))
+    return [answers[number] for number in range(len(prompts))]
+
+
+def _generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], options: dict[str, Any], end_ids: Sequence[int]) -> list[str]:
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+            eos_token_id=list(end_ids) or None, pad_token_id=tokenizer.pad_token_id, **options,
+        )  # fmt: skip
+    new_tokens = output[:, longest:].tolist()
+    return [tokenizer.decode(_until_end(tokens, end_ids), skip_special_tokens=True).strip() for tokens in new_tokens]
+
+
+def _until_end(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """The tokens before the first end token."""
+    end = next((index for index, token in enumerate(tokens) if token in end_ids), len(tokens))
+    return list(tokens[:end])

@@ -1,0 +1,67 @@
+"""Entry point of the process of one stage after training."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune_api.errors import FineTuneError, InternalError, MemoryExhaustedError
+from finetune_api.names import ExitCode
+from finetune_api.status import Stage
+
+from finetune_trainer.channel import Channel
+from finetune_trainer.failure import classify_error
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.processes import die_with_parent
+from finetune_trainer.settings import Settings, load_run
+from finetune_trainer.stages.files import RESULT_FILE, StageTask
+
+STAGE_MODULES: Mapping[Stage, str] = {Stage.EVALUATING: "finetune_trainer.stages.evaluate"}
+"""The module of each stage. Its function `run_stage` returns the result."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stage whose folder is the first argument, report a failure, and end the process."""
+    die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s stage %(message)s", stream=sys.stderr)
+    code = run_and_report(Path(arguments[0]), Channel.from_env())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_and_report(folder: Path, channel: Channel) -> int:
+    """Run the stage and write its result. Returns the exit code."""
+    try:
+        run, _ = load_run(Settings.from_env())
+        task, inputs = StageTask.read(folder), Inputs.read(channel.work)
+        if inputs is None:
+            raise InternalError("InputsMissing", "the inputs were not downloaded before the stage began")
+        channel.report_stage(task.stage)
+        result = importlib.import_module(STAGE_MODULES[task.stage]).run_stage(run, channel, inputs, task, folder)
+        (folder / RESULT_FILE).write_text(result.model_dump_json(by_alias=True))
+        return ExitCode.OK
+    except BaseException as error:
+        failure = _name_failure(error)
+        traceback.print_exc()
+        channel.report_failure(failure)
+        return int(failure.exit_code)
+
+
+def _name_failure(error: BaseException) -> FineTuneError:
+    """The named failure of an exception. A stage does not train, so another hint than that of training applies to exhausted memory."""
+    cause = error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
+    failure, _ = classify_error(cause)
+    if isinstance(failure, MemoryExhaustedError):
+        return MemoryExhaustedError(failure.code, failure.message, hint="lower evaluation.batchSizePerDevice")
+    return failure

@@ -1,0 +1,138 @@
+"""Turns held-out examples into questions for the model, and into token sequences with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import OverflowPolicy
+
+from finetune_trainer.data.load import LoadedData
+from finetune_trainer.data.parallel import SupervisedEncoder, encode_rows
+from finetune_trainer.data.prepare import BadRowPolicy
+from finetune_trainer.data.rows import (
+    Completion,
+    Conversation,
+    Example,
+    Preference,
+    Prompt,
+    RawRow,
+    RowError,
+    Text,
+    Turn,
+)
+from finetune_trainer.data.template import Rendered, RenderOptions, render
+from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions, encode, tokenise
+
+ANSWER_PLACEHOLDER = "?"
+"""Stands for a missing answer while the question before it is rendered."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The part of an example that the model is asked, and the answer that the example contains."""
+
+    system_prompt: str | None
+    user_prompt: str
+    ground_truth: str | None
+    """None if the example contains no answer."""
+    text: str
+    """The rendered text up to the answer."""
+    is_templated: bool
+    """Whether a chat template rendered the text. Such a text already contains its special tokens."""
+    token_ids: list[int]
+    letters: tuple[str, ...] = ()
+    """Letters of the options of a multiple-choice question."""
+
+
+def held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
+    """The rows of the test set, or of the validation set if the run has no test set."""
+    return loaded.test or loaded.validation
+
+
+def as_answered(example: Example) -> Conversation | Completion | Text | None:
+    """The example as text that ends with its answer: of a preference pair, the preferred answer. None if it contains no answer."""
+    match example:
+        case Conversation() | Completion() | Text():
+            return example
+        case Preference(str() as prompt, str() as chosen, _):
+            return Completion(prompt, chosen)
+        case Preference(tuple() as prompt, tuple() as chosen, _):
+            return Conversation((*prompt, *chosen))
+        case Prompt(prompt, columns) if isinstance(columns.get("answer"), str):
+            answer = str(columns["answer"])
+            return Completion(prompt, answer) if isinstance(prompt, str) else Conversation((*prompt, Turn("assistant", answer)))
+        case _:
+            return None
+
+
+def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> list[Question]:
+    """Return the question of every example that has one. Plain text has no question.
+
+    A question that leaves no room for an answer within `options.max_length` keeps its last tokens.
+    """
+    asked = [found for _, example in rows if (found := _render_question(example, render_options)) is not None]
+    texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
+    encoded = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
+    return [
+        _question_of(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, _) in zip(asked, encoded, strict=True)
+    ]
+
+
+def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenisedSplit:
+    """Tokenise the examples that contain an answer, as in training. Rows that are too long are cut. Errors: DataError."""
+    answered = [(row, converted) for row, example in rows if (converted := as_answered(example)) is not None]
+    bad_rows = BadRowPolicy(run, len(answered))
+    encoder = SupervisedEncoder(render_options, options)
+    stream = encode_rows(answered, encoder, processes=1, on_bad_row=bad_rows)
+    return tokenise(stream, replace(options, overflow=OverflowPolicy.TRUNCATE), on_bad_row=bad_rows)
+
+
+def _render_question(example: Example, options: RenderOptions) -> tuple[Conversation | Completion, Rendered] | None:
+    """Return the example with its answer (empty if it has none), and its text up to the last answer. None if it asks no question."""
+    answered = as_answered(example)
+    if answered is None and isinstance(example, Prompt):
+        found = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
+        return None if found is None else (_without_answer(found[0]), found[1])
+    if not isinstance(answered, Conversation | Completion):
+        return None
+    if isinstance(answered, Conversation):
+        last = max((index for index, turn in enumerate(answered.turns) if turn.role == "assistant"), default=None)
+        if last is None:
+            return None
+        answered = replace(answered, turns=(*answered.turns[:last], replace(answered.turns[last], weight=1)))
+    try:
+        rendered = render(answered, replace(options, response_only=True, turn_markers=None))
+    except RowError:
+        return None
+    return answered, Rendered(rendered.text[: rendered.spans[-1][0]], (), rendered.is_templated)
+
+
+def _without_answer(example: Conversation | Completion) -> Conversation | Completion:
+    if isinstance(example, Completion):
+        return replace(example, completion="")
+    return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content="")))
+
+
+def _question_of(example: Conversation | Completion, rendered: Rendered, token_ids: list[int]) -> Question:
+    if isinstance(example, Completion):
+        return Question(None, example.prompt, example.completion or None, rendered.text, rendered.is_templated, token_ids)
+    by_role = {turn.role: turn.content for turn in example.turns[:-1]}
+    letters = tuple(map(str, example.columns.get("options", ())))
+    return Question(
+        by_role.get("system"), by_role.get("user", ""), example.turns[-1].content or None, rendered.text, rendered.is_templated, token_ids, letters
+    )
+
+
+def end_token_ids(tokenizer: Any, model: Any, labels: Iterable[Sequence[int]]) -> list[int]:
+    """Ids of the tokens that end an answer: those of tokenizer and model, and the special tokens with which the trained answers end."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    special = set(tokenizer.all_special_ids) | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for row in labels:
+        last = next((label for label in reversed(row) if label >= 0 and tokenizer.decode([label]).strip()), None)
+        if last in special:
+            ids.add(last)
+    return sorted(index for index in ids if index is not None)

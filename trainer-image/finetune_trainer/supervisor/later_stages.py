@@ -1,0 +1,224 @@
+"""Runs the stages after training, one process at a time, and stores their files and records.
+
+The model is committed before the first stage. A stage that has a record in storage is not repeated, so an attempt that continues after
+a stop starts with the first open stage. A stage's files are uploaded before its record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import FineTuneError, InternalError, NoCheckpointError
+from finetune_api.names import Storage
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import Output, Stage
+from pydantic import ValidationError
+
+from finetune_trainer.checkpoint.address import download_committed
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.failure import failure_from_exit_code, failure_from_message
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
+from finetune_trainer.settings import Settings
+from finetune_trainer.stages.files import (
+    OUTPUT_FOLDER,
+    RESULT_FILE,
+    TASK_FILE,
+    StageRecord,
+    StageResult,
+    StageTask,
+    StoredFile,
+)
+from finetune_trainer.stages.plan import planned_stages
+from finetune_trainer.storage.base import join, sha256_file
+from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
+from finetune_trainer.supervisor.rank_channel import RankChannel
+from finetune_trainer.supervisor.run_results import RunResults
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.05
+RECORD_FOLDER = f"{Storage.RUN}/stages"
+STORAGE_FOLDERS = {Stage.EVALUATING: Storage.EVALUATION}
+"""Folder in storage for the files of each stage that has files."""
+
+
+class StoppedError(Exception):
+    """A stop was requested while a stage was running."""
+
+
+class LaterStages:
+    """Runs the stages of one pod. Only rank 0's pod runs them."""
+
+    def __init__(
+        self, run: RunConfig, settings: Settings, tree: CheckpointTree, run_state: RunState, *,
+        results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
+
+        `is_stop_requested`: whether the pod must end.
+        """
+        self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
+        self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
+        self._folder = settings.work / "stages"
+
+    def run(self, output: Output) -> StageReport:
+        """Run all open stages in order. A failure or a stop request ends the loop."""
+        stages = planned_stages(self._run)
+        report = StageReport(output=output)
+        records = {stage: self._read_record(stage, output) for stage in stages}
+        report.open_stages = [stage for stage in stages if records[stage] is None]
+        for stage in stages:
+            record = records[stage]
+            if record is None and self._is_stop_requested():
+                return report
+            try:
+                result = record.result if record is not None else self._run_stage(stage, output)
+            except StoppedError:
+                return report
+            except FineTuneError as error:
+                report.failure = StageFailure(stage, error)
+                return report
+            report.output = self._apply(result, report.output or output)
+            if record is None:
+                report.open_stages.remove(stage)
+        return report
+
+    def _apply(self, result: StageResult, output: Output) -> Output:
+        """Add the result of a stage to the pod's report. Returns the output with the result."""
+        if result.evaluation is not None:
+            self._state.merge_evaluation(result.evaluation)
+        if result.published_uri is not None:
+            output = output.model_copy(update={"published_uri": result.published_uri})
+            self._state.set_output(output)
+        return output
+
+    def _run_stage(self, stage: Stage, output: Output) -> StageResult:
+        """Run one stage, store its files, and write its record."""
+        self._state.enter_stage(stage)
+        self._tree.require_newest_attempt(self._run.attempt)
+        if stage is Stage.UPLOADING:
+            uri = self._results.publish(output, self._local_model(output), tuple(STORAGE_FOLDERS.values()))
+            return self._record(stage, output, StageResult(published_uri=uri), [])
+        folder = self._folder / stage.value
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / OUTPUT_FOLDER).mkdir(parents=True)
+        if Inputs.read(self._settings.work) is None:
+            self._fetch_inputs().write(self._settings.work)
+            self._state.enter_stage(stage)
+        task = StageTask(stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "")
+        (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
+        self._run_process(stage, folder)
+        result = _read_result(folder)
+        return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
+
+    def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageResult:
+        """Write the record of a stage that is done."""
+        record = StageRecord(
+            stage=stage, model_sha256=output.sha256 or "", attempt=self._run.attempt, time=datetime.now(UTC).isoformat(), result=result, files=files
+        )
+        self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
+        return result
+
+    def _local_model(self, output: Output) -> Path:
+        """The folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies it."""
+        trained = self._settings.work / "output" / "final"
+        if trained.exists():
+            return trained
+        target = self._settings.work / "final-model"
+        if target.exists():
+            return target
+        committed = self._tree.get_committed(None)
+        partial = target.with_name(f"{target.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)
+        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial)
+        if problem is not None:
+            raise NoCheckpointError("ModelDamaged", f"the committed model {output.uri} cannot be read: {problem}")
+        partial.rename(target)
+        return target
+
+    # ---- the process of a stage ----
+
+    def _run_process(self, stage: Stage, folder: Path) -> None:
+        """Run the process and wait for it. Errors: the failure that it reports; StoppedError."""
+        failures: list[FineTuneError] = []
+        channel = RankChannel(lambda message: self._handle_message(message, failures))
+        environment = rank_environment(self._run, self._settings, channel.address)
+        process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", "stage", str(folder)], environment)
+        try:
+            code = self._wait(process)
+        finally:
+            kill_all_descendants()
+            channel.close()
+        if failures:
+            raise failures[0]
+        if code != 0:
+            raise failure_from_exit_code(0, code, is_host_out_of_memory=killed_for_memory()).error
+
+    def _wait(self, process: ChildProcess) -> int:
+        """Return the exit code. Errors: StoppedError; PeerError `Stalled`."""
+        stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
+        while (code := process.poll()) is None:
+            if self._is_stop_requested():
+                raise StoppedError
+            if (stalled := stall_watch.stall_error()) is not None:
+                dump_rank_stacks([process.pid])
+                raise stalled
+            threading.Event().wait(POLL_SECONDS)
+        return code
+
+    def _handle_message(self, message: dict[str, Any], failures: list[FineTuneError]) -> None:
+        self._state.record_activity()
+        match message.get("kind"):
+            case "stage":
+                self._state.enter_stage(Stage(message["stage"]), message.get("detail"))
+            case "note":
+                self._state.add_note(str(message["text"]))
+            case "failed":
+                failures.append(failure_from_message(message).error)
+
+    # ---- storage ----
+
+    def _read_record(self, stage: Stage, output: Output) -> StageRecord | None:
+        """The record of a stage that has read this model, else None."""
+        data = self._tree.store.get(_record_key(stage))
+        if data is None:
+            return None
+        try:
+            record = StageRecord.model_validate_json(data)
+        except ValidationError:
+            log.warning("the record of the stage %s cannot be read: the stage is repeated", stage)
+            return None
+        return record if record.model_sha256 == output.sha256 else None
+
+    def _upload_files(self, stage: Stage, folder: Path) -> list[StoredFile]:
+        """Upload the files of a stage, replacing those of an earlier, unfinished run of the stage."""
+        stored = []
+        for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+            key = join(STORAGE_FOLDERS[stage], path.relative_to(folder).as_posix())
+            self._tree.store.put_file(path, key)
+            stored.append(StoredFile(key=key, size=path.stat().st_size, sha256=sha256_file(path)))
+        return stored
+
+
+def _record_key(stage: Stage) -> str:
+    return f"{RECORD_FOLDER}/{stage.value}.json"
+
+
+def _read_result(folder: Path) -> StageResult:
+    """Errors: InternalError `NoStageResult` if the process ended without a result."""
+    try:
+        return StageResult.model_validate_json((folder / RESULT_FILE).read_text())
+    except (OSError, ValidationError) as error:
+        raise InternalError("NoStageResult", f"the stage ended without a result: {type(error).__name__}") from error

@@ -1,0 +1,149 @@
+"""Stores the files of results beside the model: the log and the test rows before the commit, the metric files after training.
+
+Rank 0 writes the log of the whole run and the test rows to the output folder. They are stored before the model's commit, so an attempt
+that only runs the stages after training can read them from storage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import FineTuneError
+from finetune_api.names import Storage
+from finetune_api.pod import RunConfig
+from finetune_api.rules import method_type_of
+from finetune_api.sources import redact_source
+from finetune_api.status import Output
+
+from finetune_trainer.checkpoint.manifest import Manifest
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.results.file_names import ResultFile
+from finetune_trainer.results.layout import CopyFolder, copy_folder
+from finetune_trainer.results.log_entry import LogEntry
+from finetune_trainer.results.metric_files import RunDescription, metric_files
+from finetune_trainer.storage.base import Store, join
+from finetune_trainer.storage.roots import open_store
+
+log = logging.getLogger(__name__)
+STARTED_KEY = f"{Storage.RUN}/started.json"
+FILES_OF_RANK = (ResultFile.LOG, ResultFile.TEST_SPLIT)
+"""Files that rank 0 writes to the output folder."""
+
+
+class RunResults:
+    """The files of results of one run. Only rank 0's pod stores them."""
+
+    def __init__(self, run: RunConfig, tree: CheckpointTree, output_folder: Path) -> None:
+        self._run, self._tree, self._output_folder = run, tree, output_folder
+        self._stored: set[ResultFile] = set()
+
+    def record_start(self) -> None:
+        """Record the start of the run, unless an earlier attempt has done so."""
+        self._tree.store.create(STARTED_KEY, json.dumps({"time": datetime.now(UTC).isoformat()}).encode())
+
+    def store_files_of_rank(self) -> None:
+        """Store the files that rank 0 has written. Called before each commit. Errors: those of storage."""
+        for name in FILES_OF_RANK:
+            if name not in self._stored and (path := self._output_folder / name).exists():
+                self._tree.store.put_file(path, join(Storage.METRICS, name))
+                self._stored.add(name)
+
+    def store_metric_files(self) -> None:
+        """Store the metric files, unless a later attempt has begun. Errors: those of storage."""
+        if self._tree.is_superseded(self._run.attempt):
+            return
+        for name, text in self.metric_files().items():
+            self._tree.store.put(join(Storage.METRICS, name), text.encode())
+
+    def metric_files(self) -> dict[ResultFile, str]:
+        """The contents of the metric files; empty if the log of the run is not stored, for example by an older trainer."""
+        data = self._read(ResultFile.LOG)
+        if data is None:
+            return {}
+        entries = [LogEntry.from_json(line) for line in data.decode().splitlines()]
+        return metric_files(entries, self._describe_run())
+
+    def publish(self, output: Output, model: Path, further_folders: tuple[str, ...]) -> str:
+        """Copy model, metric files and the stored files of `further_folders` to the folder of `output.dir`. Returns its URI.
+
+        Errors: those of storage; ConfigError `OutputPathInvalid`.
+        """
+        folder = self.copy_folder()
+        assert folder is not None, "a copy is only made with output.dir"
+        store = open_store(self._run.storage.model_copy(update={"uri": self._root}))
+        try:
+            for path in sorted(file for file in model.rglob("*") if file.is_file()):
+                store.put_file(path, folder.key_of_model_file(path.relative_to(model).as_posix()))
+            for name, text in self.metric_files().items():
+                store.put(folder.key_of_result(name), text.encode())
+            self._copy_stored_files(store, folder, further_folders)
+        finally:
+            store.close()
+        return f"{self._root}/{folder.key}".rstrip("/")
+
+    def _copy_stored_files(self, store: Store, folder: CopyFolder, further_folders: tuple[str, ...]) -> None:
+        """Copy the test rows and the files of stages."""
+        test_rows = self._read(ResultFile.TEST_SPLIT)
+        if test_rows is not None:
+            store.put(folder.key_of_result(ResultFile.TEST_SPLIT), test_rows)
+        for prefix in further_folders:
+            for stat in self._tree.store.list(f"{prefix}/"):
+                data = self._tree.store.get(stat.key)
+                if data is not None:
+                    store.put(folder.key + stat.key.removeprefix(f"{prefix}/"), data)
+
+    def copy_folder(self) -> CopyFolder | None:
+        """The folder of the copy. None without `output.dir`. Errors: ConfigError `OutputPathInvalid`."""
+        spec = self._run.spec
+        return copy_folder(spec.output, namespace=self._run.namespace, model_source=spec.model.source or "", started_at=self._started_at())
+
+    @property
+    def _root(self) -> str:
+        """`storage.uri` of the spec: `publish` without `output.dir`."""
+        directory = (self._run.spec.output.dir or "").strip("/")
+        return (self._run.publish or "").removesuffix(directory).rstrip("/")
+
+    def _read(self, name: ResultFile) -> bytes | None:
+        path = self._output_folder / name
+        return path.read_bytes() if path.exists() else self._tree.store.get(join(Storage.METRICS, name))
+
+    def _started_at(self) -> datetime:
+        data = self._tree.store.get(STARTED_KEY)
+        return datetime.fromisoformat(json.loads(data)["time"]) if data is not None else datetime.now(UTC)
+
+    def _describe_run(self) -> RunDescription:
+        spec, parameters = self._run.spec, self._parameters()
+        lora = spec.method.lora
+        return RunDescription(
+            model=redact_source(spec.model.source or ""), technique=str(method_type_of(spec)), learning_rate=_text(spec.training.learning_rate),
+            batch_size=_text(spec.training.batch_size_per_device), epochs=_text(spec.training.epochs if spec.training.max_steps is None else None),
+            lora_r=_text(lora.rank if lora else None), lora_alpha=_text(lora.alpha if lora else None),
+            dataset_type=_text(spec.dataset.format and spec.dataset.format.value), metrics_directory=Storage.METRICS,
+            started_at=self._started_at(), completed_at=datetime.now(UTC),
+            trainable_parameters=parameters.get("trainable"), total_parameters=parameters.get("total"),
+        )  # fmt: skip
+
+    def _parameters(self) -> dict[str, Any]:
+        """The parameter counts in the manifest of the committed model."""
+        committed = self._tree.get_committed(None)
+        manifest: Manifest | None = self._tree.read_manifest(committed) if committed is not None else None
+        counts = manifest.extra.get("parameters") if manifest is not None else None
+        return counts if isinstance(counts, dict) else {}
+
+
+def store_quietly(action: Callable[[], None], add_note: Callable[[str], None]) -> None:
+    """Store files whose loss must not end a run. A failure adds a note."""
+    try:
+        action()
+    except FineTuneError as error:
+        log.warning("files of results were not stored: %s", error)
+        add_note(f"some files of results were not stored: {error.code}")
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
