@@ -71,7 +71,7 @@ mutants: setup ## Mutation tests of the most important modules: MODULES="lease d
 
 .PHONY: test-quick
 test-quick: tools ## Run unit, integration and pod tests; they need no images and no node
-	@$(PYTEST) -m "not e2e and not faults and not slow and not gpu"
+	@$(PYTEST) -m "not e2e and not image and not faults and not slow and not gpu"
 
 .PHONY: test
 test: prepare verify ## Run all tests that must pass before a change lands, including real pods

@@ -15,6 +15,9 @@ NODE_CLUSTER_TESTS = "tests/e2e/"
 """Folder of the tests that share the only node cluster of the machine."""
 
 
+os.environ["CXX"] = "/no-c++-compiler-as-in-the-trainer-image"
+"""torch compiles extensions with this program. Without the variable, tests would compile extensions that the trainer image cannot compile."""
+
 if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, which has no time limits and fixed examples
     settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("untimed")

@@ -108,7 +108,7 @@ class CredentialsError(FineTuneError):
 
 
 class InstallationBrokenError(FineTuneError):
-    """Exit code 78: the trainer image lacks a compiler or library. Retries cannot succeed."""
+    """Exit code 78: the trainer image lacks a compiler or library, or the pod has no GPU driver. Retries cannot succeed."""
 
     exit_code = ExitCode.INSTALLATION_BROKEN
 

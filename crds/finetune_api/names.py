@@ -191,7 +191,7 @@ class ExitCode(IntEnum):
     CREDENTIALS_REFUSED = 77
     """Credentials or permissions are missing or wrong."""
     INSTALLATION_BROKEN = 78
-    """The trainer image lacks a compiler or library that the run needs."""
+    """The trainer image lacks a compiler or library that the run needs, or the pod has no GPU driver."""
     TRAINER_TOO_OLD = 79
     """The trainer image does not know a field that the user set. The job waits for a newer image."""
     GATE_FAILED = 80

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CHECKOUT_FOLDER = Path(__file__).parents[2]
+PythonRunner = Callable[[Sequence[str], Mapping[str, str], IO[bytes], float], int]
+"""Runs Python with arguments, further environment variables, a file for the output and a timeout in seconds. Returns the exit code."""
 
 
 @dataclass
@@ -61,30 +63,30 @@ class Result:
     """Class, code, message, hint and exitCode of the failure. An unclassified failure also has a traceback."""
 
 
-def launch_cells(cells: Sequence[Cell], folder: Path, *, rank_count: int, timeout: float = 540) -> dict[str, Result]:
-    """Run the cells with `rank_count` processes on this machine. Returns the results by cell name. Errors: AssertionError with the end of the output."""
+def run_python_of_tests(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
+    """Run Python in the environment of the tests, with the trainer of this checkout. Returns the exit code."""
+    path = os.pathsep.join(str(CHECKOUT_FOLDER / part) for part in ("crds", "trainer-image", "."))
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment, "PYTHONPATH": path}, stdout=output, stderr=subprocess.STDOUT, timeout=timeout,
+        cwd=CHECKOUT_FOLDER,
+    ).returncode  # fmt: skip
+
+
+def launch_cells(
+    cells: Sequence[Cell], folder: Path, *, rank_count: int, timeout: float = 540, run_python: PythonRunner = run_python_of_tests
+) -> dict[str, Result]:
+    """Run the cells with `rank_count` processes on this machine. Returns the results by cell name.
+
+    `run_python` starts Python; `TrainerImage.python_runner` starts it in the trainer image. Errors: AssertionError with the end of the output.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    command = [sys.executable, "-m", "tests.support.cells", str(folder)]
-    if rank_count > 1:
-        torchrun_arguments = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(rank_count),
-            "-m",
-            "tests.support.cells",
-        ]
-        command = [sys.executable, *torchrun_arguments, str(folder)]
-    path = os.pathsep.join(str(CHECKOUT_FOLDER / part) for part in ("crds", "trainer-image", "."))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CI": "1", "TMPDIR": str(folder)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rank_count)] if rank_count > 1 else []
+    environment = {"OMP_NUM_THREADS": "1", "CI": "1", "TMPDIR": str(folder)}
     with (folder / "output.txt").open("wb") as output:
-        process = subprocess.run(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=CHECKOUT_FOLDER
-        )
+        code = run_python([*launcher, "-m", "tests.support.cells", str(folder)], environment, output, timeout)
     text = (folder / "output.txt").read_text(errors="replace")
-    assert process.returncode == 0, f"the cells exited with {process.returncode}:\n{text[-6000:]}"
+    assert code == 0, f"the cells exited with {code}:\n{text[-6000:]}"
     results = json.loads((folder / "results.json").read_text())
     return {value["name"]: Result(**value) for value in results}
 

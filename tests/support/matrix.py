@@ -1,6 +1,7 @@
 """Run every method with every objective and every strategy. Write which combinations work, and why the others are refused.
 
-`python -m tests.support.matrix` runs all combinations (about ten minutes on two cores) and writes docs/reference/matrix.md.
+`python -m tests.support.matrix` runs all combinations in the trainer image (about ten minutes on two cores) and writes docs/reference/matrix.md.
+It needs what `make prepare` installs and builds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from finetune_api.names import ExitCode
 
-from tests.support.cells import CHECKOUT_FOLDER, Cell, Result, launch_cells
+from tests.support.cells import CHECKOUT_FOLDER, Cell, PythonRunner, Result, launch_cells, run_python_of_tests
 from tests.support.learning import TEN_ROWS, merge_mappings
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
 
@@ -59,9 +60,10 @@ VerdictTable = dict[tuple[str, str], str]
 
 
 def run_strategy(
-    strategy: str, folder: Path, *, methods: Sequence[str] = tuple(SPEC_BY_METHOD), base_spec: Mapping[str, Any] | None = None
-) -> VerdictTable:
-    """Run all cells of one strategy in one launch. `base_spec`: settings of every cell.
+    strategy: str, folder: Path, *, methods: Sequence[str] = tuple(SPEC_BY_METHOD), base_spec: Mapping[str, Any] | None = None,
+    run_python: PythonRunner = run_python_of_tests,
+) -> VerdictTable:  # fmt: skip
+    """Run all cells of one strategy in one launch. `base_spec`: settings of every cell. `run_python`: see `launch_cells`.
 
     Errors: AssertionError if a cell fails with an error other than a ConfigError.
     """
@@ -75,7 +77,7 @@ def run_strategy(
             cell_spec = merge_mappings(spec, {"trainer": trainer, "distributed": distributed_spec, "training": {"maxSteps": 2}})
             adapter = None if method != "adapter" else reward_adapter if objective == "reward" else generation_adapter
             cells.append(Cell(f"{method} | {objective}", str(model), cell_spec, rows, adapter=adapter))
-    results = launch_cells(cells, folder / "cells", rank_count=rank_count, timeout=1500)
+    results = launch_cells(cells, folder / "cells", rank_count=rank_count, timeout=1500, run_python=run_python)
     return {
         (method, objective): _read_verdict(results[f"{method} | {objective}"])
         for method in methods
@@ -112,9 +114,10 @@ def _make_adapter(model: Path, folder: Path, task_type: str) -> str:
 
 PAGE_HEADER = """# What works together
 
-Each combination of method, objective and strategy was run with a tiny model on two CPU ranks (`one rank`: on a single rank). A dot means that
-the combination trained and saved an artefact. A number means that the combination was refused before training, with the message below.
-`python -m tests.support.matrix` writes this page; a test compares the page with actual runs.
+Each combination of method, objective and strategy was run with a tiny model on two CPU ranks (`one rank`: on a single rank). The runs were in the
+built trainer image, with the restrictions of a trainer pod: as user 10001 and on a read-only root file system. They had no network. A dot means
+that the combination trained and saved an artefact. A number means that the combination was refused before training, with the message below.
+`python -m tests.support.matrix` writes this page; `tests/image/test_matrix.py` compares the page with runs in the image.
 """
 
 
@@ -171,14 +174,17 @@ def read_expected_table(strategy: str) -> VerdictTable:
 
 
 def main(requested_strategies: Sequence[str]) -> None:
-    """Run the requested strategies (default: all). Write the page after each strategy; the tables of other strategies stay unchanged."""
+    """Run the requested strategies (default: all) in the trainer image. Write the page after each strategy; the tables of other strategies stay unchanged."""
+    from tests.support.trainer_image import open_trainer_image
+
     tables = {name: read_expected_table(name) for name in RANKS_BY_STRATEGY if PAGE.exists() and name in PAGE.read_text()}
-    for strategy in requested_strategies or RANKS_BY_STRATEGY:
-        with tempfile.TemporaryDirectory() as folder:
-            tables[strategy] = run_strategy(strategy, Path(folder))
-        refused_count = sum(verdict != WORKS_VERDICT for verdict in tables[strategy].values())
-        print(f"{strategy}: {len(tables[strategy]) - refused_count} work, {refused_count} are refused", flush=True)
-        PAGE.write_text(render_page({name: tables[name] for name in RANKS_BY_STRATEGY if name in tables}))
+    with open_trainer_image() as image:
+        for strategy in requested_strategies or RANKS_BY_STRATEGY:
+            with tempfile.TemporaryDirectory() as folder:
+                tables[strategy] = run_strategy(strategy, Path(folder), run_python=image.python_runner(Path(folder)))
+            refused_count = sum(verdict != WORKS_VERDICT for verdict in tables[strategy].values())
+            print(f"{strategy}: {len(tables[strategy]) - refused_count} work, {refused_count} are refused", flush=True)
+            PAGE.write_text(render_page({name: tables[name] for name in RANKS_BY_STRATEGY if name in tables}))
 
 
 if __name__ == "__main__":

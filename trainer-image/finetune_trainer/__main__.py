@@ -45,12 +45,26 @@ def _supervise(command: str, arguments: list[str]) -> int:
     stop_requests = _record_early_stop_requests()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(message)s", stream=sys.stderr)
     logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # botocore logs the source of the credentials for every connection
-    from finetune_trainer.settings import Settings
-    from finetune_trainer.supervisor.supervise import supervise
+    try:
+        from finetune_trainer.settings import Settings
+        from finetune_trainer.supervisor.supervise import supervise
+    except ImportError as error:
+        return _exit_code_of_failed_import(error)
 
     return supervise(
         Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests
     )
+
+
+def _exit_code_of_failed_import(error: ImportError) -> int:
+    """Print which part the image lacks, and return exit code 78. Kubernetes takes the termination message from the log. Raises other errors."""
+    from finetune_trainer.failure import installation_error
+
+    broken = installation_error(error)
+    if broken is None:
+        raise error
+    print(f"finetune-trainer: {broken.code}: {broken.message}", file=sys.stderr)
+    return int(broken.exit_code)
 
 
 def _record_early_stop_requests() -> list[float]:

@@ -13,10 +13,14 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+from finetune_api.names import ExitCode
+
 from finetune_trainer.agent_result import FailuresByRank, write_failures
+from finetune_trainer.failure import installation_error
 from finetune_trainer.processes import die_with_parent
 
 RENDEZVOUS_SECONDS = 1800
@@ -27,10 +31,16 @@ RANK_COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
 
 
 def main(arguments: list[str]) -> int:
-    """Run the ranks of this pod; returns 0 if all of them ended with exit code 0, else 1."""
+    """Run the ranks of this pod; returns 0 if all of them ended with exit code 0, 78 if the image lacks a part of torchelastic, else 1."""
     die_with_parent()
     options = _parse(arguments)
-    failures = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
+    try:
+        failures = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
+    except (ImportError, OSError) as error:
+        if installation_error(error) is None:
+            raise
+        traceback.print_exc()
+        return ExitCode.INSTALLATION_BROKEN
     write_failures(options.work, failures)
     return 1 if failures else 0
 

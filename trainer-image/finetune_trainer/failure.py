@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import signal
 import traceback
 from collections.abc import Iterable
@@ -52,20 +53,39 @@ DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed wri
 SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
 """Paths of shared memory in error messages. They distinguish full shared memory from a full disk."""
 
-BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "nvcc", "ninja")
+BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "nvcc", "ninja")
 IMAGE_PACKAGES = (
-    "accelerate", "bitsandbytes", "datasets", "deepspeed", "liger_kernel", "numpy", "peft", "safetensors", "tokenizers", "torch",
-    "transformers", "triton", "trl",
+    "accelerate", "aiohttp", "bert_score", "bitsandbytes", "boto3", "botocore", "datasets", "deepspeed", "finetune_api", "finetune_trainer",
+    "huggingface_hub", "jinja2", "jsonschema", "liger_kernel", "lm_eval", "mlflow", "numpy", "openai", "openpyxl", "peft", "prometheus_client",
+    "pyarrow", "pydantic", "pymongo", "rouge_score", "sacrebleu", "safetensors", "scipy", "securesystemslib", "sentence_transformers",
+    "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "transformers", "triton", "trl", "wandb",
 )  # fmt: skip
 """Packages that the trainer image installs. If one is missing, the image is broken; other missing modules are the user's own."""
-INSTALLATION_MESSAGES = (
-    "cannot open shared object file", "failed to find c compiler", "ninja is required to load c++ extensions", "cuda_home",
-)  # fmt: skip
-"""Messages of libraries about a missing compiler or shared library, in lower case."""
+HIDDEN_PACKAGE = "None in sys.modules"
+"""Part of the message when code imports a package that `imports.preload` has hidden. The image contains this package."""
+MISSING_PART_PATTERNS = (
+    (re.compile(r"(?:^|[\s:/])(c\+\+|g\+\+|gcc|cc|clang|clang\+\+|nvcc|ninja): (?:command )?not found", re.MULTILINE), "the program {}"),
+    (re.compile(r"Failed to find (C(?:\+\+)?) compiler"), "a {} compiler"),
+    (re.compile(r"No working (C\+\+) compiler found"), "a {} compiler"),
+    (re.compile(r"(?i:(ninja)) is required to load C\+\+ extensions|due to (ninja) not being installed"), "the program ninja"),
+    (re.compile(r"CUDA_HOME (?:does not exist|environment variable is not set)"), "the CUDA compiler nvcc"),
+    (re.compile(r"Torch not compiled with CUDA enabled"), "a build of torch for CUDA"),
+    (re.compile(r"([^\s:'\"]+\.so[.\d]*): cannot open shared object file"), "the library {}"),
+    (re.compile(r"version `([^']+)' not found \(required by"), "the library version {}"),
+    (re.compile(r"packages that were not found in your environment: ([\w.,\- ]*[\w\-])"), "the Python package {}"),
+    (re.compile(r"requires the (.+) library,? but it was not found in your environment"), "the Python package {}"),
+)
+"""Messages of libraries about a missing part of the image, and the name of that part. The messages were recorded with the locked versions."""
+INSTALL_ADVICE = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
+"""The advice in an ImportError of a library that lacks another package."""
+GPU_DRIVER_MISSING = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")
+"""Messages about a GPU driver that the pod does not have at all. The driver's libraries come from the node, not from the image."""
 NODE_DRIVER_MESSAGES = (
-    "cuda driver version is insufficient", "found no nvidia driver", "the nvidia driver on your system is too old",
+    "cuda driver version is insufficient", "the nvidia driver on your system is too old", "cuda driver initialization failed",
+    "unexpected error from cudagetdevicecount", "no cuda gpus are available", "no cuda-capable device is detected", "system not yet initialized",
+    "cuda error: unknown error", "forward compatibility was attempted on non supported hw",
 )  # fmt: skip
-"""Messages about the GPU driver, in lower case. The driver belongs to the node, so an attempt on another node may succeed."""
+"""Messages about a GPU driver that does not work on this node, in lower case. An attempt on another node may succeed."""
 
 
 def local_disk_full() -> StorageError:
@@ -81,16 +101,10 @@ def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
     # Errors of collectives are excluded, because their messages may name optional NCCL libraries that are not installed.
-    if name not in PEER_TYPES and _is_installation_broken(error):
-        return InstallationBrokenError(
-            "InstallationBroken",
-            f"the trainer image lacks something that this job needs: {name}: {_first_line(error)}",
-        ), True
+    if name not in PEER_TYPES and (broken := installation_error(error)) is not None:
+        return broken, True
     if any(message in text for message in NODE_DRIVER_MESSAGES):
-        return PeerError(
-            "NodeDriverUnusable", f"the GPU driver of the node does not fit the image: {_first_line(error)}",
-            hint="update the driver of the node, or choose another node pool",
-        ), True  # fmt: skip
+        return node_driver_error(_first_line(error)), True
     if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in text for message in MEMORY_MESSAGES):
         return _memory_exhausted(error), True
     if name in PEER_TYPES or (
@@ -112,13 +126,57 @@ def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
     ), True
 
 
-def _is_installation_broken(error: BaseException) -> bool:
-    """Whether a compiler, a package of the image or a shared library is missing. Another attempt would fail in the same way."""
+def installation_error(error: BaseException) -> InstallationBrokenError | None:
+    """Return the failure if the image lacks a compiler, a package or a library, or if the pod has no GPU driver; None for other errors.
+
+    Another attempt would fail in the same way. The causes of the error are examined too, because transformers hides the reason of a failed import.
+    """
+    return _own_installation_error(error) or (installation_error(error.__cause__) if error.__cause__ is not None else None)
+
+
+def _own_installation_error(error: BaseException) -> InstallationBrokenError | None:
+    text = str(error)
+    if GPU_DRIVER_MISSING.search(text):
+        return InstallationBrokenError(
+            "GpuDriverMissing", f"the pod has no GPU driver: {_first_line(error)}",
+            hint="let the container runtime of the GPU nodes add the NVIDIA driver to pods (NVIDIA Container Toolkit); for a run on CPUs, write "
+            "resources.gpusPerNode: 0",
+        )  # fmt: skip
+    missing_part, line = _missing_part(error)
+    if missing_part is None:
+        return None
+    return InstallationBrokenError(
+        "InstallationBroken", f"the trainer image lacks {missing_part}: {type(error).__name__}: {line}",
+        hint=f"use a trainer image that contains {missing_part}; status.resolved.image is the image of this job",
+    )  # fmt: skip
+
+
+def _missing_part(error: BaseException) -> tuple[str | None, str]:
+    """Return the name of the image's missing part (None if no part is missing), and the line of the message about it."""
+    if HIDDEN_PACKAGE in str(error):
+        return None, ""
     if isinstance(error, FileNotFoundError) and _is_build_tool(str(error.filename)):
-        return True
+        return f"the program {str(error.filename).rpartition('/')[2]}", _first_line(error)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
+        return f"the Python package {error.name}", _first_line(error)
+    text = str(error)
+    for pattern, part in MISSING_PART_PATTERNS:
+        if match := pattern.search(text):
+            line_start = text.rfind("\n", 0, match.end()) + 1
+            return part.format(match.group(1) if match.groups() else ""), text[line_start:].splitlines()[0].strip()[:1000]
+    if isinstance(error, ImportError) and (match := INSTALL_ADVICE.search(text)):
+        return f"the Python package {match.group(1)}", _first_line(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
-        return True
-    return any(message in str(error).lower() for message in INSTALLATION_MESSAGES)
+        return f"a usable Python package {str(error.name).partition('.')[0]}", _first_line(error)
+    return None, ""
+
+
+def node_driver_error(reason: str) -> PeerError:
+    """The failure for a GPU driver that does not work on this node (exit code 74): an attempt on another node may succeed."""
+    return PeerError(
+        "NodeDriverUnusable", f"the GPUs of the node cannot be used: {reason}",
+        hint="check the GPUs and the driver of the node, or choose another node pool",
+    )  # fmt: skip
 
 
 def _is_build_tool(path: str) -> bool:

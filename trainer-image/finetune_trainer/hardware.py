@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from finetune_api.errors import ConfigError
+from finetune_api.errors import ConfigError, FineTuneError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import given_bits, trains_base_weights
 from finetune_api.spec.enums import AttentionImplementation, Device, MixedPrecision, WeightDtype
+
+from finetune_trainer.failure import installation_error, node_driver_error
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +41,8 @@ class Hardware:
 def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
     """Choose device, precision and attention for this rank.
 
-    Errors: ConfigError DeviceAbsent (cuda or mps is requested and missing), PrecisionUnavailable (the device cannot compute in fp16 or
-    bf16), AttentionPrecision (flash attention without 16 bits).
+    Errors: ConfigError DeviceAbsent (cuda without a requested GPU, or mps on another machine), PrecisionUnavailable (the device cannot compute in
+    fp16 or bf16), AttentionPrecision (flash attention without 16 bits); InstallationBrokenError GpuDriverMissing; PeerError NodeDriverUnusable.
     """
     import torch
 
@@ -88,11 +90,24 @@ def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
             hint="write auto, or set resources.gpusPerNode",
         )
     if not torch.cuda.is_available():
-        raise ConfigError(
-            "DeviceAbsent", f"torch finds no GPU, but the job requests GPUs (per node: {run.world.gpus_per_node})",
-            hint="set resources.gpusPerNode: 0 for a CPU run, or check the GPU driver and resources.gpuResource",
-        )  # fmt: skip
+        raise _missing_gpu_error(run.world.gpus_per_node)
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
+    """The failure of a pod whose requested GPUs are not usable: final if the pod has no driver at all, else an attempt on another node may succeed."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except Exception as error:  # torch raises RuntimeError and AssertionError, and the driver's reason is only in the message
+        broken = installation_error(error)
+        if broken is not None:
+            return broken
+        reason = str(error).strip().partition("\n")[0]
+    else:
+        reason = "the driver reports no GPU"
+    return node_driver_error(f"the job requests GPUs (per node: {gpus_per_node}), but torch finds none: {reason}")
 
 
 def _choose_precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:

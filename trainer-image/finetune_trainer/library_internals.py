@@ -1,8 +1,8 @@
-"""Accesses all private attributes of transformers, TRL, PEFT and accelerate that the trainer needs.
+"""Accesses all private attributes of transformers, TRL, PEFT, accelerate and DeepSpeed that the trainer needs.
 
 Any release of these libraries may rename a private attribute. So only this module uses private attributes, each in one function or
 method with the reason. `tests/unit/trainer/test_library_internals.py` checks them against the installed versions. This module was
-written for transformers 5.23, TRL 1.16, PEFT 0.21 and accelerate 1.15.
+written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -115,6 +115,18 @@ class GenerationUnderAutocast:
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
         with self.accelerator.autocast():  # type: ignore[attr-defined]  # of the Trainer that this is mixed into
             return super()._generate_single_turn(*args, **options)  # type: ignore[misc]  # of the TRL trainer
+
+
+def disable_compiled_deepspeed_operations() -> None:
+    """Let DeepSpeed use torch's collectives only. Call this before DeepSpeed creates its process group.
+
+    On a CPU, DeepSpeed compiles a C++ extension when it creates the process group (`build_shm_op` in `comm/torch.py`, v0.19). The image has no
+    C++ compiler, and training does not use the extension: it sums the results of tensor-parallel inference. DeepSpeed skips operations that
+    this mapping does not contain. The public switches (`DS_BUILD_*`) only apply when DeepSpeed is installed.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 @contextmanager

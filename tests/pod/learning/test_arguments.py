@@ -98,7 +98,8 @@ def test_a_plain_job_imports_neither_bitsandbytes_nor_deepspeed(tmp_path: Path) 
 def _script_environment(root: Path) -> dict[str, str]:
     import os
 
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(str(root / part) for part in ("crds", "trainer-image", "."))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_api.errors import ConfigError
+from finetune_api.errors import ConfigError, FineTuneError
 from finetune_trainer.hardware import Hardware, detect_hardware
 
 from tests.support.learning import make_run
@@ -68,7 +68,6 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
             "write bf16, no or auto",
         ),
         ({"training": {"device": "mps"}}, "DeviceAbsent", "training.device is mps", "write auto"),
-        (ONE_GPU_SPEC, "DeviceAbsent", "torch finds no GPU, but the job requests GPUs (per node: 1)", "resources.gpusPerNode: 0"),
         (
             {"training": {"device": "cuda"}},
             "DeviceAbsent",
@@ -86,6 +85,47 @@ def test_a_missing_device_or_format_is_refused(
         detect_for_spec(tmp_path, spec)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
     assert expected in caught.value.message and hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("driver_error", "code", "exit_code", "expected"),
+    [
+        (
+            RuntimeError(
+                "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
+                "http://www.nvidia.com/Download/index.aspx"
+            ),
+            "GpuDriverMissing", 78, "the pod has no GPU driver: Found no NVIDIA driver",
+        ),
+        (AssertionError("Torch not compiled with CUDA enabled"), "InstallationBroken", 78, "the trainer image lacks a build of torch for CUDA"),
+        (
+            RuntimeError(
+                "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices() that might have "
+                "already set an error? Error 802: system not yet initialized"
+            ),
+            "NodeDriverUnusable", 74, "the job requests GPUs (per node: 1), but torch finds none: Unexpected error",
+        ),
+        (RuntimeError("No CUDA GPUs are available"), "NodeDriverUnusable", 74, "No CUDA GPUs are available"),
+        (RuntimeError("an unknown message"), "NodeDriverUnusable", 74, "an unknown message"),
+        (None, "NodeDriverUnusable", 74, "the driver reports no GPU"),
+    ],
+    ids=["no driver", "no CUDA", "broken node", "no GPUs", "unknown", "no error"],
+)  # fmt: skip
+def test_a_requested_gpu_that_torch_does_not_find(
+    driver_error: Exception | None, code: str, exit_code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pod fails finally only without any driver. All other errors may be those of one node."""
+
+    def init() -> None:
+        if driver_error is not None:
+            raise driver_error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(FineTuneError) as caught:
+        detect_for_spec(tmp_path, ONE_GPU_SPEC)
+    assert (caught.value.code, caught.value.exit_code) == (code, exit_code)
+    assert expected in caught.value.message
 
 
 def test_bf16_is_refused_on_a_gpu_without_bf16(old_gpu: None, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from finetune_trainer.failure import IMAGE_PACKAGES
 
 LOCKED_PROGRAMS = ("operator", "trainer", "cli")
 
@@ -27,6 +29,18 @@ def test_images_and_test_environment_have_the_same_package_versions(root: Path, 
     versions = locked_versions(root / f"requirements/{name}.lock")
     assert versions
     assert {package: tested.get(package) for package in versions} == versions
+
+
+def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(root: Path) -> None:
+    """If such a package is missing in an image, the job ends at once; see `failure.IMAGE_PACKAGES`."""
+    requirements = (root / "requirements/trainer.in").read_text("utf-8")
+    distributions = re.findall(r"^([a-zA-Z][\w.-]*)", requirements, re.M)
+    modules_by_distribution: dict[str, set[str]] = {}
+    for module, owners in packages_distributions().items():
+        for owner in owners:
+            modules_by_distribution.setdefault(re.sub(r"[-_.]+", "-", owner).lower(), set()).add(module)
+    known = {name: modules_by_distribution[re.sub(r"[-_.]+", "-", name).lower()] & set(IMAGE_PACKAGES) for name in distributions}
+    assert len(known) > 10 and all(known.values()), known
 
 
 @pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "mutants"])

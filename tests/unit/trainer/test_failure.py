@@ -77,6 +77,7 @@ class OutOfMemoryError(RuntimeError):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/cc"), "TrainerCrashed", 70, True),
         (ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes"), "InstallationBroken", 78, True),
         (ModuleNotFoundError("No module named 'my_rewards'", name="my_rewards"), "TrainerCrashed", 70, True),
+        (ModuleNotFoundError("import of wandb halted; None in sys.modules", name="wandb"), "TrainerCrashed", 70, True),
         (ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (OSError("libnccl.so.2: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (RuntimeError("CUDA driver version is insufficient for CUDA runtime version"), "NodeDriverUnusable", 74, True),
@@ -86,13 +87,124 @@ class OutOfMemoryError(RuntimeError):
             74,
             False,
         ),
-        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "InstallationBroken", 78, True),
         (ValueError("what"), "TrainerCrashed", 70, True),
     ],
 )
 def test_an_exception_is_classified(error: Exception, code: str, exit_code: int, origin: bool) -> None:
     parsed, own = classify_error(error)
     assert (parsed.code, parsed.exit_code, own) == (code, exit_code, origin)
+
+
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+FAILED_EXTENSION_BUILD = """Error building extension 'deepspeed_shm_comm': [1/3] c++ -MMD -MF shm.o.d -c /opt/venv/comm/shm.cpp -o shm.o
+FAILED: [code=127] shm.o
+c++ -MMD -MF shm.o.d -c /opt/venv/comm/shm.cpp -o shm.o
+/bin/sh: 1: c++: not found
+ninja: build stopped: subcommand failed.
+"""
+BITSANDBYTES_MESSAGE = """
+🚨 CUDA SETUP ERROR: Missing dependency: libnvJitLink.so.13 🚨
+
+CUDA 13.x runtime libraries were not found in the LD_LIBRARY_PATH.
+
+Original error: libnvJitLink.so.13: cannot open shared object file: No such file or directory
+
+Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(FAILED_EXTENSION_BUILD), "the trainer image lacks the program c++: RuntimeError: /bin/sh: 1: c++: not found"),
+        (RuntimeError("bash: line 1: nvcc: command not found"), "lacks the program nvcc"),
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."),
+            "lacks a C compiler: RuntimeError: Failed to find C compiler",
+        ),
+        (
+            RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet TORCHDYNAMO_VERBOSE"),
+            "lacks a C++ compiler",
+        ),
+        (RuntimeError("Ninja is required to load C++ extensions (pip install ninja to get it)"), "lacks the program ninja"),
+        (RuntimeError("Unable to JIT load the cpu_adam op due to ninja not being installed."), "lacks the program ninja"),
+        (OSError("CUDA_HOME environment variable is not set. Please set it to your CUDA install root."), "lacks the CUDA compiler nvcc"),
+        (Exception("CUDA_HOME does not exist, unable to compile CUDA op(s)"), "lacks the CUDA compiler nvcc"),
+        (RuntimeError(BITSANDBYTES_MESSAGE), "lacks the library libnvJitLink.so.13: RuntimeError: Original error: libnvJitLink.so.13: cannot open"),
+        (
+            ImportError("/lib/x86_64-linux-gnu/libm.so.6: version `GLIBC_2.38' not found (required by /opt/venv/lib/x.so)"),
+            "lacks the library version GLIBC_2.38",
+        ),
+        (
+            ImportError(
+                "This modeling file requires the following packages that were not found in your environment: einops, flash_attn. "
+                "Run `pip install einops flash_attn`"
+            ),
+            "lacks the Python package einops, flash_attn",
+        ),
+        (
+            ImportError("\nLlamaConverter requires the protobuf library but it was not found in your environment. Check out the instructions on the"),
+            "lacks the Python package protobuf",
+        ),
+        (
+            ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`"),
+            "lacks the Python package bitsandbytes: ImportError: Using",
+        ),
+        (ImportError("cannot import name 'x' from 'peft.utils' (/opt/peft/utils.py)", name="peft.utils"), "lacks a usable Python package peft"),
+        (
+            caused_by(
+                ModuleNotFoundError("Could not import module 'LlamaForCausalLM'. Are this object's requirements defined correctly?"),
+                OSError("libcudnn.so.9: cannot open shared object file: No such file or directory"),
+            ),
+            "lacks the library libcudnn.so.9",
+        ),
+    ],
+    ids=[
+        "c++", "nvcc", "Triton without C compiler", "torch.compile without C++ compiler", "ninja", "DeepSpeed without ninja", "nvcc of torch",
+        "nvcc of DeepSpeed", "library of bitsandbytes", "C library", "packages of model code", "package of transformers", "package of a quantiser",
+        "version of a package", "reason hidden by transformers",
+    ],
+)  # fmt: skip
+def test_a_missing_part_of_the_image_is_final_and_named(error: Exception, expected: str) -> None:
+    failure, own = classify_error(error)
+    assert (failure.code, failure.exit_code, own) == ("InstallationBroken", 78, True)
+    assert expected in failure.message
+    assert "status.resolved.image" in str(failure.hint)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from http://www.nvidia.com/",
+        "libcuda.so.1: cannot open shared object file: No such file or directory",
+        "libnvidia-ml.so.1: cannot open shared object file: No such file or directory",
+    ],
+)
+def test_a_pod_without_gpu_driver_is_final(message: str) -> None:
+    failure, _ = classify_error(RuntimeError(message))
+    assert (failure.code, failure.exit_code) == ("GpuDriverMissing", 78)
+    assert "NVIDIA Container Toolkit" in str(failure.hint)
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "exit_code"),
+    [
+        ("The NVIDIA driver on your system is too old (found version 11040).", "NodeDriverUnusable", 74),
+        ("CUDA driver initialization failed, you might not have a CUDA gpu.", "NodeDriverUnusable", 74),
+        ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized", "NodeDriverUnusable", 74),
+        ("CUDA error: no CUDA-capable device is detected", "NodeDriverUnusable", 74),
+        ("CUDA error: unspecified launch failure", "TrainerCrashed", 70),
+        ("CUDA error: uncorrectable ECC error encountered", "TrainerCrashed", 70),
+        ("Error building extension 'x': [1/2] c++ -c main.cpp\nmain.cpp:1:10: fatal error: Python.h: No such file or directory", "TrainerCrashed", 70),
+        ("Command '['/usr/bin/gcc', '/tmp/tmpx/main.c']' returned non-zero exit status 1.", "TrainerCrashed", 70),
+    ],
+)
+def test_failures_that_may_belong_to_one_node_are_retried(message: str, code: str, exit_code: int) -> None:
+    failure, _ = classify_error(RuntimeError(message))
+    assert (failure.code, failure.exit_code) == (code, exit_code)
 
 
 @pytest.mark.parametrize(

@@ -340,3 +340,17 @@ def test_a_head_with_trained_rows_lacks_its_bias_until_it_is_exposed(model: Path
 def test_lora_is_a_continuable_adapter_type_and_an_unknown_type_is_not() -> None:
     assert "LORA" in internals.continuable_adapter_types()
     assert "NEWKIND" not in internals.continuable_adapter_types()
+
+
+def test_deepspeed_loads_no_compiled_operation_for_its_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the setting, DeepSpeed asks the builder, which compiles a C++ extension. The builder is replaced so that nothing is compiled."""
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda self, verbose=False: "compiled")
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "create_op_builder", lambda name: ShareMemCommBuilder())
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {ShareMemCommBuilder.NAME: True}, raising=False)
+    assert build_shm_op() == "compiled"
+    internals.disable_compiled_deepspeed_operations()
+    assert build_shm_op() is None

@@ -68,6 +68,12 @@ REFUSED_IN_ZERO = {
     "cpu_offload": "the key is called offload_optimizer", "cpu_offload_param": "the key is called offload_param",
     "cpu_offload_use_pin_memory": "the key is called pin_memory, in offload_optimizer and offload_param",
 }  # fmt: skip
+COMPILED_OPTIONS: tuple[tuple[str, ...], ...] = (
+    ("zero_optimization", "zero_quantized_weights"), ("zero_optimization", "zero_quantized_nontrainable_weights"),
+    ("zero_optimization", "zero_quantized_gradients"), ("zero_optimization", "zenflow"),
+    ("zero_optimization", "offload_optimizer", "super_offload"), ("checkpoint", "writer"),
+)  # fmt: skip
+"""Paths of options that DeepSpeed compiles on first use. The image has no C++ or CUDA compiler."""
 MICRO_BATCH_KEY, MICRO_BATCH_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION_KEY, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
@@ -170,7 +176,25 @@ def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, An
         _check_read_keys(
             f"zero_optimization.{section}", zero.get(section), {"device": OFFLOAD_DEVICE}, allows_auto=False
         )
+    _refuse_compiled_options(config)
     return config
+
+
+def _refuse_compiled_options(config: dict[str, Any]) -> None:
+    requested = [".".join(path) for path in COMPILED_OPTIONS if _value_at(config, path) not in (None, False)]
+    if requested:
+        raise ConfigError(
+            "ConfigFileInvalid",
+            f"{FILE_FIELD}: DeepSpeed compiles {', '.join(requested)} on first use, but the image has no C++ or CUDA compiler",
+            hint="remove it",
+        )
+
+
+def _value_at(section: Any, path: tuple[str, ...]) -> Any:
+    """Return the value at a path of nested sections; None if a section or the value is absent."""
+    for key in path:
+        section = section.get(key) if isinstance(section, dict) else None
+    return section
 
 
 def _refuse_keys(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
@@ -287,7 +311,7 @@ def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
     )
     if kind.lower() not in ("adam", "adamw") or parameters.get("adam_w_mode", True) is False:
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: optimizer {kind} is compiled by DeepSpeed on first use, but the image has no C++ or CUDA compiler",
+            "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed compiles optimizer {kind} on first use, but the image has no C++ or CUDA compiler",
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
     check_keys(FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
@@ -376,7 +400,7 @@ def _merge_zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
-                f"{FILE_FIELD}: {key}.device nvme needs code that DeepSpeed compiles on first use, but the image has no C++ compiler",
+                f"{FILE_FIELD}: {key}.device nvme needs code that DeepSpeed compiles on first use, but the image has no C++ or CUDA compiler",
                 hint="write cpu",
             )
         file_value = None if key not in zero else section.get("device", "none") != "none"
@@ -471,7 +495,10 @@ class Deepspeed(DistributedStrategy):
         import deepspeed
         import torch
 
+        from finetune_trainer.library_internals import disable_compiled_deepspeed_operations
+
         validate_with_deepspeed(self.options.config)
+        disable_compiled_deepspeed_operations()
         if self.world_size == 1:
             set_single_rank_variables()
         if self.hardware.is_cpu:

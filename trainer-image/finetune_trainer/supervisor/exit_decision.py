@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from finetune_api.errors import FineTuneError, InternalError, PeerError
+from finetune_api.errors import FineTuneError, InstallationBrokenError, InternalError, PeerError
 from finetune_api.names import ExitCode
 from finetune_api.status import Output, Stage
 
@@ -115,6 +115,10 @@ def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> R
 def _failure_of_agent(agent_code: int | None) -> FineTuneError:
     if agent_code is not None and agent_code < 0:
         return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-agent_code}")
+    if agent_code == ExitCode.INSTALLATION_BROKEN:
+        return InstallationBrokenError(
+            "InstallationBroken", "the trainer image lacks a part that the torchelastic agent needs", hint="the pod's log names the missing part"
+        )  # fmt: skip
     if agent_code == 0:
         return InternalError("NoArtefact", "all ranks ended without an error and without a final artefact")
     return PeerError(

@@ -25,7 +25,7 @@ from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
-from finetune_trainer.failure import RankFailure, failure_from_exit_code
+from finetune_trainer.failure import RankFailure, failure_from_exit_code, installation_error
 from finetune_trainer.inputs import FILE_NAME, Inputs
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.roots import open_store
@@ -264,14 +264,14 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _record_failures(self, code: str) -> Iterator[None]:
-        """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with `code`."""
+        """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
         try:
             yield
         except FineTuneError as error:
             self._end_with_error(error)
         except Exception as error:
             log.exception("%s", code)
-            self._end_with_error(InternalError(code, f"{type(error).__name__}: {error}"))
+            self._end_with_error(installation_error(error) or InternalError(code, f"{type(error).__name__}: {error}"))
 
     def _stop_deadline(self) -> float | None:
         """Monotonic time by which a stopped pod must end; None without a stop request."""

@@ -228,7 +228,17 @@ def test_offloading_uses_the_optimizer_of_torch(tmp_path: Path) -> None:
         ("{", {}, "ConfigFileInvalid", "neither JSON nor YAML"),
         ("[1]", {}, "ConfigFileInvalid", "holds list"),
         ({"elasticity": {}}, {}, "ConfigFileInvalid", "the operator decides"),
-        ({"optimizer": {"type": "OneBitAdam"}}, {}, "ConfigFileInvalid", "compiled by DeepSpeed"),
+        ({"optimizer": {"type": "OneBitAdam"}}, {}, "ConfigFileInvalid", "DeepSpeed compiles optimizer OneBitAdam"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": False}}, {}, "ConfigFileInvalid",
+            "DeepSpeed compiles zero_optimization.zero_quantized_weights on first use",
+        ),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, {}, "ConfigFileInvalid", "compiles zero_optimization.zenflow"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, {}, "ConfigFileInvalid",
+            "compiles zero_optimization.offload_optimizer.super_offload",
+        ),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, {}, "ConfigFileInvalid", "compiles checkpoint.writer"),
         ({"optimizer": {"type": "AdamW", "params": {"freeze_step": 3}}}, {}, "ConfigFileInvalid", "freeze_step would have no effect"),
         ({"scheduler": {"type": "OneCycle"}}, {}, "ConfigFileInvalid", "OneCycle"),
         ({"comms_logger": {"enabled": "auto"}}, {}, "ConfigFileInvalid", "comms_logger.enabled is auto"),

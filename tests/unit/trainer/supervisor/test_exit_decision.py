@@ -39,12 +39,13 @@ STALLED_ERROR = PeerError("Stalled", "m")
         (AttemptFacts(agent_code=0), False, 70, "NoArtefact"),
         (AttemptFacts(agent_code=-9), False, 74, "AgentKilled"),
         (AttemptFacts(agent_code=1), False, 74, "AgentFailed"),
+        (AttemptFacts(agent_code=78), False, 78, "InstallationBroken"),
     ],
     ids=[
         "an-artefact-is-success", "stopped-before-a-stage-was-done", "a-failed-stage",
         "stopped-and-saved", "stopped-and-not-saved", "a-lost-peer-does-not-explain-a-stop",
         "a-failure-before-the-stop", "storage-failed-during-the-stop", "the-supervisor's-own-failure",
-        "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed",
+        "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed", "agent-without-torch",
     ],
 )  # fmt: skip
 def test_facts_decide_the_exit_code(facts: AttemptFacts, saved: bool, code: int, error_code: str | None) -> None:
