@@ -230,11 +230,26 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
     lines = []
     if status.output is not None and status.output.uri:
         lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
+        lines += [f"copy      {status.output.published_uri}"] if status.output.published_uri else []
+    lines += _evaluation_lines(status)
     if status.adaptations:
         lines += ["", *(f"adapted   {adaptation.change} ({adaptation.reason})" for adaptation in status.adaptations)]
     if status.resolved is not None and status.resolved.notes:
         lines += ["", *(f"note      {note}" for note in status.resolved.notes)]
     return lines
+
+
+def _evaluation_lines(status: FineTuneJobStatus) -> list[str]:
+    """One line for each metric of the evaluation: its value, or why it has none."""
+    evaluation = status.evaluation
+    if evaluation is None or not evaluation.metrics:
+        return []
+    rows = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
+    values = {
+        name: f"{metric.value:.4g}" if metric.value is not None else f"- ({metric.reason or 'not measured'})"
+        for name, metric in evaluation.metrics.items()
+    }
+    return ["", f"evaluation{rows}", *(f"  {name:<22} {value}" for name, value in values.items())]
 
 
 def event_line(event: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
         }  # fmt: skip
     outcome = hooks.outcome
     result.losses, result.grad_norms = outcome.losses, outcome.grad_norms
-    result.eval = next((line for line in reversed(outcome.logs) if "eval_loss" in line), {})
+    result.eval = next((line for line in reversed(outcome.logs) if "eval_loss" in line or "test_loss" in line), {})
     if outcome.channel is not None:
         result.resolved, result.notes = outcome.resolved, outcome.notes
     result.kind, result.folder = outcome.kind, str(inputs.output_dir)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_trainer.data import load
 
-from tests.support.learning import TEN_ROWS, make_run, run_training, train_here, write_rows
+from tests.support.learning import TEN_ROWS, RunOutcome, make_run, run_training, train_here, write_rows
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
 
 pytestmark = pytest.mark.pod
@@ -106,3 +106,37 @@ def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> 
     assert "evaluation" not in outcome.extra
     assert not (tmp_path / "out" / "test_split.jsonl").exists()
     assert "evaluating" not in [message["stage"] for message in outcome.messages("stage")]
+
+
+@pytest.mark.parametrize("method", ["lora", "promptTuning", "full"])
+def test_evaluations_measure_precision_recall_and_f1_of_the_tokens(method: str, model: Path, tmp_path: Path) -> None:
+    """The reference computes all logits, and scikit-learn computes the metrics."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    spec = {
+        "method": LORA_METHOD if method == "lora" else {"type": method}, "evaluation": {"strategy": "steps", "steps": 4, "metrics": ["f1"]},
+        "training": {"batchSizePerDevice": 2},
+    }  # fmt: skip
+    outcome = run_training(tmp_path, model, spec, TEN_ROWS, validation=TEN_ROWS[:5])
+    measured = next(line for line in outcome.logs if "eval_f1" in line)
+    labels, predicted = predictions_of(outcome, TEN_ROWS[:5])
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="weighted", zero_division=0)
+    assert (measured["eval_precision"], measured["eval_recall"], measured["eval_f1"]) == pytest.approx((precision, recall, f1), abs=1e-9)
+    assert measured["eval_recall"] == pytest.approx(measured["eval_mean_token_accuracy"], abs=1e-9)
+
+
+def predictions_of(outcome: RunOutcome, rows: list[Any]) -> tuple[list[int], list[int]]:
+    """Labels and predictions of all answer tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer, tuned = AutoTokenizer.from_pretrained(outcome.folder), outcome.model.eval()
+    labels, predicted = [], []
+    for row in rows:
+        head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
+        start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([tokenizer(head + row["messages"][1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            logits = tuned(input_ids=ids).logits[0, -ids.shape[1] :]
+        labels += ids[0, start:].tolist()
+        predicted += logits[start - 1 : -1].argmax(-1).tolist()
+    return labels, predicted

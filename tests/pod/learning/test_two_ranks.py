@@ -19,6 +19,7 @@ ROWS = [
 """Eleven rows, of which the test set gets three. On two ranks the last test batch repeats a row, and this row must count only once."""
 BASE_SPEC: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
+    "evaluation": {"metrics": ["f1"]},
 }  # fmt: skip
 LORA_SPEC: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
 FULL_SPEC: dict[str, Any] = {"method": {"type": "full"}}
@@ -73,3 +74,6 @@ def test_two_ranks_give_the_numbers_of_one_rank(
     assert two_ranks.resolved["worldSize"] == 2
     assert two_ranks.losses == pytest.approx(single.losses, abs=1e-4)
     assert parse_test_loss(two_ranks.notes) == pytest.approx(parse_test_loss(single.notes), abs=2e-4)
+    if not name.startswith("fsdp"):  # no rank has the whole head
+        single_rank = next(line for line in single.logs if "test_f1" in line)
+        assert two_ranks.eval["test_f1"] == pytest.approx(single_rank["test_f1"], abs=1e-6)

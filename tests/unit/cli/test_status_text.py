@@ -37,6 +37,11 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
         ({"phase": "Running"}, ["team/bot  Running"]),
         ({"phase": "Running", "latestCheckpointStep": 400}, ["saved     step 400"]),
         ({"phase": "Running", "resolved": {"modelName": "tiny"}}, ["model     tiny (s3://models/tiny)"]),
+        (
+            {"phase": "Succeeded", "output": {"uri": "s3://m", "kind": "adapter", "publishedUri": "s3://c"},
+             "evaluation": {"rows": 8, "metrics": {"bleu": {"value": 12.34567}, "bertscore": {"reason": "no model"}}}},
+            ["output    s3://m (adapter)", "copy      s3://c", "evaluation on 8 rows", f"  {'bleu':<22} 12.35", f"  {'bertscore':<22} - (no model)"],
+        ),
     ],
 )
 def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, Any], lines: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 from datasets import Dataset
 from finetune_api.errors import InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import value_or_default
-from finetune_api.spec.enums import MethodType, TrainerType
+from finetune_api.rules import metrics_after_training, value_or_default
+from finetune_api.spec.enums import EvaluationMetric, MethodType, TrainerType
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -19,6 +22,7 @@ from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.attention import uses_padding_free_batches
 from finetune_trainer.data.prepare import PreparedData, prepare
 from finetune_trainer.engine import GuardedTrainer
+from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, OutputHead, TokenCounts, shifted_predictions
 from finetune_trainer.library_internals import attention_implementation
 from finetune_trainer.objective.base import (
     TEST_LOSS,
@@ -30,6 +34,8 @@ from finetune_trainer.objective.base import (
 )
 from finetune_trainer.speed import ModelShape, SpeedMeter, flops_per_token, peak_of, trained_parameters
 
+CLASSIFICATION_METRICS = (EvaluationMetric.PRECISION, EvaluationMetric.RECALL, EvaluationMetric.F1)
+
 
 class SftTrainer(GuardedTrainer, SFTTrainer):
     """TRL's trainer for rows that are already tokenised, with two changes.
@@ -40,9 +46,12 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
 
     multiple_choice = False
     """Whether the answer of every row is one letter. If so, evaluations measure the share of correct letters."""
+    classifies_tokens = False
+    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. This costs a second pass through the head."""
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._token_counts: TokenCounts | None = None
         super().__init__(*args, **options)
 
     def compute_loss(
@@ -54,7 +63,10 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = model(**inputs, fused_lm_head=True)
+        with self._kept_hidden_states() as hidden:
+            outputs = model(**inputs, fused_lm_head=True)
+        if hidden:
+            self._count_tokens(inputs, hidden[0], outputs.label_mask)
         total = -outputs.log_probs.sum()
         count = (
             outputs.label_mask.sum()
@@ -71,6 +83,40 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add_to_sums(inputs, outputs, total)
         return loss
+
+    @contextmanager
+    def _kept_hidden_states(self) -> Iterator[list[torch.Tensor]]:
+        """Keep the model's last hidden states if this evaluation classifies tokens. The loss computes no predictions."""
+        kept: list[torch.Tensor] = []
+        if self.model.training or not self.classifies_tokens:
+            yield kept
+            return
+        backbone = getattr(self.model, "get_base_model", lambda: self.model)().base_model
+        handle = backbone.register_forward_hook(lambda _module, _arguments, output: kept.append(output.last_hidden_state))
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _count_tokens(self, inputs: dict[str, Any], hidden: torch.Tensor, label_mask: torch.Tensor) -> None:
+        """Add the predictions of one micro-batch to the counts of the evaluation. Repeated rows do not count."""
+        head, labels = OutputHead.of(self.model), inputs["labels"].clone()
+        if self._token_counts is None:
+            self._token_counts = TokenCounts(head.vocabulary_size, hidden.device)
+        counted = self._counted_tokens(inputs, label_mask[:, -(labels.shape[1] - 1) :])
+        labels[:, 1:].masked_fill_(torch.as_tensor(counted, device=labels.device) == 0, IGNORED_LABEL)
+        with self.accelerator.autocast():
+            self._token_counts.add(shifted_predictions(hidden[:, -labels.shape[1] :], labels, head))
+
+    def _classification_metrics(self) -> dict[str, float]:
+        """Precision, recall and F1 of the evaluation that has ended. A collective operation: every rank must call it."""
+        counts, self._token_counts = self._token_counts, None
+        if counts is None:
+            return {}
+        counts.reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
+        values = {"precision": counts.precision.value, "recall": counts.recall.value, "f1": counts.f1.value}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _add_to_sums(self, inputs: dict[str, Any], outputs: Any, total: torch.Tensor) -> None:
         """Add one micro-batch to the sums for metrics, without waiting for the device."""
@@ -117,6 +163,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             output.metrics[f"{prefix}_mean_token_accuracy"] = sums["correct"] / sums["trained"]
             if sums.get("letters"):
                 output.metrics[f"{prefix}_answer_accuracy"] = sums["correct_letters"] / sums["letters"]
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self._classification_metrics().items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,10 +240,17 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         report = data.reports["train"]
         mean_length = report.tokens / max(1, report.rows)
         flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
+        trainer.classifies_tokens = self._classifies_tokens(context.run, trainer)
         trainer.meter = SpeedMeter(
             flops_of_token=flops, peak_flops=peak_of(context.hardware.name), rank_count=context.strategy.world_size
         )
         return trainer
+
+    @staticmethod
+    def _classifies_tokens(run: RunConfig, trainer: SftTrainer) -> bool:
+        """Whether the spec asks for precision, recall or F1, and every rank has the whole head."""
+        asked = any(metric in metrics_after_training(run.spec) for metric in CLASSIFICATION_METRICS)
+        return asked and not trainer.is_fsdp_enabled and not is_deepspeed_zero3_enabled()
 
     def verify_trainer(self, trainer: Any) -> None:
         """Check that packed documents, or the rows of a padding-free batch, are isolated. Errors: InternalError PackingLeaks."""
