@@ -95,7 +95,7 @@ def record_run(bucket: Bucket, pods: Iterable[Pod], termination: TerminationMess
 def read_log_lines(bucket: Bucket, attempt: str = "") -> Lines:
     """Logged values of one attempt (`a2-`) or of all attempts. Attempts that logged the same step must have logged equal values."""
     lines_by_step: Lines = {}
-    for key in bucket.keys(f"metrics/{attempt}"):
+    for key in bucket.keys(f"metrics/{attempt or 'a'}"):
         for text in bucket.read(key).decode().splitlines():
             value = json.loads(text)
             kind = next((name for name in ("loss", "eval_loss") if name in value), None)

@@ -21,9 +21,13 @@ pytestmark = pytest.mark.integration
 MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 REQUIRED_SIBLINGS: dict[str, dict[str, Any]] = {
     "dataset.maxBadRowRatio": {"dataset": {"train": "s3://bucket/train.jsonl", "badRows": "skip"}},
+    "evaluation.gates[].value": {"evaluation": {"metrics": ["bleu"], "gates": [{"metric": "bleu", "op": "ge"}]}},
+    "evaluation.gates[].notWorseThanBase.margin": {"evaluation": {"metrics": ["bleu"]}},
+    "evaluation.gates[].notWorseThanBase.confidence": {"evaluation": {"metrics": ["bleu"]}},
 }
 REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
     "trainer.rewards": {"builtin": "thinkFormat"}, "dataset.mixture": {"source": "s3://bucket/a"},
+    "evaluation.gates": {"metric": "bleu"},
 }  # fmt: skip
 """For each list, a required field of its items."""
 
@@ -124,7 +128,7 @@ def one_spelling_per_field(texts: dict[str, list[str]]) -> Iterator[dict[str, st
 
 def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
     """Split the fields into two sets. A rule forbids each field of the second set next to a field of the first set."""
-    exclusive = {"training.warmupSteps", "dataset.mixture[].weight"}
+    exclusive = {"training.warmupSteps", "dataset.mixture[].weight", "evaluation.gates[].value"}
     return [
         {path: texts for path, texts in paths.items() if path not in exclusive},
         {path: texts for path, texts in paths.items() if path in exclusive},

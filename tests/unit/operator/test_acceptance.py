@@ -137,16 +137,16 @@ def test_first_attempt_is_read_from_the_status(fields: dict[str, Any], first_att
     assert read_first_attempt(status(**fields)) == first_attempt
 
 
-UNSUPPORTED = {"output": {"dir": "x"}}
+UNSUPPORTED = {"output": {"export": ["gguf"]}}
 AGAINST_A_RULE = {"training": {"optimizer": "adafactor", "adamBeta1": 0.9}}
 
 
 @pytest.mark.parametrize(
     ("groups", "reason", "problems"),
     [
-        (UNSUPPORTED, Reason.NOT_SUPPORTED_YET, ["spec.output.dir"]),
+        (UNSUPPORTED, Reason.NOT_SUPPORTED_YET, ["spec.output.export"]),
         (AGAINST_A_RULE, Reason.REJECTED, ["spec.training.adamBeta1"]),
-        ({**UNSUPPORTED, **AGAINST_A_RULE}, Reason.REJECTED, ["spec.training.adamBeta1", "spec.output.dir"]),
+        ({**UNSUPPORTED, **AGAINST_A_RULE}, Reason.REJECTED, ["spec.training.adamBeta1", "spec.output.export"]),
     ],
     ids=["unsupported", "against a rule", "both"],
 )  # fmt: skip
