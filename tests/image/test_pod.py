@@ -11,7 +11,7 @@ from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.names import Env, ExitCode
 from finetune_api.pod import RunConfig, StoreTarget, TerminationMessage
 
-from tests.pod.pod_harness import UID, run_config, write_rows
+from tests.pod.pod_harness import UID, merge, run_config, write_rows
 from tests.support.tiny import make_tiny_model
 from tests.support.trainer_image import TrainerImage, open_broken_trainer_image
 
@@ -36,7 +36,7 @@ def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processe
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"},
         "training": {"maxSteps": 2, "batchSizePerDevice": 2}, "checkpoint": {"strategy": "no"},
     }  # fmt: skip
-    run = run_config({**base, **spec}, StoreTarget(uri=f"file://{folder}/store/team/job/{UID}"), processes=processes, gpus=gpus)
+    run = run_config(merge(base, spec), StoreTarget(uri=f"file://{folder}/store/team/job/{UID}"), processes=processes, gpus=gpus)
     data = run.to_bytes()
     (folder / "run.json").write_bytes(data)
     environment = {
@@ -57,6 +57,23 @@ def test_a_pod_with_two_deepspeed_ranks_trains_with_offloading(trainer_image: Tr
     assert pod.exit_code == ExitCode.OK, pod.log[-6000:]
     assert pod.termination_message.resolved is not None and pod.termination_message.resolved.strategy == "deepspeed"
     assert list(tmp_path.rglob("adapter_model.safetensors"))
+
+
+def test_a_pod_evaluates_its_model(trainer_image: TrainerImage, tmp_path: Path) -> None:
+    """The libraries of all metrics that need no judge run without a network and with a read-only root file system."""
+    metrics = ["perplexity", "accuracy", "f1", "bleu", "rouge", "bertscore", "semanticSimilarity"]
+    source = f"file://{tmp_path}/model"
+    evaluation = {
+        "metrics": metrics, "maxRows": 2, "metricModels": {"bertscore": source, "semanticSimilarity": source},
+        "comparison": {"generation": {"maxNewTokens": 4}},
+    }  # fmt: skip
+    pod = run_pod(trainer_image, tmp_path, {"evaluation": evaluation, "dataset": {"split": {"test": 0.2}}, "phases": {"infer": True}}, processes=1)
+    assert pod.exit_code == ExitCode.OK, pod.log[-6000:]
+    result = pod.termination_message.evaluation
+    assert result is not None and result.metrics is not None
+    assert [name for name, metric in result.metrics.items() if metric.value is None] == []
+    assert {"perplexity", "f1", "bleu", "rougeL", "bertscore", "semanticSimilarity", "exactMatch"} <= result.metrics.keys()
+    assert {path.name for path in tmp_path.rglob("evaluation_*")} == {"evaluation_results.json", "evaluation_summary.json", "evaluation_detailed.xlsx"}
 
 
 @pytest.mark.parametrize(
