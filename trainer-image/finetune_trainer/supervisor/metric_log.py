@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
-from finetune_api.errors import FineTuneError
 from finetune_api.names import Storage
 
 from finetune_trainer.storage.base import Store, join
-from finetune_trainer.supervisor.run_state import RunState
-
-log = logging.getLogger(__name__)
+from finetune_trainer.supervisor.run_state import RunState, store_quietly
 
 
 class MetricLog:
@@ -30,8 +26,4 @@ class MetricLog:
         """Upload all lines so far, replacing the stored object. A failure adds a note, because metrics must not end a run."""
         if not self._lines:
             return
-        try:
-            store.put(self._key, ("\n".join(self._lines) + "\n").encode())
-        except FineTuneError as error:
-            log.warning("log lines were not stored: %s", error)
-            self._state.add_note(f"some log lines were not stored: {error.code}")
+        store_quietly(self._state, "log lines", lambda: store.put(self._key, ("\n".join(self._lines) + "\n").encode()))

@@ -7,13 +7,11 @@ that only runs the stages after training can read them from storage.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import FineTuneError
 from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
 from finetune_api.rules import method_type_of
@@ -29,7 +27,6 @@ from finetune_trainer.results.metric_files import RunDescription, metric_files
 from finetune_trainer.storage.base import Store, join
 from finetune_trainer.storage.roots import open_store
 
-log = logging.getLogger(__name__)
 STARTED_KEY = f"{Storage.RUN}/started.json"
 FILES_OF_RANK = (ResultFile.LOG, ResultFile.TEST_SPLIT)
 """Files that rank 0 writes to the output folder."""
@@ -54,13 +51,15 @@ class RunResults:
                 self._stored.add(name)
 
     def store_metric_files(self) -> None:
-        """Store the metric files, unless a later attempt has begun. Errors: those of storage."""
+        """Store the metric files, unless a later attempt has begun. The log is stored already. Errors: those of storage."""
         if self._tree.is_superseded(self._run.attempt):
             return
-        for name, text in self.metric_files().items():
-            self._tree.store.put(join(Storage.METRICS, name), text.encode())
+        for name, text in self._metric_files.items():
+            if name not in FILES_OF_RANK:
+                self._tree.store.put(join(Storage.METRICS, name), text.encode())
 
-    def metric_files(self) -> dict[ResultFile, str]:
+    @cached_property
+    def _metric_files(self) -> dict[ResultFile, str]:
         """The contents of the metric files; empty if the log of the run is not stored, for example by an older trainer."""
         data = self._read(ResultFile.LOG)
         if data is None:
@@ -79,7 +78,7 @@ class RunResults:
         try:
             for path in sorted(file for file in model.rglob("*") if file.is_file()):
                 store.put_file(path, folder.key_of_model_file(path.relative_to(model).as_posix()))
-            for name, text in self.metric_files().items():
+            for name, text in self._metric_files.items():
                 store.put(folder.key_of_result(name), text.encode())
             self._copy_stored_files(store, folder, further_folders)
         finally:
@@ -134,15 +133,6 @@ class RunResults:
         manifest: Manifest | None = self._tree.read_manifest(committed) if committed is not None else None
         counts = manifest.extra.get("parameters") if manifest is not None else None
         return counts if isinstance(counts, dict) else {}
-
-
-def store_quietly(action: Callable[[], None], add_note: Callable[[str], None]) -> None:
-    """Store files whose loss must not end a run. A failure adds a note."""
-    try:
-        action()
-    except FineTuneError as error:
-        log.warning("files of results were not stored: %s", error)
-        add_note(f"some files of results were not stored: {error.code}")
 
 
 def _text(value: Any) -> str | None:

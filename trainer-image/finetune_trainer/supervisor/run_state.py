@@ -6,16 +6,20 @@ computes the percentage, the remaining time and the display texts.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_api.errors import FineTuneError
 from finetune_api.pod import HealthReport, ProgressReport, RunConfig
 from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, Stage
 
+log = logging.getLogger(__name__)
 RECENT_STEPS = 50
 NEWEST_CHECKPOINTS = 5
 
@@ -244,6 +248,15 @@ class RunState:
                 seconds_left = round(median * max(0, total - step))
                 update |= {"seconds_remaining": seconds_left, "eta": format_duration(seconds_left)}
         return self._progress.model_copy(update=update)
+
+
+def store_quietly(run_state: RunState, what: str, action: Callable[[], None]) -> None:
+    """Store something whose loss must not end a run, such as `log lines`. A failure adds a note."""
+    try:
+        action()
+    except FineTuneError as error:
+        log.warning("%s were not stored: %s", what, error)
+        run_state.add_note(f"some {what} were not stored: {error.code}")
 
 
 def newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:

@@ -44,8 +44,8 @@ from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.rank_messages import RankMessages
-from finetune_trainer.supervisor.run_results import RunResults, store_quietly
-from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.run_results import RunResults
+from finetune_trainer.supervisor.run_state import RunState, store_quietly
 from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.staging import Staging
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
@@ -59,6 +59,7 @@ FINAL_UPLOAD_SECONDS = 6 * 3600.0
 UPLOAD_POLL_SECONDS = 0.2
 CLEANUP_SECONDS = 60.0
 MIN_CLEANUP_SECONDS = 0.05
+FILES_OF_RESULTS = "files of results"
 
 
 class Supervisor:
@@ -183,7 +184,7 @@ class Supervisor:
             inputs, facts = preparation.fetch()
             preparation.claim_storage(tree)
             if self._settings.node_rank == 0:
-                store_quietly(self._results.record_start, self._state.add_note)
+                store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
             restore_result = preparation.restore(tree, facts)
             self._facts.start_step = restore_result.step
             self._start_uploader(run, tree, facts, restore_result)
@@ -211,7 +212,7 @@ class Supervisor:
         if self._tree is not None and self._metric_log is not None and self._settings.node_rank == 0:
             self._metric_log.upload(self._tree.store)
         if self._results is not None and self._settings.node_rank == 0:
-            store_quietly(self._results.store_files_of_rank, self._state.add_note)
+            store_quietly(self._state, FILES_OF_RESULTS, self._results.store_files_of_rank)
 
     def _warn_if_grace_period_is_too_short(self) -> None:
         grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
@@ -264,14 +265,11 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _record_failures(self, code: str) -> Iterator[None]:
-        """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
+        """Record an exception as the attempt's failure."""
         try:
             yield
-        except FineTuneError as error:
-            self._end_with_error(error)
         except Exception as error:
-            log.exception("%s", code)
-            self._end_with_error(installation_error(error) or InternalError(code, f"{type(error).__name__}: {error}"))
+            self._end_with_error(as_failure(error, code))
 
     def _stop_deadline(self) -> float | None:
         """Monotonic time by which a stopped pod must end; None without a stop request."""
@@ -360,14 +358,10 @@ class Supervisor:
         )  # fmt: skip
         try:
             self._facts.stages = stages.run(output)
-        except FineTuneError as error:
-            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, error))
         except Exception as error:
-            log.exception("StageFailed")
-            failure = InternalError("StageFailed", f"{type(error).__name__}: {error}")
-            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, failure))
+            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
         self._facts.output = self._facts.stages.output or output
-        self._clean_up(lambda: store_quietly(results.store_metric_files, self._state.add_note))
+        self._clean_up(lambda: store_quietly(self._state, FILES_OF_RESULTS, results.store_metric_files))
 
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
         """Download the inputs in a pod that has not trained, because the model was committed before."""
@@ -397,6 +391,14 @@ class Supervisor:
         write_termination_message(message, self._settings.termination_log)
         if self._server is not None:
             self._server.close()
+
+
+def as_failure(error: Exception, code: str) -> FineTuneError:
+    """The failure of an exception. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
+    if isinstance(error, FineTuneError):
+        return error
+    log.error("%s", code, exc_info=error)
+    return installation_error(error) or InternalError(code, f"{type(error).__name__}: {error}")
 
 
 def committed_output(tree: CheckpointTree) -> Output | None:
