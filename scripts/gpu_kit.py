@@ -27,8 +27,8 @@ PLATFORM = "x86_64-manylinux_2_28"
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
 """The library of bitsandbytes for the machine's CUDA version. The wheel has one for each version of CUDA and ROCm, 125 MB in all."""
 CARRIED = (
-    "accelerate", "annotated-types", "bitsandbytes", "datasets", "deepspeed", "dill", "fsspec", "hjson", "httpcore2", "httpx2", "huggingface-hub",
-    "jsonschema", "jsonschema-specifications", "liger-kernel", "multiprocess", "peft", "py-cpuinfo", "pyarrow", "pydantic", "pydantic-core",
+    "accelerate", "annotated-types", "bitsandbytes", "datasets", "deepspeed", "dill", "et-xmlfile", "fsspec", "hjson", "httpcore2", "httpx2", "huggingface-hub",
+    "jsonschema", "jsonschema-specifications", "liger-kernel", "multiprocess", "openpyxl", "peft", "py-cpuinfo", "pyarrow", "pydantic", "pydantic-core",
     "referencing", "rpds-py", "safetensors", "tokenizers", "transformers", "trl", "truststore", "typing-extensions", "typing-inspection",
 )  # fmt: skip
 """Packages of the lock that the machine lacks, or has in another version."""

@@ -92,6 +92,23 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_run(name: str, 
     assert final_weights(resumed) == final_weights(whole)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_pod_evaluates_its_model_on_the_gpu(method: str, model: Path, tmp_path: Path) -> None:
+    spec = {
+        "method": {"type": method}, "training": {"maxSteps": 4}, "dataset": {"split": {"train": 0.75, "test": 0.25}}, "phases": {"infer": True},
+        "evaluation": {"metrics": ["perplexity", "accuracy", "f1"], "comparison": {"generation": {"maxNewTokens": 8}}},
+    }  # fmt: skip
+    with gpu_pod(tmp_path, model, spec) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        message = pod.termination_message()
+    assert message.output is not None and message.output.evaluation is not None and message.evaluation is not None
+    values = {name: metric.value for name, metric in (message.evaluation.metrics or {}).items()}
+    # The trainer measured the same rows in its own process, in batches of another size.
+    assert values["loss"] == pytest.approx(message.output.evaluation["testLoss"], rel=1e-2)
+    assert values["accuracy"] == pytest.approx(message.output.evaluation["testTokenAccuracy"], abs=0.02)
+    assert len(list((tmp_path / "store").rglob("predictions.jsonl"))) == 1
+
+
 def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path) -> None:
     """The pods of all attempts share what another program has left of the GPU's memory: two GiB."""
     import torch
