@@ -1,9 +1,10 @@
-"""Decides which micro-batches recompute their activations, if the spec leaves this to the trainer.
+"""Decides which activations are recomputed, if the spec leaves this to the trainer.
 
 Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
-largest micro-batch fits into the GPU. Otherwise it recomputes only the micro-batches that do not fit. The estimate covers dense decoders with
-LoRA or full training. Per token and layer it counts 5 values for each hidden unit, 8 for each unit of the attention heads and 6 for each unit
-of the feed-forward layer. Measured peaks are 20 to 50 % lower (benchmarks/results/gpu_cells*.json). If an attempt runs out of memory
+largest micro-batch fits into the GPU. Otherwise the last layers of each micro-batch keep their activations, as many as fit. The estimate covers
+dense decoders with LoRA or full training. Per token and layer it counts a number of values for each hidden unit, each unit of the attention heads
+and each unit of the feed-forward layer, which depends on the kernels (`KeptValues`). Measured peaks are 11 to 33 % lower with Liger's kernels, and more without
+(benchmarks/results/gpu_cells*.json). If an attempt runs out of memory
 nevertheless, the next one has a smaller micro-batch and always recomputes, because then the spec has an adaptation.
 """
 
@@ -13,24 +14,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.pod import RunConfig
-from finetune_api.rules import base_bits, method_type_of, trainer_type_of, trains_base_weights
+from finetune_api.rules import base_bits, method_type_of, trainer_type_of, trains_base_weights, value_or_default
 from finetune_api.spec.enums import GradientCheckpointing, MethodType, OnOutOfMemory, TrainerBackend, TrainerType
 
 from finetune_trainer.arguments import CHECKPOINTING_PATH
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.kernels import COMPARED_TYPES
+from finetune_trainer.recomputation import count_kept_layers
 
 ESTIMATED_TYPES = COMPARED_TYPES - {"falcon_h1"}
 """Types of models whose layers the estimate describes: attention and a gated feed-forward layer, without experts or state-space layers."""
 ESTIMATED_METHODS = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
-VALUES_PER_HIDDEN_UNIT, VALUES_PER_ATTENTION_UNIT, VALUES_PER_FEED_FORWARD_UNIT = 5, 8, 6
-DROPOUT_VALUES_PER_HIDDEN_UNIT, DROPOUT_VALUES_PER_FEED_FORWARD_UNIT = 4, 2
-"""Additional values if adapters use dropout: their masked inputs."""
 FIXED_BYTES = 3 * 10**9
 """CUDA context, workspaces and a part of the logits."""
-USABLE_SHARE = 0.85
+USABLE_SHARE = 0.9
 """Share of the GPU's memory that the estimate may reach. The rest is for fragmentation."""
 UNSHARDED_STRATEGIES = ("single", "ddp")
+
+
+@dataclass(frozen=True)
+class KeptValues:
+    """How many values a layer keeps of a token for its backward pass, per unit."""
+
+    hidden: int
+    attention: int
+    feed_forward: int
+
+
+TORCH_KERNELS, LIGER_KERNELS = KeptValues(5, 8, 6), KeptValues(4, 6, 4)
+DROPOUT = KeptValues(4, 0, 2)
+"""Additional values if adapters use dropout: their masked inputs."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class MemoryEstimate:
     """Estimated bytes."""
 
     state_bytes: int
-    """Weights, gradients and optimizer state."""
+    """Weights, gradients and optimizer state, at the end of the forward pass."""
     activation_bytes: int
     """Activations of one micro-batch, if none are recomputed."""
 
@@ -49,39 +62,45 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ActivationChoice:
-    """Which micro-batches keep their activations. The others recompute them."""
+    """Which activations are kept. The others are recomputed."""
 
-    max_kept_tokens: int | None
-    """Largest number of tokens, with padding, of a micro-batch that keeps its activations; None if all micro-batches keep them."""
+    kept_layer_tokens: int | None
+    """Largest product of layers and tokens, with padding, whose activations a micro-batch keeps; None if all micro-batches keep all."""
     note: str
     """Sentence for the status."""
 
 
 def choose_kept_activations(
-    run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int
+    run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int, uses_liger: bool
 ) -> ActivationChoice | None:
-    """Choose the micro-batches that need not recompute their activations. Returns None if all must, or if the spec decides.
+    """Choose the activations that need not be recomputed. Returns None if all must be, or if the spec decides.
 
     `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: memory of the GPU,
-    also if another program uses a part of it, so that all ranks and all attempts on GPUs of one type make the same choice.
+    also if another program uses a part of it, so that all ranks and all attempts on GPUs of one type make the same choice. `uses_liger`: whether
+    the model computes with Liger's kernels.
     """
     if not _is_choice_of_trainer(run) or not _is_estimated(run, hardware, strategy_name, config):
         return None
-    estimate = estimate_memory(run, hardware, strategy_name, config, batch_tokens)
+    estimate = estimate_memory(run, hardware, strategy_name, config, batch_tokens, uses_liger=uses_liger)
     available_bytes = int(USABLE_SHARE * gpu_bytes)
     if estimate.total_bytes <= available_bytes:
         return ActivationChoice(None, (
             f"activations are not recomputed, because the run needs an estimated {estimate.total_bytes / 1e9:.0f} GB of "
             f"{gpu_bytes / 1e9:.0f} GB of GPU memory (training.gradientCheckpointing: enabled would save memory)"
         ))  # fmt: skip
-    one_token = estimate_memory(run, hardware, strategy_name, config, 1)
-    max_tokens = (available_bytes - one_token.state_bytes - FIXED_BYTES) // one_token.activation_bytes
+    layers = config.num_hidden_layers
+    bytes_per_layer_token = estimate.activation_bytes / (layers * batch_tokens)
+    layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_BYTES) // bytes_per_layer_token)
+    kept = count_kept_layers(layers, batch_tokens, layer_tokens)
     # Packed micro-batches are all as long as the longest. Other micro-batches have at least one token per row.
-    if run.spec.dataset.packing or max_tokens < (run.spec.training.batch_size_per_device or 1):
+    shortest_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
+    if count_kept_layers(layers, shortest_tokens, layer_tokens) == 0:
         return None
-    return ActivationChoice(max_tokens, (
-        f"activations are recomputed only for micro-batches of more than {max_tokens} tokens, because smaller ones fit into {gpu_bytes / 1e9:.0f} GB "
-        "of GPU memory by the trainer's estimate (training.gradientCheckpointing: enabled would always recompute)"
+    smaller = "" if run.spec.dataset.packing else f", and by none of micro-batches of up to {layer_tokens // layers} tokens"
+    return ActivationChoice(layer_tokens, (
+        f"activations are recomputed by {layers - kept} of {layers} layers{' of the largest micro-batch' if smaller else ''}{smaller}, because the "
+        f"other activations fit into {gpu_bytes / 1e9:.0f} GB of GPU memory by the trainer's estimate "
+        "(training.gradientCheckpointing: enabled would recompute all)"
     ))  # fmt: skip
 
 
@@ -115,32 +134,60 @@ def _is_estimated(run: RunConfig, hardware: Hardware, strategy_name: str, config
     )
 
 
-def estimate_memory(run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, batch_tokens: int) -> MemoryEstimate:
+def estimate_memory(
+    run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, batch_tokens: int, *, uses_liger: bool
+) -> MemoryEstimate:
     """Estimate the memory of a run that recomputes no activations. `config`: the configuration of a model of `ESTIMATED_TYPES`."""
     hidden, feed_forward, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    attention = max(hidden, config.num_attention_heads * (getattr(config, "head_dim", None) or 0))
-    values = VALUES_PER_HIDDEN_UNIT * hidden + VALUES_PER_ATTENTION_UNIT * attention + VALUES_PER_FEED_FORWARD_UNIT * feed_forward
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    attention = max(hidden, config.num_attention_heads * head_size)
+    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
     lora = run.spec.method.lora
-    if lora is not None and lora.dropout:
-        values += DROPOUT_VALUES_PER_HIDDEN_UNIT * hidden + DROPOUT_VALUES_PER_FEED_FORWARD_UNIT * feed_forward
+    kept = [LIGER_KERNELS if uses_liger else TORCH_KERNELS, *([DROPOUT] if lora is not None and lora.dropout else [])]
+    values = sum(one.hidden * hidden + one.attention * attention + one.feed_forward * feed_forward for one in kept)
     value_bytes = 2 if hardware.bf16 or hardware.fp16 else 4
-    layer_parameters = layers * (4 * hidden * attention + 3 * hidden * feed_forward)
+    layer_parameters = layers * (2 * hidden * (attention + keys) + 3 * hidden * feed_forward)
     adapter_parameters = ((lora.rank if lora is not None else None) or 16) * layers * (4 * (hidden + attention) + 3 * (hidden + feed_forward))
-    state_bytes = _state_bytes(run, hardware, layer_parameters, 2 * config.vocab_size * hidden, adapter_parameters, strategy_name == "ddp")
+    size = _ModelSize(layer_parameters, config.vocab_size * hidden, (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden)
+    has_buckets = strategy_name == "ddp"
+    if trains_base_weights(run.spec):
+        state_bytes = _bytes_of_full_training(run, hardware, size, has_buckets=has_buckets)
+    else:
+        state_bytes = _bytes_of_adapter_training(run, hardware, size, adapter_parameters, has_buckets=has_buckets)
     return MemoryEstimate(state_bytes, value_bytes * values * layers * batch_tokens)
 
 
-def _state_bytes(
-    run: RunConfig, hardware: Hardware, layer_parameters: int, embedding_parameters: int, adapter_parameters: int, has_buckets: bool
-) -> int:
-    """Bytes of weights, gradients and optimizer state. `has_buckets`: DDP holds a second copy of all gradients."""
+@dataclass(frozen=True)
+class _ModelSize:
+    """Numbers of parameters."""
+
+    layers: int
+    head: int
+    embeddings: int
+    """Input embeddings and head. They may be the same parameters."""
+
+
+def _bytes_of_full_training(run: RunConfig, hardware: Hardware, size: _ModelSize, *, has_buckets: bool) -> int:
+    """Bytes of weights, gradients and two moments at the end of the forward pass. They have one data type.
+
+    Without accumulation, gradients are allocated in the backward pass, which frees the activations of a layer before it computes the next
+    gradients. Only the head's gradients come before. `has_buckets`: DDP holds a second copy of all gradients.
+    """
+    weight_bytes = _weight_bytes(hardware)
+    cast_bytes = 2 if weight_bytes == 4 else 0  # autocast's copy of 32-bit weights
+    parameters = size.layers + size.embeddings
+    keeps_gradients = has_buckets or value_or_default(run.spec.training, "gradient_accumulation_steps") > 1
+    gradients = (parameters if keeps_gradients else size.head) + (parameters if has_buckets else 0)
+    return parameters * (3 * weight_bytes + cast_bytes) + gradients * weight_bytes
+
+
+def _bytes_of_adapter_training(run: RunConfig, hardware: Hardware, size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
+    bits, weight_bytes = base_bits(run.spec), _weight_bytes(hardware)
+    base_bytes = size.layers * (weight_bytes if bits is None else 1.2 * bits / 8) + size.embeddings * weight_bytes
+    return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameters
+
+
+def _weight_bytes(hardware: Hardware) -> int:
     import torch
 
-    weight_bytes = 4 if hardware.dtype in (torch.float32, "auto") else 2
-    if trains_base_weights(run.spec):
-        # Weights, gradients and two moments have one data type. Autocast adds a 16-bit copy of 32-bit weights.
-        copies = 5 if has_buckets else 4
-        return (layer_parameters + embedding_parameters) * (copies * weight_bytes + (2 if weight_bytes == 4 else 0))
-    bits = base_bits(run.spec)
-    base_bytes = layer_parameters * (weight_bytes if bits is None else 1.2 * bits / 8) + embedding_parameters * weight_bytes
-    return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameters
+    return 4 if hardware.dtype in (torch.float32, "auto") else 2

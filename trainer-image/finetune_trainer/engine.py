@@ -47,8 +47,8 @@ class GuardedTrainer(OpenTrainer):
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
     clock: TrainingClock | None = None
     """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
-    max_kept_tokens: int | None = None
-    """Larger micro-batches recompute their activations; None if gradient checkpointing is on or off for all micro-batches."""
+    kept_layer_tokens: int | None = None
+    """Layers times tokens whose activations a micro-batch keeps; None if gradient checkpointing is on or off for all micro-batches."""
     _recomputation: RecomputationPerBatch | None = None
     _collected: CollectedModel | None = None
     """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
@@ -77,10 +77,10 @@ class GuardedTrainer(OpenTrainer):
         self._collected = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """Compute the gradients of a micro-batch, after the decision whether it recomputes its activations."""
-        if self.max_kept_tokens is not None:
+        """Compute the gradients of a micro-batch, after the decision which layers recompute their activations."""
+        if self.kept_layer_tokens is not None:
             if self._recomputation is None:
-                self._recomputation = RecomputationPerBatch(self.model, self.max_kept_tokens)
+                self._recomputation = RecomputationPerBatch(self.model, self.kept_layer_tokens)
             self._recomputation.prepare(inputs)
         return super().training_step(model, inputs, *args, **options)
 

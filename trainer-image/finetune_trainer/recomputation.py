@@ -1,4 +1,4 @@
-"""Recomputes the activations of large micro-batches only.
+"""Recomputes the activations of as many layers as necessary, for each micro-batch.
 
 The layers of transformers read `gradient_checkpointing` in each forward pass (`GradientCheckpointingLayer`, v5.23). So the trainer enables gradient
 checkpointing for the whole run, and changes this flag between two micro-batches. Recomputed activations are equal to kept ones: torch restores the
@@ -10,25 +10,36 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def count_kept_layers(layers: int, tokens: int, layer_tokens: int) -> int:
+    """Return how many of the layers keep their activations of a micro-batch with so many tokens.
+
+    `layer_tokens`: largest product of layers and tokens whose activations fit into memory. If not all layers keep their activations, the
+    activations of one more layer must fit: those that are recomputed.
+    """
+    return layers if layers * tokens <= layer_tokens else max(0, layer_tokens // tokens - 1)
 
 
 class RecomputationPerBatch:
-    """Decides for each micro-batch whether the layers of a model recompute their activations.
+    """Decides for each micro-batch which layers of a model recompute their activations.
 
-    The decision depends only on the number of tokens, so a resumed run decides as the interrupted run did.
+    The last layers keep theirs. The backward pass frees them first, before the gradients of the other layers need memory. The decision
+    depends only on the number of tokens, so a resumed run decides as the interrupted run did.
     """
 
-    def __init__(self, model: nn.Module, max_kept_tokens: int) -> None:
-        """`model`: a model with gradient checkpointing enabled. `max_kept_tokens`: largest micro-batch that keeps its activations."""
-        self._max_kept_tokens = max_kept_tokens
-        self._modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-        self._recomputes = True
+    def __init__(self, model: nn.Module, kept_layer_tokens: int) -> None:
+        """`model`: a model with gradient checkpointing enabled. `kept_layer_tokens`: see `layer_tokens` of `count_kept_layers`."""
+        self._kept_layer_tokens = kept_layer_tokens
+        self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]
+        self._kept = 0
 
     def prepare(self, batch: dict[str, Any]) -> None:
-        """Set the flag of all layers for a micro-batch. Its token ids include padding."""
-        recomputes = batch["input_ids"].numel() > self._max_kept_tokens
-        if recomputes is self._recomputes:
+        """Set the flags of all layers for a micro-batch. Its token ids include padding."""
+        kept = count_kept_layers(len(self._layers), batch["input_ids"].numel(), self._kept_layer_tokens)
+        if kept == self._kept:
             return
-        for module in self._modules:
-            module.gradient_checkpointing = recomputes
-        self._recomputes = recomputes
+        for number, layer in enumerate(self._layers):
+            layer.gradient_checkpointing = number < len(self._layers) - kept
+        self._kept = kept

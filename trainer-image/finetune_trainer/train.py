@@ -131,7 +131,7 @@ class TrainingSession:
         if data.test is not None and self.channel.rank == 0:
             self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
-        max_kept_tokens = self._choose_checkpointing(args)
+        kept_layer_tokens = self._choose_checkpointing(args)
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
@@ -144,7 +144,7 @@ class TrainingSession:
         self._emit_notes(*notes, *trainable_model.notes, *self.strategy.notes)
         with method.trainer_construction(base_model):
             trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
-        trainer.max_kept_tokens = max_kept_tokens
+        trainer.kept_layer_tokens = kept_layer_tokens
         method.on_trainer_created(trainer)
         for callback in callbacks:
             if isinstance(callback, NeedsTrainer):
@@ -176,7 +176,7 @@ class TrainingSession:
     def _choose_checkpointing(self, args: Any) -> int | None:
         """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
 
-        Returns the tokens of the largest micro-batch that keeps its activations, if larger ones must recompute them.
+        Otherwise returns how many activations a micro-batch keeps, as layers times tokens; None if the spec decides or none are kept.
         """
         import torch
 
@@ -187,14 +187,14 @@ class TrainingSession:
         choice = choose_kept_activations(
             self.run, self.hardware, self.strategy.name, self.config,
             batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence,
-            gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory,
+            gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory, uses_liger=args.use_liger_kernel,
         )  # fmt: skip
         if choice is None:
             return None
         self._emit_notes(choice.note)
-        if choice.max_kept_tokens is None:
+        if choice.kept_layer_tokens is None:
             args.activation_checkpointing = args.gradient_checkpointing = False
-        return choice.max_kept_tokens
+        return choice.kept_layer_tokens
 
     def _method_context(self, tokenizer: Any) -> MethodContext:
         from finetune_trainer import vocabulary

@@ -1,4 +1,4 @@
-"""Losses and weights do not depend on which micro-batches recompute their activations."""
+"""Losses and weights do not depend on which activations are recomputed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer.recomputation import RecomputationPerBatch
+from finetune_trainer.recomputation import RecomputationPerBatch, count_kept_layers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.support import learning
 from tests.support.learning import RunOutcome, merge_mappings, run_training
@@ -25,14 +26,14 @@ METHODS = {
     "full": {"method": {"type": "full", "lora": None}},
     "full in 16 bits": {"method": {"type": "full", "lora": None}, "training": {"mixedPrecision": "bf16"}},
 }
-LIMITS = {"all recompute": 0, "some recompute": 60, "none recompute": 10**9}
+LIMITS = {"all recompute": 0, "some recompute": 120, "none recompute": 10**9}
 
 
 class ForwardCounter:
     """Counts how often the first layer begins its forward pass in each optimizer step: twice for a recomputed micro-batch."""
 
-    def __init__(self, max_kept_tokens: int | None) -> None:
-        self._max_kept_tokens = max_kept_tokens
+    def __init__(self, kept_layer_tokens: int | None) -> None:
+        self._kept_layer_tokens = kept_layer_tokens
         self.counts: list[int] = []
 
     def create_callback(self) -> Any:
@@ -42,7 +43,7 @@ class ForwardCounter:
 
         class Callback(TrainerCallback):
             def on_trainer_created(self, trainer: Any) -> None:
-                trainer.max_kept_tokens = counter._max_kept_tokens
+                trainer.kept_layer_tokens = counter._kept_layer_tokens
                 base = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
                 base.model.layers[0].mlp.register_forward_pre_hook(lambda module, *_: counter._count(module))
 
@@ -56,8 +57,8 @@ class ForwardCounter:
             self.counts[-1] += 1
 
 
-def train(folder: Path, model: Path, spec: dict[str, Any], max_kept_tokens: int | None, patch: pytest.MonkeyPatch) -> tuple[RunOutcome, list[int]]:
-    counter = ForwardCounter(max_kept_tokens)
+def train(folder: Path, model: Path, spec: dict[str, Any], kept_layer_tokens: int | None, patch: pytest.MonkeyPatch) -> tuple[RunOutcome, list[int]]:
+    counter = ForwardCounter(kept_layer_tokens)
     with patch.context() as context:
         create_callbacks = learning.RecordingHooks.create_callbacks
         context.setattr(learning.RecordingHooks, "create_callbacks", lambda *args: [*create_callbacks(*args), counter.create_callback()])
@@ -82,21 +83,31 @@ def test_results_do_not_depend_on_the_choice(name: str, model: Path, tmp_path: P
     assert 2 * 5 < sum(counts_by_limit["some recompute"]) < 4 * 5
 
 
-class Layer(torch.nn.Module):
+class Layer(GradientCheckpointingLayer):
     def __init__(self, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
 
+    def forward(self) -> None:
+        """Do nothing."""
 
-def test_only_layers_that_are_checkpointed_follow_the_choice() -> None:
-    model = torch.nn.ModuleList([Layer(True), Layer(False), torch.nn.Linear(1, 1), Layer(True)])
-    recomputation = RecomputationPerBatch(model, 10)
+
+@pytest.mark.parametrize(
+    ("tokens", "kept"), [(1, 4), (10, 4), (11, 2), (13, 2), (14, 1), (20, 1), (21, 0), (40, 0), (41, 0)]
+)
+def test_the_activations_of_one_more_layer_fit_if_some_are_recomputed(tokens: int, kept: int) -> None:
+    assert count_kept_layers(4, tokens, 40) == kept
+
+
+def test_the_last_layers_keep_their_activations() -> None:
+    model = torch.nn.ModuleList([Layer(True), Layer(False), torch.nn.Linear(1, 1), Layer(True), Layer(True)])
+    recomputation = RecomputationPerBatch(model, 30)
     flags = []
-    for rows, length in [(2, 5), (1, 11), (1, 11), (11, 1), (1, 10)]:
+    for rows, length in [(2, 5), (1, 16), (1, 11), (11, 1), (15, 1), (1, 10)]:
         recomputation.prepare({"input_ids": torch.zeros(rows, length)})
-        flags.append([getattr(layer, "gradient_checkpointing", None) for layer in model])
-    kept, recomputed = [False, False, None, False], [True, False, None, True]
-    assert flags == [kept, recomputed, recomputed, recomputed, kept]
+        flags.append([layer.gradient_checkpointing for layer in model if isinstance(layer, Layer)])
+    all_kept, one_kept, none_kept = [False] * 4, [True, False, True, False], [True, False, True, True]
+    assert flags == [all_kept, none_kept, one_kept, one_kept, one_kept, all_kept]
 
 
 RANK_LIMITS = {"both recompute": (0, 0), "one rank recomputes": (0, 100), "none recomputes": (100, 100)}
