@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of, trainer_type_of, value_or_default
 from finetune_api.spec.enums import AttentionImplementation, TrainerType
@@ -28,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 
 from finetune_trainer.hardware import FLASH_ATTENTION, Hardware
-from finetune_trainer.library_internals import passes_document_boundaries
+from finetune_trainer.library_internals import has_sdpa, passes_document_boundaries
 
 VARLEN = "varlen"
 """Name of this implementation in transformers and in the status."""
@@ -76,7 +77,7 @@ def choose_attention(
     flash attention. `config`: the model's configuration; `adapter`: folder of the adapter whose training the run continues.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
-    attention, notes = hardware.attention, []
+    attention, notes = require_supported_attention(run, config, hardware.attention)
     is_requested = requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
     if is_requested or attention == FLASH_ATTENTION:
         return attention, notes
@@ -93,6 +94,22 @@ def choose_attention(
         reason = "flash-attn is not installed" if is_on_gpu else "the run uses no GPU"
         notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
     return attention, notes
+
+
+def require_supported_attention(run: RunConfig, config: Any, attention: str) -> tuple[str, list[str]]:
+    """Return `attention`, or eager attention if transformers has no sdpa for this type of model, and notes for the status.
+
+    Examples are Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention). Errors: ConfigError AttentionUnavailable if
+    the spec requests sdpa.
+    """
+    if attention != "sdpa" or has_sdpa(config):
+        return attention, []
+    if run.spec.model.attention is AttentionImplementation.SDPA:
+        raise ConfigError(
+            "AttentionUnavailable", f"model.attention is sdpa, but transformers has no sdpa attention for models of type {config.model_type}",
+            hint="remove model.attention, or write eager",
+        )  # fmt: skip
+    return "eager", [f"attention eager is used, because transformers has no sdpa attention for models of type {config.model_type}"]
 
 
 def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:

@@ -245,6 +245,43 @@ def passes_document_boundaries(config: Any) -> bool:
     return all(getattr(model_class, flag, False) is True for flag in flags)
 
 
+def has_sdpa(config: Any) -> bool:
+    """Whether transformers has sdpa attention for language models with this configuration.
+
+    A flag of the class says it (`_supports_sdpa`). Code from a model's repository is assumed to have sdpa attention.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return model_class is None or getattr(model_class, "_supports_sdpa", False) is True
+
+
+def reinterpreted_lora_targets(model: Any) -> frozenset[str]:
+    """Names of linear layers that PEFT takes for the weights of routed experts in this type of model.
+
+    Before transformers v5, each expert had linear layers with these names. PEFT maps a LoRA configuration with such a name to the parameters that
+    replaced them (`utils/transformers_weight_conversion.py`, v0.21), also if dense layers or shared experts of the model still have the name.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(model.config, "model_type", None))
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern) or ()) if pattern is not None else frozenset()
+
+
+def connect_backbone(model: Any) -> None:
+    """Let TRL's fused head find the layers and the number of experts of every language model.
+
+    TRL calls `model.base_model` and reads `config.num_experts` (`trainer/utils.py`, v1.16). In transformers v5.23, Llama 4's language model
+    names another part (`base_model_prefix`), so that `base_model` is the model itself, and some configurations have the number of
+    experts under another name only.
+    """
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        type(config).attribute_map = {**type(config).attribute_map, "num_experts": "num_local_experts"}
+
+
 @contextmanager
 def accept_quantized_model(model: Any) -> Iterator[None]:
     """Let transformers build a Trainer on a quantised model that has no adapter, but trained unquantised modules.

@@ -100,6 +100,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from finetune_trainer import attention
+    from finetune_trainer.library_internals import connect_backbone
 
     spec = run.spec.model
     attention.register()
@@ -120,6 +121,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
     _check_complete(loading_info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())
+    connect_backbone(model)
     return model, notes
 
 

@@ -157,6 +157,30 @@ def check_lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             )
 
 
+@rule("LoraTargetParameters")
+def check_target_parameters(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    lora = spec.method.lora
+    if lora is None or not lora.target_parameters:
+        return
+    for path, is_set, value in (
+        ("method.lora.dropout", bool(lora.dropout), "dropout"),
+        ("method.lora.useDora", lora.use_dora is True or method_type_of(spec) is MethodType.DORA, "DoRA"),
+        ("method.lora.init", lora.init not in (None, LoraInit.DEFAULT) or uses_loftq(spec), f"the initialisation {lora.init}"),
+    ):
+        if is_set:
+            yield (
+                path,
+                f"adapters of method.lora.targetParameters cannot have {value}",
+                f"remove {path}, or remove targetParameters",
+            )
+    if spec.distributed.strategy in (StrategyType.FSDP, StrategyType.DEEPSPEED):
+        yield (
+            "method.lora.targetParameters",
+            f"adapters of parameters were never tried with the distributed strategy {spec.distributed.strategy}",
+            "write `distributed: {strategy: ddp}`, or remove targetParameters",
+        )
+
+
 @rule("LoraInitialisation")
 def check_lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     lora = spec.method.lora

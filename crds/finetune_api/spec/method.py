@@ -43,9 +43,15 @@ class Lora(Group):
         "Dropout probability at the adapter's input.", default=0, example=0.1
     )
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=256)] | None = spec_field(
-        "Names of modules with an adapter. `all-linear`: all linear layers except the output head.",
+        "Names of modules with an adapter. `all-linear`: all linear layers except the output head and the routers of mixture-of-experts models.",
         default_text="`all-linear`",
         example=["q_proj", "v_proj"],
+    )
+    target_parameters: Annotated[list[ShortText], Field(min_length=1, max_length=64)] | None = spec_field(
+        "Names of parameters with an adapter. `all-experts`: the weights of all routed experts of a mixture-of-experts model, which are not linear layers and therefore not in targetModules.",
+        default_text="none",
+        example=["all-experts"],
+        since="0.2.0",
     )
     modules_to_save: Annotated[list[ShortText], Field(max_length=64)] | None = spec_field(
         "Modules that are fully trained and saved with the adapter. The output head must be in modulesToSave instead of targetModules.",

@@ -88,6 +88,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("OptionOfAnotherMethod", {"method": {"vision": {"visionLayers": True}}}, "method.vision"),
     ("OptionOfAnotherMethod", {"method": {"type": "dora", "lora": {"useDora": False}}}, "method.lora.useDora"),
     ("LoraOnHead", {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}}, "method.lora.targetModules"),
+    ("LoraTargetParameters", {"method": {"lora": {"targetParameters": ["all-experts"], "dropout": 0.1}}}, "method.lora.dropout"),
     ("LoraInitialisation", {"method": {"lora": {"init": "pissa", "loftq": {"bits": 4}}}}, "method.lora.init"),
     (
         "LoraInitialisation",

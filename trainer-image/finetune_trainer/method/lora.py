@@ -10,9 +10,10 @@ from finetune_api.rules import INITS_CHANGING_BASE
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, OutputKind
 
 from finetune_trainer import vocabulary
-from finetune_trainer.library_internals import expose_head_bias
+from finetune_trainer.library_internals import expose_head_bias, reinterpreted_lora_targets
 from finetune_trainer.method import eva, loftq
 from finetune_trainer.method.base import TrainableModel
+from finetune_trainer.method.experts import ALL_EXPERTS, expert_parameter_names, layers_without_adapter
 from finetune_trainer.method.peft_method import ADAPTER_NAME, PeftMethod, linear_layer_names, peft_task_type
 from finetune_trainer.method.precision import leave_conversion_to_autocast
 from finetune_trainer.model import load_model
@@ -47,6 +48,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         from peft import get_peft_model
 
         config = self.peft_config(model)
+        notes = self._describe_parts_without_adapter(model)
+        self._require_supported_experts(model, config)
         if self.init in INITS_CHANGING_BASE and getattr(model, "is_quantized", False):
             raise ConfigError(
                 "InitUnavailable", f"method.lora.init {self.init} subtracts a part of the base weights, but the model is stored quantised",
@@ -58,7 +61,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             # each adapter. New tokens change the size, so the path is removed.
             config.base_model_name_or_path = ""
             expose_head_bias(wrapped)
-        trainable = TrainableModel(wrapped, OutputKind.ADAPTER)
+        trainable = TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
         if self.init in INITS_CHANGING_BASE:
             require_splittable_layers(wrapped, self.init, config.r)
             trainable.initial_adapter = self.context.inputs.output_dir.parent / "initial-adapter"
@@ -105,6 +108,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             lora_alpha=32 if lora.alpha is None else lora.alpha,
             lora_dropout=lora.dropout or 0.0,
             target_modules=target_modules(model, lora.target_modules),
+            target_parameters=target_parameters(model, lora.target_parameters),
             modules_to_save=modules_to_save(model, lora.modules_to_save),
             bias=PEFT_BIAS[lora.bias or LoraBias.NONE],
             use_rslora=lora.rank_stabilized is True,
@@ -113,6 +117,38 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             trainable_token_indices=self.trained_embedding_rows(model),
             eva_config=EvaConfig(rho=1.0) if self.init is LoraInit.EVA else None,
         )
+
+    def _describe_parts_without_adapter(self, model: Any) -> list[str]:
+        """Notes about parts of the model that a user may expect to have an adapter."""
+        lora, experts, notes = self.context.run.spec.method.lora, expert_parameter_names(model), []
+        requested = (lora.target_modules if lora else None) or ()
+        if experts and not (lora and lora.target_parameters) and not reinterpreted_lora_targets(model).intersection(requested):
+            notes.append(
+                f"the routed experts ({', '.join(experts)}) have no adapter, so their weights do not change: "
+                f"method.lora.targetParameters [{ALL_EXPERTS}] would train them"
+            )
+        if _asks_for_all(requested):
+            notes += [f"layers named {', '.join(names)} have no adapter: {reason}" for reason, names in layers_without_adapter(model).items()]
+        return notes
+
+    def _require_supported_experts(self, model: Any, config: Any) -> None:
+        """Check that adapters of parameters are not sharded, and have no dropout, which PEFT cannot compute.
+
+        Errors: ConfigError ExpertsSharded, DropoutOnExperts.
+        """
+        if config.target_parameters and self.context.strategy.name in ("fsdp", "deepspeed"):
+            raise ConfigError(
+                "ExpertsSharded", f"adapters of method.lora.targetParameters were never tried with the strategy {self.context.strategy.name}",
+                hint="write `distributed: {strategy: ddp}`, or remove targetParameters",
+            )  # fmt: skip
+        lora = self.context.run.spec.method.lora
+        experts = reinterpreted_lora_targets(model).intersection((lora.target_modules if lora else None) or ())
+        if lora is not None and lora.dropout and experts:
+            raise ConfigError(
+                "DropoutOnExperts",
+                f"method.lora.targetModules names {', '.join(sorted(experts))}, the routed experts of this model, but adapters of experts cannot have dropout",
+                hint="write `dropout: 0`, or remove these names",
+            )  # fmt: skip
 
     def trained_embedding_rows(self, model: Any) -> dict[str, list[int]] | None:
         """Row indices of `model.newTokens` in the embeddings and the head, by module name. None if there are no new tokens.
@@ -160,10 +196,17 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
             )  # fmt: skip
 
 
+def _asks_for_all(requested_names: Sequence[str] | None) -> bool:
+    return not requested_names or list(requested_names) == [ALL_LINEAR]
+
+
 def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | list[str]:
     """Return the target modules for PEFT's configuration. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
-    if not requested_names or list(requested_names) == [ALL_LINEAR]:
-        return ALL_LINEAR
+    if _asks_for_all(requested_names):
+        left_out = [name for names in layers_without_adapter(model).values() for name in names]
+        # With its own value for all linear layers, PEFT would also put adapters on the experts and routers of some types of models.
+        is_special = left_out or expert_parameter_names(model)
+        return [name for name in linear_layer_names(model) if name not in (*left_out, *HEAD_NAMES)] if is_special else ALL_LINEAR
     heads = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if heads:
         raise ConfigError(
@@ -172,6 +215,25 @@ def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | l
         )  # fmt: skip
     _require_modules(model, requested_names, "method.lora.targetModules", linear_layer_names(model))
     return list(requested_names)
+
+
+def target_parameters(model: Any, requested_names: Sequence[str] | None) -> list[str] | None:
+    """Return the target parameters for PEFT's configuration. Errors: ConfigError TargetParametersMissing for unknown names."""
+    if not requested_names:
+        return None
+    experts = expert_parameter_names(model)
+    names = [name for name, _ in model.named_parameters()]
+    absent = [
+        name for name in requested_names
+        if not (experts if name == ALL_EXPERTS else any(full == name or full.endswith("." + name) for full in names))
+    ]  # fmt: skip
+    if absent:
+        available = f"name parameters of the model, such as {', '.join(experts)}" if experts else "the model has no routed experts"
+        raise ConfigError(
+            "TargetParametersMissing", f"method.lora.targetParameters names {', '.join(absent)}, but the model has no such parameter",
+            hint=f"{available}, or remove the field",
+        )  # fmt: skip
+    return sorted({one for name in requested_names for one in (experts if name == ALL_EXPERTS else [name])})
 
 
 def modules_to_save(model: Any, requested_names: Sequence[str] | None) -> list[str] | None:

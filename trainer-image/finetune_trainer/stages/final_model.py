@@ -43,8 +43,11 @@ def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: 
 
 def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quantizes: bool = True) -> Any:
     """Load a model on the device, in evaluation mode."""
-    padded = hardware if hardware.attention in ATTENTION else replace(hardware, attention="sdpa")
-    model, _ = models.load_model(run, inputs, padded, quantize=quantizes)
+    from finetune_trainer.attention import require_supported_attention
+
+    padded = hardware.attention if hardware.attention in ATTENTION else "sdpa"
+    attention, _ = require_supported_attention(run, models.load_config(run, inputs), padded)
+    model, _ = models.load_model(run, inputs, replace(hardware, attention=attention), quantize=quantizes)
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(hardware.device)
     return model.eval()
