@@ -117,7 +117,7 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
         "evaluation.strategy": "steps" if has_validation_set(spec) else "no",
         "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,
-        "phases.evaluate": bool(spec.evaluation.metrics),
+        "phases.evaluate": bool(spec.evaluation.metrics or spec.evaluation.benchmarks),
         "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
     if spec.trainer.backend is TrainerBackend.UNSLOTH:

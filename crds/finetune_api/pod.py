@@ -271,6 +271,7 @@ _DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
     partial(remove_path, path="checkpoints"),
     partial(remove_path, path="metrics"),
     _drop_texts_of_passed_gates,
+    partial(remove_path, path="evaluation.benchmarks"),
     partial(remove_path, path="evaluation.metrics"),
     partial(remove_path, path="evaluation"),
 )

@@ -175,6 +175,19 @@ class GateResult(ReportModel):
     )
 
 
+class BenchmarkResult(ReportModel):
+    """One metric of one task of a benchmark."""
+
+    name: str = status_field("Benchmark of evaluation.benchmarks.", default=..., example="lm-eval")
+    task: str = status_field("Task or domain.", default=..., example="hellaswag")
+    metric: str = status_field("Metric of the task.", default=..., example="acc")
+    value: RoundedNumber | None = status_field("Value of the trained model.", example=0.56)
+    stderr: RoundedNumber | None = status_field("Standard error of the value.", example=0.005)
+    base: RoundedNumber | None = status_field("Value of the base model. Only with compareWithBase.", example=0.58)
+    difference: RoundedNumber | None = status_field("Value of the trained model minus value of the base model.", example=-0.02)
+    reason: str | None = status_field("Reason if the metric has no value.", example="the task reports no number for bypass")
+
+
 class EvaluationResult(ReportModel):
     """Results of the evaluation after training."""
 
@@ -184,6 +197,10 @@ class EvaluationResult(ReportModel):
     )
     gates: list[GateResult] | None = status_field(
         "Results of evaluation.gates, in the order of the spec.", example=[{"metric": "accuracy", "passed": True}]
+    )
+    benchmarks: list[BenchmarkResult] | None = status_field(
+        "Results of evaluation.benchmarks. Of a group of tasks, only the metrics of the group. The file evaluation/benchmark_results.json contains all.",
+        example=[{"name": "lm-eval", "task": "hellaswag", "metric": "acc", "value": 0.56, "stderr": 0.005, "base": 0.58, "difference": -0.02}],
     )
     comparison_uri: str | None = status_field(
         "File with the answers of the base model and the trained model to the same prompts.",

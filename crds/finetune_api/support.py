@@ -51,7 +51,6 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("output.merge_adapter"),
     UnsupportedField("output.export"),
     UnsupportedField("output.run_name"),
-    UnsupportedField("evaluation.benchmarks"),
     UnsupportedField("evaluation.comparison.prompts_ref"),
     UnsupportedField("evaluation.gates"),
     UnsupportedField("tracking.report_to"),

@@ -36,6 +36,9 @@ class Inputs(WireModel):
     reference: Path | None = Field(default=None, description="Folder of the reference model (trainer.dpo).")
     bertscore_model: Path | None = Field(default=None, description="Folder of the model of evaluation.metricModels.bertscore.")
     similarity_model: Path | None = Field(default=None, description="Folder of the model of evaluation.metricModels.semanticSimilarity.")
+    benchmarks: list[Path | None] = Field(
+        default_factory=list, description="Folder of each benchmark of evaluation.benchmarks; None for a benchmark without a folder."
+    )
     train: list[Path] = Field(default_factory=list, description="Training files, in the order of their names.")
     mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
     validation: list[Path] = Field(default_factory=list, description="Validation files.")

@@ -29,6 +29,7 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     BASE_WEIGHT_METHODS,
     base_bits,
+    benchmarks_after_training,
     constant_default,
     evaluates_during_training,
     given_bits,
@@ -56,13 +57,14 @@ from finetune_api.rules.training import OPTIMIZERS
 from finetune_api.rules import strategies
 from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incompatible_with_deepspeed, incompatible_with_fsdp, incompatible_with_zero3
 from finetune_api.rules import results
+from finetune_api.rules import benchmarks
 from finetune_api.rules import storage
 from finetune_api.rules import placement
 from finetune_api.rules import quantities
 from finetune_api.rules.warnings import warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-RULE_MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement, quantities)
+RULE_MODULES = (required_fields, methods, objectives, data, training, strategies, results, benchmarks, storage, placement, quantities)
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "without_defaults",
     "BASE_WEIGHT_METHODS",
     "base_bits",
+    "benchmarks_after_training",
     "trains_base_weights",
     "check",
     "constant_default",

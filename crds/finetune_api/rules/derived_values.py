@@ -14,6 +14,7 @@ from finetune_api.spec.enums import (
     MethodType,
     TrainerType,
 )
+from finetune_api.spec.results import Benchmark
 
 
 def constant_default(group: type[Group], field: str) -> Any:
@@ -113,6 +114,11 @@ def writes_predictions(spec: FineTuneJobSpec) -> bool:
 def metrics_after_training(spec: FineTuneJobSpec) -> list[EvaluationMetric]:
     """Return the metrics that the job computes after training. With `phases.evaluate: false` the list is empty."""
     return [] if spec.phases.evaluate is False else list(spec.evaluation.metrics or [])
+
+
+def benchmarks_after_training(spec: FineTuneJobSpec) -> list[Benchmark]:
+    """Return the benchmarks that the job runs after training. With `phases.evaluate: false` the list is empty."""
+    return [] if spec.phases.evaluate is False else list(spec.evaluation.benchmarks or [])
 
 
 JUDGE_METRICS = (

@@ -49,12 +49,16 @@ def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if path.startswith("dataset."):
             continue
         if isinstance(source, ConfigMapSource):
+            needs_folder = "a benchmark" if path.startswith("evaluation.benchmarks") else "a model"
             yield (
                 path,
-                f"{text!r} is a single file, but a model needs a folder",
+                f"{text!r} is a single file, but {needs_folder} needs a folder",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
-        if isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
+        if isinstance(source, HttpsSource) and path.startswith("evaluation.benchmarks"):
+            message, _ = _unreadable_folder_problem(text, path)
+            yield path, message, "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path"
+        elif isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
             yield (path, *_unreadable_folder_problem(text, path))
 
 
@@ -90,6 +94,7 @@ def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
             ("evaluation.metricModels.bertscore", spec.evaluation.metric_models.bertscore),
             ("evaluation.metricModels.semanticSimilarity", spec.evaluation.metric_models.semantic_similarity),
         ]
+    fields += [(f"evaluation.benchmarks[{i}].folder", benchmark.folder) for i, benchmark in enumerate(spec.evaluation.benchmarks or [])]
     fields.append(("phases.from", spec.phases.from_))
     if spec.checkpoint.resume not in (None, "auto", "never"):
         fields.append(("checkpoint.resume", spec.checkpoint.resume))

@@ -13,6 +13,7 @@ from finetune_api.rules.derived_values import (
     JUDGE_METRICS,
     LOWER_IS_BETTER,
     PROMPT_METHODS,
+    benchmarks_after_training,
     has_test_set,
     has_validation_set,
     method_type_of,
@@ -277,7 +278,11 @@ def check_evaluation_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 def check_evaluation_of_reward_model(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_type_of(spec) is not TrainerType.REWARD:
         return
-    for path, is_set in (("evaluation.metrics", bool(metrics_after_training(spec))), ("phases.infer", writes_predictions(spec))):
+    for path, is_set in (
+        ("evaluation.metrics", bool(metrics_after_training(spec))),
+        ("phases.infer", writes_predictions(spec)),
+        ("evaluation.benchmarks", bool(benchmarks_after_training(spec))),
+    ):
         if is_set:
             yield path, "a reward model scores answers and writes no text, so its answers cannot be evaluated", f"remove {path}"
 
@@ -315,12 +320,12 @@ def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             f"{phases.from_!r} is a hub repository, but phases.from needs a final model or checkpoint of another FineTuneJob",
             "write for example `from: s3://bucket/prefix/model`, the value of status.output.uri of that job",
         )
-    evaluates = bool(spec.evaluation.metrics) if phases.evaluate is None else phases.evaluate
+    evaluates = bool(spec.evaluation.metrics or spec.evaluation.benchmarks) if phases.evaluate is None else phases.evaluate
     if not phases.infer and not evaluates:
         yield (
             "phases",
             "train, infer and evaluate are all false, so the job would do nothing",
-            "write evaluation.metrics and `evaluate: true`, or `infer: true`, or remove `train: false`",
+            "write evaluation.metrics or evaluation.benchmarks, or `infer: true`, or remove `train: false`",
         )
 
 

@@ -83,9 +83,43 @@ class Output(Group):
 class Benchmark(Group):
     """One benchmark that runs after training."""
 
-    name: ShortText = Field(description="Name of the benchmark harness or domain set. Required. Example: `lm-eval`.")
+    name: ShortText = Field(
+        description="What runs: `lm-eval` or `lm-evaluation-harness` (tasks of the lm-evaluation-harness), `domain-specific-eval` (questions of domain files), "
+        "`human-eval` (sheets in which people rate answers) or `openai-humaneval` (generated code against unit tests). Required. Example: `lm-eval`."
+    )
     tasks: Annotated[list[ShortText], Field(max_length=128)] | None = spec_field(
-        "Tasks of the benchmark harness.", default_text="all tasks", example=["arc_easy"]
+        "Tasks of the harness, or domains of domain-specific-eval.", default_text="all tasks or domains of the folder", example=["arc_easy"]
+    )
+    folder: Source | None = spec_field(
+        "Folder with the tasks and their data: s3://, file://, pvc:// or a data set repository of the hub. Required, except for human-eval. "
+        "Benchmarks never download data from the hub while they run.",
+        default_text="none",
+        example="s3://data/benchmarks",
+        since="0.2.0",
+    )
+    few_shot: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
+        "Number of solved examples before each question. Tasks that require 0 keep 0.", default_text="the number in the task", example=5, since="0.2.0"
+    )
+    limit: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
+        "Number of questions for each task: the first ones of a harness task, a random sample of the rows for human-eval.",
+        default_text="all questions; 50 for human-eval",
+        example=200,
+        since="0.2.0",
+    )
+    apply_chat_template: bool | None = spec_field(
+        "Render the questions of harness tasks with the chat template of the model.", default=False, example=True, since="0.2.0"
+    )
+    compare_with_base: bool | None = spec_field(
+        "Also run the benchmark with the base model, to show what training has improved and what the model has forgotten.",
+        default=False,
+        example=True,
+        since="0.2.0",
+    )
+    allow_code_execution: bool | None = spec_field(
+        "Allow the benchmark to run code: Python code in the folder, and code that the model generates. Required with openai-humaneval.",
+        default=False,
+        example=True,
+        since="0.2.0",
     )
 
 
@@ -335,7 +369,7 @@ class Phases(Group):
     )
     infer: bool | None = spec_field("Generate answers to the test set with the tuned model.", default=False, example=True)
     evaluate: bool | None = spec_field(
-        "Compute evaluation.metrics after training.",
-        default_text="true if evaluation.metrics is set, otherwise false",
+        "Compute evaluation.metrics and run evaluation.benchmarks after training.",
+        default_text="true if evaluation.metrics or evaluation.benchmarks is set, otherwise false",
         example=True,
     )

@@ -12,6 +12,8 @@ from pydantic import Field
 TASK_FILE = "task.json"
 RESULT_FILE = "result.json"
 OUTPUT_FOLDER = "files"
+PARTS_FOLDER = "parts"
+"""Folder for the results of finished parts of a stage. They are stored at once, and a repeated stage begins with them."""
 
 
 class StageTask(WireModel):

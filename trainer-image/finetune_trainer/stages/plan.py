@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.pod import RunConfig
-from finetune_api.rules import metrics_after_training, writes_predictions
+from finetune_api.rules import benchmarks_after_training, metrics_after_training, writes_predictions
 from finetune_api.status import Stage
 
 
@@ -11,6 +11,7 @@ def planned_stages(run: RunConfig) -> list[Stage]:
     """Return the stages that the spec asks for, in the order in which they run."""
     wanted = {
         Stage.EVALUATING: bool(metrics_after_training(run.spec)) or writes_predictions(run.spec),
+        Stage.BENCHMARKING: bool(benchmarks_after_training(run.spec)),
         Stage.UPLOADING: run.publish is not None,
     }
     return [stage for stage, is_wanted in wanted.items() if is_wanted]

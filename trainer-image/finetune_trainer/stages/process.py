@@ -23,7 +23,10 @@ from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.stages.files import RESULT_FILE, StageTask
 
-STAGE_MODULES: Mapping[Stage, str] = {Stage.EVALUATING: "finetune_trainer.stages.evaluate"}
+STAGE_MODULES: Mapping[Stage, str] = {
+    Stage.EVALUATING: "finetune_trainer.stages.evaluate",
+    Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
+}
 """The module of each stage. Its function `run_stage` returns the result."""
 
 

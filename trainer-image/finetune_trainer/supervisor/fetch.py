@@ -58,6 +58,7 @@ class SourceKind:
 
 MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
 DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
+BENCHMARK_SOURCE = SourceKind("benchmark", "Benchmark", FailureClass.DATA, (*DATA_FILES, "*.yaml", "*_yaml", "*.md", "*.py", "*.arrow"), "dataset")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,16 @@ class Fetcher:
         if not files:
             raise self._missing_error(DATA_SOURCE, path, text, "holds no data file")
         return files
+
+    def folder(self, text: str, path: str, name: str) -> Path:
+        """Fetch a folder with all that lies below it. Errors: NotFoundError BenchmarkNotFound (66); storage errors."""
+        fetched = self._fetch(text, path, self.work / "fetched" / name, BENCHMARK_SOURCE)
+        if not fetched.path.is_dir():
+            raise NotFoundError(
+                "BenchmarkNotFound", f"{path} is {redact_source(text)}, which is a file, but a folder is needed",
+                hint=f"set {path} to the folder that holds the file", failure_class=FailureClass.DATA,
+            )  # fmt: skip
+        return fetched.path
 
     def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         source = parse(text, path=path)

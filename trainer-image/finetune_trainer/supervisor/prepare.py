@@ -17,6 +17,7 @@ from typing import TypeVar
 from finetune_api.errors import StorageError
 from finetune_api.names import CONFIGMAP_MOUNT, Reason
 from finetune_api.pod import RunConfig
+from finetune_api.rules import benchmarks_after_training
 from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -137,6 +138,7 @@ class Preparation:
             reference=fetcher.model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
             bertscore_model=fetcher.model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
             similarity_model=fetcher.model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
+            benchmarks=self._fetch_benchmarks(fetcher),
             train=train,
             mixture=mixture,
             validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],
@@ -147,9 +149,20 @@ class Preparation:
             config_maps=Path(CONFIGMAP_MOUNT),
         )
 
+    def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
+        """The folders of the benchmarks. Only rank 0's pod runs them."""
+        benchmarks = benchmarks_after_training(self._run.spec) if self._node_rank == 0 else []
+        return [
+            fetcher.folder(benchmark.folder, f"evaluation.benchmarks[{number}].folder", f"benchmark-{number}") if benchmark.folder else None
+            for number, benchmark in enumerate(benchmarks)
+        ]
+
     def _check_data(self, inputs: Inputs) -> None:
+        from finetune_trainer.benchmarks.plan import plan_tasks
         from finetune_trainer.data import check_files  # imports neither torch nor transformers
 
+        if self._node_rank == 0:
+            plan_tasks(self._run, inputs.benchmarks)  # refuses tasks that cannot run before any step is trained
         summary = check_files(self._run, inputs)
         for note in summary.notes:
             self._state.add_note(note)

@@ -1,0 +1,115 @@
+"""Rules for `spec.evaluation.benchmarks`. The trainer checks the contents of the folders before it trains."""
+
+from __future__ import annotations
+
+import difflib
+
+from finetune_api.benchmarks import BENCHMARK_KINDS, BUNDLED_TASKS, BenchmarkKind, current_task_names
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import has_test_set, has_validation_set
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.results import Benchmark
+
+FIELDS_OF_KIND = {
+    BenchmarkKind.HARNESS: ("tasks", "folder", "limit", "compare_with_base", "few_shot", "apply_chat_template", "allow_code_execution"),
+    BenchmarkKind.DOMAINS: ("tasks", "folder", "limit", "compare_with_base"),
+    BenchmarkKind.RATING_SHEETS: ("limit", "compare_with_base"),
+    BenchmarkKind.CODE: ("folder", "limit", "compare_with_base", "allow_code_execution"),
+}
+"""The fields that have an effect on each kind of benchmark, besides `name`."""
+FOLDER_EXAMPLE = "folder: s3://bucket/benchmarks"
+FOLDER_CONTENTS = {
+    BenchmarkKind.HARNESS: "the tasks of the harness would download their data from the hub, and benchmarks run without the hub",
+    BenchmarkKind.DOMAINS: "it needs the domain files, for example domain_medical.json",
+    BenchmarkKind.CODE: "it needs a copy of the data set openai/openai_humaneval",
+}
+"""Why each kind of benchmark needs a folder."""
+
+
+def wire_name(field: str) -> str:
+    """The name of a field of a benchmark in the spec."""
+    return Benchmark.model_fields[field].alias or field
+
+
+@rule("BenchmarkUnknown")
+def check_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
+        if benchmark.name in BENCHMARK_KINDS:
+            continue
+        hint = f"write one of {', '.join(BENCHMARK_KINDS)}"
+        if benchmark.name in BUNDLED_TASKS or current_task_names([benchmark.name]) != [benchmark.name]:
+            hint = f"this is a task of the harness: write `name: lm-eval, tasks: [{benchmark.name}]`"
+        elif similar := difflib.get_close_matches(benchmark.name, BENCHMARK_KINDS, n=1):
+            hint = f"did you mean {similar[0]}?"
+        yield f"evaluation.benchmarks[{i}].name", f"{benchmark.name!r} is not a known benchmark", hint
+
+
+@rule("BenchmarkFolderMissing")
+def check_folders(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
+        kind = BENCHMARK_KINDS.get(benchmark.name)
+        if kind in FOLDER_CONTENTS and benchmark.folder is None:
+            yield (
+                f"evaluation.benchmarks[{i}].folder",
+                f"the benchmark {benchmark.name} has no folder, but {FOLDER_CONTENTS[kind]}",
+                f"write for example `{FOLDER_EXAMPLE}`, or remove the benchmark",
+            )
+
+
+@rule("CodeExecutionNotAllowed")
+def check_code_execution(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
+        if BENCHMARK_KINDS.get(benchmark.name) is BenchmarkKind.CODE and not benchmark.allow_code_execution:
+            yield (
+                f"evaluation.benchmarks[{i}].allowCodeExecution",
+                f"the benchmark {benchmark.name} runs code that the model generates, and this is not allowed",
+                "write `allowCodeExecution: true`, or remove the benchmark; for sheets in which people rate answers write `name: human-eval`",
+            )
+
+
+@rule("BenchmarkOptionWithoutEffect")
+def check_fields(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
+        kind = BENCHMARK_KINDS.get(benchmark.name)
+        if kind is None:
+            continue
+        for field in Benchmark.model_fields:
+            value = getattr(benchmark, field)
+            if field != "name" and field not in FIELDS_OF_KIND[kind] and value not in (None, False):
+                path = f"evaluation.benchmarks[{i}].{wire_name(field)}"
+                yield path, f"{wire_name(field)} has no effect on the benchmark {benchmark.name}", f"remove {wire_name(field)}"
+    if spec.evaluation.benchmarks and spec.phases.evaluate is False:
+        yield (
+            "evaluation.benchmarks",
+            "the benchmarks have no effect, because phases.evaluate is false",
+            "remove `evaluate: false`, or remove evaluation.benchmarks",
+        )
+
+
+@rule("BenchmarkRepeated")
+def check_repetitions(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    seen: set[tuple[BenchmarkKind, str]] = set()
+    for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
+        kind = BENCHMARK_KINDS.get(benchmark.name)
+        if kind is None:
+            continue
+        folder = benchmark.folder or ""
+        is_sheet = kind is BenchmarkKind.RATING_SHEETS
+        keys = {(kind, task) for task in current_task_names(benchmark.tasks or [])} or {(kind, "" if is_sheet else f"all of {folder}")}
+        if repeated := sorted(task for _, task in keys & seen):
+            what = f"the task {repeated[0]}" if benchmark.tasks else "the same tasks" if folder else "the same sheets"
+            yield f"evaluation.benchmarks[{i}]", f"another benchmark already runs {what}", "remove one of the two"
+        seen |= keys
+
+
+@rule("BenchmarkRowsMissing")
+def check_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if has_test_set(spec) or has_validation_set(spec):
+        return
+    for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
+        if BENCHMARK_KINDS.get(benchmark.name) is BenchmarkKind.RATING_SHEETS:
+            yield (
+                f"evaluation.benchmarks[{i}]",
+                f"the sheets of {benchmark.name} need questions, but the spec contains neither test data nor validation data",
+                "write for example `dataset: {test: s3://bucket/test.jsonl}` or `dataset: {split: {test: 0.1}}`",
+            )

@@ -1,0 +1,135 @@
+"""Pods that run benchmarks after training: harness tasks with local data, domain files and rating sheets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode
+from finetune_api.pod import StoreTarget
+from finetune_api.rating_sheet import BASE, COLUMNS, TUNED
+from finetune_api.status import Stage
+from pod_harness import UID, Pod, merge, run_config, write_rows
+
+from tests.support.benchmark_folders import CHOICE_TASK, GENERATION_TASK, write_domain, write_hellaswag, write_task
+from tests.support.tiny import make_tiny_model
+
+SHEETS = {"name": "human-eval", "limit": 3, "compareWithBase": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any]], spec: dict[str, Any] | None = None, *, attempt: int = 1) -> Pod:
+    rows = write_rows(folder / "rows.jsonl")
+    base = {
+        "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
+        "training": {"maxSteps": 2, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 1e-2},
+        "evaluation": {"benchmarks": benchmarks, "comparison": {"generation": {"maxNewTokens": 8}}},
+    }  # fmt: skip
+    target = StoreTarget(uri=f"file://{folder}/store/team/job/{UID}")
+    return Pod(run_config(merge(base, spec or {}), target, attempt=attempt), folder / f"pod-{attempt}")
+
+
+def stored(folder: Path, key: str) -> Path:
+    return folder / "store" / "team" / "job" / UID / key
+
+
+def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, tmp_path: Path) -> None:
+    tasks, domains = tmp_path / "tasks", tmp_path / "domains"
+    write_task(tasks, "sums")
+    write_task(tasks, "written_sums", GENERATION_TASK)
+    write_hellaswag(tasks)
+    write_domain(domains, "domain_sums.json", [{"prompt": "What is 1 + 2?", "reference": "It is 3.", "keywords": ["3"]}, {"question": "2 + 2?", "choices": ["4", "9"], "correct_answer": 0}])
+    benchmarks = [
+        {"name": "lm-eval", "folder": f"file://{tasks}", "compareWithBase": True, "limit": 4},
+        {"name": "domain-specific-eval", "folder": f"file://{domains}"},
+        SHEETS,
+    ]
+    with benchmark_pod(tmp_path, model, benchmarks) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        message = pod.termination_message()
+    entries = json.loads(stored(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
+    found = {(entry["task"], entry["metric"]): entry for entry in entries}
+    assert [name for name, _ in found] == ["sums", "written_sums", "hellaswag", "hellaswag", *["sums"] * 7]
+    sums = found["sums", "acc"]
+    assert sums["samples"] == 4 and sums["value"] in (0, 0.25, 0.5, 0.75, 1) and sums["base"] in (0, 0.25, 0.5, 0.75, 1)
+    assert sums["difference"] == sums["value"] - sums["base"]
+    # The standard error of a mean of zeros and ones, with the sample's variance.
+    assert sums["stderr"] == pytest.approx(math.sqrt(sums["value"] * (1 - sums["value"]) / 3))
+    assert found["hellaswag", "acc_norm"]["samples"] == 2 and found["written_sums", "exact_match"]["base"] is not None
+    assert found["sums", "accuracy"]["value"] in (0, 1) and found["sums", "accuracy"]["base"] is None
+    assert message.evaluation is not None and message.evaluation.benchmarks is not None
+    assert [(one.task, one.metric) for one in message.evaluation.benchmarks] == [(entry["task"], entry["metric"]) for entry in entries]
+    assert json.loads(stored(tmp_path, "evaluation/domain_sums_results.json").read_text()).keys() >= {"bleu", "rouge1_f", "rouge2_f", "rougeL_f"}
+    assert json.loads(stored(tmp_path, "evaluation/lm_eval_results.json").read_text())["sums"] == {"acc": sums["value"]}
+    with stored(tmp_path, "evaluation/human_rating.csv").open(encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    models = json.loads(stored(tmp_path, "evaluation/human_rating_key.json").read_text())["models"]
+    assert tuple(rows[0]) == COLUMNS and [row["promptID"] for row in rows] == ["1", "1", "2", "2", "3", "3"]
+    assert [row["model"] for row in rows] == ["A", "B"] * 3 and sorted(models.values()) == [BASE] * 3 + [TUNED] * 3
+    assert all(row["prompt"].startswith("What is ") and row["overall"] == "" for row in rows)
+    assert stored(tmp_path, "run/stages/benchmarking.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "code"),
+    [
+        ({"tasks": ["sums", "hellaswag"]}, "TaskNotInFolder"),
+        ({"tasks": ["sums", "summs"]}, "TaskNotInFolder"),
+    ],
+)
+def test_a_task_without_data_is_refused_before_training(benchmark: dict[str, Any], code: str, model: Path, tmp_path: Path) -> None:
+    write_task(tmp_path / "tasks", "sums")
+    with benchmark_pod(tmp_path, model, [{"name": "lm-eval", "folder": f"file://{tmp_path / 'tasks'}"} | benchmark]) as pod:
+        assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
+    message = pod.termination_message()
+    assert message.code == code and message.output is None and "evaluation.benchmarks[0].folder" in (message.message or "")
+    assert not stored(tmp_path, "model").exists()
+
+
+@pytest.mark.faults
+def test_a_stopped_pod_keeps_its_finished_tasks(model: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    for name in ("first", "second"):
+        write_task(tasks, name)
+    long = [{"question": "count", "choices": ["1"], "answer": 0}] * 400
+    write_task(tasks, "third", GENERATION_TASK.replace("max_gen_toks: 4", "max_gen_toks: 200"), long)
+    benchmarks = [{"name": "lm-eval", "folder": f"file://{tasks}", "tasks": ["first", "second", "third"]}]
+    parts = stored(tmp_path, "run/stages/benchmarking-parts")
+    with benchmark_pod(tmp_path, model, benchmarks) as killed:
+        killed.wait_until(lambda: len(list(parts.rglob("*.json"))) == 2 and killed.report() is not None)
+        report = killed.report()
+        assert report is not None and report.stage is Stage.BENCHMARKING and report.detail == "task 3 of 3: third"
+        killed.kill()
+    for part in parts.rglob("*.json"):  # a value that the tasks cannot have shows that they do not run again
+        part.write_text(part.read_text().replace('"value":', '"value":7,"was":'))
+    long[2:] = []
+    (tasks / "third.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    written = {path.name: path.read_text() for path in parts.rglob("*.json")}
+    with benchmark_pod(tmp_path, model, benchmarks, attempt=2) as resumed:
+        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
+    assert len(written) == 2
+    entries = json.loads(stored(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
+    assert [entry["task"] for entry in entries] == ["first", "second", "third"]
+
+
+@pytest.mark.faults
+def test_a_failing_task_does_not_stop_the_others_and_names_itself(model: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    write_task(tasks, "broken", CHOICE_TASK.replace("doc_to_target: answer", 'doc_to_target: "{{{{missing_column}}}}"'))
+    write_task(tasks, "escaping", CHOICE_TASK.replace("{{{{question}}}}", "{{{{question.__class__.__mro__[1].__subclasses__()}}}}"))
+    write_task(tasks, "sums")
+    with benchmark_pod(tmp_path, model, [{"name": "lm-eval", "folder": f"file://{tasks}"}]) as pod:
+        assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
+    message = pod.termination_message()
+    assert message.code == "BenchmarkTaskFailed" and "the task broken failed" in (message.message or "")
+    assert message.output is not None and message.stage is Stage.BENCHMARKING
+    assert len(list(stored(tmp_path, "run/stages/benchmarking-parts").rglob("*.json"))) == 1
+    assert "SecurityError" in pod.text

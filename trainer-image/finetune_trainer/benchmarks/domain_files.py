@@ -1,0 +1,114 @@
+"""Reads domain files: questions of one domain with expected answers.
+
+A file is a JSON array of objects, or an object with one such array. Each object has a question (`prompt`, `input` or `question`) and an
+expected answer (`reference`, `output` or `answer`), or it is a multiple-choice question with `choices` and `correct_answer` (an index from
+0). `keywords` is optional: words that a good answer contains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import ConfigError
+
+PREFIX = "domain_"
+QUESTION_KEYS, ANSWER_KEYS = ("prompt", "input", "question"), ("reference", "output", "answer")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class DomainQuestion:
+    """One question of a domain file."""
+
+    question: str
+    reference: str | None = None
+    """The expected answer. None for a multiple-choice question."""
+    keywords: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    correct: int | None = None
+    """Index of the correct choice, from 0."""
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The letters of the choices."""
+        return tuple(LETTERS[: len(self.choices)])
+
+    @property
+    def text(self) -> str:
+        """The question, and its choices on lines of their own."""
+        lines = [f"{letter}. {choice}" for letter, choice in zip(self.letters, self.choices, strict=True)]
+        return "\n".join([self.question, *lines])
+
+
+def domain_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder by domain: `domain_medical.json` or `medical.json` for `medical`. The first form takes precedence."""
+    files = sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith(PREFIX), path.name))
+    return {path.stem.removeprefix(PREFIX): path for path in files}
+
+
+def select_domains(folder: Path, field: str, domains: list[str] | None) -> list[str]:
+    """The domains to run. Every file of these domains is read. Errors: ConfigError DomainFileMissing, DomainFileInvalid."""
+    files = domain_files(folder)
+    if not files:
+        raise ConfigError("DomainFileMissing", f"{field} contains no domain file", hint="add a file such as domain_medical.json")
+    for domain in domains or ():
+        if domain not in files:
+            raise ConfigError(
+                "DomainFileMissing", f"{field} contains no file for the domain {domain}, only for {', '.join(sorted(files))}",
+                hint=f"add {PREFIX}{domain}.json, or remove {domain} from tasks",
+            )  # fmt: skip
+    selected = list(dict.fromkeys(domains)) if domains else sorted(files)
+    for domain in selected:
+        read_domain(files[domain])
+    return selected
+
+
+def read_domain(path: Path) -> list[DomainQuestion]:
+    """Read the questions of a file. Errors: ConfigError DomainFileInvalid with the number of the question."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _invalid(path, f"is not valid JSON: {error}") from error
+    lists = [value] if isinstance(value, list) else [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
+    if len(lists) != 1 or not lists[0]:
+        raise _invalid(path, "does not contain one list of questions")
+    return [_read_question(path, number, entry) for number, entry in enumerate(lists[0], 1)]
+
+
+def _read_question(path: Path, number: int, entry: Any) -> DomainQuestion:
+    if not isinstance(entry, Mapping):
+        raise _invalid(path, f"question {number} is not an object")
+    question = next((entry[key] for key in QUESTION_KEYS if isinstance(entry.get(key), str) and entry[key].strip()), None)
+    if question is None:
+        raise _invalid(path, f"question {number} has no text in {', '.join(QUESTION_KEYS)}")
+    if "choices" in entry:
+        return _read_choices(path, number, question, entry)
+    reference = next((entry[key] for key in ANSWER_KEYS if isinstance(entry.get(key), str) and entry[key].strip()), None)
+    if reference is None:
+        raise _invalid(path, f"question {number} has neither an expected answer ({', '.join(ANSWER_KEYS)}) nor choices")
+    keywords = entry.get("keywords") or []
+    if not isinstance(keywords, list) or not all(isinstance(word, str) and word.strip() for word in keywords):
+        raise _invalid(path, f"question {number} has keywords that are not a list of words")
+    return DomainQuestion(question, reference, tuple(keywords))
+
+
+def _read_choices(path: Path, number: int, question: str, entry: Mapping[str, Any]) -> DomainQuestion:
+    choices, correct = entry["choices"], entry.get("correct_answer")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise _invalid(path, f"question {number} has choices that are not a list of 2 to {len(LETTERS)} texts")
+    if not isinstance(correct, int) or isinstance(correct, bool) or not 0 <= correct < len(choices):
+        raise _invalid(path, f"question {number} has the correct_answer {correct!r}, but it must be an index from 0 to {len(choices) - 1}")
+    return DomainQuestion(question, choices=tuple(choices), correct=correct)
+
+
+def _invalid(path: Path, problem: str) -> ConfigError:
+    return ConfigError("DomainFileInvalid", f"the domain file {path.name}: {problem}", hint="correct the file")
+
+
+def keyword_recall(answer: str, keywords: tuple[str, ...]) -> float:
+    """The share of the keywords that an answer contains, without regard to case."""
+    return sum(word.casefold() in answer.casefold() for word in keywords) / len(keywords)

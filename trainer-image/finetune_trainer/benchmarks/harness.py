@@ -1,0 +1,152 @@
+"""Runs tasks of the lm-evaluation-harness with a model that is already loaded.
+
+The harness loads data sets from the hub and runs code that task definitions name. Here it works in the benchmark's folder without
+network access to the hub, and `task_folder` has checked the definitions. Templates of tasks run in jinja's sandbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.benchmarks import BUNDLED_TASKS
+from finetune_api.errors import ConfigError, FineTuneError
+
+from finetune_trainer.benchmarks.plan import BenchmarkTask
+from finetune_trainer.benchmarks.records import Measurement, TaskRecord, finite_number
+from finetune_trainer.benchmarks.task_folder import TaskFolder
+
+BOOTSTRAP_ITERATIONS = 1000
+"""Resamplings for the standard error of metrics without a formula for it, such as BLEU."""
+NO_FILTER = "none"
+
+
+def use_local_caches(work: Path) -> None:
+    """Keep the harness's libraries off the network, and their caches in the work folder. Call this before they are imported."""
+    caches = work / "benchmark-caches"
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "HF_DATASETS_CACHE": str(caches / "datasets"), "HF_EVALUATE_CACHE": str(caches / "evaluate"), "HF_METRICS_CACHE": str(caches / "metrics"),
+        "HF_MODULES_CACHE": str(caches / "modules"), "LM_HARNESS_CACHE_PATH": str(caches / "harness"), "TQDM_DISABLE": "1",
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    batch_size: int
+    seed: int
+
+
+def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+    """Run one task or group of tasks. Errors: ConfigError BenchmarkTaskFailed; exhausted memory."""
+    assert task.folder is not None
+    benchmark, allows_code = task.benchmark, task.benchmark.allow_code_execution is True
+    try:
+        with _working_in(task.folder), _sandboxed_templates(allows_code=allows_code):
+            return _measure(loaded, task, few_shot=benchmark.few_shot, limit=benchmark.limit, allows_code=allows_code)
+    except (FineTuneError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's class, which is not imported here
+            raise
+        cause = " ".join(str(error).split())[:500]
+        raise ConfigError(
+            "BenchmarkTaskFailed", f"{task.field}: the task {task.label} failed: {type(error).__name__}: {cause}",
+            hint=f"correct the definition or the data of {task.name} in the folder, or remove it from tasks",
+        ) from error  # fmt: skip
+
+
+def _measure(loaded: LoadedModel, task: BenchmarkTask, *, few_shot: int | None, limit: int | None, allows_code: bool) -> TaskRecord:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import set_seed
+
+    if task.benchmark.apply_chat_template and not loaded.tokenizer.chat_template:
+        raise ConfigError(
+            "ChatTemplateMissing", f"{task.field}.applyChatTemplate is true, but the tokenizer has no chat template",
+            hint="remove applyChatTemplate, or give a template in dataset.chatTemplate",
+        )  # fmt: skip
+    loaded.model.tie_weights = lambda *_, **__: None  # the harness would tie them again, and so undo what an adapter has replaced
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
+    tasks = _task_manager(task).load([task.name])
+    for one in tasks["tasks"].values():
+        own = one.get_config("num_fewshot")
+        one.set_config(key="num_fewshot", value=own or 0 if few_shot is None or own == 0 else few_shot)
+        one.set_fewshot_seed(seed=loaded.seed)
+    set_seed(loaded.seed)
+    # `simple_evaluate` does the same, and then runs pip, git and compilers to describe the machine.
+    found = evaluate(
+        lm=model, task_dict=tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
+        apply_chat_template=task.benchmark.apply_chat_template is True, fewshot_as_multiturn=True, confirm_run_unsafe_code=allows_code,
+    )  # fmt: skip
+    return TaskRecord(measurements=_measurements(found))
+
+
+def _task_manager(task: BenchmarkTask) -> Any:
+    """The harness's index of the folder and, for a bundled task, of the harness's own definition. All 14000 definitions would take 10 s."""
+    import lm_eval.tasks
+
+    assert task.folder is not None
+    folder = TaskFolder.read(task.folder, f"{task.field}.folder", allows_code=task.benchmark.allow_code_execution is True)
+    if folder.is_defined(task.name):
+        return lm_eval.tasks.TaskManager(include_path=str(task.folder), include_defaults=False)
+    return lm_eval.tasks.TaskManager(include_path=str(Path(lm_eval.tasks.__file__).parent / BUNDLED_TASKS[task.name].definition), include_defaults=False)
+
+
+def _measurements(found: Any) -> list[Measurement]:
+    """The metrics of the harness's results: those of groups first, then those of tasks."""
+    groups = found.get("groups") or {}
+    all_results = groups | {name: values for name, values in found["results"].items() if name not in groups}
+    samples = found.get("n-samples") or {}
+    measurements = []
+    for name, values in all_results.items():
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            number = finite_number(value)
+            measurements.append(
+                Measurement(
+                    task=name, metric=metric if filter_name == NO_FILTER else f"{metric},{filter_name}", value=number,
+                    stderr=finite_number(values.get(f"{metric}_stderr,{filter_name}")), samples=(samples.get(name) or {}).get("effective"),
+                    reason=None if number is not None else f"the task reports no number for {metric}",
+                    is_part_of_group=bool(groups) and name not in groups,
+                )
+            )  # fmt: skip
+    return measurements
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Make the folder the working directory, because paths in task definitions are relative to it."""
+    with contextlib.chdir(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _sandboxed_templates(*, allows_code: bool) -> Iterator[None]:
+    """Render the templates of tasks in jinja's sandbox. The harness's own environment lets a template reach Python's classes, so a
+    definition could run code.
+    """
+    if allows_code:
+        yield
+        return
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    own = utils.env
+    sandbox = ImmutableSandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
+    sandbox.filters |= own.filters
+    utils.env = sandbox
+    try:
+        yield
+    finally:
+        utils.env = own

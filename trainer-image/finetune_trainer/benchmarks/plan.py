@@ -1,0 +1,65 @@
+"""Lists the tasks of all benchmarks of a run, and checks the contents of their folders. No large library is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.benchmarks import BENCHMARK_KINDS, BenchmarkKind
+from finetune_api.pod import RunConfig
+from finetune_api.rules import benchmarks_after_training
+from finetune_api.spec.results import Benchmark
+
+from finetune_trainer.benchmarks import generated_code
+from finetune_trainer.benchmarks.domain_files import select_domains
+from finetune_trainer.benchmarks.task_folder import TaskFolder
+
+SHEET_TASK = "rating sheets"
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """One task of a benchmark, for the trained or the base model."""
+
+    kind: BenchmarkKind
+    benchmark: Benchmark
+    field: str
+    """The entry of the spec, for messages: `evaluation.benchmarks[0]`."""
+    name: str
+    """Task or domain."""
+    folder: Path | None
+    uses_base: bool = False
+    """Whether the base model runs the task."""
+
+    @property
+    def label(self) -> str:
+        """The name of the task, for progress reports."""
+        return f"{self.name} with the base model" if self.uses_base else self.name
+
+
+def plan_tasks(run: RunConfig, folders: Sequence[Path | None]) -> list[BenchmarkTask]:
+    """Return all tasks in the order in which they run: those of the trained model, then those of the base model.
+
+    `folders`: the local folder of each benchmark of the spec. Errors: ConfigError of the modules that read the folders.
+    """
+    tuned = []
+    for number, (benchmark, folder) in enumerate(zip(benchmarks_after_training(run.spec), folders, strict=True)):
+        kind, field = BENCHMARK_KINDS[benchmark.name], f"evaluation.benchmarks[{number}]"
+        tuned += [BenchmarkTask(kind, benchmark, field, name, folder) for name in _task_names(kind, benchmark, f"{field}.folder", folder)]
+    base = [BenchmarkTask(task.kind, task.benchmark, task.field, task.name, task.folder, uses_base=True) for task in tuned if task.benchmark.compare_with_base]
+    return [*tuned, *base]
+
+
+def _task_names(kind: BenchmarkKind, benchmark: Benchmark, field: str, folder: Path | None) -> list[str]:
+    if kind is BenchmarkKind.RATING_SHEETS:
+        return [SHEET_TASK]
+    assert folder is not None, "a rule requires the folder"
+    match kind:
+        case BenchmarkKind.HARNESS:
+            return TaskFolder.read(folder, field, allows_code=benchmark.allow_code_execution is True).select(benchmark.tasks)
+        case BenchmarkKind.DOMAINS:
+            return select_domains(folder, field, benchmark.tasks)
+        case BenchmarkKind.CODE:
+            generated_code.read_problems(folder, field)
+            return [generated_code.TASK]

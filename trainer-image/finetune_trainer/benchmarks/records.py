@@ -1,0 +1,133 @@
+"""The result of one task, the files of finished tasks, and the files and status of all results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_api.base import LenientModel
+from finetune_api.benchmarks import BenchmarkKind
+from finetune_api.status import BenchmarkResult
+from pydantic import Field
+
+from finetune_trainer.benchmarks.domain_files import PREFIX
+from finetune_trainer.benchmarks.plan import BenchmarkTask
+
+RESULTS_FILE = "benchmark_results.json"
+HARNESS_FILE = "lm_eval_results.json"
+DOMAIN_KEYS = {"bleu": "bleu", "rouge1": "rouge1_f", "rouge2": "rouge2_f", "rougeL": "rougeL_f"}
+"""Metrics of a domain, and their names in the file of the domain."""
+
+
+class Measurement(LenientModel):
+    """One metric of a task, or of a task within a group of tasks."""
+
+    task: str
+    metric: str = Field(description="Name of the metric, with the harness's filter after a comma if the task has filters.")
+    value: float | None = None
+    stderr: float | None = Field(default=None, description="Standard error of the value.")
+    samples: int | None = Field(default=None, description="Number of questions.")
+    reason: str | None = Field(default=None, description="Why there is no value.")
+    is_part_of_group: bool = Field(default=False, description="Whether the task is one of a group that has metrics of its own.")
+
+
+class TaskRecord(LenientModel):
+    """The result of one task with one model."""
+
+    measurements: list[Measurement] = Field(default_factory=list)
+    prompts: list[str] = Field(default_factory=list, description="Questions of a rating sheet.")
+    answers: list[str] = Field(default_factory=list, description="Answers of the model to these questions.")
+
+
+class FinishedTasks:
+    """The records of finished tasks, in files. The supervisor stores the files, and a repeated stage begins with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, task: BenchmarkTask) -> TaskRecord | None:
+        """The record of a task, or None if the task is not finished."""
+        path = self._path(task)
+        try:
+            return TaskRecord.model_validate_json(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write(self, task: BenchmarkTask, record: TaskRecord) -> None:
+        """Write the record atomically, because the supervisor reads the folder at any time."""
+        path = self._path(task)
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(record.model_dump_json(by_alias=True))
+        partial.rename(path)
+
+    def _path(self, task: BenchmarkTask) -> Path:
+        """The name depends on everything that changes the result, except for the model, which the supervisor compares."""
+        settings = task.benchmark.model_dump(mode="json", exclude={"tasks", "compare_with_base"})
+        identity = json.dumps([settings, task.name, task.uses_base, _fingerprint(task.folder)], sort_keys=True)
+        return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
+
+
+def _fingerprint(folder: Path | None) -> list[tuple[str, int]]:
+    """Names and sizes of the files of a folder."""
+    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*") if path.is_file()) if folder else []
+
+
+# ---- results of all tasks ----
+
+
+def results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> list[dict[str, Any]]:
+    """One entry for each metric of each task, in the order of the tasks, with the value of the base model beside it."""
+    by_task = dict(zip(((task.field, task.name, task.uses_base) for task in tasks), records, strict=True))
+    entries = []
+    for task in tasks:
+        if task.uses_base:
+            continue
+        base_record = by_task.get((task.field, task.name, True))
+        base = {(one.task, one.metric): one for one in base_record.measurements} if base_record else {}
+        entries += [_entry(task, one, base.get((one.task, one.metric))) for one in by_task[task.field, task.name, False].measurements]
+    return entries
+
+
+def _entry(task: BenchmarkTask, tuned: Measurement, base: Measurement | None) -> dict[str, Any]:
+    has_both = base is not None and base.value is not None and tuned.value is not None
+    return {
+        "name": task.benchmark.name, "task": tuned.task, "group": task.name if tuned.is_part_of_group else None, "metric": tuned.metric,
+        "value": tuned.value, "stderr": tuned.stderr, "samples": tuned.samples, "base": base.value if base else None,
+        "baseStderr": base.stderr if base else None, "difference": tuned.value - base.value if has_both else None,  # type: ignore[operator,union-attr]
+        "reason": tuned.reason or (base.reason if base else None),
+    }  # fmt: skip
+
+
+def status_of(entries: Iterable[dict[str, Any]]) -> list[BenchmarkResult]:
+    """The results for the status, without the tasks of groups."""
+    return [
+        BenchmarkResult(**{name: entry[name] for name in ("name", "task", "metric", "value", "stderr", "base", "difference", "reason")})
+        for entry in entries
+        if entry["group"] is None
+    ]
+
+
+def write_results(folder: Path, tasks: Sequence[BenchmarkTask], entries: Sequence[dict[str, Any]]) -> None:
+    """Write `benchmark_results.json`, and the results of the harness and of domains under the names that other tools use."""
+    (folder / RESULTS_FILE).write_text(json.dumps({"benchmarks": entries}, indent=1))
+    names = {task.benchmark.name for task in tasks if task.kind is BenchmarkKind.HARNESS}
+    harness: dict[str, dict[str, float | None]] = {}
+    for entry in entries:
+        if entry["name"] in names:
+            harness.setdefault(entry["task"], {})[entry["metric"]] = entry["value"]
+    if harness:
+        (folder / HARNESS_FILE).write_text(json.dumps(harness, indent=1))
+    for task in tasks:
+        if task.kind is BenchmarkKind.DOMAINS and not task.uses_base:
+            values = {entry["metric"]: entry["value"] for entry in entries if (entry["name"], entry["task"]) == (task.benchmark.name, task.name)}
+            renamed = {DOMAIN_KEYS.get(metric, metric): value for metric, value in values.items()}
+            (folder / f"{PREFIX}{task.name}_results.json").write_text(json.dumps(renamed, indent=1))
+
+
+def finite_number(value: Any) -> float | None:
+    """The value as a number. None for anything else, such as the harness's "N/A"."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None

@@ -1,0 +1,258 @@
+"""Reads the task definitions of a folder without running them, and checks that all their data lie in the folder.
+
+The harness reads every `*.yaml` file of a folder, imports the Python functions that a task names, and loads data sets from the hub.
+This module finds such code and such data sets before training, so that nothing of this happens by accident after it. Paths in a
+definition are relative to the folder of the benchmark, because the benchmark runs with this folder as its working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from finetune_api.benchmarks import BUNDLED_TASKS, current_task_names
+from finetune_api.errors import ConfigError
+
+DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+"""Values of `dataset_path` that read the files in `data_files`. Other builders may run code, such as unpickling."""
+IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
+"""Folders that the harness ignores, too."""
+SHOWN_NAMES = 8
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """One YAML file of the folder, with the files that it includes."""
+
+    file: str
+    """Path below the folder."""
+    names: tuple[str, ...]
+    """The task or group that the file defines, and its tags."""
+    is_task: bool
+    """False for a group of tasks."""
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """The folder of a benchmark."""
+
+    path: Path
+    field: str
+    """The field of the spec, for messages."""
+    definitions: tuple[TaskDefinition, ...]
+
+    @classmethod
+    def read(cls, path: Path, field: str, *, allows_code: bool) -> TaskFolder:
+        """Read and check all definitions. Errors: ConfigError TaskFolderInvalid, CodeExecutionNotAllowed, BenchmarkDataMissing."""
+        reader = _Reader(path, field)
+        definitions = tuple(reader.read_definitions())
+        if not allows_code:
+            _refuse_code(path, field, reader)
+        for definition in definitions:
+            for settings in _settings_with_data(definition.settings):
+                _check_data(path, field, definition.file, settings)
+        return cls(path, field, definitions)
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks that the folder defines, in the order of their files. Groups are left out."""
+        return list(dict.fromkeys(definition.names[0] for definition in self.definitions if definition.is_task))
+
+    def select(self, tasks: Sequence[str] | None) -> list[str]:
+        """The tasks to run: those of `tasks`, or all that the folder allows. Errors: ConfigError TaskNotInFolder, TaskFolderEmpty."""
+        if tasks is None:
+            bundled = [name for name in BUNDLED_TASKS if name not in self.task_names and self._has_data_of(name)]
+            if not self.task_names and not bundled:
+                raise ConfigError(
+                    "TaskFolderEmpty", f"{self.field} contains neither a task definition (*.yaml) nor the data of a known task",
+                    hint=f"add task definitions, or a copy of a data set at its path, for example {BUNDLED_TASKS['hellaswag'].dataset}/",
+                )  # fmt: skip
+            return [*self.task_names, *bundled]
+        selected = current_task_names(list(tasks))
+        for name in selected:
+            if not self.is_defined(name) and not (name in BUNDLED_TASKS and self._has_data_of(name)):
+                raise self._missing_task_error(name)
+        return selected
+
+    def is_defined(self, name: str) -> bool:
+        """Whether the folder contains the definition of a task, group or tag."""
+        return any(name in definition.names for definition in self.definitions)
+
+    def _has_data_of(self, name: str) -> bool:
+        return (self.path / BUNDLED_TASKS[name].dataset).is_dir()
+
+    def _missing_task_error(self, name: str) -> ConfigError:
+        if name in BUNDLED_TASKS:
+            dataset = BUNDLED_TASKS[name].dataset
+            return ConfigError(
+                "TaskNotInFolder", f"the task {name} needs the data set {dataset}, but {self.field} does not contain the folder {dataset}",
+                hint=f"copy the files of the hub's data set repository {dataset} to {dataset}/ in this folder, or remove {name} from tasks",
+            )  # fmt: skip
+        known = sorted({name for definition in self.definitions for name in definition.names} | {one for one in BUNDLED_TASKS if self._has_data_of(one)})
+        similar = difflib.get_close_matches(name, known, n=1)
+        listed = ", ".join(known[:SHOWN_NAMES]) + (f" and {len(known) - SHOWN_NAMES} others" if len(known) > SHOWN_NAMES else "")
+        return ConfigError(
+            "TaskNotInFolder", f"the task {name} is not defined in {self.field}, which defines {listed or 'no task'}",
+            hint=f"did you mean {similar[0]}?" if similar else f"add a definition with `task: {name}` and its data to the folder, or remove {name} from tasks",
+        )  # fmt: skip
+
+
+# ---- reading ----
+
+
+class _CodeReference(str):
+    """A Python function that a definition names with `!function`."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML and keeps the names of functions instead of importing them."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _CodeReference(loader.construct_scalar(node)))
+
+
+class _Reader:
+    """Reads the YAML files of a folder. `settings_by_file` contains every file that was read, also included ones."""
+
+    def __init__(self, folder: Path, field: str) -> None:
+        self.folder, self.field = folder, field
+        self.settings_by_file: dict[str, dict[str, Any]] = {}
+
+    def read_definitions(self) -> Iterator[TaskDefinition]:
+        for path in sorted(self.folder.rglob("*.yaml"), key=lambda file: file.as_posix()):
+            if IGNORED_FOLDERS & set(path.parts) or not path.is_file():
+                continue
+            settings = self._merge(path, ())
+            name = settings.get("group") or settings.get("task")
+            if not isinstance(name, str):  # a file that others include
+                continue
+            tags = settings.get("tag") or []
+            names = (name, *([tags] if isinstance(tags, str) else map(str, tags)))
+            yield TaskDefinition(self._relative(path), names, "group" not in settings, settings)
+
+    def _merge(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+        """The settings of a file and of the files that it includes. Its own settings take precedence."""
+        if path in including:
+            raise self._invalid(path, "includes itself")
+        settings = self._load(path)
+        merged: dict[str, Any] = {}
+        included = settings.get("include", [])
+        for name in included if isinstance(included, list) else [included]:
+            target = (path.parent / str(name)).resolve()
+            if not target.is_relative_to(self.folder.resolve()) or not target.is_file():
+                raise self._invalid(path, f"includes {name}, which is not a file of the folder")
+            inner = self._merge(target, (*including, path))
+            merged |= {key: value for key, value in inner.items() if key != "task_list"}
+        return merged | {key: value for key, value in settings.items() if key != "include"}
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            settings = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506  a subclass of the safe loader
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f"line {mark.line + 1}: " if mark else ""
+            raise self._invalid(path, f"is not valid YAML: {line}{getattr(error, 'problem', None) or 'unreadable text'}") from error
+        if not isinstance(settings, dict):
+            raise self._invalid(path, "does not contain a YAML mapping")
+        self.settings_by_file[self._relative(path)] = settings
+        return settings
+
+    def _relative(self, path: Path) -> str:
+        return path.resolve().relative_to(self.folder.resolve()).as_posix()
+
+    def _invalid(self, path: Path, problem: str) -> ConfigError:
+        name = path.name if not path.is_relative_to(self.folder) else path.relative_to(self.folder).as_posix()
+        return ConfigError("TaskFolderInvalid", f"{self.field}: the file {name} {problem}", hint="correct the file, or remove it from the folder")
+
+
+# ---- code ----
+
+
+def _refuse_code(folder: Path, field: str, reader: _Reader) -> None:
+    """Errors: ConfigError CodeExecutionNotAllowed if the harness would run Python code of the folder."""
+    found = next((f"the file {path.relative_to(folder).as_posix()} is Python code" for path in sorted(folder.rglob("*.py"))), None)
+    for file, settings in reader.settings_by_file.items():
+        found = found or next((f"the file {file} {problem}" for problem in _code_in(settings)), None)
+    if found:
+        raise ConfigError(
+            "CodeExecutionNotAllowed", f"{field}: {found}, and the benchmark may not run code",
+            hint="write `allowCodeExecution: true` in the benchmark if you trust the folder, or remove the file",
+        )  # fmt: skip
+
+
+def _code_in(value: Any) -> Iterator[str]:
+    """Yield what each piece of code in the settings of a file does."""
+    match value:
+        case _CodeReference():
+            yield f"calls the Python function {value}"
+        case dict():
+            if value.get("unsafe_code"):
+                yield "sets unsafe_code, so the task runs generated code"
+            if "class" in value:
+                yield f"names the Python class {value['class']}"
+            if value.get("hf_evaluate"):
+                yield f"loads the code of the metric {value.get('metric')} from the hub"
+            for inner in value.values():
+                yield from _code_in(inner)
+        case list():
+            for inner in value:
+                yield from _code_in(inner)
+
+
+# ---- data ----
+
+
+def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings, and those of tasks within a group, that name a data set."""
+    if "dataset_path" in settings:
+        yield settings
+    members = settings.get("task")
+    for member in members if isinstance(members, list) else []:
+        if isinstance(member, Mapping):
+            yield from _settings_with_data({key: value for key, value in settings.items() if key != "task"} | dict(member))
+
+
+def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]) -> None:
+    """Errors: ConfigError BenchmarkDataMissing if a task would load data from outside the folder."""
+    dataset = str(settings["dataset_path"])
+    if dataset in DATA_BUILDERS:
+        options = settings.get("dataset_kwargs") or {}
+        paths = list(_texts(options.get("data_files") if isinstance(options, Mapping) else None))
+        if not paths:
+            raise _data_error(field, file, f"reads {dataset} files, but dataset_kwargs.data_files names none", "write for example `dataset_kwargs: {data_files: {test: test.jsonl}}`")
+        for path in paths:
+            if not _is_in_folder(folder, path) or not any(folder.glob(path)):
+                raise _data_error(field, file, f"reads {path}, which is not a file of the folder", "write a path relative to the folder, and add the file")
+    elif not _is_in_folder(folder, dataset) or not (folder / dataset).is_dir():
+        raise _data_error(
+            field, file, f"reads the data set {dataset}, but the folder does not contain {dataset}/",
+            f"copy the files of this data set to {dataset}/ in the folder, or remove the file",
+        )  # fmt: skip
+
+
+def _data_error(field: str, file: str, problem: str, hint: str) -> ConfigError:
+    return ConfigError("BenchmarkDataMissing", f"{field}: the task of {file} {problem}", hint=hint)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for inner in value.values():
+                yield from _texts(inner)
+        case list():
+            for inner in value:
+                yield from _texts(inner)
+
+
+def _is_in_folder(folder: Path, text: str) -> bool:
+    path = PurePosixPath(text)
+    if "://" in text or path.is_absolute() or ".." in path.parts:
+        return False
+    return (folder / text).resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,238 @@
+"""The stage `benchmarking`: benchmarks of the final model and, where the spec asks for it, of the base model."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.benchmarks import DEFAULT_RATING_QUESTIONS, BenchmarkKind
+from finetune_api.errors import ConfigError
+from finetune_api.pod import RunConfig
+from finetune_api.rules import value_or_default
+from finetune_api.spec.enums import OverflowPolicy
+from finetune_api.spec.results import Generation
+from finetune_api.status import EvaluationResult, Stage
+
+from finetune_trainer import train
+from finetune_trainer.benchmarks import generated_code, harness
+from finetune_trainer.benchmarks.domain_files import DomainQuestion, domain_files, keyword_recall, read_domain
+from finetune_trainer.benchmarks.harness import LoadedModel
+from finetune_trainer.benchmarks.plan import BenchmarkTask, plan_tasks
+from finetune_trainer.benchmarks.rating_sheets import sheet_rows, write_sheets
+from finetune_trainer.benchmarks.records import FinishedTasks, Measurement, TaskRecord, results, status_of, write_results
+from finetune_trainer.channel import Channel
+from finetune_trainer.data.load import load
+from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template
+from finetune_trainer.data.rows import Conversation, Example, Prompt, RawRow, Turn
+from finetune_trainer.data.tokenise import TokeniseOptions
+from finetune_trainer.evaluation import text_metrics
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, StageResult, StageTask
+from finetune_trainer.stages.questions import Question
+
+HEARTBEAT_SECONDS = 5.0
+
+
+def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
+    """Run all tasks that are not finished yet, and write the results. Errors: the failure of the first task that failed."""
+    harness.use_local_caches(channel.work.resolve())
+    train.preload(run)
+    tasks, finished = plan_tasks(run, inputs.benchmarks), FinishedTasks(folder / PARTS_FOLDER)
+    runner = _TaskRunner(run, channel, inputs, task)
+    failures: list[ConfigError] = []
+    records: list[TaskRecord] = []
+    for number, one in enumerate(tasks, 1):
+        channel.report_stage(Stage.BENCHMARKING, f"task {number} of {len(tasks)}: {one.label}")
+        record = finished.read(one)
+        if record is None:
+            try:
+                record = runner.run_task(one)
+            except ConfigError as error:  # the other tasks run first, so that a repeated stage runs only this one
+                failures.append(error)
+                continue
+            finished.write(one, record)
+        records.append(record)
+    if failures:
+        raise failures[0]
+    files, entries = folder / OUTPUT_FOLDER, results(tasks, records)
+    write_results(files, tasks, entries)
+    _write_sheets(files, run, tasks, records)
+    return StageResult(evaluation=EvaluationResult(benchmarks=status_of(entries) or None))
+
+
+def _write_sheets(files: Path, run: RunConfig, tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> None:
+    sheets = {one.uses_base: record for one, record in zip(tasks, records, strict=True) if one.kind is BenchmarkKind.RATING_SHEETS}
+    if sheets:
+        base = sheets[True].answers if True in sheets else None
+        write_sheets(files, *sheet_rows(sheets[False].prompts, sheets[False].answers, base, seed=_seed(run)))
+
+
+def _seed(run: RunConfig) -> int:
+    return int(value_or_default(run.spec.training, "seed"))
+
+
+@dataclass
+class _TaskRunner:
+    """Runs single tasks. It keeps one model on the device: the trained model or the base model."""
+
+    run: RunConfig
+    channel: Channel
+    inputs: Inputs
+    task: StageTask
+    _loaded: LoadedModel | None = field(default=None, init=False)
+    _is_base_loaded: bool = field(default=False, init=False)
+    _last_heartbeat: float = field(default=0.0, init=False)
+
+    def run_task(self, task: BenchmarkTask) -> TaskRecord:
+        loaded = self._model(uses_base=task.uses_base)
+        match task.kind:
+            case BenchmarkKind.HARNESS:
+                return harness.run_task(loaded, task)
+            case BenchmarkKind.DOMAINS:
+                return self._run_domain(loaded, task)
+            case BenchmarkKind.CODE:
+                return self._run_code(loaded, task)
+            case BenchmarkKind.RATING_SHEETS:
+                return self._answer_held_out_questions(loaded, task)
+
+    # ---- models ----
+
+    def _model(self, *, uses_base: bool) -> LoadedModel:
+        if self._loaded is None or self._is_base_loaded != uses_base:
+            self._loaded = None
+            _free_memory()
+            self._loaded, self._is_base_loaded = self._load(uses_base=uses_base), uses_base
+        return self._loaded
+
+    def _load(self, *, uses_base: bool) -> LoadedModel:
+        from finetune_trainer import hardware
+        from finetune_trainer.stages.final_model import load_base_model, load_final_model, load_tokenizer
+
+        device = hardware.detect_hardware(self.run, 0)
+        tokenizer = load_tokenizer(self.run, self.inputs, self.task)
+        model = load_base_model(self.run, self.inputs, device) if uses_base else load_final_model(self.run, self.inputs, self.task, device, tokenizer)
+        if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # the job has added tokens
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.register_forward_pre_hook(self._send_heartbeat)
+        spec = self.run.spec
+        return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _seed(self.run))
+
+    def _send_heartbeat(self, *_: Any) -> None:
+        """Called before each forward pass, so that a long task does not look like a stall."""
+        if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
+            self._last_heartbeat = time.monotonic()
+            self.channel.send_heartbeat()
+
+    # ---- questions ----
+
+    def _questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
+        """The examples as questions, rendered as in training."""
+        from finetune_trainer import model as models
+        from finetune_trainer.stages.questions import read_questions
+
+        run, dataset = self.run, self.run.spec.dataset
+        form = load(run, self.inputs).summary.format_with_turns
+        rendering = render_options(run, loaded.tokenizer, use_chat_template(run, self.inputs, loaded.tokenizer), form)
+        length = max_sequence_length(run, loaded.tokenizer, models.max_positions(models.load_config(run, self.inputs)))
+        options = TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+        return read_questions(rows, rendering, options)
+
+    def _answer(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
+        """Generate answers with the options of `evaluation.comparison.generation`, or greedily with a limit of tokens."""
+        from finetune_trainer.stages.generate import generate_answers, generation_options
+        from finetune_trainer.stages.questions import end_token_ids
+
+        comparison = self.run.spec.evaluation.comparison
+        generation = Generation(max_new_tokens=max_new_tokens) if max_new_tokens else comparison.generation if comparison else None
+        return generate_answers(
+            loaded.model, loaded.tokenizer, prompts, options=generation_options(generation),
+            end_ids=end_token_ids(loaded.tokenizer, loaded.model, ()), batch_size=loaded.batch_size, seed=loaded.seed, on_progress=lambda _: None,
+        )  # fmt: skip
+
+    # ---- kinds of tasks ----
+
+    def _answer_held_out_questions(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+        """Answer a random sample of the test rows, for a rating sheet."""
+        from finetune_trainer.stages.questions import held_out_rows
+
+        questions = self._questions(loaded, held_out_rows(load(self.run, self.inputs)))
+        if not questions:
+            raise ConfigError("NoQuestions", f"{task.field}: no held-out row asks a question", hint=f"remove {task.benchmark.name}")
+        count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTIONS)
+        chosen = sorted(random.Random(loaded.seed).sample(range(len(questions)), count))  # noqa: S311  no secret
+        asked = [questions[number] for number in chosen]
+        return TaskRecord(
+            prompts=[question.user_prompt for question in asked], answers=self._answer(loaded, [question.token_ids for question in asked])
+        )
+
+    def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+        """Ask the questions of a domain. Texts are compared with the expected ones, choices by the probability of their letters."""
+        assert task.folder is not None
+        asked = read_domain(domain_files(task.folder)[task.name])[: task.benchmark.limit]
+        questions = self._questions(loaded, [(RawRow(task.folder, number, {}), self._as_example(one)) for number, one in enumerate(asked, 1)])
+        pairs = list(zip(asked, questions, strict=True))
+        values = self._compare_answers(loaded, [pair for pair in pairs if not pair[0].choices])
+        values |= _choose_letters(loaded, [pair for pair in pairs if pair[0].choices])
+        return TaskRecord(
+            measurements=[
+                Measurement(task=task.name, metric=name, value=value.value, samples=len(value.scores) or len(asked), reason=value.reason)
+                for name, value in values.items()
+            ]
+        )
+
+    def _as_example(self, asked: DomainQuestion) -> Example:
+        system = self.run.spec.dataset.system_prompt
+        turns = (*([Turn("system", system)] if system else []), Turn("user", asked.text))
+        answer = asked.reference if asked.correct is None else asked.letters[asked.correct]
+        return Prompt(turns, {"answer": answer}) if answer is None else Conversation((*turns, Turn("assistant", answer)), role_names=("Question", "Answer"))
+
+    def _compare_answers(self, loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
+        if not pairs:
+            return {}
+        answers = self._answer(loaded, [question.token_ids for _, question in pairs])
+        predictions = [Prediction(None, asked.question, answer, asked.reference) for (asked, _), answer in zip(pairs, answers, strict=True)]
+        values = {"bleu": text_metrics.bleu(predictions), **text_metrics.rouge(predictions), "exactMatch": text_metrics.exact_match(predictions)}
+        recalls = [keyword_recall(answer, asked.keywords) for (asked, _), answer in zip(pairs, answers, strict=True) if asked.keywords]
+        return values | ({"keywordRecall": mean_of_rows(recalls, {})} if recalls else {})
+
+    def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+        """Complete functions and run their tests. The metric is the share of functions that pass, with one greedy completion each."""
+        assert task.folder is not None
+        problems = generated_code.read_problems(task.folder, f"{task.field}.folder")[: task.benchmark.limit]
+        prompts = [loaded.tokenizer(problem.prompt)["input_ids"] for problem in problems]
+        completions = self._answer(loaded, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
+        passed = []
+        for problem, completion in zip(problems, completions, strict=True):
+            passed.append(float(generated_code.passes_tests(problem, completion)))
+            self.channel.send_heartbeat()
+        share = sum(passed) / len(passed)
+        stderr = (share * (1 - share) / (len(passed) - 1)) ** 0.5 if len(passed) > 1 else None
+        return TaskRecord(measurements=[Measurement(task=task.name, metric="pass@1", value=share, stderr=stderr, samples=len(passed))])
+
+
+def _choose_letters(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
+    """The accuracy of multiple-choice questions: the model chooses the letter that it finds most likely."""
+    if not pairs:
+        return {}
+    from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
+
+    scores = [
+        letter_log_probabilities(loaded.model, loaded.tokenizer, question.text, asked.letters, add_special_tokens=not question.is_templated)
+        for asked, question in pairs
+    ]
+    return {"accuracy": letter_metrics(scores, [asked.letters[asked.correct or 0] for asked, _ in pairs])["accuracy"]}
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
