@@ -22,6 +22,7 @@ from finetune_cli.commands.init import init
 from finetune_cli.commands.lifecycle import cancel, resume, suspend
 from finetune_cli.commands.logs import logs
 from finetune_cli.commands.purge import purge
+from finetune_cli.commands.ratings import ratings
 from finetune_cli.commands.report import report
 from finetune_cli.commands.rerun import rerun
 from finetune_cli.commands.run import run_command
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "rerun": rerun,
     "checkpoints": checkpoints,
     "purge": purge,
+    "ratings": ratings,
     "report": report,
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api.names import FINAL_PHASES, Phase
 from finetune_api.names import Condition as ConditionType
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import EvaluationResult, FineTuneJobStatus
 
 from finetune_cli.cluster import event_time
 
@@ -240,9 +240,28 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
 
 
 def _evaluation_lines(status: FineTuneJobStatus) -> list[str]:
-    """One line for each metric of the evaluation: its value, or why it has none."""
+    """The results of the evaluation: one line for each metric with its value, or why it has none."""
     evaluation = status.evaluation
-    if evaluation is None or not evaluation.metrics:
+    if evaluation is None:
+        return []
+    return [*_metric_lines(evaluation), *_benchmark_lines(evaluation)]
+
+
+def _benchmark_lines(evaluation: EvaluationResult) -> list[str]:
+    """One line for each metric of the benchmarks, with the value of the base model if it was measured."""
+    if not evaluation.benchmarks:
+        return []
+    lines = ["", "benchmarks"]
+    for one in evaluation.benchmarks:
+        text = f"{one.value:.4g}" if one.value is not None else f"- ({one.reason or 'not measured'})"
+        text += f" ± {one.stderr:.2g}" if one.stderr is not None else ""
+        text += f"  (base model {one.base:.4g})" if one.base is not None else ""
+        lines.append(f"  {f'{one.task} {one.metric}':<30} {text}")
+    return lines
+
+
+def _metric_lines(evaluation: EvaluationResult) -> list[str]:
+    if not evaluation.metrics:
         return []
     rows = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
     values = {

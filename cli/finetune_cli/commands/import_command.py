@@ -52,6 +52,9 @@ def import_(
     deepspeed: Annotated[
         str | None, typer.Option(metavar="NAME/KEY", help="ConfigMap and key with a DeepSpeed configuration in JSON.")
     ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(metavar="URI", help="For yaml: the folder with the tasks and data of the benchmarks.")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URI", help="Storage root for results, for example s3://bucket/prefix.")
     ] = None,
@@ -111,6 +114,7 @@ def import_(
         name=name,
         namespace=namespace,
         overrides=parse_overrides(set_ or (), options),
+        benchmarks=benchmarks,
         model_map=parse_pairs("--model-map", model_map or []),
         allowed_variables=frozenset(allow_env or ()),
         environment=dict(os.environ),

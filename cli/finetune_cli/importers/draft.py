@@ -78,6 +78,8 @@ class Request:
     namespace: str | None = None
     overrides: Mapping[str, AssignedValue] = field(default_factory=dict)
     """Fields set by options of `finetune import`, by spec path. They override every file."""
+    benchmarks: str | None = None
+    """Folder with the data of the tool's benchmarks."""
     model_map: Mapping[str, str] = field(default_factory=dict)
     allowed_variables: frozenset[str] = frozenset()
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -67,6 +67,7 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
     _read_options(importer, draft)
     _check_required(draft)
     importer.combine_options(draft)
+    _check_benchmarks_option(draft)
     _apply_defaults(importer, draft)
     _apply_overrides(draft)
     remove_options_without_effect(draft)
@@ -78,6 +79,13 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
         draft.annotations, [draft.redact_message(text) for text in draft.warnings], [draft.redact_message(text) for text in draft.notes],
     )  # fmt: skip
+
+
+def _check_benchmarks_option(draft: JobDraft) -> None:
+    if draft.request.benchmarks is not None and not draft.has_value("evaluation.benchmarks"):
+        draft.mistakes.append(
+            Mistake("--benchmarks", draft.request.benchmarks, "the option has no effect, because the configuration names no benchmarks", "remove it")
+        )
 
 
 def _apply_defaults(importer: Importer, draft: JobDraft) -> None:
@@ -481,9 +489,11 @@ def _record_problem(problem: Problem, draft: JobDraft) -> None:
             draft.add_warning(
                 f"{draft.location}: the configuration names no training data: give --data URI, or set dataset.train in the manifest"
             )
+    elif problem.code == "BenchmarkFolderMissing":
+        draft.add_warning(f"{draft.location}: {problem.message}: give --benchmarks URI, or remove the benchmark from the manifest")
     elif is_local_file:
         return
-    elif is_device_of_another_machine or problem.path in (
+    elif is_device_of_another_machine or problem.code == "CodeExecutionNotAllowed" or problem.path in (
         "output.hub.tokenSecretRef",
         "tracking.wandb.apiKeySecretRef",
         "tracking.mongodb.uriSecretRef",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from finetune_api.benchmarks import BENCHMARK_KINDS, BenchmarkKind, current_task_names
+
 from finetune_cli.files import read_text
 from finetune_cli.importers.accelerate import SHARDING_BY_NAME, STATE_DICTS
 from finetune_cli.importers.command_lines import NEGATIVE_NUMBER_PATTERN, add_config_file, flag_entry, strip_launcher
@@ -37,6 +39,8 @@ from finetune_cli.provenance import ValueOrigin
 from finetune_cli.yaml_reader import parse_value
 
 OF_LATER_REVISION = "a later revision of the tool added this option; a FineTuneJob has no such field"
+TOOL_TASKS = ["hellaswag", "mmlu", "truthfulqa_mc", "winogrande", "gsm8k", "arc_challenge"]
+"""Tasks that the tool runs with the harness."""
 BENCHMARK_NAMES = ["lm-evaluation-harness", "domain-specific-eval", "human-eval", "openai-humaneval"]
 UNUSED_KEYS = (
     "model.hybrid_lora_adapter", "fine_tuning.lora.dynamic_rank", "fine_tuning.quantization.bnb_8bit_compute_dtype",
@@ -507,12 +511,19 @@ def _set_evaluation(draft: JobDraft) -> None:
     if "evaluation.benchmarks" in draft.given_options and not is_disabled:
         draft.assign(
             "evaluation.benchmarks",
-            [{"name": name} for name in draft.get("evaluation.benchmarks")],
+            [_benchmark(name, draft.request.benchmarks) for name in draft.get("evaluation.benchmarks")],
             "evaluation.benchmarks",
         )
     elif "evaluation.benchmarks" in draft.given_options:
         given_option = draft.given_options["evaluation.benchmarks"]
         draft.warn_no_effect(given_option.row.key, "evaluation is off")
+
+
+def _benchmark(name: str, folder: str | None) -> dict[str, Any]:
+    """A benchmark of the tool with the tasks that the tool runs. `folder`: the option --benchmarks."""
+    kind = BENCHMARK_KINDS[name]
+    tasks = {"tasks": current_task_names(TOOL_TASKS)} if kind is BenchmarkKind.HARNESS else {}
+    return {"name": name} | tasks | ({} if folder is None or kind is BenchmarkKind.RATING_SHEETS else {"folder": folder})
 
 
 def _set_eval_steps(draft: JobDraft, steps: str, is_enabled: bool) -> None:

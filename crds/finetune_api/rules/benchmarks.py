@@ -75,7 +75,7 @@ def check_fields(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             continue
         for field in Benchmark.model_fields:
             value = getattr(benchmark, field)
-            if field != "name" and field not in FIELDS_OF_KIND[kind] and value not in (None, False):
+            if field != "name" and field not in FIELDS_OF_KIND[kind] and value is not None and value is not False:
                 path = f"evaluation.benchmarks[{i}].{wire_name(field)}"
                 yield path, f"{wire_name(field)} has no effect on the benchmark {benchmark.name}", f"remove {wire_name(field)}"
     if spec.evaluation.benchmarks and spec.phases.evaluate is False:

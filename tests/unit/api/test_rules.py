@@ -40,6 +40,10 @@ KEY = {"name": "judge", "key": "apiKey"}
 ACCURACY_GATE = {"metric": "accuracy", "op": "ge", "value": 0.8}
 
 
+def benchmarks(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"evaluation": {"benchmarks": list(entries)}}
+
+
 def gates_spec(*gates: dict[str, Any], metrics: list[str] | None = ["accuracy", "f1", "perplexity"]) -> dict[str, Any]:  # noqa: B006 -- never changed
     return {"evaluation": {"metrics": metrics, "gates": list(gates)}, "dataset": {"test": "s3://bucket/test.jsonl"}}
 
@@ -447,6 +451,26 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("EvaluationRowsMissing", {"phases": {"infer": True}}, "phases.infer"),
     ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "evaluation": {"metrics": ["bleu"]}} | TESTED, "evaluation.metrics"),
     ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "phases": {"infer": True}} | TESTED, "phases.infer"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}} | benchmarks({"name": "lm-eval", "folder": "a/b"}), "evaluation.benchmarks"),
+    ("BenchmarkUnknown", benchmarks({"name": "lm-evall", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
+    ("BenchmarkUnknown", benchmarks({"name": "hellaswag", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
+    ("BenchmarkFolderMissing", benchmarks({"name": "lm-evaluation-harness", "tasks": ["hellaswag"]}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkFolderMissing", benchmarks({"name": "domain-specific-eval"}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkFolderMissing", benchmarks({"name": "openai-humaneval", "allowCodeExecution": True}), "evaluation.benchmarks[0].folder"),
+    ("CodeExecutionNotAllowed", benchmarks({"name": "openai-humaneval", "folder": "a/b"}), "evaluation.benchmarks[0].allowCodeExecution"),
+    ("BenchmarkOptionWithoutEffect", TESTED | benchmarks({"name": "human-eval", "folder": "a/b"}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkOptionWithoutEffect", TESTED | benchmarks({"name": "human-eval", "fewShot": 0}), "evaluation.benchmarks[0].fewShot"),
+    ("BenchmarkOptionWithoutEffect", benchmarks({"name": "domain-specific-eval", "folder": "a/b", "applyChatTemplate": True}), "evaluation.benchmarks[0].applyChatTemplate"),
+    ("BenchmarkOptionWithoutEffect", benchmarks({"name": "lm-eval", "folder": "a/b"}) | {"phases": {"evaluate": False}}, "evaluation.benchmarks"),
+    (
+        "BenchmarkRepeated",
+        benchmarks({"name": "lm-eval", "folder": "a/b", "tasks": ["truthfulqa_mc"]}, {"name": "lm-evaluation-harness", "folder": "a/c", "tasks": ["truthfulqa_mc2"]}),
+        "evaluation.benchmarks[1]",
+    ),
+    ("BenchmarkRepeated", TESTED | benchmarks({"name": "human-eval"}, {"name": "human-eval", "limit": 3}), "evaluation.benchmarks[1]"),
+    ("BenchmarkRowsMissing", benchmarks({"name": "human-eval"}), "evaluation.benchmarks[0]"),
+    ("SourceInvalid", benchmarks({"name": "lm-eval", "folder": "https://host/jobs/model"}), "evaluation.benchmarks[0].folder"),
+    ("SourceInvalid", benchmarks({"name": "lm-eval", "folder": "configmap://a/b"}), "evaluation.benchmarks[0].folder"),
     ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100}}, "evaluation.maxRows"),
     ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100, "metrics": ["bleu"]}, "phases": {"evaluate": False}}, "evaluation.maxRows"),
     ("PhasesContradiction", {"phases": {"from": "s3://bucket/model"}}, "phases.from"),
@@ -598,6 +622,9 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         TESTED | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
         TESTED | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
         TESTED | {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
+        TESTED | benchmarks({"name": "human-eval", "limit": 5, "compareWithBase": True}, {"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
+        benchmarks({"name": "lm-eval", "folder": "a/b", "tasks": ["x"], "fewShot": 0, "applyChatTemplate": True}, {"name": "lm-eval", "folder": "pvc://c/d"}),
+        benchmarks({"name": "domain-specific-eval", "folder": "s3://bucket/domains", "tasks": ["medical"], "fewShot": None}),
         {"phases": {"train": False, "infer": True, "from": "s3://bucket/model"}, "dataset": {"train": None, "test": "s3://bucket/test.jsonl"}},
         TESTED | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
     ],

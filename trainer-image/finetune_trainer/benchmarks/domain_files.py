@@ -45,8 +45,8 @@ class DomainQuestion:
 
 
 def domain_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by domain: `domain_medical.json` or `medical.json` for `medical`. The first form takes precedence."""
-    files = sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith(PREFIX), path.name))
+    """The files of a folder by domain: `domain_medical.json` for `medical`. A folder without such files may contain `medical.json`."""
+    files = sorted(folder.glob(f"{PREFIX}*.json")) or sorted(folder.glob("*.json"))
     return {path.stem.removeprefix(PREFIX): path for path in files}
 
 

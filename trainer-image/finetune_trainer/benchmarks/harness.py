@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,13 @@ class LoadedModel:
 def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     """Run one task or group of tasks. Errors: ConfigError BenchmarkTaskFailed; exhausted memory."""
     assert task.folder is not None
-    benchmark, allows_code = task.benchmark, task.benchmark.allow_code_execution is True
     try:
-        with _working_in(task.folder), _sandboxed_templates(allows_code=allows_code):
-            return _measure(loaded, task, few_shot=benchmark.few_shot, limit=benchmark.limit, allows_code=allows_code)
+        with contextlib.chdir(task.folder), _sandboxed_templates(allows_code=task.benchmark.allow_code_execution is True):
+            return _measure_with_smaller_batches(loaded, task)
     except (FineTuneError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's class, which is not imported here
+        if _is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split())[:500]
         raise ConfigError(
@@ -64,12 +63,33 @@ def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         ) from error  # fmt: skip
 
 
-def _measure(loaded: LoadedModel, task: BenchmarkTask, *, few_shot: int | None, limit: int | None, allows_code: bool) -> TaskRecord:
+def _measure_with_smaller_batches(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+    """Run a task, with half the batch size whenever a batch does not fit into memory."""
+    import torch
+
+    while True:
+        try:
+            return _measure(loaded, task)
+        except torch.OutOfMemoryError:
+            if loaded.batch_size == 1:
+                raise
+            loaded = replace(loaded, batch_size=(loaded.batch_size + 1) // 2)
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _measure(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from transformers import set_seed
 
-    if task.benchmark.apply_chat_template and not loaded.tokenizer.chat_template:
+    benchmark = task.benchmark
+    if benchmark.apply_chat_template and not loaded.tokenizer.chat_template:
         raise ConfigError(
             "ChatTemplateMissing", f"{task.field}.applyChatTemplate is true, but the tokenizer has no chat template",
             hint="remove applyChatTemplate, or give a template in dataset.chatTemplate",
@@ -79,13 +99,14 @@ def _measure(loaded: LoadedModel, task: BenchmarkTask, *, few_shot: int | None, 
     tasks = _task_manager(task).load([task.name])
     for one in tasks["tasks"].values():
         own = one.get_config("num_fewshot")
-        one.set_config(key="num_fewshot", value=own or 0 if few_shot is None or own == 0 else few_shot)
+        one.set_config(key="num_fewshot", value=own or 0 if benchmark.few_shot is None or own == 0 else benchmark.few_shot)
         one.set_fewshot_seed(seed=loaded.seed)
     set_seed(loaded.seed)
     # `simple_evaluate` does the same, and then runs pip, git and compilers to describe the machine.
     found = evaluate(
-        lm=model, task_dict=tasks, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
-        apply_chat_template=task.benchmark.apply_chat_template is True, fewshot_as_multiturn=True, confirm_run_unsafe_code=allows_code,
+        lm=model, task_dict=tasks, limit=benchmark.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
+        apply_chat_template=benchmark.apply_chat_template is True, fewshot_as_multiturn=True,
+        confirm_run_unsafe_code=benchmark.allow_code_execution is True,
     )  # fmt: skip
     return TaskRecord(measurements=_measurements(found))
 
@@ -122,13 +143,6 @@ def _measurements(found: Any) -> list[Measurement]:
                 )
             )  # fmt: skip
     return measurements
-
-
-@contextlib.contextmanager
-def _working_in(folder: Path) -> Iterator[None]:
-    """Make the folder the working directory, because paths in task definitions are relative to it."""
-    with contextlib.chdir(folder):
-        yield
 
 
 @contextlib.contextmanager

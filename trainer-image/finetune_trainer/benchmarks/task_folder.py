@@ -8,6 +8,7 @@ definition are relative to the folder of the benchmark, because the benchmark ru
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -143,8 +144,8 @@ class _Reader:
         merged: dict[str, Any] = {}
         included = settings.get("include", [])
         for name in included if isinstance(included, list) else [included]:
-            target = (path.parent / str(name)).resolve()
-            if not target.is_relative_to(self.folder.resolve()) or not target.is_file():
+            target = Path(os.path.normpath(path.parent / str(name)))
+            if not target.is_relative_to(self.folder) or not target.is_file():
                 raise self._invalid(path, f"includes {name}, which is not a file of the folder")
             inner = self._merge(target, (*including, path))
             merged |= {key: value for key, value in inner.items() if key != "task_list"}
@@ -163,11 +164,10 @@ class _Reader:
         return settings
 
     def _relative(self, path: Path) -> str:
-        return path.resolve().relative_to(self.folder.resolve()).as_posix()
+        return path.relative_to(self.folder).as_posix()
 
     def _invalid(self, path: Path, problem: str) -> ConfigError:
-        name = path.name if not path.is_relative_to(self.folder) else path.relative_to(self.folder).as_posix()
-        return ConfigError("TaskFolderInvalid", f"{self.field}: the file {name} {problem}", hint="correct the file, or remove it from the folder")
+        return ConfigError("TaskFolderInvalid", f"{self.field}: the file {self._relative(path)} {problem}", hint="correct the file, or remove it from the folder")
 
 
 # ---- code ----
@@ -226,9 +226,9 @@ def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]
         if not paths:
             raise _data_error(field, file, f"reads {dataset} files, but dataset_kwargs.data_files names none", "write for example `dataset_kwargs: {data_files: {test: test.jsonl}}`")
         for path in paths:
-            if not _is_in_folder(folder, path) or not any(folder.glob(path)):
+            if not _is_in_folder(path) or not any(folder.glob(path)):
                 raise _data_error(field, file, f"reads {path}, which is not a file of the folder", "write a path relative to the folder, and add the file")
-    elif not _is_in_folder(folder, dataset) or not (folder / dataset).is_dir():
+    elif not _is_in_folder(dataset) or not (folder / dataset).is_dir():
         raise _data_error(
             field, file, f"reads the data set {dataset}, but the folder does not contain {dataset}/",
             f"copy the files of this data set to {dataset}/ in the folder, or remove the file",
@@ -251,8 +251,7 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(inner)
 
 
-def _is_in_folder(folder: Path, text: str) -> bool:
+def _is_in_folder(text: str) -> bool:
+    """Whether a path is below the folder. Links are not followed, because the files of a hub repository are links into a cache."""
     path = PurePosixPath(text)
-    if "://" in text or path.is_absolute() or ".." in path.parts:
-        return False
-    return (folder / text).resolve().is_relative_to(folder.resolve())
+    return "://" not in text and not path.is_absolute() and ".." not in path.parts

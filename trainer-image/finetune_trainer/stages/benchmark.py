@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, StageResult, StageTask
 from finetune_trainer.stages.questions import Question
 
+log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
 
 
@@ -55,11 +57,14 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
             try:
                 record = runner.run_task(one)
             except ConfigError as error:  # the other tasks run first, so that a repeated stage runs only this one
+                log.error("%s: %s", error.code, error.message)
                 failures.append(error)
                 continue
             finished.write(one, record)
         records.append(record)
     if failures:
+        if others := len(failures) - 1:
+            failures[0].message += f"; {others} other {'task' if others == 1 else 'tasks'} failed, too: see the pod's log"
         raise failures[0]
     files, entries = folder / OUTPUT_FOLDER, results(tasks, records)
     write_results(files, tasks, entries)

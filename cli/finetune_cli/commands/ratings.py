@@ -1,0 +1,59 @@
+"""`finetune ratings`: statistics of rating sheets that people have filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import DataFormatOption, check_format, write_data
+
+
+def ratings(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Sheets that were filled in, as CSV or JSON: one file per rater.")],
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="human_rating_key.json, which names the model behind each row. Needed to compare two models.")
+    ] = None,
+    output_format: DataFormatOption = None,
+) -> None:
+    """Print the statistics of rating sheets: scores of each model, agreement of the raters, and how often the tuned model wins.
+
+    Example: finetune ratings anna.csv ben.csv --key human_rating_key.json
+    """
+    from finetune_cli.ratings import read_ratings, summarise
+
+    check_format(output_format, "yaml", "json")
+    found = read_ratings(files, key)
+    if not found:
+        raise output.fail("the sheets contain no scores; fill in the columns relevance, accuracy, coherence and overall")
+    summary = summarise(found)
+    if output_format is not None:
+        write_data(summary, output_format)
+    else:
+        output.write("\n".join(summary_lines(summary)))
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The statistics as text."""
+    lines = [f"{summary['answers']} answers, {len(summary['raters'])} raters: {', '.join(summary['raters'])}", ""]
+    lines.append(f"{'MODEL':<8} {'SCORE':<10} {'COUNT':>5} {'MEAN':>6} {'MEDIAN':>6} {'STD':>6} {'MIN':>4} {'MAX':>4}")
+    for model, scores in summary["scores"].items():
+        for name, one in scores.items():
+            numbers = (_number(one["mean"]), _number(one["median"]), _number(one["std"]), one["min"], one["max"])
+            mean, median, deviation, low, high = ("-" if number is None else number for number in numbers)
+            lines.append(f"{model or '-':<8} {name:<10} {one['count']:>5} {mean:>6} {median:>6} {deviation:>6} {low:>4} {high:>4}")
+    lines += ["", "agreement of the raters (Krippendorff's alpha: 1 is perfect, 0 is chance)"]
+    lines += [f"  {name:<10} {_number(one['alpha']) or '- (' + one['reason'] + ')'}" for name, one in summary["agreement"].items()]
+    wins = summary["winRate"]
+    if wins["rate"] is None:
+        text = f"- ({wins['reason']})"
+    else:
+        text = f"{wins['rate']:.2f}, 95 % interval {wins['low']:.2f} to {wins['high']:.2f}, on {wins['questions']} questions"
+        text += f" ({wins['wins']} wins, {wins['ties']} ties, {wins['losses']} losses)"
+    return [*lines, "", f"win rate of the tuned model: {text}"]
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"

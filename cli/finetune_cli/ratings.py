@@ -1,0 +1,228 @@
+"""Reads rating sheets that people have filled in, and computes their statistics."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from finetune_api.rating_sheet import BASE, HIGHEST, LOWEST, SCORES, TUNED
+
+from finetune_cli.files import display_name, read_text
+from finetune_cli.mistakes import InvalidInput, Mistake
+
+ALLOWED = f"write a whole number from {LOWEST} to {HIGHEST}, or leave the cell empty"
+Z_95 = statistics.NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """The scores that one person has given to one answer."""
+
+    answer: str
+    """The row's `id`."""
+    question: str
+    """The row's `promptID`."""
+    model: str
+    rater: str
+    scores: Mapping[str, int]
+    location: str
+
+
+# ---- reading ----
+
+
+def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
+    """Read all sheets. With a key, `model` is the model behind each row. Errors: UnreadableFile; InvalidInput with every mistake."""
+    mistakes: list[Mistake] = []
+    models = _read_key(key) if key else {}
+    ratings = [rating for file in files for rating in _read_sheet(file, mistakes)]
+    if key:
+        for rating in ratings:
+            if rating.answer not in models:
+                mistakes.append(Mistake(rating.location, "id", f"the key {display_name(key)} does not contain the row {rating.answer!r}", "give the key of these sheets"))
+        ratings = [Rating(one.answer, one.question, models.get(one.answer, one.model), one.rater, one.scores, one.location) for one in ratings]
+    seen: dict[tuple[str, str], str] = {}
+    for rating in ratings:
+        if (first := seen.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
+            mistakes.append(Mistake(rating.location, "id", f"{rating.rater} has rated the row {rating.answer} already, at {first}", "give each sheet once, and different names to raters"))
+    if mistakes:
+        raise InvalidInput(mistakes)
+    return [rating for rating in ratings if rating.scores]
+
+
+def _read_key(path: Path) -> dict[str, str]:
+    value = _parse_json(path)
+    models = value.get("models") if isinstance(value, dict) else None
+    if not isinstance(models, dict) or not all(model in (TUNED, BASE) for model in models.values()):
+        raise InvalidInput([Mistake(display_name(path), "models", "this is not the key of rating sheets", "give the file human_rating_key.json")])
+    return models
+
+
+def _parse_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise InvalidInput([Mistake(display_name(path), "", f"this is not valid JSON: {error}")]) from error
+
+
+def _read_sheet(path: Path, mistakes: list[Mistake]) -> list[Rating]:
+    rows = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
+    raters = {str(row.get("rater") or "").strip() for _, row in rows} - {""}
+    ratings = []
+    for location, row in rows:
+        if not str(row.get("id") or "").strip():
+            mistakes.append(Mistake(location, "id", "the cell is empty", "restore the number of the row"))
+            continue
+        rater = str(row.get("rater") or "").strip() or (next(iter(raters)) if len(raters) == 1 else path.stem)
+        scores = _read_scores(location, row, mistakes)
+        ratings.append(Rating(str(row["id"]).strip(), str(row.get("promptID") or row["id"]).strip(), str(row.get("model") or "").strip(), rater, scores, location))
+    return ratings
+
+
+def _json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    value = _parse_json(path)
+    rows = value.get("rows") if isinstance(value, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InvalidInput([Mistake(display_name(path), "rows", "this is not a rating sheet: the list of rows is missing")])
+    return [(f"{display_name(path)}: row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Read a sheet with commas, or with the semicolons or tabs that some spreadsheets write."""
+    text = read_text(path)
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+    missing = [name for name in ("id", *SCORES) if name not in (reader.fieldnames or [])]
+    if missing:
+        raise InvalidInput([Mistake(f"{display_name(path)}:1", "", f"this is not a rating sheet: the columns {', '.join(missing)} are missing", "keep the first line of the sheet")])
+    rows, line = [], reader.line_num + 1
+    for row in reader:
+        rows.append((f"{display_name(path)}:{line}", row))
+        line = reader.line_num + 1
+    return rows
+
+
+def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake]) -> dict[str, int]:
+    scores = {}
+    for name in SCORES:
+        value = row.get(name)
+        if value is None or str(value).strip() == "":
+            continue
+        try:
+            number = float(str(value).strip())
+        except ValueError:
+            number = math.nan
+        if isinstance(value, bool) or not LOWEST <= number <= HIGHEST or number != int(number):
+            mistakes.append(Mistake(location, name, f"{str(value)[:40]!r} is not a score", ALLOWED))
+        else:
+            scores[name] = int(number)
+    return scores
+
+
+# ---- statistics ----
+
+
+def summarise(ratings: Sequence[Rating]) -> dict[str, Any]:
+    """All statistics: of each model and score, the agreement of raters, and how often the tuned model wins."""
+    raters = sorted({rating.rater for rating in ratings})
+    models = sorted({rating.model for rating in ratings}, key=lambda name: (name != TUNED, name))
+    return {
+        "raters": raters,
+        "answers": len({rating.answer for rating in ratings}),
+        "scores": {
+            model: {name: spread([rating.scores[name] for rating in ratings if rating.model == model and name in rating.scores]) for name in SCORES}
+            for model in models
+        },
+        "agreement": {name: _agreement(ratings, name) for name in SCORES},
+        "winRate": win_rate(ratings),
+    }
+
+
+def spread(values: Sequence[int]) -> dict[str, float | int | None]:
+    """Count, mean, median, sample standard deviation, smallest and largest value."""
+    if not values:
+        return {"count": 0, "mean": None, "median": None, "std": None, "min": None, "max": None}
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {
+        "count": len(values), "mean": statistics.fmean(values), "median": statistics.median(values), "std": deviation, "min": min(values), "max": max(values),
+    }  # fmt: skip
+
+
+def _agreement(ratings: Iterable[Rating], score: str) -> dict[str, Any]:
+    by_answer: dict[str, list[int]] = defaultdict(list)
+    for rating in ratings:
+        if score in rating.scores:
+            by_answer[rating.answer].append(rating.scores[score])
+    alpha = krippendorff_alpha(list(by_answer.values()))
+    if alpha is not None:
+        return {"alpha": alpha}
+    is_rated_twice = any(len(values) > 1 for values in by_answer.values())
+    return {"alpha": None, "reason": "all scores are equal" if is_rated_twice else "no answer has scores by two raters"}
+
+
+def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
+    """Krippendorff's alpha for ordinal scores: 1 is perfect agreement, 0 is what chance gives. `units`: the scores of each answer.
+
+    alpha = 1 - observed / expected disagreement. Answers with one score are left out. The distance of two scores c < k is the
+    square of n_c/2 + n_(c+1) + ... + n_(k-1) + n_k/2, where n are the counts of the scores (Krippendorff 2011, "Computing
+    Krippendorff's Alpha-Reliability", section D). None if no two scores differ or no answer has two.
+    """
+    paired = [unit for unit in units if len(unit) > 1]
+    counts: dict[int, int] = defaultdict(int)
+    for unit in paired:
+        for value in unit:
+            counts[value] += 1
+    total = sum(counts.values())
+
+    def distance(one: int, other: int) -> float:
+        low, high = min(one, other), max(one, other)
+        between = sum(count for value, count in counts.items() if low <= value <= high)
+        return (between - (counts[low] + counts[high]) / 2) ** 2
+
+    expected = sum(counts[one] * counts[other] * distance(one, other) for one, other in product(list(counts), repeat=2))
+    if expected == 0:
+        return None
+    observed = sum(distance(one, other) / (len(unit) - 1) for unit in paired for one, other in product(unit, repeat=2))
+    return 1 - (total - 1) * observed / expected
+
+
+def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
+    """How often raters find the tuned model's answer better overall than the base model's answer to the same question.
+
+    A tie counts one half. The rate of a question is the mean over its raters, and the rate is the mean over the questions. The 95 %
+    interval is Wilson's score interval (Wilson 1927) with the number of questions, because ratings of the same question are not independent.
+    """
+    pairs: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for rating in ratings:
+        if "overall" in rating.scores:
+            pairs[rating.question, rating.rater][rating.model] = rating.scores["overall"]
+    by_question: dict[str, list[float]] = defaultdict(list)
+    wins = ties = losses = 0
+    for (question, _), scores in pairs.items():
+        if TUNED not in scores or BASE not in scores:
+            continue
+        difference = scores[TUNED] - scores[BASE]
+        wins, ties, losses = wins + (difference > 0), ties + (difference == 0), losses + (difference < 0)
+        by_question[question].append(0.5 if difference == 0 else float(difference > 0))
+    if not by_question:
+        return {"rate": None, "reason": "no rater has rated both models' answers to a question overall, or the key was not given"}
+    rate = statistics.fmean(statistics.fmean(values) for values in by_question.values())
+    low, high = wilson_interval(rate, len(by_question))
+    return {"rate": rate, "low": low, "high": high, "questions": len(by_question), "wins": wins, "ties": ties, "losses": losses}
+
+
+def wilson_interval(rate: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a rate."""
+    scale = 1 + Z_95**2 / count
+    center = (rate + Z_95**2 / (2 * count)) / scale
+    half = Z_95 / scale * math.sqrt(rate * (1 - rate) / count + Z_95**2 / (4 * count**2))
+    return max(0.0, center - half), min(1.0, center + half)

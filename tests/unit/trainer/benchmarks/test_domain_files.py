@@ -1,0 +1,72 @@
+"""Domain files: the shapes that are read, and the errors of those that are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError
+from finetune_trainer.benchmarks.domain_files import DomainQuestion, domain_files, keyword_recall, read_domain, select_domains
+
+from tests.support.benchmark_folders import write_domain
+
+CHOICE = {"question": "2 + 2?", "choices": ["3", "4"], "correct_answer": 1}
+
+
+def read(folder: Path, value: Any) -> list[DomainQuestion]:
+    write_domain(folder, "domain_x.json", value)
+    return read_domain(folder / "domain_x.json")
+
+
+@pytest.mark.parametrize(("question", "answer"), [("prompt", "reference"), ("input", "output"), ("question", "answer")])
+def test_every_pair_of_names_is_read(question: str, answer: str, tmp_path: Path) -> None:
+    assert read(tmp_path, [{question: "Q", answer: "A", "keywords": ["a"]}]) == [DomainQuestion("Q", "A", ("a",))]
+
+
+def test_multiple_choice_shows_its_choices_with_letters(tmp_path: Path) -> None:
+    (asked,) = read(tmp_path, {"name": "sums", "questions": [CHOICE]})
+    assert asked == DomainQuestion("2 + 2?", choices=("3", "4"), correct=1)
+    assert (asked.text, asked.letters) == ("2 + 2?\nA. 3\nB. 4", ("A", "B"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "does not contain one list of questions"),
+        ({"a": [CHOICE], "b": [CHOICE]}, "does not contain one list of questions"),
+        ([CHOICE, "text"], "question 2 is not an object"),
+        ([{"answer": "A"}], "question 1 has no text in prompt, input, question"),
+        ([{"question": "Q"}], "question 1 has neither an expected answer"),
+        ([{"question": "Q", "answer": "A", "keywords": "a"}], "keywords that are not a list of words"),
+        ([CHOICE | {"choices": ["3"]}], "not a list of 2 to 26 texts"),
+        ([CHOICE | {"correct_answer": 2}], "correct_answer 2, but it must be an index from 0 to 1"),
+        ([CHOICE | {"correct_answer": True}], "correct_answer True"),
+    ],
+)
+def test_an_invalid_question_is_named(value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, value)
+    assert caught.value.code == "DomainFileInvalid" and message in caught.value.message and "domain_x.json" in caught.value.message
+
+
+def test_domains_are_selected_by_name(tmp_path: Path) -> None:
+    write_domain(tmp_path, "legal.json", [CHOICE])
+    write_domain(tmp_path, "medical.json", [CHOICE])
+    assert select_domains(tmp_path, "folder", None) == ["legal", "medical"]
+    assert select_domains(tmp_path, "folder", ["medical", "medical"]) == ["medical"]
+    with pytest.raises(ConfigError, match="no file for the domain code, only for legal, medical"):
+        select_domains(tmp_path, "folder", ["code"])
+    write_domain(tmp_path, "domain_code.json", [CHOICE])  # other JSON files are then data of other benchmarks
+    assert domain_files(tmp_path) == {"code": tmp_path / "domain_code.json"}
+
+
+def test_a_folder_without_domain_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(json.dumps([CHOICE]))
+    with pytest.raises(ConfigError, match="contains no domain file"):
+        select_domains(tmp_path, "folder", None)
+
+
+def test_keyword_recall_ignores_case() -> None:
+    assert keyword_recall("The FEVER is high", ("fever", "cough")) == 0.5

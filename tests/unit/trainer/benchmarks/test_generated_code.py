@@ -1,0 +1,52 @@
+"""The HumanEval benchmark: completions are cut, and their code runs apart from the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import ConfigError
+from finetune_trainer.benchmarks import generated_code
+from finetune_trainer.benchmarks.generated_code import CodeProblem, passes_tests, read_problems
+
+ADD = CodeProblem("def add(a, b):\n", "def check(candidate):\n    assert candidate(2, 3) == 5\n", "add")
+
+
+@pytest.mark.parametrize(
+    ("completion", "passes"),
+    [
+        ("    return a + b\n", True),
+        ("    return a * b\n", False),
+        ("    return a +\n", False),
+        ("    return a + b\nprint('x')\nraise ValueError\n", True),  # cut in front of the print
+        ("    import os\n    return 5 if dict(os.environ) in ({}, {'LC_CTYPE': 'C.UTF-8'}) else 0\n", True),
+        ("    open('written', 'w').close()\n    return a + b\n", True),
+    ],
+)
+def test_the_tests_decide(completion: str, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hidden")
+    monkeypatch.chdir(tmp_path)
+    assert passes_tests(ADD, completion) is passes
+    assert os.listdir(tmp_path) == []
+
+
+def test_code_that_does_not_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated_code, "TIME_LIMIT_SECONDS", 1.0)
+    assert not passes_tests(ADD, "    while True: pass\n")
+
+
+def test_problems_are_read_from_json_lines_and_parquet(tmp_path: Path) -> None:
+    row = {"task_id": "x", "prompt": ADD.prompt, "test": ADD.test, "entry_point": ADD.entry_point}
+    with pytest.raises(ConfigError) as missing:
+        read_problems(tmp_path, "folder")
+    assert missing.value.code == "BenchmarkDataMissing"
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({name: [value] for name, value in row.items()}), tmp_path / "rows.parquet")
+    assert read_problems(tmp_path, "folder") == [ADD]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"test": None}))
+    with pytest.raises(ConfigError, match="problem 2 needs the texts prompt, test, entry_point"):
+        read_problems(tmp_path, "folder")

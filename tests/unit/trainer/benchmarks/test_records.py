@@ -1,0 +1,77 @@
+"""Records of finished tasks, and the results that they become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetune_api.benchmarks import BenchmarkKind
+from finetune_api.spec.results import Benchmark
+from finetune_trainer.benchmarks.harness import _measurements
+from finetune_trainer.benchmarks.plan import BenchmarkTask
+from finetune_trainer.benchmarks.records import FinishedTasks, Measurement, TaskRecord, results, status_of, write_results
+
+
+def harness_task(folder: Path, *, uses_base: bool = False, **fields: object) -> BenchmarkTask:
+    benchmark = Benchmark.model_validate({"name": "lm-eval", "compareWithBase": True} | fields)
+    return BenchmarkTask(BenchmarkKind.HARNESS, benchmark, "evaluation.benchmarks[0]", "sums", folder, uses_base)
+
+
+def test_a_record_counts_only_for_the_same_task_settings_and_files(tmp_path: Path) -> None:
+    data, records = tmp_path / "data", tmp_path / "records"
+    data.mkdir()
+    records.mkdir()
+    (data / "sums.yaml").write_text("task: sums")
+    finished, record = FinishedTasks(records), TaskRecord(measurements=[Measurement(task="sums", metric="acc", value=0.5)])
+    finished.write(harness_task(data), record)
+    assert finished.read(harness_task(data)) == record
+    assert finished.read(harness_task(data, uses_base=True)) is None
+    assert finished.read(harness_task(data, limit=3)) is None
+    assert finished.read(harness_task(data, tasks=["sums", "more"])) == record
+    (data / "sums.yaml").write_text("task: sums # changed")
+    assert finished.read(harness_task(data)) is None
+
+
+def test_a_damaged_record_is_not_read(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "records").mkdir()
+    finished = FinishedTasks(tmp_path / "records")
+    finished.write(harness_task(data), TaskRecord())
+    (path,) = (tmp_path / "records").iterdir()
+    path.write_text("{")
+    assert finished.read(harness_task(data)) is None
+
+
+HARNESS_RESULTS = {
+    "results": {
+        "all": {"alias": "all", "acc,none": 0.75, "acc_stderr,none": 0.1},
+        "sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": "N/A", "exact,strict": 0.25, "exact_stderr,strict": 0.2, "bypass,none": 999j},
+    },
+    "groups": {"all": {"alias": "all", "acc,none": 0.75, "acc_stderr,none": 0.1}},
+    "n-samples": {"sums": {"original": 9, "effective": 4}},
+}
+
+
+def test_the_harness_s_results_become_measurements() -> None:
+    assert _measurements(HARNESS_RESULTS) == [
+        Measurement(task="all", metric="acc", value=0.75, stderr=0.1),
+        Measurement(task="sums", metric="acc", value=0.5, samples=4, is_part_of_group=True),
+        Measurement(task="sums", metric="exact,strict", value=0.25, stderr=0.2, samples=4, is_part_of_group=True),
+        Measurement(task="sums", metric="bypass", samples=4, reason="the task reports no number for bypass", is_part_of_group=True),
+    ]
+
+
+def test_the_base_model_s_value_and_the_difference_are_beside_the_value(tmp_path: Path) -> None:
+    tuned, base = harness_task(tmp_path), harness_task(tmp_path, uses_base=True)
+    records = [TaskRecord(measurements=_measurements(HARNESS_RESULTS)), TaskRecord(measurements=[Measurement(task="all", metric="acc", value=1.0, stderr=0.0)])]
+    entries = results([tuned, base], records)
+    assert entries[0] == {
+        "name": "lm-eval", "task": "all", "group": None, "metric": "acc", "value": 0.75, "stderr": 0.1, "samples": None, "base": 1.0, "baseStderr": 0.0,
+        "difference": -0.25, "reason": None,
+    }  # fmt: skip
+    assert entries[1]["group"] == "sums" and entries[1]["base"] is None and entries[1]["difference"] is None
+    (shown,) = status_of(entries)
+    assert shown.to_wire() == {"name": "lm-eval", "task": "all", "metric": "acc", "value": 0.75, "stderr": 0.1, "base": 1.0, "difference": -0.25}
+    write_results(tmp_path, [tuned, base], entries)
+    assert json.loads((tmp_path / "lm_eval_results.json").read_text())["sums"] == {"acc": 0.5, "exact,strict": 0.25, "bypass": None}
