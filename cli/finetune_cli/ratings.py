@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
     if key:
         for rating in ratings:
             if rating.answer not in models:
-                mistakes.append(Mistake(rating.location, "id", f"the key {display_name(key)} does not contain the row {rating.answer!r}", "give the key of these sheets"))
-        ratings = [Rating(one.answer, one.question, models.get(one.answer, one.model), one.rater, one.scores, one.location) for one in ratings]
+                problem = f"the key {display_name(key)} does not contain the row {rating.answer!r}"
+                mistakes.append(Mistake(rating.location, "id", problem, "give the key of these sheets"))
+        ratings = [replace(rating, model=models.get(rating.answer, rating.model)) for rating in ratings]
     seen: dict[tuple[str, str], str] = {}
     for rating in ratings:
         if (first := seen.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
-            mistakes.append(Mistake(rating.location, "id", f"{rating.rater} has rated the row {rating.answer} already, at {first}", "give each sheet once, and different names to raters"))
+            problem = f"{rating.rater} has rated the row {rating.answer} already, at {first}"
+            mistakes.append(Mistake(rating.location, "id", problem, "give each sheet once, and different names to raters"))
     if mistakes:
         raise InvalidInput(mistakes)
     return [rating for rating in ratings if rating.scores]
@@ -84,7 +86,8 @@ def _read_sheet(path: Path, mistakes: list[Mistake]) -> list[Rating]:
             continue
         rater = str(row.get("rater") or "").strip() or (next(iter(raters)) if len(raters) == 1 else path.stem)
         scores = _read_scores(location, row, mistakes)
-        ratings.append(Rating(str(row["id"]).strip(), str(row.get("promptID") or row["id"]).strip(), str(row.get("model") or "").strip(), rater, scores, location))
+        answer, model = str(row["id"]).strip(), str(row.get("model") or "").strip()
+        ratings.append(Rating(answer, str(row.get("promptID") or answer).strip(), model, rater, scores, location))
     return ratings
 
 
@@ -103,7 +106,8 @@ def _csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
     missing = [name for name in ("id", *SCORES) if name not in (reader.fieldnames or [])]
     if missing:
-        raise InvalidInput([Mistake(f"{display_name(path)}:1", "", f"this is not a rating sheet: the columns {', '.join(missing)} are missing", "keep the first line of the sheet")])
+        problem = f"this is not a rating sheet: the columns {', '.join(missing)} are missing"
+        raise InvalidInput([Mistake(f"{display_name(path)}:1", "", problem, "keep the first line of the sheet")])
     rows, line = [], reader.line_num + 1
     for row in reader:
         rows.append((f"{display_name(path)}:{line}", row))

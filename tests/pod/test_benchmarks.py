@@ -46,7 +46,9 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
     write_task(tasks, "sums")
     write_task(tasks, "written_sums", GENERATION_TASK)
     write_hellaswag(tasks)
-    write_domain(domains, "domain_sums.json", [{"prompt": "What is 1 + 2?", "reference": "It is 3.", "keywords": ["3"]}, {"question": "2 + 2?", "choices": ["4", "9"], "correct_answer": 0}])
+    write_domain(domains, "domain_sums.json", [
+        {"prompt": "What is 1 + 2?", "reference": "It is 3.", "keywords": ["3"]}, {"question": "2 + 2?", "choices": ["4", "9"], "correct_answer": 0},
+    ])  # fmt: skip
     benchmarks = [
         {"name": "lm-eval", "folder": f"file://{tasks}", "compareWithBase": True, "limit": 4},
         {"name": "domain-specific-eval", "folder": f"file://{domains}"},

@@ -94,7 +94,8 @@ def sheet(path: Path, rows: list[dict[str, Any]], *, delimiter: str = ",") -> Pa
 
 
 def row(number: int, question: int, model: str, *scores: int | str, rater: str = "", prompt: str = "Why?") -> dict[str, Any]:
-    return {"id": number, "promptID": question, "model": model, "prompt": prompt, "response": "Yes,\nno", "rater": rater} | dict(zip(SCORES, scores, strict=False))
+    cells = {"id": number, "promptID": question, "model": model, "prompt": prompt, "response": "Yes,\nno", "rater": rater}
+    return cells | dict(zip(SCORES, scores, strict=False))
 
 
 @pytest.fixture

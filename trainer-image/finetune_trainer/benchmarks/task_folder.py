@@ -157,7 +157,8 @@ class _Reader:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}: " if mark else ""
-            raise self._invalid(path, f"is not valid YAML: {line}{getattr(error, 'problem', None) or 'unreadable text'}") from error
+            problem = getattr(error, "problem", None) or "unreadable text"
+            raise self._invalid(path, f"is not valid YAML: {line}{problem}") from error
         if not isinstance(settings, dict):
             raise self._invalid(path, "does not contain a YAML mapping")
         self.settings_by_file[self._relative(path)] = settings
@@ -167,7 +168,8 @@ class _Reader:
         return path.relative_to(self.folder).as_posix()
 
     def _invalid(self, path: Path, problem: str) -> ConfigError:
-        return ConfigError("TaskFolderInvalid", f"{self.field}: the file {self._relative(path)} {problem}", hint="correct the file, or remove it from the folder")
+        message = f"{self.field}: the file {self._relative(path)} {problem}"
+        return ConfigError("TaskFolderInvalid", message, hint="correct the file, or remove it from the folder")
 
 
 # ---- code ----
@@ -224,7 +226,8 @@ def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]
         options = settings.get("dataset_kwargs") or {}
         paths = list(_texts(options.get("data_files") if isinstance(options, Mapping) else None))
         if not paths:
-            raise _data_error(field, file, f"reads {dataset} files, but dataset_kwargs.data_files names none", "write for example `dataset_kwargs: {data_files: {test: test.jsonl}}`")
+            problem = f"reads {dataset} files, but dataset_kwargs.data_files names none"
+            raise _data_error(field, file, problem, "write for example `dataset_kwargs: {data_files: {test: test.jsonl}}`")
         for path in paths:
             if not _is_in_folder(path) or not any(folder.glob(path)):
                 raise _data_error(field, file, f"reads {path}, which is not a file of the folder", "write a path relative to the folder, and add the file")

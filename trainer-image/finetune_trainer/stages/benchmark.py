@@ -25,7 +25,14 @@ from finetune_trainer.benchmarks.domain_files import DomainQuestion, domain_file
 from finetune_trainer.benchmarks.harness import LoadedModel
 from finetune_trainer.benchmarks.plan import BenchmarkTask, plan_tasks
 from finetune_trainer.benchmarks.rating_sheets import sheet_rows, write_sheets
-from finetune_trainer.benchmarks.records import FinishedTasks, Measurement, TaskRecord, results, status_of, write_results
+from finetune_trainer.benchmarks.records import (
+    FinishedTasks,
+    Measurement,
+    TaskRecord,
+    results,
+    status_of,
+    write_results,
+)
 from finetune_trainer.channel import Channel
 from finetune_trainer.data.load import load
 from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template

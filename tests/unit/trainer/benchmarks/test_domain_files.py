@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError
-from finetune_trainer.benchmarks.domain_files import DomainQuestion, domain_files, keyword_recall, read_domain, select_domains
+from finetune_trainer.benchmarks.domain_files import (
+    DomainQuestion,
+    domain_files,
+    keyword_recall,
+    read_domain,
+    select_domains,
+)
 
 from tests.support.benchmark_folders import write_domain
 

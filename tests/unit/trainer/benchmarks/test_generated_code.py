@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def test_the_tests_decide(completion: str, passes: bool, monkeypatch: pytest.Mon
     monkeypatch.setenv("SECRET_TOKEN", "hidden")
     monkeypatch.chdir(tmp_path)
     assert passes_tests(ADD, completion) is passes
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_code_that_does_not_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:

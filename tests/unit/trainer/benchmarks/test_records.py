@@ -9,7 +9,14 @@ from finetune_api.benchmarks import BenchmarkKind
 from finetune_api.spec.results import Benchmark
 from finetune_trainer.benchmarks.harness import _measurements
 from finetune_trainer.benchmarks.plan import BenchmarkTask
-from finetune_trainer.benchmarks.records import FinishedTasks, Measurement, TaskRecord, results, status_of, write_results
+from finetune_trainer.benchmarks.records import (
+    FinishedTasks,
+    Measurement,
+    TaskRecord,
+    results,
+    status_of,
+    write_results,
+)
 
 
 def harness_task(folder: Path, *, uses_base: bool = False, **fields: object) -> BenchmarkTask:
