@@ -34,7 +34,9 @@ def benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any]], s
         "evaluation": {"benchmarks": benchmarks, "comparison": {"generation": {"maxNewTokens": 8}}},
     }  # fmt: skip
     target = StoreTarget(uri=f"file://{folder}/store/team/job/{UID}")
-    return Pod(run_config(merge(base, spec or {}), target, attempt=attempt), folder / f"pod-{attempt}")
+    # No library may write into the home folder, and the stage itself keeps the libraries off the hub.
+    env = {"HOME": "/proc/nowhere", "HF_HUB_OFFLINE": "0"}
+    return Pod(run_config(merge(base, spec or {}), target, attempt=attempt), folder / f"pod-{attempt}", env=env)
 
 
 def stored(folder: Path, key: str) -> Path:

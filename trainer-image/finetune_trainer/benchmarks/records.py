@@ -60,7 +60,7 @@ class FinishedTasks:
     def write(self, task: BenchmarkTask, record: TaskRecord) -> None:
         """Write the record atomically, because the supervisor reads the folder at any time."""
         path = self._path(task)
-        partial = path.with_name(f".{path.name}")
+        partial = path.with_suffix(".part")
         partial.write_text(record.model_dump_json(by_alias=True))
         partial.rename(path)
 

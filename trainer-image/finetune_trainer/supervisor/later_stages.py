@@ -74,7 +74,9 @@ class LaterStages:
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
         self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
         self._folder = settings.work / "stages"
+        self._parts_folder, self._parts_key = self._folder, ""
         self._stored_parts: set[str] = set()
+        """Names of the parts of the current stage that are in storage."""
 
     def run(self, output: Output) -> StageReport:
         """Run all open stages in order. A failure or a stop request ends the loop."""
@@ -117,14 +119,13 @@ class LaterStages:
         folder = self._folder / stage.value
         shutil.rmtree(folder, ignore_errors=True)
         (folder / OUTPUT_FOLDER).mkdir(parents=True)
-        parts = f"{RECORD_FOLDER}/{stage.value}-parts/{(output.sha256 or '')[:16]}"
-        self._fetch_parts(parts, folder / PARTS_FOLDER)
+        self._fetch_parts(stage, output, folder / PARTS_FOLDER)
         if Inputs.read(self._settings.work) is None:
             self._fetch_inputs().write(self._settings.work)
             self._state.enter_stage(stage)
         task = StageTask(stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "")
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
-        self._run_process(stage, folder, lambda: self._store_parts(folder / PARTS_FOLDER, parts))
+        self._run_process(stage, folder)
         result = _read_result(folder)
         return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
 
@@ -155,24 +156,24 @@ class LaterStages:
 
     # ---- the process of a stage ----
 
-    def _run_process(self, stage: Stage, folder: Path, store_parts: Callable[[], None]) -> None:
-        """Run the process and wait for it. `store_parts` is called at intervals. Errors: the failure that it reports; StoppedError."""
+    def _run_process(self, stage: Stage, folder: Path) -> None:
+        """Run the process and wait for it. Errors: the failure that it reports; StoppedError."""
         failures: list[FineTuneError] = []
         channel = RankChannel(lambda message: self._handle_message(message, failures))
         environment = rank_environment(self._run, self._settings, channel.address)
         process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", "stage", str(folder)], environment)
         try:
-            code = self._wait(process, store_parts)
+            code = self._wait(process)
         finally:
             kill_all_descendants()
             channel.close()
-            store_parts()
+            self._store_parts()
         if failures:
             raise failures[0]
         if code != 0:
             raise failure_from_exit_code(0, code, is_host_out_of_memory=killed_for_memory()).error
 
-    def _wait(self, process: ChildProcess, store_parts: Callable[[], None]) -> int:
+    def _wait(self, process: ChildProcess) -> int:
         """Return the exit code. Errors: StoppedError; PeerError `Stalled`."""
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
         while (code := process.poll()) is None:
@@ -181,7 +182,7 @@ class LaterStages:
             if (stalled := stall_watch.stall_error()) is not None:
                 dump_rank_stacks([process.pid])
                 raise stalled
-            store_parts()
+            self._store_parts()
             threading.Event().wait(POLL_SECONDS)
         return code
 
@@ -219,22 +220,23 @@ class LaterStages:
         return stored
 
 
-    def _fetch_parts(self, prefix: str, folder: Path) -> None:
+    def _fetch_parts(self, stage: Stage, output: Output, folder: Path) -> None:
         """Download the finished parts of an earlier, unfinished run of the stage with the same model."""
         folder.mkdir()
-        self._stored_parts = set()
-        for stat in self._tree.store.list(f"{prefix}/"):
+        self._parts_folder, self._stored_parts = folder, set()
+        self._parts_key = f"{RECORD_FOLDER}/{stage.value}-parts/{(output.sha256 or '')[:16]}"
+        for stat in self._tree.store.list(f"{self._parts_key}/"):
             name = stat.key.rpartition("/")[2]
             if (data := self._tree.store.get(stat.key)) is not None:
                 (folder / name).write_bytes(data)
                 self._stored_parts.add(name)
 
-    def _store_parts(self, folder: Path, prefix: str) -> None:
+    def _store_parts(self) -> None:
         """Upload the parts that are new. A part that cannot be stored is run again by the next attempt, so a failure adds only a note."""
-        for path in folder.glob("*.json"):
+        for path in self._parts_folder.glob("*.json"):
             if path.name not in self._stored_parts:
                 self._stored_parts.add(path.name)
-                store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{prefix}/{path.name}"))
+                store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
 
 
 def _record_key(stage: Stage) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from finetune_api.errors import DataError
+from finetune_api.errors import DataError, StorageError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import EvaluationResult, MetricResult, Output, Stage
@@ -14,7 +14,7 @@ from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
-from finetune_trainer.stages.files import OUTPUT_FOLDER, RESULT_FILE, StageResult, StageTask
+from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, RESULT_FILE, StageResult, StageTask
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor.exit_decision import StageReport
 from finetune_trainer.supervisor.later_stages import LaterStages, StoppedError
@@ -168,3 +168,44 @@ def test_a_process_without_a_result_is_a_failure(tmp_path: Path, output: Output,
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(lambda _folder: None))
     report = Attempt(tmp_path, 1).end(output)
     assert report.failure is not None and report.failure.error.code == "NoStageResult"
+
+
+def stop_after_a_part(attempt: Attempt) -> list[dict[str, str]]:
+    """Let the attempt finish one part of its stage, then stop it. Returns the parts that the stage began with, once it has run."""
+    found: list[dict[str, str]] = []
+
+    def run(folder: Path) -> None:
+        found.append({path.name: path.read_text() for path in (folder / PARTS_FOLDER).iterdir()})
+        (folder / PARTS_FOLDER / f"task-{attempt.run.attempt}.json").write_text("{}")
+        (folder / PARTS_FOLDER / "task-9.part").write_text("{")  # not complete yet
+        attempt.stages._store_parts()
+        raise StoppedError
+
+    attempt.stages.behaviour = run  # type: ignore[method-assign]
+    return found
+
+
+def test_finished_parts_of_a_stopped_stage_are_given_to_the_next_attempt(tmp_path: Path, output: Output) -> None:
+    first, second, other = (Attempt(tmp_path, number) for number in (1, 2, 3))
+    found = stop_after_a_part(first)
+    assert first.end(output).open_stages == [Stage.EVALUATING] and found == [{}]
+    found = stop_after_a_part(second)
+    second.end(output)
+    assert found == [{"task-1.json": "{}"}]
+    stored = {stat.key.rpartition("/")[2] for stat in first.tree.store.list("run/stages/evaluating-parts/")}
+    assert stored == {"task-1.json", "task-2.json"}
+    found = stop_after_a_part(other)
+    other.end(output.model_copy(update={"sha256": "0" * 64}))
+    assert found == [{}]  # parts of another model do not count
+
+
+def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = Attempt(tmp_path, 1)
+    found = stop_after_a_part(attempt)
+
+    def fail(*_: object) -> None:
+        raise StorageError("StorageFailed", "the store answers 503")
+
+    monkeypatch.setattr(attempt.tree.store, "put_file", fail)
+    assert attempt.end(output).failure is None and found == [{}]
+    assert attempt.state.report().resolved.notes == ["some results of finished tasks were not stored: StorageFailed"]
