@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,19 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
         text = get_value(spec, path)
         if isinstance(text, str) and text:
             set_value(spec, path, local_source(text, path, machine))
-    for i, item in enumerate(get_value(spec, "dataset.mixture") or []):
-        if isinstance(item, dict) and isinstance(item.get("source"), str):
-            item["source"] = local_source(item["source"], f"dataset.mixture[{i}].source", machine)
+    for path, item, key in _sources_in_lists(spec):
+        item[key] = local_source(item[key], path, machine)
     _inline_config_maps(spec, machine)
     _limit_resources(spec, machine.gpu_count, notes)
     return notes
+
+
+def _sources_in_lists(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the path of each source in a list of the spec, the list item, and the key of the source in this item."""
+    for path, key in (("dataset.mixture", "source"), ("evaluation.benchmarks", "folder")):
+        for i, item in enumerate(get_value(spec, path) or []):
+            if isinstance(item, dict) and isinstance(item.get(key), str):
+                yield f"{path}[{i}].{key}", item, key
 
 
 def local_source(text: str, path: str, machine: LocalMachine) -> str:
@@ -119,11 +127,8 @@ def _path_in_folder(folders: dict[str, Path], name: str, inner_path: str, path: 
 
 def require_s3_credentials(spec: dict[str, Any]) -> None:
     """Raise LocalRunError if a source is in S3 and this machine has no credentials. Without this check the trainer would fail after its start."""
-    mixture = get_value(spec, "dataset.mixture") or []
     sources = {path: get_value(spec, path) for path in SOURCE_FIELDS}
-    sources |= {
-        f"dataset.mixture[{i}].source": item.get("source") for i, item in enumerate(mixture) if isinstance(item, dict)
-    }
+    sources |= {path: item[key] for path, item, key in _sources_in_lists(spec)}
     s3_sources = {path: text for path, text in sources.items() if isinstance(text, str) and text.startswith("s3://")}
     if not s3_sources:
         return

@@ -27,6 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any]], spec: dict[str, Any] | None = None, *, attempt: int = 1) -> Pod:
+    folder.mkdir(exist_ok=True)
     rows = write_rows(folder / "rows.jsonl")
     base = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
@@ -82,20 +83,38 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
     assert stored(tmp_path, "run/stages/benchmarking.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "code"),
-    [
-        ({"tasks": ["sums", "hellaswag"]}, "TaskNotInFolder"),
-        ({"tasks": ["sums", "summs"]}, "TaskNotInFolder"),
-    ],
-)
-def test_a_task_without_data_is_refused_before_training(benchmark: dict[str, Any], code: str, model: Path, tmp_path: Path) -> None:
+def test_a_task_without_data_is_refused_before_training(model: Path, tmp_path: Path) -> None:
     write_task(tmp_path / "tasks", "sums")
-    with benchmark_pod(tmp_path, model, [{"name": "lm-eval", "folder": f"file://{tmp_path / 'tasks'}"} | benchmark]) as pod:
+    benchmark = {"name": "lm-eval", "folder": f"file://{tmp_path / 'tasks'}", "tasks": ["sums", "hellaswag"]}
+    with benchmark_pod(tmp_path, model, [benchmark]) as pod:
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
     message = pod.termination_message()
-    assert message.code == code and message.output is None and "evaluation.benchmarks[0].folder" in (message.message or "")
+    assert message.code == "TaskNotInFolder" and message.output is None and "evaluation.benchmarks[0].folder" in (message.message or "")
     assert not stored(tmp_path, "model").exists()
+
+
+@pytest.mark.slow
+def test_code_runs_only_where_it_is_allowed(model: Path, tmp_path: Path) -> None:
+    tasks, code = tmp_path / "tasks", tmp_path / "code"
+    write_task(tasks, "coded", CHOICE_TASK + "process_docs: !function utils.first_row\nfewshot_split: test\n")
+    (tasks / "utils.py").write_text("def first_row(rows):\n    return rows.select([0, 1, 2])\n")
+    code.mkdir()
+    problem = {"prompt": "def one():\n    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1", "entry_point": "one"}
+    # The second function is complete and right whatever the model adds, unless it adds a syntax error in front of a stop text.
+    (code / "rows.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(problem | {"test": "def check(candidate):\n    assert False"}))
+    folders = [
+        {"name": "lm-eval", "folder": f"file://{tasks}", "tasks": ["coded"], "fewShot": 1, "applyChatTemplate": True},
+        {"name": "openai-humaneval", "folder": f"file://{code}", "compareWithBase": True},
+    ]
+    with benchmark_pod(tmp_path / "refused", model, folders[:1]) as refused:
+        assert refused.end() == ExitCode.CONFIG_INVALID, refused.text[-6000:]
+    assert refused.termination_message().code == "CodeExecutionNotAllowed"
+    allowed = [benchmark | {"allowCodeExecution": True} for benchmark in folders]
+    with benchmark_pod(tmp_path / "allowed", model, allowed, {"method": {"type": "full"}}) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+    entries = json.loads(stored(tmp_path / "allowed", "evaluation/benchmark_results.json").read_text())["benchmarks"]
+    assert [(entry["task"], entry["metric"], entry["samples"]) for entry in entries] == [("coded", "acc", 3), ("humaneval", "pass@1", 2)]
+    assert entries[1]["value"] in (0, 0.5) and entries[1]["base"] in (0, 0.5)
 
 
 @pytest.mark.slow

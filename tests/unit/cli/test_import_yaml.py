@@ -146,12 +146,28 @@ def test_interval_of_the_evaluation_section_overrides_the_output_section(import_
     ]
 
 
-def test_both_human_evaluations_are_kept(import_yaml: Any) -> None:
+def test_both_human_evaluations_are_kept_and_generated_code_is_not_allowed(import_yaml: Any) -> None:
     text = "evaluation: {benchmarks: [human-eval, openai-humaneval]}\n"
-    assert import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"}).at("evaluation.benchmarks") == [
-        {"name": "human-eval"},
-        {"name": "openai-humaneval"},
-    ]
+    imported = import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"}, benchmarks="s3://data/code")
+    assert imported.at("evaluation.benchmarks") == [{"name": "human-eval"}, {"name": "openai-humaneval", "folder": "s3://data/code"}]
+    (warning,) = [text for text in imported.warnings if "openai-humaneval" in text]
+    assert "runs code that the model generates, and this is not allowed" in warning and "the operator refuses the job" in warning
+
+
+def test_harness_gets_the_tasks_of_the_tool_and_the_folder_of_the_option(import_yaml: Any) -> None:
+    text = "evaluation: {benchmarks: [lm-evaluation-harness, domain-specific-eval]}\n"
+    tasks = ["hellaswag", "mmlu", "truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "gsm8k", "arc_challenge"]
+    imported = import_yaml(text, benchmarks="s3://data/b")
+    assert imported.at("evaluation.benchmarks") == [
+        {"name": "lm-evaluation-harness", "tasks": tasks, "folder": "s3://data/b"}, {"name": "domain-specific-eval", "folder": "s3://data/b"},
+    ]  # fmt: skip
+    warnings = [warning for warning in import_yaml(text).warnings if "has no folder" in warning]
+    assert len(warnings) == 2 and all("give --benchmarks URI" in warning for warning in warnings)
+
+
+def test_option_for_benchmarks_needs_benchmarks(import_yaml: Any) -> None:
+    (mistake,) = import_yaml(benchmarks="s3://data/b").mistakes
+    assert mistake == "--benchmarks: s3://data/b: the option has no effect, because the configuration names no benchmarks; remove it"
 
 
 def test_output_head_as_target_is_refused(import_yaml: Any) -> None:

@@ -30,6 +30,15 @@ def test_sources_become_local_files(tmp_path: Path) -> None:
     assert adapted["storage"] == {"uri": f"file://{tmp_path}/out"}
 
 
+def test_folders_of_benchmarks_become_local(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    spec = {"evaluation": {"benchmarks": [{"name": "lm-eval", "folder": "file://tasks"}, {"name": "human-eval"}]}}
+    adapted, _ = adapt(spec, tmp_path)
+    assert adapted["evaluation"]["benchmarks"] == [{"name": "lm-eval", "folder": f"file://{tmp_path}/tasks"}, {"name": "human-eval"}]
+    with pytest.raises(LocalRunError, match=r"spec\.evaluation\.benchmarks\[0\]\.folder: none does not exist"):
+        adapt({"evaluation": {"benchmarks": [{"name": "lm-eval", "folder": "file://none"}]}}, tmp_path)
+
+
 def test_missing_local_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         LocalRunError, match=r"spec\.dataset\.train: x\.jsonl does not exist; relative paths are looked up in"

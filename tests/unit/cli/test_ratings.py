@@ -57,7 +57,7 @@ def test_alpha_of_extreme_cases(units: list[list[int]], alpha: float | None) -> 
     assert krippendorff_alpha(units) == alpha
 
 
-def test_wilson_interval_equals_statsmodels_figures() -> None:
+def test_wilson_interval_equals_published_figures() -> None:
     """Figures of Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
     for successes, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
         assert wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)

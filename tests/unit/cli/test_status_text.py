@@ -42,6 +42,13 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
              "evaluation": {"rows": 8, "metrics": {"bleu": {"value": 12.34567}, "bertscore": {"reason": "no model"}}}},
             ["output    s3://m (adapter)", "copy      s3://c", "evaluation on 8 rows", f"  {'bleu':<22} 12.35", f"  {'bertscore':<22} - (no model)"],
         ),
+        (
+            {"phase": "Succeeded", "evaluation": {"benchmarks": [
+                {"name": "lm-eval", "task": "hellaswag", "metric": "acc", "value": 0.56, "stderr": 0.005, "base": 0.58},
+                {"name": "lm-eval", "task": "sums", "metric": "bypass", "reason": "no number"},
+            ]}},
+            ["benchmarks", f"  {'hellaswag acc':<30} 0.56 ± 0.005  (base model 0.58)", f"  {'sums bypass':<30} - (no number)"],
+        ),
     ],
 )
 def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, Any], lines: list[str]) -> None:

@@ -57,8 +57,9 @@ def test_users_variable_never_replaces_the_hub_token() -> None:
     assert environment[names.Env.HF_TOKEN.value] == KEY
 
 
-def test_pods_mount_the_claims_of_metric_models_and_of_the_evaluated_model() -> None:
-    claims = {"evaluation": {"metricModels": {"bertscore": "pvc://metrics/a"}}, "phases": {"train": False, "from": "pvc://results/model"}}
+def test_pods_mount_the_claims_of_metric_models_benchmarks_and_of_the_evaluated_model() -> None:
+    benchmark = {"name": "lm-eval", "folder": "pvc://tasks/a"}
+    claims = {"evaluation": {"metricModels": {"bertscore": "pvc://metrics/a"}, "benchmarks": [benchmark]}, "phases": {"train": False, "from": "pvc://results/model"}}
     written = FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, **claims})
     volumes = build_mounts(written).volumes
-    assert [volume["persistentVolumeClaim"]["claimName"] for volume in volumes] == ["metrics", "results"]
+    assert [volume["persistentVolumeClaim"]["claimName"] for volume in volumes] == ["metrics", "results", "tasks"]

@@ -221,15 +221,18 @@ def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, An
 
 def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]) -> None:
     """Errors: ConfigError BenchmarkDataMissing if a task would load data from outside the folder."""
-    dataset = str(settings["dataset_path"])
+    dataset, options = str(settings["dataset_path"]), settings.get("dataset_kwargs") or {}
+    for text in _texts(options):
+        if not _is_in_folder(text):
+            problem = f"has {text} in dataset_kwargs, which is not a path in the folder"
+            raise _data_error(field, file, problem, "write a path relative to the folder")
     if dataset in DATA_BUILDERS:
-        options = settings.get("dataset_kwargs") or {}
         paths = list(_texts(options.get("data_files") if isinstance(options, Mapping) else None))
         if not paths:
             problem = f"reads {dataset} files, but dataset_kwargs.data_files names none"
             raise _data_error(field, file, problem, "write for example `dataset_kwargs: {data_files: {test: test.jsonl}}`")
         for path in paths:
-            if not _is_in_folder(path) or not any(folder.glob(path)):
+            if not any(folder.glob(path)):
                 raise _data_error(field, file, f"reads {path}, which is not a file of the folder", "write a path relative to the folder, and add the file")
     elif not _is_in_folder(dataset) or not (folder / dataset).is_dir():
         raise _data_error(

@@ -118,9 +118,10 @@ def test_a_python_file_is_refused_because_a_metric_could_load_it(tmp_path: Path)
         ("dataset_path: json", "dataset_path: /etc", "reads the data set /etc"),
         ("dataset_path: json", "dataset_path: ..", "reads the data set .."),
         ("dataset_path: json", "dataset_path: pandas", "reads the data set pandas"),
-        ("sums.jsonl", "https://host/rows.jsonl", "reads https://host/rows.jsonl"),
-        ("sums.jsonl", "/etc/passwd", "reads /etc/passwd"),
-        ("sums.jsonl", "../rows.jsonl", "reads ../rows.jsonl"),
+        ("sums.jsonl", "https://host/rows.jsonl", "has https://host/rows.jsonl in dataset_kwargs"),
+        ("sums.jsonl", "/etc/passwd", "has /etc/passwd in dataset_kwargs"),
+        ("sums.jsonl", "../rows.jsonl", "has ../rows.jsonl in dataset_kwargs"),
+        ("data_files", "data_dir: /etc, data_files", "has /etc in dataset_kwargs"),
         ("sums.jsonl", "missing.jsonl", "reads missing.jsonl, which is not a file of the folder"),
         ("data_files: {test: sums.jsonl}", "x: 1", "reads json files, but dataset_kwargs.data_files names none"),
     ],
@@ -128,6 +129,8 @@ def test_a_python_file_is_refused_because_a_metric_could_load_it(tmp_path: Path)
 def test_data_outside_the_folder_are_refused_also_if_code_is_allowed(old: str, new: str, message: str, tmp_path: Path) -> None:
     path = write_task(tmp_path / "tasks", "sums")
     (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "tasks" / "https:" / "host").mkdir(parents=True)
+    (tmp_path / "tasks" / "https:" / "host" / "rows.jsonl").write_text("{}")
     path.write_text(path.read_text().replace(old, new))
     error = refusal(lambda: read(tmp_path / "tasks", allows_code=True))
     assert error.code == "BenchmarkDataMissing" and f"the task of sums.yaml {message}" in error.message
