@@ -15,7 +15,15 @@ from finetune_api.rating_sheet import BASE, COLUMNS, TUNED
 from finetune_api.status import Stage
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
-from tests.support.benchmark_folders import CHOICE_TASK, GENERATION_TASK, write_domain, write_hellaswag, write_task
+from tests.support.benchmark_folders import (
+    CHOICE_TASK,
+    GENERATION_TASK,
+    LIKELIHOOD_TASK,
+    SUMS,
+    write_domain,
+    write_hellaswag,
+    write_task,
+)
 from tests.support.tiny import make_tiny_model
 
 SHEETS = {"name": "human-eval", "limit": 3, "compareWithBase": True}
@@ -44,9 +52,24 @@ def stored(folder: Path, key: str) -> Path:
     return folder / "store" / "team" / "job" / UID / key
 
 
+def perplexity_of_answers(model: Path) -> float:
+    """exp of the mean negative log-likelihood of the first four answers after their questions, without the harness."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, base = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    likelihoods = []
+    for row in SUMS[:4]:
+        question, ids = tokenizer(row["question"]).input_ids, tokenizer(f"{row['question']} {row['choices'][0]}").input_ids
+        scores = base(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
+        likelihoods.append(sum(float(scores[place - 1, ids[place]]) for place in range(len(question), len(ids))))
+    return math.exp(-sum(likelihoods) / len(likelihoods))
+
+
 def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, tmp_path: Path) -> None:
     tasks, domains = tmp_path / "tasks", tmp_path / "domains"
     write_task(tasks, "sums")
+    write_task(tasks, "likelihood", LIKELIHOOD_TASK)
     write_task(tasks, "written_sums", GENERATION_TASK)
     write_hellaswag(tasks)
     write_domain(domains, "domain_sums.json", [
@@ -62,7 +85,10 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
         message = pod.termination_message()
     entries = json.loads(stored(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
     found = {(entry["task"], entry["metric"]): entry for entry in entries}
-    assert [name for name, _ in found] == ["sums", "written_sums", "hellaswag", "hellaswag", *["sums"] * 7]
+    assert [name for name, _ in found] == ["likelihood", "sums", "written_sums", "hellaswag", "hellaswag", *["sums"] * 7]
+    likelihood = found["likelihood", "perplexity"]
+    assert likelihood["base"] == pytest.approx(perplexity_of_answers(model), rel=1e-4)
+    assert likelihood["value"] < likelihood["base"]  # the trained model knows such sums better
     sums = found["sums", "acc"]
     assert sums["samples"] == 4 and sums["value"] in (0, 0.25, 0.5, 0.75, 1) and sums["base"] in (0, 0.25, 0.5, 0.75, 1)
     assert sums["difference"] == sums["value"] - sums["base"]

@@ -29,6 +29,16 @@ doc_to_target: "{{{{choices[0]}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+LIKELIHOOD_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " {{{{choices[0]}}}}"
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+"""
 
 
 def write_task(folder: Path, name: str, definition: str = CHOICE_TASK, rows: list[dict[str, Any]] | None = None) -> Path:

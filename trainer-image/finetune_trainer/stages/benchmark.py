@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from finetune_trainer.benchmarks.records import (
     write_results,
 )
 from finetune_trainer.channel import Channel
-from finetune_trainer.data.load import load
+from finetune_trainer.data.load import LoadedData, load
 from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template
 from finetune_trainer.data.rows import Conversation, Example, Prompt, RawRow, Turn
+from finetune_trainer.data.template import RenderOptions
 from finetune_trainer.data.tokenise import TokeniseOptions
 from finetune_trainer.evaluation import text_metrics
 from finetune_trainer.evaluation.predictions import Prediction
@@ -47,6 +49,8 @@ from finetune_trainer.stages.questions import Question
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
+ROWS_WITH_END_TOKENS = 20
+"""Number of rows whose last tokens show how trained answers end."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
@@ -146,26 +150,39 @@ class _TaskRunner:
 
     def _questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
         """The examples as questions, rendered as in training."""
-        from finetune_trainer import model as models
         from finetune_trainer.stages.questions import read_questions
 
+        return read_questions(rows, *self._text_options(loaded.tokenizer))
+
+    def _text_options(self, tokenizer: Any) -> tuple[RenderOptions, TokeniseOptions]:
+        from finetune_trainer import model as models
+
         run, dataset = self.run, self.run.spec.dataset
-        form = load(run, self.inputs).summary.format_with_turns
-        rendering = render_options(run, loaded.tokenizer, use_chat_template(run, self.inputs, loaded.tokenizer), form)
-        length = max_sequence_length(run, loaded.tokenizer, models.max_positions(models.load_config(run, self.inputs)))
-        options = TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
-        return read_questions(rows, rendering, options)
+        rendering = render_options(run, tokenizer, use_chat_template(run, self.inputs, tokenizer), self._data.summary.format_with_turns)
+        length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, self.inputs)))
+        return rendering, TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+
+    @cached_property
+    def _data(self) -> LoadedData:
+        """The rows of the run."""
+        return load(self.run, self.inputs)
+
+    def _end_ids(self, loaded: LoadedModel) -> list[int]:
+        """Ids of the tokens that end an answer, also of those that training has taught."""
+        from finetune_trainer.stages.questions import end_token_ids, held_out_rows, tokenise_answered
+
+        rows = (held_out_rows(self._data) or self._data.train)[:ROWS_WITH_END_TOKENS]
+        return end_token_ids(loaded.tokenizer, loaded.model, tokenise_answered(self.run, rows, *self._text_options(loaded.tokenizer)).labels)
 
     def _answer(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
         """Generate answers with the options of `evaluation.comparison.generation`, or greedily with a limit of tokens."""
         from finetune_trainer.stages.generate import generate_answers, generation_options
-        from finetune_trainer.stages.questions import end_token_ids
 
         comparison = self.run.spec.evaluation.comparison
         generation = Generation(max_new_tokens=max_new_tokens) if max_new_tokens else comparison.generation if comparison else None
         return generate_answers(
             loaded.model, loaded.tokenizer, prompts, options=generation_options(generation),
-            end_ids=end_token_ids(loaded.tokenizer, loaded.model, ()), batch_size=loaded.batch_size, seed=loaded.seed, on_progress=lambda _: None,
+            end_ids=self._end_ids(loaded), batch_size=loaded.batch_size, seed=loaded.seed, on_progress=lambda _: None,
         )  # fmt: skip
 
     # ---- kinds of tasks ----
@@ -174,7 +191,7 @@ class _TaskRunner:
         """Answer a random sample of the test rows, for a rating sheet."""
         from finetune_trainer.stages.questions import held_out_rows
 
-        questions = self._questions(loaded, held_out_rows(load(self.run, self.inputs)))
+        questions = self._questions(loaded, held_out_rows(self._data))
         if not questions:
             raise ConfigError("NoQuestions", f"{task.field}: no held-out row asks a question", hint=f"remove {task.benchmark.name}")
         count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTIONS)
