@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_api.errors import ConfigError
 
@@ -51,14 +52,14 @@ def read_problems(folder: Path, field: str) -> list[CodeProblem]:
     return [CodeProblem(row["prompt"], row["test"], row["entry_point"]) for row in rows]
 
 
-def _read_lines(path: Path, field: str) -> list[dict[str, object]]:
+def _read_lines(path: Path, field: str) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except ValueError as error:
         raise ConfigError("BenchmarkDataInvalid", f"{field}: {path.name} is not valid JSON Lines: {error}", hint="correct the file") from error
 
 
-def _read_parquet(path: Path) -> list[dict[str, object]]:
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     return list(parquet.read_table(path).to_pylist())

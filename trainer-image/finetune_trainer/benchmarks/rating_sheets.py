@@ -43,7 +43,9 @@ class SheetRow:
 
 def sheet_rows(prompts: Sequence[str], tuned: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
     """Return the rows, and the model behind each row. With answers of the base model, each question has two rows in random order."""
-    chooser, rows, models = random.Random(seed), [], {}  # noqa: S311  no secret
+    chooser = random.Random(seed)  # noqa: S311  no secret
+    rows: list[SheetRow] = []
+    models: dict[int, str] = {}
     for number, prompt in enumerate(prompts):
         answers = [(TUNED, tuned[number])] + ([(BASE, base[number])] if base is not None else [])
         chooser.shuffle(answers)

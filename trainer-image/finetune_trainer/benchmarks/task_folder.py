@@ -114,7 +114,7 @@ class _Loader(yaml.SafeLoader):
     """Reads YAML and keeps the names of functions instead of importing them."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _CodeReference(loader.construct_scalar(node)))
+_Loader.add_constructor("!function", lambda loader, node: _CodeReference(loader.construct_scalar(node)))  # type: ignore[arg-type]
 
 
 class _Reader:

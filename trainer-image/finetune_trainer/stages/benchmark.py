@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.benchmarks import DEFAULT_RATING_QUESTIONS, BenchmarkKind
-from finetune_api.errors import ConfigError
+from finetune_api.errors import ConfigError, DataError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import value_or_default
 from finetune_api.spec.enums import OverflowPolicy
@@ -172,7 +172,11 @@ class _TaskRunner:
         from finetune_trainer.stages.questions import end_token_ids, held_out_rows, tokenise_answered
 
         rows = (held_out_rows(self._data) or self._data.train)[:ROWS_WITH_END_TOKENS]
-        return end_token_ids(loaded.tokenizer, loaded.model, tokenise_answered(self.run, rows, *self._text_options(loaded.tokenizer)).labels)
+        try:
+            labels = tokenise_answered(self.run, rows, *self._text_options(loaded.tokenizer)).labels
+        except DataError:  # these rows contain no answer
+            labels = []
+        return end_token_ids(loaded.tokenizer, loaded.model, labels)
 
     def _answer(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
         """Generate answers with the options of `evaluation.comparison.generation`, or greedily with a limit of tokens."""

@@ -1,0 +1,30 @@
+"""Generated answers of benchmarks end where training has taught the model to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_trainer.benchmarks.harness import LoadedModel
+from finetune_trainer.stages.benchmark import _TaskRunner
+
+from tests.support.learning import make_run
+from tests.support.tiny import make_tokenizer
+
+ROWS = {"chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "prompts": {"prompt": "a"}}
+
+
+@pytest.mark.parametrize(("rows", "names"), [("chat", ["<|endoftext|>", "<|im_end|>"]), ("prompts", ["<|endoftext|>"])])
+def test_end_tokens_of_trained_answers_end_answers(rows: str, names: list[str], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "model")
+    tokenizer.eos_token = "<|endoftext|>"
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 64}')
+    spec: dict[str, Any] = {"dataset": {"split": {"test": 0.5}}}
+    if rows == "prompts":
+        spec |= {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}]}}
+    run, inputs = make_run(tmp_path, tmp_path / "model", spec, rows=[ROWS[rows]] * 4)
+    runner = _TaskRunner(run, None, inputs, None)  # type: ignore[arg-type]
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    assert tokenizer.convert_ids_to_tokens(runner._end_ids(LoadedModel(model, tokenizer, 1, 0))) == names
