@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +48,8 @@ from finetune_cli.status_text import progress_bar
 NAMESPACE = "local"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 300
+CONFIG_MAPS = "config-maps"
+"""Folder with the local files that replace ConfigMaps."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class LocalRun:
     work_folder: Path
     log: Path
     notes: tuple[str, ...]
+    config_maps: Path
+    """Folder with one folder for each ConfigMap."""
 
 
 def prepare_run(file: Path, folder: Path, set_texts: list[str], config_maps: list[str], claim_texts: list[str]) -> LocalRun:
@@ -83,7 +88,9 @@ def prepare_run(file: Path, folder: Path, set_texts: list[str], config_maps: lis
     require_s3_credentials(spec)
     resolution = resolve_defaults(checked_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
-        return _write_run(manifest.name, resolution, folder.resolve(), notes)
+        run = _write_run(manifest.name, resolution, folder.resolve(), notes)
+        _link_config_maps(run.config_maps, machine.config_maps)
+        return run
     except OSError as error:
         raise unwritable_file_error(folder, error) from None
 
@@ -139,7 +146,17 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     )  # fmt: skip
     run_file = state_folder / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
-    return LocalRun(name, run, run_file, state_folder / "work", state_folder / f"attempt-{attempt}.log", (*notes, *resolution.notes))
+    log, all_notes = state_folder / f"attempt-{attempt}.log", (*notes, *resolution.notes)
+    return LocalRun(name, run, run_file, state_folder / "work", log, all_notes, state_folder / CONFIG_MAPS)
+
+
+def _link_config_maps(folder: Path, config_maps: dict[str, Path]) -> None:
+    """Create the folders of ConfigMaps that the trainer reads, with links to the files of the user's folders."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, source in config_maps.items():
+        (folder / name).mkdir(parents=True)
+        for file in (path for path in source.iterdir() if path.is_file()):
+            (folder / name / file.name).symlink_to(file.resolve())
 
 
 def last_started_attempt(job_folder: Path) -> int:
@@ -202,6 +219,7 @@ def run_trainer(run: LocalRun, interpreter_path: str | None) -> int:
         Env.TERMINATION_LOG.value: str(termination_file),
         Env.NODE_NAME.value: socket.gethostname(),
         Env.NODE_RANK.value: "0",
+        Env.CONFIG_MAPS.value: str(run.config_maps),
     }
     with run.log.open("wb") as log:
         process = subprocess.Popen(

@@ -140,12 +140,19 @@ def require_s3_credentials(spec: dict[str, Any]) -> None:
 
 
 def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
-    """Replace the ConfigMap reference of a chat template by the template's text. Raises LocalRunError for other references."""
+    """Replace the ConfigMap reference of a chat template by the template's text, and check that the prompts exist.
+
+    Raises LocalRunError for references that only a pod can read.
+    """
     reference = get_value(spec, "dataset.chatTemplate.configMapRef")
     if isinstance(reference, dict):
         name, key = str(reference.get("name")), str(reference.get("key"))
         file = _path_in_folder(machine.config_maps, name, key, "dataset.chatTemplate.configMapRef", "--config-map")
         spec["dataset"]["chatTemplate"] = {"text": file.read_text(encoding="utf-8")}
+    prompts = get_value(spec, "evaluation.comparison.promptsRef")
+    if isinstance(prompts, dict):
+        name, key = str(prompts.get("name")), str(prompts.get("key"))
+        _path_in_folder(machine.config_maps, name, key, "evaluation.comparison.promptsRef", "--config-map")
     for path in ("distributed.deepspeed.configRef", "distributed.fsdp.configRef"):
         if get_value(spec, path) is not None:
             raise LocalRunError(

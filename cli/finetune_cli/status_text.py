@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api.names import FINAL_PHASES, Phase
 from finetune_api.names import Condition as ConditionType
-from finetune_api.status import EvaluationResult, FineTuneJobStatus
+from finetune_api.status import EvaluationResult, FineTuneJobStatus, MetricResult
 
 from finetune_cli.cluster import event_time
 
@@ -240,11 +240,9 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
 
 
 def _evaluation_lines(status: FineTuneJobStatus) -> list[str]:
-    """The results of the evaluation: one line for each metric with its value, or why it has none."""
+    """The results of the evaluation: one line for each metric, each benchmark and each gate."""
     evaluation = status.evaluation
-    if evaluation is None:
-        return []
-    return [*_metric_lines(evaluation), *_benchmark_lines(evaluation)]
+    return [] if evaluation is None else [*_metric_lines(evaluation), *_benchmark_lines(evaluation), *_gate_lines(evaluation)]
 
 
 def _benchmark_lines(evaluation: EvaluationResult) -> list[str]:
@@ -260,15 +258,28 @@ def _benchmark_lines(evaluation: EvaluationResult) -> list[str]:
     return lines
 
 
+def _gate_lines(evaluation: EvaluationResult) -> list[str]:
+    lines = [f"gate      {'passed' if gate.passed else 'FAILED'}: {gate.text or gate.metric}" for gate in evaluation.gates or []]
+    return ["", *lines] if lines else []
+
+
 def _metric_lines(evaluation: EvaluationResult) -> list[str]:
+    """One line for each metric with its value, or why it has none."""
     if not evaluation.metrics:
         return []
     rows = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
-    values = {
-        name: f"{metric.value:.4g}" if metric.value is not None else f"- ({metric.reason or 'not measured'})"
-        for name, metric in evaluation.metrics.items()
-    }
-    return ["", f"evaluation{rows}", *(f"  {name:<22} {value}" for name, value in values.items())]
+    return ["", f"evaluation{rows}", *(f"  {name:<22} {_metric_text(metric)}" for name, metric in evaluation.metrics.items())]
+
+
+def _metric_text(metric: MetricResult) -> str:
+    """The value of a metric, or why it has none, and the comparison with the base model."""
+    if metric.value is None:
+        return f"- ({metric.reason or 'not measured'})"
+    text = f"{metric.value:.4g}"
+    if metric.base is not None and metric.difference is not None:
+        text += f"  base {metric.base:.4g}, difference {metric.difference:+.4g}"
+        text += f" ({metric.low:+.4g} to {metric.high:+.4g})" if metric.low is not None and metric.high is not None else ""
+    return text
 
 
 def event_line(event: dict[str, Any]) -> str:

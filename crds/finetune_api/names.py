@@ -91,6 +91,8 @@ class Env(StrEnum):
     """Path of the run configuration; default `/etc/finetune/run.json`."""
     WORK_DIR = "FINETUNE_WORK_DIR"
     """Writable scratch folder for downloads, staged checkpoints and logs; default `/work`."""
+    CONFIG_MAPS = "FINETUNE_CONFIG_MAPS"
+    """Folder with one folder for each ConfigMap that the spec names; default `/etc/finetune-config`. Local runs set this variable."""
     TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
     """Path of the file for the termination message; default `/dev/termination-log`."""
     PORT = "FINETUNE_PORT"

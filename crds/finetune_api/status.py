@@ -204,10 +204,10 @@ class EvaluationResult(ReportModel):
     )
     comparison_uri: str | None = status_field(
         "File with the answers of the base model and the trained model to the same prompts.",
-        example="s3://models/ft/team-a/support-bot/UID/evaluation/comparison.jsonl",
+        example="s3://models/ft/team-a/support-bot/UID/evaluation/model_comparison.json",
     )
     predictions_uri: str | None = status_field(
-        "File with the generated answer and the scores of each row.", example="s3://models/ft/team-a/support-bot/UID/evaluation/predictions.jsonl"
+        "File with the generated answer of each row.", example="s3://models/ft/team-a/support-bot/UID/evaluation/predictions.jsonl"
     )
 
 
@@ -407,7 +407,7 @@ class Stage(StrEnum):
     EVALUATING = "evaluating"
     """The pod is evaluating the model."""
     COMPARING = "comparing"
-    """The pod is generating answers with the base model and the trained model to compare them."""
+    """The pod is measuring the base model to compare it with the trained model."""
     BENCHMARKING = "benchmarking"
     """The pod is running the benchmarks of `evaluation.benchmarks`."""
     VERIFYING = "verifying"

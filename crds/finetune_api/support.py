@@ -51,12 +51,8 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("output.merge_adapter"),
     UnsupportedField("output.export"),
     UnsupportedField("output.run_name"),
-    UnsupportedField("evaluation.comparison.prompts_ref"),
-    UnsupportedField("evaluation.gates"),
     UnsupportedField("tracking.report_to"),
     UnsupportedField("tracking.system_metrics"),
-    UnsupportedField("phases.train", _any_of(False), "remove phases.train"),
-    UnsupportedField("phases.from_"),
 )
 
 

@@ -439,8 +439,12 @@ def _compute_output_status(inputs: StatusInput) -> Output | None:
 
 
 def _compute_evaluation(inputs: StatusInput) -> EvaluationResult | None:
+    """Merge the known results, newest last. A termination message may lack the metrics, because its size is limited."""
     message, live_report = inputs.termination_message, inputs.facts.live_report
-    return (message.evaluation if message else None) or (live_report.report.evaluation if live_report else None) or inputs.old_status.evaluation
+    sources = (inputs.old_status.evaluation, live_report.report.evaluation if live_report else None, message.evaluation if message else None)
+    known = [source for source in sources if source is not None]
+    fields = {name: value for source in known for name, value in source if value is not None}
+    return EvaluationResult(**fields) if known else None
 
 
 def _compute_failure(inputs: StatusInput) -> Failure | None:

@@ -34,6 +34,7 @@ class Settings:
     pod_uid: str
     final_upload_timeout: float = FINAL_UPLOAD_TIMEOUT_SECONDS
     unsaved_timeout: float = UNSAVED_TIMEOUT_SECONDS
+    config_maps: Path = Path(names.CONFIGMAP_MOUNT)
 
     @classmethod
     def from_env(cls, *, run_file: str | None = None, work: str | None = None, port: int | None = None) -> Settings:
@@ -54,6 +55,7 @@ class Settings:
                 or FINAL_UPLOAD_TIMEOUT_SECONDS
             ),
             unsaved_timeout=float(env.get(Env.NO_COMMIT_TIMEOUT_SECONDS) or UNSAVED_TIMEOUT_SECONDS),
+            config_maps=Path(env.get(Env.CONFIG_MAPS) or names.CONFIGMAP_MOUNT),
         )
 
     def incarnation(self, run: RunConfig) -> str:

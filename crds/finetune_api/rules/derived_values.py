@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_api.base import DEFAULT_KEY, Group
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.common import ConfigMapKeyRef
 from finetune_api.spec.enums import (
     EvaluationMetric,
     GateMetric,
@@ -119,6 +120,20 @@ def metrics_after_training(spec: FineTuneJobSpec) -> list[EvaluationMetric]:
 def benchmarks_after_training(spec: FineTuneJobSpec) -> list[Benchmark]:
     """Return the benchmarks that the job runs after training. With `phases.evaluate: false` the list is empty."""
     return [] if spec.phases.evaluate is False else list(spec.evaluation.benchmarks or [])
+def prompts_to_compare(spec: FineTuneJobSpec) -> ConfigMapKeyRef | None:
+    """Return the reference to the prompts that base model and tuned model answer after training. None: the spec has no prompts."""
+    return spec.evaluation.comparison.prompts_ref if spec.evaluation.comparison else None
+
+
+def compares_metrics(spec: FineTuneJobSpec) -> bool:
+    """Whether the metrics of the base model are measured, too: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
+    has_gate = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])
+    return bool(metrics_after_training(spec)) and (spec.evaluation.comparison is not None or has_gate)
+
+
+def compares_answers(spec: FineTuneJobSpec) -> bool:
+    """Whether the answers of both models are stored: those to the prompts of `promptsRef`, otherwise those to the test questions."""
+    return prompts_to_compare(spec) is not None or (spec.evaluation.comparison is not None and compares_metrics(spec))
 
 
 JUDGE_METRICS = (

@@ -18,6 +18,7 @@ from finetune_api.rules.derived_values import (
     has_validation_set,
     method_type_of,
     metrics_after_training,
+    prompts_to_compare,
     trainer_type_of,
     trains_base_weights,
     writes_predictions,
@@ -280,6 +281,7 @@ def check_evaluation_of_reward_model(spec: FineTuneJobSpec, target: ExecutionTar
         return
     for path, is_set in (
         ("evaluation.metrics", bool(metrics_after_training(spec))),
+        ("evaluation.comparison.promptsRef", prompts_to_compare(spec) is not None),
         ("phases.infer", writes_predictions(spec)),
         ("evaluation.benchmarks", bool(benchmarks_after_training(spec))),
     ):
@@ -300,6 +302,12 @@ def check_max_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule("PhasesContradiction")
 def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     phases = spec.phases
+    if phases.evaluate and not spec.evaluation.metrics:
+        yield (
+            "phases.evaluate",
+            "true, but evaluation.metrics is empty, so there is nothing to compute",
+            "write for example `evaluation: {metrics: [perplexity]}`, or remove `evaluate: true`",
+        )
     if phases.train is not False:
         if phases.from_ is not None:
             yield (
@@ -320,13 +328,20 @@ def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             f"{phases.from_!r} is a hub repository, but phases.from needs a final model or checkpoint of another FineTuneJob",
             "write for example `from: s3://bucket/prefix/model`, the value of status.output.uri of that job",
         )
-    evaluates = bool(spec.evaluation.metrics or spec.evaluation.benchmarks) if phases.evaluate is None else phases.evaluate
-    if not phases.infer and not evaluates:
+    if not phases.evaluate and not _has_work_after_training(spec):
         yield (
             "phases",
             "train, infer and evaluate are all false, so the job would do nothing",
             "write evaluation.metrics or evaluation.benchmarks, or `infer: true`, or remove `train: false`",
         )
+
+
+def _has_work_after_training(spec: FineTuneJobSpec) -> bool:
+    """Whether the spec requests anything for a model that is trained already."""
+    output, hub = spec.output, spec.output.hub
+    publishes = output.dir is not None or output.merge_adapter is True or (hub is not None and hub.push is True)
+    compares = prompts_to_compare(spec) is not None
+    return writes_predictions(spec) or bool(metrics_after_training(spec)) or bool(spec.evaluation.benchmarks) or compares or publishes
 
 
 def _is_hub_source(text: str) -> bool:

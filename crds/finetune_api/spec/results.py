@@ -300,7 +300,8 @@ class Evaluation(Group):
     )
     judge: Judge | None = spec_field("Model that scores answers.", default_text="none", example={"model": "my-judge"})
     comparison: Comparison | None = spec_field(
-        "Prompts for a comparison of the base model and the tuned model.", default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
+        "Compare the tuned model with the base model: the metrics of evaluation.metrics, and the answers to the prompts or, without prompts, to the test questions.",
+        default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
     )
 
 

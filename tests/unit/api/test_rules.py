@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.rules import JUDGE_METRICS, RULES, ExecutionTarget, check, new_problems
+from finetune_api.rules import (
+    JUDGE_METRICS,
+    RULES,
+    ExecutionTarget,
+    check,
+    compares_answers,
+    compares_metrics,
+    new_problems,
+)
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import EvaluationMetric, GateMetric
 
@@ -485,6 +493,13 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("PhasesContradiction", {"phases": {"train": False, "infer": True}}, "phases.from"),
     ("PhasesContradiction", {"phases": {"train": False, "infer": True, "from": "org/model"}}, "phases.from"),
     ("PhasesContradiction", {"phases": {"train": False, "from": "s3://bucket/model"}}, "phases"),
+    ("PhasesContradiction", {"phases": {"evaluate": True}}, "phases.evaluate"),
+    ("PhasesContradiction", {"phases": {"evaluate": True}, "evaluation": {"metrics": []}}, "phases.evaluate"),
+    (
+        "RewardModelWritesNoText",
+        {"trainer": {"type": "reward"}, "evaluation": {"comparison": {"promptsRef": KEY}}},
+        "evaluation.comparison.promptsRef",
+    ),
     (
         "PhasesContradiction",
         {"phases": {"train": False, "infer": False, "evaluate": False, "from": "s3://bucket/model"}, "evaluation": {"metrics": ["bleu"]}},
@@ -719,3 +734,24 @@ def test_new_problems_are_only_those_that_the_change_causes() -> None:
     assert [problem.path for problem in check(before)] == ["method.promptLength"]
     assert [problem.path for problem in new_problems(before, after)] == ["method.lora"]
     assert new_problems(after, before) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "metrics", "answers"),
+    [
+        ({"evaluation": {"metrics": ["bleu"]}}, False, False),
+        ({"evaluation": {"metrics": ["bleu"], "comparison": {}}}, True, True),
+        ({"evaluation": {"metrics": ["bleu"], "comparison": {}}, "phases": {"evaluate": False}}, False, False),
+        ({"evaluation": {"metrics": ["bleu"], "gates": [{"metric": "bleu", "op": "ge", "value": 3}]}}, False, False),
+        ({"evaluation": {"metrics": ["bleu"], "gates": [{"metric": "bleu", "notWorseThanBase": {}}]}}, True, False),
+        ({"evaluation": {"comparison": {"generation": {"maxNewTokens": 5}}}}, False, False),
+        ({"evaluation": {"comparison": {"promptsRef": {"name": "p", "key": "k"}}}}, False, True),
+    ],
+)  # fmt: skip
+def test_when_the_base_model_is_compared(change: dict[str, Any], metrics: bool, answers: bool) -> None:
+    assert (compares_metrics(spec(change)), compares_answers(spec(change))) == (metrics, answers)
+
+
+def test_a_job_without_training_may_only_compare_answers() -> None:
+    comparison = {"promptsRef": {"name": "p", "key": "k"}}
+    assert check(spec({"phases": {"train": False, "from": "s3://bucket/model"}, "evaluation": {"comparison": comparison}})) == []

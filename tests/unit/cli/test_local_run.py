@@ -10,7 +10,7 @@ import pytest
 from finetune_api import names
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.spec import FineTuneJobSpec
-from finetune_cli.local_run import _write_run, last_report, last_started_attempt
+from finetune_cli.local_run import _link_config_maps, _write_run, last_report, last_started_attempt
 from finetune_cli.local_spec import LocalRunError
 
 
@@ -68,3 +68,11 @@ def test_continued_job_keeps_the_defaults_of_an_earlier_release(
     run = _write_run("job", resolve_local(method), tmp_path, []).config
     assert run.spec.method.lora is not None
     assert (run.spec.model.liger_kernels, run.spec.method.lora.dropout, "model.ligerKernels" in run.defaults) == (*expected, has_checkpoint)
+
+
+def test_the_trainer_finds_the_files_of_config_maps(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "prompts.txt").write_text("Hello")
+    for _ in range(2):
+        _link_config_maps(tmp_path / "maps", {"prompts": tmp_path / "mine"})
+    assert (tmp_path / "maps" / "prompts" / "prompts.txt").read_text() == "Hello"

@@ -72,6 +72,16 @@ def test_chat_template_of_a_config_map_is_inlined(tmp_path: Path) -> None:
     assert adapted["dataset"]["chatTemplate"] == {"text": "{{ x }}"}
 
 
+def test_prompts_of_a_config_map_must_exist_on_this_machine(tmp_path: Path) -> None:
+    spec = {"evaluation": {"comparison": {"promptsRef": {"name": "data", "key": "prompts.txt"}}}}
+    with pytest.raises(LocalRunError, match="evaluation.comparison.promptsRef: data is not on this machine; name a folder .* --config-map data=FOLDER"):
+        adapt(spec, tmp_path)
+    with pytest.raises(LocalRunError, match="prompts.txt does not exist"):
+        adapt(spec, tmp_path, maps=tmp_path)
+    (tmp_path / "prompts.txt").write_text("Hello")
+    assert adapt(spec, tmp_path, maps=tmp_path)[0]["evaluation"] == spec["evaluation"]
+
+
 def test_s3_source_without_credentials_names_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)

@@ -49,6 +49,13 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
             ]}},
             ["benchmarks", f"  {'hellaswag acc':<30} 0.56 ± 0.005  (base model 0.58)", f"  {'sums bypass':<30} - (no number)"],
         ),
+        (
+            {"phase": "Failed", "evaluation": {
+                "metrics": {"loss": {"value": 1.5, "base": 2.0, "difference": -0.5, "low": -0.625, "high": -0.375}},
+                "gates": [{"metric": "loss", "passed": True}, {"metric": "bleu", "passed": False, "text": "bleu is 3, and the gate requires at least 5"}]}},
+            ["evaluation", f"  {'loss':<22} 1.5  base 2, difference -0.5 (-0.625 to -0.375)", "gate      passed: loss",
+             "gate      FAILED: bleu is 3, and the gate requires at least 5"],
+        ),
     ],
 )
 def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, Any], lines: list[str]) -> None:

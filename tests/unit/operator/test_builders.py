@@ -173,3 +173,17 @@ def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | N
     run = build_run_config(finetune_job, acceptance.spec, 2, defaults=acceptance.defaults, committed_step=40, max_step=None)
     assert run.grace_seconds == grace
     assert build_job(finetune_job, run, acceptance.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace
+
+
+def test_prompts_and_the_given_model_are_mounted() -> None:
+    written = spec(
+        evaluation={"comparison": {"promptsRef": {"name": "prompts", "key": "prompts.txt"}}},
+        phases={"train": False, "from": "pvc://models/job/model"},
+    )
+    run, found = build_config_and_job(written)
+    container_spec = found["spec"]["template"]["spec"]
+    assert {"name": "configmap-0", "configMap": {"name": "prompts"}} in container_spec["volumes"]
+    [trainer] = container_spec["containers"]
+    mounts = {mount["mountPath"]: mount.get("readOnly") for mount in trainer["volumeMounts"]}
+    assert mounts["/etc/finetune-config/prompts"] is True and mounts["/mnt/pvc/models"] is True
+    assert (run.spec.phases.train, run.spec.phases.from_) == (False, "pvc://models/job/model")

@@ -55,6 +55,12 @@ def test_a_stage_that_fails_after_training_changes_no_value_of_the_training(code
     assert cause is not None and (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
 
 
+@pytest.mark.parametrize(("code", "reason"), [(69, Reason.COMPARISON_FAILED), (80, Reason.GATE_FAILED)])
+def test_the_comparison_has_a_reason_of_its_own(code: int, reason: Reason) -> None:
+    cause = pod_cause(end_pod(pod(), code, message("X", stage=Stage.COMPARING)))
+    assert cause is not None and cause.reason is reason
+
+
 def test_class_in_the_termination_message_takes_precedence_over_the_exit_codes_class() -> None:
     cause = pod_cause(end_pod(pod(), 77, message("Gated", class_=FailureClass.MODEL, hint="ask for access")))
     assert cause is not None

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from finetune_api.names import Phase, Reason
+from finetune_api.names import Condition, Phase, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt, FineTuneJobStatus
 from finetune_operator.decide import decide
@@ -177,6 +177,38 @@ def test_results_of_the_evaluation_stay_in_the_status() -> None:
     assert new_status.to_wire()["evaluation"] == evaluation
     later = status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
     assert later.evaluation == new_status.evaluation
+
+
+def test_a_termination_message_without_metrics_keeps_those_of_the_last_report() -> None:
+    metrics = {"loss": {"value": 1.5, "base": 2.0, "difference": -0.5, "low": -0.6, "high": -0.4}}
+    known = status(**RUNNING_STATUS, evaluation={"rows": 20, "metrics": metrics})
+    gates = [{"metric": "loss", "passed": True}]
+    message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": {"gates": gates}})
+    observed = facts(status=known, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
+    assert status_of(observed).to_wire()["evaluation"] == {"rows": 20, "metrics": metrics, "gates": gates}
+
+
+def test_a_failed_gate_ends_the_job_with_its_sentence_and_keeps_the_model() -> None:
+    sentence = "accuracy is 0.79, and the gate requires at least 0.8"
+    message = TerminationMessage.model_validate({
+        "class": "Model", "code": "GateFailed", "message": sentence, "stage": "comparing", "step": 500,
+        "output": {"uri": "s3://b/model", "kind": "adapter", "promoted": False},
+        "evaluation": {"gates": [{"metric": "accuracy", "passed": False, "text": sentence}]},
+    })  # fmt: skip
+    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95)))
+    succeeded = new_status.condition(Condition.SUCCEEDED)
+    assert succeeded is not None and (succeeded.status, succeeded.reason) == ("False", Reason.GATE_FAILED) and sentence in succeeded.message
+    assert (new_status.phase, new_status.reason, new_status.attempt) == (Phase.FAILED, Reason.GATE_FAILED, 1)
+    assert new_status.output is not None and (new_status.output.uri, new_status.output.promoted) == ("s3://b/model", False)
+    assert new_status.evaluation is not None and (new_status.evaluation.gates or [])[0].text == sentence
+
+
+def test_a_job_without_training_shows_its_stage_and_no_steps() -> None:
+    live = report(stage="comparing", progress={}, output={"uri": "s3://b/model", "kind": "adapter"})
+    new_status = status_of(facts(status=status(**{**RUNNING_STATUS, "progress": None}), jobs=[job()], pods=[pod()], last_report=live))
+    assert new_status.phase is Phase.EVALUATING
+    assert new_status.progress is not None and (new_status.progress.step, new_status.progress.display) == (None, "-")
+    assert new_status.output is not None and new_status.output.uri == "s3://b/model"
 
 
 def test_long_texts_of_pods_do_not_make_the_status_large() -> None:

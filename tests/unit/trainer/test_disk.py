@@ -54,6 +54,6 @@ def test_a_missing_work_folder_is_empty(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_download_beyond_the_limit_is_refused_before_it_starts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "free_bytes", lambda folder: 5_000_000_000 + RESERVE_BYTES if folder == work else 0)
     fetcher = Fetcher(None, work)  # type: ignore[arg-type] # the run is not used
-    fetcher._require_space(5_000_000_000, "model.source")
+    fetcher.require_space(5_000_000_000, "model.source")
     with pytest.raises(ConfigError, match=r"model.source has 6\.00 GB, but the pod's disk has only 5\.07 GB left"):
-        fetcher._require_space(6_000_000_000, "model.source")
+        fetcher.require_space(6_000_000_000, "model.source")

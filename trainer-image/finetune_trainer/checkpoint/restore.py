@@ -121,18 +121,21 @@ def _try_to_restore(
     return None
 
 
+def open_other_job(tree: CheckpointTree, root: str) -> CheckpointTree:
+    """Open the folder of another job. A folder in S3 is read with the connection of this job's storage."""
+    own_store = getattr(tree.store, "target", None)
+    if own_store and root.startswith("s3://"):
+        return CheckpointTree(open_store(own_store.model_copy(update={"uri": root})))
+    return CheckpointTree(open_store(StoreTarget(uri=root, ca_bundle=own_store.ca_bundle if own_store else None)))
+
+
 def _restore_named(
     uri: str, facts: RunFacts, target: Path, tree: CheckpointTree, is_wanted: Callable[[str], bool], byte_counter: ByteCounter | None,
     result: RestoreResult,
 ) -> RestoreResult:  # fmt: skip
     """Restore the checkpoint at the URI in `checkpoint.resume`. The URI names the folder of a step or of one incarnation of a step."""
     root, folder, step = _parse_checkpoint_uri(uri)
-    own_store = getattr(tree.store, "target", None)
-    if own_store and root.startswith("s3://"):
-        target_store = own_store.model_copy(update={"uri": root})
-    else:
-        target_store = StoreTarget(uri=root, ca_bundle=own_store.ca_bundle if own_store else None)
-    other_tree = CheckpointTree(open_store(target_store))
+    other_tree = open_other_job(tree, root)
     candidate = other_tree.get_committed(step)
     uri = redact_source(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):

@@ -332,6 +332,7 @@ class CheckpointTree:
     def _unreferenced_keys(self, prefix: str, keys: list[str]) -> list[str]:
         """Keys that do not belong to the committed checkpoint. The marker is read even if it is not listed: some listings lag behind."""
         marker_key = join(prefix, Storage.COMMITTED)
+        keys = [key for key in keys if key != join(prefix, Storage.PROMOTED)]
         data = self.store.get(marker_key)
         if data is None:
             return keys if marker_key not in keys else []  # a marker that is listed but not readable yet may be valid

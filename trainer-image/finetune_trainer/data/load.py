@@ -116,8 +116,10 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
 
 
 def _read_sources(reader: _SourceReader, run: RunConfig, inputs: Inputs) -> list[Rows]:
-    """Training rows of each source."""
+    """Training rows of each source. A job that does not train may have none."""
     spec = run.spec.dataset
+    if not inputs.mixture and not inputs.train and run.spec.phases.train is False:
+        return [[]]
     if not inputs.mixture:
         return [reader.read(inputs.train, spec.format, spec.columns)]
     return [

@@ -112,7 +112,7 @@ def _compare_with_base(
     A one-sided bound with confidence 0.95 is one end of the two-sided interval with confidence 0.90.
     """
     margin, confidence = value_or_default(requirement, "margin"), value_or_default(requirement, "confidence")
-    comparison = _compare(tuned, base, sums, 2 * confidence - 1)
+    comparison = compare_metric(tuned, base, sums, 2 * confidence - 1)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return _result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
@@ -128,8 +128,8 @@ def _compare_with_base(
     )  # fmt: skip
 
 
-def _compare(tuned: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> Comparison | str:
-    """Return the comparison of both models, or a sentence that says why they cannot be compared."""
+def compare_metric(tuned: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> Comparison | str:
+    """Return the comparison of both models, or a sentence that says why they cannot be compared. `confidence` is two-sided."""
     if sums is not None:
         return compare_sums(sums.base, sums.tuned, sums.metric, confidence=confidence)
     if tuned.rows is None or base.rows is None:

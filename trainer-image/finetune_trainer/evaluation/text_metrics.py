@@ -48,6 +48,18 @@ def bleu(predictions: Sequence[Prediction]) -> MetricValue:
     return MetricValue(value, _unscored(predictions), rows, _reasons_without_reference(predictions))
 
 
+def bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
+    """Return the ten sums of `bootstrap.bleu_of_sums` for each row. A row without a correct answer adds nothing."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    rows: list[list[float]] = [[0.0] * 10 for _ in predictions]
+    for index in rows_with_reference(predictions):
+        score = metric.corpus_score([predictions[index].assistant_response], [[_reference(predictions[index])]])
+        rows[index] = [float(number) for number in (score.sys_len, score.ref_len, *score.counts, *score.totals)]
+    return rows
+
+
 def _limit(score: float, maximum: float) -> float:
     """Remove the rounding error of a perfect score, such as 100.00000000000004."""
     return min(float(score), maximum)

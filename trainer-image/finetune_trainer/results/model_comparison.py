@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 
-from finetune_api.errors import DataError
+from finetune_api.errors import DataError, NotFoundError
+from finetune_api.names import FailureClass
+from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import BaseModel, ConfigDict, Field
 
 PREVIEW_LENGTH = 100
@@ -86,6 +89,23 @@ class ModelComparison(_ComparisonModel):
 def iso_time(time: datetime) -> str:
     """Return a time as ISO 8601 in UTC with milliseconds."""
     return time.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def read_prompts(ref: ConfigMapKeyRef | None, config_maps: Path) -> list[str]:
+    """Return the prompts of `evaluation.comparison.promptsRef`; no prompts without a reference. `config_maps`: folder of the mounted ConfigMaps.
+
+    Errors: NotFoundError ConfigMapMissing (class Data); DataError PromptsNotUtf8, PromptsEmpty.
+    """
+    if ref is None:
+        return []
+    name = f"evaluation.comparison.promptsRef: ConfigMap {ref.name}, key {ref.key}"
+    try:
+        content = (config_maps / ref.name / ref.key).read_bytes()
+    except OSError:
+        raise NotFoundError(
+            "ConfigMapMissing", f"{name}: the pod has no such file", hint="create the ConfigMap with this key", failure_class=FailureClass.DATA
+        ) from None
+    return parse_prompts(content, name=name)
 
 
 def parse_prompts(content: bytes, *, name: str) -> list[str]:

@@ -25,12 +25,12 @@ BERTSCORE_FIELD, SIMILARITY_FIELD = "evaluation.metricModels.bertscore", "evalua
 
 
 def measure_answers(
-    run: RunConfig, channel: Channel, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction]
+    run: RunConfig, channel: Channel, stage: Stage, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction]
 ) -> dict[str, MetricValue]:
     """Return the metrics of generated answers, by name. Exact match is always one of them. Errors: those of the judge's endpoint."""
 
     def report(metric: str) -> None:
-        channel.report_stage(Stage.EVALUATING, f"computing {metric}")
+        channel.report_stage(stage, f"computing {metric}")
 
     values = {"exactMatch": text_metrics.exact_match(predictions)}
     if EvaluationMetric.BLEU in metrics:

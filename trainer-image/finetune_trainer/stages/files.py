@@ -14,6 +14,8 @@ RESULT_FILE = "result.json"
 OUTPUT_FOLDER = "files"
 PARTS_FOLDER = "parts"
 """Folder for the results of finished parts of a stage. They are stored at once, and a repeated stage begins with them."""
+MEASUREMENTS_FILE = "measurements.json"
+"""Measurements of the tuned model, for the stage `comparing`."""
 
 
 class StageTask(WireModel):
@@ -23,6 +25,7 @@ class StageTask(WireModel):
     model: Path = Field(description="Folder with the committed model or adapter.")
     kind: OutputKind = Field(description="Whether `model` is an adapter or a complete model.")
     uri: str = Field(description="Address of the committed model in storage.")
+    evaluated: Path | None = Field(default=None, description="Folder with the files of the stage `evaluating`, for the stage `comparing`.")
 
     @staticmethod
     def read(folder: Path) -> StageTask:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from finetune_api.pod import RunConfig
-from finetune_api.rules import benchmarks_after_training, metrics_after_training, writes_predictions
+from finetune_api.rules import (
+    benchmarks_after_training,
+    compares_metrics,
+    metrics_after_training,
+    prompts_to_compare,
+    writes_predictions,
+)
 from finetune_api.status import Stage
 
 
 def planned_stages(run: RunConfig) -> list[Stage]:
     """Return the stages that the spec asks for, in the order in which they run."""
+    compares = compares_metrics(run.spec) or prompts_to_compare(run.spec) is not None
     wanted = {
-        Stage.EVALUATING: bool(metrics_after_training(run.spec)) or writes_predictions(run.spec),
+        Stage.EVALUATING: bool(metrics_after_training(run.spec)) or writes_predictions(run.spec) or compares,
+        Stage.COMPARING: compares,
         Stage.BENCHMARKING: bool(benchmarks_after_training(run.spec)),
         Stage.UPLOADING: run.publish is not None,
     }

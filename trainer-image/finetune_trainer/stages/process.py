@@ -26,6 +26,7 @@ from finetune_trainer.stages.files import RESULT_FILE, StageTask
 STAGE_MODULES: Mapping[Stage, str] = {
     Stage.EVALUATING: "finetune_trainer.stages.evaluate",
     Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
+    Stage.COMPARING: "finetune_trainer.stages.compare",
 }
 """The module of each stage. Its function `run_stage` returns the result."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from finetune_api.pod import RunConfig
@@ -79,6 +80,19 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
     return [
         _question_of(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, _) in zip(asked, encoded, strict=True)
     ]
+
+
+def ask_prompts(prompts: Iterable[str], sample: Example, system_prompt: str | None) -> list[tuple[RawRow, Example]]:
+    """Return prompts as questions in the form of `sample`, an example of the job's data: as messages, or as plain text."""
+    is_chat = isinstance(sample, Conversation) or isinstance(getattr(sample, "prompt", None), tuple)
+    role_names = sample.role_names if isinstance(sample, Conversation) else Conversation(()).role_names
+    asked: list[tuple[RawRow, Example]] = []
+    for number, text in enumerate(prompts, 1):
+        system = (Turn("system", system_prompt),) if system_prompt else ()
+        turns = (*system, Turn("user", text), Turn("assistant", ANSWER_PLACEHOLDER))
+        example: Example = Conversation(turns, role_names=role_names) if is_chat else Completion(text, ANSWER_PLACEHOLDER)
+        asked.append((RawRow(Path("prompts"), number, {}), example))
+    return asked
 
 
 def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenisedSplit:

@@ -157,7 +157,7 @@ class Fetcher:
                 raise self._missing_error(
                     kind, path, str(source), "does not exist: there is no object at this key or below it"
                 )
-            self._require_space(sum(stat.size for stat in objects), path)
+            self.require_space(sum(stat.size for stat in objects), path)
             is_single_object = [stat.key for stat in objects] == [source.key]
             folder = source.key.rpartition("/")[0] if is_single_object else source.key
             jobs = [(stat, target / _relative_path(stat.key, folder)) for stat in objects]
@@ -212,7 +212,7 @@ class Fetcher:
         store = self._open_web_store(source.url, kind)
         try:
             digest = store.download(
-                "", file, byte_counter=self.byte_counter, check_space=lambda size: self._require_space(size, path)
+                "", file, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, path)
             )
         except NotFoundError as error:
             raise self._missing_error(kind, path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
@@ -238,7 +238,7 @@ class Fetcher:
             if committed is not None:
                 problem = download_committed(
                     CheckpointTree(store), committed, target, byte_counter=self.byte_counter,
-                    check_space=lambda size: self._require_space(size, path),
+                    check_space=lambda size: self.require_space(size, path),
                 )  # fmt: skip
         finally:
             store.close()
@@ -290,7 +290,8 @@ class Fetcher:
             failure_class=kind.failure_class,
         )
 
-    def _require_space(self, size: int, path: str) -> None:
+    def require_space(self, size: int, path: str) -> None:
+        """Errors: ConfigError `LocalDiskTooSmall` if the pod's disk has no room for the bytes of a source. `path`: the source's field."""
         available = free_bytes(self.work)
         if size + RESERVE_BYTES > available:
             raise ConfigError(

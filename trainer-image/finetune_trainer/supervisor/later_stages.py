@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import FineTuneError, InternalError, NoCheckpointError
+from finetune_api.errors import FineTuneError, GateFailedError, InternalError, NoCheckpointError, StorageError
 from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Output, Stage
+from finetune_api.status import GateResult, Output, Stage
 from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.address import download_committed
@@ -31,6 +31,7 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
 from finetune_trainer.settings import Settings
 from finetune_trainer.stages.files import (
+    MEASUREMENTS_FILE,
     OUTPUT_FOLDER,
     PARTS_FOLDER,
     RESULT_FILE,
@@ -51,9 +52,14 @@ from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
+MODEL_FOLDER = "final-model"
+"""Folder on the pod's disk with the downloaded model, in a pod that has not trained."""
 RECORD_FOLDER = f"{Storage.RUN}/stages"
-STORAGE_FOLDERS = {Stage.EVALUATING: Storage.EVALUATION, Stage.BENCHMARKING: Storage.EVALUATION}
+STORAGE_FOLDERS = {Stage.EVALUATING: Storage.EVALUATION, Stage.COMPARING: Storage.EVALUATION, Stage.BENCHMARKING: Storage.EVALUATION}
 """Folder in storage for the files of each stage that has files."""
+PUBLISHING_STAGES = (Stage.UPLOADING,)
+"""Stages that run only if the model has passed all gates. All other stages run before the gates take effect, so that a failed gate
+withholds no result, and only a model for which they have succeeded is promoted."""
 
 
 class StoppedError(Exception):
@@ -77,28 +83,84 @@ class LaterStages:
         self._parts_folder, self._parts_key = self._folder, ""
         self._stored_parts: set[str] = set()
         """Names of the parts of the current stage that are in storage."""
+        self._records: dict[Stage, StageRecord] = {}
 
     def run(self, output: Output) -> StageReport:
-        """Run all open stages in order. A failure or a stop request ends the loop."""
+        """Run all open stages in order, then promote the model or report the failed gate, then publish. A failure or a stop request ends the loop."""
         stages = planned_stages(self._run)
         report = StageReport(output=output)
-        records = {stage: self._read_record(stage, output) for stage in stages}
-        report.open_stages = [stage for stage in stages if records[stage] is None]
-        for stage in stages:
-            record = records[stage]
-            if record is None and self._is_stop_requested():
+        self._records = {stage: record for stage in stages if (record := self._read_record(stage, output)) is not None}
+        report.open_stages = [stage for stage in stages if stage not in self._records]
+        for publishes in (False, True):
+            if publishes and not self._finish_gates(report, output):
                 return report
-            try:
-                result = record.result if record is not None else self._run_stage(stage, output)
-            except StoppedError:
-                return report
-            except FineTuneError as error:
-                report.failure = StageFailure(stage, error)
-                return report
-            report.output = self._apply(result, report.output or output)
-            if record is None:
-                report.open_stages.remove(stage)
+            for stage in stages:
+                if (stage in PUBLISHING_STAGES) is publishes and not self._finish_stage(stage, report, output):
+                    return report
         return report
+
+    def _finish_stage(self, stage: Stage, report: StageReport, output: Output) -> bool:
+        """Run the stage unless it is done, and add its result to the report. Returns whether the next stage may run."""
+        record = self._records.get(stage)
+        if record is None and self._is_stop_requested():
+            return False
+        try:
+            if record is None:
+                record = self._records[stage] = self._run_stage(stage, output)
+                report.open_stages.remove(stage)
+        except StoppedError:
+            return False
+        except FineTuneError as error:
+            if self._failed_gates():
+                self._state.add_note(f"the stage {stage} failed: {error.code}: {error.message}")
+                report.open_stages.remove(stage)
+                return True  # the failed gate has decided the job's end, so further attempts would be in vain
+            report.failure = StageFailure(stage, error)
+            return False
+        report.output = self._apply(record.result, report.output or output)
+        return True
+
+    # ---- gates ----
+
+    def _gate_stage(self) -> Stage | None:
+        """The stage whose record contains the results of the gates. None: there are no gates."""
+        stages = (stage for stage, record in self._records.items() if record.result.evaluation and record.result.evaluation.gates)
+        return next(stages, None)
+
+    def _failed_gates(self) -> list[GateResult]:
+        stage = self._gate_stage()
+        evaluation = self._records[stage].result.evaluation if stage is not None else None
+        return [gate for gate in (evaluation.gates if evaluation else None) or [] if not gate.passed]
+
+    def _finish_gates(self, report: StageReport, output: Output) -> bool:
+        """Promote a model that has passed all gates. The results are read from the records, so every attempt decides the same.
+
+        Returns whether the model may be published.
+        """
+        stage, failed = self._gate_stage(), self._failed_gates()
+        if stage is None:
+            return True
+        try:
+            if not failed:
+                self._promote(output, self._records[stage])
+        except FineTuneError as error:
+            report.failure = StageFailure(stage, error)
+            return False
+        report.output = (report.output or output).model_copy(update={"promoted": not failed})
+        self._state.set_output(report.output)
+        if failed:
+            report.open_stages.clear()
+            report.failure = StageFailure(stage, GateFailedError("GateFailed", "; ".join(gate.text or gate.metric for gate in failed)))
+        return not failed
+
+    def _promote(self, output: Output, record: StageRecord) -> None:
+        """Write the marker `_PROMOTED` below this job's folder, also for a model of another job. Errors: FencedOutError; those of storage."""
+        self._tree.require_newest_attempt(self._run.attempt)
+        promotion = {
+            "manifestSha256": output.sha256, "uri": output.uri, "attempt": self._run.attempt, "time": datetime.now(UTC).isoformat(),
+            "gates": [gate.to_wire() for gate in (record.result.evaluation and record.result.evaluation.gates) or []],
+        }  # fmt: skip
+        self._tree.store.put(join(Storage.MODEL, Storage.PROMOTED), json.dumps(promotion, indent=1).encode())
 
     def _apply(self, result: StageResult, output: Output) -> Output:
         """Add the result of a stage to the pod's report. Returns the output with the result."""
@@ -109,7 +171,7 @@ class LaterStages:
             self._state.set_output(output)
         return output
 
-    def _run_stage(self, stage: Stage, output: Output) -> StageResult:
+    def _run_stage(self, stage: Stage, output: Output) -> StageRecord:
         """Run one stage, store its files, and write its record."""
         self._state.enter_stage(stage)
         self._tree.require_newest_attempt(self._run.attempt)
@@ -123,26 +185,29 @@ class LaterStages:
         if Inputs.read(self._settings.work) is None:
             self._fetch_inputs().write(self._settings.work)
             self._state.enter_stage(stage)
-        task = StageTask(stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "")
+        task = StageTask(
+            stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
+            evaluated=self._local_evaluation() if stage is Stage.COMPARING else None,
+        )  # fmt: skip
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
         self._run_process(stage, folder)
         result = _read_result(folder)
         return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
 
-    def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageResult:
+    def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
         """Write the record of a stage that is done."""
         record = StageRecord(
             stage=stage, model_sha256=output.sha256 or "", attempt=self._run.attempt, time=datetime.now(UTC).isoformat(), result=result, files=files
         )
         self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
-        return result
+        return record
 
     def _local_model(self, output: Output) -> Path:
         """The folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies it."""
         trained = self._settings.work / "output" / "final"
         if trained.exists():
             return trained
-        target = self._settings.work / "final-model"
+        target = self._settings.work / MODEL_FOLDER
         if target.exists():
             return target
         committed = self._tree.get_committed(None)
@@ -153,6 +218,19 @@ class LaterStages:
             raise NoCheckpointError("ModelDamaged", f"the committed model {output.uri} cannot be read: {problem}")
         partial.rename(target)
         return target
+
+    def _local_evaluation(self) -> Path:
+        """The folder with the measurements of the tuned model on this pod's disk. A later attempt downloads and verifies the file.
+
+        Errors: StorageError `EvaluationDamaged`. The record is removed then, so that the next attempt evaluates the model again.
+        """
+        record, folder = self._records[Stage.EVALUATING], self._folder / "evaluated"
+        key = join(STORAGE_FOLDERS[Stage.EVALUATING], MEASUREMENTS_FILE)
+        sha256 = self._tree.store.download(key, folder / MEASUREMENTS_FILE)
+        if sha256 is None or sha256 not in [file.sha256 for file in record.files if file.key == key]:
+            self._tree.store.delete([_record_key(Stage.EVALUATING)])
+            raise StorageError("EvaluationDamaged", f"{self._tree.uri(key)} is missing or damaged", hint="the next attempt evaluates the model again")
+        return folder
 
     # ---- the process of a stage ----
 

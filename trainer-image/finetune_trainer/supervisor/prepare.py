@@ -15,19 +15,26 @@ from pathlib import Path
 from typing import TypeVar
 
 from finetune_api.errors import StorageError
-from finetune_api.names import CONFIGMAP_MOUNT, Reason
+from finetune_api.names import Reason
 from finetune_api.pod import RunConfig
-from finetune_api.rules import benchmarks_after_training
+from finetune_api.rules import benchmarks_after_training, prompts_to_compare
 from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
+from finetune_trainer.results.model_comparison import read_prompts
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint
+from finetune_trainer.supervisor.given_model import (
+    GivenModel,
+    download_given_model,
+    find_given_model,
+    require_same_base,
+)
 from finetune_trainer.supervisor.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -48,6 +55,7 @@ class Preparation:
     def __init__(self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState) -> None:
         self._run, self._sha256, self._work = run, config_sha256, settings.work
         self._node_rank, self._state = settings.node_rank, run_state
+        self._config_maps = settings.config_maps
         self._bytes = 0
 
     def preflight(self) -> None:
@@ -72,6 +80,24 @@ class Preparation:
                 log.warning("storage is busy, will retry in %.0f s: %s", pause, error)
                 time.sleep(pause)
         return send_request()
+
+    def fetch_given_model(self, tree: CheckpointTree, folder: Path) -> tuple[Inputs, GivenModel]:
+        """Download the inputs and the model of `phases.from`, which goes to `folder`. Errors: those of `fetch` and of `given_model`."""
+        self._state.enter_stage(Stage.DOWNLOADING)
+        given = find_given_model(self._run.spec.phases.from_ or "", tree)
+        inputs, _ = self.fetch()
+        note = require_same_base(given, inputs)
+        if note is not None:
+            self._state.add_note(note)
+        fetcher = Fetcher(self._run, self._work)
+        self._state.enter_stage(Stage.DOWNLOADING)
+        self._run_timed(
+            "given model",
+            lambda: download_given_model(
+                given, folder, byte_counter=self._count_downloaded_bytes, check_space=lambda size: fetcher.require_space(size, "phases.from")
+            ),
+        )
+        return inputs, given
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77."""
@@ -146,7 +172,7 @@ class Preparation:
             model_revision=model.hub_revision or fingerprint(model.path),
             dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], sha256_file),
             output_dir=self._work / "output",
-            config_maps=Path(CONFIGMAP_MOUNT),
+            config_maps=self._config_maps,
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
@@ -164,6 +190,7 @@ class Preparation:
         if self._node_rank == 0:
             plan_tasks(self._run, inputs.benchmarks)  # refuses tasks that cannot run before any step is trained
         summary = check_files(self._run, inputs)
+        read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # errors are found before training
         for note in summary.notes:
             self._state.add_note(note)
         self._state.merge_resolved(

@@ -24,7 +24,7 @@ MEDIAN_STEPS = 20.0
 DUMP_SECONDS = 1.0
 RANK_COMMANDS = {b"train", b"stage"}
 """Commands of the processes that compute."""
-WATCHED_STAGES = (Stage.TRAINING, Stage.EVALUATING, Stage.BENCHMARKING, Stage.STOPPING)
+WATCHED_STAGES = (Stage.TRAINING, Stage.EVALUATING, Stage.COMPARING, Stage.BENCHMARKING, Stage.STOPPING)
 
 
 class StallWatch:

@@ -39,7 +39,8 @@ from finetune_trainer.supervisor.exit_decision import (
     is_state_saved,
     stop_deadline,
 )
-from finetune_trainer.supervisor.later_stages import LaterStages
+from finetune_trainer.supervisor.given_model import find_given_model, record_given_model
+from finetune_trainer.supervisor.later_stages import MODEL_FOLDER, LaterStages
 from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
@@ -97,9 +98,11 @@ class Supervisor:
             self._channel = self._open_channel(run)
             # 4. While the ranks import, a thread checks storage, fetches and checks the inputs and restores the checkpoint.
             threading.Thread(target=self._prepare_pod, args=(run, sha256), name="prepare", daemon=True).start()
-            # 5. Start the ranks and watch them until they end or the attempt must end.
-            agent = start_agent(run, self._settings, self._channel.address)
-            self._watch_agent(run, agent)
+            # 5. Start the ranks and watch them until they end or the attempt must end. A job without training has no ranks.
+            if run.spec.phases.train is False:
+                self._wait_for_preparation()
+            else:
+                self._watch_agent(run, start_agent(run, self._settings, self._channel.address))
         # 6. Kill all processes that still run, and apply the messages that they have sent.
         processes.kill_all_descendants()
         if self._channel is not None:
@@ -150,7 +153,7 @@ class Supervisor:
         work.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
             (work / name).unlink(missing_ok=True)
-        for name in ("output", "staged", "stages", "final-model"):
+        for name in ("output", "staged", "stages", MODEL_FOLDER):
             shutil.rmtree(work / name, ignore_errors=True)
         for name in ("output", "staged"):
             (work / name).mkdir()
@@ -177,6 +180,9 @@ class Supervisor:
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
             self._results = RunResults(run, tree, self._settings.work / "output")
+            if run.spec.phases.train is False:
+                self._prepare_given_model(run, preparation, tree)
+                return
             self._facts.output = committed_output(tree)
             if self._facts.output is not None:
                 self._must_end.set()
@@ -190,6 +196,20 @@ class Supervisor:
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
             with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
+
+    def _prepare_given_model(self, run: RunConfig, preparation: Preparation, tree: CheckpointTree) -> None:
+        """Prepare the stages of a job that does not train. Only rank 0's pod runs them, so the other pods need nothing but the model's address."""
+        if self._settings.node_rank > 0:
+            self._facts.output = find_given_model(run.spec.phases.from_ or "", tree).output
+        else:
+            inputs, given = preparation.fetch_given_model(tree, self._settings.work / MODEL_FOLDER)
+            preparation.claim_storage(tree)
+            assert self._results is not None
+            store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
+            record_given_model(given, tree, run.attempt)
+            inputs.write(self._settings.work)
+            self._facts.output = given.output
+        self._must_end.set()
 
     def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
@@ -247,6 +267,11 @@ class Supervisor:
                 self._end_with_error(stalled)
                 return
         self._facts.agent_code = code
+
+    def _wait_for_preparation(self) -> None:
+        """Return when the model of `phases.from` is on the disk, or when the attempt must end for another reason."""
+        while self._facts.stop_requested_at is None and not self._must_end.wait(TICK_SECONDS):
+            pass
 
     def _upload_failure(self, run: RunConfig) -> FineTuneError | None:
         """Return an error if the attempt must end because the uploader has given up or checkpoints stay unsaved, else None."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_api.errors import DataError, StorageError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import EvaluationResult, MetricResult, Output, Stage
+from finetune_api.status import EvaluationResult, GateResult, MetricResult, Output, Stage
 from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
-from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, RESULT_FILE, StageResult, StageTask
+from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, RESULT_FILE, StageRecord, StageResult, StageTask
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor.exit_decision import StageReport
 from finetune_trainer.supervisor.later_stages import LaterStages, StoppedError
@@ -24,6 +25,7 @@ from finetune_trainer.supervisor.run_state import RunState
 from tests.support.learning import make_run
 
 EVALUATION = EvaluationResult(rows=2, metrics={"perplexity": MetricResult(value=2.5)})
+EVALUATES = {"evaluation": {"metrics": ["perplexity"]}, "dataset": {"split": {"test": 0.2}}}
 RECORD = "run/stages/evaluating.json"
 
 
@@ -45,8 +47,8 @@ class FakeStages(LaterStages):
 class Attempt:
     """One attempt of a job whose model is committed."""
 
-    def __init__(self, folder: Path, number: int, *, has_trained: bool = True) -> None:
-        self.run, self.inputs = _run_of(folder, number)
+    def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] | None = None) -> None:
+        self.run, self.inputs = _run_of(folder, number, spec or EVALUATES)
         self.tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
         work = folder / f"work-{number}"
         work.mkdir()
@@ -70,8 +72,7 @@ class Attempt:
         return self.stages.run(output)
 
 
-def _run_of(folder: Path, number: int) -> tuple[RunConfig, Inputs]:
-    spec = {"evaluation": {"metrics": ["perplexity"]}, "dataset": {"split": {"test": 0.2}}}
+def _run_of(folder: Path, number: int, spec: dict[str, Any]) -> tuple[RunConfig, Inputs]:
     (folder / f"inputs-{number}").mkdir()
     run, inputs = make_run(folder / f"inputs-{number}", folder / "model", spec)
     return run.model_copy(update={"attempt": number}), inputs
@@ -209,3 +210,141 @@ def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output
     monkeypatch.setattr(attempt.tree.store, "put_file", fail)
     assert attempt.end(output).failure is None and found == [{}]
     assert attempt.state.report().resolved.notes == ["some results of finished tasks were not stored: StorageFailed"]
+
+
+# ---- gates and promotion
+
+PASSED = GateResult(metric="perplexity", passed=True, text="perplexity is 2.5, and the gate requires at most 3")
+FAILED = GateResult(metric="perplexity", passed=False, text="perplexity is 2.5, and the gate requires at most 2")
+MARKER = "model/_PROMOTED"
+
+
+class GatedStages(LaterStages):
+    """Stages that run no process. `results` contains the result or the failure of each stage."""
+
+    calls: list[Stage]
+    results: dict[Stage, StageResult | Exception]
+
+    def _run_stage(self, stage: Stage, output: Output) -> StageRecord:
+        self.calls.append(stage)
+        result = self.results.get(stage, StageResult())
+        if isinstance(result, Exception):
+            raise result
+        return self._record(stage, output, result, [])
+
+
+def gated(folder: Path, number: int, results: dict[Stage, StageResult | Exception], monkeypatch: pytest.MonkeyPatch) -> tuple[GatedStages, Attempt]:
+    """An attempt of a job with an evaluation, a comparison, a later stage that does not publish, and a copy in `output.dir`."""
+    stages = [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING, Stage.UPLOADING]
+    monkeypatch.setattr("finetune_trainer.supervisor.later_stages.planned_stages", lambda _run: stages)
+    attempt = Attempt(folder, number)
+    attempt.stages.__class__ = GatedStages
+    later = attempt.stages
+    assert isinstance(later, GatedStages)
+    later.calls, later.results = [], results
+    return later, attempt
+
+
+def decided(gates: list[GateResult]) -> StageResult:
+    return StageResult(evaluation=EvaluationResult(gates=gates))
+
+
+def test_a_model_is_promoted_after_all_stages_that_do_not_publish(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    later, attempt = gated(tmp_path, 1, {Stage.COMPARING: decided([PASSED]), Stage.VERIFYING: DataError("Bad", "m")}, monkeypatch)
+    report = later.run(output)
+    assert report.failure is not None and report.failure.stage is Stage.VERIFYING and attempt.tree.store.get(MARKER) is None
+    later, attempt = gated(tmp_path, 2, {Stage.UPLOADING: StageResult(published_uri="file:///copy")}, monkeypatch)
+    report = later.run(output)
+    assert later.calls == [Stage.VERIFYING, Stage.UPLOADING] and (report.failure, report.open_stages) == (None, [])
+    assert report.output is not None and (report.output.promoted, report.output.published_uri) == (True, "file:///copy")
+    assert attempt.state.report().output == report.output
+    marker = json.loads(attempt.tree.store.get(MARKER) or b"")
+    assert (marker["manifestSha256"], marker["uri"], marker["attempt"], marker["gates"]) == (output.sha256, output.uri, 2, [PASSED.to_wire()])
+
+
+def test_a_failed_gate_ends_the_job_after_the_other_results_and_without_a_copy(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, calls in ((1, [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING]), (2, [])):
+        later, attempt = gated(tmp_path, number, {Stage.COMPARING: decided([PASSED, FAILED])}, monkeypatch)
+        report = later.run(output)
+        assert later.calls == calls and report.failure is not None and report.open_stages == []
+        assert (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "GateFailed")
+        assert (report.failure.error.message, int(report.failure.error.exit_code)) == (FAILED.text, 80)
+        assert report.output == output.model_copy(update={"promoted": False}) and attempt.tree.store.get(MARKER) is None
+
+
+def test_a_failed_gate_decides_also_if_a_later_stage_fails(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    later, attempt = gated(tmp_path, 1, {Stage.EVALUATING: decided([FAILED]), Stage.VERIFYING: DataError("Bad", "broken")}, monkeypatch)
+    report = later.run(output)
+    assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.EVALUATING, "GateFailed")
+    assert "the stage verifying failed: Bad: broken" in (attempt.state.report().resolved.notes or [])
+
+
+def test_a_stop_after_a_failed_gate_leaves_the_other_stages_to_the_next_attempt(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, _ = gated(tmp_path, 1, {Stage.COMPARING: decided([FAILED]), Stage.VERIFYING: StoppedError()}, monkeypatch)
+    report = later.run(output)
+    assert (report.failure, report.open_stages) == (None, [Stage.VERIFYING, Stage.UPLOADING])
+
+
+def test_without_gates_nothing_is_promoted(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    later, attempt = gated(tmp_path, 1, {Stage.COMPARING: StageResult(evaluation=EVALUATION)}, monkeypatch)
+    report = later.run(output)
+    assert report.output == output and report.failure is None and attempt.tree.store.get(MARKER) is None
+
+
+def test_a_superseded_attempt_promotes_nothing(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    later, attempt = gated(tmp_path, 1, {Stage.COMPARING: decided([PASSED])}, monkeypatch)
+    attempt.tree.begin_attempt(2, b"{}")
+    report = later.run(output)
+    assert report.failure is not None and isinstance(report.failure.error, FencedOutError)
+    assert attempt.tree.store.get(MARKER) is None and Stage.UPLOADING not in later.calls
+
+
+def test_the_sweep_of_a_later_attempt_keeps_the_marker(tmp_path: Path, output: Output) -> None:
+    attempt = Attempt(tmp_path, 1)
+    attempt.tree.store.put(MARKER, b"{}")
+    attempt.tree.store.put("model/a9-00000009/left-over", b"x")
+    assert attempt.tree.sweep().count == 1 and attempt.tree.store.get(MARKER) == b"{}"
+
+
+# ---- what the stage `comparing` reads
+
+COMPARES = {"evaluation": {"metrics": ["perplexity"], "comparison": {}}, "dataset": {"split": {"test": 0.2}}}
+
+
+def measuring(folder: Path) -> None:
+    if StageTask.read(folder).stage is Stage.EVALUATING:
+        (folder / OUTPUT_FOLDER / "measurements.json").write_text('{"rowCount": 2}')
+    (folder / RESULT_FILE).write_text(StageResult(evaluation=EVALUATION).model_dump_json(by_alias=True))
+
+
+def test_a_later_attempt_compares_with_the_stored_measurements(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(measuring))
+    first = Attempt(tmp_path, 1, spec=COMPARES)
+    assert first.end(output).open_stages == []
+    first.tree.store.delete(["run/stages/comparing.json"])
+    later = Attempt(tmp_path, 2, spec=COMPARES)
+    assert later.end(output).failure is None
+    [task] = later.stages.calls
+    assert task.stage is Stage.COMPARING and task.evaluated is not None
+    assert (task.evaluated / "measurements.json").read_text() == '{"rowCount": 2}'
+
+
+@pytest.mark.parametrize("content", [b"{}", None])
+def test_damaged_measurements_are_measured_again_by_the_next_attempt(
+    content: bytes | None, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(measuring))
+    first = Attempt(tmp_path, 1, spec=COMPARES)
+    first.end(output)
+    first.tree.store.delete(["run/stages/comparing.json", *([] if content else ["evaluation/measurements.json"])])
+    if content:
+        first.tree.store.put("evaluation/measurements.json", content)
+    report = Attempt(tmp_path, 2, spec=COMPARES).end(output)
+    assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "EvaluationDamaged")
+    assert report.failure.error.exit_code == 69  # is retried
+    third = Attempt(tmp_path, 3, spec=COMPARES)
+    assert third.end(output).failure is None and [task.stage for task in third.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]

@@ -1,0 +1,201 @@
+"""Pods that compare their model with the base model, decide gates, and jobs that evaluate the model of another job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import Env, ExitCode
+from finetune_api.pod import StoreTarget
+from finetune_api.status import Output, Stage
+from pod_harness import UID, Pod, merge, run_config, write_rows
+
+from tests.support.tiny import make_tiny_model
+
+METRICS = ["perplexity", "accuracy", "precision", "recall", "f1", "bleu", "rouge"]
+PASSING = [
+    {"metric": "perplexity", "op": "le", "value": 1000},
+    {"metric": "loss", "notWorseThanBase": {"margin": 5}},
+    {"metric": "rouge", "notWorseThanBase": {"margin": 1}},
+]
+FAILING = [{"metric": "perplexity", "op": "le", "value": 1000}, {"metric": "accuracy", "op": "ge", "value": 1}]
+OTHER_JOB = "99999999-2222-3333-4444-555555555555"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def comparing_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, uid: str = UID) -> Pod:
+    rows = write_rows(folder / "rows.jsonl")
+    base = {
+        "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
+        "training": {"maxSteps": 4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 1e-2},
+        "checkpoint": {"steps": 2}, "tracking": {"loggingSteps": 1}, "method": {"type": "lora"},
+        "evaluation": {"metrics": METRICS, "comparison": {"generation": {"maxNewTokens": 8}}}, "output": {"dir": "results", "layout": "flat"},
+    }  # fmt: skip
+    run = run_config(merge(base, spec), StoreTarget(uri=f"file://{folder}/store/team/job/{uid}"), attempt=attempt)
+    publish = f"file://{folder}/store/results" if run.spec.output.dir else None
+    return Pod(run.model_copy(update={"publish": publish, "uid": uid}), folder / f"pod-{uid[0]}-{attempt}")
+
+
+def stored(folder: Path, key: str, uid: str = UID) -> Path:
+    return folder / "store" / "team" / "job" / uid / key
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_pod_compares_its_model_with_the_base_model_and_promotes_it(model: Path, tmp_path: Path) -> None:
+    with comparing_pod(tmp_path, model, {"evaluation": {"gates": PASSING}}) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        message = pod.termination_message()
+    evaluation, output = message.evaluation, message.output
+    assert evaluation is not None and output is not None and output.promoted is True
+    metrics = evaluation.metrics or {}
+    assert metrics.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
+    for name, metric in metrics.items():
+        assert None not in (metric.value, metric.base, metric.difference), name
+        assert metric.difference == pytest.approx((metric.value or 0) - (metric.base or 0), abs=2e-3), name
+        assert metric.low is not None and metric.high is not None and metric.low <= (metric.difference or 0) <= metric.high, (name, metric)
+    assert (metrics["loss"].high or 0) < 0  # training has lowered the loss on the held-out rows
+    assert [(gate.metric, gate.passed) for gate in evaluation.gates or []] == [("perplexity", True), ("loss", True), ("rouge", True)]
+    promoted = json.loads(stored(tmp_path, "model/_PROMOTED").read_text())
+    assert (promoted["manifestSha256"], promoted["uri"], promoted["attempt"], len(promoted["gates"])) == (output.sha256, output.uri, 1, 3)
+    assert output.published_uri == f"file://{tmp_path}/store/results" and (tmp_path / "store" / "results" / "adapter_config.json").exists()
+    comparison = json.loads(stored(tmp_path, "evaluation/model_comparison.json").read_text())
+    predictions = [json.loads(line) for line in stored(tmp_path, "evaluation/predictions.jsonl").read_text().splitlines()]
+    assert evaluation.comparison_uri == f"file://{stored(tmp_path, 'evaluation/model_comparison.json')}"
+    assert [row["finetuned_model_response"] for row in comparison["comparisons"]] == [row["assistant_response"] for row in predictions]
+    assert [row["label"] for row in comparison["comparisons"]] == [row["ground_truth"] for row in predictions]
+    assert comparison["metadata"]["prompts_file"] == "test set" and comparison["metadata"]["generation_params"]["max_new_tokens"] == 8
+    assert {row["base_model_response"] for row in comparison["comparisons"]} != {row["finetuned_model_response"] for row in comparison["comparisons"]}
+
+
+def test_a_failed_gate_keeps_the_model_and_publishes_nothing_in_every_attempt(model: Path, tmp_path: Path) -> None:
+    spec = {"evaluation": {"gates": FAILING, "comparison": None, "metrics": ["perplexity", "accuracy"]}}
+    for attempt in (1, 2):
+        with comparing_pod(tmp_path, model, spec, attempt=attempt) as pod:
+            assert pod.end() == ExitCode.GATE_FAILED, pod.text[-6000:]
+            message = pod.termination_message()
+        assert message.output is not None and message.output.promoted is False and message.output.published_uri is None
+        assert (message.class_, message.code, message.stage) == ("Model", "GateFailed", Stage.EVALUATING)
+        assert (message.message or "").endswith("and the gate requires at least 1") and "accuracy is 0." in (message.message or "")
+        assert [gate.passed for gate in (message.evaluation and message.evaluation.gates) or []] == [True, False]
+        assert stored(tmp_path, "model/_COMMITTED").exists() and not stored(tmp_path, "model/_PROMOTED").exists()
+        assert not (tmp_path / "store" / "results").exists() and not stored(tmp_path, "run/stages/comparing.json").exists()
+    assert json.loads(stored(tmp_path, "run/stages/evaluating.json").read_text())["attempt"] == 1
+
+
+def test_a_pod_that_is_stopped_before_the_comparison_is_continued_by_the_next_one(model: Path, tmp_path: Path) -> None:
+    """All weights are trained, so that the comparison also loads a base model beside a complete model."""
+    spec = {"method": {"type": "full"}, "evaluation": {"gates": [{"metric": "loss", "notWorseThanBase": {"margin": 50}}]}}
+    with comparing_pod(tmp_path, model, spec) as stopped:
+        stopped.wait_until(lambda: (report := stopped.report()) is not None and report.stage is Stage.COMPARING)
+        stopped.terminate()
+        assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
+    assert (stopped.termination_message().evaluation or pytest.fail("the evaluation is done")).gates is None
+    evaluated = json.loads(stored(tmp_path, "run/stages/evaluating.json").read_text())
+    with comparing_pod(tmp_path, model, spec, attempt=2) as resumed:
+        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
+        message = resumed.termination_message()
+    assert message.evaluation is not None and (message.evaluation.metrics or {})["loss"].low is not None
+    assert message.output is not None and message.output.promoted is True and stored(tmp_path, "model/_PROMOTED").exists()
+    assert json.loads(stored(tmp_path, "run/stages/evaluating.json").read_text()) == evaluated
+    assert json.loads(stored(tmp_path, "run/stages/comparing.json").read_text())["attempt"] == 2
+
+
+EVALUATES_ONLY: dict[str, Any] = {
+    "phases": {"train": False}, "evaluation": {"gates": PASSING[:2], "metrics": ["perplexity", "accuracy"], "comparison": None},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
+    """The folder of a job that has trained without an evaluation, and its model."""
+    folder = tmp_path_factory.mktemp("trained")
+    with comparing_pod(folder, model, {"evaluation": {"metrics": None, "comparison": None}}, uid=OTHER_JOB) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        output = pod.termination_message().output
+    assert output is not None and output.uri is not None
+    return folder, output
+
+
+def test_a_job_without_training_evaluates_the_model_of_another_job_and_leaves_its_folder_unchanged(
+    trained: tuple[Path, Output], model: Path
+) -> None:
+    folder, other_output = trained
+    other_files = files_of(stored(folder, "", OTHER_JOB))
+    with comparing_pod(folder, model, merge(EVALUATES_ONLY, {"phases": {"from": other_output.uri}})) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        message = pod.termination_message()
+        assert "step 1/4" not in pod.text and not pod.pids("agent")
+    assert message.output is not None
+    assert (message.output.uri, message.output.sha256, message.output.kind) == (other_output.uri, other_output.sha256, "adapter")
+    assert message.output.promoted is True and message.progress is not None
+    assert (message.progress.total_steps, message.progress.display, message.checkpoints) == (None, None, [])
+    assert message.evaluation is not None and (message.evaluation.metrics or {})["loss"].low is not None
+    assert files_of(stored(folder, "", OTHER_JOB)) == other_files
+    assert json.loads(stored(folder, "model/_PROMOTED").read_text())["manifestSha256"] == other_output.sha256
+    assert json.loads(stored(folder, "run/given_model.json").read_text())["uri"] == other_output.uri
+    assert {path.name for path in stored(folder, "run/stages").iterdir()} == {"evaluating.json", "comparing.json", "uploading.json"}
+
+
+def test_a_job_without_training_evaluates_a_checkpoint(trained: tuple[Path, Output], model: Path) -> None:
+    folder, _ = trained
+    uri = f"file://{stored(folder, 'checkpoints/step-00000002', OTHER_JOB)}"
+    spec = merge(EVALUATES_ONLY, {"phases": {"from": uri}, "evaluation": {"gates": None}, "output": {"dir": None, "layout": None}})
+    with comparing_pod(folder, model, spec, uid=UID.replace("1", "2")) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        message = pod.termination_message()
+        assert not list((pod.folder / "work" / "final-model").rglob("optimizer*"))
+    assert message.output is not None and message.output.kind == "adapter" and (message.output.uri or "").startswith(f"{uri}/a1-")
+    assert message.evaluation is not None and message.evaluation.rows == 8 and message.output.promoted is None
+
+
+def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: tuple[Path, Output], tmp_path: Path) -> None:
+    folder, other_output = trained
+    other_base = make_tiny_model(tmp_path / "other", seed=5)
+    spec = merge(EVALUATES_ONLY, {"phases": {"from": other_output.uri}})
+    with comparing_pod(folder, other_base, spec, uid=UID.replace("1", "3")) as pod:
+        assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
+        message = pod.termination_message()
+    assert (message.code, message.output, message.stage) == ("GivenModelOfOtherBase", None, None)
+    assert "trained from another base model" in (message.message or "") and "model.source" in (message.hint or "")
+
+
+def test_both_models_answer_the_prompts_and_unreadable_prompts_end_the_job_before_training(
+    model: Path, tmp_path: Path
+) -> None:
+    maps = tmp_path / "maps" / "prompts"
+    maps.mkdir(parents=True)
+    (maps / "good").write_text("What is 2 + 3?\n\nName a city\nin France.\n")
+    (maps / "empty").write_text(" \n")
+    (maps / "latin").write_bytes("Grüße".encode("latin-1"))
+
+    def pod_of(key: str, attempt: int) -> Pod:
+        comparison = {"promptsRef": {"name": "prompts", "key": key}, "generation": {"maxNewTokens": 4}}
+        spec = {"evaluation": {"metrics": None, "comparison": comparison}, "output": {"dir": None, "layout": None}}
+        pod = comparing_pod(tmp_path, model, spec, attempt=attempt)
+        pod.env = {Env.CONFIG_MAPS.value: str(tmp_path / "maps")}
+        return pod
+
+    for attempt, (key, code, words) in enumerate((("empty", "PromptsEmpty", "no prompts"), ("latin", "PromptsNotUtf8", "byte 3 is not valid UTF-8")), 1):
+        with pod_of(key, attempt) as refused:
+            assert refused.end() == ExitCode.DATA_INVALID, refused.text[-6000:]
+        message = refused.termination_message()
+        assert message.code == code and f"ConfigMap prompts, key {key}: {words}" in (message.message or "") and message.hint
+        assert "step 1/4" not in refused.text
+    with pod_of("good", 3) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+    comparison = json.loads(stored(tmp_path, "evaluation/model_comparison.json").read_text())
+    assert comparison["metadata"]["prompts_file"] == "configmap://prompts/good" and comparison["metadata"]["num_prompts"] == 2
+    assert [(row["prompt_id"], row["prompt"]) for row in comparison["comparisons"]] == [(1, "What is 2 + 3?"), (2, "Name a city\nin France.")]
+    assert all(row.keys() >= {"base_model_response", "finetuned_model_response", "timestamp", "prompt_preview"} for row in comparison["comparisons"])
+    evaluation = pod.termination_message().evaluation
+    assert evaluation is not None and evaluation.metrics is None and evaluation.rows is None and evaluation.predictions_uri is None
+    assert evaluation.comparison_uri == f"file://{stored(tmp_path, 'evaluation/model_comparison.json')}"

@@ -1,0 +1,86 @@
+"""The results of the stage `comparing`: a function of the spec and of the stored measurements of both models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import InternalError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import Stage
+from finetune_trainer.evaluation.measurements import Measurements
+from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+from finetune_trainer.stages.compare import _read_tuned, summarise
+from finetune_trainer.stages.files import StageTask
+from finetune_trainer.stages.plan import planned_stages
+
+from tests.support.learning import make_run
+
+TESTED: dict[str, Any] = {"dataset": {"split": {"test": 0.2}}}
+
+
+def run_of(folder: Path, evaluation: dict[str, Any], **groups: Any) -> RunConfig:
+    return make_run(folder, folder / "model", {"evaluation": evaluation, **TESTED, **groups})[0]
+
+
+def rows(scores: list[float | None]) -> dict[str, MetricValue]:
+    return {"rougeL": mean_of_rows(scores, {})}
+
+
+def test_values_difference_and_interval_of_each_metric(tmp_path: Path) -> None:
+    base = Measurements().with_values({
+        **rows([0.1, 0.2, 0.3, 0.1]), "letterF1": MetricValue(0.5), "answerAccuracy": MetricValue.missing("the judge is down"),
+    })  # fmt: skip
+    tuned = Measurements().with_values({
+        **rows([0.2, 0.3, 0.5, 0.2]), "letterF1": MetricValue(0.75), "answerAccuracy": MetricValue(0.5, None, [0.5]), "bertscore": MetricValue(0.5),
+    })  # fmt: skip
+    found = summarise(run_of(tmp_path, {"metrics": ["rouge"], "comparison": {}}), base, tuned)
+    metrics = found.metrics or {}
+    rouge = metrics["rougeL"]
+    assert (rouge.value, rouge.base, rouge.difference, rouge.reason) == (0.3, 0.175, pytest.approx(0.125), None)
+    assert rouge.low is not None and rouge.high is not None and 0 < rouge.low < 0.125 < rouge.high
+    letters = metrics["letterF1"]
+    assert (letters.difference, letters.low, letters.reason) == (0.25, None, "no confidence interval: the metric has no scores of single rows")
+    assert (metrics["answerAccuracy"].value, metrics["answerAccuracy"].reason) == (0.5, "of the base model: the judge is down")
+    assert metrics["bertscore"].reason == "the base model was not measured"
+    assert found.gates is None and found.comparison_uri is None
+
+
+def test_a_single_row_has_a_difference_and_a_reason(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"metrics": ["rouge"], "comparison": {}})
+    metrics = summarise(run, Measurements().with_values(rows([0.1])), Measurements().with_values(rows([0.4]))).metrics or {}
+    assert metrics["rougeL"].difference == pytest.approx(0.3) and metrics["rougeL"].low is None
+    assert metrics["rougeL"].reason == "no confidence interval: a confidence interval needs at least 2 rows"
+
+
+@pytest.mark.parametrize(("tuned_score", "passed"), [(0.25, True), (0.05, False)])
+def test_a_gate_for_rouge_compares_rouge_l_of_both_models(tuned_score: float, passed: bool, tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"metrics": ["rouge"], "gates": [{"metric": "rouge", "notWorseThanBase": {"margin": 0.05}}]})
+    base = Measurements().with_values(rows([0.2, 0.21] * 10))
+    tuned = Measurements().with_values(rows([tuned_score, tuned_score + 0.02] * 10))
+    first = summarise(run, base, tuned)
+    assert [(gate.metric, gate.passed) for gate in first.gates or []] == [("rouge", passed)]
+    assert summarise(run, base, tuned) == first
+
+
+def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) -> None:
+    (tmp_path / "measurements.json").write_text("{")
+    task = StageTask(stage=Stage.COMPARING, model=tmp_path, kind=OutputKind.ADAPTER, uri="file:///m", evaluated=tmp_path)
+    with pytest.raises(InternalError, match="measurements.json cannot be read") as found:
+        _read_tuned(task)
+    assert found.value.code == "MeasurementsUnreadable"
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "stages"),
+    [
+        ({"metrics": ["bleu"]}, [Stage.EVALUATING]),
+        ({"metrics": ["bleu"], "comparison": {}}, [Stage.EVALUATING, Stage.COMPARING]),
+        ({"comparison": {"promptsRef": {"name": "p", "key": "k"}}}, [Stage.EVALUATING, Stage.COMPARING]),
+        ({"comparison": {"generation": {"maxNewTokens": 5}}}, []),
+    ],
+)
+def test_stages_of_a_comparison(evaluation: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
+    assert planned_stages(run_of(tmp_path, evaluation)) == stages

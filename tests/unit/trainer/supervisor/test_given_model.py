@@ -1,0 +1,110 @@
+"""The model that `phases.from` names: found, checked and downloaded, or refused with what to write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, FineTuneError, NotFoundError
+from finetune_api.spec.enums import OutputKind
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.supervisor.given_model import (
+    download_given_model,
+    find_given_model,
+    record_given_model,
+    require_same_base,
+)
+
+BASE = "sha256:" + "a" * 64
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "optimizer.pt": b"state", "global_step1/shard.pt": b"state"}
+
+
+def tree_of(folder: Path) -> CheckpointTree:
+    return CheckpointTree(FolderStore(folder, f"file://{folder}"))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """The folder of another job with a checkpoint and a final model."""
+    for name, content in FILES.items():
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(content)
+    tree = tree_of(tmp_path / "other")
+    for prefix, kind in (("checkpoints/step-00000002", None), ("model", OutputKind.ADAPTER)):
+        entries = tree.upload(prefix, "a1-00000001", tmp_path / "files")
+        tree.commit(prefix, Manifest(incarnation="a1-00000001", step=2, kind=kind, files=entries, facts=RunFacts(model_revision=BASE)))
+    return tmp_path / "other"
+
+
+def find(tmp_path: Path, key: str) -> Any:
+    return find_given_model(f"file://{tmp_path}/{key}", tree_of(tmp_path / "own"))
+
+
+@pytest.mark.parametrize("key", ["other/model", "other/model/", "other/model/a1-00000001"])
+def test_a_final_model_is_found_and_downloaded_whole(key: str, other: Path, tmp_path: Path) -> None:
+    given = find(tmp_path, key)
+    assert given.output.uri == f"file://{other}/model/a1-00000001" and given.output.kind is OutputKind.ADAPTER
+    download_given_model(given, tmp_path / "target")
+    assert {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*") if path.is_file()} == set(FILES)
+    record_given_model(given, tree_of(tmp_path / "own"), attempt=3)
+    record = json.loads((tmp_path / "own" / "run" / "given_model.json").read_text())
+    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (given.output.uri, given.output.sha256, "adapter", 3)
+
+
+def test_a_checkpoint_is_downloaded_without_the_state_of_training(other: Path, tmp_path: Path) -> None:
+    given, sizes = find(tmp_path, "other/checkpoints/step-00000002"), list[int]()
+    assert given.kind is OutputKind.ADAPTER and given.output.uri == f"file://{other}/checkpoints/step-00000002/a1-00000001"
+    download_given_model(given, tmp_path / "target", check_space=sizes.append)
+    assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sizes == [len(b"{}") + len(b"weights")]
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "code", "words"),
+    [
+        ("other", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
+        ("other/metrics", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
+        ("other/checkpoints", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
+        ("missing/model", NotFoundError, "GivenModelNotCommitted", "no model is committed there: there is no _COMMITTED object"),
+        ("other/checkpoints/step-00000004", NotFoundError, "GivenModelNotCommitted", "there is no _COMMITTED object"),
+        ("other/model/a2-00000002", NotFoundError, "GivenModelNotCommitted", "another folder beside it is the committed one"),
+    ],
+)
+def test_a_wrong_address_is_refused(key: str, error: type[FineTuneError], code: str, words: str, other: Path, tmp_path: Path) -> None:
+    with pytest.raises(error) as found:
+        find(tmp_path, key)
+    assert found.value.code == code and words in found.value.message and found.value.message.startswith("phases.from is file://")
+    assert found.value.hint
+
+
+def test_a_damaged_manifest_and_a_damaged_file_are_found(other: Path, tmp_path: Path) -> None:
+    given = find(tmp_path, "other/model")
+    (other / "model" / "a1-00000001" / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
+    with pytest.raises(NotFoundError, match="damaged: .*adapter_model.safetensors is damaged: its sha256 differs") as found:
+        download_given_model(given, tmp_path / "target")
+    assert found.value.code == "GivenModelDamaged" and found.value.exit_code == 66 and not (tmp_path / "target").exists()
+    (other / "model" / "a1-00000001" / "manifest.json").write_bytes(b"{}")
+    with pytest.raises(NotFoundError, match="manifest.json is missing or is not the manifest that was committed"):
+        find(tmp_path, "other/model")
+
+
+def inputs_of(tmp_path: Path, revision: str) -> Inputs:
+    return Inputs(model=tmp_path, model_revision=revision, dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path)
+
+
+def test_a_model_of_another_base_is_refused(other: Path, tmp_path: Path) -> None:
+    given = find(tmp_path, "other/model")
+    assert require_same_base(given, inputs_of(tmp_path, BASE)) is None
+    with pytest.raises(ConfigError, match="trained from another base model") as found:
+        require_same_base(given, inputs_of(tmp_path, "sha256:" + "b" * 64))
+    assert found.value.code == "GivenModelOfOtherBase" and found.value.hint == "write the base model of the other FineTuneJob in model.source"
+
+
+def test_a_base_from_another_kind_of_source_gives_a_note(other: Path, tmp_path: Path) -> None:
+    note = require_same_base(find(tmp_path, "other/model"), inputs_of(tmp_path, "0123abcd"))
+    assert note is not None and note.endswith("whether model.source (0123abcd) is the same model was not checked")

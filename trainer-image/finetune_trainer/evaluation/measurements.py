@@ -1,0 +1,90 @@
+"""What was measured of one model: its metrics, and what each row adds to them.
+
+The stage `evaluating` stores the measurements of the tuned model, so that a later attempt compares them with the base model without
+measuring the tuned model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from finetune_api.base import LenientModel
+from finetune_api.spec.enums import GateMetric
+from pydantic import ConfigDict, Field
+
+from finetune_trainer.evaluation.bootstrap import bleu_of_sums, perplexity_of_sums, ratio_of_sums
+from finetune_trainer.evaluation.gates import PairedSums
+from finetune_trainer.evaluation.predictions import replace_file
+from finetune_trainer.evaluation.values import MetricValue
+
+GATE_METRICS = {GateMetric.ROUGE.value: "rougeL"}
+"""The measured metric that a gate reads, if it has another name. The F1 of BERTScore is measured under the name `bertscore`."""
+
+
+class StoredMetric(LenientModel):
+    """One metric, as in `MetricValue`."""
+
+    value: float | None = None
+    reason: str | None = None
+    rows: list[float | None] | None = Field(default=None, description="Score of each question.")
+
+
+class Measurements(LenientModel):
+    """`evaluation/measurements.json`."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)
+
+    row_count: int = Field(default=0, description="Number of evaluated rows.")
+    metrics: dict[str, StoredMetric] = Field(default_factory=dict)
+    token_sums: list[list[float]] = Field(
+        default_factory=list, description="For each row: negative log-likelihood, tokens, correct tokens, shares of precision and F1."
+    )
+    bleu_sums: list[list[float]] = Field(default_factory=list, description="For each question: the ten sums of BLEU.")
+    answers: list[str] | None = Field(default=None, description="Answers to the compared prompts, or to the test questions.")
+    end_token_ids: list[int] = Field(default_factory=list, description="Tokens that ended an answer.")
+
+    def with_values(self, values: Mapping[str, MetricValue]) -> Self:
+        """Return a copy with these metrics."""
+        stored = {name: StoredMetric(value=value.value, reason=value.reason, rows=value.rows) for name, value in values.items()}
+        return self.model_copy(update={"metrics": stored})
+
+    @property
+    def values(self) -> dict[str, MetricValue]:
+        """The metrics, by name."""
+        return {name: MetricValue(stored.value, stored.reason, stored.rows) for name, stored in self.metrics.items()}
+
+    @property
+    def gate_values(self) -> dict[str, MetricValue]:
+        """The metrics, by their name in `evaluation.gates`."""
+        values = self.values
+        return values | {gate: values[name] for gate, name in GATE_METRICS.items() if name in values}
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        replace_file(path, lambda temporary: temporary.write_text(self.model_dump_json(by_alias=True), "utf-8") and None)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the file. Errors: ValueError."""
+        return cls.model_validate_json(path.read_bytes())
+
+
+def paired_sums(base: Measurements, tuned: Measurements) -> dict[str, PairedSums]:
+    """Return the sums of the metrics that are not the mean of their rows. Empty for rows that differ in number."""
+    result: dict[str, PairedSums] = {}
+    if tuned.token_sums and len(base.token_sums) == len(tuned.token_sums):
+        base_sums, tuned_sums = np.array(base.token_sums), np.array(tuned.token_sums)
+        ones = np.ones((len(base_sums), 1))
+        result["loss"] = PairedSums(base_sums[:, :2], tuned_sums[:, :2], ratio_of_sums)
+        result["perplexity"] = PairedSums(base_sums[:, :2], tuned_sums[:, :2], perplexity_of_sums)
+        for name in ("accuracy", "recall"):
+            result[name] = PairedSums(base_sums[:, [2, 1]], tuned_sums[:, [2, 1]], ratio_of_sums)
+        for name, column in (("precision", 3), ("f1", 4)):
+            base_shares, tuned_shares = (np.hstack([sums[:, [column]], ones]) for sums in (base_sums, tuned_sums))
+            result[name] = PairedSums(base_shares, tuned_shares, ratio_of_sums)
+    if tuned.bleu_sums and len(base.bleu_sums) == len(tuned.bleu_sums):
+        result["bleu"] = PairedSums(np.array(base.bleu_sums), np.array(tuned.bleu_sums), bleu_of_sums)
+    return result

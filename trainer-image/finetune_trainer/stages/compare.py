@@ -1,0 +1,133 @@
+"""The stage `comparing`: measures the base model as the stage `evaluating` has measured the tuned model, and decides the gates.
+
+The process loads only the base model. The measurements of the tuned model are read from the file that the stage `evaluating` has stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import InternalError
+from finetune_api.names import Storage
+from finetune_api.pod import RunConfig
+from finetune_api.rules import compares_metrics, has_test_set, prompts_to_compare, value_or_default
+from finetune_api.sources import redact_source
+from finetune_api.spec.enums import OutputKind
+from finetune_api.spec.results import Generation
+from finetune_api.status import EvaluationResult, MetricResult
+
+from finetune_trainer import train
+from finetune_trainer.channel import Channel
+from finetune_trainer.evaluation.gates import PairedSums, compare_metric, evaluate_gates
+from finetune_trainer.evaluation.measurements import Measurements, paired_sums
+from finetune_trainer.evaluation.values import MetricValue
+from finetune_trainer.hardware import Hardware
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.results.model_comparison import (
+    ComparedAnswers,
+    ComparisonMetadata,
+    GenerationParams,
+    ModelComparison,
+    iso_time,
+)
+from finetune_trainer.stages.files import MEASUREMENTS_FILE, OUTPUT_FOLDER, StageResult, StageTask
+from finetune_trainer.stages.final_model import load_base_model
+from finetune_trainer.stages.generate import GENERATION_FIELDS
+from finetune_trainer.stages.measure import HeldOut, load_held_out, measure_model
+
+BASE_FILE, COMPARISON_FILE = "base_measurements.json", "model_comparison.json"
+CONFIDENCE = 0.95
+"""Two-sided confidence of the intervals in the status."""
+
+
+def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
+    """Measure the base model, and write the files of the stage."""
+    train.preload(run)
+    tuned, files = _read_tuned(task), folder / OUTPUT_FOLDER
+    held_out = load_held_out(run, channel, inputs, task, load_untuned_model)
+    held_out.end_token_ids = tuned.end_token_ids
+    base = measure_model(run, channel, inputs, held_out).measurements
+    base.write(files / BASE_FILE)
+    if tuned.answers is not None:
+        comparison = _compare_answers(run, task, held_out, tuned.answers, base.answers or [])
+        (files / COMPARISON_FILE).write_text(comparison.to_json(), "utf-8")
+    return StageResult(evaluation=summarise(run, base, tuned))
+
+
+def _read_tuned(task: StageTask) -> Measurements:
+    """Errors: InternalError `MeasurementsUnreadable`."""
+    assert task.evaluated is not None, "the supervisor passes the files of the stage evaluating"
+    try:
+        return Measurements.read(task.evaluated / MEASUREMENTS_FILE)
+    except (OSError, ValueError) as error:
+        raise InternalError("MeasurementsUnreadable", f"evaluation/{MEASUREMENTS_FILE} cannot be read: {type(error).__name__}") from error
+
+
+def load_untuned_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
+    """Load the base model in the precision in which the tuned model was evaluated: quantised below an adapter, otherwise not.
+
+    New tokens have the embeddings with which training began.
+    """
+    from finetune_trainer import vocabulary
+
+    model = load_base_model(run, inputs, hardware, quantizes=task.kind is OutputKind.ADAPTER)
+    if run.spec.model.new_tokens:
+        vocabulary.fit_embeddings(model, tokenizer, run)
+    return model
+
+
+def summarise(run: RunConfig, base: Measurements, tuned: Measurements) -> EvaluationResult:
+    """The comparison of all metrics, and the results of the gates. It depends only on the spec and on the stored measurements."""
+    sums, tuned_values, base_values = paired_sums(base, tuned), tuned.values, base.values
+    metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in tuned_values.items()}
+    gates = run.spec.evaluation.gates
+    decides = gates is not None and compares_metrics(run.spec)
+    return EvaluationResult(
+        metrics=metrics or None,
+        gates=evaluate_gates(gates, tuned.gate_values, base.gate_values, sums) if decides and gates else None,
+        comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if tuned.answers is not None else None,
+    )  # fmt: skip
+
+
+def _compare_values(tuned: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
+    """The values of both models, and the difference with its confidence interval or the reason why there is none."""
+    if tuned.value is None or base is None or base.value is None:
+        missing = tuned.reason if tuned.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
+        return MetricResult(value=tuned.value, base=base.value if base else None, reason=missing)
+    result = MetricResult(value=tuned.value, base=base.value, difference=tuned.value - base.value, reason=tuned.reason or base.reason)
+    comparison = compare_metric(tuned, base, sums, CONFIDENCE)
+    if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
+        reason = comparison if isinstance(comparison, str) else comparison.reason
+        return result.model_copy(update={"reason": f"no confidence interval: {reason}"})
+    return result.model_copy(update={"difference": comparison.difference, "low": comparison.low, "high": comparison.high})
+
+
+# ---- both answers
+
+
+def _compare_answers(run: RunConfig, task: StageTask, held_out: HeldOut, tuned_answers: Sequence[str], base_answers: Sequence[str]) -> ModelComparison:
+    """The content of `model_comparison.json`."""
+    ref, now = prompts_to_compare(run.spec), datetime.now(UTC)
+    questions = held_out.questions if ref is None else held_out.prompts
+    source = f"configmap://{ref.name}/{ref.key}" if ref else "test set" if has_test_set(run.spec) else "validation set"
+    comparisons = [
+        ComparedAnswers.of(
+            number, question.user_prompt, base_answer=base_answer, tuned_answer=tuned_answer, time=now,
+            label=question.ground_truth if ref is None else None,
+        )
+        for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base_answers, tuned_answers, strict=True), 1)
+    ]  # fmt: skip
+    metadata = ComparisonMetadata(
+        base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=source,
+        num_prompts=len(comparisons), generation_params=_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
+        comparison_date=iso_time(now),
+    )  # fmt: skip
+    return ModelComparison(metadata=metadata, comparisons=comparisons)
+
+
+def _generation_params(run: RunConfig) -> GenerationParams:
+    group = (run.spec.evaluation.comparison and run.spec.evaluation.comparison.generation) or Generation()
+    return GenerationParams.model_validate({name: value_or_default(group, name) for name in GENERATION_FIELDS})

@@ -1,0 +1,276 @@
+"""Measures one model on the held-out rows: the tuned model in the stage `evaluating`, the base model in the stage `comparing`.
+
+Both stages use the same rows, questions and options, so that their results can be compared row by row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.errors import DataError
+from finetune_api.pod import RunConfig
+from finetune_api.rules import (
+    compares_answers,
+    metrics_after_training,
+    prompts_to_compare,
+    value_or_default,
+    writes_predictions,
+)
+from finetune_api.spec.enums import EvaluationMetric, OverflowPolicy
+from finetune_api.status import Stage
+
+from finetune_trainer.channel import Channel
+from finetune_trainer.data.load import load
+from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template
+from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions
+from finetune_trainer.evaluation.measurements import Measurements
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.evaluation.values import MetricValue
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.results.model_comparison import read_prompts
+from finetune_trainer.stages.files import StageTask
+from finetune_trainer.stages.questions import Question
+
+CLASSIFICATION_METRICS = (EvaluationMetric.ACCURACY, EvaluationMetric.PRECISION, EvaluationMetric.RECALL, EvaluationMetric.F1)
+TOKEN_METRICS = (EvaluationMetric.PERPLEXITY, *CLASSIFICATION_METRICS)
+"""Metrics that need no generated answers."""
+ROWS_FOR_END_TOKENS = 100
+"""Training rows that show how answers end, if a job has no held-out rows."""
+
+LoadModel = Callable[[RunConfig, Inputs, StageTask, Any, Any], Any]
+"""Loads a model in evaluation mode. Arguments: run, inputs, task, hardware, tokenizer."""
+
+
+@dataclass
+class HeldOut:
+    """The model, and the rows on which it is evaluated."""
+
+    stage: Stage
+    model: Any
+    tokenizer: Any
+    tokens: TokenisedSplit
+    """All held-out rows with their answers."""
+    questions: list[Question]
+    """The questions that the model answers: all, or `evaluation.maxRows` of them."""
+    batch_size: int
+    end_token_ids: list[int]
+    """Tokens that end an answer."""
+    prompts: list[Question] = field(default_factory=list)
+    """The prompts of `evaluation.comparison.promptsRef`."""
+
+
+@dataclass
+class Measured:
+    """The results of one model."""
+
+    measurements: Measurements
+    predictions: list[Prediction]
+    """The answers to the held-out questions. Empty if no metric and no file needs them."""
+
+
+def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: HeldOut) -> Measured:
+    """Compute `evaluation.metrics`, and answer the questions and prompts that the job compares or stores."""
+    metrics, values = metrics_after_training(run.spec), dict[str, MetricValue]()
+    token_sums: list[list[float]] = []
+    if any(metric in TOKEN_METRICS for metric in metrics):
+        token_values, token_sums = _measure_tokens(held_out, metrics, channel)
+        values |= token_values
+    if any(metric in CLASSIFICATION_METRICS for metric in metrics) and any(question.letters for question in held_out.questions):
+        values |= _measure_letters(held_out, channel)
+    predictions = _predict_answers(run, held_out, channel) if _needs_answers(run, held_out.stage) else []
+    if predictions and metrics:
+        from finetune_trainer.stages.answer_metrics import measure_answers
+
+        values |= measure_answers(run, channel, held_out.stage, inputs, metrics, predictions)
+    measurements = Measurements(
+        row_count=len(held_out.tokens.input_ids) if metrics or predictions else 0, token_sums=token_sums,
+        bleu_sums=_bleu_sums(predictions) if EvaluationMetric.BLEU in metrics else [],
+        answers=_compared_answers(run, held_out, predictions, channel), end_token_ids=held_out.end_token_ids,
+    )  # fmt: skip
+    return Measured(measurements.with_values(values), predictions)
+
+
+def _needs_answers(run: RunConfig, stage: Stage) -> bool:
+    """Whether the model must answer the held-out questions. Only the answers of the tuned model are stored as predictions."""
+    has_text_metric = any(metric not in TOKEN_METRICS for metric in metrics_after_training(run.spec))
+    return has_text_metric or _compares_questions(run) or (stage is Stage.EVALUATING and writes_predictions(run.spec))
+
+
+def _compares_questions(run: RunConfig) -> bool:
+    return compares_answers(run.spec) and prompts_to_compare(run.spec) is None
+
+
+def _compared_answers(run: RunConfig, held_out: HeldOut, predictions: Sequence[Prediction], channel: Channel) -> list[str] | None:
+    """The answers for the file `model_comparison.json`: to the prompts, or to the held-out questions. None: the job compares no answers."""
+    if held_out.prompts:
+        return answer_questions(run, held_out, held_out.prompts, channel)
+    return [prediction.assistant_response for prediction in predictions] if _compares_questions(run) else None
+
+
+def _bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
+    from finetune_trainer.evaluation.text_metrics import bleu_sums
+
+    return bleu_sums(predictions)
+
+
+def _predict_answers(run: RunConfig, held_out: HeldOut, channel: Channel) -> list[Prediction]:
+    answers = answer_questions(run, held_out, held_out.questions, channel)
+    return [
+        Prediction(question.system_prompt, question.user_prompt, answer, question.ground_truth)
+        for question, answer in zip(held_out.questions, answers, strict=True)
+    ]
+
+
+def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, load_model: LoadModel) -> HeldOut:
+    """Load the model, and tokenise the rows, questions and prompts with the code of training."""
+    from finetune_trainer import hardware
+    from finetune_trainer import model as models
+    from finetune_trainer.stages.final_model import load_tokenizer
+    from finetune_trainer.stages.questions import (
+        ask_prompts,
+        end_token_ids,
+        held_out_rows,
+        read_questions,
+        tokenise_answered,
+    )
+
+    channel.report_stage(task.stage, "loading the model")
+    tokenizer = load_tokenizer(run, inputs, task)
+    model = load_model(run, inputs, task, hardware.detect_hardware(run, 0), tokenizer)
+    loaded, dataset = load(run, inputs), run.spec.dataset
+    rows = held_out_rows(loaded)
+    rendering = render_options(run, tokenizer, use_chat_template(run, inputs, tokenizer), loaded.summary.format_with_turns)
+    length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, inputs)))
+    options = TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+    examples = rows or loaded.train[:ROWS_FOR_END_TOKENS]
+    tokens = tokenise_answered(run, examples, rendering, options)
+    prompts = read_prompts(prompts_to_compare(run.spec), inputs.config_maps)
+    asked = read_questions(ask_prompts(prompts, examples[0][1], dataset.system_prompt), rendering, options)
+    if len(asked) < len(prompts):
+        raise DataError("PromptRefused", f"the chat template refuses {len(prompts) - len(asked)} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
+    return HeldOut(
+        task.stage, model, tokenizer, tokens if rows else TokenisedSplit([], []), _sample(read_questions(rows, rendering, options), run),
+        run.spec.evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 1,
+        end_token_ids(tokenizer, model, tokens.labels), asked,
+    )  # fmt: skip
+
+
+def _sample(questions: list[Question], run: RunConfig) -> list[Question]:
+    """At most `evaluation.maxRows` questions, chosen at random with the run's seed, in the order of their rows."""
+    limit = run.spec.evaluation.max_rows
+    if limit is None or limit >= len(questions):
+        return questions
+    chosen = random.Random(value_or_default(run.spec.training, "seed")).sample(range(len(questions)), limit)  # noqa: S311  no secret
+    return [questions[number] for number in sorted(chosen)]
+
+
+# ---- metrics that need no generated answers
+
+
+def _measure_tokens(held_out: HeldOut, metrics: Sequence[EvaluationMetric], channel: Channel) -> tuple[dict[str, MetricValue], list[list[float]]]:
+    """Loss, perplexity, and accuracy, precision, recall and F1 over the tokens of the answers. Also returns the sums of each row."""
+    from finetune_trainer.evaluation.token_metrics import OutputHead, RowCounts, TokenCounts
+
+    head, rows = OutputHead.of(held_out.model), RowCounts()
+    counts = TokenCounts(head.vocabulary_size, held_out.model.get_input_embeddings().weight.device)
+    total, done = len(held_out.tokens.input_ids), 0
+    for batch in _batches(held_out.tokens, held_out.batch_size):
+        _add_batch(held_out, head, batch, counts, rows)
+        done += len(batch)
+        channel.report_stage(held_out.stage, f"{done} of {total} rows")
+    values = {"loss": counts.loss, "perplexity": counts.perplexity} if EvaluationMetric.PERPLEXITY in metrics else {}
+    values |= {metric.value: getattr(counts, metric.value) for metric in CLASSIFICATION_METRICS if metric in metrics}
+    return values, rows.sums()
+
+
+TokenRow = tuple[list[int], list[int]]
+"""Token ids and labels of one row."""
+
+
+def _batches(tokens: TokenisedSplit, size: int) -> Iterator[list[TokenRow]]:
+    rows = list(zip(tokens.input_ids, tokens.labels, strict=True))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _add_batch(held_out: HeldOut, head: Any, batch: Sequence[TokenRow], counts: Any, rows: Any) -> None:
+    """Add a batch of rows to the counts. A batch that does not fit into memory is split."""
+    import torch
+
+    try:
+        predictions = _predict(held_out, head, batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        _add_batch(held_out, head, batch[:half], counts, rows)
+        _add_batch(held_out, head, batch[half:], counts, rows)
+        return
+    counts.add(predictions)
+    rows.add(predictions, [labels for _, labels in batch])
+
+
+def _predict(held_out: HeldOut, head: Any, batch: Sequence[TokenRow]) -> Any:
+    """Return the predictions of the labelled positions. The head itself computes only the last position, to save memory."""
+    import torch
+
+    from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, shifted_predictions
+
+    model, longest = held_out.model, max(len(ids) for ids, _ in batch)
+
+    def padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], device=model.get_input_embeddings().weight.device)
+
+    hidden: list[torch.Tensor] = []
+
+    def keep_hidden(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden.append(arguments[0])
+        return (arguments[0][:, -1:],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep_hidden)
+    try:
+        with torch.inference_mode():
+            ids, mask = padded([ids for ids, _ in batch], held_out.tokenizer.pad_token_id), padded([[1] * len(ids) for ids, _ in batch], 0)
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        handle.remove()
+    states = hidden[0][:, -longest:]  # without the virtual tokens of prompt tuning
+    with torch.inference_mode():
+        return shifted_predictions(states, padded([labels for _, labels in batch], IGNORED_LABEL), head)
+
+
+def _measure_letters(held_out: HeldOut, channel: Channel) -> dict[str, MetricValue]:
+    """Metrics of multiple-choice questions: the model chooses the option whose letter it finds most likely."""
+    from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
+
+    asked = [question for question in held_out.questions if question.letters and question.ground_truth]
+    scores = []
+    for number, question in enumerate(asked, 1):
+        scores.append(
+            letter_log_probabilities(
+                held_out.model, held_out.tokenizer, question.text, question.letters, add_special_tokens=not question.is_templated
+            )
+        )
+        channel.report_stage(held_out.stage, f"options of {number} of {len(asked)} questions")
+    values = letter_metrics(scores, [str(question.ground_truth) for question in asked])
+    return {f"letter{name[0].upper()}{name[1:]}": value for name, value in values.items()}
+
+
+# ---- generated answers
+
+
+def answer_questions(run: RunConfig, held_out: HeldOut, questions: Sequence[Question], channel: Channel) -> list[str]:
+    """Answer questions with the options of `evaluation.comparison.generation`."""
+    from finetune_trainer.stages.generate import generate_answers, generation_options
+
+    comparison = run.spec.evaluation.comparison
+    return generate_answers(
+        held_out.model, held_out.tokenizer, [question.token_ids for question in questions],
+        options=generation_options(comparison.generation if comparison else None), end_ids=held_out.end_token_ids, batch_size=held_out.batch_size,
+        seed=int(value_or_default(run.spec.training, "seed")),
+        on_progress=lambda count: channel.report_stage(held_out.stage, f"{count} of {len(questions)} answers"),
+    )  # fmt: skip

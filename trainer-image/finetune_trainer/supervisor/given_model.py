@@ -1,0 +1,141 @@
+"""The model of a job that does not train: `phases.from` names a final model or checkpoint that another job has committed.
+
+The other job's folder is only read. The record of the model and all results are stored in this job's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune_api.errors import ConfigError, NotFoundError
+from finetune_api.names import FailureClass, Storage, attempt_of_uri
+from finetune_api.sources import redact_source
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import Output
+
+from finetune_trainer.checkpoint.address import parse_address
+from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
+from finetune_trainer.checkpoint.restore import fetch_verified, open_other_job
+from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.storage.base import ByteCounter, join
+from finetune_trainer.storage.web import split_query
+
+FIELD = "phases.from"
+RECORD_KEY = f"{Storage.RUN}/given_model.json"
+TRAINING_STATE = (".pt", ".pth", "training_args.bin")
+"""Ends of the names of files in a checkpoint that only a resumed training needs. Its folders contain such files, too."""
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """The committed model that `phases.from` names."""
+
+    tree: CheckpointTree
+    committed: CommittedCheckpoint
+    manifest: Manifest
+    kind: OutputKind
+
+    @property
+    def output(self) -> Output:
+        """The model, for the status."""
+        return Output(
+            uri=redact_source(self.tree.uri(self.committed.folder)), sha256=self.committed.marker.manifest_sha256, kind=self.kind,
+            evaluation=self.manifest.extra.get("evaluation"),
+        )  # fmt: skip
+
+
+def find_given_model(source: str, own_tree: CheckpointTree) -> GivenModel:
+    """Find the model and read its manifest.
+
+    Errors: ConfigError `GivenModelInvalid` (64); NotFoundError `GivenModelNotCommitted`, `GivenModelDamaged`, `GivenModelIncomplete` (66).
+    """
+    shown, address = redact_source(source), parse_address(source)
+    if address.whole_job:
+        raise ConfigError(
+            "GivenModelInvalid", f"{FIELD} is {shown}, which is not the folder of a final model or checkpoint",
+            hint="write status.output.uri of the other FineTuneJob, or <its folder>/model or <its folder>/checkpoints/step-00000100",
+        )  # fmt: skip
+    tree = open_other_job(own_tree, address.root)
+    committed, folder = tree.get_committed(address.step), split_query(source)[0].rstrip("/")
+    is_other_folder = committed is not None and attempt_of_uri(folder) is not None and not folder.endswith(f"/{committed.marker.path}")
+    if committed is None or is_other_folder:
+        reason = "another folder beside it is the committed one" if committed else f"there is no {Storage.COMMITTED} object"
+        raise _not_found(
+            "GivenModelNotCommitted", f"{FIELD} is {shown}, and no model is committed there: {reason}",
+            f"check the address; {redact_source(tree.uri(prefix_of(address.step)))} must contain the object {Storage.COMMITTED}",
+        )  # fmt: skip
+    manifest = tree.read_manifest(committed)
+    if manifest is None:
+        address_of_manifest = redact_source(tree.uri(join(committed.folder, Storage.MANIFEST)))
+        raise _damaged(shown, f"{address_of_manifest} is missing or is not the manifest that was committed")
+    kind = manifest.kind or _kind_of_checkpoint(manifest)
+    if kind is None:
+        raise _not_found(
+            "GivenModelIncomplete", f"{FIELD} is {shown}, which contains neither adapter_config.json nor config.json",
+            "name another checkpoint or the final model",
+        )  # fmt: skip
+    return GivenModel(tree, committed, manifest, kind)
+
+
+def _kind_of_checkpoint(manifest: Manifest) -> OutputKind | None:
+    names = {entry.path for entry in manifest.files}
+    return OutputKind.ADAPTER if "adapter_config.json" in names else OutputKind.MODEL if "config.json" in names else None
+
+
+def require_same_base(given: GivenModel, inputs: Inputs) -> str | None:
+    """Check that the model was trained from this job's base model. Returns a note if the two cannot be compared, else None.
+
+    Errors: ConfigError `GivenModelOfOtherBase`.
+    """
+    trained_from, base = given.manifest.facts.model_revision, inputs.model_revision
+    uri = given.output.uri
+    if not trained_from or trained_from.startswith("sha256:") != base.startswith("sha256:"):
+        return f"{FIELD}: {uri} was trained from {trained_from or 'an unknown base model'}; whether model.source ({base}) is the same model was not checked"
+    if trained_from != base:
+        raise ConfigError(
+            "GivenModelOfOtherBase", f"{FIELD} is {uri}, which was trained from another base model: {trained_from}, and model.source has {base}",
+            hint="write the base model of the other FineTuneJob in model.source",
+        )  # fmt: skip
+    return None
+
+
+def download_given_model(
+    given: GivenModel, target: Path, *, byte_counter: ByteCounter | None = None, check_space: Callable[[int], None] | None = None
+) -> None:
+    """Download the model to a folder and compare every file with the manifest. Errors: NotFoundError `GivenModelDamaged`."""
+    entries = [entry for entry in given.manifest.files if _is_wanted(entry.path, given.committed.step)]
+    if check_space is not None:
+        check_space(sum(entry.size for entry in entries))
+    partial = target.with_name(f"{target.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    problem = fetch_verified(
+        given.tree, given.committed.folder, given.manifest, partial, lambda path: _is_wanted(path, given.committed.step), byte_counter
+    )
+    if problem is not None:
+        raise _damaged(str(given.output.uri), redact_source(problem))
+    partial.rename(target)
+
+
+def _is_wanted(path: str, step: int | None) -> bool:
+    return step is None or ("/" not in path and not path.endswith(TRAINING_STATE))
+
+
+def record_given_model(given: GivenModel, own_tree: CheckpointTree, attempt: int) -> None:
+    """Store which model this job uses. Errors: those of storage."""
+    output = given.output
+    record = {"uri": output.uri, "sha256": output.sha256, "kind": given.kind, "attempt": attempt, "time": datetime.now(UTC).isoformat()}
+    own_tree.store.put(RECORD_KEY, json.dumps(record, indent=1).encode())
+
+
+def _damaged(uri: str, problem: str) -> NotFoundError:
+    return _not_found("GivenModelDamaged", f"{FIELD} is {uri}, which is damaged: {problem}", "restore the object, or name another checkpoint or model")
+
+
+def _not_found(code: str, message: str, hint: str) -> NotFoundError:
+    return NotFoundError(code, message, hint=hint, failure_class=FailureClass.MODEL)
