@@ -424,6 +424,8 @@ class Storage(StrEnum):
     """Folder of all checkpoints, with one folder `step-<n>` per checkpoint."""
     MODEL = "model"
     """Folder of the final adapter or model."""
+    MERGED = "merged"
+    """Folder of the model in which the adapter is merged into the base model, with `output.mergeAdapter`."""
     METRICS = "metrics"
     """Folder of the training metrics."""
     EVALUATION = "evaluation"

@@ -142,6 +142,10 @@ class Output(ReportModel):
     kind: OutputKind | None = status_field("Whether the result is an adapter or a complete model.", example="adapter")
     merged_uri: str | None = status_field("Folder with the merged model. Present if output.mergeAdapter is true.")
     published_uri: str | None = status_field("Folder of the published copy. Present if output.dir is set.")
+    hub_uri: str | None = status_field(
+        "Address of the pushed commit on the model hub. Present if output.hub.push is true.",
+        example="https://huggingface.co/org/my-model/tree/12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    )  # fmt: skip
     report_uri: str | None = status_field("Folder with the run's report.")
     promoted: bool | None = status_field(
         "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True

@@ -26,6 +26,8 @@ class UnsupportedField:
     path: str
     is_refused: Callable[[Any], bool] = _is_set
     hint: str = "remove it"
+    reason: str = "is part of the API, but this release does not implement it"
+    """Why the field or value is refused, after the value."""
 
     @property
     def refuses_every_value(self) -> bool:
@@ -35,6 +37,10 @@ class UnsupportedField:
 
 def _any_of(*values: object) -> Callable[[Any], bool]:
     return lambda value: value in values
+
+
+def _contains(item: object) -> Callable[[Any], bool]:
+    return lambda values: item in (values or ())
 
 
 UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
@@ -47,9 +53,18 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
         lambda value: value not in (None, 1),
         "write 1, because each further iteration changes the quantised base model, but only the adapter is saved",
     ),
-    UnsupportedField("output.hub"),
-    UnsupportedField("output.merge_adapter"),
-    UnsupportedField("output.export"),
+    UnsupportedField(
+        "output.export", _contains("gguf"),
+        "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
+        "convert_hf_to_gguf.py of llama.cpp",
+        "contains gguf, but no library converts whole models of this release's transformers to GGUF",
+    ),
+    UnsupportedField(
+        "output.export", _contains("onnx"),
+        "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
+        "optimum-onnx and the older transformers that it needs",
+        "contains onnx, but no library converts whole models of this release's transformers to ONNX",
+    ),
     UnsupportedField("output.run_name"),
     UnsupportedField("tracking.report_to"),
     UnsupportedField("tracking.system_metrics"),
@@ -85,6 +100,6 @@ def _problem(spec: FineTuneJobSpec, row: UnsupportedField) -> Problem:
     return Problem(
         wire_path(row.path),
         Reason.NOT_SUPPORTED_YET,
-        f"{shown}is part of the API, but this release does not implement it",
+        f"{shown}{row.reason}",
         row.hint,
     )

@@ -182,6 +182,11 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
             "QuantizedBase", f"the model is stored quantised ({method}), but method.lora.init loftq needs the unquantised weights",
             hint="give the unquantised model, or remove init",
         )  # fmt: skip
+    if run.spec.output.merge_adapter:
+        raise ConfigError(
+            "QuantizedBase", f"the model is stored quantised ({method}), but output.mergeAdapter needs the unquantised weights",
+            hint="give the unquantised model (with model.quantization, the trainer quantises it for the training), or remove mergeAdapter",
+        )  # fmt: skip
     if method == "bitsandbytes" and not needs_bitsandbytes(run):  # module `imports` hides bitsandbytes from this job
         bits = 8 if _loads_in_8_bits(stored) else 4
         raise ConfigError(

@@ -110,6 +110,8 @@ class TrainingSession:
         test_metrics = self._evaluate_test_set(trainer)
         self.channel.report_stage(Stage.SAVING)
         folder, extra = self._save_output(trainer, trainable_model)
+        if trainer.is_world_process_zero():
+            self._complete_output(folder, test_metrics)
         if test_metrics:
             extra["evaluation"] = test_metrics
         self.hooks.deliver_output(self.run, self.channel, folder, trainable_model.kind, extra)
@@ -127,7 +129,7 @@ class TrainingSession:
         tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
         context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
         data, self.facts = self.objective.load_data(context)
-        self.test_rows = data.test
+        self.training_rows, self.test_rows = data.train, data.test
         if data.test is not None and self.channel.rank == 0:
             self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
@@ -307,13 +309,30 @@ class TrainingSession:
             shutil.rmtree(folder / "ref", ignore_errors=True)
             for name, text in trainable_model.extra_files.items():
                 (folder / name).write_text(text)
-            for unwanted in ("training_args.bin", "README.md"):
-                (folder / unwanted).unlink(missing_ok=True)
+            (folder / "training_args.bin").unlink(missing_ok=True)
             _name_base_by_source(folder, self.run)
             self._write_log(trainer)
         trainer.accelerator.wait_for_everyone()
         parameters = {"trainable": trainable_model.trainable, "total": trainable_model.total}
         return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
+
+    def _complete_output(self, folder: Path, test_metrics: dict[str, float]) -> None:
+        """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this."""
+        from finetune_trainer.artefact.card import CARD_FILE, TrainingFacts, model_card
+        from finetune_trainer.artefact.end_tokens import trained_answers, trained_end_tokens
+        from finetune_trainer.artefact.generation import write_generation_files
+
+        tokenizer, state = self.trainer.processing_class, self.trainer.state
+        if self.objective.model_kind == "causal":
+            end_ids = trained_end_tokens(tokenizer, trained_answers(self.training_rows))
+            write_generation_files(folder, self.inputs.model, self.config, tokenizer, end_ids)
+        losses = {name: line[name] for line in state.log_history for name in ("loss", "eval_loss") if name in line}
+        metrics = {"last training loss": losses.get("loss"), "last validation loss": losses.get("eval_loss"), **test_metrics}
+        facts = TrainingFacts(
+            self.facts.rows, self.facts.format.value, state.global_step, self.trainable.trainable, self.trainable.total,
+            {name: value for name, value in metrics.items() if value is not None},
+        )  # fmt: skip
+        (folder / CARD_FILE).write_text(model_card(self.run, self.inputs, self.trainable.kind, facts), encoding="utf-8")
 
     def _write_log(self, trainer: Any) -> None:
         """Write all logged lines of the run to the output folder. The Trainer's state includes the lines of earlier attempts."""

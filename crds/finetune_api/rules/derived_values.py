@@ -149,3 +149,8 @@ FRACTION_METRICS = (
 """Metrics whose values are between 0 and 1."""
 LOWER_IS_BETTER = (GateMetric.LOSS, GateMetric.PERPLEXITY)
 """Metrics of which a lower value is better."""
+
+
+def pushes_to_hub(spec: FineTuneJobSpec) -> bool:
+    """Return whether the job pushes its final model to a model hub."""
+    return spec.output.hub is not None and spec.output.hub.push is True

@@ -21,6 +21,7 @@ from finetune_api.rules.derived_values import (
     prompts_to_compare,
     trainer_type_of,
     trains_base_weights,
+    uses_loftq,
     writes_predictions,
 )
 from finetune_api.sources import HubSource, parse
@@ -56,7 +57,7 @@ def check_hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             "output.hub.push is true, but the repository is missing",
             "write for example `repository: org/my-model`",
         )
-    if hub.token_secret_ref is None and spec.model.token_secret_ref is None:
+    if hub.token_secret_ref is None and spec.model.token_secret_ref is None and target is ExecutionTarget.CLUSTER:
         yield (
             "output.hub.tokenSecretRef",
             "output.hub.push is true, but the token with write permission is missing",
@@ -89,6 +90,13 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             "output.mergeAdapter",
             f"true, but {method_type_of(spec)} trains virtual tokens, and virtual tokens cannot be merged into weights",
             "remove it",
+        )
+    if spec.output.merge_adapter and uses_loftq(spec):
+        yield (
+            "output.mergeAdapter",
+            "true, but an adapter with method.lora.init loftq also corrects the quantisation error of the base model, and would add this correction "
+            "to weights without the error",
+            "remove mergeAdapter, or remove init",
         )
 
 

@@ -40,11 +40,17 @@ class RunName(Group):
 class Hub(Group):
     """`output.hub`: push the final model to a model hub."""
 
-    push: bool | None = spec_field("Push the final model to the hub.", default=False, example=True)
+    push: bool | None = spec_field(
+        "Push the final model to the hub: the merged model with output.mergeAdapter, otherwise the adapter or model of status.output.uri.",
+        default=False,
+        example=True,
+    )
     repository: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=256)] | None = spec_field(
         "Name of the hub repository. Required with `push: true`.", default_text="none", example="org/my-model"
     )
-    private: bool | None = spec_field("Create a private repository.", default=True, example=False)
+    private: bool | None = spec_field(
+        "Create a private repository. With true, the job does not push to an existing public repository.", default=True, example=False
+    )
     token_secret_ref: SecretKeyRef | None = spec_field(
         "Secret key with a hub token that has write permission.",
         default_text="model.tokenSecretRef",
@@ -74,9 +80,15 @@ class Output(Group):
     hub: Hub | None = spec_field(
         "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
-    merge_adapter: bool | None = spec_field("Also save a model in which the adapter is merged into the base model.", default=False, example=True)
+    merge_adapter: bool | None = spec_field(
+        "Also save a model in which the adapter is merged into the base model, without quantisation. The base model must fit into the pod's memory.",
+        default=False,
+        example=True,
+    )
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
-        "Additional formats of the final model.", default_text="none", example=["gguf"]
+        "Formats of the final model. The model is always saved as safetensors. `gguf` and `onnx` are refused.",
+        default_text="safetensors",
+        example=["safetensors"],
     )
 
 

@@ -414,6 +414,11 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"output": {"mergeAdapter": True}, "method": {"type": "promptTuning"}},
         "output.mergeAdapter",
     ),
+    (
+        "OutputOptionWithoutEffect",
+        {"output": {"mergeAdapter": True}, "method": {"type": "qlora", "lora": {"init": "loftq"}}},
+        "output.mergeAdapter",
+    ),
     ("TrackerAndOptions", {"tracking": {"wandb": {"project": "x"}}}, "tracking.wandb"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["wandb"]}}, "tracking.wandb.apiKeySecretRef"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["mlflow"]}}, "tracking.mlflow.trackingUri"),
@@ -712,6 +717,11 @@ def test_hints_for_gates_contain_a_value_that_fits_the_metric() -> None:
 
 def test_gates_can_use_every_metric_and_the_loss() -> None:
     assert {metric.value for metric in GateMetric} == {metric.value for metric in EvaluationMetric} | {"loss"}
+
+
+def test_local_run_reads_the_hub_token_from_the_users_environment() -> None:
+    pushed = spec({"output": {"hub": {"push": True, "repository": "org/bot"}}})
+    assert check(pushed, target=ExecutionTarget.LOCAL) == []
 
 
 def test_apple_gpu_is_allowed_in_local_runs() -> None:

@@ -21,8 +21,8 @@ def test_fields_are_explained_and_searched(run_command: RunCommand) -> None:
 
 
 def test_unsupported_fields_are_marked(run_command: RunCommand) -> None:
-    assert "\n  [not supported yet] " in run_command("explain", "output.hub")[1]
-    assert "[not supported yet]" in run_command("explain", "output.hub.repository")[1]
+    assert "\n  [not supported yet] " in run_command("explain", "method.vision")[1]
+    assert "[not supported yet]" in run_command("explain", "method.vision.mlpModules")[1]
     assert "[some values are not supported yet: train a text model]" in run_command("explain", "model.modality")[1]
     assert "not supported yet" not in run_command("explain", "training")[1]
 

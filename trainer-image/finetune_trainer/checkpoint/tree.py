@@ -39,16 +39,18 @@ MARKER_READS = 10
 
 @dataclass(frozen=True)
 class CommittedCheckpoint:
-    """A committed checkpoint, or the final model (step None)."""
+    """A committed checkpoint, the final model (step None), or the merged model."""
 
     step: int | None
     marker: CommitMarker
     healthy: bool = False
+    is_merged: bool = False
+    """Whether this is the merged model. Its step is None."""
 
     @property
     def folder(self) -> str:
         """Key of the folder that holds the files."""
-        return join(prefix_of(self.step), self.marker.path)
+        return join(Storage.MERGED if self.is_merged else prefix_of(self.step), self.marker.path)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class CheckpointTree:
         """The committed checkpoint of a step (None: the final model); None if nothing is committed there."""
         marker = self._read_marker(prefix_of(step))
         return CommittedCheckpoint(step, marker, healthy) if marker else None
+
+    def get_merged(self) -> CommittedCheckpoint | None:
+        """The committed merged model; None if there is none."""
+        marker = self._read_marker(Storage.MERGED)
+        return CommittedCheckpoint(None, marker, is_merged=True) if marker else None
 
     def _read_marker(self, prefix: str) -> CommitMarker | None:
         data = self.store.get(join(prefix, Storage.COMMITTED))
@@ -295,7 +302,7 @@ class CheckpointTree:
         return SweepResult(count, problem)
 
     def _sweep_uploads(self) -> int:
-        return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL))
+        return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED))
 
     def _sweep_data(self) -> int:
         unreferenced = {
@@ -319,13 +326,14 @@ class CheckpointTree:
             self._remove_marker(prefix, marker)
 
     def _keys_by_prefix(self) -> dict[str, list[str]]:
-        """All keys below the folder of each checkpoint and of the final model, grouped by the folder's key."""
+        """All keys below the folder of each checkpoint, of the final model and of the merged model, grouped by the folder's key."""
         keys: dict[str, list[str]] = {}
-        for prefix in (Storage.CHECKPOINTS, Storage.MODEL):
+        for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED):
             for stat in self.store.list(f"{prefix}/"):
                 parts = stat.key.split("/")
-                step = step_of(parts[1]) if prefix is Storage.CHECKPOINTS else None
-                if prefix is Storage.MODEL or (step is not None and len(parts) > 2):
+                if prefix is not Storage.CHECKPOINTS:
+                    keys.setdefault(prefix, []).append(stat.key)
+                elif (step := step_of(parts[1])) is not None and len(parts) > 2:
                     keys.setdefault(prefix_of(step), []).append(stat.key)
         return keys
 

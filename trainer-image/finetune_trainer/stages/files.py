@@ -37,7 +37,9 @@ class StageResult(LenientModel):
     """`result.json`: what the process of a stage has found. Its files lie in the folder `files` beside it."""
 
     evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
+    merged_uri: str | None = Field(default=None, description="For `status.output.mergedUri`. Absent if the stage merges nothing.")
     published_uri: str | None = Field(default=None, description="For `status.output.publishedUri`. Absent if the stage copies nothing.")
+    hub_uri: str | None = Field(default=None, description="For `status.output.hubUri`. Absent if the stage pushes nothing.")
 
 
 class StoredFile(LenientModel):

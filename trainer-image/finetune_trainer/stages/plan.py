@@ -8,6 +8,7 @@ from finetune_api.rules import (
     compares_metrics,
     metrics_after_training,
     prompts_to_compare,
+    pushes_to_hub,
     writes_predictions,
 )
 from finetune_api.status import Stage
@@ -19,7 +20,8 @@ def planned_stages(run: RunConfig) -> list[Stage]:
     wanted = {
         Stage.EVALUATING: bool(metrics_after_training(run.spec)) or writes_predictions(run.spec) or compares,
         Stage.COMPARING: compares,
+        Stage.MERGING: run.spec.output.merge_adapter is True,
         Stage.BENCHMARKING: bool(benchmarks_after_training(run.spec)),
-        Stage.UPLOADING: run.publish is not None,
+        Stage.UPLOADING: run.publish is not None or pushes_to_hub(run.spec),
     }
     return [stage for stage, is_wanted in wanted.items() if is_wanted]

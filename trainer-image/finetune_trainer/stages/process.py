@@ -25,8 +25,9 @@ from finetune_trainer.stages.files import RESULT_FILE, StageTask
 
 STAGE_MODULES: Mapping[Stage, str] = {
     Stage.EVALUATING: "finetune_trainer.stages.evaluate",
-    Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
     Stage.COMPARING: "finetune_trainer.stages.compare",
+    Stage.MERGING: "finetune_trainer.stages.merge",
+    Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
 }
 """The module of each stage. Its function `run_stage` returns the result."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OverflowPolicy
 
+from finetune_trainer.artefact.end_tokens import answers_of_labels, trained_end_tokens
 from finetune_trainer.data.load import LoadedData
 from finetune_trainer.data.parallel import SupervisedEncoder, encode_rows
 from finetune_trainer.data.prepare import BadRowPolicy
@@ -141,12 +142,8 @@ def _question_of(example: Conversation | Completion, rendered: Rendered, token_i
 
 
 def end_token_ids(tokenizer: Any, model: Any, labels: Iterable[Sequence[int]]) -> list[int]:
-    """Ids of the tokens that end an answer: those of tokenizer and model, and the special tokens with which the trained answers end."""
+    """Ids of the tokens that end an answer: those of tokenizer and model, and the tokens with which the trained answers end."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    special = set(tokenizer.all_special_ids) | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for row in labels:
-        last = next((label for label in reversed(row) if label >= 0 and tokenizer.decode([label]).strip()), None)
-        if last in special:
-            ids.add(last)
+    trained = trained_end_tokens(tokenizer, (answer for row in labels for answer in answers_of_labels(row)))
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured]), *trained}
     return sorted(index for index in ids if index is not None)

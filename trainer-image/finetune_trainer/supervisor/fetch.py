@@ -37,7 +37,7 @@ from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.storage.web import WebStore
 
 DOWNLOAD_THREADS = 4
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken")
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken", "README.md")
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
 SMALL_FILE_BYTES = 8 * 1024 * 1024
 EDGE_BYTES = 1024 * 1024

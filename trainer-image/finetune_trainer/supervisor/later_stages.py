@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from finetune_api.errors import FineTuneError, GateFailedError, InternalError, NoCheckpointError, StorageError
 from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
+from finetune_api.rules import pushes_to_hub
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import GateResult, Output, Stage
 from pydantic import ValidationError
@@ -45,6 +47,8 @@ from finetune_trainer.stages.plan import planned_stages
 from finetune_trainer.storage.base import join, sha256_file
 from finetune_trainer.supervisor.agent_process import rank_environment
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
+from finetune_trainer.supervisor.hub import push_to_hub
+from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
@@ -106,7 +110,7 @@ class LaterStages:
             return False
         try:
             if record is None:
-                record = self._records[stage] = self._run_stage(stage, output)
+                record = self._records[stage] = self._run_stage(stage, report.output or output)
                 report.open_stages.remove(stage)
         except StoppedError:
             return False
@@ -166,8 +170,9 @@ class LaterStages:
         """Add the result of a stage to the pod's report. Returns the output with the result."""
         if result.evaluation is not None:
             self._state.merge_evaluation(result.evaluation)
-        if result.published_uri is not None:
-            output = output.model_copy(update={"published_uri": result.published_uri})
+        addresses = {name: uri for name in ("merged_uri", "published_uri", "hub_uri") if (uri := getattr(result, name)) is not None}
+        if addresses:
+            output = output.model_copy(update=addresses)
             self._state.set_output(output)
         return output
 
@@ -176,8 +181,9 @@ class LaterStages:
         self._state.enter_stage(stage)
         self._tree.require_newest_attempt(self._run.attempt)
         if stage is Stage.UPLOADING:
-            uri = self._results.publish(output, self._local_model(output), tuple(dict.fromkeys(STORAGE_FOLDERS.values())))
-            return self._record(stage, output, StageResult(published_uri=uri), [])
+            return self._record(stage, output, self._publish(output), [])
+        if stage is Stage.MERGING and (uri := committed_merged_model(self._tree, output)) is not None:
+            return self._record(stage, output, StageResult(merged_uri=uri), [])
         folder = self._folder / stage.value
         shutil.rmtree(folder, ignore_errors=True)
         (folder / OUTPUT_FOLDER).mkdir(parents=True)
@@ -192,6 +198,8 @@ class LaterStages:
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
         self._run_process(stage, folder)
         result = _read_result(folder)
+        if stage is Stage.MERGING:
+            return self._record(stage, output, StageResult(merged_uri=self._commit_merged_model(output, folder / OUTPUT_FOLDER)), [])
         return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
 
     def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
@@ -231,6 +239,54 @@ class LaterStages:
             self._tree.store.delete([_record_key(Stage.EVALUATING)])
             raise StorageError("EvaluationDamaged", f"{self._tree.uri(key)} is missing or damaged", hint="the next attempt evaluates the model again")
         return folder
+
+    def merged_model(self, output: Output) -> Path | None:
+        """The folder of the merged model on this pod's disk. A pod that has not merged downloads it. None if the job merges nothing."""
+        if output.merged_uri is None:
+            return None
+        merged_here = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
+        target = self._settings.work / "merged-model"
+        return next((folder for folder in (merged_here, target) if folder.exists()), None) or fetch_merged_model(self._tree, target)
+
+    def _commit_merged_model(self, output: Output, folder: Path) -> str:
+        """Upload and commit the merged model. A stop request ends the upload after the current file. Errors: StoppedError."""
+
+        def report_or_stop(uploaded: int, total: int) -> None:
+            if self._is_stop_requested():
+                raise StoppedError
+            self._state.enter_stage(Stage.MERGING, f"uploaded {uploaded / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+        return commit_merged_model(
+            self._tree, output, folder, attempt=self._run.attempt, incarnation=self._settings.incarnation(self._run), before_each_file=report_or_stop
+        )
+
+    def _publish(self, output: Output) -> StageResult:
+        """Copy model and results to `output.dir`, and push the model to the hub, as far as the spec asks for it. Errors: StoppedError."""
+        model, merged = self._local_model(output), self.merged_model(output)
+        published_uri = hub_uri = None
+        if self._run.publish is not None:
+            published_uri = self._results.publish(output, model, tuple(dict.fromkeys(STORAGE_FOLDERS.values())), merged)
+        if pushes_to_hub(self._run.spec):
+            self._state.enter_stage(Stage.UPLOADING, "pushing to the model hub")
+            retry_seconds = self._settings.final_upload_timeout
+            hub_uri = self._run_until_stop(lambda: push_to_hub(self._run, merged or model, retry_seconds=retry_seconds))
+        return StageResult(published_uri=published_uri, hub_uri=hub_uri)
+
+    def _run_until_stop(self, action: Callable[[], str]) -> str:
+        """Run an action that cannot be interrupted in a thread. Returns its result. Errors: those of the action; StoppedError."""
+        done: Future[str] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="push", daemon=True).start()
+        while not wait([done], POLL_SECONDS).done:
+            if self._is_stop_requested():
+                raise StoppedError
+        return done.result()
 
     # ---- the process of a stage ----
 

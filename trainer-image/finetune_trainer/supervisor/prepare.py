@@ -17,7 +17,7 @@ from typing import TypeVar
 from finetune_api.errors import StorageError
 from finetune_api.names import Reason
 from finetune_api.pod import RunConfig
-from finetune_api.rules import benchmarks_after_training, prompts_to_compare
+from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pushes_to_hub
 from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -35,6 +35,7 @@ from finetune_trainer.supervisor.given_model import (
     find_given_model,
     require_same_base,
 )
+from finetune_trainer.supervisor.hub import require_token
 from finetune_trainer.supervisor.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ class Preparation:
         self._node_rank, self._state = settings.node_rank, run_state
         self._config_maps = settings.config_maps
         self._bytes = 0
+
+    def check_hub_token(self) -> None:
+        """Check that the token for the hub is there if the job pushes its model. Errors: CredentialsError HubTokenMissing."""
+        if pushes_to_hub(self._run.spec) and self._node_rank == 0:
+            require_token()
 
     def preflight(self) -> None:
         """Check that the job's storage can be used. Errors: exit codes 67, 69, 77."""

@@ -67,9 +67,10 @@ class RunResults:
         entries = [LogEntry.from_json(line) for line in data.decode().splitlines()]
         return metric_files(entries, self._describe_run())
 
-    def publish(self, output: Output, model: Path, further_folders: tuple[str, ...]) -> str:
+    def publish(self, output: Output, model: Path, further_folders: tuple[str, ...], merged: Path | None = None) -> str:
         """Copy model, metric files and the stored files of `further_folders` to the folder of `output.dir`. Returns its URI.
 
+        `merged`: folder of the merged model, which is copied to the folder `merged` there.
         Errors: those of storage; ConfigError `OutputPathInvalid`.
         """
         folder = self.copy_folder()
@@ -78,6 +79,8 @@ class RunResults:
         try:
             for path in sorted(file for file in model.rglob("*") if file.is_file()):
                 store.put_file(path, folder.key_of_model_file(path.relative_to(model).as_posix()))
+            for path in sorted(file for file in merged.rglob("*") if file.is_file()) if merged else ():
+                store.put_file(path, join(folder.key, Storage.MERGED, path.relative_to(merged).as_posix()))
             for name, text in self._metric_files.items():
                 store.put(folder.key_of_result(name), text.encode())
             self._copy_stored_files(store, folder, further_folders)

@@ -1,6 +1,6 @@
 """Detects a run that makes no more progress. Without this check, a stalled run would occupy its GPUs forever, without an error.
 
-While a pod trains, evaluates or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
+While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
 minutes; it applies from the first measured step. Loading and tokenising are not watched, because their duration is unknown and
 collectives have their own time limits. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
@@ -24,7 +24,9 @@ MEDIAN_STEPS = 20.0
 DUMP_SECONDS = 1.0
 RANK_COMMANDS = {b"train", b"stage"}
 """Commands of the processes that compute."""
-WATCHED_STAGES = (Stage.TRAINING, Stage.EVALUATING, Stage.COMPARING, Stage.BENCHMARKING, Stage.STOPPING)
+WATCHED_STAGES = (
+    Stage.TRAINING, Stage.EVALUATING, Stage.COMPARING, Stage.MERGING, Stage.BENCHMARKING, Stage.STOPPING,
+)  # fmt: skip
 
 
 class StallWatch:

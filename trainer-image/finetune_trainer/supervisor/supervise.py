@@ -153,7 +153,7 @@ class Supervisor:
         work.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
             (work / name).unlink(missing_ok=True)
-        for name in ("output", "staged", "stages", MODEL_FOLDER):
+        for name in ("output", "staged", "stages", MODEL_FOLDER, "merged-model"):
             shutil.rmtree(work / name, ignore_errors=True)
         for name in ("output", "staged"):
             (work / name).mkdir()
@@ -177,6 +177,7 @@ class Supervisor:
     def _prepare_pod(self, run: RunConfig, config_sha256: str) -> None:
         with self._record_failures("PreparationFailed"):
             preparation = Preparation(run, config_sha256, self._settings, self._state)
+            preparation.check_hub_token()
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
             self._results = RunResults(run, tree, self._settings.work / "output")

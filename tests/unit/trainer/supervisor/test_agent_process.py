@@ -14,10 +14,12 @@ from finetune_trainer.supervisor.agent_process import rank_environment
 RUN: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=1))
 
 
-def test_ranks_get_no_storage_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_get_no_credentials_of_storage_and_hub_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_HUB_TOKEN", "hidden")
     monkeypatch.setenv("MODEL_AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("KEPT", "seen")
     environment = rank_environment(RUN, Settings.from_env(work=str(tmp_path)), "socket")
+    assert "hidden" not in environment.values()
     assert environment["KEPT"] == "seen" and not [name for name in environment if "AWS_" in name and "ACCESS_KEY" in name]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.errors import DataError, StorageError
+from finetune_api.errors import CredentialsError, DataError, NoCheckpointError, StorageError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import EvaluationResult, GateResult, MetricResult, Output, Stage
@@ -17,6 +18,7 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
 from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, RESULT_FILE, StageRecord, StageResult, StageTask
 from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.supervisor import later_stages
 from finetune_trainer.supervisor.exit_decision import StageReport
 from finetune_trainer.supervisor.later_stages import LaterStages, StoppedError
 from finetune_trainer.supervisor.run_results import RunResults
@@ -25,8 +27,9 @@ from finetune_trainer.supervisor.run_state import RunState
 from tests.support.learning import make_run
 
 EVALUATION = EvaluationResult(rows=2, metrics={"perplexity": MetricResult(value=2.5)})
-EVALUATES = {"evaluation": {"metrics": ["perplexity"]}, "dataset": {"split": {"test": 0.2}}}
 RECORD = "run/stages/evaluating.json"
+EVALUATED: dict[str, Any] = {"evaluation": {"metrics": ["perplexity"]}, "dataset": {"split": {"test": 0.2}}}
+MERGED: dict[str, Any] = {"output": {"mergeAdapter": True}}
 
 
 class FakeStages(LaterStages):
@@ -47,8 +50,8 @@ class FakeStages(LaterStages):
 class Attempt:
     """One attempt of a job whose model is committed."""
 
-    def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] | None = None) -> None:
-        self.run, self.inputs = _run_of(folder, number, spec or EVALUATES)
+    def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] = EVALUATED) -> None:
+        self.run, self.inputs = _run_of(folder, number, spec)
         self.tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
         work = folder / f"work-{number}"
         work.mkdir()
@@ -348,3 +351,105 @@ def test_damaged_measurements_are_measured_again_by_the_next_attempt(
     assert report.failure.error.exit_code == 69  # is retried
     third = Attempt(tmp_path, 3, spec=COMPARES)
     assert third.end(output).failure is None and [task.stage for task in third.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]
+
+
+def write_merged_model(folder: Path) -> None:
+    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
+        (folder / OUTPUT_FOLDER / name).write_text(name)
+    (folder / RESULT_FILE).write_text(StageResult().model_dump_json(by_alias=True))
+
+
+def test_the_merged_model_is_committed_and_named_in_the_output(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
+    attempt = Attempt(tmp_path, 1, spec=MERGED)
+    report = attempt.end(output)
+    uri = f"file://{tmp_path}/store/merged/a1-00000001"
+    assert report.output == output.model_copy(update={"merged_uri": uri}) and report.open_stages == []
+    committed = attempt.tree.get_merged()
+    assert committed is not None
+    manifest = attempt.tree.read_manifest(committed)
+    assert manifest is not None and manifest.extra == {"adapter": output.uri, "adapterSha256": output.sha256} and manifest.step == 4
+    assert [file.path for file in manifest.files] == ["config.json", "model-1.safetensors", "model-2.safetensors"]
+    # The sweep of leftovers removes neither the committed merged model nor its marker, but other incarnations' files.
+    attempt.tree.store.put("merged/a1-ffffffff/model.safetensors", b"leftover")
+    assert attempt.tree.sweep().count == 1
+    assert [stat.key for stat in attempt.tree.store.list("merged/")] == [
+        "merged/_COMMITTED", *(f"merged/a1-00000001/{name}" for name in ("config.json", "manifest.json", "model-1.safetensors", "model-2.safetensors"))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["same", "another"])
+def test_a_committed_merged_model_of_the_same_adapter_is_not_made_again(adapter: str, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
+    first = Attempt(tmp_path, 1, spec=MERGED)
+    first.end(output)
+    first.tree.store.delete(["run/stages/merging.json"])  # the attempt ended before its record
+    later = Attempt(tmp_path, 2, spec=MERGED)
+    merged = output if adapter == "same" else output.model_copy(update={"sha256": "0" * 64})
+    report = later.end(merged)
+    incarnation = "a1-00000001" if adapter == "same" else "a2-00000002"
+    assert report.output is not None and report.output.merged_uri == f"file://{tmp_path}/store/merged/{incarnation}"
+    assert len(later.stages.calls) == (0 if adapter == "same" else 1)
+
+
+def test_a_stop_ends_the_upload_of_the_merged_model_after_the_current_file(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
+    attempt = Attempt(tmp_path, 1, spec=MERGED)
+    put_file = attempt.tree.store.put_file
+
+    def put_and_stop(*arguments: Any, **options: Any) -> None:
+        put_file(*arguments, **options)
+        attempt.is_stopped = True
+
+    monkeypatch.setattr(attempt.tree.store, "put_file", put_and_stop)
+    report = attempt.end(output)
+    assert (report.open_stages, report.failure) == ([Stage.MERGING], None)
+    assert [stat.key for stat in attempt.tree.store.list("merged/")] == ["merged/a1-00000001/config.json"]
+
+
+@pytest.mark.parametrize("is_merged_here", [True, False])
+def test_later_stages_find_the_merged_model(is_merged_here: bool, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
+    first = Attempt(tmp_path, 1, spec=MERGED)
+    merged_output = first.end(output).output
+    assert merged_output is not None
+    attempt = first if is_merged_here else Attempt(tmp_path, 2, has_trained=False, spec=MERGED)
+    folder = attempt.stages.merged_model(merged_output)
+    assert folder is not None and (folder / "model-2.safetensors").read_text() == "model-2.safetensors"
+    assert attempt.stages.merged_model(merged_output) == folder and attempt.stages.merged_model(output) is None
+
+
+def test_a_damaged_merged_model_is_refused(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
+    merged_output = Attempt(tmp_path, 1, spec=MERGED).end(output).output
+    (tmp_path / "store" / "merged" / "a1-00000001" / "config.json").write_text("CONFIG.JSON")
+    assert merged_output is not None
+    with pytest.raises(NoCheckpointError, match="ModelDamaged"):
+        Attempt(tmp_path, 2, spec=MERGED).stages.merged_model(merged_output)
+
+
+def test_a_stop_during_a_push_leaves_the_stage_open(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = {"push": True, "repository": "org/bot", "tokenSecretRef": {"name": "hub", "key": "token"}}
+    attempt, may_end = Attempt(tmp_path, 1, spec={"output": {"hub": hub}}), threading.Event()
+
+    def push(*_: Any, **__: Any) -> str:
+        attempt.is_stopped = True
+        may_end.wait()
+        return "uri"
+
+    monkeypatch.setattr(later_stages, "push_to_hub", push)
+    report = attempt.end(output)
+    may_end.set()
+    assert (report.open_stages, report.failure, report.output) == ([Stage.UPLOADING], None, output)
+
+
+def test_the_error_of_a_push_is_the_failure_of_the_stage(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = {"push": True, "repository": "org/bot", "tokenSecretRef": {"name": "hub", "key": "token"}}
+    error = CredentialsError("HubAccessDenied", "m")
+
+    def push(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(later_stages, "push_to_hub", push)
+    report = Attempt(tmp_path, 1, spec={"output": {"hub": hub}}).end(output)
+    assert report.failure is not None and (report.failure.stage, report.failure.error) == (Stage.UPLOADING, error)

@@ -1,0 +1,172 @@
+"""The merged model is loaded by plain transformers, and computes what base model and adapter compute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, DivergedError
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import Stage
+from finetune_trainer.channel import Channel
+from finetune_trainer.stages import merge
+from finetune_trainer.stages.files import OUTPUT_FOLDER, StageTask
+
+from tests.support.learning import TEN_ROWS, make_run, train_here
+
+TRAINING = {"maxSteps": 6, "batchSizePerDevice": 5, "learningRate": 1e-2}
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"method": {"type": "lora"}},
+    "rslora": {"method": {"type": "lora", "lora": {"rankStabilized": True, "rank": 8}}},
+    "dora": {"method": {"type": "dora"}},
+    "a module in full": {"method": {"type": "lora", "lora": {"modulesToSave": ["lm_head"]}}},
+    "pissa": {"method": {"type": "lora", "lora": {"init": "pissa", "rank": 8}}},
+    "ia3": {"method": {"type": "ia3"}},
+    "new tokens": {"method": {"type": "lora"}, "model": {"newTokens": ["<note>", "</note>"]}},
+}
+
+
+def merge_here(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, str]] | None = None) -> tuple[Path, Path, Channel]:
+    """Train an adapter and merge it in this process. Returns the folders of adapter and merged model, and the channel with its messages."""
+    run, inputs = make_run(folder, model, {"training": TRAINING, "output": {"mergeAdapter": True}, **spec}, rows or TEN_ROWS)
+    adapter = train_here(run, inputs).folder
+    assert adapter is not None
+    stage, channel = folder / "stage", Channel.create_recording(folder / "work")
+    (stage / OUTPUT_FOLDER).mkdir(parents=True)
+    merge.run_stage(run, channel, inputs, StageTask(stage=Stage.MERGING, model=adapter, kind=OutputKind.ADAPTER, uri="u"), stage)
+    return adapter, stage / OUTPUT_FOLDER, channel
+
+
+def logits_of(model: Any) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model.eval()(input_ids=torch.arange(5, 69).reshape(2, 32)).logits
+
+
+def load_with_adapter(model: Path, adapter: Path, tokens: int = 0) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    if tokens:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
+    return PeftModel.from_pretrained(base, adapter)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_merged_model_equals_base_and_adapter(case: str, model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter, merged, channel = merge_here(tmp_path, model, CASES[case])
+    loaded, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    expected = logits_of(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
+    assert torch.allclose(logits_of(loaded), expected, atol=1e-4)
+    base = logits_of(AutoModelForCausalLM.from_pretrained(model))
+    assert not torch.allclose(expected[..., : base.shape[-1]], base, atol=1e-2)
+    details = [message.get("detail") for message in channel.sent if message["kind"] == "stage"]
+    assert details[0] == "loading the base model" and details[-1] == "writing the merged model"
+    total = next(detail.split()[2] for detail in details if "layers" in detail)
+    assert details[-2] == f"{total} of {total} layers"
+
+
+def test_the_merged_folder_is_complete_and_holds_no_adapter(model: Path, tmp_path: Path) -> None:
+    adapter, merged, _ = merge_here(tmp_path, model, CASES["lora"])
+    assert sorted(path.name for path in merged.iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+    assert (merged / "generation_config.json").read_bytes() == (adapter / "generation_config.json").read_bytes()
+    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == json.loads((merged / "generation_config.json").read_text())["eos_token_id"][0]
+    card = (merged / "README.md").read_text()
+    assert "library_name: transformers" in card and "license: apache-2.0" in card and merge.CARD_FILE == "README.md"
+    assert "AutoModelForCausalLM.from_pretrained" in card and "peft" not in card
+
+
+def test_large_models_are_written_in_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "SHARD_SIZE", "200KB")
+    _, merged, _ = merge_here(tmp_path, model, CASES["lora"])
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+
+
+def test_tied_embeddings_are_separated_if_only_one_of_them_was_trained(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.tiny import make_tiny_model
+
+    tied = make_tiny_model(tmp_path / "tied", tied=True)
+    adapter, merged, _ = merge_here(tmp_path, tied, {"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}})
+    expected = logits_of(load_with_adapter(tied, adapter))
+    assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
+
+
+def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(half)
+    for path in model.iterdir():
+        if not (half / path.name).exists():
+            (half / path.name).write_bytes(path.read_bytes())
+    adapter, merged, channel = merge_here(tmp_path, half, {"method": {"type": "qlora"}})
+    loaded = AutoModelForCausalLM.from_pretrained(merged)
+    assert loaded.dtype is torch.bfloat16 and getattr(loaded.config, "quantization_config", None) is None
+    layer = load_with_adapter(half, adapter).get_base_model().model.layers[0].self_attn.q_proj
+    change = layer.get_delta_weight("default")
+    expected = layer.get_base_layer().weight.float() + change.float()
+    merged_weight = loaded.model.layers[0].self_attn.q_proj.weight.float()
+    assert change.abs().max() > 0.01
+    assert torch.all((merged_weight - expected).abs() <= expected.abs() * 2**-8)  # the rounding error of bfloat16
+    notes = [message["text"] for message in channel.sent if message["kind"] == "note"]
+    assert notes == ["the adapter was trained on the quantised base model, and is merged into the base model without quantisation"]
+
+
+def test_the_head_of_a_reward_model_is_merged(model: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    rows = [{"prompt": "one", "chosen": "red", "rejected": "blue"}, {"prompt": "two", "chosen": "green", "rejected": "blue"}]
+    adapter, merged, _ = merge_here(tmp_path, model, {"trainer": {"type": "reward"}}, rows)
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    expected = logits_of(PeftModel.from_pretrained(base, adapter))
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(merged, output_loading_info=True)
+    assert not info["missing_keys"] and torch.allclose(logits_of(loaded), expected, atol=1e-4)
+
+
+def test_a_base_model_that_is_stored_quantised_is_refused_before_training(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    quantised = tmp_path / "quantised"
+    shutil.copytree(model, quantised)
+    (quantised / "config.json").write_text(json.dumps(config))
+    run, inputs = make_run(tmp_path, quantised, {"output": {"mergeAdapter": True}})
+    with pytest.raises(ConfigError, match=r"QuantizedBase: the model is stored quantised \(gptq\), but output.mergeAdapter needs"):
+        train_here(run, inputs)
+
+
+def test_a_disk_without_room_for_the_merged_model_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "free_bytes", lambda _work: 1000)
+    with pytest.raises(ConfigError, match="LocalDiskTooSmall"):
+        merge_here(tmp_path, model, CASES["lora"])
+
+
+def test_weights_that_are_not_finite_are_refused(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run, inputs = make_run(tmp_path, model, {"training": TRAINING, "output": {"mergeAdapter": True}})
+    adapter = train_here(run, inputs).folder
+    assert adapter is not None
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_B" in name)
+    save_file(weights | {name: weights[name] / 0}, adapter / "adapter_model.safetensors")
+    task = StageTask(stage=Stage.MERGING, model=adapter, kind=OutputKind.ADAPTER, uri="u")
+    with pytest.raises(DivergedError, match="WeightsNotFinite"):
+        merge.merge(run, Channel.create_recording(tmp_path / "work"), inputs, task)

@@ -1,0 +1,110 @@
+"""Pods that merge their adapter and push the model to a hub, a local stub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode
+from finetune_api.pod import StoreTarget
+from finetune_api.status import Stage
+from pod_harness import UID, Pod, merge, run_config, write_rows
+
+from tests.support.hub import TOKEN, Hub, serve_hub
+from tests.support.tiny import make_tiny_model
+
+HUB = {"push": True, "repository": "org/bot", "tokenSecretRef": {"name": "hub", "key": "token"}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve_hub() as server:
+        yield server
+
+
+def make_pod(folder: Path, model: Path, output: dict[str, Any], *, hub: Hub | None = None, attempt: int = 1, **env: str) -> Pod:
+    rows = write_rows(folder / "rows.jsonl")
+    spec = {
+        "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"},
+        "training": {"maxSteps": 4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 1e-2},
+        "checkpoint": {"steps": 2}, "tracking": {"loggingSteps": 1}, "output": output,
+    }  # fmt: skip
+    target = StoreTarget(uri=f"file://{folder}/store/team/job/{UID}")
+    run = run_config(merge({}, spec), target, attempt=attempt)
+    if "dir" in output:
+        run = run.model_copy(update={"publish": f"file://{folder}/store/{output['dir']}"})
+    variables = {"HF_ENDPOINT": hub.url, "FINETUNE_HUB_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"} if hub is not None else {}
+    return Pod(run, folder / f"pod-{attempt}", env={**variables, **env})
+
+
+def stored(folder: Path, key: str = "") -> Path:
+    return folder / "store" / "team" / "job" / UID / key
+
+
+def test_a_pod_merges_its_adapter_and_pushes_the_merged_model(model: Path, hub: Hub, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with make_pod(tmp_path, model, {"mergeAdapter": True, "export": ["safetensors"], "hub": HUB, "dir": "results", "layout": "flat"}, hub=hub) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+        message = pod.termination_message()
+    output = message.output
+    assert output is not None and output.uri is not None and output.merged_uri is not None
+    incarnation = output.uri.rpartition("/")[2]
+    merged = stored(tmp_path, f"merged/{incarnation}")
+    assert output.merged_uri == f"file://{merged}"
+    assert json.loads(stored(tmp_path, "merged/_COMMITTED").read_text())["path"] == incarnation
+    manifest = json.loads((merged / "manifest.json").read_text())
+    assert manifest["kind"] == "model" and manifest["extra"] == {"adapter": output.uri, "adapterSha256": output.sha256}
+    assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() == AutoModelForCausalLM.from_pretrained(model).num_parameters()
+    files = {entry["path"] for entry in manifest["files"]}
+    repository = hub.repositories["org/bot"]
+    assert repository.is_private and repository.files.keys() == files >= {"model.safetensors", "README.md", "generation_config.json"}
+    assert repository.files["model.safetensors"] == (merged / "model.safetensors").read_bytes()
+    assert repository.commits[0].summary == "FineTuneJob team/job" and repository.commits[0].description == f"uid {UID}"
+    assert output.hub_uri == f"{hub.url}/org/bot/tree/{repository.commits[0].oid}"
+    copy = tmp_path / "store" / "results"
+    assert (copy / "merged" / "model.safetensors").exists() and (copy / "adapter_model.safetensors").exists()
+    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in data for data in everything)
+
+
+def test_a_pod_that_is_stopped_while_merging_is_continued_by_the_next_attempt(model: Path, tmp_path: Path) -> None:
+    with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped:
+        stopped.wait_until(lambda: (report := stopped.report()) is not None and report.output is not None and report.stage is Stage.MERGING)
+        stopped.terminate()
+        assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
+    output = stopped.termination_message().output
+    assert output is not None and output.merged_uri is None
+    with make_pod(tmp_path, model, {"mergeAdapter": True}, attempt=2) as resumed:
+        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
+    resumed_output = resumed.termination_message().output
+    assert resumed_output is not None and resumed_output.sha256 == output.sha256 and "step 1/4" not in resumed.text
+    assert [path.name for path in stored(tmp_path, "merged").iterdir() if path.is_dir()] == [str(resumed_output.merged_uri).rpartition("/")[2]]
+
+
+def test_a_refused_push_fails_with_the_credentials_and_keeps_the_model(model: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.failures = {"/commit/main": [(403, "forbidden")]}
+    with make_pod(tmp_path, model, {"hub": HUB}, hub=hub) as refused:
+        assert refused.end() == ExitCode.CREDENTIALS_REFUSED, refused.text[-6000:]
+    message = refused.termination_message()
+    assert (message.code, message.stage) == ("HubAccessDenied", Stage.UPLOADING)
+    assert message.output is not None and message.output.uri is not None and message.output.hub_uri is None
+    with make_pod(tmp_path, model, {"hub": HUB}, hub=hub, attempt=2) as repeated:
+        assert repeated.end() == ExitCode.OK, repeated.text[-6000:]
+    assert hub.repositories["org/bot"].files.keys() >= {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "README.md"}
+    assert len(hub.repositories["org/bot"].commits) == 1 and "step 1/4" not in repeated.text
+
+
+def test_a_pod_without_a_token_ends_before_training(model: Path, hub: Hub, tmp_path: Path) -> None:
+    with make_pod(tmp_path, model, {"hub": HUB}, hub=hub, FINETUNE_HUB_TOKEN="") as pod:  # noqa: S106  an empty variable
+        assert pod.end() == ExitCode.CREDENTIALS_REFUSED, pod.text[-6000:]
+    message = pod.termination_message()
+    assert (message.code, message.output, hub.requests) == ("HubTokenMissing", None, []) and "step 1/4" not in pod.text

@@ -1,0 +1,194 @@
+"""A local stub of the model hub's API: an HTTP server on loopback with the requests that a push sends.
+
+Repositories, files and commits are kept in memory. As the real hub, the server reports the id of each stored file before an upload, so that a
+client can leave out unchanged files. Source: the requests of huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN = "hf_secretTokenOfTheTests"
+USER = "me"
+LARGE_FILE_SUFFIXES = (".safetensors", "tokenizer.json")
+
+
+@dataclass
+class Commit:
+    """One commit: its id, its message and description, and the paths that it changes."""
+
+    oid: str
+    summary: str
+    description: str
+    paths: list[str]
+
+
+@dataclass
+class Repository:
+    """A repository with its newest files."""
+
+    is_private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    large: set[str] = field(default_factory=set)
+    commits: list[Commit] = field(default_factory=list)
+
+    def oid_of(self, path: str) -> str | None:
+        """The hub's id of a file: the git blob id, or the sha256 of a large file. None if there is no such file."""
+        if path not in self.files:
+            return None
+        data = self.files[path]
+        if path in self.large:
+            return hashlib.sha256(data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324  git's own id
+
+
+@dataclass
+class Hub:
+    """A running stub."""
+
+    url: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    """`METHOD /path` of each request."""
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    """Uploaded large files by sha256 (hex)."""
+    failures: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """Status and text of the next responses to requests whose path contains the key."""
+    accepted_token: str = TOKEN
+    owners: tuple[str, ...] = (USER, "org")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Write no log."""
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        self._answer(self._read_body())
+
+    do_PUT = do_POST
+
+    def _read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _answer(self, body: bytes) -> None:
+        path = self.path.partition("?")[0]
+        self.hub.requests.append(f"{self.command} {path}")
+        for part, responses in self.hub.failures.items():
+            if part in path and responses:
+                status, text = responses.pop(0)
+                self._send(status, {"error": text})
+                return
+        if not path.startswith("/upload/") and self.headers.get("Authorization") != f"Bearer {self.hub.accepted_token}":
+            self._send(401, {"error": "Invalid credentials in Authorization header"})
+            return
+        self._send(*self._route(path, body))
+
+    def _route(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        hub = self.hub
+        if path == "/api/whoami-v2":
+            return 200, {"name": USER, "type": "user"}
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if found := re.fullmatch(r"/upload/(\w+)", path):
+            hub.uploads[found[1]] = body
+            return 200, {}
+        if found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
+            return 200, {"transfer": "basic", "objects": [self._upload_action(item) for item in json.loads(body)["objects"]]}
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision)/main)?", path):
+            repository = hub.repositories.get(found[1])
+            if repository is None:
+                return 404, {"error": "Repository not found"}
+            match found[2]:
+                case "preupload":
+                    return 200, {"files": [self._upload_mode(repository, item["path"]) for item in json.loads(body)["files"]]}
+                case "commit":
+                    return self._commit(found[1], repository, [json.loads(line) for line in body.splitlines()])
+            return 200, {"id": found[1], "private": repository.is_private, "sha": repository.commits[-1].oid if repository.commits else None}
+        return 404, {"error": f"the stub has no {self.command} {path}"}
+
+    def _create(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        owner = request.get("organization") or USER
+        name = f"{owner}/{request['name']}"
+        if owner not in self.hub.owners:
+            return 404, {"error": "no such organisation"}
+        if name in self.hub.repositories:
+            return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+        self.hub.repositories[name] = Repository(is_private=request.get("visibility") == "private" or request.get("private") is True)
+        return 200, {"url": f"{self.hub.url}/{name}", "name": name}
+
+    def _upload_mode(self, repository: Repository, path: str) -> dict[str, Any]:
+        mode = "lfs" if path.endswith(LARGE_FILE_SUFFIXES) else "regular"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": repository.oid_of(path)}
+
+    def _upload_action(self, item: dict[str, Any]) -> dict[str, Any]:
+        if item["oid"] in self.hub.uploads:
+            return item
+        return {**item, "actions": {"upload": {"href": f"{self.hub.url}/upload/{item['oid']}"}}}
+
+    def _commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+        paths = []
+        for line in lines:
+            value = line["value"]
+            match line["key"]:
+                case "header":
+                    header = value
+                case "file":
+                    repository.files[value["path"]] = base64.b64decode(value["content"])
+                    paths.append(value["path"])
+                case "lfsFile":
+                    if value["oid"] not in self.hub.uploads:
+                        return 400, {"error": f"{value['path']} was not uploaded"}
+                    repository.files[value["path"]] = self.hub.uploads[value["oid"]]
+                    repository.large.add(value["path"])
+                    paths.append(value["path"])
+        oid = hashlib.sha1(f"{name} {len(repository.commits)}".encode()).hexdigest()  # noqa: S324  any id of 40 digits
+        repository.commits.append(Commit(oid, header["summary"], header.get("description") or "", sorted(paths)))
+        return 200, {"commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "success": True}
+
+    def _send(self, status: int, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status >= 400:
+            self.send_header("X-Error-Message", str(value.get("error")))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextlib.contextmanager
+def serve_hub() -> Iterator[Hub]:
+    """Run a stub with no repositories."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

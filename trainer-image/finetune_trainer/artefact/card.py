@@ -1,0 +1,179 @@
+"""Writes the model card `README.md`: metadata of the hub, and how the model was made.
+
+Only the fields in `SHOWN_FIELDS` are copied from the spec. Sources are shown without secrets, and every value is escaped, so that no text
+of a user can change the structure of the page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from finetune_api.errors import ConfigError
+from finetune_api.names import Env, Storage
+from finetune_api.pod import RunConfig
+from finetune_api.rules import method_type_of, trainer_type_of
+from finetune_api.sources import HubSource, parse, redact_source
+from finetune_api.spec.enums import OutputKind, TrainerType
+
+from finetune_trainer.inputs import Inputs
+
+CARD_FILE = "README.md"
+FENCE = "---\n"
+LICENSE_KEYS = ("license", "license_name", "license_link", "language")
+"""Metadata of the base model's card that also holds for the trained model."""
+SHOWN_FIELDS = (
+    "method.type", "method.promptLength", "method.lora.rank", "method.lora.alpha", "method.lora.dropout", "method.lora.targetModules",
+    "method.lora.modulesToSave", "method.lora.useDora", "method.lora.rankStabilized", "method.lora.init", "model.quantization.bits", "model.newTokens",
+    "trainer.type", "training.learningRate", "training.scheduler", "training.warmupRatio", "training.warmupSteps", "training.optimizer",
+    "training.weightDecay", "training.maxGradNorm", "training.epochs", "training.maxSteps", "training.batchSizePerDevice",
+    "training.gradientAccumulationSteps", "training.mixedPrecision", "training.seed", "dataset.maxSequenceLength", "dataset.packing",
+)  # fmt: skip
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!~$&])")
+MAX_VALUE_LENGTH = 300
+MERGED_SENTENCE = "The adapter is merged into the weights of the base model, so this folder is a complete model."
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What the card says about the training besides the spec."""
+
+    rows: int
+    """Training rows."""
+    data_format: str
+    steps: int
+    """Optimizer steps."""
+    trainable_parameters: int
+    total_parameters: int
+    metrics: Mapping[str, float]
+    """Measured values by name, such as `testLoss`."""
+
+
+def model_card(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
+    """Return the text of the card."""
+    return f"{FENCE}{_to_yaml(_metadata(run, inputs, kind))}{FENCE}\n{_text(run, inputs, kind, facts)}"
+
+
+def merged_card(text: str) -> str:
+    """Return the card of the merged model, made from the adapter's card. A text without metadata stays as it is."""
+    metadata, body = split_card(text)
+    if not metadata:
+        return text
+    metadata |= {"library_name": "transformers", "base_model_relation": "finetune", "tags": [tag for tag in metadata.get("tags", []) if tag != "peft"]}
+    if "base_model" not in metadata:
+        del metadata["base_model_relation"]
+    heading, _, rest = body.lstrip("\n").partition("\n")
+    rest = re.sub(r"## Loading\n.*?(?=\n## )", _loading_section(OutputKind.MODEL, "transformers.AutoModelForCausalLM"), rest, flags=re.DOTALL)
+    return f"{FENCE}{_to_yaml(metadata)}{FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{rest}"
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """Return the metadata and the text of a card. The metadata is empty if the card has none that can be read."""
+    _, fence, rest = text.partition(FENCE) if text.startswith(FENCE) else ("", "", text)
+    header, closing, body = rest.partition(f"\n{FENCE}")
+    if not fence or not closing:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(header)
+    except yaml.YAMLError:
+        return {}, text
+    return (metadata, body) if isinstance(metadata, dict) else ({}, text)
+
+
+def _metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
+    """Metadata for the hub. It accepts only names of its own repositories as base model and data set."""
+    is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
+    base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
+    tags = ["finetune-operator", str(trainer_type_of(run.spec)), _wire_value(run, "method.type"), "peft" if is_adapter else None]
+    values = {
+        "base_model": base, "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
+        "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-classification" if is_reward else "text-generation",
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_license(inputs.model),
+    }  # fmt: skip
+    return {name: value for name, value in values.items() if value}
+
+
+def _license(base: Path) -> dict[str, Any]:
+    """Licence and language of the base model, from its card or its configuration."""
+    card, config = base / CARD_FILE, base / "config.json"
+    metadata = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.exists() else {}
+    if "license" not in metadata and config.exists():
+        metadata = {"license": json.loads(config.read_text()).get("license"), **metadata}
+    return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str | list)}
+
+
+def _text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
+    root, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
+    what = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
+    model_class = "peft.AutoPeftModelForCausalLM" if kind is OutputKind.ADAPTER else "transformers.AutoModelForCausalLM"
+    if trainer_type_of(run.spec) is TrainerType.REWARD:
+        model_class = model_class.replace("CausalLM", "SequenceClassification")
+    base = {"source": redact_source(run.spec.model.source or ""), "revision": inputs.model_revision}
+    data = {
+        "source": redact_source(run.spec.dataset.train or "several sources (dataset.mixture)"), "digest (sha256)": inputs.dataset_digest,
+        "rows": facts.rows, "format": facts.data_format,
+    }  # fmt: skip
+    training = {path: value for path in SHOWN_FIELDS if (value := _wire_value(run, path)) not in (None, [])}
+    training |= {"optimizer steps": facts.steps, "trained parameters": facts.trainable_parameters, "all parameters": facts.total_parameters}
+    lineage = {
+        "FineTuneJob": f"{run.namespace}/{run.name}", "uid": run.uid, "attempt": run.attempt, "files of the job": root,
+        "this artefact": f"{root}/{Storage.MODEL}/{incarnation}", "metrics": f"{root}/{Storage.METRICS}", "spec of each attempt": f"{root}/{Storage.RUN}",
+    }  # fmt: skip
+    parts = [
+        f"# {escape(run.name)}\n\n{what} {escape(base['source'])}, trained with {escape(str(method_type_of(run.spec)))} by a FineTuneJob.\n",
+        _loading_section(kind, model_class), _table("Base model", base), _table("Data", data), _table("Training", training),
+        _table("Metrics", facts.metrics) if facts.metrics else "", _table("Lineage", lineage),
+    ]  # fmt: skip
+    return "\n".join(part for part in parts if part)
+
+
+def _loading_section(kind: OutputKind, model_class: str) -> str:
+    module, _, name = model_class.rpartition(".")
+    note = "`generation_config.json` contains the end tokens that training has taught."
+    if kind is OutputKind.ADAPTER:
+        note += " Give these settings to `generate`: libraries take them from the base model otherwise."
+    elif "Sequence" in name:
+        note = "The model returns one score."
+    return f'## Loading\n\n```python\nfrom {module} import {name}\n\nmodel = {name}.from_pretrained("this/folder")\n```\n\n{note}\n'
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    rows = "".join(f"| {escape(name)} | {escape(_shown(value))} |\n" for name, value in values.items())
+    return f"## {title}\n\n| | |\n|---|---|\n{rows}"
+
+
+def escape(text: str) -> str:
+    """Return the text in one line, so that Markdown shows its characters as they are. Long texts are cut."""
+    line = " ".join(text.split())
+    return MARKDOWN.sub(r"\\\1", line if len(line) <= MAX_VALUE_LENGTH else f"{line[:MAX_VALUE_LENGTH]}...")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _wire_value(run: RunConfig, path: str) -> Any:
+    value: Any = run.spec.to_wire()
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _hub_repository(source: str | None) -> str | None:
+    try:
+        parsed = parse(source or "")
+    except ConfigError:
+        return None
+    return parsed.repo if isinstance(parsed, HubSource) else None
+
+
+def _to_yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,54 @@
+"""Writes the trained end tokens to the files of the artefact that transformers and servers read."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GENERATION_FILE = "generation_config.json"
+
+
+def write_generation_files(folder: Path, base: Path, model_config: Any, tokenizer: Any, end_ids: Sequence[int]) -> None:
+    """Write `generation_config.json`, and save the tokenizer again if its end token is not one of the trained ones.
+
+    `base`: folder of the base model. `model_config`: its configuration, used if the base model has no generation settings.
+    `end_ids`: ids of the trained end tokens, the most frequent first. Without them, the base model's end tokens stay.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        settings = GenerationConfig.from_pretrained(base)
+    except OSError:
+        settings = GenerationConfig.from_model_config(model_config)
+    base_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ids = [index for index in dict.fromkeys([*end_ids, *base_ids, tokenizer.eos_token_id]) if index is not None]
+    settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    # `save_pretrained` would refuse settings that contradict each other, which some published models have.
+    settings.to_json_file(folder / GENERATION_FILE)
+    align_model_config(folder)
+    if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in str(tokenizer.chat_template or ""):
+        # A chat template that writes `eos_token` would render other texts if this token changed.
+        changed = copy.deepcopy(tokenizer)
+        changed.eos_token = changed.convert_ids_to_tokens(end_ids[0])
+        changed.save_pretrained(folder)
+
+
+def align_model_config(folder: Path) -> None:
+    """Write the end tokens of `generation_config.json` to `config.json` too, because some servers and converters read only this file.
+
+    A single number stays a single number: the first end token. A folder without these files, or without the field, stays as it is.
+    """
+    config_file, settings_file = folder / "config.json", folder / GENERATION_FILE
+    if not config_file.exists() or not settings_file.exists():
+        return
+    config, end_ids = json.loads(config_file.read_text()), json.loads(settings_file.read_text()).get("eos_token_id")
+    if config.get("eos_token_id") is None or end_ids is None:
+        return
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    config["eos_token_id"] = end_ids if isinstance(config["eos_token_id"], list) else end_ids[0]
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,161 @@
+"""The stage `merging`: merges the adapter into the base model, and writes a complete model.
+
+The base model is loaded without quantisation, in the number format of its files, into the host's memory. GPUs are not used: the work is
+small, and a model that was trained on several GPUs may not fit on one. An adapter that was trained on a quantised base model (QLoRA)
+is merged into the unquantised model too. The merged model therefore differs slightly from the model in training, by the error of the
+quantisation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune_api import rules
+from finetune_api.errors import ConfigError, DivergedError, NotFoundError
+from finetune_api.pod import RunConfig
+from finetune_api.status import Stage
+
+from finetune_trainer import train
+from finetune_trainer.artefact.card import CARD_FILE, merged_card
+from finetune_trainer.artefact.generation import GENERATION_FILE, align_model_config
+from finetune_trainer.channel import Channel
+from finetune_trainer.disk import free_bytes
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
+
+SHARD_SIZE = "4GB"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "manifest.json")
+"""Files of the adapter that do not belong to the merged model."""
+HEARTBEAT_SECONDS = 5.0
+
+
+def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
+    """Merge the adapter, and write the complete model to the stage's folder of files.
+
+    Errors: NotFoundError ModelUnreadable, ModelIncomplete; ConfigError LocalDiskTooSmall; DivergedError WeightsNotFinite.
+    """
+    train.preload(run)
+    with _heartbeats_while_computing(channel):
+        model = merge(run, channel, inputs, task)
+        if rules.base_bits(run.spec) is not None:
+            channel.report_note("the adapter was trained on the quantised base model, and is merged into the base model without quantisation")
+        channel.report_stage(Stage.MERGING, "writing the merged model")
+        _require_disk_space(model, channel.work)
+        _write(model, run, inputs, task, folder / OUTPUT_FOLDER)
+    return StageResult()
+
+
+def merge(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> Any:
+    """Return the base model with the merged adapter, in the number format of the base model's files."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from finetune_trainer.stages.final_model import load_tokenizer
+
+    channel.report_stage(Stage.MERGING, "loading the base model")
+    tokenizer = load_tokenizer(run, inputs, task)
+    peft_model = _load_adapter(run, inputs, task, tokenizer)
+    dtypes = {name.replace(".base_layer.", "."): parameter.dtype for name, parameter in peft_model.get_base_model().named_parameters()}
+    layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `merge_and_unload` warns for each layer that is merged already
+            for number, layer in enumerate(layers, 1):
+                _merge_layer(layer)
+                channel.report_stage(Stage.MERGING, f"{number} of {len(layers)} layers")
+            model = peft_model.merge_and_unload()
+    except ValueError as error:  # PEFT refuses a layer whose merged weights are not finite
+        raise DivergedError("WeightsNotFinite", f"the adapter cannot be merged: {error}", hint="lower training.learningRate") from error
+    for name, parameter in model.named_parameters():  # PEFT keeps trained copies of whole modules in 32 bits
+        parameter.data = parameter.data.to(dtypes.get(name, model.dtype))
+    return model
+
+
+def _merge_layer(layer: Any) -> None:
+    """Merge one layer. The sum is computed in 32 bits, so that weights in 16 bits are rounded only once."""
+    import torch
+
+    parameters = [parameter for parameter in layer.get_base_layer().parameters() if parameter.dtype in (torch.bfloat16, torch.float16)]
+    dtypes = [parameter.dtype for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    layer.merge(safe_merge=True)
+    for parameter, dtype in zip(parameters, dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)
+
+
+def _load_adapter(run: RunConfig, inputs: Inputs, task: StageTask, tokenizer: Any) -> Any:
+    """The unquantised base model on the CPU, with the adapter. Errors: NotFoundError ModelUnreadable, ModelIncomplete."""
+    import torch
+    from peft import PeftModel
+
+    from finetune_trainer import hardware
+    from finetune_trainer import model as models
+    from finetune_trainer.objective import load_objective
+
+    kind = load_objective(rules.trainer_type_of(run.spec)).model_kind
+    on_host = replace(hardware.detect_hardware(run, 0), device=torch.device("cpu"), dtype="auto", attention="sdpa")
+    base, _ = models.load_model(run, inputs, on_host, kind=kind, quantize=False)
+    if run.spec.model.new_tokens and base.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    try:
+        return PeftModel.from_pretrained(base, task.model)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise NotFoundError("ModelUnreadable", f"the adapter {task.uri} cannot be loaded: {error}") from error
+
+
+def _require_disk_space(model: Any, work: Path) -> None:
+    """Errors: ConfigError LocalDiskTooSmall."""
+    needed, available = sum(parameter.nbytes for parameter in model.parameters()), free_bytes(work)
+    if needed > available:
+        raise ConfigError(
+            "LocalDiskTooSmall", f"the merged model has {needed / 1e9:.2f} GB, but the pod's disk has only {available / 1e9:.2f} GB left",
+            hint="raise resources.ephemeralStorage",
+        )  # fmt: skip
+
+
+def _write(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target: Path) -> None:
+    """Write the model in shards, with the tokenizer, the generation settings and the card of the adapter."""
+    from transformers import GenerationConfig
+
+    if (task.model / GENERATION_FILE).exists():
+        model.generation_config = GenerationConfig()  # the adapter's file replaces it; the base model's settings may be refused here
+    model.save_pretrained(target, max_shard_size=SHARD_SIZE)
+    files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]
+    if run.spec.model.trust_remote_code:
+        files += inputs.model.glob("*.py")
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+    align_model_config(target)
+    card = target / CARD_FILE
+    if card.exists():
+        card.write_text(merged_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+@contextmanager
+def _heartbeats_while_computing(channel: Channel) -> Iterator[None]:
+    """Send heartbeats while this process uses CPU time. Loading and writing take minutes without another sign of progress."""
+    ended = threading.Event()
+
+    def send() -> None:
+        used = time.process_time()
+        while not ended.wait(HEARTBEAT_SECONDS):
+            if time.process_time() - used > 0.1:
+                channel.send_heartbeat()
+            used = time.process_time()
+
+    thread = threading.Thread(target=send, name="heartbeats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,70 @@
+"""Commits the merged model to storage with the protocol of checkpoints: data, manifest, check of every object, marker."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_api.errors import NoCheckpointError
+from finetune_api.names import Storage
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import Output
+
+from finetune_trainer.checkpoint.address import download_committed
+from finetune_trainer.checkpoint.manifest import Manifest, entries_of
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.storage.base import join
+
+log = logging.getLogger(__name__)
+ADAPTER_SHA256 = "adapterSha256"
+"""Key in the manifest's `extra`: sha256 (hex) of the manifest of the adapter that was merged."""
+
+
+def committed_merged_model(tree: CheckpointTree, output: Output) -> str | None:
+    """Return the URI of the merged model if it was made from this adapter, else None."""
+    committed = tree.get_merged()
+    manifest = tree.read_manifest(committed) if committed is not None else None
+    if committed is None or manifest is None or manifest.extra.get(ADAPTER_SHA256) != output.sha256:
+        return None
+    return tree.uri(committed.folder)
+
+
+def commit_merged_model(
+    tree: CheckpointTree, output: Output, folder: Path, *, attempt: int, incarnation: str, before_each_file: Callable[[int, int], None]
+) -> str:
+    """Upload and commit the files of a local folder. Returns the URI of the merged model.
+
+    `before_each_file`: receives the uploaded bytes and all bytes, and may raise to end the upload.
+    Errors: those of storage; FencedOutError if a later attempt has begun.
+    """
+    adapter = tree.get_committed(None)
+    adapter_manifest = tree.read_manifest(adapter) if adapter is not None else None
+    entries = entries_of(folder)
+    total, uploaded = sum(entry.size for entry in entries), 0
+    for entry in entries:
+        before_each_file(uploaded, total)
+        tree.store.put_file(folder / entry.path, join(Storage.MERGED, incarnation, entry.path))
+        uploaded += entry.size
+    changes = {
+        "attempt": attempt, "incarnation": incarnation, "kind": OutputKind.MODEL, "files": entries,
+        "extra": {ADAPTER_SHA256: output.sha256, "adapter": output.uri},
+    }  # fmt: skip
+    manifest = (adapter_manifest or Manifest(step=0)).model_copy(update=changes)
+    existing = tree.get_merged()
+    tree.commit(Storage.MERGED, manifest, replaceable_marker=existing.marker if existing else None)
+    log.info("committed %s/%s (%d bytes)", Storage.MERGED, incarnation, manifest.total_bytes)
+    return tree.uri(join(Storage.MERGED, incarnation))
+
+
+def fetch_merged_model(tree: CheckpointTree, target: Path) -> Path:
+    """Download and verify the committed merged model. Returns `target`. Errors: NoCheckpointError ModelDamaged; those of storage."""
+    committed = tree.get_merged()
+    partial = target.with_name(f"{target.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    problem = "the marker is missing" if committed is None else download_committed(tree, committed, partial)
+    if problem is not None:
+        raise NoCheckpointError("ModelDamaged", f"the merged model cannot be read: {problem}")
+    partial.rename(target)
+    return target
