@@ -125,5 +125,11 @@ class GateFailedError(FineTuneError):
     exit_code = ExitCode.GATE_FAILED
 
 
+class VerificationFailedError(FineTuneError):
+    """Exit code 81: the stored final model is damaged, or differs from the trained model."""
+
+    exit_code = ExitCode.VERIFICATION_FAILED
+
+
 ERROR_OF_CODE: dict[int, type[FineTuneError]] = {int(cls.exit_code): cls for cls in FineTuneError.__subclasses__()}
 """The error class of each exit code that the trainer raises."""

@@ -142,6 +142,10 @@ EXIT_POLICIES: dict[int, ExitPolicy] = {
             ExitCode.GATE_FAILED, FailureClass.MODEL, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.GATE_FAILED,
             "GateFailed", "status.evaluation shows the metric that failed its gate; status.output contains the location of the trained model",
         ),
+        ExitPolicy(
+            ExitCode.VERIFICATION_FAILED, FailureClass.MODEL, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.VERIFICATION_FAILED,
+            "VerificationFailed", "status.output.verification shows the difference; do not serve the files in status.output.uri",
+        ),
     )
 }  # fmt: skip
 """Policies of all exit codes with which a trainer pod reports a failure."""

@@ -198,6 +198,8 @@ class ExitCode(IntEnum):
     """The trainer image does not know a field that the user set. The job waits for a newer image."""
     GATE_FAILED = 80
     """The trained model failed a gate in `evaluation.gates`. The model is kept in storage."""
+    VERIFICATION_FAILED = 81
+    """The stored final model is damaged, or differs from the trained model. The files are kept in storage."""
     SIGKILL = 137
     """SIGKILL ended the container. If the container's reason is OOMKilled, host memory was exhausted."""
     SIGTERM = 143
@@ -432,6 +434,8 @@ class Storage(StrEnum):
     """Folder of evaluation results."""
     REPORT = "report"
     """Folder of the run's report."""
+    SERVING = "serving"
+    """Folder of the manifests for the servers in `output.serving`."""
     RUN = "run"
     """Folder with the run configuration and the start marker of each attempt."""
     MANIFEST = "manifest.json"

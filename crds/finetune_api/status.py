@@ -132,6 +132,46 @@ class Checkpoint(ReportModel):
     save_seconds: float | None = status_field("Seconds from the start of the checkpoint's upload to its commit.", example=3.2)
 
 
+class VerificationOutcome(StrEnum):
+    """Result of a verification."""
+
+    VERIFIED = "Verified"
+    """The stored model computes the values of the trained model."""
+    NOT_VERIFIED = "NotVerified"
+    """The values could not be compared, for the stated reason."""
+    FAILED = "Failed"
+    """The stored model is damaged, has no effect, or computes other values than the trained model."""
+
+
+class ArtefactVerification(ReportModel):
+    """Verification of one stored artefact: the adapter, the model, or the merged model."""
+
+    artefact: str = status_field("Verified artefact: adapter, model or merged.", default=..., example="adapter")
+    result: VerificationOutcome = status_field("Verified, NotVerified or Failed.", default=..., example="Verified")
+    code: str | None = status_field("Code of the reason, for programs.", example="AdapterHasNoEffect")
+    reason: str | None = status_field("Why the artefact failed or could not be verified.", example="all B matrices of the adapter are zero")
+    difference: float | None = status_field(
+        "Difference between the stored and the trained model: root mean square over the tokens, in nats. In 32 bits: the largest difference of any token.",
+        example=0.0000021,
+    )
+    tolerance: float | None = status_field("Largest accepted difference, in the same unit.", example=0.001)
+    change_from_base: float | None = status_field(
+        "Root mean square of the difference between the stored model and the base model, in nats per token. Absent if the base model computes no such values.",
+        example=0.83,
+    )
+
+
+class Verification(ReportModel):
+    """Comparison of the stored final model with the trained model in memory."""
+
+    result: VerificationOutcome = status_field("The worst result of all artefacts.", default=..., example="Verified")
+    rows: int = status_field("Number of compared rows.", default=0, example=8)
+    tokens: int = status_field("Number of compared values: tokens, or scores of a reward model.", default=0, example=412)
+    artefacts: list[ArtefactVerification] = status_field(
+        "Results of each artefact.", default_factory=list, example=[{"artefact": "adapter", "result": "Verified", "difference": 0.0000021, "tolerance": 0.001}]
+    )
+
+
 class Output(ReportModel):
     """The final model or adapter."""
 
@@ -149,6 +189,9 @@ class Output(ReportModel):
     report_uri: str | None = status_field("Folder with the run's report.")
     promoted: bool | None = status_field(
         "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True
+    )
+    verification: Verification | None = status_field(
+        "Whether the stored model computes the same values as the trained model. Absent if output.verify is false."
     )
     evaluation: dict[str, Any] | None = status_field(
         "Metrics measured after training, by name. With a test set: testRows, testLoss (nats per token), testTokenAccuracy. "

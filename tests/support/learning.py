@@ -57,6 +57,7 @@ def make_run(
         "training": {"maxSteps": 4, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "learningRate": 5e-3, "warmupRatio": 0},
         "tracking": {"loggingSteps": 1},
         "checkpoint": {"strategy": "no"},
+        "output": {"verify": False},
     }  # fmt: skip
     if validation_files:
         base_spec["dataset"]["validation"] = f"file://{validation_files[0]}"

@@ -49,6 +49,16 @@ def needs_tracker(run: RunConfig, tracker: Tracker) -> bool:
 
 def preload(run: RunConfig, objective_module: str) -> None:
     """Hide the libraries that the job does not need, and import the others and `objective_module`."""
+    hide_unneeded(run)
+    with _hide_temporarily("scipy"):
+        for name in ("torch", "transformers", "peft", "datasets", objective_module):
+            importlib.import_module(name)
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  transformers loads these names on access
+    importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
+
+
+def hide_unneeded(run: RunConfig) -> None:
+    """Set the variables of the libraries, and hide the libraries that the job does not need."""
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     threads = run.spec.dataset.num_proc
@@ -63,11 +73,6 @@ def preload(run: RunConfig, objective_module: str) -> None:
     for name, needed in needed_packages.items():
         if not needed:
             _hide_package(name)
-    with _hide_temporarily("scipy"):
-        for name in ("torch", "transformers", "peft", "datasets", objective_module):
-            importlib.import_module(name)
-        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  transformers loads these names on access
-    importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
 
 
 @contextmanager

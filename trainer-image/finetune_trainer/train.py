@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -112,6 +113,7 @@ class TrainingSession:
         folder, extra = self._save_output(trainer, trainable_model)
         if trainer.is_world_process_zero():
             self._complete_output(folder, test_metrics)
+        extra |= self._write_reference_values(trainer)
         if test_metrics:
             extra["evaluation"] = test_metrics
         self.hooks.deliver_output(self.run, self.channel, folder, trainable_model.kind, extra)
@@ -129,7 +131,7 @@ class TrainingSession:
         tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
         context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
         data, self.facts = self.objective.load_data(context)
-        self.training_rows, self.test_rows = data.train, data.test
+        self.training_rows, self.test_rows, self.datasets = data.train, data.test, (data.test, data.validation, data.train)
         if data.test is not None and self.channel.rank == 0:
             self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
@@ -333,6 +335,25 @@ class TrainingSession:
             {name: value for name, value in metrics.items() if value is not None},
         )  # fmt: skip
         (folder / CARD_FILE).write_text(model_card(self.run, self.inputs, self.trainable.kind, facts), encoding="utf-8")
+
+    def _write_reference_values(self, trainer: Any) -> dict[str, str]:
+        """Write the values that the stage `verifying` compares with those of the stored model. Called when all weights are saved.
+
+        Returns the sha256 of the file for the model's manifest. With sharded weights, all ranks compute the values together.
+        """
+        from finetune_trainer.proof import record, reference
+
+        if self.run.spec.output.verify is False or not (self.channel.rank == 0 or self.strategy.shards_weights):
+            return {}
+        tokenizer = trainer.processing_class
+        rows = record.choose_rows(self.datasets, tokenizer)
+        values = record.record_values(
+            trainer, self.run, self.hardware, rows, tokenizer, head=self.objective.model_kind, is_sharded=self.strategy.shards_weights
+        )
+        content = values.to_bytes()
+        if self.channel.rank == 0:
+            (self.inputs.output_dir / reference.FILE_NAME).write_bytes(content)
+        return {reference.MANIFEST_KEY: hashlib.sha256(content).hexdigest()}
 
     def _write_log(self, trainer: Any) -> None:
         """Write all logged lines of the run to the output folder. The Trainer's state includes the lines of earlier attempts."""

@@ -62,13 +62,15 @@ from finetune_api.rules import strategies
 from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incompatible_with_deepspeed, incompatible_with_fsdp, incompatible_with_zero3
 from finetune_api.rules import results
 from finetune_api.rules import benchmarks
+from finetune_api.rules import serving
+from finetune_api.rules.serving import adapter_rank, max_lora_rank
 from finetune_api.rules import storage
 from finetune_api.rules import placement
 from finetune_api.rules import quantities
 from finetune_api.rules.warnings import warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-RULE_MODULES = (required_fields, methods, objectives, data, training, strategies, results, benchmarks, storage, placement, quantities)
+RULE_MODULES = (required_fields, methods, objectives, data, training, strategies, results, benchmarks, serving, storage, placement, quantities)
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "new_problems",
     "without_defaults",
     "BASE_WEIGHT_METHODS",
+    "adapter_rank",
     "base_bits",
     "benchmarks_after_training",
     "trains_base_weights",
@@ -107,6 +110,7 @@ __all__ = [
     "gpus_per_node",
     "has_test_set",
     "has_validation_set",
+    "max_lora_rank",
     "method_type_of",
     "metrics_after_training",
     "prompts_to_compare",

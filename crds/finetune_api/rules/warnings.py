@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from finetune_api.rules.base import Problem
 from finetune_api.rules.derived_values import BASE_WEIGHT_METHODS, PROMPT_METHODS, method_type_of, trainer_type_of
+from finetune_api.rules.serving import warn_about_servers
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import MethodType, TrainerType
 
@@ -24,7 +25,7 @@ PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO, Tra
 
 def warnings(spec: FineTuneJobSpec) -> list[Problem]:
     """Return the warnings about a spec without filled-in defaults."""
-    return [*_learning_rate(spec), *_warn_about_epochs(spec)]
+    return [*_learning_rate(spec), *_warn_about_epochs(spec), *warn_about_servers(spec)]
 
 
 def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:

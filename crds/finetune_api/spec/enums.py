@@ -362,6 +362,13 @@ class ExportFormat(StrEnum):
     """ONNX graph."""
 
 
+class ServingTarget(StrEnum):
+    VLLM = "vllm"
+    """The OpenAI-compatible server of vLLM. Adapters are served beside their base model."""
+    KSERVE = "kserve"
+    """KServe's Hugging Face runtime, which serves with vLLM."""
+
+
 class EvaluationMetric(StrEnum):
     ACCURACY = "accuracy"
     """Fraction of correct answers."""

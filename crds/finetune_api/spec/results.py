@@ -15,6 +15,7 @@ from finetune_api.spec.enums import (
     GateOperator,
     IntervalStrategy,
     OutputLayout,
+    ServingTarget,
     Tracker,
 )
 
@@ -89,6 +90,18 @@ class Output(Group):
         "Formats of the final model. The model is always saved as safetensors. `gguf` and `onnx` are refused.",
         default_text="safetensors",
         example=["safetensors"],
+    )
+    verify: bool | None = spec_field(
+        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If they differ, the job fails and the files are kept. If false, only the uploaded files are checked against their hashes.",
+        default_text="true",
+        example=False,
+        since="0.2.0",
+    )
+    serving: Annotated[list[ServingTarget], Field(max_length=2)] | None = spec_field(
+        "Servers that must be able to serve the final model. The job is refused if one of them cannot. Manifests for these servers are written to the folder `serving` beside the model.",
+        default_text="none: what a server cannot serve is only a note in status.resolved.notes",
+        example=["vllm"],
+        since="0.2.0",
     )
 
 

@@ -7,7 +7,7 @@ from finetune_api.names import ExitCode, FailureClass, Reason
 
 
 def test_the_job_fails_at_once_for_exit_codes_that_an_identical_pod_would_repeat() -> None:
-    assert codes_that_fail_the_job() == [64, 65, 66, 67, 72, 77, 78, 79, 80]
+    assert codes_that_fail_the_job() == [64, 65, 66, 67, 72, 77, 78, 79, 80, 81]
 
 
 def test_exit_codes_of_a_stop_on_request_do_not_fail_a_suspended_job() -> None:

@@ -57,12 +57,13 @@ def test_schema_sets_defaults_only_for_suspend_cancel_policy_and_placement() -> 
     assert defaults == {"spec.suspend": False, "spec.cancel": False, "spec.policy": {}, "spec.placement": {}}
 
 
-def test_checked_in_crd_is_up_to_date_and_below_200_kb() -> None:
+def test_checked_in_crd_is_up_to_date_and_can_be_applied_by_kubectl() -> None:
+    """`kubectl apply` keeps the whole object as JSON in an annotation, and all annotations of an object may have 262,144 bytes."""
     path = ROOT / "crds" / "finetunejobs.yaml"
     text = path.read_text()
     assert text.startswith(GENERATED_HEADER)
     assert YAML(typ="safe").load(text) == json.loads(json.dumps(build_crd()))
-    assert path.stat().st_size < 200_000
+    assert len(json.dumps(build_crd(), separators=(",", ":"))) < 200_000
 
 
 def test_no_field_has_both_a_constant_default_and_a_default_text() -> None:

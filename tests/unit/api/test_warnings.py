@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from finetune_api.defaults import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, resolve_defaults
 from finetune_api.objectives import OBJECTIVES
-from finetune_api.rules import warnings
+from finetune_api.rules import Problem, check, max_lora_rank, warnings
 from finetune_api.rules.warnings import LEARNING_RATE_RANGES
 from finetune_api.spec import FineTuneJobSpec
 
 
 def spec(**groups: Any) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, "dataset": {"train": "org/d"}, **groups})
+
+
+def rate_warnings(job: FineTuneJobSpec) -> list[Problem]:
+    return [warning for warning in warnings(job) if warning.code == "LearningRateUnusual"]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_learning_rate_outside_the_usual_range_gives_a_warning(
     method: str, trainer: str, rate: float, is_unusual: bool
 ) -> None:
     job = spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate})
-    assert [warning.code for warning in warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
+    assert [warning.code for warning in rate_warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,7 @@ def test_learning_rate_outside_the_usual_range_gives_a_warning(
 )  # fmt: skip
 def test_the_limits_of_the_learning_rate_are_usual_values(method: str, trainer: str, low: float, high: float) -> None:
     def words(rate: float) -> list[str]:
-        found = warnings(spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate}))
+        found = rate_warnings(spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate}))
         return [warning.message.split(" for ")[0] for warning in found]
 
     assert words(low) == words(high) == []
@@ -62,7 +66,7 @@ def test_default_learning_rates_give_no_warning() -> None:
         assert low <= rate <= high
     for objective, facts in OBJECTIVES.items():
         job = spec(trainer={"type": objective}, training={"learningRate": facts.learning_rate or LEARNING_RATE_ADAPTER})
-        assert warnings(job) == []
+        assert rate_warnings(job) == []
 
 
 def test_epochs_next_to_max_steps_give_a_warning() -> None:
@@ -81,3 +85,22 @@ def test_notes_of_a_resolution_contain_the_warnings() -> None:
         == "training.learningRate 5 is unusually large for trainer sft with method lora, and usually makes training diverge"
     )
     assert notes[1] == "training.epochs 2 has no effect, because training.maxSteps is 40"
+
+
+def test_what_a_server_cannot_load_is_a_warning_unless_the_job_names_the_server() -> None:
+    dora = spec(method={"type": "dora"})
+    assert [(warning.path, warning.code, warning.message) for warning in warnings(dora)] == [
+        ("method.type", "NotServable", "vllm and kserve cannot load DoRA adapters")
+    ]
+    assert check(dora) == []
+    named = spec(method={"type": "dora"}, output={"serving": ["kserve"]})
+    assert [warning.message for warning in warnings(named)] == ["vllm cannot load DoRA adapters"]
+    (problem,) = check(named)
+    assert (problem.path, problem.message) == ("method.type", "output.serving contains kserve, but kserve cannot load DoRA adapters")
+    merged = spec(method={"type": "dora"}, output={"serving": ["vllm", "kserve"], "mergeAdapter": True})
+    assert check(merged) == [] and warnings(merged) == []
+
+
+@pytest.mark.parametrize(("rank", "option"), [(1, 8), (8, 8), (9, 16), (200, 256), (512, 512)])
+def test_the_rank_option_of_vllm_is_an_allowed_value(rank: int, option: int) -> None:
+    assert max_lora_rank(rank) == option

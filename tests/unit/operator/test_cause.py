@@ -33,7 +33,8 @@ INITIALIZING_STATE = {"waiting": {"reason": "PodInitializing"}}
         (72, Reason.DIVERGED, RetryPolicy.ROLL_BACK), (73, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
         (74, Reason.PEER_FAILED, RetryPolicy.COUNTED), (75, Reason.PREEMPTED, RetryPolicy.NOT_COUNTED), (76, Reason.PREEMPTED, RetryPolicy.NOT_COUNTED),
         (77, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (78, Reason.INSTALLATION_BROKEN, RetryPolicy.NEVER),
-        (79, Reason.TRAINER_TOO_OLD, RetryPolicy.WAIT), (80, Reason.GATE_FAILED, RetryPolicy.NEVER), (1, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
+        (79, Reason.TRAINER_TOO_OLD, RetryPolicy.WAIT), (80, Reason.GATE_FAILED, RetryPolicy.NEVER),
+        (81, Reason.VERIFICATION_FAILED, RetryPolicy.NEVER), (1, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
         (137, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
     ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune_api.base import LenientModel, WireModel
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import EvaluationResult, Stage
+from finetune_api.status import EvaluationResult, Stage, Verification
 from pydantic import Field
 
 TASK_FILE = "task.json"
@@ -26,6 +26,8 @@ class StageTask(WireModel):
     kind: OutputKind = Field(description="Whether `model` is an adapter or a complete model.")
     uri: str = Field(description="Address of the committed model in storage.")
     evaluated: Path | None = Field(default=None, description="Folder with the files of the stage `evaluating`, for the stage `comparing`.")
+    merged: Path | None = Field(default=None, description="Folder with the merged model; None without output.mergeAdapter.")
+    merged_uri: str | None = Field(default=None, description="Address of the merged model in storage.")
 
     @staticmethod
     def read(folder: Path) -> StageTask:
@@ -38,6 +40,7 @@ class StageResult(LenientModel):
 
     evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
     merged_uri: str | None = Field(default=None, description="For `status.output.mergedUri`. Absent if the stage merges nothing.")
+    verification: Verification | None = Field(default=None, description="For `status.output.verification`. Absent if the stage verifies nothing.")
     published_uri: str | None = Field(default=None, description="For `status.output.publishedUri`. Absent if the stage copies nothing.")
     hub_uri: str | None = Field(default=None, description="For `status.output.hubUri`. Absent if the stage pushes nothing.")
 

@@ -21,6 +21,7 @@ def planned_stages(run: RunConfig) -> list[Stage]:
         Stage.EVALUATING: bool(metrics_after_training(run.spec)) or writes_predictions(run.spec) or compares,
         Stage.COMPARING: compares,
         Stage.MERGING: run.spec.output.merge_adapter is True,
+        Stage.VERIFYING: (run.spec.output.verify is not False and run.spec.phases.train is not False) or bool(run.spec.output.serving),
         Stage.BENCHMARKING: bool(benchmarks_after_training(run.spec)),
         Stage.UPLOADING: run.publish is not None or pushes_to_hub(run.spec),
     }

@@ -27,6 +27,7 @@ STAGE_MODULES: Mapping[Stage, str] = {
     Stage.EVALUATING: "finetune_trainer.stages.evaluate",
     Stage.COMPARING: "finetune_trainer.stages.compare",
     Stage.MERGING: "finetune_trainer.stages.merge",
+    Stage.VERIFYING: "finetune_trainer.stages.verify",
     Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
 }
 """The module of each stage. Its function `run_stage` returns the result."""

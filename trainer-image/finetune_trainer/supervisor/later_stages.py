@@ -6,6 +6,7 @@ a stop starts with the first open stage. A stage's files are uploaded before its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -18,12 +19,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import FineTuneError, GateFailedError, InternalError, NoCheckpointError, StorageError
+from finetune_api.errors import (
+    FineTuneError,
+    GateFailedError,
+    InternalError,
+    NoCheckpointError,
+    StorageError,
+    VerificationFailedError,
+)
 from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
 from finetune_api.rules import pushes_to_hub
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import GateResult, Output, Stage
+from finetune_api.status import GateResult, Output, Stage, Verification, VerificationOutcome
 from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.address import download_committed
@@ -31,6 +39,7 @@ from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.failure import failure_from_exit_code, failure_from_message
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
+from finetune_trainer.proof.reference import FILE_NAME, MANIFEST_KEY, stored_key
 from finetune_trainer.settings import Settings
 from finetune_trainer.stages.files import (
     MEASUREMENTS_FILE,
@@ -59,7 +68,10 @@ POLL_SECONDS = 0.05
 MODEL_FOLDER = "final-model"
 """Folder on the pod's disk with the downloaded model, in a pod that has not trained."""
 RECORD_FOLDER = f"{Storage.RUN}/stages"
-STORAGE_FOLDERS = {Stage.EVALUATING: Storage.EVALUATION, Stage.COMPARING: Storage.EVALUATION, Stage.BENCHMARKING: Storage.EVALUATION}
+STORAGE_FOLDERS = {
+    Stage.EVALUATING: Storage.EVALUATION, Stage.COMPARING: Storage.EVALUATION, Stage.VERIFYING: Storage.SERVING,
+    Stage.BENCHMARKING: Storage.EVALUATION,
+}  # fmt: skip
 """Folder in storage for the files of each stage that has files."""
 PUBLISHING_STAGES = (Stage.UPLOADING,)
 """Stages that run only if the model has passed all gates. All other stages run before the gates take effect, so that a failed gate
@@ -115,13 +127,21 @@ class LaterStages:
         except StoppedError:
             return False
         except FineTuneError as error:
-            if self._failed_gates():
-                self._state.add_note(f"the stage {stage} failed: {error.code}: {error.message}")
-                report.open_stages.remove(stage)
-                return True  # the failed gate has decided the job's end, so further attempts would be in vain
+            return self._fail_stage(stage, error, report)
+        report.output = self._apply(record.result, report.output or output)
+        verification = record.result.verification
+        if verification is not None and verification.result is VerificationOutcome.FAILED:
+            return self._fail_stage(stage, verification_error(verification, report.output), report)
+        return True
+
+    def _fail_stage(self, stage: Stage, error: FineTuneError, report: StageReport) -> bool:
+        """Report the failure of a stage. Returns whether the next stage may run: a failed gate has decided the job's end, so the failure is a note."""
+        if not self._failed_gates():
             report.failure = StageFailure(stage, error)
             return False
-        report.output = self._apply(record.result, report.output or output)
+        self._state.add_note(f"the stage {stage} failed: {error.code}: {error.message}")
+        if stage in report.open_stages:
+            report.open_stages.remove(stage)
         return True
 
     # ---- gates ----
@@ -170,9 +190,10 @@ class LaterStages:
         """Add the result of a stage to the pod's report. Returns the output with the result."""
         if result.evaluation is not None:
             self._state.merge_evaluation(result.evaluation)
-        addresses = {name: uri for name in ("merged_uri", "published_uri", "hub_uri") if (uri := getattr(result, name)) is not None}
-        if addresses:
-            output = output.model_copy(update=addresses)
+        names = ("merged_uri", "published_uri", "hub_uri", "verification")
+        added = {name: value for name in names if (value := getattr(result, name)) is not None}
+        if added:
+            output = output.model_copy(update=added)
             self._state.set_output(output)
         return output
 
@@ -191,11 +212,16 @@ class LaterStages:
         if Inputs.read(self._settings.work) is None:
             self._fetch_inputs().write(self._settings.work)
             self._state.enter_stage(stage)
+        if stage is Stage.VERIFYING:  # the stage must read what storage returns, not what the trainer has written to this disk
+            shutil.rmtree(self._trained_model(), ignore_errors=True)
         task = StageTask(
             stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
             evaluated=self._local_evaluation() if stage is Stage.COMPARING else None,
+            merged=self.merged_model(output) if stage is Stage.VERIFYING else None, merged_uri=output.merged_uri,
         )  # fmt: skip
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
+        if stage is Stage.VERIFYING:
+            self._write_reference_values(folder)
         self._run_process(stage, folder)
         result = _read_result(folder)
         if stage is Stage.MERGING:
@@ -210,11 +236,14 @@ class LaterStages:
         self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
         return record
 
+    def _trained_model(self) -> Path:
+        """The folder to which the trainer of this pod writes the final model."""
+        return self._settings.work / "output" / "final"
+
     def _local_model(self, output: Output) -> Path:
         """The folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies it."""
-        trained = self._settings.work / "output" / "final"
-        if trained.exists():
-            return trained
+        if self._trained_model().exists():
+            return self._trained_model()
         target = self._settings.work / MODEL_FOLDER
         if target.exists():
             return target
@@ -287,6 +316,15 @@ class LaterStages:
             if self._is_stop_requested():
                 raise StoppedError
         return done.result()
+
+    def _write_reference_values(self, folder: Path) -> None:
+        """Copy the trainer's reference values from storage to the folder of a stage. There are none if an older trainer has trained the model."""
+        committed = self._tree.get_committed(None)
+        manifest = self._tree.read_manifest(committed) if committed is not None else None
+        digest = manifest.extra.get(MANIFEST_KEY) if manifest is not None else None
+        data = self._tree.store.get(stored_key(digest)) if isinstance(digest, str) else None
+        if data is not None and hashlib.sha256(data).hexdigest() == digest:
+            (folder / FILE_NAME).write_bytes(data)
 
     # ---- the process of a stage ----
 
@@ -371,6 +409,15 @@ class LaterStages:
             if path.name not in self._stored_parts:
                 self._stored_parts.add(path.name)
                 store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
+
+
+def verification_error(verification: Verification, output: Output) -> VerificationFailedError:
+    """The failure of a job whose stored model differs from the trained model: that of the first artefact that failed."""
+    failed = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
+    return VerificationFailedError(
+        failed.code or "VerificationFailed", f"the stored {failed.artefact} does not serve what was trained: {failed.reason}",
+        hint=f"do not serve the files in {output.uri}; status.output.verification shows the difference",
+    )
 
 
 def _record_key(stage: Stage) -> str:

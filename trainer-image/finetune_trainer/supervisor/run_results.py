@@ -20,11 +20,12 @@ from finetune_api.status import Output
 
 from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.proof import reference
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder, copy_folder
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.results.metric_files import RunDescription, metric_files
-from finetune_trainer.storage.base import Store, join
+from finetune_trainer.storage.base import Store, join, sha256_file
 from finetune_trainer.storage.roots import open_store
 
 STARTED_KEY = f"{Storage.RUN}/started.json"
@@ -49,6 +50,9 @@ class RunResults:
             if name not in self._stored and (path := self._output_folder / name).exists():
                 self._tree.store.put_file(path, join(Storage.METRICS, name))
                 self._stored.add(name)
+        values = self._output_folder / reference.FILE_NAME
+        if values.exists():
+            self._tree.store.put_file(values, reference.stored_key(sha256_file(values)))
 
     def store_metric_files(self) -> None:
         """Store the metric files, unless a later attempt has begun. The log is stored already. Errors: those of storage."""

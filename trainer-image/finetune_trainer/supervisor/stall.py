@@ -25,7 +25,7 @@ DUMP_SECONDS = 1.0
 RANK_COMMANDS = {b"train", b"stage"}
 """Commands of the processes that compute."""
 WATCHED_STAGES = (
-    Stage.TRAINING, Stage.EVALUATING, Stage.COMPARING, Stage.MERGING, Stage.BENCHMARKING, Stage.STOPPING,
+    Stage.TRAINING, Stage.EVALUATING, Stage.COMPARING, Stage.MERGING, Stage.VERIFYING, Stage.BENCHMARKING, Stage.STOPPING,
 )  # fmt: skip
 
 

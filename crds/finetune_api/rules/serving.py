@@ -1,0 +1,140 @@
+"""What inference servers can serve: the one table of servers and features.
+
+A feature in this table is a warning for every job, and a problem for jobs that name the server in `output.serving`. The facts are those of
+vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to vLLM, so it has the
+same limits and one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from finetune_api.errors import ConfigError
+from finetune_api.rules.base import ExecutionTarget, Findings, Problem, rule
+from finetune_api.rules.derived_values import (
+    INITS_CHANGING_BASE,
+    LORA_METHODS,
+    PROMPT_METHODS,
+    method_type_of,
+    trainer_type_of,
+    trains_base_weights,
+)
+from finetune_api.sources import HubSource, parse
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import LoraBias, MethodType, ServingTarget, TrainerType
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's option `--max-lora-rank` that every release accepts. An adapter needs the next higher value."""
+DEFAULT_RANK = 16
+ALL_SERVERS = (ServingTarget.VLLM, ServingTarget.KSERVE)
+MERGE = "set output.mergeAdapter: true to serve the merged model"
+
+
+@dataclass(frozen=True)
+class UnservableFeature:
+    """A feature of a job whose result some servers cannot serve."""
+
+    path: str
+    servers: tuple[ServingTarget, ...]
+    applies: Callable[[FineTuneJobSpec], bool]
+    limit: str
+    """What the servers cannot do. The sentence begins with the names of the servers and `cannot`."""
+    hint: str
+    warns: bool = True
+    """Whether jobs without this server in `output.serving` get a warning. False for limits that concern most jobs of a kind which is rarely served."""
+
+    def message(self, servers: tuple[ServingTarget, ...]) -> str:
+        """The limit of these servers in one sentence."""
+        return f"{' and '.join(servers)} cannot {self.limit}"
+
+
+def adapter_rank(spec: FineTuneJobSpec) -> int | None:
+    """Rank of the stored LoRA adapter. PiSSA and OLoRA are stored with twice the rank. None for other methods and given adapters."""
+    if method_type_of(spec) not in LORA_METHODS or method_type_of(spec) is MethodType.ADAPTER:
+        return None
+    lora = spec.method.lora
+    rank = (lora.rank if lora else None) or DEFAULT_RANK
+    return 2 * rank if lora is not None and lora.init in INITS_CHANGING_BASE else rank
+
+
+def max_lora_rank(rank: int) -> int:
+    """Value of vLLM's option `--max-lora-rank` for an adapter of this rank."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), VLLM_RANKS[-1])
+
+
+def _is_hub_model(spec: FineTuneJobSpec) -> bool:
+    try:
+        return isinstance(parse(spec.model.source or ""), HubSource)
+    except ConfigError:  # another rule reports sources that cannot be parsed
+        return True
+
+
+UNSERVABLE_FEATURES: tuple[UnservableFeature, ...] = (
+    UnservableFeature(
+        "method.type", ALL_SERVERS,
+        lambda spec: method_type_of(spec) is MethodType.DORA or (spec.method.lora is not None and spec.method.lora.use_dora is True),
+        "load DoRA adapters", f"write `type: lora`, or {MERGE}",
+    ),
+    UnservableFeature(
+        "method.lora.modulesToSave", ALL_SERVERS, lambda spec: spec.method.lora is not None and bool(spec.method.lora.modules_to_save),
+        "load adapters that contain whole modules", f"remove modulesToSave, or {MERGE}",
+    ),
+    UnservableFeature(
+        "method.lora.bias", ALL_SERVERS, lambda spec: spec.method.lora is not None and spec.method.lora.bias not in (None, LoraBias.NONE),
+        "load adapters that contain biases", f"write `bias: none`, or {MERGE}",
+    ),
+    UnservableFeature(
+        "method.type", ALL_SERVERS, lambda spec: method_type_of(spec) in PROMPT_METHODS,
+        "load prefix or prompt tuning, because they load only LoRA adapters", "write `type: lora`",
+    ),
+    UnservableFeature(
+        "method.type", ALL_SERVERS, lambda spec: method_type_of(spec) is MethodType.IA3,
+        "load IA3 adapters, because they load only LoRA adapters", f"write `type: lora`, or {MERGE}",
+    ),
+    UnservableFeature(
+        "method.lora.rank", ALL_SERVERS, lambda spec: (adapter_rank(spec) or 0) > VLLM_RANKS[-1],
+        f"load adapters of a rank above {VLLM_RANKS[-1]} (with init pissa or olora, the stored rank is twice method.lora.rank)",
+        f"write a smaller rank, or {MERGE}",
+    ),
+    UnservableFeature(
+        "model.newTokens", ALL_SERVERS, lambda spec: bool(spec.model.new_tokens) and not trains_base_weights(spec),
+        "load adapters with embeddings of new tokens", f"remove newTokens, or {MERGE}",
+    ),
+    UnservableFeature(
+        "trainer.type", ALL_SERVERS, lambda spec: trainer_type_of(spec) is TrainerType.REWARD and not trains_base_weights(spec),
+        "load the adapter of a reward model, because its score head is a whole module", "write `method: {type: full}`", warns=False,
+    ),
+    UnservableFeature(
+        "model.source", (ServingTarget.KSERVE,), lambda spec: not trains_base_weights(spec) and not _is_hub_model(spec),
+        "mount both an adapter and a base model that is not a hub repository", f"give a hub repository, write `serving: [vllm]`, or {MERGE}", warns=False,
+    ),
+)  # fmt: skip
+
+
+def unservable_features(spec: FineTuneJobSpec) -> Iterator[UnservableFeature]:
+    """Yield each feature of the spec that some servers cannot serve. A merged model has none of them."""
+    if not (spec.output.merge_adapter and not trains_base_weights(spec)):
+        yield from (feature for feature in UNSERVABLE_FEATURES if feature.applies(spec))
+
+
+@rule("NotServable")
+def check_servers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    """Refuse features that a server of `output.serving` cannot serve."""
+    requested = spec.output.serving or []
+    for i, server in enumerate(requested):
+        if server in requested[:i]:
+            yield f"output.serving[{i}]", f"the list contains {server} twice", "write each server once"
+    for feature in unservable_features(spec):
+        servers = tuple(server for server in feature.servers if server in requested)
+        if servers:
+            yield feature.path, f"output.serving contains {' and '.join(servers)}, but {feature.message(servers)}", feature.hint
+
+
+def warn_about_servers(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    """Yield a warning for each feature that servers outside of `output.serving` cannot serve."""
+    requested = spec.output.serving or []
+    for feature in unservable_features(spec):
+        servers = tuple(server for server in feature.servers if server not in requested)
+        if servers and feature.warns:
+            yield Problem(feature.path, "NotServable", feature.message(servers), feature.hint)

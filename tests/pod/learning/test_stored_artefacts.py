@@ -1,0 +1,91 @@
+"""Plain transformers and PEFT compute from each stored artefact what the trainer computed in memory, for every method and objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import ArtefactVerification, VerificationOutcome
+from finetune_trainer.channel import Channel
+from finetune_trainer.proof.reference import FILE_NAME, ReferenceValues
+from finetune_trainer.stages.verify import Artefact, Verifier
+
+from tests.support.learning import TEN_ROWS, RunOutcome, make_run, merge_mappings, train_here
+from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
+
+pytestmark = pytest.mark.pod
+BASE: dict[str, Any] = {"output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}, "method": {"lora": {"dropout": 0}}}
+NO_LORA: dict[str, Any] = {"lora": None}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"method": {"lora": {"rankStabilized": True}}},
+    "pissa": {"method": {"lora": {"init": "pissa", "rank": 8}}},
+    "olora": {"method": {"lora": {"init": "olora", "rank": 8}}},
+    "eva": {"method": {"lora": {"init": "eva", "rank": 8}}},
+    "bias": {"method": {"lora": {"bias": "all"}}, "model": {"source": "attention bias"}},
+    "saved modules": {"method": {"lora": {"modulesToSave": ["lm_head"]}}},
+    "dora": {"method": {"type": "dora"}},
+    "qlora": {"method": {"type": "qlora"}},
+    "8 bits": {"model": {"quantization": {"bits": 8}}},
+    "loftq": {"method": {"lora": {"init": "loftq"}}},
+    "ia3": {"method": {"type": "ia3", **NO_LORA}},
+    "prefix tuning": {"method": {"type": "prefixTuning", **NO_LORA}},
+    "prompt tuning": {"method": {"type": "promptTuning", **NO_LORA}},
+    "full": {"method": {"type": "full", **NO_LORA}},
+    "spectrum": {"method": {"type": "spectrum", **NO_LORA}},
+    "new tokens": {"model": {"newTokens": ["<yes>"]}},
+    "new tokens full": {"model": {"newTokens": ["<yes>"]}, "method": {"type": "full", **NO_LORA}},
+    "bf16": {"training": {"mixedPrecision": "bf16"}},
+    "bf16 full": {"training": {"mixedPrecision": "bf16"}, "method": {"type": "full", **NO_LORA}},
+    "bf16 weights": {"training": {"mixedPrecision": "bf16"}, "model": {"dtype": "bfloat16"}},
+    "packed": {"dataset": {"packing": True, "maxSequenceLength": 128}},
+}
+LENGTH_REWARD = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
+OBJECTIVES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "dpo": ({"trainer": {"type": "dpo"}}, PREFERENCE_PAIRS),
+    "orpo": ({"trainer": {"type": "orpo"}}, PREFERENCE_PAIRS),
+    "kto": ({"trainer": {"type": "kto"}}, LABELLED_ANSWERS),
+    "reward": ({"trainer": {"type": "reward"}}, PREFERENCE_PAIRS),
+    "reward full": ({"trainer": {"type": "reward"}, "method": {"type": "full", **NO_LORA}}, PREFERENCE_PAIRS),
+    "grpo": ({"trainer": {"type": "grpo", "grpo": {"numGenerations": 2}, "maxCompletionLength": 8, "rewards": [LENGTH_REWARD]}}, PROMPTS),
+}  # fmt: skip
+IN_SLOW_SLICE = ("rslora", "olora", "eva", "bias", "8 bits", "loftq", "bf16 full", "new tokens full", "packed", "orpo", "reward full")
+
+
+def slices(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in IN_SLOW_SLICE else []) for name in names]
+
+
+def train_and_verify(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[ArtefactVerification, ReferenceValues]:
+    if spec.get("model", {}).get("source") == "attention bias":
+        from tests.support.tiny import make_tiny_model
+
+        model = make_tiny_model(folder / "model", attention_bias=True)
+        spec = merge_mappings(spec, {"model": {"source": f"file://{model}"}})
+    run, inputs = make_run(folder, model, merge_mappings(BASE, spec), rows)
+    outcome: RunOutcome = train_here(run, inputs)
+    assert outcome.folder is not None and outcome.kind is not None
+    reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())
+    assert reference.reason is None
+    verifier = Verifier(run, Channel.create_recording(folder / "work"), inputs, reference)
+    (result,) = verifier.verify([Artefact(outcome.kind, outcome.folder, OutputKind(outcome.kind))])
+    return result, reference
+
+
+@pytest.mark.parametrize("name", slices(METHODS))
+def test_the_stored_artefact_of_every_method_computes_what_was_trained(name: str, model: Path, tmp_path: Path) -> None:
+    result, reference = train_and_verify(tmp_path, model, METHODS[name], list(TEN_ROWS))
+    assert result.result is VerificationOutcome.VERIFIED, result
+    assert result.reason is None and (result.change_from_base or 0) > 1e-3
+    assert len(reference.rows) == 8 or name == "packed"
+
+
+@pytest.mark.parametrize("name", slices(OBJECTIVES))
+def test_the_stored_artefact_of_every_objective_computes_what_was_trained(name: str, model: Path, tmp_path: Path) -> None:
+    spec, rows = OBJECTIVES[name]
+    result, reference = train_and_verify(tmp_path, model, spec, list(rows))
+    assert result.result is VerificationOutcome.VERIFIED, result
+    assert (result.change_from_base is None) == (reference.head == "reward")

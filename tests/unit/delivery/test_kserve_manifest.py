@@ -1,0 +1,70 @@
+"""The InferenceService in the hand-off files is valid for KServe's real CRD. The CRD comes from KServe's Go module."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.results.serving_files import ServedModel, serving_files
+
+pytestmark = pytest.mark.slow
+KSERVE = "github.com/kserve/kserve@v0.15.2"
+URI = "s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The schema of InferenceService v1beta1. Unknown fields are refused, as kubectl does."""
+    if shutil.which("go") is None:
+        pytest.skip("needs Go")
+    answer = subprocess.run(
+        ["go", "mod", "download", "-json", KSERVE], cwd=tmp_path_factory.mktemp("go"), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    file = Path(json.loads(answer.stdout)["Dir"]) / "config/crd/full/serving.kserve.io_inferenceservices.yaml"
+    crd = yaml.safe_load(file.read_text())
+    version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1beta1")
+    return _strict(version["schema"]["openAPIV3Schema"])
+
+
+def _strict(schema: Any) -> Any:
+    """Add `additionalProperties: false` to all objects with known fields. Kubernetes' int-or-string is any value here."""
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {}
+    strict = {key: _strict(value) for key, value in schema.items() if key != "format"}
+    is_closed = isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields")
+    return {"additionalProperties": False} | strict if is_closed else strict
+
+
+def inference_service(rank: int | None) -> dict[str, Any]:
+    spec = FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}, "output": {"serving": ["kserve"]}})
+    objects = yaml.safe_load_all(serving_files(spec, ServedModel("bot", "team-a", "hf://org/base", URI, rank))["kserve.yaml"])
+    found: dict[str, Any] = next(value for value in objects if value["kind"] == "InferenceService")
+    return found
+
+
+def with_metadata(schema: dict[str, Any]) -> dict[str, Any]:
+    return schema | {"properties": schema["properties"] | {"metadata": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_the_inference_service_is_valid(rank: int | None, schema: dict[str, Any]) -> None:
+    jsonschema.validate(inference_service(rank), with_metadata(schema))
+
+
+def test_a_misspelt_field_is_refused(schema: dict[str, Any]) -> None:
+    service = inference_service(16)
+    service["spec"]["predictor"]["model"]["storageURI"] = service["spec"]["predictor"]["model"].pop("storageUri")
+    with pytest.raises(jsonschema.ValidationError, match="storageURI"):
+        jsonschema.validate(service, with_metadata(schema))

@@ -1,0 +1,81 @@
+"""The result of a verification follows from the values: exact in 32 bits, else within twice the spread of two batch layouts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from finetune_api.status import VerificationOutcome
+from finetune_trainer.proof.compare import failed, judge, not_verified, summarise
+from finetune_trainer.proof.reference import ReferenceRow, ReferenceValues, TrainedAdapter
+
+VALUES = [-1.0, -2.0, -3.0, -4.0]
+
+
+def reference(*, autocast: str | None = None, spread: float = 0.0, changes_output: bool | None = True) -> ReferenceValues:
+    row = ReferenceRow(ids=[1, 2, 3, 4, 5], is_counted=[False, True, True, True, True], values=VALUES, batched_values=[value + spread for value in VALUES])
+    return ReferenceValues(autocast=autocast, rows=[row], adapter=TrainedAdapter(peft_type="LORA", changes_output=changes_output))
+
+
+def shifted(amount: float) -> list[float]:
+    return [value + amount for value in VALUES]
+
+
+@pytest.mark.parametrize(
+    ("made", "values", "result", "difference", "tolerance"),
+    [
+        (reference(), shifted(0.0009), "Verified", 0.0009, 1e-3),
+        (reference(), shifted(0.0011), "Failed", 0.0011, 1e-3),
+        (reference(), [*VALUES[:3], -4.0011], "Failed", 0.0011, 1e-3),
+        (reference(autocast="bfloat16", spread=0.02), shifted(0.039), "Verified", 0.039, 0.04),
+        (reference(autocast="bfloat16", spread=0.02), shifted(0.041), "Failed", 0.041, 0.04),
+        (reference(autocast="bfloat16", spread=0.02), [*VALUES[:3], -4.06], "Verified", 0.03, 0.04),
+        (reference(autocast="bfloat16", spread=0.0), shifted(0.0049), "Verified", 0.0049, 0.005),
+        (reference(autocast="bfloat16", spread=0.0), shifted(0.0051), "Failed", 0.0051, 0.005),
+    ],
+)
+def test_the_difference_is_compared_with_the_tolerance_of_the_number_format(
+    made: ReferenceValues, values: list[float], result: str, difference: float, tolerance: float
+) -> None:
+    found = judge("adapter", values, shifted(1.0), made)
+    assert (found.result, found.code) == (VerificationOutcome(result), "ValuesDiffer" if result == "Failed" else None)
+    assert found.difference == pytest.approx(difference, rel=1e-2) and found.tolerance == pytest.approx(tolerance, rel=1e-2)
+    assert found.change_from_base is not None
+
+
+def test_a_merged_model_may_differ_by_the_rounding_of_its_weights() -> None:
+    for made in (reference(), reference(autocast="bfloat16")):
+        good, bad = (judge("merged", shifted(amount), shifted(1.0), made, is_rounded=True) for amount in (0.039, 0.041))
+        assert (good.result, good.tolerance, bad.result, bad.code) == ("Verified", 0.04, "Failed", "ValuesDiffer")
+
+
+def test_a_model_that_was_merged_into_another_base_than_the_trained_one_is_not_compared() -> None:
+    made = reference(autocast="bfloat16").model_copy(update={"quantization": {"quant_method": "bitsandbytes"}})
+    merged = judge("merged", shifted(0.2), shifted(1.0), made, is_rounded=True)
+    assert (merged.result, merged.code, merged.difference) == ("NotVerified", "BaseWasQuantised", 0.2)
+    assert judge("adapter", shifted(0.2), shifted(1.0), made).result == "Failed"
+
+
+def test_values_that_are_not_finite_fail() -> None:
+    found = judge("adapter", [math.nan, *VALUES[1:]], None, reference())
+    assert (found.result, found.code, found.difference) == (VerificationOutcome.FAILED, "ValuesNotFinite", None)
+
+
+def test_an_adapter_without_effect_is_named() -> None:
+    found = judge("adapter", shifted(1.0), shifted(1.0), reference())
+    assert (found.result, found.code, found.change_from_base) == (VerificationOutcome.FAILED, "AdapterHasNoEffect", 0.0)
+
+
+def test_a_training_without_effect_is_verified_and_named() -> None:
+    found = judge("adapter", VALUES, VALUES, reference(changes_output=False))
+    assert (found.result, found.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
+
+
+def test_the_worst_result_of_all_artefacts_is_the_result() -> None:
+    good = judge("adapter", VALUES, shifted(1.0), reference())
+    unknown, bad = not_verified("merged", "ModelTooLarge", "too large"), failed("merged", "WeightsNotFinite", "NaN")
+    assert [summarise(found, reference()).result for found in ([good], [good, unknown], [unknown, bad, good], [])] == [
+        "Verified", "NotVerified", "Failed", "NotVerified",
+    ]  # fmt: skip
+    summary = summarise([good], reference())
+    assert (summary.rows, summary.tokens) == (1, 4)

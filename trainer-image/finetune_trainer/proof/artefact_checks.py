@@ -1,0 +1,292 @@
+"""Finds faults in the files of a stored adapter or model that servers and libraries would ignore. Reads headers and JSON files only, without torch.
+
+Each fault has its own code. The checks compare the files with each other, with the base model's files, and with the settings of the training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.proof.reference import ReferenceValues, text_sha256
+from finetune_trainer.proof.weight_files import DamagedFileError, StoredTensor, read_folder
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Beginning of the names of all tensors in an adapter file. Servers ignore tensors with other names, without an error."""
+WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+"""Names that torch's wrappers add to modules."""
+LORA_PART = re.compile(r"\.(lora_(?:embedding_)?[AB])(?:\.weight)?$")
+DORA_PART = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
+PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+PARTS_OF_TYPE = {"IA3": re.compile(r"\.ia3_l(\.weight)?$")}
+TRAINED_TOKENS = re.compile(r"\.(token_adapter\.)?trainable_tokens_delta$")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault that makes an artefact unfit to be served."""
+
+    code: str
+    message: str
+
+
+class _FaultFound(Exception):
+    """Ends the checks, because the later checks need what is faulty."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.fault = Fault(code, message)
+
+
+def find_fault(folder: Path, base: Path, reference: ReferenceValues | None, *, is_adapter: bool) -> Fault | None:
+    """Return the first fault of the artefact in `folder`, or None. `base`: folder of the base model. `reference`: facts of the training."""
+    try:
+        if is_adapter:
+            _check_adapter(folder, base, reference)
+        else:
+            _check_model(folder)
+        _check_tokenizer(folder, reference)
+    except _FaultFound as found:
+        return found.fault
+    return None
+
+
+# ---- adapters
+
+
+def _check_adapter(folder: Path, base: Path, reference: ReferenceValues | None) -> None:
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if config is None:
+        raise _FaultFound("AdapterConfigMissing", f"{ADAPTER_CONFIG} is missing or is not JSON")
+    tensors = _read_tensors(folder, ADAPTER_WEIGHTS, "AdapterFileDamaged")
+    if not tensors:
+        raise _FaultFound("AdapterFileEmpty", f"{ADAPTER_WEIGHTS} is missing or contains no tensors")
+    peft_type = str(config.get("peft_type"))
+    if reference is not None and reference.adapter is not None and peft_type != reference.adapter.peft_type:
+        raise _FaultFound("AdapterOfAnotherMethod", f"peft_type in {ADAPTER_CONFIG} is {peft_type}, but {reference.adapter.peft_type} was trained")
+    if peft_type not in PROMPT_TYPES:
+        _check_prefixes(tensors)
+    _check_finite(tensors)
+    if peft_type == "LORA":
+        _check_lora(tensors, config, _read_base(base), reference)
+    elif peft_type in PARTS_OF_TYPE:
+        _check_known_names(tensors, config, PARTS_OF_TYPE[peft_type])
+
+
+def _check_prefixes(tensors: Mapping[str, StoredTensor]) -> None:
+    for name in tensors:
+        module = name.removeprefix(PREFIX)
+        wrapper = next((prefix for prefix in WRAPPER_PREFIXES if module.startswith(prefix) or f".{prefix}" in module), None)
+        if wrapper is not None:
+            raise _FaultFound("AdapterPrefixIgnored", f"the tensor {name} contains `{wrapper}`, the name of a wrapper: no server finds its module")
+        if not name.startswith(PREFIX):
+            raise _FaultFound("AdapterPrefixIgnored", f"the tensor {name} does not begin with `{PREFIX}`: servers ignore it")
+
+
+def _check_finite(tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_finite():
+            raise _FaultFound("WeightsNotFinite", f"the tensor {name} contains NaN or an infinite value")
+
+
+def _check_lora(
+    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], base: Mapping[str, StoredTensor], reference: ReferenceValues | None
+) -> None:
+    _check_known_names(tensors, config, LORA_PART)
+    parts = _lora_parts(tensors)
+    _check_pairs(parts)
+    _check_ranks(parts, config)
+    _check_base(parts, base)
+    _check_targets(parts, config, base)
+    trained = reference.adapter if reference is not None else None
+    if trained is not None:
+        _check_scaling(parts, config, trained.scaling)
+    was_changed = trained is None or trained.changes_output is not False
+    is_zero = all(part["B"].is_zero() for part in parts.values() if "B" in part)
+    only_lora = all(LORA_PART.search(name) for name in tensors)
+    if was_changed and only_lora and is_zero:
+        raise _FaultFound("AdapterHasNoEffect", "all B matrices of the adapter are zero: the model answers as the base model does")
+
+
+def _lora_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The matrices A and B of each adapted module, by the module's name in the base model. Embeddings have other layouts and are left out."""
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        match = LORA_PART.search(name)
+        if match and "embedding" not in match.group(1):
+            parts.setdefault(name[: match.start()].removeprefix(PREFIX), {})[match.group(1)[-1]] = tensor
+    return parts
+
+
+def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], expected: re.Pattern[str]) -> None:
+    """Refuse names of tensors that the configuration does not explain."""
+    saved = tuple(config.get("modules_to_save") or ())
+    has_tokens, has_bias = bool(config.get("trainable_token_indices")), config.get("bias") not in (None, "none")
+    for name in tensors:
+        in_saved_module = any(f".{module}." in name for module in saved)
+        is_dora = bool(config.get("use_dora")) and DORA_PART.search(name)
+        is_token = has_tokens and TRAINED_TOKENS.search(name)
+        if not (expected.search(name) or in_saved_module or is_dora or is_token or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
+            raise _FaultFound("AdapterKeysUnknown", f"the tensor {name} belongs to no setting in {ADAPTER_CONFIG}: PEFT and servers ignore or reject it")
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether PEFT saved an enlarged embedding or head beside the adapter."""
+    return re.search(r"\.(embed_tokens|wte|lm_head|embed_in|embed_out|word_embeddings)(\.base_layer)?\.(weight|bias)$", name) is not None
+
+
+def _check_pairs(parts: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    for module, matrices in parts.items():
+        absent = sorted({"A", "B"} - set(matrices))
+        if absent:
+            raise _FaultFound("TargetWeightsMissing", f"{module} has no matrix lora_{absent[0]}, so its adapter has no effect")
+
+
+def _check_ranks(parts: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any]) -> None:
+    for module, matrices in parts.items():
+        a, b, rank = matrices["A"].shape, matrices["B"].shape, _setting(config, module, "r", "rank_pattern")
+        if len(a) == 2 and (a[0] != b[1] or a[0] != rank):
+            raise _FaultFound("RankDiffers", f"{ADAPTER_CONFIG} says rank {rank:g} for {module}, but A has {a[0]} rows and B has {b[1]} columns")
+
+
+def _check_base(parts: Mapping[str, Mapping[str, StoredTensor]], base: Mapping[str, StoredTensor]) -> None:
+    """Compare the shapes with those of the base model's weights. Quantised weights have other shapes and are left out."""
+    known = {module: base[f"{module}.weight"] for module in parts if f"{module}.weight" in base}
+    if base and parts and not known and not _has_renamed_weights(parts, base):
+        raise _FaultFound("AdapterOfAnotherBase", f"the base model has no module {next(iter(parts))}: the adapter was trained on another model")
+    for module, weight in known.items():
+        if weight.dtype not in ("F32", "F16", "BF16", "F64") or len(weight.shape) != 2:
+            continue
+        inputs, outputs = parts[module]["A"].shape[-1], parts[module]["B"].shape[0]
+        if weight.shape not in ((outputs, inputs), (inputs, outputs)):
+            shape = " x ".join(map(str, weight.shape))
+            raise _FaultFound("AdapterOfAnotherBase", f"{module} has the shape {shape} in the base model, but its adapter fits {outputs} x {inputs}")
+
+
+def _has_renamed_weights(parts: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> bool:
+    """Whether the file of the base model uses other names than its modules: transformers renames the weights of some architectures."""
+    last_names = {module.rsplit(".", 1)[-1] for module in parts}
+    return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names for name in base)
+
+
+def _check_targets(parts: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
+    """Require an adapter on every module of the base model that the configuration targets."""
+    targets = config.get("target_modules")
+    modules = [name.removesuffix(".weight") for name, tensor in base.items() if name.endswith(".weight") and len(tensor.shape) == 2]
+    if not targets or targets == ALL_LINEAR or not set(parts) <= set(modules):
+        return
+    layers = config.get("layers_to_transform")
+    chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+    for module in modules:
+        if _is_targeted(module, targets) and not _is_excluded(module, config.get("exclude_modules")) and module not in parts:
+            layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
+            if chosen_layers is None or layer in chosen_layers:
+                raise _FaultFound("TargetWeightsMissing", f"{ADAPTER_CONFIG} targets {module}, but {ADAPTER_WEIGHTS} has no weights for it")
+
+
+def _is_targeted(module: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _is_excluded(module: str, excluded: Any) -> bool:
+    return bool(excluded) and _is_targeted(module, excluded)
+
+
+def _check_scaling(parts: Mapping[str, Any], config: Mapping[str, Any], trained: Mapping[str, float]) -> None:
+    """Compare the factor of each module's product B A with the factor in training."""
+    for module in parts:
+        rank, alpha = _setting(config, module, "r", "rank_pattern"), _setting(config, module, "lora_alpha", "alpha_pattern")
+        factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if module in trained and not math.isclose(factor, trained[module], rel_tol=1e-6):
+            settings = f"lora_alpha {alpha:g} and rank {rank:g} scale the adapter of {module} by {factor:g}"
+            raise _FaultFound("AdapterScaleDiffers", f"{settings}, but it was trained with {trained[module]:g}")
+
+
+def _setting(config: Mapping[str, Any], module: str, name: str, pattern_name: str) -> float:
+    """A setting of the module: that of the first matching pattern, else that of the adapter."""
+    patterns: Mapping[str, float] = config.get(pattern_name) or {}
+    value = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config.get(name))
+    return float(value) if isinstance(value, int | float) and value > 0 else math.nan
+
+
+# ---- models and tokenizers
+
+
+def _check_model(folder: Path) -> None:
+    if _read_json(folder / "config.json") is None:
+        raise _FaultFound("ModelConfigMissing", "config.json is missing or is not JSON")
+    tensors = _read_tensors(folder, "model.safetensors", "ModelFileDamaged")
+    if not tensors:
+        raise _FaultFound("ModelFileEmpty", "the folder contains no safetensors file with weights")
+    wrapped = next((name for name in tensors if name.startswith(WRAPPER_PREFIXES) or "._orig_mod." in name), None)
+    if wrapped is not None:
+        raise _FaultFound("ModelPrefixIgnored", f"the tensor {wrapped} has the name of a wrapper: servers do not find its module")
+    _check_finite(tensors)
+
+
+def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
+    """Compare the tokenizer with that of the training. Only the format of the library `tokenizers` can be read."""
+    if reference is None:
+        return
+    size = _vocabulary_size(folder)
+    if size is not None and reference.tokenizer_length and size != reference.tokenizer_length:
+        raise _FaultFound("TokenizerDiffers", f"tokenizer.json has {size} tokens, but the model was trained with {reference.tokenizer_length}")
+    template = _chat_template(folder)
+    if reference.chat_template_sha256 is not None and template is None:
+        raise _FaultFound("ChatTemplateMissing", "the tokenizer has no chat template, but the model was trained with one: servers would use another format")
+    if reference.chat_template_sha256 is not None and text_sha256(template) != reference.chat_template_sha256:
+        raise _FaultFound("ChatTemplateDiffers", "the chat template differs from the template of the training")
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    """Number of tokens in tokenizer.json; None without a readable file."""
+    tokenizer = _read_json(folder / "tokenizer.json")
+    vocabulary = (tokenizer or {}).get("model", {}).get("vocab")
+    if tokenizer is None or not isinstance(vocabulary, dict | list):
+        return None
+    tokens = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    return len(tokens | {token["content"] for token in tokenizer.get("added_tokens") or ()})
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template of the folder: the file chat_template.jinja, or the entry in tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = (_read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+# ---- files
+
+
+def _read_tensors(folder: Path, name: str, code: str) -> dict[str, StoredTensor]:
+    try:
+        return read_folder(folder, name)
+    except (DamagedFileError, OSError) as error:
+        raise _FaultFound(code, str(error)) from error
+
+
+def _read_base(base: Path) -> dict[str, StoredTensor]:
+    """The tensors of the base model; empty if its files have another format."""
+    try:
+        return read_folder(base)
+    except (DamagedFileError, OSError):
+        return {}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

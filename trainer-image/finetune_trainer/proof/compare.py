@@ -1,0 +1,103 @@
+"""Compares the values of a stored artefact with the reference values of the training, and decides the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from finetune_api.status import ArtefactVerification, Verification, VerificationOutcome
+
+from finetune_trainer.proof.reference import ReferenceValues
+
+EXACT_TOLERANCE = 1e-3
+"""Largest accepted difference of any token in 32 bits, in nats."""
+SPREAD_FACTOR = 2.0
+"""Other formats: accepted difference, as a multiple of the difference between two batch layouts of the trainer."""
+SMALLEST_TOLERANCE = 5e-3
+"""Other formats: smallest accepted difference, in nats. Two batch layouts can agree by chance: on an H200, the spread of eight models was 0 to
+0.0064, and the difference of their stored adapters was 0."""
+ROUNDED_TOLERANCE = 4e-2
+"""Smallest accepted difference of a merged model with 16-bit weights, in nats. An H200 computed differences from 0.0023 to 0.0182 for eight
+correctly merged models with 2 to 24 layers, because the sum of base weight and adapter is rounded. A batch layout does not show this rounding."""
+MERGED = "merged"
+"""Name of the merged model in the status."""
+SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VERIFIED, VerificationOutcome.FAILED)
+
+
+def root_mean_square(first: Sequence[float], second: Sequence[float]) -> float:
+    """Root mean square of the differences. NaN if a value is not finite."""
+    squares = [(one - other) ** 2 for one, other in zip(first, second, strict=True)]
+    return math.sqrt(math.fsum(squares) / len(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+
+def difference_and_tolerance(values: Sequence[float], reference: ReferenceValues, *, is_rounded: bool = False) -> tuple[float, float]:
+    """Return the difference from the reference values, and the largest accepted difference.
+
+    In 32 bits, both apply to the token with the largest difference. In other formats, both are root mean squares over all tokens, because
+    rounding shifts single unlikely tokens by much more than the others. `is_rounded`: whether merging has rounded the weights to 16 bits.
+    """
+    expected = reference.values()
+    if reference.is_exact and not is_rounded:
+        differences = [abs(one - other) for one, other in zip(values, expected, strict=True)]
+        return (max(differences) if all(map(math.isfinite, differences)) else math.nan), EXACT_TOLERANCE
+    spread = root_mean_square(expected, reference.batched_values())
+    return root_mean_square(values, expected), max(SPREAD_FACTOR * spread, ROUNDED_TOLERANCE if is_rounded else SMALLEST_TOLERANCE)
+
+
+def judge(
+    name: str, values: Sequence[float], base_values: Sequence[float] | None, reference: ReferenceValues, *, is_rounded: bool = False
+) -> ArtefactVerification:
+    """Return the result for one artefact. `base_values`: values of the base model; None if it computes no such values.
+
+    `is_rounded`: whether merging has rounded the weights to 16 bits.
+    """
+    difference, tolerance = difference_and_tolerance(values, reference, is_rounded=is_rounded)
+    change = root_mean_square(values, base_values) if base_values is not None else None
+    result = ArtefactVerification(
+        artefact=name, result=VerificationOutcome.VERIFIED, difference=_finite(difference), tolerance=_rounded(tolerance), change_from_base=_finite(change)
+    )
+    was_trained_to_change = reference.adapter is None or reference.adapter.changes_output is not False
+    if change == 0 and was_trained_to_change and difference > 0:
+        return _failed(result, "AdapterHasNoEffect", "the stored adapter does not change the values of the base model")
+    if math.isnan(difference):
+        return _failed(result, "ValuesNotFinite", "the stored model computes values that are not finite")
+    if difference > tolerance and name == MERGED and reference.quantization is not None:
+        text = "the adapter was trained on a quantised base model, but merged into unquantised weights: the difference contains the error of the quantisation"
+        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": text})
+    if difference > tolerance:
+        text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, and at most {tolerance:.3g} are accepted"
+        return _failed(result, "ValuesDiffer", text)
+    if change == 0:
+        note = "training did not change the values of the base model: check training.learningRate and the number of steps"
+        return result.model_copy(update={"code": "TrainingHadNoEffect", "reason": note})
+    return result
+
+
+def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceValues | None) -> Verification:
+    """Return the status of the verification: the worst result of all artefacts."""
+    worst = max((artefact.result for artefact in artefacts), key=SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
+    rows = reference.rows if reference is not None else []
+    return Verification(result=worst, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))
+
+
+def failed(name: str, code: str, reason: str) -> ArtefactVerification:
+    """The result of an artefact that is damaged or cannot be loaded."""
+    return ArtefactVerification(artefact=name, result=VerificationOutcome.FAILED, code=code, reason=reason)
+
+
+def not_verified(name: str, code: str, reason: str) -> ArtefactVerification:
+    """The result of an artefact whose values could not be compared."""
+    return ArtefactVerification(artefact=name, result=VerificationOutcome.NOT_VERIFIED, code=code, reason=reason)
+
+
+def _failed(result: ArtefactVerification, code: str, reason: str) -> ArtefactVerification:
+    return result.model_copy(update={"result": VerificationOutcome.FAILED, "code": code, "reason": reason})
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else _rounded(value)
+
+
+def _rounded(value: float) -> float:
+    """Three significant digits."""
+    return float(f"{value:.3g}")

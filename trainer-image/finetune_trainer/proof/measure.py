@@ -1,0 +1,50 @@
+"""Computes the log-probabilities or scores of rows with a model. Trainer and stage use the same code, but models that are loaded in different ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from finetune_trainer.proof.reference import ReferenceRow, counted_values
+
+POSITIONS_PER_CHUNK = 64
+"""Positions whose log-probabilities are computed at the same time. The float32 copy of all logits would not fit into memory."""
+
+
+def row_values(model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None) -> list[list[float]]:
+    """Return the values of each row: the log-probabilities (nats) of its counted tokens, or its score. Each row is computed alone."""
+    return [batch_values(model, [row], head=head, pad_token_id=pad_token_id, device=device, autocast=autocast)[0] for row in rows]
+
+
+@torch.no_grad()
+def batch_values(
+    model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None
+) -> list[list[float]]:
+    """Return the values of each row. All rows are computed in one batch with padding on the right."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([[*row.ids, *[pad_token_id] * (longest - len(row.ids))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)
+    with _autocast(device, autocast):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if head == "reward":
+        return [[float(score)] for score in logits[:, 0].float()]
+    logits = logits[:, -longest:]  # without the virtual tokens of prompt tuning
+    values = [_log_probabilities(logits[index, : len(row.ids) - 1], ids[index, 1 : len(row.ids)]) for index, row in enumerate(rows)]
+    return counted_values(values, rows)
+
+
+def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """The log-probability of each token. `logits`: shape (positions, vocabulary size)."""
+    values: list[float] = []
+    for start in range(0, len(tokens), POSITIONS_PER_CHUNK):
+        part = slice(start, start + POSITIONS_PER_CHUNK)
+        scores, chosen = logits[part].float(), tokens[part].to(logits.device)
+        values += (scores.gather(-1, chosen[:, None]).squeeze(-1) - scores.logsumexp(-1)).tolist()
+    return values
+
+
+def _autocast(device: Any, dtype: str | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))

@@ -1,0 +1,147 @@
+"""Computes the reference values with the trained model in memory, after the final model has been saved.
+
+The computation cannot change the run: all weights are saved already, no random numbers are drawn, and the mode of the model is restored. A failure
+here does not fail the run. The file then contains the reason instead of values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from finetune_api.pod import RunConfig
+from finetune_api.rules import PROMPT_METHODS, method_type_of
+
+from finetune_trainer.data.tokenise import IGNORED_LABEL
+from finetune_trainer.hardware import Hardware
+from finetune_trainer.proof.measure import batch_values, row_values
+from finetune_trainer.proof.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
+
+log = logging.getLogger(__name__)
+MAX_ROWS = 8
+MAX_ROW_TOKENS = 256
+"""Eight rows of 256 tokens need 0.6 GB for the logits of a vocabulary of 150 000 tokens in 16 bits."""
+MIN_ROW_TOKENS = 2
+
+
+def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
+    """Return the first rows of the first data set that is not None. Long rows keep their last tokens, which contain the end of the answer."""
+    dataset = next((dataset for dataset in datasets if dataset is not None and len(dataset)), None)
+    if dataset is None:
+        return []
+    rows: list[ReferenceRow] = []
+    for number in range(min(len(dataset), 4 * MAX_ROWS)):
+        rows += _rows_of(dataset[number], tokenizer)
+        if len(rows) >= MAX_ROWS:
+            break
+    return rows[:MAX_ROWS]
+
+
+def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
+    """The token rows of one example, by the columns of its objective. Rows without a counted token are left out."""
+    if "input_ids" in columns:
+        ids, labels = list(columns["input_ids"]), list(columns.get("labels", columns["input_ids"]))
+        found = [(ids, [label != IGNORED_LABEL for label in labels])]
+    elif "prompt_ids" in columns:
+        prompt = list(columns["prompt_ids"])
+        answers = [list(columns[name]) for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in columns]
+        found = [([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)) for answer in answers]
+    elif "chosen_ids" in columns:
+        found = [(list(columns[name]), [True] * len(columns[name])) for name in ("chosen_ids", "rejected_ids")]
+    else:
+        ids = _prompt_ids(columns.get("prompt"), tokenizer)
+        found = [(ids, [True] * len(ids))]
+    rows = [ReferenceRow(ids=list(map(int, ids[-MAX_ROW_TOKENS:])), is_counted=counted[-MAX_ROW_TOKENS:]) for ids, counted in found]
+    return [row for row in rows if len(row.ids) >= MIN_ROW_TOKENS and any(row.is_counted[1:])]
+
+
+def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt without an answer. `prompt`: a text, or messages."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if not prompt:
+        return []
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def record_values(
+    trainer: Any, run: RunConfig, hardware: Hardware, rows: list[ReferenceRow], tokenizer: Any, *, head: str, is_sharded: bool
+) -> ReferenceValues:
+    """Return the reference values of the trained model. With sharded weights, every rank must call this function with the same rows."""
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    found = ReferenceValues(
+        head=head, dtype=_dtype_of(base), autocast="bfloat16" if hardware.bf16 else "float16" if hardware.fp16 else None,
+        attention=hardware.attention, quantization=_quantization_of(base), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
+        pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base).__name__,
+        chat_template_sha256=text_sha256(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
+        adapter=_describe_adapter(trainer.model), rows=rows,
+    )  # fmt: skip
+    if not rows:
+        return found.model_copy(update={"reason": "the data contains no row of at least two tokens"})
+    try:
+        return _measure(trainer, run, hardware, found, is_sharded=is_sharded)
+    except Exception as error:
+        log.exception("the reference values of the final model could not be computed")
+        return found.model_copy(update={"rows": [], "reason": f"the trainer could not compute reference values: {type(error).__name__}"})
+
+
+def _measure(trainer: Any, run: RunConfig, hardware: Hardware, found: ReferenceValues, *, is_sharded: bool) -> ReferenceValues:
+    """Compute the values of the rows in two layouts, and whether the adapter changes them."""
+    model = trainer.model_wrapped if is_sharded else trainer.model
+    was_training = model.training
+    options: dict[str, Any] = {"head": found.head, "pad_token_id": found.pad_token_id, "device": hardware.device}
+    autocast = nullcontext() if trainer.is_deepspeed_enabled else trainer.accelerator.autocast()
+    adapter = found.adapter
+    model.eval()
+    try:
+        with autocast, _kept_random_states():
+            values = row_values(model, found.rows, **options)
+            batched = batch_values(model, found.rows, **options)
+            if adapter is not None and not is_sharded and found.head == "causal" and method_type_of(run.spec) not in PROMPT_METHODS:
+                with trainer.model.disable_adapter():
+                    adapter = adapter.model_copy(update={"changes_output": row_values(model, found.rows, **options) != values})
+    finally:
+        model.train(was_training)
+    rows = [
+        row.model_copy(update={"values": of_row, "batched_values": of_batch}) for row, of_row, of_batch in zip(found.rows, values, batched, strict=True)
+    ]
+    return found.model_copy(update={"rows": rows, "adapter": adapter})
+
+
+def _kept_random_states() -> Any:
+    """Restore torch's random states afterwards, in case a model draws random numbers in its forward pass."""
+    return torch.random.fork_rng()
+
+
+def _dtype_of(base: Any) -> str:
+    """Number format in which the base model's weights must be loaded."""
+    return str(getattr(base, "dtype", torch.float32)).removeprefix("torch.")
+
+
+def _quantization_of(base: Any) -> dict[str, Any] | None:
+    config = getattr(base.config, "quantization_config", None)
+    if config is None:
+        return None
+    return dict(config) if isinstance(config, dict) else dict(config.to_dict())
+
+
+def _rounds_to_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def _describe_adapter(model: Any) -> TrainedAdapter | None:
+    """The settings of the adapter as its layers apply them, not as its configuration states them."""
+    if not hasattr(model, "peft_config"):
+        return None
+    name = model.active_adapter
+    scaling = {
+        module_name.removeprefix("base_model.model."): float(module.scaling[name])
+        for module_name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling
+    }
+    peft_type = model.peft_config[name].peft_type
+    return TrainedAdapter(peft_type=str(getattr(peft_type, "value", peft_type)), scaling=scaling)

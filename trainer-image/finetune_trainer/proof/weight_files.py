@@ -1,0 +1,111 @@
+"""Reads safetensors files without torch: the names, shapes and formats of tensors from the header, and tests of their values."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+EXPONENT_MASKS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+"""Bits of the exponent. All of them are set exactly in infinities and NaN."""
+CHUNK_ITEMS = 1 << 22
+
+
+class DamagedFileError(Exception):
+    """A file is no complete safetensors file. The message names the reason."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    size: int
+    """Bytes."""
+
+    def is_finite(self) -> bool:
+        """Whether no value is infinite or NaN. Formats other than floating point are always finite."""
+        mask = EXPONENT_MASKS.get(self.dtype)
+        return mask is None or not any(bool(((chunk & mask) == mask).any()) for chunk in self._chunks())
+
+    def is_zero(self) -> bool:
+        """Whether all values are zero, with any sign."""
+        mask = {8: 0x7FFFFFFFFFFFFFFF, 4: 0x7FFFFFFF, 2: 0x7FFF, 1: 0x7F}[ITEM_BYTES[self.dtype]]
+        return not any(bool((chunk & mask).any()) for chunk in self._chunks())
+
+    def _chunks(self) -> Any:
+        """Yield the values as unsigned integers."""
+        import numpy
+
+        count = ITEM_BYTES[self.dtype]
+        values = numpy.memmap(self.path, dtype=f"<u{count}", mode="r", offset=self.start, shape=(self.size // count,)) if self.size else []
+        for start in range(0, len(values), CHUNK_ITEMS):
+            yield values[start : start + CHUNK_ITEMS]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name. Errors: DamagedFileError for a truncated file and an invalid header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+            raise DamagedFileError(f"{path.name} ends within its header")
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError as error:
+            raise DamagedFileError(f"the header of {path.name} is not JSON") from error
+    data_start = LENGTH_BYTES + header_bytes
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"}
+    expected_size = max((tensor.start + tensor.size for tensor in tensors.values()), default=data_start)
+    if expected_size != size:
+        raise DamagedFileError(f"{path.name} has {size} bytes, but its header describes {expected_size}")
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        (first, last), shape, dtype = entry["data_offsets"], tuple(map(int, entry["shape"])), str(entry["dtype"])
+        if last - first != math.prod(shape) * ITEM_BYTES.get(dtype, 1) and dtype in ITEM_BYTES:
+            raise DamagedFileError(f"{path.name}: the size of {name} does not match its shape")
+        return StoredTensor(path, dtype, shape, data_start + int(first), int(last - first))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"the header of {path.name} does not describe {name}") from error
+
+
+def read_folder(folder: Path, single: str = "model.safetensors") -> dict[str, StoredTensor]:
+    """Return all tensors of a model's folder: those of the file `single`, or of the files in its index. Empty without safetensors files.
+
+    Errors: DamagedFileError, also for a missing file of the index.
+    """
+    if (folder / single).exists():
+        return read_header(folder / single)
+    index = folder / f"{single}.index.json"
+    if not index.exists():
+        return {}
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (KeyError, ValueError) as error:
+        raise DamagedFileError(f"{index.name} is not a valid index") from error
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).exists():
+            raise DamagedFileError(f"{index.name} names {name}, which is missing")
+        tensors |= read_header(folder / name)
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise DamagedFileError(f"{index.name} names {absent[0]}, which is in no file")
+    return tensors
+
+
+def weight_bytes(tensors: dict[str, StoredTensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.size for tensor in tensors.values())

@@ -1,0 +1,147 @@
+"""Writes manifests with which servers serve the final model: an InferenceService of KServe, and a Deployment of vLLM.
+
+The manifests contain no credentials. They name the Secret `<job>-model-storage`, which the user creates in the namespace of the server.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.pod import RunConfig
+from finetune_api.rules import max_lora_rank
+from finetune_api.sources import HubSource, parse, redact_source
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import OutputKind, ServingTarget
+
+STORAGE_INITIALIZER = "kserve/storage-initializer:v0.15.2"
+"""Image that downloads a folder from storage. Its arguments are pairs of a URI and a local folder."""
+VLLM_IMAGE = "vllm/vllm-openai:v0.11.0"
+MODEL_FOLDER, ADAPTER_FOLDER = "/mnt/models", "/mnt/adapter"
+PORT = 8000
+GPU_RESOURCE = "nvidia.com/gpu"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server needs to know about the final model."""
+
+    name: str
+    namespace: str
+    base: str
+    """Source of the base model, without credentials."""
+    uri: str
+    """Address of the adapter or of the complete model."""
+    lora_rank: int | None
+    """Rank of the adapter; None for a complete model."""
+
+    @staticmethod
+    def of(run: RunConfig, uri: str, kind: OutputKind, folder: Path, merged_uri: str | None) -> ServedModel:
+        """The model of a run. The merged model is served instead of the adapter if there is one."""
+        rank = None
+        config = folder / "adapter_config.json"
+        if kind is OutputKind.ADAPTER and merged_uri is None and config.exists():
+            settings = json.loads(config.read_text())
+            rank = max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])
+        return ServedModel(run.name, run.namespace, redact_source(run.spec.model.source or ""), merged_uri or uri, rank)
+
+    @property
+    def hub_repository(self) -> str | None:
+        """Repository of the base model; None if the model is not on a hub."""
+        source = parse(self.base)
+        return source.repo if isinstance(source, HubSource) else None
+
+    @property
+    def hub_revision(self) -> str | None:
+        """Revision of the base model in its repository."""
+        source = parse(self.base)
+        return source.revision if isinstance(source, HubSource) else None
+
+    @property
+    def vllm_arguments(self) -> list[str]:
+        """Options of vLLM for the adapter."""
+        if self.lora_rank is None:
+            return []
+        return ["--enable-lora", f"--max-lora-rank={max_lora_rank(self.lora_rank)}"]
+
+
+def serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:
+    """Return the manifests for the servers in `output.serving`, by file name."""
+    builders = {ServingTarget.VLLM: _vllm_manifests, ServingTarget.KSERVE: _kserve_manifests}
+    return {f"{server}.yaml": _to_yaml(builders[server](model)) for server in spec.output.serving or []}
+
+
+def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
+    """KServe downloads `storageUri` to /mnt/models. An adapter is mounted there, and the base model comes from the hub."""
+    arguments = [f"--model_name={model.name}"]
+    if model.lora_rank is not None:
+        revision = [f"--model_revision={model.hub_revision}"] if model.hub_revision else []
+        arguments += [f"--model_id={model.hub_repository}", *revision, *model.vllm_arguments, f"--lora-modules={model.name}-adapter={MODEL_FOLDER}"]
+    predictor = {
+        "serviceAccountName": _account(model),
+        "model": {
+            "modelFormat": {"name": "huggingface"}, "storageUri": model.uri, "args": arguments,
+            "resources": {"limits": {GPU_RESOURCE: "1"}, "requests": {GPU_RESOURCE: "1"}},
+        },
+    }  # fmt: skip
+    service = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": _metadata(model), "spec": {"predictor": predictor}}
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": _metadata(model, _account(model)), "secrets": [{"name": _secret(model)}]}
+    return [account, service]
+
+
+def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
+    """A Deployment whose init containers download what does not come from a hub, and its Service."""
+    downloads: dict[str, str] = {}
+    if model.lora_rank is None:
+        downloads[model.uri], served = MODEL_FOLDER, MODEL_FOLDER
+    else:
+        downloads[model.uri] = ADAPTER_FOLDER
+        served = model.hub_repository or MODEL_FOLDER
+        if model.hub_repository is None:
+            downloads[model.base] = MODEL_FOLDER
+    revision = [f"--revision={model.hub_revision}"] if model.lora_rank is not None and model.hub_revision else []
+    adapter = [f"--lora-modules={model.name}={ADAPTER_FOLDER}"] if model.lora_rank is not None else []
+    name = f"{model.name}-base" if model.lora_rank is not None else model.name
+    arguments = [f"--model={served}", *revision, f"--served-model-name={name}", *model.vllm_arguments, *adapter]
+    volumes = [("model", MODEL_FOLDER), ("adapter", ADAPTER_FOLDER)]
+    used = [(volume, folder) for volume, folder in volumes if folder in downloads.values()]
+    mounts = [{"name": volume, "mountPath": folder} for volume, folder in used]
+    server = {
+        "name": "vllm", "image": VLLM_IMAGE, "args": arguments, "ports": [{"containerPort": PORT}], "volumeMounts": mounts,
+        "readinessProbe": {"httpGet": {"path": "/health", "port": PORT}}, "resources": {"limits": {GPU_RESOURCE: "1"}},
+    }  # fmt: skip
+    download = {
+        "name": "download", "image": STORAGE_INITIALIZER, "args": [part for pair in downloads.items() for part in pair], "volumeMounts": mounts,
+        "envFrom": [{"secretRef": {"name": _secret(model)}}],
+    }  # fmt: skip
+    labels = {"app.kubernetes.io/name": model.name}
+    pod = {"initContainers": [download], "containers": [server], "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used]}
+    deployment = {
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _metadata(model),
+        "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}},
+    }  # fmt: skip
+    service = {
+        "apiVersion": "v1", "kind": "Service", "metadata": _metadata(model),
+        "spec": {"selector": labels, "ports": [{"port": PORT, "targetPort": PORT}]},
+    }  # fmt: skip
+    return [deployment, service]
+
+
+def _metadata(model: ServedModel, name: str | None = None) -> dict[str, str]:
+    return {"name": name or model.name, "namespace": model.namespace}
+
+
+def _account(model: ServedModel) -> str:
+    return f"{model.name}-model-storage"
+
+
+def _secret(model: ServedModel) -> str:
+    return f"{model.name}-model-storage"
+
+
+def _to_yaml(objects: list[dict[str, Any]]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump_all(objects, sort_keys=False))

@@ -1,0 +1,293 @@
+"""The stage `verifying`: whether the stored artefacts compute what the trained model computed, and the manifests for servers.
+
+The artefact is loaded as a user would load it: with transformers and PEFT, and with nothing but its own folder and the base model. The loaders of
+the trainer are not used, because they could hide a fault of the files.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import ArtefactVerification, Stage, VerificationOutcome
+
+from finetune_trainer import imports
+from finetune_trainer.channel import Channel
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.proof import compare
+from finetune_trainer.proof.artefact_checks import find_fault
+from finetune_trainer.proof.compare import MERGED
+from finetune_trainer.proof.reference import FILE_NAME, ReferenceValues
+from finetune_trainer.proof.weight_files import DamagedFileError, read_folder, weight_bytes
+from finetune_trainer.results.serving_files import ServedModel, serving_files
+from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
+
+log = logging.getLogger(__name__)
+MEMORY_FACTOR = 1.2
+"""Memory of a model divided by the size of its weights, for short rows."""
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+"""Attention implementations of transformers itself. For all others, the stage uses sdpa."""
+
+
+class UnfitArtefactError(Exception):
+    """An artefact cannot be loaded."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NotComparableError(Exception):
+    """The values cannot be compared on this machine. The artefact may be good."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One stored adapter or model."""
+
+    name: str
+    folder: Path
+    kind: OutputKind
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Values of an artefact, and of the base model if the artefact contains it."""
+
+    values: list[float]
+    base_values: list[float] | None = None
+
+
+def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
+    """Write the manifests for servers, and verify each artefact unless `output.verify` is false."""
+    for name, text in serving_files(run.spec, ServedModel.of(run, task.uri, task.kind, task.model, task.merged_uri)).items():
+        (folder / OUTPUT_FOLDER / name).write_text(text, encoding="utf-8")
+    if run.spec.output.verify is False:
+        return StageResult()
+    reference = _read_reference(folder)
+    results = Verifier(run, channel, inputs, reference).verify(artefacts_of(task))
+    verification = compare.summarise(results, reference)
+    for result in results:
+        if result.result is not VerificationOutcome.VERIFIED or result.reason:
+            channel.report_note(f"verification of the {result.artefact}: {result.result}: {result.reason}")
+    return StageResult(verification=verification)
+
+
+def artefacts_of(task: StageTask) -> list[Artefact]:
+    """The artefacts that the job has stored."""
+    artefacts = [Artefact(task.kind.value, task.model, task.kind)]
+    return artefacts if task.merged is None else [*artefacts, Artefact(MERGED, task.merged, OutputKind.MODEL)]
+
+
+def _read_reference(folder: Path) -> ReferenceValues | None:
+    path = folder / FILE_NAME
+    return ReferenceValues.model_validate_json(path.read_text()) if path.exists() else None
+
+
+class Verifier:
+    """Loads artefacts and compares their values with those of the training."""
+
+    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, reference: ReferenceValues | None) -> None:
+        self._run, self._channel, self._inputs, self._reference = run, channel, inputs, reference
+        self._base_values: list[float] | None = None
+
+    def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
+        """Verify the artefacts in order."""
+        return [self._verify_one(artefact) for artefact in artefacts]
+
+    def _verify_one(self, artefact: Artefact) -> ArtefactVerification:
+        self._channel.report_stage(Stage.VERIFYING, f"checking the files of the {artefact.name}")
+        reference, is_adapter = self._reference, artefact.kind is OutputKind.ADAPTER
+        fault = find_fault(artefact.folder, self._inputs.model, reference, is_adapter=is_adapter)
+        if fault is not None:
+            return compare.failed(artefact.name, fault.code, fault.message)
+        if reference is None or reference.reason is not None:
+            reason = "the trainer wrote no reference values" if reference is None else str(reference.reason)
+            return compare.not_verified(artefact.name, "NoReferenceValues", reason)
+        self._channel.report_stage(Stage.VERIFYING, f"loading the {artefact.name}")
+        try:
+            measured = self._measure(artefact, reference)
+            base_values = self._values_of_base(measured, reference)
+        except UnfitArtefactError as error:
+            return compare.failed(artefact.name, error.code, str(error))
+        except NotComparableError as error:
+            return compare.not_verified(artefact.name, error.code, str(error))
+        is_rounded = artefact.name == MERGED and has_16_bit_weights(artefact.folder)
+        return compare.judge(artefact.name, measured.values, base_values, reference, is_rounded=is_rounded)
+
+    def _measure(self, artefact: Artefact, reference: ReferenceValues) -> Measured:
+        """Load the artefact, and compute the values of all rows. The model is released afterwards."""
+        imports.hide_unneeded(self._run)
+        is_adapter = artefact.kind is OutputKind.ADAPTER
+        with _named_failures(artefact.name, self._inputs.model):
+            _require_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
+            model = self._load(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
+            if is_adapter:
+                model = _add_adapter(model, artefact.folder, reference)
+            measured = Measured(self._values(model, reference))
+            if is_adapter and reference.head == "causal" and not _has_biases(artefact.folder):
+                with model.disable_adapter():
+                    measured = Measured(measured.values, self._values(model, reference))
+        del model
+        _release_memory()
+        return measured
+
+    def _values_of_base(self, measured: Measured, reference: ReferenceValues) -> list[float] | None:
+        """Values of the base model. It is loaded once for artefacts that do not contain it. None for models with a new score head."""
+        if measured.base_values is not None:
+            self._base_values = measured.base_values
+        if self._base_values is None and reference.head == "causal":
+            self._channel.report_stage(Stage.VERIFYING, "loading the base model")
+            with _named_failures("base model", self._inputs.model):
+                model = self._load(self._inputs.model, reference, quantizes=True)
+                self._fit_vocabulary(model, reference)
+                self._base_values = self._values(model, reference)
+            del model
+            _release_memory()
+        return self._base_values
+
+    @staticmethod
+    def _fit_vocabulary(model: Any, reference: ReferenceValues) -> None:
+        """Give the base model rows for new tokens, which it has never seen."""
+        if model.get_input_embeddings().weight.shape[0] <= max(max(row.ids) for row in reference.rows):
+            model.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
+
+    def _values(self, model: Any, reference: ReferenceValues) -> list[float]:
+        from finetune_trainer.proof.measure import row_values
+
+        device = model.get_input_embeddings().weight.device
+        rows = row_values(model, reference.rows, head=reference.head, pad_token_id=reference.pad_token_id, device=device, autocast=reference.autocast)
+        return [value for row in rows for value in row]
+
+    def _load(self, folder: Path, reference: ReferenceValues, *, quantizes: bool) -> Any:
+        """Load a model in the number format of the training. Errors: NotComparableError if it does not fit on the devices."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+        from finetune_trainer.hardware import detect_hardware
+
+        device = detect_hardware(self._run, 0).device
+        options: dict[str, Any] = {
+            "dtype": getattr(torch, reference.dtype), "attn_implementation": reference.attention if reference.attention in ATTENTION else "sdpa",
+            "trust_remote_code": self._trusts_code,
+        }  # fmt: skip
+        is_quantized = quantizes and (reference.quantization or {}).get("quant_method") == "bitsandbytes"
+        if is_quantized:
+            options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(reference.quantization or {}))
+            options["device_map"] = {"": str(device)}
+        elif device.type == "cuda":
+            options["device_map"] = choose_device_map(folder, torch.tensor([], dtype=options["dtype"]).element_size(), str(device), _gpu_memory())
+        loader: Any = AutoModelForCausalLM
+        if reference.head == "reward":
+            loader, options["num_labels"] = AutoModelForSequenceClassification, 1
+        model = loader.from_pretrained(folder, **options).eval()
+        return model if "device_map" in options else model.to(device)
+
+    @property
+    def _trusts_code(self) -> bool:
+        return bool(self._run.spec.model.trust_remote_code)
+
+
+def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_bytes: list[int]) -> Any:
+    """Return transformers' `device_map`: the first GPU if the model fits there, else all GPUs. `free_bytes`: free memory of each GPU.
+
+    Errors: NotComparableError ModelTooLarge.
+    """
+    try:
+        tensors = read_folder(folder)
+    except (DamagedFileError, OSError):
+        return {"": device}
+    values = sum(weight_bytes({name: tensor}) // {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}.get(tensor.dtype, 1) for name, tensor in tensors.items())
+    needed = int(values * bytes_per_value * MEMORY_FACTOR)
+    if needed <= free_bytes[0]:
+        return {"": device}
+    if needed <= sum(free_bytes):
+        return "auto"
+    raise NotComparableError(
+        "ModelTooLarge", f"the model needs {needed / 2**30:.1f} GiB, and the {len(free_bytes)} GPUs of the pod have {sum(free_bytes) / 2**30:.1f} GiB"
+    )
+
+
+def has_16_bit_weights(folder: Path) -> bool:
+    """Whether a model's weights are stored in 16 bits."""
+    return any(tensor.dtype in ("F16", "BF16") for tensor in read_folder(folder).values())
+
+
+def _gpu_memory() -> list[int]:
+    import torch
+
+    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+
+
+def _require_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code: bool) -> None:
+    """Load the artefact's tokenizer. Errors: UnfitArtefactError TokenizerDiffers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
+    if reference.tokenizer_length and len(tokenizer) != reference.tokenizer_length:
+        raise UnfitArtefactError(
+            "TokenizerDiffers", f"the stored tokenizer has {len(tokenizer)} tokens, but the model was trained with {reference.tokenizer_length}"
+        )
+
+
+def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
+    """Load the adapter on the base model. If the adapter has new tokens, its base model needs rows for them, as PEFT's documentation says."""
+    from peft import PeftModel
+
+    config = _read_config(folder)
+    rows = base.get_input_embeddings().weight.shape[0]
+    token_ids = [token for ids in _token_indices(config).values() for token in ids]
+    if rows < reference.tokenizer_length and (any(token >= rows for token in token_ids) or config.get("modules_to_save")):
+        base.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def _has_biases(folder: Path) -> bool:
+    """Whether the adapter replaces biases. PEFT does not restore the biases of the base model when an adapter is disabled."""
+    return (_read_config(folder).get("bias") or "none") != "none"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
+
+
+def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
+    indices = config.get("trainable_token_indices") or {}
+    return indices if isinstance(indices, dict) else {"": list(indices)}
+
+
+@contextmanager
+def _named_failures(name: str, base: Path) -> Iterator[None]:
+    """Name failures to load or to compute: exhausted memory says nothing about the artefact, other failures do."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _release_memory()
+        raise NotComparableError("OutOfMemory", f"the memory of this pod is too small to load the {name}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        log.exception("the %s cannot be loaded", name)
+        first = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]
+        raise UnfitArtefactError("ArtefactUnreadable", f"transformers cannot load the {name}: {type(error).__name__}: {first}") from error
+
+
+def _release_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
