@@ -81,8 +81,12 @@ test: prepare verify ## Run all tests that must pass before a change lands, incl
 e2e: prepare verify ## Run only the tests with a real node, real images and the installed operator
 	@$(TEST_ENV) .venv/bin/pytest -q -m "e2e and not faults and not slow and not gpu"
 
+.PHONY: tracker-servers
+tracker-servers: setup ## Install an MLflow server and build a MongoDB-compatible server for the tests of trackers
+	@$(PY) -m tests.support.tracker_servers
+
 .PHONY: test-faults
-test-faults: prepare verify ## Run the fault tests and the long tests
+test-faults: prepare verify tracker-servers ## Run the fault tests and the long tests
 	@$(PYTEST) -m "(faults or slow) and not gpu"
 
 .PHONY: test-gpu

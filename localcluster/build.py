@@ -75,6 +75,7 @@ PROGRAM_BY_NAME = {
         Program("coredns", "github.com/coredns/coredns", "about 2 minutes"),
         Program("pause"),
         Program("testbox"),
+        Program("mongodb", "github.com/FerretDB/FerretDB", "about 2 minutes"),
     )
 }
 

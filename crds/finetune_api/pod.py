@@ -183,6 +183,10 @@ class HealthReport(ReportModel):
         default=None, description="Reason and one sentence about a checkpoint that was skipped or is damaged."
     )
 
+    tracker_problem: str | None = Field(
+        default=None, description="Reason and one sentence about a tracker that does not accept values at present."
+    )
+
     @model_serializer(mode="wrap")
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Write `secondsSinceHeartbeat` under its old name, too.

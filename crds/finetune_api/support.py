@@ -65,9 +65,6 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
         "optimum-onnx and the older transformers that it needs",
         "contains onnx, but no library converts whole models of this release's transformers to ONNX",
     ),
-    UnsupportedField("output.run_name"),
-    UnsupportedField("tracking.report_to"),
-    UnsupportedField("tracking.system_metrics"),
 )
 
 

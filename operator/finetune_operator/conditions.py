@@ -26,14 +26,16 @@ REASON_OF_OUTCOME = {
 }
 CHECKPOINT_PROBLEMS = {reason.value: reason for reason in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
 """Checkpoint problems that have their own reason. For all other problems in the trainer's report, the reason is CheckpointNotStored."""
+TRACKER_PROBLEMS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILABLE, Reason.TRACKER_CREDENTIALS_REJECTED)}
+"""Tracker problems that have their own reason. For all other problems, the reason is TrackerFailed."""
 
 
 def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
     """Return all conditions, in a fixed order."""
     new_conditions = [
         _accepted_condition(inputs), _quota_reserved_condition(inputs), _pods_ready_condition(inputs), _suspended_condition(inputs),
-        _checkpoints_healthy_condition(inputs, latest_checkpoint), _succeeded_condition(inputs), _finished_condition(inputs),
-        _reconciling_condition(inputs), _stalled_condition(inputs),
+        _checkpoints_healthy_condition(inputs, latest_checkpoint), _trackers_reachable_condition(inputs),
+        _succeeded_condition(inputs), _finished_condition(inputs), _reconciling_condition(inputs), _stalled_condition(inputs),
     ]  # fmt: skip
     old_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
     return [_with_transition_time(condition, old_by_type.get(condition.type), inputs) for condition in new_conditions if condition is not None]
@@ -124,6 +126,17 @@ def _checkpoints_healthy_condition(inputs: StatusInput, latest_checkpoint: str |
         message = f"newest checkpoint: {latest_checkpoint}"
         return _make_condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, message)
     return _make_condition(Kind.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
+
+
+def _trackers_reachable_condition(inputs: StatusInput) -> Condition | None:
+    """Whether trackers accept the values of a running job. Jobs without trackers and finished jobs do not have this condition."""
+    if not inputs.facts.spec.tracking.report_to or inputs.plan.job_end is not None or inputs.last_report is None:
+        return None
+    problem = inputs.last_report.health.tracker_problem
+    if problem is None:
+        return _make_condition(Kind.TRACKERS_REACHABLE, "True", Reason.TRACKERS_REACHABLE, "the trackers accept the values of the run")
+    reason = TRACKER_PROBLEMS.get(problem.split(":")[0].strip(), Reason.TRACKER_FAILED)
+    return _make_condition(Kind.TRACKERS_REACHABLE, "False", reason, problem)
 
 
 def _succeeded_condition(inputs: StatusInput) -> Condition:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
-from finetune_api.spec.enums import StrategyType, Tracker, TrainerBackend
+from finetune_api.spec.enums import StrategyType, TrainerBackend
 
 LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -42,11 +42,6 @@ def needs_deepspeed(run: RunConfig) -> bool:
     return run.spec.distributed.strategy is StrategyType.DEEPSPEED
 
 
-def needs_tracker(run: RunConfig, tracker: Tracker) -> bool:
-    """Whether the job reports its metrics to `tracker`."""
-    return tracker in (run.spec.tracking.report_to or [])
-
-
 def preload(run: RunConfig, objective_module: str) -> None:
     """Hide the libraries that the job does not need, and import the others and `objective_module`."""
     hide_unneeded(run)
@@ -67,8 +62,8 @@ def hide_unneeded(run: RunConfig) -> None:
     needed_packages = {
         "bitsandbytes": needs_bitsandbytes(run),
         "deepspeed": needs_deepspeed(run),
-        "wandb": needs_tracker(run, Tracker.WANDB),
-        "mlflow": needs_tracker(run, Tracker.MLFLOW),
+        "wandb": False,  # another process sends values to trackers (`finetune_trainer.trackers`)
+        "mlflow": False,
     }
     for name, needed in needed_packages.items():
         if not needed:

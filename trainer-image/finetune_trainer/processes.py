@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+_spared_pids: set[int] = set()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,8 +48,16 @@ class ChildProcess:
             os.killpg(self.pid, number)
 
 
-def descendants(root: int | None = None) -> list[int]:
-    """Pids of all running descendants of `root` (default: this process), from /proc; without zombie processes."""
+def spare_process(pid: int) -> None:
+    """Exclude a child and its descendants from `kill_all_descendants`."""
+    _spared_pids.add(pid)
+
+
+def descendants(root: int | None = None, *, without: Collection[int] = ()) -> list[int]:
+    """Pids of all running descendants of `root` (default: this process), from /proc; without zombie processes.
+
+    The processes in `without` and their descendants are left out.
+    """
     parent_pids: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -58,15 +68,15 @@ def descendants(root: int | None = None) -> list[int]:
                 parent_pids[int(folder.name)] = int(parent)
     known_pids, new_pids = set(), {root or os.getpid()}
     while new_pids:
-        new_pids = {pid for pid, parent in parent_pids.items() if parent in new_pids and pid not in known_pids}
+        new_pids = {pid for pid, parent in parent_pids.items() if parent in new_pids and pid not in known_pids and pid not in without}
         known_pids |= new_pids
     return sorted(known_pids)
 
 
 def kill_all_descendants(timeout: float = 10.0) -> None:
-    """SIGKILL all descendants of this process and reap them."""
+    """SIGKILL all descendants of this process, except spared ones, and reap them."""
     end = time.monotonic() + timeout
-    while (running := descendants()) and time.monotonic() < end:
+    while (running := descendants(without=_spared_pids)) and time.monotonic() < end:
         for pid in running:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

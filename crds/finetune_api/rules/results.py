@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from finetune_api.errors import ConfigError
-from finetune_api.names import JUDGE_KEY
+from finetune_api.names import JUDGE_KEY, WANDB_KEY, WANDB_MODE
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     FRACTION_METRICS,
@@ -24,7 +25,7 @@ from finetune_api.rules.derived_values import (
     uses_loftq,
     writes_predictions,
 )
-from finetune_api.sources import HubSource, parse
+from finetune_api.sources import HubSource, parse, redact_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     EvaluationMetric,
@@ -125,18 +126,27 @@ def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if (
         Tracker.WANDB in trackers_to_use
         and (spec.tracking.wandb is None or spec.tracking.wandb.api_key_secret_ref is None)
+        and not _has_wandb_variables(spec)
         and target is ExecutionTarget.CLUSTER
     ):
         yield (
             "tracking.wandb.apiKeySecretRef",
             "reportTo contains wandb, but the API key is missing",
-            "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`",
+            "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`, or `{name: WANDB_MODE, value: offline}` in placement.env to write files instead",
         )
     if Tracker.MLFLOW in trackers_to_use and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):
         yield (
             "tracking.mlflow.trackingUri",
             "reportTo contains mlflow, but the URL of the MLflow server is missing",
             "write for example `mlflow: {trackingUri: 'http://mlflow.mlops:5000'}`",
+        )
+    uri = spec.tracking.mlflow.tracking_uri if spec.tracking.mlflow else None
+    if uri is not None and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", uri) is None:
+        shown = redact_source(uri)
+        yield (
+            "tracking.mlflow.trackingUri",
+            f"{shown!r} is not the http or https URL of a server, without user and password",
+            "write for example http://mlflow.mlops:5000, and the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD with secretKeyRef in placement.env",
         )
     if Tracker.MONGODB in trackers_to_use and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
         yield (
@@ -147,6 +157,13 @@ def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, tracker in enumerate(trackers_to_use):
         if tracker in trackers_to_use[:i]:
             yield f"tracking.reportTo[{i}]", f"the list contains {tracker} twice", "write each tracker once"
+
+
+def _has_wandb_variables(spec: FineTuneJobSpec) -> bool:
+    """Whether `placement.env` has the API key, or asks for files instead of a server."""
+    return any(
+        variable.name == WANDB_KEY or (variable.name == WANDB_MODE and variable.value == "offline") for variable in spec.placement.env or []
+    )
 
 
 @rule("JudgeMissing")

@@ -334,7 +334,7 @@ class Mlflow(Group):
     """`tracking.mlflow`."""
 
     tracking_uri: Line | None = spec_field(
-        "URL of the MLflow server. Required with reportTo mlflow.", default_text="none", example="http://mlflow.mlops:5000"
+        "URL of the MLflow server, with http or https and without user and password. Required with reportTo mlflow. The server's credentials are the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in placement.env.", default_text="none", example="http://mlflow.mlops:5000"
     )
     experiment_name: ShortText | None = spec_field("Name of the MLflow experiment.", default_text="output.project", example="support")
 
@@ -345,7 +345,7 @@ class Wandb(Group):
     project: ShortText | None = spec_field("Name of the W&B project.", default_text="output.project", example="support")
     entity: ShortText | None = spec_field("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
     api_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with the API key. Required with reportTo wandb.", default_text="none", example={"name": "wandb", "key": "apiKey"}
+        "Secret key with the API key. Required with reportTo wandb, unless placement.env has WANDB_MODE with the value offline: then files are written below `tracking/wandb/` in the job's folder.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
 
 
@@ -362,7 +362,7 @@ class Tracking(Group):
     """`spec.tracking`."""
 
     report_to: Annotated[list[Tracker], Field(max_length=4)] | None = spec_field(
-        "Trackers that receive the metrics.", default_text="none", example=["tensorboard"]
+        "Trackers that receive the metrics. TensorBoard files are stored below `tracking/tensorboard/` in the job's folder. A tracker that is down never delays or ends a job.", default_text="none", example=["tensorboard"]
     )
     logging_steps: Annotated[int, Field(ge=1, le=1000000)] | None = spec_field(
         "Optimizer steps between two logged values of a metric.", default=10, example=50
@@ -371,7 +371,7 @@ class Tracking(Group):
     mlflow: Mlflow | None = spec_field("Connection to MLflow.", default_text="none", example={"trackingUri": "http://mlflow.mlops:5000"})
     wandb: Wandb | None = spec_field("Connection to Weights & Biases.", default_text="none", example={"project": "support"})
     mongodb: Mongodb | None = spec_field("Connection to MongoDB.", default_text="none", example={"database": "experiments"})
-    system_metrics: bool | None = spec_field("Also report CPU, memory and GPU usage.", default=False, example=True)
+    system_metrics: bool | None = spec_field("Also report CPU, memory and GPU usage, and store them in `metrics/system_metrics.jsonl`.", default=False, example=True)
 
 
 class Phases(Group):

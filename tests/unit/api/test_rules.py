@@ -422,6 +422,12 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("TrackerAndOptions", {"tracking": {"wandb": {"project": "x"}}}, "tracking.wandb"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["wandb"]}}, "tracking.wandb.apiKeySecretRef"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["mlflow"]}}, "tracking.mlflow.trackingUri"),
+    (
+        "TrackerAndOptions",
+        {"tracking": {"reportTo": ["wandb"]}, "placement": {"env": [{"name": "WANDB_MODE", "value": "online"}]}},
+        "tracking.wandb.apiKeySecretRef",
+    ),
+    ("TrackerAndOptions", {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "mlflow:5000"}}}, "tracking.mlflow.trackingUri"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["mongodb"]}}, "tracking.mongodb.uriSecretRef"),
     ("TrackerAndOptions", {"tracking": {"reportTo": ["tensorboard", "tensorboard"]}}, "tracking.reportTo[1]"),
     ("NotServable", {"method": {"type": "dora"}, "output": {"serving": ["vllm"]}}, "method.type"),

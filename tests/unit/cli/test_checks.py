@@ -141,10 +141,10 @@ def test_data_file_is_refused_for_a_cluster_and_accepted_for_a_local_run(run_com
     assert run_command("validate", "--local", path)[0] == 0
 
 
-def test_unsupported_tracker_gives_one_error(run_command: RunCommand, write_file: WriteFile) -> None:
+def test_tracker_without_credentials_gives_one_error(run_command: RunCommand, write_file: WriteFile) -> None:
     path = write_file("job.yaml", JOB + "  tracking: {reportTo: [wandb]}\n")
     code, _, stderr = run_command("validate", path)
-    assert (code, [line.rpartition("[")[2] for line in error_lines(stderr, path.parent)]) == (1, ["NotSupportedYet]"])
+    assert (code, [line.rpartition("[")[2] for line in error_lines(stderr, path.parent)]) == (1, ["TrackerAndOptions]"])
 
 
 def test_warnings_are_printed_and_refused_only_with_strict(run_command: RunCommand, write_file: WriteFile) -> None:

@@ -57,6 +57,25 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
     assert problem is None or condition.message == problem
 
 
+@pytest.mark.parametrize(
+    ("problem", "value", "reason"),
+    [
+        ("TrackerUnavailable: mlflow at http://mlflow:5000 could not be reached: the connection was refused", "False", "TrackerUnavailable"),
+        ("TrackerCredentialsRejected: mlflow at http://mlflow:5000 does not accept the credentials", "False", "TrackerCredentialsRejected"),
+        ("Unknown: text of a newer trainer", "False", "TrackerFailed"),
+        (None, "True", "TrackersReachable"),
+    ],
+)
+def test_tracker_problem_of_the_pod_becomes_a_condition(problem: str | None, value: str, reason: str) -> None:
+    reported = report(health={"trackerProblem": problem})
+    tracked = spec(tracking={"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow:5000"}})
+    for written, expected in ((tracked, (value, reason)), (spec(), None)):
+        new_status = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
+        condition = new_status.condition(Condition.TRACKERS_REACHABLE)
+        assert (None if condition is None else (condition.status, condition.reason)) == expected
+        assert condition is None or problem is None or condition.message == problem
+
+
 def test_start_timeout_sets_stalled_and_does_not_finish_the_job() -> None:
     written = spec(policy={"startTimeoutSeconds": 60})
     pulling = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")

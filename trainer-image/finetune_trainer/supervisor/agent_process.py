@@ -1,11 +1,11 @@
-"""Starts the agent, which runs this pod's ranks. The agent's environment has no credentials of storage and no token for the hub push."""
+"""Starts the agent, which runs this pod's ranks. The agent's environment has no credentials of storage, trackers and the hub push."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from finetune_api.names import HUB_TOKEN, Env
+from finetune_api.names import HUB_TOKEN, MLFLOW_CREDENTIALS, MONGODB_URI, WANDB_KEY, Env
 from finetune_api.pod import RunConfig
 
 from finetune_trainer.channel import SOCKET_VARIABLE
@@ -13,6 +13,7 @@ from finetune_trainer.processes import ChildProcess
 from finetune_trainer.settings import Settings
 
 CREDENTIAL_VARIABLES = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY, HUB_TOKEN)
+TRACKER_CREDENTIALS = (WANDB_KEY, MONGODB_URI, *MLFLOW_CREDENTIALS)
 
 
 def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> ChildProcess:
@@ -30,8 +31,8 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
 
 
 def rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
-    """The environment of agent and ranks. It has no credentials for storage and hub push, because only the supervisor uses them."""
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith(tuple(CREDENTIAL_VARIABLES))}
+    """The environment of agent and ranks. It has no credentials of storage, trackers and the hub push, because ranks access none of them."""
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIALS))}
     cpus = len(os.sched_getaffinity(0))
     return {
         "OMP_NUM_THREADS": str(max(1, cpus // run.world.processes_per_node)),

@@ -48,6 +48,8 @@ class AttemptFacts:
     """Failures that ranks reported."""
     stop_requested_at: float | None = None
     """Monotonic time of SIGTERM, or of the message that another pod of the gang has received SIGTERM."""
+    is_ended_by_user: bool = False
+    """The stop was requested with Ctrl-C, so no other attempt follows."""
     stopped_ranks: set[int] = field(default_factory=set)
     is_output_written: bool = False
     """Rank 0 has written the final artefact to the pod's disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from finetune_api.names import Storage
@@ -14,13 +15,17 @@ from finetune_trainer.supervisor.run_state import RunState, store_quietly
 class MetricLog:
     """Collects the log lines of one incarnation and uploads them."""
 
-    def __init__(self, run_state: RunState, incarnation: str) -> None:
+    def __init__(self, run_state: RunState, incarnation: str, *, on_line: Callable[[int, dict[str, Any]], None] | None = None) -> None:
+        """`on_line` also receives the step and the values of each line."""
         self._state = run_state
         self._key = join(Storage.METRICS, f"{incarnation}.jsonl")
+        self._on_line = on_line
         self._lines: list[str] = []
 
     def append(self, step: int, values: dict[str, Any]) -> None:
         self._lines.append(json.dumps({"step": step, **values}))
+        if self._on_line is not None:
+            self._on_line(step, values)
 
     def upload(self, store: Store) -> None:
         """Upload all lines so far, replacing the stored object. A failure adds a note, because metrics must not end a run."""

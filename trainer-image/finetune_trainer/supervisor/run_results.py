@@ -106,7 +106,7 @@ class RunResults:
     def copy_folder(self) -> CopyFolder | None:
         """The folder of the copy. None without `output.dir`. Errors: ConfigError `OutputPathInvalid`."""
         spec = self._run.spec
-        return copy_folder(spec.output, namespace=self._run.namespace, model_source=spec.model.source or "", started_at=self._started_at())
+        return copy_folder(spec.output, namespace=self._run.namespace, model_source=spec.model.source or "", started_at=self.started_at())
 
     @property
     def _root(self) -> str:
@@ -118,7 +118,8 @@ class RunResults:
         path = self._output_folder / name
         return path.read_bytes() if path.exists() else self._tree.store.get(join(Storage.METRICS, name))
 
-    def _started_at(self) -> datetime:
+    def started_at(self) -> datetime:
+        """The start of the run's first attempt."""
         data = self._tree.store.get(STARTED_KEY)
         return datetime.fromisoformat(json.loads(data)["time"]) if data is not None else datetime.now(UTC)
 
@@ -130,7 +131,7 @@ class RunResults:
             batch_size=_text(spec.training.batch_size_per_device), epochs=_text(spec.training.epochs if spec.training.max_steps is None else None),
             lora_r=_text(lora.rank if lora else None), lora_alpha=_text(lora.alpha if lora else None),
             dataset_type=_text(spec.dataset.format and spec.dataset.format.value), metrics_directory=Storage.METRICS,
-            started_at=self._started_at(), completed_at=datetime.now(UTC),
+            started_at=self.started_at(), completed_at=datetime.now(UTC),
             trainable_parameters=parameters.get("trainable"), total_parameters=parameters.get("total"),
         )  # fmt: skip
 

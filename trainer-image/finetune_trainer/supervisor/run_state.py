@@ -124,6 +124,11 @@ class RunState:
         with self._lock:
             self._health = self._health.model_copy(update={"healthy": True, "checkpoint_problem": None})
 
+    def set_tracker_problem(self, problem: str | None) -> None:
+        """Set why values cannot be sent to a tracker at present (reason and sentence). None: no tracker has a problem."""
+        with self._lock:
+            self._health = self._health.model_copy(update={"tracker_problem": problem})
+
     def add_checkpoint(self, checkpoint: Checkpoint, seconds: float | None = None) -> None:
         """Add a committed checkpoint. `seconds`: how long its upload took."""
         with self._lock:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import FineTuneError, InternalError
-from finetune_api.names import Env, ExitCode
+from finetune_api.names import Env, ExitCode, Storage
 from finetune_api.pod import RunConfig
 from finetune_api.status import Output, Stage
 
@@ -27,7 +27,10 @@ from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
 from finetune_trainer.failure import RankFailure, failure_from_exit_code, installation_error
 from finetune_trainer.inputs import FILE_NAME, Inputs
+from finetune_trainer.results.file_names import ResultFile
+from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.settings import Settings, load_run
+from finetune_trainer.storage.base import join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
 from finetune_trainer.supervisor.exit_decision import (
@@ -51,6 +54,13 @@ from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.staging import Staging
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
+from finetune_trainer.supervisor.tracking import (
+    END_SECONDS,
+    STOP_SECONDS,
+    RunTracking,
+    entries_of_checkpoint,
+    entries_of_log,
+)
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.05
@@ -83,6 +93,7 @@ class Supervisor:
         self._results: RunResults | None = None
         self._server: Server | None = None
         self._channel: RankChannel | None = None
+        self._tracking: RunTracking | None = None
 
     def run(self, stop_requests: Sequence[float] = ()) -> int:
         """Run the pod and return its exit code. `stop_requests`: monotonic times of earlier SIGTERMs."""
@@ -113,6 +124,7 @@ class Supervisor:
         self._run_later_stages()
         # 9. Decide the exit code, and report it to the operator.
         exit_decision = self._decide_exit()
+        self._finish_tracking(exit_decision)
         self._report_end(exit_decision)
         return exit_decision.code
 
@@ -128,6 +140,7 @@ class Supervisor:
         """Handle SIGTERM and Ctrl-C: save a checkpoint and end. A second Ctrl-C ends the pod without saving."""
         if self._facts.stop_requested_at is None:
             self._facts.stop_requested_at = time.monotonic()
+            self._facts.is_ended_by_user = number == signal.SIGINT
         elif number == signal.SIGINT:
             self._facts.deadline_passed = True
 
@@ -161,7 +174,8 @@ class Supervisor:
     def _open_channel(self, run: RunConfig) -> RankChannel:
         incarnation = self._settings.incarnation(run)
         self._staging = Staging(self._settings.work, self._state, ranks=run.world.processes_per_node)
-        self._metric_log = MetricLog(self._state, incarnation)
+        self._tracking = RunTracking(run, self._settings, self._state)
+        self._metric_log = MetricLog(self._state, incarnation, on_line=self._tracking.record_log_line)
         messages = RankMessages(self._state, self._facts, self._staging, self._metric_log, incarnation)
 
         def handle_message(message: dict[str, Any]) -> None:
@@ -186,6 +200,7 @@ class Supervisor:
                 return
             self._facts.output = committed_output(tree)
             if self._facts.output is not None:
+                self._start_tracking(entries_of_log(tree.store.get(join(Storage.METRICS, ResultFile.LOG))))
                 self._must_end.set()
                 return
             inputs, facts = preparation.fetch()
@@ -194,6 +209,7 @@ class Supervisor:
                 store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
             restore_result = preparation.restore(tree, facts)
             self._facts.start_step = restore_result.step
+            self._start_tracking(entries_of_checkpoint(restore_result), facts)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
             with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
@@ -210,7 +226,15 @@ class Supervisor:
             record_given_model(given, tree, run.attempt)
             inputs.write(self._settings.work)
             self._facts.output = given.output
+            self._start_tracking([])
         self._must_end.set()
+
+    def _start_tracking(self, past_entries: list[LogEntry], facts: RunFacts | None = None) -> None:
+        """Start sending the run to trackers. `facts`: those of a pod that trains."""
+        assert self._tracking is not None and self._results is not None
+        self._tracking.start(self._results.started_at(), past_entries, resumed_from_step=self._facts.start_step if facts else None)
+        if facts is not None:
+            self._tracking.record_training(facts)
 
     def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
@@ -340,6 +364,8 @@ class Supervisor:
             self._end_with_error(uploader.failure)
         if uploader.output is not None:
             self._facts.output = uploader.output
+            if self._tracking is not None:
+                self._tracking.record_model(uploader.output)
             self._clean_up(lambda: uploader.apply_retention(is_run_finished=True))
             self._clean_up(self._sweep_unless_superseded)
         self._clean_up(self._upload_metric_log)
@@ -378,6 +404,7 @@ class Supervisor:
         if run is None or tree is None or results is None or output is None or self._settings.node_rank > 0:
             return
         self._state.set_output(output)
+        started = time.time()
         stages = LaterStages(
             run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
@@ -387,6 +414,8 @@ class Supervisor:
         except Exception as error:
             self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
         self._facts.output = self._facts.stages.output or output
+        if self._tracking is not None:
+            self._tracking.record_evaluation(self._state.report().evaluation, started)
         self._clean_up(lambda: store_quietly(self._state, FILES_OF_RESULTS, results.store_metric_files))
 
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
@@ -407,6 +436,14 @@ class Supervisor:
         return decide_exit(
             self._facts, exit_code_failures(self._settings.work), is_saved=is_saved, node_rank=self._settings.node_rank
         )
+
+    def _finish_tracking(self, exit_decision: ExitDecision) -> None:
+        """Send the end of the attempt to the trackers, within the time limit."""
+        if self._tracking is None:
+            return
+        deadline = self._stop_deadline()
+        seconds = END_SECONDS if deadline is None else min(STOP_SECONDS, deadline - time.monotonic())
+        self._tracking.finish(exit_decision, is_ended_by_user=self._facts.is_ended_by_user, seconds=seconds)
 
     def _report_end(self, exit_decision: ExitDecision) -> None:
         message = termination_message(

@@ -1,0 +1,165 @@
+"""Runs with real tracker servers: each step once after a kill, a server that is down for a while, and a server that stays down."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode
+from finetune_trainer.trackers.events import RunEnd
+from finetune_trainer.trackers.mongodb import Mongodb
+from pod_harness import UID, Pod
+from pymongo import MongoClient
+from test_tracking import STEPS, logged, tracked_pod
+
+from tests.support.mlflow_runs import MlflowRuns
+from tests.support.tiny import make_tiny_model
+from tests.support.tracker_servers import TrackerServer, mlflow_server, mongodb_server
+from tests.support.tracking import end_events, log_events, loss_of, start_events, tracked_run
+
+pytestmark = pytest.mark.faults
+PASSWORD = "pa55word"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackerServer]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mongodb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackerServer]:
+    with mongodb_server(tmp_path_factory.mktemp("mongodb")) as server:
+        yield server
+
+
+def server_spec(mlflow: TrackerServer, experiment: str, trackers: list[str]) -> dict[str, Any]:
+    return {
+        "evaluation": {"metrics": ["perplexity"]},
+        "tracking": {
+            "reportTo": trackers,
+            "mlflow": {"trackingUri": f"http://127.0.0.1:{mlflow.port}", "experimentName": experiment},
+            **({"mongodb": {"uriSecretRef": {"name": "mongo", "key": "uri"}, "database": experiment}} if "mongodb" in trackers else {}),
+        },
+    }  # fmt: skip
+
+
+def differences(stored: list[tuple[int, float]], expected: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The values that are missing, and those that are stored too often or wrongly. Comparing long lists in an assertion would take minutes."""
+    return sorted((Counter(stored) - Counter(expected)) + (Counter(expected) - Counter(stored)))
+
+
+def sent_steps(runs: MlflowRuns) -> int:
+    """Number of losses on the server; 0 before the run exists."""
+    return len(runs.history("job_finetuning", "loss")) if "job_finetuning" in runs.names() else 0
+
+
+def test_servers_have_each_step_once_after_a_kill(mlflow: TrackerServer, mongodb: TrackerServer, model: Path, tmp_path: Path) -> None:
+    spec = server_spec(mlflow, "killed", ["mlflow", "mongodb"]) | {"training": {"maxSteps": 4 * STEPS}}
+    env = {"MONGODB_URI": f"mongodb://127.0.0.1:{mongodb.port}"}
+    runs = MlflowRuns(f"http://127.0.0.1:{mlflow.port}", "killed")
+    database = MongoClient("127.0.0.1", mongodb.port)["killed"]
+    with tracked_pod(tmp_path, model, spec, env=env) as killed:
+        killed.wait_committed(10)
+        killed.wait_until(lambda: sent_steps(runs) > 0 and database.step_metrics.count_documents({}) > 0)
+        killed.kill()
+    assert runs.run("job").info.status == "RUNNING"
+    sent_before = sent_steps(runs)
+    with tracked_pod(tmp_path, model, spec, attempt=2, env=env) as resumed:
+        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
+    message = resumed.termination_message()
+    lines = [line for line in logged(tmp_path) if "loss" in line]
+    assert len(lines) == 4 * STEPS and sent_before > 0
+    # MLflow: two attempts, one run. The values of repeated steps are equal, because CPU runs are exact.
+    expected = [(line["step"], line["loss"]) for line in lines]
+    assert differences(runs.history("job_finetuning", "loss"), expected) == []
+    assert runs.names() == {"job", "job_finetuning", "job_evaluation"} and {run.info.status for run in runs.all()} == {"FINISHED"}
+    perplexity = message.evaluation.metrics["perplexity"].value  # type: ignore[union-attr,index]
+    assert runs.run("job").data.metrics["eval_perplexity"] == pytest.approx(perplexity)
+    # MongoDB: one document per line.
+    documents = list(database.step_metrics.find({"run_id": UID, "kind": "training"}).sort("step"))
+    assert differences([(one["step"], one["loss"]) for one in documents], expected) == []
+    [run] = database.training_runs.find()
+    assert (run["status"], run["attempt"], run["artifacts"]["model"]["uri"]) == ("completed", 2, message.output.uri)  # type: ignore[union-attr]
+    assert database.final_metrics.find_one({"phase": "evaluate"})["perplexity"] == pytest.approx(perplexity)  # type: ignore[index]
+
+
+def problem_of(pod: Pod) -> str | None:
+    report = pod.report()
+    return report.health.tracker_problem if report is not None else None
+
+
+def test_a_server_that_is_down_for_a_while_delays_nothing_and_gets_everything(model: Path, tmp_path: Path) -> None:
+    server = mlflow_server(tmp_path / "mlflow")
+    runs = MlflowRuns(f"http://127.0.0.1:{server.port}", "down")
+    spec = server_spec(server, "down", ["mlflow"]) | {"training": {"maxSteps": 5000}}
+    with tracked_pod(tmp_path, model, spec) as pod:
+        pod.wait_until(lambda: problem_of(pod) is not None)
+        assert problem_of(pod) == f"TrackerUnavailable: mlflow at http://127.0.0.1:{server.port} could not be reached: the connection was refused"
+        step = pod.step()
+        pod.wait_step(step + 20)  # training continues
+        with server:
+            pod.wait_until(lambda: problem_of(pod) is None)
+            pod.wait_until(lambda: sent_steps(runs) > step)
+            pod.terminate()
+            assert pod.end() == ExitCode.PREEMPTED_SAVED, pod.text[-6000:]
+            history = runs.history("job_finetuning", "loss")
+            assert Counter(step for step, _ in history) == Counter(range(1, pod.termination_message().step + 1))  # type: ignore[operator]
+            assert {run.info.status for run in runs.all()} == {"SCHEDULED"}
+
+
+def test_a_server_that_stays_down_is_named_at_the_end_without_its_password(model: Path, tmp_path: Path) -> None:
+    spec = {"tracking": {"reportTo": ["mongodb"], "mongodb": {"uriSecretRef": {"name": "mongo", "key": "uri"}}}}
+    with tracked_pod(tmp_path, model, spec, env={"MONGODB_URI": f"mongodb://user:{PASSWORD}@127.0.0.1:9"}) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+    notes = pod.termination_message().resolved.notes or []  # type: ignore[union-attr]
+    [note] = [note for note in notes if "mongodb" in note]
+    assert note.startswith("mongodb at mongodb://127.0.0.1:9 could not be reached: the connection was refused; values are missing there")
+    assert note.endswith(f"/store/team/job/{UID}/metrics/")
+    written = [path.read_bytes() for path in [pod.folder / "log", pod.folder / "termination-message", *(tmp_path / "store").rglob("*")] if path.is_file()]
+    assert all(PASSWORD.encode() not in data for data in written)
+
+
+def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer) -> None:
+    uri = f"mongodb://127.0.0.1:{mongodb.port}"
+    first = Mongodb(tracked_run(), uri, "repeated")
+    first.open()
+    first.send([*start_events(), *log_events(1, 14, evaluated=(10,))])
+    first.send(end_events(14, end=RunEnd.INTERRUPTED))
+    database = MongoClient(uri)["repeated"]
+    assert database.training_runs.find_one()["status"] == "interrupted"  # type: ignore[index]
+    second = Mongodb(tracked_run(attempt=2, resumed_from_step=10), uri, "repeated")
+    second.open()
+    assert database.step_metrics.count_documents({"kind": "training"}) == 10
+    second.open()
+    second.send([*log_events(1, 12, evaluated=(10,)), *end_events(12)])
+    documents = list(database.step_metrics.find({"kind": "training"}).sort("step"))
+    assert [(one["step"], one["loss"]) for one in documents] == [(step, loss_of(step)) for step in range(1, 13)]
+    assert [one["step"] for one in database.step_metrics.find({"kind": "evaluation"})] == [10]
+    [run] = database.training_runs.find()
+    assert (run["status"], run["attempt"], run["parameters"]["training_batchSizePerDevice"]) == ("completed", 2, "4")
+    assert json.dumps(run["data"][0]) == json.dumps({"context": "training", "source": "s3://bucket/train.jsonl", "digest": "a" * 64})
+
+
+def test_mlflow_server_keeps_one_value_per_step_if_an_answer_is_lost(mlflow: TrackerServer) -> None:
+    from finetune_trainer.trackers.mlflow import Mlflow
+
+    uri = f"http://127.0.0.1:{mlflow.port}"
+    tracker = Mlflow(tracked_run(), uri, "lost")
+    tracker.open()
+    tracker.send(log_events(1, 700))
+    # The answer to the request was lost: the sender opens the tracker again and repeats the events, at another time of the clock.
+    tracker.open()
+    repeated = [event.model_copy(update={"entry": event.entry.model_copy(update={"unix_time": time.time()})}) for event in log_events(1, 700)]  # type: ignore[union-attr]
+    tracker.send(repeated)
+    assert differences(MlflowRuns(uri, "lost").history("support-bot_finetuning", "loss"), [(step, loss_of(step)) for step in range(1, 701)]) == []

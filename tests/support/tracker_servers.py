@@ -1,0 +1,124 @@
+"""Real servers for the tests of trackers: MLflow in an environment of its own, and FerretDB instead of MongoDB.
+
+FerretDB speaks MongoDB's protocol and stores documents in SQLite. There is no freely available package of the MongoDB server.
+`python -m tests.support.tracker_servers` installs and builds both into the cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from localcluster.build import ensure_built
+from localcluster.paths import cache_folder
+from localcluster.ports import free_ports
+from localcluster.processes import Lifetime, Server, spawn
+
+LOCK = Path(__file__).parents[2] / "requirements" / "mlflow-server.lock"
+START_SECONDS = 300
+MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+"""Without job execution, the server starts no further processes."""
+
+
+def ensure_mlflow_server() -> Path:
+    """Install the locked packages of the MLflow server unless they are installed. Returns the interpreter of their environment."""
+    digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"mlflow-server-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / "mlflow-server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
+            subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
+            subprocess.run([uv, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", LOCK], check=True)
+            ready.touch()
+    return python
+
+
+class TrackerServer:
+    """A server process on a loopback port, which can be stopped and started again with the same data."""
+
+    def __init__(self, name: str, folder: Path, command: Callable[[int, Path], list[str | Path]], is_ready: Callable[[int], bool]) -> None:
+        self._name, self._folder, self._command, self._is_ready = name, folder, command, is_ready
+        self.port = free_ports(1)[0]
+        self._server: Server | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> Self:
+        """Start the server, and wait until it answers."""
+        env = {**os.environ, "HOME": str(self._folder), "DO_NOT_TRACK": "true", **MLFLOW_ENVIRONMENT}
+        env.pop("PYTHONPATH", None)
+        self._server = spawn(
+            self._name, self._command(self.port, self._folder), owner=self._folder, log=self._folder / "log", lifetime=Lifetime.UNTIL_PARENT_ENDS,
+            env=env, working_folder=self._folder,
+        )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_ready(self.port):
+            self._server.check_running()
+            assert time.monotonic() < deadline, (self._folder / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        return self
+
+    def stop(self) -> None:
+        """Kill the server and its workers."""
+        if self._server is not None and self._server.process.poll() is None:
+            os.killpg(self._server.process.pid, 9)
+            self._server.process.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.stop()
+
+
+def mlflow_server(folder: Path) -> TrackerServer:
+    """An MLflow server with an SQLite database."""
+    python = ensure_mlflow_server()
+
+    def command(port: int, folder: Path) -> list[str | Path]:
+        return [
+            python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder / "artifacts"),
+        ]  # fmt: skip
+
+    def is_ready(port: int) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    return TrackerServer("mlflow", folder, command, is_ready)
+
+
+def mongodb_server(folder: Path) -> TrackerServer:
+    """A FerretDB server."""
+    from pymongo import MongoClient
+    from pymongo.errors import PyMongoError
+
+    program = ensure_built("mongodb")
+
+    def is_ready(port: int) -> bool:
+        try:
+            with MongoClient("127.0.0.1", port, serverSelectionTimeoutMS=500) as client:
+                return bool(client.admin.command("ping")["ok"])
+        except PyMongoError:
+            return False
+
+    return TrackerServer("mongodb", folder, lambda port, folder: [program, f"127.0.0.1:{port}", str(folder)], is_ready)
+
+
+if __name__ == "__main__":
+    ensure_mlflow_server()
+    ensure_built("mongodb")

@@ -1,0 +1,96 @@
+"""A run and its events, for tests of trackers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.results.log_entry import LogEntry
+from finetune_trainer.trackers.base import TrackedRun
+from finetune_trainer.trackers.events import (
+    ArtifactEvent,
+    DataEvent,
+    DataSource,
+    EndEvent,
+    Event,
+    LogEvent,
+    PhaseEvent,
+    RunEnd,
+    TrackedPhase,
+)
+
+UID = "11111111-2222-3333-4444-555555555555"
+STARTED_AT = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+START = STARTED_AT.timestamp()
+
+
+def tracked_run(**changes: Any) -> TrackedRun:
+    """A run of attempt 1."""
+    values: dict[str, Any] = {
+        "name": "support-bot", "project": "support", "namespace": "team", "job": "job", "uid": UID, "attempt": 1, "model": "org/base",
+        "storage_uri": "s3://bucket/team/job", "started_at": STARTED_AT, "resumed_from_step": 0,
+        "parameters": {"method.type": "lora", "training.batchSizePerDevice": "4", "training.learningRate": "0.0002"},
+    }  # fmt: skip
+    return TrackedRun(**values | changes)
+
+
+def log_events(first: int, last: int, *, evaluated: tuple[int, ...] = ()) -> list[Event]:
+    """One training line per step, with a loss that follows from the step, and an evaluation at the steps `evaluated`."""
+    events: list[Event] = []
+    for step in range(first, last + 1):
+        coordinates = {"step": step, "epoch": step / 10, "unix_time": START + step}
+        events.append(LogEvent(entry=LogEntry(**coordinates, loss=loss_of(step), learning_rate=1e-4)))
+        if step in evaluated:
+            events.append(LogEvent(entry=LogEntry(**coordinates, eval_loss=loss_of(step) + 0.5)))
+    return events
+
+
+def loss_of(step: int) -> float:
+    """The loss of a step; an exact binary number."""
+    return 4 - step / 32
+
+
+def start_events() -> list[Event]:
+    """The data sets, and the begin of training."""
+    sources = (
+        DataSource(context="training", source="s3://bucket/train.jsonl", digest="a" * 64),
+        DataSource(context="validation", source="s3://bucket/validation.jsonl", digest="b" * 64),
+    )
+    return [DataEvent(sources=sources), PhaseEvent(phase=TrackedPhase.TRAIN, start_time=START + 1)]
+
+
+def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None = None) -> list[Event]:
+    """The model, the end of training, an evaluation, and the end of the attempt. After a failure only the end."""
+    ended = EndEvent(end=end, time=START + 100, reason=reason)
+    if end is not RunEnd.FINISHED:
+        return [ended]
+    times: dict[str, Any] = {"end": RunEnd.FINISHED, "step": last}
+    summary = LogEntry(step=last, epoch=last / 10, unix_time=START + 60, **{"train_loss": 1.5, "train_runtime": 60.0})
+    return [
+        LogEvent(entry=summary),
+        ArtifactEvent(name="model", uri="s3://bucket/team/job/model/a1-1", sha256="c" * 64),
+        PhaseEvent(phase=TrackedPhase.TRAIN, start_time=START + 1, end_time=START + 61, **times),
+        PhaseEvent(phase=TrackedPhase.EVALUATE, start_time=START + 62, end_time=START + 70, values={"perplexity": 5.25}, **times),
+        ended,
+    ]
+
+
+@dataclass
+class FolderStorage:
+    """Stores files of trackers in a folder. The next `failures` requests fail."""
+
+    folder: Path
+    failures: int = 0
+    keys: list[str] = field(default_factory=list)
+
+    def put_file(self, path: Path, key: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("storage is down")
+        target = self.folder / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        self.keys.append(key)

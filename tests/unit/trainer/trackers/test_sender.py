@@ -1,0 +1,163 @@
+"""Senders: nothing is lost or sent twice while a tracker is down, and the end is sent last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from finetune_api.names import Reason
+from finetune_trainer.trackers.base import TrackerError, connection_error
+from finetune_trainer.trackers.events import (
+    MAX_EVENTS_PER_BATCH,
+    EndEvent,
+    Event,
+    EventReader,
+    LogEvent,
+    SystemEvent,
+    append_events,
+)
+from finetune_trainer.trackers.sender import FLUSH_SECONDS, MAX_PAUSE_SECONDS, Sender
+
+from tests.support.tracking import START, end_events, log_events
+
+
+class Clock:
+    """A clock that only moves when a test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeTracker:
+    """Keeps what it accepts. The next `failures` calls of a method fail."""
+
+    name = "fake"
+    run_address = "fake://run"
+
+    def __init__(self) -> None:
+        self.accepted: list[Event] = []
+        self.batches: list[int] = []
+        self.opened = self.flushed = 0
+        self.failures = {"open": 0, "send": 0, "flush": 0}
+
+    def _fail(self, method: str) -> None:
+        if self.failures[method]:
+            self.failures[method] -= 1
+            raise ConnectionError("connection refused, password k3y")
+
+    def open(self) -> None:
+        self._fail("open")
+        self.opened += 1
+
+    def send(self, events: Sequence[Event]) -> None:
+        self._fail("send")
+        self.batches.append(len(events))
+        self.accepted += events
+
+    def flush(self) -> None:
+        self._fail("flush")
+        self.flushed += 1
+
+    def explain(self, error: Exception) -> TrackerError:
+        return connection_error(self.name, "http://user:k3y@host:1/path", error)
+
+    @property
+    def steps(self) -> list[int]:
+        return [event.entry.step for event in self.accepted if isinstance(event, LogEvent)]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> Path:
+    return tmp_path / "events.jsonl"
+
+
+def test_events_wait_while_the_tracker_is_down_and_pauses_grow(events: Path, clock: Clock) -> None:
+    tracker = FakeTracker()
+    tracker.failures["open"] = 8
+    sender = Sender(tracker, [events], clock=clock)
+    append_events(events, log_events(1, 3))
+    tries = []
+    while tracker.failures["open"]:
+        left = tracker.failures["open"]
+        sender.step()
+        if tracker.failures["open"] < left:
+            tries.append(clock.now)
+        clock.now += 1
+    assert [second - first for first, second in zip(tries, tries[1:], strict=False)] == [1, 2, 4, 8, 16, 32, MAX_PAUSE_SECONDS]
+    assert sender.problem is not None and sender.problem.reason is Reason.TRACKER_UNAVAILABLE
+    assert sender.problem.message == "fake at http://host:1 could not be reached: the connection was refused"
+    append_events(events, log_events(4, 5))
+    clock.now += MAX_PAUSE_SECONDS
+    sender.step()
+    assert (tracker.steps, sender.problem, sender.sent) == ([1, 2, 3, 4, 5], None, 5)
+
+
+def test_a_batch_that_failed_is_sent_again_after_a_new_connection(events: Path, clock: Clock) -> None:
+    tracker = FakeTracker()
+    sender = Sender(tracker, [events], clock=clock)
+    append_events(events, log_events(1, 2))
+    sender.step()
+    append_events(events, log_events(3, 4))
+    tracker.failures["send"] = 1
+    sender.step()
+    assert (tracker.steps, tracker.opened) == ([1, 2], 1)
+    clock.now += 1
+    sender.step()
+    assert (tracker.steps, tracker.opened) == ([1, 2, 3, 4], 2)
+
+
+def test_batches_are_bounded_and_flushed_at_intervals(events: Path, clock: Clock) -> None:
+    tracker = FakeTracker()
+    sender = Sender(tracker, [events], clock=clock)
+    append_events(events, log_events(1, 2 * MAX_EVENTS_PER_BATCH + 1))
+    sender.step()
+    assert (tracker.batches, tracker.flushed) == ([MAX_EVENTS_PER_BATCH, MAX_EVENTS_PER_BATCH, 1], 1)
+    clock.now += FLUSH_SECONDS - 1
+    sender.step()
+    assert tracker.flushed == 1
+    clock.now += 1
+    sender.step()
+    assert tracker.flushed == 2
+
+
+def test_the_end_is_tried_at_once_and_sent_last_and_flushed(events: Path, tmp_path: Path, clock: Clock) -> None:
+    tracker = FakeTracker()
+    samples = tmp_path / "samples.jsonl"
+    sender = Sender(tracker, [events, samples], clock=clock)
+    tracker.failures |= {"open": 3, "flush": 1}
+    for _ in range(3):
+        sender.step()
+        clock.now += MAX_PAUSE_SECONDS
+    clock.now -= MAX_PAUSE_SECONDS  # within the pause after the last error
+    append_events(events, [*log_events(1, 2), *end_events(2)[-1:]])
+    append_events(samples, [SystemEvent(time=START, seconds=0, values={"system/cpu_utilization_percentage": 5.0})])
+    sender.step()
+    assert tracker.accepted == []
+    sender.step(is_ending=True)
+    assert isinstance(tracker.accepted[0], SystemEvent) and isinstance(tracker.accepted[-1], EndEvent)
+    assert sender.has_ended is False  # the flush has failed
+    clock.now += 1
+    sender.step(is_ending=True)
+    assert sender.has_ended and tracker.steps == [1, 2] and tracker.flushed == 1
+    sender.run(threading.Event())  # returns, because the end is sent
+
+
+def test_a_reader_waits_for_the_end_of_a_line(events: Path) -> None:
+    append_events(events, log_events(1, 2))
+    data = events.read_bytes()
+    events.write_bytes(data[:-5])
+    reader = EventReader(events)
+    assert [event.entry.step for event in reader.read()] == [1]  # type: ignore[union-attr]
+    reader.confirm()
+    events.write_bytes(data)
+    assert [event.entry.step for event in reader.read()] == [2] == [event.entry.step for event in reader.read()]  # type: ignore[union-attr]

@@ -1,0 +1,299 @@
+"""Starts the process that sends the run to trackers, gives it the events of the run, and reports its problems.
+
+The process never delays or ends a run. If it crashes, it is started again a few times. Only rank 0's pod tracks the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+from finetune_api.names import HUB_TOKEN, JUDGE_KEY, Env, ExitCode, Reason, Storage
+from finetune_api.pod import RunConfig
+from finetune_api.sources import redact_source
+from finetune_api.status import EvaluationResult, Output
+from pydantic import ValidationError
+
+from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.checkpoint.restore import RestoreResult
+from finetune_trainer.processes import ChildProcess, spare_process
+from finetune_trainer.results.log_entry import LogEntry
+from finetune_trainer.results.run_names import run_name
+from finetune_trainer.settings import Settings
+from finetune_trainer.supervisor.exit_decision import ExitDecision
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.trackers.base import TrackedRun
+from finetune_trainer.trackers.events import (
+    ArtifactEvent,
+    DataEvent,
+    DataSource,
+    EndEvent,
+    Event,
+    LogEvent,
+    PhaseEvent,
+    RunEnd,
+    TrackedPhase,
+    append_events,
+)
+from finetune_trainer.trackers.process import (
+    ENDING_FILE,
+    EVENTS_FILE,
+    STATE_FILE,
+    TASK_FILE,
+    TrackerState,
+    TrackingState,
+)
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.2
+MAX_RESTARTS = 3
+RESTART_PAUSE_SECONDS = 5.0
+END_SECONDS = 120.0
+"""How long the end of an attempt waits for trackers at most."""
+PROBLEM_SECONDS = 30.0
+"""The same if a tracker has a problem."""
+STOP_SECONDS = 5.0
+"""The same if the pod was asked to stop, because the next attempt sends the rest."""
+UNTRACKED_GROUPS = ("placement", "storage", "policy")
+"""Groups of the spec that are no parameters of the run. `placement.env` may contain secrets."""
+OTHER_CREDENTIALS = (JUDGE_KEY, HUB_TOKEN, Env.HF_TOKEN)
+TRACKER_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "DO_NOT_TRACK": "true",
+}  # fmt: skip
+WRITABLE_FOLDERS = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
+"""Variables of folders in which the libraries write. The pod's root file system is read-only."""
+
+
+def is_tracked(run: RunConfig, node_rank: int) -> bool:
+    """Whether this pod sends values to trackers or samples the system."""
+    return node_rank == 0 and bool(run.spec.tracking.report_to or run.spec.tracking.system_metrics)
+
+
+class RunTracking:
+    """The tracking of one attempt. Events that are recorded before `start` are kept; without trackers, nothing is recorded."""
+
+    def __init__(self, run: RunConfig, settings: Settings, run_state: RunState) -> None:
+        self._run, self._settings, self._state = run, settings, run_state
+        self._is_enabled = is_tracked(run, settings.node_rank)
+        self._folder = settings.work / "tracking"
+        self._lock = threading.Lock()
+        self._process: ChildProcess | None = None
+        self._monitor: threading.Thread | None = None
+        self._is_ending = threading.Event()
+        self._train_start: float | None = None
+        self._last_step = 0
+
+    def start(self, started_at: datetime, past_entries: Sequence[LogEntry], *, resumed_from_step: int | None) -> None:
+        """Start the process. `past_entries`: logged lines of the run until this attempt. `started_at`: start of the first attempt.
+
+        `resumed_from_step`: None if this attempt does not train.
+        """
+        if not self._is_enabled:
+            return
+        try:
+            self._start(started_at, past_entries, resumed_from_step)
+        except Exception as error:
+            log.warning("the run is not tracked", exc_info=error)
+            self._state.add_note(f"the run is not sent to trackers: {type(error).__name__}")
+
+    def _start(self, started_at: datetime, past_entries: Sequence[LogEntry], resumed_from_step: int | None) -> None:
+        self._last_step = past_entries[-1].step if past_entries else 0
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        task = tracked_run(self._run, started_at, resumed_from_step=resumed_from_step)
+        (self._folder / TASK_FILE).write_text(task.model_dump_json())
+        append_events(self._folder / EVENTS_FILE, (LogEvent(entry=entry) for entry in past_entries))
+        self._process = self._start_process()
+        self._monitor = threading.Thread(target=self._watch, name="tracking", daemon=True)
+        self._monitor.start()
+
+    # ---- events ----
+
+    def record(self, *events: Event) -> None:
+        """Add events, unless the job has no trackers or the process was not started."""
+        if self._process is None or self._is_ending.is_set():
+            return
+        with self._lock:
+            try:
+                append_events(self._folder / EVENTS_FILE, events)
+            except OSError as error:  # for example a full disk
+                self._state.set_tracker_problem(f"{Reason.TRACKER_FAILED}: a value was not recorded for trackers: {error.strerror}")
+
+    def record_log_line(self, step: int, values: dict[str, Any]) -> None:
+        """Add a logged line."""
+        self._last_step = step
+        self.record(LogEvent(entry=LogEntry.model_validate({"step": step, **values})))
+
+    def record_training(self, facts: RunFacts) -> None:
+        """Add the data sets and the begin of training."""
+        self._train_start = time.time()
+        self.record(DataEvent(sources=data_sources(self._run, facts)), PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._train_start))
+
+    def record_model(self, output: Output) -> None:
+        """Add the address of the committed model, and the end of training."""
+        self.record(ArtifactEvent(name="model", uri=output.uri or "", sha256=output.sha256))
+        if self._train_start is not None:
+            self.record(
+                PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._train_start, end_time=time.time(), end=RunEnd.FINISHED, step=self._last_step)
+            )
+
+    def record_evaluation(self, evaluation: EvaluationResult | None, start_time: float) -> None:
+        """Add the results of the stages after training."""
+        if evaluation is None:
+            return
+        values = {name: metric.value for name, metric in (evaluation.metrics or {}).items() if metric.value is not None}
+        times: dict[str, Any] = {"start_time": start_time, "end_time": time.time(), "end": RunEnd.FINISHED, "step": self._last_step}
+        if self._run.spec.phases.infer:
+            self.record(PhaseEvent(phase=TrackedPhase.INFER, **times))
+        if values:
+            self.record(PhaseEvent(phase=TrackedPhase.EVALUATE, values=values, **times))
+        self.record(ArtifactEvent(name="evaluation", uri=f"{self._run.storage.uri}/{Storage.EVALUATION}"))
+
+    # ---- end ----
+
+    def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, seconds: float) -> None:
+        """Record the end of the attempt, and wait until it is sent, at most `seconds`. A note names what was not sent."""
+        if self._process is None:
+            return
+        end = run_end(decision, is_ended_by_user=is_ended_by_user)
+        failure = decision.failure.error.code if decision.failure is not None else None
+        self.record(EndEvent(end=end, time=time.time(), reason=failure))
+        self._is_ending.set()
+        (self._folder / ENDING_FILE).touch()
+        started = time.monotonic()
+        while self._process.poll() is None and time.monotonic() - started < self._seconds_to_wait(seconds):
+            threading.Event().wait(POLL_SECONDS / 4)
+        self._process.stop()
+        if end is not RunEnd.INTERRUPTED:  # after an interruption, the next attempt sends the rest
+            for note in self._notes_on_unsent_events():
+                self._state.add_note(note)
+
+    def _seconds_to_wait(self, seconds: float) -> float:
+        return seconds if self._problem() is None else min(seconds, PROBLEM_SECONDS)
+
+    def _notes_on_unsent_events(self) -> Iterator[str]:
+        states = self._read_state().trackers
+        for name in self._run.spec.tracking.report_to or []:
+            state = states.get(name, TrackerState())
+            if not state.has_ended:
+                cause = state.problem or f"{name} did not accept all values in time"
+                yield f"{cause}; values are missing there, but all of them are in {self._run.storage.uri}/{Storage.METRICS}/"
+
+    # ---- the process ----
+
+    def _start_process(self) -> ChildProcess:
+        process = ChildProcess([sys.executable, "-m", "finetune_trainer", "track", str(self._folder)], self._environment())
+        spare_process(process.pid)
+        return process
+
+    def _environment(self) -> dict[str, str]:
+        """The environment of the process: it gets the credentials of trackers and storage, and writes only below its folder."""
+        inherited = {name: value for name, value in os.environ.items() if name not in OTHER_CREDENTIALS}
+        home = str(self._folder / "home")
+        return {
+            **TRACKER_ENVIRONMENT, **inherited, **dict.fromkeys(WRITABLE_FOLDERS, home), "OMP_NUM_THREADS": "1",
+            Env.RUN_FILE: str(self._settings.run_file), Env.WORK_DIR: str(self._settings.work),
+        }  # fmt: skip
+
+    def _watch(self) -> None:
+        """Report problems of trackers, and start the process again if it has crashed."""
+        restarts = 0
+        while not self._is_ending.wait(POLL_SECONDS):
+            self._state.set_tracker_problem(self._problem())
+            if self._process is None or self._process.poll() is None:
+                continue
+            if restarts == MAX_RESTARTS:
+                self._state.set_tracker_problem(f"{Reason.TRACKER_FAILED}: the tracker process has ended {restarts + 1} times; see the pod's log")
+                return
+            restarts += 1
+            log.warning("the tracker process has ended with %s; it is started again", self._process.poll())
+            if self._is_ending.wait(RESTART_PAUSE_SECONDS):
+                return
+            self._process = self._start_process()
+
+    def _problem(self) -> str | None:
+        problems = [state for state in self._read_state().trackers.values() if state.problem is not None]
+        if not problems:
+            return None
+        return f"{problems[0].reason}: " + "; ".join(state.problem or "" for state in problems)
+
+    def _read_state(self) -> TrackingState:
+        try:
+            return TrackingState.model_validate_json((self._folder / STATE_FILE).read_text())
+        except (OSError, ValidationError):
+            return TrackingState()
+
+
+def run_end(decision: ExitDecision, *, is_ended_by_user: bool) -> RunEnd:
+    """How the attempt ended. A stop on request is no failure, because the run continues in another attempt."""
+    if decision.code == ExitCode.OK:
+        return RunEnd.FINISHED
+    if decision.failure is not None:
+        return RunEnd.FAILED
+    return RunEnd.KILLED if is_ended_by_user else RunEnd.INTERRUPTED
+
+
+def tracked_run(run: RunConfig, started_at: datetime, *, resumed_from_step: int | None = None) -> TrackedRun:
+    """What trackers know about the run."""
+    spec = run.spec
+    return TrackedRun(
+        name=run_name(spec.output.run_name, job_name=run.name, started_at=started_at), project=spec.output.project or run.namespace,
+        namespace=run.namespace, job=run.name, uid=run.uid, attempt=run.attempt, model=redact_source(spec.model.source or ""),
+        storage_uri=run.storage.uri, started_at=started_at, resumed_from_step=resumed_from_step, parameters=parameters(run),
+    )  # fmt: skip
+
+
+def parameters(run: RunConfig) -> dict[str, str]:
+    """The values of the spec with all defaults, by path, without secrets and names of Secrets."""
+    spec = {name: value for name, value in run.spec.to_wire().items() if name not in UNTRACKED_GROUPS}
+    return dict(sorted(_flatten(spec)))
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    match value:
+        case dict():
+            for name, entry in value.items():
+                if not name.endswith("SecretRef"):
+                    yield from _flatten(entry, f"{path}.{name}" if path else name)
+        case str():
+            yield path, redact_source(value) if "://" in value else value
+        case _:
+            yield path, json.dumps(value, ensure_ascii=False)
+
+
+def data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
+    """The sources of training, validation and test data, with their digests."""
+    data = run.spec.dataset
+    training = [data.train, *(part.source for part in data.mixture or [])]
+    sources = [DataSource(context="training", source=redact_source(source), digest=facts.dataset_digest) for source in training if source]
+    for context, source, name in (("validation", data.validation, "validation data"), ("testing", data.test, "test data")):
+        if source:
+            sources.append(DataSource(context=context, source=redact_source(source), digest=facts.other_inputs.get(name, "")))
+    return tuple(sources)
+
+
+def entries_of_checkpoint(restored: RestoreResult) -> list[LogEntry]:
+    """The logged lines of the run up to a checkpoint. The Trainer's state in the checkpoint has those of all attempts."""
+    if restored.path is None:
+        return []
+    try:
+        history = json.loads((restored.path / "trainer_state.json").read_text())["log_history"]
+        return [LogEntry.model_validate(line) for line in history]
+    except (OSError, ValueError, KeyError):
+        log.warning("the logged lines of the restored checkpoint cannot be read")
+        return []
+
+
+def entries_of_log(data: bytes | None) -> list[LogEntry]:
+    """The logged lines of `log.jsonl`."""
+    return [LogEntry.from_json(line) for line in (data or b"").decode().splitlines()]
+

@@ -1,0 +1,118 @@
+"""The interface of a tracker, what every tracker knows about the run, and the errors of trackers.
+
+A tracker must accept events that it already has: after an error, and in a new attempt, events are sent again. Each tracker therefore
+either asks its server for the newest step of each value, or writes its records under keys, or rewrites its files. No position has to be
+stored, and a process that is killed between sending and storing a position cannot cause duplicates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from finetune_api.names import Reason
+from pydantic import BaseModel, ConfigDict, Field
+
+from finetune_trainer.results.log_entry import LogEntry
+from finetune_trainer.trackers.events import Event
+
+NOT_SENT = frozenset({"step", "unix_time"})
+"""Values of a logged line that are the coordinates of the other values."""
+
+
+class TrackerError(Exception):
+    """A tracker did not accept events. The message contains neither credentials nor texts of the server, which may repeat them."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+class TrackedRun(BaseModel):
+    """What every tracker knows about the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Name of the run in trackers. All attempts have the same name.")
+    project: str = Field(description="`output.project`, or the namespace.")
+    namespace: str
+    job: str = Field(description="Name of the FineTuneJob.")
+    uid: str = Field(description="uid of the FineTuneJob. It identifies the run in every tracker.")
+    attempt: int
+    model: str = Field(description="Source of the base model, without secrets.")
+    storage_uri: str = Field(description="Folder of the job in storage.")
+    started_at: datetime = Field(description="Start of the run's first attempt.")
+    resumed_from_step: int | None = Field(default=None, description="Optimizer step that this attempt continues from. None if it does not train.")
+    parameters: dict[str, str] = Field(description="Values of the spec with all defaults, by path, without secrets.")
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Labels of the run in trackers."""
+        return {
+            "finetune.namespace": self.namespace, "finetune.name": self.job, "finetune.uid": self.uid,
+            "finetune.attempt": str(self.attempt), "finetune.storage": self.storage_uri,
+        }  # fmt: skip
+
+
+class FileStorage(Protocol):
+    """Where trackers that write files store them."""
+
+    def put_file(self, path: Path, key: str) -> None:
+        """Store a file, unless a later attempt has begun. `key`: relative to the job's folder."""
+
+
+class Tracker(Protocol):
+    """One tracker. All methods are called by one thread. Errors: TrackerError, or any exception of the tracker's library."""
+
+    name: str
+
+    def open(self) -> None:
+        """Connect, and create the remote run or continue it. Called again after each error."""
+
+    def send(self, events: Sequence[Event]) -> None:
+        """Send events. Events that the tracker already has are skipped or replaced."""
+
+    def flush(self) -> None:
+        """Store what `send` has only buffered. Called at intervals and after the last event."""
+
+    def explain(self, error: Exception) -> TrackerError:
+        """The named error for an exception of the tracker's library."""
+
+    @property
+    def run_address(self) -> str | None:
+        """Address or id of the run in the tracker, as soon as it is known."""
+
+
+def logged_values(entry: LogEntry) -> dict[str, float]:
+    """The numbers of a logged line, without its coordinates. Numbers that are not finite are left out."""
+    return {
+        name: float(value)
+        for name, value in entry.to_wire().items()
+        if name not in NOT_SENT and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def without_password(uri: str) -> str:
+    """The scheme, host and port of an address, without user, password, path and query."""
+    match = re.match(r"^([\w+.-]+://)?(?:[^/@]*@)?([^/?#]*)", uri)
+    return f"{match[1] or ''}{match[2]}" if match else "the server"
+
+
+def connection_error(tracker: str, address: str, error: Exception) -> TrackerError:
+    """The error for a server that does not answer. The exception's text only selects one of three reasons."""
+    text = str(error).lower()
+    if "refused" in text:
+        reason = "the connection was refused"
+    elif "resol" in text or "name or service" in text or "getaddrinfo" in text:
+        reason = "its name cannot be resolved"
+    else:
+        reason = f"it does not answer as expected ({type(error).__name__})"
+    return TrackerError(Reason.TRACKER_UNAVAILABLE, f"{tracker} at {without_password(address)} could not be reached: {reason}")
+
+
+def rejected_error(tracker: str, address: str, hint: str) -> TrackerError:
+    """The error for credentials that the server does not accept."""
+    return TrackerError(Reason.TRACKER_CREDENTIALS_REJECTED, f"{tracker} at {without_password(address)} does not accept the credentials; {hint}")

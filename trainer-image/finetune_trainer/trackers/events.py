@@ -1,0 +1,148 @@
+"""The events of a run that trackers receive, and the file in which they wait.
+
+The supervisor appends events to the file, one JSON object per line. Each tracker reads the file from its own position, so a tracker that
+is down loses nothing and does not delay the others. A new attempt writes a new file that begins with the logged lines of the run up to the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from finetune_trainer.results.log_entry import LogEntry
+
+MAX_EVENTS_PER_BATCH = 200
+MAX_BYTES_PER_READ = 1024 * 1024
+
+
+class TrackedPhase(StrEnum):
+    """A phase of the job. The values are the field names of `spec.phases`."""
+
+    TRAIN = "train"
+    INFER = "infer"
+    EVALUATE = "evaluate"
+
+
+class RunEnd(StrEnum):
+    """How an attempt ended."""
+
+    FINISHED = "finished"
+    """All phases are done."""
+    FAILED = "failed"
+    """The attempt failed. If the operator starts another attempt, this attempt sets the run to running again."""
+    INTERRUPTED = "interrupted"
+    """The pod was stopped, for example because of a preemption. The run continues in another attempt."""
+    KILLED = "killed"
+    """The user ended a local run with Ctrl-C."""
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LogEvent(_Event):
+    """One logged line."""
+
+    kind: Literal["log"] = "log"
+    entry: LogEntry
+
+
+class DataSource(_Event):
+    """One source of rows."""
+
+    context: str = Field(description="`training`, `validation` or `testing`.")
+    source: str = Field(description="URI of the source, without secrets.")
+    digest: str = Field(description="sha256 (hex) of all training data, or of this source.")
+
+
+class DataEvent(_Event):
+    """The data sets of the run."""
+
+    kind: Literal["data"] = "data"
+    sources: tuple[DataSource, ...]
+
+
+class PhaseEvent(_Event):
+    """The begin or the end of a phase."""
+
+    kind: Literal["phase"] = "phase"
+    phase: TrackedPhase
+    start_time: float = Field(description="Seconds since 1970.")
+    end_time: float | None = Field(default=None, description="Seconds since 1970. None: the phase is running.")
+    end: RunEnd | None = None
+    values: dict[str, float] = Field(default_factory=dict, description="Results of the phase, by name.")
+    step: int = Field(default=0, description="Optimizer steps of the model that the values belong to.")
+
+
+class ArtifactEvent(_Event):
+    """A file or folder that the run has stored. Trackers get its address, not its content."""
+
+    kind: Literal["artifact"] = "artifact"
+    name: str
+    uri: str
+    sha256: str | None = None
+
+
+class SystemEvent(_Event):
+    """One sample of CPU, memory and GPU usage."""
+
+    kind: Literal["system"] = "system"
+    time: float = Field(description="Seconds since 1970.")
+    seconds: int = Field(description="Seconds since the start of the run's first attempt.")
+    values: dict[str, float]
+
+
+class EndEvent(_Event):
+    """The end of the attempt. No event follows."""
+
+    kind: Literal["end"] = "end"
+    end: RunEnd
+    time: float = Field(description="Seconds since 1970.")
+    reason: str | None = Field(default=None, description="Code of the failure.")
+
+
+Event = LogEvent | DataEvent | PhaseEvent | ArtifactEvent | SystemEvent | EndEvent
+_EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+def event_line(event: Event) -> str:
+    """The event as one line of the file."""
+    return event.model_dump_json(exclude_none=True) + "\n"
+
+
+def append_events(path: Path, events: Iterable[Event]) -> None:
+    """Append events to a file, with one write call for all of them."""
+    data = "".join(event_line(event) for event in events)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(data)
+
+
+class EventReader:
+    """Reads the complete lines of a file that grows. `position`: bytes that are read and handled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.position = 0
+        self._next_position = 0
+
+    def read(self) -> list[Event]:
+        """Return the next events, at most `MAX_EVENTS_PER_BATCH`. Without `confirm`, the next call returns the same events."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self.position)
+                data = stream.read(MAX_BYTES_PER_READ)
+        except FileNotFoundError:
+            return []
+        lines = data.splitlines(keepends=True)[:MAX_EVENTS_PER_BATCH]
+        complete = [line for line in lines if line.endswith(b"\n")]
+        self._next_position = self.position + sum(map(len, complete))
+        return [_EVENT.validate_json(line) for line in complete]
+
+    def confirm(self) -> None:
+        """Record that the events of the last `read` are handled."""
+        self.position = self._next_position

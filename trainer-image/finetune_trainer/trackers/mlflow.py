@@ -1,0 +1,252 @@
+"""Sends a run to an MLflow server: a parent run for the job, and a child run for each phase.
+
+The runs are found by the tag with the FineTuneJob's uid, so another attempt continues them, even if the answer to their creation was lost.
+MLflow keeps every value that it receives. Before values are sent, the server is asked for the newest step of each metric, and older steps
+are skipped. If a resumed attempt measures another value for a step that was sent before, MLflow keeps the first value.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from finetune_api.names import Reason
+
+from finetune_trainer.results.log_entry import LineKind, LogEntry
+from finetune_trainer.trackers.base import TrackedRun, TrackerError, connection_error, logged_values, rejected_error
+from finetune_trainer.trackers.events import (
+    ArtifactEvent,
+    DataEvent,
+    EndEvent,
+    Event,
+    LogEvent,
+    PhaseEvent,
+    RunEnd,
+    SystemEvent,
+    TrackedPhase,
+)
+
+MAX_METRICS_PER_REQUEST = 500
+MAX_PARAMETERS_PER_REQUEST = 100
+MAX_PARAMETER_LENGTH = 500
+MAX_DIGEST_LENGTH = 36
+PARENT = "job"
+SUFFIXES = {TrackedPhase.TRAIN: "_finetuning", TrackedPhase.INFER: "_inferencing", TrackedPhase.EVALUATE: "_evaluation"}
+"""Suffixes of the names of child runs."""
+STATUSES = {RunEnd.FINISHED: "FINISHED", RunEnd.FAILED: "FAILED", RunEnd.KILLED: "KILLED", RunEnd.INTERRUPTED: "SCHEDULED"}
+"""MLflow's status after the end of an attempt. A run that waits for its next attempt is scheduled."""
+ENDED_STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
+class _RemoteRun:
+    """One run on the server, with the newest step of each metric."""
+
+    def __init__(self, run: Any) -> None:
+        self.id = run.info.run_id
+        self.status = run.info.status
+        self.parameters = dict(run.data.params)
+        self.last_steps = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+
+
+class Mlflow:
+    """The runs of one job on an MLflow server."""
+
+    name = "mlflow"
+
+    def __init__(self, run: TrackedRun, tracking_uri: str, experiment: str | None) -> None:
+        self._run, self._uri, self._experiment = run, tracking_uri, experiment or run.project
+        self._client: Any = None
+        self._experiment_id = ""
+        self._runs: dict[str, _RemoteRun] = {}
+
+    @property
+    def run_address(self) -> str | None:
+        parent = self._runs.get(PARENT)
+        return None if parent is None else f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{parent.id}"
+
+    def open(self) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=self._uri)
+        self._runs = {}
+        self._experiment_id = self._find_experiment()
+        parent = self._find_or_create(PARENT, self._run.name, self._run.started_at.timestamp())
+        self._log_parameters(parent)
+        self._log_tags(parent, self._run.tags)
+        self._set_running(parent)
+
+    def send(self, events: Sequence[Event]) -> None:
+        metrics: dict[str, list[Any]] = {}
+        for event in events:
+            match event:
+                case LogEvent(entry=entry):
+                    self._add(metrics, TrackedPhase.TRAIN, logged_values(entry), entry.step, entry.unix_time)
+                    if entry.kind is LineKind.SUMMARY:
+                        self._add(metrics, PARENT, _summary_values(entry), entry.step, entry.unix_time)
+                case SystemEvent():
+                    self._add(metrics, PARENT, event.values, event.seconds, event.time)
+                case PhaseEvent():
+                    self._send_phase(event, metrics)
+                case DataEvent():
+                    self._send_data(event)
+                case ArtifactEvent():
+                    self._log_tags(self._runs[PARENT], {f"artifact.{event.name}": event.uri})
+                case EndEvent():
+                    self._send_metrics(metrics)
+                    self._end(event)
+        self._send_metrics(metrics)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def explain(self, error: Exception) -> TrackerError:
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(error, MlflowException):
+            status = error.get_http_status_code()
+            text = str(error)
+            if status in (401, 403) or re.search(r"\b(401|403)\b|[Uu]nauthori[sz]ed|PERMISSION_DENIED", text):
+                hint = "check the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in placement.env"
+                return rejected_error(self.name, self._uri, hint)
+            if "API request to" not in text and status < 500:
+                return TrackerError(Reason.TRACKER_FAILED, f"mlflow refused a request with the error {error.error_code}")
+        return connection_error(self.name, self._uri, error)
+
+    # ---- runs ----
+
+    def _find_experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            try:
+                return str(self._client.create_experiment(self._experiment))
+            except MlflowException as error:  # another run has created it in the meantime
+                experiment = self._client.get_experiment_by_name(self._experiment)
+                if experiment is None:
+                    raise error
+        return str(experiment.experiment_id)
+
+    def _find_or_create(self, part: str, name: str, start: float) -> _RemoteRun:
+        condition = f"tags.`finetune.uid` = '{self._run.uid}' and tags.`finetune.part` = '{part}'"
+        found = self._client.search_runs([self._experiment_id], filter_string=condition, max_results=1)
+        if found:
+            remote = _RemoteRun(found[0])
+        else:
+            tags = {**self._run.tags, "finetune.part": part, "mlflow.user": self._run.namespace}
+            if part != PARENT:
+                tags["mlflow.parentRunId"] = self._runs[PARENT].id
+            remote = _RemoteRun(self._client.create_run(self._experiment_id, start_time=int(start * 1000), tags=tags, run_name=name))
+        self._runs[part] = remote
+        return remote
+
+    def _phase_run(self, phase: TrackedPhase, start: float | None = None) -> _RemoteRun:
+        return self._runs.get(phase) or self._find_or_create(phase, self._run.name + SUFFIXES[phase], start or time.time())
+
+    def _set_running(self, remote: _RemoteRun) -> None:
+        if remote.status != "RUNNING":
+            self._client.update_run(remote.id, status="RUNNING")
+            remote.status = "RUNNING"
+
+    def _end(self, event: EndEvent) -> None:
+        self._find_started_phases()
+        status, end_time = STATUSES[event.end], int(event.time * 1000)
+        for part, remote in self._runs.items():
+            if part != PARENT and remote.status in ENDED_STATUSES:
+                continue  # the phase has ended before
+            if event.end is RunEnd.INTERRUPTED:
+                self._client.update_run(remote.id, status=status)
+            else:
+                self._client.set_terminated(remote.id, status=status, end_time=end_time)
+        if event.reason is not None:
+            self._log_tags(self._runs[PARENT], {"finetune.failure": event.reason})
+        if event.end is RunEnd.FINISHED:
+            seconds = event.time - self._run.started_at.timestamp()
+            metrics: dict[str, list[Any]] = {}
+            self._add(metrics, PARENT, {"pipeline_total_duration_seconds": seconds}, 0, event.time)
+            self._send_metrics(metrics)
+
+    def _find_started_phases(self) -> None:
+        """Find the child runs again that this process has not used since it connected."""
+        condition = f"tags.`finetune.uid` = '{self._run.uid}'"
+        for run in self._client.search_runs([self._experiment_id], filter_string=condition, max_results=10):
+            self._runs.setdefault(run.data.tags.get("finetune.part", PARENT), _RemoteRun(run))
+
+    # ---- values ----
+
+    def _log_parameters(self, parent: _RemoteRun) -> None:
+        """Log the parameters. MLflow refuses other values of a parameter, so a value that an adaptation has changed becomes a tag."""
+        from mlflow.entities import Param
+
+        values = {_key(name): value[:MAX_PARAMETER_LENGTH] for name, value in self._run.parameters.items()}
+        new = [Param(name, value) for name, value in values.items() if name not in parent.parameters]
+        for i in range(0, len(new), MAX_PARAMETERS_PER_REQUEST):
+            self._client.log_batch(parent.id, params=new[i : i + MAX_PARAMETERS_PER_REQUEST])
+        changed = {name: value for name, value in values.items() if parent.parameters.get(name, value) != value}
+        self._log_tags(parent, {f"attempt-{self._run.attempt}.{name}": value for name, value in changed.items()})
+
+    def _log_tags(self, remote: _RemoteRun, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        if tags:
+            self._client.log_batch(remote.id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _add(self, metrics: dict[str, list[Any]], part: str, values: dict[str, float], step: int, unix_time: float | None) -> None:
+        """Add the values that the server does not have yet."""
+        from mlflow.entities import Metric
+
+        remote = self._runs[PARENT] if part == PARENT else self._phase_run(TrackedPhase(part))
+        milliseconds = int((unix_time or time.time()) * 1000)
+        for name, value in values.items():
+            key = _key(name)
+            if step > remote.last_steps.get(key, -1):
+                remote.last_steps[key] = step
+                metrics.setdefault(part, []).append(Metric(key, value, milliseconds, step))
+
+    def _send_metrics(self, metrics: dict[str, list[Any]]) -> None:
+        for part in list(metrics):
+            waiting = metrics.pop(part)
+            for i in range(0, len(waiting), MAX_METRICS_PER_REQUEST):
+                self._client.log_batch(self._runs[part].id, metrics=waiting[i : i + MAX_METRICS_PER_REQUEST])
+
+    def _send_phase(self, event: PhaseEvent, metrics: dict[str, list[Any]]) -> None:
+        remote = self._phase_run(event.phase, event.start_time)
+        if event.end_time is None or event.end is None:
+            self._set_running(remote)
+            return
+        values = {f"eval_{name}": value for name, value in event.values.items()}
+        for part in (event.phase, PARENT):
+            self._add(metrics, part, values, event.step, event.end_time)
+        if event.phase is TrackedPhase.TRAIN:
+            self._add(metrics, PARENT, {"finetuning_duration_seconds": event.end_time - event.start_time}, event.step, event.end_time)
+        self._send_metrics(metrics)
+        self._client.set_terminated(remote.id, status=STATUSES[event.end], end_time=int(event.end_time * 1000))
+        remote.status = STATUSES[event.end]
+
+    def _send_data(self, event: DataEvent) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(name=item.source[-200:], digest=item.digest[:MAX_DIGEST_LENGTH], source_type="uri", source=f'{{"uri": "{item.source}"}}'),
+                [InputTag("mlflow.data.context", item.context)],
+            )
+            for item in event.sources
+        ]
+        self._client.log_inputs(self._phase_run(TrackedPhase.TRAIN).id, datasets=inputs)
+
+
+def _summary_values(entry: LogEntry) -> dict[str, float]:
+    values = logged_values(entry)
+    summary = {
+        "final_training_loss": values.get("train_loss"), "total_training_steps": float(entry.step), "total_epochs": entry.epoch,
+    }  # fmt: skip
+    return {name: value for name, value in summary.items() if value is not None}
+
+
+def _key(name: str) -> str:
+    """The name with characters that MLflow accepts."""
+    return re.sub(r"[^\w./ -]", "_", name)
+

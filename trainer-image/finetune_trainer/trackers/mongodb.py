@@ -1,0 +1,145 @@
+"""Writes a run to MongoDB: `training_runs` has one document per job, `step_metrics` one per logged line, `final_metrics` the results.
+
+Each document has a key that follows from its content, so documents that are sent again replace themselves. The lines of steps that an
+attempt repeats are removed when the attempt begins. Lines are sent in order, so lines before the newest stored one are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.names import Reason
+
+from finetune_trainer.results.log_entry import LineKind
+from finetune_trainer.trackers.base import TrackedRun, TrackerError, connection_error, logged_values, rejected_error
+from finetune_trainer.trackers.events import (
+    ArtifactEvent,
+    DataEvent,
+    EndEvent,
+    Event,
+    LogEvent,
+    PhaseEvent,
+    RunEnd,
+    SystemEvent,
+)
+
+TIMEOUT_MILLISECONDS = 5000
+MAX_DOCUMENTS_PER_REQUEST = 50
+AUTHENTICATION_CODES = (13, 18)
+"""MongoDB's error codes for missing permission and failed authentication."""
+STATUSES = {
+    RunEnd.FINISHED: "completed", RunEnd.FAILED: "failed", RunEnd.KILLED: "killed", RunEnd.INTERRUPTED: "interrupted",
+}  # fmt: skip
+DEFAULT_DATABASE = "finetuning"
+
+
+class Mongodb:
+    """The documents of one run."""
+
+    name = "mongodb"
+
+    def __init__(self, run: TrackedRun, uri: str, database: str | None) -> None:
+        self._run, self._uri, self._database_name = run, uri, database or DEFAULT_DATABASE
+        self._client: Any = None
+        self._has_removed_repeated_steps = False
+        self._last_steps: dict[str, int] = {}
+
+    @property
+    def run_address(self) -> str | None:
+        return f"{self._database_name}.training_runs/{self._run.uid}"
+
+    def open(self) -> None:
+        from pymongo import MongoClient
+
+        if self._client is not None:
+            self._client.close()
+        self._client = MongoClient(
+            self._uri, serverSelectionTimeoutMS=TIMEOUT_MILLISECONDS, connectTimeoutMS=TIMEOUT_MILLISECONDS, socketTimeoutMS=4 * TIMEOUT_MILLISECONDS,
+            appname="finetune-trainer",
+        )  # fmt: skip
+        run = self._run
+        self._update_run(
+            {
+                **self._coordinates(), "namespace": run.namespace, "name": run.job, "attempt": run.attempt, "status": "running",
+                "started_at": run.started_at, "storage_uri": run.storage_uri, "parameters": _without_dots(run.parameters),
+            }
+        )  # fmt: skip
+        if not self._has_removed_repeated_steps and run.resumed_from_step is not None:
+            self._collection("step_metrics").delete_many({"run_id": run.uid, "step": {"$gt": run.resumed_from_step}})
+            self._has_removed_repeated_steps = True
+        self._last_steps = {kind: self._newest_step(kind) for kind in LineKind}
+
+    def _newest_step(self, kind: LineKind) -> int:
+        """The newest stored step of a kind of lines; -1 without lines."""
+        found = self._collection("step_metrics").find_one({"run_id": self._run.uid, "kind": str(kind)}, sort=[("step", -1)])
+        return -1 if found is None else int(found["step"])
+
+    def send(self, events: Sequence[Event]) -> None:
+        documents: dict[str, list[dict[str, Any]]] = {}
+        for event in events:
+            match event:
+                case LogEvent(entry=entry) if entry.step > self._last_steps.get(entry.kind, -1):
+                    values = _without_dots(logged_values(entry))
+                    document = {"_id": f"{self._run.uid}:{entry.step}:{entry.kind}", "step": entry.step, "kind": str(entry.kind), **values}
+                    documents.setdefault("step_metrics", []).append(document | {"timestamp": _time(entry.unix_time)})
+                case SystemEvent():
+                    document = {"_id": f"{self._run.uid}:{event.seconds}", "seconds": event.seconds, **_without_dots(event.values)}
+                    documents.setdefault("system_metrics", []).append(document | {"timestamp": _time(event.time)})
+                case PhaseEvent(values=values) if values:
+                    document = {"_id": f"{self._run.uid}:{event.phase}", "phase": str(event.phase), "step": event.step, **_without_dots(values)}
+                    documents.setdefault("final_metrics", []).append(document | {"timestamp": _time(event.end_time)})
+                case DataEvent(sources=sources):
+                    self._update_run({"data": [source.model_dump() for source in sources]})
+                case ArtifactEvent():
+                    self._update_run({f"artifacts.{event.name}": {"uri": event.uri, "sha256": event.sha256}})
+                case EndEvent():
+                    self._write(documents)
+                    self._update_run({"status": STATUSES[event.end], "ended_at": _time(event.time), "failure": event.reason})
+        self._write(documents)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def explain(self, error: Exception) -> TrackerError:
+        from pymongo.errors import ConfigurationError, InvalidURI, OperationFailure
+
+        address = self._uri.replace("mongodb+srv://", "mongodb://")
+        if isinstance(error, OperationFailure):
+            if error.code in AUTHENTICATION_CODES:
+                return rejected_error(self.name, address, "check the user and password in the Secret of tracking.mongodb.uriSecretRef")
+            return TrackerError(Reason.TRACKER_FAILED, f"mongodb refused an operation with the error code {error.code}")
+        if isinstance(error, InvalidURI | ConfigurationError):
+            return TrackerError(
+                Reason.TRACKER_FAILED, "mongodb: the Secret of tracking.mongodb.uriSecretRef does not contain a valid connection URI"
+            )
+        return connection_error(self.name, address, error)
+
+    def _coordinates(self) -> dict[str, Any]:
+        return {"run_id": self._run.uid, "run_name": self._run.name, "project": self._run.project, "model": self._run.model}
+
+    def _collection(self, name: str) -> Any:
+        return self._client[self._database_name][name]
+
+    def _update_run(self, values: dict[str, Any]) -> None:
+        self._collection("training_runs").update_one({"_id": self._run.uid}, {"$set": values}, upsert=True)
+
+    def _write(self, documents: dict[str, list[dict[str, Any]]]) -> None:
+        from pymongo import ReplaceOne
+
+        for collection in list(documents):
+            requests = [
+                ReplaceOne({"_id": document["_id"]}, self._coordinates() | document, upsert=True) for document in documents.pop(collection)
+            ]
+            for i in range(0, len(requests), MAX_DOCUMENTS_PER_REQUEST):
+                self._collection(collection).bulk_write(requests[i : i + MAX_DOCUMENTS_PER_REQUEST], ordered=True)
+
+
+def _time(unix_time: float | None) -> datetime | None:
+    return None if unix_time is None else datetime.fromtimestamp(unix_time, UTC)
+
+
+def _without_dots(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with names that MongoDB and tools for it accept without escapes."""
+    return {name.replace(".", "_").replace("$", "_"): value for name, value in values.items()}

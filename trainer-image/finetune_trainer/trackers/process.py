@@ -1,0 +1,195 @@
+"""The process that sends a run to its trackers: `finetune-trainer track FOLDER`.
+
+The supervisor of rank 0's pod starts it. It reads `task.json` and follows the events in the folder, and writes `state.json` with the state of
+each tracker. It ends when the end of the attempt is sent. The libraries of trackers are imported only here, never by ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.base import WireModel
+from finetune_api.names import MONGODB_URI, Reason, Storage
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import Tracker as TrackerName
+from pydantic import Field
+
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.processes import die_with_parent
+from finetune_trainer.settings import Settings, load_run
+from finetune_trainer.storage.base import Store, join
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.trackers.base import TrackedRun, Tracker
+from finetune_trainer.trackers.events import SystemEvent, append_events
+from finetune_trainer.trackers.sender import Sender
+from finetune_trainer.trackers.system_metrics import SystemSampler
+
+TASK_FILE = "task.json"
+EVENTS_FILE = "events.jsonl"
+STATE_FILE = "state.json"
+ENDING_FILE = "ending"
+"""File that the supervisor creates after it has written the end event."""
+SYSTEM_METRICS_FILE = "system_metrics.jsonl"
+STATE_KEY = f"{Storage.RUN}/trackers.json"
+TICK_SECONDS = 0.2
+SAMPLE_SECONDS = 15.0
+UPLOAD_SECONDS = 60.0
+UPLOAD_BYTES = 4 * 1024 * 1024
+"""The pause between uploads grows by `UPLOAD_SECONDS` with each such part of the file, which is always uploaded as a whole."""
+NICENESS = 10
+
+
+class TrackerState(WireModel):
+    """The state of one tracker."""
+
+    address: str | None = Field(default=None, description="Address or id of the run in the tracker.")
+    sent: int = Field(default=0, description="Events that were sent by this attempt.")
+    has_ended: bool = Field(default=False, description="Everything is sent, also the end of the attempt.")
+    reason: Reason | None = Field(default=None, description="Kind of the problem.")
+    problem: str | None = Field(default=None, description="Why events cannot be sent at present.")
+
+
+class TrackingState(WireModel):
+    """`state.json`, and `run/trackers.json` in storage."""
+
+    trackers: dict[str, TrackerState] = {}
+
+
+@dataclass(frozen=True)
+class RunStorage:
+    """Stores files of trackers, unless a later attempt has begun."""
+
+    store: Store
+    attempt: int
+
+    def put_file(self, path: Path, key: str) -> None:
+        """Store a file. Errors: those of storage."""
+        if not CheckpointTree(self.store).is_superseded(self.attempt):
+            self.store.put_file(path, key)
+
+
+class SystemMetrics:
+    """Samples the system, and stores all samples of the run as `metrics/system_metrics.jsonl`."""
+
+    def __init__(self, path: Path, run: TrackedRun, storage: RunStorage) -> None:
+        self._path, self._run, self._storage = path, run, storage
+        self._sampler = SystemSampler()
+        self._key = join(Storage.METRICS, SYSTEM_METRICS_FILE)
+        self._next_sample = self._next_upload = time.monotonic()
+        if not path.exists():
+            path.write_bytes(storage.store.get(self._key) or b"")
+
+    def tick(self) -> None:
+        """Take a sample and upload the file, if it is time."""
+        now = time.monotonic()
+        if now >= self._next_sample:
+            self._next_sample = now + SAMPLE_SECONDS
+            self._sample()
+        if now >= self._next_upload:
+            self._next_upload = now + UPLOAD_SECONDS * (1 + self._path.stat().st_size // UPLOAD_BYTES)
+            self.upload()
+
+    def _sample(self) -> None:
+        unix_time = time.time()
+        seconds = int(unix_time - self._run.started_at.timestamp())
+        append_events(self._path, [SystemEvent(time=round(unix_time, 3), seconds=seconds, values=self._sampler.sample())])
+
+    def upload(self) -> None:
+        """Store the file. Errors are logged, because the next upload contains the same samples."""
+        try:
+            self._storage.put_file(self._path, self._key)
+        except Exception as error:
+            logging.warning("the system metrics were not stored: %s", type(error).__name__)
+
+
+def build_trackers(config: RunConfig, run: TrackedRun, folder: Path, storage: RunStorage) -> list[Tracker]:
+    """The trackers of `tracking.reportTo`. Their libraries are imported when they are opened."""
+    from finetune_trainer.trackers.mlflow import Mlflow
+    from finetune_trainer.trackers.mongodb import Mongodb
+    from finetune_trainer.trackers.tensorboard import TensorBoard
+    from finetune_trainer.trackers.wandb import Wandb
+
+    tracking = config.spec.tracking
+    trackers: list[Tracker] = []
+    for name in tracking.report_to or []:
+        match name:
+            case TrackerName.TENSORBOARD:
+                trackers.append(TensorBoard(run, folder / "tensorboard", storage))
+            case TrackerName.MLFLOW:
+                mlflow = tracking.mlflow
+                trackers.append(Mlflow(run, (mlflow and mlflow.tracking_uri) or "", mlflow.experiment_name if mlflow else None))
+            case TrackerName.WANDB:
+                wandb = tracking.wandb
+                options = {"project": wandb.project if wandb else None, "entity": wandb.entity if wandb else None}
+                trackers.append(Wandb(run, folder / "wandb", storage, system_metrics=bool(tracking.system_metrics), **options))
+            case TrackerName.MONGODB:
+                trackers.append(Mongodb(run, os.environ.get(MONGODB_URI, ""), tracking.mongodb.database if tracking.mongodb else None))
+    return trackers
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; returns the exit code. `arguments`: the folder with the task."""
+    die_with_parent()
+    os.nice(NICENESS)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracker %(message)s", stream=sys.stderr)
+    folder = Path(arguments[0])
+    config, _ = load_run(Settings.from_env())
+    run = TrackedRun.model_validate_json((folder / TASK_FILE).read_text())
+    storage = RunStorage(open_store(config.storage), run.attempt)
+    samples = SystemMetrics(folder / SYSTEM_METRICS_FILE, run, storage) if config.spec.tracking.system_metrics else None
+    files = [folder / EVENTS_FILE, *([folder / SYSTEM_METRICS_FILE] if samples else [])]
+    senders = [Sender(tracker, files) for tracker in build_trackers(config, run, folder, storage)]
+    _send_all(senders, samples, folder, storage)
+    return 0
+
+
+def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path, storage: RunStorage) -> None:
+    """Run the senders until all have sent the end of the attempt."""
+    is_ending = threading.Event()
+    threads = [threading.Thread(target=sender.run, args=(is_ending,), name=sender.tracker.name, daemon=True) for sender in senders]
+    for thread in threads:
+        thread.start()
+    written = TrackingState()
+    while not is_ending.is_set() or any(thread.is_alive() for thread in threads):
+        if not is_ending.is_set() and (folder / ENDING_FILE).exists():
+            is_ending.set()
+        if samples is not None and not is_ending.is_set():
+            samples.tick()
+        written = _write_state(senders, folder, written)
+        is_ending.wait(TICK_SECONDS) if not is_ending.is_set() else threading.Event().wait(TICK_SECONDS)
+    if samples is not None:
+        samples.upload()
+    _write_state(senders, folder, written)
+    _store_state(folder, storage)
+
+
+def _write_state(senders: list[Sender], folder: Path, before: TrackingState) -> TrackingState:
+    """Write `state.json` if it has changed."""
+    state = TrackingState(trackers={sender.tracker.name: _state_of(sender) for sender in senders})
+    if state != before:
+        partial = folder / f".{STATE_FILE}"
+        partial.write_text(state.model_dump_json(by_alias=True))
+        partial.rename(folder / STATE_FILE)
+    return state
+
+
+def _state_of(sender: Sender) -> TrackerState:
+    problem = sender.problem
+    return TrackerState(
+        address=sender.tracker.run_address, sent=sender.sent, has_ended=sender.has_ended,
+        reason=problem.reason if problem else None, problem=problem.message if problem else None,
+    )  # fmt: skip
+
+
+def _store_state(folder: Path, storage: RunStorage) -> None:
+    """Store the addresses of the runs in the trackers, for users."""
+    try:
+        storage.put_file(folder / STATE_FILE, STATE_KEY)
+    except Exception as error:
+        logging.warning("%s was not stored: %s", STATE_KEY, type(error).__name__)

@@ -1,0 +1,81 @@
+"""Sends the events of a run to one tracker, in a thread of its own, until the attempt has ended."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from finetune_trainer.trackers.base import Tracker, TrackerError
+from finetune_trainer.trackers.events import EndEvent, EventReader
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.2
+FLUSH_SECONDS = 30.0
+FIRST_PAUSE_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 60.0
+
+
+class Sender:
+    """Reads the files of events, sends new events to one tracker, and repeats after errors with growing pauses.
+
+    An error never ends a sender. Events wait in the files, so memory does not grow while a tracker is down.
+    """
+
+    def __init__(self, tracker: Tracker, files: Sequence[Path], *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`files`: the events of the run, and optionally samples of the system. The first file has the end event."""
+        self.tracker = tracker
+        self.problem: TrackerError | None = None
+        self.sent = 0
+        self.has_ended = False
+        self._readers = [EventReader(file) for file in files]
+        self._clock = clock
+        self._is_open = self._is_ending = self._is_end_sent = False
+        self._failures = 0
+        self._next_try = self._next_flush = clock()
+
+    def run(self, is_ending: threading.Event) -> None:
+        """Send until the end event is sent and stored. `is_ending`: set when the end event is written."""
+        while not self.has_ended:
+            self.step(is_ending=is_ending.is_set())
+            if not self.has_ended:
+                threading.Event().wait(POLL_SECONDS)
+
+    def step(self, *, is_ending: bool = False) -> None:
+        """Try to send what waits, unless the pause after an error is not over. When the attempt begins to end, it is tried at once."""
+        if is_ending and not self._is_ending:
+            self._is_ending, self._failures, self._next_try = True, 0, self._clock()
+        if self._clock() < self._next_try:
+            return
+        try:
+            self._send()
+        except Exception as error:
+            self._record(error)
+        else:
+            self._failures, self.problem = 0, None
+
+    def _send(self) -> None:
+        if not self._is_open:
+            self.tracker.open()
+            self._is_open = True
+        # Samples of the system come first: no event may follow the end event.
+        for reader in reversed(self._readers):
+            while events := reader.read():
+                self.tracker.send(events)
+                reader.confirm()
+                self.sent += len(events)
+                self._is_end_sent = self._is_end_sent or any(isinstance(event, EndEvent) for event in events)
+        if self._is_end_sent or self._clock() >= self._next_flush:
+            self._next_flush = self._clock() + FLUSH_SECONDS
+            self.tracker.flush()
+        self.has_ended = self._is_end_sent
+
+    def _record(self, error: Exception) -> None:
+        """Record a problem and the time of the next try. The tracker is opened again, so that it learns what it already has."""
+        self.problem = error if isinstance(error, TrackerError) else self.tracker.explain(error)
+        log.warning("%s: %s", self.tracker.name, self.problem.message)
+        self._is_open = False
+        self._next_try = self._clock() + min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**self._failures)
+        self._failures += 1

@@ -1,0 +1,133 @@
+"""Writes TensorBoard event files and stores them below `tracking/tensorboard/` in the job's folder.
+
+An attempt writes the files of the whole run again, from the logged lines up to its checkpoint. The stored files therefore contain each step
+once, also if an attempt repeats steps. A file that has reached `SEGMENT_BYTES` is closed and not uploaded again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_api.names import Reason
+
+from finetune_trainer.results.log_entry import LogEntry
+from finetune_trainer.results.run_names import slug
+from finetune_trainer.trackers.base import FileStorage, TrackedRun, TrackerError, logged_values
+from finetune_trainer.trackers.events import ArtifactEvent, DataEvent, Event, LogEvent, PhaseEvent, SystemEvent
+
+SEGMENT_BYTES = 4 * 1024 * 1024
+STORAGE_FOLDER = "tracking/tensorboard"
+
+
+class TensorBoard:
+    """The event files of one run."""
+
+    name = "tensorboard"
+
+    def __init__(self, run: TrackedRun, folder: Path, storage: FileStorage) -> None:
+        self._run, self._folder, self._storage = run, folder, storage
+        self._key_folder = f"{STORAGE_FOLDER}/{slug(run.name)}"
+        self._number = 0
+        self._not_uploaded: list[Path] = []
+        self._last_steps: dict[str, int] = {}
+        self._is_open = False
+
+    @property
+    def run_address(self) -> str | None:
+        return f"{self._run.storage_uri}/{self._key_folder}"
+
+    def open(self) -> None:
+        """Start the first file. Further calls continue the files, because what was written is complete."""
+        if self._is_open:
+            return
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._is_open = True
+        time = self._run.started_at.timestamp()
+        self._write([_event(time, file_version="brain.Event:2")])
+        text = "\n".join(f"| {name} | {value} |" for name, value in self._run.parameters.items())
+        self._write([_text_event(time, "parameters", f"| parameter | value |\n|---|---|\n{text}")])
+
+    def send(self, events: Sequence[Event]) -> None:
+        records = [record for event in events for record in self._records(event)]
+        if records:
+            self._write(records)
+
+    def flush(self) -> None:
+        """Upload the files that have changed."""
+        while self._not_uploaded:
+            path = self._not_uploaded[0]
+            self._storage.put_file(path, f"{self._key_folder}/{path.name}")
+            del self._not_uploaded[0]
+
+    def explain(self, error: Exception) -> TrackerError:
+        return TrackerError(Reason.TRACKER_FAILED, f"tensorboard: the event files could not be stored: {type(error).__name__}")
+
+    def _records(self, event: Event) -> Iterable[Any]:
+        match event:
+            case LogEvent(entry=entry):
+                values = {_tag(name, entry): value for name, value in logged_values(entry).items()}
+                yield from self._scalars(entry.unix_time or self._run.started_at.timestamp(), entry.step, values)
+            case PhaseEvent(end_time=float(time), step=step, values=values) if values:
+                yield from self._scalars(time, step, {f"{event.phase}/{name}": value for name, value in values.items()})
+            case SystemEvent():
+                yield from self._scalars(event.time, event.seconds, event.values)
+            case DataEvent(sources=sources):
+                yield _text_event(self._run.started_at.timestamp(), "data", json.dumps([source.model_dump() for source in sources]))
+            case ArtifactEvent():
+                yield _text_event(self._run.started_at.timestamp(), f"artifact/{event.name}", event.uri)
+
+    def _scalars(self, time: float, step: int, values: dict[str, float]) -> Iterable[Any]:
+        new = {tag: value for tag, value in values.items() if step > self._last_steps.get(tag, -1)}
+        self._last_steps |= dict.fromkeys(new, step)
+        if new:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()])
+            yield _event(time, step=step, summary=summary)
+
+    def _write(self, records: Sequence[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        path = self._segment()
+        with path.open("ab") as stream:
+            writer = RecordWriter(stream)
+            for record in records:
+                writer.write(record.SerializeToString())
+        if path not in self._not_uploaded:
+            self._not_uploaded.append(path)
+
+    def _segment(self) -> Path:
+        """The current file. Names sort in the order of writing, as TensorBoard reads them."""
+        path = self._path(self._number)
+        if path.exists() and path.stat().st_size >= SEGMENT_BYTES:
+            self._number += 1
+            path = self._path(self._number)
+        return path
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"events.out.tfevents.{int(self._run.started_at.timestamp())}.{self._run.uid}.{number:05d}"
+
+
+def _event(time: float, **fields: Any) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event as FileEvent
+
+    return FileEvent(wall_time=time, **fields)
+
+
+def _text_event(time: float, tag: str, text: str) -> Any:
+    from tensorboard.plugins.text.summary_v2 import text_pb
+
+    return _event(time, step=0, summary=text_pb(tag, text))
+
+
+def _tag(name: str, entry: LogEntry) -> str:
+    """The tag of a logged value, such as `train/loss` and `eval/loss`: TensorBoard groups its charts by the text before the slash."""
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name.removeprefix(f'{prefix}_')}"
+    return f"{entry.kind}/{name}" if entry.kind in ("evaluation", "test") else f"train/{name}"

@@ -1,0 +1,129 @@
+"""Sends a run to Weights & Biases, or writes its files below `tracking/wandb/` if `WANDB_MODE` is offline.
+
+The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts only rising steps; the lines of one step form
+one row. Online, the server tells the step from which a resumed run continues. Offline, an attempt writes the whole run again, and
+`wandb sync` uploads the files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_api.names import Reason
+
+from finetune_trainer.trackers.base import (
+    FileStorage,
+    TrackedRun,
+    TrackerError,
+    connection_error,
+    logged_values,
+    rejected_error,
+)
+from finetune_trainer.trackers.events import ArtifactEvent, DataEvent, EndEvent, Event, LogEvent, PhaseEvent, RunEnd
+
+STORAGE_FOLDER = "tracking/wandb"
+OFFLINE_MODES = ("offline", "dryrun")
+CONNECT_SECONDS = 60
+GROWTH = 1.5
+"""A file is always stored as a whole, so it is stored again only when it has grown by this factor."""
+DEFAULT_URL = "https://api.wandb.ai"
+
+
+def is_offline(environment: Mapping[str, str]) -> bool:
+    """Whether the variables of `placement.env` ask for files instead of a server."""
+    return environment.get("WANDB_MODE") in OFFLINE_MODES
+
+
+class Wandb:
+    """One run of W&B."""
+
+    name = "wandb"
+
+    def __init__(
+        self, run: TrackedRun, folder: Path, storage: FileStorage, *, project: str | None, entity: str | None, system_metrics: bool,
+    ) -> None:  # fmt: skip
+        self._run, self._folder, self._storage = run, folder, storage
+        self._project, self._entity, self._system_metrics = project or run.project, entity, system_metrics
+        self._is_offline = is_offline(os.environ)
+        self._remote: Any = None
+        self._first_step = 0
+        self._stored_size = 0
+        self._is_finished = False
+
+    @property
+    def run_address(self) -> str | None:
+        if self._is_offline:
+            return f"{self._run.storage_uri}/{STORAGE_FOLDER}"
+        return getattr(self._remote, "url", None)
+
+    def open(self) -> None:
+        """Create or continue the run. Further calls do nothing, because the library repeats requests by itself."""
+        import wandb
+
+        if self._remote is not None:
+            return
+        if self._is_offline:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._remote = wandb.init(
+            project=self._project, entity=self._entity, id=self._run.uid, name=self._run.name, dir=self._folder,
+            mode="offline" if self._is_offline else "online", resume=None if self._is_offline else "allow",
+            config={"parameters": self._run.parameters, **{name.replace(".", "_"): value for name, value in self._run.tags.items()}},
+            allow_val_change=True, save_code=False,
+            settings=wandb.Settings(
+                console="off", disable_git=True, init_timeout=CONNECT_SECONDS, silent=True, x_disable_stats=not self._system_metrics,
+                x_disable_meta=True, x_save_requirements=False,
+            ),
+        )  # fmt: skip
+        self._first_step = 0 if self._is_offline else int(self._remote.step)
+
+    def send(self, events: Sequence[Event]) -> None:
+        for event in events:
+            match event:
+                case LogEvent(entry=entry) if entry.step >= self._first_step:
+                    self._remote.log(logged_values(entry), step=entry.step)
+                case PhaseEvent(values=values) if values:
+                    for name, value in values.items():
+                        self._remote.summary[f"{event.phase}/{name}"] = value
+                case DataEvent(sources=sources):
+                    self._remote.config.update({"data": [source.model_dump() for source in sources]}, allow_val_change=True)
+                case ArtifactEvent():
+                    self._remote.summary[f"artifact/{event.name}"] = event.uri
+                case EndEvent():
+                    self._finish(event.end)
+
+    def _finish(self, end: RunEnd) -> None:
+        import wandb
+
+        if end is RunEnd.INTERRUPTED and not self._is_offline:
+            self._remote.mark_preempting()  # W&B then shows the run as preempted, not as failed
+        self._remote.finish(exit_code=0 if end is RunEnd.FINISHED or (end is RunEnd.INTERRUPTED and self._is_offline) else 1)
+        wandb.teardown()  # the library's process still writes the file after `finish`; this waits until the process has ended
+        self._is_finished = True
+
+    def flush(self) -> None:
+        """Store the file of an offline run, at the end or if it has grown by half. Its name is the same in all attempts."""
+        if not self._is_offline:
+            return
+        for path in self._folder.glob("wandb/offline-run-*/run-*.wandb"):
+            size = path.stat().st_size
+            if self._is_finished or size > GROWTH * self._stored_size:
+                self._storage.put_file(path, f"{STORAGE_FOLDER}/offline-run-{self._run.started_at:%Y%m%d_%H%M%S}-{self._run.uid}/{path.name}")
+                self._stored_size = size
+
+    def explain(self, error: Exception) -> TrackerError:
+        from wandb.errors import AuthenticationError, UsageError
+
+        url = os.environ.get("WANDB_BASE_URL", DEFAULT_URL)
+        if self._is_offline:
+            return TrackerError(Reason.TRACKER_FAILED, f"wandb: the files of the run could not be stored: {type(error).__name__}")
+        text = str(error).lower()
+        if isinstance(error, AuthenticationError) or any(word in text for word in ("api_key", "api key", "401", "403", "permission denied")):
+            return rejected_error(self.name, url, "check the API key in the Secret of tracking.wandb.apiKeySecretRef")
+        if isinstance(error, UsageError):
+            return TrackerError(Reason.TRACKER_FAILED, "wandb refused the run: check tracking.wandb.project and tracking.wandb.entity")
+        return connection_error(self.name, url, error)
