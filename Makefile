@@ -15,7 +15,7 @@ PYTEST := $(TEST_ENV) .venv/bin/pytest -q -n $(WORKERS) --no-loadscope-reorder
 
 .PHONY: help
 help: ## List every target
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ First steps
 .PHONY: demo
@@ -29,6 +29,10 @@ setup: ## Create .venv from the locked requirements; all checkouts share the ins
 .PHONY: packages
 packages: setup ## Install the local cluster's Debian packages (needs root on Linux)
 	@$(PY) -m localcluster packages --install
+
+.PHONY: browser
+browser: setup ## Install a headless Chromium for the tests of reports (needs root on Debian)
+	@$(PY) scripts/report_screenshots.py --install
 
 .PHONY: tools
 tools: setup ## Build Helm from its Go module and print its path
@@ -64,6 +68,10 @@ verify: setup ## Fail if a generated file is out of date or `helm lint` fails fo
 locks: setup ## Regenerate requirements/{operator,trainer,cli}.lock with the versions of dev.lock
 	@scripts/locks.sh
 
+.PHONY: report-screenshot
+report-screenshot: setup ## Train a tiny model and take the screenshots of its report for the docs, with a headless Chromium
+	@$(PY) scripts/report_screenshots.py
+
 ##@ Tests
 .PHONY: mutants
 mutants: setup ## Mutation tests of the most important modules: MODULES="lease decide" chooses some, SAMPLE=150 tests only 150 mutants of each
@@ -86,7 +94,7 @@ tracker-servers: setup ## Install an MLflow server and build a MongoDB-compatibl
 	@$(PY) -m tests.support.tracker_servers
 
 .PHONY: test-faults
-test-faults: prepare verify tracker-servers ## Run the fault tests and the long tests
+test-faults: prepare verify tracker-servers browser ## Run the fault tests and the long tests
 	@$(PYTEST) -m "(faults or slow) and not gpu"
 
 .PHONY: test-gpu

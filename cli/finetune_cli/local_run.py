@@ -336,6 +336,7 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
     if code == ExitCode.OK:
         uri = message.output.uri if message and message.output else run.config.storage.uri
         output.write(f"{run.name}: done, the model is in {uri}")
+        output.print_notes([f"report: {report}" for report in [_report_file(run)] if report is not None])
         return output.OK
     if code == ExitCode.PREEMPTED_SAVED:
         output.print_notes(
@@ -347,8 +348,15 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
         output.print_notes([message.hint] if message.hint else [])
     else:
         output.print_errors([f"the trainer ended with exit code {code}", *_last_lines(run.log)])
+    output.print_notes([f"report: {report}" for report in [_report_file(run)] if report is not None])
     output.print_notes([f"log: {run.log}"])
     return output.JOB_FAILED
+
+
+def _report_file(run: LocalRun) -> Path | None:
+    """Return the report of the run, or None if the trainer has not written it."""
+    path = Path(run.config.storage.uri.removeprefix("file://"), names.REPORT_KEY)
+    return path if path.is_file() else None
 
 
 def last_report(path: Path) -> ProgressReport | None:

@@ -28,6 +28,7 @@ from finetune_cli.commands.rerun import rerun
 from finetune_cli.commands.run import run_command
 from finetune_cli.commands.status import status
 from finetune_cli.commands.submit import submit
+from finetune_cli.commands.support_bundle import support_bundle
 from finetune_cli.commands.validate import validate
 from finetune_cli.commands.wait import wait
 
@@ -60,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "purge": purge,
     "ratings": ratings,
     "report": report,
+    "support-bundle": support_bundle,
 }
 
 

@@ -463,6 +463,10 @@ class Storage(StrEnum):
     """Marker in the folder `model`, next to `_COMMITTED`. The trainer writes the marker if the final model passes every gate of `evaluation.gates`."""
 
 
+REPORT_KEY = f"{Storage.REPORT}/index.html"
+"""Path of the run's report below `<storage.uri>/<namespace>/<name>/<uid>/`: an HTML page that contains everything that it shows."""
+
+
 def checkpoint_folder(step: int) -> str:
     """Return the folder name of a checkpoint. The step has eight digits, so that names and steps have the same order."""
     return f"step-{step:08d}"

@@ -186,7 +186,9 @@ class Output(ReportModel):
         "Address of the pushed commit on the model hub. Present if output.hub.push is true.",
         example="https://huggingface.co/org/my-model/tree/12fd25f77366fa6b3b4b768ec3050bf629380bac",
     )  # fmt: skip
-    report_uri: str | None = status_field("Folder with the run's report.")
+    report_uri: str | None = status_field(
+        "The run's report, an HTML page.", example="s3://models/ft/team-a/support-bot/UID/report/index.html"
+    )
     promoted: bool | None = status_field(
         "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True
     )

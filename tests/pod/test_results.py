@@ -89,5 +89,5 @@ def test_a_copy_of_all_results_lies_below_the_output_folder(output: dict[str, st
         assert (copy / model_folder / path).read_bytes() == (original / path).read_bytes()
     names = {path.name for path in copy.iterdir() if path.is_file()}
     metric_files = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
-    assert metric_files | {"test_split.jsonl", "evaluation_results.json", "evaluation_summary.json"} <= names
+    assert metric_files | {"report.html", "test_split.jsonl", "evaluation_results.json", "evaluation_summary.json"} <= names
     assert json.loads((copy / "evaluation_results.json").read_text())["perplexity"] > 1

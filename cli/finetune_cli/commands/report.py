@@ -1,133 +1,75 @@
-"""`finetune report`: an archive for a bug report, without secrets."""
+"""`finetune report`: downloads the report of a job from storage, and opens it."""
 
 from __future__ import annotations
 
-import io
-import json
-import platform
-import re
-import tarfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune_cli import output
 from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
-from finetune_cli.yaml_writer import to_yaml
+from finetune_cli.commands.storage_options import EndpointOption, SecretOption, StorageOption, open_storage
 
 if TYPE_CHECKING:
-    from finetune_cli.cluster import Cluster
+    from finetune_cli.job_storage import JobStorage
 
-LOG_LINES = 2000
-SECRET_KEY = re.compile(r"(token|secret(?!keyref|ref|name)|passw|api_?key|credential(?!ssecretref))", re.IGNORECASE)
-SECRET_TEXT = re.compile(
-    r"\b(hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
-    r"|(?<=X-Amz-Signature=)[0-9a-f]+|(?i:(?<=bearer )[A-Za-z0-9._-]{8,})"
-)
-REDACTED_VALUE = "REDACTED"
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 
 
 def report(
     name: NameArgument,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     file: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="File name of the archive. Default: finetune-report-NAME.tar.gz."
-        ),
+        typer.Option("--output", "-o", metavar="FILE", help="File name of the report. Default: finetune-report-NAME.html."),
     ] = None,
+    use_secret: SecretOption = False,
+    endpoint: EndpointOption = None,
+    storage: StorageOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Write an archive for a bug report: the job, its pods and events, and the last lines of the logs, with secrets redacted.
+    """Download the report of a job: one HTML page with its request, curves, results, data, costs and origin.
 
-    Example: finetune report support-bot
+    Example: finetune report support-bot --open
     """
     from finetune_cli.cluster import connect
     from finetune_cli.files import unwritable_file_error
 
+    if file is not None and file.name.endswith(ARCHIVE_SUFFIXES):
+        raise output.fail(
+            f"-o {file}: `finetune report` downloads an HTML page; for the archive for a bug report, write `finetune support-bundle {name} -o {file}`"
+        )
     cluster = connect(namespace, context, kubeconfig)
-    job = cluster.get_job(name)
-    path = file or Path(f"finetune-report-{name}.tar.gz")
-    parts = collect_report(cluster, job)
+    page = read_report(open_storage(cluster, cluster.get_job(name), use_secret, endpoint, storage), name)
+    path = file or Path(f"finetune-report-{name}.html")
     try:
-        _write_archive(path, name, parts)
+        path.write_bytes(page)
     except OSError as error:
         raise unwritable_file_error(path, error) from None
-    output.write(f"{path}: {len(parts)} files; look for remaining secrets before you send the archive to others")
+    output.write(str(path))
+    if open_page:
+        _open(path)
 
 
-def _write_archive(path: Path, name: str, parts: dict[str, str]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for part, text in parts.items():
-            info = tarfile.TarInfo(f"finetune-report-{name}/{part}")
-            data = text.encode()
-            info.size, info.mtime = len(data), int(time.time())
-            archive.addfile(info, io.BytesIO(data))
+def read_report(storage: JobStorage, name: str) -> bytes:
+    """Return the report in a job's folder. Raises StorageError, also if the report does not exist."""
+    from finetune_api.names import REPORT_KEY, Storage
 
+    from finetune_cli.job_storage import StorageError
 
-def collect_report(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the redacted files of the archive by name. The file of an unreadable object contains the error."""
-    from finetune_api.names import TRAINER_CONTAINER
-
-    from finetune_cli.cluster import ClusterError
-    from finetune_cli.status_text import describe_job, event_line
-
-    name = job["metadata"]["name"]
-    job["metadata"].pop("managedFields", None)
-    parts = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
-    pods: list[dict[str, Any]] = []
-    try:
-        pods = cluster.list_pods(name)
-        for pod in pods:
-            pod["metadata"].pop("managedFields", None)
-        parts["pods.yaml"] = to_yaml(redact_value(pods))
-        object_uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
-        parts["events.txt"] = "\n".join(map(event_line, cluster.list_events(object_uids)))
-        parts["versions.json"] = json.dumps(
-            {"kubernetes": cluster.get_version(), "python": platform.python_version()}, indent=1
+    if REPORT_KEY not in {stored.key for stored in storage.list_objects(Storage.REPORT)}:
+        raise StorageError(
+            f"{name} has no report below {storage.uri} yet: the trainer writes it at the end of each attempt; `finetune status {name}` shows the progress"
         )
-    except ClusterError as error:
-        parts["errors.txt"] = str(error)
-    for pod in pods:
-        pod_name = pod["metadata"]["name"]
-        try:
-            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINES))
-        except ClusterError as error:
-            parts[f"logs/{pod_name}.txt"] = f"({error})"
-    return {part: redact_for_report(text) for part, text in parts.items()}
+    return storage.read_object(REPORT_KEY)
 
 
-def redact_for_report(text: str) -> str:
-    """Redact secrets in a text, with broader patterns than other commands, because the user sends the archive to others."""
-    from finetune_cli.redaction import redact_text
+def _open(path: Path) -> None:
+    """Open a file in the user's browser. Raises CommandExit if this machine has no browser."""
+    import webbrowser
 
-    return redact_text(SECRET_TEXT.sub(REDACTED_VALUE, text), REDACTED_VALUE)
-
-
-def redact_value(value: Any, key: str = "") -> Any:
-    """Return a copy in which the value of each variable or field is redacted if its name suggests a secret (`MY_TOKEN`, `password`)."""
-    if isinstance(value, dict):
-        if "name" in value and "value" in value and len(value) == 2:
-            return {
-                "name": value["name"],
-                "value": REDACTED_VALUE if SECRET_KEY.search(str(value["name"])) else redact_value(value["value"]),
-            }
-        return {name: redact_value(inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [redact_value(item, key) for item in value]
-    if isinstance(value, str):
-        if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
-            return REDACTED_VALUE
-        return _redact_json(value) if value.startswith(("{", "[")) else redact_for_report(value)
-    return value
-
-
-def _redact_json(text: str) -> str:
-    """Redact JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec as JSON, including environment variables."""
-    try:
-        return json.dumps(redact_value(json.loads(text)), ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return redact_for_report(text)
+    if not webbrowser.open(path.resolve().as_uri()):
+        raise output.fail(f"no browser could be started; open {path} yourself")

@@ -253,7 +253,7 @@ def test_logs_name_missing_pods_attempts_and_ranks(finetune: Finetune, job: Job,
     assert "no pod with rank 5" in finetune("logs", "bot", "--rank", "5").err
 
 
-def test_report_holds_everything_but_secrets(
+def test_support_bundle_holds_everything_but_secrets(
     finetune: Finetune, job: Job, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     job(
@@ -268,7 +268,7 @@ def test_report_holds_everything_but_secrets(
     )
     api.create("pods", namespace, pod("bot-1-0", 1, 0))
     archive = tmp_path / "r.tar.gz"
-    assert finetune("report", "bot", "-o", str(archive)).code == 0
+    assert finetune("support-bundle", "bot", "-o", str(archive)).code == 0
     with tarfile.open(archive) as members:
         texts = {
             member.name.partition("/")[2]: members.extractfile(member).read().decode()

@@ -74,7 +74,7 @@ def test_documented_role_is_sufficient(
     for words in (
         ("get",), ("get", "bot", "-o", "yaml"), ("status", "bot"), ("wait", "bot", "--for", "running"), ("events", "bot"), ("logs", "bot"),
         ("submit", str(manifest)), ("suspend", "bot"), ("resume", "bot"), ("rerun", "bot"), ("diff", "bot", "new"), ("checkpoints", "bot"),
-        ("report", "bot", "-o", str(tmp_path / "r.tar.gz")), ("cancel", "bot", "--yes"),
+        ("support-bundle", "bot", "-o", str(tmp_path / "r.tar.gz")), ("cancel", "bot", "--yes"),
     ):  # fmt: skip
         result = as_user(*words)
         assert (result.code, "forbidden" in result.err) == (0, False), (words, result)
@@ -117,7 +117,8 @@ COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`rerun`": (("rerun", "bot"),),
     "`checkpoints`": (("checkpoints", "bot"), ("checkpoints", "done", "--verify", "--use-secret")),
     "`purge`": (("purge", "done", "--use-secret", "--yes-purge", "done"),),
-    "`report`": (("report", "bot", "-o", "ARCHIVE"),),
+    "`report`": (("report", "done", "--use-secret", "-o", "PAGE"),),
+    "`support-bundle`": (("support-bundle", "bot", "-o", "ARCHIVE"),),
 }
 """For each row of the table: commands that together need every right in the row."""
 

@@ -57,14 +57,14 @@ def test_token_reaches_only_the_pod(
     created = api.get(PLURAL, namespace, "bot")
     job = build_first_job(created)
     assert read_secret_variables(job, api, namespace) == expected
-    archive = tmp_path / "report.tar.gz"
-    reported = finetune("report", "bot", "-o", str(archive))
+    archive = tmp_path / "bundle.tar.gz"
+    bundled = finetune("support-bundle", "bot", "-o", str(archive))
     visible_texts = [
         printed.out,
         printed.err,
         submitted.out,
         submitted.err,
-        reported.out,
+        bundled.out,
         json.dumps(created),
         json.dumps(job),
     ]

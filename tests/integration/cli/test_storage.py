@@ -1,4 +1,4 @@
-"""`checkpoints` and `purge` against a real S3 server, with the user's credentials and with the job's Secret."""
+"""`checkpoints`, `report` and `purge` against a real S3 server, with the user's credentials and with the job's Secret."""
 
 from __future__ import annotations
 
@@ -72,6 +72,30 @@ def test_checkpoints_are_verified_and_downloaded(finetune: Finetune, job_prefix:
     assert (tmp_path / "w.bin").read_bytes() == b"weights" * 1000
     result = finetune("checkpoints", "bot", "--download", "20", "--use-secret")
     assert (result.code, "20 is not committed below s3://" in result.err) == (1, True)
+
+
+def test_report_is_downloaded_and_opened(
+    finetune: Finetune, job_prefix: str, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "page.html"
+    words = ("report", "bot", "--use-secret", "-o", str(target))
+    absent = finetune(*words)
+    assert (absent.code, "bot has no report below s3://" in absent.err, target.exists()) == (1, True, False)
+    bucket.put_object(Key=f"{job_prefix}/report/index.html", Body=b"<!doctype html>page")
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda uri: not opened.append(uri))
+    assert finetune(*words) == Result(0, f"{target}\n", "")
+    assert (target.read_bytes(), opened) == (b"<!doctype html>page", [])
+    assert finetune(*words, "--open").code == 0
+    assert opened == [target.as_uri()]
+    monkeypatch.setattr("webbrowser.open", lambda uri: False)
+    refused = finetune(*words, "--open")
+    assert (refused.code, "no browser could be started" in refused.err) == (1, True)
+
+
+def test_report_as_an_archive_names_the_new_command(finetune: Finetune) -> None:
+    result = finetune("report", "bot", "-o", "old.tar.gz")
+    assert (result.code, "write `finetune support-bundle bot -o old.tar.gz`" in result.err) == (1, True)
 
 
 def test_damaged_file_is_detected(finetune: Finetune, job_prefix: str, bucket: Any) -> None:

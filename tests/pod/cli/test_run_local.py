@@ -58,6 +58,8 @@ def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
     path = marker.parent / json.loads(marker.read_text())["path"]
     assert (path / "adapter_config.json").is_file()
     assert result.stdout == f"bot: done, the model is in file://{path}\n"
+    page = next(folder.rglob("report/index.html"))
+    assert f"report: {page}" in result.stderr.replace("\n", "")
     assert "6/6 (100%)" in result.stderr
     steps = sorted(path.parent.name for path in marker.parents[1].glob("checkpoints/*/_COMMITTED"))
     assert steps == ["step-00000003", "step-00000006"]

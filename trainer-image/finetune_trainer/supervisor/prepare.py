@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune_api.errors import StorageError
 from finetune_api.names import Reason
@@ -38,6 +38,9 @@ from finetune_trainer.supervisor.given_model import (
 from finetune_trainer.supervisor.hub import require_token
 from finetune_trainer.supervisor.run_state import RunState
 
+if TYPE_CHECKING:
+    from finetune_trainer.data import DataSummary
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 BUSY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -58,6 +61,8 @@ class Preparation:
         self._node_rank, self._state = settings.node_rank, run_state
         self._config_maps = settings.config_maps
         self._bytes = 0
+        self.data_summary: DataSummary | None = None
+        """What the check of the rows has counted. None before the check."""
 
     def check_hub_token(self) -> None:
         """Check that the token for the hub is there if the job pushes its model. Errors: CredentialsError HubTokenMissing."""
@@ -195,7 +200,7 @@ class Preparation:
 
         if self._node_rank == 0:
             plan_tasks(self._run, inputs.benchmarks)  # refuses tasks that cannot run before any step is trained
-        summary = check_files(self._run, inputs)
+        self.data_summary = summary = check_files(self._run, inputs)
         read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # errors are found before training
         for note in summary.notes:
             self._state.add_note(note)

@@ -79,7 +79,7 @@ class RunResults:
         """
         folder = self.copy_folder()
         assert folder is not None, "a copy is only made with output.dir"
-        store = open_store(self._run.storage.model_copy(update={"uri": self._root}))
+        store = open_store(self._run.storage.model_copy(update={"uri": self.root}))
         try:
             for path in sorted(file for file in model.rglob("*") if file.is_file()):
                 store.put_file(path, folder.key_of_model_file(path.relative_to(model).as_posix()))
@@ -90,7 +90,7 @@ class RunResults:
             self._copy_stored_files(store, folder, further_folders)
         finally:
             store.close()
-        return f"{self._root}/{folder.key}".rstrip("/")
+        return f"{self.root}/{folder.key}".rstrip("/")
 
     def _copy_stored_files(self, store: Store, folder: CopyFolder, further_folders: tuple[str, ...]) -> None:
         """Copy the test rows and the files of stages."""
@@ -109,7 +109,7 @@ class RunResults:
         return copy_folder(spec.output, namespace=self._run.namespace, model_source=spec.model.source or "", started_at=self.started_at())
 
     @property
-    def _root(self) -> str:
+    def root(self) -> str:
         """`storage.uri` of the spec: `publish` without `output.dir`."""
         directory = (self._run.spec.output.dir or "").strip("/")
         return (self._run.publish or "").removesuffix(directory).rstrip("/")

@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import FineTuneError, InternalError
-from finetune_api.names import Env, ExitCode, Storage
-from finetune_api.pod import RunConfig
+from finetune_api.names import Env, ExitCode, FailureClass, Reason, Storage
+from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_api.status import Output, Stage
 
 from finetune_trainer import processes
@@ -48,6 +49,7 @@ from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.rank_messages import RankMessages
+from finetune_trainer.supervisor.run_report import ReportWriter
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
 from finetune_trainer.supervisor.server import Server
@@ -62,6 +64,9 @@ from finetune_trainer.supervisor.tracking import (
     entries_of_log,
 )
 
+if TYPE_CHECKING:
+    from finetune_trainer.data import DataSummary
+
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.05
 UPLOAD_AFTER_FAILURE_SECONDS = 120.0
@@ -71,6 +76,7 @@ UPLOAD_POLL_SECONDS = 0.2
 CLEANUP_SECONDS = 60.0
 MIN_CLEANUP_SECONDS = 0.05
 FILES_OF_RESULTS = "files of results"
+PARTS_OF_REPORT = "parts of the report"
 
 
 class Supervisor:
@@ -91,6 +97,8 @@ class Supervisor:
         self._staging: Staging | None = None
         self._metric_log: MetricLog | None = None
         self._results: RunResults | None = None
+        self._report_writer: ReportWriter | None = None
+        self._started_at = datetime.now(UTC)
         self._server: Server | None = None
         self._channel: RankChannel | None = None
         self._tracking: RunTracking | None = None
@@ -122,9 +130,10 @@ class Supervisor:
         self._finish_uploads()
         # 8. Run the stages after training.
         self._run_later_stages()
-        # 9. Decide the exit code, and report it to the operator.
+        # 9. Decide the exit code, write the run's report, and report the end to the operator.
         exit_decision = self._decide_exit()
         self._finish_tracking(exit_decision)
+        self._write_report(exit_decision)
         self._report_end(exit_decision)
         return exit_decision.code
 
@@ -195,6 +204,9 @@ class Supervisor:
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
             self._results = RunResults(run, tree, self._settings.work / "output")
+            self._report_writer = ReportWriter(
+                run, tree, self._results, incarnation=self._settings.incarnation(run), config_sha256=config_sha256, started_at=self._started_at
+            )
             if run.spec.phases.train is False:
                 self._prepare_given_model(run, preparation, tree)
                 return
@@ -210,6 +222,7 @@ class Supervisor:
             restore_result = preparation.restore(tree, facts)
             self._facts.start_step = restore_result.step
             self._start_tracking(entries_of_checkpoint(restore_result), facts)
+            self._record_start(preparation.data_summary)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
             with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
@@ -235,6 +248,12 @@ class Supervisor:
         self._tracking.start(self._results.started_at(), past_entries, resumed_from_step=self._facts.start_step if facts else None)
         if facts is not None:
             self._tracking.record_training(facts)
+
+    def _record_start(self, data_summary: DataSummary | None) -> None:
+        """Record the start of the training for the report. A pod that is killed later cannot record anything."""
+        writer = self._report_writer
+        if writer is not None and data_summary is not None and self._settings.node_rank == 0:
+            store_quietly(self._state, PARTS_OF_REPORT, lambda: writer.record_start(self._facts.start_step, data_summary))
 
     def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
@@ -445,11 +464,38 @@ class Supervisor:
         seconds = END_SECONDS if deadline is None else min(STOP_SECONDS, deadline - time.monotonic())
         self._tracking.finish(exit_decision, is_ended_by_user=self._facts.is_ended_by_user, seconds=seconds)
 
-    def _report_end(self, exit_decision: ExitDecision) -> None:
-        message = termination_message(
+    def _write_report(self, exit_decision: ExitDecision) -> None:
+        """Write the report within the time limit. The run is complete without a report, so a failure is a note.
+
+        If storage has failed, the report cannot be stored, either.
+        """
+        writer, message = self._report_writer, self._termination_message(exit_decision)
+        if writer is None or self._settings.node_rank > 0 or message.class_ is FailureClass.STORAGE:
+            return
+        output = self._facts.output
+        if output is not None:
+            self._state.enter_stage(Stage.REPORTING)
+        uris: list[str | None] = []
+
+        def write() -> None:
+            try:
+                uris.append(writer.write(message, self._state.report()))
+            except Exception as error:
+                self._state.add_note(f"the run's report was not written: {as_failure(error, Reason.REPORT_FAILED).code}")
+
+        self._clean_up(write)
+        if output is not None and uris and uris[0] is not None:
+            self._facts.output = output.model_copy(update={"report_uri": uris[0]})
+            self._state.set_output(self._facts.output)
+
+    def _termination_message(self, exit_decision: ExitDecision) -> TerminationMessage:
+        return termination_message(
             exit_decision, self._state.report(), output=self._facts.output, start_step=self._facts.start_step,
             node_name=self._settings.node_name,
         )  # fmt: skip
+
+    def _report_end(self, exit_decision: ExitDecision) -> None:
+        message = self._termination_message(exit_decision)
         self._state.enter_stage(Stage.DONE if exit_decision.code == ExitCode.OK else Stage.FAILED, message.message)
         write_termination_message(message, self._settings.termination_log)
         if self._server is not None:

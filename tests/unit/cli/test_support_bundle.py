@@ -1,11 +1,11 @@
-"""Redaction in `finetune report`."""
+"""Redaction in `finetune support-bundle`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from finetune_cli.commands.report import redact_for_report, redact_value
+from finetune_cli.commands.support_bundle import redact_for_others, redact_value
 
 
 @pytest.mark.parametrize(
@@ -32,5 +32,5 @@ def test_values_named_like_secrets_are_redacted(value: Any, redacted: Any) -> No
     "secret", ["ghp_" + "a1" * 12, "glpat-" + "b2" * 10, "https://onlytoken@git.example", "https://x/y?token=abc123"]
 )
 def test_every_secret_that_messages_redact_is_redacted(secret: str) -> None:
-    hidden = redact_for_report(f"cloning {secret} now")
+    hidden = redact_for_others(f"cloning {secret} now")
     assert (secret in hidden, hidden.startswith("cloning ")) == (False, True)

@@ -1,0 +1,83 @@
+"""Take the screenshots of `docs/guides/report.md`: train a tiny model, and show the report of the run in a headless Chromium.
+
+The first attempt of the run is killed, and the second one continues, so that the report shows two attempts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs/guides/images"
+MAX_BYTES = 150_000
+SCREENSHOTS = (("report-desktop.png", 1180, 1560, False), ("report-phone.png", 360, 1500, True))
+"""File, width and height in CSS pixels, and whether the theme is dark."""
+HOW_TO_INSTALL = "no browser is installed: install Chromium, on Debian with `apt-get install chromium-headless-shell`"
+COLOURS = 256
+"""Colours of a saved picture. More make the files larger, but not visibly better."""
+
+
+def main() -> None:
+    """Take the screenshots, of an existing report if one is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="an existing index.html instead of that of a new run")
+    parser.add_argument("--install", action="store_true", help="only install the browser")
+    options = parser.parse_args()
+    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests/pod", ROOT / "crds", ROOT / "trainer-image")]
+    if options.install:
+        print(_find_or_install_browser() or f"{HOW_TO_INSTALL}; the tests that need it are skipped")
+        return
+    program = _find_or_install_browser()
+    if program is None:
+        sys.exit(HOW_TO_INSTALL)
+    with tempfile.TemporaryDirectory() as folder:
+        _take(program, options.report or _run(Path(folder)))
+
+
+def _find_or_install_browser() -> str | None:
+    """Return the path of the browser. On Debian, root installs it with apt-get. None if it is absent and cannot be installed."""
+    from localcluster.requirements import install_packages
+    from tests.support.browser import PACKAGE, find_browser
+
+    if find_browser() is None and os.geteuid() == 0 and shutil.which("apt-get") is not None:
+        install_packages([PACKAGE, "fonts-dejavu-core"])
+    return find_browser()
+
+
+def _run(folder: Path) -> Path:
+    """Run a job in a folder whose name may be on the picture. Returns its report."""
+    from finetune_api.names import REPORT_KEY
+    from report_run import run_with_report, store_of
+
+    from tests.support.tiny import make_tiny_model
+
+    run_with_report(folder, make_tiny_model(folder / "tiny-llama"))
+    return store_of(folder) / REPORT_KEY
+
+
+def _take(program: str, report: Path) -> None:
+    from PIL import Image
+
+    from tests.support.browser import Browser
+
+    IMAGES.mkdir(exist_ok=True)
+    with Browser(program) as browser:
+        for name, width, height, is_dark in SCREENSHOTS:
+            visit = browser.show(report.resolve().as_uri(), width=width, dark=is_dark)
+            assert not visit.requests and not visit.errors, visit
+            browser.screenshot(IMAGES / name, height=height)
+            with Image.open(IMAGES / name) as picture:
+                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
+            size = (IMAGES / name).stat().st_size
+            assert size <= MAX_BYTES, f"{name} has {size} bytes"
+            print(f"{IMAGES / name}: {size} bytes")
+
+
+if __name__ == "__main__":
+    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"})
+    main()

@@ -1,0 +1,149 @@
+"""A headless Chromium that shows one page, over the DevTools protocol on two pipes (no WebSocket library, no open port).
+
+The protocol is one JSON object per message, and a zero byte after each message: `--remote-debugging-pipe` in Chromium's
+`content/public/common/content_switches.cc`. Chromium reads from descriptor 3 and writes to descriptor 4.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
+PACKAGE = "chromium-headless-shell"
+"""The Debian package; it is much smaller than the package of the browser with a window."""
+ARGUMENTS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-background-networking", "--disable-sync",
+    "--disable-component-update", "--remote-debugging-pipe",
+)  # fmt: skip
+
+CONNECT_PIPES = """
+import fcntl, os, sys
+to_browser, from_browser = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(to_browser, 3)
+os.dup2(from_browser, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Program that gives the pipes the numbers that the browser expects, and then becomes the browser."""
+
+
+def find_browser() -> str | None:
+    """Return the path of a Chromium program; None if none is installed."""
+    return next((path for program in PROGRAMS if (path := shutil.which(program))), None)
+
+
+@dataclass
+class Visit:
+    """What happened while a page was loaded."""
+
+    requests: list[str] = field(default_factory=list)
+    """URLs that the page requested, without the page itself."""
+    errors: list[str] = field(default_factory=list)
+    """Messages of the console and exceptions of scripts."""
+
+
+class Browser:
+    """One browser process with one page. Use it in a `with` block."""
+
+    def __init__(self, program: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # other processes of the browser may end later
+        to_browser, self._write = os.pipe()
+        self._read, from_browser = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", CONNECT_PIPES, str(to_browser), str(from_browser), program, *ARGUMENTS, f"--user-data-dir={self._folder.name}"],
+            pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(to_browser)
+        os.close(from_browser)
+        self._buffer, self._number = b"", 0
+        self._events: list[dict[str, Any]] = []
+        target = self._send("Target.createTarget", url="about:blank")["targetId"]
+        self._session: str | None = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self._send(f"{domain}.enable")
+
+    _session: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception_info: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+        self._folder.cleanup()
+
+    def show(self, url: str, *, width: int, height: int = 800, dark: bool = False) -> Visit:
+        """Load a page in a window of this size in CSS pixels, and wait until it is loaded."""
+        self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self._send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self._events.clear()
+        self._send("Page.navigate", url=url)
+        self._wait_for(lambda event: event["method"] == "Page.loadEventFired")
+        visit = Visit()
+        for event in self._events:
+            self._note(event, url, visit)
+        return visit
+
+    @staticmethod
+    def _note(event: dict[str, Any], url: str, visit: Visit) -> None:
+        parameters = event.get("params", {})
+        match event["method"]:
+            case "Network.requestWillBeSent" if parameters["request"]["url"] != url:
+                visit.requests.append(parameters["request"]["url"])
+            case "Log.entryAdded":
+                visit.errors.append(parameters["entry"]["text"])
+            case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
+                visit.errors.append(json.dumps(parameters))
+
+    def evaluate(self, expression: str) -> Any:
+        """Return the value of a JavaScript expression."""
+        return self._send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def screenshot(self, path: Path, *, height: int | None = None) -> None:
+        """Save a picture of the page from its top. `height`: CSS pixels; the whole page by default."""
+        size = self._send("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
+        data = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    # ---- the protocol
+
+    def _send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and return its result. Errors: RuntimeError with the browser's message."""
+        self._number += 1
+        number = self._number
+        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while (answer := self._receive()).get("id") != number:
+            self._events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return dict(answer["result"])
+
+    def _wait_for(self, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
+        while not any(is_wanted(event) for event in self._events):
+            self._events.append(self._receive())
+
+    def _receive(self) -> dict[str, Any]:
+        """Return the next message. Errors: RuntimeError if the browser has ended."""
+        while b"\0" not in self._buffer:
+            data = os.read(self._read, 1 << 16)
+            if not data:
+                raise RuntimeError(f"the browser ended with {self._process.wait()}")
+            self._buffer += data
+        text, _, self._buffer = self._buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(text)
+        return message

@@ -1,0 +1,65 @@
+"""Reads an HTML page into elements, and fails if the page is not well-formed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+VOID_ELEMENTS = {"meta", "link", "br", "hr", "img", "wbr"}
+
+
+@dataclass
+class Element:
+    """One element with its text, and the text of all elements within it."""
+
+    tag: str
+    attributes: dict[str, str]
+    text: str = ""
+    children: list[Element] = field(default_factory=list)
+
+    def all(self, tag: str, **attributes: str) -> list[Element]:
+        """Every element below with this tag and these attributes."""
+        found = [child for child in self.children if child.tag == tag and attributes.items() <= child.attributes.items()]
+        return found + [element for child in self.children for element in child.all(tag, **attributes)]
+
+    @property
+    def full_text(self) -> str:
+        """The text of the element and of all elements within it, with single spaces."""
+        return " ".join(" ".join([self.text, *(child.full_text for child in self.children)]).split())
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("document", {})]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].children.append(element)
+        if tag not in VOID_ELEMENTS:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].text += data
+
+
+def parse(text: str) -> Element:
+    """Read a page. Fails unless every element is closed in the right order."""
+    reader = _Reader()
+    reader.feed(text)
+    reader.close()
+    assert len(reader.open) == 1, f"<{reader.open[-1].tag}> is not closed"
+    return reader.open[0]
+
+
+def table(page: Element, caption: str) -> list[list[str]]:
+    """The rows of the table with this caption, with its header."""
+    region = next(element for element in page.all("div", role="region") if element.attributes["aria-label"] == caption)
+    return [[cell.full_text for cell in row.children] for row in region.all("tr")]

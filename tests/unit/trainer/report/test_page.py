@@ -1,0 +1,190 @@
+"""The page: well-formed, with every value, without secrets, and with a reason for each value that is missing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from finetune_api.pod import RunConfig
+from finetune_api.status import EvaluationResult, GateResult, Output
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.report.page import render
+from finetune_trainer.report.run_report import RunReport
+from report_samples import attempt, line, sample
+
+from tests.support.html_page import Element, parse, table
+
+ATTACK = "<script>alert('x')</script>\"&"
+
+
+def page(**fields: Any) -> Element:
+    return parse(render(sample(**fields)))
+
+
+def tiles(parsed: Element) -> dict[str, tuple[str, str]]:
+    """Value and detail of each number at the top."""
+    found = {}
+    for tile in parsed.all("div"):
+        if tile.attributes.get("class", "").split()[:1] == ["tile"]:
+            values = [span.full_text for span in tile.all("span")]
+            found[tile.all("dt")[0].full_text] = (values[0], values[1] if len(values) > 1 else "")
+    return found
+
+
+def test_a_completed_run() -> None:
+    parsed = page()
+    assert parsed.all("h1")[0].full_text == "bot" and parsed.all("title")[0].full_text == "bot – fine-tuning report"
+    assert parsed.all("span", **{"class": "badge good"})[0].full_text == "Completed"
+    assert [element.attributes["id"] for element in parsed.all("section", **{"class": "card"})] == [
+        "curves", "results", "answers", "request", "attempts", "data", "costs", "lineage", "notes",
+    ]  # fmt: skip
+    assert tiles(parsed) == {
+        "Optimizer steps": ("4", "1 epoch"), "Training loss": ("0.5", "from 2"), "Best validation loss": ("1.5", "at step 2"),
+        "accuracy": ("0.830", "+0.04 against the base model"), "Gates passed": ("1 of 1", ""), "GPU hours": ("0.67", "on 2 GPUs"),
+        "Running time": ("20 min 0 s", "2 attempts"),
+    }  # fmt: skip
+
+
+def test_charts_show_attempts_and_have_tables() -> None:
+    figures = {figure.all("strong")[0].full_text: figure for figure in page().all("figure")}
+    assert list(figures) == ["Training loss", "Validation loss", "Learning rate", "Gradient norm", "Throughput", "GPU memory"]
+    loss = figures["Training loss"]
+    rows = [[cell.full_text for cell in row.children] for row in loss.all("tr")]
+    assert rows == [["step", "training loss"], ["1", "2"], ["2", "1"], ["3", "not measured"], ["4", "0.5"]]
+    assert loss.all("path")[0].attributes["d"].count("M") == 1 and len(loss.all("circle")) == 1  # the value at step 4 stands alone
+    assert [text.full_text for text in loss.all("g", **{"class": "attempts"})[0].all("text")] == ["attempt 2"]
+    svg = loss.all("svg")[0]
+    named = [element.attributes["id"] for element in [*svg.all("title"), *svg.all("desc")] if "id" in element.attributes]
+    assert svg.attributes["role"] == "img" and svg.attributes["aria-labelledby"].split() == named
+    assert figures["GPU memory"].all("p")[0].full_text == "not measured: the run used no GPU, and the trainer measures only GPU memory"
+
+
+def test_results_have_intervals_gates_and_reasons() -> None:
+    parsed = page(further_results={"benchmarks": [{"name": "arc_easy", "value": 0.5}], "verification": {"maxDifference": 0.001}})
+    assert table(parsed, "Evaluation of 8 rows after training") == [
+        ["metric", "trained model", "base model", "difference", "95 % interval"],
+        ["accuracy", "0.830", "0.790", "+0.04", "+0.012 to +0.068"],
+        ["bertscore", "not measured: the model of bertscore has no weights", "–", "–", "–"],
+    ]
+    assert table(parsed, "Gates")[1] == ["accuracy", "passed", "accuracy is 0.83"]
+    assert table(parsed, "Test set, measured by the trainer")[1:] == [["testLoss", "1.25"]]
+    assert table(parsed, "Benchmarks")[1:] == [["[].name", "arc_easy"], ["[].value", "0.5"]]
+    assert table(parsed, "Verification")[1:] == [["maxDifference", "0.001"]]
+
+
+def test_answers_are_side_by_side() -> None:
+    articles = [article.full_text for article in page().all("article")]
+    assert articles == [
+        "Prompt 1 Which town? base model I cannot say. trained model Oslo.",
+        "Row 1 2 + 2? trained model equals the data 4 answer of the data 4",
+        "Row 2 2 + 3? trained model differs from the data 7 answer of the data 5",
+    ]
+
+
+def test_what_was_asked_is_separate_from_what_was_filled_in() -> None:
+    parsed = page()
+    assert table(parsed, "Set by the user")[1:] == [["model.source", "org/base@main"], ["dataset.train", "s3://data/rows.jsonl"], ["training.epochs", "1"]]
+    assert ["method.lora.rank", "16", "default"] in table(parsed, "Filled in")
+
+
+def test_attempts_data_costs_and_origin() -> None:
+    parsed = page()
+    assert table(parsed, "Attempts of the run")[1:] == [
+        ["1", "2026-03-01 12:00:00", "2026-03-01 12:10:00", "0", "2", "0", "exit code 71, GpuOutOfMemory: no memory left"],
+        ["2", "2026-03-01 13:00:00", "2026-03-01 13:10:00", "2", "4", "–", "completed"],
+    ]
+    lengths = {row[0]: row[1:] for row in table(parsed, "Rows and lengths")}
+    absent = "not measured: this objective does not record token counts"
+    assert (lengths["rows"], lengths["tokens"], lengths["rows that were cut"]) == (["1,200", "8"], ["54,321", absent], ["7", absent])
+    checks = dict(table(parsed, "Checks of the training rows"))
+    assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "3")
+    used = dict(table(parsed, "Use of the cluster"))
+    assert (used["GPU hours"], used["device"], used["ranks"], used["tokens per second, median"]) == ("0.67", "H100", "2 in 1 pod", "100")
+    origin = dict(table(parsed, "Model and inputs"))
+    assert (origin["final model"], origin["sha256 of the model's manifest"], origin["seed"]) == ("s3://models/team-a/bot/uid/model/a2", "abc", "42")
+    assert origin["digest of the image"].startswith("not recorded: a pod does not know it")
+    assert table(parsed, "Committed checkpoints")[1] == ["4", "2", "12 MB", "1.5", "yes", "feed"]
+    assert table(parsed, "Files of the final model")[1] == ["adapter.safetensors", "2.05 kB", "beef"]
+    assert table(parsed, "Stages after training")[1] == ["evaluating", "2", "2026-03-01 13:08:00"]
+
+
+def test_an_attempt_that_was_killed_counts_until_its_last_line() -> None:
+    killed = attempt(1, ended_at=None, exit_code=None, last_step=None)
+    parsed = page(attempts=(killed, attempt(2, start_step=2)), last_lines={"a1-00000000": line(3)})
+    assert table(parsed, "Attempts of the run")[1] == [
+        "1", "2026-03-01 12:00:00", "2026-03-01 12:00:03 or later", "0", "3 or later", "not measured: the pod was killed",
+        "The pod was killed, and wrote no reason.",
+    ]  # fmt: skip
+    assert dict(table(parsed, "Use of the cluster"))["running time of all attempts"] == "at least 10 min 3 s"
+    assert tiles(parsed)["GPU hours"] == ("≥ 0.34", "on 2 GPUs")
+
+
+@pytest.mark.parametrize(
+    ("last", "has_model", "badge", "sentence"),
+    [
+        ({"exit_code": 65, "code": "DatasetEmpty", "message": "no rows"}, False, "Failed", "exit code 65 (DatasetEmpty): no rows."),
+        ({"exit_code": 80, "code": "GateFailed", "message": "too low"}, True, "Failed after training", "The final model is stored, but a later stage failed."),
+        ({"exit_code": 75, "code": "StoppedSaved", "message": "stopped on request"}, False, "Stopped", "A later attempt can continue the run."),
+        ({"exit_code": None}, False, "Not finished", "before the attempt ended"),
+    ],
+)  # fmt: skip
+def test_a_run_that_did_not_complete_says_why(last: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
+    report = sample(attempts=(attempt(1, **last),))
+    parsed = parse(render(report if has_model else replace(report, output=None)))
+    assert [element.full_text for element in parsed.all("span") if "badge" in element.attributes.get("class", "")] == [badge]
+    assert sentence in parsed.all("section", **{"aria-label": "Outcome"})[0].full_text
+
+
+def test_a_run_that_recorded_nothing_has_a_page_of_reasons() -> None:
+    report = sample()
+    text = render(RunReport(run=report.run, config_sha256="c0ffee", written_at=report.written_at))
+    parsed = parse(text)
+    assert len(parsed.all("figure")) == 6 and not parsed.all("svg")
+    assert "not measured: no line of the training log is stored" in parsed.full_text
+    assert "Not measured: no attempt has checked the data." in parsed.full_text
+    assert "Not measured: the run has no final model." in parsed.full_text
+    assert "None" not in parsed.full_text and "nan" not in text
+
+
+def test_every_text_of_a_user_is_escaped() -> None:
+    report = sample(
+        {"dataset": {"train": "s3://data/rows.jsonl", "systemPrompt": ATTACK}},
+        attempts=(attempt(1, exit_code=65, code="X", message=ATTACK, hint=ATTACK, notes=[ATTACK]),),
+        predictions=(Prediction(None, ATTACK, ATTACK, ATTACK),), prediction_count=1, output=Output(uri=f"s3://{ATTACK}", evaluation={ATTACK: 1.0}),
+        evaluation=EvaluationResult(gates=[GateResult(metric=ATTACK, passed=False, text=ATTACK)]), further_results={ATTACK: {ATTACK: ATTACK}},
+    )  # fmt: skip
+    text = render(report)
+    parsed = parse(text)
+    assert not parsed.all("script") and "<script" not in text.lower()
+    assert parsed.full_text.count(ATTACK) >= 11
+
+
+def test_the_page_refers_to_nothing_outside() -> None:
+    text = render(sample())
+    links = re.findall(r"""(?:href|src|srcset|action)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)|@import", text)
+    assert links and all(link.startswith("#") or link == "data:," for link in links)
+    policy = parse(text).all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def test_no_secret_is_on_the_page() -> None:
+    source = "https://user:pass123456@host.example/rows.jsonl?X-Amz-Signature=5ecre7"
+    notes = ["the key is s3cr3t-<&>-value", "its table is a secret"]
+    report = sample(
+        {"placement": {"env": [{"name": "MODE", "value": "plain-text-value"}]}},
+        attempts=(attempt(1, exit_code=70, code="X", message=f"cannot read {source} with hf_abcdefghijklmnopqrst", notes=notes),),
+    )  # fmt: skip
+    report = replace(report, run=_with_train_source(report.run, source))
+    text = render(report, ["s3cr3t-<&>-value", "table"])
+    for secret in ("pass123456", "plain-text-value", "hf_abcdefghijklmnopqrst", "s3cr3t-"):
+        assert secret not in text, secret
+    assert "the key is (hidden)" in parse(text).full_text and "its (hidden) is a secret" in parse(text).full_text
+    assert ["placement.env[].value", "(hidden)"] in table(parse(text), "Set by the user")
+    assert ["dataset.train", "https://host.example/rows.jsonl"] in table(parse(text), "Set by the user")
+
+
+def _with_train_source(run: RunConfig, source: str) -> RunConfig:
+    dataset = run.spec.dataset.model_copy(update={"train": source})
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"dataset": dataset})})

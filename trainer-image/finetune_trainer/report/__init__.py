@@ -1,0 +1,5 @@
+"""The report of a run: one self-contained HTML page with its request, curves, results, data, costs and origin.
+
+The functions of this package are pure: they get values and return the page. They start no process, use no storage and import no torch,
+because the supervisor calls them.
+"""

@@ -1,0 +1,46 @@
+"""How long the attempts of a run took, and what they used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from finetune_api.status import ResolvedConfig
+
+from finetune_trainer.report.run_report import AttemptRecord, RunReport
+
+
+def end_of(one: AttemptRecord, report: RunReport) -> tuple[datetime | None, bool]:
+    """Return the end of an attempt, and whether it is only a lower bound: the last logged line of a pod that was killed."""
+    if one.ended_at is not None:
+        return one.ended_at, False
+    last_line = report.last_lines.get(one.incarnation)
+    last_time = last_line.unix_time if last_line is not None else None
+    return (None if last_time is None else datetime.fromtimestamp(last_time, UTC)), True
+
+
+def pod_seconds(report: RunReport) -> tuple[float, bool]:
+    """Return the seconds of all attempts together, and whether they are only a lower bound."""
+    return _weighted_seconds(report, lambda _: 1)
+
+
+def gpu_seconds(report: RunReport) -> tuple[float, bool]:
+    """Return the GPU seconds of all attempts together, and whether they are only a lower bound."""
+    return _weighted_seconds(report, lambda one: one.gpus)
+
+
+def _weighted_seconds(report: RunReport, weight: Callable[[AttemptRecord], int]) -> tuple[float, bool]:
+    total, is_bound = 0.0, False
+    for one in report.attempts:
+        end, is_estimate = end_of(one, report)
+        is_bound |= is_estimate
+        total += weight(one) * max(0.0, ((end or one.started_at) - one.started_at).total_seconds())
+    return total, is_bound
+
+
+def resolved_config(report: RunReport) -> ResolvedConfig:
+    """The configuration in use. An attempt that only ran later stages does not know all of it, so earlier attempts count, too."""
+    resolved = ResolvedConfig()
+    for one in report.attempts:
+        resolved = resolved.model_copy(update={name: value for name, value in one.resolved if value is not None})
+    return resolved

@@ -1,0 +1,107 @@
+"""The parts of the page. The template shows each kind of part in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from finetune_trainer.report.chart import Drawing
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value of a table. `kind`: `text`, `number`, `code` (hashes, names of fields, addresses), `missing`, `good` or `bad`."""
+
+    text: str
+    kind: str = "text"
+
+
+def missing(reason: str, what: str = "not measured") -> Cell:
+    """Return the cell of a value that was not measured, or that the trainer does not know."""
+    return Cell(f"{what}: {reason}", "missing")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. The first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    is_narrow: bool = False
+    """Whether the table fits beside another narrow table."""
+    is_folded: bool = False
+    """Whether the table is only shown after a click."""
+    kind: str = field(default="table", init=False)
+
+
+@dataclass(frozen=True)
+class ChartGrid:
+    """Charts beside each other. A chart without values is a title with a reason."""
+
+    drawings: Sequence[Drawing]
+    absent: Sequence[tuple[str, str]]
+    """Title and reason of each chart that has no values."""
+    kind: str = field(default="charts", init=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt with named answers. `mark`: `good` or `bad` if the answer can be judged, else empty."""
+
+    title: str
+    prompt: str
+    answers: Sequence[tuple[str, str, str]]
+    """Name, text and mark."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers side by side."""
+
+    caption: str
+    items: Sequence[Answer]
+    note: str = ""
+    kind: str = field(default="answers", init=False)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """A list of sentences."""
+
+    items: Sequence[str]
+    kind: str = field(default="sentences", init=False)
+
+
+Block = Table | ChartGrid | Answers | Sentences
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page."""
+
+    id: str
+    title: str
+    blocks: Sequence[Block]
+    introduction: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number at the top of the page."""
+
+    name: str
+    value: str
+    detail: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run ended. `mark`: `good`, `bad` or `open`."""
+
+    badge: str
+    mark: str
+    sentence: str
+    hint: str = ""

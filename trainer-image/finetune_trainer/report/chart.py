@@ -1,0 +1,186 @@
+"""Line charts: from series of values to the positions of lines, ticks and labels. The template draws them as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from finetune_trainer.report.scale import Point, format_number, nice_ticks, reduce_points, segments
+
+WIDTH, HEIGHT = 420.0, 236.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 22.0, 30.0
+"""Margins of the plot: tick labels are on the left and below, labels of attempts above."""
+MAX_POINTS = 400
+"""Most points of a line. More would lie closer than the pixels of a screen."""
+MAX_TABLE_ROWS = 40
+MIN_LABEL_DISTANCE = 62.0
+"""Distance below which the label of an attempt would overlap the previous label."""
+FREE_SPACE = 0.05
+"""Free space above and below the lines, as a share of the range."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart. A missing value is None."""
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+    is_dashed: bool = False
+    """Dashed with visible points, for few values such as evaluations."""
+
+    @property
+    def measured(self) -> list[Point]:
+        """The points that have a value."""
+        return [point for part in segments(self.points) for point in part]
+
+
+@dataclass(frozen=True)
+class AttemptLine:
+    """An attempt that began at `step`."""
+
+    step: float
+    label: str
+
+
+@dataclass(frozen=True)
+class ChartData:
+    """What a chart shows. Without any value, it shows the reason."""
+
+    title: str
+    unit: str
+    series: Sequence[Series]
+    reason: str = ""
+    """Why there are no values."""
+    starts_at_zero: bool = False
+    attempts: Sequence[AttemptLine] = ()
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label of an axis and its position in pixels."""
+
+    position: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A drawn series: the path of its line, and points that are drawn as circles."""
+
+    name: str
+    number: int
+    path: str
+    dots: list[Point]
+    is_dashed: bool
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A vertical line where an attempt began. `label` is empty if it would overlap the previous label."""
+
+    x: float
+    label: str
+    title: str
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart in pixels."""
+
+    title: str
+    unit: str
+    summary: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+    markers: list[Marker]
+    columns: list[str]
+    rows: list[list[str]]
+    """The values as a table, with the step first."""
+    is_table_reduced: bool
+    width: float = WIDTH
+    height: float = HEIGHT
+    left: float = LEFT
+    right: float = WIDTH - RIGHT
+    top: float = TOP
+    bottom: float = HEIGHT - BOTTOM
+
+
+def draw(chart: ChartData) -> Drawing | None:
+    """Return the drawing; None if no series has a value."""
+    measured = [point for series in chart.series for point in series.measured]
+    if not measured:
+        return None
+    x_range = _range([x for x, _ in measured], 0.0)
+    y_range = _range([y for _, y in measured] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
+
+    def place(point: Point) -> Point:
+        x = LEFT + (point[0] - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+        y = HEIGHT - BOTTOM - (point[1] - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
+        return round(x, 1), round(y, 1)
+
+    rows, is_reduced = _table(chart.series)
+    return Drawing(
+        chart.title, chart.unit, "; ".join(_summary(series) for series in chart.series if series.measured),
+        [Tick(place((tick, 0.0))[0], format_number(tick)) for tick in nice_ticks(*x_range, integers=True)],
+        [Tick(place((0.0, tick))[1], format_number(tick)) for tick in nice_ticks(*y_range)],
+        [_line(number, series, place) for number, series in enumerate(chart.series, 1) if series.measured],
+        _markers([(place((line.step, 0.0))[0], line.label) for line in chart.attempts if x_range[0] <= line.step <= x_range[1]]),
+        ["step", *(series.name for series in chart.series)], rows, is_reduced,
+    )  # fmt: skip
+
+
+def _range(values: Sequence[float], free_space: float) -> tuple[float, float]:
+    """Range of an axis. A range that begins at zero keeps its zero at the axis."""
+    low, high = min(values), max(values)
+    if low == high:
+        space = (abs(low) * 0.1 or 1.0) if free_space else 1.0
+        return (low - space if free_space else low), high + space
+    margin = free_space * (high - low)
+    return (0.0 if low == 0 else low - margin), high + margin
+
+
+def _line(number: int, series: Series, place: Callable[[Point], Point]) -> Line:
+    parts = segments(series.points)
+    total = sum(map(len, parts))
+    path, dots = [], []
+    for part in parts:
+        points = [place(point) for point in reduce_points(part, max(3, MAX_POINTS * len(part) // total))]
+        if len(points) > 1:
+            path.append("M" + "L".join(f"{x:g} {y:g}" for x, y in points))
+        if len(points) == 1 or (series.is_dashed and total <= 60):
+            dots += points
+    return Line(series.name, number, "".join(path), dots, series.is_dashed)
+
+
+def _markers(positions: Sequence[tuple[float, str]]) -> list[Marker]:
+    markers: list[Marker] = []
+    last = float("-inf")
+    for x, label in positions:
+        is_free = x - last >= MIN_LABEL_DISTANCE
+        last = x if is_free else last
+        anchor = "start" if x < LEFT + 30 else "end" if x > WIDTH - RIGHT - 30 else "middle"
+        markers.append(Marker(x, label if is_free else "", label, anchor))
+    return markers
+
+
+def _summary(series: Series) -> str:
+    """One sentence for people who do not see the chart."""
+    points = series.measured
+    lowest, highest = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
+    return (
+        f"{series.name}: first {format_number(points[0][1])}, last {format_number(points[-1][1])}, "
+        f"lowest {format_number(lowest[1])} at step {lowest[0]:g}, highest {format_number(highest[1])} at step {highest[0]:g}"
+    )
+
+
+def _table(all_series: Sequence[Series]) -> tuple[list[list[str]], bool]:
+    """Rows with the values of all series by step. A long table keeps the first, last, lowest and highest values of each part."""
+    share = MAX_TABLE_ROWS // len(all_series)
+    kept = {x for series in all_series for x, _ in reduce_points(series.measured, share)}
+    missing = {x for series in all_series for x, y in series.points if y is None}
+    is_reduced = any(len(series.measured) > share for series in all_series)
+    values = [dict(series.points) for series in all_series]
+    steps = sorted(kept if is_reduced else kept | missing)
+    return [[f"{step:g}", *("" if (value := by_step.get(step)) is None else format_number(value) for by_step in values)] for step in steps], is_reduced

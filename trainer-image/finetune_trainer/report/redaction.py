@@ -1,0 +1,54 @@
+"""Removes secrets from the texts of the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from finetune_api.sources import redact_source
+
+HIDDEN = "(hidden)"
+SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_key$|_uri$)", re.IGNORECASE)
+"""Names of environment variables that usually hold secrets."""
+MIN_SECRET_LENGTH = 6
+"""Shorter values of such variables are not searched for, because they occur in ordinary texts."""
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_-]{16,})")
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def redact_text(text: str) -> str:
+    """Return a text without tokens, and without the user, password and signature of a URL."""
+    return _TOKEN.sub(HIDDEN, _USER.sub("", redact_source(text)))
+
+
+def secret_values(environment: Mapping[str, str]) -> list[str]:
+    """Return the values of variables whose names suggest a secret, longest first."""
+    values = {value.strip() for name, value in environment.items() if SECRET_NAME.search(name)}
+    return sorted((value for value in values if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """Return the text with every secret replaced."""
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Return the values of nested objects by dotted path, without secrets. Values of environment variables are hidden."""
+    if isinstance(value, dict) and value:
+        if path.endswith("env[]") and "value" in value:
+            value = {**value, "value": HIDDEN}
+        return [row for name, inner in value.items() for row in flatten(inner, f"{path}.{name}" if path else str(name))]
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return [row for item in value for row in flatten(item, f"{path}[]")]
+    if isinstance(value, list):
+        return [(path, ", ".join(_scalar_text(item) for item in value) or "(empty)")]
+    return [(path, _scalar_text(value))] if value != {} else []
+
+
+def _scalar_text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return f"{value:.10g}" if isinstance(value, float) else redact_text(str(value))

@@ -1,0 +1,105 @@
+"""The sections with the results: metrics, gates, and answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finetune_api.status import MetricResult
+
+from finetune_trainer.report.blocks import (
+    Answer,
+    Answers,
+    Block,
+    Cell,
+    Section,
+    Sentences,
+    Table,
+    missing,
+)
+from finetune_trainer.report.cells import (
+    cut,
+    format_metric,
+    number_cell,
+)
+from finetune_trainer.report.redaction import flatten, redact_text
+from finetune_trainer.report.run_report import RunReport
+
+MAX_ANSWERS = 20
+
+
+def evaluation(report: RunReport) -> Section:
+    """Metrics, gates and further results."""
+    blocks: list[Block] = []
+    result = report.evaluation
+    if result is not None and result.metrics:
+        rows_text = f" of {result.rows} rows" if result.rows is not None else ""
+        blocks.append(_metric_table(result.metrics, f"Evaluation{rows_text} after training"))
+    if result is not None and result.gates:
+        rows = [
+            [Cell(gate.metric), Cell("passed", "good") if gate.passed else Cell("failed", "bad"), Cell(redact_text(gate.text or ""))]
+            for gate in result.gates
+        ]
+        blocks.append(Table("Gates", ["metric", "result", "measured and required"], rows))
+    during_training = (report.output.evaluation if report.output else None) or {}
+    if during_training:
+        rows = [[Cell(name), number_cell(value)] for name, value in during_training.items()]
+        blocks.append(Table("Test set, measured by the trainer", ["metric", "value"], rows, is_narrow=True))
+    for name, value in report.further_results.items():
+        rows = [[Cell(path), Cell(text, "number")] for path, text in flatten(value)]
+        if rows:
+            blocks.append(Table(name.capitalize(), ["value", "result"], rows, is_narrow=True))
+    if not blocks:
+        reason = "evaluation.metrics is not set, and the spec has no test set" if report.output else "the run has no final model"
+        blocks.append(Sentences([f"Not measured: {reason}."]))
+    return Section("results", "Results", blocks)
+
+
+def _metric_table(metrics: Mapping[str, MetricResult], caption: str) -> Table:
+    is_compared = any(value is not None for metric in metrics.values() for value in (metric.base, metric.difference, metric.low))
+    has_remarks = any(metric.reason and metric.value is not None for metric in metrics.values())
+    columns = ["metric", "trained model", *(["base model", "difference", "95 % interval"] if is_compared else []), *(["remark"] if has_remarks else [])]
+    return Table(caption, columns, [_metric_row(name, metric, is_compared, has_remarks) for name, metric in metrics.items()], is_narrow=not is_compared)
+
+
+def _metric_row(name: str, metric: MetricResult, is_compared: bool, has_remarks: bool) -> list[Cell]:
+    reason = redact_text(metric.reason or "the trainer recorded no reason")
+    row = [Cell(name), missing(reason) if metric.value is None else Cell(format_metric(name, metric.value), "number")]
+    if is_compared:
+        has_interval = metric.low is not None and metric.high is not None
+        row += [
+            Cell("–") if metric.base is None else Cell(format_metric(name, metric.base), "number"),
+            Cell("–") if metric.difference is None else Cell(f"{metric.difference:+.4g}", "number"),
+            Cell(f"{metric.low:+.4g} to {metric.high:+.4g}", "number") if has_interval else Cell("–"),
+        ]
+    return [*row, Cell(reason if metric.reason and metric.value is not None else "")] if has_remarks else row
+
+
+def answers(report: RunReport) -> Section:
+    """Answers of the base model and the trained model side by side."""
+    blocks: list[Block] = []
+    if report.comparison is not None and report.comparison.comparisons:
+        compared = report.comparison.comparisons
+        items = [
+            Answer(
+                f"Prompt {one.prompt_id}", cut(one.prompt),
+                [("base model", cut(one.base_model_response), ""), ("trained model", cut(one.finetuned_model_response), ""),
+                 *([("expected", cut(one.label), "")] if one.label is not None else [])],
+            )
+            for one in compared[:MAX_ANSWERS]
+        ]  # fmt: skip
+        blocks.append(Answers("Base model and trained model", items, _shown(len(items), len(compared), "evaluation/model_comparison.json")))
+    if report.predictions:
+        items = []
+        for number, one in enumerate(report.predictions[:MAX_ANSWERS], 1):
+            mark = "" if one.ground_truth is None else "good" if one.assistant_response.strip() == one.ground_truth.strip() else "bad"
+            expected = [] if one.ground_truth is None else [("answer of the data", cut(one.ground_truth), "")]
+            items.append(Answer(f"Row {number}", cut(one.user_prompt), [("trained model", cut(one.assistant_response), mark), *expected]))
+        note = _shown(len(items), report.prediction_count, "evaluation/predictions.jsonl")
+        blocks.append(Answers("Answers to the test set", items, note))
+    return Section("answers", "Answers", blocks)
+
+
+def _shown(shown: int, count: int, file: str) -> str:
+    return f"All {count} answers." if shown == count else f"The first {shown} of {count} answers; {file} holds all of them."
+
+

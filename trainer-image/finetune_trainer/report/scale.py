@@ -1,0 +1,55 @@
+"""Scales, ticks and numbers of charts, and the reduction of long series."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+"""Distances between ticks, times a power of ten."""
+Point = tuple[float, float]
+
+
+def nice_ticks(low: float, high: float, *, count: int = 6, integers: bool = False) -> list[float]:
+    """Return the round numbers from `low` to `high` for at most `count` ticks. `integers`: only whole numbers."""
+    if not high > low:
+        raise ValueError(f"the range from {low} to {high} is empty")
+    rough = (high - low) / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in NICE_STEPS if factor * power >= rough * (1 - 1e-9))
+    if integers:
+        step = max(1.0, math.ceil(step))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def format_number(value: float) -> str:
+    """Return a number with at most four significant digits: `0.0312`, `1.25k`, `2e-04`."""
+    size = abs(value)
+    if value == 0:
+        return "0"
+    if size < 1e-3:
+        return f"{value:.3g}"
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if size >= factor:
+            return f"{value / (1e3 if unit == 'k' else factor):.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def segments(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
+    """Split a series at its missing values. A gap in the data is thus a gap in the line."""
+    measured = groupby(points, key=lambda point: point[1] is not None and math.isfinite(point[1]))
+    return [[(x, float(y)) for x, y in group if y is not None] for is_measured, group in measured if is_measured]
+
+
+def reduce_points(points: Sequence[Point], limit: int) -> list[Point]:
+    """Return at most about `limit` points. The first, the last, and the lowest and highest point of each part of the series are kept."""
+    if len(points) <= limit:
+        return list(points)
+    parts = max(1, (limit - 2) // 2)
+    kept = {0, len(points) - 1}
+    for part in range(parts):
+        indices = range(part * len(points) // parts, (part + 1) * len(points) // parts)
+        kept |= {min(indices, key=lambda i: points[i][1]), max(indices, key=lambda i: points[i][1])}
+    return [points[index] for index in sorted(kept)]

@@ -1,0 +1,160 @@
+"""The top of the page, the curves, and the list of all sections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from finetune_api.names import ExitCode
+from finetune_api.rules import method_type_of, trainer_type_of
+from finetune_api.sources import HubSource, last_folder, parse, redact_source
+from finetune_api.spec.enums import TrainerType
+
+from finetune_trainer.report import result_sections, run_sections
+from finetune_trainer.report.attempt_times import gpu_seconds, pod_seconds
+from finetune_trainer.report.blocks import (
+    ChartGrid,
+    Outcome,
+    Section,
+    Tile,
+)
+from finetune_trainer.report.cells import (
+    format_hours,
+    format_metric,
+    format_seconds,
+)
+from finetune_trainer.report.chart import AttemptLine, ChartData, Series, draw
+from finetune_trainer.report.redaction import redact_text
+from finetune_trainer.report.run_report import RunReport
+from finetune_trainer.report.scale import format_number
+from finetune_trainer.results.log_entry import LineKind, LogEntry
+
+NO_EVALUATION = "the spec has no validation set, or evaluations during training are off"
+HIGH_MEMORY_REASON = "the run used no GPU, and the trainer measures only GPU memory"
+
+
+def sections(report: RunReport) -> list[Section]:
+    """Return all sections that have something to show, in the order of the page."""
+    candidates = [
+        curves(report), result_sections.evaluation(report), result_sections.answers(report), run_sections.request(report), run_sections.attempts(report),
+        run_sections.data(report), run_sections.costs(report), run_sections.lineage(report), run_sections.notes(report),
+    ]  # fmt: skip
+    return [section for section in candidates if section.blocks]
+
+
+# ---- top of the page
+
+
+def outcome(report: RunReport) -> Outcome:
+    """How the newest attempt ended."""
+    last = report.last_attempt
+    has_model = report.output is not None and report.output.uri is not None
+    if last is None or last.exit_code is None:
+        return Outcome("Not finished", "open", "The report was written before the attempt ended.")
+    if last.exit_code == ExitCode.OK:
+        return Outcome("Completed", "good", "Training is complete, and the final model is stored.")
+    place = f"Attempt {last.attempt} ended with exit code {last.exit_code} ({last.code or 'no code'})"
+    sentence = f"{place}: {redact_text(last.message)}." if last.message else f"{place}."
+    if last.exit_code in (ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_UNSAVED):
+        return Outcome("Stopped", "open", f"{sentence} A later attempt can continue the run.", last.hint or "")
+    if has_model:
+        return Outcome("Failed after training", "bad", f"The final model is stored, but a later stage failed. {sentence}", last.hint or "")
+    return Outcome("Failed", "bad", f"{sentence} The operator may start another attempt, which replaces this report.", last.hint or "")
+
+
+def tiles(report: RunReport) -> list[Tile]:
+    """The most important numbers."""
+    training = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
+    found = [_steps_tile(report)]
+    if training:
+        found.append(Tile("Training loss", format_number(training[-1].loss or 0.0), f"from {format_number(training[0].loss or 0.0)}"))
+    evaluated = [entry for entry in report.log if entry.eval_loss is not None]
+    if evaluated:
+        best = min(evaluated, key=lambda entry: entry.eval_loss or math.inf)
+        found.append(Tile("Best validation loss", format_number(best.eval_loss or 0.0), f"at step {best.step}"))
+    found += _evaluation_tiles(report)
+    seconds, is_estimate = pod_seconds(report)
+    bound = "≥ " if is_estimate else ""
+    gpus = max((attempt.gpus for attempt in report.attempts), default=0)
+    if gpus:
+        found.append(Tile("GPU hours", bound + format_hours(gpu_seconds(report)[0]), f"on {gpus} GPU{'s' * (gpus > 1)}"))
+    count = len({one.attempt for one in report.attempts})
+    found.append(Tile("Running time", bound + format_seconds(seconds), f"{count} attempt{'s' * (count != 1)}"))
+    return found
+
+
+def _steps_tile(report: RunReport) -> Tile:
+    steps = max((entry.step for entry in report.log), default=0)
+    epochs = max((entry.epoch or 0.0 for entry in report.log), default=0.0)
+    return Tile("Optimizer steps", str(steps), f"{epochs:.4g} epoch{'s' * (epochs != 1)}" if epochs else "")
+
+
+def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
+    evaluation_result = report.evaluation
+    if evaluation_result is None:
+        return
+    for name in ("accuracy", "letterAccuracy", "exactMatch", "rougeL", "bleu", "perplexity"):
+        metric = (evaluation_result.metrics or {}).get(name)
+        if metric is not None and metric.value is not None:
+            detail = "after training" if metric.difference is None else f"{metric.difference:+.4g} against the base model"
+            yield Tile(name, format_metric(name, metric.value), detail)
+            break
+    if evaluation_result.gates:
+        passed = sum(gate.passed for gate in evaluation_result.gates)
+        count = len(evaluation_result.gates)
+        yield Tile("Gates passed", f"{passed} of {count}", "", "good" if passed == count else "bad")
+
+
+# ---- curves
+
+
+def curves(report: RunReport) -> Section:
+    """Charts of the logged values over the optimizer steps."""
+    training = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
+    evaluations = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
+    lines = _attempt_lines(report)
+    unit = "nats per token" if trainer_type_of(report.run.spec) is TrainerType.SFT else f"loss of {trainer_type_of(report.run.spec)}"
+    nothing_logged = "no line of the training log is stored"
+
+    def chart(title: str, unit: str, series: Sequence[Series], reason: str, *, starts_at_zero: bool = False) -> ChartData:
+        return ChartData(title, unit, series, reason if report.log else nothing_logged, starts_at_zero, lines)
+
+    charts = [
+        chart("Training loss", unit, [Series("training loss", _points(training, "loss"))], nothing_logged),
+        chart("Validation loss", unit, [Series("validation loss", _points(evaluations, "eval_loss"), is_dashed=True)], NO_EVALUATION),
+        chart("Learning rate", "", [Series("learning rate", _points(training, "learning_rate"))], nothing_logged, starts_at_zero=True),
+        chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training, "grad_norm"))], nothing_logged, starts_at_zero=True),
+        chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _points(training, "tokens_per_second"))],
+              "the trainer measured no throughput", starts_at_zero=True),
+        chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training, "peak_memory_gb"))], HIGH_MEMORY_REASON, starts_at_zero=True),
+    ]  # fmt: skip
+    drawn = [(one, draw(one)) for one in charts]
+    grid = ChartGrid([drawing for _, drawing in drawn if drawing], [(one.title, f"not measured: {one.reason}") for one, drawing in drawn if drawing is None])
+    marked = " A dashed vertical line marks the step at which a later attempt continued." if lines else ""
+    return Section("curves", "Curves", [grid], f"Values by optimizer step.{marked}")
+
+
+def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float | None]]:
+    points = []
+    for entry in entries:
+        value = getattr(entry, name, None)
+        points.append((float(entry.step), float(value) if isinstance(value, int | float) and math.isfinite(value) else None))
+    return points
+
+
+def _attempt_lines(report: RunReport) -> list[AttemptLine]:
+    """Where later attempts continued the training. An attempt that trained nothing has no line."""
+    return [AttemptLine(one.start_step, f"attempt {one.attempt}") for one in report.attempts[1:] if one.start_step is not None]
+
+
+# ---- values
+
+
+def subtitle(report: RunReport) -> str:
+    """Base model, objective and method in one line."""
+    spec = report.run.spec
+    source = parse(spec.model.source or "")
+    name = source.repo if isinstance(source, HubSource) else last_folder(redact_source(spec.model.source or ""))
+    return f"{name} · {trainer_type_of(spec)} · {method_type_of(spec)}"
+
+

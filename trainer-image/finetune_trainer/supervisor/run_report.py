@@ -1,0 +1,187 @@
+"""Writes the report of a run, and the records that it is made from.
+
+Rank 0's pod records its start and its end below `run/records/`, because a pod that is killed cannot write a report. At the end of each
+attempt, the report is made from storage alone and replaces the report of the attempt before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeVar
+
+from finetune_api.names import REPORT_KEY, Storage
+from finetune_api.pod import ProgressReport, RunConfig, TerminationMessage
+from finetune_api.status import Output
+from pydantic import BaseModel, ValidationError
+
+from finetune_trainer.checkpoint.manifest import Manifest
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.report import page
+from finetune_trainer.report.redaction import secret_values
+from finetune_trainer.report.result_sections import MAX_ANSWERS
+from finetune_trainer.report.run_report import (
+    AttemptRecord,
+    CompletedStage,
+    DataRecord,
+    ModelFile,
+    RunReport,
+    StoredCheckpoint,
+)
+from finetune_trainer.results.file_names import ResultFile
+from finetune_trainer.results.log_entry import LogEntry, join_attempts
+from finetune_trainer.results.model_comparison import ModelComparison
+from finetune_trainer.stages.files import StageRecord
+from finetune_trainer.storage.base import join
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor.run_results import RunResults
+
+if TYPE_CHECKING:
+    from finetune_trainer.data import DataSummary
+
+log = logging.getLogger(__name__)
+RECORDS_FOLDER = f"{Storage.RUN}/records"
+DATA_KEY = f"{Storage.RUN}/data.json"
+MAX_CHECKPOINTS = 30
+"""Most checkpoints in the report: each one costs a request."""
+FURTHER_RESULTS = {"evaluation": ("benchmarks",), "output": ("verification",)}
+"""Parts of `status.evaluation` and `status.output` that have a table of their own."""
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class ReportWriter:
+    """Writes records and report of one pod. Only rank 0's pod does so. Errors of all methods: those of storage."""
+
+    def __init__(
+        self, run: RunConfig, tree: CheckpointTree, results: RunResults, *, incarnation: str, config_sha256: str, started_at: datetime
+    ) -> None:
+        """`started_at`: the start of the pod."""
+        self._run, self._tree, self._results, self._config_sha256 = run, tree, results, config_sha256
+        self._record = AttemptRecord(
+            attempt=run.attempt, incarnation=incarnation, started_at=started_at, gpus=run.world.nodes * run.world.gpus_per_node,
+            pods=run.world.nodes,
+        )  # fmt: skip
+
+    def record_start(self, start_step: int, summary: DataSummary) -> None:
+        """Record that this incarnation begins to train, from which step, and what the check of the rows has counted."""
+        self._record = self._record.model_copy(update={"start_step": start_step})
+        self._put(_record_key(self._record), self._record)
+        findings = summary.findings
+        self._put(DATA_KEY, DataRecord(
+            formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
+            personal_data=findings.personal_data_counts, share_of_top_answer=findings.share_of_top_answer,
+        ))  # fmt: skip
+
+    def write(self, message: TerminationMessage, progress: ProgressReport) -> str | None:
+        """Record the end of this incarnation and store the report. Returns its URI; None if a later attempt has begun.
+
+        The report of a run with a published copy is also stored beside the copy.
+        """
+        if self._tree.is_superseded(self._run.attempt):
+            return None
+        self._record = _ended(self._record, message, progress)
+        self._put(_record_key(self._record), self._record)
+        text = page.render(self.collect(message.output, progress), secret_values(os.environ)).encode()
+        self._tree.store.put(REPORT_KEY, text)
+        if message.output is not None and message.output.published_uri:
+            self._store_beside_copy(text)
+        return self._tree.uri(REPORT_KEY)
+
+    def _store_beside_copy(self, text: bytes) -> None:
+        folder = self._results.copy_folder()
+        assert folder is not None, "a copy is only made with output.dir"
+        store = open_store(self._run.storage.model_copy(update={"uri": self._results.root}))
+        try:
+            store.put(folder.key + page.COPY_NAME, text)
+        finally:
+            store.close()
+
+    def collect(self, output: Output | None, progress: ProgressReport) -> RunReport:
+        """Read everything that the report shows."""
+        logs = _logs_by_incarnation(self._tree)
+        records = sorted(self._read_all(RECORDS_FOLDER, AttemptRecord), key=lambda one: (one.attempt, one.started_at))
+        order = {record.incarnation: number for number, record in enumerate(records)}
+        joined = join_attempts(logs[name] for name in sorted(logs, key=lambda name: (order.get(name, -1), name)))
+        manifest = self._manifest_of_model()
+        predictions = self._prediction_lines()
+        return RunReport(
+            run=self._run, config_sha256=self._config_sha256, written_at=datetime.now(UTC), started_at=self._results.started_at(), attempts=tuple(records),
+            log=tuple(joined), last_lines={name: entries[-1] for name, entries in logs.items() if entries},
+            output=output, evaluation=progress.evaluation, data=self._read(DATA_KEY, DataRecord),
+            token_counts=(manifest.extra.get("data") or {}).get("tokens") or {} if manifest else {}, versions=manifest.facts.versions if manifest else {},
+            checkpoints=tuple(self._checkpoints()),
+            model_files=tuple(ModelFile(file.path, file.size, file.sha256) for file in manifest.files) if manifest else (),
+            stages=tuple(CompletedStage(one.stage.value, one.attempt, one.time) for one in self._read_all(f"{Storage.RUN}/stages", StageRecord)),
+            predictions=tuple(Prediction(**json.loads(line)) for line in predictions[:MAX_ANSWERS]), prediction_count=len(predictions),
+            comparison=self._read(join(Storage.EVALUATION, ResultFile.MODEL_COMPARISON), ModelComparison),
+            further_results=_further_results(output, progress),
+        )  # fmt: skip
+
+    def _prediction_lines(self) -> list[str]:
+        data = self._tree.store.get(join(Storage.EVALUATION, "predictions.jsonl"))
+        return [line for line in data.decode().split("\n") if line.strip()] if data is not None else []
+
+    def _manifest_of_model(self) -> Manifest | None:
+        committed = self._tree.get_committed(None)
+        return self._tree.read_manifest(committed) if committed is not None else None
+
+    def _checkpoints(self) -> Iterator[StoredCheckpoint]:
+        for committed in self._tree.list_committed()[:MAX_CHECKPOINTS]:
+            manifest = self._tree.read_manifest(committed)
+            yield StoredCheckpoint(
+                committed.step or 0, committed.marker.attempt, committed.marker.manifest_sha256, committed.healthy,
+                manifest.total_bytes if manifest else None, manifest.eval_loss if manifest else None,
+            )  # fmt: skip
+
+    def _put(self, key: str, value: BaseModel) -> None:
+        self._tree.store.put(key, value.model_dump_json(by_alias=True, exclude_none=True).encode())
+
+    def _read(self, key: str, model: type[ModelT]) -> ModelT | None:
+        """Read an object. An object of another version that cannot be read counts as absent."""
+        data = self._tree.store.get(key)
+        try:
+            return model.model_validate_json(data) if data is not None else None
+        except ValidationError:
+            log.warning("%s cannot be read, so the report does not show it", key)
+            return None
+
+    def _read_all(self, folder: str, model: type[ModelT]) -> list[ModelT]:
+        found = (self._read(stat.key, model) for stat in list(self._tree.store.list(f"{folder}/")))
+        return [one for one in found if one is not None]
+
+
+def _record_key(record: AttemptRecord) -> str:
+    return join(RECORDS_FOLDER, f"{record.incarnation}.json")
+
+
+def _ended(record: AttemptRecord, message: TerminationMessage, progress: ProgressReport) -> AttemptRecord:
+    return record.model_copy(update={
+        "ended_at": datetime.now(UTC), "exit_code": message.exit_code, "code": message.code, "message": message.message,
+        "hint": message.hint, "last_step": progress.progress.step if progress.progress.step is not None else record.start_step,
+        "timings": progress.timings, "notes": progress.resolved.notes or [], "resolved": progress.resolved.model_copy(update={"notes": None}),
+    })  # fmt: skip
+
+
+def _logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:
+    """The stored log lines of each incarnation."""
+    prefix, suffix = f"{Storage.METRICS}/a", ".jsonl"
+    logs = {}
+    for stat in list(tree.store.list(prefix)):
+        data = tree.store.get(stat.key) if stat.key.endswith(suffix) else None
+        if data is not None:
+            name = stat.key.removeprefix(f"{Storage.METRICS}/").removesuffix(suffix)
+            logs[name] = [LogEntry.from_json(line) for line in data.decode().splitlines()]
+    return logs
+
+
+def _further_results(output: Output | None, progress: ProgressReport) -> dict[str, object]:
+    groups = {"evaluation": progress.evaluation, "output": output}
+    found: dict[str, object] = {}
+    for group, names in FURTHER_RESULTS.items():
+        values = model.to_wire() if (model := groups[group]) is not None else {}
+        found |= {name: values[name] for name in names if values.get(name)}
+    return found
