@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from finetune_api.names import Storage
+from finetune_api.names import Storage, attempt_of_uri
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli.output import CommandError
@@ -70,6 +71,40 @@ class JobStorage:
         with _StorageErrors(f"{self.uri}/{key}"):
             content: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
             return content
+
+    def read_if_exists(self, key: str) -> bytes | None:
+        """Return the content of a small object, or None if it does not exist. Raises StorageError."""
+        if self.local is not None:
+            return self.read_object(key) if (self.local / key).exists() else None
+        with _StorageErrors(f"{self.uri}/{key}"):
+            try:
+                content: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            except self.client.exceptions.NoSuchKey:
+                return None
+            return content
+
+    def write_object(self, key: str, content: bytes) -> None:
+        """Write a small object, replacing an existing one. Raises StorageError."""
+        if self.local is not None:
+            path = self.local / key
+            part_file = path.with_name(f".{path.name}.part")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part_file.write_bytes(content)
+                part_file.replace(path)
+            except OSError as error:
+                raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
+            return
+        with _StorageErrors(f"{self.uri}/{key}"):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=content)
+
+    def list_links(self, folder_path: str) -> list[str]:
+        """Return the keys of symbolic links: the folder itself, and files and folders below it. Object storage has none."""
+        if self.local is None:
+            return []
+        root = self.local / folder_path
+        paths = [root] if root.is_symlink() else sorted(root.rglob("*"))
+        return [path.relative_to(self.local).as_posix() for path in paths if path.is_symlink()]
 
     def read_chunks(self, key: str) -> Iterator[bytes]:
         """Yield the content of an object in chunks. Raises StorageError."""
@@ -142,6 +177,17 @@ class _StorageErrors:
             raise StorageError(f"{self.target}: there are no S3 credentials; {CREDENTIALS_HINT}") from None
         if isinstance(error, BotoCoreError):
             raise StorageError(f"{self.target}: {error}") from None
+
+
+def root_of_uri(uri: str) -> str:
+    """Return the URI of a job's folder from its own URI, or from that of its model, a checkpoint or its lineage."""
+    folder = uri.rstrip("/")
+    if attempt_of_uri(folder) is not None:
+        folder = folder.rpartition("/")[0]
+    return _INNER_PATH.sub("", folder)
+
+
+_INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.CHECKPOINTS}(/step-\d+)?|{Storage.LINEAGE}(/statement\.[a-z.]+)?)$")
 
 
 def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:

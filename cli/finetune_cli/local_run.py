@@ -66,8 +66,12 @@ class LocalRun:
     """Folder with one folder for each ConfigMap."""
 
 
-def prepare_run(file: Path, folder: Path, set_texts: list[str], config_maps: list[str], claim_texts: list[str]) -> LocalRun:
+def prepare_run(
+    file: Path, folder: Path, set_texts: list[str], config_maps: list[str], claim_texts: list[str], *, recorded_defaults: dict[str, Any] | None = None,
+) -> LocalRun:  # fmt: skip
     """Read a manifest, adapt the spec to this machine and write the run configuration.
+
+    `recorded_defaults`: defaults of an earlier run, by spec path, that replace those of this release.
 
     Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
     """
@@ -87,6 +91,7 @@ def prepare_run(file: Path, folder: Path, set_texts: list[str], config_maps: lis
     checked_spec = _check_spec(manifest, spec, overrides)
     require_s3_credentials(spec)
     resolution = resolve_defaults(checked_spec, platform_defaults=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
+    resolution = keep_recorded_defaults(resolution, recorded_defaults or {})
     try:
         run = _write_run(manifest.name, resolution, folder.resolve(), notes)
         _link_config_maps(run.config_maps, machine.config_maps)
@@ -191,10 +196,10 @@ def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, na
 # --- the trainer ----------------------------------------------------------------------------------------------------
 
 
-def run_trainer(run: LocalRun, interpreter_path: str | None) -> int:
-    """Run the trainer to its end and return the exit code for `finetune run`."""
+def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str, str] | None = None) -> int:
+    """Run the trainer to its end and return the exit code for `finetune run`. `variables`: further environment variables of the trainer."""
     interpreter = interpreter_path or sys.executable
-    _require_trainer(interpreter)
+    require_trainer(interpreter)
     output.print_notes(run.notes)
     output.print_notes([f"log: {run.log}"])
     run.work_folder.mkdir(parents=True, exist_ok=True)
@@ -215,6 +220,7 @@ def run_trainer(run: LocalRun, interpreter_path: str | None) -> int:
     ]
     environment = {
         **os.environ,
+        **(variables or {}),
         Env.RUN_SHA256.value: RunConfig.sha256(run.config_file.read_bytes()),
         Env.TERMINATION_LOG.value: str(termination_file),
         Env.NODE_NAME.value: socket.gethostname(),
@@ -229,7 +235,7 @@ def run_trainer(run: LocalRun, interpreter_path: str | None) -> int:
     return _print_result(code, termination_file, run)
 
 
-def _require_trainer(interpreter: str) -> None:
+def require_trainer(interpreter: str) -> None:
     """Raise LocalRunError if the interpreter has no trainer installed."""
     check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('finetune_trainer') is None)"
     try:

@@ -23,13 +23,16 @@ from finetune_cli.commands.lifecycle import cancel, resume, suspend
 from finetune_cli.commands.logs import logs
 from finetune_cli.commands.purge import purge
 from finetune_cli.commands.ratings import ratings
+from finetune_cli.commands.replay import replay
 from finetune_cli.commands.report import report
 from finetune_cli.commands.rerun import rerun
 from finetune_cli.commands.run import run_command
+from finetune_cli.commands.sign import sign
 from finetune_cli.commands.status import status
 from finetune_cli.commands.submit import submit
 from finetune_cli.commands.support_bundle import support_bundle
 from finetune_cli.commands.validate import validate
+from finetune_cli.commands.verify import verify
 from finetune_cli.commands.wait import wait
 
 app = typer.Typer(
@@ -58,6 +61,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cancel": cancel,
     "rerun": rerun,
     "checkpoints": checkpoints,
+    "verify": verify,
+    "sign": sign,
+    "replay": replay,
     "purge": purge,
     "ratings": ratings,
     "report": report,

@@ -230,7 +230,8 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
     lines = []
     if status.output is not None and status.output.uri:
         lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
-        further = {"merged": status.output.merged_uri, "copy": status.output.published_uri, "hub": status.output.hub_uri}
+        output = status.output
+        further = {"merged": output.merged_uri, "copy": output.published_uri, "hub": output.hub_uri, "report": output.report_uri, "lineage": output.lineage_uri}
         lines += [f"{name:<9} {uri}" for name, uri in further.items() if uri]
     lines += _evaluation_lines(status)
     if status.adaptations:

@@ -189,6 +189,9 @@ class Output(ReportModel):
     report_uri: str | None = status_field(
         "The run's report, an HTML page.", example="s3://models/ft/team-a/support-bot/UID/report/index.html"
     )
+    lineage_uri: str | None = status_field(
+        "The lineage statement: base model, data, spec and versions that the final model was made with. Unsigned unless `finetune sign` signed it."
+    )
     promoted: bool | None = status_field(
         "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True
     )

@@ -1,5 +1,5 @@
 """Entry point of the trainer image: `supervise` runs as PID 1 of a pod, `agent` starts the pod's ranks, `train` runs one rank, `stage` runs a
-stage after training, `track` sends a run to its trackers.
+stage after training, `track` sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
@@ -34,9 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
             from finetune_trainer.trackers import process as tracker_process
 
             return tracker_process.main(options)
+        case "compare-weights":
+            from finetune_trainer import compare_weights
+
+            return compare_weights.main(options)
         case "supervise" | "run":
             return _supervise(command, options)
-    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, train, agent, stage or track", file=sys.stderr)
+    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, train, agent, stage, track or compare-weights", file=sys.stderr)
     return 64
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from finetune_cli.commands.shared import complete_job
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
     from finetune_cli.job_storage import JobStorage
 
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|URI",
+        help="Name of the FineTuneJob, or the s3:// or file:// URI of its folder or model in storage.",
+        autocompletion=complete_job,
+    ),
+]
 SecretOption = Annotated[
     bool,
     typer.Option("--use-secret", help="Use the credentials of the job's storage Secret instead of the AWS_ variables."),
@@ -49,3 +62,32 @@ def open_storage(
             )
         credentials = decode_secret(cluster.get_secret(connection.credentials_secret_ref.name))
     return JobStorage(uri, connection, credentials)
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """The options of a command that reads the storage of a job in the cluster, or storage at a URI."""
+
+    use_secret: bool = False
+    endpoint: str | None = None
+    storage_uri: str | None = None
+    namespace: str | None = None
+    context: str | None = None
+    kubeconfig: Path | None = None
+
+
+def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[str, Any] | None]:
+    """Open the storage of a job by its name or URI. Returns the job, too, if a name was given. Raises StorageError or ClusterError."""
+    from finetune_api.spec.cluster import StorageRoot
+
+    from finetune_cli.cluster import connect, parse_job_name
+    from finetune_cli.job_storage import JobStorage, StorageError, root_of_uri
+
+    if "://" not in target:
+        cluster = connect(options.namespace, options.context, options.kubeconfig)
+        job = cluster.get_job(parse_job_name(target))
+        return open_storage(cluster, job, options.use_secret, options.endpoint, options.storage_uri), job
+    if options.use_secret or options.storage_uri is not None:
+        raise StorageError("--use-secret and --storage need the name of a job; with a URI, the AWS_ variables hold the credentials")
+    root = StorageRoot(endpoint=options.endpoint, region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+    return JobStorage(root_of_uri(target), root), None

@@ -30,12 +30,17 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
     return ChildProcess(command, rank_environment(run, settings, channel_address))
 
 
+def threads_per_rank(run: RunConfig) -> int:
+    """CPU threads of each rank: `OMP_NUM_THREADS` of the pod, or this pod's CPUs shared by its ranks."""
+    configured = os.environ.get("OMP_NUM_THREADS", "")
+    return int(configured) if configured.isdecimal() else max(1, len(os.sched_getaffinity(0)) // run.world.processes_per_node)
+
+
 def rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
     """The environment of agent and ranks. It has no credentials of storage, trackers and the hub push, because ranks access none of them."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIALS))}
-    cpus = len(os.sched_getaffinity(0))
     return {
-        "OMP_NUM_THREADS": str(max(1, cpus // run.world.processes_per_node)),
+        "OMP_NUM_THREADS": str(threads_per_rank(run)),
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(settings.work / "hub"),
         "PYTHONWARNINGS": "ignore::FutureWarning",  # users cannot act on these warnings: the image pins the libraries

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from finetune_api.errors import StorageError
-from finetune_api.names import Reason
+from finetune_api.errors import ConfigError, StorageError
+from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pushes_to_hub
 from finetune_api.status import ResolvedConfig, Stage
@@ -114,9 +115,11 @@ class Preparation:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77."""
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
+        facts = run_facts_of(self._run, self._sha256, inputs)
+        require_expected_inputs(facts)
         self._state.enter_stage(Stage.CHECKING)
         self._run_timed("check", lambda: self._check_data(inputs))
-        return inputs, run_facts_of(self._run, self._sha256, inputs)
+        return inputs, facts
 
     def claim_storage(self, tree: CheckpointTree) -> None:
         """Fence out earlier attempts, then remove the leftovers of killed incarnations. Only rank 0's pod does this.
@@ -243,6 +246,22 @@ def with_restored_checkpoint(inputs: Inputs, restore_result: RestoreResult) -> I
         path=restore_result.path, step=restore_result.step, uri=restore_result.uri, manifest=restore_result.manifest.to_wire()
     )
     return inputs.model_copy(update={"restore": checkpoint})
+
+
+def require_expected_inputs(facts: RunFacts) -> None:
+    """Compare the inputs with `Env.EXPECTED_INPUTS`, which a replay sets. Errors: ConfigError `InputsChanged`."""
+    text = os.environ.get(Env.EXPECTED_INPUTS)
+    if not text:
+        return
+    expected = RunFacts.model_validate_json(text)
+    pairs = [("base model", expected.model_revision, facts.model_revision), ("training data", expected.dataset_digest, facts.dataset_digest)]
+    pairs += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected.other_inputs.items()]
+    changed = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in pairs if digest != found]
+    if changed:
+        raise ConfigError(
+            "InputsChanged", "the inputs are not those of the run that is replayed: " + "; ".join(changed),
+            hint="give the original files, for example with --set dataset.train=file:///path",
+        )  # fmt: skip
 
 
 def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:

@@ -45,6 +45,7 @@ from finetune_trainer.supervisor.exit_decision import (
 )
 from finetune_trainer.supervisor.given_model import find_given_model, record_given_model
 from finetune_trainer.supervisor.later_stages import MODEL_FOLDER, LaterStages
+from finetune_trainer.supervisor.lineage import Lineage
 from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
@@ -77,6 +78,7 @@ CLEANUP_SECONDS = 60.0
 MIN_CLEANUP_SECONDS = 0.05
 FILES_OF_RESULTS = "files of results"
 PARTS_OF_REPORT = "parts of the report"
+LINEAGE = "parts of the lineage"
 
 
 class Supervisor:
@@ -99,6 +101,8 @@ class Supervisor:
         self._results: RunResults | None = None
         self._report_writer: ReportWriter | None = None
         self._started_at = datetime.now(UTC)
+        self._lineage: Lineage | None = None
+        self._lineage_uri: str | None = None
         self._server: Server | None = None
         self._channel: RankChannel | None = None
         self._tracking: RunTracking | None = None
@@ -204,6 +208,7 @@ class Supervisor:
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
             self._results = RunResults(run, tree, self._settings.work / "output")
+            self._lineage = Lineage(run, tree, self._state, self._settings.incarnation(run))
             self._report_writer = ReportWriter(
                 run, tree, self._results, incarnation=self._settings.incarnation(run), config_sha256=config_sha256, started_at=self._started_at
             )
@@ -223,6 +228,8 @@ class Supervisor:
             self._facts.start_step = restore_result.step
             self._start_tracking(entries_of_checkpoint(restore_result), facts)
             self._record_start(preparation.data_summary)
+            if self._settings.node_rank == 0:
+                store_quietly(self._state, LINEAGE, self._lineage.record_attempt)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
             with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
@@ -277,6 +284,8 @@ class Supervisor:
             self._metric_log.upload(self._tree.store)
         if self._results is not None and self._settings.node_rank == 0:
             store_quietly(self._state, FILES_OF_RESULTS, self._results.store_files_of_rank)
+        if self._lineage is not None and self._settings.node_rank == 0:
+            store_quietly(self._state, LINEAGE, self._lineage.record_attempt)  # now the ranks have reported their device
 
     def _warn_if_grace_period_is_too_short(self) -> None:
         grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
@@ -422,6 +431,8 @@ class Supervisor:
         run, tree, results, output = self._run, self._tree, self._results, self._facts.output
         if run is None or tree is None or results is None or output is None or self._settings.node_rank > 0:
             return
+        self._clean_up(self._write_lineage)
+        output = output.model_copy(update={"lineage_uri": self._lineage_uri})
         self._state.set_output(output)
         started = time.time()
         stages = LaterStages(
@@ -436,6 +447,16 @@ class Supervisor:
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started)
         self._clean_up(lambda: store_quietly(self._state, FILES_OF_RESULTS, results.store_metric_files))
+
+    def _write_lineage(self) -> None:
+        """Write the lineage statement. A failure adds a note: the model is committed without it."""
+        assert self._lineage is not None
+        try:
+            self._lineage_uri = self._lineage.write_statement(Inputs.read(self._settings.work))
+        except Exception as error:
+            log.warning("the lineage statement was not written", exc_info=error)
+            code = error.code if isinstance(error, FineTuneError) else type(error).__name__
+            self._state.add_note(f"the lineage statement was not written: {code}")
 
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
         """Download the inputs in a pod that has not trained, because the model was committed before."""

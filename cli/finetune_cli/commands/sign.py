@@ -1,0 +1,139 @@
+"""`finetune sign`: signs the lineage statement of a final model, after checking that the statement is true for the stored files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NamespaceOption, complete_job
+from finetune_cli.commands.storage_options import (
+    EndpointOption,
+    SecretOption,
+    StorageOption,
+    StorageOptions,
+    open_target,
+)
+
+if TYPE_CHECKING:
+    from finetune_cli.job_storage import JobStorage
+    from finetune_cli.lineage import Verification
+
+
+def sign(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME|URI", help="Name of the FineTuneJob, or the URI of its folder in storage.", autocompletion=complete_job
+        ),
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Private ed25519 key (PEM) to sign with.")] = None,
+    new_key: Annotated[
+        Path | None,
+        typer.Option("--new-key", metavar="FILE", help="Create a key pair: FILE and FILE.pub. FINETUNE_KEY_PASSWORD encrypts FILE."),
+    ] = None,
+    use_secret: SecretOption = False,
+    endpoint: EndpointOption = None,
+    storage: StorageOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Sign the lineage statement of a final model. Keep the private key away from the cluster's pods: sign after the run.
+
+    Example: finetune sign --new-key team.pem
+
+    Example: finetune sign support-bot --key team.pem
+    """
+    if new_key is not None:
+        if target is not None or key is not None:
+            raise output.fail("--new-key only creates a key: run `finetune sign NAME --key FILE` afterwards")
+        _create_key(new_key)
+        return
+    if target is None or key is None:
+        raise output.fail("write `finetune sign NAME --key FILE`, or `finetune sign --new-key FILE` to create a key")
+    from finetune_cli.signing import key_id, read_private_key
+
+    private_key = read_private_key(key)
+    opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
+    statement = _true_statement(opened, job)
+    _store_signature(opened, statement, private_key)
+    output.write(f"{opened.uri}: signed by the key {key_id(private_key.public_key())}")
+
+
+def _create_key(path: Path) -> None:
+    import os
+
+    from finetune_cli.signing import PASSWORD_VARIABLE, write_new_key
+
+    password = os.environ.get(PASSWORD_VARIABLE, "")
+    public_path = write_new_key(path, password)
+    output.write(f"{path}: the private key, {'encrypted' if password else 'not encrypted'}. {public_path}: the public key, for `finetune verify`")
+
+
+def _true_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
+    """Return the statement to sign. If a check of model or statement fails, print the findings and raise CommandExit."""
+    from finetune_cli.lineage import CheckName, Verifier
+
+    verification = Verifier(storage).verify()
+    findings = [finding for finding in verification.findings if finding.check is not CheckName.SIGNATURE]
+    if findings:
+        output.print_errors(f"{finding.code}: {finding.message}" for finding in findings)
+        raise output.fail("nothing was signed, because the statement is not true for the stored files")
+    if job is None:
+        return verification.statement_bytes
+    _compare_with_status(verification, job)
+    return _with_image_digest(verification.statement_bytes, job)
+
+
+def _compare_with_status(verification: Verification, job: dict[str, Any]) -> None:
+    """Raise StorageError if the job's status names another manifest. The operator received it from the pod that committed the model."""
+    from finetune_cli.job_storage import StorageError
+    from finetune_cli.status_text import status_of
+
+    model = status_of(job).output
+    if model is not None and model.sha256 is not None and model.sha256 != verification.manifest_sha256:
+        raise StorageError(
+            f"the job's status names a model with the manifest {model.sha256[:12]}..., but storage has {verification.manifest_sha256[:12]}...: "
+            "nothing was signed, because the model was replaced after the run"
+        )
+
+
+def _with_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
+    """Add the digest of the trainer image, which the operator has seen. A pod does not know it."""
+    import json
+
+    from finetune_api.lineage import TRAINER_IMAGE, Resource
+
+    from finetune_cli.status_text import status_of
+
+    resolved = status_of(job).resolved
+    image, _, digest = ((resolved.image_digest if resolved is not None else None) or "").rpartition("sha256:")
+    if resolved is None or not digest:
+        return statement
+    value = json.loads(statement)
+    definition = value["predicate"]["buildDefinition"]
+    own = Resource(name=TRAINER_IMAGE, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"})
+    others = [one for one in definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE]
+    definition["resolvedDependencies"] = [*others, own.to_wire()]
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> None:
+    """Sign and store the statement. Signatures of other keys are kept if they are of the same statement."""
+    import json
+
+    from finetune_api.lineage import ENVELOPE_KEY, STATEMENT_KEY
+
+    from finetune_cli import signing
+    from finetune_cli.lineage import read_envelope
+
+    earlier = read_envelope(storage)
+    is_same = earlier is not None and signing.payload_of(earlier) == payload
+    if earlier is not None and not is_same:
+        output.print_notes(["earlier signatures are replaced, because they are of another statement"])
+    envelope = signing.sign(payload, private_key, earlier.signatures if earlier is not None and is_same else [])
+    storage.write_object(STATEMENT_KEY, payload)
+    storage.write_object(ENVELOPE_KEY, json.dumps(envelope.to_wire(), indent=1).encode())

@@ -1,0 +1,413 @@
+"""Checks a stored model against its commit marker, its manifest, its lineage statement and the statement's signature.
+
+Each check yields findings with a code. Without a signature, the checks compare files that one person could have changed together; only
+a signature by a trusted key shows that nothing was changed after signing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.lineage import (
+    BASE_MODEL,
+    BUILD_TYPE,
+    ENVELOPE_KEY,
+    PAYLOAD_TYPE,
+    REVISION,
+    STATEMENT_KEY,
+    Envelope,
+    Statement,
+    without_secrets,
+)
+from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_uri
+from pydantic import ValidationError
+
+from finetune_cli.job_storage import JobStorage, StorageError
+from finetune_cli.signing import is_signed_by, key_id, payload_of
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+MARKER_KEY = f"{Storage.MODEL}/{Storage.COMMITTED}"
+SHA256_DIGITS = 64
+
+
+class CheckName(StrEnum):
+    """The checks, in their order."""
+
+    MARKER = "marker"
+    MANIFEST = "manifest"
+    FILES = "files"
+    STATEMENT = "statement"
+    CHECKPOINTS = "checkpoints"
+    SIGNATURE = "signature"
+
+
+MODEL_CHECKS = (CheckName.MARKER, CheckName.MANIFEST, CheckName.FILES)
+
+
+class Code(StrEnum):
+    """What a check has found. Codes do not change between releases."""
+
+    LINK = "FileIsLink"
+    """A file or folder is a symbolic link, so it can change without a change in this storage."""
+    MARKER_MISSING = "MarkerMissing"
+    MARKER_INVALID = "MarkerInvalid"
+    MANIFEST_MISSING = "ManifestMissing"
+    MANIFEST_CHANGED = "ManifestChanged"
+    """The manifest has another sha256 than the marker names."""
+    MANIFEST_INVALID = "ManifestInvalid"
+    PATH_INVALID = "ManifestPathInvalid"
+    """The manifest lists a path outside the model's folder."""
+    PATH_DUPLICATE = "ManifestPathDuplicate"
+    FILE_MISSING = "FileMissing"
+    FILE_CHANGED = "FileChanged"
+    FILE_UNEXPECTED = "FileUnexpected"
+    """The model's folder has a file that the manifest does not list."""
+    STATEMENT_MISSING = "StatementMissing"
+    STATEMENT_INVALID = "StatementInvalid"
+    OTHER_RUN = "StatementOfAnotherRun"
+    SUBJECT_CHANGED = "SubjectChanged"
+    """The statement's subjects are not the files of the manifest."""
+    CONTRADICTS_MANIFEST = "StatementContradictsManifest"
+    CONTRADICTS_RUN = "StatementContradictsRun"
+    """The statement's spec is not the spec in the stored run configuration."""
+    CHECKPOINT_CHANGED = "CheckpointChanged"
+    UNSIGNED = "Unsigned"
+    """No signature is stored, but the options require one."""
+    ENVELOPE_INVALID = "EnvelopeInvalid"
+    PAYLOAD_TYPE = "PayloadTypeWrong"
+    SIGNED_OTHER = "SignedStatementDiffers"
+    """The signed statement is not the stored statement."""
+    SIGNATURE_INVALID = "SignatureInvalid"
+    """A signature names the trusted key, but does not fit the payload."""
+    NOT_TRUSTED = "SignatureNotTrusted"
+    """No signature is of the trusted key."""
+
+
+class SignatureState(StrEnum):
+    """What is known about the signature."""
+
+    UNSIGNED = "unsigned"
+    NOT_CHECKED = "signed, but not checked"
+    VERIFIED = "signed by the given key"
+    FAILED = "not verified"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    check: CheckName
+    code: Code
+    message: str
+
+
+@dataclass
+class Verification:
+    """The result of all checks. `notes` has one sentence for each check that was made."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: dict[CheckName, str] = field(default_factory=dict)
+    signature: SignatureState = SignatureState.UNSIGNED
+    statement: Statement | None = None
+    statement_bytes: bytes = b""
+    """The statement as it is stored."""
+    folder: str = ""
+    """Key of the model's folder."""
+    manifest: dict[str, Any] | None = None
+    manifest_sha256: str = ""
+
+    def findings_of(self, *checks: CheckName) -> list[Finding]:
+        """The findings of some checks."""
+        return [finding for finding in self.findings if finding.check in checks]
+
+
+class Verifier:
+    """Runs the checks on one job's folder. Raises StorageError if storage cannot be read."""
+
+    def __init__(self, storage: JobStorage) -> None:
+        self._storage = storage
+        self._result = Verification()
+
+    def verify(self, key: Ed25519PublicKey | None = None, require_signature: bool = False) -> Verification:
+        """Run all checks. `key`: the trusted public key; with it, or with `require_signature`, a missing signature is a finding."""
+        self._check_links()
+        marker = self._check_marker()
+        if marker is not None:
+            self._check_manifest(marker)
+            self._check_files()
+        self._check_statement()
+        self._check_checkpoints()
+        self._check_signature(key, require_signature)
+        return self._result
+
+    def _find(self, check: CheckName, code: Code, message: str) -> None:
+        self._result.findings.append(Finding(check, code, message))
+
+    def _note(self, check: CheckName, text: str) -> None:
+        self._result.notes[check] = text
+
+    # ---- the model ----
+
+    def _check_links(self) -> None:
+        self._links = {key for folder in (Storage.MODEL, Storage.LINEAGE) for key in self._storage.list_links(folder)}
+        for key in sorted(self._links):
+            self._find(CheckName.FILES, Code.LINK, f"{key} is a symbolic link; replace it by a copy of its target")
+
+    def _is_linked(self, key: str) -> bool:
+        return any(key == link or key.startswith(f"{link}/") for link in self._links)
+
+    def _check_marker(self) -> dict[str, Any] | None:
+        """Return the marker, if it is valid."""
+        data = self._storage.read_if_exists(MARKER_KEY)
+        if data is None:
+            self._find(CheckName.MARKER, Code.MARKER_MISSING, f"{self._storage.uri} has no {MARKER_KEY}: no model is committed there")
+            return None
+        marker = _json_object(data)
+        path, digest = marker.get("path"), marker.get("manifestSha256")
+        if not isinstance(path, str) or "/" in path or attempt_of_uri(path) is None or not _is_sha256(digest):
+            self._find(CheckName.MARKER, Code.MARKER_INVALID, f"{MARKER_KEY} does not name a folder and the sha256 of its manifest")
+            return None
+        self._result.folder = f"{Storage.MODEL}/{path}"
+        self._note(CheckName.MARKER, f"{MARKER_KEY} names {path}")
+        return marker
+
+    def _check_manifest(self, marker: dict[str, Any]) -> None:
+        key = f"{self._result.folder}/{Storage.MANIFEST}"
+        data = self._storage.read_if_exists(key)
+        if data is None:
+            self._find(CheckName.MANIFEST, Code.MANIFEST_MISSING, f"{key} is missing")
+            return
+        digest = self._result.manifest_sha256 = hashlib.sha256(data).hexdigest()
+        if digest != marker["manifestSha256"]:
+            named = marker["manifestSha256"]
+            self._find(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named[:12]}...")
+        manifest = _json_object(data)
+        entries = manifest.get("files")
+        if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)) or not isinstance(manifest.get("facts"), dict):
+            self._find(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not list files with path, size and sha256, and the run's facts")
+            return
+        self._result.manifest = manifest
+        self._note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
+        for path, count in Counter(entry["path"] for entry in entries).items():
+            if not _is_inside(path):
+                self._find(CheckName.MANIFEST, Code.PATH_INVALID, f"the manifest lists {path!r}, which is not inside the model's folder")
+            if count > 1:
+                self._find(CheckName.MANIFEST, Code.PATH_DUPLICATE, f"the manifest lists {path} {count} times")
+
+    def _check_files(self) -> None:
+        if self._result.manifest is None:
+            return
+        folder, total = self._result.folder, 0
+        stored = {one.key.removeprefix(f"{folder}/") for one in self._storage.list_objects(folder)}
+        entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside(entry["path"])}
+        for path, entry in entries.items():
+            if self._is_linked(f"{folder}/{path}"):
+                continue
+            if path not in stored:
+                self._find(CheckName.FILES, Code.FILE_MISSING, f"{path} is missing")
+                continue
+            total += entry["size"]
+            self._check_file(folder, path, entry)
+        for path in sorted(stored - entries.keys() - {Storage.MANIFEST.value}):
+            if not self._is_linked(f"{folder}/{path}"):
+                self._find(CheckName.FILES, Code.FILE_UNEXPECTED, f"{path} is in the model's folder, but not in the manifest")
+        self._note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
+
+    def _check_file(self, folder: str, path: str, entry: dict[str, Any]) -> None:
+        digest, size = hashlib.sha256(), 0
+        for chunk in self._storage.read_chunks(f"{folder}/{path}"):
+            digest.update(chunk)
+            size += len(chunk)
+        if size != entry["size"]:
+            self._find(CheckName.FILES, Code.FILE_CHANGED, f"{path} has {size} bytes, but the manifest lists {entry['size']}")
+        elif digest.hexdigest() != entry["sha256"]:
+            text = f"{path} has sha256 {digest.hexdigest()[:12]}..., but the manifest lists {entry['sha256'][:12]}..."
+            self._find(CheckName.FILES, Code.FILE_CHANGED, text)
+
+    # ---- the statement ----
+
+    def _check_statement(self) -> None:
+        data = self._storage.read_if_exists(STATEMENT_KEY)
+        if data is None:
+            text = f"{STATEMENT_KEY} is missing: the run wrote none, for example because its release is older than 0.2.0"
+            self._find(CheckName.STATEMENT, Code.STATEMENT_MISSING, text)
+            return
+        self._result.statement_bytes = data
+        try:
+            statement = Statement.model_validate_json(data)
+        except ValidationError as error:
+            location = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
+            self._find(CheckName.STATEMENT, Code.STATEMENT_INVALID, f"{STATEMENT_KEY} is not a statement of a fine-tuning run: {location}")
+            return
+        if statement.predicate.build_definition.build_type != BUILD_TYPE:
+            text = f"{STATEMENT_KEY} has another buildType than {BUILD_TYPE}"
+            self._find(CheckName.STATEMENT, Code.STATEMENT_INVALID, text)
+            return
+        self._result.statement = statement
+        self._note(CheckName.STATEMENT, f"of {statement.job}, step {statement.run.step}")
+        manifest = self._result.manifest
+        if manifest is not None and statement.job != manifest.get("job"):
+            text = f"the statement is about the run {statement.job}, but the model is of {manifest.get('job')}"
+            self._find(CheckName.STATEMENT, Code.OTHER_RUN, text)
+        elif manifest is not None:
+            self._compare_subjects(statement, manifest)
+            for name in contradictions_with_manifest(statement, manifest):
+                self._find(CheckName.STATEMENT, Code.CONTRADICTS_MANIFEST, f"{name} in the statement is not that of the manifest")
+            self._compare_spec(statement, manifest)
+
+    def _compare_subjects(self, statement: Statement, manifest: dict[str, Any]) -> None:
+        expected = [(Storage.MANIFEST.value, self._result.manifest_sha256), *((entry["path"], entry["sha256"]) for entry in manifest["files"])]
+        subjects = [(one.name or "", one.digest.get("sha256", "")) for one in statement.subject]
+        if Counter(expected) != Counter(subjects):
+            name = sorted((Counter(expected) - Counter(subjects)) + (Counter(subjects) - Counter(expected)))[0][0]
+            self._find(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"the statement's subject {name} is not the file of the manifest")
+
+    def _compare_spec(self, statement: Statement, manifest: dict[str, Any]) -> None:
+        """Compare with the run configuration of the attempt that committed the model."""
+        key = f"{Storage.RUN}/{attempt_folder(int(manifest.get('attempt') or 1))}/{RUN_FILE_NAME}"
+        data = self._storage.read_if_exists(key)
+        if data is None:
+            return
+        spec, _ = without_secrets(_json_object(data).get("spec") or {})
+        if spec != statement.spec:
+            path = next(iter(sorted(_different_paths(spec, statement.spec))), "spec")
+            self._find(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement is not that of {key}")
+
+    def _check_checkpoints(self) -> None:
+        """Compare the checkpoints that are still stored. Retention or a user may have removed others."""
+        if self._result.statement is None or self._result.findings_of(CheckName.STATEMENT):
+            return
+        byproducts = self._result.statement.predicate.run_details.byproducts
+        stored = 0
+        for checkpoint in byproducts:
+            data = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
+            stored += data is not None
+            if data is not None and _json_object(data).get("manifestSha256") != checkpoint.digest.get("sha256"):
+                self._find(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
+        self._note(CheckName.CHECKPOINTS, f"{stored} of {len(byproducts)} named checkpoints are stored (their files are not read)")
+
+    # ---- the signature ----
+
+    def _check_signature(self, key: Ed25519PublicKey | None, require_signature: bool) -> None:
+        data = self._storage.read_if_exists(ENVELOPE_KEY)
+        if data is None:
+            if key is not None or require_signature:
+                self._find(CheckName.SIGNATURE, Code.UNSIGNED, "the statement is unsigned; sign it with `finetune sign`")
+            return
+        findings_before = len(self._result.findings)
+        envelope = self._read_envelope(data)
+        if envelope is not None:
+            self._check_envelope(envelope, key)
+        if len(self._result.findings) > findings_before:
+            self._result.signature = SignatureState.FAILED
+        else:
+            self._result.signature = SignatureState.VERIFIED if key is not None else SignatureState.NOT_CHECKED
+
+    def _read_envelope(self, data: bytes) -> Envelope | None:
+        try:
+            return Envelope.model_validate_json(data)
+        except ValidationError as error:
+            details = error.errors()[0]
+            location = ".".join(map(str, details["loc"])) or "the whole file"
+            problem = "no signature covers this field" if details["type"] == "extra_forbidden" else "missing or not valid"
+            self._find(CheckName.SIGNATURE, Code.ENVELOPE_INVALID, f"{ENVELOPE_KEY}: {location}: {problem}")
+            return None
+
+    def _check_envelope(self, envelope: Envelope, key: Ed25519PublicKey | None) -> None:
+        if envelope.payload_type != PAYLOAD_TYPE:
+            text = f"the payload type is {envelope.payload_type} instead of {PAYLOAD_TYPE}"
+            self._find(CheckName.SIGNATURE, Code.PAYLOAD_TYPE, text)
+            return
+        if payload_of(envelope) != self._result.statement_bytes:
+            self._find(CheckName.SIGNATURE, Code.SIGNED_OTHER, f"the signed statement is not {STATEMENT_KEY}")
+        if key is None or is_signed_by(envelope, key):
+            return
+        if any(signature.keyid == key_id(key) for signature in envelope.signatures):
+            self._find(CheckName.SIGNATURE, Code.SIGNATURE_INVALID, f"the signature of the key {key_id(key)[:12]}... does not fit the statement")
+        else:
+            text = f"none of {len(envelope.signatures)} signatures is of the key {key_id(key)[:12]}..."
+            self._find(CheckName.SIGNATURE, Code.NOT_TRUSTED, text)
+
+
+def contradictions_with_manifest(statement: Statement, manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of the facts in a statement that differ from the manifest."""
+    facts = manifest["facts"]
+    for name in sorted({*facts, *statement.run.facts}):
+        if facts.get(name) != statement.run.facts.get(name):
+            yield name
+    if statement.run.step != manifest.get("step"):
+        yield "step"
+    base = statement.dependency(BASE_MODEL)
+    revision = facts.get("modelRevision")
+    if base is None or base.annotations.get(REVISION) != revision or base.digest.get("gitCommit", revision) != revision:
+        yield "the revision of the base model"
+    if not _has_digest(statement, facts.get("datasetDigest"), ("dataset.train", "dataset.mixture[")):
+        yield "the digest of the training data"
+    beside = facts.get("beside") or {}
+    for path, name in (("dataset.validation", "validation data"), ("dataset.test", "test data")):
+        if name in beside and not _has_digest(statement, beside[name], (path,)):
+            yield f"the digest of the {name}"
+
+
+def _has_digest(statement: Statement, digest: Any, sources: tuple[str, ...]) -> bool:
+    """Whether sources have this combined digest, and their files' digests result in it. `sources`: how the sources' names begin."""
+    resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(sources)]
+    combined = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
+    files = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]
+    are_files_right = not files or hashlib.sha256("\n".join(files).encode()).hexdigest() == digest
+    return bool(combined) and set(combined) == {digest} and are_files_right
+
+
+def read_envelope(storage: JobStorage) -> Envelope | None:
+    """Return the stored envelope, or None if it is missing or invalid. Raises StorageError."""
+    data = storage.read_if_exists(ENVELOPE_KEY)
+    try:
+        return Envelope.model_validate_json(data) if data is not None else None
+    except ValidationError:
+        return None
+
+
+def require_statement(verification: Verification) -> Statement:
+    """Return the statement. Raises StorageError with the finding if it is missing or invalid."""
+    if verification.statement is None:
+        raise StorageError(verification.findings_of(CheckName.STATEMENT)[0].message)
+    return verification.statement
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """Return the JSON object, or an empty dict for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == SHA256_DIGITS and set(value) <= set("0123456789abcdef")
+
+
+def _is_entry(entry: Any) -> bool:
+    is_object = isinstance(entry, dict) and isinstance(entry.get("path"), str)
+    return is_object and isinstance(entry.get("size"), int) and _is_sha256(entry.get("sha256"))
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path of a manifest is relative and stays inside the folder."""
+    return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def _different_paths(left: Any, right: Any, path: str = "") -> Iterator[str]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in left.keys() | right.keys():
+            yield from _different_paths(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
+    elif left != right:
+        yield path

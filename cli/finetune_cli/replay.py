@@ -1,0 +1,181 @@
+"""Repeats a run from its lineage statement on this machine, and compares the weights.
+
+The trainer checks after its downloads, before the training, that base model and data are those of the statement.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.base import LenientModel, remove_path
+from finetune_api.lineage import Statement
+from finetune_api.names import GROUP, KIND, VERSION, Env
+from finetune_api.spec.cluster import StorageRoot
+
+from finetune_cli import output
+from finetune_cli.fields import get_value
+from finetune_cli.job_storage import CommittedFolder, JobStorage, StorageError, verify_and_download
+from finetune_cli.lineage import MODEL_CHECKS, Verification, Verifier, require_statement
+from finetune_cli.local_run import LocalRun, prepare_run, require_trainer, run_trainer
+from finetune_cli.local_spec import SOURCE_FIELDS, LocalRunError
+
+UNUSED_GROUPS = ("output", "phases", "placement", "policy", "storage")
+"""Groups of the spec that do not influence the weights. Without them a replay publishes nothing and runs no stage after training."""
+USED_FIELDS = {"evaluation": ("strategy", "steps", "batchSizePerDevice"), "tracking": ("loggingSteps", "logFirstStep")}
+"""Groups of which only some fields influence the training. Without the others a replay reports to no tracker and evaluates nothing."""
+CPU = "cpu"
+
+
+class ReplayRefused(LocalRunError):
+    """The run cannot be repeated. The message begins with a code."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """Options of `finetune run --local` that also apply to a replay."""
+
+    sets: list[str] = field(default_factory=list)
+    config_maps: list[str] = field(default_factory=list)
+    claims: list[str] = field(default_factory=list)
+    python: str | None = None
+
+
+class WeightComparison(LenientModel):
+    """The output of `finetune-trainer compare-weights`."""
+
+    tensors: int
+    equal: bool
+    different_tensors: int
+    largest_difference: float = 0.0
+    largest_in: str | None = None
+    mismatched: list[str] = []
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """The comparison, and the reasons for which equality is not promised."""
+
+    comparison: WeightComparison
+    reasons: list[str]
+
+
+def read_run(storage: JobStorage) -> Verification:
+    """Verify the stored model and read its statement. Raises StorageError if the model is damaged. Warns if the statement is not true."""
+    verification = Verifier(storage).verify()
+    damage = verification.findings_of(*MODEL_CHECKS)
+    if damage:
+        raise StorageError(f"{damage[0].code}: {damage[0].message}; a damaged model cannot be compared")
+    require_statement(verification)
+    output.print_warnings(f"{finding.code}: {finding.message}" for finding in verification.findings)
+    return verification
+
+
+def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayResult | int:
+    """Repeat the run below `folder`. Returns the result, or the exit code of the command if the training failed.
+
+    Raises ReplayRefused, StorageError, LocalRunError, or Exit after printing errors of the spec.
+    """
+    interpreter = options.python or sys.executable
+    require_trainer(interpreter)
+    verification = read_run(storage)
+    statement = require_statement(verification)
+    run = _prepare(statement, folder, options)
+    variables = {Env.EXPECTED_INPUTS.value: json.dumps(_expected_inputs(statement))}
+    threads = {one.threads for one in statement.run.attempts if one.threads}
+    if threads:
+        variables["OMP_NUM_THREADS"] = str(max(threads))
+    code = run_trainer(run, options.python, variables)
+    if code != output.OK:
+        return code
+    repeated = Verifier(JobStorage(run.config.storage.uri, StorageRoot())).verify()
+    original_folder = folder / "original"
+    marker = CommittedFolder("model", verification.folder.removeprefix("model/"), verification.manifest_sha256, True)
+    verify_and_download(storage, marker, original_folder)
+    repeated_folder = Path(run.config.storage.uri.removeprefix("file://")) / repeated.folder
+    comparison = compare_weights(interpreter, original_folder, repeated_folder)
+    return ReplayResult(comparison, list(reasons_to_differ(statement, require_statement(repeated))))
+
+
+def _expected_inputs(statement: Statement) -> dict[str, Any]:
+    """The facts about base model and data that the trainer compares before the training. Mounted ConfigMaps exist only in pods."""
+    facts = statement.run.facts
+    others = {name: digest for name, digest in (facts.get("beside") or {}).items() if name != "contents of ConfigMaps"}
+    return {"modelRevision": facts.get("modelRevision", ""), "datasetDigest": facts.get("datasetDigest", ""), "beside": others}
+
+
+def _prepare(statement: Statement, folder: Path, options: ReplayOptions) -> LocalRun:
+    """Write the run configuration of the replay."""
+    internal = statement.predicate.build_definition.internal_parameters
+    _require_complete_sources(internal.get("redactedFields") or [], options.sets)
+    spec, recorded_defaults = replayed_spec(statement)
+    manifest_file = folder / "job.json"
+    manifest = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": {"name": statement.job.split("/")[1]}, "spec": spec}
+    manifest_file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    run = prepare_run(manifest_file, folder, options.sets, options.config_maps, options.claims, recorded_defaults=recorded_defaults)
+    ranks = int(statement.run.facts.get("worldSize") or 1)
+    if run.config.world.size != ranks:
+        raise ReplayRefused(
+            "WorldSizeDiffers", f"the run had {ranks} ranks, but this machine runs {run.config.world.size}: the gradients would be computed from other rows; "
+            "use a machine with as many GPUs, or for a CPU run --set resources.processesPerNode",
+        )  # fmt: skip
+    return run
+
+
+def replayed_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields that the user had set and that influence the weights, and the defaults of the run by path."""
+    spec = copy.deepcopy(statement.spec)
+    for group in UNUSED_GROUPS:
+        spec.pop(group, None)
+    for group, names in USED_FIELDS.items():
+        spec[group] = {name: value for name, value in (spec.get(group) or {}).items() if name in names}
+    recorded_defaults = {}
+    for path in statement.predicate.build_definition.internal_parameters.get("defaults") or []:
+        value = get_value(spec, path)
+        if value is not None:
+            recorded_defaults[path] = value
+            remove_path(spec, path)
+    return {group: value for group, value in spec.items() if value != {}}, recorded_defaults
+
+
+def _require_complete_sources(redacted_fields: list[str], sets: list[str]) -> None:
+    given = {text.partition("=")[0] for text in sets}
+    for path in redacted_fields:
+        is_source = path in SOURCE_FIELDS or path.startswith("dataset.mixture[")
+        if is_source and path not in given:
+            raise ReplayRefused(
+                "SourceRedacted", f"the address in {path} contained a secret, which the statement leaves out; give the address with --set {path}=URI"
+            )
+
+
+def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparison:
+    """Compare two models in the trainer's environment, because the command line has no library for tensors. Raises LocalRunError."""
+    command = [interpreter, "-m", "finetune_trainer", "compare-weights", str(left), str(right)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LocalRunError(f"the weights cannot be compared: {last_line}")
+    return WeightComparison.model_validate_json(process.stdout)
+
+
+def reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]:
+    """Yield why two runs need not have equal weights."""
+    for name, run in (("the run", original), ("the replay", repeated)):
+        devices = {one.device for one in run.run.attempts if one.device and not one.device.lower().startswith(CPU)}
+        if devices:
+            yield f"{name} used {', '.join(sorted(devices))}; equality is only promised on CPU"
+    before, now = (run.predicate.run_details.builder.version for run in (original, repeated))
+    changed = [f"{name} {before.get(name, '-')} -> {now.get(name, '-')}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        yield f"library versions differ: {', '.join(changed)}"
+    if original.predicate.build_definition.internal_parameters.get("originalValues"):
+        yield "the operator changed values between the attempts of the run, for example after exhausted memory"

@@ -1,0 +1,162 @@
+"""Ed25519 keys in PEM files, and DSSE envelopes that are signed with them.
+
+A message never contains a key. Source: the DSSE v1 specification (envelope and protocol).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.lineage import PAYLOAD_TYPE, Envelope, Signature, signed_bytes
+
+from finetune_cli.output import CommandError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+PASSWORD_VARIABLE = "FINETUNE_KEY_PASSWORD"  # noqa: S105  the name of a variable
+NEW_KEY_HINT = "create one with `finetune sign --new-key FILE`, or `openssl genpkey -algorithm ed25519`"
+
+
+class KeyFileError(CommandError):
+    """A key file cannot be used."""
+
+
+def read_private_key(path: Path) -> Ed25519PrivateKey:
+    """Read a private key. The password of an encrypted key comes from the variable FINETUNE_KEY_PASSWORD or a prompt. Raises KeyFileError."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    data = _read(path)
+    _require_private_file(path)
+    is_encrypted = b"ENCRYPTED" in data
+    try:
+        key = load_pem_private_key(data, _password(path).encode() if is_encrypted else None)
+    except (ValueError, TypeError):
+        problem = "the password is wrong, or the file is damaged" if is_encrypted else "this is not a private key in PEM form"
+        raise KeyFileError(f"{path}: {problem}; {NEW_KEY_HINT}") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"{path}: this is not an ed25519 key; {NEW_KEY_HINT}")
+    return key
+
+
+def read_public_key(path: Path) -> Ed25519PublicKey:
+    """Read a public key. Raises KeyFileError."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    data = _read(path)
+    if b"PRIVATE KEY" in data:
+        raise KeyFileError(f"{path}: this is a private key; give the public key, for example {path}.pub")
+    try:
+        key = load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm):
+        raise KeyFileError(f"{path}: this is not a public key in PEM form; write one with `openssl pkey -in KEY -pubout`") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise KeyFileError(f"{path}: this is not an ed25519 key")
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}") from None
+
+
+def _require_private_file(path: Path) -> None:
+    """Raise KeyFileError if other users can read or replace the file."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and mode & 0o077:
+        raise KeyFileError(f"{path}: other users have access to this private key (mode {mode:03o}); run `chmod 600 {path}`")
+
+
+def _password(path: Path) -> str:
+    password = os.environ.get(PASSWORD_VARIABLE)
+    if password is None and sys.stdin.isatty():
+        import typer
+
+        password = str(typer.prompt(f"Password of {path}", hide_input=True, err=True))
+    if password is None:
+        raise KeyFileError(f"{path}: this key is encrypted; set {PASSWORD_VARIABLE} to its password")
+    return password
+
+
+def write_new_key(path: Path, password: str) -> Path:
+    """Create a key pair: the private key in `path`, readable only by this user, and the public key in `path.pub`. Returns the latter.
+
+    An empty `password` leaves the private key unencrypted. Existing files are not replaced. Raises CommandError.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import (
+        BestAvailableEncryption,
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        PublicFormat,
+    )
+
+    key, public_path = Ed25519PrivateKey.generate(), path.with_name(f"{path.name}.pub")
+    protection = BestAvailableEncryption(password.encode()) if password else NoEncryption()
+    contents = {
+        path: (key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection), 0o600),
+        public_path: (key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644),
+    }
+    for file in contents:
+        if file.exists():
+            raise KeyFileError(f"{file} exists already: choose another name, because a lost key cannot be restored")
+    for file, (content, mode) in contents.items():
+        try:
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
+                stream.write(content)
+        except OSError as error:
+            raise KeyFileError(f"{file} cannot be written: {error.strerror}") from None
+    return public_path
+
+
+def key_id(key: Any) -> str:
+    """Return the sha256 (hex) of a public key in DER form."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def sign(payload: bytes, key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
+    """Sign a statement. `other_signatures` of the same payload are kept, except those with the same key ID."""
+    own = Signature(keyid=key_id(key.public_key()), sig=base64.b64encode(key.sign(signed_bytes(PAYLOAD_TYPE, payload))).decode())
+    signatures = [*(one for one in other_signatures if one.keyid != own.keyid), own]
+    return Envelope(payload_type=PAYLOAD_TYPE, payload=base64.b64encode(payload).decode(), signatures=signatures)
+
+
+def payload_of(envelope: Envelope) -> bytes | None:
+    """Return the payload of an envelope, or None if it is not base64."""
+    try:
+        return _decode(envelope.payload)
+    except ValueError:
+        return None
+
+
+def _decode(text: str) -> bytes:
+    """Decode base64 with the standard or the URL-safe alphabet: DSSE allows both."""
+    return base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
+
+
+def is_signed_by(envelope: Envelope, key: Ed25519PublicKey) -> bool:
+    """Return whether one of the signatures is of this key. Key IDs are only hints, so every signature is tried."""
+    from cryptography.exceptions import InvalidSignature
+
+    payload = payload_of(envelope)
+    for signature in envelope.signatures if payload is not None else []:
+        try:
+            key.verify(_decode(signature.sig), signed_bytes(envelope.payload_type, payload or b""))
+        except (InvalidSignature, ValueError):
+            continue
+        return True
+    return False

@@ -1,0 +1,187 @@
+"""The lineage statement of a final model: how it was made, in the form of an in-toto statement, and the DSSE envelope of its signature.
+
+The trainer writes the statement, and the command line signs, verifies and replays it. The predicate is SLSA provenance v1, because its
+fields name what a fine-tuning run has (parameters, dependencies, the builder), and tools for supply chains read it. What SLSA has no
+field for is below `finetune_run`: the specification reserves names with a vendor's prefix for such extensions.
+
+Sources: the specifications of in-toto attestation v1 (statement, resource descriptor), SLSA provenance v1 and DSSE v1.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field
+
+from finetune_api.base import LenientModel, WireModel
+from finetune_api.names import Storage
+from finetune_api.sources import redact_source
+
+STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE: Literal["https://slsa.dev/provenance/v1"] = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "https://finetune-operator.io/fine-tuning/v1"
+BUILDER_ID = "https://finetune-operator.io/trainer"
+"""The builder is the trainer in the job's own pod. User code can run in the same pod, so this is SLSA build level 1."""
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_KEY = f"{Storage.LINEAGE}/statement.json"
+ENVELOPE_KEY = f"{Storage.LINEAGE}/statement.dsse.json"
+BASE_MODEL = "model.source"
+"""Name of the dependency that is the base model. Other sources have the path of their spec field, too."""
+TRAINER_IMAGE = "trainer image"
+REVISION = "revision"
+"""Annotation of the base model: the commit of a hub model, or a fingerprint of the files."""
+
+
+class Resource(LenientModel):
+    """in-toto's resource descriptor: a file or another input or result, with its digests by algorithm."""
+
+    name: str | None = None
+    uri: str | None = None
+    digest: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+    def to_wire(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_wire().items() if value}
+
+
+class BuildDefinition(LenientModel):
+    """The inputs of the run."""
+
+    build_type: str
+    external_parameters: dict[str, Any] = Field(description="`spec`: the resolved spec as in `run.json`, without secrets.")
+    internal_parameters: dict[str, Any] = Field(default_factory=dict)
+    resolved_dependencies: list[Resource] = Field(default_factory=list)
+
+
+class Builder(LenientModel):
+    id: str
+    version: dict[str, str] = Field(default_factory=dict, description="Versions of the libraries.")
+
+
+class BuildMetadata(LenientModel):
+    invocation_id: str = Field(description="namespace/name/uid of the FineTuneJob.")
+    started_on: str | None = None
+    finished_on: str | None = None
+
+
+class AttemptRecord(LenientModel):
+    """One incarnation of an attempt. The trainer stores the record below `run/`."""
+
+    attempt: int
+    incarnation: str
+    start_time: str
+    resumed_from_step: int | None = Field(default=None, description="Absent if the attempt started from the base model.")
+    device: str | None = Field(default=None, description="Name of the training device, for example the kind of GPU.")
+    strategy: str | None = Field(default=None, description="Distributed strategy in use.")
+    threads: int | None = Field(default=None, description="CPU threads of each rank. Sums on a CPU depend on it.")
+    config_sha256: str = ""
+
+
+class RunSummary(LenientModel):
+    """Facts about the run that SLSA provenance has no field for."""
+
+    step: int = Field(description="Optimizer steps of the final model.")
+    facts: dict[str, Any] = Field(description="The `facts` of the model's manifest: revision of the base model, data digest, seed, world size, versions, ...")
+    attempts: list[AttemptRecord] = Field(default_factory=list)
+    stage_seconds: dict[str, float] = Field(default_factory=dict, description="Duration of each stage of the last attempt, in seconds.")
+
+
+class RunDetails(LenientModel):
+    builder: Builder
+    metadata: BuildMetadata
+    byproducts: list[Resource] = Field(default_factory=list, description="The checkpoints in storage, each with the sha256 of its manifest.")
+    finetune_run: RunSummary = Field(alias="finetune_run")
+
+
+class Provenance(LenientModel):
+    """The SLSA predicate."""
+
+    build_definition: BuildDefinition
+    run_details: RunDetails
+
+
+class Statement(LenientModel):
+    """The in-toto statement. Its subjects are the files of the model and their manifest."""
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
+    subject: list[Resource] = Field(min_length=1)
+    predicate_type: Literal["https://slsa.dev/provenance/v1"] = PREDICATE_TYPE
+    predicate: Provenance
+
+    def to_wire(self) -> dict[str, Any]:
+        value = super().to_wire()
+        definition, details = value["predicate"]["buildDefinition"], value["predicate"]["runDetails"]
+        value["subject"] = [resource.to_wire() for resource in self.subject]
+        definition["resolvedDependencies"] = [one.to_wire() for one in self.predicate.build_definition.resolved_dependencies]
+        details["byproducts"] = [one.to_wire() for one in self.predicate.run_details.byproducts]
+        return value
+
+    def to_bytes(self) -> bytes:
+        """The JSON that is stored and signed."""
+        return json.dumps(self.to_wire(), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The resolved spec without secrets."""
+        spec: dict[str, Any] = self.predicate.build_definition.external_parameters.get("spec") or {}
+        return spec
+
+    @property
+    def run(self) -> RunSummary:
+        return self.predicate.run_details.finetune_run
+
+    @property
+    def job(self) -> str:
+        """namespace/name/uid."""
+        return self.predicate.run_details.metadata.invocation_id
+
+    def dependency(self, name: str) -> Resource | None:
+        """The dependency with this name, or None."""
+        return next((one for one in self.predicate.build_definition.resolved_dependencies if one.name == name), None)
+
+
+class Signature(WireModel):
+    """A signature in a DSSE envelope. `keyid` is only a hint: it is not signed."""
+
+    keyid: str | None = None
+    sig: str = Field(description="Base64.")
+
+
+class Envelope(WireModel):
+    """A DSSE envelope. An unknown field makes it invalid, because a signature does not cover it."""
+
+    payload_type: str
+    payload: str = Field(description="The statement's bytes in base64.")
+    signatures: list[Signature] = Field(min_length=1)
+
+
+def signed_bytes(payload_type: str, payload: bytes) -> bytes:
+    """The bytes that a DSSE signature covers: the pre-authentication encoding of the payload type and the payload."""
+    encoded_type = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(encoded_type), encoded_type, len(payload), payload)
+
+
+def without_secrets(spec: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the spec without possible secrets, and the paths of the changed fields.
+
+    Queries and passwords of web addresses and the values of `placement.env` are removed. Secrets themselves are never part of a spec,
+    only their names.
+    """
+    changed: list[str] = []
+    value = _redact(spec, "", changed)
+    for index, variable in enumerate((value.get("placement") or {}).get("env") or []):
+        if variable.pop("value", None) is not None:
+            changed.append(f"placement.env[{index}].value")
+    return value, changed
+
+
+def _redact(value: Any, path: str, changed: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _redact(inner, f"{path}.{key}".lstrip("."), changed) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_redact(inner, f"{path}[{index}]", changed) for index, inner in enumerate(value)]
+    if isinstance(value, str) and (redacted := redact_source(value)) != value:
+        changed.append(path)
+        return redacted
+    return value

@@ -1,0 +1,83 @@
+"""`finetune replay` with the real trainer: equal weights on a CPU, and what it says if seed or data have changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.pod.cli.test_run_local import JOB, run_finetune
+from tests.support.lineage import edit_json
+from tests.support.tiny import make_tiny_model
+
+pytestmark = [pytest.mark.pod, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with a finished run in `out`."""
+    root = tmp_path_factory.mktemp("project")
+    make_tiny_model(root / "tiny")
+    turns = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(24)]
+    (root / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
+    (root / "job.yaml").write_text(JOB, encoding="utf-8")
+    result = run_finetune(root, "run", "job.yaml", "--local", "-o", "out", "--set", "training.seed=3")
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+@pytest.fixture
+def run_folder(folder: Path) -> Path:
+    (found,) = (folder / "out/local/bot").iterdir()
+    return found
+
+
+def test_a_replay_has_equal_weights(folder: Path, run_folder: Path) -> None:
+    result = run_finetune(folder, "replay", f"file://{run_folder}", "--keep", "again")
+    assert (result.returncode, "equal: all " in result.stdout) == (0, True), result.stdout + result.stderr
+    assert "6/6 (100%)" in result.stderr
+    (repeated,) = (folder / "again/local/bot").iterdir()
+    weights = [next(root.glob("model/a*/adapter_model.safetensors")).read_bytes() for root in (run_folder, repeated)]
+    assert weights[0] == weights[1]
+    verified = run_finetune(folder, "verify", f"file://{run_folder}")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_a_changed_seed_in_the_statement_gives_other_weights(folder: Path, run_folder: Path) -> None:
+    statement = run_folder / "lineage/statement.json"
+    before = statement.read_bytes()
+    edit_json(statement, lambda value: value["predicate"]["buildDefinition"]["externalParameters"]["spec"]["training"].update(seed=4))
+    try:
+        result = run_finetune(folder, "replay", f"file://{run_folder}")
+    finally:
+        statement.write_bytes(before)
+    assert result.returncode == 2, result.stderr
+    assert "warning: StatementContradictsRun: training.seed in the statement" in result.stderr
+    last_line = result.stdout.splitlines()[-1]
+    assert last_line.startswith("different: ") and "the largest difference is " in last_line
+    assert "no reason is known: the statement may be wrong" in result.stderr
+
+
+def test_changed_data_are_refused_before_the_training(folder: Path, run_folder: Path) -> None:
+    rows = folder / "rows.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("question 1", "question one"))
+    try:
+        result = run_finetune(folder, "replay", f"file://{run_folder}")
+    finally:
+        rows.write_text(before)
+    assert result.returncode == 2
+    assert "InputsChanged: the inputs are not those of the run that is replayed: training data is " in result.stderr
+    assert "equal" not in result.stdout and "training  " not in result.stderr
+
+
+def test_damaged_model_is_not_compared(folder: Path, run_folder: Path) -> None:
+    weights = next(run_folder.glob("model/a*/adapter_model.safetensors"))
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1])
+    try:
+        result = run_finetune(folder, "replay", f"file://{run_folder}")
+    finally:
+        weights.write_bytes(before)
+    assert (result.returncode, "FileChanged: " in result.stderr) == (1, True)

@@ -1,0 +1,94 @@
+"""`finetune replay`: the repeated spec, the refusals, and the reasons for which weights may differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.lineage import Statement
+from finetune_cli.commands.replay import _print_result
+from finetune_cli.replay import (
+    ReplayOptions,
+    ReplayRefused,
+    ReplayResult,
+    WeightComparison,
+    _prepare,
+    reasons_to_differ,
+    replayed_spec,
+)
+
+from tests.support.lineage import write_finished_run
+from tests.unit.cli.conftest import RunCommand
+
+
+@pytest.fixture(scope="module")
+def statement(tmp_path_factory: pytest.TempPathFactory) -> Statement:
+    root = write_finished_run(tmp_path_factory.mktemp("run"))
+    return Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
+
+
+def changed(statement: Statement, path: str, value: Any) -> Statement:
+    """A copy with another value at a dotted path of the JSON."""
+    data = statement.to_wire()
+    *groups, name = path.split(".")
+    target: Any = data
+    for group in groups:
+        target = target[int(group)] if isinstance(target, list) else target.setdefault(group, {})
+    target[name] = value
+    return Statement.model_validate(data)
+
+
+PARAMETERS = "predicate.buildDefinition"
+
+
+def test_a_replay_publishes_and_reports_nothing_and_keeps_defaults(statement: Statement) -> None:
+    spec = f"{PARAMETERS}.externalParameters.spec"
+    run = changed(statement, f"{spec}.output", {"hub": {"push": True}})
+    run = changed(run, f"{spec}.tracking", {"reportTo": ["wandb"], "loggingSteps": 1})
+    run = changed(run, f"{spec}.evaluation", {"metrics": ["perplexity"], "steps": 5})
+    run = changed(run, f"{spec}.training.epochs", 2.0)
+    run = changed(run, f"{PARAMETERS}.internalParameters.defaults", ["training.epochs", "training.seed"])
+    repeated, defaults = replayed_spec(run)
+    assert (repeated["tracking"], repeated["evaluation"]) == ({"loggingSteps": 1}, {"steps": 5})
+    assert not {"output", "placement", "phases", "storage", "policy"} & repeated.keys()
+    assert defaults == {"training.epochs": 2.0, "training.seed": 42}
+    assert "epochs" not in repeated["training"] and "seed" not in repeated["training"]
+
+
+def test_an_address_that_was_redacted_must_be_given(statement: Statement, tmp_path: Path) -> None:
+    with pytest.raises(ReplayRefused, match=r"^SourceRedacted: .* in dataset\.test .*--set dataset\.test=URI"):
+        _prepare(statement, tmp_path, ReplayOptions())
+
+
+def test_another_number_of_ranks_is_refused(statement: Statement, tmp_path: Path) -> None:
+    run = changed(statement, "predicate.runDetails.finetune_run.facts.worldSize", 8)
+    base = statement.spec["model"]["source"].removesuffix("/base")
+    with pytest.raises(ReplayRefused, match="^WorldSizeDiffers: the run had 8 ranks, but this machine runs 1"):
+        _prepare(run, tmp_path, ReplayOptions(sets=[f"dataset.test={base}/test.jsonl"]))
+
+
+def test_reasons_name_devices_versions_and_changed_values(statement: Statement) -> None:
+    assert list(reasons_to_differ(statement, statement)) == []
+    gpu = changed(statement, "predicate.runDetails.finetune_run.attempts.0.device", "NVIDIA H100")
+    assert list(reasons_to_differ(gpu, statement)) == ["the run used NVIDIA H100; equality is only promised on CPU"]
+    older = changed(statement, "predicate.runDetails.builder.version.torch", "2.0.0")
+    current = statement.predicate.run_details.builder.version["torch"]
+    assert list(reasons_to_differ(older, statement)) == [f"library versions differ: torch 2.0.0 -> {current}"]
+    adapted = changed(statement, f"{PARAMETERS}.internalParameters.originalValues", {"training.batchSizePerDevice": 8})
+    assert [reason.partition(" between")[0] for reason in reasons_to_differ(adapted, statement)] == ["the operator changed values"]
+
+
+def test_exit_code_is_0_only_for_equal_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    equal = WeightComparison(tensors=3, equal=True, different_tensors=0)
+    assert (_print_result(ReplayResult(equal, ["a reason"])), capsys.readouterr().out.split(":")[0]) == (0, "equal")
+    other = WeightComparison(tensors=3, equal=False, different_tensors=1, largest_difference=0.25, largest_in="w", mismatched=["v"])
+    assert _print_result(ReplayResult(other, [])) == 2
+    expected = "different: 1 of 3 tensors have other values; the largest difference is 0.25, in w; 1 tensors are missing"
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def test_folder_for_keep_must_be_new(tmp_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "file").touch()
+    code, _, stderr = run_command("replay", f"file://{tmp_path}", "--keep", tmp_path)
+    assert (code, "the folder is not empty" in stderr) == (1, True)

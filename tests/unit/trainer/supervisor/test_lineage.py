@@ -1,0 +1,139 @@
+"""The lineage statement: what it names, when it is written, and that a failure ends no run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import StorageError
+from finetune_api.lineage import Statement, signed_bytes, without_secrets
+from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.settings import Settings
+from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor import lineage as subject
+from finetune_trainer.supervisor.lineage import Lineage, dependencies_of
+from finetune_trainer.supervisor.prepare import require_expected_inputs
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.supervise import Supervisor
+
+from finetune_api.errors import ConfigError  # isort: skip
+from finetune_api.pod import RunConfig, StoreTarget  # isort: skip
+
+from tests.support.lineage import UID, _inputs, write_finished_run
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_finished_run(tmp_path / "run")
+
+
+def stored_run(root: Path) -> tuple[RunConfig, CheckpointTree]:
+    run = RunConfig.model_validate_json((root / "run/attempt-1/run.json").read_bytes())
+    return run, CheckpointTree(open_store(StoreTarget(uri=f"file://{root}")))
+
+
+def test_a_later_pod_keeps_the_statement_because_it_may_be_signed(root: Path) -> None:
+    run, tree = stored_run(root)
+    before = (root / "lineage/statement.json").read_bytes()
+    assert Lineage(run, tree, RunState(), "a1-00000001").write_statement(None) == f"file://{root}/lineage/statement.json"
+    assert (root / "lineage/statement.json").read_bytes() == before
+
+
+def test_a_later_pod_writes_a_missing_statement_without_digests_of_files(root: Path) -> None:
+    run, tree = stored_run(root)
+    (root / "lineage/statement.json").unlink()
+    Lineage(run, tree, RunState(), "a1-00000001").write_statement(None)
+    statement = Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
+    assert [one.name for one in statement.predicate.build_definition.resolved_dependencies] == ["model.source", "dataset.train", "dataset.test"]
+    assert [one.incarnation for one in statement.run.attempts] == ["a1-1f3c9a2b"]
+
+
+def test_a_superseded_attempt_and_a_run_without_a_model_write_no_statement(root: Path) -> None:
+    run, tree = stored_run(root)
+    (root / "lineage/statement.json").unlink()
+    tree.begin_attempt(2, b"{}")
+    assert Lineage(run, tree, RunState(), "a1-00000001").write_statement(None) is None
+    (root / "model/_COMMITTED").unlink()
+    assert Lineage(run, tree, RunState(), "a1-00000001").write_statement(None) is None
+    assert not (root / "lineage/statement.json").exists()
+
+
+def test_files_that_have_changed_since_the_training_have_no_digest(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tree = stored_run(root)
+    manifest = tree.read_manifest(tree.get_committed(None))  # type: ignore[arg-type]
+    assert manifest is not None
+    inputs = _inputs(tmp_path / "run")
+    names = [one.name for one in dependencies_of(run, manifest.facts, inputs)]
+    assert names == ["model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl"]
+    (tmp_path / "run/train.jsonl").write_text("changed")
+    (tmp_path / "run/base/config.json").write_text("changed")
+    without = [one.name for one in dependencies_of(run, manifest.facts, inputs)]
+    assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl"]
+    monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 1)
+    commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
+    (base, *_) = dependencies_of(run, commit, inputs)
+    assert base.digest == {"gitCommit": "c" * 40}
+
+
+class FailingLineage:
+    def write_statement(self, inputs: Any) -> str:
+        raise self.error
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@pytest.mark.parametrize(("error", "code"), [(StorageError("StorageFull", "full"), "StorageFull"), (ValueError("bug"), "ValueError")])
+def test_a_failure_to_write_is_a_note(error: Exception, code: str, tmp_path: Path) -> None:
+    supervisor = Supervisor(Settings(tmp_path / "run.json", None, tmp_path, tmp_path / "log", 0, 0, "", UID))
+    supervisor._lineage = FailingLineage(error)  # type: ignore[assignment]
+    supervisor._write_lineage()
+    assert supervisor._lineage_uri is None and supervisor._facts.error is None
+    assert supervisor._state.report().resolved.notes == [f"the lineage statement was not written: {code}"]
+
+
+def test_record_of_an_attempt_is_stored_again_only_if_it_has_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_api.status import ResolvedConfig
+
+    run, tree = stored_run(root)
+    written: list[str] = []
+    monkeypatch.setattr(FolderStore, "put", lambda self, key, data: written.append(json.loads(data).get("device", "-")))
+    state = RunState()
+    lineage = Lineage(run, tree, state, "a1-00000001")
+    lineage.record_attempt()
+    lineage.record_attempt()
+    state.merge_resolved(ResolvedConfig(device="NVIDIA H100"))
+    lineage.record_attempt()
+    assert written == ["-", "NVIDIA H100"]
+
+
+def test_expected_inputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = RunFacts(model_revision="m", dataset_digest="d", other_inputs={"test data": "t"})
+    require_expected_inputs(facts)
+    expected = {"modelRevision": "m", "datasetDigest": "d", "beside": {"test data": "t"}}
+    monkeypatch.setenv("FINETUNE_EXPECTED_INPUTS", json.dumps(expected))
+    require_expected_inputs(facts)
+    monkeypatch.setenv("FINETUNE_EXPECTED_INPUTS", json.dumps({**expected, "datasetDigest": "x", "beside": {"tokenizer": "k"}}))
+    with pytest.raises(ConfigError) as caught:
+        require_expected_inputs(facts)
+    assert caught.value.message.endswith(": training data is d instead of x; tokenizer is absent instead of k")
+
+
+def test_secrets_are_removed_at_every_depth() -> None:
+    spec = {
+        "dataset": {"mixture": [{"source": "https://u:p@h/f?sig=1"}, {"source": "s3://b/k"}]},
+        "placement": {"env": [{"name": "A", "value": "v"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]},
+    }  # fmt: skip
+    value, changed = without_secrets(spec)
+    assert value["dataset"]["mixture"] == [{"source": "https://h/f"}, {"source": "s3://b/k"}]
+    assert value["placement"]["env"] == [{"name": "A"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]
+    assert changed == ["dataset.mixture[0].source", "placement.env[0].value"]
+    assert spec["placement"]["env"][0] == {"name": "A", "value": "v"}
+
+
+def test_signed_bytes_are_those_of_the_specification() -> None:
+    assert signed_bytes("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"

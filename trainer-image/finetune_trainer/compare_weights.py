@@ -1,0 +1,79 @@
+"""Compares the weights of two models: all tensors of the safetensors files of two folders. `finetune replay` runs this as a process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_api.base import LenientModel
+from pydantic import Field
+
+
+class WeightComparison(LenientModel):
+    """The result, as JSON on stdout."""
+
+    tensors: int = Field(description="Number of tensors of both models.")
+    equal: bool = Field(description="All tensors have the same names, types, shapes and bits.")
+    different_tensors: int = Field(description="Tensors with other values.")
+    largest_difference: float = Field(default=0.0, description="Largest absolute difference of two values. 1.7e308 if a value is not finite.")
+    largest_in: str | None = Field(default=None, description="Tensor with the largest difference.")
+    mismatched: list[str] = Field(default_factory=list, description="Tensors that only one model has, or that have another type or shape.")
+
+
+def compare(left: Path, right: Path) -> WeightComparison:
+    """Compare the models in two folders. Raises ValueError if one of them has no safetensors file."""
+    left_names, right_names = _files_by_tensor(left), _files_by_tensor(right)
+    if not left_names or not right_names:
+        raise ValueError(f"{left if not left_names else right} has no weights in safetensors files")
+    mismatched = sorted(left_names.keys() ^ right_names.keys())
+    different, largest, largest_in = 0, 0.0, None
+    for name in sorted(left_names.keys() & right_names.keys()):
+        difference = _largest_difference(_load(left_names[name], name), _load(right_names[name], name))
+        if difference is None:
+            mismatched.append(name)
+        elif difference > 0:
+            different += 1
+            if difference > largest:
+                largest, largest_in = difference, name
+    return WeightComparison(
+        tensors=len(left_names.keys() & right_names.keys()), equal=not different and not mismatched, different_tensors=different,
+        largest_difference=min(largest, 1.7e308), largest_in=largest_in, mismatched=mismatched,
+    )  # fmt: skip
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    return {name: file for file in _weight_files(folder) for name in safe_open(file, "pt").keys()}  # noqa: SIM118  not a dict
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("*.safetensors"))
+
+
+def _load(file: Path, name: str) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _largest_difference(left: Any, right: Any) -> float | None:
+    """0 if two tensors have the same bits; None if their type or shape differs. Values that differ only in their bits (-0, NaN) count, too."""
+    import torch
+
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return None
+    if left.numel() == 0 or torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)):
+        return 0.0
+    difference = (left.double() - right.double()).abs().nan_to_num(nan=float("inf"))
+    return max(float(difference.max()), 5e-324)
+
+
+def main(arguments: list[str]) -> int:
+    """Compare two folders and print the result. Returns 0 if the comparison was made, whatever its result."""
+    left, right = map(Path, arguments)
+    print(json.dumps(compare(left, right).to_wire()))
+    return 0

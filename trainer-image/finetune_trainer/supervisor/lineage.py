@@ -1,0 +1,226 @@
+"""Writes the lineage statement: what the final model was made from, and how. `docs/guides/lineage.md` explains what it proves.
+
+The statement is written after the model's commit. Facts that a later attempt cannot know, such as the device and the step from which
+an attempt resumed, are stored as a record of each attempt while that attempt runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from finetune_api.lineage import (
+    BASE_MODEL,
+    BUILD_TYPE,
+    BUILDER_ID,
+    REVISION,
+    STATEMENT_KEY,
+    TRAINER_IMAGE,
+    AttemptRecord,
+    BuildDefinition,
+    Builder,
+    BuildMetadata,
+    Provenance,
+    Resource,
+    RunDetails,
+    RunSummary,
+    Statement,
+    without_secrets,
+)
+from finetune_api.names import Storage, attempt_folder, attempt_of_folder
+from finetune_api.pod import RunConfig
+from finetune_api.sources import redact_source
+
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.storage.base import join, sha256_file
+from finetune_trainer.supervisor.agent_process import threads_per_rank
+from finetune_trainer.supervisor.fetch import combined_digest, fingerprint
+from finetune_trainer.supervisor.run_results import STARTED_KEY
+from finetune_trainer.supervisor.run_state import RunState
+
+log = logging.getLogger(__name__)
+MAX_HASHED_MODEL_BYTES = 8 << 30
+"""The files of a larger model are not hashed one by one, because GPUs would wait for it. Its revision is in the statement in any case."""
+GIT_COMMIT_DIGITS = 40
+
+
+class Lineage:
+    """The attempt records and the statement of one run. Only rank 0's pod writes them."""
+
+    def __init__(self, run: RunConfig, tree: CheckpointTree, run_state: RunState, incarnation: str) -> None:
+        self._run, self._tree, self._state, self._incarnation = run, tree, run_state, incarnation
+        self._start_time = datetime.now(UTC).isoformat()
+        self._stored_record: AttemptRecord | None = None
+
+    def record_attempt(self) -> None:
+        """Store the record of this incarnation, if a value has changed. Errors: those of storage."""
+        report = self._state.report()
+        record = AttemptRecord(
+            attempt=self._run.attempt, incarnation=self._incarnation, start_time=self._start_time,
+            resumed_from_step=report.resumed_from_step, device=report.resolved.device, strategy=report.resolved.strategy,
+            threads=threads_per_rank(self._run), config_sha256=self._state.config_sha256,
+        )  # fmt: skip
+        if record != self._stored_record:
+            key = join(Storage.RUN, attempt_folder(self._run.attempt), f"{self._incarnation}.json")
+            self._tree.store.put(key, json.dumps(record.to_wire(), indent=1).encode())
+            self._stored_record = record
+
+    def write_statement(self, inputs: Inputs | None) -> str | None:
+        """Store the statement, unless it is stored. Returns its URI, or None if no model is committed or a later attempt has begun.
+
+        `inputs`: the local inputs of a pod that has trained; without them the statement has no digests of single files. Errors: those
+        of storage.
+        """
+        committed = self._tree.get_committed(None)
+        manifest = self._tree.read_manifest(committed) if committed is not None else None
+        if committed is None or manifest is None or self._tree.is_superseded(self._run.attempt):
+            return None
+        uri = self._tree.uri(STATEMENT_KEY)
+        if self._describes(committed):
+            return uri
+        self._tree.store.put(STATEMENT_KEY, self._statement(committed, manifest, inputs).to_bytes())
+        return uri
+
+    def _describes(self, committed: CommittedCheckpoint) -> bool:
+        """Whether the stored statement names the manifest of the committed model. Such a statement may be signed already."""
+        data = self._tree.store.get(STATEMENT_KEY)
+        try:
+            return data is not None and Statement.model_validate_json(data).subject[0] == _manifest_subject(committed)
+        except ValueError:
+            return False
+
+    def _statement(self, committed: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
+        spec, redacted_fields = without_secrets(self._run.to_wire()["spec"])
+        world = self._run.world
+        internal = {
+            "defaults": self._run.defaults, "redactedFields": redacted_fields,
+            "originalValues": without_secrets(self._run.before_adaptation or {})[0],
+            "world": {"nodes": world.nodes, "processesPerNode": world.processes_per_node, "gpusPerNode": world.gpus_per_node},
+        }  # fmt: skip
+        return Statement(
+            subject=[_manifest_subject(committed), *(Resource(name=file.path, digest={"sha256": file.sha256}) for file in manifest.files)],
+            predicate=Provenance(
+                build_definition=BuildDefinition(
+                    build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal,
+                    resolved_dependencies=dependencies_of(self._run, manifest.facts, inputs),
+                ),
+                run_details=RunDetails(
+                    builder=Builder(id=BUILDER_ID, version=_builder_versions(manifest.facts)),
+                    metadata=BuildMetadata(invocation_id=manifest.job, started_on=self._started_on(), finished_on=datetime.now(UTC).isoformat()),
+                    byproducts=[
+                        Resource(name=prefix_of(one.step), digest={"sha256": one.marker.manifest_sha256})
+                        for one in reversed(self._tree.list_committed())
+                    ],
+                    finetune_run=RunSummary(
+                        step=manifest.step, facts=manifest.facts.to_wire(), attempts=self._attempts(), stage_seconds=self._state.report().timings,
+                    ),
+                ),
+            ),
+        )  # fmt: skip
+
+    def _started_on(self) -> str | None:
+        data = self._tree.store.get(STARTED_KEY)
+        return str(json.loads(data)["time"]) if data is not None else None
+
+    def _attempts(self) -> list[AttemptRecord]:
+        """The records of all incarnations, in the order of their start."""
+        records = []
+        for stat in self._tree.store.list(f"{Storage.RUN}/"):
+            _, folder, *rest = stat.key.split("/")
+            if attempt_of_folder(folder) is None or len(rest) != 1 or not rest[0].startswith("a"):
+                continue
+            data = self._tree.store.get(stat.key)
+            try:
+                records.append(AttemptRecord.model_validate_json(data or b""))
+            except ValueError:
+                log.warning("%s is not the record of an attempt", stat.key)
+        return sorted(records, key=lambda record: (record.attempt, record.start_time))
+
+
+def _manifest_subject(committed: CommittedCheckpoint) -> Resource:
+    return Resource(name=str(Storage.MANIFEST), digest={"sha256": committed.marker.manifest_sha256})
+
+
+def _builder_versions(facts: RunFacts) -> dict[str, str]:
+    try:
+        own_version = {"finetune-operator": version("finetune-operator")}
+    except PackageNotFoundError:  # a checkout that is not installed
+        own_version = {}
+    return {**own_version, "python": platform.python_version(), **facts.versions}
+
+
+# ---- dependencies ----
+
+
+def dependencies_of(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> list[Resource]:
+    """The base model, the other models, the data and the trainer image. The files of a source follow it, if their digests are known."""
+    return [*_models(run, facts, inputs), *_data(run, facts, inputs), *_image(run)]
+
+
+def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[Resource]:
+    spec = run.spec
+    is_commit = len(facts.model_revision) == GIT_COMMIT_DIGITS
+    yield Resource(
+        name=BASE_MODEL, uri=redact_source(spec.model.source or ""), annotations={REVISION: facts.model_revision},
+        digest={"gitCommit": facts.model_revision} if is_commit else {},
+    )  # fmt: skip
+    if inputs is not None and (is_commit or fingerprint(inputs.model) == facts.model_revision):
+        yield from _model_files(BASE_MODEL, inputs.model)
+    adapter = spec.method.adapter.source if spec.method.adapter else None
+    reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+    others = (
+        ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
+        ("trainer.dpo.referenceModel", reference, "reference model"),
+    )  # fmt: skip
+    for path, source, fact in others:
+        if source and fact in facts.other_inputs:
+            yield Resource(name=path, uri=redact_source(source), annotations={REVISION: facts.other_inputs[fact]})
+
+
+def _model_files(name: str, folder: Path) -> Iterator[Resource]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if sum(path.stat().st_size for path in files) <= MAX_HASHED_MODEL_BYTES:
+        for path in files:
+            yield Resource(name=f"{name}/{path.relative_to(folder).as_posix()}", digest={"sha256": sha256_file(path)})
+
+
+def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[Resource]:
+    """The data sources and their files. A file that has changed since the training has no digest."""
+    data = run.spec.dataset
+    train = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
+    train += [
+        (f"dataset.mixture[{number}].source", item.source, inputs.mixture[number] if inputs else [])
+        for number, item in enumerate(data.mixture or [])
+    ]
+    held_out = [
+        ("dataset.validation", data.validation, inputs.validation if inputs else [], "validation data"),
+        ("dataset.test", data.test, inputs.test if inputs else [], "test data"),
+    ]
+    yield from _data_files(train, facts.dataset_digest)
+    for path, source, files, fact in held_out:
+        if source:
+            yield from _data_files([(path, source, files)], facts.other_inputs.get(fact, ""))
+
+
+def _data_files(sources: list[tuple[str, str, list[Path]]], digest: str) -> Iterator[Resource]:
+    sha256_by_file = {file: sha256_file(file) for _, _, files in sources for file in files}
+    is_unchanged = combined_digest(list(sha256_by_file), sha256_by_file.__getitem__) == digest
+    for path, source, files in sources:
+        yield Resource(name=path, uri=redact_source(source), annotations={"combinedDigest": digest})
+        if is_unchanged:
+            yield from (Resource(name=f"{path}/{file.name}", digest={"sha256": sha256_by_file[file]}) for file in files)
+
+
+def _image(run: RunConfig) -> Iterator[Resource]:
+    """The image of `placement.image`. A pod does not know the digest of its image; `finetune sign NAME` adds the digest that the operator saw."""
+    image = run.spec.placement.image
+    if image:
+        _, _, digest = image.partition("@sha256:")
+        yield Resource(name=TRAINER_IMAGE, uri=image, digest={"sha256": digest} if digest else {})
