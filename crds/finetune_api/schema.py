@@ -49,6 +49,7 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Model", "string", ".status.resolved.modelName", 1, "Short name of the base model."),
     ("Method", "string", ".status.resolved.method", 1, "Fine-tuning method."),
     ("Checkpoint", "integer", ".status.latestCheckpointStep", 1, "Optimizer step of the newest committed checkpoint."),
+    ("Result", "string", ".status.evaluation.headline", 1, "Most important metric of the evaluation after training."),
     ("Duration", "string", ".status.duration", 1, "Time from the start to the end of the job."),
 )  # fmt: skip
 """Printer columns of `kubectl get`: name, type, JSON path, priority (1: only with `-o wide`), description."""

@@ -243,6 +243,9 @@ class BenchmarkResult(ReportModel):
 class EvaluationResult(ReportModel):
     """Results of the evaluation after training."""
 
+    headline: str | None = status_field(
+        "Name and value of the most important metric: that of the first gate, otherwise the first of evaluation.metrics.", example="accuracy 0.83"
+    )
     rows: int | None = status_field("Number of evaluated rows.", example=200)
     metrics: dict[str, MetricResult] | None = status_field(
         "Metrics of evaluation.metrics, by name.", example={"accuracy": {"value": 0.83, "base": 0.79, "difference": 0.04, "low": 0.012, "high": 0.068}}

@@ -14,6 +14,7 @@ from typing import TypeVar
 from finetune_api.names import Condition as Kind
 from finetune_api.names import FailureClass, Reason, attempt_of_uri
 from finetune_api.sources import model_name
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
     Adaptation,
     Attempt,
@@ -42,6 +43,8 @@ from finetune_operator.text import clean, format_duration
 KEPT_ATTEMPTS = 10
 KEPT_CHECKPOINTS = 5
 KEPT_ADAPTATIONS = 20
+HEADLINE_NAMES = {"rouge": "rougeL"}
+"""Name of a metric in the status, if it differs from its name in the spec."""
 REJECTED_FIELD = re.compile(r"\bstatus\.(\w+)(?:\[(\d+)\])?[^\s:]*: (?:Unsupported|Invalid|Required|Too)")
 """Matches a status field or list item in a 422 response, for example `status.phase: Unsupported value: "Preparing"`."""
 STEP_IN_URI = re.compile(r"/step-(\d{8,})(?:/|$)")
@@ -444,7 +447,23 @@ def _compute_evaluation(inputs: StatusInput) -> EvaluationResult | None:
     sources = (inputs.old_status.evaluation, live_report.report.evaluation if live_report else None, message.evaluation if message else None)
     known = [source for source in sources if source is not None]
     fields = {name: value for source in known for name, value in source if value is not None}
-    return EvaluationResult(**fields) if known else None
+    if not known:
+        return None
+    evaluation = EvaluationResult(**fields)
+    return evaluation.model_copy(update={"headline": _compute_headline(inputs.facts.spec, evaluation)})
+
+
+def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> str | None:
+    """Name and value of the first gate's metric, otherwise of the first metric of the spec that has a value. A failed gate is named."""
+    if evaluation.metrics is None:
+        return None
+    failed = [gate.metric for gate in evaluation.gates or [] if not gate.passed]
+    requested = [*failed, *(gate.metric for gate in spec.evaluation.gates or []), *(spec.evaluation.metrics or [])]
+    for name in (HEADLINE_NAMES.get(one, str(one)) for one in requested):
+        metric = evaluation.metrics.get(name)
+        if metric is not None and metric.value is not None:
+            return f"{name} {metric.value:.4g}" + (" (gate failed)" if failed else "")
+    return None
 
 
 def _compute_failure(inputs: StatusInput) -> Failure | None:

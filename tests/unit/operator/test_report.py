@@ -174,7 +174,7 @@ def test_results_of_the_evaluation_stay_in_the_status() -> None:
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": evaluation})
     observed = facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
     new_status = status_of(observed)
-    assert new_status.to_wire()["evaluation"] == evaluation
+    assert new_status.to_wire()["evaluation"] == evaluation | {"headline": "semanticSimilarity -0.25 (gate failed)"}
     later = status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
     assert later.evaluation == new_status.evaluation
 
@@ -186,6 +186,36 @@ def test_a_termination_message_without_metrics_keeps_those_of_the_last_report() 
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": {"gates": gates}})
     observed = facts(status=known, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
     assert status_of(observed).to_wire()["evaluation"] == {"rows": 20, "metrics": metrics, "gates": gates}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "measured", "expected"),
+    [
+        ({"metrics": ["bleu", "rouge"]}, {"rougeL": 0.51234, "bleu": 12.0}, "bleu 12"),
+        ({"metrics": ["bleu", "rouge"]}, {"rougeL": 0.51234, "bleu": None}, "rougeL 0.5123"),
+        ({"metrics": ["bleu", "rouge"], "gates": [{"metric": "rouge", "op": "ge", "value": 0.1}]}, {"rougeL": 0.5, "bleu": 12.0}, "rougeL 0.5"),
+        ({"metrics": ["bleu"]}, {}, None),
+    ],
+)
+def test_the_headline_is_the_metric_of_the_first_gate_or_the_first_metric(
+    evaluation: dict[str, Any], measured: dict[str, float | None], expected: str | None
+) -> None:
+    metrics = {name: {"value": value} for name, value in measured.items()}
+    message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": {"metrics": metrics}})
+    observed = facts(
+        spec=spec(evaluation=evaluation, dataset={"train": "s3://d/a.jsonl", "test": "s3://d/b.jsonl"}), status=status(**RUNNING_STATUS),
+        jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95),
+    )  # fmt: skip
+    found = status_of(observed).evaluation
+    assert found is not None and found.headline == expected
+
+
+def test_the_headline_names_a_failed_gate() -> None:
+    gates = [{"metric": "bleu", "passed": True}, {"metric": "accuracy", "passed": False}]
+    metrics = {"bleu": {"value": 12.0}, "accuracy": {"value": 0.5}}
+    message = TerminationMessage.model_validate({"output": {"uri": "s3://b/model"}, "evaluation": {"metrics": metrics, "gates": gates}})
+    found = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95))).evaluation
+    assert found is not None and found.headline == "accuracy 0.5 (gate failed)"
 
 
 def test_a_failed_gate_ends_the_job_with_its_sentence_and_keeps_the_model() -> None:

@@ -74,7 +74,7 @@ def judge(
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": text})
     may_be_rounding = (is_rounded or not reference.is_exact) and difference <= max(ROUNDED_TOLERANCE, SHARE_OF_CHANGE * (change or 0.0))
     if difference > tolerance and may_be_rounding:
-        text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain this difference"
+        text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain this"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
     if difference > tolerance:
         text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, and at most {tolerance:.3g} are accepted"
