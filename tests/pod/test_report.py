@@ -43,9 +43,9 @@ def test_the_report_covers_all_steps_and_attempts(model: Path, tmp_path: Path) -
     assert figures["Training loss"].all("g", **{"class": "attempts"})[0].full_text == "attempt 2 attempt 2"
     steps = [row.children[0].full_text for row in figures["Validation loss"].all("tr")[1:]]
     assert steps == [str(step) for step in range(10, STEPS + 1, 10)]
-    metrics = dict(table(page, "Evaluation of 23 rows after training"))
+    metrics = {row[0]: row[1] for row in table(page, "Evaluation of 23 rows after training")}
     assert {"loss", "perplexity", "accuracy", "f1", "bleu", "rougeL"} < metrics.keys()
-    assert len(page.all("article")) == 12
+    assert len(page.all("article")) == 2 * 12, "answers to the test questions, and the same answers beside those of the base model"
     checks = dict(table(page, "Checks of the training rows"))
     assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "1")
     origin = dict(table(page, "Model and inputs"))

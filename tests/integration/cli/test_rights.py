@@ -106,7 +106,7 @@ kind: {names.KIND}
 metadata: {{name: new}}
 spec: {{model: {{source: org/m}}, dataset: {{train: org/d}}}}
 """
-OFFLINE_COMMANDS = "`init`, `validate`, `explain`, `import`, `run --local`, `diff` of files"
+OFFLINE_COMMANDS = "`init`, `validate`, `explain`, `import`, `run --local`, `ratings`, `diff` of files"
 COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`get`, `diff` of jobs": (("get",), ("get", "bot"), ("get", "bot", "-o", "yaml"), ("diff", "bot", "bot")),
     "`status`, `wait`": (("status", "bot"), ("wait", "bot", "--for", "Suspended", "--timeout", "1")),

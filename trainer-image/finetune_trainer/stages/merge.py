@@ -43,7 +43,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     Errors: NotFoundError ModelUnreadable, ModelIncomplete; ConfigError LocalDiskTooSmall; DivergedError WeightsNotFinite.
     """
     train.preload(run)
-    with _heartbeats_while_computing(channel):
+    with heartbeats_while_computing(channel):
         model = merge(run, channel, inputs, task)
         if rules.base_bits(run.spec) is not None:
             channel.report_note("the adapter was trained on the quantised base model, and is merged into the base model without quantisation")
@@ -141,7 +141,7 @@ def _write(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target: 
 
 
 @contextmanager
-def _heartbeats_while_computing(channel: Channel) -> Iterator[None]:
+def heartbeats_while_computing(channel: Channel) -> Iterator[None]:
     """Send heartbeats while this process uses CPU time. Loading and writing take minutes without another sign of progress."""
     ended = threading.Event()
 

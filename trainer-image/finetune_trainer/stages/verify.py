@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_api.errors import InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ArtefactVerification, Stage, VerificationOutcome
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
+from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.proof import compare
 from finetune_trainer.proof.artefact_checks import find_fault
@@ -30,6 +32,7 @@ from finetune_trainer.proof.reference import FILE_NAME, ReferenceValues
 from finetune_trainer.proof.weight_files import DamagedFileError, read_folder, weight_bytes
 from finetune_trainer.results.serving_files import ServedModel, serving_files
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
+from finetune_trainer.stages.merge import heartbeats_while_computing
 
 log = logging.getLogger(__name__)
 MEMORY_FACTOR = 1.2
@@ -78,7 +81,8 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     if run.spec.output.verify is False:
         return StageResult()
     reference = _read_reference(folder)
-    results = Verifier(run, channel, inputs, reference).verify(artefacts_of(task))
+    with heartbeats_while_computing(channel):
+        results = Verifier(run, channel, inputs, reference).verify(artefacts_of(task))
     verification = compare.summarise(results, reference)
     for result in results:
         if result.result is not VerificationOutcome.VERIFIED or result.reason:
@@ -280,6 +284,11 @@ def _named_failures(name: str, base: Path) -> Iterator[None]:
         _release_memory()
         raise NotComparableError("OutOfMemory", f"the memory of this pod is too small to load the {name}") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        failure, _ = classify_error(error)
+        if isinstance(failure, MemoryExhaustedError):
+            raise NotComparableError("OutOfMemory", f"the memory of this pod is too small to load the {name}") from error
+        if not isinstance(failure, InternalError):  # a fault of the node or its disk says nothing about the artefact, and is retried
+            raise failure from error
         log.exception("the %s cannot be loaded", name)
         first = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]
         raise UnfitArtefactError("ArtefactUnreadable", f"transformers cannot load the {name}: {type(error).__name__}: {first}") from error

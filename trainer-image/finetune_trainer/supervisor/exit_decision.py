@@ -58,8 +58,8 @@ class AttemptFacts:
     agent_code: int | None = None
     output: Output | None = None
     """The committed final artefact."""
-    stages: StageReport = field(default_factory=StageReport)
-    """The stages after training."""
+    stages: StageReport | None = None
+    """What the stages after training have done. None: they have not begun in this pod, or another pod runs them."""
     start_step: int = 0
     """Step that this incarnation started from."""
 
@@ -77,7 +77,7 @@ class ExitDecision:
 def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> ExitDecision:
     """Decide the exit of this pod. `exit_code_failures`: failures known only from exit codes; `is_saved`: see `is_state_saved`."""
     if facts.output is not None:
-        return _exit_after_commit(facts)
+        return _exit_after_commit(facts, node_rank)
     if facts.error is None and facts.stop_requested_at is not None:
         return _exit_after_stop(facts, is_saved)
     failure = _root_cause(facts, exit_code_failures)
@@ -88,8 +88,10 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
     return ExitDecision(int(failure.error.exit_code), failure)
 
 
-def _exit_after_commit(facts: AttemptFacts) -> ExitDecision:
+def _exit_after_commit(facts: AttemptFacts, node_rank: int) -> ExitDecision:
     """The model is committed, so only the stages after training can fail. After a stop, the next attempt runs the open stages."""
+    if facts.stages is None:  # rank 0's pod ends before the stages have begun: the model was found after the request to stop
+        return ExitDecision(ExitCode.OK if node_rank > 0 else ExitCode.PREEMPTED_SAVED)
     failure = facts.stages.failure
     if failure is not None:
         return ExitDecision(int(failure.error.exit_code), RankFailure(failure.error), failure.stage)

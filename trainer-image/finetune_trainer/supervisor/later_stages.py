@@ -36,7 +36,7 @@ from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.address import download_committed
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.failure import failure_from_exit_code, failure_from_message
+from finetune_trainer.failure import classify_error, failure_from_exit_code, failure_from_message
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
 from finetune_trainer.proof.reference import FILE_NAME, MANIFEST_KEY, stored_key
@@ -128,6 +128,9 @@ class LaterStages:
             return False
         except FineTuneError as error:
             return self._fail_stage(stage, error, report)
+        except Exception as error:
+            log.exception("the stage %s failed", stage)
+            return self._fail_stage(stage, classify_error(error)[0], report)
         report.output = self._apply(record.result, report.output or output)
         verification = record.result.verification
         if verification is not None and verification.result is VerificationOutcome.FAILED:
@@ -214,6 +217,7 @@ class LaterStages:
             self._state.enter_stage(stage)
         if stage is Stage.VERIFYING:  # the stage must read what storage returns, not what the trainer has written to this disk
             shutil.rmtree(self._trained_model(), ignore_errors=True)
+            shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
             stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
             evaluated=self._local_evaluation() if stage is Stage.COMPARING else None,
@@ -333,6 +337,7 @@ class LaterStages:
         failures: list[FineTuneError] = []
         channel = RankChannel(lambda message: self._handle_message(message, failures))
         environment = rank_environment(self._run, self._settings, channel.address)
+        self._state.record_activity()  # uploads and downloads before the stage are no silence of its process
         process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", "stage", str(folder)], environment)
         try:
             code = self._wait(process)

@@ -150,7 +150,8 @@ class ReportWriter:
             return None
 
     def _read_all(self, folder: str, model: type[ModelT]) -> list[ModelT]:
-        found = (self._read(stat.key, model) for stat in list(self._tree.store.list(f"{folder}/")))
+        keys = [stat.key for stat in self._tree.store.list(f"{folder}/") if "/" not in stat.key.removeprefix(f"{folder}/")]
+        found = (self._read(key, model) for key in keys)
         return [one for one in found if one is not None]
 
 

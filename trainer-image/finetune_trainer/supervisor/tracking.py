@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from finetune_api.lineage import without_secrets
 from finetune_api.names import HUB_TOKEN, JUDGE_KEY, Env, ExitCode, Reason, Storage
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
@@ -254,7 +255,7 @@ def tracked_run(run: RunConfig, started_at: datetime, *, resumed_from_step: int 
 
 def parameters(run: RunConfig) -> dict[str, str]:
     """The values of the spec with all defaults, by path, without secrets and names of Secrets."""
-    spec = {name: value for name, value in run.spec.to_wire().items() if name not in UNTRACKED_GROUPS}
+    spec, _ = without_secrets({name: value for name, value in run.spec.to_wire().items() if name not in UNTRACKED_GROUPS})
     return dict(sorted(_flatten(spec)))
 
 
@@ -265,7 +266,7 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
                 if not name.endswith("SecretRef"):
                     yield from _flatten(entry, f"{path}.{name}" if path else name)
         case str():
-            yield path, redact_source(value) if "://" in value else value
+            yield path, value
         case _:
             yield path, json.dumps(value, ensure_ascii=False)
 

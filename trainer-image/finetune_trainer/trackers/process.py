@@ -21,7 +21,6 @@ from finetune_api.spec.enums import Tracker as TrackerName
 from pydantic import Field
 
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.base import Store, join
 from finetune_trainer.storage.roots import open_store
@@ -38,6 +37,7 @@ ENDING_FILE = "ending"
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"
 STATE_KEY = f"{Storage.RUN}/trackers.json"
 TICK_SECONDS = 0.2
+PARENT_POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 UPLOAD_BYTES = 4 * 1024 * 1024
@@ -135,7 +135,7 @@ def build_trackers(config: RunConfig, run: TrackedRun, folder: Path, storage: Ru
 
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit code. `arguments`: the folder with the task."""
-    die_with_parent()
+    _end_with_supervisor(os.getppid())
     os.nice(NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracker %(message)s", stream=sys.stderr)
     folder = Path(arguments[0])
@@ -147,6 +147,17 @@ def main(arguments: list[str]) -> int:
     senders = [Sender(tracker, files) for tracker in build_trackers(config, run, folder, storage)]
     _send_all(senders, samples, folder, storage)
     return 0
+
+
+def _end_with_supervisor(supervisor: int) -> None:
+    """End this process when the supervisor ends. The kernel's signal would already come when the supervisor's thread ends that has started it."""
+
+    def watch() -> None:
+        while os.getppid() == supervisor:
+            time.sleep(PARENT_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path, storage: RunStorage) -> None:

@@ -24,7 +24,8 @@ STALLED_ERROR = PeerError("Stalled", "m")
 @pytest.mark.parametrize(
     ("facts", "saved", "code", "error_code"),
     [
-        (AttemptFacts(output=Output(uri="u"), error=STALLED_ERROR, stop_requested_at=1.0), False, 0, None),
+        (AttemptFacts(output=Output(uri="u"), error=STALLED_ERROR, stop_requested_at=1.0, stages=StageReport()), False, 0, None),
+        (AttemptFacts(output=Output(uri="u"), stop_requested_at=1.0), False, 75, None),
         (AttemptFacts(output=Output(uri="u"), stop_requested_at=1.0, stages=StageReport([Stage.EVALUATING])), False, 75, None),
         (AttemptFacts(output=Output(uri="u"), error=STALLED_ERROR, stages=FAILED_STAGES), False, 65, "DatasetEmpty"),
         (AttemptFacts(stop_requested_at=1.0), True, 75, None),

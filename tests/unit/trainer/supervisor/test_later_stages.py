@@ -215,6 +215,19 @@ def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output
     assert attempt.state.report().resolved.notes == ["some results of finished tasks were not stored: StorageFailed"]
 
 
+def test_an_unexpected_failure_keeps_what_earlier_stages_have_found(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "file:///merged"
+    later, _ = gated(tmp_path, 1, {Stage.EVALUATING: StageResult(merged_uri=uri), Stage.VERIFYING: RuntimeError("broken")}, monkeypatch)
+    report = later.run(output)
+    assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.VERIFYING, "TrainerCrashed")
+    assert report.output is not None and report.output.merged_uri == uri
+    later, _ = gated(tmp_path, 2, {Stage.COMPARING: decided([FAILED]), Stage.VERIFYING: OSError(28, "No space left on device")}, monkeypatch)
+    report = later.run(output.model_copy(update={"sha256": "1" * 64}))
+    assert report.failure is not None and report.failure.error.code == "GateFailed"
+
+
 # ---- gates and promotion
 
 PASSED = GateResult(metric="perplexity", passed=True, text="perplexity is 2.5, and the gate requires at most 3")

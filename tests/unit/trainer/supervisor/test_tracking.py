@@ -70,6 +70,12 @@ def test_parameters_are_values_by_path_without_secrets(tmp_path: Path) -> None:
     assert "k3y" not in json.dumps(values)
 
 
+def test_signatures_in_lists_of_sources_are_not_tracked(tmp_path: Path) -> None:
+    mixture = [{"source": f"https://host/{name}.jsonl?X-Amz-Signature=k3y", "weight": 1} for name in ("a", "b")]
+    values = parameters(tracked_config(tmp_path, {"dataset": {"train": None, "mixture": mixture}}))
+    assert "https://host/a.jsonl" in values["dataset.mixture"] and "k3y" not in json.dumps(values)
+
+
 def test_the_name_of_a_run_is_the_same_in_all_attempts(tmp_path: Path) -> None:
     run = tracked_config(tmp_path, {"tracking": {"reportTo": ["tensorboard"]}, "output": {"runName": {"prefix": "exp-", "suffix": "-a"}}})
     names = {tracked_run(run.model_copy(update={"attempt": attempt}), STARTED_AT).name for attempt in (1, 2)}
