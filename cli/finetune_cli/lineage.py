@@ -1,7 +1,7 @@
 """Checks a stored model against its commit marker, its manifest, its lineage statement and the statement's signature.
 
-Each check yields findings with a code. Without a signature, the checks compare files that one person could have changed together; only
-a signature by a trusted key shows that nothing was changed after signing.
+Each check yields findings with a code. Without a signature, one person could have changed all compared files together. Only a signature by
+a trusted key shows that nothing was changed after signing.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class Code(StrEnum):
     SIGNED_OTHER = "SignedStatementDiffers"
     """The signed statement is not the stored statement."""
     SIGNATURE_INVALID = "SignatureInvalid"
-    """A signature names the trusted key, but does not fit the payload."""
+    """A signature names the trusted key, but does not match the payload."""
     NOT_TRUSTED = "SignatureNotTrusted"
-    """No signature is of the trusted key."""
+    """No signature was made with the trusted key."""
 
 
 class SignatureState(StrEnum):
@@ -111,7 +111,7 @@ class Finding:
 
 @dataclass
 class Verification:
-    """The result of all checks. `notes` has one sentence for each check that was made."""
+    """The result of all checks. `notes` contains one text for each completed check."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: dict[CheckName, str] = field(default_factory=dict)
@@ -192,7 +192,7 @@ class Verifier:
         manifest = _json_object(data)
         entries = manifest.get("files")
         if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)) or not isinstance(manifest.get("facts"), dict):
-            self._find(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not list files with path, size and sha256, and the run's facts")
+            self._find(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain the files with path, size and sha256, and the facts")
             return
         self._result.manifest = manifest
         self._note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
@@ -237,7 +237,7 @@ class Verifier:
     def _check_statement(self) -> None:
         data = self._storage.read_if_exists(STATEMENT_KEY)
         if data is None:
-            text = f"{STATEMENT_KEY} is missing: the run wrote none, for example because its release is older than 0.2.0"
+            text = f"{STATEMENT_KEY} is missing, for example because the run used a release before 0.2.0; this run cannot be signed or replayed"
             self._find(CheckName.STATEMENT, Code.STATEMENT_MISSING, text)
             return
         self._result.statement_bytes = data
@@ -255,12 +255,12 @@ class Verifier:
         self._note(CheckName.STATEMENT, f"of {statement.job}, step {statement.run.step}")
         manifest = self._result.manifest
         if manifest is not None and statement.job != manifest.get("job"):
-            text = f"the statement is about the run {statement.job}, but the model is of {manifest.get('job')}"
+            text = f"the statement is about the run {statement.job}, but the model belongs to the run {manifest.get('job')}"
             self._find(CheckName.STATEMENT, Code.OTHER_RUN, text)
         elif manifest is not None:
             self._compare_subjects(statement, manifest)
             for name in contradictions_with_manifest(statement, manifest):
-                self._find(CheckName.STATEMENT, Code.CONTRADICTS_MANIFEST, f"{name} in the statement is not that of the manifest")
+                self._find(CheckName.STATEMENT, Code.CONTRADICTS_MANIFEST, f"{name} in the statement differs from the manifest")
             self._compare_spec(statement, manifest)
 
     def _compare_subjects(self, statement: Statement, manifest: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ class Verifier:
         subjects = [(one.name or "", one.digest.get("sha256", "")) for one in statement.subject]
         if Counter(expected) != Counter(subjects):
             name = sorted((Counter(expected) - Counter(subjects)) + (Counter(subjects) - Counter(expected)))[0][0]
-            self._find(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"the statement's subject {name} is not the file of the manifest")
+            self._find(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"{name} in the statement's subjects differs from the manifest")
 
     def _compare_spec(self, statement: Statement, manifest: dict[str, Any]) -> None:
         """Compare with the run configuration of the attempt that committed the model."""
@@ -279,7 +279,7 @@ class Verifier:
         spec, _ = without_secrets(_json_object(data).get("spec") or {})
         if spec != statement.spec:
             path = next(iter(sorted(_different_paths(spec, statement.spec))), "spec")
-            self._find(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement is not that of {key}")
+            self._find(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement differs from {key}")
 
     def _check_checkpoints(self) -> None:
         """Compare the checkpoints that are still stored. Retention or a user may have removed others."""
@@ -327,13 +327,14 @@ class Verifier:
             self._find(CheckName.SIGNATURE, Code.PAYLOAD_TYPE, text)
             return
         if payload_of(envelope) != self._result.statement_bytes:
-            self._find(CheckName.SIGNATURE, Code.SIGNED_OTHER, f"the signed statement is not {STATEMENT_KEY}")
+            text = f"the signature is for another statement than {STATEMENT_KEY}; sign the stored statement with `finetune sign`"
+            self._find(CheckName.SIGNATURE, Code.SIGNED_OTHER, text)
         if key is None or is_signed_by(envelope, key):
             return
         if any(signature.keyid == key_id(key) for signature in envelope.signatures):
-            self._find(CheckName.SIGNATURE, Code.SIGNATURE_INVALID, f"the signature of the key {key_id(key)[:12]}... does not fit the statement")
+            self._find(CheckName.SIGNATURE, Code.SIGNATURE_INVALID, f"the signature of the key {key_id(key)[:12]}... does not match the statement")
         else:
-            text = f"none of {len(envelope.signatures)} signatures is of the key {key_id(key)[:12]}..."
+            text = f"the statement has {len(envelope.signatures)} signatures, but none by the key {key_id(key)[:12]}..."
             self._find(CheckName.SIGNATURE, Code.NOT_TRUSTED, text)
 
 

@@ -48,14 +48,14 @@ def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
     if key:
         for rating in ratings:
             if rating.answer not in models:
-                problem = f"the key {display_name(key)} does not contain the row {rating.answer!r}"
-                mistakes.append(Mistake(rating.location, "id", problem, "give the key of these sheets"))
+                problem = f"the key {display_name(key)} does not contain the id {rating.answer!r}"
+                mistakes.append(Mistake(rating.location, "id", problem, "give the human_rating_key.json that was written with these sheets"))
         ratings = [replace(rating, model=models.get(rating.answer, rating.model)) for rating in ratings]
     seen: dict[tuple[str, str], str] = {}
     for rating in ratings:
         if (first := seen.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
             problem = f"{rating.rater} has rated the row {rating.answer} already, at {first}"
-            mistakes.append(Mistake(rating.location, "id", problem, "give each sheet once, and different names to raters"))
+            mistakes.append(Mistake(rating.location, "id", problem, "give each sheet once, and write a different name for each rater"))
     if mistakes:
         raise InvalidInput(mistakes)
     return [rating for rating in ratings if rating.scores]
@@ -136,7 +136,7 @@ def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake])
 
 
 def summarise(ratings: Sequence[Rating]) -> dict[str, Any]:
-    """All statistics: of each model and score, the agreement of raters, and how often the tuned model wins."""
+    """Return the statistics of each model and score, the agreement of the raters, and the win rate of the trained model."""
     raters = sorted({rating.rater for rating in ratings})
     models = sorted({rating.model for rating in ratings}, key=lambda name: (name != TUNED, name))
     return {
@@ -200,7 +200,7 @@ def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
 
 
 def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
-    """How often raters find the tuned model's answer better overall than the base model's answer to the same question.
+    """Return how often raters give the trained model's answer a higher `overall` score than the base model's answer to the same question.
 
     A tie counts one half. The rate of a question is the mean over its raters, and the rate is the mean over the questions. The 95 %
     interval is Wilson's score interval (Wilson 1927) with the number of questions, because ratings of the same question are not independent.
@@ -218,7 +218,7 @@ def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
         wins, ties, losses = wins + (difference > 0), ties + (difference == 0), losses + (difference < 0)
         by_question[question].append(0.5 if difference == 0 else float(difference > 0))
     if not by_question:
-        return {"rate": None, "reason": "no rater has rated both models' answers to a question overall, or the key was not given"}
+        return {"rate": None, "reason": "no rater has given both answers to a question an `overall` score, or --key is missing"}
     rate = statistics.fmean(statistics.fmean(values) for values in by_question.values())
     low, high = wilson_interval(rate, len(by_question))
     return {"rate": rate, "low": low, "high": high, "questions": len(by_question), "wins": wins, "ties": ties, "losses": losses}

@@ -63,14 +63,14 @@ class WeightComparison(LenientModel):
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """The comparison, and the reasons for which equality is not promised."""
+    """The comparison, and known reasons for a difference."""
 
     comparison: WeightComparison
     reasons: list[str]
 
 
 def read_run(storage: JobStorage) -> Verification:
-    """Verify the stored model and read its statement. Raises StorageError if the model is damaged. Warns if the statement is not true."""
+    """Verify the stored model and read its statement. Raises StorageError if the model is damaged. Prints other findings as warnings."""
     verification = Verifier(storage).verify()
     damage = verification.findings_of(*MODEL_CHECKS)
     if damage:
@@ -125,8 +125,8 @@ def _prepare(statement: Statement, folder: Path, options: ReplayOptions) -> Loca
     ranks = int(statement.run.facts.get("worldSize") or 1)
     if run.config.world.size != ranks:
         raise ReplayRefused(
-            "WorldSizeDiffers", f"the run had {ranks} ranks, but this machine runs {run.config.world.size}: the gradients would be computed from other rows; "
-            "use a machine with as many GPUs, or for a CPU run --set resources.processesPerNode",
+            "WorldSizeDiffers", f"the run had {ranks} ranks, but this machine runs {run.config.world.size}, so each step would train on other rows; "
+            f"use a machine with {ranks} GPUs or, for a run on CPUs, give --set resources.processesPerNode={ranks}",
         )  # fmt: skip
     return run
 
@@ -153,7 +153,7 @@ def _require_complete_sources(redacted_fields: list[str], sets: list[str]) -> No
         is_source = path in SOURCE_FIELDS or path.startswith("dataset.mixture[")
         if is_source and path not in given:
             raise ReplayRefused(
-                "SourceRedacted", f"the address in {path} contained a secret, which the statement leaves out; give the address with --set {path}=URI"
+                "SourceRedacted", f"the statement omits the address in {path}, because it contained a secret; give it with --set {path}=URI"
             )
 
 
@@ -172,10 +172,10 @@ def reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]
     for name, run in (("the run", original), ("the replay", repeated)):
         devices = {one.device for one in run.run.attempts if one.device and not one.device.lower().startswith(CPU)}
         if devices:
-            yield f"{name} used {', '.join(sorted(devices))}; equality is only promised on CPU"
+            yield f"{name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
     before, now = (run.predicate.run_details.builder.version for run in (original, repeated))
     changed = [f"{name} {before.get(name, '-')} -> {now.get(name, '-')}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         yield f"library versions differ: {', '.join(changed)}"
     if original.predicate.build_definition.internal_parameters.get("originalValues"):
-        yield "the operator changed values between the attempts of the run, for example after exhausted memory"
+        yield "the operator changed values of the spec between the attempts of the run, for example after exhausted memory"

@@ -149,7 +149,7 @@ def _decode(text: str) -> bytes:
 
 
 def is_signed_by(envelope: Envelope, key: Ed25519PublicKey) -> bool:
-    """Return whether one of the signatures is of this key. Key IDs are only hints, so every signature is tried."""
+    """Return whether one of the signatures was made with this key. Key IDs are only hints, so every signature is tried."""
     from cryptography.exceptions import InvalidSignature
 
     payload = payload_of(envelope)

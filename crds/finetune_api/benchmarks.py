@@ -26,7 +26,7 @@ BENCHMARK_KINDS = {
     "human-eval": BenchmarkKind.RATING_SHEETS,
     "openai-humaneval": BenchmarkKind.CODE,
 }
-"""The kind of each benchmark, by the name that users write. Two of the five tools use `human-eval` for sheets for people."""
+"""The kind of each benchmark, by its name in the spec. `human-eval` means rating sheets, because two of the five imported tools use it so."""
 
 CURRENT_TASK_NAMES = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
 """Old names of harness tasks and the tasks that replace them. All other names are those of the harness."""

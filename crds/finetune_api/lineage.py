@@ -1,4 +1,4 @@
-"""The lineage statement of a final model: how it was made, in the form of an in-toto statement, and the DSSE envelope of its signature.
+"""The lineage statement of a final model and the DSSE envelope of its signature. The statement is an in-toto statement.
 
 The trainer writes the statement, and the command line signs, verifies and replays it. The predicate is SLSA provenance v1, because its
 fields name what a fine-tuning run has (parameters, dependencies, the builder), and tools for supply chains read it. What SLSA has no

@@ -285,7 +285,7 @@ class Condition(StrEnum):
     CHECKPOINTS_HEALTHY = "CheckpointsHealthy"
     """The newest checkpoint is committed, and no checkpoint is damaged."""
     TRACKERS_REACHABLE = "TrackersReachable"
-    """The trackers of `tracking.reportTo` accept the values of the run. This condition exists only for running jobs with trackers. It never delays a job."""
+    """The trackers of `tracking.reportTo` accept the values of the run. This condition exists only for running jobs with trackers. A tracker never delays a job."""
     SUCCEEDED = "Succeeded"
     """The final model is committed to storage."""
     FINISHED = "Finished"

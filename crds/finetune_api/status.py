@@ -136,9 +136,9 @@ class VerificationOutcome(StrEnum):
     """Result of a verification."""
 
     VERIFIED = "Verified"
-    """The stored model computes the values of the trained model."""
+    """The stored model computes the same values as the trained model."""
     NOT_VERIFIED = "NotVerified"
-    """The values could not be compared, for the stated reason."""
+    """The values could not be compared, or rounding can explain their difference. The field `reason` says which."""
     FAILED = "Failed"
     """The stored model is damaged, has no effect, or computes other values than the trained model."""
 
@@ -156,7 +156,7 @@ class ArtefactVerification(ReportModel):
     )
     tolerance: float | None = status_field("Largest accepted difference, in the same unit.", example=0.001)
     change_from_base: float | None = status_field(
-        "Root mean square of the difference between the stored model and the base model, in nats per token. Absent if the base model computes no such values.",
+        "Root mean square of the difference between the stored model and the base model, in nats per token. Absent if the base model cannot compute these values, for example without a score head.",
         example=0.83,
     )
 
@@ -190,13 +190,13 @@ class Output(ReportModel):
         "The run's report, an HTML page.", example="s3://models/ft/team-a/support-bot/UID/report/index.html"
     )
     lineage_uri: str | None = status_field(
-        "The lineage statement: base model, data, spec and versions that the final model was made with. Unsigned unless `finetune sign` signed it."
+        "The lineage statement: base model, data, spec and library versions from which the final model was made. The statement is unsigned until you run `finetune sign`."
     )
     promoted: bool | None = status_field(
         "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True
     )
     verification: Verification | None = status_field(
-        "Whether the stored model computes the same values as the trained model. Absent if output.verify is false."
+        "Result of the check that the stored model computes the same values as the trained model. Absent if output.verify is false."
     )
     evaluation: dict[str, Any] | None = status_field(
         "Metrics measured after training, by name. With a test set: testRows, testLoss (nats per token), testTokenAccuracy. "
@@ -244,7 +244,7 @@ class EvaluationResult(ReportModel):
     """Results of the evaluation after training."""
 
     headline: str | None = status_field(
-        "Name and value of the most important metric: that of the first gate, otherwise the first of evaluation.metrics.", example="accuracy 0.83"
+        "Name and value of the most important metric: that of a failed gate, otherwise of the first gate, otherwise the first of evaluation.metrics.", example="accuracy 0.83"
     )
     rows: int | None = status_field("Number of evaluated rows.", example=200)
     metrics: dict[str, MetricResult] | None = status_field(
@@ -254,7 +254,7 @@ class EvaluationResult(ReportModel):
         "Results of evaluation.gates, in the order of the spec.", example=[{"metric": "accuracy", "passed": True}]
     )
     benchmarks: list[BenchmarkResult] | None = status_field(
-        "Results of evaluation.benchmarks. Of a group of tasks, only the metrics of the group. The file evaluation/benchmark_results.json contains all.",
+        "Results of evaluation.benchmarks. For a group of tasks, only the metrics of the group are shown. The file evaluation/benchmark_results.json contains all results.",
         example=[{"name": "lm-eval", "task": "hellaswag", "metric": "acc", "value": 0.56, "stderr": 0.005, "base": 0.58, "difference": -0.02}],
     )
     comparison_uri: str | None = status_field(

@@ -57,13 +57,13 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
         "output.export", _contains("gguf"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "convert_hf_to_gguf.py of llama.cpp",
-        "contains gguf, but no library converts whole models of this release's transformers to GGUF",
+        "contains gguf, but no library converts complete models of the transformers version in this release to GGUF",
     ),
     UnsupportedField(
         "output.export", _contains("onnx"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
-        "optimum-onnx and the older transformers that it needs",
-        "contains onnx, but no library converts whole models of this release's transformers to ONNX",
+        "optimum-onnx and the older transformers version that it needs",
+        "contains onnx, but no library converts complete models of the transformers version in this release to ONNX",
     ),
 )
 

@@ -96,10 +96,10 @@ def choose_kept_activations(
     shortest_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
     if count_kept_layers(layers, shortest_tokens, layer_tokens) == 0:
         return None
-    smaller = "" if run.spec.dataset.packing else f", and by none of micro-batches of up to {layer_tokens // layers} tokens"
+    smaller = "" if run.spec.dataset.packing else f" (by none in micro-batches of up to {layer_tokens // layers} tokens)"
     return ActivationChoice(layer_tokens, (
-        f"activations are recomputed by {layers - kept} of {layers} layers{' of the largest micro-batch' if smaller else ''}{smaller}, because the "
-        f"other activations fit into {gpu_bytes / 1e9:.0f} GB of GPU memory by the trainer's estimate "
+        f"activations are recomputed by {layers - kept} of {layers} layers{' in the largest micro-batch' if smaller else ''}{smaller}, because by the "
+        f"trainer's estimate only the other activations fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
         "(training.gradientCheckpointing: enabled would recompute all)"
     ))  # fmt: skip
 

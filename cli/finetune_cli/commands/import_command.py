@@ -47,7 +47,7 @@ def import_(
     adapter: Annotated[str | None, typer.Option(metavar="URI", help="Adapter to continue training.")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="NAME/KEY", help="ConfigMap and key with the prompts for comparing base and tuned model."),
+        typer.Option(metavar="NAME/KEY", help="ConfigMap and key with the prompts for comparing base and trained model."),
     ] = None,
     deepspeed: Annotated[
         str | None, typer.Option(metavar="NAME/KEY", help="ConfigMap and key with a DeepSpeed configuration in JSON.")

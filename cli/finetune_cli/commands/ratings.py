@@ -14,11 +14,11 @@ from finetune_cli.commands.shared import DataFormatOption, check_format, write_d
 def ratings(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Sheets that were filled in, as CSV or JSON: one file per rater.")],
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="human_rating_key.json, which names the model behind each row. Needed to compare two models.")
+        Path | None, typer.Option(metavar="FILE", help="The file human_rating_key.json, which names the model of each row. Required to compare two models.")
     ] = None,
     output_format: DataFormatOption = None,
 ) -> None:
-    """Print the statistics of rating sheets: scores of each model, agreement of the raters, and how often the tuned model wins.
+    """Print the statistics of rating sheets: scores of each model, agreement of the raters, and win rate of the trained model.
 
     Example: finetune ratings anna.csv ben.csv --key human_rating_key.json
     """
@@ -52,7 +52,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     else:
         text = f"{wins['rate']:.2f}, 95 % interval {wins['low']:.2f} to {wins['high']:.2f}, on {wins['questions']} questions"
         text += f" ({wins['wins']} wins, {wins['ties']} ties, {wins['losses']} losses)"
-    return [*lines, "", f"win rate of the tuned model: {text}"]
+    return [*lines, "", f"win rate of the trained model: {text}"]
 
 
 def _number(value: float | None) -> str | None:

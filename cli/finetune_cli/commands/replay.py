@@ -49,10 +49,10 @@ def replay(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Train again what the lineage statement describes, on this machine, and compare the weights with the stored model.
+    """Repeat the training that the lineage statement describes on this machine, and compare the weights with the stored model.
 
-    On a CPU with the same library versions the weights are equal. Exit code 0: equal. 1: refused, or something cannot be read. 2: the
-    weights differ, or the training failed.
+    On the same kind of CPU with the same library versions, the weights are equal. Exit code 0: equal. 1: the replay was refused, or
+    something cannot be read. 2: the weights differ, or the training failed.
 
     Example: finetune replay s3://models/ft/team-a/support-bot/UID --keep ./replayed
     """
@@ -85,6 +85,6 @@ def _print_result(result: ReplayResult) -> int:
         differences.append(f"{len(comparison.mismatched)} tensors are missing or have another shape, for example {comparison.mismatched[0]}")
     output.write(f"different: {'; '.join(differences)}")
     output.print_notes(
-        result.reasons or ["no reason is known: the statement may be wrong, or the CPU is of another kind than that of the run"]
+        result.reasons or ["no reason is known: this machine may have another kind of CPU than the run had, or the statement may be wrong"]
     )
     return WEIGHTS_DIFFER

@@ -31,7 +31,7 @@ def report(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Download the report of a job: one HTML page with its request, curves, results, data, costs and origin.
+    """Download the report of a job: one HTML page with curves, results, spec, data, costs and origin of the model.
 
     Example: finetune report support-bot --open
     """

@@ -1,4 +1,4 @@
-"""`finetune sign`: signs the lineage statement of a final model, after checking that the statement is true for the stored files."""
+"""`finetune sign`: signs the lineage statement of a final model, after checking that the statement matches the stored files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sign(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Sign the lineage statement of a final model. Keep the private key away from the cluster's pods: sign after the run.
+    """Sign the lineage statement of a final model. Sign after the run, outside of the cluster: no pod may have the private key.
 
     Example: finetune sign --new-key team.pem
 
@@ -81,7 +81,7 @@ def _true_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
     findings = [finding for finding in verification.findings if finding.check is not CheckName.SIGNATURE]
     if findings:
         output.print_errors(f"{finding.code}: {finding.message}" for finding in findings)
-        raise output.fail("nothing was signed, because the statement is not true for the stored files")
+        raise output.fail("nothing was signed, because the statement does not match the stored files")
     if job is None:
         return verification.statement_bytes
     _compare_with_status(verification, job)
@@ -122,7 +122,7 @@ def _with_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
 
 
 def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> None:
-    """Sign and store the statement. Signatures of other keys are kept if they are of the same statement."""
+    """Sign and store the statement. Signatures by other keys are kept if they are for the same statement."""
     import json
 
     from finetune_api.lineage import ENVELOPE_KEY, STATEMENT_KEY
@@ -133,7 +133,7 @@ def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> N
     earlier = read_envelope(storage)
     is_same = earlier is not None and signing.payload_of(earlier) == payload
     if earlier is not None and not is_same:
-        output.print_notes(["earlier signatures are replaced, because they are of another statement"])
+        output.print_notes(["earlier signatures are removed, because they are for another statement"])
     envelope = signing.sign(payload, private_key, earlier.signatures if earlier is not None and is_same else [])
     storage.write_object(STATEMENT_KEY, payload)
     storage.write_object(ENVELOPE_KEY, json.dumps(envelope.to_wire(), indent=1).encode())

@@ -88,6 +88,6 @@ def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[
         job = cluster.get_job(parse_job_name(target))
         return open_storage(cluster, job, options.use_secret, options.endpoint, options.storage_uri), job
     if options.use_secret or options.storage_uri is not None:
-        raise StorageError("--use-secret and --storage need the name of a job; with a URI, the AWS_ variables hold the credentials")
+        raise StorageError("--use-secret and --storage need the name of a job; with a URI, remove them and set the AWS_ variables")
     root = StorageRoot(endpoint=options.endpoint, region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
     return JobStorage(root_of_uri(target), root), None

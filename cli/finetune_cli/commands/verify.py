@@ -35,10 +35,10 @@ CHECK_FAILED = 2
 def verify(
     target: TargetArgument,
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="The signer's public ed25519 key (PEM). Then an unsigned statement fails.")
+        Path | None, typer.Option("--key", metavar="FILE", help="The signer's public ed25519 key (PEM). With --key, an unsigned statement is a failed check.")
     ] = None,
     require_signature: Annotated[
-        bool, typer.Option("--require-signature", help="Fail if the statement is unsigned. Only --key checks whose signature it is.")
+        bool, typer.Option("--require-signature", help="Fail if the statement is unsigned. Only --key also checks who signed it.")
     ] = False,
     use_secret: SecretOption = False,
     endpoint: EndpointOption = None,
@@ -50,7 +50,7 @@ def verify(
 ) -> None:
     """Read every file of a final model again, and check marker, manifest, lineage statement and signature.
 
-    Exit code 0: every check holds. 1: something cannot be read. 2: a check failed.
+    Exit code 0: no check failed. 1: storage, the job or the key cannot be read. 2: a check failed.
 
     Example: finetune verify support-bot --key team.pem.pub
 

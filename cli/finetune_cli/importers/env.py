@@ -117,7 +117,7 @@ def _is_4bit(draft: JobDraft) -> bool:
 
 
 def _compares_models(draft: JobDraft) -> bool:
-    """Return whether base and tuned model are compared on prompts. The tool's defaults for this comparison differ from those of FineTuneJob."""
+    """Return whether base and trained model are compared on prompts. The tool's defaults for this comparison differ from those of FineTuneJob."""
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 

@@ -53,7 +53,7 @@ METRIC_NAMES = {
 DEFAULT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
 ONE_RUN_NAME = "only the run name in [mlflow] is used"
-AS_TRAINED = "the tuned model is loaded with the settings of the training"
+AS_TRAINED = "the trained model is loaded with the settings of the training"
 
 
 def to_checkpointing_mode(value: Any) -> str:

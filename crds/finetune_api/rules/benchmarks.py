@@ -19,7 +19,7 @@ FIELDS_OF_KIND = {
 """The fields that have an effect on each kind of benchmark, besides `name`."""
 FOLDER_EXAMPLE = "folder: s3://bucket/benchmarks"
 FOLDER_CONTENTS = {
-    BenchmarkKind.HARNESS: "the tasks of the harness would download their data from the hub, and benchmarks run without the hub",
+    BenchmarkKind.HARNESS: "the tasks of the harness need their data in a folder, because benchmarks have no access to the hub",
     BenchmarkKind.DOMAINS: "it needs the domain files, for example domain_medical.json",
     BenchmarkKind.CODE: "it needs a copy of the data set openai/openai_humaneval",
 }
@@ -62,7 +62,7 @@ def check_code_execution(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
         if BENCHMARK_KINDS.get(benchmark.name) is BenchmarkKind.CODE and not benchmark.allow_code_execution:
             yield (
                 f"evaluation.benchmarks[{i}].allowCodeExecution",
-                f"the benchmark {benchmark.name} runs code that the model generates, and this is not allowed",
+                f"the benchmark {benchmark.name} runs code that the model generates, but allowCodeExecution is not true",
                 "write `allowCodeExecution: true`, or remove the benchmark; for sheets in which people rate answers write `name: human-eval`",
             )
 
@@ -98,7 +98,7 @@ def check_repetitions(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
         keys = {(kind, task) for task in current_task_names(benchmark.tasks or [])} or {(kind, "" if is_sheet else f"all of {folder}")}
         if repeated := sorted(task for _, task in keys & seen):
             what = f"the task {repeated[0]}" if benchmark.tasks else "the same tasks" if folder else "the same sheets"
-            yield f"evaluation.benchmarks[{i}]", f"another benchmark already runs {what}", "remove one of the two"
+            yield f"evaluation.benchmarks[{i}]", f"another benchmark of the list has {what}", "remove one of the two"
         seen |= keys
 
 

@@ -108,7 +108,7 @@ def evaluates_during_training(spec: FineTuneJobSpec) -> bool:
 
 
 def writes_predictions(spec: FineTuneJobSpec) -> bool:
-    """Whether the tuned model answers the test set after training."""
+    """Whether the trained model answers the test set after training."""
     return spec.phases.infer is True
 
 
@@ -121,7 +121,7 @@ def benchmarks_after_training(spec: FineTuneJobSpec) -> list[Benchmark]:
     """Return the benchmarks that the job runs after training. With `phases.evaluate: false` the list is empty."""
     return [] if spec.phases.evaluate is False else list(spec.evaluation.benchmarks or [])
 def prompts_to_compare(spec: FineTuneJobSpec) -> ConfigMapKeyRef | None:
-    """Return the reference to the prompts that base model and tuned model answer after training. None: the spec has no prompts."""
+    """Return the reference to the prompts that base model and trained model answer after training. None: the spec has no prompts."""
     return spec.evaluation.comparison.prompts_ref if spec.evaluation.comparison else None
 
 

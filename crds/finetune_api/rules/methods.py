@@ -176,7 +176,7 @@ def check_target_parameters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
     if spec.distributed.strategy in (StrategyType.FSDP, StrategyType.DEEPSPEED):
         yield (
             "method.lora.targetParameters",
-            f"adapters of parameters were never tried with the distributed strategy {spec.distributed.strategy}",
+            f"adapters of method.lora.targetParameters are not tested with the distributed strategy {spec.distributed.strategy}",
             "write `distributed: {strategy: ddp}`, or remove targetParameters",
         )
 

@@ -95,8 +95,8 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if spec.output.merge_adapter and uses_loftq(spec):
         yield (
             "output.mergeAdapter",
-            "true, but an adapter with method.lora.init loftq also corrects the quantisation error of the base model, and would add this correction "
-            "to weights without the error",
+            "true, but an adapter with method.lora.init loftq also corrects the quantisation error of the base model. The merged model has no such "
+            "error, so the correction would make it worse",
             "remove mergeAdapter, or remove init",
         )
 

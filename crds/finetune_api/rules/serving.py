@@ -42,7 +42,7 @@ class UnservableFeature:
     """What the servers cannot do. The sentence begins with the names of the servers and `cannot`."""
     hint: str
     warns: bool = True
-    """Whether jobs without this server in `output.serving` get a warning. False for limits that concern most jobs of a kind which is rarely served."""
+    """Whether jobs without this server in `output.serving` get a warning. False for limits of jobs whose result is rarely served."""
 
     def message(self, servers: tuple[ServingTarget, ...]) -> str:
         """The limit of these servers in one sentence."""
@@ -86,7 +86,7 @@ UNSERVABLE_FEATURES: tuple[UnservableFeature, ...] = (
     ),
     UnservableFeature(
         "method.type", ALL_SERVERS, lambda spec: method_type_of(spec) in PROMPT_METHODS,
-        "load prefix or prompt tuning, because they load only LoRA adapters", "write `type: lora`",
+        "load adapters of prefix or prompt tuning, because they load only LoRA adapters", "write `type: lora`",
     ),
     UnservableFeature(
         "method.type", ALL_SERVERS, lambda spec: method_type_of(spec) is MethodType.IA3,

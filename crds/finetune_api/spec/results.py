@@ -99,7 +99,7 @@ class Output(Group):
     )
     serving: Annotated[list[ServingTarget], Field(max_length=2)] | None = spec_field(
         "Servers that must be able to serve the final model. The job is refused if one of them cannot. Manifests for these servers are written to the folder `serving` beside the model.",
-        default_text="none: what a server cannot serve is only a note in status.resolved.notes",
+        default_text="none: a feature that a server cannot serve is only a note in status.resolved.notes",
         example=["vllm"],
         since="0.2.0",
     )
@@ -113,7 +113,7 @@ class Benchmark(Group):
         "`human-eval` (sheets in which people rate answers) or `openai-humaneval` (generated code against unit tests). Required. Example: `lm-eval`."
     )
     tasks: Annotated[list[ShortText], Field(max_length=128)] | None = spec_field(
-        "Tasks of the harness, or domains of domain-specific-eval.", default_text="all tasks or domains of the folder", example=["arc_easy"]
+        "Names of the tasks of the harness, or names of the domains of domain-specific-eval.", default_text="all tasks or domains of the folder", example=["arc_easy"]
     )
     folder: Source | None = spec_field(
         "Folder with the tasks and their data: s3://, file://, pvc:// or a data set repository of the hub. Required, except for human-eval. "
@@ -126,7 +126,7 @@ class Benchmark(Group):
         "Number of solved examples before each question. Tasks that require 0 keep 0.", default_text="the number in the task", example=5, since="0.2.0"
     )
     limit: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
-        "Number of questions for each task: the first ones of a harness task, a random sample of the rows for human-eval.",
+        "Largest number of questions of each task: the first questions of the task, or a random sample of the rows for human-eval.",
         default_text="all questions; 50 for human-eval",
         example=200,
         since="0.2.0",
@@ -201,7 +201,7 @@ class Generation(Group):
 
 
 class Comparison(Group):
-    """`evaluation.comparison`: compare the answers of the base model and of the tuned model to the same prompts."""
+    """`evaluation.comparison`: compare the metrics and the answers of the base model with those of the trained model."""
 
     prompts_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with the prompts: one prompt per line, or prompts of several lines that are separated by blank lines.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
@@ -325,7 +325,7 @@ class Evaluation(Group):
     )
     judge: Judge | None = spec_field("Model that scores answers.", default_text="none", example={"model": "my-judge"})
     comparison: Comparison | None = spec_field(
-        "Compare the tuned model with the base model: the metrics of evaluation.metrics, and the answers to the prompts or, without prompts, to the test questions.",
+        "Compare the trained model with the base model: the metrics of evaluation.metrics, and the answers to the prompts. Without promptsRef, the answers to the test questions are compared.",
         default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
     )
 
@@ -393,7 +393,7 @@ class Phases(Group):
         since="0.2.0",
         alias="from",
     )
-    infer: bool | None = spec_field("Generate answers to the test set with the tuned model.", default=False, example=True)
+    infer: bool | None = spec_field("Generate answers to the test set with the trained model.", default=False, example=True)
     evaluate: bool | None = spec_field(
         "Compute evaluation.metrics and run evaluation.benchmarks after training.",
         default_text="true if evaluation.metrics or evaluation.benchmarks is set, otherwise false",

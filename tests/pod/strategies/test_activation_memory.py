@@ -101,8 +101,8 @@ def test_as_many_activations_are_kept_as_fit(config: Any, gpu_bytes: int, strate
     at_limit, above = (estimate_memory(run, bf16_gpu(), strategy, config, tokens, uses_liger=True).total_bytes for tokens in (limit, limit + 1))
     assert at_limit <= USABLE_SHARE * gpu_bytes < above
     recomputed = layers - count_kept_layers(layers, TOKENS_OF_LONGEST_ROWS, choice.kept_layer_tokens)
-    assert choice.note.startswith(f"activations are recomputed by {recomputed} of {layers} layers of the largest micro-batch, and by none ")
-    assert f" of micro-batches of up to {limit} tokens, because " in choice.note
+    assert choice.note.startswith(f"activations are recomputed by {recomputed} of {layers} layers in the largest micro-batch (by none in ")
+    assert f" in micro-batches of up to {limit} tokens), because " in choice.note
     # The limit does not depend on the data.
     longer = choose(tmp_path, UNPACKED, config, gpu_bytes=gpu_bytes, strategy=strategy, batch_tokens=2 * TOKENS_OF_LONGEST_ROWS)
     assert longer is not None and longer.kept_layer_tokens == choice.kept_layer_tokens

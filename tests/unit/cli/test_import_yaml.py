@@ -151,7 +151,7 @@ def test_both_human_evaluations_are_kept_and_generated_code_is_not_allowed(impor
     imported = import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"}, benchmarks="s3://data/code")
     assert imported.at("evaluation.benchmarks") == [{"name": "human-eval"}, {"name": "openai-humaneval", "folder": "s3://data/code"}]
     (warning,) = [text for text in imported.warnings if "openai-humaneval" in text]
-    assert "runs code that the model generates, and this is not allowed" in warning and "the operator refuses the job" in warning
+    assert "runs code that the model generates, but allowCodeExecution is not true" in warning and "the operator refuses the job" in warning
 
 
 def test_harness_gets_the_tasks_of_the_tool_and_the_folder_of_the_option(import_yaml: Any) -> None:

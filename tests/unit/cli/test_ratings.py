@@ -147,7 +147,7 @@ def test_every_invalid_score_is_named_with_file_line_and_column(tmp_path: Path) 
 def test_a_row_that_is_rated_twice_or_missing_in_the_key_is_refused(filled: list[Path], tmp_path: Path) -> None:
     again = sheet(tmp_path / "again.csv", [row(1, 1, "A", 1, 1, 1, 1, rater="anna"), row(9, 3, "A", 1, 1, 1, 1, rater="anna")])
     found = mistakes([filled[0], again], filled[2])
-    assert "the key" in found[0] and "does not contain the row '9'" in found[0]
+    assert "the key" in found[0] and "does not contain the id '9'" in found[0]
     assert f"anna has rated the row 1 already, at {filled[0]}:2" in found[1]
 
 
@@ -176,7 +176,7 @@ def test_the_command_prints_tables_and_json(run_command: RunCommand, filled: lis
     assert code == 0 and "2 answers, 2 raters: anna, ben" in text
     assert "tuned    overall        2   4.50   4.50   0.71    4    5" in text
     assert "coherence  - (all scores are equal)" in text
-    assert "win rate of the tuned model: 1.00, 95 % interval 0.21 to 1.00, on 1 questions (2 wins, 0 ties, 0 losses)" in text
+    assert "win rate of the trained model: 1.00, 95 % interval 0.21 to 1.00, on 1 questions (2 wins, 0 ties, 0 losses)" in text
     code, text, _ = run_command("ratings", *files, "-o", "json")
     assert code == 0 and json.loads(text)["winRate"]["rate"] is None and json.loads(text)["scores"].keys() == {"A", "B"}
     empty = sheet(filled[0].with_name("empty.csv"), [row(1, 1, "A")])

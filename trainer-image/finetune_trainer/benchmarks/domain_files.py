@@ -75,7 +75,7 @@ def read_domain(path: Path) -> list[DomainQuestion]:
         raise _invalid(path, f"is not valid JSON: {error}") from error
     lists = [value] if isinstance(value, list) else [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
     if len(lists) != 1 or not lists[0]:
-        raise _invalid(path, "does not contain one list of questions")
+        raise _invalid(path, "contains neither a list of questions nor an object with one such list")
     return [_read_question(path, number, entry) for number, entry in enumerate(lists[0], 1)]
 
 
@@ -106,7 +106,9 @@ def _read_choices(path: Path, number: int, question: str, entry: Mapping[str, An
 
 
 def _invalid(path: Path, problem: str) -> ConfigError:
-    return ConfigError("DomainFileInvalid", f"the domain file {path.name}: {problem}", hint="correct the file")
+    return ConfigError(
+        "DomainFileInvalid", f"the domain file {path.name}: {problem}", hint='write a JSON list of objects such as {"question": "...", "answer": "..."}'
+    )
 
 
 def keyword_recall(answer: str, keywords: tuple[str, ...]) -> float:

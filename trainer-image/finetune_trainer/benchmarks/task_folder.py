@@ -182,7 +182,7 @@ def _refuse_code(folder: Path, field: str, reader: _Reader) -> None:
         found = found or next((f"the file {file} {problem}" for problem in _code_in(settings)), None)
     if found:
         raise ConfigError(
-            "CodeExecutionNotAllowed", f"{field}: {found}, and the benchmark may not run code",
+            "CodeExecutionNotAllowed", f"{field}: {found}, but allowCodeExecution of the benchmark is not true",
             hint="write `allowCodeExecution: true` in the benchmark if you trust the folder, or remove the file",
         )  # fmt: skip
 

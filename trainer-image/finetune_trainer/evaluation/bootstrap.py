@@ -53,7 +53,7 @@ class Comparison:
     base: float | None
     tuned: float | None
     difference: float | None
-    """Value of the tuned model minus value of the base model. None: a value could not be computed."""
+    """Value of the trained model minus value of the base model. None: a value could not be computed."""
     low: float | None = None
     """Lower end of the confidence interval. None: there is no interval, and `reason` says why."""
     high: float | None = None

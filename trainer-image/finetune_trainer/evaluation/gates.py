@@ -1,4 +1,4 @@
-"""Decides for each gate of `evaluation.gates` whether the tuned model passes.
+"""Decides for each gate of `evaluation.gates` whether the trained model passes.
 
 A gate passes only if a measurement shows it. A metric without a value, or a comparison without a confidence interval, fails its gate
 with the reason.
@@ -60,7 +60,7 @@ def evaluate_gates(
 
 
 def _evaluate_gate(gate: Gate, tuned: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
-    problem = _missing_value(gate.metric, tuned, "the tuned model")
+    problem = _missing_value(gate.metric, tuned, "the trained model")
     if gate.not_worse_than_base is not None:
         problem = problem or _missing_value(gate.metric, base, "the base model")
     if problem:
@@ -135,7 +135,7 @@ def compare_metric(tuned: MeasuredMetric, base: MeasuredMetric, sums: PairedSums
     if tuned.rows is None or base.rows is None:
         return "the metric has no scores of single rows"
     if len(tuned.rows) != len(base.rows):
-        return f"the tuned model has {len(tuned.rows)} rows, but the base model has {len(base.rows)}"
+        return f"the trained model has {len(tuned.rows)} rows, but the base model has {len(base.rows)}"
     if not _is_mean_of_rows(tuned) or not _is_mean_of_rows(base):
         return "the metric is not the mean of its rows, and the sums of its rows are missing"
     pairs = [(b, t) for b, t in zip(base.rows, tuned.rows, strict=True) if b is not None and t is not None]

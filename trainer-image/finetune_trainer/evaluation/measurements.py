@@ -1,7 +1,7 @@
 """What was measured of one model: its metrics, and what each row adds to them.
 
-The stage `evaluating` stores the measurements of the tuned model, so that a later attempt compares them with the base model without
-measuring the tuned model again.
+The stage `evaluating` stores the measurements of the trained model, so that a later attempt compares them with the base model without
+measuring the trained model again.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def layers_without_adapter(model: Any) -> dict[str, list[str]]:
     routers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Router" in type(module).__name__}
     state_space = STATE_SPACE_NAMES if getattr(model.config, "model_type", None) in STATE_SPACE_TYPES else ()
     reasons = {
-        "PEFT takes these names for the routed experts": reinterpreted_lora_targets(model),
+        "PEFT interprets these names as the routed experts": reinterpreted_lora_targets(model),
         "the kernel of state-space layers reads these weights directly": state_space,
         "routers choose the experts of a token": routers,
     }

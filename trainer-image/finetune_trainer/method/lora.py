@@ -124,8 +124,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         requested = (lora.target_modules if lora else None) or ()
         if experts and not (lora and lora.target_parameters) and not reinterpreted_lora_targets(model).intersection(requested):
             notes.append(
-                f"the routed experts ({', '.join(experts)}) have no adapter, so their weights do not change: "
-                f"method.lora.targetParameters [{ALL_EXPERTS}] would train them"
+                f"the routed experts ({', '.join(experts)}) have no adapter, so their weights do not change; "
+                f"to train adapters for them, write `targetParameters: [{ALL_EXPERTS}]` in method.lora"
             )
         if _asks_for_all(requested):
             notes += [f"layers named {', '.join(names)} have no adapter: {reason}" for reason, names in layers_without_adapter(model).items()]
@@ -138,7 +138,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         """
         if config.target_parameters and self.context.strategy.name in ("fsdp", "deepspeed"):
             raise ConfigError(
-                "ExpertsSharded", f"adapters of method.lora.targetParameters were never tried with the strategy {self.context.strategy.name}",
+                "ExpertsSharded", f"adapters of method.lora.targetParameters are not tested with the strategy {self.context.strategy.name}",
                 hint="write `distributed: {strategy: ddp}`, or remove targetParameters",
             )  # fmt: skip
         lora = self.context.run.spec.method.lora

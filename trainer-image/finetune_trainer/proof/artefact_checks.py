@@ -38,7 +38,7 @@ class Fault:
 
 
 class _FaultFound(Exception):
-    """Ends the checks, because the later checks need what is faulty."""
+    """Ends the checks, because the later checks would read the faulty data."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

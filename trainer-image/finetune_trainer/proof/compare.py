@@ -70,14 +70,14 @@ def judge(
     if math.isnan(difference):
         return _failed(result, "ValuesNotFinite", "the stored model computes values that are not finite")
     if difference > tolerance and name == MERGED and reference.quantization is not None:
-        text = "the adapter was trained on a quantised base model, but merged into unquantised weights: the difference contains the error of the quantisation"
+        text = "the adapter was trained on a quantised base model, but merged into unquantised weights, so the difference includes the quantisation error"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": text})
     may_be_rounding = (is_rounded or not reference.is_exact) and difference <= max(ROUNDED_TOLERANCE, SHARE_OF_CHANGE * (change or 0.0))
     if difference > tolerance and may_be_rounding:
-        text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain this"
+        text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain it"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
     if difference > tolerance:
-        text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, and at most {tolerance:.3g} are accepted"
+        text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
         return _failed(result, "ValuesDiffer", text)
     if change == 0:
         note = "training did not change the values of the base model: check training.learningRate and the number of steps"

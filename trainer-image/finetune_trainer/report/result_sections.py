@@ -100,6 +100,6 @@ def answers(report: RunReport) -> Section:
 
 
 def _shown(shown: int, count: int, file: str) -> str:
-    return f"All {count} answers." if shown == count else f"The first {shown} of {count} answers; {file} holds all of them."
+    return f"All {count} answers." if shown == count else f"The first {shown} of {count} answers; {file} contains all of them."
 
 

@@ -1,4 +1,4 @@
-"""What the report of a run is made from. The supervisor reads it from storage."""
+"""The data from which the report of a run is made. The supervisor reads the data from storage."""
 
 from __future__ import annotations
 

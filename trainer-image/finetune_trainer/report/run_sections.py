@@ -1,4 +1,4 @@
-"""The sections about the run: what was asked, attempts, data, costs and origin."""
+"""The sections about the run: its spec, attempts, data, costs and origin."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHORTEST_STAGE_SECONDS = 0.05
 
 
 def request(report: RunReport) -> Section:
-    """The spec: values of the user, and filled-in values."""
+    """The values of the spec: those of the user, defaults, and changes of the operator."""
     run = report.run
     values = [(path, text) for path, text in flatten(run.spec.to_wire()) if path not in SWITCHES]
     given = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
@@ -56,7 +56,7 @@ def request(report: RunReport) -> Section:
             for path, value in run.before_adaptation.items()
         ]
         blocks.append(Table("Changed by the operator after a failure", ["field", "value of the user", "value in use"], rows))
-    return Section("request", "What was asked", blocks)
+    return Section("request", "Spec", blocks)
 
 
 def _field_path(path: str) -> str:
@@ -114,7 +114,7 @@ def data(report: RunReport) -> Section:
         return Section("data", "Data", [Sentences(["Not measured: no attempt has checked the data."])])
     blocks: list[Block] = []
     splits = [name for name in ("train", "validation", "test") if record.rows.get(name)]
-    no_counts = "this objective does not record token counts" if report.output else "the run has no final model, which records them"
+    no_counts = "this objective does not record token counts" if report.output else "the run has no final model, whose manifest would record them"
 
     def counted(split: str, name: str) -> Cell:
         value = tokens.get(split, {}).get(name)
@@ -168,7 +168,7 @@ def _use_rows(report: RunReport) -> list[list[Cell]]:
     lower_bound = "at least " if is_estimate else ""
     training_seconds = max((entry.training_seconds or 0.0 for entry in report.log), default=0.0)
     throughput = sorted(value for entry in report.log if isinstance(value := getattr(entry, "tokens_per_second", None), int | float))
-    training_time = _value(format_seconds(training_seconds) if training_seconds else None, "no line of the log holds it")
+    training_time = _value(format_seconds(training_seconds) if training_seconds else None, "no line of the log contains it")
     has_gpus = any(one.gpus for one in report.attempts)
     gpu_hours = Cell(f"{lower_bound}{format_hours(gpu_seconds(report)[0])}", "number") if has_gpus else Cell("0: the run used no GPU")
     return [

@@ -23,4 +23,4 @@ class ResultFile(StrEnum):
     TEST_SPLIT = "test_split.jsonl"
     """The raw rows of the test set."""
     MODEL_COMPARISON = "model_comparison.json"
-    """Answers of the base model and of the tuned model to the same prompts."""
+    """Answers of the base model and of the trained model to the same prompts."""

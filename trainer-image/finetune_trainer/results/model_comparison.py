@@ -1,4 +1,4 @@
-"""`model_comparison.json`: the answers of the base model and of the tuned model to the same prompts, and the file of these prompts.
+"""`model_comparison.json`: the answers of the base model and of the trained model to the same prompts, and the file of these prompts.
 
 The keys are those of ATMECS-IT/finetuning. `response_length_diff`, `label` and further options of the generation are optional keys.
 """
@@ -41,7 +41,7 @@ class ComparisonMetadata(_ComparisonModel):
     """`metadata` of `model_comparison.json`."""
 
     base_model: str = Field(description="Base model, as the user wrote it, without secrets.")
-    finetuned_model_path: str = Field(description="URI of the tuned model.")
+    finetuned_model_path: str = Field(description="URI of the trained model.")
     prompts_file: str = Field(description="File of the prompts.")
     num_prompts: int = Field(ge=0, description="Number of prompts.")
     generation_params: GenerationParams
@@ -56,10 +56,10 @@ class ComparedAnswers(_ComparisonModel):
     prompt: str
     prompt_preview: str = Field(description="The first 100 characters of the prompt.")
     base_model_response: str = Field(description="Answer of the base model.")
-    finetuned_model_response: str = Field(description="Answer of the tuned model.")
+    finetuned_model_response: str = Field(description="Answer of the trained model.")
     timestamp: str = Field(description="Time of the second answer, ISO 8601, UTC.")
     response_length_diff: int | None = Field(
-        default=None, description="Characters of the tuned model's answer minus characters of the base model's answer."
+        default=None, description="Characters of the trained model's answer minus characters of the base model's answer."
     )
     label: str | None = Field(default=None, description="Expected answer or other label of the prompt.")
 

@@ -141,7 +141,7 @@ class _TaskRunner:
         return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _seed(self.run))
 
     def _send_heartbeat(self, *_: Any) -> None:
-        """Called before each forward pass, so that a long task does not look like a stall."""
+        """Called before each forward pass, so that the stall detection does not end a long task."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
             self._last_heartbeat = time.monotonic()
             self.channel.send_heartbeat()
@@ -197,7 +197,10 @@ class _TaskRunner:
 
         questions = self._questions(loaded, held_out_rows(self._data))
         if not questions:
-            raise ConfigError("NoQuestions", f"{task.field}: no held-out row asks a question", hint=f"remove {task.benchmark.name}")
+            raise ConfigError(
+                "NoQuestions", f"{task.field}: no row of the test or validation set asks a question",
+                hint=f"add rows with questions and answers to dataset.test, or remove {task.benchmark.name}",
+            )  # fmt: skip
         count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTIONS)
         chosen = sorted(random.Random(loaded.seed).sample(range(len(questions)), count))  # noqa: S311  no secret
         asked = [questions[number] for number in chosen]

@@ -1,6 +1,6 @@
-"""The stage `comparing`: measures the base model as the stage `evaluating` has measured the tuned model, and decides the gates.
+"""The stage `comparing`: measures the base model as the stage `evaluating` has measured the trained model, and decides the gates.
 
-The process loads only the base model. The measurements of the tuned model are read from the file that the stage `evaluating` has stored.
+The process loads only the base model. The measurements of the trained model are read from the file that the stage `evaluating` has stored.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _read_tuned(task: StageTask) -> Measurements:
 
 
 def load_untuned_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
-    """Load the base model in the precision in which the tuned model was evaluated: quantised below an adapter, otherwise not.
+    """Load the base model in the precision in which the trained model was evaluated: quantised below an adapter, otherwise not.
 
     New tokens have the embeddings with which training began.
     """

@@ -1,4 +1,4 @@
-"""What supervisor and stage process hand over to each other as files."""
+"""The files with which the supervisor and the process of a stage exchange data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OUTPUT_FOLDER = "files"
 PARTS_FOLDER = "parts"
 """Folder for the results of finished parts of a stage. They are stored at once, and a repeated stage begins with them."""
 MEASUREMENTS_FILE = "measurements.json"
-"""Measurements of the tuned model, for the stage `comparing`."""
+"""Measurements of the trained model, for the stage `comparing`."""
 
 
 class StageTask(WireModel):

@@ -1,4 +1,4 @@
-"""Measures one model on the held-out rows: the tuned model in the stage `evaluating`, the base model in the stage `comparing`.
+"""Measures one model on the held-out rows: the trained model in the stage `evaluating`, the base model in the stage `comparing`.
 
 Both stages use the same rows, questions and options, so that their results can be compared row by row.
 """
@@ -94,7 +94,7 @@ def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: He
 
 
 def _needs_answers(run: RunConfig, stage: Stage) -> bool:
-    """Whether the model must answer the held-out questions. Only the answers of the tuned model are stored as predictions."""
+    """Whether the model must answer the held-out questions. Only the answers of the trained model are stored as predictions."""
     has_text_metric = any(metric not in TOKEN_METRICS for metric in metrics_after_training(run.spec))
     return has_text_metric or _compares_questions(run) or (stage is Stage.EVALUATING and writes_predictions(run.spec))
 

@@ -1,6 +1,6 @@
 """The stage `verifying`: whether the stored artefacts compute what the trained model computed, and the manifests for servers.
 
-The artefact is loaded as a user would load it: with transformers and PEFT, and with nothing but its own folder and the base model. The loaders of
+The artefact is loaded as a user would load it: with transformers and PEFT, from its own folder and the base model only. The loaders of
 the trainer are not used, because they could hide a fault of the files.
 """
 
@@ -165,7 +165,7 @@ class Verifier:
 
     @staticmethod
     def _fit_vocabulary(model: Any, reference: ReferenceValues) -> None:
-        """Give the base model rows for new tokens, which it has never seen."""
+        """Resize the embeddings of the base model, so that it has rows for new tokens."""
         if model.get_input_embeddings().weight.shape[0] <= max(max(row.ids) for row in reference.rows):
             model.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
 
@@ -275,7 +275,7 @@ def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
 
 @contextmanager
 def _named_failures(name: str, base: Path) -> Iterator[None]:
-    """Name failures to load or to compute: exhausted memory says nothing about the artefact, other failures do."""
+    """Convert exceptions while loading or computing. Exhausted memory means NotComparableError, other exceptions mean UnfitArtefactError."""
     import torch
 
     try:

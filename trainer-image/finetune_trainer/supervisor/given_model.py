@@ -65,9 +65,9 @@ def find_given_model(source: str, own_tree: CheckpointTree) -> GivenModel:
     committed, folder = tree.get_committed(address.step), split_query(source)[0].rstrip("/")
     is_other_folder = committed is not None and attempt_of_uri(folder) is not None and not folder.endswith(f"/{committed.marker.path}")
     if committed is None or is_other_folder:
-        reason = "another folder beside it is the committed one" if committed else f"there is no {Storage.COMMITTED} object"
+        reason = "the committed model is in another folder next to it" if committed else f"there is no {Storage.COMMITTED} object"
         raise _not_found(
-            "GivenModelNotCommitted", f"{FIELD} is {shown}, and no model is committed there: {reason}",
+            "GivenModelNotCommitted", f"{FIELD} is {shown}, but no model is committed there: {reason}",
             f"check the address; {redact_source(tree.uri(prefix_of(address.step)))} must contain the object {Storage.COMMITTED}",
         )  # fmt: skip
     manifest = tree.read_manifest(committed)
@@ -96,10 +96,10 @@ def require_same_base(given: GivenModel, inputs: Inputs) -> str | None:
     trained_from, base = given.manifest.facts.model_revision, inputs.model_revision
     uri = given.output.uri
     if not trained_from or trained_from.startswith("sha256:") != base.startswith("sha256:"):
-        return f"{FIELD}: {uri} was trained from {trained_from or 'an unknown base model'}; whether model.source ({base}) is the same model was not checked"
+        return f"{FIELD}: {uri} was trained from {trained_from or 'an unknown base model'}; the trainer could not compare it with model.source ({base})"
     if trained_from != base:
         raise ConfigError(
-            "GivenModelOfOtherBase", f"{FIELD} is {uri}, which was trained from another base model: {trained_from}, and model.source has {base}",
+            "GivenModelOfOtherBase", f"{FIELD} is {uri}, which was trained from the base model {trained_from}, but model.source has {base}",
             hint="write the base model of the other FineTuneJob in model.source",
         )  # fmt: skip
     return None

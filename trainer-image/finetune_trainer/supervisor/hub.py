@@ -79,7 +79,7 @@ def _push_once(run: RunConfig, folder: Path, token: str) -> str:
     api.create_repo(repository, private=is_private, exist_ok=True)
     if is_private and api.repo_info(repository).private is False:
         raise ConfigError(
-            "HubRepositoryPublic", f"{REPOSITORY_FIELD} is {repository}, which exists already and is public, but output.hub.private is true",
+            "HubRepositoryPublic", f"{REPOSITORY_FIELD} is {repository}, which exists already and is public, but output.hub.private is not false",
             hint="make the repository private, name another one, or write `private: false` to publish the model",
         )  # fmt: skip
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -74,8 +74,8 @@ STORAGE_FOLDERS = {
 }  # fmt: skip
 """Folder in storage for the files of each stage that has files."""
 PUBLISHING_STAGES = (Stage.UPLOADING,)
-"""Stages that run only if the model has passed all gates. All other stages run before the gates take effect, so that a failed gate
-withholds no result, and only a model for which they have succeeded is promoted."""
+"""Stages that run only if the model has passed all gates. All other stages run before the gates take effect. A failed gate
+therefore prevents no result, and only a model for which these stages have succeeded is promoted."""
 
 
 class StoppedError(Exception):
@@ -261,7 +261,7 @@ class LaterStages:
         return target
 
     def _local_evaluation(self) -> Path:
-        """The folder with the measurements of the tuned model on this pod's disk. A later attempt downloads and verifies the file.
+        """The folder with the measurements of the trained model on this pod's disk. A later attempt downloads and verifies the file.
 
         Errors: StorageError `EvaluationDamaged`. The record is removed then, so that the next attempt evaluates the model again.
         """
@@ -420,7 +420,7 @@ def verification_error(verification: Verification, output: Output) -> Verificati
     """The failure of a job whose stored model differs from the trained model: that of the first artefact that failed."""
     failed = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
-        failed.code or "VerificationFailed", f"the stored {failed.artefact} does not serve what was trained: {failed.reason}",
+        failed.code or "VerificationFailed", f"the stored {failed.artefact} differs from the trained model or is damaged: {failed.reason}",
         hint=f"do not serve the files in {output.uri}; status.output.verification shows the difference",
     )
 

@@ -1,4 +1,4 @@
-"""Writes the lineage statement: what the final model was made from, and how. `docs/guides/lineage.md` explains what it proves.
+"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes its content and what a signature shows.
 
 The statement is written after the model's commit. Facts that a later attempt cannot know, such as the device and the step from which
 an attempt resumed, are stored as a record of each attempt while that attempt runs.

@@ -1,4 +1,4 @@
-"""Writes the report of a run, and the records that it is made from.
+"""Writes the report of a run, and the records from which the report is made.
 
 Rank 0's pod records its start and its end below `run/records/`, because a pod that is killed cannot write a report. At the end of each
 attempt, the report is made from storage alone and replaces the report of the attempt before.

@@ -135,7 +135,7 @@ class RunTracking:
         self.record(LogEvent(entry=LogEntry.model_validate({"step": step, **values})))
 
     def record_training(self, facts: RunFacts) -> None:
-        """Add the data sets and the begin of training."""
+        """Add the data sets and the start of training."""
         self._train_start = time.time()
         self.record(DataEvent(sources=data_sources(self._run, facts)), PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._train_start))
 
@@ -187,7 +187,7 @@ class RunTracking:
             state = states.get(name, TrackerState())
             if not state.has_ended:
                 cause = state.problem or f"{name} did not accept all values in time"
-                yield f"{cause}; values are missing there, but all of them are in {self._run.storage.uri}/{Storage.METRICS}/"
+                yield f"{cause}; values are missing there, but {self._run.storage.uri}/{Storage.METRICS}/ contains all values"
 
     # ---- the process ----
 

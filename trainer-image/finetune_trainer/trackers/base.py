@@ -1,8 +1,8 @@
 """The interface of a tracker, what every tracker knows about the run, and the errors of trackers.
 
-A tracker must accept events that it already has: after an error, and in a new attempt, events are sent again. Each tracker therefore
-either asks its server for the newest step of each value, or writes its records under keys, or rewrites its files. No position has to be
-stored, and a process that is killed between sending and storing a position cannot cause duplicates.
+Events are sent again after an error and in a new attempt, so a tracker must accept events that it already has. For this, each tracker
+either asks its server for the newest step of each value, or writes its records under keys, or rewrites its files. The number of sent
+events is not stored. Otherwise, a process that is killed after sending events and before storing this number would cause duplicates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOT_SENT = frozenset({"step", "unix_time"})
 
 
 class TrackerError(Exception):
-    """A tracker did not accept events. The message contains neither credentials nor texts of the server, which may repeat them."""
+    """A tracker did not accept events. The message contains no credentials, and no texts of the server, because these may repeat credentials."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -79,7 +79,7 @@ class Tracker(Protocol):
         """Store what `send` has only buffered. Called at intervals and after the last event."""
 
     def explain(self, error: Exception) -> TrackerError:
-        """The named error for an exception of the tracker's library."""
+        """Return the TrackerError for an exception of the tracker's library."""
 
     @property
     def run_address(self) -> str | None:
@@ -109,7 +109,7 @@ def connection_error(tracker: str, address: str, error: Exception) -> TrackerErr
     elif "resol" in text or "name or service" in text or "getaddrinfo" in text:
         reason = "its name cannot be resolved"
     else:
-        reason = f"it does not answer as expected ({type(error).__name__})"
+        reason = f"its response is not valid ({type(error).__name__})"
     return TrackerError(Reason.TRACKER_UNAVAILABLE, f"{tracker} at {without_password(address)} could not be reached: {reason}")
 
 

@@ -36,7 +36,7 @@ class RunEnd(StrEnum):
     FAILED = "failed"
     """The attempt failed. If the operator starts another attempt, this attempt sets the run to running again."""
     INTERRUPTED = "interrupted"
-    """The pod was stopped, for example because of a preemption. The run continues in another attempt."""
+    """The pod was stopped, for example by a preemption. Another attempt continues the run."""
     KILLED = "killed"
     """The user ended a local run with Ctrl-C."""
 
@@ -68,7 +68,7 @@ class DataEvent(_Event):
 
 
 class PhaseEvent(_Event):
-    """The begin or the end of a phase."""
+    """The start or the end of a phase."""
 
     kind: Literal["phase"] = "phase"
     phase: TrackedPhase

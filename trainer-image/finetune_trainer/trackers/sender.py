@@ -44,7 +44,7 @@ class Sender:
                 threading.Event().wait(POLL_SECONDS)
 
     def step(self, *, is_ending: bool = False) -> None:
-        """Try to send what waits, unless the pause after an error is not over. When the attempt begins to end, it is tried at once."""
+        """Send the waiting events, unless the pause after an error is not over. When the attempt begins to end, the pause is skipped."""
         if is_ending and not self._is_ending:
             self._is_ending, self._failures, self._next_try = True, 0, self._clock()
         if self._clock() < self._next_try:
@@ -73,7 +73,7 @@ class Sender:
         self.has_ended = self._is_end_sent
 
     def _record(self, error: Exception) -> None:
-        """Record a problem and the time of the next try. The tracker is opened again, so that it learns what it already has."""
+        """Record a problem and the time of the next try. The tracker is opened again, because `open` asks the server which events it already has."""
         self.problem = error if isinstance(error, TrackerError) else self.tracker.explain(error)
         log.warning("%s: %s", self.tracker.name, self.problem.message)
         self._is_open = False

@@ -1,7 +1,7 @@
 """Sends a run to Weights & Biases, or writes its files below `tracking/wandb/` if `WANDB_MODE` is offline.
 
 The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts only rising steps; the lines of one step form
-one row. Online, the server tells the step from which a resumed run continues. Offline, an attempt writes the whole run again, and
+one row. Online, the server returns the step from which a resumed run continues. Offline, an attempt writes the whole run again, and
 `wandb sync` uploads the files.
 """
 
@@ -125,5 +125,5 @@ class Wandb:
         if isinstance(error, AuthenticationError) or any(word in text for word in ("api_key", "api key", "401", "403", "permission denied")):
             return rejected_error(self.name, url, "check the API key in the Secret of tracking.wandb.apiKeySecretRef")
         if isinstance(error, UsageError):
-            return TrackerError(Reason.TRACKER_FAILED, "wandb refused the run: check tracking.wandb.project and tracking.wandb.entity")
+            return TrackerError(Reason.TRACKER_FAILED, "wandb refused the run; check tracking.wandb.project and tracking.wandb.entity")
         return connection_error(self.name, url, error)

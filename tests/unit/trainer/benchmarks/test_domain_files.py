@@ -40,8 +40,8 @@ def test_multiple_choice_shows_its_choices_with_letters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "does not contain one list of questions"),
-        ({"a": [CHOICE], "b": [CHOICE]}, "does not contain one list of questions"),
+        ([], "contains neither a list of questions nor an object with one such list"),
+        ({"a": [CHOICE], "b": [CHOICE]}, "contains neither a list of questions nor an object with one such list"),
         ([CHOICE, "text"], "question 2 is not an object"),
         ([{"answer": "A"}], "question 1 has no text in prompt, input, question"),
         ([{"question": "Q"}], "question 1 has neither an expected answer"),

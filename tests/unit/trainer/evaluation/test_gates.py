@@ -62,13 +62,13 @@ SCORES = mean([0.5, 0.6, 0.7, 0.8])
 @pytest.mark.parametrize(
     ("gate", "tuned", "base", "words"),
     [
-        ({"metric": "rouge", "op": "lt", "value": 9}, None, None, "rouge of the tuned model was not measured"),
+        ({"metric": "rouge", "op": "lt", "value": 9}, None, None, "rouge of the trained model was not measured"),
         ({"metric": "rouge", "op": "lt", "value": 9}, Measured(None, "no test rows"), None, "could not be measured, so the gate cannot pass: no test rows"),
         ({"metric": "rouge", "op": "lt", "value": 9}, Measured(math.nan), None, "not a finite number"),
         (NOT_WORSE, SCORES, None, "rouge of the base model was not measured"),
         (NOT_WORSE, SCORES, Measured(None, "out of memory"), "of the base model could not be measured, so the gate cannot pass: out of memory"),
         (NOT_WORSE, SCORES, Measured(0.1), "the metric has no scores of single rows"),
-        (NOT_WORSE, SCORES, mean([0.1, 0.1]), "the tuned model has 4 rows, but the base model has 2"),
+        (NOT_WORSE, SCORES, mean([0.1, 0.1]), "the trained model has 4 rows, but the base model has 2"),
         (NOT_WORSE, Measured(0.9, None, [0.1, 0.1]), mean([0.1, 0.1]), "not the mean of its rows"),
         (NOT_WORSE, mean([0.9]), mean([0.1]), "at least 2 rows"),
         (NOT_WORSE, mean([0.9, None]), mean([None, 0.1]), "at least 2 rows"),

@@ -43,7 +43,7 @@ STALLED_ERROR = PeerError("Stalled", "m")
         (AttemptFacts(agent_code=78), False, 78, "InstallationBroken"),
     ],
     ids=[
-        "an-artefact-is-success", "stopped-before-a-stage-was-done", "a-failed-stage",
+        "an-artefact-is-success", "stopped-before-the-stages-began", "stopped-before-a-stage-was-done", "a-failed-stage",
         "stopped-and-saved", "stopped-and-not-saved", "a-lost-peer-does-not-explain-a-stop",
         "a-failure-before-the-stop", "storage-failed-during-the-stop", "the-supervisor's-own-failure",
         "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed", "agent-without-torch",

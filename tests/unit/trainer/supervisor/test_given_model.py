@@ -72,7 +72,7 @@ def test_a_checkpoint_is_downloaded_without_the_state_of_training(other: Path, t
         ("other/checkpoints", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
         ("missing/model", NotFoundError, "GivenModelNotCommitted", "no model is committed there: there is no _COMMITTED object"),
         ("other/checkpoints/step-00000004", NotFoundError, "GivenModelNotCommitted", "there is no _COMMITTED object"),
-        ("other/model/a2-00000002", NotFoundError, "GivenModelNotCommitted", "another folder beside it is the committed one"),
+        ("other/model/a2-00000002", NotFoundError, "GivenModelNotCommitted", "the committed model is in another folder next to it"),
     ],
 )
 def test_a_wrong_address_is_refused(key: str, error: type[FineTuneError], code: str, words: str, other: Path, tmp_path: Path) -> None:

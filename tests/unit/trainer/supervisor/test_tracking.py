@@ -139,7 +139,7 @@ def test_a_process_that_does_not_end_is_killed_and_named(
     one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, seconds=0)
     one._process._process.wait()
     [note] = state.report().resolved.notes or []
-    assert note.startswith("tensorboard did not accept all values in time; values are missing there, but all of them are in ")
+    assert note.startswith("tensorboard did not accept all values in time; values are missing there, but ")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "work/tracking/events.jsonl").read_text().splitlines()]
     assert kinds == ["log", "end"]
 
