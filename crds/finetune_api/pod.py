@@ -270,6 +270,11 @@ def _drop_texts_of_passed_gates(message: dict[str, Any]) -> None:
             gate.pop("text", None)
 
 
+def _drop_reasons_of_verification(message: dict[str, Any]) -> None:
+    for artefact in message.get("output", {}).get("verification", {}).get("artefacts", []):
+        artefact.pop("reason", None)
+
+
 _DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
     partial(remove_path, path="resolved"),
     partial(remove_path, path="checkpoints"),
@@ -278,8 +283,20 @@ _DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
     partial(remove_path, path="evaluation.benchmarks"),
     partial(remove_path, path="evaluation.metrics"),
     partial(remove_path, path="evaluation"),
+    partial(remove_path, path="output.evaluation"),
+    _drop_reasons_of_verification,
+    partial(remove_path, path="output.lineageUri"),
+    partial(remove_path, path="output.reportUri"),
+    partial(remove_path, path="output.publishedUri"),
+    partial(remove_path, path="output.mergedUri"),
+    partial(remove_path, path="output.hubUri"),
+    partial(remove_path, path="latestCheckpoint"),
+    partial(remove_path, path="checkpoint"),
 )
-"""Functions that drop a part of a termination message that is too long, in the order of use. The storage keeps all results of the evaluation."""
+"""Functions that drop a part of a termination message that is too long, in the order of use.
+
+The storage keeps all results of the evaluation. The last report and the status keep the dropped addresses.
+"""
 
 
 def _compact_json(value: dict[str, Any]) -> bytes:

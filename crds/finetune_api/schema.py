@@ -47,7 +47,6 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Reason", "string", ".status.reason", 0, "Reason why the job waits or failed, in one word."),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the job was created."),
     ("Model", "string", ".status.resolved.modelName", 1, "Short name of the base model."),
-    ("Method", "string", ".status.resolved.method", 1, "Fine-tuning method."),
     ("Checkpoint", "integer", ".status.latestCheckpointStep", 1, "Optimizer step of the newest committed checkpoint."),
     ("Result", "string", ".status.evaluation.headline", 1, "Most important metric of the evaluation after training."),
     ("Duration", "string", ".status.duration", 1, "Time from the start to the end of the job."),

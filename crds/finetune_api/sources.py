@@ -206,7 +206,7 @@ def _parse_s3_source(address: str, path: str, text: str) -> S3Source:
     return S3Source(bucket, key.strip("/"))
 
 
-MAX_MODEL_NAME_LENGTH = 28
+MAX_MODEL_NAME_LENGTH = 24
 """Maximum length of a model name. The lines of `kubectl get -o wide` then have fewer than 200 characters."""
 
 

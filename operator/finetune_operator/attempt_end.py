@@ -77,7 +77,7 @@ def all_ranks_succeeded(facts: Facts) -> bool:
 
 def cause_of_missing_job(facts: Facts) -> FailureCause:
     """Return why the current attempt ended. Called after the Job of the attempt was deleted."""
-    from_pods = cause_of(None, facts.newest_pods)
+    from_pods = cause_of(None, facts.newest_pods, model_is_committed=facts.model_is_committed, stage=facts.reported_stage)
     reason, record = facts.termination_reason, facts.attempt_record
     if reason is None or record is None or from_pods.retry_policy is RetryPolicy.NEVER:
         # A pod's fatal error would recur in each further attempt. So this error takes precedence over the operator's reason for the end.

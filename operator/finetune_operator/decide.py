@@ -116,7 +116,8 @@ def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
     if facts.termination_reason is not None or current_job.is_deleting:
         return _plan_termination(facts, current_job)
     if current_job.failed_at is not None:
-        return plan_of_ended_attempt(facts, cause_of(current_job, facts.newest_pods), current_job.failed_at)
+        cause = cause_of(current_job, facts.newest_pods, model_is_committed=facts.model_is_committed, stage=facts.reported_stage)
+        return plan_of_ended_attempt(facts, cause, current_job.failed_at)
     termination = _find_termination(facts, current_job)
     if termination is not None:
         return Plan(Situation.ACTIVE, termination=termination)

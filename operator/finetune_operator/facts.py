@@ -10,7 +10,7 @@ from functools import cached_property
 from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, Checkpoint
+from finetune_api.status import Attempt, Checkpoint, Stage
 from finetune_api.status import Condition as StatusCondition
 
 from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
@@ -159,6 +159,16 @@ class Facts:
         rank0_pod = self.rank0_pod
         is_live = self.last_report is not None and rank0_pod is not None and rank0_pod.uid == self.last_report.pod_uid
         return self.last_report if is_live else None
+
+    @property
+    def model_is_committed(self) -> bool:
+        """Whether the last report or the status contains the final model."""
+        return self.job.status.output is not None or (self.last_report is not None and self.last_report.report.output is not None)
+
+    @property
+    def reported_stage(self) -> Stage | None:
+        """The stage in the last report."""
+        return self.last_report.report.stage if self.last_report is not None else None
 
     @property
     def reported_checkpoints(self) -> tuple[ReportedCheckpoints, ...]:

@@ -437,8 +437,10 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
 
 
 def _compute_output_status(inputs: StatusInput) -> Output | None:
+    """Merge the known fields, newest last. A termination message may lack addresses, because its size is limited."""
     message, live_report = inputs.termination_message, inputs.facts.live_report
-    return (message.output if message else None) or (live_report.report.output if live_report else None) or inputs.old_status.output
+    sources = (inputs.old_status.output, live_report.report.output if live_report else None, message.output if message else None)
+    return merge_fields(Output(), *sources) if any(source is not None for source in sources) else None
 
 
 def _compute_evaluation(inputs: StatusInput) -> EvaluationResult | None:

@@ -327,10 +327,10 @@ def check_max_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule("PhasesContradiction")
 def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     phases = spec.phases
-    if phases.evaluate and not spec.evaluation.metrics:
+    if phases.evaluate and not spec.evaluation.metrics and not benchmarks_after_training(spec):
         yield (
             "phases.evaluate",
-            "true, but evaluation.metrics is empty, so there is nothing to compute",
+            "true, but evaluation.metrics and evaluation.benchmarks are empty, so there is nothing to compute",
             "write for example `evaluation: {metrics: [perplexity]}`, or remove `evaluate: true`",
         )
     if phases.train is not False:
@@ -357,16 +357,16 @@ def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         yield (
             "phases",
             "train, infer and evaluate are all false, so the job would do nothing",
-            "write evaluation.metrics or evaluation.benchmarks, or `infer: true`, or remove `train: false`",
+            "write evaluation.metrics or evaluation.benchmarks without `evaluate: false`, or `infer: true`, or remove `train: false`",
         )
 
 
 def _has_work_after_training(spec: FineTuneJobSpec) -> bool:
     """Whether the spec requests anything for a model that is trained already."""
     output, hub = spec.output, spec.output.hub
-    publishes = output.dir is not None or output.merge_adapter is True or (hub is not None and hub.push is True)
-    compares = prompts_to_compare(spec) is not None
-    return writes_predictions(spec) or bool(metrics_after_training(spec)) or bool(spec.evaluation.benchmarks) or compares or publishes
+    publishes = output.dir is not None or output.merge_adapter is True or bool(output.serving) or (hub is not None and hub.push is True)
+    evaluates = bool(metrics_after_training(spec)) or bool(benchmarks_after_training(spec)) or prompts_to_compare(spec) is not None
+    return writes_predictions(spec) or evaluates or publishes
 
 
 def _is_hub_source(text: str) -> bool:

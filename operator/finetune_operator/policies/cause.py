@@ -32,9 +32,12 @@ NO_TIME_NS = 2**63
 """A failure without a time gets this time in nanoseconds, so that it is sorted last."""
 
 
-def cause_of(job: JobView | None, pods: Iterable[PodView]) -> FailureCause:
-    """Return why the attempt ended: the cause in its pods or, if no pod failed, the cause in the conditions of its Job."""
-    failures = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
+def cause_of(job: JobView | None, pods: Iterable[PodView], *, model_is_committed: bool = False, stage: Stage | None = None) -> FailureCause:
+    """Return why the attempt ended: the cause in its pods or, if no pod failed, the cause in the conditions of its Job.
+
+    `model_is_committed`: the last report or the status contains `output`. `stage`: the stage in the last report.
+    """
+    failures = [(cause, pod) for pod in pods if (cause := pod_cause(pod, model_is_committed=model_is_committed, stage=stage)) is not None]
     if failures:
         return min(failures, key=lambda cause_and_pod: _sort_key(*cause_and_pod))[0]
     return _cause_from_job(job)
@@ -49,13 +52,16 @@ def _sort_key(cause: FailureCause, pod: PodView) -> tuple[int, bool, int, int]:
     return cause.precedence, reports_other_rank, time_ns if time_ns is not None else NO_TIME_NS, pod.completion_index
 
 
-def pod_cause(pod: PodView) -> FailureCause | None:
-    """Return why this pod failed, or None if the pod has not ended or has not failed."""
+def pod_cause(pod: PodView, *, model_is_committed: bool = False, stage: Stage | None = None) -> FailureCause | None:
+    """Return why this pod failed, or None if the pod has not ended or has not failed. The other arguments are those of `cause_of`."""
     if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
     exit_policy = EXIT_POLICIES.get(code) if code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED_REASON:
+        failed_stage = pod.termination_message.stage if pod.termination_message is not None else None
+        if failed_stage is not None or model_is_committed:
+            return _cause_of_memory_limit_after_training(pod, failed_stage or stage)
         return _cause_of_memory_limit(pod)
     # An eviction can cause an unknown exit code, a stop or a lost peer. A disruption can cause a stop or a lost peer.
     if pod.reason == EVICTED_REASON and not pod.disruption_reason and (exit_policy is None or exit_policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
@@ -96,6 +102,14 @@ def _cause_of_memory_limit(pod: PodView) -> FailureCause:
     failure = _build_failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED_REASON, message)
     hint = "raise resources.memory, or lower training.batchSizePerDevice"
     return _cause_with_policy(Reason.OUT_OF_MEMORY, failure.model_copy(update={"hint": hint}), PodEnd.OUT_OF_HOST_MEMORY)
+
+
+def _cause_of_memory_limit_after_training(pod: PodView, stage: Stage | None) -> FailureCause:
+    """Return the cause if the memory limit was reached after the commit of the model. Training is complete, so its values are not adapted."""
+    cause = _cause_of_memory_limit(pod)
+    reason = REASON_OF_STAGE.get(stage, cause.reason) if stage is not None else cause.reason
+    failure = cause.failure.model_copy(update={"hint": "raise resources.memory"})
+    return FailureCause(reason, failure, RetryPolicy.COUNTED, cause.precedence)
 
 
 def _cause_of_eviction(pod: PodView) -> FailureCause:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 DEFAULT_COLUMNS = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Reason", "Age"]
 MAY_BE_EMPTY = {"Loss", "Checkpoint", "Result", "Duration"}
 """Columns that may be empty, because the job does not have the value yet."""
-WIDE_COLUMNS = ["Model", "Method", "Checkpoint", "Result", "Duration"]
+WIDE_COLUMNS = ["Model", "Checkpoint", "Result", "Duration"]
 
 
 def read_table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:

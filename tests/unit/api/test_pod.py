@@ -65,6 +65,28 @@ def test_long_termination_message_keeps_the_most_important_results(
     assert len(evaluation.gates or []) == gate_count
 
 
+def test_termination_message_with_long_addresses_keeps_the_address_of_the_model() -> None:
+    root = "s3://" + "b" * 507 + "/namespace/name/uid/"
+    names_of_addresses = ("uri", "mergedUri", "publishedUri", "hubUri", "reportUri", "lineageUri")
+    artefact = {"artefact": "adapter", "result": "NotVerified", "code": "X", "reason": "r" * 300, "difference": 0.1, "tolerance": 0.1, "changeFromBase": 0.1}
+    output = {name: root + name for name in names_of_addresses} | {
+        "sha256": "a" * 64, "kind": "adapter", "promoted": True, "evaluation": {"testLoss": 1.0},
+        "verification": {"result": "NotVerified", "rows": 8, "tokens": 412, "artefacts": [artefact] * 3},
+    }  # fmt: skip
+    message = TerminationMessage.model_validate({
+        "class": "Data", "code": "DatasetEmpty", "message": "m" * 1500, "hint": "h" * 500, "stage": "evaluating", "step": 500, "committedStep": 500,
+        "checkpoint": root + "checkpoint", "latestCheckpoint": root + "checkpoint", "checkpoints": [{"step": 500, "uri": root}], "output": output,
+        "evaluation": large_evaluation(16), "metrics": {"trainLoss": 1.0}, "resolved": {"notes": ["n" * 900]},
+    })  # fmt: skip
+    text = message.to_json()
+    assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
+    parsed = TerminationMessage.model_validate_json(text)
+    assert (parsed.class_, parsed.code, parsed.stage) == ("Data", "DatasetEmpty", "evaluating")
+    assert parsed.output is not None and parsed.output.uri == root + "uri" and parsed.output.sha256 == "a" * 64
+    assert parsed.output.lineage_uri is None and parsed.output.evaluation is None
+    assert parsed.output.verification is not None and [a.reason for a in parsed.output.verification.artefacts] == [None] * 3
+
+
 def test_termination_message_with_half_a_character_is_valid_utf8() -> None:
     message = TerminationMessage(class_="Internal", code="Unclassified", message="torn \udcff" + "x" * 5000)
     text = message.to_json()

@@ -516,6 +516,11 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("PhasesContradiction", {"phases": {"train": False, "infer": True, "from": "org/model"}}, "phases.from"),
     ("PhasesContradiction", {"phases": {"train": False, "from": "s3://bucket/model"}}, "phases"),
     ("PhasesContradiction", {"phases": {"evaluate": True}}, "phases.evaluate"),
+    (
+        "PhasesContradiction",
+        {"phases": {"train": False, "evaluate": False, "from": "s3://bucket/model"}} | benchmarks({"name": "human-eval"}),
+        "phases",
+    ),
     ("PhasesContradiction", {"phases": {"evaluate": True}, "evaluation": {"metrics": []}}, "phases.evaluate"),
     (
         "RewardModelWritesNoText",
@@ -672,6 +677,8 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         benchmarks({"name": "domain-specific-eval", "folder": "s3://bucket/domains", "tasks": ["medical"], "fewShot": None}),
         {"phases": {"train": False, "infer": True, "from": "s3://bucket/model"}, "dataset": {"train": None, "test": "s3://bucket/test.jsonl"}},
         TESTED | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
+        {"phases": {"evaluate": True}} | benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
+        {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"serving": ["vllm"]}},
     ],
 )
 def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import pytest
 from finetune_api.names import Phase, Reason
 from finetune_api.schema import PRINTER_COLUMNS
 from finetune_api.sources import MAX_MODEL_NAME_LENGTH
-from finetune_api.spec.enums import MethodType
 from finetune_api.status import FineTuneJobStatus
 
 NOON = "2026-03-01T12:00:00Z"
@@ -104,8 +103,8 @@ LONGEST_VALUES = {
     "Reason": max(len(reason) for reason in (Reason.UNSCHEDULABLE, Reason.RETRIES_EXHAUSTED, Reason.STORAGE_NOT_CONFIGURED)),
     "Age": len("2d13h"),
     "Model": MAX_MODEL_NAME_LENGTH,
-    "Method": max(map(len, MethodType)),
     "Checkpoint": len("100000"),
+    "Result": len("perplexity 12.34"),
     "Duration": len("12h34m"),
 }
 """Longest usual text of each printer column."""

@@ -57,7 +57,7 @@ def test_a_replay_publishes_and_reports_nothing_and_keeps_defaults(statement: St
 
 
 def test_an_address_that_was_redacted_must_be_given(statement: Statement, tmp_path: Path) -> None:
-    with pytest.raises(ReplayRefused, match=r"^SourceRedacted: .* in dataset\.test .*--set dataset\.test=URI"):
+    with pytest.raises(ReplayRefused, match=r"^SourceRedacted: .* in dataset\.test, .*--set dataset\.test=URI"):
         _prepare(statement, tmp_path, ReplayOptions())
 
 
@@ -76,7 +76,7 @@ def test_reasons_name_devices_versions_and_changed_values(statement: Statement) 
     current = statement.predicate.run_details.builder.version["torch"]
     assert list(reasons_to_differ(older, statement)) == [f"library versions differ: torch 2.0.0 -> {current}"]
     adapted = changed(statement, f"{PARAMETERS}.internalParameters.originalValues", {"training.batchSizePerDevice": 8})
-    assert [reason.partition(" between")[0] for reason in reasons_to_differ(adapted, statement)] == ["the operator changed values"]
+    assert [reason.partition(" between")[0] for reason in reasons_to_differ(adapted, statement)] == ["the operator changed values of the spec"]
 
 
 def test_exit_code_is_0_only_for_equal_weights(capsys: pytest.CaptureFixture[str]) -> None:

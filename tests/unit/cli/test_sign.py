@@ -167,4 +167,4 @@ def test_statement_with_an_earlier_signature_of_another_statement(root: Path, ke
     assert run_command("sign", f"file://{root}", "--key", key)[0] == 0
     edit_json(root / "lineage/statement.json", lambda statement: statement["predicate"]["runDetails"]["metadata"].update(startedOn="2026-01-01"))
     code, _, stderr = run_command("sign", f"file://{root}", "--key", key)
-    assert (code, "earlier signatures are replaced" in stderr) == (0, True)
+    assert (code, "earlier signatures are removed" in stderr) == (0, True)

@@ -56,6 +56,20 @@ def test_a_stage_that_fails_after_training_changes_no_value_of_the_training(code
     assert cause is not None and (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
 
 
+@pytest.mark.parametrize(
+    ("reported_end", "known", "reason"),
+    [
+        (message("X", stage=Stage.BENCHMARKING), {}, Reason.BENCHMARK_FAILED),
+        (message("X", stage=Stage.MERGING), {"model_is_committed": True, "stage": Stage.EVALUATING}, Reason.MERGE_FAILED),
+        (None, {"model_is_committed": True, "stage": Stage.EVALUATING}, Reason.EVALUATION_FAILED),
+        (None, {"model_is_committed": True}, Reason.OUT_OF_MEMORY),
+    ],
+)
+def test_reaching_the_memory_limit_after_training_adapts_nothing(reported_end: TerminationMessage | None, known: dict[str, Any], reason: Reason) -> None:
+    cause = cause_of(None, [end_pod(pod(), 137, reported_end, reason="OOMKilled")], **known)
+    assert (cause.reason, cause.retry_policy, cause.failure.hint) == (reason, RetryPolicy.COUNTED, "raise resources.memory")
+
+
 @pytest.mark.parametrize(("code", "reason"), [(69, Reason.COMPARISON_FAILED), (80, Reason.GATE_FAILED)])
 def test_the_comparison_has_a_reason_of_its_own(code: int, reason: Reason) -> None:
     cause = pod_cause(end_pod(pod(), code, message("X", stage=Stage.COMPARING)))

@@ -87,6 +87,18 @@ def test_committed_model_is_in_the_status_while_the_stages_after_training_run_an
     assert ended.output is not None and ended.output.uri == "s3://m/final"
 
 
+def test_addresses_that_the_termination_message_lacks_are_kept_in_the_status() -> None:
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT], output={"uri": "s3://m/final", "mergedUri": "s3://m/merged"})
+    received = report(stage="reporting", output={"uri": "s3://m/final", "reportUri": "s3://m/report"}, progress={"step": 500})
+    running = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
+    message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://m/final", "promoted": True}})
+    reported = compute_status(running, decide(running), ActionResult())
+    ended = facts(status=reported, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], now=at(61))
+    output = compute_status(ended, decide(ended), ActionResult()).output
+    assert output is not None
+    assert output.to_wire() == {"uri": "s3://m/final", "mergedUri": "s3://m/merged", "reportUri": "s3://m/report", "promoted": True}
+
+
 def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     admitted = {
         "type": "QuotaReserved",

@@ -19,6 +19,7 @@ from finetune_api.errors import ConfigError, StorageError
 from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pushes_to_hub
+from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ResolvedConfig, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -94,9 +95,17 @@ class Preparation:
         return send_request()
 
     def fetch_given_model(self, tree: CheckpointTree, folder: Path) -> tuple[Inputs, GivenModel]:
-        """Download the inputs and the model of `phases.from`, which goes to `folder`. Errors: those of `fetch` and of `given_model`."""
+        """Download the inputs and the model of `phases.from`, which goes to `folder`.
+
+        Errors: those of `fetch` and of `given_model`; ConfigError `GivenModelNotAdapter` (64).
+        """
         self._state.enter_stage(Stage.DOWNLOADING)
         given = find_given_model(self._run.spec.phases.from_ or "", tree)
+        if self._run.spec.output.merge_adapter and given.kind is OutputKind.MODEL:
+            raise ConfigError(
+                "GivenModelNotAdapter", f"phases.from is {given.output.uri}, a complete model, but output.mergeAdapter needs an adapter",
+                hint="remove output.mergeAdapter, or write the address of an adapter in phases.from",
+            )  # fmt: skip
         inputs, _ = self.fetch()
         note = require_same_base(given, inputs)
         if note is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError, FineTuneError, NotFoundError
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OutputKind
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts
 from finetune_trainer.checkpoint.tree import CheckpointTree
@@ -19,6 +21,8 @@ from finetune_trainer.supervisor.given_model import (
     record_given_model,
     require_same_base,
 )
+from finetune_trainer.supervisor.prepare import Preparation
+from finetune_trainer.supervisor.run_state import RunState
 
 BASE = "sha256:" + "a" * 64
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "optimizer.pt": b"state", "global_step1/shard.pt": b"state"}
@@ -100,11 +104,23 @@ def inputs_of(tmp_path: Path, revision: str) -> Inputs:
 def test_a_model_of_another_base_is_refused(other: Path, tmp_path: Path) -> None:
     given = find(tmp_path, "other/model")
     assert require_same_base(given, inputs_of(tmp_path, BASE)) is None
-    with pytest.raises(ConfigError, match="trained from another base model") as found:
+    with pytest.raises(ConfigError, match="which was trained from the base model ") as found:
         require_same_base(given, inputs_of(tmp_path, "sha256:" + "b" * 64))
     assert found.value.code == "GivenModelOfOtherBase" and found.value.hint == "write the base model of the other FineTuneJob in model.source"
 
 
+def test_a_complete_model_cannot_be_merged(other: Path, tmp_path: Path) -> None:
+    tree = tree_of(tmp_path / "other")
+    entries = tree.upload("checkpoints/step-00000006", "a1-00000001", tmp_path / "files")
+    tree.commit("checkpoints/step-00000006", Manifest(incarnation="a1-00000001", step=6, kind=OutputKind.MODEL, files=entries, facts=RunFacts()))
+    address = f"file://{other}/checkpoints/step-00000006"
+    run_config: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate({"phases": {"from": address}, "output": {"mergeAdapter": True}}))
+    settings: Any = SimpleNamespace(work=tmp_path / "work", node_rank=0, config_maps=tmp_path)
+    with pytest.raises(ConfigError, match="a complete model, but output.mergeAdapter needs an adapter") as found:
+        Preparation(run_config, "0" * 64, settings, RunState()).fetch_given_model(tree_of(tmp_path / "own"), tmp_path / "target")
+    assert found.value.code == "GivenModelNotAdapter" and found.value.hint and not (tmp_path / "target").exists()
+
+
 def test_a_base_from_another_kind_of_source_gives_a_note(other: Path, tmp_path: Path) -> None:
     note = require_same_base(find(tmp_path, "other/model"), inputs_of(tmp_path, "0123abcd"))
-    assert note is not None and note.endswith("whether model.source (0123abcd) is the same model was not checked")
+    assert note is not None and note.endswith("the trainer could not compare it with model.source (0123abcd)")
