@@ -165,7 +165,7 @@ def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: t
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
         message = pod.termination_message()
     assert (message.code, message.output, message.stage) == ("GivenModelOfOtherBase", None, None)
-    assert "trained from another base model" in (message.message or "") and "model.source" in (message.hint or "")
+    assert "which was trained from the base model" in (message.message or "") and "model.source" in (message.hint or "")
 
 
 def test_both_models_answer_the_prompts_and_unreadable_prompts_end_the_job_before_training(
