@@ -76,6 +76,7 @@ def test_a_pod_merges_its_adapter_and_pushes_the_merged_model(model: Path, hub: 
     assert not any(TOKEN.encode() in data for data in everything)
 
 
+@pytest.mark.faults
 def test_a_pod_that_is_stopped_while_merging_is_continued_by_the_next_attempt(model: Path, tmp_path: Path) -> None:
     with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped:
         stopped.wait_until(lambda: (report := stopped.report()) is not None and report.output is not None and report.stage is Stage.MERGING)

@@ -91,6 +91,7 @@ def test_a_failed_gate_keeps_the_model_and_publishes_nothing_in_every_attempt(mo
     assert json.loads(stored(tmp_path, "run/stages/evaluating.json").read_text())["attempt"] == 1
 
 
+@pytest.mark.faults
 def test_a_pod_that_is_stopped_before_the_comparison_is_continued_by_the_next_one(model: Path, tmp_path: Path) -> None:
     """All weights are trained, so that the comparison also loads a base model beside a complete model."""
     spec = {"method": {"type": "full"}, "evaluation": {"gates": [{"metric": "loss", "notWorseThanBase": {"margin": 50}}]}}

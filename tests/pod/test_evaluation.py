@@ -40,7 +40,7 @@ def stored(folder: Path, key: str) -> Path:
     return folder / "store" / "team" / "job" / UID / key
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.faults)])
 def test_a_pod_measures_its_model_and_writes_its_answers(method: str, model: Path, tmp_path: Path) -> None:
     with evaluating_pod(tmp_path, model, {"method": {"type": method}, "phases": {"infer": True}}) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
