@@ -443,7 +443,10 @@ class Supervisor:
             self._facts.stages = stages.run(output)
         except Exception as error:
             self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
-        self._facts.output = self._facts.stages.output or output
+        output = self._facts.stages.output or output
+        if output.lineage_uri is None and self._lineage_uri is not None:  # large data were still being hashed when the stages began
+            output = output.model_copy(update={"lineage_uri": self._lineage_uri})
+        self._facts.output = output
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started)
         self._clean_up(lambda: store_quietly(self._state, FILES_OF_RESULTS, results.store_metric_files))
