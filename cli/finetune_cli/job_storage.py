@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from finetune_api.names import Storage, attempt_of_uri
@@ -271,25 +271,31 @@ def verify_and_download(storage: JobStorage, committed_folder: CommittedFolder, 
     return total
 
 
-def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
+def hash_object(storage: JobStorage, key: str, file: BinaryIO | None = None) -> tuple[str, int]:
+    """Read an object, and write it to `file` if given. Returns its sha256 (hex) and its bytes."""
     digest, byte_count = hashlib.sha256(), 0
+    for chunk in storage.read_chunks(key):
+        digest.update(chunk)
+        byte_count += len(chunk)
+        if file is not None:
+            file.write(chunk)
+    return digest.hexdigest(), byte_count
+
+
+def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
     part_file = None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part_file = path.with_name(path.name + ".part")
     handle = part_file.open("wb") if part_file else None
     try:
-        for chunk in storage.read_chunks(key):
-            digest.update(chunk)
-            byte_count += len(chunk)
-            if handle:
-                handle.write(chunk)
+        sha256, byte_count = hash_object(storage, key, handle)
     finally:
         if handle:
             handle.close()
-    if digest.hexdigest() != manifest_entry["sha256"] or byte_count != manifest_entry["size"]:
+    if sha256 != manifest_entry["sha256"] or byte_count != manifest_entry["size"]:
         raise StorageError(
-            f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {digest.hexdigest()[:12]}..., "
+            f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {sha256[:12]}..., "
             f"but the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
         )
     if part_file and path:

@@ -28,7 +28,7 @@ from finetune_api.lineage import (
 from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_uri
 from pydantic import ValidationError
 
-from finetune_cli.job_storage import JobStorage, StorageError
+from finetune_cli.job_storage import JobStorage, StorageError, hash_object
 from finetune_cli.signing import is_signed_by, key_id, payload_of
 
 if TYPE_CHECKING:
@@ -222,14 +222,11 @@ class Verifier:
         self._note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
 
     def _check_file(self, folder: str, path: str, entry: dict[str, Any]) -> None:
-        digest, size = hashlib.sha256(), 0
-        for chunk in self._storage.read_chunks(f"{folder}/{path}"):
-            digest.update(chunk)
-            size += len(chunk)
+        sha256, size = hash_object(self._storage, f"{folder}/{path}")
         if size != entry["size"]:
             self._find(CheckName.FILES, Code.FILE_CHANGED, f"{path} has {size} bytes, but the manifest lists {entry['size']}")
-        elif digest.hexdigest() != entry["sha256"]:
-            text = f"{path} has sha256 {digest.hexdigest()[:12]}..., but the manifest lists {entry['sha256'][:12]}..."
+        elif sha256 != entry["sha256"]:
+            text = f"{path} has sha256 {sha256[:12]}..., but the manifest lists {entry['sha256'][:12]}..."
             self._find(CheckName.FILES, Code.FILE_CHANGED, text)
 
     # ---- the statement ----

@@ -437,22 +437,20 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
 
 
 def _compute_output_status(inputs: StatusInput) -> Output | None:
-    """Merge the known fields, newest last. A termination message may lack addresses, because its size is limited."""
-    message, live_report = inputs.termination_message, inputs.facts.live_report
-    sources = (inputs.old_status.output, live_report.report.output if live_report else None, message.output if message else None)
-    return merge_fields(Output(), *sources) if any(source is not None for source in sources) else None
+    return _merge_reports(Output(), "output", inputs)
 
 
 def _compute_evaluation(inputs: StatusInput) -> EvaluationResult | None:
-    """Merge the known results, newest last. A termination message may lack the metrics, because its size is limited."""
-    message, live_report = inputs.termination_message, inputs.facts.live_report
-    sources = (inputs.old_status.evaluation, live_report.report.evaluation if live_report else None, message.evaluation if message else None)
-    known = [source for source in sources if source is not None]
-    fields = {name: value for source in known for name, value in source if value is not None}
-    if not known:
-        return None
-    evaluation = EvaluationResult(**fields)
-    return evaluation.model_copy(update={"headline": _compute_headline(inputs.facts.spec, evaluation)})
+    evaluation = _merge_reports(EvaluationResult(), "evaluation", inputs)
+    return evaluation and evaluation.model_copy(update={"headline": _compute_headline(inputs.facts.spec, evaluation)})
+
+
+def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None:
+    """Merge all known values of a group, newest last; None if there are none. A termination message may lack fields, because its size is limited."""
+    live_report = inputs.facts.live_report
+    sources = (inputs.old_status, live_report.report if live_report else None, inputs.termination_message)
+    known = [value for source in sources if (value := getattr(source, name, None)) is not None]
+    return merge_fields(empty, *known) if known else None
 
 
 def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> str | None:

@@ -9,11 +9,7 @@ quantisation.
 from __future__ import annotations
 
 import shutil
-import threading
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +26,11 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
+from finetune_trainer.stages.heartbeats import heartbeats_while_computing
 
 SHARD_SIZE = "4GB"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "manifest.json")
 """Files of the adapter that do not belong to the merged model."""
-HEARTBEAT_SECONDS = 5.0
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
@@ -138,24 +134,3 @@ def _write(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target: 
     card = target / CARD_FILE
     if card.exists():
         card.write_text(merged_card(card.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-@contextmanager
-def heartbeats_while_computing(channel: Channel) -> Iterator[None]:
-    """Send heartbeats while this process uses CPU time. Loading and writing take minutes without another sign of progress."""
-    ended = threading.Event()
-
-    def send() -> None:
-        used = time.process_time()
-        while not ended.wait(HEARTBEAT_SECONDS):
-            if time.process_time() - used > 0.1:
-                channel.send_heartbeat()
-            used = time.process_time()
-
-    thread = threading.Thread(target=send, name="heartbeats", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -32,7 +32,7 @@ from finetune_trainer.proof.reference import FILE_NAME, ReferenceValues
 from finetune_trainer.proof.weight_files import DamagedFileError, read_folder, weight_bytes
 from finetune_trainer.results.serving_files import ServedModel, serving_files
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
-from finetune_trainer.stages.merge import heartbeats_while_computing
+from finetune_trainer.stages.heartbeats import heartbeats_while_computing
 
 log = logging.getLogger(__name__)
 MEMORY_FACTOR = 1.2

@@ -126,10 +126,9 @@ class LaterStages:
                 report.open_stages.remove(stage)
         except StoppedError:
             return False
-        except FineTuneError as error:
-            return self._fail_stage(stage, error, report)
         except Exception as error:
-            log.exception("the stage %s failed", stage)
+            if not isinstance(error, FineTuneError):
+                log.exception("the stage %s failed", stage)
             return self._fail_stage(stage, classify_error(error)[0], report)
         report.output = self._apply(record.result, report.output or output)
         verification = record.result.verification

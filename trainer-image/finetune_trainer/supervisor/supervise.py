@@ -280,11 +280,13 @@ class Supervisor:
 
     def _upload_metric_log(self) -> None:
         """Upload the log lines before each commit: an attempt that resumes from the checkpoint does not log earlier steps again."""
-        if self._tree is not None and self._metric_log is not None and self._settings.node_rank == 0:
+        if self._settings.node_rank > 0:
+            return
+        if self._tree is not None and self._metric_log is not None:
             self._metric_log.upload(self._tree.store)
-        if self._results is not None and self._settings.node_rank == 0:
+        if self._results is not None:
             store_quietly(self._state, FILES_OF_RESULTS, self._results.store_files_of_rank)
-        if self._lineage is not None and self._settings.node_rank == 0:
+        if self._lineage is not None:
             store_quietly(self._state, LINEAGE, self._lineage.record_attempt)  # now the ranks have reported their device
 
     def _warn_if_grace_period_is_too_short(self) -> None:
@@ -443,10 +445,8 @@ class Supervisor:
             self._facts.stages = stages.run(output)
         except Exception as error:
             self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
-        output = self._facts.stages.output or output
-        if output.lineage_uri is None and self._lineage_uri is not None:  # large data were still being hashed when the stages began
-            output = output.model_copy(update={"lineage_uri": self._lineage_uri})
-        self._facts.output = output
+        # The statement may be written while the stages run, if large data must be hashed.
+        self._facts.output = (self._facts.stages.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started)
         self._clean_up(lambda: store_quietly(self._state, FILES_OF_RESULTS, results.store_metric_files))
