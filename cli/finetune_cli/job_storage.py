@@ -187,7 +187,7 @@ def root_of_uri(uri: str) -> str:
     return _INNER_PATH.sub("", folder)
 
 
-_INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.CHECKPOINTS}(/step-\d+)?|{Storage.LINEAGE}(/statement\.[a-z.]+)?)$")
+_INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.MERGED}|{Storage.CHECKPOINTS}(/step-\d+)?|{Storage.LINEAGE}(/statement\.[a-z.]+)?)$")
 
 
 def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
@@ -246,13 +246,23 @@ def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
     return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
 
 
-def read_file_list(storage: JobStorage, committed_folder: CommittedFolder) -> list[dict[str, Any]]:
-    """Return the files listed in the manifest of a commit. Raises StorageError if the hash of the manifest is wrong."""
+def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dict[str, Any]:
+    """Return the manifest of a commit. Raises StorageError if its hash is wrong."""
     key = f"{committed_folder.folder}/{committed_folder.path}/{Storage.MANIFEST}"
     data = storage.read_object(key)
     if hashlib.sha256(data).hexdigest() != committed_folder.manifest_sha256:
         raise StorageError(f"{storage.uri}/{key} is damaged: the commit marker contains another sha256")
-    files: list[dict[str, Any]] = json.loads(data)["files"]
+    manifest: dict[str, Any] = json.loads(data)
+    return manifest
+
+
+def read_file_list(storage: JobStorage, committed_folder: CommittedFolder) -> list[dict[str, Any]]:
+    """Return the files listed in the manifest of a commit. Raises StorageError if a file lies outside the folder of the commit."""
+    files: list[dict[str, Any]] = read_manifest(storage, committed_folder)["files"]
+    for entry in files:
+        name = str(entry["path"])
+        if name.startswith("/") or ".." in name.split("/"):
+            raise StorageError(f"{storage.uri}: the manifest lists the file {name}, which lies outside the checkpoint's folder")
     return files
 
 
@@ -261,13 +271,7 @@ def verify_and_download(storage: JobStorage, committed_folder: CommittedFolder, 
     total = 0
     for manifest_entry in read_file_list(storage, committed_folder):
         name = str(manifest_entry["path"])
-        if name.startswith("/") or ".." in name.split("/"):
-            raise StorageError(
-                f"{storage.uri}: the manifest lists the file {name}, which lies outside the checkpoint's folder"
-            )
-        total += _verify_file(
-            storage, f"{committed_folder.folder}/{committed_folder.path}/{name}", manifest_entry, target / name if target else None
-        )
+        total += download_file(storage, committed_folder, manifest_entry, target / name if target else None)
     return total
 
 
@@ -282,7 +286,9 @@ def hash_object(storage: JobStorage, key: str, file: BinaryIO | None = None) -> 
     return digest.hexdigest(), byte_count
 
 
-def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
+def download_file(storage: JobStorage, committed_folder: CommittedFolder, manifest_entry: dict[str, Any], path: Path | None) -> int:
+    """Read a file of a commit and check its sha256. With a `path`, write the file there. Returns the bytes read. Raises StorageError."""
+    key = f"{committed_folder.folder}/{committed_folder.path}/{manifest_entry['path']}"
     part_file = None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

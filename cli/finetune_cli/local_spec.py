@@ -78,7 +78,7 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
 
 def _sources_in_lists(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield the path of each source in a list of the spec, the list item, and the key of the source in this item."""
-    for path, key in (("dataset.mixture", "source"), ("evaluation.benchmarks", "folder")):
+    for path, key in (("dataset.mixture", "source"), ("evaluation.benchmarks", "folder"), ("output.combineAdapters", "source")):
         for i, item in enumerate(get_value(spec, path) or []):
             if isinstance(item, dict) and isinstance(item.get(key), str):
                 yield f"{path}[{i}].{key}", item, key

@@ -16,6 +16,7 @@ from finetune_cli.commands.checkpoints import checkpoints
 from finetune_cli.commands.diff import diff
 from finetune_cli.commands.events import events
 from finetune_cli.commands.explain import explain
+from finetune_cli.commands.export import export
 from finetune_cli.commands.get import get
 from finetune_cli.commands.import_command import import_
 from finetune_cli.commands.init import init
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "rerun": rerun,
     "checkpoints": checkpoints,
     "verify": verify,
+    "export": export,
     "sign": sign,
     "replay": replay,
     "purge": purge,

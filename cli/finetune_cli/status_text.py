@@ -231,7 +231,10 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
     if status.output is not None and status.output.uri:
         lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
         output = status.output
-        further = {"merged": output.merged_uri, "copy": output.published_uri, "hub": output.hub_uri, "report": output.report_uri, "lineage": output.lineage_uri}
+        further = {
+            "merged": output.merged_uri, "copy": output.published_uri, "hub": output.hub_uri, "OCI": output.oci_digest,
+            "report": output.report_uri, "lineage": output.lineage_uri,
+        }  # fmt: skip
         lines += [f"{name:<9} {uri}" for name, uri in further.items() if uri]
     lines += _evaluation_lines(status)
     if status.adaptations:

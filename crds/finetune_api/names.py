@@ -452,7 +452,7 @@ class Storage(StrEnum):
     REPORT = "report"
     """Folder of the run's report."""
     SERVING = "serving"
-    """Folder of the manifests for the servers in `output.serving`."""
+    """Folder of the manifests for the servers in `output.serving`, and of the OCI artefact in `oci/`."""
     LINEAGE = "lineage"
     """Folder of the lineage statement and its signature."""
     RUN = "run"

@@ -186,6 +186,10 @@ class Output(ReportModel):
         "Address of the pushed commit on the model hub. Present if output.hub.push is true.",
         example="https://huggingface.co/org/my-model/tree/12fd25f77366fa6b3b4b768ec3050bf629380bac",
     )  # fmt: skip
+    oci_digest: str | None = status_field(
+        "Digest of the OCI artefact of the model, or of the merged model. Present if output.export contains `oci`. A registry to which the artefact is pushed shows the same digest.",
+        example="sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    )
     report_uri: str | None = status_field(
         "The run's report, an HTML page.", example="s3://models/ft/team-a/support-bot/UID/report/index.html"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 import pytest
 from finetune_api.names import ExitCode
+from finetune_api.oci import CONFIG_KEY, MANIFEST_KEY
 from finetune_api.pod import StoreTarget
-from finetune_api.status import Stage
+from finetune_api.spec.cluster import StorageRoot
+from finetune_api.status import Stage, VerificationOutcome
+from finetune_cli.job_storage import JobStorage
+from finetune_cli.oci_layout import LayoutForm, write_layout
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
 from tests.support.hub import TOKEN, Hub, serve_hub
@@ -45,14 +50,30 @@ def make_pod(folder: Path, model: Path, output: dict[str, Any], *, hub: Hub | No
     return Pod(run, folder / f"pod-{attempt}", env={**variables, **env})
 
 
+@pytest.fixture(scope="module")
+def style_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes the base model visibly."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = tmp_path_factory.mktemp("adapters") / "style"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
+
+
 def stored(folder: Path, key: str = "") -> Path:
     return folder / "store" / "team" / "job" / UID / key
 
 
-def test_a_pod_merges_its_adapter_and_pushes_the_merged_model(model: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model: Path, style_adapter: Path, hub: Hub, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    with make_pod(tmp_path, model, {"mergeAdapter": True, "export": ["safetensors"], "hub": HUB, "dir": "results", "layout": "flat"}, hub=hub) as pod:
+    others = [{"source": f"file://{style_adapter}", "weight": 0.5}]
+    settings = {"verify": True, "mergeAdapter": True, "combineAdapters": others, "export": ["oci"], "hub": HUB, "dir": "results", "layout": "flat"}
+    with make_pod(tmp_path, model, settings, hub=hub) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     output = message.output
@@ -72,6 +93,18 @@ def test_a_pod_merges_its_adapter_and_pushes_the_merged_model(model: Path, hub: 
     assert output.hub_uri == f"{hub.url}/org/bot/tree/{repository.commits[0].oid}"
     copy = tmp_path / "store" / "results"
     assert (copy / "merged" / "model.safetensors").exists() and (copy / "adapter_model.safetensors").exists()
+    assert output.verification is not None and output.verification.artefacts is not None
+    adapter_check, merged_check = output.verification.artefacts
+    assert (adapter_check.result, merged_check.result) == (VerificationOutcome.VERIFIED, VerificationOutcome.VERIFIED)
+    assert adapter_check.change_from_base != merged_check.change_from_base, "the other adapter changes the merged model, too"
+    root = stored(tmp_path)
+    statement = json.loads((root / "lineage/statement.json").read_text())
+    sources = {entry.get("name"): entry.get("uri") for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    assert sources["output.combineAdapters[0].source"] == f"file://{style_adapter}"
+    oci = write_layout(JobStorage(f"file://{root}", StorageRoot()), tmp_path / "layout", LayoutForm.MODELPACK, "latest", lambda path, size: None)
+    assert output.oci_digest == oci.digest == f"sha256:{hashlib.sha256((root / MANIFEST_KEY).read_bytes()).hexdigest()}"
+    config = json.loads((root / MANIFEST_KEY).read_text())["config"]["digest"]
+    assert config == f"sha256:{hashlib.sha256((root / CONFIG_KEY).read_bytes()).hexdigest()}"
     everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in data for data in everything)
 

@@ -33,6 +33,7 @@ class Inputs(WireModel):
     adapter: Path | None = Field(
         default=None, description="Folder of the adapter to continue training (method.adapter)."
     )
+    combined_adapters: list[Path] = Field(default_factory=list, description="Folder of each adapter of output.combineAdapters.")
     reference: Path | None = Field(default=None, description="Folder of the reference model (trainer.dpo).")
     bertscore_model: Path | None = Field(default=None, description="Folder of the model of evaluation.metricModels.bertscore.")
     similarity_model: Path | None = Field(default=None, description="Folder of the model of evaluation.metricModels.semanticSimilarity.")

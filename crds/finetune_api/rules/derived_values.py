@@ -9,6 +9,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from finetune_api.spec.enums import (
     EvaluationMetric,
+    ExportFormat,
     GateMetric,
     IntervalStrategy,
     LoraInit,
@@ -149,6 +150,11 @@ FRACTION_METRICS = (
 """Metrics whose values are between 0 and 1."""
 LOWER_IS_BETTER = (GateMetric.LOSS, GateMetric.PERPLEXITY)
 """Metrics of which a lower value is better."""
+
+
+def exports_oci(spec: FineTuneJobSpec) -> bool:
+    """Whether the job stores the manifest of an OCI artefact beside the model."""
+    return ExportFormat.OCI in (spec.output.export or [])
 
 
 def pushes_to_hub(spec: FineTuneJobSpec) -> bool:

@@ -95,6 +95,7 @@ def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
             ("evaluation.metricModels.semanticSimilarity", spec.evaluation.metric_models.semantic_similarity),
         ]
     fields += [(f"evaluation.benchmarks[{i}].folder", benchmark.folder) for i, benchmark in enumerate(spec.evaluation.benchmarks or [])]
+    fields += [(f"output.combineAdapters[{i}].source", item.source) for i, item in enumerate(spec.output.combine_adapters or [])]
     fields.append(("phases.from", spec.phases.from_))
     if spec.checkpoint.resume not in (None, "auto", "never"):
         fields.append(("checkpoint.resume", spec.checkpoint.resume))

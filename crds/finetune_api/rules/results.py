@@ -15,6 +15,7 @@ from finetune_api.rules.derived_values import (
     LOWER_IS_BETTER,
     PROMPT_METHODS,
     benchmarks_after_training,
+    exports_oci,
     has_test_set,
     has_validation_set,
     method_type_of,
@@ -30,6 +31,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     EvaluationMetric,
     GateMetric,
+    LoraBias,
+    MethodType,
     Tracker,
     TrainerType,
 )
@@ -80,6 +83,12 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"{spec.output.project}, but project has no effect without output.dir and without trackers",
             "write output.dir, or remove project",
         )
+    if exports_oci(spec) and spec.phases.train is False:
+        yield (
+            "output.export",
+            "contains oci, but the model of phases.from belongs to another job",
+            "remove oci, and write the artefact with `finetune export` and the address of that model",
+        )
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
@@ -98,6 +107,40 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             "true, but an adapter with method.lora.init loftq also corrects the quantisation error of the base model. The merged model has no such "
             "error, so the correction would make it worse",
             "remove mergeAdapter, or remove init",
+        )
+
+
+@rule("AdaptersNotCombinable")
+def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if not spec.output.combine_adapters:
+        if spec.output.adapter_weight is not None:
+            yield (
+                "output.adapterWeight",
+                f"{spec.output.adapter_weight:g}, but adapterWeight has no effect without output.combineAdapters",
+                "write output.combineAdapters, or remove adapterWeight",
+            )
+        return
+    if not spec.output.merge_adapter:
+        yield (
+            "output.combineAdapters",
+            "adapters are combined only in the merged model, but output.mergeAdapter is not true",
+            "write `mergeAdapter: true`, or remove combineAdapters",
+        )
+    lora = spec.method.lora
+    obstacles = {
+        f"method {method_type_of(spec)}": method_type_of(spec) not in (MethodType.LORA, MethodType.QLORA, MethodType.ADAPTER),
+        "method.lora.useDora": bool(lora and lora.use_dora),
+        "method.lora.bias": bool(lora and lora.bias not in (None, LoraBias.NONE)),
+        "method.lora.modulesToSave": bool(lora and lora.modules_to_save),
+        "method.lora.targetParameters": bool(lora and lora.target_parameters),
+        "model.newTokens": bool(spec.model.new_tokens),
+        f"the objective {trainer_type_of(spec)}": trainer_type_of(spec) is TrainerType.REWARD,
+    }
+    for name in (name for name, is_present in obstacles.items() if is_present):
+        yield (
+            "output.combineAdapters",
+            f"only changes by plain LoRA can be added up, but the job uses {name}",
+            "remove combineAdapters",
         )
 
 

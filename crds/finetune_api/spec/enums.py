@@ -356,6 +356,8 @@ class OutputLayout(StrEnum):
 class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"
     """Hugging Face safetensors."""
+    OCI = "oci"
+    """An OCI artefact (CNCF ModelPack) of the safetensors files, for container registries. Its manifest is stored beside the model, and `finetune export` writes the artefact."""
     GGUF = "gguf"
     """GGUF, the format of llama.cpp."""
     ONNX = "onnx"

@@ -59,6 +59,17 @@ class Hub(Group):
     )
 
 
+class CombinedAdapter(Group):
+    """One adapter of `output.combineAdapters`."""
+
+    source: Source = Field(
+        description="LoRA adapter for the same base model, in the same forms as `model.source`. Required. Example: `s3://models/ft/team-a/style/UID/model`."
+    )
+    weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
+        "Factor of the adapter's change of the base model.", default=1.0, example=0.5, since="0.2.0"
+    )
+
+
 class Output(Group):
     """`spec.output`."""
 
@@ -86,8 +97,17 @@ class Output(Group):
         default=False,
         example=True,
     )
+    combine_adapters: Annotated[list[CombinedAdapter], Field(min_length=1, max_length=16)] | None = spec_field(
+        "Further LoRA adapters that are merged into the merged model: base weights, plus the weighted sum of the changes of the trained adapter and of these adapters. Needs mergeAdapter. The stored adapter contains only the training of this job.",
+        default_text="none",
+        example=[{"source": "s3://models/ft/team-a/style/UID/model", "weight": 0.5}],
+        since="0.2.0",
+    )
+    adapter_weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
+        "Factor of the trained adapter's change of the base model in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
+    )
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
-        "Formats of the final model. The model is always saved as safetensors. `gguf` and `onnx` are refused.",
+        "Formats of the final model. The model is always saved as safetensors. With `oci`, the manifest of an OCI artefact is stored beside the model, for `finetune export`. `gguf` and `onnx` are refused.",
         default_text="safetensors",
         example=["safetensors"],
     )

@@ -88,6 +88,7 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
         metric_models.bertscore if metric_models else None,
         metric_models.semantic_similarity if metric_models else None,
         *(benchmark.folder for benchmark in spec.evaluation.benchmarks or []),
+        *(item.source for item in spec.output.combine_adapters or []),
         spec.phases.from_,
     ]
     resume_source = spec.checkpoint.resume

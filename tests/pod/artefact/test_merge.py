@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from finetune_api.errors import ConfigError, DivergedError
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Stage
+from finetune_trainer.artefact.combination import require_combinable
 from finetune_trainer.channel import Channel
 from finetune_trainer.stages import merge
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageTask
@@ -29,11 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def merge_here(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, str]] | None = None) -> tuple[Path, Path, Channel]:
+def merge_here(
+    folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, str]] | None = None, combined: Sequence[Path] = ()
+) -> tuple[Path, Path, Channel]:
     """Train an adapter and merge it in this process. Returns the folders of adapter and merged model, and the channel with its messages."""
     run, inputs = make_run(folder, model, {"training": TRAINING, "output": {"mergeAdapter": True}, **spec}, rows or TEN_ROWS)
     adapter = train_here(run, inputs).folder
     assert adapter is not None
+    inputs = inputs.model_copy(update={"combined_adapters": list(combined)})
     stage, channel = folder / "stage", Channel.create_recording(folder / "work")
     (stage / OUTPUT_FOLDER).mkdir(parents=True)
     merge.run_stage(run, channel, inputs, StageTask(stage=Stage.MERGING, model=adapter, kind=OutputKind.ADAPTER, uri="u"), stage)
@@ -74,6 +79,70 @@ def test_the_merged_model_equals_base_and_adapter(case: str, model: Path, tmp_pa
     assert details[0] == "loading the base model" and details[-1] == "writing the merged model"
     total = next(detail.split()[2] for detail in details if "layers" in detail)
     assert details[-2] == f"{total} of {total} layers"
+
+
+@pytest.fixture(scope="module")
+def other_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with another rank, scale and other modules, trained from the same base."""
+    lora = {"rank": 4, "alpha": 24, "targetModules": ["q_proj", "down_proj"]}
+    folder = tmp_path_factory.mktemp("other")
+    run, inputs = make_run(folder, model, {"training": TRAINING | {"seed": 7}, "method": {"type": "lora", "lora": lora}}, TEN_ROWS)
+    adapter = train_here(run, inputs).folder
+    assert adapter is not None
+    return adapter
+
+
+def weight_changes(adapter: Path) -> dict[str, Any]:
+    """The change of each weight of the base model, computed from the adapter's files alone."""
+    from safetensors.torch import load_file
+
+    config, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    scale = config["lora_alpha"] / config["r"]
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": scale * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"] for name in names
+    }
+
+
+def test_combined_adapters_are_added_up_with_their_weights(model: Path, other_adapter: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    output = {"mergeAdapter": True, "adapterWeight": 0.75, "combineAdapters": [{"source": f"file://{other_adapter}", "weight": -0.5}]}
+    adapter, merged, _ = merge_here(tmp_path, model, {"output": output}, combined=[other_adapter])
+    base, result = load_file(model / "model.safetensors"), load_file(merged / "model.safetensors")
+    own, other = weight_changes(adapter), weight_changes(other_adapter)
+    assert set(other) - set(own) == set() and len(own) > len(other) > 0
+    for name, weight in base.items():
+        expected = weight + 0.75 * own.get(name, 0) - 0.5 * other.get(name, 0)
+        assert torch.allclose(result[name], expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"use_dora": True}, "an adapter with DoRA: only changes by plain LoRA can be added up"),
+        ({"bias": "all"}, "an adapter with trained biases"),
+        ({"r": 5}, "says rank 5 for"),
+    ],
+)
+def test_adapters_that_cannot_be_added_up_are_refused_before_training(
+    change: dict[str, Any], problem: str, model: Path, other_adapter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(other_adapter, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    require_combinable(other_adapter, model, "output.combineAdapters[0].source", "s3://b/a")
+    with pytest.raises(ConfigError, match=problem) as caught:
+        require_combinable(folder, model, "output.combineAdapters[0].source", "s3://b/a")
+    assert caught.value.code == "AdapterNotCombinable"
+
+
+def test_an_adapter_of_another_base_is_refused_before_training(other_adapter: Path, tmp_path: Path) -> None:
+    from tests.support.tiny import make_tiny_model
+
+    with pytest.raises(ConfigError, match="its adapter fits"):
+        require_combinable(other_adapter, make_tiny_model(tmp_path / "wide", hidden=96), "output.combineAdapters[0].source", "s3://b/a")
 
 
 def test_the_merged_folder_is_complete_and_holds_no_adapter(model: Path, tmp_path: Path) -> None:

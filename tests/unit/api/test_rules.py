@@ -402,6 +402,14 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("HubRepositoryMissing", {"output": {"hub": {"repository": "a/b"}}}, "output.hub"),
     ("OutputPathInvalid", {"output": {"dir": "a/../b"}}, "output.dir"),
     ("OutputPathInvalid", {"output": {"dir": "a", "project": ".."}}, "output.project"),
+    ("OutputOptionWithoutEffect", {"output": {"export": ["oci"]}, "phases": {"train": False, "from": "s3://b/m", "infer": True}}, "output.export"),
+    ("AdaptersNotCombinable", {"output": {"adapterWeight": 0.5}}, "output.adapterWeight"),
+    ("AdaptersNotCombinable", {"output": {"combineAdapters": [{"source": "s3://b/a"}]}}, "output.combineAdapters"),
+    (
+        "AdaptersNotCombinable",
+        {"method": {"type": "dora"}, "output": {"mergeAdapter": True, "combineAdapters": [{"source": "s3://b/a"}]}},
+        "output.combineAdapters",
+    ),
     ("OutputOptionWithoutEffect", {"output": {"project": "p"}}, "output.project"),
     ("OutputOptionWithoutEffect", {"output": {"layout": "flat"}}, "output.layout"),
     (

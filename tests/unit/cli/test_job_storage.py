@@ -12,7 +12,9 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.job_storage import JobStorage, StorageError, list_committed_folders, root_of, verify_and_download
 
 
-def commit_folder(root: Path, folder: str, data_by_name: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
+def commit_folder(
+    root: Path, folder: str, data_by_name: dict[str, bytes], incarnation: str = "a1-00000000", manifest: dict[str, Any] | None = None
+) -> Path:
     """Write files and their manifest to a folder of the storage, as the trainer does when it commits the folder."""
     files_folder = root / folder / incarnation
     files_folder.mkdir(parents=True)
@@ -21,9 +23,9 @@ def commit_folder(root: Path, folder: str, data_by_name: dict[str, bytes], incar
     entries = [
         {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in data_by_name.items()
     ]
-    manifest = json.dumps({"files": entries}).encode()
-    (files_folder / "manifest.json").write_bytes(manifest)
-    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
+    content = json.dumps({"files": entries, **(manifest or {})}).encode()
+    (files_folder / "manifest.json").write_bytes(content)
+    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(content).hexdigest()}
     (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
     return files_folder
 

@@ -58,6 +58,15 @@ def find_fault(folder: Path, base: Path, reference: ReferenceValues | None, *, i
     return None
 
 
+def find_adapter_fault(folder: Path, base: Path) -> Fault | None:
+    """Return the first fault of a foreign adapter, or None. Its tokenizer is not checked, because it is not used."""
+    try:
+        _check_adapter(folder, base, None)
+    except _FaultFound as found:
+        return found.fault
+    return None
+
+
 # ---- adapters
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from finetune_api.status import ArtefactVerification, Verification, VerificationOutcome
 
@@ -50,6 +51,14 @@ def difference_and_tolerance(
     if not is_rounded and change is not None and math.isfinite(change):
         floor = min(ROUNDED_TOLERANCE, max(SMALLEST_TOLERANCE, SHARE_OF_CHANGE * change))
     return root_mean_square(values, expected), max(SPREAD_FACTOR * spread, floor)
+
+
+def with_values(reference: ReferenceValues, values: Sequence[float]) -> ReferenceValues:
+    """Return reference values with other values, which were computed without quantisation and in one batch layout only."""
+    rest = iter(values)
+    rows = [row.model_copy(update={"values": list(islice(rest, len(row.values)))}) for row in reference.rows]
+    rows = [row.model_copy(update={"batched_values": row.values}) for row in rows]
+    return reference.model_copy(update={"rows": rows, "quantization": None})
 
 
 def judge(

@@ -43,6 +43,7 @@ class StageResult(LenientModel):
     verification: Verification | None = Field(default=None, description="For `status.output.verification`. Absent if the stage verifies nothing.")
     published_uri: str | None = Field(default=None, description="For `status.output.publishedUri`. Absent if the stage copies nothing.")
     hub_uri: str | None = Field(default=None, description="For `status.output.hubUri`. Absent if the stage pushes nothing.")
+    oci_digest: str | None = Field(default=None, description="For `status.output.ociDigest`. Absent if the stage writes no OCI artefact.")
 
 
 class StoredFile(LenientModel):

@@ -21,6 +21,7 @@ from finetune_api.status import Stage
 
 from finetune_trainer import train
 from finetune_trainer.artefact.card import CARD_FILE, merged_card
+from finetune_trainer.artefact.combination import load_combined_adapters
 from finetune_trainer.artefact.generation import GENERATION_FILE, align_model_config
 from finetune_trainer.channel import Channel
 from finetune_trainer.disk import free_bytes
@@ -59,13 +60,14 @@ def merge(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> 
     channel.report_stage(Stage.MERGING, "loading the base model")
     tokenizer = load_tokenizer(run, inputs, task)
     peft_model = _load_adapter(run, inputs, task, tokenizer)
+    adapters = load_combined_adapters(peft_model, run, inputs.combined_adapters) if run.spec.output.combine_adapters else None
     dtypes = {name.replace(".base_layer.", "."): parameter.dtype for name, parameter in peft_model.get_base_model().named_parameters()}
     layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `merge_and_unload` warns for each layer that is merged already
             for number, layer in enumerate(layers, 1):
-                _merge_layer(layer)
+                _merge_layer(layer, adapters)
                 channel.report_stage(Stage.MERGING, f"{number} of {len(layers)} layers")
             model = peft_model.merge_and_unload()
     except ValueError as error:  # PEFT refuses a layer whose merged weights are not finite
@@ -75,15 +77,18 @@ def merge(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> 
     return model
 
 
-def _merge_layer(layer: Any) -> None:
-    """Merge one layer. The sum is computed in 32 bits, so that weights in 16 bits are rounded only once."""
+def _merge_layer(layer: Any, adapters: list[str] | None) -> None:
+    """Merge one layer. The sum is computed in 32 bits, so that weights in 16 bits are rounded only once.
+
+    `adapters`: names of the merged adapters; None: the trained adapter.
+    """
     import torch
 
     parameters = [parameter for parameter in layer.get_base_layer().parameters() if parameter.dtype in (torch.bfloat16, torch.float16)]
     dtypes = [parameter.dtype for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    layer.merge(safe_merge=True)
+    layer.merge(safe_merge=True, adapter_names=[name for name in adapters if name in layer.scaling] if adapters else None)
     for parameter, dtype in zip(parameters, dtypes, strict=True):
         parameter.data = parameter.data.to(dtype)
 

@@ -6,6 +6,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import (
     benchmarks_after_training,
     compares_metrics,
+    exports_oci,
     metrics_after_training,
     prompts_to_compare,
     pushes_to_hub,
@@ -23,6 +24,6 @@ def planned_stages(run: RunConfig) -> list[Stage]:
         Stage.MERGING: run.spec.output.merge_adapter is True,
         Stage.VERIFYING: (run.spec.output.verify is not False and run.spec.phases.train is not False) or bool(run.spec.output.serving),
         Stage.BENCHMARKING: bool(benchmarks_after_training(run.spec)),
-        Stage.UPLOADING: run.publish is not None or pushes_to_hub(run.spec),
+        Stage.UPLOADING: run.publish is not None or pushes_to_hub(run.spec) or exports_oci(run.spec),
     }
     return [stage for stage, is_wanted in wanted.items() if is_wanted]

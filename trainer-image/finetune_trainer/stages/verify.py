@@ -22,6 +22,7 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ArtefactVerification, Stage, VerificationOutcome
 
 from finetune_trainer import imports
+from finetune_trainer.artefact.combination import load_combined_adapters
 from finetune_trainer.channel import Channel
 from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
@@ -107,9 +108,11 @@ class Verifier:
     def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, reference: ReferenceValues | None) -> None:
         self._run, self._channel, self._inputs, self._reference = run, channel, inputs, reference
         self._base_values: list[float] | None = None
+        self._adapter = Path()
 
     def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
-        """Verify the artefacts in order."""
+        """Verify the artefacts in order. The first is the adapter or the model that was trained."""
+        self._adapter = artefacts[0].folder
         return [self._verify_one(artefact) for artefact in artefacts]
 
     def _verify_one(self, artefact: Artefact) -> ArtefactVerification:
@@ -125,12 +128,26 @@ class Verifier:
         try:
             measured = self._measure(artefact, reference)
             base_values = self._values_of_base(measured, reference)
+            expected = self._expected(artefact, reference)
         except UnfitArtefactError as error:
             return compare.failed(artefact.name, error.code, str(error))
         except NotComparableError as error:
             return compare.not_verified(artefact.name, error.code, str(error))
         is_rounded = artefact.name == MERGED and has_16_bit_weights(artefact.folder)
-        return compare.judge(artefact.name, measured.values, base_values, reference, is_rounded=is_rounded)
+        return compare.judge(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded)
+
+    def _expected(self, artefact: Artefact, reference: ReferenceValues) -> ReferenceValues:
+        """The values that the artefact must compute: those of the training, or for combined adapters those of the unmerged adapters."""
+        if artefact.name != MERGED or not self._run.spec.output.combine_adapters:
+            return reference
+        self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
+        with _named_failures("combined adapters", self._inputs.model):
+            model = _add_adapter(self._load(self._inputs.model, reference, quantizes=False), self._adapter, reference)
+            model.base_model.set_adapter(load_combined_adapters(model, self._run, self._inputs.combined_adapters))
+            expected = compare.with_values(reference, self._values(model, reference))
+        del model
+        _release_memory()
+        return expected
 
     def _measure(self, artefact: Artefact, reference: ReferenceValues) -> Measured:
         """Load the artefact, and compute the values of all rows. The model is released afterwards."""

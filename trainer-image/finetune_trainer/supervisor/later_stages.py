@@ -29,7 +29,7 @@ from finetune_api.errors import (
 )
 from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
-from finetune_api.rules import pushes_to_hub
+from finetune_api.rules import exports_oci, pushes_to_hub
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import GateResult, Output, Stage, Verification, VerificationOutcome
 from pydantic import ValidationError
@@ -58,6 +58,7 @@ from finetune_trainer.supervisor.agent_process import rank_environment
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
 from finetune_trainer.supervisor.hub import push_to_hub
 from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
+from finetune_trainer.supervisor.oci_artefact import store_oci_artefact
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
@@ -192,7 +193,7 @@ class LaterStages:
         """Add the result of a stage to the pod's report. Returns the output with the result."""
         if result.evaluation is not None:
             self._state.merge_evaluation(result.evaluation)
-        names = ("merged_uri", "published_uri", "hub_uri", "verification")
+        names = ("merged_uri", "published_uri", "hub_uri", "oci_digest", "verification")
         added = {name: value for name in names if (value := getattr(result, name)) is not None}
         if added:
             output = output.model_copy(update=added)
@@ -293,16 +294,23 @@ class LaterStages:
         )
 
     def _publish(self, output: Output) -> StageResult:
-        """Copy model and results to `output.dir`, and push the model to the hub, as far as the spec asks for it. Errors: StoppedError."""
-        model, merged = self._local_model(output), self.merged_model(output)
-        published_uri = hub_uri = None
+        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, if the spec asks for it.
+
+        Errors: StoppedError.
+        """
+        published_uri = hub_uri = oci_digest = None
+        if exports_oci(self._run.spec):
+            oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
         if self._run.publish is not None:
-            published_uri = self._results.publish(output, model, tuple(dict.fromkeys(STORAGE_FOLDERS.values())), merged)
+            published_uri = self._results.publish(
+                output, self._local_model(output), tuple(dict.fromkeys(STORAGE_FOLDERS.values())), self.merged_model(output)
+            )
         if pushes_to_hub(self._run.spec):
+            model = self.merged_model(output) or self._local_model(output)
             self._state.enter_stage(Stage.UPLOADING, "pushing to the model hub")
             retry_seconds = self._settings.final_upload_timeout
-            hub_uri = self._run_until_stop(lambda: push_to_hub(self._run, merged or model, retry_seconds=retry_seconds))
-        return StageResult(published_uri=published_uri, hub_uri=hub_uri)
+            hub_uri = self._run_until_stop(lambda: push_to_hub(self._run, model, retry_seconds=retry_seconds))
+        return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
     def _run_until_stop(self, action: Callable[[], str]) -> str:
         """Run an action that cannot be interrupted in a thread. Returns its result. Errors: those of the action; StoppedError."""

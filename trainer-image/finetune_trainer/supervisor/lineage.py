@@ -36,6 +36,7 @@ from finetune_api.names import Storage, attempt_folder, attempt_of_folder
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 
+from finetune_trainer.artefact.combination import adapter_name
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
 from finetune_trainer.inputs import Inputs
@@ -179,6 +180,10 @@ def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[
         ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
         ("trainer.dpo.referenceModel", reference, "reference model"),
     )  # fmt: skip
+    others += tuple(
+        (f"output.combineAdapters[{number}].source", item.source, adapter_name(number))
+        for number, item in enumerate(spec.output.combine_adapters or [])
+    )
     for path, source, fact in others:
         if source and fact in facts.other_inputs:
             yield Resource(name=path, uri=redact_source(source), annotations={REVISION: facts.other_inputs[fact]})

@@ -22,6 +22,7 @@ from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pu
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ResolvedConfig, Stage
 
+from finetune_trainer.artefact.combination import adapter_name, require_combinable
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.checkpoint.tree import CheckpointTree
@@ -187,6 +188,7 @@ class Preparation:
             reference=fetcher.model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
             bertscore_model=fetcher.model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
             similarity_model=fetcher.model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
+            combined_adapters=self._fetch_combined_adapters(fetcher, model.path),
             benchmarks=self._fetch_benchmarks(fetcher),
             train=train,
             mixture=mixture,
@@ -205,6 +207,16 @@ class Preparation:
             fetcher.folder(benchmark.folder, f"evaluation.benchmarks[{number}].folder", f"benchmark-{number}") if benchmark.folder else None
             for number, benchmark in enumerate(benchmarks)
         ]
+
+    def _fetch_combined_adapters(self, fetcher: Fetcher, base: Path) -> list[Path]:
+        """The folders of the adapters that are merged, too. They are checked before training. Errors: ConfigError `AdapterNotCombinable`."""
+        folders = []
+        for number, item in enumerate((self._run.spec.output.combine_adapters or []) if self._node_rank == 0 else []):
+            field = f"output.combineAdapters[{number}].source"
+            folder = fetcher.model(item.source, field, f"combined-adapter-{number}").path
+            require_combinable(folder, base, field, item.source)
+            folders.append(folder)
+        return folders
 
     def _check_data(self, inputs: Inputs) -> None:
         from finetune_trainer.benchmarks.plan import plan_tasks
@@ -309,6 +321,7 @@ def setting_hashes_of(run: RunConfig) -> dict[str, str]:
 def other_inputs_of(inputs: Inputs) -> dict[str, str]:
     """A hash of each input other than base model and training data. The keys are the inputs' names in messages."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
+    models |= {adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
     hashes = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
     files = {
         "validation data": inputs.validation, "test data": inputs.test,

@@ -1,0 +1,168 @@
+"""Writes a final model as an OCI image layout: a folder from which skopeo, ORAS and crane copy to a registry.
+
+There are two forms. A ModelPack artefact holds each file as it is, for tools that know models. An image holds each file in a tar layer
+below `/models`, so that Kubernetes can mount it as an image volume, and KServe can use it as a modelcar without further steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from finetune_api.names import Storage
+from finetune_api.oci import (
+    MANIFEST_TYPE,
+    MODEL_TYPE,
+    ModelFile,
+    OciArtefact,
+    descriptor,
+    digest_of,
+    modelpack_artefact,
+    to_bytes,
+)
+from finetune_api.spec.enums import OutputKind
+
+from finetune_cli.job_storage import (
+    CommittedFolder,
+    JobStorage,
+    StorageError,
+    download_file,
+    list_committed_folders,
+    read_file_list,
+    read_manifest,
+)
+
+LAYER_TYPE, IMAGE_CONFIG_TYPE = "application/vnd.oci.image.layer.v1.tar", "application/vnd.oci.image.config.v1+json"
+MODELS_FOLDER = "models"
+"""Folder of the files in an image. KServe expects models there."""
+BLOBS = Path("blobs/sha256")
+FILE_MODE = 0o644
+
+
+class LayoutForm(StrEnum):
+    """What the folder contains."""
+
+    MODELPACK = "modelpack"
+    IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class WrittenLayout:
+    """The artefact in the folder: its digest, and the bytes of its files."""
+
+    digest: str
+    total_bytes: int
+
+
+def write_layout(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
+    """Download the merged model, or the final model if there is none, and write the layout to a new folder.
+
+    `tag`: the name of the artefact in the layout. `report_file`: receives the path and the bytes of each file before its download.
+    Raises StorageError if there is no committed model, or a file is damaged.
+    """
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        layout = _write(storage, part, form, tag, report_file)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return layout
+
+
+def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
+    committed = _committed_model(storage)
+    files = read_file_list(storage, committed)
+    (target / BLOBS).mkdir(parents=True)
+    for entry in files:
+        report_file(str(entry["path"]), int(entry["size"]))
+        download_file(storage, committed, entry, target / BLOBS / str(entry["sha256"]))
+    entries = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in files]
+    artefact = _pack_image(target, entries) if form is LayoutForm.IMAGE else _modelpack(storage, committed, entries)
+    _write_blob(target, artefact.config)
+    _write_blob(target, artefact.manifest)
+    index = {**descriptor(MANIFEST_TYPE, artefact.manifest), "annotations": {"org.opencontainers.image.ref.name": tag}}
+    if form is LayoutForm.MODELPACK:
+        index["artifactType"] = MODEL_TYPE
+    (target / "index.json").write_bytes(to_bytes({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [index]}))
+    (target / "oci-layout").write_bytes(to_bytes({"imageLayoutVersion": "1.0.0"}))
+    return WrittenLayout(artefact.digest, sum(file.size for file in entries))
+
+
+def _committed_model(storage: JobStorage) -> CommittedFolder:
+    folders = {committed.folder: committed for committed in list_committed_folders(storage)}
+    committed = folders.get(Storage.MERGED) or folders.get(Storage.MODEL)
+    if committed is None:
+        raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists what is there")
+    return committed
+
+
+def _modelpack(storage: JobStorage, committed: CommittedFolder, files: list[ModelFile]) -> OciArtefact:
+    manifest = read_manifest(storage, committed)
+    name = str(manifest.get("job") or "").split("/")[1:2]
+    kind = OutputKind(manifest.get("kind") or OutputKind.MODEL)
+    return modelpack_artefact(name[0] if name else "model", kind, files)
+
+
+def _pack_image(target: Path, files: list[ModelFile]) -> OciArtefact:
+    """Replace each file by a tar layer with this file. All times and owners are constant, so equal models give equal digests."""
+    ordered = sorted(files, key=lambda file: file.path)
+    uses = Counter(file.sha256 for file in files)
+    layers = []
+    for file in ordered:
+        layers.append(_pack_layer(target, file))
+        uses[file.sha256] -= 1
+        if not uses[file.sha256]:  # files with the same content share one downloaded blob
+            (target / BLOBS / file.sha256).unlink()
+    history = [{"created_by": f"finetune export: {file.path}"} for file in ordered]
+    config = to_bytes(
+        {
+            "architecture": "amd64", "os": "linux", "config": {}, "history": history,
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
+        }
+    )  # fmt: skip
+    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": descriptor(IMAGE_CONFIG_TYPE, config), "layers": layers}
+    return OciArtefact(config, to_bytes(manifest))
+
+
+def _pack_layer(target: Path, file: ModelFile) -> dict[str, Any]:
+    """Write the tar layer of a file. Returns the layer's descriptor."""
+    source, packed = target / BLOBS / file.sha256, target / f"{file.sha256}.tar"
+    with packed.open("wb") as raw:
+        writer = _HashingWriter(raw)
+        with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive, source.open("rb") as content:
+            entry = tarfile.TarInfo(f"{MODELS_FOLDER}/{file.path}")
+            entry.size, entry.mode = file.size, FILE_MODE
+            archive.addfile(entry, content)
+    packed.rename(target / BLOBS / writer.sha256)
+    return {"mediaType": LAYER_TYPE, "digest": f"sha256:{writer.sha256}", "size": writer.size}
+
+
+class _HashingWriter:
+    """A file for writing that also computes the sha256 and the size of what is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """sha256 (hex) of all written bytes."""
+        return self._digest.hexdigest()
+
+
+def _write_blob(target: Path, data: bytes) -> None:
+    (target / BLOBS / digest_of(data).removeprefix("sha256:")).write_bytes(data)
+
+

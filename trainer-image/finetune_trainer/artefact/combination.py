@@ -1,0 +1,61 @@
+"""Adapters that are merged together (`output.combineAdapters`): the check of their files, and the weighted sum of their changes.
+
+The sum is exact: each layer's weight becomes `W + sum(weight * scaling * B A)` over all adapters that adapt the layer. PEFT's own
+combinations of adapters make one new adapter, whose rank grows (`cat`) or which only approximates the sum (`linear`, `svd`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import ConfigError
+from finetune_api.pod import RunConfig
+from finetune_api.sources import redact_source
+
+from finetune_trainer.proof.artefact_checks import ADAPTER_CONFIG, find_adapter_fault
+
+TRAINED_ADAPTER = "default"
+"""PEFT's name of the adapter that was trained."""
+
+
+def adapter_name(number: int) -> str:
+    """Name of an adapter of `output.combineAdapters`, for PEFT, messages and the lineage statement."""
+    return f"combined adapter {number}"
+
+
+def require_combinable(folder: Path, base: Path, field: str, source: str) -> None:
+    """Check the files of an adapter that is combined with the trained one. Needs no torch. Errors: ConfigError `AdapterNotCombinable`."""
+    shown = redact_source(source)
+    fault = find_adapter_fault(folder, base)
+    if fault is not None:
+        raise ConfigError(
+            "AdapterNotCombinable", f"{field} is {shown}: {fault.message}", hint="write the folder of a LoRA adapter for the model of model.source"
+        )
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    features = {
+        f"the method {config.get('peft_type')}": config.get("peft_type") != "LORA", "DoRA": bool(config.get("use_dora")),
+        "trained biases": config.get("bias") not in (None, "none"), "modules that were trained in full": bool(config.get("modules_to_save")),
+        "new tokens": bool(config.get("trainable_token_indices")), "adapters of experts": bool(config.get("target_parameters")),
+    }  # fmt: skip
+    used = [name for name, is_used in features.items() if is_used]
+    if used:
+        raise ConfigError(
+            "AdapterNotCombinable", f"{field} is {shown}, an adapter with {' and '.join(used)}: only changes by plain LoRA can be added up",
+            hint="remove this adapter from output.combineAdapters",
+        )  # fmt: skip
+
+
+def load_combined_adapters(peft_model: Any, run: RunConfig, folders: Sequence[Path]) -> list[str]:
+    """Load the further adapters into a PEFT model, and multiply the scaling of all adapters by their weights. Returns the names of all adapters."""
+    weights = {TRAINED_ADAPTER: 1.0 if run.spec.output.adapter_weight is None else run.spec.output.adapter_weight}
+    for number, (item, folder) in enumerate(zip(run.spec.output.combine_adapters or [], folders, strict=True)):
+        peft_model.load_adapter(folder, adapter_name=adapter_name(number))
+        weights[adapter_name(number)] = 1.0 if item.weight is None else item.weight
+    for module in peft_model.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            scaling.update({name: value * weights[name] for name, value in scaling.items()})
+    return list(weights)
