@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,30 @@ def committed_steps(bucket: Bucket) -> list[int]:
     return sorted(int(folder.removeprefix("step-")) for _, folder, _ in keys)
 
 
-@cache
 def run_uninterrupted(
     server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
 ) -> RecordedRun:
-    """The record of a run without interruptions. All tests share one run per variant, method and number of ranks."""
+    """The record of a run without interruptions. All tests share one run per variant, method and number of ranks.
+
+    The workers of pytest-xdist share the runs, too: each worker has a tiny model and rows with equal content.
+    """
+    name = f"uninterrupted-{variant}-{method}-{processes}"
+    shared_folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    record_file = shared_folder / f"{name}.pickle"
+    with record_file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be recording this run
+        if not record_file.exists():
+            record = _record_uninterrupted(server, folder / name, spec_of(model, rows, method, variant), processes, variant)
+            record_file.write_bytes(pickle.dumps(record))
+        record = pickle.loads(record_file.read_bytes())
+        assert isinstance(record, RecordedRun)
+        return record
+
+
+def _record_uninterrupted(server: S3Endpoint, folder: Path, spec: dict[str, Any], processes: int, variant: str) -> RecordedRun:
     bucket = new_bucket(server)
-    run = run_config(spec_of(model, rows, method, variant), bucket.target(), processes=processes)
-    with traced_pod(run, folder / f"uninterrupted-{variant}-{method}-{processes}", bucket) as pod:
+    run = run_config(spec, bucket.target(), processes=processes)
+    with traced_pod(run, folder, bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     record = record_run(bucket, [pod], pod.termination_message())
     last, every = LAST_STEP.get(variant, STEPS), run.spec.tracking.logging_steps or 1

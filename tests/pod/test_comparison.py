@@ -1,4 +1,6 @@
-"""Pods that compare their model with the base model, decide gates, and jobs that evaluate the model of another job."""
+"""Pods whose gates fail or that are stopped, jobs that evaluate the model of another job, and prompts for both models.
+
+`test_stages.py` tests the complete comparison."""
 
 from __future__ import annotations
 
@@ -48,32 +50,6 @@ def stored(folder: Path, key: str, uid: str = UID) -> Path:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_a_pod_compares_its_model_with_the_base_model_and_promotes_it(model: Path, tmp_path: Path) -> None:
-    with comparing_pod(tmp_path, model, {"evaluation": {"gates": PASSING}}) as pod:
-        assert pod.end() == ExitCode.OK, pod.text[-6000:]
-        message = pod.termination_message()
-    evaluation, output = message.evaluation, message.output
-    assert evaluation is not None and output is not None and output.promoted is True
-    metrics = evaluation.metrics or {}
-    assert metrics.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
-    for name, metric in metrics.items():
-        assert None not in (metric.value, metric.base, metric.difference), name
-        assert metric.difference == pytest.approx((metric.value or 0) - (metric.base or 0), abs=2e-3), name
-        assert metric.low is not None and metric.high is not None and metric.low <= (metric.difference or 0) <= metric.high, (name, metric)
-    assert (metrics["loss"].high or 0) < 0  # training has lowered the loss on the held-out rows
-    assert [(gate.metric, gate.passed) for gate in evaluation.gates or []] == [("perplexity", True), ("loss", True), ("rouge", True)]
-    promoted = json.loads(stored(tmp_path, "model/_PROMOTED").read_text())
-    assert (promoted["manifestSha256"], promoted["uri"], promoted["attempt"], len(promoted["gates"])) == (output.sha256, output.uri, 1, 3)
-    assert output.published_uri == f"file://{tmp_path}/store/results" and (tmp_path / "store" / "results" / "adapter_config.json").exists()
-    comparison = json.loads(stored(tmp_path, "evaluation/model_comparison.json").read_text())
-    predictions = [json.loads(line) for line in stored(tmp_path, "evaluation/predictions.jsonl").read_text().splitlines()]
-    assert evaluation.comparison_uri == f"file://{stored(tmp_path, 'evaluation/model_comparison.json')}"
-    assert [row["finetuned_model_response"] for row in comparison["comparisons"]] == [row["assistant_response"] for row in predictions]
-    assert [row["label"] for row in comparison["comparisons"]] == [row["ground_truth"] for row in predictions]
-    assert comparison["metadata"]["prompts_file"] == "test set" and comparison["metadata"]["generation_params"]["max_new_tokens"] == 8
-    assert {row["base_model_response"] for row in comparison["comparisons"]} != {row["finetuned_model_response"] for row in comparison["comparisons"]}
 
 
 def test_a_failed_gate_keeps_the_model_and_publishes_nothing_in_every_attempt(model: Path, tmp_path: Path) -> None:

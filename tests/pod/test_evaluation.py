@@ -40,9 +40,10 @@ def stored(folder: Path, key: str) -> Path:
     return folder / "store" / "team" / "job" / UID / key
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.faults)])
-def test_a_pod_measures_its_model_and_writes_its_answers(method: str, model: Path, tmp_path: Path) -> None:
-    with evaluating_pod(tmp_path, model, {"method": {"type": method}, "phases": {"infer": True}}) as pod:
+@pytest.mark.faults
+def test_a_pod_measures_a_model_without_adapter_and_writes_its_answers(model: Path, tmp_path: Path) -> None:
+    """`test_stages.py` tests the same with an adapter."""
+    with evaluating_pod(tmp_path, model, {"method": {"type": "full"}, "phases": {"infer": True}}) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     assert message.output is not None and message.output.evaluation is not None and message.evaluation is not None

@@ -1,4 +1,4 @@
-"""Pods send their values to trackers: each step once, also after a kill and a resume that repeats steps."""
+"""Pods send their values to trackers. `test_resumed_run.py` tests TensorBoard after a kill and a resume that repeats steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from finetune_api.names import ExitCode
 from finetune_api.pod import StoreTarget
 from pod_harness import UID, Pod, merge, run_config, write_rows
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.tiny import make_tiny_model
 from tests.support.wandb_file import history, summary
@@ -40,41 +39,6 @@ def stored(folder: Path, key: str) -> Path:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stored(folder, "metrics/log.jsonl").read_text().splitlines()]
-
-
-def read_events(folder: Path) -> EventAccumulator:
-    runs = list(stored(folder, "tracking/tensorboard").iterdir())
-    assert len(runs) == 1
-    events = EventAccumulator(str(runs[0]), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-    events.Reload()
-    return events
-
-
-def test_each_step_is_in_tensorboard_once_after_a_kill(model: Path, tmp_path: Path) -> None:
-    spec = {
-        "evaluation": {"metrics": ["perplexity"]}, "output": {"runName": {"prefix": "sums-", "name": "Run 1"}},
-        "tracking": {"systemMetrics": True},
-    }  # fmt: skip
-    with tracked_pod(tmp_path, model, spec) as killed:
-        killed.wait_committed(10)
-        killed.kill()
-    with tracked_pod(tmp_path, model, spec, attempt=2) as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    message = resumed.termination_message()
-    assert message.resumed_from_step is not None and message.resumed_from_step >= 10
-    events = read_events(tmp_path)
-    assert [path.name for path in stored(tmp_path, "tracking/tensorboard").iterdir()] == ["sums-run-1"]
-    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    expected = [(line["step"], line["loss"]) for line in logged(tmp_path) if "loss" in line]
-    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert losses == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
-    perplexity = message.evaluation.metrics["perplexity"].value  # type: ignore[union-attr,index]
-    assert [(event.step, event.value) for event in events.Scalars("evaluate/perplexity")] == [(STEPS, pytest.approx(perplexity))]
-    samples = [json.loads(line) for line in stored(tmp_path, "metrics/system_metrics.jsonl").read_text().splitlines()]
-    assert samples and samples[0]["values"]["system/system_memory_usage_megabytes"] > 0
-    assert [event.step for event in events.Scalars("system/cpu_utilization_percentage")] == sorted({line["seconds"] for line in samples})
-    state = json.loads(stored(tmp_path, "run/trackers.json").read_text())["trackers"]["tensorboard"]
-    assert state["hasEnded"] and state["address"].endswith("tracking/tensorboard/sums-run-1") and state["problem"] is None
 
 
 def test_wandb_files_are_written_offline_without_a_home_folder(model: Path, tmp_path: Path) -> None:

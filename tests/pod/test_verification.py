@@ -1,14 +1,12 @@
-"""Pods that verify their stored model: it is loaded by transformers and PEFT, and computes the values of the trained model."""
+"""Pods whose stored model differs from the trained model, or that are stopped while they verify it. `test_stages.py` tests a model that is equal."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from finetune_api.names import ExitCode, FailureClass
 from finetune_api.pod import StoreTarget
 from finetune_api.status import Stage, Verification, VerificationOutcome
@@ -47,32 +45,6 @@ def verification_of(pod: Pod) -> Verification:
 
 def stored(folder: Path, key: str) -> Path:
     return folder / "store" / "team" / "job" / UID / key
-
-
-def test_a_pod_proves_that_its_stored_model_computes_what_was_trained(model: Path, tmp_path: Path) -> None:
-    spec = {"output": {"serving": ["vllm"], "dir": "results", "layout": "flat"}}
-    with verifying_pod(tmp_path, model, spec) as pod:
-        assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    found = verification_of(pod)
-    assert (found.result, found.rows) == (VerificationOutcome.VERIFIED, TEST_ROWS)
-    assert found.tokens == len(labelled_tokens(tmp_path))
-    (artefact,) = found.artefacts
-    assert (artefact.artefact, artefact.result, artefact.reason, artefact.tolerance) == ("adapter", VerificationOutcome.VERIFIED, None, 1e-3)
-    assert artefact.difference is not None and artefact.difference <= 1e-5
-    assert artefact.change_from_base is not None and artefact.change_from_base > 0.01
-    assert stored(tmp_path, "run/stages/verifying.json").exists()
-    deployment = next(yaml.safe_load_all(stored(tmp_path, "serving/vllm.yaml").read_text()))
-    output = pod.termination_message().output
-    assert output is not None and output.uri in deployment["spec"]["template"]["spec"]["initContainers"][0]["args"]
-    assert (tmp_path / "store" / "results" / "vllm.yaml").exists()
-    # The rows of the user's data are beside the model, not in the folder that is published.
-    assert len(list(stored(tmp_path, "run").glob("reference-values-*.json"))) == 1
-    assert not list(stored(tmp_path, "model").rglob("reference-values*"))
-
-
-def labelled_tokens(folder: Path) -> list[float]:
-    (file,) = stored(folder, "run").glob("reference-values-*.json")
-    return [value for row in json.loads(file.read_text())["rows"] for value in row["values"]]
 
 
 SABOTAGE = """

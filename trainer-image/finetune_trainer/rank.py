@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -63,6 +64,7 @@ def _train(run: RunConfig, channel: Channel) -> None:
     module: ModuleType = importlib.import_module(os.environ.get(TRAINER_MODULE_VARIABLE, "finetune_trainer.train"))
     if hasattr(module, "preload"):
         module.preload(run)
+    gc.freeze()  # accelerate collects garbage when a training begins, and would examine the million objects of the libraries
     channel.send_message("ready")
     inputs = channel.wait_inputs()
     module.main(run, channel, inputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pod.cli.test_run_local import JOB, run_finetune
+from tests.pod.cli.test_run_local import JOB, WITHOUT_VERIFICATION, run_finetune
 from tests.support.lineage import edit_json
 from tests.support.tiny import make_tiny_model
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(24)]
     (root / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
     (root / "job.yaml").write_text(JOB, encoding="utf-8")
-    result = run_finetune(root, "run", "job.yaml", "--local", "-o", "out", "--set", "training.seed=3")
+    result = run_finetune(root, "run", "job.yaml", "--local", "-o", "out", "--set", "training.seed=3", *WITHOUT_VERIFICATION)
     assert result.returncode == 0, result.stderr
     return root
 

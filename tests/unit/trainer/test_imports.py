@@ -21,13 +21,26 @@ def test_every_bitsandbytes_optimizer_imports_bitsandbytes(tmp_path: Path) -> No
     assert not imports.needs_bitsandbytes(run)
 
 
-def test_ranks_never_import_trackers(tmp_path: Path) -> None:
+def test_ranks_never_import_trackers_and_no_garbage_is_collected_during_imports(tmp_path: Path) -> None:
     """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s. Another process sends values to trackers."""
     run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}})
     program = (
-        "import sys; from pathlib import Path; from finetune_api.pod import RunConfig; from finetune_trainer import imports; "
-        "imports.preload(RunConfig.model_validate_json(sys.stdin.read()), 'finetune_trainer.objective.grpo'); "
-        "print([sys.modules.get(name) for name in ('wandb', 'mlflow')])"
+        "import gc, sys; from finetune_api.pod import RunConfig; from finetune_trainer import imports; "
+        "run = RunConfig.model_validate_json(sys.stdin.read()); collections = gc.get_stats()[2]['collections']; "
+        "imports.preload(run, 'finetune_trainer.objective.grpo'); "
+        "found = gc.get_stats()[2]['collections'] - collections, gc.isenabled(), gc.get_freeze_count(); "
+        "print([sys.modules.get(name) for name in ('wandb', 'mlflow')], *found)"
     )
     done = subprocess.run([sys.executable, "-c", program], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[None, None]"]), done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[None, None] 0 True 0"]), done.stderr
+
+
+def test_rouge_imports_nltk_without_scipy_and_scikit_learn() -> None:
+    """nltk would import both for functions that no metric uses, which takes two seconds. Both can be imported later."""
+    program = (
+        "import sys; from finetune_trainer.evaluation import text_metrics as metrics; from finetune_trainer.evaluation.predictions import Prediction; "
+        "answer = Prediction(system_prompt=None, user_prompt='2 + 2?', assistant_response='It is running', ground_truth='It runs'); "
+        "print(metrics.rouge([answer])['rouge1'].value, sys.modules.get('scipy'), sys.modules.get('sklearn')); import scipy.stats, sklearn"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0.8 None None\n"), done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune_trainer.evaluation.predictions import Prediction, rows_with_reference
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
+from finetune_trainer.imports import hide_temporarily
 
 NO_REFERENCE = "no row of the predictions has a ground_truth"
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
@@ -87,7 +88,9 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     scored = rows_with_reference(predictions)
     if not scored:
         return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
-    from rouge_score.rouge_scorer import RougeScorer
+    # nltk is needed for its stemmer only. It would spend two seconds on importing scipy and scikit-learn for other functions.
+    with hide_temporarily("scipy", "sklearn", unless_imported="nltk"):
+        from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=_RougeTokenizer())
     rows: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}

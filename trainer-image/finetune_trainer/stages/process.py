@@ -18,6 +18,7 @@ from finetune_api.status import Stage
 
 from finetune_trainer.channel import Channel
 from finetune_trainer.failure import classify_error
+from finetune_trainer.imports import garbage_collection_paused
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
@@ -54,7 +55,9 @@ def run_and_report(folder: Path, channel: Channel) -> int:
         if inputs is None:
             raise InternalError("InputsMissing", "the inputs were not downloaded before the stage began")
         channel.report_stage(task.stage)
-        result = importlib.import_module(STAGE_MODULES[task.stage]).run_stage(run, channel, inputs, task, folder)
+        with garbage_collection_paused():
+            module = importlib.import_module(STAGE_MODULES[task.stage])
+        result = module.run_stage(run, channel, inputs, task, folder)
         (folder / RESULT_FILE).write_text(result.model_dump_json(by_alias=True))
         return ExitCode.OK
     except BaseException as error:

@@ -1,0 +1,159 @@
+"""The files of one run whose first attempt was killed: its metric files, its values in TensorBoard, its lineage statement and its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.lineage import Statement
+from finetune_api.names import REPORT_KEY
+from finetune_api.pod import TerminationMessage
+from pod_harness import UID
+from report_run import KILLED_AFTER, SECRET, STEPS, number_rows, read_json, run_with_report, store_of
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.html_page import Element, parse, table
+from tests.support.tiny import make_tiny_model
+
+SPEC: dict[str, Any] = {
+    "checkpoint": {"keep": 2}, "output": {"runName": {"prefix": "sums-", "name": "Run 1"}},
+    "tracking": {"reportTo": ["tensorboard"], "systemMetrics": True},
+    "placement": {"env": [{"name": "MY_VALUE", "value": "not-for-others"}]},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """The run after its second attempt."""
+
+    folder: Path
+    model: Path
+    message: TerminationMessage
+    """The termination message of the second attempt."""
+
+    @property
+    def store(self) -> Path:
+        """The run's folder in storage."""
+        return store_of(self.folder)
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """The entries of the log of both attempts."""
+        return [json.loads(line) for line in (self.store / "metrics/log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> ResumedRun:
+    model, folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"), tmp_path_factory.mktemp("run")
+    return ResumedRun(folder, model, run_with_report(folder, model, SPEC))
+
+
+def tensor_shapes(path: Path) -> list[tuple[int, ...]]:
+    """The shapes of all tensors in a file."""
+    with safe_open(path, "pt") as file:
+        return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  a file is not a mapping
+
+
+def test_metric_files_cover_all_attempts(run: ResumedRun) -> None:
+    steps, epochs, final, performance, training = (
+        read_json(run.store / "metrics" / f"{name}.json")
+        for name in ("step_metrics", "epoch_metrics", "final_metrics", "performance_summary", "training_metrics")
+    )
+    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
+    assert steps[0].keys() == {"step", "loss", "learning_rate", "grad_norm", "timestamp"}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", entry["timestamp"]) for entry in steps)
+    assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1)) and epochs[-1]["eval_loss"] is not None
+    assert final["training_summary"]["total_steps"] == STEPS and final["training_summary"]["final_eval_loss"] == epochs[-1]["eval_loss"]
+    assert final["configuration"]["technique"] == "full" and final["configuration"]["batch_size"] == "8"
+    assert performance["trainable_parameters"] == sum(math.prod(shape) for shape in tensor_shapes(run.model / "model.safetensors"))
+    assert performance["training_time_minutes"] * 60 == pytest.approx(final["training_summary"]["total_training_time"])
+    assert len(training["loss_history"]) == STEPS
+    seconds = [entry["training_seconds"] for entry in run.logged]
+    assert seconds == sorted(seconds)
+    test_rows = [json.loads(line) for line in (run.store / "metrics/test_split.jsonl").read_text().splitlines()]
+    assert len(test_rows) == 23 and all(row in number_rows() for row in test_rows)
+
+
+def test_each_step_is_in_tensorboard_once(run: ResumedRun) -> None:
+    (folder,) = (run.store / "tracking/tensorboard").iterdir()
+    assert folder.name == "sums-run-1"
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [(line["step"], line["loss"]) for line in run.logged if "loss" in line]
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert losses == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+    perplexity = run.message.evaluation.metrics["perplexity"].value  # type: ignore[union-attr,index]
+    assert [(event.step, event.value) for event in events.Scalars("evaluate/perplexity")] == [(STEPS, pytest.approx(perplexity))]
+    samples = [json.loads(line) for line in (run.store / "metrics/system_metrics.jsonl").read_text().splitlines()]
+    assert samples and samples[0]["values"]["system/system_memory_usage_megabytes"] > 0
+    assert [event.step for event in events.Scalars("system/cpu_utilization_percentage")] == sorted({line["seconds"] for line in samples})
+    state = read_json(run.store / "run/trackers.json")["trackers"]["tensorboard"]
+    assert state["hasEnded"] and state["address"].endswith("tracking/tensorboard/sums-run-1") and state["problem"] is None
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_lineage_statement_describes_all_attempts_the_inputs_and_every_file(run: ResumedRun) -> None:
+    output = run.message.output
+    assert output is not None and output.lineage_uri == f"file://{run.store}/lineage/statement.json"
+    text = (run.store / "lineage/statement.json").read_text()
+    statement = Statement.model_validate_json(text)
+    files = {path.name: sha256(path) for path in Path((output.uri or "").removeprefix("file://")).iterdir()}
+    assert {one.name: one.digest["sha256"] for one in statement.subject} == files and len(statement.subject) == len(files)
+    dependencies = {one.name: one.digest.get("sha256") for one in statement.predicate.build_definition.resolved_dependencies}
+    assert dependencies["dataset.train/sums-and-products.jsonl"] == sha256(run.folder / "sums-and-products.jsonl")
+    assert dependencies["model.source/model.safetensors"] == sha256(run.model / "model.safetensors")
+    assert statement.job == f"team-a/sums-bot/{UID}" and statement.run.step == STEPS and statement.spec["training"]["seed"] == 42
+    assert run.message.resumed_from_step is not None and run.message.resumed_from_step >= KILLED_AFTER
+    assert [(one.attempt, one.resumed_from_step) for one in statement.run.attempts] == [(1, None), (2, run.message.resumed_from_step)]
+    assert statement.run.attempts[1].device == "cpu"
+    checkpoints = {one.name: one.digest["sha256"] for one in statement.predicate.run_details.byproducts}
+    markers = {f"checkpoints/{path.parent.name}": read_json(path)["manifestSha256"] for path in run.store.glob("checkpoints/*/_COMMITTED")}
+    assert checkpoints == markers and len(markers) == 2
+    assert "not-for-others" not in text and statement.spec["placement"]["env"] == [{"name": "MY_VALUE"}]
+    versions = statement.predicate.run_details.builder.version
+    assert {"python", "torch", "transformers", "peft", "trl"} <= versions.keys()
+
+
+def badge(page: Element) -> str:
+    return next(element.full_text for element in page.all("span") if "badge" in element.attributes.get("class", ""))
+
+
+def test_the_report_covers_all_steps_and_attempts(run: ResumedRun) -> None:
+    message, store = run.message, run.store
+    assert message.output is not None and message.output.report_uri == f"file://{store}/{REPORT_KEY}"
+    text = (store / REPORT_KEY).read_text()
+    page = parse(text)
+    assert badge(page) == "Completed" and SECRET not in text
+    attempts = table(page, "Attempts of the run")
+    resumed_at = int(attempts[2][3])
+    assert [row[0] for row in attempts] == ["attempt", "1", "2"] and attempts[2][4] == str(STEPS) and resumed_at % 20 == 0
+    assert attempts[1][3:5] == ["0", attempts[1][4]] and int(attempts[1][4].removesuffix(" or later")) >= resumed_at
+    assert (attempts[1][6], attempts[2][6]) == ("The pod was killed, and wrote no reason.", "completed")
+    figures = {figure.all("strong")[0].full_text: figure for figure in page.all("figure")}
+    lines = {figure: len(element.all("path")[0].attributes["d"].split("L")) for figure, element in figures.items() if element.all("path")}
+    assert lines["Training loss"] == lines["Learning rate"] == lines["Gradient norm"] == STEPS
+    assert lines["Validation loss"] == STEPS // 10
+    assert figures["Training loss"].all("g", **{"class": "attempts"})[0].full_text == "attempt 2 attempt 2"
+    steps = [row.children[0].full_text for row in figures["Validation loss"].all("tr")[1:]]
+    assert steps == [str(step) for step in range(10, STEPS + 1, 10)]
+    metrics = {row[0]: row[1] for row in table(page, "Evaluation of 23 rows after training")}
+    assert {"loss", "perplexity", "accuracy", "f1", "bleu", "rougeL"} < metrics.keys()
+    assert len(page.all("article")) == 2 * 12, "answers to the test questions, and the same answers beside those of the base model"
+    checks = dict(table(page, "Checks of the training rows"))
+    assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "1")
+    origin = dict(table(page, "Model and inputs"))
+    assert (origin["final model"], origin["sha256 of the model's manifest"]) == (message.output.uri, message.output.sha256)
+    assert {row[0] for row in table(page, "Files of the final model")[1:]} >= {"model.safetensors", "tokenizer.json"}
+    records = [read_json(path) for path in sorted((store / "run/records").iterdir())]
+    assert [(record["attempt"], "endedAt" in record) for record in records] == [(1, False), (2, True)]
