@@ -64,8 +64,12 @@ verify: setup ## Fail if a generated file is out of date or `helm lint` fails fo
 	@$(PY) scripts/generate.py --check
 	@"$$($(PY) scripts/tools.py)" lint --quiet helm/finetune-operator
 
+.PHONY: docs
+docs: setup ## Build the documentation site into build/site; fails for a dead link
+	@$(PY) scripts/docs_site.py
+
 .PHONY: locks
-locks: setup ## Regenerate requirements/{operator,trainer,cli}.lock with the versions of dev.lock
+locks: setup ## Regenerate requirements/{operator,trainer,cli,docs}.lock with the versions of dev.lock
 	@scripts/locks.sh
 
 .PHONY: report-screenshot
@@ -94,7 +98,7 @@ tracker-servers: setup ## Install an MLflow server and build a MongoDB-compatibl
 	@$(PY) -m tests.support.tracker_servers
 
 .PHONY: test-faults
-test-faults: prepare verify tracker-servers browser ## Run the fault tests and the long tests
+test-faults: prepare verify tracker-servers browser docs ## Run the fault tests and the long tests
 	@$(PYTEST) -m "(faults or slow) and not gpu"
 
 .PHONY: test-gpu

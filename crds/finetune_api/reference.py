@@ -18,6 +18,14 @@ from finetune_api.rules import RULES
 from finetune_api.schema import PRINTER_COLUMNS, build_crd
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
+from finetune_api.troubleshooting import (
+    CURE_OF_CONDITION,
+    CURE_OF_EXIT_CODE,
+    CURE_OF_REASON,
+    FAILURE_REMEDIES,
+    RULE_REMEDIES,
+    Remedy,
+)
 
 GENERATED_NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n\n"
 
@@ -30,6 +38,7 @@ def build_pages() -> dict[str, str]:
         "status.md": GENERATED_NOTE + "# FineTuneJob: status\n\n" + _columns_section() + "\n".join(_sections("status", root["status"])),
         "names.md": GENERATED_NOTE + _names_page(),
         "rules.md": GENERATED_NOTE + _rules_page(),
+        "troubleshooting.md": GENERATED_NOTE + _troubleshooting_page(),
     }
 
 
@@ -127,6 +136,57 @@ def _rules_page() -> str:
             "| field | what to write |", "|---|---|", *unsupported, "",
         ]
     )  # fmt: skip
+
+
+TROUBLESHOOTING_INTRODUCTION = """\
+# Troubleshooting
+
+## Where to look first
+
+1. `finetune status JOB` shows the phase, the conditions, the attempts and the failure with its code and hint. Without the command line, use
+   `kubectl describe finetunejob JOB`.
+2. `finetune logs JOB` shows the logs of the newest attempt.
+3. Look up the reason, the exit code or the failure code on this page.
+4. `finetune support-bundle JOB` writes an archive for a bug report, without Secrets. Check it before you share it.
+
+`status.failure.code` has a code of one of the tables "Failure codes" or, if the trainer repeats a check of the spec, of "Rules". If the code is not on
+this page, it is the name of a Python exception, `ExitCode` with a number, or the name that Kubernetes gives to the end of a pod (for example
+`EvictionByEvictionAPI`). The message then has the words of the library or of Kubernetes.
+"""
+
+
+def _troubleshooting_page() -> str:
+    parts = [
+        TROUBLESHOOTING_INTRODUCTION,
+        _cure_table("Conditions", names.Condition, {key.value: text for key, text in CURE_OF_CONDITION.items()}),
+        _cure_table("Reasons of conditions, attempts and events", names.Reason, {key.value: text for key, text in CURE_OF_REASON.items()}),
+        _exit_cure_table(),
+        *(_remedy_table(f"Failure codes: {subject}", remedies) for subject, remedies in FAILURE_REMEDIES.items()),
+        _remedy_table("Rules: why a spec is refused", RULE_REMEDIES),
+    ]
+    return "\n".join(parts)
+
+
+def _cure_table(title: str, enum_class: type[Enum], cures: dict[str, str]) -> str:
+    meanings = member_docs(enum_class)
+    rows = [f"| `{member.value}` | {_escape_cell(meanings[member.name])} | {_escape_cell(cures[member.value])} |" for member in enum_class]
+    return "\n".join([f"## {title}\n", "| name | meaning or cause | what to do |", "|---|---|---|", *rows, ""])
+
+
+def _exit_cure_table() -> str:
+    meanings = member_docs(names.ExitCode)
+    cures = {int(code): text for code, text in CURE_OF_EXIT_CODE.items()} | {int(code): policy.default_hint for code, policy in EXIT_POLICIES.items()}
+    rows = [f"| {code:d} | {_escape_cell(meanings[code.name])} | {_escape_cell(_sentence(cures[code]))} |" for code in names.ExitCode]
+    return "\n".join(["## Exit codes of a pod\n", "| code | cause | what to do |", "|---|---|---|", *rows, ""])
+
+
+def _remedy_table(title: str, remedies: tuple[Remedy, ...]) -> str:
+    rows = [f"| `{row.code}` | {_escape_cell(row.cause)} | {_escape_cell(row.cure)} |" for row in sorted(remedies, key=lambda row: row.code)]
+    return "\n".join([f"## {title}\n", "| code | cause | cure |", "|---|---|---|", *rows, ""])
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].rstrip(".") + "."
 
 
 def main() -> None:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from finetune_cli.main import app
+from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
+
+
+RunFinetune = Callable[[list[str]], Result]
+
+
+@pytest.fixture(scope="session")
+def run_finetune() -> RunFinetune:
+    """Runs `finetune` with arguments in this process. The result has the exit code and everything that was printed."""
+    return lambda arguments: CliRunner().invoke(app, arguments)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def read_yaml_blocks() -> list[tuple[str, dict[str, Any]]]:
     """Read the YAML blocks of the README and the quickstart. Returns (page, block) pairs."""
     yaml_blocks = []
     for page in ("README.md", "docs/guides/quickstart.md"):
-        texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
+        texts = re.findall(r"^```yaml[^\n]*\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
         yaml_blocks += [(page, yaml.safe_load(text)) for text in texts]
     return yaml_blocks
 

@@ -14,8 +14,20 @@ from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
 from finetune_api.sources import S3Source, parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import unsupported_fields
+from finetune_operator.policies.acceptance import AcceptedSpec, accept
+from finetune_operator.settings import parse_config
 
-EXAMPLE_FILES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
+from tests.unit.delivery.conftest import RunFinetune
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+TOPICS = ("methods", "sources", "cluster", "results")
+"""Folders of examples beside those in `examples/` itself, which the e2e tests run."""
+EXAMPLE_FILES = sorted([*EXAMPLES.glob("*.yaml"), *(path for topic in TOPICS for path in (EXAMPLES / topic).glob("*.yaml"))])
+OPERATOR_CONFIG = {
+    "trainer": {"image": "registry.example.com/trainer:1"},
+    "storage": {"uri": "s3://finetune/jobs"},
+    "nodePools": [{"name": "h100", "default": True, "gpusPerNode": 8}],
+}
 
 
 def jobs(path: Path) -> list[dict[str, Any]]:
@@ -35,17 +47,36 @@ def test_example_passes_all_checks(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
+def test_operator_accepts_the_example(path: Path) -> None:
+    (job,) = jobs(path)
+    decision = accept(job["spec"], parse_config(OPERATOR_CONFIG, "test"))
+    assert isinstance(decision, AcceptedSpec), decision
+
+
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
+def test_example_begins_with_a_comment(path: Path) -> None:
+    assert re.match(r"# .{40,}", path.read_text("utf-8"))
+
+
+def test_offline_validation_accepts_all_examples(run_finetune: RunFinetune) -> None:
+    result = run_finetune(["validate", *map(str, EXAMPLE_FILES)])
+    assert (result.exit_code, result.output.count(": ok\n")) == (0, len(EXAMPLE_FILES)), result.output
+
+
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_data_of_an_example_exists(path: Path) -> None:
     for job in jobs(path):
         source = parse(job["spec"]["dataset"]["train"])
         if isinstance(source, S3Source):
-            assert source.bucket == "datasets"
-            assert (path.parent / "data" / source.key).is_file()
+            assert source.bucket == "datasets" or path.stem == "irsa"
+            assert (EXAMPLES / "data" / source.key).is_file() or path.stem == "irsa"
 
 
 def test_readme_lists_each_example(root: Path) -> None:
     text = (root / "examples/README.md").read_text("utf-8")
-    assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(path.name for path in EXAMPLE_FILES)
+    assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(
+        path.relative_to(EXAMPLES).as_posix() for path in EXAMPLE_FILES
+    )
 
 
 def test_all_answers_of_the_quickstart_data_have_the_same_style(root: Path) -> None:

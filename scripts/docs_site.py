@@ -1,0 +1,55 @@
+"""Build the documentation site with `mkdocs build --strict`, in an environment of its own. The first run installs the packages of requirements/docs.lock."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from localcluster.paths import cache_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements/docs.lock"
+
+
+def ensure_mkdocs() -> Path:
+    """Install the locked packages unless they are installed. Returns the interpreter of their environment."""
+    digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"docs-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / "docs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
+            subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
+            subprocess.run([uv, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", LOCK], check=True)
+            ready.touch()
+    return python
+
+
+def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Write the site into a folder. The exit code is not 0 if a link is dead or a page has no place in the navigation."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"NO_MKDOCS_2_WARNING": "1"}  # the theme would print a text about another program
+    # With --quiet, mkdocs would not count warnings, so that --strict would have no effect.
+    command: list[str | Path] = [ensure_mkdocs(), "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def main() -> int:
+    """Build the site into build/site. Returns mkdocs' exit code."""
+    folder = ROOT / "build/site"
+    done = build_site(folder)
+    if done.returncode:
+        sys.stderr.write(done.stdout + done.stderr)
+    else:
+        print(f"the documentation is in {folder.relative_to(ROOT)}/index.html; `python3 -m http.server -d {folder.relative_to(ROOT)}` serves it")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The examples that a CPU can train, with a tiny model: `finetune run --local` runs each of them to its end."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from finetune_api.names import KIND
+from finetune_api.sources import S3Source, parse
+
+from tests.pod.cli.test_run_local import run_finetune
+from tests.support.tiny import make_tiny_model
+
+pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(300)]
+EXAMPLES = Path(__file__).parents[3] / "examples"
+LOCAL_EXAMPLES = ("methods/instruction-lora", "methods/dpo", "methods/grpo", "methods/spectrum", "sources/csv-from-configmap", "results/tracking")
+"""Examples that need neither a GPU nor a server. MLflow is left out of `results/tracking`."""
+OPTIONS = {"results/tracking": ["--set", "tracking.reportTo=[tensorboard]", "--set", "tracking.mlflow=null", "--set", "placement=null"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("examples")
+    make_tiny_model(root / "tiny")
+    return root
+
+
+def local_options(folder: Path, path: Path) -> list[str]:
+    """Return the options that replace the address of the model and the data, and write the ConfigMaps of the file into folders."""
+    documents = list(yaml.safe_load_all(path.read_text("utf-8")))
+    (job,) = (document for document in documents if document["kind"] == KIND)
+    options = ["--set", f"model.source=file://{folder}/tiny"]
+    source = parse(job["spec"]["dataset"]["train"])
+    if isinstance(source, S3Source):
+        options += ["--set", f"dataset.train=file://{EXAMPLES}/data/{source.key}"]
+    for document in documents:
+        if document["kind"] == "ConfigMap":
+            name = document["metadata"]["name"]
+            (folder / name).mkdir(exist_ok=True)
+            for key, text in document["data"].items():
+                (folder / name / key).write_text(text, "utf-8")
+            options += ["--config-map", f"{name}={folder / name}"]
+    return options
+
+
+@pytest.mark.parametrize("name", LOCAL_EXAMPLES)
+def test_example_trains(folder: Path, name: str) -> None:
+    path = EXAMPLES / f"{name}.yaml"
+    job_name = path.stem
+    options = [*local_options(folder, path), "--set", "dataset.maxSequenceLength=128", *OPTIONS.get(name, [])]
+    result: subprocess.CompletedProcess[str] = run_finetune(folder, "run", str(path), "--local", "-o", f"out-{job_name}", *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"{job_name}: done, the model is in file://" in result.stdout
+    assert len(list((folder / f"out-{job_name}").rglob("model/_COMMITTED"))) == 1

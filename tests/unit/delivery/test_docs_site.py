@@ -1,0 +1,31 @@
+"""The documentation site builds without a warning, and its pages load nothing from another server."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
+CSS_URL = re.compile(r"url\([\"']?((?:https?:)?//[^)\"']+)")
+
+
+@pytest.mark.slow  # the first run installs the packages of the site
+@pytest.mark.timeout(300)
+def test_site_has_no_dead_links_and_loads_nothing_from_other_servers(tmp_path: Path) -> None:
+    import docs_site
+
+    done = docs_site.build_site(tmp_path / "site")
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 60
+    loaded = {address for page in pages for address in LOADED.findall(page.read_text("utf-8"))}
+    loaded |= {address for sheet in (tmp_path / "site").rglob("*.css") for address in CSS_URL.findall(sheet.read_text("utf-8"))}
+    assert loaded == set()
+
+
+def test_lock_of_the_site_has_no_addresses(root: Path) -> None:
+    text = (root / "requirements/docs.lock").read_text("utf-8")
+    assert re.findall(r"https?://|--index-url|--extra-index-url|--find-links", text) == []
+    assert text.count("--hash=sha256:") >= text.count("==") > 20
