@@ -35,7 +35,7 @@ browser: setup ## Install a headless Chromium for the tests of reports (needs ro
 	@$(PY) scripts/report_screenshots.py --install
 
 .PHONY: tools
-tools: setup ## Build Helm from its Go module and print its path
+tools: setup ## Build Helm and helm-docs from their Go modules and print the path of Helm
 	@$(PY) scripts/tools.py
 
 .PHONY: images
@@ -62,7 +62,7 @@ generate: setup ## Generate the CRD, the chart's copy of it and the reference pa
 .PHONY: verify
 verify: setup ## Fail if a generated file is out of date or `helm lint` fails for the chart
 	@$(PY) scripts/generate.py --check
-	@"$$($(PY) scripts/tools.py)" lint --quiet helm/finetune-operator
+	@"$$($(PY) scripts/tools.py)" lint --quiet --set imageRegistry=registry.example.com helm/finetune-operator
 
 .PHONY: docs
 docs: setup ## Build the documentation site into build/site; fails for a dead link

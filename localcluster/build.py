@@ -76,6 +76,7 @@ PROGRAM_BY_NAME = {
         Program("pause"),
         Program("testbox"),
         Program("mongodb", "github.com/FerretDB/FerretDB", "about 2 minutes"),
+        Program("verdicts", "github.com/fluxcd/cli-utils"),
     )
 }
 

@@ -1,53 +1,68 @@
 """Create the JSON schema of the chart's values. The schema rejects unknown keys.
 
-The chart's own keys are defined here. The schema of the operator's settings is generated from the models in `finetune_operator.settings`. If
-the operator would reject a value, Helm therefore rejects it before it installs anything.
+The types of the chart's own keys are defined here; their descriptions are the comments of values.yaml. The schema of the operator's settings is
+generated from the models in `finetune_operator.settings`. If the operator would reject a value, Helm therefore rejects it before it installs
+anything.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
-from finetune_operator.config_types import ANNOTATIONS_SCHEMA, LABELS_SCHEMA, QUANTITY_SCHEMA
+from finetune_operator.config_types import (
+    ANNOTATIONS_SCHEMA,
+    DNS_SUBDOMAIN,
+    ENV_NAME_PATTERN,
+    LABELS_SCHEMA,
+    QUANTITY_SCHEMA,
+)
 from finetune_operator.settings import OperatorConfig
 
 Schema = dict[str, Any]
 
+VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/values.yaml"
 FIELDS_SET_BY_CHART = ("namespaces", "trainer", "storage", "resources", "nodePools", "leaderElection", "log", "http")
 """Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
 
 
-def closed_object_schema(properties: dict[str, Schema], description: str = "", required: tuple[str, ...] = ()) -> Schema:
+def closed_object_schema(properties: dict[str, Schema], required: tuple[str, ...] = ()) -> Schema:
     """Schema of an object that allows no keys except `properties`."""
-    make_values_schema: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
-    keywords_if_set = {"description": description, "required": [*required]}
-    return make_values_schema | {key: value for key, value in keywords_if_set.items() if value}
+    schema: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
+    return schema | ({"required": [*required]} if required else {})
 
 
-def string_schema(description: str = "", **keywords: Any) -> Schema:
+def string_schema(**keywords: Any) -> Schema:
     """Schema of a string with further JSON schema keywords."""
-    return {"type": "string", **({"description": description} if description else {}), **keywords}
+    return {"type": "string", **keywords}
 
 
-def array_schema(items: Schema, description: str) -> Schema:
-    return {"type": "array", "items": items, "description": description}
+def array_schema(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
 
 
-def open_object_schema(description: str) -> Schema:
-    """Schema of an object with any content. Only the API server validates the content."""
-    return {"type": "object", "description": description}
+OPEN_OBJECT: Schema = {"type": "object"}
+"""Schema of an object with any content. Only the API server validates the content."""
+BOOLEAN: Schema = {"type": "boolean"}
+STRING: Schema = {"type": "string"}
+OBJECT_NAME = string_schema(pattern=rf"^({DNS_SUBDOMAIN})?$", maxLength=253)
+"""Name of a Kubernetes object, or the empty string."""
+DURATION = string_schema(pattern="^([0-9]+(ms|[smhd]))*$")
+"""A duration of Prometheus such as 30s, or the empty string."""
+PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
+COUNT_OR_PERCENTAGE: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]{1,2}%|100%)?$"}]}
 
 
-def image_schema(image_user: str) -> Schema:
+def image_schema() -> Schema:
     """Schema of an image: repository, tag, digest and pull policy."""
     return closed_object_schema(
         {
-            "repository": string_schema("Image repository, without a tag.", minLength=1),
-            "tag": string_schema("Image tag; ignored if `digest` is set."),
-            "digest": string_schema("Image digest, sha256:..., or empty to use the tag.", pattern="^(sha256:[0-9a-f]{64})?$"),
-            "pullPolicy": string_schema("Image pull policy.", enum=["Always", "IfNotPresent", "Never"]),
+            "repository": string_schema(pattern=r"^[a-z0-9]([-a-z0-9._/]|:[0-9]+/)*$"),
+            "tag": string_schema(pattern=r"^([A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?$"),
+            "digest": string_schema(pattern="^(sha256:[0-9a-f]{64})?$"),
+            "pullPolicy": string_schema(enum=["Always", "IfNotPresent", "Never"]),
         },
-        f"Image of {image_user}.",
         ("repository",),
     )
 
@@ -104,70 +119,156 @@ def _without_null(schema: Schema) -> Schema:
 
 
 def trainer_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `trainer`: the operator's `trainer` section, but the image is split into parts, and `resources` is added."""
+    """Schema of `trainer`: the operator's `trainer` section, but the image is split into parts, `resources` is added, and `openshift` sets `fixedUser`."""
     fields = dict(settings.field_schema("trainer")["properties"])
     fields.pop("imagePullPolicy")
-    fields["image"] = image_schema("the training pods")
+    fields.pop("fixedUser")
+    fields["image"] = image_schema()
     for name in ("serviceAccountName", "priorityClassName"):
         # Also allow the empty string: it is the chart's default and means that the chart does not set the field.
         pattern = "^$|" + fields[name].pop("pattern")
         fields[name] |= {"pattern": pattern}
     fields["resources"] = settings.field_schema("resources")
-    return closed_object_schema(fields, "Settings of the training pods.")
+    return closed_object_schema(fields)
 
 
 def leader_election_schema(settings: SettingsSchema) -> Schema:
     """Schema of `leaderElection`, without the Lease's name and namespace: the chart derives them from the release."""
     fields = settings.field_schema("leaderElection")["properties"]
     user_fields = {name: field for name, field in fields.items() if name not in ("leaseName", "leaseNamespace")}
-    return closed_object_schema(user_fields, "Leader election with a Lease: only the leader reconciles.")
+    return closed_object_schema(user_fields)
 
 
 def container_resources_schema() -> Schema:
     """Schema of `resources`."""
     quantities_schema = {"type": "object", "additionalProperties": QUANTITY_SCHEMA}
-    return closed_object_schema({"requests": quantities_schema, "limits": quantities_schema}, "Container resources of the operator.")
+    return closed_object_schema({"requests": quantities_schema, "limits": quantities_schema})
+
+
+def env_schema() -> Schema:
+    """Schema of one entry of a container's `env`."""
+    return closed_object_schema({"name": string_schema(pattern=ENV_NAME_PATTERN), "value": STRING, "valueFrom": OPEN_OBJECT}, ("name",))
+
+
+def named_object_schema(*required: str) -> Schema:
+    """Schema of an object with required string fields and any other fields."""
+    return {"type": "object", "properties": {name: string_schema(minLength=1) for name in required}, "required": [*required]}
+
+
+def monitor_schema() -> Schema:
+    """Schema of `metrics.serviceMonitor` and `metrics.podMonitor`."""
+    relabelings = array_schema(OPEN_OBJECT)
+    return closed_object_schema({
+        "enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA, "interval": DURATION, "scrapeTimeout": DURATION,
+        "relabelings": relabelings, "metricRelabelings": relabelings,
+    })  # fmt: skip
+
+
+def metrics_schema() -> Schema:
+    """Schema of `metrics`."""
+    place = {"enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA}
+    service = {"enabled": BOOLEAN, "port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}
+    rules = {"alertLabels": {"type": "object", "additionalProperties": STRING}, "disabledAlerts": array_schema(STRING), "extraRules": array_schema(OPEN_OBJECT)}
+    return closed_object_schema({
+        "service": closed_object_schema(service),
+        "serviceMonitor": monitor_schema(),
+        "podMonitor": monitor_schema(),
+        "prometheusRule": closed_object_schema(place | rules),
+        "grafanaDashboard": closed_object_schema(place | {"annotations": ANNOTATIONS_SCHEMA}),
+    })  # fmt: skip
+
+
+def network_policy_schema() -> Schema:
+    """Schema of `networkPolicy`."""
+    rules = array_schema(OPEN_OBJECT)
+    cidr = string_schema(pattern="^[0-9a-fA-F.:]+/[0-9]{1,3}$")
+    return closed_object_schema({
+        "enabled": BOOLEAN, "apiServerPorts": array_schema(PORT) | {"minItems": 1}, "apiServerCidrs": array_schema(cidr),
+        "metricsFrom": rules, "extraIngress": rules, "extraEgress": rules,
+    })  # fmt: skip
+
+
+def operator_pod_schemas(settings: SettingsSchema) -> dict[str, Schema]:
+    """Schemas of the values that become fields of the operator's pods."""
+    toleration = settings.field_schema("nodePools")["items"]["properties"]["tolerations"]["items"]
+    return {
+        "resources": container_resources_schema(),
+        "podSecurityContext": OPEN_OBJECT,
+        "securityContext": OPEN_OBJECT,
+        "extraEnv": array_schema(env_schema()),
+        "extraVolumes": array_schema(named_object_schema("name")),
+        "extraVolumeMounts": array_schema(named_object_schema("name", "mountPath")),
+        "nodeSelector": LABELS_SCHEMA,
+        "tolerations": array_schema(toleration),
+        "affinity": OPEN_OBJECT,
+        "topologySpreadConstraints": array_schema(named_object_schema("topologyKey", "whenUnsatisfiable")),
+        "priorityClassName": OBJECT_NAME,
+        "runtimeClassName": OBJECT_NAME,
+        "podLabels": LABELS_SCHEMA,
+        "podAnnotations": ANNOTATIONS_SCHEMA,
+        "podDisruptionBudget": closed_object_schema(
+            {"enabled": BOOLEAN, "minAvailable": COUNT_OR_PERCENTAGE, "maxUnavailable": COUNT_OR_PERCENTAGE}
+        ),
+    }
 
 
 def make_values_schema() -> Schema:
     """Return the content of values.schema.json."""
     settings = SettingsSchema()
-    boolean_schema = {"type": "boolean"}
-    node_pools = settings.field_schema("nodePools")
     properties = {
-        "image": image_schema("the operator"),
-        "imagePullSecrets": array_schema(string_schema(), "Names of the Secrets for pulling the operator's image."),
-        "replicas": {"type": "integer", "minimum": 0, "maximum": 10, "description": "Number of operator pods; only the leader reconciles."},
+        "imageRegistry": string_schema(pattern=r"^([a-z0-9]([-a-z0-9._/]|:[0-9]+)*)?$"),
+        "image": image_schema(),
+        "imagePullSecrets": array_schema(string_schema(pattern=rf"^{DNS_SUBDOMAIN}$")),
+        "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
         "leaderElection": leader_election_schema(settings),
-        "watchNamespaces": settings.field_schema("namespaces"),
+        "watchNamespaces": settings.field_schema("namespaces") | {"uniqueItems": True},
+        "checkOtherReleases": BOOLEAN,
+        "openshift": BOOLEAN,
         "trainer": trainer_schema(settings),
         "storage": settings.field_schema("storage"),
-        "nodePools": node_pools,
-        "settings": closed_object_schema(settings.schemas_inside_settings(), "Further settings of the operator."),
+        "nodePools": settings.field_schema("nodePools"),
+        "settings": closed_object_schema(settings.schemas_inside_settings()),
         "log": settings.field_schema("log"),
-        "crds": closed_object_schema(
-            {"enabled": boolean_schema, "keep": boolean_schema},
-            "`enabled`: whether the chart installs the CustomResourceDefinition. `keep`: whether `helm uninstall` keeps it.",
-        ),
-        "rbac": closed_object_schema(
-            {"create": boolean_schema, "aggregate": boolean_schema},
-            "`create`: whether the chart creates the operator's roles and bindings. `aggregate`: whether the roles view, edit and admin include FineTuneJobs.",
-        ),
-        "serviceAccount": closed_object_schema(
-            {"create": boolean_schema, "name": string_schema(), "annotations": ANNOTATIONS_SCHEMA}, "The operator's ServiceAccount."
-        ),
-        "resources": container_resources_schema(),
-        "nodeSelector": LABELS_SCHEMA | {"description": "Labels of the nodes on which the operator may run."},
-        "tolerations": array_schema(
-            node_pools["items"]["properties"]["tolerations"]["items"], "Tolerations of the operator's pods."
-        ),
-        "affinity": open_object_schema("Affinity of the operator's pods."),
-        "priorityClassName": string_schema("Priority class of the operator's pods."),
-        "podLabels": LABELS_SCHEMA | {"description": "Further labels of the operator's pods."},
-        "podAnnotations": ANNOTATIONS_SCHEMA | {"description": "Further annotations of the operator's pods."},
-        "nameOverride": string_schema("Replaces the chart's name in object names and labels."),
-        "fullnameOverride": string_schema("Replaces the release name and the chart's name in object names."),
-        "global": open_object_schema("Values that Helm shares with subcharts; this chart does not use them."),
+        "crds": closed_object_schema({"enabled": BOOLEAN, "keep": BOOLEAN}),
+        "rbac": closed_object_schema({"create": BOOLEAN, "aggregate": BOOLEAN}),
+        "serviceAccount": closed_object_schema({"create": BOOLEAN, "name": OBJECT_NAME, "annotations": ANNOTATIONS_SCHEMA}),
+        **operator_pod_schemas(settings),
+        "networkPolicy": network_policy_schema(),
+        "metrics": metrics_schema(),
+        "tests": closed_object_schema({"enabled": BOOLEAN}),
+        "commonLabels": LABELS_SCHEMA,
+        "extraObjects": array_schema({"type": ["object", "string"]}),
+        "nameOverride": STRING,
+        "fullnameOverride": STRING,
+        "global": OPEN_OBJECT | {"description": "Values that Helm shares with subcharts; this chart does not use them."},
     }
     schema_header = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of finetune-operator"}
-    return schema_header | closed_object_schema(properties)
+    return schema_header | add_descriptions(closed_object_schema(properties), read_value_comments(VALUES_FILE.read_text("utf-8")))
+
+
+def read_value_comments(text: str) -> dict[tuple[str, ...], str]:
+    """Return the text after `# --` in the comment of each key in values.yaml, by the path of the key."""
+    comments: dict[tuple[str, ...], str] = {}
+    path: list[str] = []
+    comment: list[str] = []
+    for line in text.splitlines():
+        if found := re.match(r"^( *)([A-Za-z]\w*):", line):
+            path = [*path[: len(found.group(1)) // 2], found.group(2)]
+            if comment:
+                comments[tuple(path)] = " ".join(comment)
+            comment = []
+        elif found := re.match(r"^ *# -- (.*)", line):
+            comment = [found.group(1)]
+        elif comment and (found := re.match(r"^ *# ([^@].*)", line)):
+            comment.append(found.group(1))
+    return comments
+
+
+def add_descriptions(schema: Schema, comments: dict[tuple[str, ...], str], path: tuple[str, ...] = ()) -> Schema:
+    """Return the schema with the comments of values.yaml as descriptions."""
+    result = dict(schema)
+    if path in comments:
+        result["description"] = comments[path]
+    if any(key[: len(path)] == path and len(key) > len(path) for key in comments):
+        result["properties"] = {name: add_descriptions(sub, comments, (*path, name)) for name, sub in schema["properties"].items()}
+    return result

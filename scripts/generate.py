@@ -1,31 +1,43 @@
 """Write the files that are generated from the models, or check that they are up to date.
 
-The generated files are the CRD, the reference pages, the chart's values schema, and the chart's copy of the CRD. The chart needs a copy,
-because Helm cannot read files outside a chart. `make verify` runs this program with --check.
+The generated files are the CRD, the reference pages, the chart's values schema and README, and the chart's copy of the CRD. The chart needs
+a copy, because Helm cannot read files outside a chart. helm-docs writes the README from the comments of values.yaml. `make verify` runs this
+program with --check.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 from chart_schema import make_values_schema
 from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
+from tools import HELM_DOCS, build_tools
 
 ROOT = Path(__file__).resolve().parent.parent
-CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
+CHART = ROOT / "helm/finetune-operator"
+CRD_FILES = (ROOT / "crds/finetunejobs.yaml", CHART / "files/finetunejobs.yaml")
 REFERENCE_FOLDER = ROOT / "docs/reference"
-VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
+VALUES_SCHEMA = CHART / "values.schema.json"
+
+
+def chart_readme() -> str:
+    """Return the text of the chart's README. Errors: StepFailed if helm-docs cannot be built."""
+    build_tools(HELM_DOCS)
+    command = [HELM_DOCS.path, "--dry-run", "--log-level", "error", "--sort-values-order", "file", "--chart-search-root", CHART]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return text.strip() + "\n"
 
 
 def generate_files() -> dict[Path, str]:
     """Return the text of each generated file."""
     values = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
     reference_pages = {REFERENCE_FOLDER / name: text for name, text in build_pages().items()}
-    return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference_pages
+    return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values, CHART / "README.md": chart_readme()} | reference_pages
 
 
 def main(argv: list[str] | None = None) -> int:

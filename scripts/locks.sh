@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Write the lock files of the images, the command line and the mutation tool, with the package versions of the test environment (dev.lock),
-# and the lock files of the MLflow server for tests and of the documentation site, which need other versions.
+# and the lock files of the MLflow server and checkov for tests, and of the documentation site, which need other versions.
 # The lock files contain no index URLs.
 set -euo pipefail
 cd "$(dirname "$0")/../requirements"
@@ -9,5 +9,6 @@ compile() { "$uv" pip compile -q --generate-hashes --no-emit-index-url --no-head
 for name in operator trainer cli mutants; do
   compile -c dev.lock "$name.in" -o "$name.lock"
 done
-compile mlflow-server.in -o mlflow-server.lock
-compile docs.in -o docs.lock
+for name in mlflow-server checkov docs; do
+  compile "$name.in" -o "$name.lock"
+done

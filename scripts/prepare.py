@@ -11,7 +11,7 @@ from pathlib import Path
 from parallel_steps import Step, StepFailed, run_all
 from rich.console import Console
 from smollm2 import cache_folder
-from tools import HELM
+from tools import HELM, HELM_DOCS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,7 +44,7 @@ def main() -> int:
     """Run all steps. Returns the exit code: 0 after success, 1 if a step failed, 130 after Ctrl-C."""
     console = Console(stderr=True)
     try:
-        run_all([*local_steps(), HELM.step(), model_step()], cache_folder() / "logs", console)
+        run_all([*local_steps(), HELM.step(), HELM_DOCS.step(), model_step()], cache_folder() / "logs", console)
     except StepFailed as error:
         console.print(f"[red]prepare:[/] {error}", highlight=False)
         return 1

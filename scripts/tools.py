@@ -1,4 +1,4 @@
-"""Build Helm and kind from their Go modules into the cache."""
+"""Build Helm, helm-docs, kind and tools of the tests from their Go modules into the cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,31 @@ HELM = GoTool(
     "HELM",
     f"-X helm.sh/helm/v4/internal/version.version={HELM_VERSION}",
 )
+HELM_3_VERSION = "v3.22.0"
+HELM_3 = GoTool(
+    "helm",
+    "helm.sh/helm/v3/cmd/helm",
+    HELM_3_VERSION,
+    "HELM_3",
+    f"-X helm.sh/helm/v3/internal/version.version={HELM_3_VERSION} "
+    # Without these flags, `helm template` and `helm lint` assume Kubernetes 1.20.
+    + " ".join(
+        f"-X helm.sh/helm/v3/pkg/{package}.k8sVersion{part}"
+        for package in ("chartutil", "lint/rules") for part in ("Major=1", "Minor=34")
+    ),
+)  # fmt: skip
+"""Used only by tests of the chart in `make test-faults`."""
+HELM_DOCS = GoTool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs", "v1.14.2", "HELM_DOCS")
 KIND = GoTool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
+
+
+def build_tools(*tools: GoTool) -> None:
+    """Build the programs that do not exist in the cache. Errors: StepFailed."""
+    from parallel_steps import run_all
+    from rich.console import Console
+
+    if missing_tools := [tool for tool in tools if not tool.path.exists()]:
+        run_all([tool.step() for tool in missing_tools], cache_folder() / "logs", Console(stderr=True))
 
 
 def installed_kind() -> Path | None:
@@ -58,11 +82,10 @@ def installed_kind() -> Path | None:
 
 
 if __name__ == "__main__":
-    from parallel_steps import StepFailed, run_all
-    from rich.console import Console
+    from parallel_steps import StepFailed
 
     try:
-        run_all([HELM.step()], cache_folder() / "logs", Console(stderr=True))
+        build_tools(HELM, HELM_DOCS)
     except StepFailed as error:
         sys.exit(f"tools: {error}")
     print(HELM.path)

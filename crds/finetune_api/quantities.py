@@ -17,6 +17,10 @@ _UNIT_FACTORS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12
     f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)
 }
 
+_ALL_UNIT_FACTORS: dict[str, int | Decimal] = {
+    "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), **_UNIT_FACTORS,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class QuantityKind:
@@ -44,7 +48,7 @@ def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | 
     if (
         isinstance(value, str)
         and re.match(kind.pattern, text)
-        and _parse_amount(text) >= (kind.minimum if kind is SIZE_KIND else Decimal("0.001"))
+        and parse_amount(text) >= (kind.minimum if kind is SIZE_KIND else Decimal("0.001"))
     ):
         return None
     suggestion = _suggest_quantity(text, kind)
@@ -55,12 +59,10 @@ def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | 
     return f"{text!r} is not {expected}" if kind is CPU_KIND else f"{text!r} is not an amount of memory or disk", hint
 
 
-def _parse_amount(text: str) -> Decimal:
-    """Convert a valid quantity to CPUs or bytes."""
-    if text.endswith("m"):
-        return Decimal(text[:-1]) / 1000
-    unit = next((suffix for suffix in sorted(_UNIT_FACTORS, key=len, reverse=True) if text.endswith(suffix)), "")
-    return Decimal(text.removesuffix(unit)) * _UNIT_FACTORS.get(unit, 1)
+def parse_amount(text: str) -> Decimal:
+    """Convert a Kubernetes quantity to CPUs or bytes. Errors: decimal.InvalidOperation if the text is not a quantity."""
+    unit = next((suffix for suffix in sorted(_ALL_UNIT_FACTORS, key=len, reverse=True) if text.endswith(suffix)), "")
+    return Decimal(text.removesuffix(unit)) * _ALL_UNIT_FACTORS.get(unit, 1)
 
 
 def _suggest_quantity(text: str, kind: QuantityKind) -> str:

@@ -52,6 +52,9 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+        for outcome in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED):
+            # Prometheus' increase() misses the first value of a series. With these zeros, it also counts the first job of an outcome.
+            self.jobs_finished.labels(outcome.value)
         self.time_to_running = Histogram(
             f"{PREFIX}_time_to_running_seconds",
             "Time from the creation of a job to its first step.",

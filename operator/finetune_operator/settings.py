@@ -67,13 +67,16 @@ class LogLevel(StrEnum):
 class TrainerSettings(WireModel):
     """`trainer`: the training pods."""
 
-    image: str = Field(default="localhost/finetune-trainer:dev", min_length=1, description="Image of the trainer.")
+    image: str = Field(default="finetune-trainer:0.2.0", min_length=1, description="Image of the trainer.")
     image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
     image_pull_secrets: tuple[DnsName, ...] = Field(
         default=(), description="Names of pull Secrets. The Secrets must exist in each job's namespace."
     )
     service_account_name: DnsName | None = Field(
         default=None, description="ServiceAccount of the pods; default: `default`. The ServiceAccount's token is not mounted."
+    )
+    fixed_user: bool = Field(
+        default=True, description="Whether the pods run as user and group 10001. If false, the platform chooses the user, as OpenShift does."
     )
     env: EnvVariables = Field(default={}, description="Environment variables of each trainer container.")
     labels: PodLabels = Field(default={}, description="Labels of each trainer pod.")
@@ -83,22 +86,32 @@ class TrainerSettings(WireModel):
     )
 
 
-class ResourceSettings(WireModel):
-    """`resources`: resources of pods if neither the job nor the node pool sets them."""
+class PodResources(WireModel):
+    """Resources of a pod. Absent values come from the next source; see `policies/pod_resources.py`."""
 
-    cpu: PlatformQuantity = Field(default="1", description="CPU request.")
-    memory: PlatformQuantity = Field(default="4Gi", description="Memory request and limit, including /dev/shm.")
-    ephemeral_storage: PlatformQuantity = Field(default="20Gi", description="Local disk request and limit.")
-    shared_memory: PlatformQuantity = Field(default="1Gi", description="Size of /dev/shm.")
+    cpu: PlatformQuantity | None = Field(default=None, description="CPU request.")
+    memory: PlatformQuantity | None = Field(default=None, description="Memory request and limit, including /dev/shm.")
+    ephemeral_storage: PlatformQuantity | None = Field(default=None, description="Local disk request and limit.")
+    shared_memory: PlatformQuantity | None = Field(default=None, description="Size of /dev/shm.")
 
 
-class PoolResources(WireModel):
-    """`nodePools[].resources`: resources of pods in one pool. Absent values are taken from `resources`."""
+class ResourcesPerGpu(WireModel):
+    """`resources.perGpu`: resources of pods with GPUs, for each GPU. MIG slices are not GPUs here."""
 
-    cpu: PlatformQuantity | None = None
-    memory: PlatformQuantity | None = None
-    ephemeral_storage: PlatformQuantity | None = None
-    shared_memory: PlatformQuantity | None = None
+    cpu: PlatformQuantity | None = Field(default=None, description="CPU request per GPU.")
+    memory: PlatformQuantity | None = Field(default=None, description="Memory request and limit per GPU, including /dev/shm.")
+    shared_memory: PlatformQuantity | None = Field(default=None, description="Size of /dev/shm per GPU.")
+
+
+class ResourceSettings(PodResources):
+    """`resources`: resources of pods if neither the job nor the node pool sets them. Built-in values replace absent values.
+
+    Built-in: 1 CPU, 4Gi of memory, 20Gi of disk and 1Gi of shared memory; per GPU 3 CPUs, 10Gi or half of the pool's gpuMemory, and 2Gi.
+    """
+
+    per_gpu: ResourcesPerGpu = Field(
+        default=ResourcesPerGpu(), description="Values per GPU. For pods with GPUs, they replace the other values of `resources`."
+    )
 
 
 class NodePool(WireModel):
@@ -117,7 +130,7 @@ class NodePool(WireModel):
     )
     gpu_memory: PlatformQuantity | None = Field(default=None, description="Memory of one GPU, shown in lists of pools.")
     max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes in the pool; default: no limit.")
-    resources: PoolResources = Field(default=PoolResources(), description="Resources of pods in this pool.")
+    resources: PodResources = Field(default=PodResources(), description="Resources of pods in this pool.")
 
 
 class LeaderElection(WireModel):

@@ -6,11 +6,7 @@ FerretDB speaks MongoDB's protocol and stores documents in SQLite. There is no f
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -19,11 +15,10 @@ from types import TracebackType
 from typing import Self
 
 from localcluster.build import ensure_built
-from localcluster.paths import cache_folder
 from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, Server, spawn
+from tests.support.tool_programs import ensure_environment
 
-LOCK = Path(__file__).parents[2] / "requirements" / "mlflow-server.lock"
 START_SECONDS = 300
 MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 """Without job execution, the server starts no further processes."""
@@ -31,18 +26,7 @@ MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_
 
 def ensure_mlflow_server() -> Path:
     """Install the locked packages of the MLflow server unless they are installed. Returns the interpreter of their environment."""
-    digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"mlflow-server-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
-    python, ready = folder / "bin" / "python", folder / ".ready"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (cache_folder() / "mlflow-server.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not ready.exists():
-            uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
-            subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
-            subprocess.run([uv, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", LOCK], check=True)
-            ready.touch()
-    return python
+    return ensure_environment("mlflow-server")
 
 
 class TrackerServer:

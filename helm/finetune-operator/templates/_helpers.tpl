@@ -17,12 +17,21 @@ app.kubernetes.io/name: {{ include "finetune-operator.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* Labels of the pod of `helm test`. They differ from the selector's labels, so that the Service does not select this pod. */}}
+{{- define "finetune-operator.testLabels" -}}
+app.kubernetes.io/name: {{ printf "%s-test" (include "finetune-operator.name" . | trunc 58) }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
 {{- define "finetune-operator.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ include "finetune-operator.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 app.kubernetes.io/part-of: finetune-operator
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "finetune-operator.serviceAccountName" -}}
@@ -33,26 +42,89 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* Image reference from {repository, tag, digest}. If the digest is set, the tag is ignored. */}}
+{{/* Image reference from the chart's context `root`, an `image` {repository, tag, digest}, and `path`, the path of this image in the values. */}}
 {{- define "finetune-operator.image" -}}
-{{- if .digest -}}
-{{- printf "%s@%s" .repository .digest -}}
+{{- $registry := .root.Values.imageRegistry | trimSuffix "/" -}}
+{{- $name := .image.repository -}}
+{{- if contains "/" $name -}}
+{{- else if $registry -}}
+{{- $name = printf "%s/%s" $registry $name -}}
 {{- else -}}
-{{- printf "%s:%s" .repository .tag -}}
+{{- fail (printf "imageRegistry is empty and %s.repository (%s) names no registry, so nodes cannot pull the image: push the images to a registry, and write imageRegistry, for example registry.example.com/ml" .path $name) -}}
 {{- end -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" $name .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $name (.image.tag | default .root.Chart.AppVersion) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.operatorImage" -}}
+{{- include "finetune-operator.image" (dict "root" . "image" .Values.image "path" "image") -}}
+{{- end -}}
+
+{{- define "finetune-operator.podSecurityContext" -}}
+{{- $context := .Values.podSecurityContext -}}
+{{- if .Values.openshift -}}
+{{- $context = omit $context "runAsUser" "runAsGroup" "fsGroup" -}}
+{{- end -}}
+{{- toYaml $context -}}
+{{- end -}}
+
+{{/* Fields of a pod's spec that decide where it runs, for the operator's pods and the pod of `helm test`. */}}
+{{- define "finetune-operator.placement" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- range $field := list "priorityClassName" "runtimeClassName" }}
+{{- with index $.Values $field }}
+{{ $field }}: {{ . }}
+{{- end }}
+{{- end }}
+{{- range $field := list "nodeSelector" "tolerations" "affinity" }}
+{{- with index $.Values $field }}
+{{ $field }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Namespace of a monitoring object: its own, or the namespace of the release. */}}
+{{- define "finetune-operator.monitoringMetadata" -}}
+namespace: {{ .object.namespace | default .root.Release.Namespace }}
+labels:
+  {{- include "finetune-operator.labels" .root | nindent 2 }}
+  {{- with .object.labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{/* Endpoint of a ServiceMonitor or PodMonitor. */}}
+{{- define "finetune-operator.monitorEndpoint" -}}
+port: http
+path: /metrics
+{{- range $field := list "interval" "scrapeTimeout" "relabelings" "metricRelabelings" }}
+{{- with index $ $field }}
+{{ $field }}: {{ toJson . }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* The operator's configuration file, with the operator's key names. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.config" -}}
-{{- $trainer := dict "image" (include "finetune-operator.image" .Values.trainer.image) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
+{{- $trainer := dict "image" (include "finetune-operator.image" (dict "root" . "image" .Values.trainer.image "path" "trainer.image")) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
 {{- range $key := list "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
 {{- with index $.Values.trainer $key -}}
 {{- $_ := set $trainer $key . -}}
 {{- end -}}
 {{- end -}}
+{{- if .Values.openshift -}}{{- $_ := set $trainer "fixedUser" false -}}{{- end -}}
 {{- $config := deepCopy .Values.settings -}}
 {{- $_ := set $config "trainer" $trainer -}}
-{{- $_ := set $config "resources" .Values.trainer.resources -}}
+{{- with .Values.trainer.resources -}}{{- $_ := set $config "resources" . -}}{{- end -}}
 {{- $_ := set $config "leaderElection" (mergeOverwrite (dict "leaseName" (include "finetune-operator.fullname" .)) .Values.leaderElection) -}}
 {{- $_ := set $config "log" .Values.log -}}
 {{- with .Values.watchNamespaces -}}{{- $_ := set $config "namespaces" . -}}{{- end -}}

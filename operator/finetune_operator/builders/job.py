@@ -148,14 +148,7 @@ def _build_pod_spec(name: str, run: RunConfig, run_sha256: str, pool: NodePool |
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": run.grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": names.TRAINER_UID,
-            "runAsGroup": names.TRAINER_UID,
-            "fsGroup": names.TRAINER_UID,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": _build_pod_security(config.trainer.fixed_user),
         "containers": [_build_container(run, run_sha256, config, list(spec_volumes.mounts))],
         "volumes": [*_operator_volumes(spec), *spec_volumes.volumes],
     }
@@ -167,6 +160,12 @@ def _build_pod_spec(name: str, run: RunConfig, run_sha256: str, pool: NodePool |
         pod["imagePullSecrets"] = [{"name": secret} for secret in pull_secrets]
     service_account = placement.service_account_name or config.trainer.service_account_name
     return pod | ({"serviceAccountName": service_account} if service_account else {})
+
+
+def _build_pod_security(fixed_user: bool) -> Object:
+    """The pod's security context. OpenShift rejects pods with user ids that it has not assigned, so `fixed_user` can be false."""
+    ids: Object = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if fixed_user else {}
+    return {"runAsNonRoot": True, **ids, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 def _build_container(run: RunConfig, run_sha256: str, config: OperatorConfig, extra_mounts: list[Object]) -> Object:

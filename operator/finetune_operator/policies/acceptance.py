@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from finetune_operator.objects import Object
 from finetune_operator.policies.placement import choose_pool, placement_problems
+from finetune_operator.policies.pod_resources import default_resources
 from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
 from finetune_operator.settings import NodePool, OperatorConfig
@@ -71,7 +72,8 @@ def accept(raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported_problems][0].hint, spec=spec)
     pool, spec_digest = choose_pool(spec, config), spec_sha256(raw_spec)
-    resolved_spec = _resolve_spec(spec, _platform_defaults(config, None if isinstance(pool, RefusedSpec) else pool), first_attempt or FirstAttempt())
+    recorded = first_attempt or FirstAttempt()
+    resolved_spec = _resolve_spec(spec, _platform_defaults(spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded), recorded)
     version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolved_spec.spec)
@@ -162,20 +164,11 @@ def _resolve_spec(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults, fi
         return resolved_spec
 
 
-def _platform_defaults(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
+def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: NodePool | None, first_attempt: FirstAttempt) -> PlatformDefaults:
     """Return the defaults from the operator's configuration. The defaults of the pool take precedence."""
-    pool_resources = pool.resources if pool else None
-
-    def value(name: str) -> str:
-        of_pool = getattr(pool_resources, name) if pool_resources else None
-        return str(of_pool if of_pool is not None else getattr(config.resources, name))
-
     return PlatformDefaults(
         storage=config.storage if config.storage.uri else None,
         gpu_resource=pool.gpu_resource if pool else "nvidia.com/gpu",
         node_pool=pool.name if pool else None,
-        cpu=value("cpu"),
-        memory=value("memory"),
-        ephemeral_storage=value("ephemeral_storage"),
-        shared_memory=value("shared_memory"),
+        **default_resources(spec, config, pool, first_attempt.defaults),
     )

@@ -37,7 +37,7 @@ def find_helm() -> Path:
 def render_chart(namespace: str, **values: str) -> list[dict[str, Any]]:
     """Return the objects that the chart renders with these values."""
     set_arguments = [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
-    argv = [str(find_helm()), "template", "ft", str(CHART_FOLDER), "--namespace", namespace, *set_arguments]
+    argv = [str(find_helm()), "template", "ft", str(CHART_FOLDER), "--namespace", namespace, "--set", "imageRegistry=example.org", *set_arguments]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     return [dict(document) for document in YAML(typ="safe").load_all(text) if document]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from finetune_api import names
 from finetune_operator.settings import LogFormat, OperatorConfig, parse_config
 
 Objects = list[dict[str, Any]]
@@ -25,7 +27,7 @@ NODE_POOL = {
 def template(helm: Path, root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         command = [helm, "template", "rel", root / "helm/finetune-operator", "-n", "ops", "-f", "-"]
-        return subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
+        return subprocess.run(command, input=json.dumps({"imageRegistry": "example.org"} | values), capture_output=True, text=True)
 
     return run
 
@@ -35,7 +37,7 @@ def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
     def run(**values: Any) -> Objects:
         done = template(values)
         assert done.returncode == 0, done.stderr
-        return [item for item in yaml.safe_load_all(done.stdout) if item]
+        return [item for item in yaml.load_all(done.stdout, yaml.CSafeLoader) if item]
 
     return run
 
@@ -54,13 +56,14 @@ def test_default_values_render_the_expected_objects(render: Render) -> None:
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
         + ["ClusterRole", "ClusterRole"]  # aggregated into the cluster roles `view` and `edit`
-        + ["Role", "RoleBinding", "ServiceAccount"]
+        + ["Role", "RoleBinding", "ServiceAccount", "Service"]
+        + ["Pod"]  # of `helm test`
     )
 
 
 def test_default_values_are_the_operators_defaults(render: Render) -> None:
     settings = config(render())
-    assert settings.trainer == OperatorConfig().trainer
+    assert settings.trainer == OperatorConfig().trainer.model_copy(update={"image": "example.org/finetune-trainer:0.2.0"})
     assert settings.resources == OperatorConfig().resources
     assert settings.storage == OperatorConfig().storage
     assert (settings.leader_election.enabled, settings.leader_election.lease_name) == (True, "rel-finetune-operator")
@@ -73,7 +76,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
                 "image": {"repository": "r/t", "digest": "sha256:" + "0" * 64, "pullPolicy": "Always"},
                 "imagePullSecrets": ["pull"], "serviceAccountName": "who", "priorityClassName": "low",
                 "env": {"A": "b"}, "labels": {"team": "x"}, "annotations": {"note": "y"},
-                "resources": {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"},
+                "resources": {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi", "perGpu": {"cpu": 4}},
             },
             storage={"uri": "s3://bucket/p", "endpoint": "http://s3:8333", "credentialsSecretRef": {"name": "keys"}},
             nodePools=[NODE_POOL], watchNamespaces=["a", "b"], log={"format": "json", "level": "debug"},
@@ -85,7 +88,9 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
     assert (trainer.image_pull_secrets, trainer.service_account_name) == (("pull",), "who")
     assert (trainer.priority_class_name, trainer.env) == ("low", {"A": "b"})
     assert (trainer.labels, trainer.annotations) == ({"team": "x"}, {"note": "y"})
-    assert settings.resources.to_wire() == {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"}
+    assert settings.resources.to_wire() == {
+        "cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi", "perGpu": {"cpu": 4},
+    }  # fmt: skip
     assert settings.storage.uri == "s3://bucket/p"
     assert settings.storage.endpoint == "http://s3:8333"
     assert settings.storage.credentials_secret_ref is not None
@@ -189,10 +194,40 @@ def test_changed_configuration_restarts_the_operator(render: Render) -> None:
         ({"nodePools": [{"gpusPerNode": 8}]}, "'/nodePools/0': missing property 'name'"),
         ({"trainer": {"resources": {"cpus": 1}}}, "'/trainer/resources': additional properties 'cpus' not allowed"),
         ({"image": {"repository": "r", "pullPolicy": "Sometimes"}}, "'/image/pullPolicy': value must be one of"),
-        ({"replicas": 2, "leaderElection": {"enabled": False}}, "leaderElection.enabled is false"),
     ],
 )
 def test_wrong_value_is_refused_by_helm_with_its_key(template: Any, values: dict[str, Any], message: str) -> None:
+    done = template(values)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"imageRegistry": ""}, "imageRegistry is empty and image.repository (finetune-operator) names no registry, "
+         "so nodes cannot pull the image: push the images to a registry, and write imageRegistry, for example registry.example.com/ml"),
+        ({"replicas": 2, "leaderElection": {"enabled": False}},
+         "two active operators would interfere with each other: set leaderElection.enabled to true, or replicas to 1"),
+        ({"leaderElection": {"renewDeadlineSeconds": 20}},
+         "leaseDurationSeconds 15, renewDeadlineSeconds 20 and retryPeriodSeconds 2: leaseDurationSeconds must exceed"),
+        ({"serviceAccount": {"create": False}}, "with it every pod of the namespace: write serviceAccount.name"),
+        ({"nodePools": [{"name": "a"}, {"name": "a"}]}, "nodePools contains a more than once: use different names"),
+        ({"nodePools": [{"name": "a", "default": True}, {"name": "b", "default": True}]}, "nodePools marks a and b as default: mark only one pool"),
+        ({"extraEnv": [{"name": "POD_NAME", "value": "x"}]}, "extraEnv contains POD_NAME, which the chart sets: remove it"),
+        ({"extraVolumes": [{"name": "tmp", "emptyDir": {}}]}, "extraVolumes contains the name tmp, which the chart uses: write another name"),
+        ({"openshift": True, "podSecurityContext": {"fsGroup": 5}}, "podSecurityContext.fsGroup is 5 and openshift is true: OpenShift assigns the ids itself"),
+        ({"podDisruptionBudget": {"minAvailable": 1, "maxUnavailable": 1}}, "accepts only one of them: remove one"),
+        ({"podDisruptionBudget": {"enabled": True, "minAvailable": 1}},
+         "minAvailable is 1 and replicas is 1, so no node with an operator pod could be drained"),
+        ({"podDisruptionBudget": {"enabled": True, "minAvailable": "100%"}, "replicas": 3}, "minAvailable is 100% and replicas is 3, so no node"),
+        ({"metrics": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}}, "Prometheus would count everything twice: enable only one"),
+        ({"metrics": {"serviceMonitor": {"enabled": True}, "service": {"enabled": False}}}, "enable the Service, or use metrics.podMonitor"),
+        ({"metrics": {"prometheusRule": {"disabledAlerts": ["Nope"]}}},
+         "disabledAlerts contains Nope, but the chart has no such alert: write one of FineTuneOperatorAbsent,"),
+    ],
+)  # fmt: skip
+def test_contradictory_values_are_refused_with_the_value_to_write(template: Any, values: dict[str, Any], message: str) -> None:
     done = template(values)
     assert done.returncode != 0
     assert message in done.stderr
@@ -237,6 +272,32 @@ def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any
         assert error in done.stderr
 
 
+WRONG_CHART_VALUES = {
+    "imageRegistry": "https://r.example.com", "image": {"repository": "r:1.0"}, "watchNamespaces": ["a", "a"], "openshift": "yes",
+    "extraEnv": [{"name": "A B"}], "extraVolumes": {"a": "b"}, "extraVolumeMounts": [{"name": "a"}],
+    "topologySpreadConstraints": [{"topologyKey": "zone"}], "runtimeClassName": "A", "podDisruptionBudget": {"minAvailable": "half"},
+    "networkPolicy": {"apiServerPorts": [0], "apiServerCidrs": ["10.0.0.1"]},
+    "metrics": {"serviceMonitor": {"interval": "30"}, "prometheusRules": {}},
+    "trainer": {"resources": {"perGpu": {"memory": "8GB"}}, "fixedUser": False},
+}  # fmt: skip
+
+
+def test_wrong_chart_values_are_refused_by_helm_with_their_keys(template: Any) -> None:
+    done = template(WRONG_CHART_VALUES)
+    assert done.returncode != 0
+    for error in [
+        "'/imageRegistry': 'https://r.example.com' does not match", "'/image/repository': 'r:1.0' does not match",
+        "'/watchNamespaces': items at 0 and 1 are equal", "'/openshift': got string, want boolean",
+        "'/extraEnv/0/name': 'A B' does not match", "'/extraVolumes': got object, want array",
+        "'/extraVolumeMounts/0': missing property 'mountPath'", "'/topologySpreadConstraints/0': missing property 'whenUnsatisfiable'",
+        "'/runtimeClassName': 'A' does not match", "'/podDisruptionBudget/minAvailable': 'half' does not match",
+        "'/networkPolicy/apiServerPorts/0': minimum: got 0, want 1", "'/networkPolicy/apiServerCidrs/0': '10.0.0.1' does not match",
+        "'/metrics/serviceMonitor/interval': '30' does not match", "'/metrics': additional properties 'prometheusRules' not allowed",
+        "'/trainer/resources/perGpu/memory': '8GB'", "'/trainer': additional properties 'fixedUser' not allowed",
+    ]:  # fmt: skip
+        assert error in done.stderr
+
+
 def test_correct_platform_values_are_accepted(render: Render) -> None:
     """Corrected values of the previous test."""
     tolerations = [
@@ -256,4 +317,186 @@ def test_correct_platform_values_are_accepted(render: Render) -> None:
         )
     )  # fmt: skip
     assert [toleration.to_wire() for toleration in settings.node_pools[0].tolerations] == tolerations
-    assert settings.resources.to_wire() == resources
+    assert settings.resources.to_wire() == resources | {"perGpu": {}}
+
+
+@pytest.mark.parametrize(
+    ("values", "operator", "trainer"),
+    [
+        ({}, "example.org/finetune-operator:0.2.0", "example.org/finetune-trainer:0.2.0"),
+        ({"imageRegistry": "r:5000/ml/", "image": {"tag": "x"}}, "r:5000/ml/finetune-operator:x", "r:5000/ml/finetune-trainer:0.2.0"),
+        ({"image": {"repository": "r/o"}, "trainer": {"image": {"repository": "r/t", "tag": "1"}}}, "r/o:0.2.0", "r/t:1"),
+        ({"image": {"digest": "sha256:" + "a" * 64}}, "example.org/finetune-operator@sha256:" + "a" * 64, "example.org/finetune-trainer:0.2.0"),
+    ],
+)  # fmt: skip
+def test_images_follow_the_app_version(render: Render, values: dict[str, Any], operator: str, trainer: str) -> None:
+    objects = render(**values)
+    assert pod_spec(objects)["containers"][0]["image"] == operator
+    assert only_object(objects, "Pod")["spec"]["containers"][0]["image"] == operator
+    assert config(objects).trainer.image == trainer
+
+
+def test_chart_metadata_has_the_version_of_the_package_and_the_quickstart(root: Path) -> None:
+    chart = yaml.safe_load((root / "helm/finetune-operator/Chart.yaml").read_text("utf-8"))
+    version = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    assert OperatorConfig().trainer.image == f"finetune-trainer:{version}"
+    quickstart = yaml.safe_load((root / "examples/quickstart.yaml").read_text("utf-8"))
+    assert yaml.safe_load(chart["annotations"]["artifacthub.io/crdsExamples"]) == [quickstart]
+    (crd,) = yaml.safe_load(chart["annotations"]["artifacthub.io/crds"])
+    assert (crd["kind"], crd["name"]) == ("FineTuneJob", "finetunejobs.finetune-operator.io")
+    assert {change["kind"] for change in yaml.safe_load(chart["annotations"]["artifacthub.io/changes"])} <= {"added", "changed", "fixed", "removed"}
+
+
+def test_every_value_is_documented(root: Path) -> None:
+    """Each key of values.yaml that the schema defines has a comment. helm-docs writes the README from these comments."""
+    import chart_schema
+
+    text = chart_schema.VALUES_FILE.read_text("utf-8")
+    comments = chart_schema.read_value_comments(text)
+
+    def keys(values: dict[str, Any], schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for name, value in values.items():
+            yield (*path, name)
+            child = schema["properties"][name]
+            if isinstance(value, dict) and path + (name,) != ("resources",) and "properties" in child:
+                yield from keys(value, child, (*path, name))
+
+    documented = set(keys(yaml.safe_load(text), chart_schema.make_values_schema()))
+    assert len(documented) > 90
+    assert documented == set(comments)
+    readme = (root / "helm/finetune-operator/README.md").read_text("utf-8")
+    assert [path for path in documented if f"| {'.'.join(path)} |" not in readme] == []
+
+
+def pod_spec(objects: Objects) -> dict[str, Any]:
+    return dict(only_object(objects, "Deployment")["spec"]["template"]["spec"])
+
+
+def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": []}]}}}
+    placement = {
+        "nodeSelector": {"a": "b"}, "tolerations": [{"operator": "Exists"}], "affinity": affinity,
+        "priorityClassName": "high", "runtimeClassName": "gvisor",
+    }  # fmt: skip
+    volume = {"name": "ca", "configMap": {"name": "ca"}}
+    spread = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+    own_spread = spread | {"labelSelector": {"matchLabels": {"x": "y"}}}
+    objects = render(
+        **placement, imagePullSecrets=["pull"], extraEnv=[{"name": "HTTPS_PROXY", "value": "http://p"}], extraVolumes=[volume],
+        extraVolumeMounts=[{"name": "ca", "mountPath": "/ca"}], topologySpreadConstraints=[spread, own_spread],
+        podLabels={"team": "x"}, podAnnotations={"note": "y"}, commonLabels={"owner": "z"},
+    )  # fmt: skip
+    pod = pod_spec(objects)
+    for spec in (pod, only_object(objects, "Pod")["spec"]):
+        assert {key: spec[key] for key in placement} == placement
+        assert spec["imagePullSecrets"] == [{"name": "pull"}]
+    (container,) = pod["containers"]
+    assert container["env"][-1] == {"name": "HTTPS_PROXY", "value": "http://p"}
+    assert container["volumeMounts"][-1] == {"name": "ca", "mountPath": "/ca"}
+    assert pod["volumes"][-1] == volume
+    own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
+    first, second = pod["topologySpreadConstraints"]
+    assert (first, second) == (spread | {"labelSelector": {"matchLabels": own_pods}}, own_spread)
+    metadata = only_object(objects, "Deployment")["spec"]["template"]["metadata"]
+    assert metadata["labels"] == own_pods | {"team": "x"}
+    assert metadata["annotations"]["note"] == "y"
+    assert all(item["metadata"]["labels"]["owner"] == "z" for item in objects if item["kind"] != "Pod")
+
+
+def test_openshift_leaves_the_user_to_the_platform(render: Render) -> None:
+    objects = render(openshift=True)
+    for spec in (pod_spec(objects), only_object(objects, "Pod")["spec"]):
+        assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert config(objects).trainer.fixed_user is False
+    assert config(render()).trainer.fixed_user is True
+
+
+def test_security_contexts_can_be_changed(render: Render) -> None:
+    objects = render(podSecurityContext={"runAsUser": 2000, "fsGroup": None}, securityContext={"privileged": False})
+    pod = pod_spec(objects)
+    assert (pod["securityContext"]["runAsUser"], "fsGroup" in pod["securityContext"]) == (2000, False)
+    assert pod["containers"][0]["securityContext"]["privileged"] is False
+
+
+@pytest.mark.parametrize(
+    ("values", "budget"),
+    [
+        ({"enabled": True}, {"maxUnavailable": 1}), ({"enabled": True, "maxUnavailable": "50%"}, {"maxUnavailable": "50%"}),
+        ({"enabled": True, "minAvailable": 0}, {"minAvailable": 0}), ({"enabled": True, "minAvailable": "50%"}, {"minAvailable": "50%"}),
+        ({"enabled": True, "maxUnavailable": 0}, {"maxUnavailable": 0}), ({}, None),
+    ],
+)  # fmt: skip
+def test_disruption_budget(render: Render, values: dict[str, Any], budget: dict[str, Any] | None) -> None:
+    found = [item["spec"] for item in render(podDisruptionBudget=values, replicas=2) if item["kind"] == "PodDisruptionBudget"]
+    own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
+    expected = {"selector": {"matchLabels": own_pods}, "unhealthyPodEvictionPolicy": "AlwaysAllow"}
+    assert found == ([] if budget is None else [expected | budget])
+
+
+def test_network_policy_allows_the_api_server_dns_progress_and_metrics(render: Render) -> None:
+    def policy(watched: list[str] | None = None, **values: Any) -> dict[str, Any]:
+        return dict(only_object(render(watchNamespaces=watched or [], networkPolicy={"enabled": True, **values}), "NetworkPolicy")["spec"])
+
+    spec = policy()
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["ingress"] == [{"ports": [{"protocol": "TCP", "port": "http"}]}]
+    api_server, dns, progress = spec["egress"]
+    assert api_server == {"ports": [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]}
+    assert dns == {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+    trainer_pods = {"matchLabels": {names.Label.MANAGED_BY.value: names.MANAGER_NAME}}
+    assert progress == {
+        "ports": [{"protocol": "TCP", "port": names.PROGRESS_PORT}], "to": [{"podSelector": trainer_pods, "namespaceSelector": {}}],
+    }  # fmt: skip
+
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    rule = {"ports": [{"port": 3128}]}
+    spec = policy(
+        ["a", "b"], metricsFrom=[monitoring], apiServerCidrs=["10.0.0.0/8"], apiServerPorts=[443], extraEgress=[rule], extraIngress=[rule]
+    )
+    test_pod = {"app.kubernetes.io/name": "finetune-operator-test", "app.kubernetes.io/instance": "rel"}
+    assert spec["ingress"][0]["from"] == [{"podSelector": {"matchLabels": test_pod}}, monitoring]
+    assert spec["egress"][0] == {"ports": [{"protocol": "TCP", "port": 443}], "to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}
+    (selector,) = spec["egress"][2]["to"][0]["namespaceSelector"]["matchExpressions"]
+    assert selector == {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["a", "b"]}
+    assert (spec["egress"][3], spec["ingress"][1]) == (rule, rule)
+
+
+def test_service_selects_the_operator_but_not_the_test_pod(render: Render) -> None:
+    objects = render(metrics={"service": {"port": 9090, "labels": {"a": "b"}, "annotations": {"c": "d"}}})
+    service = only_object(objects, "Service")
+    labels = only_object(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    test_pod = only_object(objects, "Pod")
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert not service["spec"]["selector"].items() <= test_pod["metadata"]["labels"].items()
+    assert service["spec"]["ports"] == [{"name": "http", "port": 9090, "targetPort": "http", "protocol": "TCP"}]
+    assert (service["metadata"]["labels"]["a"], service["metadata"]["annotations"]) == ("b", {"c": "d"})
+    assert test_pod["spec"]["containers"][0]["command"][-1] == "http://rel-finetune-operator.ops.svc:9090"
+    assert not [item for item in render(tests={"enabled": False}) if item["kind"] == "Pod"]
+    assert not [item for item in render(metrics={"service": {"enabled": False}}) if item["kind"] in ("Pod", "Service")]
+
+
+@pytest.mark.parametrize(("kind", "key", "endpoints"), [("ServiceMonitor", "serviceMonitor", "endpoints"), ("PodMonitor", "podMonitor", "podMetricsEndpoints")])
+def test_monitor_selects_the_release(render: Render, kind: str, key: str, endpoints: str) -> None:
+    relabeling = {"action": "labeldrop", "regex": "pod"}
+    values = {
+        "enabled": True, "namespace": "monitoring", "labels": {"release": "prom"}, "interval": "1m30s", "scrapeTimeout": "10s",
+        "relabelings": [relabeling], "metricRelabelings": [relabeling],
+    }  # fmt: skip
+    objects = render(metrics={key: values})
+    monitor = only_object(objects, kind)
+    assert (monitor["metadata"]["namespace"], monitor["metadata"]["labels"]["release"]) == ("monitoring", "prom")
+    assert monitor["spec"]["namespaceSelector"] == {"matchNames": ["ops"]}
+    selected = only_object(objects, "Service") if kind == "ServiceMonitor" else only_object(objects, "Deployment")["spec"]["template"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= selected["metadata"]["labels"].items()
+    assert monitor["spec"][endpoints] == [{
+        "port": "http", "path": "/metrics", "interval": "1m30s", "scrapeTimeout": "10s",
+        "relabelings": [relabeling], "metricRelabelings": [relabeling],
+    }]  # fmt: skip
+
+
+def test_extra_objects_may_be_objects_or_templates(render: Render) -> None:
+    template = "apiVersion: v1\nkind: Secret\nmetadata:\n  name: {{ .Release.Name }}-two\n"
+    objects = render(extraObjects=[{"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "{{ .Release.Name }}-one"}}, template])
+    assert only_object(objects, "LimitRange")["metadata"]["name"] == "rel-one"
+    assert only_object(objects, "Secret")["metadata"]["name"] == "rel-two"

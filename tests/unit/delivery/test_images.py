@@ -43,7 +43,7 @@ def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(r
     assert len(known) > 10 and all(known.values()), known
 
 
-@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "mutants"])
+@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "mutants", "checkov", "mlflow-server"])
 def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     text = (root / f"requirements/{name}.lock").read_text("utf-8")
     assert text.count("==") <= text.count("--hash=sha256:")

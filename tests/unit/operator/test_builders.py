@@ -105,6 +105,17 @@ def test_job_contains_its_run_configuration_and_its_hash() -> None:
     assert len(text.encode()) < MAX_RUN_BYTES
 
 
+def test_platform_chooses_the_user_if_fixed_user_is_false() -> None:
+    """OpenShift's security context constraint `restricted-v2` rejects pods that name a user or group outside the namespace's range."""
+    found = accept_spec(spec())
+    run = build_run_config(finetunejob(spec()), found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
+    config = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"fixed_user": False})})
+    body = build_job(finetunejob(spec()), run, None, config)
+    assert body["spec"]["template"]["spec"]["securityContext"] == {
+        "runAsNonRoot": True, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+    }  # fmt: skip
+
+
 def test_builders_are_deterministic() -> None:
     assert build_config_and_job(FULL_SPEC) == build_config_and_job(FULL_SPEC)
 

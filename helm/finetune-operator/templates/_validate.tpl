@@ -1,0 +1,116 @@
+{{/* Refuse values that contradict each other. values.schema.json refuses wrong types, unknown keys and wrong quantities. */}}
+{{- define "finetune-operator.validate" -}}
+{{- $values := .Values -}}
+{{- if and (gt (int .Values.replicas) 1) (not .Values.leaderElection.enabled) -}}
+{{- fail "replicas is more than 1 and leaderElection.enabled is false: two active operators would interfere with each other: set leaderElection.enabled to true, or replicas to 1" -}}
+{{- end -}}
+{{- $lease := mergeOverwrite (dict "leaseDurationSeconds" 15 "renewDeadlineSeconds" 10 "retryPeriodSeconds" 2) (deepCopy .Values.leaderElection) -}}
+{{- if not (and (gt (float64 $lease.leaseDurationSeconds) (float64 $lease.renewDeadlineSeconds)) (gt (float64 $lease.renewDeadlineSeconds) (float64 $lease.retryPeriodSeconds))) -}}
+{{- fail (printf "leaderElection has leaseDurationSeconds %v, renewDeadlineSeconds %v and retryPeriodSeconds %v: leaseDurationSeconds must exceed renewDeadlineSeconds, and renewDeadlineSeconds must exceed retryPeriodSeconds" $lease.leaseDurationSeconds $lease.renewDeadlineSeconds $lease.retryPeriodSeconds) -}}
+{{- end -}}
+{{- if and .Values.rbac.create (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) -}}
+{{- fail "serviceAccount.create is false and serviceAccount.name is empty: the ServiceAccount `default` would get the operator's permissions, and with it every pod of the namespace: write serviceAccount.name" -}}
+{{- end -}}
+{{- include "finetune-operator.validatePools" . -}}
+{{- include "finetune-operator.validatePod" . -}}
+{{- include "finetune-operator.validateDisruptionBudget" . -}}
+{{- include "finetune-operator.validateMetrics" . -}}
+{{- if .Values.checkOtherReleases -}}
+{{- include "finetune-operator.validateOtherReleases" . -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.validatePools" -}}
+{{- $names := list -}}
+{{- $defaults := list -}}
+{{- range .Values.nodePools -}}
+{{- if has .name $names -}}
+{{- fail (printf "nodePools contains %s more than once: use different names" .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- if .default -}}{{- $defaults = append $defaults .name -}}{{- end -}}
+{{- end -}}
+{{- if gt (len $defaults) 1 -}}
+{{- fail (printf "nodePools marks %s as default: mark only one pool" (join " and " $defaults)) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.validatePod" -}}
+{{- range .Values.extraEnv -}}
+{{- if has .name (list "POD_NAME" "POD_NAMESPACE") -}}
+{{- fail (printf "extraEnv contains %s, which the chart sets: remove it" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range .Values.extraVolumes -}}
+{{- if has .name (list "config" "tmp") -}}
+{{- fail (printf "extraVolumes contains the name %s, which the chart uses: write another name" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.openshift -}}
+{{- range $field := list "runAsUser" "runAsGroup" "fsGroup" -}}
+{{- with index $.Values.podSecurityContext $field -}}
+{{- if ne (int .) 10001 -}}
+{{- fail (printf "podSecurityContext.%s is %v and openshift is true: OpenShift assigns the ids itself: remove podSecurityContext.%s, or set openshift to false" $field . $field) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.validateDisruptionBudget" -}}
+{{- $budget := .Values.podDisruptionBudget -}}
+{{- $hasMinimum := ne (toString $budget.minAvailable) "" -}}
+{{- $hasMaximum := ne (toString $budget.maxUnavailable) "" -}}
+{{- if and $hasMinimum $hasMaximum -}}
+{{- fail "podDisruptionBudget has minAvailable and maxUnavailable, but Kubernetes accepts only one of them: remove one" -}}
+{{- end -}}
+{{- if and $budget.enabled $hasMinimum -}}
+{{- if or (eq (toString $budget.minAvailable) "100%") (and (not (hasSuffix "%" (toString $budget.minAvailable))) (ge (int $budget.minAvailable) (int .Values.replicas))) -}}
+{{- fail (printf "podDisruptionBudget.minAvailable is %v and replicas is %v, so no node with an operator pod could be drained: lower minAvailable, or raise replicas" $budget.minAvailable .Values.replicas) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.validateMetrics" -}}
+{{- $metrics := .Values.metrics -}}
+{{- if and $metrics.serviceMonitor.enabled $metrics.podMonitor.enabled -}}
+{{- fail "metrics.serviceMonitor.enabled and metrics.podMonitor.enabled are both true, so Prometheus would count everything twice: enable only one" -}}
+{{- end -}}
+{{- if and $metrics.serviceMonitor.enabled (not $metrics.service.enabled) -}}
+{{- fail "metrics.serviceMonitor.enabled is true, but the ServiceMonitor selects the Service, and metrics.service.enabled is false: enable the Service, or use metrics.podMonitor" -}}
+{{- end -}}
+{{- $known := list -}}
+{{- range (.Files.Get "files/alerts.yaml" | fromYaml).rules -}}{{- $known = append $known .alert -}}{{- end -}}
+{{- range $metrics.prometheusRule.disabledAlerts -}}
+{{- if not (has . $known) -}}
+{{- fail (printf "metrics.prometheusRule.disabledAlerts contains %s, but the chart has no such alert: write one of %s" . (join ", " $known)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
+Fail if another release manages one of this release's namespaces. Such a release has a role that may write the status of FineTuneJobs. Without a
+connection to a cluster (`helm template`), `lookup` returns nothing.
+*/}}
+{{- define "finetune-operator.validateOtherReleases" -}}
+{{- range (lookup "rbac.authorization.k8s.io/v1" "ClusterRole" "" "").items -}}
+{{- include "finetune-operator.refuseOtherRelease" (dict "root" $ "role" . "scope" "all namespaces") -}}
+{{- end -}}
+{{- range (.Values.watchNamespaces | default (list "")) -}}
+{{- range (lookup "rbac.authorization.k8s.io/v1" "Role" . "").items -}}
+{{- include "finetune-operator.refuseOtherRelease" (dict "root" $ "role" . "scope" (printf "namespace %s" .metadata.namespace)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.refuseOtherRelease" -}}
+{{- $annotations := .role.metadata.annotations | default dict -}}
+{{- $release := index $annotations "meta.helm.sh/release-name" | default "" -}}
+{{- $namespace := index $annotations "meta.helm.sh/release-namespace" | default "" -}}
+{{- $isOther := and $release (or (ne $release .root.Release.Name) (ne $namespace .root.Release.Namespace)) -}}
+{{- range .role.rules -}}
+{{- if and $isOther (has "finetunejobs/status" (.resources | default list)) (has "update" .verbs) -}}
+{{- fail (printf "release %s in namespace %s already manages the FineTuneJobs of %s, and two operators would both create Jobs: set watchNamespaces of both releases to different namespaces, or uninstall one release" $release $namespace $.scope) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,75 @@
+"""checkov finds nothing in the rendered chart and in a training Job but the exceptions of this file. Each exception has its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tool_programs import ensure_environment
+
+pytestmark = pytest.mark.slow
+VALUES = {
+    "imageRegistry": "r.example.com", "replicas": 2, "crds": {"enabled": False}, "networkPolicy": {"enabled": True},
+    "podDisruptionBudget": {"enabled": True},
+    "metrics": {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "grafanaDashboard": {"enabled": True}},
+}  # fmt: skip
+OPERATOR, TEST_POD, TRAINING_JOB = "Deployment.ops.rel-finetune-operator", "Pod.ops.rel-finetune-operator-test", "Job.team.run-1"
+NO_CPU_LIMIT = "a CPU limit throttles a process even if the node has free CPUs; the CPU request guarantees the share"
+NO_DIGEST = "the digest depends on the user's build; image.digest and trainer.image.digest set it"
+PULL_POLICY = "tags of releases do not change, so nodes need not ask the registry at each start; image.pullPolicy sets it"
+EXCEPTIONS = {
+    ("CKV_K8S_11", OPERATOR): NO_CPU_LIMIT,
+    ("CKV_K8S_43", OPERATOR): NO_DIGEST,
+    ("CKV_K8S_15", OPERATOR): PULL_POLICY,
+    ("CKV_K8S_38", OPERATOR): "the operator calls the API server, so it needs the token of its ServiceAccount",
+    ("CKV_K8S_11", TEST_POD): NO_CPU_LIMIT,
+    ("CKV_K8S_43", TEST_POD): NO_DIGEST,
+    ("CKV_K8S_15", TEST_POD): PULL_POLICY,
+    ("CKV_K8S_8", TEST_POD): "the pod of `helm test` ends after two requests, each with a timeout",
+    ("CKV_K8S_9", TEST_POD): "no Service selects the pod of `helm test`",
+    ("CKV2_K8S_6", TEST_POD): "the pod of `helm test` exists for seconds and listens on no port",
+}
+TRAINING_EXCEPTIONS = {
+    ("CKV_K8S_11", TRAINING_JOB): NO_CPU_LIMIT,
+    ("CKV_K8S_43", TRAINING_JOB): NO_DIGEST,
+    ("CKV_K8S_15", TRAINING_JOB): PULL_POLICY,
+    ("CKV2_K8S_6", "Pod.team.run-1"): "the operator creates no NetworkPolicy for training pods; a policy of the namespace selects them by their labels",
+}
+
+
+def failed_checks(file: Path) -> set[tuple[str, str]]:
+    """Run checkov. Returns (check, resource) of each finding."""
+    program = ensure_environment("checkov").parent / "checkov"
+    command = [program, "--file", file, "--framework", "kubernetes", "--skip-download", "--output", "json", "--compact", "--quiet"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent)
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["summary"]["parsing_errors"] == 0
+    assert report["summary"]["passed"] > 50
+    return {(check["check_id"], check["resource"].partition(".app.kubernetes.io")[0]) for check in report["results"]["failed_checks"]}
+
+
+def test_checkov_finds_only_the_explained_exceptions(helm: Path, root: Path, tmp_path: Path) -> None:
+    command = [helm, "template", "rel", root / "helm/finetune-operator", "-n", "ops", "-f", "-"]
+    text = subprocess.run(command, input=json.dumps(VALUES), capture_output=True, text=True, check=True).stdout
+    (tmp_path / "chart.yaml").write_text(text)
+    assert failed_checks(tmp_path / "chart.yaml") == set(EXCEPTIONS)
+
+
+def test_checkov_finds_only_the_explained_exceptions_in_a_training_job(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text((root / "tests/unit/operator/golden/job-small.yaml").read_text("utf-8"))
+    assert failed_checks(tmp_path / "job.yaml") == set(TRAINING_EXCEPTIONS)
+
+
+def test_checkov_finds_a_privileged_container(helm: Path, root: Path, tmp_path: Path) -> None:
+    """Shows that the previous test can fail."""
+    values = VALUES | {"securityContext": {"privileged": True, "readOnlyRootFilesystem": False}}
+    command = [helm, "template", "rel", root / "helm/finetune-operator", "-n", "ops", "-f", "-"]
+    text = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True).stdout
+    (tmp_path / "chart.yaml").write_text(text)
+    assert {("CKV_K8S_16", OPERATOR), ("CKV_K8S_22", OPERATOR)} <= failed_checks(tmp_path / "chart.yaml")

@@ -1,0 +1,172 @@
+"""kstatus (Flux, Helm) and the health script for Argo CD judge a FineTuneJob in each phase; the GitOps examples are complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api import rules
+from finetune_api.names import API_VERSION, KIND, Phase, Reason
+from finetune_api.schema import crd_yaml
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.plan import ActionResult
+from finetune_operator.policies.blocking import BlockingCondition
+from finetune_operator.report import compute_status
+
+from localcluster.build import ensure_built
+from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, spec, status
+
+GITOPS = Path(__file__).resolve().parents[3] / "examples/gitops"
+STARTED_ATTEMPT = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
+RUNNING = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts": [STARTED_ATTEMPT]}
+RETRIED = {**RUNNING, "attempt": 2, "attempts": [
+    {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}, {"number": 2, "startTime": "2026-11-21T12:02:00Z"},
+]}  # fmt: skip
+QUEUED_SPEC = spec(placement={"queueName": "q"})
+IN_PROGRESS, CURRENT, FAILED = ("InProgress", "Progressing"), ("Current", "Healthy"), ("Failed", "Degraded")
+
+
+def in_stage(stage: str, step: int) -> Facts:
+    reported = report(stage=stage, progress={"step": step, "totalSteps": 10})
+    return facts(status=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the operator observes, the phase that it reports, and the verdicts of kstatus and Argo CD."""
+
+    facts: Facts
+    phase: Phase
+    verdicts: tuple[str, str] = IN_PROGRESS
+    result: ActionResult = ActionResult()
+
+
+SITUATIONS = {
+    "created": Situation(facts(), Phase.PENDING),
+    "unknown pool": Situation(facts(spec=spec(resources={"nodePool": "x", "gpusPerNode": 1})), Phase.PENDING),
+    "quota": Situation(facts(), Phase.PENDING, result=ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "no"))),
+    "queued": Situation(facts(spec=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), Phase.QUEUED),
+    "starting": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)]), Phase.STARTING),
+    "start timeout": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), Phase.STARTING),
+    "validating": Situation(in_stage("checking", 0), Phase.VALIDATING),
+    "running": Situation(in_stage("training", 3), Phase.RUNNING),
+    "recovering": Situation(facts(status=status(**RETRIED), jobs=[job(2)], pods=[pod(2, is_ready=False)]), Phase.RECOVERING),
+    "evaluating": Situation(in_stage("evaluating", 10), Phase.EVALUATING),
+    "uploading": Situation(in_stage("uploading", 10), Phase.UPLOADING),
+    "suspending": Situation(facts(spec=spec(suspend=True), status=status(**RUNNING), jobs=[job()], pods=[pod()]), Phase.SUSPENDING),
+    "suspended": Situation(facts(spec=spec(suspend=True)), Phase.SUSPENDED, ("Current", "Suspended")),
+    "cancelling": Situation(facts(spec=spec(cancel=True), status=status(**RUNNING), jobs=[job()], pods=[pod()]), Phase.CANCELLING),
+    "cancelled": Situation(facts(spec=spec(cancel=True)), Phase.CANCELLED, CURRENT),
+    "succeeded": Situation(
+        facts(status=status(**RUNNING), jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)]), Phase.SUCCEEDED, CURRENT
+    ),
+    "failed": Situation(
+        facts(status=status(**RUNNING), jobs=[job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], pods=[end_pod(pod(), 65)], now=at(61)),
+        Phase.FAILED, FAILED,
+    ),
+}  # fmt: skip
+
+
+def finetunejob(situation: Situation) -> dict[str, Any]:
+    """The FineTuneJob with the status that the operator writes."""
+    observed = situation.facts
+    new_status = compute_status(observed, decide(observed), situation.result)
+    body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "run", "namespace": "team", "generation": observed.job.generation}}
+    return body | {"spec": observed.job.spec, "status": new_status.to_wire()}
+
+
+def judge(*objects: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Status of kstatus, and status and message of the health script, for each object."""
+    if shutil.which("go") is None:
+        pytest.skip("needs Go")
+    lines = "".join(json.dumps(item) + "\n" for item in objects)
+    done = subprocess.run([ensure_built("verdicts"), GITOPS / "argocd/health.lua"], input=lines, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [(line["kstatus"], line["argo"], line["message"]) for line in map(json.loads, done.stdout.splitlines())]
+
+
+def test_there_is_a_situation_for_each_phase() -> None:
+    assert {situation.phase for situation in SITUATIONS.values()} == set(Phase)
+    assert {name: finetunejob(situation)["status"]["phase"] for name, situation in SITUATIONS.items()} == {
+        name: situation.phase.value for name, situation in SITUATIONS.items()
+    }
+
+
+@pytest.mark.slow
+def test_kstatus_and_argo_cd_agree_in_each_phase() -> None:
+    found = judge(*(finetunejob(situation) for situation in SITUATIONS.values()))
+    assert {name: verdict[:2] for name, verdict in zip(SITUATIONS, found, strict=True)} == {
+        name: situation.verdicts for name, situation in SITUATIONS.items()
+    }
+    messages = {name: verdict[2] for name, verdict in zip(SITUATIONS, found, strict=True)}
+    assert messages["quota"] == "Pending: no"
+    assert messages["suspended"] == "Suspended: set spec.suspend to false to continue."
+    assert messages["succeeded"] == "Succeeded"
+
+
+@pytest.mark.slow
+def test_status_that_the_operator_has_not_written_is_in_progress() -> None:
+    succeeded = finetunejob(SITUATIONS["succeeded"])
+    new = {key: value for key, value in succeeded.items() if key != "status"}
+    crd = yaml.load(crd_yaml(), yaml.CSafeLoader)
+    default_status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["default"]
+    changed = succeeded | {"metadata": succeeded["metadata"] | {"generation": 2}}
+    deleted = succeeded | {"metadata": succeeded["metadata"] | {"deletionTimestamp": "2026-11-21T12:00:00Z"}}
+    by_default, after_change, while_deleting = judge(new | {"status": default_status}, changed, deleted)
+    assert (by_default[:2], after_change[:2]) == (IN_PROGRESS, IN_PROGRESS)
+    assert while_deleting[0] == "Terminating"
+    (without_status,) = judge(new)
+    assert without_status[1] == "Progressing", "kstatus calls such an object Current, so the CRD has a default status"
+
+
+def test_the_config_map_of_argo_cd_contains_the_script() -> None:
+    data = yaml.safe_load((GITOPS / "argocd/argocd-cm.yaml").read_text("utf-8"))["data"]
+    assert data["resource.customizations.health.finetune-operator.io_FineTuneJob"] == (GITOPS / "argocd/health.lua").read_text("utf-8")
+    pointers = yaml.safe_load(data["resource.customizations.ignoreResourceUpdates.finetune-operator.io_FineTuneJob"])["jsonPointers"]
+    crd = yaml.load(crd_yaml(), yaml.CSafeLoader)
+    properties = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+    assert {pointer.removeprefix("/status/") for pointer in pointers} <= set(properties)
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all((GITOPS / name).read_text("utf-8")) if item]
+
+
+def test_chart_values_of_the_examples_are_accepted(helm: Path, root: Path) -> None:
+    (release,) = [item for item in documents("flux/operator.yaml") if item["kind"] == "HelmRelease"]
+    operator, _ = documents("argocd/applications.yaml")
+    for values in (release["spec"]["values"], operator["spec"]["source"]["helm"]["valuesObject"]):
+        command = [helm, "template", "rel", root / "helm/finetune-operator", "-f", "-"]
+        done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_jobs_come_after_the_operator() -> None:
+    waves = {item["metadata"]["name"]: item["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"] for item in documents("argocd/applications.yaml")}
+    assert waves == {"finetune-operator": "0", "finetune-jobs-team-a": "1"}
+    flux = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in documents("flux/jobs.yaml")}
+    jobs = flux["Kustomization", "team-a-jobs"]
+    assert jobs["dependsOn"] == [{"name": "finetune-operator"}]
+    assert flux["Kustomization", "finetune-operator"]["wait"] is True
+    for path in (jobs["path"], documents("argocd/applications.yaml")[1]["spec"]["source"]["path"]):
+        assert (GITOPS.parents[1] / path / "kustomization.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_kustomize_makes_a_run_of_the_base() -> None:
+    command = [ensure_built("kube"), "kubectl", "kustomize", GITOPS / "jobs/team-a"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = yaml.safe_load(text)
+    (health_check,) = next(item["spec"]["healthChecks"] for item in documents("flux/jobs.yaml") if "healthChecks" in item["spec"])
+    assert (found["kind"], found["metadata"]["name"], found["metadata"]["namespace"]) == (KIND, health_check["name"], health_check["namespace"])
+    found_spec = FineTuneJobSpec.model_validate(found["spec"])
+    assert rules.check(found_spec) == []
+    assert (found_spec.training.epochs, found_spec.training.learning_rate) == (3, 0.0001)
