@@ -110,7 +110,7 @@ class Finding:
 
 
 @dataclass
-class Verification:
+class CheckResults:
     """The result of all checks. `notes` contains one text for each completed check."""
 
     findings: list[Finding] = field(default_factory=list)
@@ -134,9 +134,9 @@ class Verifier:
 
     def __init__(self, storage: JobStorage) -> None:
         self._storage = storage
-        self._result = Verification()
+        self._result = CheckResults()
 
-    def verify(self, key: Ed25519PublicKey | None = None, require_signature: bool = False) -> Verification:
+    def verify(self, key: Ed25519PublicKey | None = None, require_signature: bool = False) -> CheckResults:
         """Run all checks. `key`: the trusted public key; with it, or with `require_signature`, a missing signature is a finding."""
         self._check_links()
         marker = self._check_marker()
@@ -373,7 +373,7 @@ def read_envelope(storage: JobStorage) -> Envelope | None:
         return None
 
 
-def require_statement(verification: Verification) -> Statement:
+def require_statement(verification: CheckResults) -> Statement:
     """Return the statement. Raises StorageError with the finding if it is missing or invalid."""
     if verification.statement is None:
         raise StorageError(verification.findings_of(CheckName.STATEMENT)[0].message)

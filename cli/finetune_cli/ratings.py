@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from finetune_api.rating_sheet import BASE, HIGHEST, LOWEST, SCORES, TUNED
+from finetune_api.rating_sheet import BASE, HIGHEST, LOWEST, SCORES, TRAINED
 
 from finetune_cli.files import display_name, read_text
 from finetune_cli.mistakes import InvalidInput, Mistake
@@ -64,7 +64,7 @@ def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
 def _read_key(path: Path) -> dict[str, str]:
     value = _parse_json(path)
     models = value.get("models") if isinstance(value, dict) else None
-    if not isinstance(models, dict) or not all(model in (TUNED, BASE) for model in models.values()):
+    if not isinstance(models, dict) or not all(model in (TRAINED, BASE) for model in models.values()):
         raise InvalidInput([Mistake(display_name(path), "models", "this is not the key of rating sheets", "give the file human_rating_key.json")])
     return models
 
@@ -138,7 +138,7 @@ def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake])
 def summarise(ratings: Sequence[Rating]) -> dict[str, Any]:
     """Return the statistics of each model and score, the agreement of the raters, and the win rate of the trained model."""
     raters = sorted({rating.rater for rating in ratings})
-    models = sorted({rating.model for rating in ratings}, key=lambda name: (name != TUNED, name))
+    models = sorted({rating.model for rating in ratings}, key=lambda name: (name != TRAINED, name))
     return {
         "raters": raters,
         "answers": len({rating.answer for rating in ratings}),
@@ -212,9 +212,9 @@ def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     by_question: dict[str, list[float]] = defaultdict(list)
     wins = ties = losses = 0
     for (question, _), scores in pairs.items():
-        if TUNED not in scores or BASE not in scores:
+        if TRAINED not in scores or BASE not in scores:
             continue
-        difference = scores[TUNED] - scores[BASE]
+        difference = scores[TRAINED] - scores[BASE]
         wins, ties, losses = wins + (difference > 0), ties + (difference == 0), losses + (difference < 0)
         by_question[question].append(0.5 if difference == 0 else float(difference > 0))
     if not by_question:

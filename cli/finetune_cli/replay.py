@@ -22,7 +22,7 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_cli import output
 from finetune_cli.fields import get_value
 from finetune_cli.job_storage import CommittedFolder, JobStorage, StorageError, verify_and_download
-from finetune_cli.lineage import MODEL_CHECKS, Verification, Verifier, require_statement
+from finetune_cli.lineage import MODEL_CHECKS, CheckResults, Verifier, require_statement
 from finetune_cli.local_run import LocalRun, prepare_run, require_trainer, run_trainer
 from finetune_cli.local_spec import SOURCE_FIELDS, LocalRunError
 
@@ -69,7 +69,7 @@ class ReplayResult:
     reasons: list[str]
 
 
-def read_run(storage: JobStorage) -> Verification:
+def read_run(storage: JobStorage) -> CheckResults:
     """Verify the stored model and read its statement. Raises StorageError if the model is damaged. Prints other findings as warnings."""
     verification = Verifier(storage).verify()
     damage = verification.findings_of(*MODEL_CHECKS)
@@ -170,7 +170,7 @@ def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparis
 def reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]:
     """Yield why two runs need not have equal weights."""
     for name, run in (("the run", original), ("the replay", repeated)):
-        devices = {one.device for one in run.run.attempts if one.device and not one.device.lower().startswith(CPU)}
+        devices = {device for one in run.run.attempts if (device := one.resolved.device) and not device.lower().startswith(CPU)}
         if devices:
             yield f"{name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
     before, now = (run.predicate.run_details.builder.version for run in (original, repeated))

@@ -10,6 +10,7 @@ Sources: the specifications of in-toto attestation v1 (statement, resource descr
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,6 +18,7 @@ from pydantic import Field
 from finetune_api.base import LenientModel, WireModel
 from finetune_api.names import Storage
 from finetune_api.sources import redact_source
+from finetune_api.status import ResolvedConfig
 
 STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Literal["https://slsa.dev/provenance/v1"] = "https://slsa.dev/provenance/v1"
@@ -66,16 +68,32 @@ class BuildMetadata(LenientModel):
 
 
 class AttemptRecord(LenientModel):
-    """One incarnation of an attempt. The trainer stores the record below `run/`."""
+    """`run/records/<incarnation>.json` in storage: how one incarnation of an attempt began, what it used, and how it ended.
 
-    attempt: int
-    incarnation: str
-    start_time: str
-    resumed_from_step: int | None = Field(default=None, description="Absent if the attempt started from the base model.")
-    device: str | None = Field(default=None, description="Name of the training device, for example the kind of GPU.")
-    strategy: str | None = Field(default=None, description="Distributed strategy in use.")
-    threads: int | None = Field(default=None, description="CPU threads of each rank. Sums on a CPU depend on it.")
-    config_sha256: str = ""
+    Rank 0's pod writes the record when the training begins, after each commit, and at its end. The record of a pod that was killed has no end.
+    """
+
+    attempt: int = Field(description="Number of the attempt.")
+    incarnation: str = Field(description="Name of the folders in storage that the incarnation wrote.")
+    started_at: datetime = Field(description="Start of rank 0's pod.")
+    ended_at: datetime | None = Field(default=None, description="End of rank 0's pod.")
+    gpus: int = Field(default=0, description="GPUs of all pods of the attempt. 0: training on CPUs.")
+    pods: int = Field(default=1, description="Pods of the attempt.")
+    threads: int | None = Field(default=None, description="CPU threads of each rank. Sums on a CPU depend on it. Absent if nothing was trained.")
+    config_sha256: str = Field(default="", description="sha256 (hex) of the run configuration.")
+    start_step: int | None = Field(default=None, description="Optimizer step from which the training started. Absent if nothing was trained.")
+    last_step: int | None = Field(default=None, description="Last optimizer step that the incarnation completed.")
+    exit_code: int | None = Field(default=None, description="Exit code of rank 0's pod.")
+    code: str | None = Field(default=None, description="Code of the failure or of the stop. Absent after a success.")
+    message: str | None = Field(default=None, description="What failed, and why.")
+    hint: str | None = Field(default=None, description="What the user can do.")
+    timings: dict[str, float] = Field(default_factory=dict, description="Seconds by name of the stage.")
+    notes: list[str] = Field(default_factory=list, description="Notes of `status.resolved.notes`.")
+    resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
+
+    def without_texts(self) -> AttemptRecord:
+        """Return the record without sentences, which may quote values that are not meant for readers of a statement."""
+        return self.model_copy(update={"message": None, "hint": None, "notes": []})
 
 
 class RunSummary(LenientModel):

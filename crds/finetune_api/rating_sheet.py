@@ -10,7 +10,7 @@ SCORES = ("relevance", "accuracy", "coherence", "overall")
 """Columns that people fill in."""
 COLUMNS = ("id", "promptID", "model", "prompt", "response", *SCORES, "rater", "comments")
 LOWEST, HIGHEST = 1, 5
-TUNED, BASE = "tuned", "base"
+TRAINED, BASE = "trained", "base"
 """Names of the models in the key."""
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")

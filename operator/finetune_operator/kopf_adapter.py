@@ -10,6 +10,8 @@ around a behaviour of kopf 1.45. Without the item, a test fails:
   closes the session for all others.
 * `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch permanently;
   `WatchMonitor` detects stalled watches instead.
+* `WatchStreams`: kopf does not close a watch stream if its task is cancelled while it hands over an event. Python then closes the stream
+  and the generators inside it at the same time, which sometimes fails with a traceback at the end of the process.
 * `run`: if `scanning.disabled` is set, kopf reads the API server's discovery document only once, at startup.
 * `IDLE_WORKER_SECONDS`: kopf keeps the last event of each object for 5 seconds, which needs much memory in a burst.
 * `RetryLogFilter`: kopf logs an error before each retry of a request.
@@ -22,7 +24,9 @@ import asyncio
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
@@ -143,13 +147,44 @@ async def run(
         return
     monitor.start()
     namespaces = list(config.namespaces)
-    await kopf.operator(
-        registry=registry,
-        settings=operator_settings(config),
-        standalone=True,
-        clusterwide=not namespaces,
-        namespaces=namespaces,
-    )
+    async with WatchStreams():
+        await kopf.operator(
+            registry=registry,
+            settings=operator_settings(config),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
+
+
+class WatchStreams:
+    """Closes kopf's watch streams at the end of an `async with` block.
+
+    A watch stream is the async generator `infinite_watch`, which contains the async generator `streaming_block`. At its end, the event loop
+    closes all open async generators concurrently (`shutdown_asyncgens`). If the inner one is closed first, the outer one fails with
+    "generator didn't stop after athrow()". Here, only the outer one is closed, and it closes the inner one.
+    """
+
+    GENERATOR_NAME = "infinite_watch"
+
+    def __init__(self) -> None:
+        self._streams: weakref.WeakSet[AsyncGenerator[Any, Any]] = weakref.WeakSet()
+
+    async def __aenter__(self) -> None:
+        self._hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(firstiter=self._on_first_iteration)
+
+    async def __aexit__(self, *_: object) -> None:
+        sys.set_asyncgen_hooks(firstiter=self._hooks.firstiter)
+        for stream in list(self._streams):
+            await stream.aclose()
+
+    def _on_first_iteration(self, generator: AsyncGenerator[Any, Any]) -> None:
+        """Record a watch stream. Then call the hook of the event loop, which Python calls for each new async generator."""
+        if getattr(generator, "__name__", "") == self.GENERATOR_NAME:
+            self._streams.add(generator)
+        if self._hooks.firstiter is not None:
+            self._hooks.firstiter(generator)
 
 
 async def login(kube: KubeClient, monitor: WatchMonitor) -> TracedSession:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from finetune_api.names import ExitCode
 from finetune_api.pod import StoreTarget
-from finetune_api.rating_sheet import BASE, COLUMNS, TUNED
+from finetune_api.rating_sheet import BASE, COLUMNS, TRAINED
 from finetune_api.status import Stage
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
@@ -104,7 +104,7 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
         rows = list(csv.DictReader(stream))
     models = json.loads(stored(tmp_path, "evaluation/human_rating_key.json").read_text())["models"]
     assert tuple(rows[0]) == COLUMNS and [row["promptID"] for row in rows] == ["1", "1", "2", "2", "3", "3"]
-    assert [row["model"] for row in rows] == ["A", "B"] * 3 and sorted(models.values()) == [BASE] * 3 + [TUNED] * 3
+    assert [row["model"] for row in rows] == ["A", "B"] * 3 and sorted(models.values()) == [BASE] * 3 + [TRAINED] * 3
     assert all(row["prompt"].startswith("What is ") and row["overall"] == "" for row in rows)
     assert stored(tmp_path, "run/stages/benchmarking.json").exists()
 

@@ -141,7 +141,7 @@ def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: t
     with comparing_pod(folder, other_base, spec, uid=UID.replace("1", "3")) as pod:
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
         message = pod.termination_message()
-    assert (message.code, message.output, message.stage) == ("GivenModelOfOtherBase", None, None)
+    assert (message.code, message.output, message.stage) == ("ExistingModelOfOtherBase", None, None)
     assert "which was trained from the base model" in (message.message or "") and "model.source" in (message.hint or "")
 
 

@@ -115,8 +115,9 @@ def test_the_lineage_statement_describes_all_attempts_the_inputs_and_every_file(
     assert dependencies["model.source/model.safetensors"] == sha256(run.model / "model.safetensors")
     assert statement.job == f"team-a/sums-bot/{UID}" and statement.run.step == STEPS and statement.spec["training"]["seed"] == 42
     assert run.message.resumed_from_step is not None and run.message.resumed_from_step >= KILLED_AFTER
-    assert [(one.attempt, one.resumed_from_step) for one in statement.run.attempts] == [(1, None), (2, run.message.resumed_from_step)]
-    assert statement.run.attempts[1].device == "cpu"
+    assert [(one.attempt, one.start_step) for one in statement.run.attempts] == [(1, 0), (2, run.message.resumed_from_step)]
+    resolved = statement.run.attempts[1].resolved
+    assert resolved is not None and resolved.device == "cpu"
     checkpoints = {one.name: one.digest["sha256"] for one in statement.predicate.run_details.byproducts}
     markers = {f"checkpoints/{path.parent.name}": read_json(path)["manifestSha256"] for path in run.store.glob("checkpoints/*/_COMMITTED")}
     assert checkpoints == markers and len(markers) == 2

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ from finetune_trainer.inputs import Inputs
 
 CHAIN_FILE = "chain-{}"
 """File with a rank's state."""
+CHILD_MARK = "child-of-a-rank"
+"""Argument of the child that the event `process` starts."""
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("TOY_SCRIPT", "{}"))
 
 
@@ -103,5 +106,8 @@ def run_scripted_event(rank: int | str, step: int) -> None:
             os._exit(3)
         case "out-of-memory":
             raise MemoryError("cannot allocate 7 GiB")
+        case "process":  # a child that outlives the rank, as a worker of a data loader can
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", CHILD_MARK], start_new_session=True)
+            print(f"started the child {child.pid}", flush=True)
         case "thread":
             threading.Thread(target=time.sleep, args=(3600,)).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import OutputKind
+from finetune_api.status import ResolvedConfig
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
 from finetune_trainer.supervisor.fetch import combined_digest, fingerprint
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.lineage import Lineage
 from finetune_trainer.supervisor.prepare import run_facts_of
 from finetune_trainer.supervisor.run_state import RunState
@@ -48,9 +52,9 @@ def write_finished_run(folder: Path, uid: str = UID) -> Path:
         kind = OutputKind.ADAPTER if step is None else None
         manifest = Manifest(job=f"team/bot/{uid}", incarnation=INCARNATION, step=step or 20, kind=kind, facts=facts, files=entries)
         tree.commit(prefix_of(step), manifest)
-    lineage = Lineage(run, tree, RunState(), INCARNATION)
-    lineage.record_attempt()
-    assert lineage.write_statement(inputs) == f"file://{root}/lineage/statement.json"
+    recorder = AttemptRecorder(run, tree, incarnation=INCARNATION, config_sha256="0" * 64, started_at=datetime(2026, 3, 1, tzinfo=UTC))
+    recorder.record_start(0, ResolvedConfig())
+    assert Lineage(run, tree, RunState(), FileDigests()).write_statement(inputs) == f"file://{root}/lineage/statement.json"
     return root
 
 

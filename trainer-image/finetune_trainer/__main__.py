@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -59,9 +60,12 @@ def _supervise(command: str, arguments: list[str]) -> int:
     except ImportError as error:
         return _exit_code_of_failed_import(error)
 
-    return supervise(
-        Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests
-    )
+    code = supervise(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A normal end would wait for the threads of transfers that were abandoned after a stop, until their requests time out.
+    os._exit(code)
 
 
 def _exit_code_of_failed_import(error: ImportError) -> int:

@@ -244,15 +244,15 @@ class TrainingSession:
 
         Errors: InternalError StrategyNotActive, AttentionSwapped, QuantizationNotActive, KernelsNotActive, PackingLeaks.
         """
-        from finetune_trainer import verification
+        from finetune_trainer import active_features
 
         trainer, args = self.trainer, self.trainer.args
         active_strategy = self.strategy.verify_active(trainer)
         base_model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-        attention = verification.require_attention(base_model, self.hardware)
-        verification.require_quantization(base_model, self.run, self.hardware)
+        attention = active_features.require_attention(base_model, self.hardware)
+        active_features.require_quantization(base_model, self.run, self.hardware)
         if args.use_liger_kernel:
-            self._emit_notes(*verification.verify_kernels(base_model, self.run))
+            self._emit_notes(*active_features.verify_kernels(base_model, self.run))
         self.objective.verify_trainer(trainer)
         self.channel.report_resolved(
             ResolvedConfig(
@@ -341,7 +341,7 @@ class TrainingSession:
 
         Returns the sha256 of the file for the model's manifest. With sharded weights, all ranks compute the values together.
         """
-        from finetune_trainer.proof import record, reference
+        from finetune_trainer.verification import record, reference
 
         if self.run.spec.output.verify is False or not (self.channel.rank == 0 or self.strategy.shards_weights):
             return {}

@@ -19,7 +19,7 @@ from finetune_cli.commands.storage_options import (
 
 if TYPE_CHECKING:
     from finetune_cli.job_storage import JobStorage
-    from finetune_cli.lineage import Verification
+    from finetune_cli.lineage import CheckResults
 
 
 def sign(
@@ -88,7 +88,7 @@ def _true_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
     return _with_image_digest(verification.statement_bytes, job)
 
 
-def _compare_with_status(verification: Verification, job: dict[str, Any]) -> None:
+def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> None:
     """Raise StorageError if the job's status names another manifest. The operator received it from the pod that committed the model."""
     from finetune_cli.job_storage import StorageError
     from finetune_cli.status_text import status_of

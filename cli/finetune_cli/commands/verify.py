@@ -26,7 +26,7 @@ from finetune_cli.commands.storage_options import (
 )
 
 if TYPE_CHECKING:
-    from finetune_cli.lineage import Verification
+    from finetune_cli.lineage import CheckResults
 
 CHECK_FAILED = 2
 """Exit code if a check has found something. 1 means that storage, the job or the key cannot be read."""
@@ -71,7 +71,7 @@ def verify(
         raise output.CommandExit(CHECK_FAILED)
 
 
-def check_lines(verification: Verification) -> list[str]:
+def check_lines(verification: CheckResults) -> list[str]:
     """One line for each check, and one for each finding."""
     from finetune_cli.lineage import CheckName, SignatureState
 
@@ -88,7 +88,7 @@ def check_lines(verification: Verification) -> list[str]:
     return lines
 
 
-def _signature_text(verification: Verification) -> str:
+def _signature_text(verification: CheckResults) -> str:
     from finetune_cli.lineage import SignatureState
 
     return {
@@ -97,7 +97,7 @@ def _signature_text(verification: Verification) -> str:
     }.get(verification.signature, verification.signature.value)
 
 
-def as_data(uri: str, verification: Verification) -> dict[str, Any]:
+def as_data(uri: str, verification: CheckResults) -> dict[str, Any]:
     """The result as data for `-o json`."""
     from finetune_cli.lineage import CheckName
 

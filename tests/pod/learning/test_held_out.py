@@ -48,7 +48,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
 
     assert folder is not None
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder).eval()
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder).eval()
     total, count = 0.0, 0
     for row in rows:
         head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
@@ -56,7 +56,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
         start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
-            scores = tuned(ids).logits[0].log_softmax(-1)
+            scores = trained(ids).logits[0].log_softmax(-1)
         total -= float(sum(scores[position - 1, ids[0, position]] for position in range(start, ids.shape[1])))
         count += ids.shape[1] - start
     return total / count
@@ -129,14 +129,14 @@ def predictions_of(outcome: RunOutcome, rows: list[Any]) -> tuple[list[int], lis
     """Labels and predictions of all answer tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer, tuned = AutoTokenizer.from_pretrained(outcome.folder), outcome.model.eval()
+    tokenizer, trained = AutoTokenizer.from_pretrained(outcome.folder), outcome.model.eval()
     labels, predicted = [], []
     for row in rows:
         head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
         start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([tokenizer(head + row["messages"][1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
-            logits = tuned(input_ids=ids).logits[0, -ids.shape[1] :]
+            logits = trained(input_ids=ids).logits[0, -ids.shape[1] :]
         labels += ids[0, start:].tolist()
         predicted += logits[start - 1 : -1].argmax(-1).tolist()
     return labels, predicted

@@ -158,7 +158,7 @@ def test_only_requested_kernels_end_a_run_whose_layers_do_not_use_them(
     spec: dict[str, Any], active: bool, expected: list[str] | str, tmp_path: Path
 ) -> None:
     import torch
-    from finetune_trainer.verification import verify_kernels
+    from finetune_trainer.active_features import verify_kernels
 
     class FakeModel(torch.nn.Linear):
         config = SimpleNamespace(model_type="llama")

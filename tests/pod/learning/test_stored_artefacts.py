@@ -10,8 +10,8 @@ import pytest
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ArtefactVerification, VerificationOutcome
 from finetune_trainer.channel import Channel
-from finetune_trainer.proof.reference import FILE_NAME, ReferenceValues
 from finetune_trainer.stages.verify import Artefact, Verifier
+from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
 
 from tests.support.learning import TEN_ROWS, RunOutcome, make_run, merge_mappings, train_here
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS

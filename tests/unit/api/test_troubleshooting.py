@@ -30,7 +30,7 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("engine.py", "code"): {"LossNotFinite", "GradientNotFinite"},
     ("fetch.py", "f'{kind.code}Gated'"): {"ModelGated", "DatasetGated", "BenchmarkGated"},
     ("fetch.py", "f'{kind.code}NotFound'"): {"ModelNotFound", "DatasetNotFound", "BenchmarkNotFound"},
-    ("given_model.py", "code"): set(),  # arguments of `_not_found`, which the scan finds
+    ("existing_model.py", "code"): set(),  # arguments of `_not_found`, which the scan finds
     ("model.py", "code"): set(),
     ("process.py", "failure.code"): set(),
     ("supervise.py", "code"): set(),

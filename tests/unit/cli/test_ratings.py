@@ -74,8 +74,8 @@ def rating(answer: int, question: int, model: str, rater: str, overall: int) -> 
 
 def test_win_rate_counts_ties_half_and_questions_once() -> None:
     ratings = [
-        rating(1, 1, "tuned", "a", 5), rating(2, 1, "base", "a", 3), rating(1, 1, "tuned", "b", 4), rating(2, 1, "base", "b", 4),
-        rating(3, 2, "base", "a", 5), rating(4, 2, "tuned", "a", 1), rating(5, 3, "tuned", "a", 5),
+        rating(1, 1, "trained", "a", 5), rating(2, 1, "base", "a", 3), rating(1, 1, "trained", "b", 4), rating(2, 1, "base", "b", 4),
+        rating(3, 2, "base", "a", 5), rating(4, 2, "trained", "a", 1), rating(5, 3, "trained", "a", 5),
     ]  # fmt: skip
     low, high = wilson_interval(0.375, 2)
     assert win_rate(ratings) == {"rate": 0.375, "low": low, "high": high, "questions": 2, "wins": 1, "ties": 1, "losses": 1}
@@ -103,17 +103,17 @@ def filled(tmp_path: Path) -> list[Path]:
     anna = sheet(tmp_path / "anna.csv", [row(1, 1, "A", 5, 4, 5, 5), row(2, 1, "B", 2, 2, 3, 2)])
     ben = sheet(tmp_path / "ben.csv", [row(1, 1, "A", "4.0", 4, "", 4), row(2, 1, "B", 2, 1, 3, 2)], delimiter=";")
     key = tmp_path / "key.json"
-    key.write_text(json.dumps({"models": {"1": "tuned", "2": "base"}}))
+    key.write_text(json.dumps({"models": {"1": "trained", "2": "base"}}))
     return [anna, ben, key]
 
 
 def test_sheets_of_two_raters_are_read_with_the_key(filled: list[Path]) -> None:
     ratings = read_ratings(filled[:2], filled[2])
     assert [(one.rater, one.answer, one.model, one.scores["overall"]) for one in ratings] == [
-        ("anna", "1", "tuned", 5), ("anna", "2", "base", 2), ("ben", "1", "tuned", 4), ("ben", "2", "base", 2),
+        ("anna", "1", "trained", 5), ("anna", "2", "base", 2), ("ben", "1", "trained", 4), ("ben", "2", "base", 2),
     ]  # fmt: skip
     summary = summarise(ratings)
-    assert summary["scores"]["tuned"]["overall"]["mean"] == 4.5 and summary["scores"]["base"]["coherence"]["count"] == 2
+    assert summary["scores"]["trained"]["overall"]["mean"] == 4.5 and summary["scores"]["base"]["coherence"]["count"] == 2
     assert summary["agreement"]["overall"] == {"alpha": pytest.approx(alpha_by_ranks([[5, 4], [2, 2]]))}
     assert summary["agreement"]["coherence"] == {"alpha": None, "reason": "all scores are equal"}
     assert summary["winRate"]["rate"] == 1 and summary["winRate"]["wins"] == 2
@@ -121,9 +121,9 @@ def test_sheets_of_two_raters_are_read_with_the_key(filled: list[Path]) -> None:
 
 def test_a_json_sheet_is_read_and_empty_rows_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "sheet.json"
-    path.write_text(json.dumps({"rows": [row(1, 1, "tuned", 5, 4, 5, 5, rater="Zoe"), row(2, 2, "tuned") | dict.fromkeys(SCORES)]}))
+    path.write_text(json.dumps({"rows": [row(1, 1, "trained", 5, 4, 5, 5, rater="Zoe"), row(2, 2, "trained") | dict.fromkeys(SCORES)]}))
     (one,) = read_ratings([path], None)
-    assert (one.rater, one.model, one.scores) == ("Zoe", "tuned", {"relevance": 5, "accuracy": 4, "coherence": 5, "overall": 5})
+    assert (one.rater, one.model, one.scores) == ("Zoe", "trained", {"relevance": 5, "accuracy": 4, "coherence": 5, "overall": 5})
 
 
 def mistakes(files: list[Path], key: Path | None = None) -> list[str]:
@@ -174,7 +174,7 @@ def test_the_command_prints_tables_and_json(run_command: RunCommand, filled: lis
     files = [str(path) for path in filled[:2]]
     code, text, _ = run_command("ratings", *files, "--key", str(filled[2]))
     assert code == 0 and "2 answers, 2 raters: anna, ben" in text
-    assert "tuned    overall        2   4.50   4.50   0.71    4    5" in text
+    assert "trained  overall        2   4.50   4.50   0.71    4    5" in text
     assert "coherence  - (all scores are equal)" in text
     assert "win rate of the trained model: 1.00, 95 % interval 0.21 to 1.00, on 1 questions (2 wins, 0 ties, 0 losses)" in text
     code, text, _ = run_command("ratings", *files, "-o", "json")

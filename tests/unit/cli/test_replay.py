@@ -70,7 +70,7 @@ def test_another_number_of_ranks_is_refused(statement: Statement, tmp_path: Path
 
 def test_reasons_name_devices_versions_and_changed_values(statement: Statement) -> None:
     assert list(reasons_to_differ(statement, statement)) == []
-    gpu = changed(statement, "predicate.runDetails.finetune_run.attempts.0.device", "NVIDIA H100")
+    gpu = changed(statement, "predicate.runDetails.finetune_run.attempts.0.resolved.device", "NVIDIA H100")
     assert list(reasons_to_differ(gpu, statement)) == ["the run used NVIDIA H100; equal weights are only expected on CPUs"]
     older = changed(statement, "predicate.runDetails.builder.version.torch", "2.0.0")
     current = statement.predicate.run_details.builder.version["torch"]

@@ -186,7 +186,7 @@ def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | N
     assert build_job(finetune_job, run, acceptance.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace
 
 
-def test_prompts_and_the_given_model_are_mounted() -> None:
+def test_prompts_and_the_existing_model_are_mounted() -> None:
     written = spec(
         evaluation={"comparison": {"promptsRef": {"name": "prompts", "key": "prompts.txt"}}},
         phases={"train": False, "from": "pvc://models/job/model"},

@@ -15,7 +15,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 
-from finetune_trainer.proof.artefact_checks import ADAPTER_CONFIG, find_adapter_fault
+from finetune_trainer.verification.artefact_checks import ADAPTER_CONFIG, find_adapter_fault
 
 TRAINED_ADAPTER = "default"
 """PEFT's name of the adapter that was trained."""

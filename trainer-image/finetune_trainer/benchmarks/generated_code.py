@@ -65,7 +65,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     return list(parquet.read_table(path).to_pylist())
 
 
-def passes_tests(problem: CodeProblem, completion: str) -> bool:
+def completion_passes_tests(problem: CodeProblem, completion: str) -> bool:
     """Whether the completed function passes the tests of its problem."""
     ends = [place for text in STOP_TEXTS if (place := completion.find(text)) >= 0]
     code = problem.prompt + completion[: min(ends, default=len(completion))]

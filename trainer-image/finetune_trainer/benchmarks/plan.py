@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune_api.benchmarks import BENCHMARK_KINDS, BenchmarkKind
@@ -43,12 +43,12 @@ def plan_tasks(run: RunConfig, folders: Sequence[Path | None]) -> list[Benchmark
 
     `folders`: the local folder of each benchmark of the spec. Errors: ConfigError of the modules that read the folders.
     """
-    tuned = []
+    trained = []
     for number, (benchmark, folder) in enumerate(zip(benchmarks_after_training(run.spec), folders, strict=True)):
         kind, field = BENCHMARK_KINDS[benchmark.name], f"evaluation.benchmarks[{number}]"
-        tuned += [BenchmarkTask(kind, benchmark, field, name, folder) for name in _task_names(kind, benchmark, f"{field}.folder", folder)]
-    base = [BenchmarkTask(task.kind, task.benchmark, task.field, task.name, task.folder, uses_base=True) for task in tuned if task.benchmark.compare_with_base]
-    return [*tuned, *base]
+        trained += [BenchmarkTask(kind, benchmark, field, name, folder) for name in _task_names(kind, benchmark, f"{field}.folder", folder)]
+    base = [replace(task, uses_base=True) for task in trained if task.benchmark.compare_with_base]
+    return [*trained, *base]
 
 
 def _task_names(kind: BenchmarkKind, benchmark: Benchmark, field: str, folder: Path | None) -> list[str]:

@@ -20,7 +20,7 @@ from finetune_api.rating_sheet import (
     KEY_FILE,
     LOWEST,
     SCORES,
-    TUNED,
+    TRAINED,
     as_plain_cell,
 )
 
@@ -36,21 +36,21 @@ class SheetRow:
     response: str
 
     def cells(self) -> dict[str, object]:
-        """The columns of the row. Those for people are empty."""
+        """The columns of the row. The columns that raters fill in are empty."""
         values: dict[str, object] = {"id": self.number, "promptID": self.prompt_number, "model": self.model, "prompt": self.prompt, "response": self.response}
         return values | dict.fromkeys(SCORES) | {"rater": "", "comments": ""}
 
 
-def sheet_rows(prompts: Sequence[str], tuned: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
+def sheet_rows(prompts: Sequence[str], trained: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
     """Return the rows, and the model behind each row. With answers of the base model, each question has two rows in random order."""
     chooser = random.Random(seed)  # noqa: S311  no secret
     rows: list[SheetRow] = []
     models: dict[int, str] = {}
     for number, prompt in enumerate(prompts):
-        answers = [(TUNED, tuned[number])] + ([(BASE, base[number])] if base is not None else [])
+        answers = [(TRAINED, trained[number])] + ([(BASE, base[number])] if base is not None else [])
         chooser.shuffle(answers)
         for letter, (model, answer) in zip("AB", answers, strict=False):
-            row = SheetRow(len(rows) + 1, number + 1, TUNED if base is None else letter, prompt, answer)
+            row = SheetRow(len(rows) + 1, number + 1, TRAINED if base is None else letter, prompt, answer)
             rows.append(row)
             models[row.number] = model
     return rows, models
@@ -60,7 +60,8 @@ def write_sheets(folder: Path, rows: Sequence[SheetRow], models: dict[int, str])
     """Write the sheet as JSON and CSV, the instructions, and the key."""
     sheet = {"instructions": INSTRUCTIONS, "scale": {"lowest": LOWEST, "highest": HIGHEST}, "scores": list(SCORES), "rows": [row.cells() for row in rows]}
     (folder / JSON_FILE).write_text(json.dumps(sheet, indent=1, ensure_ascii=False).encode(errors="replace").decode())
-    with (folder / CSV_FILE).open("w", encoding="utf-8-sig", errors="replace", newline="") as stream:  # with this mark, spreadsheets read UTF-8
+    # The byte order mark of `utf-8-sig` makes spreadsheets read the file as UTF-8.
+    with (folder / CSV_FILE).open("w", encoding="utf-8-sig", errors="replace", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         for row in rows:

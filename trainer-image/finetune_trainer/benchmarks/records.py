@@ -92,13 +92,13 @@ def results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> li
     return entries
 
 
-def _entry(task: BenchmarkTask, tuned: Measurement, base: Measurement | None) -> dict[str, Any]:
-    has_both = base is not None and base.value is not None and tuned.value is not None
+def _entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
+    has_both = base is not None and base.value is not None and trained.value is not None
     return {
-        "name": task.benchmark.name, "task": tuned.task, "group": task.name if tuned.is_part_of_group else None, "metric": tuned.metric,
-        "value": tuned.value, "stderr": tuned.stderr, "samples": tuned.samples, "base": base.value if base else None,
-        "baseStderr": base.stderr if base else None, "difference": tuned.value - base.value if has_both else None,  # type: ignore[operator,union-attr]
-        "reason": tuned.reason or (base.reason if base else None),
+        "name": task.benchmark.name, "task": trained.task, "group": task.name if trained.is_part_of_group else None, "metric": trained.metric,
+        "value": trained.value, "stderr": trained.stderr, "samples": trained.samples, "base": base.value if base else None,
+        "baseStderr": base.stderr if base else None, "difference": trained.value - base.value if has_both else None,  # type: ignore[operator,union-attr]
+        "reason": trained.reason or (base.reason if base else None),
     }  # fmt: skip
 
 

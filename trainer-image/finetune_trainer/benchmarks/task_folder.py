@@ -188,7 +188,7 @@ def _refuse_code(folder: Path, field: str, reader: _Reader) -> None:
 
 
 def _code_in(value: Any) -> Iterator[str]:
-    """Yield what each piece of code in the settings of a file does."""
+    """Yield a description of each setting that would run code, such as `calls the Python function f`."""
     match value:
         case _CodeReference():
             yield f"calls the Python function {value}"

@@ -51,7 +51,7 @@ class Comparison:
     rows: int
     """Number of compared rows."""
     base: float | None
-    tuned: float | None
+    trained: float | None
     difference: float | None
     """Value of the trained model minus value of the base model. None: a value could not be computed."""
     low: float | None = None
@@ -60,32 +60,32 @@ class Comparison:
     reason: str | None = None
 
 
-def compare_rows(base: Sequence[float], tuned: Sequence[float], *, confidence: float = 0.95, seed: int = SEED) -> Comparison:
-    """Compare the mean scores of two models. `base[i]` and `tuned[i]` are the scores of row i.
+def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence: float = 0.95, seed: int = SEED) -> Comparison:
+    """Compare the mean scores of two models. `base[i]` and `trained[i]` are the scores of row i.
 
     Errors: ValueError if the lists have different lengths.
     """
-    base_scores, tuned_scores = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
-    if base_scores.shape != tuned_scores.shape or base_scores.ndim != 1:
-        raise ValueError(f"both models need one score per row, but the shapes are {base_scores.shape} and {tuned_scores.shape}")
-    if _are_zero_or_one(base_scores) and _are_zero_or_one(tuned_scores) and len(base_scores) > 1:
-        return _compare_fractions(base_scores, tuned_scores, confidence)
-    ones, differences = np.ones_like(base_scores), tuned_scores - base_scores
+    base_scores, trained_scores = np.asarray(base, dtype=np.float64), np.asarray(trained, dtype=np.float64)
+    if base_scores.shape != trained_scores.shape or base_scores.ndim != 1:
+        raise ValueError(f"both models need one score per row, but the shapes are {base_scores.shape} and {trained_scores.shape}")
+    if _are_zero_or_one(base_scores) and _are_zero_or_one(trained_scores) and len(base_scores) > 1:
+        return _compare_fractions(base_scores, trained_scores, confidence)
+    ones, differences = np.ones_like(base_scores), trained_scores - base_scores
     usual = float(np.median(differences)) if len(differences) else 0.0
-    changes = _Changes(int((np.abs(differences - usual) > ROUNDING_ERROR).sum()), usual, float(np.max(np.abs([base_scores, tuned_scores]), initial=0.0)))
-    return _compare(np.column_stack([base_scores, ones]), np.column_stack([tuned_scores, ones]), ratio_of_sums, confidence, seed, changes)
+    changes = _Changes(int((np.abs(differences - usual) > ROUNDING_ERROR).sum()), usual, float(np.max(np.abs([base_scores, trained_scores]), initial=0.0)))
+    return _compare(np.column_stack([base_scores, ones]), np.column_stack([trained_scores, ones]), ratio_of_sums, confidence, seed, changes)
 
 
-def compare_sums(base: Numbers, tuned: Numbers, metric: MetricOfSums, *, confidence: float = 0.95, seed: int = SEED) -> Comparison:
+def compare_sums(base: Numbers, trained: Numbers, metric: MetricOfSums, *, confidence: float = 0.95, seed: int = SEED) -> Comparison:
     """Compare a metric that is computed from sums over all rows, such as the loss per token.
 
-    `base` and `tuned` have shape (rows, number of sums): row i contains what row i adds to the sums. Errors: ValueError if the shapes
+    `base` and `trained` have shape (rows, number of sums): row i contains what row i adds to the sums. Errors: ValueError if the shapes
     differ.
     """
-    base, tuned = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
-    if base.shape != tuned.shape or base.ndim != 2:
-        raise ValueError(f"both models need the same sums for each row, but the shapes are {base.shape} and {tuned.shape}")
-    return _compare(base, tuned, metric, confidence, seed, _Changes(int((base != tuned).any(axis=1).sum())))
+    base, trained = np.asarray(base, dtype=np.float64), np.asarray(trained, dtype=np.float64)
+    if base.shape != trained.shape or base.ndim != 2:
+        raise ValueError(f"both models need the same sums for each row, but the shapes are {base.shape} and {trained.shape}")
+    return _compare(base, trained, metric, confidence, seed, _Changes(int((base != trained).any(axis=1).sum())))
 
 
 @dataclass(frozen=True)
@@ -98,25 +98,25 @@ class _Changes:
     """Largest difference of one row. None: the larger value of the metric of the two models."""
 
 
-def _compare(base: Numbers, tuned: Numbers, metric: MetricOfSums, confidence: float, seed: int, changes: _Changes) -> Comparison:
+def _compare(base: Numbers, trained: Numbers, metric: MetricOfSums, confidence: float, seed: int, changes: _Changes) -> Comparison:
     rows = len(base)
-    if not np.isfinite(base).all() or not np.isfinite(tuned).all():
+    if not np.isfinite(base).all() or not np.isfinite(trained).all():
         return Comparison(rows, None, None, None, reason=NOT_FINITE)
     if rows == 0:
         return Comparison(rows, None, None, None, reason=TOO_FEW_ROWS)
     with np.errstate(all="ignore"):
-        base_value, tuned_value = float(metric(base.sum(axis=0))), float(metric(tuned.sum(axis=0)))
-    if not math.isfinite(base_value) or not math.isfinite(tuned_value):
+        base_value, trained_value = float(metric(base.sum(axis=0))), float(metric(trained.sum(axis=0)))
+    if not math.isfinite(base_value) or not math.isfinite(trained_value):
         return Comparison(rows, None, None, None, reason="the metric of the rows is not a finite number")
-    difference = tuned_value - base_value
+    difference = trained_value - base_value
     if rows == 1:
-        return Comparison(rows, base_value, tuned_value, difference, reason=TOO_FEW_ROWS)
-    ends = _studentised_ends(np.hstack([base, tuned - base]), _difference_of(metric, base.shape[1]), confidence, seed)
+        return Comparison(rows, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
+    ends = _studentised_ends(np.hstack([base, trained - base]), _difference_of(metric, base.shape[1]), confidence, seed)
     if not math.isfinite(ends[0]) or not math.isfinite(ends[1]):
-        largest = max(abs(base_value), abs(tuned_value)) if changes.largest is None else changes.largest
+        largest = max(abs(base_value), abs(trained_value)) if changes.largest is None else changes.largest
         exact_ends = _ends_with_few_changes(rows, changes.count, changes.usual_difference, largest, confidence)
         ends = (ends[0] if math.isfinite(ends[0]) else exact_ends[0], ends[1] if math.isfinite(ends[1]) else exact_ends[1])
-    return Comparison(rows, base_value, tuned_value, difference, *ends)
+    return Comparison(rows, base_value, trained_value, difference, *ends)
 
 
 # Metrics of sums
@@ -272,11 +272,11 @@ def _are_zero_or_one(scores: Numbers) -> bool:
     return bool(((scores == 0) | (scores == 1)).all())
 
 
-def _compare_fractions(base: Numbers, tuned: Numbers, confidence: float) -> Comparison:
-    wins, losses = int((tuned > base).sum()), int((tuned < base).sum())
+def _compare_fractions(base: Numbers, trained: Numbers, confidence: float) -> Comparison:
+    wins, losses = int((trained > base).sum()), int((trained < base).sum())
     low = _lowest_difference(wins, losses, len(base), confidence)
     high = -_lowest_difference(losses, wins, len(base), confidence)
-    return Comparison(len(base), float(base.mean()), float(tuned.mean()), (wins - losses) / len(base), low, high)
+    return Comparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), low, high)
 
 
 def _lowest_difference(wins: int, losses: int, rows: int, confidence: float) -> float:

@@ -40,36 +40,36 @@ class PairedSums:
     """What each row adds to the sums of a metric that is not the mean of its rows, for both models: shape (rows, number of sums)."""
 
     base: Numbers
-    tuned: Numbers
+    trained: Numbers
     metric: MetricOfSums
     """Computes the metric from the sums over all rows."""
 
 
 def evaluate_gates(
     gates: Sequence[Gate],
-    tuned: Mapping[str, MeasuredMetric],
+    trained: Mapping[str, MeasuredMetric],
     base: Mapping[str, MeasuredMetric],
     sums: Mapping[str, PairedSums] | None = None,
 ) -> list[GateResult]:
     """Return one result per gate, in the order of the gates.
 
-    `tuned` and `base` contain the metrics of both models on the same rows, by name. `sums` contains the sums of loss, perplexity, BLEU
+    `trained` and `base` contain the metrics of both models on the same rows, by name. `sums` contains the sums of loss, perplexity, BLEU
     and other metrics that are not the mean of their rows; `notWorseThanBase` needs them for such a metric.
     """
-    return [_evaluate_gate(gate, tuned.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
+    return [_evaluate_gate(gate, trained.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
 
 
-def _evaluate_gate(gate: Gate, tuned: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
-    problem = _missing_value(gate.metric, tuned, "the trained model")
+def _evaluate_gate(gate: Gate, trained: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
+    problem = _missing_value(gate.metric, trained, "the trained model")
     if gate.not_worse_than_base is not None:
         problem = problem or _missing_value(gate.metric, base, "the base model")
     if problem:
         return _result(gate, False, problem)
-    assert tuned is not None and tuned.value is not None, "checked above"
+    assert trained is not None and trained.value is not None, "checked above"
     if gate.not_worse_than_base is None:
-        return _compare_with_value(gate, tuned.value)
+        return _compare_with_value(gate, trained.value)
     assert base is not None, "checked above"
-    return _compare_with_base(gate, gate.not_worse_than_base, tuned, base, sums)
+    return _compare_with_base(gate, gate.not_worse_than_base, trained, base, sums)
 
 
 def _missing_value(metric: str, measured: MeasuredMetric | None, model: str) -> str | None:
@@ -100,19 +100,19 @@ def _compare_with_value(gate: Gate, value: float) -> GateResult:
         GateOperator.GT: value > gate.value,
         GateOperator.GE: value >= gate.value,
     }[gate.op]
-    shown_value, shown_limit = _show(value, gate.value)
-    return _result(gate, passed, f"{gate.metric} is {shown_value}, and the gate requires {_PHRASES[gate.op]} {shown_limit}")
+    value_text, limit_text = _distinct_texts(value, gate.value)
+    return _result(gate, passed, f"{gate.metric} is {value_text}, and the gate requires {_PHRASES[gate.op]} {limit_text}")
 
 
 def _compare_with_base(
-    gate: Gate, requirement: NotWorseThanBase, tuned: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None
+    gate: Gate, requirement: NotWorseThanBase, trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None
 ) -> GateResult:
     """Pass if the one-sided confidence bound of the loss of quality is at most the margin.
 
     A one-sided bound with confidence 0.95 is one end of the two-sided interval with confidence 0.90.
     """
     margin, confidence = value_or_default(requirement, "margin"), value_or_default(requirement, "confidence")
-    comparison = compare_metric(tuned, base, sums, 2 * confidence - 1)
+    comparison = compare_metric(trained, base, sums, 2 * confidence - 1)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return _result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
@@ -120,25 +120,25 @@ def _compare_with_base(
     bound, limit = (comparison.high, margin) if is_lower_better else (comparison.low, -margin)
     passed = bound <= limit if is_lower_better else bound >= limit
     phrase = "at most" if is_lower_better else "at least"
-    shown_bound, shown_limit = _show(bound, limit)
+    bound_text, limit_text = _distinct_texts(bound, limit)
     return _result(
         gate, passed,
-        f"on {comparison.rows} rows {gate.metric} is {comparison.tuned:.6g} and the base model's is {comparison.base:.6g}; "
-        f"with {100 * confidence:g} % confidence the difference is {phrase} {shown_bound}, and the gate requires {phrase} {shown_limit}",
+        f"on {comparison.rows} rows {gate.metric} is {comparison.trained:.6g} and the base model's is {comparison.base:.6g}; "
+        f"with {100 * confidence:g} % confidence the difference is {phrase} {bound_text}, and the gate requires {phrase} {limit_text}",
     )  # fmt: skip
 
 
-def compare_metric(tuned: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> Comparison | str:
+def compare_metric(trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> Comparison | str:
     """Return the comparison of both models, or a sentence that says why they cannot be compared. `confidence` is two-sided."""
     if sums is not None:
-        return compare_sums(sums.base, sums.tuned, sums.metric, confidence=confidence)
-    if tuned.rows is None or base.rows is None:
+        return compare_sums(sums.base, sums.trained, sums.metric, confidence=confidence)
+    if trained.rows is None or base.rows is None:
         return "the metric has no scores of single rows"
-    if len(tuned.rows) != len(base.rows):
-        return f"the trained model has {len(tuned.rows)} rows, but the base model has {len(base.rows)}"
-    if not _is_mean_of_rows(tuned) or not _is_mean_of_rows(base):
+    if len(trained.rows) != len(base.rows):
+        return f"the trained model has {len(trained.rows)} rows, but the base model has {len(base.rows)}"
+    if not _is_mean_of_rows(trained) or not _is_mean_of_rows(base):
         return "the metric is not the mean of its rows, and the sums of its rows are missing"
-    pairs = [(b, t) for b, t in zip(base.rows, tuned.rows, strict=True) if b is not None and t is not None]
+    pairs = [(b, t) for b, t in zip(base.rows, trained.rows, strict=True) if b is not None and t is not None]
     return compare_rows([b for b, _ in pairs], [t for _, t in pairs], confidence=confidence)
 
 
@@ -149,7 +149,7 @@ def _is_mean_of_rows(measured: MeasuredMetric) -> bool:
     return math.isclose(math.fsum(scores) / len(scores), measured.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _show(value: float, limit: float) -> tuple[str, str]:
+def _distinct_texts(value: float, limit: float) -> tuple[str, str]:
     """Return both numbers as text, with as many digits as are necessary to see a difference between them."""
     for digits in (6, 9, 12):
         texts = f"{value:.{digits}g}", f"{limit:.{digits}g}"

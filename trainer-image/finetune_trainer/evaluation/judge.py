@@ -244,14 +244,14 @@ class Judge:
         reported = getattr(response, "usage", None)
         input_tokens = getattr(reported, "prompt_tokens", None)
         output_tokens = getattr(reported, "completion_tokens", 0) or 0
-        known = isinstance(input_tokens, int)
+        has_usage = isinstance(input_tokens, int)
         with self._lock:
             self._failed_in_a_row = 0
             self._usage = JudgeUsage(
                 self._usage.input_tokens + (input_tokens if isinstance(input_tokens, int) else 0),
                 self._usage.output_tokens + output_tokens,
                 self._usage.requests + 1,
-                self._usage.requests_without_usage + (not known),
+                self._usage.requests_without_usage + (not has_usage),
             )
 
 

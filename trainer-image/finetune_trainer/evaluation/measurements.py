@@ -72,19 +72,19 @@ class Measurements(LenientModel):
         return cls.model_validate_json(path.read_bytes())
 
 
-def paired_sums(base: Measurements, tuned: Measurements) -> dict[str, PairedSums]:
-    """Return the sums of the metrics that are not the mean of their rows. Empty for rows that differ in number."""
+def paired_sums(base: Measurements, trained: Measurements) -> dict[str, PairedSums]:
+    """Return the sums of the metrics that are not the mean of their rows. Empty if the models have different numbers of rows."""
     result: dict[str, PairedSums] = {}
-    if tuned.token_sums and len(base.token_sums) == len(tuned.token_sums):
-        base_sums, tuned_sums = np.array(base.token_sums), np.array(tuned.token_sums)
+    if trained.token_sums and len(base.token_sums) == len(trained.token_sums):
+        base_sums, trained_sums = np.array(base.token_sums), np.array(trained.token_sums)
         ones = np.ones((len(base_sums), 1))
-        result["loss"] = PairedSums(base_sums[:, :2], tuned_sums[:, :2], ratio_of_sums)
-        result["perplexity"] = PairedSums(base_sums[:, :2], tuned_sums[:, :2], perplexity_of_sums)
+        result["loss"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], ratio_of_sums)
+        result["perplexity"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], perplexity_of_sums)
         for name in ("accuracy", "recall"):
-            result[name] = PairedSums(base_sums[:, [2, 1]], tuned_sums[:, [2, 1]], ratio_of_sums)
+            result[name] = PairedSums(base_sums[:, [2, 1]], trained_sums[:, [2, 1]], ratio_of_sums)
         for name, column in (("precision", 3), ("f1", 4)):
-            base_shares, tuned_shares = (np.hstack([sums[:, [column]], ones]) for sums in (base_sums, tuned_sums))
-            result[name] = PairedSums(base_shares, tuned_shares, ratio_of_sums)
-    if tuned.bleu_sums and len(base.bleu_sums) == len(tuned.bleu_sums):
-        result["bleu"] = PairedSums(np.array(base.bleu_sums), np.array(tuned.bleu_sums), bleu_of_sums)
+            base_shares, trained_shares = (np.hstack([sums[:, [column]], ones]) for sums in (base_sums, trained_sums))
+            result[name] = PairedSums(base_shares, trained_shares, ratio_of_sums)
+    if trained.bleu_sums and len(base.bleu_sums) == len(trained.bleu_sums):
+        result["bleu"] = PairedSums(np.array(base.bleu_sums), np.array(trained.bleu_sums), bleu_of_sums)
     return result

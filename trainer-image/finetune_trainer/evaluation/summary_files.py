@@ -18,9 +18,9 @@ RESULT_NAMES = {"rouge1": "rouge1_f", "rouge2": "rouge2_f", "rougeL": "rougeL_f"
 REASONS = "reasons"
 """Key of the object with reasons in `evaluation_results.json`."""
 CELL_LIMIT = 32_767
-"""Most characters in a cell of Excel, which counts in UTF-16 units."""
+"""Maximum length of the text in an Excel cell, in UTF-16 code units."""
 ROW_LIMIT = 1_048_576
-"""Most rows in a sheet of Excel, including the header."""
+"""Maximum number of rows of an Excel sheet, including the header."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """Characters at the start of a text that let a spreadsheet take it for a formula."""
 

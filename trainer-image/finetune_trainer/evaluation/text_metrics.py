@@ -154,7 +154,7 @@ def bertscore(
 
 
 class _BertScoreTokenizer:
-    """The tokenizer as bert-score calls it.
+    """Adapts a tokenizer to the calls of bert-score.
 
     bert-score passes `model_max_length`, which is 10^30 if the tokenizer's files do not set it, and then fails with an integer
     overflow. This class passes the number of the model's positions instead.

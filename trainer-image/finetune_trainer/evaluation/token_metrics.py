@@ -195,7 +195,7 @@ class TokenCounts:
         return self._share(lambda: self._weighted_sum(2 * self.correct_counts, self.label_counts + self.predicted_counts))
 
     def _weighted_sum(self, numerators: Tensor, denominators: Tensor) -> float:
-        """Return the sum of the tokens' ratios, weighted with the number of labels. 0/0 counts as 0."""
+        """Return the sum over all token ids of numerator / denominator, weighted with the number of labels that have the id. 0/0 counts as 0."""
         ratios = numerators.double() / denominators.clamp(min=1).double()
         return float((ratios * self.label_counts).sum())
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from finetune_api.lineage import AttemptRecord
 from finetune_api.status import ResolvedConfig
 
-from finetune_trainer.report.run_report import AttemptRecord, RunReport
+from finetune_trainer.report.run_report import RunReport
 
 
 def end_of(one: AttemptRecord, report: RunReport) -> tuple[datetime | None, bool]:

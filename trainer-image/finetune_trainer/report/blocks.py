@@ -53,7 +53,7 @@ class Answer:
     title: str
     prompt: str
     answers: Sequence[tuple[str, str, str]]
-    """Name, text and mark."""
+    """Name of the model, text of its answer, and mark."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 420.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 22.0, 30.0
 """Margins of the plot: tick labels are on the left and below, labels of attempts above."""
 MAX_POINTS = 400
-"""Most points of a line. More would lie closer than the pixels of a screen."""
+"""Maximum number of points of a line. More points would be closer together than the pixels of a screen."""
 MAX_TABLE_ROWS = 40
 MIN_LABEL_DISTANCE = 62.0
 """Distance below which the label of an attempt would overlap the previous label."""

@@ -7,36 +7,14 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.base import LenientModel
+from finetune_api.lineage import AttemptRecord
 from finetune_api.pod import RunConfig
-from finetune_api.status import EvaluationResult, Output, ResolvedConfig
+from finetune_api.status import EvaluationResult, Output
 from pydantic import Field
 
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.results.model_comparison import ModelComparison
-
-
-class AttemptRecord(LenientModel):
-    """`run/records/<incarnation>.json` in storage: when one incarnation of an attempt began, and how it ended.
-
-    A pod writes the record at its start and at its end. The record of a pod that was killed has no end.
-    """
-
-    attempt: int = Field(description="Number of the attempt.")
-    incarnation: str = Field(description="Name of the folders in storage that the incarnation wrote.")
-    started_at: datetime = Field(description="Start of rank 0's pod.")
-    ended_at: datetime | None = Field(default=None, description="End of rank 0's pod.")
-    gpus: int = Field(default=0, description="GPUs of all pods of the attempt. 0: training on CPUs.")
-    pods: int = Field(default=1, description="Pods of the attempt.")
-    start_step: int | None = Field(default=None, description="Optimizer step from which the training started. Absent if nothing was trained.")
-    last_step: int | None = Field(default=None, description="Last optimizer step that the incarnation completed.")
-    exit_code: int | None = Field(default=None, description="Exit code of rank 0's pod.")
-    code: str | None = Field(default=None, description="Code of the failure or of the stop. Absent after a success.")
-    message: str | None = Field(default=None, description="What failed, and why.")
-    hint: str | None = Field(default=None, description="What the user can do.")
-    timings: dict[str, float] = Field(default_factory=dict, description="Seconds by name of the stage.")
-    notes: list[str] = Field(default_factory=list, description="Notes of `status.resolved.notes`.")
-    resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
 
 
 class DataRecord(LenientModel):
@@ -115,5 +93,5 @@ class RunReport:
 
     @property
     def last_attempt(self) -> AttemptRecord | None:
-        """The attempt that writes the report."""
+        """The last attempt, which writes the report."""
         return self.attempts[-1] if self.attempts else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from finetune_api.lineage import AttemptRecord
 from finetune_api.names import ExitCode, Origin
 from finetune_api.sources import redact_source
 from finetune_api.status import Output
@@ -26,7 +27,7 @@ from finetune_trainer.report.cells import (
     size_cell,
 )
 from finetune_trainer.report.redaction import flatten, redact_text
-from finetune_trainer.report.run_report import AttemptRecord, RunReport, StoredCheckpoint
+from finetune_trainer.report.run_report import RunReport, StoredCheckpoint
 from finetune_trainer.report.scale import format_number
 
 SWITCHES = ("suspend", "cancel")
@@ -191,7 +192,7 @@ def _stage_rows(report: RunReport) -> list[list[Cell]]:
 
 
 def lineage(report: RunReport) -> Section:
-    """Where the model comes from, and the hashes of everything."""
+    """The sources and hashes of the base model, the data and the final model."""
     blocks: list[Block] = [Table("Model and inputs", ["", "value"], _origin_rows(report))]
     if report.checkpoints:
         columns = ["step", "attempt", "size", "validation loss", "healthy", "sha256 of the manifest"]

@@ -63,24 +63,24 @@ def outcome(report: RunReport) -> Outcome:
 
 
 def tiles(report: RunReport) -> list[Tile]:
-    """The most important numbers."""
+    """The most important numbers of the run, for the top of the page."""
     training = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
-    found = [_steps_tile(report)]
+    result = [_steps_tile(report)]
     if training:
-        found.append(Tile("Training loss", format_number(training[-1].loss or 0.0), f"from {format_number(training[0].loss or 0.0)}"))
+        result.append(Tile("Training loss", format_number(training[-1].loss or 0.0), f"from {format_number(training[0].loss or 0.0)}"))
     evaluated = [entry for entry in report.log if entry.eval_loss is not None]
     if evaluated:
         best = min(evaluated, key=lambda entry: entry.eval_loss or math.inf)
-        found.append(Tile("Best validation loss", format_number(best.eval_loss or 0.0), f"at step {best.step}"))
-    found += _evaluation_tiles(report)
+        result.append(Tile("Best validation loss", format_number(best.eval_loss or 0.0), f"at step {best.step}"))
+    result += _evaluation_tiles(report)
     seconds, is_estimate = pod_seconds(report)
     bound = "≥ " if is_estimate else ""
     gpus = max((attempt.gpus for attempt in report.attempts), default=0)
     if gpus:
-        found.append(Tile("GPU hours", bound + format_hours(gpu_seconds(report)[0]), f"on {gpus} GPU{'s' * (gpus > 1)}"))
+        result.append(Tile("GPU hours", bound + format_hours(gpu_seconds(report)[0]), f"on {gpus} GPU{'s' * (gpus > 1)}"))
     count = len({one.attempt for one in report.attempts})
-    found.append(Tile("Running time", bound + format_seconds(seconds), f"{count} attempt{'s' * (count != 1)}"))
-    return found
+    result.append(Tile("Running time", bound + format_seconds(seconds), f"{count} attempt{'s' * (count != 1)}"))
+    return result
 
 
 def _steps_tile(report: RunReport) -> Tile:

@@ -309,7 +309,7 @@ class _TimeCurve:
         return self._seconds_at(number) - self._seconds_at(number - 1) if len(self._epochs) > 1 else None
 
     def _seconds_at(self, epoch: float) -> float:
-        """Seconds at the end of an epoch. Of several lines there, the last one counts, so that an evaluation belongs to the epoch that it ends."""
+        """Seconds at the end of an epoch. Of several lines with this epoch, the last line counts, because the evaluation at its end belongs to it."""
         after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
         before = after - 1
         if after == len(self._epochs) or epoch <= self._epochs[before]:

@@ -65,12 +65,12 @@ class ComparedAnswers(_ComparisonModel):
 
     @classmethod
     def of(
-        cls, number: int, prompt: str, *, base_answer: str, tuned_answer: str, time: datetime, label: str | None = None
+        cls, number: int, prompt: str, *, base_answer: str, trained_answer: str, time: datetime, label: str | None = None
     ) -> ComparedAnswers:
         """Create an entry with the preview of the prompt and the difference of the lengths."""
         return cls(
             prompt_id=number, prompt=prompt, prompt_preview=prompt[:PREVIEW_LENGTH], base_model_response=base_answer,
-            finetuned_model_response=tuned_answer, timestamp=iso_time(time), response_length_diff=len(tuned_answer) - len(base_answer),
+            finetuned_model_response=trained_answer, timestamp=iso_time(time), response_length_diff=len(trained_answer) - len(base_answer),
             label=label,
         )  # fmt: skip
 

@@ -57,7 +57,7 @@ def _measure_with_judge(
     run: RunConfig, channel: Channel, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction],
     report: Callable[[str], None],
 ) -> dict[str, MetricValue]:  # fmt: skip
-    """Semantic similarity, and the metrics of the judge. A note tells the number of requests and their cost."""
+    """Semantic similarity, and the metrics of the judge. A note states the number of requests and their cost."""
     judge = _connect_judge(run.spec.evaluation.judge)
     values: dict[str, MetricValue] = {}
     for metric in metrics:

@@ -246,7 +246,7 @@ class _TaskRunner:
         completions = self._answer(loaded, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
         passed = []
         for problem, completion in zip(problems, completions, strict=True):
-            passed.append(float(generated_code.passes_tests(problem, completion)))
+            passed.append(float(generated_code.completion_passes_tests(problem, completion)))
             self.channel.send_heartbeat()
         share = sum(passed) / len(passed)
         stderr = (share * (1 - share) / (len(passed) - 1)) ** 0.5 if len(passed) > 1 else None

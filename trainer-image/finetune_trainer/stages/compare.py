@@ -46,18 +46,18 @@ CONFIDENCE = 0.95
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Measure the base model, and write the files of the stage."""
     train.preload(run)
-    tuned, files = _read_tuned(task), folder / OUTPUT_FOLDER
-    held_out = load_held_out(run, channel, inputs, task, load_untuned_model)
-    held_out.end_token_ids = tuned.end_token_ids
+    trained, files = _read_trained(task), folder / OUTPUT_FOLDER
+    held_out = load_held_out(run, channel, inputs, task, load_base_for_comparison)
+    held_out.end_token_ids = trained.end_token_ids
     base = measure_model(run, channel, inputs, held_out).measurements
     base.write(files / BASE_FILE)
-    if tuned.answers is not None:
-        comparison = _compare_answers(run, task, held_out, tuned.answers, base.answers or [])
+    if trained.answers is not None:
+        comparison = _compare_answers(run, task, held_out, trained.answers, base.answers or [])
         (files / COMPARISON_FILE).write_text(comparison.to_json(), "utf-8")
-    return StageResult(evaluation=summarise(run, base, tuned))
+    return StageResult(evaluation=summarise(run, base, trained))
 
 
-def _read_tuned(task: StageTask) -> Measurements:
+def _read_trained(task: StageTask) -> Measurements:
     """Errors: InternalError `MeasurementsUnreadable`."""
     assert task.evaluated is not None, "the supervisor passes the files of the stage evaluating"
     try:
@@ -66,7 +66,7 @@ def _read_tuned(task: StageTask) -> Measurements:
         raise InternalError("MeasurementsUnreadable", f"evaluation/{MEASUREMENTS_FILE} cannot be read: {type(error).__name__}") from error
 
 
-def load_untuned_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
+def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
     """Load the base model in the precision in which the trained model was evaluated: quantised below an adapter, otherwise not.
 
     New tokens have the embeddings with which training began.
@@ -79,26 +79,26 @@ def load_untuned_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware
     return model
 
 
-def summarise(run: RunConfig, base: Measurements, tuned: Measurements) -> EvaluationResult:
+def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> EvaluationResult:
     """The comparison of all metrics, and the results of the gates. It depends only on the spec and on the stored measurements."""
-    sums, tuned_values, base_values = paired_sums(base, tuned), tuned.values, base.values
-    metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in tuned_values.items()}
+    sums, trained_values, base_values = paired_sums(base, trained), trained.values, base.values
+    metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in trained_values.items()}
     gates = run.spec.evaluation.gates
     decides = gates is not None and compares_metrics(run.spec)
     return EvaluationResult(
         metrics=metrics or None,
-        gates=evaluate_gates(gates, tuned.gate_values, base.gate_values, sums) if decides and gates else None,
-        comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if tuned.answers is not None else None,
+        gates=evaluate_gates(gates, trained.gate_values, base.gate_values, sums) if decides and gates else None,
+        comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if trained.answers is not None else None,
     )  # fmt: skip
 
 
-def _compare_values(tuned: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
+def _compare_values(trained: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
     """The values of both models, and the difference with its confidence interval or the reason why there is none."""
-    if tuned.value is None or base is None or base.value is None:
-        missing = tuned.reason if tuned.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
-        return MetricResult(value=tuned.value, base=base.value if base else None, reason=missing)
-    result = MetricResult(value=tuned.value, base=base.value, difference=tuned.value - base.value, reason=tuned.reason or base.reason)
-    comparison = compare_metric(tuned, base, sums, CONFIDENCE)
+    if trained.value is None or base is None or base.value is None:
+        missing = trained.reason if trained.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
+        return MetricResult(value=trained.value, base=base.value if base else None, reason=missing)
+    result = MetricResult(value=trained.value, base=base.value, difference=trained.value - base.value, reason=trained.reason or base.reason)
+    comparison = compare_metric(trained, base, sums, CONFIDENCE)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return result.model_copy(update={"reason": f"no confidence interval: {reason}"})
@@ -108,17 +108,17 @@ def _compare_values(tuned: MetricValue, base: MetricValue | None, sums: PairedSu
 # ---- both answers
 
 
-def _compare_answers(run: RunConfig, task: StageTask, held_out: HeldOut, tuned_answers: Sequence[str], base_answers: Sequence[str]) -> ModelComparison:
+def _compare_answers(run: RunConfig, task: StageTask, held_out: HeldOut, trained_answers: Sequence[str], base_answers: Sequence[str]) -> ModelComparison:
     """The content of `model_comparison.json`."""
     ref, now = prompts_to_compare(run.spec), datetime.now(UTC)
     questions = held_out.questions if ref is None else held_out.prompts
     source = f"configmap://{ref.name}/{ref.key}" if ref else "test set" if has_test_set(run.spec) else "validation set"
     comparisons = [
         ComparedAnswers.of(
-            number, question.user_prompt, base_answer=base_answer, tuned_answer=tuned_answer, time=now,
+            number, question.user_prompt, base_answer=base_answer, trained_answer=trained_answer, time=now,
             label=question.ground_truth if ref is None else None,
         )
-        for number, (question, base_answer, tuned_answer) in enumerate(zip(questions, base_answers, tuned_answers, strict=True), 1)
+        for number, (question, base_answer, trained_answer) in enumerate(zip(questions, base_answers, trained_answers, strict=True), 1)
     ]  # fmt: skip
     metadata = ComparisonMetadata(
         base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=source,

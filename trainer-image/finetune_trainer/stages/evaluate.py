@@ -19,7 +19,7 @@ from finetune_trainer.evaluation.values import MetricValue
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.files import MEASUREMENTS_FILE, OUTPUT_FOLDER, StageResult, StageTask
 from finetune_trainer.stages.final_model import load_final_model
-from finetune_trainer.stages.measure import Measured, load_held_out, measure_model
+from finetune_trainer.stages.measure import ModelResults, load_held_out, measure_model
 
 PREDICTIONS_FILE, RESULTS_FILE = "predictions.jsonl", "evaluation_results.json"
 SUMMARY_FILE, WORKBOOK_FILE = "evaluation_summary.json", "evaluation_detailed.xlsx"
@@ -33,7 +33,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     return StageResult(evaluation=_summarise(run, measured))
 
 
-def _write_files(run: RunConfig, measured: Measured, folder: Path) -> None:
+def _write_files(run: RunConfig, measured: ModelResults, folder: Path) -> None:
     predictions, values = measured.predictions, measured.measurements.values
     measured.measurements.write(folder / MEASUREMENTS_FILE)
     if predictions:
@@ -49,7 +49,7 @@ def _has_row_of_each(value: MetricValue, predictions: Sequence[Prediction]) -> b
     return value.rows is not None and len(value.rows) == len(predictions)
 
 
-def _summarise(run: RunConfig, measured: Measured) -> EvaluationResult:
+def _summarise(run: RunConfig, measured: ModelResults) -> EvaluationResult:
     """The results for the status. Without a comparison, the gates are decided here."""
     found, gates = measured.measurements, run.spec.evaluation.gates
     decides = gates is not None and not compares_metrics(run.spec)

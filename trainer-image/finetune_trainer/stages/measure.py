@@ -63,7 +63,7 @@ class HeldOut:
 
 
 @dataclass
-class Measured:
+class ModelResults:
     """The results of one model."""
 
     measurements: Measurements
@@ -71,7 +71,7 @@ class Measured:
     """The answers to the held-out questions. Empty if no metric and no file needs them."""
 
 
-def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: HeldOut) -> Measured:
+def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: HeldOut) -> ModelResults:
     """Compute `evaluation.metrics`, and answer the questions and prompts that the job compares or stores."""
     metrics, values = metrics_after_training(run.spec), dict[str, MetricValue]()
     token_sums: list[list[float]] = []
@@ -90,7 +90,7 @@ def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: He
         bleu_sums=_bleu_sums(predictions) if EvaluationMetric.BLEU in metrics else [],
         answers=_compared_answers(run, held_out, predictions, channel), end_token_ids=held_out.end_token_ids,
     )  # fmt: skip
-    return Measured(measurements.with_values(values), predictions)
+    return ModelResults(measurements.with_values(values), predictions)
 
 
 def _needs_answers(run: RunConfig, stage: Stage) -> bool:

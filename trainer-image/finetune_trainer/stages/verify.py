@@ -26,14 +26,14 @@ from finetune_trainer.artefact.combination import load_combined_adapters
 from finetune_trainer.channel import Channel
 from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.proof import compare
-from finetune_trainer.proof.artefact_checks import find_fault
-from finetune_trainer.proof.compare import MERGED
-from finetune_trainer.proof.reference import FILE_NAME, ReferenceValues
-from finetune_trainer.proof.weight_files import DamagedFileError, read_folder, weight_bytes
 from finetune_trainer.results.serving_files import ServedModel, serving_files
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
 from finetune_trainer.stages.heartbeats import heartbeats_while_computing
+from finetune_trainer.verification import compare
+from finetune_trainer.verification.artefact_checks import find_fault
+from finetune_trainer.verification.compare import MERGED
+from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
+from finetune_trainer.verification.weight_files import DamagedFileError, read_folder, weight_bytes
 
 log = logging.getLogger(__name__)
 MEMORY_FACTOR = 1.2
@@ -68,7 +68,7 @@ class Artefact:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ArtefactValues:
     """Values of an artefact, and of the base model if the artefact contains it."""
 
     values: list[float]
@@ -141,7 +141,7 @@ class Verifier:
         if artefact.name != MERGED or not self._run.spec.output.combine_adapters:
             return reference
         self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
-        with _named_failures("combined adapters", self._inputs.model):
+        with _as_verification_errors("combined adapters", self._inputs.model):
             model = _add_adapter(self._load(self._inputs.model, reference, quantizes=False), self._adapter, reference)
             model.base_model.set_adapter(load_combined_adapters(model, self._run, self._inputs.combined_adapters))
             expected = compare.with_values(reference, self._values(model, reference))
@@ -149,30 +149,30 @@ class Verifier:
         _release_memory()
         return expected
 
-    def _measure(self, artefact: Artefact, reference: ReferenceValues) -> Measured:
+    def _measure(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
         """Load the artefact, and compute the values of all rows. The model is released afterwards."""
         imports.hide_unneeded(self._run)
         is_adapter = artefact.kind is OutputKind.ADAPTER
-        with _named_failures(artefact.name, self._inputs.model):
+        with _as_verification_errors(artefact.name, self._inputs.model):
             _require_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
             model = self._load(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
             if is_adapter:
                 model = _add_adapter(model, artefact.folder, reference)
-            measured = Measured(self._values(model, reference))
+            measured = ArtefactValues(self._values(model, reference))
             if is_adapter and reference.head == "causal" and not _has_biases(artefact.folder):
                 with model.disable_adapter():
-                    measured = Measured(measured.values, self._values(model, reference))
+                    measured = ArtefactValues(measured.values, self._values(model, reference))
         del model
         _release_memory()
         return measured
 
-    def _values_of_base(self, measured: Measured, reference: ReferenceValues) -> list[float] | None:
+    def _values_of_base(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
         """Values of the base model. It is loaded once for artefacts that do not contain it. None for models with a new score head."""
         if measured.base_values is not None:
             self._base_values = measured.base_values
         if self._base_values is None and reference.head == "causal":
             self._channel.report_stage(Stage.VERIFYING, "loading the base model")
-            with _named_failures("base model", self._inputs.model):
+            with _as_verification_errors("base model", self._inputs.model):
                 model = self._load(self._inputs.model, reference, quantizes=True)
                 self._fit_vocabulary(model, reference)
                 self._base_values = self._values(model, reference)
@@ -187,7 +187,7 @@ class Verifier:
             model.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
 
     def _values(self, model: Any, reference: ReferenceValues) -> list[float]:
-        from finetune_trainer.proof.measure import row_values
+        from finetune_trainer.verification.measure import row_values
 
         device = model.get_input_embeddings().weight.device
         rows = row_values(model, reference.rows, head=reference.head, pad_token_id=reference.pad_token_id, device=device, autocast=reference.autocast)
@@ -291,8 +291,8 @@ def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 @contextmanager
-def _named_failures(name: str, base: Path) -> Iterator[None]:
-    """Convert exceptions while loading or computing. Exhausted memory means NotComparableError, other exceptions mean UnfitArtefactError."""
+def _as_verification_errors(name: str, base: Path) -> Iterator[None]:
+    """Convert exceptions during loading and computing: exhausted memory to NotComparableError, other exceptions to UnfitArtefactError."""
     import torch
 
     try:

@@ -35,6 +35,7 @@ from finetune_trainer.storage.base import ByteCounter, ObjectStat
 from finetune_trainer.storage.preflight import PREFLIGHT_OPTIONS
 from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.storage.web import WebStore
+from finetune_trainer.supervisor.file_digests import FileDigests
 
 DOWNLOAD_THREADS = 4
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken", "README.md")
@@ -74,8 +75,10 @@ class FetchedSource:
 class Fetcher:
     """Fetches the sources of one run. `byte_counter` is called with the number of bytes of each downloaded chunk."""
 
-    def __init__(self, run: RunConfig, work: Path, *, byte_counter: ByteCounter | None = None) -> None:
+    def __init__(self, run: RunConfig, work: Path, *, byte_counter: ByteCounter | None = None, digests: FileDigests | None = None) -> None:
+        """`digests` receives the sha256 of each file downloaded from a store. The hub's client does not compute one."""
         self.run, self.work, self.byte_counter = run, work, byte_counter
+        self.digests = FileDigests() if digests is None else digests
 
     def model(self, text: str, path: str, name: str) -> FetchedSource:
         """Fetch a folder with a model, tokenizer or adapter. `path` is the spec field, `name` the folder to download into.
@@ -162,10 +165,11 @@ class Fetcher:
             folder = source.key.rpartition("/")[0] if is_single_object else source.key
             jobs = [(stat, target / _relative_path(stat.key, folder)) for stat in objects]
             with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
-                sums = list(pool.map(lambda job: store.download(job[0].key, job[1], byte_counter=self.byte_counter), jobs))
-            for stat, digest in zip(objects, sums, strict=True):
+                digests = list(pool.map(lambda job: store.download(job[0].key, job[1], byte_counter=self.byte_counter), jobs))
+            for (stat, file), digest in zip(jobs, digests, strict=True):
                 if digest is None:
                     raise self._missing_error(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed during its download")
+                self.digests.add_download(file, digest)
         except FineTuneError as error:
             if error.failure_class is FailureClass.STORAGE and isinstance(error, CredentialsError):
                 error.failure_class = kind.failure_class
@@ -220,6 +224,7 @@ class Fetcher:
             store.close()
         if digest is None:
             raise self._missing_error(kind, path, store.uri, "answers 404")
+        self.digests.add_download(file, digest)
         return FetchedSource(file, [file])
 
     def _fetch_committed_model(self, source: HttpsSource, path: str, target: Path) -> FetchedSource:
@@ -233,13 +238,16 @@ class Fetcher:
         address = parse_address(source.url)
         store = self._open_web_store(address.root, MODEL_SOURCE)
         try:
-            committed = CheckpointTree(store).get_committed(address.step)
+            tree = CheckpointTree(store)
+            committed = tree.get_committed(address.step)
             problem = "holds no _COMMITTED object"
             if committed is not None:
                 problem = download_committed(
-                    CheckpointTree(store), committed, target, byte_counter=self.byte_counter,
-                    check_space=lambda size: self.require_space(size, path),
-                )  # fmt: skip
+                    tree, committed, target, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, path)
+                )
+                manifest = tree.read_manifest(committed) if problem is None else None
+                for entry in manifest.files if manifest is not None else ():
+                    self.digests.add_download(target / entry.path, entry.sha256)  # the download was compared with the manifest
         finally:
             store.close()
         if committed is None:

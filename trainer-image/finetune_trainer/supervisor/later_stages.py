@@ -13,11 +13,10 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_api.errors import (
     FineTuneError,
@@ -39,7 +38,6 @@ from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.failure import classify_error, failure_from_exit_code, failure_from_message
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
-from finetune_trainer.proof.reference import FILE_NAME, MANIFEST_KEY, stored_key
 from finetune_trainer.settings import Settings
 from finetune_trainer.stages.files import (
     MEASUREMENTS_FILE,
@@ -57,15 +55,17 @@ from finetune_trainer.storage.base import join, sha256_file
 from finetune_trainer.supervisor.agent_process import rank_environment
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
 from finetune_trainer.supervisor.hub import push_to_hub
+from finetune_trainer.supervisor.interruptible import POLL_SECONDS, StoppedError, run_until
 from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
 from finetune_trainer.supervisor.oci_artefact import store_oci_artefact
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
+from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, stored_key
 
 log = logging.getLogger(__name__)
-POLL_SECONDS = 0.05
+T = TypeVar("T")
 MODEL_FOLDER = "final-model"
 """Folder on the pod's disk with the downloaded model, in a pod that has not trained."""
 RECORD_FOLDER = f"{Storage.RUN}/stages"
@@ -79,23 +79,21 @@ PUBLISHING_STAGES = (Stage.UPLOADING,)
 therefore prevents no result, and only a model for which these stages have succeeded is promoted."""
 
 
-class StoppedError(Exception):
-    """A stop was requested while a stage was running."""
-
-
 class LaterStages:
     """Runs the stages of one pod. Only rank 0's pod runs them."""
 
     def __init__(
         self, run: RunConfig, settings: Settings, tree: CheckpointTree, run_state: RunState, *,
-        results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool],
+        results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool], is_save_deadline_passed: Callable[[], bool],
     ) -> None:  # fmt: skip
         """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
 
-        `is_stop_requested`: whether the pod must end.
+        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether the part of the grace period has ended in which the
+        result of a finished stage may still be stored.
         """
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
         self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
+        self._is_save_deadline_passed = is_save_deadline_passed
         self._folder = settings.work / "stages"
         self._parts_folder, self._parts_key = self._folder, ""
         self._stored_parts: set[str] = set()
@@ -105,8 +103,11 @@ class LaterStages:
     def run(self, output: Output) -> StageReport:
         """Run all open stages in order, then promote the model or report the failed gate, then publish. A failure or a stop request ends the loop."""
         stages = planned_stages(self._run)
-        report = StageReport(output=output)
-        self._records = {stage: record for stage in stages if (record := self._read_record(stage, output)) is not None}
+        report = StageReport(open_stages=stages, output=output)
+        try:
+            self._records = self._until_stop(lambda: self._read_records(stages, output))
+        except StoppedError:
+            return report
         report.open_stages = [stage for stage in stages if stage not in self._records]
         for publishes in (False, True):
             if publishes and not self._finish_gates(report, output):
@@ -169,7 +170,10 @@ class LaterStages:
             return True
         try:
             if not failed:
-                self._promote(output, self._records[stage])
+                self._until_save_deadline(lambda: self._promote(output, self._records[stage]))
+        except StoppedError:
+            report.open_stages.append(stage)  # the next attempt reads the record of this stage, and promotes the model
+            return False
         except FineTuneError as error:
             report.failure = StageFailure(stage, error)
             return False
@@ -201,14 +205,26 @@ class LaterStages:
         return output
 
     def _run_stage(self, stage: Stage, output: Output) -> StageRecord:
-        """Run one stage, store its files, and write its record."""
+        """Run one stage, store its files, and write its record. Errors: StoppedError; the failure of the stage."""
         self._state.enter_stage(stage)
+        folder = self._folder / stage.value
+        result = self._until_stop(lambda: self._begin_stage(stage, output, folder))
+        if result is not None:
+            return self._until_save_deadline(lambda: self._record(stage, output, result, []))
+        self._run_process(stage, folder)
+        if stage is Stage.MERGING:
+            return self._until_stop(lambda: self._record(stage, output, self._commit_merged_model(output, folder / OUTPUT_FOLDER), []))
+        return self._until_save_deadline(
+            lambda: self._record(stage, output, _read_result(folder), self._upload_files(stage, folder / OUTPUT_FOLDER))
+        )
+
+    def _begin_stage(self, stage: Stage, output: Output, folder: Path) -> StageResult | None:
+        """Prepare the process of a stage. Returns the result of a stage that needs no process."""
         self._tree.require_newest_attempt(self._run.attempt)
         if stage is Stage.UPLOADING:
-            return self._record(stage, output, self._publish(output), [])
+            return self._publish(output)
         if stage is Stage.MERGING and (uri := committed_merged_model(self._tree, output)) is not None:
-            return self._record(stage, output, StageResult(merged_uri=uri), [])
-        folder = self._folder / stage.value
+            return StageResult(merged_uri=uri)
         shutil.rmtree(folder, ignore_errors=True)
         (folder / OUTPUT_FOLDER).mkdir(parents=True)
         self._fetch_parts(stage, output, folder / PARTS_FOLDER)
@@ -226,11 +242,7 @@ class LaterStages:
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
         if stage is Stage.VERIFYING:
             self._write_reference_values(folder)
-        self._run_process(stage, folder)
-        result = _read_result(folder)
-        if stage is Stage.MERGING:
-            return self._record(stage, output, StageResult(merged_uri=self._commit_merged_model(output, folder / OUTPUT_FOLDER)), [])
-        return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
+        return None
 
     def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
         """Write the record of a stage that is done."""
@@ -254,7 +266,7 @@ class LaterStages:
         committed = self._tree.get_committed(None)
         partial = target.with_name(f"{target.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
-        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial)
+        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial, byte_counter=self._raise_if_stopped)
         if problem is not None:
             raise NoCheckpointError("ModelDamaged", f"the committed model {output.uri} cannot be read: {problem}")
         partial.rename(target)
@@ -267,7 +279,7 @@ class LaterStages:
         """
         record, folder = self._records[Stage.EVALUATING], self._folder / "evaluated"
         key = join(STORAGE_FOLDERS[Stage.EVALUATING], MEASUREMENTS_FILE)
-        sha256 = self._tree.store.download(key, folder / MEASUREMENTS_FILE)
+        sha256 = self._tree.store.download(key, folder / MEASUREMENTS_FILE, byte_counter=self._raise_if_stopped)
         if sha256 is None or sha256 not in [file.sha256 for file in record.files if file.key == key]:
             self._tree.store.delete([_record_key(Stage.EVALUATING)])
             raise StorageError("EvaluationDamaged", f"{self._tree.uri(key)} is missing or damaged", hint="the next attempt evaluates the model again")
@@ -279,54 +291,38 @@ class LaterStages:
             return None
         merged_here = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
         target = self._settings.work / "merged-model"
-        return next((folder for folder in (merged_here, target) if folder.exists()), None) or fetch_merged_model(self._tree, target)
-
-    def _commit_merged_model(self, output: Output, folder: Path) -> str:
-        """Upload and commit the merged model. A stop request ends the upload after the current file. Errors: StoppedError."""
-
-        def report_or_stop(uploaded: int, total: int) -> None:
-            if self._is_stop_requested():
-                raise StoppedError
-            self._state.enter_stage(Stage.MERGING, f"uploaded {uploaded / 1e9:.2f} of {total / 1e9:.2f} GB")
-
-        return commit_merged_model(
-            self._tree, output, folder, attempt=self._run.attempt, incarnation=self._settings.incarnation(self._run), before_each_file=report_or_stop
+        return next((folder for folder in (merged_here, target) if folder.exists()), None) or fetch_merged_model(
+            self._tree, target, byte_counter=self._raise_if_stopped
         )
 
-    def _publish(self, output: Output) -> StageResult:
-        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, if the spec asks for it.
+    def _commit_merged_model(self, output: Output, folder: Path) -> StageResult:
+        """Upload and commit the merged model. A stop request ends the upload."""
+        _read_result(folder.parent)
 
-        Errors: StoppedError.
-        """
+        def report_or_stop(uploaded: int, total: int) -> None:
+            self._raise_if_stopped()
+            self._state.enter_stage(Stage.MERGING, f"uploaded {uploaded / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+        uri = commit_merged_model(
+            self._tree, output, folder, attempt=self._run.attempt, incarnation=self._settings.incarnation(self._run),
+            before_each_file=report_or_stop, byte_counter=self._raise_if_stopped,
+        )  # fmt: skip
+        return StageResult(merged_uri=uri)
+
+    def _publish(self, output: Output) -> StageResult:
+        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, if the spec asks for it."""
         published_uri = hub_uri = oci_digest = None
         if exports_oci(self._run.spec):
             oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
         if self._run.publish is not None:
-            published_uri = self._results.publish(
-                output, self._local_model(output), tuple(dict.fromkeys(STORAGE_FOLDERS.values())), self.merged_model(output)
-            )
+            folders = tuple(dict.fromkeys(STORAGE_FOLDERS.values()))
+            model, merged = self._local_model(output), self.merged_model(output)
+            published_uri = self._results.publish(output, model, folders, merged, byte_counter=self._raise_if_stopped)
         if pushes_to_hub(self._run.spec):
             model = self.merged_model(output) or self._local_model(output)
             self._state.enter_stage(Stage.UPLOADING, "pushing to the model hub")
-            retry_seconds = self._settings.final_upload_timeout
-            hub_uri = self._run_until_stop(lambda: push_to_hub(self._run, model, retry_seconds=retry_seconds))
+            hub_uri = push_to_hub(self._run, model, retry_seconds=self._settings.final_upload_timeout)
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
-
-    def _run_until_stop(self, action: Callable[[], str]) -> str:
-        """Run an action that cannot be interrupted in a thread. Returns its result. Errors: those of the action; StoppedError."""
-        done: Future[str] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(action())
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=run, name="push", daemon=True).start()
-        while not wait([done], POLL_SECONDS).done:
-            if self._is_stop_requested():
-                raise StoppedError
-        return done.result()
 
     def _write_reference_values(self, folder: Path) -> None:
         """Copy the trainer's reference values from storage to the folder of a stage. There are none if an older trainer has trained the model."""
@@ -351,7 +347,8 @@ class LaterStages:
         finally:
             kill_all_descendants()
             channel.close()
-            self._store_parts()
+        if code != 0:
+            self._until_save_deadline(self._store_parts)
         if failures:
             raise failures[0]
         if code != 0:
@@ -361,12 +358,13 @@ class LaterStages:
         """Return the exit code. Errors: StoppedError; PeerError `Stalled`."""
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
         while (code := process.poll()) is None:
+            if self._new_parts():
+                self._until_stop(self._store_parts)
             if self._is_stop_requested():
                 raise StoppedError
             if (stalled := stall_watch.stall_error()) is not None:
                 dump_rank_stacks([process.pid])
                 raise stalled
-            self._store_parts()
             threading.Event().wait(POLL_SECONDS)
         return code
 
@@ -380,7 +378,25 @@ class LaterStages:
             case "failed":
                 failures.append(failure_from_message(message).error)
 
+    # ---- stops ----
+
+    def _until_stop(self, action: Callable[[], T]) -> T:
+        """Run an action that the next attempt repeats if the pod is stopped. Errors: StoppedError; those of the action."""
+        return run_until(self._is_stop_requested, action)
+
+    def _until_save_deadline(self, action: Callable[[], T]) -> T:
+        """Store the result of a finished stage, for which a part of the grace period is reserved. Errors: StoppedError; those of the action."""
+        return run_until(self._is_save_deadline_passed, action)
+
+    def _raise_if_stopped(self, _byte_count: int = 0) -> None:
+        """End the transfer that calls this function. Errors: StoppedError."""
+        if self._is_stop_requested():
+            raise StoppedError
+
     # ---- storage ----
+
+    def _read_records(self, stages: list[Stage], output: Output) -> dict[Stage, StageRecord]:
+        return {stage: record for stage in stages if (record := self._read_record(stage, output)) is not None}
 
     def _read_record(self, stage: Stage, output: Output) -> StageRecord | None:
         """The record of a stage that has read this model, else None."""
@@ -403,7 +419,6 @@ class LaterStages:
             stored.append(StoredFile(key=key, size=path.stat().st_size, sha256=sha256_file(path)))
         return stored
 
-
     def _fetch_parts(self, stage: Stage, output: Output, folder: Path) -> None:
         """Download the finished parts of an earlier, unfinished run of the stage with the same model."""
         folder.mkdir()
@@ -415,12 +430,14 @@ class LaterStages:
                 (folder / name).write_bytes(data)
                 self._stored_parts.add(name)
 
+    def _new_parts(self) -> list[Path]:
+        return [path for path in self._parts_folder.glob("*.json") if path.name not in self._stored_parts]
+
     def _store_parts(self) -> None:
         """Upload the parts that are new. A part that cannot be stored is run again by the next attempt, so a failure adds only a note."""
-        for path in self._parts_folder.glob("*.json"):
-            if path.name not in self._stored_parts:
-                self._stored_parts.add(path.name)
-                store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
+        for path in self._new_parts():
+            self._stored_parts.add(path.name)
+            store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
 
 
 def verification_error(verification: Verification, output: Output) -> VerificationFailedError:

@@ -1,13 +1,12 @@
 """Writes the lineage statement of the final model. `docs/guides/lineage.md` describes its content and what a signature shows.
 
 The statement is written after the model's commit. Facts that a later attempt cannot know, such as the device and the step from which
-an attempt resumed, are stored as a record of each attempt while that attempt runs.
+an attempt resumed, are in the record of each attempt (`attempt_recorder`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -21,7 +20,6 @@ from finetune_api.lineage import (
     REVISION,
     STATEMENT_KEY,
     TRAINER_IMAGE,
-    AttemptRecord,
     BuildDefinition,
     Builder,
     BuildMetadata,
@@ -32,7 +30,7 @@ from finetune_api.lineage import (
     Statement,
     without_secrets,
 )
-from finetune_api.names import Storage, attempt_folder, attempt_of_folder
+from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 
@@ -40,38 +38,24 @@ from finetune_trainer.artefact.combination import adapter_name
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.storage.base import join, sha256_file
-from finetune_trainer.supervisor.agent_process import threads_per_rank
+from finetune_trainer.supervisor.attempt_recorder import read_attempt_records
 from finetune_trainer.supervisor.fetch import combined_digest, fingerprint
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.run_results import STARTED_KEY
 from finetune_trainer.supervisor.run_state import RunState
 
-log = logging.getLogger(__name__)
-MAX_HASHED_MODEL_BYTES = 8 << 30
-"""The files of a larger model are not hashed one by one, because GPUs would wait for it. Its revision is in the statement in any case."""
+MAX_READ_MODEL_BYTES = 8 << 30
+"""If more bytes would have to be read for the digests of the base model's files, the statement has none, because GPUs would wait meanwhile.
+The revision of the model is in the statement in any case."""
 GIT_COMMIT_DIGITS = 40
 
 
 class Lineage:
-    """The attempt records and the statement of one run. Only rank 0's pod writes them."""
+    """The lineage statement of one run. Only rank 0's pod writes it."""
 
-    def __init__(self, run: RunConfig, tree: CheckpointTree, run_state: RunState, incarnation: str) -> None:
-        self._run, self._tree, self._state, self._incarnation = run, tree, run_state, incarnation
-        self._start_time = datetime.now(UTC).isoformat()
-        self._stored_record: AttemptRecord | None = None
-
-    def record_attempt(self) -> None:
-        """Store the record of this incarnation, if a value has changed. Errors: those of storage."""
-        report = self._state.report()
-        record = AttemptRecord(
-            attempt=self._run.attempt, incarnation=self._incarnation, start_time=self._start_time,
-            resumed_from_step=report.resumed_from_step, device=report.resolved.device, strategy=report.resolved.strategy,
-            threads=threads_per_rank(self._run), config_sha256=self._state.config_sha256,
-        )  # fmt: skip
-        if record != self._stored_record:
-            key = join(Storage.RUN, attempt_folder(self._run.attempt), f"{self._incarnation}.json")
-            self._tree.store.put(key, json.dumps(record.to_wire(), indent=1).encode())
-            self._stored_record = record
+    def __init__(self, run: RunConfig, tree: CheckpointTree, run_state: RunState, digests: FileDigests) -> None:
+        """`digests`: those of the files that this pod has downloaded."""
+        self._run, self._tree, self._state, self._digests = run, tree, run_state, digests
 
     def write_statement(self, inputs: Inputs | None) -> str | None:
         """Store the statement, unless it is stored. Returns its URI, or None if no model is committed or a later attempt has begun.
@@ -110,7 +94,7 @@ class Lineage:
             predicate=Provenance(
                 build_definition=BuildDefinition(
                     build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal,
-                    resolved_dependencies=dependencies_of(self._run, manifest.facts, inputs),
+                    resolved_dependencies=dependencies_of(self._run, manifest.facts, inputs, self._digests),
                 ),
                 run_details=RunDetails(
                     builder=Builder(id=BUILDER_ID, version=_builder_versions(manifest.facts)),
@@ -120,7 +104,8 @@ class Lineage:
                         for one in reversed(self._tree.list_committed())
                     ],
                     finetune_run=RunSummary(
-                        step=manifest.step, facts=manifest.facts.to_wire(), attempts=self._attempts(), stage_seconds=self._state.report().timings,
+                        step=manifest.step, facts=manifest.facts.to_wire(), stage_seconds=self._state.report().timings,
+                        attempts=[record.without_texts() for record in read_attempt_records(self._tree)],
                     ),
                 ),
             ),
@@ -129,20 +114,6 @@ class Lineage:
     def _started_on(self) -> str | None:
         data = self._tree.store.get(STARTED_KEY)
         return str(json.loads(data)["time"]) if data is not None else None
-
-    def _attempts(self) -> list[AttemptRecord]:
-        """The records of all incarnations, in the order of their start."""
-        records = []
-        for stat in self._tree.store.list(f"{Storage.RUN}/"):
-            _, folder, *rest = stat.key.split("/")
-            if attempt_of_folder(folder) is None or len(rest) != 1 or not rest[0].startswith("a"):
-                continue
-            data = self._tree.store.get(stat.key)
-            try:
-                records.append(AttemptRecord.model_validate_json(data or b""))
-            except ValueError:
-                log.warning("%s is not the record of an attempt", stat.key)
-        return sorted(records, key=lambda record: (record.attempt, record.start_time))
 
 
 def _manifest_subject(committed: CommittedCheckpoint) -> Resource:
@@ -160,12 +131,12 @@ def _builder_versions(facts: RunFacts) -> dict[str, str]:
 # ---- dependencies ----
 
 
-def dependencies_of(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> list[Resource]:
+def dependencies_of(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
     """The base model, the other models, the data and the trainer image. The files of a source follow it, if their digests are known."""
-    return [*_models(run, facts, inputs), *_data(run, facts, inputs), *_image(run)]
+    return [*_models(run, facts, inputs, digests), *_data(run, facts, inputs, digests), *_image(run)]
 
 
-def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[Resource]:
+def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     spec = run.spec
     is_commit = len(facts.model_revision) == GIT_COMMIT_DIGITS
     yield Resource(
@@ -173,7 +144,7 @@ def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[
         digest={"gitCommit": facts.model_revision} if is_commit else {},
     )  # fmt: skip
     if inputs is not None and (is_commit or fingerprint(inputs.model) == facts.model_revision):
-        yield from _model_files(BASE_MODEL, inputs.model)
+        yield from _model_files(BASE_MODEL, inputs.model, digests)
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     others = (
@@ -189,14 +160,14 @@ def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[
             yield Resource(name=path, uri=redact_source(source), annotations={REVISION: facts.other_inputs[fact]})
 
 
-def _model_files(name: str, folder: Path) -> Iterator[Resource]:
+def _model_files(name: str, folder: Path, digests: FileDigests) -> Iterator[Resource]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if sum(path.stat().st_size for path in files) <= MAX_HASHED_MODEL_BYTES:
+    if sum(path.stat().st_size for path in files if digests.known(path) is None) <= MAX_READ_MODEL_BYTES:
         for path in files:
-            yield Resource(name=f"{name}/{path.relative_to(folder).as_posix()}", digest={"sha256": sha256_file(path)})
+            yield Resource(name=f"{name}/{path.relative_to(folder).as_posix()}", digest={"sha256": digests.of(path)})
 
 
-def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[Resource]:
+def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     """The data sources and their files. A file that has changed since the training has no digest."""
     data = run.spec.dataset
     train = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
@@ -208,14 +179,14 @@ def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None) -> Iterator[Re
         ("dataset.validation", data.validation, inputs.validation if inputs else [], "validation data"),
         ("dataset.test", data.test, inputs.test if inputs else [], "test data"),
     ]
-    yield from _data_files(train, facts.dataset_digest)
+    yield from _data_files(train, facts.dataset_digest, digests)
     for path, source, files, fact in held_out:
         if source:
-            yield from _data_files([(path, source, files)], facts.other_inputs.get(fact, ""))
+            yield from _data_files([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
 
 
-def _data_files(sources: list[tuple[str, str, list[Path]]], digest: str) -> Iterator[Resource]:
-    sha256_by_file = {file: sha256_file(file) for _, _, files in sources for file in files}
+def _data_files(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:
+    sha256_by_file = {file: digests.of(file) for _, _, files in sources for file in files}
     is_unchanged = combined_digest(list(sha256_by_file), sha256_by_file.__getitem__) == digest
     for path, source, files in sources:
         yield Resource(name=path, uri=redact_source(source), annotations={"combinedDigest": digest})

@@ -15,7 +15,7 @@ from finetune_api.status import Output
 from finetune_trainer.checkpoint.address import download_committed
 from finetune_trainer.checkpoint.manifest import Manifest, entries_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.storage.base import join
+from finetune_trainer.storage.base import ByteCounter, join
 
 log = logging.getLogger(__name__)
 ADAPTER_SHA256 = "adapterSha256"
@@ -32,11 +32,12 @@ def committed_merged_model(tree: CheckpointTree, output: Output) -> str | None:
 
 
 def commit_merged_model(
-    tree: CheckpointTree, output: Output, folder: Path, *, attempt: int, incarnation: str, before_each_file: Callable[[int, int], None]
-) -> str:
+    tree: CheckpointTree, output: Output, folder: Path, *, attempt: int, incarnation: str, before_each_file: Callable[[int, int], None],
+    byte_counter: ByteCounter | None = None,
+) -> str:  # fmt: skip
     """Upload and commit the files of a local folder. Returns the URI of the merged model.
 
-    `before_each_file`: receives the uploaded bytes and all bytes, and may raise to end the upload.
+    `before_each_file`: receives the uploaded bytes and all bytes. This function and `byte_counter` may raise to end the upload.
     Errors: those of storage; FencedOutError if a later attempt has begun.
     """
     adapter = tree.get_committed(None)
@@ -45,7 +46,7 @@ def commit_merged_model(
     total, uploaded = sum(entry.size for entry in entries), 0
     for entry in entries:
         before_each_file(uploaded, total)
-        tree.store.put_file(folder / entry.path, join(Storage.MERGED, incarnation, entry.path))
+        tree.store.put_file(folder / entry.path, join(Storage.MERGED, incarnation, entry.path), byte_counter=byte_counter)
         uploaded += entry.size
     changes = {
         "attempt": attempt, "incarnation": incarnation, "kind": OutputKind.MODEL, "files": entries,
@@ -58,12 +59,12 @@ def commit_merged_model(
     return tree.uri(join(Storage.MERGED, incarnation))
 
 
-def fetch_merged_model(tree: CheckpointTree, target: Path) -> Path:
+def fetch_merged_model(tree: CheckpointTree, target: Path, *, byte_counter: ByteCounter | None = None) -> Path:
     """Download and verify the committed merged model. Returns `target`. Errors: NoCheckpointError ModelDamaged; those of storage."""
     committed = tree.get_merged()
     partial = target.with_name(f"{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    problem = "the marker is missing" if committed is None else download_committed(tree, committed, partial)
+    problem = "the marker is missing" if committed is None else download_committed(tree, committed, partial, byte_counter=byte_counter)
     if problem is not None:
         raise NoCheckpointError("ModelDamaged", f"the merged model cannot be read: {problem}")
     partial.rename(target)

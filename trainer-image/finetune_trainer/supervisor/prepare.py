@@ -1,6 +1,6 @@
 """The steps between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
 
-This runs while the ranks import their libraries. A failure ends the pod before training. The exit code tells whether the user, the
+This runs while the ranks import their libraries. A failure ends the pod before training. The exit code shows whether the user, the
 storage administrator or the cluster administrator must act.
 """
 
@@ -31,13 +31,14 @@ from finetune_trainer.results.model_comparison import read_prompts
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.preflight import preflight
-from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint
-from finetune_trainer.supervisor.given_model import (
-    GivenModel,
-    download_given_model,
-    find_given_model,
+from finetune_trainer.supervisor.existing_model import (
+    ExistingModel,
+    download_existing_model,
+    find_existing_model,
     require_same_base,
 )
+from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.hub import require_token
 from finetune_trainer.supervisor.run_state import RunState
 
@@ -59,8 +60,9 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deep
 class Preparation:
     """Prepares one pod. The public methods are listed in the order in which the supervisor calls them."""
 
-    def __init__(self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState) -> None:
-        self._run, self._sha256, self._work = run, config_sha256, settings.work
+    def __init__(self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState, digests: FileDigests) -> None:
+        """`digests` receives the sha256 of the downloaded files."""
+        self._run, self._sha256, self._work, self._digests = run, config_sha256, settings.work, digests
         self._node_rank, self._state = settings.node_rank, run_state
         self._config_maps = settings.config_maps
         self._bytes = 0
@@ -95,37 +97,37 @@ class Preparation:
                 time.sleep(pause)
         return send_request()
 
-    def fetch_given_model(self, tree: CheckpointTree, folder: Path) -> tuple[Inputs, GivenModel]:
+    def fetch_existing_model(self, tree: CheckpointTree, folder: Path) -> tuple[Inputs, ExistingModel]:
         """Download the inputs and the model of `phases.from`, which goes to `folder`.
 
-        Errors: those of `fetch` and of `given_model`; ConfigError `GivenModelNotAdapter` (64).
+        Errors: those of `fetch` and of `existing_model`; ConfigError `ExistingModelNotAdapter` (64).
         """
         self._state.enter_stage(Stage.DOWNLOADING)
-        given = find_given_model(self._run.spec.phases.from_ or "", tree)
-        if self._run.spec.output.merge_adapter and given.kind is OutputKind.MODEL:
+        existing = find_existing_model(self._run.spec.phases.from_ or "", tree)
+        if self._run.spec.output.merge_adapter and existing.kind is OutputKind.MODEL:
             raise ConfigError(
-                "GivenModelNotAdapter", f"phases.from is {given.output.uri}, a complete model, but output.mergeAdapter needs an adapter",
+                "ExistingModelNotAdapter", f"phases.from is {existing.output.uri}, a complete model, but output.mergeAdapter needs an adapter",
                 hint="remove output.mergeAdapter, or write the address of an adapter in phases.from",
             )  # fmt: skip
         inputs, _ = self.fetch()
-        note = require_same_base(given, inputs)
+        note = require_same_base(existing, inputs)
         if note is not None:
             self._state.add_note(note)
         fetcher = Fetcher(self._run, self._work)
         self._state.enter_stage(Stage.DOWNLOADING)
         self._run_timed(
-            "given model",
-            lambda: download_given_model(
-                given, folder, byte_counter=self._count_downloaded_bytes, check_space=lambda size: fetcher.require_space(size, "phases.from")
+            "existing model",
+            lambda: download_existing_model(
+                existing, folder, byte_counter=self._count_downloaded_bytes, check_space=lambda size: fetcher.require_space(size, "phases.from")
             ),
         )
-        return inputs, given
+        return inputs, existing
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77."""
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
-        facts = run_facts_of(self._run, self._sha256, inputs)
+        facts = run_facts_of(self._run, self._sha256, inputs, self._digests.of)
         require_expected_inputs(facts)
         self._state.enter_stage(Stage.CHECKING)
         self._run_timed("check", lambda: self._check_data(inputs))
@@ -165,7 +167,7 @@ class Preparation:
         return restore_result
 
     def _fetch(self) -> Inputs:
-        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, byte_counter=self._count_downloaded_bytes)
+        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, byte_counter=self._count_downloaded_bytes, digests=self._digests)
         data = spec.dataset
         source = spec.model.source or ""
         model = fetcher.model(source, "model.source", "model")
@@ -195,7 +197,7 @@ class Preparation:
             validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],
             test=fetcher.data(data.test, "dataset.test", "test") if data.test else [],
             model_revision=model.hub_revision or fingerprint(model.path),
-            dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], sha256_file),
+            dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], self._digests.of),
             output_dir=self._work / "output",
             config_maps=self._config_maps,
         )
@@ -285,8 +287,11 @@ def require_expected_inputs(facts: RunFacts) -> None:
         )  # fmt: skip
 
 
-def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
-    """The facts that this run stores in its checkpoints. They are compared when another attempt resumes from a checkpoint."""
+def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Callable[[Path], str] = sha256_file) -> RunFacts:
+    """The facts that this run stores in its checkpoints. They are compared when another attempt resumes from a checkpoint.
+
+    `sha256` returns the digest of a file.
+    """
     training_spec = run.spec.training
     micro_batch, accumulation_steps = training_spec.batch_size_per_device or 1, training_spec.gradient_accumulation_steps or 1
     return RunFacts(
@@ -302,7 +307,7 @@ def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts
         effective_batch=micro_batch * accumulation_steps * run.world.size,
         learning_rate=training_spec.learning_rate,
         settings=setting_hashes_of(run),
-        other_inputs=other_inputs_of(inputs),
+        other_inputs=other_inputs_of(inputs, sha256),
         config_sha256=config_sha256,
         versions=package_versions(),
     )
@@ -318,7 +323,7 @@ def setting_hashes_of(run: RunConfig) -> dict[str, str]:
     return hashes
 
 
-def other_inputs_of(inputs: Inputs) -> dict[str, str]:
+def other_inputs_of(inputs: Inputs, sha256: Callable[[Path], str]) -> dict[str, str]:
     """A hash of each input other than base model and training data. The keys are the inputs' names in messages."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
     models |= {adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
@@ -327,7 +332,7 @@ def other_inputs_of(inputs: Inputs) -> dict[str, str]:
         "validation data": inputs.validation, "test data": inputs.test,
         "contents of ConfigMaps": _mounted_files(inputs.config_maps),
     }  # fmt: skip
-    return hashes | {name: combined_digest(paths, sha256_file) for name, paths in files.items() if paths}
+    return hashes | {name: combined_digest(paths, sha256) for name, paths in files.items() if paths}
 
 
 def _mounted_files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
-"""Writes the report of a run, and the records from which the report is made.
+"""Writes the report of a run, and the counts of the data check for it.
 
-Rank 0's pod records its start and its end below `run/records/`, because a pod that is killed cannot write a report. At the end of each
-attempt, the report is made from storage alone and replaces the report of the attempt before.
+At the end of each attempt, the report is made from storage alone, including the records of all attempts (`attempt_recorder`). It replaces
+the report of the attempt before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from finetune_trainer.report import page
 from finetune_trainer.report.redaction import secret_values
 from finetune_trainer.report.result_sections import MAX_ANSWERS
 from finetune_trainer.report.run_report import (
-    AttemptRecord,
     CompletedStage,
     DataRecord,
     ModelFile,
@@ -38,43 +37,38 @@ from finetune_trainer.results.model_comparison import ModelComparison
 from finetune_trainer.stages.files import StageRecord
 from finetune_trainer.storage.base import join
 from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder, read_attempt_records
 from finetune_trainer.supervisor.run_results import RunResults
 
 if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
 
 log = logging.getLogger(__name__)
-RECORDS_FOLDER = f"{Storage.RUN}/records"
 DATA_KEY = f"{Storage.RUN}/data.json"
 MAX_CHECKPOINTS = 30
-"""Most checkpoints in the report: each one costs a request."""
+"""Maximum number of checkpoints in the report. Each checkpoint costs one request."""
 FURTHER_RESULTS = {"evaluation": ("benchmarks",), "output": ("verification",)}
 """Parts of `status.evaluation` and `status.output` that have a table of their own."""
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ReportWriter:
-    """Writes records and report of one pod. Only rank 0's pod does so. Errors of all methods: those of storage."""
+    """Writes the report of one run. Only rank 0's pod does so. Errors of all methods: those of storage."""
 
     def __init__(
-        self, run: RunConfig, tree: CheckpointTree, results: RunResults, *, incarnation: str, config_sha256: str, started_at: datetime
+        self, run: RunConfig, tree: CheckpointTree, results: RunResults, recorder: AttemptRecorder, *, config_sha256: str
     ) -> None:
-        """`started_at`: the start of the pod."""
-        self._run, self._tree, self._results, self._config_sha256 = run, tree, results, config_sha256
-        self._record = AttemptRecord(
-            attempt=run.attempt, incarnation=incarnation, started_at=started_at, gpus=run.world.nodes * run.world.gpus_per_node,
-            pods=run.world.nodes,
-        )  # fmt: skip
+        """`recorder`: stores the record of this pod's incarnation."""
+        self._run, self._tree, self._results, self._recorder, self._config_sha256 = run, tree, results, recorder, config_sha256
 
-    def record_start(self, start_step: int, summary: DataSummary) -> None:
-        """Record that this incarnation begins to train, from which step, and what the check of the rows has counted."""
-        self._record = self._record.model_copy(update={"start_step": start_step})
-        self._put(_record_key(self._record), self._record)
+    def record_data(self, summary: DataSummary) -> None:
+        """Store what the check of the rows has counted."""
         findings = summary.findings
-        self._put(DATA_KEY, DataRecord(
+        record = DataRecord(
             formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
             personal_data=findings.personal_data_counts, share_of_top_answer=findings.share_of_top_answer,
-        ))  # fmt: skip
+        )  # fmt: skip
+        self._tree.store.put(DATA_KEY, record.model_dump_json(by_alias=True, exclude_none=True).encode())
 
     def write(self, message: TerminationMessage, progress: ProgressReport) -> str | None:
         """Record the end of this incarnation and store the report. Returns its URI; None if a later attempt has begun.
@@ -83,8 +77,7 @@ class ReportWriter:
         """
         if self._tree.is_superseded(self._run.attempt):
             return None
-        self._record = _ended(self._record, message, progress)
-        self._put(_record_key(self._record), self._record)
+        self._recorder.record_end(message, progress)
         text = page.render(self.collect(message.output, progress), secret_values(os.environ)).encode()
         self._tree.store.put(REPORT_KEY, text)
         if message.output is not None and message.output.published_uri:
@@ -103,7 +96,7 @@ class ReportWriter:
     def collect(self, output: Output | None, progress: ProgressReport) -> RunReport:
         """Read everything that the report shows."""
         logs = _logs_by_incarnation(self._tree)
-        records = sorted(self._read_all(RECORDS_FOLDER, AttemptRecord), key=lambda one: (one.attempt, one.started_at))
+        records = read_attempt_records(self._tree)
         order = {record.incarnation: number for number, record in enumerate(records)}
         joined = join_attempts(logs[name] for name in sorted(logs, key=lambda name: (order.get(name, -1), name)))
         manifest = self._manifest_of_model()
@@ -137,9 +130,6 @@ class ReportWriter:
                 manifest.total_bytes if manifest else None, manifest.eval_loss if manifest else None,
             )  # fmt: skip
 
-    def _put(self, key: str, value: BaseModel) -> None:
-        self._tree.store.put(key, value.model_dump_json(by_alias=True, exclude_none=True).encode())
-
     def _read(self, key: str, model: type[ModelT]) -> ModelT | None:
         """Read an object. An object of another version that cannot be read counts as absent."""
         data = self._tree.store.get(key)
@@ -153,18 +143,6 @@ class ReportWriter:
         keys = [stat.key for stat in self._tree.store.list(f"{folder}/") if "/" not in stat.key.removeprefix(f"{folder}/")]
         found = (self._read(key, model) for key in keys)
         return [one for one in found if one is not None]
-
-
-def _record_key(record: AttemptRecord) -> str:
-    return join(RECORDS_FOLDER, f"{record.incarnation}.json")
-
-
-def _ended(record: AttemptRecord, message: TerminationMessage, progress: ProgressReport) -> AttemptRecord:
-    return record.model_copy(update={
-        "ended_at": datetime.now(UTC), "exit_code": message.exit_code, "code": message.code, "message": message.message,
-        "hint": message.hint, "last_step": progress.progress.step if progress.progress.step is not None else record.start_step,
-        "timings": progress.timings, "notes": progress.resolved.notes or [], "resolved": progress.resolved.model_copy(update={"notes": None}),
-    })  # fmt: skip
 
 
 def _logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:

@@ -7,6 +7,7 @@ that only runs the stages after training can read them from storage.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +21,14 @@ from finetune_api.status import Output
 
 from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.proof import reference
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder, copy_folder
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.results.metric_files import RunDescription, metric_files
-from finetune_trainer.storage.base import Store, join, sha256_file
+from finetune_trainer.storage.base import ByteCounter, join, sha256_file
 from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor.published_copy import PublishedCopy
+from finetune_trainer.verification import reference
 
 STARTED_KEY = f"{Storage.RUN}/started.json"
 FILES_OF_RANK = (ResultFile.LOG, ResultFile.TEST_SPLIT)
@@ -71,37 +73,31 @@ class RunResults:
         entries = [LogEntry.from_json(line) for line in data.decode().splitlines()]
         return metric_files(entries, self._describe_run())
 
-    def publish(self, output: Output, model: Path, further_folders: tuple[str, ...], merged: Path | None = None) -> str:
-        """Copy model, metric files and the stored files of `further_folders` to the folder of `output.dir`. Returns its URI.
+    def publish(
+        self, output: Output, model: Path, stage_folders: Sequence[str], merged: Path | None = None, *, byte_counter: ByteCounter | None = None
+    ) -> str:
+        """Copy model, metric files and the stored files of `stage_folders` to the folder of `output.dir`. Returns its URI.
 
-        `merged`: folder of the merged model, which is copied to the folder `merged` there.
+        `merged`: folder of the merged model. `byte_counter` may raise an exception to end the copy; the next attempt continues it.
         Errors: those of storage; ConfigError `OutputPathInvalid`.
         """
         folder = self.copy_folder()
         assert folder is not None, "a copy is only made with output.dir"
         store = open_store(self._run.storage.model_copy(update={"uri": self.root}))
         try:
-            for path in sorted(file for file in model.rglob("*") if file.is_file()):
-                store.put_file(path, folder.key_of_model_file(path.relative_to(model).as_posix()))
-            for path in sorted(file for file in merged.rglob("*") if file.is_file()) if merged else ():
-                store.put_file(path, join(folder.key, Storage.MERGED, path.relative_to(merged).as_posix()))
+            copy = PublishedCopy(store, folder, self._tree, byte_counter=byte_counter)
+            copy.add_model(model, output.sha256 or "")
+            if merged is not None:
+                copy.add_merged_model(merged, output.merged_uri or "")
             for name, text in self._metric_files.items():
-                store.put(folder.key_of_result(name), text.encode())
-            self._copy_stored_files(store, folder, further_folders)
+                copy.add_result(name, text.encode())
+            if (test_rows := self._read(ResultFile.TEST_SPLIT)) is not None:
+                copy.add_result(ResultFile.TEST_SPLIT, test_rows)
+            for prefix in stage_folders:
+                copy.add_stored_files(prefix)
         finally:
             store.close()
         return f"{self.root}/{folder.key}".rstrip("/")
-
-    def _copy_stored_files(self, store: Store, folder: CopyFolder, further_folders: tuple[str, ...]) -> None:
-        """Copy the test rows and the files of stages."""
-        test_rows = self._read(ResultFile.TEST_SPLIT)
-        if test_rows is not None:
-            store.put(folder.key_of_result(ResultFile.TEST_SPLIT), test_rows)
-        for prefix in further_folders:
-            for stat in self._tree.store.list(f"{prefix}/"):
-                data = self._tree.store.get(stat.key)
-                if data is not None:
-                    store.put(folder.key + stat.key.removeprefix(f"{prefix}/"), data)
 
     def copy_folder(self) -> CopyFolder | None:
         """The folder of the copy. None without `output.dir`. Errors: ConfigError `OutputPathInvalid`."""

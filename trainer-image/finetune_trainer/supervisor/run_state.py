@@ -125,7 +125,7 @@ class RunState:
             self._health = self._health.model_copy(update={"healthy": True, "checkpoint_problem": None})
 
     def set_tracker_problem(self, problem: str | None) -> None:
-        """Set why values cannot be sent to a tracker at present (reason and sentence). None: no tracker has a problem."""
+        """Set the reason and the sentence that say why values cannot be sent to a tracker at present. None: no tracker has a problem."""
         with self._lock:
             self._health = self._health.model_copy(update={"tracker_problem": problem})
 

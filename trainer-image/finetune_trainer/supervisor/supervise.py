@@ -34,6 +34,8 @@ from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.base import join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
+from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
+from finetune_trainer.supervisor.existing_model import find_existing_model, record_existing_model
 from finetune_trainer.supervisor.exit_decision import (
     AttemptFacts,
     ExitDecision,
@@ -43,7 +45,7 @@ from finetune_trainer.supervisor.exit_decision import (
     is_state_saved,
     stop_deadline,
 )
-from finetune_trainer.supervisor.given_model import find_given_model, record_given_model
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.later_stages import MODEL_FOLDER, LaterStages
 from finetune_trainer.supervisor.lineage import Lineage
 from finetune_trainer.supervisor.metric_log import MetricLog
@@ -57,13 +59,7 @@ from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.staging import Staging
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
-from finetune_trainer.supervisor.tracking import (
-    END_SECONDS,
-    STOP_SECONDS,
-    RunTracking,
-    entries_of_checkpoint,
-    entries_of_log,
-)
+from finetune_trainer.supervisor.tracking import RunTracking, entries_of_checkpoint, entries_of_log
 
 if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
@@ -75,10 +71,14 @@ PARTS_AFTER_FAILURE_SECONDS = 5.0
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
 UPLOAD_POLL_SECONDS = 0.2
 CLEANUP_SECONDS = 60.0
+CLEANUP_AFTER_STOP_SECONDS = 10.0
 MIN_CLEANUP_SECONDS = 0.05
+SAVE_SHARE = 0.5
+"""Share of the grace period in which a stopped pod may still store the result of a finished stage."""
+TRACKING_SHARE = 0.75
+"""Share of the grace period at whose end a stopped pod no longer waits for trackers. The rest is for the report."""
 FILES_OF_RESULTS = "files of results"
-PARTS_OF_REPORT = "parts of the report"
-LINEAGE = "parts of the lineage"
+RECORDS = "records of the attempt"
 
 
 class Supervisor:
@@ -101,6 +101,8 @@ class Supervisor:
         self._results: RunResults | None = None
         self._report_writer: ReportWriter | None = None
         self._started_at = datetime.now(UTC)
+        self._recorder: AttemptRecorder | None = None
+        self._digests = FileDigests()
         self._lineage: Lineage | None = None
         self._lineage_uri: str | None = None
         self._server: Server | None = None
@@ -203,17 +205,18 @@ class Supervisor:
 
     def _prepare_pod(self, run: RunConfig, config_sha256: str) -> None:
         with self._record_failures("PreparationFailed"):
-            preparation = Preparation(run, config_sha256, self._settings, self._state)
+            preparation = Preparation(run, config_sha256, self._settings, self._state, self._digests)
             preparation.check_hub_token()
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage))
             self._results = RunResults(run, tree, self._settings.work / "output")
-            self._lineage = Lineage(run, tree, self._state, self._settings.incarnation(run))
-            self._report_writer = ReportWriter(
-                run, tree, self._results, incarnation=self._settings.incarnation(run), config_sha256=config_sha256, started_at=self._started_at
+            self._lineage = Lineage(run, tree, self._state, self._digests)
+            self._recorder = AttemptRecorder(
+                run, tree, incarnation=self._settings.incarnation(run), config_sha256=config_sha256, started_at=self._started_at
             )
+            self._report_writer = ReportWriter(run, tree, self._results, self._recorder, config_sha256=config_sha256)
             if run.spec.phases.train is False:
-                self._prepare_given_model(run, preparation, tree)
+                self._prepare_existing_model(run, preparation, tree)
                 return
             self._facts.output = committed_output(tree)
             if self._facts.output is not None:
@@ -228,24 +231,22 @@ class Supervisor:
             self._facts.start_step = restore_result.step
             self._start_tracking(entries_of_checkpoint(restore_result), facts)
             self._record_start(preparation.data_summary)
-            if self._settings.node_rank == 0:
-                store_quietly(self._state, LINEAGE, self._lineage.record_attempt)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
             with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
 
-    def _prepare_given_model(self, run: RunConfig, preparation: Preparation, tree: CheckpointTree) -> None:
+    def _prepare_existing_model(self, run: RunConfig, preparation: Preparation, tree: CheckpointTree) -> None:
         """Prepare the stages of a job that does not train. Only rank 0's pod runs them, so the other pods need nothing but the model's address."""
         if self._settings.node_rank > 0:
-            self._facts.output = find_given_model(run.spec.phases.from_ or "", tree).output
+            self._facts.output = find_existing_model(run.spec.phases.from_ or "", tree).output
         else:
-            inputs, given = preparation.fetch_given_model(tree, self._settings.work / MODEL_FOLDER)
+            inputs, existing = preparation.fetch_existing_model(tree, self._settings.work / MODEL_FOLDER)
             preparation.claim_storage(tree)
             assert self._results is not None
             store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
-            record_given_model(given, tree, run.attempt)
+            record_existing_model(existing, tree, run.attempt)
             inputs.write(self._settings.work)
-            self._facts.output = given.output
+            self._facts.output = existing.output
             self._start_tracking([])
         self._must_end.set()
 
@@ -257,10 +258,13 @@ class Supervisor:
             self._tracking.record_training(facts)
 
     def _record_start(self, data_summary: DataSummary | None) -> None:
-        """Record the start of the training for the report. A pod that is killed later cannot record anything."""
-        writer = self._report_writer
-        if writer is not None and data_summary is not None and self._settings.node_rank == 0:
-            store_quietly(self._state, PARTS_OF_REPORT, lambda: writer.record_start(self._facts.start_step, data_summary))
+        """Record the start of the training for report and lineage. A pod that is killed later cannot record anything."""
+        recorder, writer = self._recorder, self._report_writer
+        if recorder is None or writer is None or self._settings.node_rank > 0:
+            return
+        store_quietly(self._state, RECORDS, lambda: recorder.record_start(self._facts.start_step, self._state.report().resolved))
+        if data_summary is not None:
+            store_quietly(self._state, RECORDS, lambda: writer.record_data(data_summary))
 
     def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
@@ -286,8 +290,8 @@ class Supervisor:
             self._metric_log.upload(self._tree.store)
         if self._results is not None:
             store_quietly(self._state, FILES_OF_RESULTS, self._results.store_files_of_rank)
-        if self._lineage is not None:
-            store_quietly(self._state, LINEAGE, self._lineage.record_attempt)  # now the ranks have reported their device
+        if (recorder := self._recorder) is not None:  # now the ranks have reported their device
+            store_quietly(self._state, RECORDS, lambda: recorder.record_configuration(self._state.report().resolved))
 
     def _warn_if_grace_period_is_too_short(self) -> None:
         grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
@@ -358,8 +362,12 @@ class Supervisor:
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
 
     def _is_past_deadline(self) -> bool:
-        deadline = self._stop_deadline()
-        return deadline is not None and time.monotonic() > deadline
+        return time.monotonic() > self._time_of_grace_share(1.0)
+
+    def _time_of_grace_share(self, share: float) -> float:
+        """Monotonic time at which a share of the time between the stop request and its deadline has passed; infinite without a stop request."""
+        stopped_at, deadline = self._facts.stop_requested_at, self._stop_deadline()
+        return math.inf if stopped_at is None or deadline is None else stopped_at + share * (deadline - stopped_at)
 
     def _is_worth_saving(self, run: RunConfig) -> bool:
         """Whether there are unsaved steps, and enough time to save them."""
@@ -405,8 +413,7 @@ class Supervisor:
         seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
         latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
         while not self._facts.deadline_passed:
-            deadline = self._stop_deadline()
-            seconds_left = min(latest_end, math.inf if deadline is None else deadline) - time.monotonic()
+            seconds_left = min(latest_end, self._time_of_grace_share(1.0)) - time.monotonic()
             if uploader.wait_until_idle(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
                 return True
             if seconds_left <= 0:
@@ -415,11 +422,19 @@ class Supervisor:
 
     def _clean_up(self, task: Callable[[], None]) -> None:
         """Run optional work in a thread. Wait only as long as there is still time to write the termination message."""
-        deadline = self._stop_deadline()
-        seconds = CLEANUP_SECONDS if deadline is None else min(CLEANUP_SECONDS, deadline - time.monotonic())
+        started = time.monotonic()
         thread = threading.Thread(target=task, name="clean-up", daemon=True)
         thread.start()
-        thread.join(max(MIN_CLEANUP_SECONDS, seconds))
+        thread.join(MIN_CLEANUP_SECONDS)
+        while thread.is_alive() and time.monotonic() < self._end_of_clean_up(started):
+            thread.join(TICK_SECONDS)
+
+    def _end_of_clean_up(self, started: float) -> float:
+        """Monotonic time until which optional work is waited for. A stop request makes it earlier, also while the work runs."""
+        stopped_at = self._facts.stop_requested_at
+        if stopped_at is None:
+            return started + CLEANUP_SECONDS
+        return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_of_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
         """Remove dropped and failed uploads, unless a later attempt has begun because the operator could not reach this pod."""
@@ -440,6 +455,7 @@ class Supervisor:
         stages = LaterStages(
             run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
+            is_save_deadline_passed=lambda: time.monotonic() > self._time_of_grace_share(SAVE_SHARE),
         )  # fmt: skip
         try:
             self._facts.stages = stages.run(output)
@@ -464,7 +480,7 @@ class Supervisor:
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
         """Download the inputs in a pod that has not trained, because the model was committed before."""
         assert self._tree is not None
-        preparation = Preparation(run, self._state.config_sha256, self._settings, self._state)
+        preparation = Preparation(run, self._state.config_sha256, self._settings, self._state, self._digests)
         preparation.claim_storage(self._tree)
         return preparation.fetch()[0]
 
@@ -481,12 +497,11 @@ class Supervisor:
         )
 
     def _finish_tracking(self, exit_decision: ExitDecision) -> None:
-        """Send the end of the attempt to the trackers, within the time limit."""
-        if self._tracking is None:
-            return
-        deadline = self._stop_deadline()
-        seconds = END_SECONDS if deadline is None else min(STOP_SECONDS, deadline - time.monotonic())
-        self._tracking.finish(exit_decision, is_ended_by_user=self._facts.is_ended_by_user, seconds=seconds)
+        """Send the end of the attempt to the trackers, within the time limit. A stop request during the wait makes the limit earlier."""
+        if self._tracking is not None:
+            self._tracking.finish(
+                exit_decision, is_ended_by_user=self._facts.is_ended_by_user, latest_end=lambda: self._time_of_grace_share(TRACKING_SHARE)
+            )
 
     def _write_report(self, exit_decision: ExitDecision) -> None:
         """Write the report within the time limit. The run is complete without a report, so a failure is a note.

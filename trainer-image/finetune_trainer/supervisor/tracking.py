@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -58,11 +58,11 @@ POLL_SECONDS = 0.2
 MAX_RESTARTS = 3
 RESTART_PAUSE_SECONDS = 5.0
 END_SECONDS = 120.0
-"""How long the end of an attempt waits for trackers at most."""
+"""Maximum wait for trackers at the end of an attempt."""
 PROBLEM_SECONDS = 30.0
-"""The same if a tracker has a problem."""
+"""Maximum wait for trackers at the end of an attempt if a tracker has a problem."""
 STOP_SECONDS = 5.0
-"""The same if the pod was asked to stop, because the next attempt sends the rest."""
+"""Maximum wait for trackers if a stop request has ended the attempt. The next attempt sends the rest, or a user waits at the terminal."""
 UNTRACKED_GROUPS = ("placement", "storage", "policy")
 """Groups of the spec that are no parameters of the run. `placement.env` may contain secrets."""
 OTHER_CREDENTIALS = (JUDGE_KEY, HUB_TOKEN, Env.HF_TOKEN)
@@ -161,8 +161,11 @@ class RunTracking:
 
     # ---- end ----
 
-    def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, seconds: float) -> None:
-        """Record the end of the attempt, and wait until it is sent, at most `seconds`. A note names what was not sent."""
+    def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, latest_end: Callable[[], float]) -> None:
+        """Record the end of the attempt, and wait until it is sent. A note names what was not sent.
+
+        `latest_end`: monotonic time at which the wait must end; it is read again and again, because the pod may be stopped meanwhile.
+        """
         if self._process is None:
             return
         end = run_end(decision, is_ended_by_user=is_ended_by_user)
@@ -171,15 +174,17 @@ class RunTracking:
         self._is_ending.set()
         (self._folder / ENDING_FILE).touch()
         started = time.monotonic()
-        while self._process.poll() is None and time.monotonic() - started < self._seconds_to_wait(seconds):
+        while self._process.poll() is None and time.monotonic() < min(started + self._seconds_to_wait(end), latest_end()):
             threading.Event().wait(POLL_SECONDS / 4)
         self._process.stop()
         if end is not RunEnd.INTERRUPTED:  # after an interruption, the next attempt sends the rest
             for note in self._notes_on_unsent_events():
                 self._state.add_note(note)
 
-    def _seconds_to_wait(self, seconds: float) -> float:
-        return seconds if self._problem() is None else min(seconds, PROBLEM_SECONDS)
+    def _seconds_to_wait(self, end: RunEnd) -> float:
+        if end in (RunEnd.INTERRUPTED, RunEnd.KILLED):
+            return STOP_SECONDS
+        return END_SECONDS if self._problem() is None else PROBLEM_SECONDS
 
     def _notes_on_unsent_events(self) -> Iterator[str]:
         states = self._read_state().trackers

@@ -20,7 +20,7 @@ from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.trackers.events import Event
 
 NOT_SENT = frozenset({"step", "unix_time"})
-"""Values of a logged line that are the coordinates of the other values."""
+"""Values of a logged line that say to which step and time the other values belong."""
 
 
 class TrackerError(Exception):
@@ -87,7 +87,7 @@ class Tracker(Protocol):
 
 
 def logged_values(entry: LogEntry) -> dict[str, float]:
-    """The numbers of a logged line, without its coordinates. Numbers that are not finite are left out."""
+    """The numbers of a logged line, without its step and time. Numbers that are not finite are left out."""
     return {
         name: float(value)
         for name, value in entry.to_wire().items()

@@ -53,7 +53,7 @@ class LogEvent(_Event):
 
 
 class DataSource(_Event):
-    """One source of rows."""
+    """One data source of the run, with its digest."""
 
     context: str = Field(description="`training`, `validation` or `testing`.")
     source: str = Field(description="URI of the source, without secrets.")

@@ -36,7 +36,7 @@ DEFAULT_DATABASE = "finetuning"
 
 
 class Mongodb:
-    """The documents of one run."""
+    """Writes the documents of one run to MongoDB."""
 
     name = "mongodb"
 
@@ -72,7 +72,7 @@ class Mongodb:
         self._last_steps = {kind: self._newest_step(kind) for kind in LineKind}
 
     def _newest_step(self, kind: LineKind) -> int:
-        """The newest stored step of a kind of lines; -1 without lines."""
+        """The largest step among the stored lines of a kind; -1 if no line is stored."""
         found = self._collection("step_metrics").find_one({"run_id": self._run.uid, "kind": str(kind)}, sort=[("step", -1)])
         return -1 if found is None else int(found["step"])
 

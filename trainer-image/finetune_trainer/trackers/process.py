@@ -85,8 +85,8 @@ class SystemMetrics:
         if not path.exists():
             path.write_bytes(storage.store.get(self._key) or b"")
 
-    def tick(self) -> None:
-        """Take a sample and upload the file, if it is time."""
+    def sample_and_upload_if_due(self) -> None:
+        """Take a sample if `SAMPLE_SECONDS` have passed, and upload the file if its next upload is due."""
         now = time.monotonic()
         if now >= self._next_sample:
             self._next_sample = now + SAMPLE_SECONDS
@@ -150,7 +150,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _end_with_supervisor(supervisor: int) -> None:
-    """End this process when the supervisor ends. The kernel's signal would already come when the supervisor's thread ends that has started it."""
+    """End this process when the supervisor ends.
+
+    PR_SET_PDEATHSIG does not help: the kernel sends that signal when the thread ends that has started this process.
+    """
 
     def watch() -> None:
         while os.getppid() == supervisor:
@@ -171,7 +174,7 @@ def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path
         if not is_ending.is_set() and (folder / ENDING_FILE).exists():
             is_ending.set()
         if samples is not None and not is_ending.is_set():
-            samples.tick()
+            samples.sample_and_upload_if_due()
         written = _write_state(senders, folder, written)
         is_ending.wait(TICK_SECONDS) if not is_ending.is_set() else threading.Event().wait(TICK_SECONDS)
     if samples is not None:

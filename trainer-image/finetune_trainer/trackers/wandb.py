@@ -39,7 +39,7 @@ def is_offline(environment: Mapping[str, str]) -> bool:
 
 
 class Wandb:
-    """One run of W&B."""
+    """Writes one run to Weights & Biases."""
 
     name = "wandb"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import ConfigError
 from finetune_trainer.benchmarks import generated_code
-from finetune_trainer.benchmarks.generated_code import CodeProblem, passes_tests, read_problems
+from finetune_trainer.benchmarks.generated_code import CodeProblem, completion_passes_tests, read_problems
 
 ADD = CodeProblem("def add(a, b):\n", "def check(candidate):\n    assert candidate(2, 3) == 5\n", "add")
 
@@ -27,13 +27,13 @@ ADD = CodeProblem("def add(a, b):\n", "def check(candidate):\n    assert candida
 def test_the_tests_decide(completion: str, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hidden")
     monkeypatch.chdir(tmp_path)
-    assert passes_tests(ADD, completion) is passes
+    assert completion_passes_tests(ADD, completion) is passes
     assert list(tmp_path.iterdir()) == []
 
 
 def test_code_that_does_not_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated_code, "TIME_LIMIT_SECONDS", 1.0)
-    assert not passes_tests(ADD, "    while True: pass\n")
+    assert not completion_passes_tests(ADD, "    while True: pass\n")
 
 
 def test_problems_are_read_from_json_lines_and_parquet(tmp_path: Path) -> None:

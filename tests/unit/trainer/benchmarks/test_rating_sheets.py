@@ -7,26 +7,26 @@ import json
 from pathlib import Path
 
 import pytest
-from finetune_api.rating_sheet import BASE, COLUMNS, TUNED, as_plain_cell
+from finetune_api.rating_sheet import BASE, COLUMNS, TRAINED, as_plain_cell
 from finetune_trainer.benchmarks.rating_sheets import sheet_rows, write_sheets
 
 PROMPTS = [f"question {number}" for number in range(40)]
-TUNED_ANSWERS, BASE_ANSWERS = [f"tuned {number}" for number in range(40)], [f"base {number}" for number in range(40)]
+TRAINED_ANSWERS, BASE_ANSWERS = [f"trained {number}" for number in range(40)], [f"base {number}" for number in range(40)]
 
 
 def test_the_order_of_the_models_is_random_and_only_the_key_tells_it() -> None:
-    rows, models = sheet_rows(PROMPTS, TUNED_ANSWERS, BASE_ANSWERS, seed=1)
+    rows, models = sheet_rows(PROMPTS, TRAINED_ANSWERS, BASE_ANSWERS, seed=1)
     assert [row.model for row in rows] == ["A", "B"] * 40 and [row.number for row in rows] == list(range(1, 81))
     assert all(row.response.startswith(models[row.number]) and row.response.endswith(f" {row.prompt_number - 1}") for row in rows)
-    tuned_first = sum(models[row.number] == TUNED for row in rows if row.model == "A")
-    assert 10 < tuned_first < 30
-    assert sheet_rows(PROMPTS, TUNED_ANSWERS, BASE_ANSWERS, seed=1) == (rows, models)
+    trained_first = sum(models[row.number] == TRAINED for row in rows if row.model == "A")
+    assert 10 < trained_first < 30
+    assert sheet_rows(PROMPTS, TRAINED_ANSWERS, BASE_ANSWERS, seed=1) == (rows, models)
 
 
 def test_without_the_base_model_each_question_has_one_row() -> None:
-    rows, models = sheet_rows(PROMPTS[:2], TUNED_ANSWERS[:2], None, seed=1)
-    assert [(row.number, row.model, row.response) for row in rows] == [(1, TUNED, "tuned 0"), (2, TUNED, "tuned 1")]
-    assert models == {1: TUNED, 2: TUNED}
+    rows, models = sheet_rows(PROMPTS[:2], TRAINED_ANSWERS[:2], None, seed=1)
+    assert [(row.number, row.model, row.response) for row in rows] == [(1, TRAINED, "trained 0"), (2, TRAINED, "trained 1")]
+    assert models == {1: TRAINED, 2: TRAINED}
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\r=x", "  =1", "\n=1"])
@@ -47,4 +47,4 @@ def test_the_sheets_have_empty_columns_for_people_and_no_names_of_models(tmp_pat
     assert tuple(sheet["rows"][0]) == COLUMNS and sheet["rows"][0]["overall"] is None and sheet["scale"] == {"lowest": 1, "highest": 5}
     assert "from 1 (worst) to 5 (best)" in sheet["instructions"] == (tmp_path / "human_rating_instructions.txt").read_text()
     for name in ("human_rating.json", "human_rating.csv"):
-        assert BASE not in (tmp_path / name).read_text() and TUNED not in (tmp_path / name).read_text()
+        assert BASE not in (tmp_path / name).read_text() and TRAINED not in (tmp_path / name).read_text()

@@ -70,9 +70,9 @@ def test_the_harness_s_results_become_measurements() -> None:
 
 
 def test_the_base_model_s_value_and_the_difference_are_beside_the_value(tmp_path: Path) -> None:
-    tuned, base = harness_task(tmp_path), harness_task(tmp_path, uses_base=True)
+    trained, base = harness_task(tmp_path), harness_task(tmp_path, uses_base=True)
     records = [TaskRecord(measurements=_measurements(HARNESS_RESULTS)), TaskRecord(measurements=[Measurement(task="all", metric="acc", value=1.0, stderr=0.0)])]
-    entries = results([tuned, base], records)
+    entries = results([trained, base], records)
     assert entries[0] == {
         "name": "lm-eval", "task": "all", "group": None, "metric": "acc", "value": 0.75, "stderr": 0.1, "samples": None, "base": 1.0, "baseStderr": 0.0,
         "difference": -0.25, "reason": None,
@@ -80,5 +80,5 @@ def test_the_base_model_s_value_and_the_difference_are_beside_the_value(tmp_path
     assert entries[1]["group"] == "sums" and entries[1]["base"] is None and entries[1]["difference"] is None
     (shown,) = status_of(entries)
     assert shown.to_wire() == {"name": "lm-eval", "task": "all", "metric": "acc", "value": 0.75, "stderr": 0.1, "base": 1.0, "difference": -0.25}
-    write_results(tmp_path, [tuned, base], entries)
+    write_results(tmp_path, [trained, base], entries)
     assert json.loads((tmp_path / "lm_eval_results.json").read_text())["sums"] == {"acc": 0.5, "exact,strict": 0.25, "bypass": None}

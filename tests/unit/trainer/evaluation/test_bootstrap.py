@@ -29,20 +29,20 @@ def ends(comparison: Comparison) -> Ends:
 
 def test_equal_inputs_have_equal_results_and_another_seed_changes_the_interval() -> None:
     generator = np.random.default_rng(1)
-    base, tuned = generator.random(40), generator.random(40)
-    first = compare_rows(base, tuned)
+    base, trained = generator.random(40), generator.random(40)
+    first = compare_rows(base, trained)
     bootstrap._draw_once.cache_clear()
-    assert compare_rows(base, tuned) == first
-    assert ends(compare_rows(base, tuned, seed=7)) != ends(first)
+    assert compare_rows(base, trained) == first
+    assert ends(compare_rows(base, trained, seed=7)) != ends(first)
 
 
 @pytest.mark.parametrize("rows", [10, 30, 300])
 def test_interval_of_normal_differences_is_close_to_the_t_interval(rows: int) -> None:
     generator = np.random.default_rng(rows)
     base = generator.normal(0.5, 0.2, rows)
-    tuned = base + generator.normal(0.02, 0.1, rows)
-    reference = stats.ttest_rel(tuned, base).confidence_interval(0.95)
-    low, high = ends(compare_rows(base, tuned))
+    trained = base + generator.normal(0.02, 0.1, rows)
+    reference = stats.ttest_rel(trained, base).confidence_interval(0.95)
+    low, high = ends(compare_rows(base, trained))
     width = reference.high - reference.low
     assert low <= reference.low + 1e-6 and high >= reference.high - 1e-6
     assert high - low < 1.25 * width
@@ -68,8 +68,8 @@ def test_interval_of_fractions_contains_exactly_the_differences_that_the_score_t
     """The reference maximises the likelihood under each hypothesis over a grid instead of solving the equation."""
     rows, confidence = 12, 0.9
     base = np.array([0.0] * wins + [1.0] * losses + [1.0] * (rows - wins - losses))
-    tuned = np.array([1.0] * wins + [0.0] * losses + [1.0] * (rows - wins - losses))
-    low, high = ends(compare_rows(base, tuned, confidence=confidence))
+    trained = np.array([1.0] * wins + [0.0] * losses + [1.0] * (rows - wins - losses))
+    low, high = ends(compare_rows(base, trained, confidence=confidence))
     for hypothesis in np.linspace(-0.95, 0.95, 39):
         loss = np.linspace(max(0, -hypothesis), (1 - hypothesis) / 2, 20_001)
         win, same = loss + hypothesis, 1 - 2 * loss - hypothesis
@@ -98,7 +98,7 @@ def test_rows_with_equal_differences_have_the_exact_interval_for_zero_of_n_event
 
 
 @pytest.mark.parametrize(
-    ("base", "tuned", "reason"),
+    ("base", "trained", "reason"),
     [
         ([], [], "at least 2 rows"),
         ([0.5], [0.4], "at least 2 rows"),
@@ -107,8 +107,8 @@ def test_rows_with_equal_differences_have_the_exact_interval_for_zero_of_n_event
     ],
     ids=["no rows", "one row", "one fraction", "NaN"],
 )
-def test_comparison_without_an_interval_has_a_reason(base: list[float], tuned: list[float], reason: str) -> None:
-    comparison = compare_rows(base, tuned)
+def test_comparison_without_an_interval_has_a_reason(base: list[float], trained: list[float], reason: str) -> None:
+    comparison = compare_rows(base, trained)
     assert (comparison.low, comparison.high) == (None, None)
     assert comparison.reason is not None and reason in comparison.reason
 
@@ -131,9 +131,9 @@ def test_two_rows_have_the_widest_possible_interval() -> None:
 
 def test_interval_of_sums_with_one_different_row_is_finite() -> None:
     base, _ = losses(1000)
-    tuned = base.copy()
-    tuned[3, 0] *= 2
-    low, high = ends(compare_sums(base, tuned, ratio_of_sums))
+    trained = base.copy()
+    trained[3, 0] *= 2
+    low, high = ends(compare_sums(base, trained, ratio_of_sums))
     assert -0.01 < low < high < 0.02
 
 
@@ -151,10 +151,10 @@ def test_different_numbers_of_rows_are_an_error() -> None:
 
 def test_resampling_in_parts_gives_an_interval_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(8)
-    base, tuned = generator.random(100), generator.random(100)
-    low, high = ends(compare_rows(base, tuned))
+    base, trained = generator.random(100), generator.random(100)
+    low, high = ends(compare_rows(base, trained))
     monkeypatch.setattr(bootstrap, "MAX_COUNTS", 30_000)
-    assert ends(compare_rows(base, tuned)) == pytest.approx((low, high), abs=0.05 * (high - low))
+    assert ends(compare_rows(base, trained)) == pytest.approx((low, high), abs=0.05 * (high - low))
 
 
 # Metrics of sums
@@ -168,9 +168,9 @@ def losses(rows: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_loss_is_weighted_with_tokens_and_its_error_is_the_one_of_a_ratio_estimator() -> None:
-    base, tuned = losses(200)
-    comparison = compare_sums(base, tuned, ratio_of_sums)
-    tokens, change = base[:, 1], tuned[:, 0] - base[:, 0]
+    base, trained = losses(200)
+    comparison = compare_sums(base, trained, ratio_of_sums)
+    tokens, change = base[:, 1], trained[:, 0] - base[:, 0]
     ratio = change.sum() / tokens.sum()
     error = math.sqrt(np.sum((change - ratio * tokens) ** 2) * 200 / 199) / tokens.sum()  # Cochran 1977, section 6.3
     assert comparison.base == pytest.approx(base[:, 0].sum() / tokens.sum())
@@ -180,17 +180,17 @@ def test_loss_is_weighted_with_tokens_and_its_error_is_the_one_of_a_ratio_estima
 
 def test_rows_with_one_token_each_have_the_interval_of_a_mean() -> None:
     generator = np.random.default_rng(5)
-    base, tuned, ones = generator.random(50), generator.random(50), np.ones(50)
-    as_sums = compare_sums(np.column_stack([base, ones]), np.column_stack([tuned, ones]), ratio_of_sums)
-    assert ends(as_sums) == pytest.approx(ends(compare_rows(base, tuned)))
+    base, trained, ones = generator.random(50), generator.random(50), np.ones(50)
+    as_sums = compare_sums(np.column_stack([base, ones]), np.column_stack([trained, ones]), ratio_of_sums)
+    assert ends(as_sums) == pytest.approx(ends(compare_rows(base, trained)))
 
 
 def test_interval_of_the_perplexity_is_close_to_the_interval_of_the_loss() -> None:
-    base, tuned = losses(300)
-    loss, perplexity = compare_sums(base, tuned, ratio_of_sums), compare_sums(base, tuned, perplexity_of_sums)
-    assert loss.base is not None and loss.tuned is not None and perplexity.difference is not None
-    assert perplexity.difference == pytest.approx(math.exp(loss.tuned) - math.exp(loss.base))
-    slope = math.exp((loss.base + loss.tuned) / 2)
+    base, trained = losses(300)
+    loss, perplexity = compare_sums(base, trained, ratio_of_sums), compare_sums(base, trained, perplexity_of_sums)
+    assert loss.base is not None and loss.trained is not None and perplexity.difference is not None
+    assert perplexity.difference == pytest.approx(math.exp(loss.trained) - math.exp(loss.base))
+    slope = math.exp((loss.base + loss.trained) / 2)
     assert ends(perplexity) == pytest.approx([slope * end for end in ends(loss)], rel=0.2)
 
 

@@ -12,7 +12,7 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Stage
 from finetune_trainer.evaluation.measurements import Measurements
 from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
-from finetune_trainer.stages.compare import _read_tuned, summarise
+from finetune_trainer.stages.compare import _read_trained, summarise
 from finetune_trainer.stages.files import StageTask
 from finetune_trainer.stages.plan import planned_stages
 
@@ -33,10 +33,10 @@ def test_values_difference_and_interval_of_each_metric(tmp_path: Path) -> None:
     base = Measurements().with_values({
         **rows([0.1, 0.2, 0.3, 0.1]), "letterF1": MetricValue(0.5), "answerAccuracy": MetricValue.missing("the judge is down"),
     })  # fmt: skip
-    tuned = Measurements().with_values({
+    trained = Measurements().with_values({
         **rows([0.2, 0.3, 0.5, 0.2]), "letterF1": MetricValue(0.75), "answerAccuracy": MetricValue(0.5, None, [0.5]), "bertscore": MetricValue(0.5),
     })  # fmt: skip
-    found = summarise(run_of(tmp_path, {"metrics": ["rouge"], "comparison": {}}), base, tuned)
+    found = summarise(run_of(tmp_path, {"metrics": ["rouge"], "comparison": {}}), base, trained)
     metrics = found.metrics or {}
     rouge = metrics["rougeL"]
     assert (rouge.value, rouge.base, rouge.difference, rouge.reason) == (0.3, 0.175, pytest.approx(0.125), None)
@@ -55,21 +55,21 @@ def test_a_single_row_has_a_difference_and_a_reason(tmp_path: Path) -> None:
     assert metrics["rougeL"].reason == "no confidence interval: a confidence interval needs at least 2 rows"
 
 
-@pytest.mark.parametrize(("tuned_score", "passed"), [(0.25, True), (0.05, False)])
-def test_a_gate_for_rouge_compares_rouge_l_of_both_models(tuned_score: float, passed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("trained_score", "passed"), [(0.25, True), (0.05, False)])
+def test_a_gate_for_rouge_compares_rouge_l_of_both_models(trained_score: float, passed: bool, tmp_path: Path) -> None:
     run = run_of(tmp_path, {"metrics": ["rouge"], "gates": [{"metric": "rouge", "notWorseThanBase": {"margin": 0.05}}]})
     base = Measurements().with_values(rows([0.2, 0.21] * 10))
-    tuned = Measurements().with_values(rows([tuned_score, tuned_score + 0.02] * 10))
-    first = summarise(run, base, tuned)
+    trained = Measurements().with_values(rows([trained_score, trained_score + 0.02] * 10))
+    first = summarise(run, base, trained)
     assert [(gate.metric, gate.passed) for gate in first.gates or []] == [("rouge", passed)]
-    assert summarise(run, base, tuned) == first
+    assert summarise(run, base, trained) == first
 
 
 def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) -> None:
     (tmp_path / "measurements.json").write_text("{")
     task = StageTask(stage=Stage.COMPARING, model=tmp_path, kind=OutputKind.ADAPTER, uri="file:///m", evaluated=tmp_path)
     with pytest.raises(InternalError, match="measurements.json cannot be read") as found:
-        _read_tuned(task)
+        _read_trained(task)
     assert found.value.code == "MeasurementsUnreadable"
 
 

@@ -31,11 +31,11 @@ def loss_of(sums: Numbers) -> Measured:
     return Measured(float(ratio_of_sums(sums.sum(axis=0))))
 
 
-def result(gate: dict[str, Any], tuned: Measured | None, base: Measured | None = None, sums: PairedSums | None = None) -> GateResult:
+def result(gate: dict[str, Any], trained: Measured | None, base: Measured | None = None, sums: PairedSums | None = None) -> GateResult:
     read_gate = Gate.model_validate(gate)
     name = read_gate.metric.value
-    tuned_metrics, base_metrics = ({} if metric is None else {name: metric} for metric in (tuned, base))
-    [found] = evaluate_gates([read_gate], tuned_metrics, base_metrics, {} if sums is None else {name: sums})
+    trained_metrics, base_metrics = ({} if metric is None else {name: metric} for metric in (trained, base))
+    [found] = evaluate_gates([read_gate], trained_metrics, base_metrics, {} if sums is None else {name: sums})
     assert found.metric == name and found.text
     return found
 
@@ -60,7 +60,7 @@ SCORES = mean([0.5, 0.6, 0.7, 0.8])
 
 
 @pytest.mark.parametrize(
-    ("gate", "tuned", "base", "words"),
+    ("gate", "trained", "base", "words"),
     [
         ({"metric": "rouge", "op": "lt", "value": 9}, None, None, "rouge of the trained model was not measured"),
         ({"metric": "rouge", "op": "lt", "value": 9}, Measured(None, "no test rows"), None, "could not be measured, so the gate cannot pass: no test rows"),
@@ -74,8 +74,8 @@ SCORES = mean([0.5, 0.6, 0.7, 0.8])
         (NOT_WORSE, mean([0.9, None]), mean([None, 0.1]), "at least 2 rows"),
     ],
 )
-def test_gate_fails_without_a_measurement(gate: dict[str, Any], tuned: Measured | None, base: Measured | None, words: str) -> None:
-    found = result(gate, tuned, base)
+def test_gate_fails_without_a_measurement(gate: dict[str, Any], trained: Measured | None, base: Measured | None, words: str) -> None:
+    found = result(gate, trained, base)
     assert not found.passed and words in str(found.text)
 
 
@@ -84,8 +84,8 @@ def test_gate_without_a_comparison_fails() -> None:
 
 
 def test_rows_without_a_score_of_both_models_are_not_compared() -> None:
-    tuned, base = mean([0.9, None, *[0.9, 0.8, 0.95] * 10]), mean([0.1, 0.2, *[0.5, 0.6, 0.6] * 10])
-    found = result(NOT_WORSE, tuned, base)
+    trained, base = mean([0.9, None, *[0.9, 0.8, 0.95] * 10]), mean([0.1, 0.2, *[0.5, 0.6, 0.6] * 10])
+    found = result(NOT_WORSE, trained, base)
     assert found.passed and str(found.text).startswith("on 31 rows rouge is ")
 
 
@@ -95,8 +95,8 @@ def test_lower_loss_passes_and_higher_loss_fails() -> None:
     base = np.column_stack([generator.gamma(8, 0.2, 200) * tokens, tokens])
     gate = {"metric": "loss", "notWorseThanBase": {"margin": 0.05}}
     for shift, passed in ((-0.1, True), (0.0, True), (0.1, False)):
-        tuned = base + np.column_stack([(shift + generator.normal(0, 0.1, 200)) * tokens, np.zeros(200)])
-        found = result(gate, loss_of(tuned), loss_of(base), PairedSums(base, tuned, ratio_of_sums))
+        trained = base + np.column_stack([(shift + generator.normal(0, 0.1, 200)) * tokens, np.zeros(200)])
+        found = result(gate, loss_of(trained), loss_of(base), PairedSums(base, trained, ratio_of_sums))
         assert found.passed is passed
         assert "with 95 % confidence the difference is at most " in str(found.text) and str(found.text).endswith("requires at most 0.05")
 
@@ -104,8 +104,8 @@ def test_lower_loss_passes_and_higher_loss_fails() -> None:
 def test_default_margin_is_zero_and_higher_confidence_is_stricter() -> None:
     generator = np.random.default_rng(6)
     base = generator.random(100)
-    tuned = base + generator.normal(0.02, 0.1, 100)
-    measured = [Measured(float(rows.mean()), None, rows.tolist()) for rows in (tuned, base)]
+    trained = base + generator.normal(0.02, 0.1, 100)
+    measured = [Measured(float(rows.mean()), None, rows.tolist()) for rows in (trained, base)]
     assert result({"metric": "rouge", "notWorseThanBase": {}}, *measured).passed
     assert not result({"metric": "rouge", "notWorseThanBase": {"confidence": 0.9999}}, *measured).passed
 
@@ -119,32 +119,32 @@ Draw = Callable[[np.random.Generator, int, float], tuple[Measured, Measured, Pai
 def draw_continuous(generator: np.random.Generator, rows: int, difference: float) -> tuple[Measured, Measured, None]:
     """Scores of two models with a correlation of 0.8. The standard deviation of the differences is 0.15."""
     base = generator.normal(0.6, 0.2, rows)
-    tuned = base + generator.normal(difference, 0.15, rows)
-    return Measured(float(tuned.mean()), None, tuned.tolist()), Measured(float(base.mean()), None, base.tolist()), None
+    trained = base + generator.normal(difference, 0.15, rows)
+    return Measured(float(trained.mean()), None, trained.tolist()), Measured(float(base.mean()), None, base.tolist()), None
 
 
 def draw_skewed(generator: np.random.Generator, rows: int, difference: float) -> tuple[Measured, Measured, None]:
     """Most rows gain a little, and a few rows lose much. The standard deviation of the differences is 0.15."""
     base = generator.normal(0.6, 0.2, rows)
-    tuned = base + difference + 0.15 * (1 - generator.exponential(1, rows))
-    return Measured(float(tuned.mean()), None, tuned.tolist()), Measured(float(base.mean()), None, base.tolist()), None
+    trained = base + difference + 0.15 * (1 - generator.exponential(1, rows))
+    return Measured(float(trained.mean()), None, trained.tolist()), Measured(float(base.mean()), None, base.tolist()), None
 
 
 def draw_fractions(generator: np.random.Generator, rows: int, difference: float) -> tuple[Measured, Measured, None]:
     """Correct and wrong answers. 60 % of the rows are equally difficult for both models."""
     difficulty = generator.random(rows)
     own = np.where(generator.random(rows) < 0.6, difficulty, generator.random(rows))
-    base, tuned = (difficulty < 0.7).astype(float), (own < 0.7 + difference).astype(float)
-    return Measured(float(tuned.mean()), None, tuned.tolist()), Measured(float(base.mean()), None, base.tolist()), None
+    base, trained = (difficulty < 0.7).astype(float), (own < 0.7 + difference).astype(float)
+    return Measured(float(trained.mean()), None, trained.tolist()), Measured(float(base.mean()), None, base.tolist()), None
 
 
 def draw_loss(generator: np.random.Generator, rows: int, difference: float) -> tuple[Measured, Measured, PairedSums]:
     """Losses of rows of very different lengths. A positive `difference` is an improvement."""
     tokens = np.ceil(generator.lognormal(4, 0.7, rows))
     base_loss = generator.gamma(8, 0.2, rows)
-    tuned_loss = base_loss - generator.normal(difference, 0.1, rows)
-    base, tuned = (np.column_stack([loss * tokens, tokens]) for loss in (base_loss, tuned_loss))
-    return loss_of(tuned), loss_of(base), PairedSums(base, tuned, ratio_of_sums)
+    trained_loss = base_loss - generator.normal(difference, 0.1, rows)
+    base, trained = (np.column_stack([loss * tokens, tokens]) for loss in (base_loss, trained_loss))
+    return loss_of(trained), loss_of(base), PairedSums(base, trained, ratio_of_sums)
 
 
 MARGINS: dict[Draw, tuple[str, float]] = {

@@ -69,11 +69,11 @@ def draw_rows(generator: np.random.Generator, count: int, skill: float, like: Ro
 
 def test_sums_of_rows_contain_every_token_metric() -> None:
     generator = np.random.default_rng(3)
-    base, tuned = measure(draw_rows(generator, 31, 0.5)), measure(draw_rows(generator, 31, 0.7))
-    for name, pairs in paired_sums(base, tuned).items():
-        for sums, found in ((pairs.base, base), (pairs.tuned, tuned)):
+    base, trained = measure(draw_rows(generator, 31, 0.5)), measure(draw_rows(generator, 31, 0.7))
+    for name, pairs in paired_sums(base, trained).items():
+        for sums, found in ((pairs.base, base), (pairs.trained, trained)):
             assert float(pairs.metric(sums.sum(axis=0))) == pytest.approx(found.values[name].value, rel=1e-6), name
-    assert paired_sums(base, tuned).keys() == set(TOKEN_METRICS)
+    assert paired_sums(base, trained).keys() == set(TOKEN_METRICS)
     assert [row[1] for row in base.token_sums] == draw_rows(np.random.default_rng(3), 31, 0.5).sizes
 
 
@@ -136,9 +136,9 @@ def test_a_loss_that_is_not_finite_has_no_interval() -> None:
 
 
 def test_a_gate_for_rouge_reads_rouge_l() -> None:
-    tuned = Measurements().with_values(rouge(predictions(["the cat", "a dog ran", "x", "paris"])))
-    [found] = evaluate_gates([Gate.model_validate({"metric": "rouge", "op": "ge", "value": 1})], tuned.gate_values, {})
-    assert found.text == f"rouge is {tuned.values['rougeL'].value:.6g}, and the gate requires at least 1"
+    trained = Measurements().with_values(rouge(predictions(["the cat", "a dog ran", "x", "paris"])))
+    [found] = evaluate_gates([Gate.model_validate({"metric": "rouge", "op": "ge", "value": 1})], trained.gate_values, {})
+    assert found.text == f"rouge is {trained.values['rougeL'].value:.6g}, and the gate requires at least 1"
 
 
 # Error rate and power, with the measurements of rows as the stages feed them to the gates
@@ -153,8 +153,8 @@ def count_promoted(margins: dict[str, float], count: int, lost_skill: float) -> 
     generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
     for _ in range(COMPARISONS):
         base_rows = draw_rows(generator, count, 0.6)
-        base, tuned = measure(base_rows), measure(draw_rows(generator, count, 0.6 - lost_skill, base_rows))
-        results = evaluate_gates(gates, tuned.gate_values, base.gate_values, paired_sums(base, tuned))
+        base, trained = measure(base_rows), measure(draw_rows(generator, count, 0.6 - lost_skill, base_rows))
+        results = evaluate_gates(gates, trained.gate_values, base.gate_values, paired_sums(base, trained))
         promoted.update(result.metric for result in results if result.passed)
     return {metric: promoted[metric] for metric in margins}
 
@@ -163,8 +163,8 @@ def count_promoted(margins: dict[str, float], count: int, lost_skill: float) -> 
 def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int) -> None:
     generator = np.random.default_rng(5)
     base_rows = draw_rows(generator, 40_000, 0.6)
-    base, tuned = (measure(rows).values for rows in (base_rows, draw_rows(generator, 40_000, 0.5, base_rows)))
-    margins = {name: abs((tuned[name].value or 0) - (base[name].value or 0)) for name in GATED}
+    base, trained = (measure(rows).values for rows in (base_rows, draw_rows(generator, 40_000, 0.5, base_rows)))
+    margins = {name: abs((trained[name].value or 0) - (base[name].value or 0)) for name in GATED}
     promoted = count_promoted(margins, count, 0.1)
     assert max(promoted.values()) <= 18, promoted
 

@@ -6,12 +6,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.defaults import resolve_defaults
+from finetune_api.lineage import AttemptRecord
 from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import EvaluationResult, GateResult, MetricResult, Output, ResolvedConfig
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report.run_report import (
-    AttemptRecord,
     CompletedStage,
     DataRecord,
     ModelFile,
@@ -47,7 +47,7 @@ def line(step: int, **values: Any) -> LogEntry:
 
 def comparison() -> ModelComparison:
     """One prompt with the answers of both models."""
-    answers = ComparedAnswers.of(1, "Which town?", base_answer="I cannot say.", tuned_answer="Oslo.", time=START)
+    answers = ComparedAnswers.of(1, "Which town?", base_answer="I cannot say.", trained_answer="Oslo.", time=START)
     metadata = ComparisonMetadata(
         base_model="org/m", finetuned_model_path="s3://b/x", prompts_file="p", num_prompts=1, device="cpu", comparison_date="2026-03-01",
         generation_params=GenerationParams(max_new_tokens=8, temperature=1, top_p=1, do_sample=False),

@@ -30,8 +30,8 @@ def test_the_file_has_exactly_the_expected_content() -> None:
     comparison = ModelComparison(
         metadata=METADATA,
         comparisons=[
-            ComparedAnswers.of(1, "What is it?", base_answer="No idea.", tuned_answer="It.", time=TIME),
-            ComparedAnswers.of(2, long_prompt, base_answer="", tuned_answer="Answer", time=TIME, label="B"),
+            ComparedAnswers.of(1, "What is it?", base_answer="No idea.", trained_answer="It.", time=TIME),
+            ComparedAnswers.of(2, long_prompt, base_answer="", trained_answer="Answer", time=TIME, label="B"),
         ],
     )
     text = comparison.to_json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.client
 import ssl
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.storage.base import ObjectStat
+from finetune_trainer.storage.base import ObjectStat, sha256_file
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_ATTEMPTS
@@ -114,6 +115,7 @@ def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: WebServer, tmp_path
     (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET_QUERY}", "dataset.train", "train")
     assert (file.name, file.read_bytes(), sum(chunk_sizes)) == ("rows.jsonl", b"0123456789", 10)
     assert server.requests == [f"GET /sets/rows.jsonl{SECRET_QUERY}"] * 2
+    assert fetcher.digests.known(file) == hashlib.sha256(b"0123456789").hexdigest()
 
 
 def test_a_file_larger_than_the_disk_is_not_downloaded(
@@ -145,6 +147,7 @@ def storage_url(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> str:
 def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, storage_url: str, path: str, expected_step: str) -> None:
     model = fetcher.model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
     assert (model.path / "sub/weights").read_text() == f"weights of {expected_step}"
+    assert all(fetcher.digests.known(model.path / name) == sha256_file(model.path / name) for name in ("config.json", "sub/weights"))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,7 @@ def test_an_s3_source_is_one_object_or_all_objects_below_a_key(local: Fetcher, t
     found = local.data(source, "dataset.train", "train")
     assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in found] == files
     assert [file.read_text().rpartition("/")[2] for file in found] == [name.rpartition("/")[2] for name in files]
+    assert [local.digests.known(file) for file in found] == [sha256_file(file) for file in found]
 
 
 @pytest.mark.parametrize("source", ["s3://bucket/missing", "file:///missing", "s3://bucket/dat"])
@@ -240,6 +244,7 @@ def test_mounted_sources_are_used_in_place(local: Fetcher, tmp_path: Path, monke
     write_files(tmp_path, "pvc/claim/d/b.csv", "pvc/claim/d/a.jsonl", "pvc/claim/d/ignored.bin", "maps/m/rows.jsonl")
     assert [file.name for file in local.data("pvc://claim/d", "dataset.train", "train")] == ["a.jsonl", "b.csv"]
     assert local.data("configmap://m/rows.jsonl", "dataset.train", "train") == [tmp_path / "maps/m/rows.jsonl"]
+    assert local.digests.known(tmp_path / "maps/m/rows.jsonl") is None
     (tmp_path / "pvc/claim/empty").mkdir()
     with pytest.raises(FineTuneError, match="holds no data file"):
         local.data("pvc://claim/empty", "dataset.train", "train")

@@ -9,87 +9,30 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import CredentialsError, DataError, NoCheckpointError, StorageError
-from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import OutputKind
-from finetune_api.status import EvaluationResult, GateResult, MetricResult, Output, Stage
-from finetune_trainer.checkpoint.manifest import Manifest
-from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
-from finetune_trainer.inputs import Inputs
-from finetune_trainer.settings import Settings
-from finetune_trainer.stages.files import OUTPUT_FOLDER, PARTS_FOLDER, RESULT_FILE, StageRecord, StageResult, StageTask
-from finetune_trainer.storage.folder import FolderStore
+from finetune_api.status import EvaluationResult, GateResult, Output, Stage
+from finetune_trainer.checkpoint.tree import FencedOutError
+from finetune_trainer.stages.files import PARTS_FOLDER, StageRecord, StageResult
 from finetune_trainer.supervisor import later_stages
 from finetune_trainer.supervisor.exit_decision import StageReport
-from finetune_trainer.supervisor.later_stages import LaterStages, StoppedError
-from finetune_trainer.supervisor.run_results import RunResults
-from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.interruptible import StoppedError
+from finetune_trainer.supervisor.later_stages import LaterStages
 
-from tests.support.learning import make_run
-
-EVALUATION = EvaluationResult(rows=2, metrics={"perplexity": MetricResult(value=2.5)})
-RECORD = "run/stages/evaluating.json"
-EVALUATED: dict[str, Any] = {"evaluation": {"metrics": ["perplexity"]}, "dataset": {"split": {"test": 0.2}}}
-MERGED: dict[str, Any] = {"output": {"mergeAdapter": True}}
-
-
-class FakeStages(LaterStages):
-    """Stages whose processes are replaced by a function."""
-
-    calls: list[StageTask]
-
-    def _run_process(self, stage: Stage, folder: Path) -> None:
-        self.calls.append(StageTask.read(folder))
-        self.behaviour(folder)
-
-    @staticmethod
-    def behaviour(folder: Path) -> None:
-        (folder / OUTPUT_FOLDER / "predictions.jsonl").write_text('{"a": 1}\n')
-        (folder / RESULT_FILE).write_text(StageResult(evaluation=EVALUATION).model_dump_json(by_alias=True))
-
-
-class Attempt:
-    """One attempt of a job whose model is committed."""
-
-    def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] = EVALUATED) -> None:
-        self.run, self.inputs = _run_of(folder, number, spec)
-        self.tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
-        work = folder / f"work-{number}"
-        work.mkdir()
-        if has_trained:
-            self.inputs.write(work)
-            (work / "output" / "final").mkdir(parents=True)
-        self.fetched, self.is_stopped = 0, False
-        settings = Settings(folder / "run.json", None, work, folder / "log", 0, 0, "node", f"{number:08d}")
-        self.state = RunState()
-        results = RunResults(self.run, self.tree, work / "output")
-        self.stages = FakeStages(
-            self.run, settings, self.tree, self.state, results=results, fetch_inputs=self._fetch, is_stop_requested=lambda: self.is_stopped
-        )
-        self.stages.calls = []
-
-    def _fetch(self) -> Inputs:
-        self.fetched += 1
-        return self.inputs
-
-    def end(self, output: Output) -> StageReport:
-        return self.stages.run(output)
-
-
-def _run_of(folder: Path, number: int, spec: dict[str, Any]) -> tuple[RunConfig, Inputs]:
-    (folder / f"inputs-{number}").mkdir()
-    run, inputs = make_run(folder / f"inputs-{number}", folder / "model", spec)
-    return run.model_copy(update={"attempt": number}), inputs
+from tests.support.later_stages import (
+    COMPARED,
+    EVALUATION,
+    MERGED,
+    RECORD,
+    Attempt,
+    FakeStages,
+    commit_model,
+    write_measurements,
+    write_merged_model,
+)
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
-    """The committed model of attempt 1."""
-    tree = CheckpointTree(FolderStore(tmp_path / "store", f"file://{tmp_path}/store"))
-    (tmp_path / "final").mkdir()
-    (tmp_path / "final" / "model.safetensors").write_bytes(b"weights")
-    entries = tree.upload("model", "a1-00000001", tmp_path / "final")
-    marker = tree.commit("model", Manifest(incarnation="a1-00000001", step=4, kind=OutputKind.MODEL, files=entries))
-    return Output(uri=tree.uri("model/a1-00000001"), sha256=marker.manifest_sha256, kind=OutputKind.MODEL)
+    return commit_model(tmp_path)
 
 
 def test_a_stage_stores_its_files_and_its_record(tmp_path: Path, output: Output) -> None:
@@ -328,21 +271,12 @@ def test_the_sweep_of_a_later_attempt_keeps_the_marker(tmp_path: Path, output: O
 
 # ---- what the stage `comparing` reads
 
-COMPARES = {"evaluation": {"metrics": ["perplexity"], "comparison": {}}, "dataset": {"split": {"test": 0.2}}}
-
-
-def measuring(folder: Path) -> None:
-    if StageTask.read(folder).stage is Stage.EVALUATING:
-        (folder / OUTPUT_FOLDER / "measurements.json").write_text('{"rowCount": 2}')
-    (folder / RESULT_FILE).write_text(StageResult(evaluation=EVALUATION).model_dump_json(by_alias=True))
-
-
 def test_a_later_attempt_compares_with_the_stored_measurements(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(measuring))
-    first = Attempt(tmp_path, 1, spec=COMPARES)
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_measurements))
+    first = Attempt(tmp_path, 1, spec=COMPARED)
     assert first.end(output).open_stages == []
     first.tree.store.delete(["run/stages/comparing.json"])
-    later = Attempt(tmp_path, 2, spec=COMPARES)
+    later = Attempt(tmp_path, 2, spec=COMPARED)
     assert later.end(output).failure is None
     [task] = later.stages.calls
     assert task.stage is Stage.COMPARING and task.evaluated is not None
@@ -353,23 +287,17 @@ def test_a_later_attempt_compares_with_the_stored_measurements(tmp_path: Path, o
 def test_damaged_measurements_are_measured_again_by_the_next_attempt(
     content: bytes | None, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(measuring))
-    first = Attempt(tmp_path, 1, spec=COMPARES)
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_measurements))
+    first = Attempt(tmp_path, 1, spec=COMPARED)
     first.end(output)
     first.tree.store.delete(["run/stages/comparing.json", *([] if content else ["evaluation/measurements.json"])])
     if content:
         first.tree.store.put("evaluation/measurements.json", content)
-    report = Attempt(tmp_path, 2, spec=COMPARES).end(output)
+    report = Attempt(tmp_path, 2, spec=COMPARED).end(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "EvaluationDamaged")
     assert report.failure.error.exit_code == 69  # is retried
-    third = Attempt(tmp_path, 3, spec=COMPARES)
+    third = Attempt(tmp_path, 3, spec=COMPARED)
     assert third.end(output).failure is None and [task.stage for task in third.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]
-
-
-def write_merged_model(folder: Path) -> None:
-    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
-        (folder / OUTPUT_FOLDER / name).write_text(name)
-    (folder / RESULT_FILE).write_text(StageResult().model_dump_json(by_alias=True))
 
 
 def test_the_merged_model_is_committed_and_named_in_the_output(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.errors import StorageError
+from finetune_api.errors import ConfigError, StorageError
 from finetune_api.lineage import Statement, signed_bytes, without_secrets
+from finetune_api.pod import ProgressReport, RunConfig, StoreTarget, TerminationMessage
+from finetune_api.status import Progress, ResolvedConfig
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.settings import Settings
-from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor import file_digests
 from finetune_trainer.supervisor import lineage as subject
+from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.lineage import Lineage, dependencies_of
 from finetune_trainer.supervisor.prepare import require_expected_inputs
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.supervise import Supervisor
-
-from finetune_api.errors import ConfigError  # isort: skip
-from finetune_api.pod import RunConfig, StoreTarget  # isort: skip
 
 from tests.support.lineage import UID, _inputs, write_finished_run
 
@@ -39,14 +43,14 @@ def stored_run(root: Path) -> tuple[RunConfig, CheckpointTree]:
 def test_a_later_pod_keeps_the_statement_because_it_may_be_signed(root: Path) -> None:
     run, tree = stored_run(root)
     before = (root / "lineage/statement.json").read_bytes()
-    assert Lineage(run, tree, RunState(), "a1-00000001").write_statement(None) == f"file://{root}/lineage/statement.json"
+    assert Lineage(run, tree, RunState(), FileDigests()).write_statement(None) == f"file://{root}/lineage/statement.json"
     assert (root / "lineage/statement.json").read_bytes() == before
 
 
 def test_a_later_pod_writes_a_missing_statement_without_digests_of_files(root: Path) -> None:
     run, tree = stored_run(root)
     (root / "lineage/statement.json").unlink()
-    Lineage(run, tree, RunState(), "a1-00000001").write_statement(None)
+    Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
     statement = Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
     assert [one.name for one in statement.predicate.build_definition.resolved_dependencies] == ["model.source", "dataset.train", "dataset.test"]
     assert [one.incarnation for one in statement.run.attempts] == ["a1-1f3c9a2b"]
@@ -56,9 +60,9 @@ def test_a_superseded_attempt_and_a_run_without_a_model_write_no_statement(root:
     run, tree = stored_run(root)
     (root / "lineage/statement.json").unlink()
     tree.begin_attempt(2, b"{}")
-    assert Lineage(run, tree, RunState(), "a1-00000001").write_statement(None) is None
+    assert Lineage(run, tree, RunState(), FileDigests()).write_statement(None) is None
     (root / "model/_COMMITTED").unlink()
-    assert Lineage(run, tree, RunState(), "a1-00000001").write_statement(None) is None
+    assert Lineage(run, tree, RunState(), FileDigests()).write_statement(None) is None
     assert not (root / "lineage/statement.json").exists()
 
 
@@ -67,16 +71,35 @@ def test_files_that_have_changed_since_the_training_have_no_digest(root: Path, t
     manifest = tree.read_manifest(tree.get_committed(None))  # type: ignore[arg-type]
     assert manifest is not None
     inputs = _inputs(tmp_path / "run")
-    names = [one.name for one in dependencies_of(run, manifest.facts, inputs)]
+    names = [one.name for one in dependencies_of(run, manifest.facts, inputs, FileDigests())]
     assert names == ["model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl"]
     (tmp_path / "run/train.jsonl").write_text("changed")
     (tmp_path / "run/base/config.json").write_text("changed")
-    without = [one.name for one in dependencies_of(run, manifest.facts, inputs)]
+    without = [one.name for one in dependencies_of(run, manifest.facts, inputs, FileDigests())]
     assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl"]
-    monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 1)
+    monkeypatch.setattr(subject, "MAX_READ_MODEL_BYTES", 1)
     commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
-    (base, *_) = dependencies_of(run, commit, inputs)
+    (base, *_) = dependencies_of(run, commit, inputs, FileDigests())
     assert base.digest == {"gitCommit": "c" * 40}
+
+
+def test_downloaded_files_are_not_read_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tree = stored_run(root)
+    manifest, inputs, digests = tree.read_manifest(tree.get_committed(None)), _inputs(tmp_path / "run"), FileDigests()  # type: ignore[arg-type]
+    assert manifest is not None
+    expected = dependencies_of(run, manifest.facts, inputs, digests)
+    downloads = [inputs.model / "config.json", *inputs.train, *inputs.test]
+    for path in downloads:
+        digests.add_download(path, sha256_file(path))
+    read: list[Path] = []
+    monkeypatch.setattr(file_digests, "sha256_file", lambda path: read.append(path) or "changed")
+    monkeypatch.setattr(subject, "MAX_READ_MODEL_BYTES", 0)  # no byte of the model has to be read
+    assert dependencies_of(run, manifest.facts, inputs, digests) == expected and read == []
+    content, times = inputs.train[0].read_bytes(), inputs.train[0].stat()
+    inputs.train[0].write_bytes(content[::-1])
+    os.utime(inputs.train[0], ns=(times.st_atime_ns, times.st_mtime_ns))  # size and modification time are those of the download
+    names = [one.name for one in dependencies_of(run, manifest.facts, inputs, digests)]
+    assert read == inputs.train and "dataset.train/train.jsonl" not in names and "dataset.test/test.jsonl" in names
 
 
 class FailingLineage:
@@ -96,19 +119,22 @@ def test_a_failure_to_write_is_a_note(error: Exception, code: str, tmp_path: Pat
     assert supervisor._state.report().resolved.notes == [f"the lineage statement was not written: {code}"]
 
 
-def test_record_of_an_attempt_is_stored_again_only_if_it_has_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_api.status import ResolvedConfig
-
+def test_the_statement_has_the_attempts_without_sentences(root: Path) -> None:
     run, tree = stored_run(root)
-    written: list[str] = []
-    monkeypatch.setattr(FolderStore, "put", lambda self, key, data: written.append(json.loads(data).get("device", "-")))
-    state = RunState()
-    lineage = Lineage(run, tree, state, "a1-00000001")
-    lineage.record_attempt()
-    lineage.record_attempt()
-    state.merge_resolved(ResolvedConfig(device="NVIDIA H100"))
-    lineage.record_attempt()
-    assert written == ["-", "NVIDIA H100"]
+    (root / "lineage/statement.json").unlink()
+    recorder = AttemptRecorder(
+        run.model_copy(update={"attempt": 2}), tree, incarnation="a2-00000002", config_sha256="c", started_at=datetime(2026, 3, 2, tzinfo=UTC)
+    )
+    recorder.record_start(10, ResolvedConfig(device="NVIDIA H100", strategy="ddp", notes=["a note"]))
+    message = TerminationMessage(exit_code=71, code="GpuOutOfMemory", message="no memory", hint="lower it")
+    resolved = ResolvedConfig(device="NVIDIA H100", notes=["a note"])
+    recorder.record_end(message, ProgressReport(attempt=2, uid="u", progress=Progress(step=15), resolved=resolved))
+    Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
+    data = (root / "lineage/statement.json").read_bytes()
+    first, second = Statement.model_validate_json(data).run.attempts
+    assert (first.attempt, first.start_step, first.ended_at, second.start_step, second.last_step, second.code) == (1, 0, None, 10, 15, "GpuOutOfMemory")
+    assert second.resolved.device == "NVIDIA H100" and (second.message, second.hint, second.notes) == (None, None, [])
+    assert b"no memory" not in data and b"a note" not in data and b"lower it" not in data
 
 
 def test_expected_inputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError, SweepResult
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
+from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.preflight import StoreAbilities
 from finetune_trainer.supervisor import prepare as subject
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.prepare import (
     Preparation,
     other_inputs_of,
@@ -58,25 +60,25 @@ def inputs(tmp_path: Path) -> Inputs:
     ],
 )  # fmt: skip
 def test_every_input_is_compared_by_its_contents(inputs: Inputs, tmp_path: Path, file: str, input_name: str) -> None:
-    before = other_inputs_of(inputs)
+    before = other_inputs_of(inputs, sha256_file)
     (tmp_path / file).write_text('{"other": 1}')
-    after = other_inputs_of(inputs)
+    after = other_inputs_of(inputs, sha256_file)
     assert {name for name in before if before[name] != after[name]} == {input_name}
 
 
 def test_a_configmap_that_is_mounted_again_with_the_same_contents_is_equal(inputs: Inputs, tmp_path: Path) -> None:
-    before = other_inputs_of(inputs)
+    before = other_inputs_of(inputs, sha256_file)
     (tmp_path / "maps/mine/..2026").rename(tmp_path / "maps/mine/..2027")
     (tmp_path / "maps/mine/..data").unlink()
     (tmp_path / "maps/mine/..data").symlink_to("..2027")
-    assert other_inputs_of(inputs) == before
+    assert other_inputs_of(inputs, sha256_file) == before
 
 
 def test_missing_inputs_are_not_compared(tmp_path: Path) -> None:
     inputs = Inputs(
         model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path / "none"
     )
-    assert other_inputs_of(inputs) == {}
+    assert other_inputs_of(inputs, sha256_file) == {}
 
 
 class RecordingStore(FolderStore):
@@ -108,7 +110,7 @@ def store(tmp_path: Path) -> RecordingStore:
 def make_preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
     run: Any = SimpleNamespace(attempt=attempt, to_bytes=lambda: b"{}", storage=None, resume=None)
     settings = Settings.from_env(work=str(work))
-    return Preparation(run, "", replace(settings, node_rank=node_rank), RunState())
+    return Preparation(run, "", replace(settings, node_rank=node_rank), RunState(), FileDigests())
 
 
 def test_leftovers_are_removed_only_after_earlier_attempts_are_fenced_out(

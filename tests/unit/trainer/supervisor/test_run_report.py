@@ -11,11 +11,12 @@ import pytest
 from finetune_api.names import REPORT_KEY, ExitCode
 from finetune_api.pod import ProgressReport, RunConfig, StoreTarget, TerminationMessage
 from finetune_api.spec.enums import DatasetFormat
-from finetune_api.status import Output, Progress, Stage
+from finetune_api.status import Output, Progress, ResolvedConfig, Stage
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.data.load import DataSummary
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
 from finetune_trainer.supervisor.exit_decision import ExitDecision
 from finetune_trainer.supervisor.run_report import ReportWriter
 from finetune_trainer.supervisor.run_results import RunResults
@@ -37,7 +38,8 @@ def make_writer(tmp_path: Path, tree: CheckpointTree, attempt: int = 1) -> tuple
     run, _ = make_run(tmp_path, tmp_path / "model")
     run = run.model_copy(update={"attempt": attempt, "storage": StoreTarget(uri=tree.store.uri)})
     results = RunResults(run, tree, tmp_path / "output")
-    return ReportWriter(run, tree, results, incarnation=f"a{attempt}-0000000{attempt}", config_sha256="c0ffee", started_at=START), run
+    recorder = AttemptRecorder(run, tree, incarnation=f"a{attempt}-0000000{attempt}", config_sha256="c0ffee", started_at=START)
+    return ReportWriter(run, tree, results, recorder, config_sha256="c0ffee"), run
 
 
 def progress(step: int) -> ProgressReport:
@@ -51,12 +53,14 @@ def put_log(tree: CheckpointTree, incarnation: str, steps: range) -> None:
 
 def test_a_later_attempt_replaces_the_report_and_keeps_the_earlier_attempt(tmp_path: Path, tree: CheckpointTree) -> None:
     first, _ = make_writer(tmp_path, tree)
-    first.record_start(0, SUMMARY)
+    first._recorder.record_start(0, ResolvedConfig())
+    first.record_data(SUMMARY)
     put_log(tree, "a1-00000001", range(1, 6))
     uri = first.write(TerminationMessage(exit_code=71, code="GpuOutOfMemory", message="no memory"), progress(5))
     assert uri == f"{tree.store.uri}/{REPORT_KEY}"
     second, _ = make_writer(tmp_path, tree, 2)
-    second.record_start(4, SUMMARY)
+    second._recorder.record_start(4, ResolvedConfig())
+    second.record_data(SUMMARY)
     put_log(tree, "a2-00000002", range(5, 9))
     second.write(TerminationMessage(exit_code=0, output=Output(uri="file:///model")), progress(8))
     page = parse((tree.store.get(REPORT_KEY) or b"").decode())

@@ -29,6 +29,7 @@ from finetune_trainer.supervisor.tracking import (
     run_end,
     tracked_run,
 )
+from finetune_trainer.trackers.events import RunEnd
 
 from tests.support.learning import make_run
 
@@ -136,12 +137,26 @@ def test_a_process_that_does_not_end_is_killed_and_named(
     kill_all_descendants()  # the end of a stage kills all processes but the tracker's
     assert one._process is not None and one._process.poll() is None
     one.record_log_line(1, {"loss": 2.0})
-    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, seconds=0)
+    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, latest_end=lambda: 0)
     one._process._process.wait()
     [note] = state.report().resolved.notes or []
     assert note.startswith("tensorboard did not accept all values in time; values are missing there, but ")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "work/tracking/events.jsonl").read_text().splitlines()]
     assert kinds == ["log", "end"]
+
+
+def test_a_stop_during_the_wait_for_trackers_ends_the_wait(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleanup: None) -> None:
+    use_program(monkeypatch, "import time; time.sleep(600)")
+    one = RunTracking(tracked_config(tmp_path), settings, RunState())
+    one.start(STARTED_AT, [], resumed_from_step=0)
+    ends = iter([float("inf"), float("inf"), 0.0])  # the stop is requested during the wait
+    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, latest_end=lambda: next(ends))
+    assert one._process is not None and one._process._process.wait() == -9 and next(ends, None) is None
+
+
+@pytest.mark.parametrize(("end", "seconds"), [("finished", 120.0), ("failed", 120.0), ("interrupted", 5.0), ("killed", 5.0)])
+def test_seconds_to_wait_for_trackers(end: str, seconds: float, settings: Settings, tmp_path: Path) -> None:
+    assert RunTracking(tracked_config(tmp_path), settings, RunState())._seconds_to_wait(RunEnd(end)) == seconds
 
 
 def test_a_process_that_crashes_is_started_again_a_few_times(
@@ -163,5 +178,5 @@ def test_without_trackers_there_is_no_process_and_no_file(settings: Settings, tm
     one = RunTracking(tracked_config(tmp_path, {"training": {"epochs": 1}}), settings, RunState())
     one.start(STARTED_AT, [], resumed_from_step=0)
     one.record_log_line(1, {"loss": 2.0})
-    one.finish(FAILURE, is_ended_by_user=False, seconds=0)
+    one.finish(FAILURE, is_ended_by_user=False, latest_end=lambda: 0)
     assert list((tmp_path / "work").iterdir()) == []

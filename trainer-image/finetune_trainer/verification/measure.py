@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune_trainer.proof.reference import ReferenceRow, counted_values
+from finetune_trainer.verification.reference import ReferenceRow, counted_values
 
 POSITIONS_PER_CHUNK = 64
 """Positions whose log-probabilities are computed at the same time. The float32 copy of all logits would not fit into memory."""

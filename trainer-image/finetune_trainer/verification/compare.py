@@ -8,7 +8,7 @@ from itertools import islice
 
 from finetune_api.status import ArtefactVerification, Verification, VerificationOutcome
 
-from finetune_trainer.proof.reference import ReferenceValues
+from finetune_trainer.verification.reference import ReferenceValues
 
 EXACT_TOLERANCE = 1e-3
 """Largest accepted difference of any token in 32 bits, in nats."""
@@ -120,5 +120,5 @@ def _finite(value: float | None) -> float | None:
 
 
 def _rounded(value: float) -> float:
-    """Three significant digits."""
+    """Round to three significant digits."""
     return float(f"{value:.3g}")

@@ -15,12 +15,13 @@ from finetune_trainer.checkpoint.manifest import Manifest, RunFacts
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.storage.folder import FolderStore
-from finetune_trainer.supervisor.given_model import (
-    download_given_model,
-    find_given_model,
-    record_given_model,
+from finetune_trainer.supervisor.existing_model import (
+    download_existing_model,
+    find_existing_model,
+    record_existing_model,
     require_same_base,
 )
+from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.prepare import Preparation
 from finetune_trainer.supervisor.run_state import RunState
 
@@ -46,24 +47,24 @@ def other(tmp_path: Path) -> Path:
 
 
 def find(tmp_path: Path, key: str) -> Any:
-    return find_given_model(f"file://{tmp_path}/{key}", tree_of(tmp_path / "own"))
+    return find_existing_model(f"file://{tmp_path}/{key}", tree_of(tmp_path / "own"))
 
 
 @pytest.mark.parametrize("key", ["other/model", "other/model/", "other/model/a1-00000001"])
 def test_a_final_model_is_found_and_downloaded_whole(key: str, other: Path, tmp_path: Path) -> None:
-    given = find(tmp_path, key)
-    assert given.output.uri == f"file://{other}/model/a1-00000001" and given.output.kind is OutputKind.ADAPTER
-    download_given_model(given, tmp_path / "target")
+    existing = find(tmp_path, key)
+    assert existing.output.uri == f"file://{other}/model/a1-00000001" and existing.output.kind is OutputKind.ADAPTER
+    download_existing_model(existing, tmp_path / "target")
     assert {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*") if path.is_file()} == set(FILES)
-    record_given_model(given, tree_of(tmp_path / "own"), attempt=3)
+    record_existing_model(existing, tree_of(tmp_path / "own"), attempt=3)
     record = json.loads((tmp_path / "own" / "run" / "given_model.json").read_text())
-    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (given.output.uri, given.output.sha256, "adapter", 3)
+    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (existing.output.uri, existing.output.sha256, "adapter", 3)
 
 
 def test_a_checkpoint_is_downloaded_without_the_state_of_training(other: Path, tmp_path: Path) -> None:
-    given, sizes = find(tmp_path, "other/checkpoints/step-00000002"), list[int]()
-    assert given.kind is OutputKind.ADAPTER and given.output.uri == f"file://{other}/checkpoints/step-00000002/a1-00000001"
-    download_given_model(given, tmp_path / "target", check_space=sizes.append)
+    existing, sizes = find(tmp_path, "other/checkpoints/step-00000002"), list[int]()
+    assert existing.kind is OutputKind.ADAPTER and existing.output.uri == f"file://{other}/checkpoints/step-00000002/a1-00000001"
+    download_existing_model(existing, tmp_path / "target", check_space=sizes.append)
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert sizes == [len(b"{}") + len(b"weights")]
 
@@ -71,12 +72,12 @@ def test_a_checkpoint_is_downloaded_without_the_state_of_training(other: Path, t
 @pytest.mark.parametrize(
     ("key", "error", "code", "words"),
     [
-        ("other", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
-        ("other/metrics", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
-        ("other/checkpoints", ConfigError, "GivenModelInvalid", "which is not the folder of a final model or checkpoint"),
-        ("missing/model", NotFoundError, "GivenModelNotCommitted", "no model is committed there: there is no _COMMITTED object"),
-        ("other/checkpoints/step-00000004", NotFoundError, "GivenModelNotCommitted", "there is no _COMMITTED object"),
-        ("other/model/a2-00000002", NotFoundError, "GivenModelNotCommitted", "the committed model is in another folder next to it"),
+        ("other", ConfigError, "ExistingModelInvalid", "which is not the folder of a final model or checkpoint"),
+        ("other/metrics", ConfigError, "ExistingModelInvalid", "which is not the folder of a final model or checkpoint"),
+        ("other/checkpoints", ConfigError, "ExistingModelInvalid", "which is not the folder of a final model or checkpoint"),
+        ("missing/model", NotFoundError, "ExistingModelNotCommitted", "no model is committed there: there is no _COMMITTED object"),
+        ("other/checkpoints/step-00000004", NotFoundError, "ExistingModelNotCommitted", "there is no _COMMITTED object"),
+        ("other/model/a2-00000002", NotFoundError, "ExistingModelNotCommitted", "the committed model is in another folder next to it"),
     ],
 )
 def test_a_wrong_address_is_refused(key: str, error: type[FineTuneError], code: str, words: str, other: Path, tmp_path: Path) -> None:
@@ -87,11 +88,11 @@ def test_a_wrong_address_is_refused(key: str, error: type[FineTuneError], code: 
 
 
 def test_a_damaged_manifest_and_a_damaged_file_are_found(other: Path, tmp_path: Path) -> None:
-    given = find(tmp_path, "other/model")
+    existing = find(tmp_path, "other/model")
     (other / "model" / "a1-00000001" / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
     with pytest.raises(NotFoundError, match="damaged: .*adapter_model.safetensors is damaged: its sha256 differs") as found:
-        download_given_model(given, tmp_path / "target")
-    assert found.value.code == "GivenModelDamaged" and found.value.exit_code == 66 and not (tmp_path / "target").exists()
+        download_existing_model(existing, tmp_path / "target")
+    assert found.value.code == "ExistingModelDamaged" and found.value.exit_code == 66 and not (tmp_path / "target").exists()
     (other / "model" / "a1-00000001" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(NotFoundError, match="manifest.json is missing or is not the manifest that was committed"):
         find(tmp_path, "other/model")
@@ -102,11 +103,11 @@ def inputs_of(tmp_path: Path, revision: str) -> Inputs:
 
 
 def test_a_model_of_another_base_is_refused(other: Path, tmp_path: Path) -> None:
-    given = find(tmp_path, "other/model")
-    assert require_same_base(given, inputs_of(tmp_path, BASE)) is None
+    existing = find(tmp_path, "other/model")
+    assert require_same_base(existing, inputs_of(tmp_path, BASE)) is None
     with pytest.raises(ConfigError, match="which was trained from the base model ") as found:
-        require_same_base(given, inputs_of(tmp_path, "sha256:" + "b" * 64))
-    assert found.value.code == "GivenModelOfOtherBase" and found.value.hint == "write the base model of the other FineTuneJob in model.source"
+        require_same_base(existing, inputs_of(tmp_path, "sha256:" + "b" * 64))
+    assert found.value.code == "ExistingModelOfOtherBase" and found.value.hint == "write the base model of the other FineTuneJob in model.source"
 
 
 def test_a_complete_model_cannot_be_merged(other: Path, tmp_path: Path) -> None:
@@ -117,8 +118,8 @@ def test_a_complete_model_cannot_be_merged(other: Path, tmp_path: Path) -> None:
     run_config: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate({"phases": {"from": address}, "output": {"mergeAdapter": True}}))
     settings: Any = SimpleNamespace(work=tmp_path / "work", node_rank=0, config_maps=tmp_path)
     with pytest.raises(ConfigError, match="a complete model, but output.mergeAdapter needs an adapter") as found:
-        Preparation(run_config, "0" * 64, settings, RunState()).fetch_given_model(tree_of(tmp_path / "own"), tmp_path / "target")
-    assert found.value.code == "GivenModelNotAdapter" and found.value.hint and not (tmp_path / "target").exists()
+        Preparation(run_config, "0" * 64, settings, RunState(), FileDigests()).fetch_existing_model(tree_of(tmp_path / "own"), tmp_path / "target")
+    assert found.value.code == "ExistingModelNotAdapter" and found.value.hint and not (tmp_path / "target").exists()
 
 
 def test_a_base_from_another_kind_of_source_gives_a_note(other: Path, tmp_path: Path) -> None:

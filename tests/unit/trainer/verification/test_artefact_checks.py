@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_trainer.proof.artefact_checks import find_fault
-from finetune_trainer.proof.reference import ReferenceValues, TrainedAdapter, text_sha256
+from finetune_trainer.verification.artefact_checks import find_fault
+from finetune_trainer.verification.reference import ReferenceValues, TrainedAdapter, text_sha256
 from safetensors.torch import load_file, save_file
 
 from tests.support.tiny import CHATML_TEMPLATE, make_tiny_model
@@ -220,7 +220,7 @@ def test_a_model_in_several_files_needs_all_of_them(base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_values_that_are_not_finite_are_found_in_every_format(dtype: torch.dtype, tmp_path: Path) -> None:
-    from finetune_trainer.proof.weight_files import read_header
+    from finetune_trainer.verification.weight_files import read_header
 
     largest = torch.finfo(dtype).max
     save_file({"good": torch.tensor([largest, -largest, 0.0], dtype=dtype), "bad": torch.tensor([1.0, float("inf")], dtype=dtype)}, tmp_path / "x.safetensors")

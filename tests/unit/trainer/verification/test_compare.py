@@ -6,8 +6,8 @@ import math
 
 import pytest
 from finetune_api.status import VerificationOutcome
-from finetune_trainer.proof.compare import failed, judge, not_verified, summarise
-from finetune_trainer.proof.reference import ReferenceRow, ReferenceValues, TrainedAdapter
+from finetune_trainer.verification.compare import failed, judge, not_verified, summarise
+from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter
 
 VALUES = [-1.0, -2.0, -3.0, -4.0]
 

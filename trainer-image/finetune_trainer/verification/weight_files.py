@@ -12,12 +12,12 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 EXPONENT_MASKS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-"""Bits of the exponent. All of them are set exactly in infinities and NaN."""
+"""Bit mask of the exponent. A number is infinite or NaN exactly if all bits of its exponent are set."""
 CHUNK_ITEMS = 1 << 22
 
 
 class DamagedFileError(Exception):
-    """A file is no complete safetensors file. The message names the reason."""
+    """A file is not a complete safetensors file. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,5 @@ def read_folder(folder: Path, single: str = "model.safetensors") -> dict[str, St
 
 
 def weight_bytes(tensors: dict[str, StoredTensor]) -> int:
-    """Bytes of all tensors."""
+    """The size of all tensors in bytes."""
     return sum(tensor.size for tensor in tensors.values())

@@ -17,8 +17,8 @@ from finetune_api.rules import PROMPT_METHODS, method_type_of
 
 from finetune_trainer.data.tokenise import IGNORED_LABEL
 from finetune_trainer.hardware import Hardware
-from finetune_trainer.proof.measure import batch_values, row_values
-from finetune_trainer.proof.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
+from finetune_trainer.verification.measure import batch_values, row_values
+from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
 
 log = logging.getLogger(__name__)
 MAX_ROWS = 8

@@ -33,7 +33,7 @@ TRAINING_STATE = (".pt", ".pth", "training_args.bin")
 
 
 @dataclass(frozen=True)
-class GivenModel:
+class ExistingModel:
     """The committed model that `phases.from` names."""
 
     tree: CheckpointTree
@@ -50,15 +50,15 @@ class GivenModel:
         )  # fmt: skip
 
 
-def find_given_model(source: str, own_tree: CheckpointTree) -> GivenModel:
+def find_existing_model(source: str, own_tree: CheckpointTree) -> ExistingModel:
     """Find the model and read its manifest.
 
-    Errors: ConfigError `GivenModelInvalid` (64); NotFoundError `GivenModelNotCommitted`, `GivenModelDamaged`, `GivenModelIncomplete` (66).
+    Errors: ConfigError `ExistingModelInvalid` (64); NotFoundError `ExistingModelNotCommitted`, `ExistingModelDamaged`, `ExistingModelIncomplete` (66).
     """
     shown, address = redact_source(source), parse_address(source)
     if address.whole_job:
         raise ConfigError(
-            "GivenModelInvalid", f"{FIELD} is {shown}, which is not the folder of a final model or checkpoint",
+            "ExistingModelInvalid", f"{FIELD} is {shown}, which is not the folder of a final model or checkpoint",
             hint="write status.output.uri of the other FineTuneJob, or <its folder>/model or <its folder>/checkpoints/step-00000100",
         )  # fmt: skip
     tree = open_other_job(own_tree, address.root)
@@ -67,7 +67,7 @@ def find_given_model(source: str, own_tree: CheckpointTree) -> GivenModel:
     if committed is None or is_other_folder:
         reason = "the committed model is in another folder next to it" if committed else f"there is no {Storage.COMMITTED} object"
         raise _not_found(
-            "GivenModelNotCommitted", f"{FIELD} is {shown}, but no model is committed there: {reason}",
+            "ExistingModelNotCommitted", f"{FIELD} is {shown}, but no model is committed there: {reason}",
             f"check the address; {redact_source(tree.uri(prefix_of(address.step)))} must contain the object {Storage.COMMITTED}",
         )  # fmt: skip
     manifest = tree.read_manifest(committed)
@@ -77,10 +77,10 @@ def find_given_model(source: str, own_tree: CheckpointTree) -> GivenModel:
     kind = manifest.kind or _kind_of_checkpoint(manifest)
     if kind is None:
         raise _not_found(
-            "GivenModelIncomplete", f"{FIELD} is {shown}, which contains neither adapter_config.json nor config.json",
+            "ExistingModelIncomplete", f"{FIELD} is {shown}, which contains neither adapter_config.json nor config.json",
             "name another checkpoint or the final model",
         )  # fmt: skip
-    return GivenModel(tree, committed, manifest, kind)
+    return ExistingModel(tree, committed, manifest, kind)
 
 
 def _kind_of_checkpoint(manifest: Manifest) -> OutputKind | None:
@@ -88,37 +88,37 @@ def _kind_of_checkpoint(manifest: Manifest) -> OutputKind | None:
     return OutputKind.ADAPTER if "adapter_config.json" in names else OutputKind.MODEL if "config.json" in names else None
 
 
-def require_same_base(given: GivenModel, inputs: Inputs) -> str | None:
+def require_same_base(existing: ExistingModel, inputs: Inputs) -> str | None:
     """Check that the model was trained from this job's base model. Returns a note if the two cannot be compared, else None.
 
-    Errors: ConfigError `GivenModelOfOtherBase`.
+    Errors: ConfigError `ExistingModelOfOtherBase`.
     """
-    trained_from, base = given.manifest.facts.model_revision, inputs.model_revision
-    uri = given.output.uri
+    trained_from, base = existing.manifest.facts.model_revision, inputs.model_revision
+    uri = existing.output.uri
     if not trained_from or trained_from.startswith("sha256:") != base.startswith("sha256:"):
         return f"{FIELD}: {uri} was trained from {trained_from or 'an unknown base model'}; the trainer could not compare it with model.source ({base})"
     if trained_from != base:
         raise ConfigError(
-            "GivenModelOfOtherBase", f"{FIELD} is {uri}, which was trained from the base model {trained_from}, but model.source has {base}",
+            "ExistingModelOfOtherBase", f"{FIELD} is {uri}, which was trained from the base model {trained_from}, but model.source has {base}",
             hint="write the base model of the other FineTuneJob in model.source",
         )  # fmt: skip
     return None
 
 
-def download_given_model(
-    given: GivenModel, target: Path, *, byte_counter: ByteCounter | None = None, check_space: Callable[[int], None] | None = None
+def download_existing_model(
+    existing: ExistingModel, target: Path, *, byte_counter: ByteCounter | None = None, check_space: Callable[[int], None] | None = None
 ) -> None:
-    """Download the model to a folder and compare every file with the manifest. Errors: NotFoundError `GivenModelDamaged`."""
-    entries = [entry for entry in given.manifest.files if _is_wanted(entry.path, given.committed.step)]
+    """Download the model to a folder and compare every file with the manifest. Errors: NotFoundError `ExistingModelDamaged`."""
+    entries = [entry for entry in existing.manifest.files if _is_wanted(entry.path, existing.committed.step)]
     if check_space is not None:
         check_space(sum(entry.size for entry in entries))
     partial = target.with_name(f"{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     problem = fetch_verified(
-        given.tree, given.committed.folder, given.manifest, partial, lambda path: _is_wanted(path, given.committed.step), byte_counter
+        existing.tree, existing.committed.folder, existing.manifest, partial, lambda path: _is_wanted(path, existing.committed.step), byte_counter
     )
     if problem is not None:
-        raise _damaged(str(given.output.uri), redact_source(problem))
+        raise _damaged(str(existing.output.uri), redact_source(problem))
     partial.rename(target)
 
 
@@ -126,15 +126,15 @@ def _is_wanted(path: str, step: int | None) -> bool:
     return step is None or ("/" not in path and not path.endswith(TRAINING_STATE))
 
 
-def record_given_model(given: GivenModel, own_tree: CheckpointTree, attempt: int) -> None:
+def record_existing_model(existing: ExistingModel, own_tree: CheckpointTree, attempt: int) -> None:
     """Store which model this job uses. Errors: those of storage."""
-    output = given.output
-    record = {"uri": output.uri, "sha256": output.sha256, "kind": given.kind, "attempt": attempt, "time": datetime.now(UTC).isoformat()}
+    output = existing.output
+    record = {"uri": output.uri, "sha256": output.sha256, "kind": existing.kind, "attempt": attempt, "time": datetime.now(UTC).isoformat()}
     own_tree.store.put(RECORD_KEY, json.dumps(record, indent=1).encode())
 
 
 def _damaged(uri: str, problem: str) -> NotFoundError:
-    return _not_found("GivenModelDamaged", f"{FIELD} is {uri}, which is damaged: {problem}", "restore the object, or name another checkpoint or model")
+    return _not_found("ExistingModelDamaged", f"{FIELD} is {uri}, which is damaged: {problem}", "restore the object, or name another checkpoint or model")
 
 
 def _not_found(code: str, message: str, hint: str) -> NotFoundError:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.proof.reference import ReferenceValues, text_sha256
-from finetune_trainer.proof.weight_files import DamagedFileError, StoredTensor, read_folder
+from finetune_trainer.verification.reference import ReferenceValues, text_sha256
+from finetune_trainer.verification.weight_files import DamagedFileError, StoredTensor, read_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -31,7 +31,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that makes an artefact unfit to be served."""
+    """A fault because of which an artefact cannot be served as it was trained."""
 
     code: str
     message: str

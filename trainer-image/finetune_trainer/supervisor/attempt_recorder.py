@@ -1,0 +1,77 @@
+"""Stores the record of each attempt below `run/records/`. The report and the lineage statement are made from these records.
+
+The records do not lie in `run/attempt-<n>/`, because an object there fences out earlier attempts.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.lineage import AttemptRecord
+from finetune_api.names import Storage
+from finetune_api.pod import ProgressReport, RunConfig, TerminationMessage
+from finetune_api.status import ResolvedConfig
+from pydantic import ValidationError
+
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.storage.base import join
+from finetune_trainer.supervisor.agent_process import threads_per_rank
+
+log = logging.getLogger(__name__)
+RECORDS_FOLDER = f"{Storage.RUN}/records"
+
+
+class AttemptRecorder:
+    """The record of one incarnation. Only rank 0's pod stores it. Errors of all methods: those of storage."""
+
+    def __init__(self, run: RunConfig, tree: CheckpointTree, *, incarnation: str, config_sha256: str, started_at: datetime) -> None:
+        """`started_at`: the start of the pod."""
+        self._run, self._tree = run, tree
+        self._record = AttemptRecord(
+            attempt=run.attempt, incarnation=incarnation, started_at=started_at, gpus=run.world.nodes * run.world.gpus_per_node,
+            pods=run.world.nodes, config_sha256=config_sha256,
+        )  # fmt: skip
+        self._stored: AttemptRecord | None = None
+
+    def record_start(self, start_step: int, resolved: ResolvedConfig) -> None:
+        """Record that this incarnation begins to train, and from which step."""
+        self._store(start_step=start_step, threads=threads_per_rank(self._run), resolved=_without_notes(resolved))
+
+    def record_configuration(self, resolved: ResolvedConfig) -> None:
+        """Record the configuration in use, such as the device, which the ranks report after the start."""
+        self._store(resolved=_without_notes(resolved))
+
+    def record_end(self, message: TerminationMessage, progress: ProgressReport) -> None:
+        """Record how this incarnation ends."""
+        step = progress.progress.step
+        self._store(
+            ended_at=datetime.now(UTC), exit_code=message.exit_code, code=message.code, message=message.message, hint=message.hint,
+            last_step=step if step is not None else self._record.start_step, timings=progress.timings, notes=progress.resolved.notes or [],
+            resolved=_without_notes(progress.resolved),
+        )  # fmt: skip
+
+    def _store(self, **changes: Any) -> None:
+        """Store the record if a value has changed."""
+        self._record = self._record.model_copy(update=changes)
+        if self._record != self._stored:
+            key = join(RECORDS_FOLDER, f"{self._record.incarnation}.json")
+            self._tree.store.put(key, self._record.model_dump_json(by_alias=True, exclude_none=True).encode())
+            self._stored = self._record
+
+
+def _without_notes(resolved: ResolvedConfig) -> ResolvedConfig:
+    return resolved.model_copy(update={"notes": None})
+
+
+def read_attempt_records(tree: CheckpointTree) -> list[AttemptRecord]:
+    """The records of all incarnations of a run, in the order of their start. A record that cannot be read is left out."""
+    records = []
+    for stat in tree.store.list(f"{RECORDS_FOLDER}/"):
+        data = tree.store.get(stat.key)
+        try:
+            records.append(AttemptRecord.model_validate_json(data or b""))
+        except ValidationError:
+            log.warning("%s is not the record of an attempt", stat.key)
+    return sorted(records, key=lambda record: (record.attempt, record.started_at))

@@ -1,0 +1,38 @@
+"""Runs storage and network work in a thread, so that the supervisor can end while a request waits for a server that does not respond."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+POLL_SECONDS = 0.05
+THREAD_NAME = "interruptible"
+T = TypeVar("T")
+
+
+class StoppedError(Exception):
+    """A stop was requested while a stage was running."""
+
+
+def run_until(must_end: Callable[[], bool], action: Callable[[], T]) -> T:
+    """Run the action in a thread and return its result. Errors: those of the action; StoppedError as soon as `must_end` returns True.
+
+    An abandoned thread goes on until it ends or the process exits, so the action must be one that the next attempt can repeat.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=THREAD_NAME, daemon=True).start()
+    while not wait([done], POLL_SECONDS).done:
+        if must_end():
+            raise StoppedError
+    if done.exception() is not None and must_end():
+        raise StoppedError from done.exception()  # a transfer that was ended by the stop may report any error
+    return done.result()

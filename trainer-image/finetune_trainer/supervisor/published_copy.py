@@ -1,0 +1,104 @@
+"""Copies the final model and the files of results to the folder of `output.dir`.
+
+After each file, the list of copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list
+and skips the files that are still stored as they were copied.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_api.base import LenientModel
+from finetune_api.names import Storage
+from pydantic import TypeAdapter, ValidationError
+
+from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.results.file_names import ResultFile
+from finetune_trainer.results.layout import CopyFolder
+from finetune_trainer.storage.base import ByteCounter, Store, join
+
+log = logging.getLogger(__name__)
+COPIED_KEY = f"{Storage.RUN}/copied.json"
+
+
+class CopiedFile(LenientModel):
+    """A file of the copy."""
+
+    source: str
+    """Identifies the content of the file: the committed model and the file's path in it, or the job's object and its version tag."""
+    tag: str
+    """The version tag of the copy. It differs if another job has replaced the file."""
+
+
+CopiedFiles = TypeAdapter(dict[str, CopiedFile])
+"""The files that were copied so far, by their key below `storage.uri`."""
+
+
+class PublishedCopy:
+    """One copy. `store` has the root `storage.uri`; `tree` contains the job's own files. Errors of all methods: those of storage."""
+
+    def __init__(self, store: Store, folder: CopyFolder, tree: CheckpointTree, *, byte_counter: ByteCounter | None = None) -> None:
+        """`byte_counter` may raise an exception to end the copy."""
+        self._store, self._folder, self._tree, self._byte_counter = store, folder, tree, byte_counter
+        self._copied = _read_copied(tree)
+
+    def add_model(self, model: Path, identity: str) -> None:
+        """Copy the files of the final model. `identity`: sha256 of the manifest of the committed model."""
+        for path in _files_below(model):
+            name = path.relative_to(model).as_posix()
+            self._add_file(path, self._folder.key_of_model_file(name), f"{identity}/{name}")
+
+    def add_merged_model(self, merged: Path, identity: str) -> None:
+        """Copy the files of the merged model to the folder `merged`. `identity`: URI of the committed merged model."""
+        for path in _files_below(merged):
+            name = path.relative_to(merged).as_posix()
+            self._add_file(path, join(self._folder.key, Storage.MERGED, name), f"{identity}/{name}")
+
+    def add_result(self, name: ResultFile, data: bytes) -> None:
+        """Write a file of results. It is small and therefore written in each attempt."""
+        self._store.put(self._folder.key_of_result(name), data)
+
+    def add_stored_files(self, prefix: str) -> None:
+        """Copy the objects below a folder of the job, such as the files of the evaluation."""
+        for stat in self._tree.store.list(f"{prefix}/"):
+            key = self._folder.key + stat.key.removeprefix(f"{prefix}/")
+
+            def copy(source: str = stat.key, key: str = key) -> None:
+                data = self._tree.store.get(source)
+                if data is not None:
+                    self._store.put(key, data)
+
+            self._copy_once(key, f"{stat.key} {stat.tag}", stat.size, copy)
+
+    def _add_file(self, path: Path, key: str, source: str) -> None:
+        self._copy_once(key, source, path.stat().st_size, lambda: self._store.put_file(path, key, byte_counter=self._byte_counter))
+
+    def _copy_once(self, key: str, source: str, size: int, copy: Callable[[], None]) -> None:
+        """Copy a file of `size` bytes and record it, unless an earlier attempt has copied it and it has not changed since."""
+        earlier = self._copied.get(key)
+        if earlier is not None and earlier.source == source:
+            stored = self._store.stat(key)
+            if stored is not None and (stored.size, stored.tag) == (size, earlier.tag):
+                return
+        if self._byte_counter is not None:
+            self._byte_counter(0)
+        copy()
+        stored = self._store.stat(key)
+        if stored is not None:
+            self._copied[key] = CopiedFile(source=source, tag=stored.tag)
+            self._tree.store.put(COPIED_KEY, CopiedFiles.dump_json(self._copied, by_alias=True))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _read_copied(tree: CheckpointTree) -> dict[str, CopiedFile]:
+    data = tree.store.get(COPIED_KEY)
+    try:
+        return CopiedFiles.validate_json(data) if data is not None else {}
+    except ValidationError:
+        log.warning("%s cannot be read: all files are copied again", COPIED_KEY)
+        return {}
