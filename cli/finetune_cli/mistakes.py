@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake in the user's files or options: location, key as written, problem, and how to correct it."""
+    """One mistake in the user's files or options: location, key as written, problem, and how to correct it.
+
+    `feature` names what a FineTuneJob cannot do, if that is the problem.
+    """
 
     location: str
     key: str
     message: str
     hint: str = ""
+    feature: str = ""
 
     def __str__(self) -> str:
         start = ": ".join(dict.fromkeys(part for part in (self.location, self.key) if part))

@@ -77,6 +77,10 @@ def import_(
         list[str] | None,
         typer.Option(metavar="NAME", help="For hydra: an environment variable that the configuration may read."),
     ] = None,
+    drop_unsupported: Annotated[
+        bool,
+        typer.Option("--drop-unsupported", help="Leave out what a FineTuneJob cannot do, and list it, instead of refusing it."),
+    ] = False,
     annotate: Annotated[bool, typer.Option(help="Add a comment with the origin of every value.")] = False,
     explain: Annotated[bool, typer.Option(help="Print a table of every option instead of the manifest.")] = False,
     file: Annotated[
@@ -114,6 +118,7 @@ def import_(
         name=name,
         namespace=namespace,
         overrides=parse_overrides(set_ or (), options),
+        drop_unsupported=drop_unsupported,
         benchmarks=benchmarks,
         model_map=parse_pairs("--model-map", model_map or []),
         allowed_variables=frozenset(allow_env or ()),
@@ -158,6 +163,10 @@ def options_table(import_result: ImportResult) -> str:
     for path, assigned in sorted(import_result.assigned_values.items()):
         origin = assigned.origin.location if assigned.key else describe_origin(assigned)
         option_table.add_row(assigned.key or "-", path, str(assigned.value), origin)
+    used_keys = {assigned.key for assigned in import_result.assigned_values.values()}
+    for key, reason in import_result.reasons.items():
+        if key not in used_keys:
+            option_table.add_row(key, "-", "-", reason)
     buffer = StringIO()
     width = sys.stdout.isatty() and output.stdout_console().width or 200
     Console(file=buffer, width=width, highlight=False).print(option_table)

@@ -6,5 +6,5 @@ precedence, defaults, checks, and the report of all errors at once. In an import
 To add a tool, write a module with `IMPORTER = Importer(...)` (see `draft.py`) and add its name to `IMPORTER_NAMES`.
 """
 
-IMPORTER_NAMES = ("env", "toml", "yaml", "hydra", "guide", "openai")
+IMPORTER_NAMES = ("env", "toml", "yaml", "hydra", "guide", "openai", "axolotl", "llamafactory", "trl", "unsloth", "together", "torchtune", "kubeflow")
 """The values of `--from`, in the order of help texts and messages. `registry.py` imports the module with each name."""

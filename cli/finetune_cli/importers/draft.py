@@ -30,6 +30,8 @@ class Row:
     `is_set_by_combine`: the tool's `combine_options` function sets the field; `path` is only documentation.
     `no_effect`: why the importer ignores the option. The warning about the option contains this reason.
     `is_secret`: the value is never printed and is stored in a Secret.
+    `missing_feature`: a FineTuneJob cannot do what the option asks for. The option is refused unless its value is one of `NEUTRAL_VALUES` or of
+    `neutral_values`, which turn the feature off. `hint` says what to do instead.
     """
 
     key: str
@@ -41,6 +43,13 @@ class Row:
     is_secret: bool = False
     no_effect: str = ""
     empty_is_absent: bool = True
+    missing_feature: str = ""
+    hint: str = ""
+    neutral_values: tuple[Any, ...] = ()
+
+
+NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, "", "false", "False", "none", "None", [], {})
+"""Values that turn off the feature of every option."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Request:
     namespace: str | None = None
     overrides: Mapping[str, AssignedValue] = field(default_factory=dict)
     """Fields set by options of `finetune import`, by spec path. They override every file."""
+    drop_unsupported: bool = False
+    """Leave out what a FineTuneJob cannot do, instead of refusing it."""
     benchmarks: str | None = None
     """Folder with the data of the tool's benchmarks."""
     model_map: Mapping[str, str] = field(default_factory=dict)
@@ -123,6 +134,8 @@ class JobDraft:
     """Texts that must never be printed."""
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     annotations: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    """For every key of the user that sets no field: what happened to it."""
 
     @property
     def secret_name(self) -> str:
@@ -172,6 +185,7 @@ class JobDraft:
             assigned = self.values.pop(path)
             self.paths_without_default.add(path)
             if assigned.key:
+                self.reasons.setdefault(assigned.key, f"no effect: {reason}")
                 self.add_warning(f"{assigned.origin.location}: {assigned.key} has no effect: {reason}")
 
     def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explained_path: str = "") -> None:
@@ -192,9 +206,36 @@ class JobDraft:
         if message not in self.warnings:
             self.warnings.append(message)
 
+    def add_reason(self, key: str, reason: str) -> None:
+        """Record why an option of the user sets no field. `key` is the key in the tool's table, or as the user wrote it."""
+        given_option = self.given_options.get(key)
+        self.reasons[given_option.key if given_option else key] = reason
+
+    def refuse_feature(self, keys: str | tuple[str, ...], feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
+        """Record that a FineTuneJob cannot do what options ask for. With `--drop-unsupported`, the options are left out with a warning."""
+        keys = (keys,) if isinstance(keys, str) else keys
+        options = [self.given_options[key] for key in keys if key in self.given_options]
+        locations = ", ".join(dict.fromkeys(option.origin.location for option in options)) or self.location
+        spellings = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
+        self.refuse_feature_at(locations, spellings, feature, hint, is_droppable=is_droppable)
+
+    def refuse_feature_at(self, location: str, key: str, feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
+        """Record that a FineTuneJob cannot do what the key at a location asks for."""
+        message = f"{feature} is not possible in a FineTuneJob"
+        if is_droppable and self.request.drop_unsupported:
+            for name in key.split(", "):
+                self.add_reason(name, f"left out: {message}")
+            self.add_warning(f"{location}: {key} is left out: {message}")
+            return
+        hints = [hint] if hint else []
+        if is_droppable:
+            hints.append(f"{'or ' if hint else ''}leave it out with --drop-unsupported")
+        self.mistakes.append(Mistake(location, key, message, ", ".join(hints), feature))
+
     def warn_no_effect(self, key: str, reason: str) -> None:
         """Warn that an option of the user has no effect."""
         given_option = self.given_options[key]
+        self.reasons[given_option.key] = f"no effect: {reason}"
         self.add_warning(f"{given_option.origin.location}: {given_option.key} has no effect: {reason}")
 
     def add_note(self, message: str) -> None:
@@ -236,3 +277,9 @@ class Importer:
     """Sets the fields whose value depends on several options."""
     normalise_key: Callable[[str], str] = lambda key: key
     """Normalises the spelling of a key for the lookup in the table."""
+    ignores_unknown_keys: bool = False
+    """Whether the tool ignores keys that it does not know. The import then warns about such a key, unless it resembles a known key."""
+    choose_variant: Callable[[tuple[InputDocument, ...]], Importer] | None = None
+    """Returns the importer for these documents, if the tool has several option tables."""
+    reports_every_key: bool = False
+    """Whether one note lists the keys without effect, instead of one warning for each of them. Keys without a value are listed, too."""

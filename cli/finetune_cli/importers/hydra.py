@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from finetune_cli.importers.accelerate import is_accelerate, read_accelerate
@@ -162,6 +163,14 @@ def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...
 
 
 def read(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the options of files, overrides and dashed flags. `None` in any letter case, as Python writes it, means that an option is not set."""
+    for entry in _read_entries(draft):
+        is_none = entry.value is None or str(entry.value).strip().lower() in ("none", "null")
+        value = "none" if normalise_key(entry.key).endswith("report_to") else None
+        yield replace(entry, value=value) if is_none else entry
+
+
+def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of files and overrides that Hydra composes, and those of the older dashed flags."""
     words, config = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
     base_documents = [document for document in draft.documents if not is_accelerate(document)]
@@ -199,10 +208,7 @@ def _read_flags(draft: JobDraft, words: list[str]) -> Iterator[OptionEntry]:
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
-            yield flag_entry(
-                "--" + name.lstrip("-"),
-                None if value.lower() in ("null", "none") and normalise_key(name).endswith("report_to") else value,
-            )
+            yield flag_entry("--" + name.lstrip("-"), value)
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------

@@ -82,7 +82,12 @@ BASE_RATE = {"sft": 2e-4, "dpo": 5e-6}
 
 def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
     """Return whether a document is a JSON object with a training file."""
-    return any(_is_api_job(document) for document in documents)
+    return any(_is_api_job(document) and not _has_flat_hyperparameters(document) for document in documents)
+
+
+def _has_flat_hyperparameters(document: InputDocument) -> bool:
+    """Return whether the hyperparameters are at the top level, as in Together's API."""
+    return any(key in peek_json(document) for key in ("n_epochs", "learning_rate", "training_type", "training_method", "n_checkpoints", "lora", "batch_size"))
 
 
 def _is_api_job(document: InputDocument) -> bool:
@@ -124,13 +129,13 @@ def _iterate_leaves(value: dict[str, Any], prefix: str, document: InputDocument,
 
 def combine_options(draft: JobDraft) -> None:
     """Set the fields whose value depends on several fields of the job."""
-    _set_model(draft)
+    assign_api_model(draft)
     trainer = draft.get("method.type", "sft")
     if "method.type" in draft.given_options:
         draft.assign("trainer.type", trainer, "method.type")
     else:
         draft.assign_default("trainer.type", trainer, "fixed by the API")
-    _set_data(draft, trainer)
+    assign_api_data(draft, trainer)
     _set_batch_size(draft)
     multiplier = draft.get("hyperparameters.learning_rate_multiplier")
     if multiplier is not None:
@@ -145,7 +150,8 @@ def combine_options(draft: JobDraft) -> None:
     _set_trackers(draft)
 
 
-def _set_model(draft: JobDraft) -> None:
+def assign_api_model(draft: JobDraft) -> None:
+    """Set the model of an API's job: an open model, or the model that `--model-map` gives for a model of the API."""
     given_option = draft.given_options.get("model")
     if given_option is None or "model.source" in draft.request.overrides:
         return
@@ -166,7 +172,8 @@ def _set_model(draft: JobDraft) -> None:
         )
 
 
-def _set_data(draft: JobDraft, trainer: str) -> None:
+def assign_api_data(draft: JobDraft, trainer: str, *, has_only_messages: bool = True) -> None:
+    """Set the data of an API's job, and check the rows of data files that are given. `has_only_messages`: the API's rows for sft are messages."""
     data_documents = [document for document in draft.documents if document.path.suffix == ".jsonl"]
     for key, path, document in (
         ("training_file", "dataset.train", data_documents[0] if data_documents else None),
@@ -175,7 +182,7 @@ def _set_data(draft: JobDraft, trainer: str) -> None:
         if key not in draft.given_options or path in draft.request.overrides:
             continue
         _set_data_source(draft, key, path, document)
-    for document in data_documents:
+    for document in data_documents if has_only_messages or trainer == "dpo" else ():
         _check_rows(draft, document, trainer)
     if trainer == "dpo":
         draft.assign_default("dataset.format", "preference", "fixed by the API")
@@ -185,7 +192,7 @@ def _set_data(draft: JobDraft, trainer: str) -> None:
             ("rejected", "non_preferred_output"),
         ):
             draft.assign_default(f"dataset.columns.{column}", name, "fixed by the API")
-    else:
+    elif has_only_messages:
         draft.assign_default("dataset.format", "messages", "fixed by the API")
 
 
@@ -236,8 +243,12 @@ def _check_rows(draft: JobDraft, document: InputDocument, trainer: str) -> None:
 def _set_batch_size(draft: JobDraft) -> None:
     """Set the batch size. In the API the batch size is the number of rows per optimizer step, over all ranks."""
     rows, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
-    if rows is None:
-        return
+    if rows is not None:
+        split_batch(draft, key, rows)
+
+
+def split_batch(draft: JobDraft, key: str, rows: int) -> None:
+    """Divide the rows of one optimizer step among the ranks and into micro-batches."""
     ranks = _count_ranks(draft)
     rows_per_rank = rows // ranks
     if rows % ranks:

@@ -6,9 +6,10 @@ The API's rules check the result. Each problem is reported with the key and loca
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from finetune_cli.files import UnreadableFile, read_text
 from finetune_cli.importers.converters import ConversionError
 from finetune_cli.importers.documents import parse_document, parse_json
 from finetune_cli.importers.draft import (
+    NEUTRAL_VALUES,
     GivenOption,
     Importer,
     InputDocument,
@@ -34,6 +36,8 @@ from finetune_cli.importers.draft import (
     ToolDefault,
 )
 from finetune_cli.importers.no_effect import remove_options_without_effect
+from finetune_cli.importers.options import assign_secret_reference
+from finetune_cli.importers.other_tools import describe_fields, recognise
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.overrides import hint_for_option
 from finetune_cli.provenance import AssignedValue
@@ -56,6 +60,8 @@ class ImportResult:
     annotations: dict[str, str]
     warnings: list[str]
     notes: list[str]
+    reasons: dict[str, str]
+    """For every key of the user that sets no field: what happened to it."""
 
 
 def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult:
@@ -63,6 +69,8 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
     _check_namespace(request)
     documents = load_documents(request.files)
     importer = choose_importer(documents, request, importers)
+    if importer.choose_variant is not None:
+        importer = importer.choose_variant(documents)
     draft = JobDraft(request, importer.rows, job_name(request, documents), documents)
     _read_options(importer, draft)
     _check_required(draft)
@@ -71,14 +79,28 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
     _apply_defaults(importer, draft)
     _apply_overrides(draft)
     remove_options_without_effect(draft)
-    spec = _check_spec(draft)
+    spec = _check_spec(draft, names_features=importer.reports_every_key)
     _refuse_secrets(draft)
+    if importer.reports_every_key:
+        _note_keys_without_field(draft)
     if draft.mistakes:
         raise InvalidInput([_redact_mistake(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
     return ImportResult(
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
         draft.annotations, [draft.redact_message(text) for text in draft.warnings], [draft.redact_message(text) for text in draft.notes],
+        {key: draft.redact_message(reason) for key, reason in draft.reasons.items()},
     )  # fmt: skip
+
+
+def _note_keys_without_field(draft: JobDraft) -> None:
+    """Add one note for each reason why keys set no field, with all keys that have this reason."""
+    reported = " ".join(draft.warnings)
+    keys_by_reason: dict[str, list[str]] = {}
+    for key, reason in draft.reasons.items():
+        if f" {key} " not in f" {reported.replace(',', ' ').replace(':', ' ')} ":
+            keys_by_reason.setdefault(reason, []).append(key)
+    for reason, keys in keys_by_reason.items():
+        draft.add_note(f"{', '.join(keys)}: {reason}")
 
 
 def _check_benchmarks_option(draft: JobDraft) -> None:
@@ -142,7 +164,7 @@ def _refuse_secrets(draft: JobDraft) -> None:
 
 def _redact_mistake(draft: JobDraft, mistake: Mistake) -> Mistake:
     return Mistake(
-        mistake.location, draft.redact_message(mistake.key), draft.redact_message(mistake.message), draft.redact_message(mistake.hint)
+        mistake.location, draft.redact_message(mistake.key), draft.redact_message(mistake.message), draft.redact_message(mistake.hint), mistake.feature
     )
 
 
@@ -200,6 +222,10 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
     file_names = ", ".join(document.name for document in documents) or "command line"
     if not matching:
         _check_syntax(documents)
+        other_tool = recognise(documents)
+        if other_tool is not None:
+            message = f"this is a configuration of {other_tool.title}, which has no importer"
+            raise InvalidInput([Mistake(file_names, "", message, f"write a FineTuneJob: {describe_fields(other_tool)}")])
         raise InvalidInput(
             [
                 Mistake(
@@ -278,13 +304,15 @@ def _read_options(importer: Importer, draft: JobDraft) -> None:
         if row is None:
             _report_unknown_option(importer, draft, entry)
             continue
+        if importer.reports_every_key and is_absent(entry.value):
+            draft.add_reason(entry.key, "has no value, so it is not set")
         if row.is_secret:
             draft.redact_in_messages(entry.value)
         if row.key in last_by_key and not row.no_effect and not _overrides_earlier(draft, row, last_by_key[row.key][1], entry):
             continue
         last_by_key[row.key] = (row, entry)
     for row, entry in last_by_key.values():
-        _convert_entry(row, entry, draft)
+        _convert_entry(row, entry, draft, is_note=importer.reports_every_key)
 
 
 def _overrides_earlier(draft: JobDraft, row: Row, first_entry: OptionEntry, second_entry: OptionEntry) -> bool:
@@ -325,11 +353,22 @@ def _is_unset(value: Any) -> bool:
     return is_absent(value) or value == "auto"
 
 
+CUTOFF_FOR_TYPING_ERRORS = 0.86
+"""Similarity from which an unknown key counts as a typing error, even if the tool ignores unknown keys."""
+
+
 def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEntry) -> None:
     """Record an unknown key. The message says whether a group was written as a single value, or a single value as a group."""
     if SECRET_NAME_PATTERN.search(entry.key):
         draft.redact_in_messages(entry.value)
     known_keys = [key for row in importer.rows for key in (row.key, *row.aliases)]
+    if importer.ignores_unknown_keys and is_absent(entry.value):
+        draft.add_reason(entry.key, "has no value, so it is not set")
+        return
+    if importer.ignores_unknown_keys and not difflib.get_close_matches(entry.key, known_keys, 1, CUTOFF_FOR_TYPING_ERRORS):
+        draft.add_reason(entry.key, "the tool does not know this key and ignores it")
+        draft.add_warning(f"{entry.origin.location}: {entry.key}: {importer.title} does not know this key and ignores it, so the import does, too")
+        return
     option_in_group = next((key for key in known_keys if key.startswith(f"{entry.key}.")), None)
     enclosing_option = next((key for key in known_keys if entry.key.startswith(f"{key}.")), None)
     if option_in_group is not None:
@@ -351,11 +390,17 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "null", "~"))
 
 
-def _convert_entry(row: Row, entry: OptionEntry, draft: JobDraft) -> None:
+def _convert_entry(row: Row, entry: OptionEntry, draft: JobDraft, *, is_note: bool = False) -> None:
     if row.empty_is_absent and is_absent(entry.value):
         if row.is_required:
             draft.paths_of_invalid_keys[row.key] = row.path
             draft.mistakes.append(Mistake(entry.origin.location, entry.key, "this required option is empty"))
+        return
+    if row.missing_feature:
+        _refuse_unless_neutral(row, entry, draft)
+        return
+    if row.no_effect and is_note:
+        draft.add_reason(entry.key, f"no effect: {row.no_effect}")
         return
     if row.no_effect:
         draft.add_warning(f"{entry.origin.location}: {entry.key} has no effect: {row.no_effect}")
@@ -371,6 +416,14 @@ def _convert_entry(row: Row, entry: OptionEntry, draft: JobDraft) -> None:
     draft.given_options[row.key] = GivenOption(row, entry.key, value, entry.value, entry.origin)
     if row.path and not row.is_set_by_combine and value is not None:
         draft.assign(row.path, value, row.key)
+
+
+def _refuse_unless_neutral(row: Row, entry: OptionEntry, draft: JobDraft) -> None:
+    """Refuse an option that asks for something that a FineTuneJob cannot do, unless its value turns this off."""
+    if any(entry.value == value and isinstance(entry.value, bool) is isinstance(value, bool) for value in (*NEUTRAL_VALUES, *row.neutral_values)):
+        draft.add_reason(entry.key, f"no effect: this value turns {row.missing_feature} off, as in every FineTuneJob")
+    else:
+        draft.refuse_feature_at(entry.origin.location, entry.key, row.missing_feature, row.hint)
 
 
 def _format_value(value: Any) -> str:
@@ -412,8 +465,11 @@ def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
     return spec
 
 
-def _check_spec(draft: JobDraft) -> dict[str, Any]:
-    """Check the values of the draft with the API's models and rules, and return them as a nested spec."""
+def _check_spec(draft: JobDraft, *, names_features: bool = False) -> dict[str, Any]:
+    """Check the values of the draft with the API's models and rules, and return them as a nested spec.
+
+    `names_features`: a problem that a rule finds counts as a feature that a FineTuneJob does not have, because the tool accepts the values.
+    """
     values = dict(draft.values)
     reported_errors: list[FieldError] = []
     for _ in range(3):
@@ -440,11 +496,27 @@ def _check_spec(draft: JobDraft) -> dict[str, Any]:
     else:
         return nest_values(values)
     for problem in _find_problems(spec, draft):
-        _record_problem(problem, draft)
+        _record_problem(problem, draft, is_missing_feature=names_features)
     if not draft.mistakes:
         for unsupported in unsupported_fields(spec):
-            draft.add_warning(f"spec.{unsupported.path}: {unsupported.message}; {unsupported.hint}")
+            if draft.request.drop_unsupported:
+                _drop_field(draft, unsupported)
+            else:
+                draft.add_warning(f"spec.{unsupported.path}: {unsupported.message}; {unsupported.hint}")
     return nest_values(draft.values)
+
+
+def _drop_field(draft: JobDraft, problem: Problem) -> None:
+    """Leave out a field, or one item of a list, that this release does not implement."""
+    assigned = draft.values.get(problem.path)
+    item = problem.message.removeprefix("contains ").partition(",")[0]
+    if assigned is not None and isinstance(assigned.value, list) and item in assigned.value and len(assigned.value) > 1:
+        draft.values[problem.path] = replace(assigned, value=[value for value in assigned.value if value != item])
+        draft.add_warning(f"{assigned.origin.location}: {assigned.key or problem.path}: {item} is left out: {problem.message}")
+        return
+    for path in [path for path in draft.values if is_within(path, problem.path)]:
+        removed = draft.values.pop(path)
+        draft.add_warning(f"{removed.origin.location}: {removed.key or path} is left out: spec.{problem.path} {problem.message}")
 
 
 DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {
@@ -478,7 +550,15 @@ def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
     ]
 
 
-def _record_problem(problem: Problem, draft: JobDraft) -> None:
+MISSING_SECRETS = {
+    "output.hub.tokenSecretRef": ("hub", "pushing the model to the hub"),
+    "tracking.wandb.apiKeySecretRef": ("wandb", "reporting to wandb"),
+    "tracking.mongodb.uriSecretRef": ("mongodb", "reporting to MongoDB"),
+}
+"""For each reference to a Secret that the other tool's files cannot contain: the end of the Secret's name, and what needs it."""
+
+
+def _record_problem(problem: Problem, draft: JobDraft, *, is_missing_feature: bool) -> None:
     """Record a problem as a mistake. If the user can correct the problem in the printed manifest, record a warning instead."""
     mistake = _mistake_of_problem(draft, problem)
     is_local_file = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
@@ -493,21 +573,48 @@ def _record_problem(problem: Problem, draft: JobDraft) -> None:
         draft.add_warning(f"{draft.location}: {problem.message}: give --benchmarks URI, or remove the benchmark from the manifest")
     elif is_local_file:
         return
-    elif is_device_of_another_machine or problem.code == "CodeExecutionNotAllowed" or problem.path in (
-        "output.hub.tokenSecretRef",
-        "tracking.wandb.apiKeySecretRef",
-        "tracking.mongodb.uriSecretRef",
-    ):
+    elif problem.path in MISSING_SECRETS:
+        assign_secret_reference(draft, problem.path, *MISSING_SECRETS[problem.path])
+    elif is_device_of_another_machine or problem.code == "CodeExecutionNotAllowed":
         draft.add_warning(f"{mistake} (the operator refuses the job until this is corrected)")
     elif problem.code == "ModelMissing":
         if "model.source" not in draft.paths_of_invalid_keys.values():
             draft.mistakes.append(Mistake(draft.location, "", "no base model is given", "add it, or give --model URI"))
     else:
-        draft.mistakes.append(mistake)
+        draft.mistakes.append(replace(mistake, feature=problem.message) if is_missing_feature else mistake)
+
+
+CONFLICTS: dict[tuple[str, str], tuple[tuple[str, str], str]] = {
+    ("WarmupTwice", "training.warmupRatio"): (("training.warmupSteps", "training.warmupRatio"), "both set the warm-up"),
+    ("BestNeedsMatchingSteps", "checkpoint.steps"): (
+        ("checkpoint.steps", "evaluation.steps"),
+        "the first is not a multiple of the second, but the best checkpoint can only be found if every checkpoint is evaluated",
+    ),
+}
+"""For a rule and a field: the two fields that contradict each other, and the contradiction."""
+
+
+def _mistake_of_conflict(draft: JobDraft, problem: Problem) -> Mistake | None:
+    """Return the mistake for a conflict of two fields, with both keys and values as in the user's files, or None for other problems."""
+    if problem.code == "HubRepositoryMissing" and problem.path == "output.hub.repository":
+        push, row = draft.values.get("output.hub.push"), next((row for row in draft.rows if row.path == problem.path), None)
+        if push is not None and push.key and row is not None:
+            return Mistake(push.origin.location, push.key, f"{push.key} is true, but {row.key} is missing", f"write {row.key}: org/name")
+    paths, contradiction = CONFLICTS.get((problem.code, problem.path), ((), ""))
+    assigned = [(path, draft.values[path]) for path in paths if path in draft.values]
+    if len(assigned) < 2 or not all(value.key for _, value in assigned):
+        return None
+    values = " and ".join(f"{value.key} {value.value}" for _, value in assigned)
+    locations = ", ".join(dict.fromkeys(value.origin.location for _, value in assigned))
+    hint = "remove one of them" if problem.code == "WarmupTwice" else problem.hint
+    return Mistake(locations, ", ".join(value.key for _, value in assigned), f"{values}: {contradiction}", hint)
 
 
 def _mistake_of_problem(draft: JobDraft, problem: Problem) -> Mistake:
     """Return the mistake for a problem at a spec path, with the key and location of the value in the user's files."""
+    conflict = _mistake_of_conflict(draft, problem)
+    if conflict is not None:
+        return conflict
     group, _, _ = problem.path.rpartition(".")
     assigned_values = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
     written_values = [value for value in assigned_values if value.key] or [

@@ -490,7 +490,12 @@ def _set_loftq(draft: JobDraft, loftq: dict[str, Any], is_quantized: bool, bits:
         return
     try:
         draft.assign("method.lora.loftq.bits", to_integer(2, 8)(loftq.get("loftq_bits", 4)), key)
-        draft.assign("method.lora.loftq.iterations", to_integer(1, 64)(loftq.get("loftq_iter", 1)), key)
+        iterations = to_integer(1, 64)(loftq.get("loftq_iter", 1))
+        draft.assign("method.lora.loftq.iterations", 1, key)
+        if iterations != 1:
+            draft.add_note(
+                f"loftq_iter {iterations} becomes 1: each further iteration changes the quantised base model, but only the adapter is saved"
+            )
     except ConversionError as error:
         draft.add_mistake(key, error.problem, f"allowed: {error.allowed}")
     draft.assign("method.lora.init", "loftq", key)

@@ -76,7 +76,9 @@ def test_callbacks_are_read(import_guide: Any) -> None:
     )
     imported = import_guide(text)
     assert imported.at("training.earlyStopping") == {"patience": 3, "threshold": 0.01}
-    assert (imported.at("tracking.reportTo"), imported.at("tracking.wandb")) == (["wandb"], {"project": "p"})
+    assert (imported.at("tracking.reportTo"), imported.at("tracking.wandb")) == (
+        ["wandb"], {"project": "p", "apiKeySecretRef": {"name": "job-wandb", "key": "token"}},
+    )
     assert imported.at("evaluation") == {"steps": 100, "strategy": "steps"}
 
 
@@ -96,3 +98,19 @@ def test_flags_of_the_script_are_read(import_guide: Any) -> None:
         4,
     )
     assert imported.at("output.mergeAdapter") is True
+
+
+def test_conflicts_name_both_keys_with_their_values(import_guide: Any) -> None:
+    training = "training: {save_steps: 60, eval_steps: 25, load_best_model_at_end: true, eval_strategy: steps}\n"
+    (mistake,) = import_guide(NESTED_CONFIG + "dataset: {eval_size: 0.1}\n" + training).mistakes
+    assert "training.save_steps 60 and training.eval_steps 25: the first is not a multiple of the second" in mistake
+    (mistake,) = import_guide(NESTED_CONFIG + "post_training: {push_to_hub: true}\n").mistakes
+    assert mistake.endswith("post_training.push_to_hub is true, but post_training.hub_model_id is missing; write post_training.hub_model_id: org/name")
+
+
+def test_fields_without_implementation_are_left_out_on_request(import_guide: Any) -> None:
+    export = {"output.export": ["safetensors", "gguf"]}
+    imported = import_guide(NESTED_CONFIG, overrides=export, drop_unsupported=True)
+    assert imported.at("output.export") == ["safetensors"]
+    assert "gguf is left out: contains gguf, but no library converts complete models" in imported.warnings[-1]
+    assert import_guide(NESTED_CONFIG, overrides=export).at("output.export") == ["safetensors", "gguf"]

@@ -299,3 +299,20 @@ def test_completion_length_leaves_room_for_the_prompt(import_hydra: Any, lengths
     imported = import_hydra(base_text=base)
     assert (imported.mistakes, imported.at("trainer.maxCompletionLength")) == ([], completion)
     assert any("leaves no room" in warning for warning in imported.warnings) is warned
+
+
+@pytest.mark.parametrize("word", ["None", "NONE", "null"])
+def test_none_means_none_in_files_overrides_and_flags(import_hydra: Any, word: str) -> None:
+    in_file = import_hydra(base_text=BASE_CONFIG.replace("report_to: none", f"report_to: '{word}'\n  optim: '{word}'\n  lr_scheduler_type: '{word}'"))
+    in_override = import_hydra(words=f"training_config.report_to={word} +training_config.optim={word} training_config.distributed_training={word}")
+    flags = f"--model org/m --dataset org/d --format standard --trainer {word} --optim {word} --report-to {word} --gradient-checkpointing {word}"
+    in_flags = import_files(words=f"python train.py {flags}")
+    for imported in (in_file, in_override, in_flags):
+        assert imported.mistakes == []
+        assert (imported.at("tracking.reportTo"), imported.at("training.optimizer")) == ([], "adamw_torch_fused")
+    assert in_flags.at("trainer.type") == "sft"
+
+
+def test_a_warm_up_given_twice_names_both_overrides(import_hydra: Any) -> None:
+    (mistake,) = import_hydra(words="+training_config.warmup_ratio=0.05 +training_config.warmup_steps=3").mistakes
+    assert mistake.endswith("training_config.warmup_steps 3 and training_config.warmup_ratio 0.05: both set the warm-up; remove one of them")

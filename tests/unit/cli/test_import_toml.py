@@ -104,14 +104,15 @@ def test_quantized_base_model_stays_quantized(write_file: WriteFile) -> None:
 
 def test_loftq_options_are_read(import_toml: Any) -> None:
     imported = import_toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
-    assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 2}
+    assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 1}
     assert (imported.at("method.lora.init"), imported.at("method.type"), imported.at("model.quantization")) == (
         "loftq",
         "lora",
         None,
     )
+    assert imported.notes[0].startswith("loftq_iter 2 becomes 1: each further iteration changes the quantised base model")
     assert (
-        imported.notes[0]
+        imported.notes[1]
         == "LoftQ with load_in_4bit: the trainer loads the base model in full precision, initialises the adapter, then quantizes the model"
     )
 
@@ -136,8 +137,9 @@ def test_run_name_parts_are_read(import_toml: Any) -> None:
 def test_repository_is_named_after_the_run(import_toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
     imported = import_toml(text)
-    assert imported.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
-    assert any("the token with write permission is missing" in warning for warning in imported.warnings)
+    reference = {"name": "job-hub", "key": "token"}
+    assert imported.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False, "tokenSecretRef": reference}
+    assert any("kubectl create secret generic job-hub" in warning for warning in imported.warnings)
 
 
 def test_keys_on_the_command_line_are_written_to_the_secret(import_toml: Any) -> None:

@@ -246,7 +246,7 @@ def test_push_without_a_repository_is_refused(import_yaml: Any) -> None:
     (mistake,) = import_yaml(
         "output: {push_to_hub: true}\n", overrides={"model.tokenSecretRef": {"name": "a", "key": "b"}}
     ).mistakes
-    assert mistake.startswith("job.yaml:3: output.push_to_hub: output.hub.push is true, but the repository is missing")
+    assert mistake.startswith("job.yaml:3: output.push_to_hub: output.push_to_hub is true, but output.")
 
 
 def test_overrides_win_over_files_and_command_line(import_yaml: Any) -> None:

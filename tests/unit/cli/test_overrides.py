@@ -44,7 +44,11 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
         (["--data", ""], "--data: the value is empty; for example --data s3://data/train.jsonl (spec.dataset.train)"),
         (["--gpus", "-1"], "--gpus: -1: should be greater than or equal to 0"),
         (["--prompts", "A_B/k"], "--prompts: A_B/k: this is not the name and key of a ConfigMap; write NAME/KEY"),
-        (["--from", "nobody"], "--from: nobody: there is no importer with this name; write one of env, toml, yaml, hydra, guide, openai"),
+        (
+            ["--from", "nobody"],
+            "--from: nobody: there is no importer with this name; write one of env, toml, yaml, hydra, guide, openai, axolotl, llamafactory, "
+            "trl, unsloth, together, torchtune, kubeflow",
+        ),
         (["-o", "/proc/nobody/x.yaml"], "/proc/nobody/x.yaml cannot be written: No such file or directory; choose another path with -o"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ FORMAT_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "messages, parts": ("messages", {"messages": [{"role": "human", "content": CONTENT_PARTS}, CHAT[1]]}, Conversation((U, A))),
     "conversation column": ("messages", {"conversation": CHAT}, Conversation((U, A))),
     "weight": ("messages", {"messages": [*CHAT, {**CHAT[1], "weight": 0}]}, Conversation((U, A, Turn("assistant", "ho", 0)))),
+    "thinking": ("messages", {"messages": [CHAT[0], {**CHAT[1], "thinking": "hm"}]}, Conversation((U, Turn("assistant", "ho", 1, {"thinking": "hm"})))),
     "system column": ("messages", {"system": "Be brief", "messages": CHAT}, Conversation((Turn("system", "Be brief"), U, A))),
     "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, Conversation((U, A))),
     "sharegpt, role": ("sharegpt", {"conversations": [{"role": "human", "value": "hi"}, {"role": "bot", "value": "ho"}]}, Conversation((U, A))),
@@ -60,6 +61,7 @@ PAIR_OF_TURNS = Preference((U,), *ANSWER_TURNS)
 PREFERENCE_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
+    "one message": ("dpo", {"prompt": CHAT[:1], "chosen": {"from": "gpt", "value": "ho"}, "rejected": ANSWER_NO}, PAIR_OF_TURNS),
     "turns": ("orpo", {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [ANSWER_NO]}, PAIR_OF_TURNS),
     "text prompt, each answer is a complete conversation": ("dpo", {"prompt": "hi", "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, Preference((Turn("user", "hi\n"),), *ANSWER_TURNS)),
@@ -268,6 +270,13 @@ def test_a_prompt_may_be_an_object_with_messages(tmp_path: Path) -> None:
     row["input"] = {"messages": CHAT[:1], "tools": [{"type": "function"}]}
     error = catch_check_error(tmp_path / "b", dataset, [row], spec=spec)
     assert error.code == "DatasetRowInvalid" and "holds tools" in error.message
+
+
+def test_one_column_may_hold_prompt_and_answer_of_kto(tmp_path: Path) -> None:
+    columns = {"question": "messages", "answer": "messages", "label": "good"}
+    spec = {"trainer": {"type": "kto"}, "dataset": {"format": "unpairedPreference", "columns": columns}}
+    run, inputs = make_data_run(tmp_path, spec, [{"messages": CHAT, "good": False}])
+    assert [example for _, example in load(run, inputs).train] == [LabelledAnswer((U,), (A,), False)]
 
 
 def test_custom_template_replaces_columns_and_keeps_literal_braces(tmp_path: Path) -> None:

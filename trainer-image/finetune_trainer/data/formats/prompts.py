@@ -90,7 +90,7 @@ class PairedPreference(Format):
 
 
 class UnpairedPreference(Format):
-    """One answer to a prompt, labelled good (true) or bad (false)."""
+    """One answer to a prompt, labelled good (true) or bad (false). One column may hold the whole conversation; its first answer is then the answer."""
 
     name = DatasetFormat.UNPAIRED_PREFERENCE
     answer = ColumnRole("answer", ("completion", "response", "answer"))
@@ -104,7 +104,9 @@ class UnpairedPreference(Format):
         if label is None:
             raise RowError("DatasetRowInvalid", f"label is {value!r}", "write true or false")
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
-        is_implicit = _is_implicit(prompt, completion)
+        names = row.keys()
+        is_one_column = find_column(PROMPT_COLUMN, names, options.columns) == find_column(self.answer, names, options.columns)
+        is_implicit = is_one_column or _is_implicit(prompt, completion)
         if is_implicit and not isinstance(completion, str):
             prompt, completion = _split_at_first_answer(completion)
         prompt, completion = _to_same_type(prompt, options, system, is_separate=is_implicit, completion=completion)
@@ -127,11 +129,13 @@ class PromptOnly(Format):
 
 
 def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
-    """Parse a column that holds text, messages, or an object with messages. Errors: RowError."""
+    """Parse a column that holds text, messages, one message, or an object with messages. Errors: RowError."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
         value = _messages_of_object(value, column)
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        value = [value]
     if isinstance(value, list) and value:
         return parse_turns(value)
     if isinstance(value, list):

@@ -67,7 +67,7 @@ def _parse_turn(message: Any, number: int) -> Turn:
         )
     extra = {
         key: message[key]
-        for key in ("tool_calls", "name", "tool_call_id", "reasoning_content")
+        for key in ("tool_calls", "name", "tool_call_id", "reasoning_content", "thinking")
         if message.get(key) is not None
     }
     if "tool_calls" in extra:

@@ -1,0 +1,135 @@
+"""Chat templates that other tools choose by name: which of them the model's tokenizer has, and the text of the simple ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetune_cli.importers.draft import JobDraft
+
+CHAT_TUNED = re.compile(
+    r"instruct|chat|-it\b|\bit-|thinking|think|[-_]sft|safeguard|gpt-oss|guanaco|alpaca|vicuna|reasoning|magistral",
+    re.IGNORECASE,
+)
+"""Names of models that were trained on conversations, so that their tokenizer has a chat template."""
+
+
+@dataclass(frozen=True)
+class TurnMarkers:
+    """The texts around the turns of a conversation. `{eos}` stands for the end-of-sequence token."""
+
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    start: str = ""
+
+    def to_jinja(self) -> str:
+        """Return the chat template. Its `generation` blocks mark the answers and their end tokens."""
+        answer = f"{{{{ {_text(self.assistant[0])} }}}}{{% generation %}}{{{{ message['content'] + {_text(self.assistant[1])} }}}}{{% endgeneration %}}"
+        system = f"{{{{ {_text(self.system[0])} + message['content'] + {_text(self.system[1])} }}}}"
+        question = f"{{{{ {_text(self.user[0])} + message['content'] + {_text(self.user[1])} }}}}"
+        start = f"{{{{ {self.start} }}}}" if self.start else ""
+        return (
+            f"{start}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}{answer}{{% elif message['role'] == 'system' %}}{system}"
+            f"{{% else %}}{question}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {_text(self.assistant[0])} }}}}{{% endif %}}"
+        )
+
+
+def _text(text: str) -> str:
+    """Return a Jinja expression for a text with `{eos}`."""
+    parts = [json.dumps(part) for part in text.split("{eos}")]
+    return " + eos_token + ".join(parts)
+
+
+def _headers(start: str, end: str, close: str) -> TurnMarkers:
+    """Return markers in which the role's name stands between `start` and `end`, and `close` ends the turn."""
+    return TurnMarkers((f"{start}system{end}", close), (f"{start}user{end}", close), (f"{start}assistant{end}", close))
+
+
+MARKERS: Mapping[str, TurnMarkers] = {
+    "chatml": _headers("<|im_start|>", "\n", "<|im_end|>\n"),
+    "llama3": TurnMarkers(
+        ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"), ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"), "bos_token",
+    ),
+    "gemma": TurnMarkers(
+        ("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>model\n", "<end_of_turn>\n"), "bos_token"
+    ),
+    "phi3": _headers("<|", "|>\n", "<|end|>\n"),
+    "mistral": TurnMarkers(("[INST] ", " [/INST]"), ("[INST] ", " [/INST]"), (" ", "{eos}"), "bos_token"),
+    "alpaca": TurnMarkers(("", "\n\n"), ("### Instruction:\n", "\n\n"), ("### Response:\n", "{eos}\n\n")),
+    "vicuna": TurnMarkers(("", "\n"), ("USER: ", " "), ("ASSISTANT: ", "{eos}")),
+    "metharme": TurnMarkers(("<|system|>", ""), ("<|user|>", ""), ("<|model|>", "{eos}")),
+    "zephyr": _headers("<|", "|>\n", "{eos}\n"),
+    "human": TurnMarkers(("", "\n"), ("Human: ", "\n"), ("Assistant: ", "{eos}\n")),
+}  # fmt: skip
+"""Simple formats of conversations, by name."""
+
+FAMILIES: Mapping[str, tuple[str, str]] = {
+    "alpaca": ("", "alpaca"), "chatml": ("", "chatml"), "default": ("", "human"), "vicuna": ("vicuna", "vicuna"), "metharme": ("", "metharme"),
+    "zephyr": ("zephyr", "zephyr"), "llama2": ("llama-?2", "mistral"),
+    "mistral": ("mistral|mixtral", "mistral"), "mistral_v1": ("mistral|mixtral", "mistral"), "mistral_v2v3": ("mistral|mixtral", "mistral"),
+    "mistral_v3_tekken": ("mistral|ministral|magistral|devstral|nemo", ""), "mistral_v7_tekken": ("mistral|ministral|magistral|devstral", ""),
+    "mistral_small": ("mistral|magistral|devstral", ""), "ministral": ("ministral", ""), "ministral3": ("ministral", ""),
+    "gemma": ("gemma", "gemma"), "gemma2": ("gemma", "gemma"), "gemma3": ("gemma", "gemma"), "gemma3n": ("gemma", "gemma"), "gemma4": ("gemma-?4", ""),
+    "gemma4n": ("gemma-?4", ""), "gemma4_unified": ("gemma-?4", ""),
+    "cohere": ("command|aya|c4ai|cohere", ""), "command_a": ("command", ""), "command_a_tool_use": ("command", ""), "command_a_rag": ("command", ""),
+    "aya": ("aya", ""), "aeva": ("aeva", ""), "llama3": ("llama-?3", "llama3"), "llama4": ("llama-?4", ""),
+    "phi": ("phi-?3", "phi3"), "phi_3": ("phi-?3", "phi3"), "phi_35": ("phi-?3", "phi3"), "phi_small": ("phi-?3", "phi3"), "phi4": ("phi-?4", ""),
+    "phi4_mini": ("phi-?4", ""), "deepseek": ("deepseek", ""), "deepseek_v2": ("deepseek", ""), "deepseek_v3": ("deepseek", ""),
+    "deepseek3": ("deepseek", ""), "deepseekr1": ("deepseek", ""), "deepseekcoder": ("deepseek", ""), "jamba": ("jamba", ""),
+    "qwen": ("qwen|qwq", "chatml"), "qwen_25": ("qwen", "chatml"), "qwen3": ("qwen", ""), "qwen3_5": ("qwen", ""), "qwen3_6": ("qwen", ""),
+    "falcon": ("falcon", ""), "falcon_h1": ("falcon", ""), "nemotron_h": ("nemotron", ""), "exaone": ("exaone", ""), "exaone4": ("exaone", ""),
+    "gpt_oss": ("gpt-?oss", ""), "glm4": ("glm", ""), "glm4_moe": ("glm", ""), "glm4_7": ("glm", ""), "glmz1": ("glm", ""), "chatglm3": ("glm", ""),
+    "bailing": ("ling|bailing", ""), "bailing_v2": ("ling|bailing", ""), "breeze": ("breeze", ""), "chatml_de": ("", "chatml"), "cpm4": ("cpm", ""),
+    "dbrx": ("dbrx", ""), "hy3": ("hunyuan|hy", ""), "ernie": ("ernie", ""), "granite3": ("granite", ""), "granite4": ("granite", ""),
+    "index": ("index", ""), "hunyuan": ("hunyuan", ""), "hunyuan_small": ("hunyuan", ""), "hy_dense_1_8b": ("hunyuan|hy", ""),
+    "hy_dense_7b": ("hunyuan|hy", ""), "intern2": ("intern", ""), "intern_s1": ("intern", ""), "lfm2": ("lfm2", ""), "llama2_zh": ("llama", ""),
+    "mimo": ("mimo", ""), "mimo_v2": ("mimo", ""), "minimax1": ("minimax", ""), "minimax2": ("minimax", ""), "moonlight": ("moonlight|kimi", ""),
+    "olmo": ("olmo", ""), "openchat": ("openchat", ""), "openchat-3.6": ("openchat", ""), "opencoder": ("opencoder", ""), "sailor": ("sailor", ""),
+    "seed_coder": ("seed", ""), "seed_oss": ("seed", ""), "smollm": ("smollm", "chatml"), "smollm2": ("smollm", "chatml"), "solar": ("solar", ""),
+    "starchat": ("starchat", ""), "telechat2": ("telechat", ""), "xuanyuan": ("xuanyuan", ""), "yi": ("\\byi\\b", "chatml"), "youtu": ("youtu", ""),
+    "yuan": ("yuan", ""),
+}  # fmt: skip
+"""For each name of a template: a pattern for the names of the models whose tokenizer has it, and the name of our text for other models."""
+FAMILIES_WITH_TEMPLATE_IN_BASE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
+"""Templates of families whose base models also have the template."""
+OF_IMAGES = "llava|pixtral|_vl|vision|qwen2_audio|_omni|paligemma|minicpm|mllama|glm4v|glm4_5v|glm_ocr|dots_ocr|moss_vl|video|intern_vl"
+
+
+def assign_chat_template(draft: JobDraft, key: str, name: str) -> None:
+    """Set or keep the chat template that an option names. Refuses a name if neither the tokenizer nor this module has the template."""
+    model = str(draft.value("model.source", ""))
+    plain_name = name.removesuffix("_nothink")
+    if plain_name not in FAMILIES:
+        is_multimodal = re.search(OF_IMAGES, name) is not None
+        feature = "training on images, video or audio" if is_multimodal else f"the chat template {name}"
+        draft.refuse_feature(key, feature, "" if is_multimodal else _hint(), is_droppable=not is_multimodal)
+        return
+    pattern, own_text = FAMILIES[plain_name]
+    is_family = bool(pattern) and re.search(pattern, model, re.IGNORECASE) is not None
+    has_template = CHAT_TUNED.search(model) is not None or plain_name.startswith(FAMILIES_WITH_TEMPLATE_IN_BASE)
+    if is_family and (has_template or not own_text):
+        draft.add_reason(
+            key, f"the chat template of the tokenizer of {model} is used, which is the template of this family"
+        )
+        if not has_template:
+            draft.add_warning(
+                f"{draft.given_options[key].origin.location}: {key}: check that the tokenizer of {model} has a chat template; {_hint()}"
+            )
+    elif own_text:
+        assign_template_text(draft, key, own_text)
+    else:
+        draft.refuse_feature(key, f"the chat template {name} for a model of another family", _hint())
+
+
+def _hint() -> str:
+    return "give the template with --set dataset.chatTemplate.configMapRef.name=NAME --set dataset.chatTemplate.configMapRef.key=KEY"
+
+
+def assign_template_text(draft: JobDraft, key: str, name: str) -> None:
+    """Set the chat template to one of `MARKERS`, unless an override sets it."""
+    if not any(path.startswith("dataset.chatTemplate") for path in draft.request.overrides):
+        draft.assign("dataset.chatTemplate.text", MARKERS[name].to_jinja(), key)

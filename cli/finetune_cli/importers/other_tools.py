@@ -1,0 +1,63 @@
+"""Tools that `finetune import` recognises but does not read: how to recognise their files, and the fields for their most frequent keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetune_cli.importers.documents import peek_keys
+from finetune_cli.importers.draft import InputDocument
+
+
+@dataclass(frozen=True)
+class OtherTool:
+    """A tool without an importer. A file of the tool has all `marks` at its top level. `fields`: fields of the spec by the tool's keys."""
+
+    title: str
+    marks: tuple[str, ...]
+    fields: Mapping[str, str]
+
+
+OTHER_TOOLS: tuple[OtherTool, ...] = (
+    OtherTool("Ludwig", ("input_features", "output_features"), {
+        "base_model": "model.source", "adapter.type": "method.type", "adapter.r": "method.lora.rank", "adapter.alpha": "method.lora.alpha",
+        "quantization.bits": "model.quantization.bits", "input_features[].name": "dataset.columns.question", "output_features[].name": "dataset.columns.answer",
+        "trainer.learning_rate": "training.learningRate", "trainer.epochs": "training.epochs", "trainer.batch_size": "training.batchSizePerDevice",
+        "trainer.gradient_accumulation_steps": "training.gradientAccumulationSteps"}),
+    OtherTool("MS-Swift", ("model", "train_type"), {
+        "model": "model.source", "dataset": "dataset.train", "train_type": "method.type", "lora_rank": "method.lora.rank", "lora_alpha": "method.lora.alpha",
+        "max_length": "dataset.maxSequenceLength", "num_train_epochs": "training.epochs", "learning_rate": "training.learningRate",
+        "per_device_train_batch_size": "training.batchSizePerDevice"}),
+    OtherTool("Hugging Face AutoTrain", ("task", "base_model", "params"), {
+        "base_model": "model.source", "data.path": "dataset.train", "data.valid_split": "dataset.validation", "params.peft": "method.type",
+        "params.quantization": "model.quantization.bits", "params.lora_r": "method.lora.rank", "params.lora_alpha": "method.lora.alpha",
+        "params.epochs": "training.epochs", "params.batch_size": "training.batchSizePerDevice", "params.lr": "training.learningRate",
+        "params.block_size": "dataset.maxSequenceLength"}),
+    OtherTool("LitGPT", ("checkpoint_dir", "train"), {
+        "checkpoint_dir": "model.source", "data": "dataset.train", "lora_r": "method.lora.rank", "lora_alpha": "method.lora.alpha",
+        "train.epochs": "training.epochs", "train.micro_batch_size": "training.batchSizePerDevice", "train.max_seq_length": "dataset.maxSequenceLength",
+        "optimizer.init_args.lr": "training.learningRate"}),
+    OtherTool("LLM Foundry", ("max_seq_len", "global_train_batch_size"), {
+        "model.pretrained_model_name_or_path": "model.source", "train_loader.dataset.hf_name": "dataset.train", "max_seq_len": "dataset.maxSequenceLength",
+        "max_duration": "training.epochs", "device_train_microbatch_size": "training.batchSizePerDevice", "optimizer.lr": "training.learningRate"}),
+    OtherTool("NVIDIA NeMo", ("trainer", "exp_manager"), {
+        "model.restore_from_path": "model.source", "model.peft.peft_scheme": "method.type", "model.peft.lora_tuning.adapter_dim": "method.lora.rank",
+        "model.data.train_ds.file_names": "dataset.train", "model.data.validation_ds.file_names": "dataset.validation",
+        "model.micro_batch_size": "training.batchSizePerDevice", "model.optim.lr": "training.learningRate", "trainer.max_steps": "training.maxSteps",
+        "trainer.devices": "resources.gpusPerNode", "trainer.num_nodes": "resources.nodes"}),
+)  # fmt: skip
+
+
+def recognise(documents: tuple[InputDocument, ...]) -> OtherTool | None:
+    """Return the tool whose file is among the documents, or None."""
+    for document in documents:
+        keys = peek_keys(document)
+        for tool in OTHER_TOOLS:
+            if all(mark in keys for mark in tool.marks):
+                return tool
+    return None
+
+
+def describe_fields(tool: OtherTool) -> str:
+    """Return the tool's keys with the fields of a FineTuneJob, for the hint of an error."""
+    return ", ".join(f"{key} is {field}" for key, field in tool.fields.items())

@@ -1,0 +1,155 @@
+"""`unsloth`: the importer for dictionaries of Unsloth's arguments as YAML or JSON, and for the flags of its script.
+
+The dictionaries are those of `FastLanguageModel.from_pretrained`, `get_peft_model` and `SFTConfig`, in one group or in groups of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from finetune_cli.importers import trl_options
+from finetune_cli.importers.command_lines import add_stray_mistakes, flag_entry, parse_flags, strip_launcher
+from finetune_cli.importers.converters import first_match, text, to_boolean, to_choice, to_mapping
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.options import ignored, refused
+from finetune_cli.importers.trl_options import set_trl_options
+from finetune_cli.yaml_reader import parse_value
+
+NAMES = {
+    "model_name": "model_name_or_path", "revision": "model_revision", "r": "lora_r", "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters", "use_gradient_checkpointing": "gradient_checkpointing",
+    "dataset": "dataset_name", "random_state": "seed", "hub_path": "hub_model_id", "push_model": "push_to_hub",
+}  # fmt: skip
+"""Names of Unsloth, and the names of TRL for the same options."""
+GROUPS = (
+    "model", "from_pretrained", "model_args", "lora", "peft", "get_peft_model", "peft_args", "lora_args", "training", "training_args", "training_arguments",
+    "args", "sft_config", "trainer", "data", "data_args", "save", "logging",
+)  # fmt: skip
+"""Names of groups. The group has no meaning; the names of the options are unique."""
+OWN_ROWS: tuple[Row, ...] = (
+    Row("full_finetuning", "method.type", to_boolean, is_set_by_combine=True),
+    Row("bias", "method.lora.bias", to_choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),
+    Row("init_lora_weights", "method.lora.init", first_match(to_boolean, to_choice(["gaussian", "pissa", "olora", "eva", "loftq"])), is_set_by_combine=True),
+    Row("loftq_config", "method.lora.loftq", first_match(to_mapping, text), is_set_by_combine=True),
+    Row("token", "model.tokenSecretRef", is_secret=True, is_set_by_combine=True),
+    Row("save_method", "output.mergeAdapter", is_set_by_combine=True),
+    *ignored("the implementation decides",
+             "device_map fast_inference gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats use_exact_model_name "
+             "fix_tokenizer resize_model_vocab unsloth_vllm_standby offload_embedding layer_replication temporary_location return_logits "
+             "maximum_memory_usage"),
+    *ignored("status and storage of the job name the result", "save_model save_path push_method"),
+    *refused("training on images, video or audio", "finetune_vision_layers"),
+    *ignored("the model has language layers only", "finetune_language_layers finetune_attention_modules finetune_mlp_modules"),
+    *refused("8-bit floating point weights", "load_in_fp8"),
+    *ignored("the base model is loaded in 16 bits unless load_in_4bit or load_in_8bit is true", "load_in_16bit"),
+    *refused("different layers of an adapter", "layers_to_transform layers_pattern", "write target_modules with the names of the modules"),
+    *refused("quantisation-aware training", "qat_scheme"),
+    *refused("quantisation after training", "quantization", "quantise the final model with another program"),
+    *refused("different learning rates of parts of the model", "embedding_learning_rate"),
+)  # fmt: skip
+ROWS: tuple[Row, ...] = (
+    *(replace(row, aliases=(*row.aliases, *(name for name, other in NAMES.items() if other == row.key))) for row in trl_options.ROWS
+      if row.key not in {own.key for own in OWN_ROWS}),
+    *OWN_ROWS,
+)  # fmt: skip
+OWN_DEFAULTS = (
+    ToolDefault("method.lora.rank", 16, is_applicable=lambda d: d.value("method.type") in ("lora", "qlora")),
+    ToolDefault("method.lora.alpha", 16, is_applicable=lambda d: d.value("method.type") in ("lora", "qlora")),
+    ToolDefault("method.lora.dropout", 0, is_applicable=lambda d: d.value("method.type") in ("lora", "qlora")),
+    ToolDefault("dataset.maxSequenceLength", 2048),
+    ToolDefault("training.gradientCheckpointing", "unsloth", needs_gpu=True),
+)
+DEFAULTS = (*OWN_DEFAULTS, *trl_options.DEFAULTS)
+OWN_KEYS = (
+    "r",
+    "target_modules",
+    "use_gradient_checkpointing",
+    "random_state",
+    "max_seq_length",
+    "full_finetuning",
+    "finetune_language_layers",
+)
+
+
+def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
+    """Return whether a document has `model_name` and names of Unsloth, or the command is Unsloth's script."""
+    if any(word.endswith(("unsloth-cli.py", "unsloth_cli.py")) for word in words):
+        return True
+    for document in documents:
+        content = peek_keys(document)
+        names = set(content) | {
+            name for group in GROUPS if isinstance(content.get(group), dict) for name in content[group]
+        }
+        if "model_name" in names and sum(name in names for name in OWN_KEYS) >= 2:
+            return True
+    return False
+
+
+def read(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the options of the files in order without the names of groups, then the flags."""
+    for document in draft.documents:
+        opaque_paths = {
+            f"{prefix}{path}"
+            for path in (*trl_options.OPAQUE_PATHS, "loftq_config")
+            for prefix in ("", *(f"{group}." for group in GROUPS))
+        }
+        for entry in iterate_entries(document, parse_document(document), frozenset(opaque_paths)):
+            group, _, name = entry.key.partition(".")
+            yield OptionEntry(name if group in GROUPS and name else entry.key, entry.value, entry.origin)
+    flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: True)
+    add_stray_mistakes(draft, flags)
+    for name, value in flags.name_value_pairs:
+        entry = flag_entry(name.removeprefix("--"), True if value is None else parse_value(value))
+        yield entry
+
+
+def combine_options(draft: JobDraft) -> None:
+    """Set the fields whose value depends on several options."""
+    draft.assign_default("trainer.type", "sft", "Unsloth's dictionaries are those of supervised training")
+    draft.assign_default("trainer.backend", "unsloth", "the tool")
+    is_full = draft.get("full_finetuning") is True
+    if "full_finetuning" in draft.given_options:
+        draft.assign("method.type", "full" if is_full else "qlora" if _is_4bit(draft) else "lora", "full_finetuning")
+    elif "use_peft" not in draft.given_options:
+        draft.assign_default("method.type", "qlora" if _is_4bit(draft) else "lora", "adapters are the tool's default")
+    set_trl_options(draft, "sft", uses_adapter=not is_full)
+    if not is_full and _is_4bit(draft) and "load_in_4bit" not in draft.given_options:
+        draft.assign_default("model.quantization.bits", 4)
+    if "token" in draft.given_options:
+        draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", draft.get("token")), "token")
+    _set_initialisation(draft)
+    if "save_method" in draft.given_options:
+        draft.assign("output.mergeAdapter", str(draft.get("save_method")).startswith("merged"), "save_method")
+    if draft.value("resources.gpusPerNode", 1) > 1 or draft.value("resources.nodes", 1) > 1:
+        draft.values.pop("trainer.backend", None)
+
+
+def _is_4bit(draft: JobDraft) -> bool:
+    """Return whether the base model is loaded in 4 bits, which is Unsloth's default."""
+    return draft.get("load_in_4bit", not draft.get("load_in_8bit") and not draft.get("load_in_16bit")) is True
+
+
+def _set_initialisation(draft: JobDraft) -> None:
+    init, loftq = draft.get("init_lora_weights"), draft.get("loftq_config")
+    if isinstance(init, str):
+        draft.assign("method.lora.init", init, "init_lora_weights")
+    elif init is False:
+        draft.refuse_feature("init_lora_weights", "adapters without initialisation", "write true")
+    elif init is True:
+        draft.add_reason("init_lora_weights", "the usual initialisation")
+    if isinstance(loftq, dict) and loftq:
+        draft.assign("method.lora.loftq.bits", loftq.get("loftq_bits", 4), "loftq_config")
+        draft.assign("method.lora.loftq.iterations", 1, "loftq_config")
+        if loftq.get("loftq_iter", 1) != 1:
+            draft.add_note(
+                f"loftq_config: loftq_iter {loftq['loftq_iter']} becomes 1, because further iterations change the base model, which is not saved"
+            )
+    elif "loftq_config" in draft.given_options:
+        draft.add_reason("loftq_config", "LoftQ is not used")
+
+
+IMPORTER = Importer(
+    "unsloth", "Unsloth", ROWS, DEFAULTS, recognises_input, read, combine_options, reports_every_key=True
+)
