@@ -229,6 +229,11 @@ class NodeCluster:
             raise not_running(self.state_dir) from None
 
     @property
+    def network_pid(self) -> int:
+        """Pid of a process in the network of the first node, as `nsenter --net` needs it. All pods reach servers in this network."""
+        return self._machine.pid()
+
+    @property
     def endpoint(self) -> Endpoint:
         """The API server. Errors: NotRunning."""
         endpoint = read_endpoint(self.state_dir, MODE)

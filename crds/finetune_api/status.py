@@ -248,7 +248,9 @@ class EvaluationResult(ReportModel):
     """Results of the evaluation after training."""
 
     headline: str | None = status_field(
-        "Name and value of the most important metric: that of a failed gate, otherwise of the first gate, otherwise the first of evaluation.metrics.", example="accuracy 0.83"
+        "Name and value of the most important metric: that of a failed gate, otherwise of the first gate, otherwise the first of evaluation.metrics. "
+        "Without these, a completed job shows its last validation loss, or its last training loss if it has no validation data.",
+        example="accuracy 0.83",
     )
     rows: int | None = status_field("Number of evaluated rows.", example=200)
     metrics: dict[str, MetricResult] | None = status_field(

@@ -66,7 +66,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
     if plan.situation is Situation.FINISHED and plan.job_end is None:
         return _with_generation(old_status, facts.job.generation)
     inputs = StatusInput(facts, plan, result)
-    counters, checkpoints = _compute_counters(inputs), _compute_checkpoints(inputs)
+    counters, checkpoints, metrics = _compute_counters(inputs), _compute_checkpoints(inputs), _compute_metrics(inputs)
     all_conditions = compute_conditions(inputs, checkpoints.latest_uri)
     return FineTuneJobStatus(
         observed_generation=facts.job.generation,
@@ -79,12 +79,12 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         active_seconds=counters.active_seconds,
         attempts=_compute_attempts(inputs),
         progress=_compute_progress(inputs),
-        metrics=_compute_metrics(inputs),
+        metrics=metrics,
         checkpoints=checkpoints.kept_checkpoints,
         latest_checkpoint=checkpoints.latest_uri,
         latest_checkpoint_step=checkpoints.latest_step,
         output=_compute_output_status(inputs),
-        evaluation=_compute_evaluation(inputs),
+        evaluation=_compute_evaluation(inputs, metrics),
         failure=_compute_failure(inputs),
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
@@ -440,9 +440,14 @@ def _compute_output_status(inputs: StatusInput) -> Output | None:
     return _merge_reports(Output(), "output", inputs)
 
 
-def _compute_evaluation(inputs: StatusInput) -> EvaluationResult | None:
+def _compute_evaluation(inputs: StatusInput, metrics: Metrics) -> EvaluationResult | None:
     evaluation = _merge_reports(EvaluationResult(), "evaluation", inputs)
-    return evaluation and evaluation.model_copy(update={"headline": _compute_headline(inputs.facts.spec, evaluation)})
+    headline = _compute_headline(inputs.facts.spec, evaluation) if evaluation is not None else None
+    if headline is None and inputs.plan.job_end is not None and inputs.plan.job_end.outcome is Outcome.SUCCEEDED:
+        headline = _loss_headline(metrics)
+    if evaluation is None and headline is None:
+        return None
+    return (evaluation or EvaluationResult()).model_copy(update={"headline": headline})
 
 
 def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None:
@@ -464,6 +469,13 @@ def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> st
         if metric is not None and metric.value is not None:
             return f"{name} {metric.value:.4g}" + (" (gate failed)" if failed else "")
     return None
+
+
+def _loss_headline(metrics: Metrics) -> str | None:
+    """The last validation loss, or the last training loss of a job without validation data. None if nothing was trained."""
+    if metrics.eval_loss is not None:
+        return f"validation loss {metrics.eval_loss:.4g}"
+    return None if metrics.train_loss is None else f"training loss {metrics.train_loss:.4g}"
 
 
 def _compute_failure(inputs: StatusInput) -> Failure | None:

@@ -13,6 +13,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -56,6 +57,7 @@ class Hub:
     """A running stub."""
 
     url: str = ""
+    port: int = 0
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     """`METHOD /path` of each request."""
@@ -180,12 +182,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve_hub() -> Iterator[Hub]:
-    """Run a stub with no repositories."""
+def serve_hub(host: str = "127.0.0.1", bind: AbstractContextManager[None] | None = None, url: str | None = None) -> Iterator[Hub]:
+    """Run a stub with no repositories. `bind`: a context in which the socket is opened. `url`: the address that clients use, if it is another one."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    with bind or contextlib.nullcontext():
+        server = ThreadingHTTPServer((host, 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.port = server.server_address[1]
+    hub.url = url or f"http://{host}:{hub.port}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield hub

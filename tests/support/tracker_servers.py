@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,19 +66,23 @@ class TrackerServer:
         self.stop()
 
 
-def mlflow_server(folder: Path) -> TrackerServer:
-    """An MLflow server with an SQLite database."""
+def mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[str] = (), allowed_hosts: str | None = None) -> TrackerServer:
+    """An MLflow server with an SQLite database.
+
+    `run_in`: a command that starts the server in another network, where it listens on `host`. `allowed_hosts`: the names that clients may use.
+    """
     python = ensure_mlflow_server()
 
     def command(port: int, folder: Path) -> list[str | Path]:
         return [
-            python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            *run_in, python, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1",
             "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder / "artifacts"),
+            *(["--allowed-hosts", allowed_hosts] if allowed_hosts else []),
         ]  # fmt: skip
 
     def is_ready(port: int) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False

@@ -122,7 +122,15 @@ def load_model(
         raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
     _check_complete(loading_info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())
     connect_backbone(model)
+    _keep_quantized_weights_trainable(model)
     return model, notes
+
+
+def _keep_quantized_weights_trainable(model: Any) -> None:
+    """On some CPUs, bitsandbytes changes the layout of 4-bit weights at the first evaluation, and no gradient passes such weights afterwards."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def max_positions(config: Any) -> int | None:

@@ -121,6 +121,10 @@ def _compares_models(draft: JobDraft) -> bool:
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 
+def _measures_validation_data(draft: JobDraft) -> bool:
+    return _has_validation_data(draft) and str(draft.get("TRACK_METRICS")).lower() != "false"
+
+
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("model.source", "gpt2", "documented default"),
     ToolDefault("method.lora.rank", 8, is_applicable=lambda d: d.value("method.type") != "adapter"),
@@ -149,6 +153,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
                 lambda d: d.value("dataset.format") == "mcq"),
     ToolDefault("checkpoint.keep", 0, "hard-coded in the tool"),
     ToolDefault("checkpoint.loadBestAtEnd", True, "hard-coded in the tool", _has_validation_data),
+    ToolDefault("evaluation.metrics", ["accuracy", "f1", "precision", "recall"], "documented content of epoch_metrics.json", _measures_validation_data),
     ToolDefault("output.dir", "results", "hard-coded in the tool"),
     ToolDefault("output.layout", "projectModelTime", "hard-coded in the tool"),
     ToolDefault("output.project", "default_project", "hard-coded in the tool"),

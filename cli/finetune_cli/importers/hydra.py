@@ -279,7 +279,8 @@ def _set_strategy(draft: JobDraft) -> None:
         draft.assign("trainer.backend", backend, key)
         draft.assign("distributed.strategy", strategy, key)
     else:
-        draft.assign_default("trainer.backend", backend, "documented default")
+        has_gpu = draft.value("resources.gpusPerNode") != 0
+        draft.assign_default("trainer.backend", backend if has_gpu else "transformers", "documented default" if has_gpu else "the job uses no GPU")
         draft.assign_default("distributed.strategy", strategy, "documented default")
     if strategy == "fsdp":
         assume_two_gpus(draft, "FSDP")

@@ -16,6 +16,7 @@ from finetune_api.rules.derived_values import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    Device,
     FsdpStateDict,
     MethodType,
     StrategyType,
@@ -209,3 +210,5 @@ def check_backend_and_strategy(spec: FineTuneJobSpec, target: ExecutionTarget) -
             f"unsloth supports only a single GPU, but spec.resources requests {world_size(spec)} ranks",
             "write `backend: transformers`, or request one GPU",
         )
+    elif target is ExecutionTarget.CLUSTER and (spec.training.device is Device.CPU or gpus_per_node(spec) == 0):
+        yield "trainer.backend", "unsloth needs a GPU, but the job runs on CPU", "write `backend: transformers`, or request one GPU"

@@ -73,7 +73,8 @@ class Installation:
         self.api.patch("namespaces", None, demo.RELEASE_NAME, restricted_namespace(demo.RELEASE_NAME), patch_type="apply")
         values = demo.make_helm_values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
-        values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
+        # Some virtual machines advertise AMX but do not permit it: 16-bit products would end with SIGILL.
+        values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}}
         chart = str(ROOT / "helm/finetune-operator")
         return self.helm(
             "upgrade", "--install", demo.RELEASE_NAME, chart, "--wait", "--timeout", "2m", "-f", "-", values=values
@@ -89,6 +90,13 @@ class Installation:
             self.store.upload_file(str(path), demo.DATASETS_BUCKET, path.name)
         for key, body in files.items():
             self.store.put_object(Bucket=demo.DATASETS_BUCKET, Key=key, Body=body)
+
+    def upload_folder(self, folder: Path, bucket: str) -> None:
+        """Upload all files of a folder to a new bucket."""
+        self.store.create_bucket(Bucket=bucket)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.store.upload_file(str(path), bucket, path.relative_to(folder).as_posix())
 
     def create_namespace(self, namespace: str) -> JobNamespace:
         """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""

@@ -393,6 +393,8 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("BackendAndStrategy", {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}}, "trainer.backend"),
     ("BackendAndStrategy", {"trainer": {"backend": "unsloth"}, "resources": {"gpusPerNode": 2}}, "trainer.backend"),
+    ("BackendAndStrategy", {"trainer": {"backend": "unsloth"}, "resources": {"gpusPerNode": 0}}, "trainer.backend"),
+    ("BackendAndStrategy", {"trainer": {"backend": "unsloth"}, "training": {"device": "cpu"}}, "trainer.backend"),
     (
         "HubRepositoryMissing",
         {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},

@@ -316,3 +316,16 @@ def test_none_means_none_in_files_overrides_and_flags(import_hydra: Any, word: s
 def test_a_warm_up_given_twice_names_both_overrides(import_hydra: Any) -> None:
     (mistake,) = import_hydra(words="+training_config.warmup_ratio=0.05 +training_config.warmup_steps=3").mistakes
     assert mistake.endswith("training_config.warmup_steps 3 and training_config.warmup_ratio 0.05: both set the warm-up; remove one of them")
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(1, "unsloth"), (0, "transformers")])
+def test_the_default_back_end_needs_a_gpu(gpus: int, backend: str, import_hydra: Any) -> None:
+    text = BASE_CONFIG.replace("  distributed_training: DDP\n", "")
+    imported = import_hydra(base_text=text, overrides={"resources.gpusPerNode": gpus})
+    assert (imported.mistakes, imported.at("trainer.backend"), imported.at("distributed.strategy")) == ([], backend, "none")
+
+
+def test_unsloth_in_the_file_is_refused_without_a_gpu(import_hydra: Any) -> None:
+    imported = import_hydra("training_config.distributed_training=Unsloth", overrides={"resources.gpusPerNode": 0})
+    assert len(imported.mistakes) == 1 and "training_config.distributed_training" in imported.mistakes[0]
+    assert "unsloth needs a GPU, but the job runs on CPU" in imported.mistakes[0]

@@ -210,6 +210,22 @@ def test_the_headline_is_the_metric_of_the_first_gate_or_the_first_metric(
     assert found is not None and found.headline == expected
 
 
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"trainLoss": 1.5, "evalLoss": 2.25, "bestEvalLoss": 2.0}, {"headline": "validation loss 2.25"}),
+        ({"trainLoss": 1.5}, {"headline": "training loss 1.5"}),
+        (None, None),
+    ],
+)
+def test_without_metrics_of_the_evaluation_the_headline_is_a_loss(metrics: dict[str, float] | None, expected: dict[str, str] | None) -> None:
+    message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "metrics": metrics})
+    ended = {"pods": [end_pod(pod(), 0, message)], "now": at(95)}
+    assert status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], **ended)).to_wire().get("evaluation") == expected
+    running = facts(status=status(**RUNNING_STATUS, metrics=metrics), jobs=[job()], pods=[pod()], now=at(60))
+    assert "evaluation" not in status_of(running).to_wire()
+
+
 def test_the_headline_names_a_failed_gate() -> None:
     gates = [{"metric": "bleu", "passed": True}, {"metric": "accuracy", "passed": False}]
     metrics = {"bleu": {"value": 12.0}, "accuracy": {"value": 0.5}}

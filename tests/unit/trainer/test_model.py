@@ -1,4 +1,4 @@
-"""Base models that are refused before their weights are loaded."""
+"""Base models: what is refused before the weights are loaded, and what a loaded model can do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from finetune_trainer.model import load_model
 from transformers import LlamaConfig
 
 from tests.support.learning import make_run
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -24,3 +25,21 @@ def test_a_base_stored_by_bitsandbytes_needs_the_bits_in_the_spec(bits: int, tmp
         load_model(run, inputs, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
     assert caught.value.code == "QuantizedBase"
     assert f"model: {{quantization: {{bits: {bits}}}}}" in (caught.value.hint or "")
+
+
+def test_gradients_of_a_4_bit_base_are_the_same_after_an_evaluation(tmp_path: Path) -> None:
+    """Without the change, bitsandbytes packs the weights of CPUs with AVX512-BF16 at the first evaluation, and the gradient is lost."""
+    run, inputs = make_run(tmp_path, make_tiny_model(tmp_path / "model", attention_bias=True), spec={"model": {"quantization": {"bits": 4}}})
+    model, _ = load_model(run, inputs, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
+    vectors = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient() -> torch.Tensor:
+        inputs_embeds = vectors.clone().requires_grad_()
+        model.train()(inputs_embeds=inputs_embeds).logits.square().sum().backward()
+        assert inputs_embeds.grad is not None
+        return inputs_embeds.grad
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=vectors)
+    assert before.abs().max() > 0 and torch.equal(gradient(), before)

@@ -117,7 +117,8 @@ def _check_lora(
     trained = reference.adapter if reference is not None else None
     if trained is not None:
         _check_scaling(parts, config, trained.scaling)
-    was_changed = trained is None or trained.changes_output is not False
+    # With values of the training, the comparison of the values also finds this fault if the trainer could not measure the effect.
+    was_changed = trained is None or trained.changes_output or (trained.changes_output is None and not (reference and reference.rows))
     is_zero = all(part["B"].is_zero() for part in parts.values() if "B" in part)
     only_lora = all(LORA_PART.search(name) for name in tensors)
     if was_changed and only_lora and is_zero:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_trainer.verification.artefact_checks import find_fault
-from finetune_trainer.verification.reference import ReferenceValues, TrainedAdapter, text_sha256
+from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
 from safetensors.torch import load_file, save_file
 
 from tests.support.tiny import CHATML_TEMPLATE, make_tiny_model
@@ -155,6 +155,18 @@ SABOTAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "unknown keys": (change_weights(lambda w: w | {"base_model.model.model.norm.weight": torch.ones(64)}), "AdapterKeysUnknown", "model.norm.weight"),
     "other method": (change_config(peft_type="IA3"), "AdapterOfAnotherMethod", "LORA was trained"),
 }  # fmt: skip
+
+
+def test_zero_b_of_a_training_that_was_not_measured_is_left_to_the_comparison_of_values(adapter: Path, base: Path) -> None:
+    """One step of a warmup has the learning rate 0, so the trained matrices are zero, too."""
+    SABOTAGES["zero B"][0](adapter)
+    trained = reference().adapter
+    assert trained is not None
+    unmeasured = reference(adapter=trained.model_copy(update={"changes_output": None}))
+    with_values = unmeasured.model_copy(update={"rows": [ReferenceRow(ids=[1, 2], is_counted=[False, True], values=[-1.0])]})
+    assert find_fault(adapter, base, with_values, is_adapter=True) is None
+    without_values = find_fault(adapter, base, unmeasured, is_adapter=True)
+    assert without_values is not None and without_values.code == "AdapterHasNoEffect"
 
 
 def test_a_good_adapter_passes(adapter: Path, base: Path) -> None:

@@ -95,6 +95,14 @@ def test_a_training_without_effect_is_verified_and_named() -> None:
     assert (found.result, found.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
 
 
+def test_rounding_is_no_effect_if_the_trainer_could_not_measure_the_effect() -> None:
+    """A sharded model is not measured without its adapter. Its values then differ from those of the base model only by rounding."""
+    stored = shifted(0.0005)
+    unmeasured, lost = (judge("adapter", stored, stored, reference(changes_output=effect)) for effect in (None, True))
+    assert (unmeasured.result, unmeasured.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
+    assert (lost.result, lost.code) == (VerificationOutcome.FAILED, "AdapterHasNoEffect")
+
+
 def test_the_worst_result_of_all_artefacts_is_the_result() -> None:
     good = judge("adapter", VALUES, shifted(1.0), reference())
     unknown, bad = not_verified("merged", "ModelTooLarge", "too large"), failed("merged", "WeightsNotFinite", "NaN")

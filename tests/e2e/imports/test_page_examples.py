@@ -1,0 +1,153 @@
+"""Every example of the tools' pages is imported, applied unchanged, and runs to its end on the cluster with all that it asks for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.names import KIND, TRAINER_CONTAINER, Env
+from finetune_api.status import FineTuneJobStatus
+
+from tests.e2e.imports.cluster_servers import create_service, network_of
+from tests.e2e.jobs.installation import JobNamespace
+from tests.support.hub import TOKEN, Hub, serve_hub
+from tests.support.mlflow_runs import MlflowRuns
+from tests.support.page_examples import (
+    PAGE_EXAMPLES,
+    SAME_JOB,
+    TRACKING_URI,
+    config_maps,
+    import_arguments,
+    job_name,
+    stand_in_files,
+)
+from tests.support.page_results import FinishedRun, check_mlflow, check_results, check_tensorboard, check_wandb_files
+from tests.support.tracker_servers import TrackerServer, mlflow_server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+EXAMPLES = [name for name in PAGE_EXAMPLES if name not in SAME_JOB]
+QUICK_EXAMPLES = ("env-command-line-over-file", "samples-guide-A")
+"""Examples that `make test` runs. `make test-faults` runs the other examples."""
+BUCKET = "page-examples"
+JOBS_AT_A_TIME = 2
+
+
+@dataclass
+class ExampleJobs:
+    """Runs the jobs of the examples in one namespace, two at a time: while one job trains, the next job starts."""
+
+    job_namespace: JobNamespace
+    folder: Path
+    names: list[str]
+    hub: Hub | None = None
+    mlflow: TrackerServer | None = None
+    specs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def finished(self, name: str) -> FinishedRun:
+        """Import and apply the jobs of this example and of the next one. Wait until the job of this example has succeeded."""
+        index = self.names.index(name)
+        for one in self.names[index : index + JOBS_AT_A_TIME]:
+            if one not in self.specs:
+                self.specs[one] = self._apply(one)
+        status: FineTuneJobStatus = self.job_namespace.wait_finished(job_name(name))
+        return FinishedRun(self.specs[name], status, self.read, self.list_files)
+
+    def _apply(self, name: str) -> dict[str, Any]:
+        manifest = self.folder / f"{name}.yaml"
+        options = ["--storage", f"s3://finetune/{name}", "-o", str(manifest)]
+        command, *arguments = import_arguments(name, f"s3://{BUCKET}")
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune_cli", command, *options, *arguments], capture_output=True, text=True,
+            env={**os.environ, "MLFLOW_TRACKING_URI": TRACKING_URI},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (job,) = [one for one in yaml.safe_load_all(manifest.read_text("utf-8")) if one["kind"] == KIND]
+        for config_map, data in config_maps(name, job["spec"]):
+            self.job_namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": config_map}, "data": data})
+        self.job_namespace.apply(manifest)
+        spec: dict[str, Any] = job["spec"]
+        return spec
+
+    def read(self, uri: str) -> bytes:
+        """Read an object."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        return bytes(self.job_namespace.installation.store.get_object(Bucket=bucket, Key=key)["Body"].read())
+
+    def list_files(self, uri: str) -> list[str]:
+        """Return the keys below a folder, relative to it."""
+        bucket, _, prefix = f"{uri.removeprefix('s3://')}/".partition("/")
+        pages = self.job_namespace.installation.store.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])]
+
+
+@pytest.fixture(scope="module")
+def example_jobs(
+    shared_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[ExampleJobs]:
+    """Uploads the stand-ins of all examples, and starts the servers that the selected examples need."""
+    selected = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]  # all are parametrised
+    folder, cluster = tmp_path_factory.mktemp("examples"), shared_namespace.installation.cluster
+    stand_in_files(folder)
+    shared_namespace.installation.upload_folder(folder, BUCKET)
+    jobs = ExampleJobs(shared_namespace, folder, selected)
+    changes = [change for name in selected for change in PAGE_EXAMPLES[name].changes]
+    address = cluster.plan.nodes[0].address
+    with ExitStack() as servers:
+        if any("HF_ENDPOINT" in change for change in changes):
+            jobs.hub = servers.enter_context(serve_hub(address, network_of(cluster.network_pid), "http://hub"))
+            create_service(shared_namespace, "hub", 80, jobs.hub.port)
+            shared_namespace.secret("hub", {"token": TOKEN})
+        if MLFLOW_EXAMPLES & set(selected):
+            run_in = ["nsenter", "--net", "--target", str(cluster.network_pid)]
+            jobs.mlflow = servers.enter_context(mlflow_server(folder / "mlflow", address, run_in, f"mlflow,mlflow:5000,{address}:*"))
+            create_service(shared_namespace, "mlflow", 5000, jobs.mlflow.port)
+        yield jobs
+
+
+MLFLOW_EXAMPLES = {"samples-toml-A", "blocks-toml-09"}
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK_EXAMPLES else pytest.param(one, marks=pytest.mark.slow) for one in EXAMPLES]
+)
+def test_example_runs_to_its_end(example_jobs: ExampleJobs, name: str, tmp_path: Path) -> None:
+    run = example_jobs.finished(name)
+    check_results(run, PAGE_EXAMPLES[name].steps)
+    trackers = run.at("tracking.reportTo") or []
+    if "tensorboard" in trackers:
+        check_tensorboard(run, tmp_path)
+    if "wandb" in trackers:
+        check_wandb_files(run, tmp_path)
+    if "mlflow" in trackers:
+        assert example_jobs.mlflow is not None
+        address = example_jobs.job_namespace.installation.cluster.plan.nodes[0].address
+        check_mlflow(run, MlflowRuns(f"http://{address}:{example_jobs.mlflow.port}", run.at("tracking.mlflow.experimentName")))
+    if run.at("output.hub.push"):
+        assert example_jobs.hub is not None
+        check_hub(run, example_jobs.hub)
+    if token := run.at("model.tokenSecretRef"):
+        check_token_from_secret(example_jobs.job_namespace, job_name(name), token)
+
+
+def check_hub(run: FinishedRun, hub: Hub) -> None:
+    """Check that the model hub has the files of the adapter, in a public repository as the tool makes it."""
+    repository = hub.repositories[f"me/{run.at('output.hub.repository')}"]
+    assert repository.is_private is run.at("output.hub.private")
+    assert run.output.hub_uri == f"http://hub/me/{run.at('output.hub.repository')}/tree/{repository.commits[-1].oid}"
+    assert repository.files["adapter_model.safetensors"] == run.read(f"{run.output.uri}/adapter_model.safetensors")
+
+
+def check_token_from_secret(job_namespace: JobNamespace, name: str, token: dict[str, str]) -> None:
+    """Check that the pod reads its Hugging Face token from the Secret that the import wrote."""
+    (pod,) = job_namespace.pods(name)
+    (container,) = [one for one in pod["spec"]["containers"] if one["name"] == TRAINER_CONTAINER]
+    (variable,) = [one for one in container["env"] if one["name"] == Env.HF_TOKEN.value]
+    assert variable["valueFrom"]["secretKeyRef"] == token == {"name": f"{name}-import", "key": "hf-token"}

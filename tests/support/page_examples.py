@@ -1,0 +1,311 @@
+"""Every example of the tools' pages that the contract accepts, with its stand-ins: a tiny model, tiny data, and the objects that it names.
+
+The list is that of the importers' tests (`tests/unit/cli/cases.py`). A stand-in replaces only what no cluster of a test has: the model, the
+data, GPUs, Secrets, ConfigMaps, and servers.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.benchmark_folders import write_domain, write_task
+from tests.support.tiny import CHATML_TEMPLATE, make_tokenizer
+from tests.unit.cli.cases import import_cases
+from tests.unit.cli.import_command import import_files
+
+ROW_COUNT = 24
+TRACKING_URI = "http://mlflow:5000"
+"""Address of the MLflow server in the examples."""
+BENCHMARK_TASKS = ("hellaswag", "mmlu", "truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "gsm8k", "arc_challenge")
+PROMPTS = "What is 3 + 2?\n\nWhat is 5 + 2?\n"
+DEEPSPEED_SETTINGS = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "zero_optimization": {"stage": "auto"}}
+"""The files that examples name without showing them."""
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+GEMMA_TEMPLATE = (
+    "{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n'"
+    " + message['content'] + '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model with random weights, of the type and with the kind of tokenizer of the model that it replaces."""
+
+    model_type: str
+    chat_template: str | None = CHATML_TEMPLATE
+    layers: int = 2
+
+
+MODELS = {
+    "gpt2": TinyModel("gpt2", chat_template=None),
+    "gpt2-chat": TinyModel("gpt2"),
+    "llama": TinyModel("llama", chat_template=None),
+    "llama-chat": TinyModel("llama"),
+    "mistral": TinyModel("mistral", chat_template=None),
+    "mistral-chat": TinyModel("mistral"),
+    "qwen2": TinyModel("qwen2"),
+    "qwen2-12-layers": TinyModel("qwen2", layers=12),
+    "gemma": TinyModel("gemma", GEMMA_TEMPLATE),
+}
+
+
+def write_model(name: str, folder: Path) -> None:
+    """Write one of the models with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tiny = MODELS[name]
+    tokenizer = make_tokenizer(folder, chat_template=tiny.chat_template)
+    sizes = {
+        "vocab_size": 448, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": tiny.layers, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
+    }  # fmt: skip
+    if tiny.model_type == "gpt2":
+        sizes = {name: sizes[name] for name in ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")}
+        sizes |= {"n_embd": 64, "n_layer": tiny.layers, "n_head": 4, "n_positions": 1024}
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(tiny.model_type, **sizes)).save_pretrained(folder)
+    torch.random.set_rng_state(state)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def _instruction(number: int) -> dict[str, Any]:
+    return {"instruction": f"What is {number} + 2?", "response": f"It is {number + 2}."}
+
+
+def _choice(number: int) -> dict[str, Any]:
+    options = {"A": str(number + 1), "B": str(number + 2), "C": str(number + 3)}
+    return {"question": f"What is {number} + 2?", "answer": "B", "options": options, "meta_info": "sums"}
+
+
+def _alpaca(number: int) -> dict[str, Any]:
+    return {"instruction": "Add the numbers.", "input": f"{number} and 2", "output": f"It is {number + 2}."}
+
+
+def _sharegpt(number: int) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": f"What is {number} + 2?"}, {"from": "gpt", "value": f"It is {number + 2}."}]}
+
+
+def _question(number: int) -> dict[str, Any]:
+    return {"question": f"What is {number} + 2?", "answer": f"It is {number + 2}.", "system": "You add numbers."}
+
+
+def _ticket(number: int) -> dict[str, Any]:
+    return {"ticket": f"Order {number} is missing.", "reply": f"Order {number} is on its way."}
+
+
+def _tagged_answer(number: int) -> dict[str, Any]:
+    return {"Question": f"What is {number} + 2?", "Response": f"<answer>{number + 2}</answer>"}
+
+
+def _preference(number: int) -> dict[str, Any]:
+    return {"Question": f"What is {number} + 2?", "Chosen": f"It is {number + 2}.", "Rejected": "No idea."}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in the format of an example. `extension`: `jsonl`, `json` (an array) or `csv`. `train_count`: number of training rows."""
+
+    make: Callable[[int], dict[str, Any]]
+    extension: str = "jsonl"
+    train_count: int = ROW_COUNT
+
+    def text(self, split: str) -> str:
+        """Return the content of the file of `train`, `validation` or `test`."""
+        first, count = FIRST_NUMBERS[split], self.train_count if split == "train" else HELD_OUT_COUNT
+        rows = [self.make(number) for number in range(first, first + count)]
+        if self.extension == "json":
+            return json.dumps(rows)
+        if self.extension == "csv":
+            return "".join(",".join(json.dumps(str(value)) for value in line) + "\n" for line in [list(rows[0]), *(row.values() for row in rows)])
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+ROWS = {
+    "instruction": Rows(_instruction),
+    "choices": Rows(_choice),
+    "alpaca": Rows(_alpaca, "json"),
+    "alpaca-csv": Rows(_alpaca, "csv"),
+    "sharegpt": Rows(_sharegpt, "json"),
+    "questions": Rows(_question),
+    "tickets": Rows(_ticket),
+    "tagged": Rows(_tagged_answer),
+    "preferences": Rows(_preference, "json", 2 * ROW_COUNT),
+}
+FIRST_NUMBERS = {"train": 0, "validation": 100, "test": 200}
+HELD_OUT_COUNT = 6
+"""Number of rows of validation and test data."""
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+ON_CPU = ("training.device=cpu", "training.mixedPrecision=no")
+"""For examples with `DEVICE=cuda`, which the tool trains with fp16."""
+PLAIN_CHECKPOINTING = ("training.gradientCheckpointing=enabled",)
+"""For examples that ask for the checkpointing of Unsloth, which needs a GPU."""
+WITHOUT_UNSLOTH = ("trainer.backend=transformers", *PLAIN_CHECKPOINTING)
+"""For examples that train with Unsloth, which needs a GPU."""
+WANDB_FILES = ('placement.env=[{"name": "WANDB_MODE", "value": "offline"}]',)
+"""For examples that track with Weights & Biases, whose server no test has."""
+TWO_RANKS = ("resources.processesPerNode=2",)
+"""For examples that shard or replicate the model over GPUs."""
+HUB_STAND_IN = (
+    "output.hub.tokenSecretRef.name=hub", "output.hub.tokenSecretRef.key=token", 'placement.env=[{"name": "HF_ENDPOINT", "value": "http://hub"}]',
+)  # fmt: skip
+"""For examples that push the model to the hub. Their files contain no token, and no test may use the real hub."""
+MLFLOW_ADDRESS = (f"tracking.mlflow.trackingUri={TRACKING_URI}",)
+"""For the example with a placeholder instead of the server's address."""
+
+
+FEWER_STEPS = ("training.maxSteps=60",)
+"""For the example with 200 steps, which evaluates every 50 steps."""
+
+
+@dataclass(frozen=True)
+class PageExample:
+    """The stand-ins of an example. `steps`: optimizer steps of the whole run. `changes`: fields of the spec, as `--set` takes them.
+
+    `splits`: data files besides the training data. `tokenizer`: the model of a tokenizer that the example takes from another model.
+    """
+
+    model: str
+    rows: str
+    steps: int
+    changes: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    has_benchmarks: bool = False
+    tokenizer: str | None = None
+
+
+def _toml(steps: int, *changes: str, model: str = "qwen2", rows: str = "questions", splits: tuple[str, ...] = ()) -> PageExample:
+    return PageExample(model, rows, steps, changes, splits)
+
+
+PAGE_EXAMPLES: dict[str, PageExample] = {
+    "samples-env-A": PageExample("gpt2", "instruction", 4),
+    "samples-env-B": PageExample("llama", "choices", 6, ON_CPU),
+    "blocks-env-01": PageExample("gpt2", "choices", 5, ON_CPU),
+    "blocks-env-02": PageExample("llama", "instruction", 6, ON_CPU),
+    "blocks-env-command-1": PageExample("gpt2", "instruction", 6),
+    "blocks-env-command-2": PageExample("gpt2", "choices", 5, ON_CPU),
+    "blocks-env-command-3": PageExample("llama", "instruction", 6, ON_CPU),
+    "blocks-env-command-4": PageExample("gpt2", "choices", 10, ON_CPU),
+    "blocks-env-command-5": PageExample("gpt2", "instruction", 3, ON_CPU, ("validation", "test")),
+    "blocks-env-command-6": PageExample("gpt2", "instruction", 5, ON_CPU),
+    "env-command-line-over-file": PageExample("gpt2", "instruction", 4),
+    "env-page-run": PageExample("gpt2", "choices", 5, ON_CPU),
+    "env-page-example-7": PageExample("llama", "instruction", 6, ON_CPU),
+    "samples-toml-A": _toml(4, *PLAIN_CHECKPOINTING, rows="tickets"),
+    "samples-toml-B": _toml(60, model="llama-chat"),
+    "samples-toml-C": _toml(60, model="gemma", splits=("test",)),
+    "blocks-toml-01": _toml(60),
+    "blocks-toml-02": _toml(60),
+    "blocks-toml-03": _toml(60, splits=("validation",)),
+    "blocks-toml-04": _toml(60),
+    "blocks-toml-07": _toml(60),
+    "blocks-toml-08": _toml(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-09": _toml(60, *MLFLOW_ADDRESS),
+    "blocks-toml-10": _toml(60, *HUB_STAND_IN),
+    "blocks-toml-11": _toml(60),
+    "blocks-toml-12": _toml(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-13": _toml(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-14": _toml(60, *PLAIN_CHECKPOINTING, model="llama-chat"),
+    "blocks-toml-15": _toml(30),
+    "blocks-toml-16": _toml(100, splits=("validation",)),
+    "blocks-toml-17": _toml(6),
+    "blocks-toml-18": _toml(30, *HUB_STAND_IN),
+    "blocks-toml-19": _toml(30, *PLAIN_CHECKPOINTING),
+    "samples-yaml-A": PageExample("mistral-chat", "sharegpt", 4),
+    "samples-yaml-B": PageExample("qwen2-12-layers", "alpaca", 2, (), ("validation",)),
+    "blocks-yaml-01": PageExample("llama-chat", "alpaca", 6, (), ("validation",), has_benchmarks=True),
+    "blocks-yaml-02": PageExample("llama-chat", "alpaca", 6),
+    "blocks-yaml-03": PageExample("llama-chat", "alpaca", 6),
+    "blocks-yaml-04": PageExample("llama-chat", "alpaca", 4),
+    "yaml-overrides": PageExample("gpt2-chat", "sharegpt", 4),
+    "yaml-page-run": PageExample("llama-chat", "alpaca", 6, (), ("validation",), has_benchmarks=True),
+    "yaml-page-validate": PageExample("llama-chat", "alpaca", 6, (), ("validation",), has_benchmarks=True),
+    "yaml-page-overrides": PageExample("mistral-chat", "alpaca", 6, (), ("validation",), has_benchmarks=True, tokenizer="llama-chat"),
+    "yaml-deepspeed-beside": PageExample("llama-chat", "alpaca", 4),
+    "samples-hydra-A": PageExample("llama-chat", "tagged", 6, (*WANDB_FILES, *WITHOUT_UNSLOTH)),
+    "samples-hydra-B": PageExample("llama-chat", "preferences", 2, TWO_RANKS),
+    "hydra-overrides": PageExample("llama-chat", "preferences", 12, (*WANDB_FILES, *WITHOUT_UNSLOTH)),
+    "hydra-overrides-alone": PageExample("qwen2", "preferences", 48, WITHOUT_UNSLOTH),
+    "hydra-flags": PageExample("qwen2", "alpaca-csv", 2, (*WANDB_FILES, *TWO_RANKS)),
+    "hydra-page-flags": PageExample("llama-chat", "tagged", 9, (*WANDB_FILES, *WITHOUT_UNSLOTH)),
+    "samples-guide-A": PageExample("qwen2", "alpaca", 2),
+    "samples-guide-B": PageExample("mistral", "alpaca", 60, FEWER_STEPS),
+    "blocks-guide-13": PageExample("llama", "alpaca", 6),
+}
+
+SAME_JOB = {
+    "env-page-run": "blocks-env-01", "blocks-toml-02": "blocks-toml-01", "yaml-page-run": "blocks-yaml-01", "yaml-page-validate": "blocks-yaml-01",
+}  # fmt: skip
+"""Examples whose job has the same spec as that of another example, because they only start it or repeat the tool's defaults."""
+
+
+def accepted_examples() -> list[str]:
+    """Return the names of all examples that are accepted. Parts of a file are accepted with `--model` and `--data`."""
+    given = {"model.source": "org/model", "dataset.train": "org/rows"}
+    return [
+        name
+        for name, (files, source, words) in import_cases().items()
+        if any(not import_files(*files, source=source, words=words, overrides=overrides).mistakes for overrides in ({}, given))
+    ]
+
+
+def job_name(name: str) -> str:
+    """Return the name of an example's job."""
+    return name.lower()
+
+
+def import_arguments(name: str, root: str) -> list[str]:
+    """Return the arguments of `finetune import` for an example. `root`: URI of the folder with the files of `stand_in_files`."""
+    files, source, words = import_cases()[name]
+    example = PAGE_EXAMPLES[name]
+    extension = ROWS[example.rows].extension
+    options = ["import", *map(str, files), *(["--from", source] if source else []), "--name", job_name(name), "--gpus", "0"]
+    options += ["--model", f"{root}/models/{example.model}", "--data", f"{root}/data/{example.rows}-train.{extension}"]
+    for split in example.splits:
+        options += [f"--{split}", f"{root}/data/{example.rows}-{split}.{extension}"]
+    if example.has_benchmarks:
+        options += ["--benchmarks", f"{root}/benchmarks"]
+    if example.tokenizer:
+        options += ["--set", f"model.tokenizer={root}/models/{example.tokenizer}"]
+    for change in example.changes:
+        options += ["--set", change]
+    return [*options, *(["--", *shlex.split(words)] if words else [])]
+
+
+def stand_in_files(folder: Path) -> None:
+    """Write the models, the data and the benchmarks of all examples."""
+    for name in MODELS:
+        write_model(name, folder / "models" / name)
+    (folder / "data").mkdir()
+    for name, rows in ROWS.items():
+        for split in FIRST_NUMBERS:
+            (folder / "data" / f"{name}-{split}.{rows.extension}").write_text(rows.text(split))
+    for task in BENCHMARK_TASKS:
+        write_task(folder / "benchmarks", task)
+    write_domain(folder / "benchmarks", "domain_sums.json", [{"question": "What is 1 + 2?", "answer": "It is 3.", "keywords": ["3"]}])
+
+
+def config_maps(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield name and content of each ConfigMap that an example's job names and its manifest does not contain."""
+    prompts = spec.get("evaluation", {}).get("comparison", {}).get("promptsRef")
+    if prompts:
+        yield prompts["name"], {prompts["key"]: PROMPTS}
+    settings = spec.get("distributed", {}).get("deepspeed", {}).get("configRef")
+    if settings and name != "yaml-deepspeed-beside":
+        yield settings["name"], {settings["key"]: json.dumps(DEEPSPEED_SETTINGS)}

@@ -1,0 +1,308 @@
+"""Checks that a finished run has left everything that its spec asks for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.status import EvaluationResult, FineTuneJobStatus, Output, OutputKind, VerificationOutcome
+
+from tests.support.mlflow_runs import MlflowRuns
+from tests.support.page_examples import FIRST_NUMBERS, HELD_OUT_COUNT, PROMPTS, ROW_COUNT
+
+METRIC_FILES = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
+TOKEN_METRICS = ("accuracy", "f1", "precision", "recall")
+METRICS_OF = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("perplexity", "loss")}
+"""Metrics in the results, for the metrics of the spec whose results have other names."""
+FULL_METHODS = ("full", "spectrum")
+GPT2_LAYERS = {"c_attn", "c_fc", "c_proj"}
+LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished job: its spec as the manifest has it, its status, and access to stored objects by URI."""
+
+    spec: dict[str, Any]
+    status: FineTuneJobStatus
+    read: Callable[[str], bytes]
+    list_files: Callable[[str], list[str]]
+    """Return the paths of all files below a URI, relative to it."""
+
+    @property
+    def output(self) -> Output:
+        assert self.status.output is not None
+        return self.status.output
+
+    @property
+    def evaluation(self) -> EvaluationResult:
+        assert self.status.evaluation is not None
+        return self.status.evaluation
+
+    @property
+    def folder(self) -> str:
+        """URI of the job's folder."""
+        return str(self.output.uri).rpartition("/model/")[0]
+
+    def at(self, path: str) -> Any:
+        """Return the value of the spec at a dotted path; None if there is none."""
+        value: Any = self.spec
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def json(self, path: str) -> Any:
+        """Return the content of a JSON file in the job's folder."""
+        return json.loads(self.read(f"{self.folder}/{path}"))
+
+    def lines(self, path: str) -> list[dict[str, Any]]:
+        """Return the rows of a JSON Lines file in the job's folder."""
+        return [json.loads(line) for line in self.read(f"{self.folder}/{path}").splitlines()]
+
+
+def check_results(run: FinishedRun, steps: int) -> None:
+    """Check the results of a run of `steps` optimizer steps against its spec. Errors: AssertionError."""
+    _check_progress(run, steps)
+    _check_model(run)
+    _check_metric_files(run, steps)
+    _check_published_copy(run)
+    _check_report_and_lineage(run)
+    if has_validation(run):
+        _check_validation(run)
+    if run.at("dataset.split.test") or run.at("dataset.test"):
+        _check_test_rows(run)
+    if run.at("phases.evaluate") is not False and (metrics := run.at("evaluation.metrics")):
+        _check_metrics(run, metrics)
+    if run.at("phases.infer"):
+        _check_predictions(run)
+    if run.at("evaluation.comparison.promptsRef"):
+        _check_comparison(run)
+    if benchmarks := run.at("evaluation.benchmarks"):
+        _check_benchmarks(run, benchmarks)
+
+
+def has_validation(run: FinishedRun) -> bool:
+    """Return whether the job has validation data."""
+    return bool(run.at("dataset.validation") or run.at("dataset.split.validation"))
+
+
+def _check_progress(run: FinishedRun, steps: int) -> None:
+    progress, metrics = run.status.progress, run.status.metrics
+    assert progress is not None and metrics is not None
+    assert (progress.step, progress.total_steps, run.status.restarts) == (steps, steps, 0)
+    assert metrics.train_loss is not None and 0 < metrics.train_loss < 20
+    interval, limit = run.at("checkpoint.steps"), run.at("checkpoint.keep")
+    saved = {*range(interval, steps, interval), steps} if interval else None
+    stored = {int(path.partition("/")[0].removeprefix("step-")) for path in run.list_files(f"{run.folder}/checkpoints") if path.endswith("/_COMMITTED")}
+    if saved is not None:
+        assert stored <= saved and steps in stored
+        assert stored == saved if not limit else len(stored) <= limit + 2  # the best and the newest are kept, too
+
+
+def _check_model(run: FinishedRun) -> None:
+    files = {entry["path"] for entry in json.loads(run.read(f"{run.output.uri}/manifest.json"))["files"]}
+    assert files <= set(run.list_files(str(run.output.uri)))
+    assert {"tokenizer.json", "generation_config.json", "README.md"} <= files
+    method = run.at("method.type")
+    if method in FULL_METHODS:
+        assert run.output.kind is OutputKind.MODEL and "model.safetensors" in files
+    else:
+        assert run.output.kind is OutputKind.ADAPTER and "adapter_model.safetensors" in files
+        _check_adapter(run, json.loads(run.read(f"{run.output.uri}/adapter_config.json")))
+    verification = run.output.verification
+    assert verification is not None
+    artefacts = [one.artefact for one in verification.artefacts or []]
+    for one in verification.artefacts or []:
+        # Merging into the unquantised base changes the values by the error of the quantisation.
+        assert one.result is VerificationOutcome.VERIFIED or (one.artefact, one.code, method) == ("merged", "BaseWasQuantised", "qlora"), one
+    merges = bool(run.at("output.mergeAdapter"))
+    assert artefacts == (["model"] if method in FULL_METHODS else ["adapter", "merged"] if merges else ["adapter"])
+    if merges:
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(run.list_files(str(run.output.merged_uri)))
+
+
+def _check_adapter(run: FinishedRun, adapter: dict[str, Any]) -> None:
+    lora = run.at("method.lora")
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (lora["rank"], lora["alpha"], lora["dropout"])
+    assert adapter["use_dora"] is (run.at("method.type") == "dora")
+    assert adapter["use_rslora"] is bool(lora.get("rankStabilized"))
+    targets = {name.rpartition(".")[2] for name in adapter["target_modules"]}
+    if requested := lora.get("targetModules"):
+        assert targets == set(requested)
+    else:
+        assert targets in (GPT2_LAYERS, LLAMA_LAYERS)
+
+
+def _check_metric_files(run: FinishedRun, steps: int) -> None:
+    assert set(run.list_files(f"{run.folder}/metrics")) >= METRIC_FILES
+    final = run.json("metrics/final_metrics.json")
+    summary, configuration = final["training_summary"], final["configuration"]
+    assert (summary["total_steps"], configuration["technique"]) == (steps, run.at("method.type"))
+    assert configuration["batch_size"] == str(run.at("training.batchSizePerDevice"))
+    assert float(configuration["learning_rate"]) == run.at("training.learningRate")
+    assert run.status.metrics is not None
+    assert run.status.metrics.train_loss == pytest.approx(logged_losses(run)[-1][1], rel=1e-5)
+    assert summary["best_train_loss"] <= summary["final_train_loss"] < 20
+    logged = run.at("tracking.loggingSteps")
+    expected = sorted({1, *range(logged, steps + 1, logged), steps})
+    assert [entry["step"] for entry in run.json("metrics/step_metrics.json")] == expected
+    epochs = run.json("metrics/epoch_metrics.json")
+    assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1))
+    if not run.at("training.maxSteps"):
+        assert len(epochs) == run.at("training.epochs") == summary["total_epochs"]
+
+
+def _check_published_copy(run: FinishedRun) -> None:
+    copy, has_folders = str(run.output.published_uri), run.at("output.layout") == "projectModelTime"
+    root, folder = run.at("storage.uri"), run.at("output.dir")
+    assert copy.startswith(f"{root}/{folder}/{run.at('output.project')}/" if has_folders else f"{root}/{folder}")
+    model = f"{copy}/model" if has_folders else copy
+    name = "model.safetensors" if run.output.kind is OutputKind.MODEL else "adapter_model.safetensors"
+    assert run.read(f"{model}/{name}") == run.read(f"{run.output.uri}/{name}")
+    files = set(run.list_files(copy))
+    assert METRIC_FILES | {"report.html"} <= files
+    if run.at("output.mergeAdapter"):
+        assert "merged/model.safetensors" in files
+    if run.at("evaluation.comparison.promptsRef"):
+        assert "model_comparison.json" in files
+
+
+def _check_report_and_lineage(run: FinishedRun) -> None:
+    page = run.read(str(run.output.report_uri)).decode()
+    assert page.startswith("<!doctype html>") and str(run.output.uri) in page
+    statement = json.loads(run.read(str(run.output.lineage_uri)))
+    subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+    manifest = json.loads(run.read(f"{run.output.uri}/manifest.json"))
+    assert subjects["manifest.json"] == run.output.sha256
+    assert subjects.items() >= {entry["path"]: entry["sha256"] for entry in manifest["files"]}.items()
+
+
+def _check_validation(run: FinishedRun) -> None:
+    assert run.status.metrics is not None and run.status.metrics.eval_loss is not None
+    last = run.json("metrics/epoch_metrics.json")[-1]
+    assert run.status.metrics.eval_loss == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert 0 <= last["eval_accuracy"] <= 1
+    if "f1" in (run.at("evaluation.metrics") or []):
+        assert all(0 <= last[f"eval_{name}"] <= 1 for name in TOKEN_METRICS)
+    if run.at("evaluation.steps"):
+        measured = {entry["step"] for entry in run.lines("metrics/log.jsonl") if "eval_loss" in entry}
+        assert run.status.progress is not None and run.status.progress.step in measured
+
+
+def _check_test_rows(run: FinishedRun) -> None:
+    split = run.at("dataset.split") or {}
+    expected = ROW_COUNT - sum(math.floor(ROW_COUNT * split.get(name, 0)) for name in ("train", "validation"))
+    assert len(run.lines("metrics/test_split.jsonl")) == (HELD_OUT_COUNT if run.at("dataset.test") else expected)
+    assert run.output.evaluation is not None and run.output.evaluation["testRows"] > 0
+
+
+def _check_metrics(run: FinishedRun, metrics: list[str]) -> None:
+    found = run.evaluation.metrics or {}
+    names = [name for metric in metrics for name in METRICS_OF.get(metric, (metric,))]
+    if run.at("dataset.format") == "mcq":
+        names += [f"letter{metric.capitalize()}" for metric in metrics]
+    for name in names:
+        assert found[name].value is not None, (name, found[name].reason)
+    results = run.json("evaluation/evaluation_results.json")
+    stored = {name: results[_name_in_file(name)] for name in names}
+    assert run.json("evaluation/evaluation_summary.json")
+    if {"bleu", "rouge"} & set(metrics):
+        assert run.read(f"{run.folder}/evaluation/evaluation_detailed.xlsx").startswith(b"PK")
+    assert {name: found[name].value for name in names} == pytest.approx(stored, rel=1e-3)
+
+
+def _name_in_file(metric: str) -> str:
+    name = re.sub("^letter(.)", lambda match: f"letter_{match[1].lower()}", metric)
+    return f"{name}_f" if name.startswith("rouge") else name
+
+
+def _check_predictions(run: FinishedRun) -> None:
+    rows, first = run.lines("evaluation/predictions.jsonl"), FIRST_NUMBERS["test"]
+    numbers = range(first, first + HELD_OUT_COUNT)
+    assert len(rows) == HELD_OUT_COUNT
+    assert all(row.keys() == {"system_prompt", "user_prompt", "assistant_response", "ground_truth"} for row in rows)
+    assert [row["user_prompt"] for row in rows] == [f"What is {number} + 2?" for number in numbers]
+    assert [row["ground_truth"] for row in rows] == [f"It is {number + 2}." for number in numbers]
+
+
+def _check_comparison(run: FinishedRun) -> None:
+    comparison = run.json("evaluation/model_comparison.json")
+    assert comparison["metadata"]["generation_params"].items() >= {"max_new_tokens": 150, "temperature": 0.7, "top_p": 0.9, "do_sample": True}.items()
+    assert [row["prompt"] for row in comparison["comparisons"]] == PROMPTS.strip().split("\n\n")
+    assert all(row["base_model_response"] and row["finetuned_model_response"] for row in comparison["comparisons"])
+
+
+def _check_benchmarks(run: FinishedRun, benchmarks: list[dict[str, Any]]) -> None:
+    files = set(run.list_files(f"{run.folder}/evaluation"))
+    found = {(one.name, one.task, one.metric): one.value for one in run.evaluation.benchmarks or []}
+    assert all(value is not None for value in found.values())
+    for benchmark in benchmarks:
+        name = benchmark["name"]
+        if name == "human-eval":
+            sheet = run.read(f"{run.folder}/evaluation/human_rating.csv").decode("utf-8-sig")
+            assert len(list(csv.DictReader(io.StringIO(sheet)))) == 6
+            assert {"human_rating.json", "human_rating_key.json", "human_rating_instructions.txt"} <= files
+        elif name == "domain-specific-eval":
+            assert (name, "sums", "bleu") in found and "domain_sums_results.json" in files
+        else:
+            assert {task for one, task, _ in found if one == name} == set(benchmark["tasks"])
+            assert set(run.json("evaluation/lm_eval_results.json")) == set(benchmark["tasks"])
+    assert len(run.json("evaluation/benchmark_results.json")["benchmarks"]) == len(found)
+
+
+# --- trackers -------------------------------------------------------------------------------------------------------
+
+
+def logged_losses(run: FinishedRun) -> list[tuple[int, float]]:
+    """Return step and training loss of each logged line."""
+    return [(line["step"], line["loss"]) for line in run.lines("metrics/log.jsonl") if "loss" in line]
+
+
+def check_tensorboard(run: FinishedRun, folder: Path) -> None:
+    """Read the event files with TensorBoard's own reader. `folder`: for a copy of the files. Errors: AssertionError."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    uri = f"{run.folder}/tracking/tensorboard"
+    for path in run.list_files(uri):
+        (folder / Path(path).name).write_bytes(run.read(f"{uri}/{path}"))
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    _check_same_losses([(event.step, event.value) for event in events.Scalars("train/loss")], run)
+
+
+def check_wandb_files(run: FinishedRun, folder: Path) -> None:
+    """Read the offline file of Weights & Biases with its own message classes. `folder`: for a copy of the file. Errors: AssertionError."""
+    from tests.support.wandb_file import history, summary
+
+    uri = f"{run.folder}/tracking/wandb"
+    [path] = [path for path in run.list_files(uri) if path.endswith(".wandb")]
+    copy = folder / "run.wandb"
+    copy.write_bytes(run.read(f"{uri}/{path}"))
+    _check_same_losses([(row["_step"], row["loss"]) for row in history(copy) if "loss" in row], run)
+    assert summary(copy)["artifact/model"] == run.output.uri
+
+
+def check_mlflow(run: FinishedRun, runs: MlflowRuns) -> None:
+    """Read the runs from an MLflow server: a parent and a run of the training, both finished. Errors: AssertionError."""
+    [run_name] = [name for name in runs.names() if f"{name}_finetuning" in runs.names()]
+    requested = run.at("output.runName")
+    assert run_name.startswith(requested.get("prefix", "")) and run_name.endswith(requested.get("suffix", "")) and requested.get("name", run_name) == run_name
+    parent, training = runs.run(run_name), runs.run(f"{run_name}_finetuning")
+    assert (parent.info.status, training.info.status) == ("FINISHED", "FINISHED")
+    assert training.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.data.params["training.learningRate"] == str(run.at("training.learningRate"))
+    _check_same_losses(runs.history(f"{run_name}_finetuning", "loss"), run)
+
+
+def _check_same_losses(found: list[tuple[int, float]], run: FinishedRun) -> None:
+    expected = logged_losses(run)
+    assert expected and [step for step, _ in found] == [step for step, _ in expected]
+    assert [value for _, value in found] == pytest.approx([loss for _, loss in expected], rel=1e-6)
