@@ -23,7 +23,7 @@ from finetune_operator.settings import OperatorConfig
 Schema = dict[str, Any]
 
 VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/values.yaml"
-FIELDS_SET_BY_CHART = ("namespaces", "trainer", "storage", "resources", "nodePools", "leaderElection", "log", "http")
+FIELDS_SET_BY_CHART = ("namespaces", "trainer", "storage", "resources", "nodePools", "policy", "leaderElection", "log", "http")
 """Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
 
 
@@ -139,6 +139,13 @@ def leader_election_schema(settings: SettingsSchema) -> Schema:
     return closed_object_schema(user_fields)
 
 
+def policy_schema(settings: SettingsSchema) -> Schema:
+    """Schema of `policy`: the operator's `policy` section, and whether the chart creates a ValidatingAdmissionPolicy."""
+    schema = settings.field_schema("policy")
+    is_checked_at_apply = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
+    return schema | {"properties": {"validatingAdmissionPolicy": is_checked_at_apply, **schema["properties"]}}
+
+
 def container_resources_schema() -> Schema:
     """Schema of `resources`."""
     quantities_schema = {"type": "object", "additionalProperties": QUANTITY_SCHEMA}
@@ -227,6 +234,7 @@ def make_values_schema() -> Schema:
         "trainer": trainer_schema(settings),
         "storage": settings.field_schema("storage"),
         "nodePools": settings.field_schema("nodePools"),
+        "policy": policy_schema(settings),
         "settings": closed_object_schema(settings.schemas_inside_settings()),
         "log": settings.field_schema("log"),
         "crds": closed_object_schema({"enabled": BOOLEAN, "keep": BOOLEAN}),

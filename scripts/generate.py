@@ -1,6 +1,6 @@
 """Write the files that are generated from the models, or check that they are up to date.
 
-The generated files are the CRD, the reference pages, the chart's values schema and README, and the chart's copy of the CRD. The chart needs
+The generated files are the CRD, the reference pages, the chart's values schema, README and admission rules, and the chart's copy of the CRD. The chart needs
 a copy, because Helm cannot read files outside a chart. helm-docs writes the README from the comments of values.yaml. `make verify` runs this
 program with --check.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from chart_schema import make_values_schema
 from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
+from finetune_api.tenancy.admission import rule_expressions_yaml
 from tools import HELM_DOCS, build_tools
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,7 @@ CHART = ROOT / "helm/finetune-operator"
 CRD_FILES = (ROOT / "crds/finetunejobs.yaml", CHART / "files/finetunejobs.yaml")
 REFERENCE_FOLDER = ROOT / "docs/reference"
 VALUES_SCHEMA = CHART / "values.schema.json"
+ADMISSION_RULES = CHART / "files/admission-rules.yaml"
 
 
 def chart_readme() -> str:
@@ -37,7 +39,8 @@ def generate_files() -> dict[Path, str]:
     """Return the text of each generated file."""
     values = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
     reference_pages = {REFERENCE_FOLDER / name: text for name, text in build_pages().items()}
-    return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values, CHART / "README.md": chart_readme()} | reference_pages
+    chart_files = {VALUES_SCHEMA: values, ADMISSION_RULES: rule_expressions_yaml(), CHART / "README.md": chart_readme()}
+    return dict.fromkeys(CRD_FILES, crd_yaml()) | chart_files | reference_pages
 
 
 def main(argv: list[str] | None = None) -> int:

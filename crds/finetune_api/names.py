@@ -326,7 +326,7 @@ class Reason(StrEnum):
     QUOTA_EXCEEDED = "QuotaExceeded"
     """A resource quota refused the pods."""
     FORBIDDEN_BY_POLICY = "ForbiddenByPolicy"
-    """An admission policy (Pod Security, a webhook) refused the pods."""
+    """The platform's rules (`policy` in the chart's values) refused the spec, or an admission policy (Pod Security, a webhook) refused the pods."""
     JOB_REJECTED = "JobRejected"
     """The API server rejected the Job of an attempt. An administrator must change the operator's configuration; the spec is not the cause."""
     UNSCHEDULABLE = "Unschedulable"

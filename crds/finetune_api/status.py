@@ -336,6 +336,9 @@ class ResolvedConfig(ReportModel):
     spec_sha256: str | None = status_field(
         "sha256 (hex) of the first attempt's spec, without mutable fields."
     )
+    max_duration_seconds: int | None = status_field(
+        "The platform's limit on the running time of the job, from policy.maxDurationSeconds of the chart when the job was accepted.", example=604800
+    )
     resume_exact: bool | None = status_field(
         "Whether a resumed run and an uninterrupted run have bitwise identical results.", example=True
     )

@@ -190,6 +190,8 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("DatasetGated", "The owner of the data set on the hub must grant access first.", "Accept the terms of the repository on the hub, and name a token in `model.tokenSecretRef`."),
         ("DatasetNotFound", "The data do not exist, or are private and no token was given.", "Correct the address in the message."),
         ("DatasetNotUtf8", "A file is not encoded as UTF-8.", "Convert the file with `iconv`, as the hint shows."),
+        ("DatasetExpandsTooMuch", "A .gz file expands to far more data than text usually does.", "Upload the file without compression."),
+        ("DatasetRowTooLarge", "A line of a data file has more than 64 MiB.", "Split the row, or write one row per line."),
         ("DatasetRowInvalid", "A row does not fit the format.", "Correct the row that the message names, or write `dataset.badRows: skip` to leave such rows out."),
         ("EosMissing", "The tokenizer has no end token.", "Write `dataset.addEosToken: false`, or name another `model.tokenizer`."),
         ("FileFormatUnknown", "Neither the file name nor the first bytes show the file format.", "Write `dataset.fileFormat`."),
@@ -209,6 +211,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("RowTooLong", "A row has more tokens than `dataset.maxSequenceLength`.", "Raise `maxSequenceLength`, or write `dataset.overflow: truncate` or `drop`."),
         ("SplitEmpty", "`dataset.split` leaves no row for one of its parts.", "Give more rows, change the ratio, or give separate files."),
         ("TemplateRefusedRow", "The chat template refuses a conversation.", "Write the turns in the order that the template expects."),
+        ("TemplateTooSlow", "The chat template did not end within a minute for one row.", "Remove loops from the template: it needs one loop over the messages."),
         ("TemplateSpansUnknown", "The chat template does not show where an answer begins and ends.", "Give a template with `{% generation %}` markers, or write `dataset.responseOnly.enabled: false`."),
         ("TooManyBadRows", "More rows are unusable than `dataset.maxBadRowRatio` allows.", "Correct the rows, or raise `maxBadRowRatio`."),
         ("UnknownRole", "A message has an unknown role.", "Write one of the roles in the hint."),
@@ -371,6 +374,7 @@ RULE_REMEDIES: tuple[Remedy, ...] = _remedies(
     ("TrainingOptionWithoutEffect", "An option of `training` would have no effect.", "Remove it."),
     ("ValidationMissing", "An option needs validation data, and the spec has none.", "Write `dataset.validation` or `dataset.split.validation`."),
     ("VolumeContradiction", "A volume has no source or several, or a mount names no volume.", "Write exactly one source per volume."),
+    ("CheckpointMayContainCode", "`checkpoint.resume` names a checkpoint of another job that contains Python pickles, which can run code.", "If you trust everyone who can write there, write `checkpoint.allowPickle: true`."),
     ("WarmupTwice", "`warmupSteps` and `warmupRatio` exclude each other.", "Remove one."),
 )  # fmt: skip
 """Codes of the rules. The condition `Accepted` and `finetune validate` show the message of a rule with the value and the field."""
@@ -390,7 +394,7 @@ CURE_OF_REASON: dict[Reason, str] = {
     Reason.QUEUED: "Wait for quota. `kubectl describe workload` shows what the queue waits for.",
     Reason.CHILDREN_CONFLICT: "Delete or rename the object in the message, or give the job another name.",
     Reason.QUOTA_EXCEEDED: "Free or raise the ResourceQuota in the message, or lower `resources`.",
-    Reason.FORBIDDEN_BY_POLICY: "Read the message of the policy. Change the spec, or let the platform team allow it.",
+    Reason.FORBIDDEN_BY_POLICY: "Read the message: it names the field and the rule. Change the spec, or let the platform team allow the value (`policy` in the chart's values).",
     Reason.JOB_REJECTED: "Read the message of the API server. The platform team must correct the chart's values.",
     Reason.UNSCHEDULABLE: "Read the scheduler's explanation. Usual causes: no free GPUs, a missing toleration, a wrong `nodeSelector` of the pool.",
     Reason.IMAGE_PULL_FAILED: "Check the image name, the registry and `imagePullSecrets`.",

@@ -54,7 +54,7 @@ def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, end
     if facts.cancel_requested or cause.reason is Reason.CANCELLED:
         return JobEnd(Outcome.CANCELLED, Reason.CANCELLED)
     limit = facts.active_deadline_seconds
-    deadline_exceeded = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0))
+    deadline_exceeded = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0, facts.deadline_source))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
         return deadline_exceeded
     decision = retry_or_give_up(

@@ -148,7 +148,7 @@ def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
         return Termination(Reason.SUSPENDED, "spec.suspend is true")
     limit = facts.active_deadline_seconds
     if limit is not None and facts.running_since is not None and facts.running_seconds(facts.now) >= limit:
-        return Termination(Reason.DEADLINE_EXCEEDED, f"policy.activeDeadlineSeconds {limit} passed")
+        return Termination(Reason.DEADLINE_EXCEEDED, f"{facts.deadline_source} {limit} passed")
     lost_pods = _pods_of_lost_nodes(facts, facts.active_pods)
     if lost_pods:
         return Termination(Reason.NODE_LOST, f"pod {lost_pods[0].name} does not end: node {lost_pods[0].node or 'unknown'} is lost")

@@ -75,8 +75,16 @@ class Facts:
 
     @property
     def active_deadline_seconds(self) -> int | None:
-        """`policy.activeDeadlineSeconds`."""
-        return self._policy_seconds("activeDeadlineSeconds")
+        """`policy.activeDeadlineSeconds`, but at most the platform's limit, which was recorded when the job was accepted."""
+        resolved = self.job.status.resolved
+        limits = (self._policy_seconds("activeDeadlineSeconds"), resolved.max_duration_seconds if resolved else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def deadline_source(self) -> str:
+        """The name of the setting that `active_deadline_seconds` comes from."""
+        is_of_job = self.active_deadline_seconds == self._policy_seconds("activeDeadlineSeconds")
+        return "policy.activeDeadlineSeconds" if is_of_job else "the platform's rule policy.maxDurationSeconds"
 
     @property
     def ttl_seconds_after_finished(self) -> int | None:

@@ -73,7 +73,9 @@ class JobObserver:
         refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_record is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
         if spec_changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
-            state.acceptance = SPEC_NOT_NEEDED if is_finished else accept(job.spec, self._config, first_record)
+            state.acceptance = SPEC_NOT_NEEDED if is_finished else accept(
+                job.spec, self._config, first_record, namespace=job.namespace, was_accepted=job.status.is_true(Kind.ACCEPTED)
+            )  # fmt: skip
         return state
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:

@@ -132,7 +132,10 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
         adaptations=new_status.adaptations,
         workers=new_status.workers,
         resolved=merge_fields(
-            stored_status.resolved or ResolvedConfig(), ResolvedConfig(defaults=resolved.defaults, spec_sha256=resolved.spec_sha256)
+            stored_status.resolved or ResolvedConfig(),
+            ResolvedConfig(
+                defaults=resolved.defaults, spec_sha256=resolved.spec_sha256, max_duration_seconds=resolved.max_duration_seconds
+            ),
         ),
         start_time=new_status.start_time,
         completion_time=new_status.completion_time,
@@ -429,6 +432,7 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
         node_pool=acceptance.pool.name if acceptance.pool else None,
         defaults=dict(acceptance.defaults) or None,
         spec_sha256=acceptance.spec_sha256 or None,
+        max_duration_seconds=acceptance.max_duration_seconds,
         notes=[clean(note) for note in acceptance.notes] or None,
     )
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import yaml
 from finetune_api.base import WireModel
 from finetune_api.spec.cluster import LabelKey, StorageRoot
+from finetune_api.tenancy import Platform, PlatformPolicy, Pool
 from pydantic import Field, ValidationError, model_validator
 
 from finetune_operator.config_types import (
@@ -211,6 +212,9 @@ class OperatorConfig(WireModel):
     )
     resources: ResourceSettings = ResourceSettings()
     node_pools: tuple[NodePool, ...] = ()
+    policy: PlatformPolicy = Field(
+        default=PlatformPolicy(), description="What the FineTuneJobs of each namespace may use. Started jobs are not affected by a new rule."
+    )
     workers: int = Field(default=16, ge=1, le=256, description="Jobs that are reconciled concurrently.")
     resync_seconds: Seconds = Field(default=300, description="Time between two full lists of all watched objects.")
     progress_seconds: Seconds = Field(default=15, description="Minimum time between two writes of a job's progress to its status.")
@@ -241,6 +245,11 @@ class OperatorConfig(WireModel):
     def find_pool(self, name: str) -> NodePool | None:
         """Return the pool with this name, or None if no such pool exists."""
         return next((pool for pool in self.node_pools if pool.name == name), None)
+
+    def platform_of(self, namespace: str) -> Platform:
+        """Return what the rules of `policy` need to know of a namespace and of this configuration."""
+        pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in self.node_pools)
+        return Platform(namespace, self.storage.uri, pools)
 
     @property
     def default_pool(self) -> NodePool | None:

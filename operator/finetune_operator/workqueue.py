@@ -3,6 +3,8 @@
 If a key is already queued, adding it again changes nothing. If a key is added while a worker handles it, the key is queued again later.
 The pause after a failure doubles with each failure in a row. If `add_after` is called several times for a key, the earliest time is used.
 
+Namespaces take turns: a namespace with thousands of queued jobs does not delay the jobs of other namespaces.
+
 Workers take high-priority keys first. So in a burst of new jobs, all Jobs are created before statuses are updated. After several
 high-priority keys in a row, a worker takes one key with normal priority.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,13 +34,43 @@ class Key(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
+class FairQueue:
+    """Queue in which namespaces take turns. The keys of one namespace leave the queue in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._keys_by_namespace: OrderedDict[str, deque[Key]] = OrderedDict()
+        self._count = 0
+
+    def append(self, key: Key) -> None:
+        """Add a key behind the other keys of its namespace. A namespace without keys takes its turn after the other namespaces."""
+        self._keys_by_namespace.setdefault(key.namespace, deque()).append(key)
+        self._count += 1
+
+    def popleft(self) -> Key:
+        """Remove and return the first key of the namespace whose turn it is."""
+        namespace, keys = self._keys_by_namespace.popitem(last=False)
+        key = keys.popleft()
+        if keys:
+            self._keys_by_namespace[namespace] = keys
+        self._count -= 1
+        return key
+
+    def clear(self) -> None:
+        """Remove all keys."""
+        self._keys_by_namespace.clear()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+
 class WorkQueue:
     """Queue of keys to reconcile. Not thread-safe: all callers run in one event loop. `clock` returns a monotonic time in seconds."""
 
     def __init__(self, clock: Callable[[], float] | None = None):
         self._clock = clock or asyncio.get_running_loop().time
-        self._ready: deque[Key] = deque()
-        self._high_priority: deque[Key] = deque()
+        self._ready = FairQueue()
+        self._high_priority = FairQueue()
         self._high_priority_in_a_row = 0
         self._burst = BurstDetector()
         self._waiting_since: dict[Key, float] = {}

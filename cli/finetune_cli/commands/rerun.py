@@ -34,6 +34,8 @@ def rerun(
 
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
+    from finetune_api.rules.training import PICKLING_STRATEGIES
+
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
     from finetune_cli.cluster import connect
     from finetune_cli.manifests import parse_manifests
@@ -46,6 +48,8 @@ def rerun(
     changed_values = {path: assigned.value for path, assigned in overrides.items()}
     if from_checkpoint is not None:
         changed_values["checkpoint.resume"] = _checkpoint_uri(old_job, from_checkpoint)
+        if _strategy_of(old_job, changed_values) in PICKLING_STRATEGIES:
+            changed_values.setdefault("checkpoint.allowPickle", True)
     taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
     body = build_rerun(old_job, new_name or free_name(name, taken_names), changed_values, from_checkpoint)
     text = to_yaml(body)
@@ -58,6 +62,12 @@ def rerun(
         return
     cluster.create_object(body)
     output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
+
+
+def _strategy_of(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:
+    """Return the strategy of the new job, or None."""
+    distributed = (job.get("spec") or {}).get("distributed") or {}
+    return changed_values.get("distributed.strategy", distributed.get("strategy"))
 
 
 def _checkpoint_uri(job: dict[str, Any], step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,12 @@ import typer
 from finetune_cli import output
 
 if TYPE_CHECKING:
+    from finetune_api.spec import FineTuneJobSpec
+
+    from finetune_cli.checks import Finding
     from finetune_cli.manifests import Manifest
+
+    PolicyCheck = Callable[[Manifest, FineTuneJobSpec], Iterable[Finding]]
 
 
 def validate(
@@ -23,6 +29,14 @@ def validate(
     local: Annotated[
         bool, typer.Option("--local", help="Apply the rules of `finetune run --local` instead of those of a cluster.")
     ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", metavar="FILE", help="Also apply the rules of `policy` in this values file of the chart."),
+    ] = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option("--namespace", "-n", help="With --policy: namespace of manifests without metadata.namespace. Default: default."),
+    ] = None,
 ) -> None:
     """Check manifests without a cluster, against the schema and every rule of the operator. Reports all errors at once.
 
@@ -31,16 +45,23 @@ def validate(
     Example: finetune validate job.yaml
 
     Example: finetune validate --strict jobs/*.yaml
+
+    Example: finetune validate --policy values.yaml -n team-a job.yaml
     """
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.files import display_name
     from finetune_cli.manifests import read_all_manifests
 
+    if namespace is not None and policy is None:
+        raise output.fail("--namespace has no effect without --policy: add --policy FILE, or remove --namespace")
+    if policy is not None and local:
+        raise output.fail("--policy and --local exclude each other, because the rules apply to a cluster: remove one of the two")
+    check_more = _policy_check(policy, namespace) if policy is not None else None
     manifests, read_mistakes = read_all_manifests(files)
     errors = list(map(str, read_mistakes))
     for manifest in manifests:
-        errors += _check_manifest_messages(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
+        errors += _check_manifest_messages(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, check_more)
     jobs = [manifest for manifest in manifests if manifest.is_job]
     if not jobs and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
@@ -50,7 +71,19 @@ def validate(
     output.write("\n".join(f"{job.file}: {job.name}: ok" for job in jobs))
 
 
-def _check_manifest_messages(manifest: Manifest, target: object, strict: bool) -> list[str]:
+def _policy_check(file: Path, namespace: str | None) -> PolicyCheck:
+    """Return a function that finds the values of a manifest that the rules in the file refuse."""
+    from finetune_cli.mistakes import InvalidInput
+    from finetune_cli.platform_policy import read_chart_policy
+
+    try:
+        chart_policy = read_chart_policy(file)
+    except InvalidInput as error:
+        raise output.fail(*error.mistakes) from error
+    return lambda manifest, spec: chart_policy.find_problems(manifest, spec, namespace)
+
+
+def _check_manifest_messages(manifest: Manifest, target: object, strict: bool, check_more: PolicyCheck | None) -> list[str]:
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
@@ -62,7 +95,9 @@ def _check_manifest_messages(manifest: Manifest, target: object, strict: bool) -
         if kind is None:
             return [f"{manifest.file}: kind: this required field is missing; write kind: FineTuneJob"]
         return []
-    _, findings = check_manifest(manifest, ExecutionTarget(str(target)))
+    spec, findings = check_manifest(manifest, ExecutionTarget(str(target)))
+    if check_more is not None and spec is not None:
+        findings += check_more(manifest, spec)
     if not strict:
         output.print_warnings(warnings_of(findings))
         findings = errors_of(findings)

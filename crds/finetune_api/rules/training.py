@@ -21,6 +21,7 @@ from finetune_api.spec.enums import (
     IntervalStrategy,
     MethodType,
     MixedPrecision,
+    StrategyType,
 )
 
 
@@ -205,3 +206,25 @@ def check_validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
         yield "evaluation.steps", "evaluation.steps has no effect without validation data", hint
     if spec.training.early_stopping is not None:
         yield "training.earlyStopping", "earlyStopping needs the validation loss, but the spec has no validation data", hint
+
+
+PICKLING_STRATEGIES = (StrategyType.FSDP, StrategyType.DEEPSPEED)
+"""Strategies whose checkpoints contain Python pickles. Loading a forged pickle runs code."""
+
+
+@rule("CheckpointMayContainCode")
+def check_pickled_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    resume, strategy = spec.checkpoint.resume, spec.distributed.strategy
+    needs_permission = resume not in (None, "auto", "never") and strategy in PICKLING_STRATEGIES
+    if needs_permission and not spec.checkpoint.allow_pickle:
+        yield (
+            "checkpoint.allowPickle",
+            f"checkpoint.resume names a checkpoint of another job, and checkpoints of {strategy} contain Python pickles, which can run code",
+            "if you trust everyone who can write to this address, write `allowPickle: true`",
+        )
+    if spec.checkpoint.allow_pickle and not needs_permission:
+        yield (
+            "checkpoint.allowPickle",
+            "true, but allowPickle has no effect unless checkpoint.resume is a URI and the strategy is fsdp or deepspeed",
+            "remove allowPickle",
+        )

@@ -185,6 +185,13 @@ class Checkpoint(Group):
         default="auto",
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000100",
     )
+    allow_pickle: bool | None = spec_field(
+        "Resume from a checkpoint of another job although its files can contain code. Checkpoints with strategies fsdp and deepspeed contain Python pickles, "
+        "which can run code when they are loaded. Required if resume is a URI and the strategy is fsdp or deepspeed.",
+        default_text="false",
+        example=True,
+        since="0.2.0",
+    )
     load_best_at_end: bool | None = spec_field(
         "Use the checkpoint with the lowest validation loss as the final model.", default=False, example=True
     )

@@ -130,6 +130,7 @@ path: /metrics
 {{- with .Values.watchNamespaces -}}{{- $_ := set $config "namespaces" . -}}{{- end -}}
 {{- with .Values.storage -}}{{- $_ := set $config "storage" . -}}{{- end -}}
 {{- with .Values.nodePools -}}{{- $_ := set $config "nodePools" . -}}{{- end -}}
+{{- $_ := set $config "policy" (omit .Values.policy "validatingAdmissionPolicy") -}}
 {{- toYaml $config -}}
 {{- end -}}
 

@@ -206,7 +206,8 @@ def _operator_volumes(spec: FineTuneJobSpec) -> list[Object]:
         {"name": "run", "downwardAPI": {"items": [item]}},
         {"name": "work", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
         {"name": "shm", "emptyDir": _with_size_limit({"medium": "Memory"}, resources.shared_memory)},
-        {"name": "tmp", "emptyDir": {}},
+        # All volumes together may not exceed the disk limit of the pod either.
+        {"name": "tmp", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
     ]
 
 

@@ -24,6 +24,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.support import unsupported_fields
+from finetune_api.tenancy import PolicyProblem, check_policy
 from pydantic import ValidationError
 
 from finetune_operator.objects import Object
@@ -60,8 +61,13 @@ def read_first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
     return FirstAttempt(resolved.defaults or {}, resolved.spec_sha256) if resolved else FirstAttempt()
 
 
-def accept(raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None) -> AcceptedSpec | RefusedSpec:
-    """Check a FineTuneJob's spec. `first_attempt` is None before the first attempt."""
+def accept(
+    raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None, *, namespace: str = "default", was_accepted: bool = False
+) -> AcceptedSpec | RefusedSpec:
+    """Check a FineTuneJob's spec. `first_attempt` is None before the first attempt. `namespace` is the job's namespace.
+
+    `policy` of the configuration applies only to a job that was not accepted before (`was_accepted`) and has not started.
+    """
     try:
         spec, unknown_fields = read_spec(raw_spec)
     except ValidationError as error:
@@ -77,6 +83,11 @@ def accept(raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt
     version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolved_spec.spec)
+    platform_rules = config.policy.rules_for(namespace)
+    forbidden_values = check_policy(spec, platform_rules, config.platform_of(namespace))
+    is_new = first_attempt is None and not was_accepted
+    if forbidden_values and is_new:
+        return replace(_refuse_forbidden(forbidden_values), spec=resolved_spec.spec)
     if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolved_spec.spec)
     placement_conflicts = list(placement_problems(spec, pool, config))
@@ -88,8 +99,13 @@ def accept(raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt
     if refusal is not None:
         return replace(refusal, spec=resolved_spec.spec)
     # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
-    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *placement_conflicts)]
-    return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, (*resolved_spec.notes, *newer_rules), pool, spec_digest)
+    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *forbidden_values, *placement_conflicts)]
+    notes, max_duration_seconds = (*resolved_spec.notes, *newer_rules), platform_rules.max_duration_seconds if is_new else None
+    return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, notes, pool, spec_digest, max_duration_seconds)
+
+
+def _refuse_forbidden(forbidden_values: list[PolicyProblem]) -> RefusedSpec:
+    return RefusedSpec(Reason.FORBIDDEN_BY_POLICY, clean("; ".join(map(str, forbidden_values))), "change the values, or ask the platform team")
 
 
 def _refuse_unknown_parts(unknown_parts: Iterable[str]) -> RefusedSpec:

@@ -134,10 +134,10 @@ def _retry_if_allowed(cause: FailureCause, spec: FineTuneJobSpec, retries_used: 
     return RetryDecision(is_counted=True)
 
 
-def deadline_failure(limit_seconds: int) -> Failure:
-    """Return the failure of a job that exceeded `policy.activeDeadlineSeconds`."""
+def deadline_failure(limit_seconds: int, source: str) -> Failure:
+    """Return the failure of a job that exceeded its time limit. `source` is the name of the setting with the limit."""
     return Failure(
-        class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"policy.activeDeadlineSeconds {limit_seconds} passed",
+        class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"{source} {limit_seconds} passed",
         hint="the newest checkpoint is kept: create a new FineTuneJob with a longer deadline that resumes from this checkpoint",
     )  # fmt: skip
 

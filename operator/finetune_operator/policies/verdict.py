@@ -23,6 +23,8 @@ class AcceptedSpec:
     pool: NodePool | None = None
     spec_sha256: str = ""
     """Hash of the spec's immutable fields."""
+    max_duration_seconds: int | None = None
+    """The platform's limit on the running time of a new job."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tests.support.operator_process import merge_mappings
 from tests.support.rig import FINETUNEJOBS, MINIMAL_SPEC, Rig, attempt_reasons, condition_is_true
 
 pytestmark = pytest.mark.faults
-CONFIG = OperatorConfig.model_validate({"storage": {"uri": "s3://bucket/prefix"}})
+CONFIG = OperatorConfig.model_validate({"storage": {"uri": "s3://bucket/prefix"}, "policy": {"serviceAccounts": ["robot"]}})
 VALUES_BY_FIELD: dict[str, list[Any]] = {
     "resources": [
         {"nodes": 3, "gpusPerNode": 2}, {"gpusPerNode": 0, "cpu": 4}, {"cpu": "500m", "memory": "1.5Gi"},

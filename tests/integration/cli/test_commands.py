@@ -209,6 +209,13 @@ def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, ap
     assert finetune("rerun", "bot").out.startswith("bot-3 created")
 
 
+def test_rerun_of_a_job_with_pickled_checkpoints_trusts_the_checkpoint_of_that_job(finetune: Finetune, job: Job) -> None:
+    job(status=RUNNING_STATUS, distributed={"strategy": "fsdp"}, resources={"gpusPerNode": 2})
+    manifest = finetune("rerun", "bot", "--from-checkpoint", "100", "--dry-run").out
+    assert "resume: s3://models/x/checkpoints/step-00000100/a1-1" in manifest and "allowPickle: true" in manifest
+    assert "allowPickle" not in finetune("rerun", "bot", "--dry-run").out
+
+
 def test_rerun_refuses_unknown_checkpoints_and_fields(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS)
     assert (

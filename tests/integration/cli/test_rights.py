@@ -80,7 +80,7 @@ def test_documented_role_is_sufficient(
         assert (result.code, "forbidden" in result.err) == (0, False), (words, result)
 
 
-def test_documented_role_cannot_read_secrets(api: KubeApi, control_plane: Endpoint, token: str, namespace: str) -> None:
+def test_documented_role_has_no_right_on_secrets(api: KubeApi, control_plane: Endpoint, token: str, namespace: str) -> None:
     with pytest.raises(ApiError) as refused:
         KubeApi(control_plane, token=token).list("secrets", namespace)
     assert refused.value.code == 403

@@ -275,6 +275,25 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"dataset": {"responseOnly": {"enabled": False, "answerMarker": "A:", "questionMarker": "Q:"}}},
         "dataset.responseOnly",
     ),
+    (
+        "CheckpointMayContainCode",
+        {"checkpoint": {"resume": "s3://b/checkpoints/step-00000100"}, "distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}},
+        "checkpoint.allowPickle",
+    ),
+    (
+        "CheckpointMayContainCode",
+        {
+            "checkpoint": {"resume": "pvc://c/checkpoints/step-00000100", "allowPickle": False}, "distributed": {"strategy": "deepspeed"},
+            "resources": {"gpusPerNode": 2},
+        },
+        "checkpoint.allowPickle",
+    ),
+    ("CheckpointMayContainCode", {"checkpoint": {"resume": "s3://b/checkpoints/step-00000100", "allowPickle": True}}, "checkpoint.allowPickle"),
+    (
+        "CheckpointMayContainCode",
+        {"checkpoint": {"allowPickle": True}, "distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}},
+        "checkpoint.allowPickle",
+    ),
     ("WarmupTwice", {"training": {"warmupSteps": 5, "warmupRatio": 0.1}}, "training.warmupRatio"),
     ("WarmupTwice", {"training": {"warmupSteps": 0, "warmupRatio": 0.1}}, "training.warmupRatio"),
     ("WarmupTwice", {"training": {"warmupSteps": 5, "warmupRatio": 0.0}}, "training.warmupRatio"),

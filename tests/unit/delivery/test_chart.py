@@ -66,6 +66,7 @@ def test_default_values_are_the_operators_defaults(render: Render) -> None:
     assert settings.trainer == OperatorConfig().trainer.model_copy(update={"image": "example.org/finetune-trainer:0.2.0"})
     assert settings.resources == OperatorConfig().resources
     assert settings.storage == OperatorConfig().storage
+    assert settings.policy.rules_for("any") == OperatorConfig().policy.rules_for("any")
     assert (settings.leader_election.enabled, settings.leader_election.lease_name) == (True, "rel-finetune-operator")
 
 
@@ -79,6 +80,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
                 "resources": {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi", "perGpu": {"cpu": 4}},
             },
             storage={"uri": "s3://bucket/p", "endpoint": "http://s3:8333", "credentialsSecretRef": {"name": "keys"}},
+            policy={"images": ["r/*"], "maxNodes": 3, "namespaces": [{"names": ["a"], "allowUserCode": False}]},
             nodePools=[NODE_POOL], watchNamespaces=["a", "b"], log={"format": "json", "level": "debug"},
             settings={"workers": 3, "resyncSeconds": 60, "scrape": {"intervalSeconds": 2}},
         )
@@ -97,6 +99,8 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
     assert settings.storage.credentials_secret_ref.name == "keys"
     assert settings.find_pool("h100") is not None
     assert settings.find_pool("h100") == OperatorConfig.model_validate({"nodePools": [NODE_POOL]}).find_pool("h100")
+    rules = settings.policy.rules_for("a")
+    assert (rules.images, rules.max_nodes, rules.allow_user_code, rules.service_accounts) == (("r/*",), 3, False, ("default",))
     assert settings.namespaces == ("a", "b")
     assert settings.log.format is LogFormat.JSON
     assert (settings.workers, settings.resync_seconds, settings.scrape.interval_seconds) == (3, 60, 2)
@@ -194,6 +198,12 @@ def test_changed_configuration_restarts_the_operator(render: Render) -> None:
         ({"nodePools": [{"gpusPerNode": 8}]}, "'/nodePools/0': missing property 'name'"),
         ({"trainer": {"resources": {"cpus": 1}}}, "'/trainer/resources': additional properties 'cpus' not allowed"),
         ({"image": {"repository": "r", "pullPolicy": "Sometimes"}}, "'/image/pullPolicy': value must be one of"),
+        ({"policy": {"image": ["*"]}}, "'/policy': additional properties 'image' not allowed"),
+        ({"policy": {"images": ["a b"]}}, "'/policy/images/0': 'a b' does not match pattern"),
+        ({"policy": {"secrets": ["{storage}"]}}, "'/policy/secrets/0': '{storage}' does not match pattern"),
+        ({"policy": {"maxGpus": "8"}}, "'/policy/maxGpus': got string, want integer"),
+        ({"policy": {"namespaces": [{"images": []}]}}, "'/policy/namespaces/0': missing property 'names'"),
+        ({"policy": {"validatingAdmissionPolicy": True, "images": None}}, "policy.images is null: write a list of patterns"),
     ],
 )
 def test_wrong_value_is_refused_by_helm_with_its_key(template: Any, values: dict[str, Any], message: str) -> None:

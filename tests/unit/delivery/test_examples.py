@@ -27,6 +27,7 @@ OPERATOR_CONFIG = {
     "trainer": {"image": "registry.example.com/trainer:1"},
     "storage": {"uri": "s3://finetune/jobs"},
     "nodePools": [{"name": "h100", "default": True, "gpusPerNode": 8}],
+    "policy": {"serviceAccounts": ["default", "finetune-trainer"]},  # sources/irsa.yaml names a ServiceAccount
 }
 
 

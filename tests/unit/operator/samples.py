@@ -33,6 +33,7 @@ CONFIG = parse_config(
             {"name": "h100", "default": True, "gpusPerNode": 8, "nodeSelector": {"gpu": "h100"}},
             {"name": "mig", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig-1g.10gb", "maxNodes": 2},
         ],
+        "policy": {"serviceAccounts": ["default", "trainer"]},
     },
     "test",
 )

@@ -24,7 +24,7 @@ def server() -> Server:
 async def test_spec_is_checked_once_per_generation(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     accept = observe.accept
-    monkeypatch.setattr(observe, "accept", lambda *args: calls.append(1) or accept(*args))
+    monkeypatch.setattr(observe, "accept", lambda *args, **options: calls.append(1) or accept(*args, **options))
     process = Process(server)
     for _ in range(3):
         await process.reconcile()

@@ -54,6 +54,14 @@ def config_with_pool(**fields: Any) -> dict[str, Any]:
             "needs effect NoExecute",
         ),
         (config_with_pool(tolerations=[{"key": "a", "value": "b c"}]), "nodePools.0.tolerations.0", "'b c' is not a taint value"),
+        ({"policy": {"images": ["a b"]}}, "policy.images.0", "'a b' is not a pattern: write text with `*` and `{namespace}`"),
+        ({"policy": {"secrets": ["{storage}"]}}, "policy.secrets.0", "'{storage}' is not a pattern"),
+        ({"policy": {"sources": ["{team}/*"]}}, "policy.sources.0", "'{team}/*' is not a pattern: write text with `*`, `{namespace}` and `{storage}`"),
+        ({"policy": {"labels": ["!"]}}, "policy.labels.0", "'!' is not a pattern"),
+        ({"policy": {"image": ["*"]}}, "policy.image", "Extra inputs are not permitted"),
+        ({"policy": {"maxNodes": 0}}, "policy.maxNodes", "greater than or equal to 1"),
+        ({"policy": {"namespaces": [{"images": ["*"]}]}}, "policy.namespaces.0.names", "Field required"),
+        ({"policy": {"namespaces": [{"names": ["Team"]}]}}, "policy.namespaces.0.names.0", "should match pattern"),
     ],
 )
 def test_wrong_platform_value_is_reported_in_one_line_with_its_key(

@@ -61,6 +61,57 @@ async def test_high_priority_keys_come_first_without_starving_the_others(clock: 
     assert taken == [*new[:HIGH_PRIORITY_IN_A_ROW], old[0], *new[HIGH_PRIORITY_IN_A_ROW:], *old[1:]]
 
 
+async def take_until(queue: WorkQueue, key: Key) -> int:
+    """Take keys until `key`, and return how many keys were taken before it."""
+    for count in range(100_000):
+        taken, _ = await queue.take()
+        queue.done(taken)
+        if taken == key:
+            return count
+    raise AssertionError(f"{key} was never taken")
+
+
+async def test_namespaces_take_turns(clock: Clock) -> None:
+    queue = WorkQueue(clock)
+    for namespace, count in (("a", 4), ("b", 2), ("c", 1)):
+        for number in range(count):
+            queue.add(Key(namespace, str(number)))
+    taken = [str((await queue.take())[0]) for _ in range(7)]
+    assert taken == ["a/0", "b/0", "c/0", "a/1", "b/1", "a/2", "a/3"]
+    assert len(queue) == 0
+
+
+@pytest.mark.parametrize("priorities", ["normal", "high", "both"])
+async def test_namespace_with_thousands_of_jobs_does_not_delay_another_namespace(clock: Clock, priorities: str) -> None:
+    """At most one key of each other namespace is taken first, and before a key with normal priority also seven keys with high priority."""
+    queue, other = WorkQueue(clock), Key("other", "job")
+    for number in range(5000):
+        if priorities in ("normal", "both"):
+            queue.add(Key("busy", f"old-{number}"))
+        if priorities in ("high", "both"):
+            queue.add_high_priority(Key("busy", f"new-{number}"))
+    queue.add(other)
+    expected = {"normal": 1, "high": HIGH_PRIORITY_IN_A_ROW, "both": 2 * HIGH_PRIORITY_IN_A_ROW + 1}
+    assert await take_until(queue, other) == expected[priorities]
+    queue.add_high_priority(other)
+    assert await take_until(queue, other) <= 2
+
+
+async def test_namespace_that_returns_to_the_queue_at_once_does_not_take_all_turns(clock: Clock) -> None:
+    """A job whose reconcile always queues it again takes turns with the jobs of another namespace."""
+    queue = WorkQueue(clock)
+    queue.add(A)
+    for number in range(3):
+        queue.add(Key("other", str(number)))
+    taken = []
+    for _ in range(6):
+        key, _ = await queue.take()
+        queue.add(A)
+        queue.done(key)
+        taken.append(str(key))
+    assert taken == ["team/a", "other/0", "team/a", "other/1", "team/a", "other/2"]
+
+
 async def test_high_priority_key_added_while_it_is_processed_is_queued_afterwards(clock: Clock) -> None:
     queue = WorkQueue(clock)
     queue.add(A)

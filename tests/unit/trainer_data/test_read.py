@@ -6,6 +6,8 @@ import gzip
 from pathlib import Path
 
 import pytest
+from finetune_api.errors import DataError
+from finetune_trainer.data import read
 from finetune_trainer.data.rows import Conversation, Text, Turn
 
 from tests.support.data import catch_check_error, load_examples
@@ -106,3 +108,35 @@ def test_broken_file_is_refused(text: str | bytes, name: str, code: str, message
 
 def test_escaped_surrogate_pairs_are_read(tmp_path: Path) -> None:
     assert load_examples(tmp_path, text=r'{"text": "a \ud83d\ude00"}') == [Text("a \U0001f600")]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "code", "message"),
+    [
+        (b'{"text": "' + b"a" * 2000 + b'"}\n', "train.jsonl", "DatasetRowTooLarge", "train.jsonl, row 1: the row has more than 1000 bytes"),
+        (b"a\n" + b"b" * 1001, "train.txt", "DatasetRowTooLarge", "train.txt, row 2: the row has more than 1000 bytes"),
+        (gzip.compress(b'{"text": "' + b"a" * 200_000 + b'"}\n', mtime=0), "train.jsonl.gz", "DatasetRowTooLarge", "row 1: the row has more than 1000 bytes"),
+        (gzip.compress(b'{"text": "a"}\n' * 90_000, mtime=0), "train.jsonl.gz", "DatasetExpandsTooMuch", " bytes, but expands to more than "),
+        (gzip.compress(b"text\n" + b"a\n" * 900_000, mtime=0), "train.csv.gz", "DatasetExpandsTooMuch", " bytes, but expands to more than "),
+        (gzip.compress(b"[" + b" " * 900_000 + b"]", mtime=0), "train.json.gz", "DatasetExpandsTooMuch", " bytes, but expands to more than "),
+    ],
+)  # fmt: skip
+def test_rows_and_files_that_would_fill_the_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, name: str, code: str, message: str
+) -> None:
+    """The limits are lower here, so that the test needs little memory."""
+    monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(read, "SMALL_FILE_BYTES", 10_000)
+    with pytest.raises(DataError) as caught:
+        load_examples(tmp_path, text=text, name=name)
+    assert caught.value.code == code and message in caught.value.message
+
+
+def test_rows_and_files_within_the_limits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = b'{"text": "' + b"a" * 987 + b'"}\n'
+    assert len(row) == 1000
+    monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(read, "SMALL_FILE_BYTES", 1000)
+    monkeypatch.setattr(read, "MAX_EXPANSION", 1)
+    assert len(load_examples(tmp_path, text=row, name="a.jsonl")) == 1
+    assert len(load_examples(tmp_path, text=gzip.compress(row, mtime=0), name="b.jsonl.gz")) == 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError, DataError
+from finetune_trainer.data import template
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RowError, Text, Turn
 from finetune_trainer.data.template import RenderOptions, render
+from finetune_trainer.data.time_limit import time_limit
 
 from tests.support.data import SYSTEM_FIRST, prepare_rows, render_options, tokenizer, trained_texts
 from tests.support.learning import TEN_ROWS
@@ -250,3 +254,32 @@ def test_error_for_a_row_that_cannot_be_rendered(
         render(example, render_options(tokenizer(tmp_path, SYSTEM_FIRST), markers=markers))
     assert (caught.value.code, caught.value.message) == (code, message)
     assert hint in caught.value.hint
+
+
+def test_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jinja's sandbox limits one `range`, but not nested loops."""
+    monkeypatch.setattr(template, "TEMPLATE_SECONDS", 0.05)
+    endless = tokenizer(tmp_path, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(ConfigError, match="did not end within 0.05 s for a row with 5 turns") as caught:
+        render(Conversation(TWO_ANSWERS), render_options(endless))
+    assert caught.value.code == "TemplateTooSlow"
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_time_limit_restores_the_timer_of_the_program() -> None:
+    """In another thread, where Python delivers no signals, there is no limit."""
+    before = signal.setitimer(signal.ITIMER_REAL, 600)
+    try:
+        with time_limit(60):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+        assert 60 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
+
+        def timer_in_thread() -> float:
+            with time_limit(60):
+                return signal.getitimer(signal.ITIMER_REAL)[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(timer_in_thread).result() > 60
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)

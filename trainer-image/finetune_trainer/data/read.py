@@ -23,6 +23,10 @@ FILE_FORMATS = {
 }  # fmt: skip
 """File format by file extension."""
 CSV_FIELD_LIMIT = 16 * 1024 * 1024
+MAX_ROW_BYTES = 64 << 20
+"""Largest line of a JSONL or text file."""
+MAX_EXPANSION, SMALL_FILE_BYTES = 200, 256 << 20
+"""A .gz file may expand to `MAX_EXPANSION` times its size, and in any case to `SMALL_FILE_BYTES`. Text usually expands 3 to 20 times."""
 SURROGATE_ESCAPE = "\\ud"
 """The beginning of a JSON escape for a UTF-16 surrogate (half of a character), in lower case."""
 
@@ -50,7 +54,7 @@ def read_rows(
 
     Bad rows are added to `bad_rows`, or raise an error if `bad_rows` is None. A bad row is not a JSON object, or has the wrong number
     of CSV values.
-    Errors: DatasetRowInvalid, DatasetNotUtf8, FileFormatUnknown.
+    Errors: DatasetRowInvalid, DatasetNotUtf8, FileFormatUnknown, DatasetRowTooLarge, DatasetExpandsTooMuch.
     """
     for file in files:
         for row in _read_file(file, file_format):
@@ -106,6 +110,20 @@ def _open_decompressed(file: Path) -> Iterator[IO[bytes]]:
         ) from None  # fmt: skip
 
 
+def _check_expansion(file: Path, byte_count: int) -> None:
+    """Check the number of decompressed bytes of a .gz file. Errors: DatasetExpandsTooMuch."""
+    if byte_count > _max_decompressed_bytes(file):
+        raise DataError(
+            "DatasetExpandsTooMuch", f"{file.name} has {file.stat().st_size} bytes, but expands to more than {_max_decompressed_bytes(file)} bytes",
+            hint="upload the file without compression",
+        )  # fmt: skip
+
+
+def _max_decompressed_bytes(file: Path) -> float:
+    is_compressed = file.name.lower().endswith(".gz")
+    return max(SMALL_FILE_BYTES, MAX_EXPANSION * file.stat().st_size) if is_compressed else float("inf")
+
+
 def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     match file_format_of(file, file_format):
         case FileFormat.JSONL:
@@ -121,10 +139,16 @@ def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[R
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their line numbers. Errors: DatasetNotUtf8."""
+    """Yield the lines that are not blank, with their line numbers. Errors: DatasetNotUtf8, DatasetRowTooLarge, DatasetExpandsTooMuch."""
     offset = 0
     with _open_decompressed(file) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""), start=1):
+            _check_expansion(file, offset + len(line))
+            if len(line) > MAX_ROW_BYTES:
+                raise DataError(
+                    "DatasetRowTooLarge", f"{file.name}, row {number}: the row has more than {MAX_ROW_BYTES} bytes",
+                    hint="split the row, or write one row per line",
+                )  # fmt: skip
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -144,7 +168,9 @@ def _encoding_error(file: Path, byte_offset: int, first_bytes: bytes) -> DataErr
 
 def _read_text(file: Path) -> str:
     with _open_decompressed(file) as stream:
-        data = stream.read()
+        limit = _max_decompressed_bytes(file)
+        data = stream.read() if limit == float("inf") else stream.read(int(limit) + 1)
+    _check_expansion(file, len(data))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

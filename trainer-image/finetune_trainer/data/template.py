@@ -17,10 +17,13 @@ import jinja2
 from finetune_api.errors import ConfigError
 
 from finetune_trainer.data.rows import Completion, Conversation, Example, RowError, Text, Turn
+from finetune_trainer.data.time_limit import TimeLimitExceeded, time_limit
 
 CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
 """Private-use characters that no tokenizer, template or data set contains."""
+TEMPLATE_SECONDS = 60.0
+"""Time limit for one run of a chat template. A long conversation takes milliseconds."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -58,7 +61,7 @@ class RenderOptions:
 
 
 def render(example: Example, options: RenderOptions) -> Rendered:
-    """Render one example. Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch; ConfigError TemplateSpansUnknown."""
+    """Render one example. Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch; ConfigError TemplateSpansUnknown, TemplateTooSlow."""
     match example:
         case Text(text):
             rendered = Rendered(text, ((0, len(text)),), False)
@@ -237,14 +240,20 @@ def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Re
 def _apply_template(
     tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
 ) -> str:
-    """Render the turns with the chat template. Errors: RowError TemplateRefusedRow with the template's own message."""
+    """Render the turns with the chat template. Errors: RowError TemplateRefusedRow with the template's own message; ConfigError TemplateTooSlow."""
     messages: list[Mapping[str, Any]] = [turn.message() for turn in turns]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
+        with time_limit(TEMPLATE_SECONDS):
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
-        )
+    except TimeLimitExceeded:
+        raise ConfigError(
+            "TemplateTooSlow", f"the chat template did not end within {TEMPLATE_SECONDS:g} s for a row with {len(turns)} turns",
+            hint="remove loops from dataset.chatTemplate or from the template of the tokenizer: a template needs one loop over the messages",
+        ) from None  # fmt: skip
     except jinja2.TemplateError as error:
         raise RowError(
             "TemplateRefusedRow", f"the chat template refuses the conversation: {error}",

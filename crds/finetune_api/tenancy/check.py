@@ -1,0 +1,149 @@
+"""Applies the rules of `policy` to a spec, in Python. `admission` writes the same rules for the API server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tenancy import table
+from finetune_api.tenancy.patterns import EVERYTHING, allows
+from finetune_api.tenancy.settings import PolicyRules
+from finetune_api.tenancy.table import Platform, Pool, Text
+
+__all__ = ["Platform", "PolicyProblem", "Pool", "check_policy"]
+
+
+@dataclass(frozen=True)
+class PolicyProblem:
+    """A value that the platform's policy refuses."""
+
+    path: str
+    """Path of the field below `spec`."""
+    rule: str
+    """Name of the rule in `policy`."""
+    message: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"spec.{self.path}: {self.message}; {self.hint}"
+
+
+def check_policy(spec: FineTuneJobSpec, rules: PolicyRules, platform: Platform) -> list[PolicyProblem]:
+    """Return every value of a user's spec, without filled-in defaults, that the rules refuse."""
+    wire, checker = spec.to_wire(), _Checker(rules, platform)
+    return [
+        *checker.check_pool(spec),
+        *checker.check_patterns(wire),
+        *checker.check_output_folder(spec),
+        *checker.check_code(wire),
+        *checker.check_limits(spec),
+    ]
+
+
+def values_at(value: Any, path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path with list indices, value) for each value at a path with `[]` after the names of lists."""
+    name, _, rest = path.partition(".")
+    inner = value.get(name.removesuffix("[]"))
+    if inner is None:
+        return
+    located = [(f"{prefix}{name[:-2]}[{i}]", item) for i, item in enumerate(inner)] if name.endswith("[]") else [(f"{prefix}{name}", inner)]
+    for place, item in located:
+        if rest:
+            yield from values_at(item, rest, f"{place}.")
+        else:
+            yield place, item
+
+
+def pool_name(spec: FineTuneJobSpec, pools: Sequence[Pool]) -> str:
+    """Return the name of the pool that the job names, or that the operator chooses for it. Empty: the job uses no pool."""
+    resources = spec.resources
+    if resources.node_pool is not None:
+        return resources.node_pool
+    if resources.gpus_per_node == 0:
+        return ""
+    wanted = resources.gpu_resource
+    candidates = [pool for pool in pools if pool.is_default and wanted in (None, pool.gpu_resource)]
+    candidates += [pool for pool in pools if pool.gpu_resource == wanted]
+    return candidates[0].name if candidates else ""
+
+
+class _Checker:
+    """Checks one spec. `rules` are the rules of the job's namespace."""
+
+    def __init__(self, rules: PolicyRules, platform: Platform):
+        self._rules, self._platform = rules, platform
+
+    def _patterns(self, rule: str) -> tuple[str, ...]:
+        return tuple(self._rules.value_of(rule))
+
+    def _refused(self, rule: str, path: str, text: Text, *, subject: str = "") -> Iterator[PolicyProblem]:
+        patterns, platform = self._patterns(rule), self._platform
+        if patterns == EVERYTHING:
+            return
+        if text.compared is None or not allows(
+            patterns, text.compared, compares_folders=rule in table.FOLDER_RULES, storage=platform.s3_root, namespace=platform.namespace
+        ):
+            message = f"{subject or repr(text.shown)} is refused by the platform's rule policy.{rule} for namespace {platform.namespace}"
+            yield PolicyProblem(path, rule, message, self._describe(patterns))
+
+    def _describe(self, patterns: tuple[str, ...]) -> str:
+        """Return a hint with the patterns, as they read in this namespace."""
+        if not patterns:
+            return "the rule allows no value: remove the field"
+        root = self._platform.s3_root
+        used_patterns = [pattern for pattern in patterns if root or "{storage}" not in pattern]
+        texts = [pattern.replace("{storage}", root).replace("{namespace}", self._platform.namespace) for pattern in used_patterns]
+        order = "; the last matching pattern decides, and ! refuses" if any(text.startswith("!") for text in texts) else ""
+        return f"write a value that the rule allows: {', '.join(texts)}{order}"
+
+    def check_pool(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
+        """Check the pool that the job names or gets."""
+        name = pool_name(spec, self._platform.pools)
+        subject = "a job without a node pool" if not name else f"node pool {name!r}"
+        yield from self._refused("nodePools", "resources.nodePool", Text(name, name), subject=subject)
+
+    def check_patterns(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:
+        """Check each field whose value is compared with patterns by itself."""
+        for check in table.PATTERN_CHECKS:
+            for path, value in values_at(wire, check.path):
+                for text in check.texts(value, self._platform):
+                    yield from self._refused(check.rule, path, text)
+
+    def check_output_folder(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
+        """Check `<storage.uri>/<output.dir>`. Without any storage, the job is not accepted for another reason."""
+        uri, folder = spec.storage.uri or self._platform.storage_uri, spec.output.dir
+        if uri is None or folder is None:
+            return
+        address = f"{table.without_end_slash(uri)}/{table.without_end_slash(folder)}"
+        is_odd = re.search(table.ODD_FOLDERS, address) is not None
+        yield from self._refused("destinations", "output.dir", Text(address, None if is_odd else address))
+
+    def check_code(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:
+        """Check fields that run code of the user or of a model repository."""
+        forbidden_if_present = [(rule, path, True) for rule, path in table.FORBIDDEN_IF_PRESENT]
+        forbidden_if_true = [(rule, path, False) for rule, path in table.FORBIDDEN_IF_TRUE]
+        for rule, path, is_any in (*forbidden_if_present, *forbidden_if_true):
+            if self._rules.value_of(rule):
+                continue
+            for place, value in values_at(wire, path):
+                if is_any or value is True:
+                    message = f"the platform's rule policy.{rule} is false for namespace {self._platform.namespace}"
+                    yield PolicyProblem(place, rule, message, f"remove {path.rpartition('.')[2]}")
+
+    def check_limits(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
+        """Check the numbers of nodes, GPUs and seconds."""
+        rules = self._rules
+        nodes = spec.resources.nodes or 1
+        gpus = nodes * (1 if spec.resources.gpus_per_node is None else spec.resources.gpus_per_node)
+        seconds = spec.policy.active_deadline_seconds
+        for rule, path, limit, value, text in (
+            ("maxNodes", "resources.nodes", rules.max_nodes, nodes, f"{nodes} nodes"),
+            ("maxGpus", "resources.gpusPerNode", rules.max_gpus, gpus, f"{gpus} GPUs on all nodes together"),
+            ("maxDurationSeconds", "policy.activeDeadlineSeconds", rules.max_duration_seconds, seconds or 0, f"{seconds} s"),
+        ):
+            if limit is not None and value > limit:
+                message = f"{text} are more than the platform's rule policy.{rule} allows for namespace {self._platform.namespace}"
+                yield PolicyProblem(path, rule, message, f"lower the value: the limit is {limit}")

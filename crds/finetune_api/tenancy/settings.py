@@ -1,0 +1,122 @@
+"""`policy` of the chart's values and of the operator's configuration: what the FineTuneJobs of each namespace may use."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints
+from pydantic.alias_generators import to_snake
+
+from finetune_api.base import WireModel
+from finetune_api.tenancy.patterns import AddressPattern, Pattern
+
+Patterns = tuple[Pattern, ...]
+AddressPatterns = tuple[AddressPattern, ...]
+NamespacePattern = Annotated[str, StringConstraints(pattern=r"^[-a-z0-9*]+$", max_length=63)]
+
+
+class NamespacePolicy(WireModel):
+    """The rules of some namespaces. A rule that is absent is taken from `policy` itself."""
+
+    node_pools: Patterns | None = Field(
+        default=None, description="Node pools. A job without a pool needs `*`: its pods can run on every node without taints."
+    )
+    images: Patterns | None = Field(default=None, description="Trainer images in placement.image.")
+    service_accounts: Patterns | None = Field(default=None, description="ServiceAccounts in placement.serviceAccountName.")
+    secrets: Patterns | None = Field(default=None, description="Names of the Secrets that the job uses, in the job's namespace.")
+    priority_classes: Patterns | None = Field(default=None, description="Priority classes in placement.priorityClassName.")
+    tolerations: Patterns | None = Field(
+        default=None, description="Keys of the taints in placement.tolerations. A toleration without key tolerates every taint and needs exactly [`*`]."
+    )
+    node_labels: Patterns | None = Field(
+        default=None, description="Keys of node labels in placement.nodeSelector and placement.nodeAffinity. NotIn and DoesNotExist are always allowed."
+    )
+    environment: Patterns | None = Field(default=None, description="Names of the variables in placement.env.")
+    labels: Patterns | None = Field(default=None, description="Keys in placement.labels.")
+    annotations: Patterns | None = Field(default=None, description="Keys in placement.annotations.")
+    mount_paths: Patterns | None = Field(default=None, description="Paths in placement.volumeMounts.")
+    endpoints: Patterns | None = Field(
+        default=None, description="URLs of S3 stores, judges and MLflow servers, compared in lower case and without a slash at the end."
+    )
+    sources: AddressPatterns | None = Field(
+        default=None, description="Addresses from which a job reads models, data, benchmarks and checkpoints of other jobs. org/name counts as hf://org/name."
+    )
+    destinations: AddressPatterns | None = Field(
+        default=None,
+        description="Addresses below which a job writes: <storage.uri>/<namespace>, <storage.uri>/<output.dir>, and hf://<output.hub.repository>.",
+    )
+    allow_trust_remote_code: bool | None = Field(default=None, description="Whether jobs may set model.trustRemoteCode.")
+    allow_user_code: bool | None = Field(
+        default=None, description="Whether jobs may run reward functions of ConfigMaps and benchmarks with allowCodeExecution, and set checkpoint.allowPickle."
+    )
+    max_nodes: int | None = Field(default=None, ge=1, description="Most nodes of a job; default: no limit.")
+    max_gpus: int | None = Field(default=None, ge=0, description="Most GPUs of a job: nodes x gpusPerNode; default: no limit.")
+    max_duration_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest running time of a job. It replaces policy.activeDeadlineSeconds in jobs that do not set it; default: no limit.",
+    )
+
+
+class NamespaceEntry(NamespacePolicy):
+    """`policy.namespaces[]`: rules of the namespaces in `names`."""
+
+    names: Annotated[tuple[NamespacePattern, ...], Field(min_length=1)] = Field(description="Names of namespaces; `*` matches any text.")
+
+
+class PolicyRules(WireModel):
+    """All rules of one namespace. The defaults of the lists refuse only what reaches beyond the namespace."""
+
+    node_pools: Patterns = ("*",)
+    images: Patterns = ("*",)
+    service_accounts: Patterns = ("default",)
+    secrets: Patterns = ("*",)
+    priority_classes: Patterns = ("*", "!system-*")
+    tolerations: Patterns = ("*", "!node-role.kubernetes.io/*", "!node.cloudprovider.kubernetes.io/*", "!CriticalAddonsOnly")
+    node_labels: Patterns = ("*", "!node-role.kubernetes.io/*")
+    environment: Patterns = ("*", "!LD_*", "!PYTHONPATH", "!PYTHONHOME", "!PYTHONSTARTUP", "!PYTHONUSERBASE")
+    labels: Patterns = ("*",)
+    annotations: Patterns = ("*", "!k8s.v1.cni.cncf.io/*", "!container.apparmor.security.beta.kubernetes.io/*")
+    mount_paths: Patterns = (
+        "*", "!/app/*", "!/opt/venv/*", "!/bin/*", "!/sbin/*", "!/lib/*", "!/lib64/*", "!/usr/*", "!/etc/*", "!/dev/*", "!/proc/*", "!/sys/*",
+        "!/run/*", "!/var/run/*",
+    )  # fmt: skip
+    endpoints: Patterns = ("*", "!*://169.254.*", "!*://[fd00:ec2::254]*", "!*://metadata.google.internal*")
+    sources: AddressPatterns = ("*", "!{storage}/*", "{storage}/{namespace}/*")
+    destinations: AddressPatterns = ("*", "!{storage}/*", "{storage}/{namespace}/*")
+    allow_trust_remote_code: bool = True
+    allow_user_code: bool = True
+    max_nodes: int | None = None
+    max_gpus: int | None = None
+    max_duration_seconds: int | None = None
+
+    def value_of(self, rule: str) -> Any:
+        """Return the value of a rule by its name in camelCase."""
+        return getattr(self, to_snake(rule))
+
+
+class PlatformPolicy(NamespacePolicy):
+    """`policy`: the rules of all namespaces, and other rules for some namespaces."""
+
+    namespaces: tuple[NamespaceEntry, ...] = Field(
+        default=(), description="Rules that replace those of `policy` in some namespaces. The first entry with a matching name applies."
+    )
+
+    def rules_for(self, namespace: str) -> PolicyRules:
+        """Return the rules of a namespace: of the first matching entry, otherwise of `policy`, otherwise the defaults."""
+        entry = next((entry for entry in self.namespaces if any(_matches(name, namespace) for name in entry.names)), None)
+        given_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
+        if entry is not None:
+            given_rules |= entry.model_dump(exclude_none=True, exclude={"names"})
+        return PolicyRules(**given_rules)
+
+
+@lru_cache(maxsize=1024)
+def _name_regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern.replace("*", ".*"))
+
+
+def _matches(pattern: str, namespace: str) -> bool:
+    return _name_regex(pattern).fullmatch(namespace) is not None

@@ -1,0 +1,276 @@
+"""Specs that the platform's policy allows or refuses. The operator and the API server must agree on every row."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Values = dict[str, Any]
+
+CHART_VALUES: Values = {
+    "storage": {"uri": "s3://finetune/jobs/"},
+    "nodePools": [
+        {"name": "h100", "default": True, "gpusPerNode": 8},
+        {"name": "mig", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig-1g.10gb"},
+    ],
+    "policy": {
+        "namespaces": [
+            {
+                "names": ["strict", "strict-*"], "nodePools": ["h100"], "images": ["registry.example.com/*", "!*/old/*", "registry.example.com/old/kept:1"],
+                "serviceAccounts": ["trainer-{namespace}"], "secrets": ["{namespace}-*"], "priorityClasses": ["batch"],
+                "tolerations": ["nvidia.com/gpu"], "nodeLabels": ["topology.kubernetes.io/*"], "environment": ["NCCL_*"], "labels": ["team"],
+                "annotations": [], "mountPaths": ["/mnt/*"], "endpoints": ["https://s3.example.com"],
+                "sources": ["hf://org/*", "s3://data/{namespace}/*", "configmap://*", "pvc://*", "https://data.example.com/*"],
+                "destinations": ["s3://results/{namespace}/*", "hf://org/{namespace}-*"],
+                "allowTrustRemoteCode": False, "allowUserCode": False, "maxNodes": 2, "maxGpus": 8, "maxDurationSeconds": 3600,
+            },
+            {"names": ["strict-never-used"], "images": ["*"]},
+            {
+                "names": ["free"], "serviceAccounts": ["*"], "priorityClasses": ["*"], "tolerations": ["*"], "nodeLabels": ["*"], "environment": ["*"],
+                "annotations": ["*"], "mountPaths": ["*"], "endpoints": ["*"], "sources": ["*"], "destinations": ["*"],
+            },
+        ]
+    },
+}  # fmt: skip
+"""Values of the chart: the default rules for `plain`, strict rules for `strict` and rules without limits for `free`."""
+NAMESPACES = ("plain", "strict", "free")
+
+BASE_SPECS: dict[str, Values] = {
+    "plain": {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}},
+    "free": {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}},
+    "strict": {"model": {"source": "org/name"}, "dataset": {"train": "s3://data/strict/train.jsonl"}, "storage": {"uri": "s3://results"}},
+}
+
+
+class Row(NamedTuple):
+    """One spec: the base spec of the namespace with the changed groups. `refused` is None, or the field and the rule that refuse the spec."""
+
+    namespace: str
+    groups: Values
+    refused: tuple[str, str] | None
+
+    @property
+    def spec(self) -> Values:
+        """The spec."""
+        base = BASE_SPECS[self.namespace]
+        changed = {name: {**base.get(name, {}), **group} for name, group in self.groups.items()}
+        return {name: {key: value for key, value in group.items() if value is not None} for name, group in {**base, **changed}.items()}
+
+
+def _both(path: str, rule: str, refused: list[tuple[str, Values]], allowed: list[tuple[str, Values]]) -> list[Row]:
+    return [Row(space, groups, (path, rule)) for space, groups in refused] + [Row(space, groups, None) for space, groups in allowed]
+
+
+def _mount(path: str) -> Values:
+    return {"placement": {"volumes": [{"name": "v", "configMap": "c"}], "volumeMounts": [{"name": "v", "mountPath": path}]}}
+
+
+def _placement(**fields: Any) -> Values:
+    return {"placement": fields}
+
+
+def _env(*names: str) -> Values:
+    return _placement(env=[{"name": name, "value": "1"} for name in names])
+
+
+def _train(source: str) -> Values:
+    return {"dataset": {"train": source}}
+
+
+RUN = "11111111-1111-4111-8111-111111111111"
+OTHERS_CHECKPOINT = f"s3://finetune/jobs/other/bot/{RUN}/checkpoints/step-00000100"
+OWN_CHECKPOINT = f"s3://finetune/jobs/plain/bot/{RUN}/checkpoints/step-00000100"
+REWARD = {"configMapRef": {"name": "r", "key": "r.py"}}
+HUMAN_EVAL = {"name": "openai-humaneval", "folder": "pvc://data/human-eval", "allowCodeExecution": True}
+CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "theirs", "key": "k"}}
+
+
+def _secret_rows() -> list[Row]:
+    """One row for each field that names a Secret."""
+    key, name = {"name": "theirs", "key": "k"}, {"name": "theirs"}
+    specs: dict[str, Values] = {
+        "model.tokenSecretRef.name": {"model": {"tokenSecretRef": key}},
+        "model.storage.credentialsSecretRef.name": {"model": {"storage": {"credentialsSecretRef": name}}},
+        "model.storage.encryption.customerKeySecretRef.name": {"model": {"storage": {"encryption": CUSTOMER_KEY}}},
+        "dataset.storage.credentialsSecretRef.name": {"dataset": {"storage": {"credentialsSecretRef": name}}},
+        "dataset.storage.encryption.customerKeySecretRef.name": {"dataset": {"storage": {"encryption": CUSTOMER_KEY}}},
+        "output.hub.tokenSecretRef.name": {"output": {"hub": {"push": True, "repository": "org/strict-m", "tokenSecretRef": key}}},
+        "evaluation.judge.apiKeySecretRef.name": {"evaluation": {"judge": {"apiKeySecretRef": key}}},
+        "tracking.wandb.apiKeySecretRef.name": {"tracking": {"reportTo": ["wandb"], "wandb": {"apiKeySecretRef": key}}},
+        "tracking.mongodb.uriSecretRef.name": {"tracking": {"reportTo": ["mongodb"], "mongodb": {"uriSecretRef": key}}},
+        "storage.credentialsSecretRef.name": {"storage": {"credentialsSecretRef": name}},
+        "storage.encryption.customerKeySecretRef.name": {"storage": {"encryption": CUSTOMER_KEY}},
+        "placement.env[].secretKeyRef.name": _placement(env=[{"name": "NCCL_X", "secretKeyRef": key}]),
+        "placement.imagePullSecrets[]": _placement(imagePullSecrets=["strict-a", "theirs"]),
+        "placement.volumes[].secret": _placement(volumes=[{"name": "a", "secret": "strict-b"}, {"name": "b", "secret": "theirs"}]),
+    }
+    refused = [Row("strict", groups, (path, "secrets")) for path, groups in specs.items()]
+    return refused + [Row("plain", groups, None) for groups in specs.values()] + [Row("strict", _placement(imagePullSecrets=["strict-a"]), None)]
+
+
+def _address_rows() -> list[Row]:
+    """Addresses that the job reads and writes."""
+    others, own = "s3://finetune/jobs/other/x.jsonl", "s3://finetune/jobs/plain/x.jsonl"
+    model = {"type": "adapter", "adapter": {"source": "s3://finetune/jobs/other/a"}}
+    specs: dict[str, tuple[str, Values]] = {
+        "model.source": ("plain", {"model": {"source": "s3://finetune/jobs/other/m"}}),
+        "model.tokenizer": ("plain", {"model": {"tokenizer": "s3://finetune/jobs/other/m"}}),
+        "model.cache": ("plain", {"model": {"cache": "pvc://claim/a/../b"}}),
+        "method.adapter.source": ("plain", {"method": model}),
+        "trainer.dpo.referenceModel": ("plain", {"trainer": {"type": "dpo", "dpo": {"referenceModel": others}}}),
+        "dataset.train": ("plain", _train(others)),
+        "dataset.validation": ("plain", {"dataset": {"validation": others}}),
+        "dataset.test": ("plain", {"dataset": {"test": others}}),
+        "dataset.mixture[].source": ("strict", {"dataset": {"mixture": [{"source": "org/rows"}, {"source": "theirs/rows"}], "train": None}}),
+        "evaluation.metricModels.bertscore": ("strict", {"evaluation": {"metricModels": {"bertscore": "theirs/m"}}}),
+        "evaluation.metricModels.semanticSimilarity": ("strict", {"evaluation": {"metricModels": {"semanticSimilarity": "theirs/m"}}}),
+        "evaluation.benchmarks[].folder": ("strict", {"evaluation": {"benchmarks": [{"name": "lm-eval", "folder": "s3://theirs/x"}]}}),
+        "output.combineAdapters[].source": ("strict", {"output": {"mergeAdapter": True, "combineAdapters": [{"source": "theirs/a"}]}}),
+        "phases.from": ("plain", {"phases": {"train": False, "from": "s3://finetune/jobs/other/bot/model"}}),
+        "checkpoint.resume": ("plain", {"checkpoint": {"resume": OTHERS_CHECKPOINT}}),
+    }
+    rows = [Row(namespace, groups, (path, "sources")) for path, (namespace, groups) in specs.items()]
+    rows += [Row("free", groups, None) for path, (namespace, groups) in specs.items() if namespace == "plain"]
+    for source in ("s3://finetune", "s3://finetune/", "s3://finetune//", "s3://finetune/jobs", "s3://finetune/jobs/plain/../other/x", "s3://finetune/jobs//other/x",
+                   "s3://finetune/./x", "s3://finetune/jobs/plainly/x"):  # fmt: skip
+        rows.append(Row("plain", _train(source), ("dataset.train", "sources")))
+    for source in (own, "s3://finetune/jobs/plain", "s3://finetune/jobs/plain/", "s3://finetune/jobsx", "s3://finetune2/jobs/other", "org/rows",
+                   "hf://org/rows@main", "configmap://rows/r.jsonl", "pvc://claim/finetune/jobs", "https://x.example.com/a//b/../c.jsonl"):  # fmt: skip
+        rows.append(Row("plain", _train(source), None))
+    for resume in ("auto", "never", OWN_CHECKPOINT, "https://x.example.com/checkpoints/step-00000100"):
+        rows.append(Row("plain", {"checkpoint": {"resume": resume}}, None))
+    for source in ("hf://orgs/rows", "s3://data/strict-2/x", "s3://data", "file:///data/x", "https://data.example.com.evil.example/x"):
+        rows.append(Row("strict", _train(source), ("dataset.train", "sources")))
+    for source in ("s3://data/strict/x", "hf://org/rows", "configmap://rows/r.jsonl", "https://data.example.com/x"):
+        rows.append(Row("strict", _train(source), None))
+    return rows
+
+
+def _destination_rows() -> list[Row]:
+    def stored(uri: str, **output: str) -> Values:
+        return {"storage": {"uri": uri}, **({"output": output} if output else {})}
+
+    hub = {"push": True, "tokenSecretRef": {"name": "strict-hub", "key": "k"}}
+    rows = _both("storage.uri", "destinations", [
+        ("plain", stored("s3://finetune/jobs/other")), ("plain", stored("s3://finetune//jobs")),
+        ("strict", stored("s3://other")), ("strict", stored("pvc://claim")),
+    ], [
+        ("plain", stored("s3://finetune/jobs")), ("plain", stored("s3://finetune/jobs/")), ("plain", stored("s3://finetune/elsewhere")), ("plain", stored("s3://finetune")),
+        ("plain", stored("s3://finetune/jobs/plain")), ("plain", stored("pvc://claim/x")), ("strict", stored("s3://results/")),
+        ("free", stored("s3://finetune/jobs/other")),
+    ])  # fmt: skip
+    rows += _both("output.dir", "destinations", [
+        ("plain", {"output": {"dir": "other/bot"}}), ("plain", {"output": {"dir": "results"}}), ("plain", {"output": {"dir": "plain/../other"}}),
+        ("plain", stored("s3://finetune", dir="jobs/other")), ("plain", stored("s3://finetune/jobs", dir="other")), ("strict", {"output": {"dir": "x"}}),
+    ], [
+        ("plain", {"output": {"dir": "plain/results"}}), ("plain", {"output": {"dir": "plain"}}), ("plain", stored("s3://own", dir="results")),
+        ("strict", {"output": {"dir": "strict/x"}}), ("free", {"output": {"dir": "results"}}),
+    ])  # fmt: skip
+    rows += _both("output.hub.repository", "destinations", [("strict", {"output": {"hub": {**hub, "repository": "org/m"}}})], [
+        ("strict", {"output": {"hub": {**hub, "repository": "org/strict-m"}}}), ("plain", {"output": {"hub": {**hub, "repository": "org/m"}}}),
+    ])  # fmt: skip
+    return rows
+
+
+def _pool_and_limit_rows() -> list[Row]:
+    def resources(**fields: Any) -> Values:
+        return {"resources": fields}
+
+    mig = "nvidia.com/mig-1g.10gb"
+    return [
+        *_both("resources.nodePool", "nodePools",
+               [("strict", resources(nodePool="mig")), ("strict", resources(gpusPerNode=0)), ("strict", resources(gpuResource=mig)),
+                ("strict", resources(gpuResource="amd.com/gpu"))],
+               [("strict", resources(gpusPerNode=1)), ("strict", resources(nodePool="h100", gpusPerNode=0)), ("plain", resources(gpuResource=mig)),
+                ("strict", resources(gpuResource="nvidia.com/gpu")), ("plain", resources(gpusPerNode=0))]),
+        *_both("resources.nodes", "maxNodes", [("strict", resources(nodes=3))], [("strict", resources(nodes=2)), ("plain", resources(nodes=3))]),
+        *_both("resources.gpusPerNode", "maxGpus", [("strict", resources(nodes=2, gpusPerNode=5))],
+               [("strict", resources(nodes=2, gpusPerNode=4)), ("strict", resources(gpusPerNode=8)), ("plain", resources(nodes=2, gpusPerNode=8))]),
+        *_both("policy.activeDeadlineSeconds", "maxDurationSeconds", [("strict", {"policy": {"activeDeadlineSeconds": 3601}})],
+               [("strict", {"policy": {"activeDeadlineSeconds": 3600}}), ("plain", {"policy": {"activeDeadlineSeconds": 3601}})]),
+    ]  # fmt: skip
+
+
+def _placement_rows() -> list[Row]:
+    control_plane, every = {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}, {"operator": "Exists"}
+    gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
+    control_plane_label = "node-role.kubernetes.io/control-plane"
+
+    def affinity(operator: str) -> Values:
+        return _placement(nodeAffinity=[{"key": "topology.kubernetes.io/zone", "operator": "Exists"}, {"key": control_plane_label, "operator": operator}])
+
+    return [
+        *_both("placement.image", "images",
+               [("strict", _placement(image="docker.io/x:1")), ("strict", _placement(image="registry.example.com/old/x:1"))],
+               [("strict", _placement(image="registry.example.com/a/x:1")), ("strict", _placement(image="registry.example.com/old/kept:1")),
+                ("plain", _placement(image="docker.io/x:1"))]),
+        *_both("placement.serviceAccountName", "serviceAccounts",
+               [("plain", _placement(serviceAccountName="admin")), ("strict", _placement(serviceAccountName="default"))],
+               [("plain", _placement(serviceAccountName="default")), ("strict", _placement(serviceAccountName="trainer-strict")),
+                ("free", _placement(serviceAccountName="admin"))]),
+        *_both("placement.priorityClassName", "priorityClasses",
+               [("plain", _placement(priorityClassName="system-cluster-critical")), ("strict", _placement(priorityClassName="high"))],
+               [("plain", _placement(priorityClassName="high")), ("free", _placement(priorityClassName="system-node-critical"))]),
+        *_both("placement.tolerations[]", "tolerations",
+               [("plain", _placement(tolerations=[gpu, control_plane])), ("plain", _placement(tolerations=[every])),
+                ("strict", _placement(tolerations=[{"key": "other", "operator": "Exists"}])), ("strict", _placement(tolerations=[every]))],
+               [("plain", _placement(tolerations=[gpu])), ("strict", _placement(tolerations=[gpu])), ("free", _placement(tolerations=[every]))]),
+        *_both("placement.nodeSelector", "nodeLabels",
+               [("plain", _placement(nodeSelector={"zone": "a", control_plane_label: ""})), ("strict", _placement(nodeSelector={"gpu": "h100"}))],
+               [("plain", _placement(nodeSelector={"gpu": "h100"})), ("strict", _placement(nodeSelector={"topology.kubernetes.io/zone": "a"}))]),
+        *_both("placement.nodeAffinity[]", "nodeLabels", [("plain", affinity("Exists")), ("plain", affinity("In"))],
+               [("plain", affinity("DoesNotExist")), ("plain", affinity("NotIn")), ("free", affinity("Exists"))]),
+        *_both("placement.env[].name", "environment",
+               [("plain", _env("DEBUG", "LD_PRELOAD")), ("plain", _env("PYTHONPATH")), ("strict", _env("NCCL_DEBUG", "DEBUG"))],
+               [("plain", _env("DEBUG", "PYTHONFAULTHANDLER", "XLD_A")), ("strict", _env("NCCL_DEBUG")), ("free", _env("LD_PRELOAD"))]),
+        *_both("placement.labels", "labels", [("strict", _placement(labels={"team": "a", "role": "b"}))],
+               [("strict", _placement(labels={"team": "a"})), ("plain", _placement(labels={"role": "b"}))]),
+        *_both("placement.annotations", "annotations",
+               [("strict", _placement(annotations={"note": "a"})), ("plain", _placement(annotations={"k8s.v1.cni.cncf.io/networks": "kube-system/x"}))],
+               [("plain", _placement(annotations={"note": "a"}))]),
+        *_both("placement.volumeMounts[].mountPath", "mountPaths",
+               [("plain", _mount(path)) for path in ("/app", "/app/", "/app/finetune_trainer", "//", "/opt", "/opt/venv/lib", "/etc/finetune", "/mnt/../app",
+                                                     "/mnt//x", "/dev/shm", "/mnt/.", "/var")] + [("strict", _mount("/data"))],
+               [("plain", _mount(path)) for path in ("/mnt/x", "/mnt/x/", "/application", "/opt/tools", "/data", "/var/lib/x", "/mnt/..x")]
+               + [("strict", _mount("/mnt")), ("strict", _mount("/mnt/x")), ("free", _mount("/app")), ("free", _mount("/mnt/../app"))]),
+    ]  # fmt: skip
+
+
+def _endpoint_rows() -> list[Row]:
+    def connected(endpoint: str, *, tracking: bool = False) -> Values:
+        if tracking:
+            return {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": endpoint}}}
+        return {"storage": {"endpoint": endpoint}}
+
+    metadata = "http://169.254.169.254"
+    return [
+        *_both("storage.endpoint", "endpoints",
+               [("plain", connected(metadata)), ("plain", connected("https://METADATA.google.internal/")), ("strict", connected("https://s3.example.com:9000"))],
+               [("plain", connected("http://10.0.0.1:9000")), ("strict", connected("https://s3.example.com")), ("strict", connected("https://S3.example.com/")),
+                ("free", connected(metadata))]),
+        Row("plain", {"model": {"storage": {"endpoint": metadata}}}, ("model.storage.endpoint", "endpoints")),
+        Row("plain", {"dataset": {"storage": {"endpoint": metadata}}}, ("dataset.storage.endpoint", "endpoints")),
+        Row("plain", {"evaluation": {"judge": {"endpoint": f"{metadata}/v1"}}}, ("evaluation.judge.endpoint", "endpoints")),
+        Row("plain", connected(f"{metadata}/x", tracking=True), ("tracking.mlflow.trackingUri", "endpoints")),
+        Row("plain", connected("http://mlflow.mlops:5000", tracking=True), None),
+    ]  # fmt: skip
+
+
+def _code_rows() -> list[Row]:
+    rewards = {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}, REWARD]}}
+    pickled = {"checkpoint": {"resume": "pvc://claim/checkpoints/step-00000100", "allowPickle": True}, "distributed": {"strategy": "fsdp"}}
+    return [
+        *_both("model.trustRemoteCode", "allowTrustRemoteCode", [("strict", {"model": {"trustRemoteCode": True}})],
+               [("strict", {"model": {"trustRemoteCode": False}}), ("plain", {"model": {"trustRemoteCode": True}})]),
+        *_both("trainer.rewards[].configMapRef", "allowUserCode", [("strict", rewards)],
+               [("strict", {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}]}}), ("plain", rewards)]),
+        *_both("evaluation.benchmarks[].allowCodeExecution", "allowUserCode", [("strict", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})],
+               [("strict", {"evaluation": {"benchmarks": [{**HUMAN_EVAL, "allowCodeExecution": False}]}}),
+                ("plain", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})]),
+        *_both("checkpoint.allowPickle", "allowUserCode", [("strict", pickled)], [("plain", pickled)]),
+    ]  # fmt: skip
+
+
+ROWS: tuple[Row, ...] = (
+    *(Row(namespace, {}, None) for namespace in NAMESPACES),
+    *_placement_rows(), *_secret_rows(), *_endpoint_rows(), *_address_rows(), *_destination_rows(), *_code_rows(), *_pool_and_limit_rows(),
+)  # fmt: skip

@@ -1,0 +1,59 @@
+"""The chart writes the values of `policy` into the ValidatingAdmissionPolicy as the operator reads them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.tenancy import PolicyRules, table
+from finetune_api.tenancy.patterns import regex_of
+from finetune_operator.settings import parse_config
+
+from tests.support.policy_rows import CHART_VALUES
+
+VALUES_WITHOUT_NAMESPACES = {"storage": {"uri": "pvc://claim/jobs"}, "policy": {"maxNodes": 1000000, "maxDurationSeconds": 1}}
+
+
+@pytest.fixture(scope="module")
+def helm_template(helm: Path, root: Path) -> Any:
+    def run(values: dict[str, Any]) -> list[dict[str, Any]]:
+        command = [helm, "template", "rel", root / "helm/finetune-operator", "-f", "-"]
+        done = subprocess.run(command, input=json.dumps({"imageRegistry": "registry.example.com", **values}), capture_output=True, text=True, check=True)
+        return [item for item in yaml.safe_load_all(done.stdout) if item and item["kind"].startswith("ValidatingAdmissionPolicy")]
+
+    return run
+
+
+def encoded(rules: PolicyRules, storage: str) -> dict[str, list[str]]:
+    """Return the rules as texts, as the variable `rules` of the ValidatingAdmissionPolicy has them."""
+    result: dict[str, list[str]] = {}
+    for rule, value in rules.model_dump(mode="json", by_alias=True).items():
+        if isinstance(value, list):
+            regexes = {pattern: regex_of(pattern, compares_folders=rule in table.FOLDER_RULES, storage=storage) for pattern in value}
+            result[rule] = [("-" if pattern.startswith("!") else "+") + regex for pattern, regex in reversed(regexes.items()) if regex]
+        else:
+            result[rule] = [] if value is None else [str(value).lower()]
+    return result
+
+
+@pytest.mark.parametrize(("values", "storage"), [(CHART_VALUES, "s3://finetune/jobs"), (VALUES_WITHOUT_NAMESPACES, "")])
+def test_values_of_all_rules_reach_the_admission_policy(helm_template: Any, values: dict[str, Any], storage: str) -> None:
+    policy, _ = helm_template({**values, "policy": {**values["policy"], "validatingAdmissionPolicy": True}})
+    variables = {item["name"]: item["expression"] for item in policy["spec"]["variables"]}
+    *entries, others = json.loads(variables["rules"].partition(".filter(")[0])
+    config = parse_config(values, "test")
+    assert others == {"namespaces": ["^.*$"], **encoded(config.policy.rules_for("other"), storage)}
+    for entry, given in zip(entries, config.policy.namespaces, strict=True):
+        rules = PolicyRules(**{**config.policy.rules_for("other").model_dump(), **given.model_dump(exclude_none=True, exclude={"names"})})
+        assert entry == {"namespaces": [f"^{name.replace('*', '.*')}$" for name in given.names], **encoded(rules, storage)}
+    assert json.loads(variables["storage"]) == values["storage"]["uri"].rstrip("/")
+    pools = [{"name": pool.name, "resource": pool.gpu_resource, "default": str(pool.default).lower()} for pool in config.node_pools]
+    assert json.loads(variables["pools"]) == pools
+
+
+def test_admission_policy_is_off_by_default(helm_template: Any) -> None:
+    assert helm_template({}) == []

@@ -1,0 +1,194 @@
+"""The rules of `policy`, evaluated as the operator evaluates them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from finetune_api.base import Group
+from finetune_api.compatibility import read_spec
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import Placement
+from finetune_api.spec.common import Source
+from finetune_api.tenancy import PlatformPolicy, PolicyRules, check_policy, table
+from finetune_api.tenancy.patterns import regex_of
+from finetune_operator.settings import OperatorConfig, parse_config
+from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
+
+from tests.support.policy_rows import CHART_VALUES, ROWS, Row
+
+
+@pytest.fixture(scope="module")
+def config() -> OperatorConfig:
+    return parse_config(CHART_VALUES, "test")
+
+
+def refused_fields(row: Row, config: OperatorConfig) -> list[tuple[str, str]]:
+    """Return (field, rule) of each value of the row that is refused. Indices of lists are left out."""
+    spec, unknown_fields = read_spec(row.spec)
+    assert unknown_fields == ()
+    problems = check_policy(spec, config.policy.rules_for(row.namespace), config.platform_of(row.namespace))
+    return [(re.sub(r"\[\d+\]", "[]", problem.path), problem.rule) for problem in problems]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.namespace}-{row.groups}"[:120])
+def test_row(row: Row, config: OperatorConfig) -> None:
+    assert refused_fields(row, config) == ([row.refused] if row.refused else [])
+
+
+# --- what a user reads ----------------------------------------------------------------------------------------------
+
+
+def messages(namespace: str, groups: dict[str, Any], config: OperatorConfig) -> list[str]:
+    spec, _ = read_spec(Row(namespace, groups, None).spec)
+    return [str(problem) for problem in check_policy(spec, config.policy.rules_for(namespace), config.platform_of(namespace))]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "groups", "message"),
+    [
+        ("plain", {"placement": {"env": [{"name": "A"}, {"name": "LD_PRELOAD"}]}},
+         "spec.placement.env[1].name: 'LD_PRELOAD' is refused by the platform's rule policy.environment for namespace plain; write a value that the rule "
+         "allows: *, !LD_*, !PYTHONPATH, !PYTHONHOME, !PYTHONSTARTUP, !PYTHONUSERBASE; the last matching pattern decides, and ! refuses"),
+        ("strict", {"placement": {"serviceAccountName": "admin"}},
+         "spec.placement.serviceAccountName: 'admin' is refused by the platform's rule policy.serviceAccounts for namespace strict; write a value that the "
+         "rule allows: trainer-strict"),
+        ("strict", {"placement": {"annotations": {"note": "x"}}},
+         "spec.placement.annotations: 'note' is refused by the platform's rule policy.annotations for namespace strict; the rule allows no value: "
+         "remove the field"),
+        ("plain", {"dataset": {"train": "s3://finetune/jobs/other/x"}},
+         "spec.dataset.train: 's3://finetune/jobs/other/x' is refused by the platform's rule policy.sources for namespace plain; write a value that the rule "
+         "allows: *, !s3://finetune/jobs/*, s3://finetune/jobs/plain/*; the last matching pattern decides, and ! refuses"),
+        ("plain", {"output": {"dir": "results"}},
+         "spec.output.dir: 's3://finetune/jobs/results' is refused by the platform's rule policy.destinations for namespace plain; write a value that the rule "
+         "allows: *, !s3://finetune/jobs/*, s3://finetune/jobs/plain/*; the last matching pattern decides, and ! refuses"),
+        ("plain", {"placement": {"tolerations": [{"operator": "Exists"}]}},
+         "spec.placement.tolerations[0]: 'a toleration of every taint' is refused by the platform's rule policy.tolerations for namespace plain; write a value "
+         "that the rule allows: *, !node-role.kubernetes.io/*, !node.cloudprovider.kubernetes.io/*, !CriticalAddonsOnly; the last matching pattern decides, "
+         "and ! refuses"),
+        ("strict", {"resources": {"gpusPerNode": 0}},
+         "spec.resources.nodePool: a job without a node pool is refused by the platform's rule policy.nodePools for namespace strict; write a value that the "
+         "rule allows: h100"),
+        ("strict", {"trainer": {"type": "grpo", "rewards": [{"configMapRef": {"name": "r", "key": "r.py"}}]}},
+         "spec.trainer.rewards[0].configMapRef: the platform's rule policy.allowUserCode is false for namespace strict; remove configMapRef"),
+        ("strict", {"resources": {"nodes": 2, "gpusPerNode": 8}},
+         "spec.resources.gpusPerNode: 16 GPUs on all nodes together are more than the platform's rule policy.maxGpus allows for namespace strict; "
+         "lower the value: the limit is 8"),
+    ],
+)  # fmt: skip
+def test_message_names_the_field_the_rule_and_what_to_write(namespace: str, groups: dict[str, Any], message: str, config: OperatorConfig) -> None:
+    assert messages(namespace, groups, config) == [message]
+
+
+def test_query_of_a_web_address_is_not_shown(config: OperatorConfig) -> None:
+    """The query may contain a signature."""
+    (message,) = messages("strict", {"dataset": {"train": "https://x.example.com/a.jsonl?sig=SECRET"}}, config)
+    assert message.startswith("spec.dataset.train: 'https://x.example.com/a.jsonl' is refused")
+
+
+# --- which rules apply ----------------------------------------------------------------------------------------------
+
+
+def test_first_matching_entry_applies_and_absent_rules_are_those_of_the_policy() -> None:
+    policy = PlatformPolicy.model_validate({
+        "images": ["a"], "maxNodes": 4, "allowUserCode": False,
+        "namespaces": [{"names": ["x", "team-*"], "images": [], "allowUserCode": True}, {"names": ["team-a"], "images": ["b"]}],
+    })  # fmt: skip
+    team, other = policy.rules_for("team-a"), policy.rules_for("other")
+    assert (team.images, team.max_nodes, team.allow_user_code, team.service_accounts) == ((), 4, True, ("default",))
+    assert (other.images, other.max_nodes, other.allow_user_code) == (("a",), 4, False)
+    assert policy.rules_for("my-team-a") == other
+    assert policy.rules_for("x").images == ()
+
+
+def test_without_default_storage_no_address_is_reserved() -> None:
+    assert messages("plain", {"dataset": {"train": "s3://finetune/jobs/other/x"}, "output": {"dir": "results"}}, OperatorConfig()) == []
+
+
+@pytest.mark.parametrize("uri", ["pvc://claim/jobs", "file:///jobs"])
+def test_folders_of_other_namespaces_are_reserved_only_in_s3(uri: str) -> None:
+    """A volume claim belongs to one namespace."""
+    config = parse_config({"storage": {"uri": uri}}, "test")
+    assert messages("plain", {"dataset": {"train": f"{uri}/other/x"}, "output": {"dir": "results"}}, config) == []
+
+
+# --- no field is forgotten ------------------------------------------------------------------------------------------
+
+
+def string_fields(model: type[Group], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield (path, field) of every field of the spec that holds text or a list of texts."""
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{info.alias or name}"
+        groups = list(table._groups_of(info.annotation))
+        for group, is_list in groups:
+            yield from string_fields(group, f"{path}[]." if is_list else f"{path}.")
+        if not groups:
+            yield path, info
+
+
+def has_type_of_sources(info: FieldInfo) -> bool:
+    """Whether a field has the length limits of the type Source. A few other texts have the same limits."""
+    constraints = [*info.metadata, *(item for argument in get_args(info.annotation) for item in getattr(argument, "__metadata__", ()))]
+    (limits,) = get_args(Source)[1:]
+    lengths = {name: getattr(item, name, None) for item in constraints for name in ("min_length", "max_length") if getattr(item, name, None)}
+    return lengths == {"min_length": limits.min_length, "max_length": limits.max_length}
+
+
+def test_every_source_of_the_spec_is_checked() -> None:
+    others = {"dataset.responseOnly.questionMarker", "dataset.responseOnly.answerMarker", "tracking.mlflow.trackingUri"}
+    found = {path for path, info in string_fields(FineTuneJobSpec) if has_type_of_sources(info)}
+    assert found - others == {*table.SOURCE_PATHS, "checkpoint.resume"}
+
+
+def test_every_address_of_a_server_is_checked() -> None:
+    addresses = {path for path, _ in string_fields(FineTuneJobSpec) if re.search(r"(endpoint|Endpoint|uri|Uri|url|Url)$", path)}
+    assert addresses == {*table.ENDPOINT_PATHS, "storage.uri"}
+
+
+def test_every_field_of_placement_has_a_rule_or_concerns_only_the_namespace() -> None:
+    in_namespace = {"queueName", "schedulerName", "volumes", "env", "volumeMounts", "imagePullSecrets", "tolerations", "nodeAffinity"}
+    checked = {path.removeprefix("placement.") for check in table.PATTERN_CHECKS if (path := check.path).startswith("placement.")}
+    assert {info.alias for info in Placement.model_fields.values()} == in_namespace | {path for path in checked if "[]" not in path}
+
+
+# --- patterns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "regex"),
+    [
+        ("a.b*", r"(?s)^(a\.b.*)$"), ("!a+b", r"(?s)^(a\+b)$"), ("/x/*", "(?s)^(/x(/.*)?)$"), ("!/x/y/*", "(?s)^((/x(/y(/.*)?)?)?)$"),
+        ("!/x*/y/*", "(?s)^(/x.*/y(/.*)?)$"), ("{namespace}-*", "(?s)^(%namespace%-.*)$"), ("{storage}/x", "(?s)^(s3://b/x)$"),
+        ("!{storage}/*", "(?s)^(s3:(/(/b(/.*)?)?)?)$"),
+    ],
+)  # fmt: skip
+def test_regular_expression_of_a_pattern(pattern: str, regex: str) -> None:
+    """The chart's template builds the same expressions: tests/integration/api/test_admission_policy.py."""
+    assert regex_of(pattern, compares_folders=pattern not in ("a.b*", "!a+b", "{namespace}-*"), storage="s3://b") == regex
+
+
+def test_pattern_with_the_default_storage_is_ignored_without_default_storage() -> None:
+    assert regex_of("!{storage}/*", compares_folders=True, storage="") is None
+
+
+# --- documentation --------------------------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).parents[3] / "docs/guides/tenancy.md"
+
+
+def test_example_of_the_guide_is_valid() -> None:
+    (example,) = re.findall(r"```yaml\n# chart values\n(policy:.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
+    given = yaml.safe_load(example)["policy"]
+    assert given.pop("validatingAdmissionPolicy") is True
+    policy = PlatformPolicy.model_validate(given)
+    assert (policy.rules_for("interns").max_gpus, policy.rules_for("research-a").node_pools) == (2, ("a100", "h100"))
+
+
+def test_guide_has_a_row_for_each_rule() -> None:
+    rows = re.findall(r"^\| (`.*?) \| ", GUIDE.read_text("utf-8").partition("| rule | fields")[2].partition("Helm refuses")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall("`(.*?)`", row)} == {to_camel(name) for name in PolicyRules.model_fields}
