@@ -21,6 +21,7 @@ SOURCE_FIELDS = (
     "dataset.train",
     "dataset.validation",
     "dataset.test",
+    "dataset.images.root",
     "evaluation.metricModels.bertscore",
     "evaluation.metricModels.semanticSimilarity",
     "phases.from",

@@ -71,6 +71,7 @@ METHOD_GROUPS = frozenset(
 OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
     "trainer.dpo", "trainer.grpo", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
+    "dataset.images",
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
     "evaluation.metricModels",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",

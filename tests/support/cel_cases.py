@@ -18,6 +18,7 @@ SPEC_RULES: dict[str, dict[str, Any]] = {
     "AdapterSourceMissing": {"method": {"type": "adapter"}},
     "LoraOnHead": {"method": {"lora": {"targetModules": ["lm_head"]}}},
     "RewardsMissing": {"trainer": {"type": "grpo"}},
+    "VisionPacking": {"model": {"source": "a/b", "modality": "visionLanguage"}, "dataset": {"train": "a/b", "packing": True}},
     "BestNeedsMatchingSteps": {
         "dataset": {"train": "a/b", "validation": "a/c"},
         "checkpoint": {"loadBestAtEnd": True, "steps": 30},

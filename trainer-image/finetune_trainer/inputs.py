@@ -43,6 +43,7 @@ class Inputs(WireModel):
     train: list[Path] = Field(default_factory=list, description="Training files, in the order of their names.")
     mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
     validation: list[Path] = Field(default_factory=list, description="Validation files.")
+    images: Path | None = Field(default=None, description="Folder with the images (dataset.images.root).")
     test: list[Path] = Field(default_factory=list, description="Test files.")
     model_revision: str = Field(description="Commit of a hub model, or a fingerprint of the files of another model.")
     dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")

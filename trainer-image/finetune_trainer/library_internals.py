@@ -7,6 +7,7 @@ written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpee
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -250,10 +251,48 @@ def has_sdpa(config: Any) -> bool:
 
     A flag of the class says it (`_supports_sdpa`). Code from a model's repository is assumed to have sdpa attention.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     return model_class is None or getattr(model_class, "_supports_sdpa", False) is True
+
+
+def image_text_processor_class(config: Any) -> type[Any] | None:
+    """transformers' processor class for a vision-language model with this configuration. None if there is no such model or processor.
+
+    SmolVLM's processor treats images as that of Idefics3 does, and needs packages for videos that the image lacks.
+    """
+    from transformers import Idefics3Processor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    found: type[Any] | None = Idefics3Processor if config.model_type == "smolvlm" else PROCESSOR_MAPPING.get(type(config), None)
+    return found
+
+
+def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> Any:
+    """Build the processor of a folder for images and text. Processors for videos are left out, because they need torchvision.
+
+    `ProcessorMixin` accepts no processor without all of its parts, so the check of the parts is switched off while it is built. The images are
+    resized by Pillow. Errors: ImportError, if the image processor needs torchvision; errors of transformers for unreadable files.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except ValueError as error:
+        missing = re.search(r"Missing optional dependencies: (.*?)\. ", str(error))
+        if missing is None:
+            raise
+        raise ImportError(missing.group(1)) from error
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+    settings, _ = processor_class.get_processor_dict(folder)
+    unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
+    processor = unchecked.from_args_and_dict([parts.get(name) for name in processor_class.get_attributes()], settings)
+    processor.__class__ = processor_class  # an instance of the temporary class could not be sent to worker processes
+    return processor
 
 
 def reinterpreted_lora_targets(model: Any) -> frozenset[str]:

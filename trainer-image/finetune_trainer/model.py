@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import base_bits, trains_base_weights, uses_loftq
+from finetune_api.rules import base_bits, is_vision_language, trains_base_weights, uses_loftq
 from finetune_api.sources import redact_source
 from finetune_api.spec.enums import ComputeDtype, QuantizationType
 
 from finetune_trainer import vocabulary
+from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.hardware import Hardware, trains_on_quantized_base
 from finetune_trainer.imports import needs_bitsandbytes
 from finetune_trainer.inputs import Inputs
+from finetune_trainer.library_internals import build_processor, image_text_processor_class
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -69,6 +71,33 @@ def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
     ]
 
 
+def load_processor(run: RunConfig, inputs: Inputs, config: Any, tokenizer: Any) -> VisionProcessor | None:
+    """Load the processor of a vision-language model; None for a text job. Without a chat template of its own, the tokenizer gets that of the processor.
+
+    Errors: ConfigError ModelWithoutVision, ImageProcessorUnavailable; NotFoundError ProcessorUnreadable.
+    """
+    if not is_vision_language(run.spec):
+        return None
+    processor_class = image_text_processor_class(config)
+    if processor_class is None:
+        raise ConfigError(
+            "ModelWithoutVision", f"model.modality is visionLanguage, but transformers has no model for images and text of type {config.model_type}",
+            hint="remove modality to train a text model, or give a vision-language model",
+        )  # fmt: skip
+    try:
+        processor = build_processor(processor_class, inputs.model, tokenizer)
+    except ImportError as error:
+        raise ConfigError(
+            "ImageProcessorUnavailable", f"the image processor of models of type {config.model_type} needs {str(error).strip().splitlines()[0][:200]}, "
+            "which this image does not have",
+            hint="set placement.image to an image that has the package, or give a model of another type",
+        ) from error  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable_error("ProcessorUnreadable", "processor", run.spec.model.source, inputs.model, error, run) from error
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    return VisionProcessor(processor)
+
+
 def load_config(run: RunConfig, inputs: Inputs) -> Any:
     """Read the base model's `config.json`. Errors: NotFoundError ModelUnreadable."""
     from transformers import AutoConfig
@@ -97,7 +126,7 @@ def load_model(
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
     from finetune_trainer import attention
     from finetune_trainer.library_internals import connect_backbone
@@ -113,7 +142,7 @@ def load_model(
     quantization = quantization_config(run, hardware, skipped_modules=skip_quantization, is_sharded=is_sharded) if quantize else None
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
-    loader = AutoModelForCausalLM
+    loader = AutoModelForImageTextToText if is_vision_language(run.spec) else AutoModelForCausalLM
     if kind == "reward":
         loader, options["num_labels"] = AutoModelForSequenceClassification, 1
     try:

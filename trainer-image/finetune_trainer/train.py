@@ -171,7 +171,9 @@ class TrainingSession:
         self._emit_notes(*notes)
         context = TrainingContext(
             self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.max_positions(config), callbacks,
+            vision=model.load_processor(self.run, self.inputs, config, tokenizer),
         )  # fmt: skip
+        self.vision = context.vision
         args = self.objective.training_arguments(context, has_validation_data=rules.has_validation_set(self.run.spec))
         use_one_device(args)
         self._emit_notes(*choose_kernels(args, self.run, self.hardware, config, self.objective.model_kind))
@@ -322,12 +324,14 @@ class TrainingSession:
         """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this."""
         from finetune_trainer.artefact.card import CARD_FILE, TrainingFacts, model_card
         from finetune_trainer.artefact.end_tokens import trained_answers, trained_end_tokens
-        from finetune_trainer.artefact.generation import write_generation_files
+        from finetune_trainer.artefact.generation import copy_processor_files, write_generation_files
 
         tokenizer, state = self.trainer.processing_class, self.trainer.state
         if self.objective.model_kind == "causal":
             end_ids = trained_end_tokens(tokenizer, trained_answers(self.training_rows))
             write_generation_files(folder, self.inputs.model, self.config, tokenizer, end_ids)
+        if self.vision is not None:
+            copy_processor_files(self.inputs.model, folder)
         losses = {name: line[name] for line in state.log_history for name in ("loss", "eval_loss") if name in line}
         metrics = {"last training loss": losses.get("loss"), "last validation loss": losses.get("eval_loss"), **test_metrics}
         facts = TrainingFacts(
@@ -348,8 +352,9 @@ class TrainingSession:
         tokenizer = trainer.processing_class
         rows = record.choose_rows(self.datasets, tokenizer)
         values = record.record_values(
-            trainer, self.run, self.hardware, rows, tokenizer, head=self.objective.model_kind, is_sharded=self.strategy.shards_weights
-        )
+            trainer, self.run, self.hardware, rows, tokenizer, head=self.objective.model_kind, is_sharded=self.strategy.shards_weights,
+            vision=self.vision,
+        )  # fmt: skip
         content = values.to_bytes()
         if self.channel.rank == 0:
             (self.inputs.output_dir / reference.FILE_NAME).write_bytes(content)

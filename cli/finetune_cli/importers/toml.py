@@ -557,6 +557,8 @@ def _set_vision(draft: JobDraft) -> None:
     is_multimodal = draft.get("fine_tuner.is_multimodel")
     if is_multimodal:
         draft.assign("model.modality", "visionLanguage", "fine_tuner.is_multimodel")
+        if "fine_tuner.finetune_vision_layers" not in draft.given_options:
+            draft.assign("method.vision.visionLayers", True, "fine_tuner.is_multimodel")  # the tool trains them unless it is told otherwise
     for row in ROWS:
         if row.path.startswith("method.vision.") and row.key in draft.given_options:
             if is_multimodal:

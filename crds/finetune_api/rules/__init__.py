@@ -39,6 +39,7 @@ from finetune_api.rules.derived_values import (
     gpus_per_node,
     has_test_set,
     has_validation_set,
+    is_vision_language,
     method_type_of,
     metrics_after_training,
     prompts_to_compare,
@@ -56,6 +57,7 @@ from finetune_api.rules.required_fields import source_fields
 from finetune_api.rules import methods
 from finetune_api.rules import objectives
 from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING, min_batch_size_per_device
+from finetune_api.rules import vision
 from finetune_api.rules import data
 from finetune_api.rules import training
 from finetune_api.rules.training import OPTIMIZERS
@@ -71,7 +73,7 @@ from finetune_api.rules import quantities
 from finetune_api.rules.warnings import warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-RULE_MODULES = (required_fields, methods, objectives, data, training, strategies, results, benchmarks, serving, storage, placement, quantities)
+RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, placement, quantities)
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
@@ -111,6 +113,7 @@ __all__ = [
     "gpus_per_node",
     "has_test_set",
     "has_validation_set",
+    "is_vision_language",
     "max_lora_rank",
     "method_type_of",
     "metrics_after_training",

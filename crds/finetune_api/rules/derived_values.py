@@ -14,6 +14,7 @@ from finetune_api.spec.enums import (
     IntervalStrategy,
     LoraInit,
     MethodType,
+    Modality,
     TrainerType,
 )
 from finetune_api.spec.results import Benchmark
@@ -39,6 +40,11 @@ def method_type_of(spec: FineTuneJobSpec) -> MethodType:
 def trainer_type_of(spec: FineTuneJobSpec) -> TrainerType:
     """Return `trainer.type` (the objective) or its default."""
     return TrainerType(value_or_default(spec.trainer, "type"))
+
+
+def is_vision_language(spec: FineTuneJobSpec) -> bool:
+    """Whether the job trains a model for text and images."""
+    return spec.model.modality is Modality.VISION_LANGUAGE
 
 
 def given_bits(spec: FineTuneJobSpec) -> int | None:

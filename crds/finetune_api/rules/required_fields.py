@@ -9,6 +9,8 @@ from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.sources import ConfigMapSource, HttpsSource, parse, redact_source
 from finetune_api.spec import FineTuneJobSpec
 
+IMAGE_ROOT = "dataset.images.root"
+
 
 @rule(
     "ModelMissing",
@@ -46,16 +48,16 @@ def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         except ConfigError as error:
             yield path, error.message.removeprefix(f"{path} is "), error.hint or ""
             continue
-        if path.startswith("dataset."):
+        if path.startswith("dataset.") and path != IMAGE_ROOT:
             continue
         if isinstance(source, ConfigMapSource):
-            needs_folder = "a benchmark" if path.startswith("evaluation.benchmarks") else "a model"
+            needs_folder = "a benchmark" if path.startswith("evaluation.benchmarks") else "the root of the images" if path == IMAGE_ROOT else "a model"
             yield (
                 path,
                 f"{text!r} is a single file, but {needs_folder} needs a folder",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
-        if isinstance(source, HttpsSource) and path.startswith("evaluation.benchmarks"):
+        if isinstance(source, HttpsSource) and path.startswith(("evaluation.benchmarks", IMAGE_ROOT)):
             message, _ = _unreadable_folder_problem(text, path)
             yield path, message, "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path"
         elif isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
@@ -87,6 +89,7 @@ def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
         ("dataset.train", spec.dataset.train),
         ("dataset.validation", spec.dataset.validation),
         ("dataset.test", spec.dataset.test),
+        ("dataset.images.root", spec.dataset.images.root if spec.dataset.images else None),
     ]
     fields += [(f"dataset.mixture[{i}].source", item.source) for i, item in enumerate(spec.dataset.mixture or [])]
     if spec.evaluation.metric_models is not None:

@@ -33,6 +33,9 @@ class Columns(Group):
     messages: ColumnName | None = spec_field(
         "Column with the list of messages.", default_text="messages or conversations", example="dialogue"
     )
+    images: ColumnName | None = spec_field(
+        "Column with the images of a row. Only with `model.modality: visionLanguage`.", default_text="images or image", example="pictures", since="0.2.0"
+    )
 
 
 class Split(Group):
@@ -88,6 +91,30 @@ class Checks(Group):
         example=True,
     )
     balance: bool | None = spec_field("Report the most frequent answers.", default=False, example=True)
+
+
+class Images(Group):
+    """`dataset.images`: where the images of the rows are, and their limits. Only with `model.modality: visionLanguage`."""
+
+    root: Source | None = spec_field(
+        "Folder with the images. Paths in the rows are relative to this folder; addresses in the rows must begin with this address. Accepts "
+        "the same forms as `model.source`, except web servers.",
+        default_text="the folder of the row's data file",
+        example="s3://data/images",
+        since="0.2.0",
+    )
+    max_bytes: Annotated[int, Field(ge=1, le=1073741824)] | None = spec_field(
+        "Maximum size of an image file in bytes. A row with a larger image is a bad row.", default=20971520, example=5242880, since="0.2.0"
+    )
+    max_pixels: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
+        "Maximum number of pixels of an image: width times height. A row with a larger image is a bad row.",
+        default=50000000,
+        example=4000000,
+        since="0.2.0",
+    )
+    max_per_row: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
+        "Maximum number of images in a row. A row with more images is a bad row.", default=16, example=4, since="0.2.0"
+    )
 
 
 class MixtureItem(Group):
@@ -238,6 +265,12 @@ class Dataset(Group):
         "Options of the multiple-choice format.",
         default_text="the defaults of the fields",
         example={"includeOptions": False},
+    )
+    images: Images | None = spec_field(
+        "Location and limits of the images. Only with `model.modality: visionLanguage`.",
+        default_text="the defaults of the fields",
+        example={"root": "s3://data/images"},
+        since="0.2.0",
     )
     checks: Checks | None = spec_field(
         "Checks of the data before training.", default_text="none", example={"deduplicate": True}

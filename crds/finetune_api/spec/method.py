@@ -82,10 +82,10 @@ class Lora(Group):
 class Vision(Group):
     """`method.vision`: the parts of a vision-language model that are trained."""
 
-    vision_layers: bool | None = spec_field("Train the vision layers.", default=True, example=False)
+    vision_layers: bool | None = spec_field("Train the vision layers, and the layers that connect them to the language model.", default=False, example=True)
     language_layers: bool | None = spec_field("Train the language layers.", default=True, example=False)
-    attention_modules: bool | None = spec_field("Train the attention modules.", default=True, example=False)
-    mlp_modules: bool | None = spec_field("Train the MLP modules.", default=True, example=False)
+    attention_modules: bool | None = spec_field("Train the attention modules of the trained layers.", default=True, example=False)
+    mlp_modules: bool | None = spec_field("Train the MLP modules of the trained layers.", default=True, example=False)
 
 
 class Spectrum(Group):
@@ -120,7 +120,7 @@ class Method(Group):
         "Options of method spectrum.", default_text="the defaults of the fields", example={"snrThreshold": 0.25}
     )
     vision: Vision | None = spec_field(
-        "Trained parts of a vision-language model.", default_text="none", example={"visionLayers": False}
+        "Trained parts of a vision-language model.", default_text="the defaults of the fields", example={"visionLayers": True}
     )
     prompt_length: Annotated[int, Field(ge=1, le=4096)] | None = spec_field(
         "Number of virtual tokens in methods prefixTuning and promptTuning.", default=20, example=50

@@ -222,7 +222,7 @@ SECRET_PATHS = (
 )  # fmt: skip
 SOURCE_PATHS = (
     "model.source", "model.tokenizer", "model.cache", "method.adapter.source", "trainer.dpo.referenceModel", "dataset.train", "dataset.validation",
-    "dataset.test", "dataset.mixture[].source", "evaluation.metricModels.bertscore", "evaluation.metricModels.semanticSimilarity",
+    "dataset.test", "dataset.mixture[].source", "dataset.images.root", "evaluation.metricModels.bertscore", "evaluation.metricModels.semanticSimilarity",
     "evaluation.benchmarks[].folder", "output.combineAdapters[].source", "phases.from",
 )  # fmt: skip
 ENDPOINT_PATHS = (

@@ -102,6 +102,25 @@ def test_quantized_base_model_stays_quantized(write_file: WriteFile) -> None:
     assert "holds 4-bit weights" in imported.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "vision"),
+    [
+        ("is_multimodel = true\n", {"visionLayers": True}),
+        ("is_multimodel = true\nfinetune_vision_layers = false\nfinetune_mlp_modules = false\n", {"visionLayers": False, "mlpModules": False}),
+    ],
+)
+def test_vision_models_train_their_vision_layers_unless_they_are_switched_off(import_toml: Any, text: str, vision: dict[str, bool]) -> None:
+    imported = import_toml(text)
+    assert imported.mistakes == []
+    assert (imported.at("model.modality"), imported.at("method.vision")) == ("visionLanguage", vision)
+
+
+def test_vision_switches_of_a_text_model_have_no_effect(import_toml: Any) -> None:
+    imported = import_toml("finetune_vision_layers = true\n")
+    assert imported.at("method.vision") is None and imported.at("model.modality") is None
+    assert any("the model is not multimodal" in warning for warning in imported.warnings)
+
+
 def test_loftq_options_are_read(import_toml: Any) -> None:
     imported = import_toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
     assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 1}

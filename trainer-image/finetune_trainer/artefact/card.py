@@ -18,7 +18,7 @@ import yaml
 from finetune_api.errors import ConfigError
 from finetune_api.names import Env, Storage
 from finetune_api.pod import RunConfig
-from finetune_api.rules import method_type_of, trainer_type_of
+from finetune_api.rules import is_vision_language, method_type_of, trainer_type_of
 from finetune_api.sources import HubSource, parse, redact_source
 from finetune_api.spec.enums import OutputKind, TrainerType
 
@@ -35,6 +35,9 @@ SHOWN_FIELDS = (
     "training.weightDecay", "training.maxGradNorm", "training.epochs", "training.maxSteps", "training.batchSizePerDevice",
     "training.gradientAccumulationSteps", "training.mixedPrecision", "training.seed", "dataset.maxSequenceLength", "dataset.packing",
 )  # fmt: skip
+VISION_TASK = "image-text-to-text"
+VISION_MODEL_CLASS = "transformers.AutoModelForImageTextToText"
+"""The class for models and adapters. With an adapter, transformers also loads its base model; PEFT has no such class for vision-language models."""
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!~$&])")
 MAX_VALUE_LENGTH = 300
 MERGED_SENTENCE = "The adapter is merged into the weights of the base model, so this folder is a complete model."
@@ -69,7 +72,8 @@ def merged_card(text: str) -> str:
     if "base_model" not in metadata:
         del metadata["base_model_relation"]
     heading, _, rest = body.lstrip("\n").partition("\n")
-    rest = re.sub(r"## Loading\n.*?(?=\n## )", _loading_section(OutputKind.MODEL, "transformers.AutoModelForCausalLM"), rest, flags=re.DOTALL)
+    model_class = VISION_MODEL_CLASS if metadata.get("pipeline_tag") == VISION_TASK else "transformers.AutoModelForCausalLM"
+    rest = re.sub(r"## Loading\n.*?(?=\n## )", _loading_section(OutputKind.MODEL, model_class), rest, flags=re.DOTALL)
     return f"{FENCE}{_to_yaml(metadata)}{FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{rest}"
 
 
@@ -89,11 +93,12 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 def _metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
     """Metadata for the hub. It accepts only names of its own repositories as base model and data set."""
     is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
+    task = "text-classification" if is_reward else VISION_TASK if is_vision_language(run.spec) else "text-generation"
     base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
     tags = ["finetune-operator", str(trainer_type_of(run.spec)), _wire_value(run, "method.type"), "peft" if is_adapter else None]
     values = {
         "base_model": base, "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
-        "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-classification" if is_reward else "text-generation",
+        "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task,
         "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_license(inputs.model),
     }  # fmt: skip
     return {name: value for name, value in values.items() if value}
@@ -112,6 +117,8 @@ def _text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts
     root, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
     what = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
     model_class = "peft.AutoPeftModelForCausalLM" if kind is OutputKind.ADAPTER else "transformers.AutoModelForCausalLM"
+    if is_vision_language(run.spec):
+        model_class = VISION_MODEL_CLASS
     if trainer_type_of(run.spec) is TrainerType.REWARD:
         model_class = model_class.replace("CausalLM", "SequenceClassification")
     base = {"source": redact_source(run.spec.model.source or ""), "revision": inputs.model_revision}

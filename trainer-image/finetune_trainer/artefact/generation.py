@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 GENERATION_FILE = "generation_config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def write_generation_files(folder: Path, base: Path, model_config: Any, tokenizer: Any, end_ids: Sequence[int]) -> None:
@@ -36,6 +38,13 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
         changed = copy.deepcopy(tokenizer)
         changed.eos_token = changed.convert_ids_to_tokens(end_ids[0])
         changed.save_pretrained(folder)
+
+
+def copy_processor_files(base: Path, folder: Path) -> None:
+    """Copy the settings of the base model's processor for images. They are copied unread, because this image has no processors for videos."""
+    for name in PROCESSOR_FILES:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
 
 
 def align_model_config(folder: Path) -> None:

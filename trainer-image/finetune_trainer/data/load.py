@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.pod import RunConfig
+from finetune_api.rules import is_vision_language
 from finetune_api.sources import redact_source
-from finetune_api.spec.dataset import Columns, Dataset, Split
+from finetune_api.spec.dataset import Columns, Dataset, Images, Split
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
 from finetune_trainer.data import checks
 from finetune_trainer.data.detect import SAMPLE_ROWS, detect_format, is_alpaca_instead, require_columns
 from finetune_trainer.data.formats import Format, ReadOptions, format_named
+from finetune_trainer.data.images import ImageReader, require_no_images
 from finetune_trainer.data.read import data_files, read_rows, row_error_as_data_error
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RawRow, RowError
 from finetune_trainer.data.split import cut, mix
@@ -85,7 +87,7 @@ def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
 def load(run: RunConfig, inputs: Inputs) -> LoadedData:
     """All examples of a run. Errors: see `check_files`."""
     spec = run.spec.dataset
-    reader = _SourceReader(run)
+    reader = _SourceReader(run, inputs.images)
     sources = reader.apply_checks(_read_sources(reader, run, inputs))
     validation = reader.read(inputs.validation, spec.format, spec.columns) if inputs.validation else []
     test = reader.read(inputs.test, spec.format, spec.columns) if inputs.test else []
@@ -178,9 +180,11 @@ def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
 class _SourceReader:
     """Reads the sources one after the other, with one policy for bad rows and one summary."""
 
-    def __init__(self, run: RunConfig):
+    def __init__(self, run: RunConfig, image_root: Path | None = None):
         self.run = run
         self.spec: Dataset = run.spec.dataset
+        self.images = ImageReader(self.spec.images or Images(), image_root) if is_vision_language(run.spec) else None
+        """None for a text model."""
         self.trainer = run.spec.trainer.type or TrainerType.SFT
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
         self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
@@ -257,7 +261,10 @@ class _SourceReader:
         """Return the usable rows, and add the bad rows to `bad_rows`. Errors: DataError for the first bad row if bad rows are not skipped."""
         needs_json = self.spec.checks is not None and self.spec.checks.validate_json is True
         usable: Rows = []
-        for row, result in form.read_all(rows, self._read_options(form, columns)):
+        options = self._read_options(form, columns)
+        for row, result in form.read_all(rows, options):
+            if not isinstance(result, RowError):
+                result = self._with_images(result, row, options.columns)
             if self.trainer is TrainerType.GRPO and not isinstance(result, RowError):
                 result = convert_to_prompt(result, row)
             if needs_json and not isinstance(result, RowError):
@@ -269,6 +276,15 @@ class _SourceReader:
             else:
                 raise row_error_as_data_error(row, result)
         return usable
+
+    def _with_images(self, example: Example, row: RawRow, columns: Columns) -> Example | RowError:
+        """Return the example with the files of its images, or the error of the row. Rows of a text job must have no images."""
+        if self.images is None:
+            return require_no_images(example) or example
+        try:
+            return self.images.attach(example, row, columns)
+        except RowError as error:
+            return error
 
     def _limit_bad_rows(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
         """Add a note about the skipped rows. Errors: TooManyBadRows if there are more bad rows than allowed."""

@@ -83,11 +83,14 @@ def _encode_batch(rows: Sequence[tuple[str, Example]]) -> Sequence[Any]:
 
 def encode_rows(
     rows: Sequence[tuple[Any, Example]], encoder: BatchEncoder[Result], *, processes: int,
-    on_bad_row: Callable[[str, str, str, str], None],
+    on_bad_row: Callable[[str, str, str, str], None], rows_per_worker: int | None = None,
 ) -> Iterator[Result]:  # fmt: skip
-    """Yield the encoder's result for every row, in order. Rejected rows are passed to `on_bad_row`, and skipped if it does not raise."""
+    """Yield the encoder's result for every row, in order. Rejected rows are passed to `on_bad_row`, and skipped if it does not raise.
+
+    `rows_per_worker`: fewest rows for which a worker process is started; None for the number that suits text.
+    """
     batches = _split_into_batches(rows)
-    workers = min(processes, len(rows) // ROWS_PER_WORKER)
+    workers = min(processes, len(rows) // (rows_per_worker or ROWS_PER_WORKER))
     pool = _start_pool(encoder, workers) if workers > 1 else None
     with pool or nullcontext():
         for batch in pool.map(_encode_batch, batches) if pool else map(encoder, batches):

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,25 @@ from finetune_api.rules import PROMPT_METHODS, method_type_of, value_or_default
 from finetune_api.spec.enums import BadRows, DatasetFormat, OverflowPolicy
 
 from finetune_trainer.data.load import DEFAULT_MAX_BAD_ROW_RATIO, LoadedData, load, trains_on_answers_only
-from finetune_trainer.data.parallel import SupervisedEncoder, encode_rows, usable_cpus
+from finetune_trainer.data.parallel import BatchEncoder, SupervisedEncoder, encode_rows, usable_cpus
 from finetune_trainer.data.rows import Completion
 from finetune_trainer.data.template import RenderOptions
-from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions, TokenReport, pack_split, tokenise
+from finetune_trainer.data.tokenise import (
+    EncodedRow,
+    TokenisedSplit,
+    TokeniseOptions,
+    TokenReport,
+    pack_split,
+    tokenise,
+)
+from finetune_trainer.data.vision import (
+    IMAGE_SOURCES,
+    ROWS_PER_WORKER,
+    VisionEncoder,
+    VisionProcessor,
+    column_of_images,
+    image_files_of,
+)
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -73,22 +88,27 @@ class PreparedData(Splits):
 
 def prepare(
     run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
-    one_rank_first: AbstractContextManager[Any] | None = None,
+    one_rank_first: AbstractContextManager[Any] | None = None, vision: VisionProcessor | None = None,
 ) -> PreparedData:  # fmt: skip
     """Return the token sequences for supervised training.
 
     `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context manager that lets one rank of the
-    node run the block before the other ranks.
-    Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row);
-    ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
+    node run the block before the other ranks. `vision`: the processor of a vision-language model.
+    Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row), those of
+    `VisionProcessor.encode`, ImageUnreadable, ImageCut; ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
     max_length = max_sequence_length(run, tokenizer, max_positions)
     is_templated = use_chat_template(run, inputs, tokenizer)
-    folder = cache / cache_key(run, inputs, tokenizer, max_length)
+    if vision is not None and not is_templated:
+        raise ConfigError(
+            "ChatTemplateMissing", "the model's processor and tokenizer have no chat template, which writes the placeholders of the images",
+            hint="give a template in dataset.chatTemplate",
+        )  # fmt: skip
+    folder = cache / cache_key(run, inputs, tokenizer, max_length, vision)
     with one_rank_first or nullcontext():
         is_cached = (folder / SUMMARY_FILE).exists()
         if not is_cached:
-            _write_tokens(folder, *_tokenise_splits(run, inputs, tokenizer, max_length, is_templated))
+            _write_tokens(folder, *_tokenise_splits(run, inputs, tokenizer, max_length, is_templated, vision), has_images=vision is not None)
     return _load_prepared(folder, max_length, is_cached)
 
 
@@ -167,7 +187,7 @@ def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: Dat
 
 
 def _tokenise_splits(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool
+    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None
 ) -> tuple[LoadedData, dict[str, TokenisedSplit], list[str]]:
     """Load, render, tokenise and pack all splits. Returns the splits and the notes for the status."""
     spec = run.spec.dataset
@@ -175,7 +195,10 @@ def _tokenise_splits(
     options = TokeniseOptions(
         max_length, spec.overflow or OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
     )
-    encoder = SupervisedEncoder(render_options(run, tokenizer, is_templated, loaded.summary.format_with_turns), options)
+    render_with = render_options(run, tokenizer, is_templated, loaded.summary.format_with_turns)
+    encoder: BatchEncoder[EncodedRow] = SupervisedEncoder(render_with, options)
+    if vision is not None:
+        encoder = VisionEncoder(replace(render_with, has_parts=True), options, vision)
     notes = list(loaded.summary.notes)
     splits: dict[str, TokenisedSplit] = {}
     for name, rows in loaded.splits():
@@ -184,7 +207,10 @@ def _tokenise_splits(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
         bad_rows = BadRowPolicy(run, len(rows))
-        stream = encode_rows(rows, encoder, processes=spec.num_proc or usable_cpus(), on_bad_row=bad_rows)
+        stream = encode_rows(
+            rows, encoder, processes=spec.num_proc or usable_cpus(), on_bad_row=bad_rows,
+            rows_per_worker=None if vision is None else ROWS_PER_WORKER,
+        )  # fmt: skip
         splits[name] = tokenise(stream, options, on_bad_row=bad_rows)
         notes += bad_rows.notes(name) + [f"{name}: {note}" for note in splits[name].report.notes(options)]
     if spec.packing:
@@ -227,7 +253,7 @@ class BadRowPolicy:
 # ---- cache
 
 
-def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int) -> str:
+def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
     """Hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the cache version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     mixture = (path for source in inputs.mixture for path in source)
@@ -247,6 +273,9 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int) -
         seed,
         tokenizer.chat_template,
     ]
+    if vision is not None:
+        files = [*inputs.train, *(path for source in inputs.mixture for path in source), *inputs.validation, *inputs.test]
+        facts += [vision.identity, image_files_of([inputs.images] if inputs.images else [file.parent for file in files])]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(
         tokenizer.backend_tokenizer.to_str().encode()
@@ -262,8 +291,9 @@ def _defaulted_options(run: RunConfig) -> list[str]:
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
-def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedSplit], notes: list[str]) -> None:
-    from datasets import Dataset
+def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedSplit], notes: list[str], *, has_images: bool) -> None:
+    """Write the token files of all splits. `has_images`: the files get a column with the images of each row."""
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     datasets = {}
     for name, tokens in splits.items():
@@ -271,6 +301,10 @@ def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedS
         if tokens.lengths is not None:
             columns["seq_lengths"] = tokens.lengths
         datasets[name] = Dataset.from_dict(columns)
+        if has_images:
+            images = Features({IMAGE_SOURCES: List({"path": Value("string"), "bytes": Value("binary")})})
+            column = Dataset.from_dict({IMAGE_SOURCES: column_of_images(tokens.images)}, features=images)
+            datasets[name] = concatenate_datasets([datasets[name], column], axis=1)
     summary = {
         "format": loaded.summary.format, "rows": loaded.summary.rows, "notes": notes,
         "multipleChoice": set(loaded.summary.formats) == {DatasetFormat.MCQ},

@@ -35,6 +35,21 @@ class RowError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class GivenImage:
+    """An image as a row gives it: a path, an address, a data URI, bytes, or an object with these. None: the place of an image of another column."""
+
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image that was found: a file, or the content of a file. Exactly one of the two is set."""
+
+    path: Path | None = None
+    content: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation. Tokens of a message with `weight` 0 are not part of the loss. `extra`: further fields, such as tool calls."""
 
@@ -42,10 +57,21 @@ class Turn:
     content: str
     weight: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str | GivenImage | ImageFile, ...] = ()
+    """Texts and images of a message with images, in order. `content` then joins the texts. Empty for a message without images."""
 
-    def message(self) -> dict[str, Any]:
-        """Return the message in the form that chat templates expect."""
-        return {"role": self.role, "content": self.content, **self.extra}
+    def message(self, *, has_parts: bool = False) -> dict[str, Any]:
+        """Return the message in the form that chat templates expect. `has_parts`: the content is a list of parts, as for templates with images."""
+        if not has_parts:
+            return {"role": self.role, "content": self.content, **self.extra}
+        parts = self.parts or ((self.content,) if self.content else ())
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        return {"role": self.role, "content": content, **self.extra}
+
+    @property
+    def images(self) -> list[ImageFile]:
+        """The images of the message that were found."""
+        return [part for part in self.parts if isinstance(part, ImageFile)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ class RenderOptions:
     """Special tokens of the tokenizer, longest first. The special token that ends an answer belongs to the trained span."""
     text_as_turns: bool = True
     """Whether a text prompt and its text completion are rendered as turns. If False, the two texts are joined."""
+    has_parts: bool = False
+    """Whether the template reads the content of a message as a list of parts, as templates of vision-language models do."""
 
 
 def render(example: Example, options: RenderOptions) -> Rendered:
@@ -113,7 +115,7 @@ def _spans_without(untrained_spans: Sequence[CharSpan], text: str) -> tuple[Char
 
 
 def _render_with_template(example: Conversation, options: RenderOptions) -> Rendered:
-    text = _apply_template(options.tokenizer, example.turns, example.tools)
+    text = _apply_template(options, example.turns, example.tools)
     if options.response_only and options.turn_markers:
         return Rendered(text, (), True)
     weight = int(options.response_only)
@@ -138,7 +140,7 @@ def _spans_from_generation_markers(
     weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
     if weight not in weights:
         return []
-    marked = _generation_spans(options.tokenizer, example.turns, example.tools, text)
+    marked = _generation_spans(options, example.turns, example.tools, text)
     if marked is None:
         return None
     if len(marked) != len(weights):
@@ -153,18 +155,18 @@ def _spans_from_generation_markers(
 
 
 def _generation_spans(
-    tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
+    options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
 ) -> list[CharSpan] | None:
     """Spans of `text` between generation markers. None if there are no markers, or if rendering with markers yields a different text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    any_tokenizer: Any = tokenizer
+    any_tokenizer: Any = options.tokenizer
     functions = list(tools) or None
     source = any_tokenizer.get_chat_template(None, functions)
     if not _GENERATION_TAG_PATTERN.search(source):
         return None
     rendering: Any = render_jinja_template(
-        [[dict(turn.message()) for turn in turns]], tools=functions, chat_template=source, return_assistant_tokens_mask=True,
+        [[dict(turn.message(has_parts=options.has_parts)) for turn in turns]], tools=functions, chat_template=source, return_assistant_tokens_mask=True,
         **any_tokenizer.special_tokens_map,
     )  # fmt: skip
     (rendered,), (spans,) = rendering  # a batch of one conversation
@@ -175,18 +177,18 @@ def _generation_spans(
 def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
     """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
-    text_before = _apply_template(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
-    text_with_answer = text if index == len(turns) - 1 else _apply_template(options.tokenizer, turns[: index + 1], tools)
+    text_before = _apply_template(options, turns[:index], tools, add_generation_prompt=True) if index else ""
+    text_with_answer = text if index == len(turns) - 1 else _apply_template(options, turns[: index + 1], tools)
     if text_before and text.startswith(text_before) and text.startswith(text_with_answer) and len(text_with_answer) > len(text_before):
         return _with_end_token(text, (len(text_before), len(text_before) + len(text_with_answer[len(text_before) :].rstrip())), options.special_tokens)
-    start, end = _content_span(turns, tools, index, text, options.tokenizer)
+    start, end = _content_span(turns, tools, index, text, options)
     if text_before and text.startswith(text_before) and len(text_before) <= start:
         start = len(text_before)
     return _with_end_token(text, (start, end), options.special_tokens)
 
 
 def _content_span(
-    turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, tokenizer: ChatTokenizer
+    turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, options: RenderOptions
 ) -> CharSpan:
     """Find the turn's content in `text`: render the conversation again with a sentinel in place of the content.
 
@@ -194,7 +196,7 @@ def _content_span(
     """
     turn = turns[index]
     changed_turns = (*turns[:index], Turn(turn.role, _SENTINEL_TEXT, turn.weight, turn.extra), *turns[index + 1 :])
-    changed_text = _apply_template(tokenizer, changed_turns, tools)
+    changed_text = _apply_template(options, changed_turns, tools)
     start = changed_text.find(_SENTINEL_TEXT)
     tail = len(changed_text) - start - len(_SENTINEL_TEXT)
     if (
@@ -238,14 +240,14 @@ def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Re
 
 
 def _apply_template(
-    tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
+    options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
 ) -> str:
     """Render the turns with the chat template. Errors: RowError TemplateRefusedRow with the template's own message; ConfigError TemplateTooSlow."""
-    messages: list[Mapping[str, Any]] = [turn.message() for turn in turns]
+    messages: list[Mapping[str, Any]] = [turn.message(has_parts=options.has_parts) for turn in turns]
     try:
         with time_limit(TEMPLATE_SECONDS):
             return str(
-                tokenizer.apply_chat_template(
+                options.tokenizer.apply_chat_template(
                     messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )

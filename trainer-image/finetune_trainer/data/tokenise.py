@@ -12,19 +12,29 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import OverflowPolicy
 
 from finetune_trainer.data.pack import pack, padding_share
+from finetune_trainer.data.rows import ImageFile
 from finetune_trainer.data.template import Rendered
 
 IGNORED_LABEL = -100
 """The label of a token that is not trained on, in torch and transformers."""
 BATCH_ROWS = 1000
-EncodedRow = tuple[str, list[int], list[int]]
-"""Location, token ids, labels."""
+
+
+class EncodedRow(NamedTuple):
+    """The tokens of one row."""
+
+    location: str
+    ids: list[int]
+    labels: list[int]
+    images: tuple[ImageFile, ...] = ()
+    image_end: int = 0
+    """Number of tokens up to the end of the last image; 0 without images. A row cannot be cut to fewer tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class TokenisedSplit:
 
     input_ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
+    images: list[tuple[ImageFile, ...]] = field(default_factory=list)
+    """The images of each row, in the order of their tokens."""
     lengths: list[list[int]] | None = None
     report: TokenReport = field(default_factory=lambda: TokenReport())
 
@@ -101,7 +113,7 @@ def tokenise(
     """
     result, lengths = TokenisedSplit(), []
     report = result.report
-    for location, ids, labels in rows:
+    for location, ids, labels, images, image_end in rows:
         if _count_predicted(labels) == 0:
             on_bad_row(
                 location,
@@ -119,6 +131,12 @@ def tokenise(
             if options.overflow is OverflowPolicy.DROP:
                 report.dropped += 1
                 continue
+            if image_end > options.max_length:
+                on_bad_row(
+                    location, "ImageCut", f"dataset.maxSequenceLength {options.max_length} would cut an image: the images end at token {image_end}",
+                    "raise maxSequenceLength, use smaller or fewer images, or set dataset.overflow: drop",
+                )  # fmt: skip
+                continue
             ids, labels = ids[: options.max_length], labels[: options.max_length]
             if _count_predicted(labels) == 0:
                 report.answerless += 1
@@ -126,6 +144,7 @@ def tokenise(
             report.truncated += 1
         result.input_ids.append(ids)
         result.labels.append(labels)
+        result.images.append(images)
         lengths.append(len(ids))
         report.tokens += len(ids)
         report.trained_tokens += len(labels) - labels.count(IGNORED_LABEL)
@@ -173,7 +192,7 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
 
     Errors: ConfigError BosMissing, EosMissing.
     """
-    boundary = _BoundaryTokens.of(tokenizer, options)
+    boundary = BoundaryTokens.of(tokenizer, options)
     stream = iter(texts)
     while batch := list(islice(stream, BATCH_ROWS)):
         encoded = tokenizer(
@@ -184,7 +203,7 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
         )
         for (location, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             labels = labels_of(ids, offsets, item.spans)
-            yield location, *boundary.add_boundary_tokens(list(ids), labels, is_templated=item.is_templated)
+            yield EncodedRow(location, *boundary.add_boundary_tokens(list(ids), labels, is_templated=item.is_templated))
 
 
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -198,7 +217,7 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 
 
 @dataclass(frozen=True)
-class _BoundaryTokens:
+class BoundaryTokens:
     """Beginning and end token of a row. Each of them occurs at most once, even if template and tokenizer both add it."""
 
     bos_id: int | None
@@ -213,7 +232,7 @@ class _BoundaryTokens:
     """Whether a text from a chat template gets a beginning token. If None, the template decides."""
 
     @staticmethod
-    def of(tokenizer: Any, options: TokeniseOptions) -> _BoundaryTokens:
+    def of(tokenizer: Any, options: TokeniseOptions) -> BoundaryTokens:
         """Read the boundary tokens from the tokenizer and the options. Errors: ConfigError BosMissing, EosMissing."""
         bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         if options.add_bos and bos_id is None:
@@ -230,7 +249,7 @@ class _BoundaryTokens:
             )
         adds_bos_itself = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
         blank_ids = frozenset(token for text in ("\n", " ", "\n\n") for token in _single_token(tokenizer, text))
-        return _BoundaryTokens(
+        return BoundaryTokens(
             bos_id, eos_id if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_special_ids(tokenizer), blank_ids,
             adds_bos_itself if options.add_bos is None else options.add_bos, options.add_bos,
         )  # fmt: skip

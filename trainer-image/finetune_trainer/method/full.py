@@ -7,16 +7,21 @@ from typing import Any
 from finetune_api.spec.enums import MethodType, OutputKind
 
 from finetune_trainer.method.base import Method, TrainableModel
+from finetune_trainer.method.vision_parts import TrainedParts
 
 
 class Full(Method, types=(MethodType.FULL,)):
-    """Trains every floating-point parameter."""
+    """Trains every floating-point parameter; of a vision-language model, those of the trained parts."""
 
     def apply(self, model: Any) -> TrainableModel:
         """Unfreeze the parameters. Adds a note if their dtype is not float32."""
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        parts = TrainedParts.of(self.context.run)
+        if parts is not None:
+            parts.freeze(model)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         notes = [f"weights are trained in {dtype} because of model.dtype"] if dtype != "float32" else []
+        notes += [] if parts is None else parts.describe(model)
         return TrainableModel(model, OutputKind.MODEL, notes=notes)

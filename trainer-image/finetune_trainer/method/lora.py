@@ -16,6 +16,7 @@ from finetune_trainer.method.base import TrainableModel
 from finetune_trainer.method.experts import ALL_EXPERTS, expert_parameter_names, layers_without_adapter
 from finetune_trainer.method.peft_method import ADAPTER_NAME, PeftMethod, linear_layer_names, peft_task_type
 from finetune_trainer.method.precision import leave_conversion_to_autocast
+from finetune_trainer.method.vision_parts import NO_NAME, TrainedParts
 from finetune_trainer.model import load_model
 
 ALL_LINEAR = "all-linear"
@@ -102,12 +103,17 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         method = self.context.run.spec.method
         lora = method.lora
         assert lora is not None, "finetune_api.defaults fills method.lora for these methods"
+        targets, parts = target_modules(model, lora.target_modules), TrainedParts.of(self.context.run)
+        excluded = None if parts is None else parts.excluded_modules(model)
+        if parts is not None:
+            parts.require_targets(model, targets, linear_layer_names(model))
         return LoraConfig(
             task_type=peft_task_type(model),
             r=lora.rank or 16,
             lora_alpha=32 if lora.alpha is None else lora.alpha,
             lora_dropout=lora.dropout or 0.0,
-            target_modules=target_modules(model, lora.target_modules),
+            target_modules=targets,
+            exclude_modules=None if excluded == NO_NAME else excluded,
             target_parameters=target_parameters(model, lora.target_parameters),
             modules_to_save=modules_to_save(model, lora.modules_to_save),
             bias=PEFT_BIAS[lora.bias or LoraBias.NONE],
@@ -120,7 +126,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
 
     def _describe_parts_without_adapter(self, model: Any) -> list[str]:
         """Notes about parts of the model that a user may expect to have an adapter."""
-        lora, experts, notes = self.context.run.spec.method.lora, expert_parameter_names(model), []
+        lora, experts, parts = self.context.run.spec.method.lora, expert_parameter_names(model), TrainedParts.of(self.context.run)
+        notes = [] if parts is None else parts.describe(model)
         requested = (lora.target_modules if lora else None) or ()
         if experts and not (lora and lora.target_parameters) and not reinterpreted_lora_targets(model).intersection(requested):
             notes.append(

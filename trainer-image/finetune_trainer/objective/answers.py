@@ -249,7 +249,7 @@ class AnswerEncoder:
                 row_of_text.extend([number] * len(answers))
                 yield from ((location, text) for text in answers)
 
-        for position, (_, ids, labels) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
+        for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
             start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
             encoded.setdefault(row_of_text[position], []).append((ids[:start], ids[start:]))
         return [

@@ -14,6 +14,7 @@ from finetune_api.spec.enums import DatasetFormat, TrainerType
 from transformers import TrainingArguments
 
 from finetune_trainer.data.prepare import Splits
+from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.distributed import DistributedStrategy, connect_trainer_class
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
@@ -36,6 +37,8 @@ class TrainingContext:
     max_positions: int | None
     """Longest sequence that the model can read, in tokens; None if unknown."""
     callbacks: Sequence[Any] = ()
+    vision: VisionProcessor | None = None
+    """Processor of a vision-language model; None for a text model."""
     unquantized: tuple[str, ...] = ()
     """Modules of a quantised base model that stay unquantised, because spectrum trains them."""
 

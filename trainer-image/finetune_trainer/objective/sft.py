@@ -21,9 +21,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.attention import uses_padding_free_batches
 from finetune_trainer.data.prepare import PreparedData, prepare
+from finetune_trainer.data.vision import IMAGE_SOURCES, VisionCollator
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, OutputHead, TokenCounts, shifted_predictions
 from finetune_trainer.library_internals import attention_implementation
+from finetune_trainer.method.vision_parts import TrainedParts
 from finetune_trainer.objective.base import (
     TEST_LOSS,
     TEST_TOKEN_ACCURACY,
@@ -34,6 +36,7 @@ from finetune_trainer.objective.base import (
 )
 from finetune_trainer.speed import ModelShape, SpeedMeter, flops_per_token, peak_of, trained_parameters
 
+PADDED_IMAGES_NOTE = "batches are padded, because padding-free batches support only text"
 CLASSIFICATION_METRICS = (EvaluationMetric.PRECISION, EvaluationMetric.RECALL, EvaluationMetric.F1)
 
 
@@ -208,18 +211,25 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
 
         data = prepare(
             context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache=context.token_cache,
-            one_rank_first=PartialState().local_main_process_first(),
+            one_rank_first=PartialState().local_main_process_first(), vision=context.vision,
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
         longest = packed_length(context.run) or data.reports["train"].longest
-        facts = DataFacts(data.rows["train"], data.format, data.notes, {"tokens": reports, "rows": data.rows}, longest)
+        notes = data.notes if context.vision is None else [*data.notes, PADDED_IMAGES_NOTE]
+        facts = DataFacts(data.rows["train"], data.format, notes, {"tokens": reports, "rows": data.rows}, longest)
         return data, facts
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> SFTConfig:
         run = context.run
         packing = run.spec.dataset.packing is True
+        shared = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
+        parts = TrainedParts.of(run)
+        if parts is not None:
+            shared["remove_unused_columns"] = False  # TRL does not know the column with the images
+            # The vision layers get no gradients from a micro-batch without images.
+            shared["ddp_find_unused_parameters"] = parts.vision_layers and context.strategy.world_size > 1
         return SFTConfig(
-            **shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
+            **shared,
             packing=packing,
             padding_free=uses_padding_free_batches(run, context.hardware.attention),
             eval_packing=False,
@@ -227,6 +237,11 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
             dataset_kwargs={"skip_prepare_dataset": True},
             average_tokens_across_devices=True,
         )
+
+    def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
+        if context.vision is None:
+            return {}
+        return {"data_collator": VisionCollator(context.vision, int(context.tokenizer.pad_token_id))}
 
     def trainer_attributes(self, data: PreparedData) -> dict[str, Any]:
         return {"multiple_choice": data.multiple_choice}
@@ -241,9 +256,9 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         mean_length = report.tokens / max(1, report.rows)
         flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
         trainer.classifies_tokens = self._classifies_tokens(context.run, trainer)
-        trainer.meter = SpeedMeter(
-            flops_of_token=flops, peak_flops=peak_of(context.hardware.name), rank_count=context.strategy.world_size
-        )
+        # The estimate describes text models only. Without a peak, no utilisation is reported.
+        peak = peak_of(context.hardware.name) if context.vision is None else None
+        trainer.meter = SpeedMeter(flops_of_token=flops, peak_flops=peak, rank_count=context.strategy.world_size)
         return trainer
 
     @staticmethod
@@ -265,7 +280,7 @@ def packed_length(run: RunConfig) -> int | None:
 
 def _as_arrays(rows: Dataset) -> Dataset:
     """Return the rows as numpy arrays. They become tensors without a Python integer for each token."""
-    return rows.with_format("numpy")
+    return rows.with_format("numpy", columns=[name for name in rows.column_names if name != IMAGE_SOURCES], output_all_columns=True)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
     encoded = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [
-        _question_of(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, _) in zip(asked, encoded, strict=True)
+        _question_of(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, *_) in zip(asked, encoded, strict=True)
     ]
 
 

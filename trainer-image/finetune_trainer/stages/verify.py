@@ -24,6 +24,7 @@ from finetune_api.status import ArtefactVerification, Stage, VerificationOutcome
 from finetune_trainer import imports
 from finetune_trainer.artefact.combination import load_combined_adapters
 from finetune_trainer.channel import Channel
+from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.results.serving_files import ServedModel, serving_files
@@ -109,6 +110,8 @@ class Verifier:
         self._run, self._channel, self._inputs, self._reference = run, channel, inputs, reference
         self._base_values: list[float] | None = None
         self._adapter = Path()
+        self._vision: VisionProcessor | None = None
+        """Processor of a vision-language model, from the files of the artefact."""
 
     def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
         """Verify the artefacts in order. The first is the adapter or the model that was trained."""
@@ -154,7 +157,9 @@ class Verifier:
         imports.hide_unneeded(self._run)
         is_adapter = artefact.kind is OutputKind.ADAPTER
         with _as_verification_errors(artefact.name, self._inputs.model):
-            _require_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
+            tokenizer = _load_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
+            if reference.reads_images:
+                self._vision = _load_processor(artefact.folder, self._inputs.model if is_adapter else artefact.folder, tokenizer)
             model = self._load(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
             if is_adapter:
                 model = _add_adapter(model, artefact.folder, reference)
@@ -190,13 +195,20 @@ class Verifier:
         from finetune_trainer.verification.measure import row_values
 
         device = model.get_input_embeddings().weight.device
-        rows = row_values(model, reference.rows, head=reference.head, pad_token_id=reference.pad_token_id, device=device, autocast=reference.autocast)
+        rows = row_values(
+            model, reference.rows, head=reference.head, pad_token_id=reference.pad_token_id, device=device, autocast=reference.autocast, vision=self._vision
+        )
         return [value for row in rows for value in row]
 
     def _load(self, folder: Path, reference: ReferenceValues, *, quantizes: bool) -> Any:
         """Load a model in the number format of the training. Errors: NotComparableError if it does not fit on the devices."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoModelForSequenceClassification,
+            BitsAndBytesConfig,
+        )
 
         from finetune_trainer.hardware import detect_hardware
 
@@ -211,7 +223,7 @@ class Verifier:
             options["device_map"] = {"": str(device)}
         elif device.type == "cuda":
             options["device_map"] = choose_device_map(folder, torch.tensor([], dtype=options["dtype"]).element_size(), str(device), _gpu_memory())
-        loader: Any = AutoModelForCausalLM
+        loader: Any = AutoModelForImageTextToText if reference.reads_images else AutoModelForCausalLM
         if reference.head == "reward":
             loader, options["num_labels"] = AutoModelForSequenceClassification, 1
         model = loader.from_pretrained(folder, **options).eval()
@@ -253,7 +265,19 @@ def _gpu_memory() -> list[int]:
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
 
 
-def _require_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code: bool) -> None:
+def _load_processor(folder: Path, model_folder: Path, tokenizer: Any) -> VisionProcessor:
+    """Load the artefact's processor for images. Errors: ValueError, if the model reads no images; errors of transformers."""
+    from transformers import AutoConfig
+
+    from finetune_trainer.library_internals import build_processor, image_text_processor_class
+
+    processor_class = image_text_processor_class(AutoConfig.from_pretrained(model_folder))
+    if processor_class is None:
+        raise ValueError("config.json describes a model without images")
+    return VisionProcessor(build_processor(processor_class, folder, tokenizer))
+
+
+def _load_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code: bool) -> Any:
     """Load the artefact's tokenizer. Errors: UnfitArtefactError TokenizerDiffers."""
     from transformers import AutoTokenizer
 
@@ -262,6 +286,7 @@ def _require_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code:
         raise UnfitArtefactError(
             "TokenizerDiffers", f"the stored tokenizer has {len(tokenizer)} tokens, but the model was trained with {reference.tokenizer_length}"
         )
+    return tokenizer
 
 
 def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:

@@ -59,6 +59,10 @@ class SourceKind:
 
 MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
 DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of images, which may lie beside the data files of a folder."""
+IMAGE_FILES = tuple(f"*{suffix}" for ending in IMAGE_SUFFIXES for suffix in (ending, ending.upper()))
+IMAGE_SOURCE = SourceKind("image folder", "Images", FailureClass.DATA, IMAGE_FILES, "dataset")
 BENCHMARK_SOURCE = SourceKind("benchmark", "Benchmark", FailureClass.DATA, (*DATA_FILES, "*.yaml", "*_yaml", "*.md", "*.py", "*.arrow"), "dataset")
 
 
@@ -101,17 +105,25 @@ class Fetcher:
 
     def data(self, text: str, path: str, name: str) -> list[Path]:
         """Fetch the files of a data source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""
-        files = self._fetch(text, path, self.work / "fetched" / name, DATA_SOURCE).files
+        fetched = self._fetch(text, path, self.work / "fetched" / name, DATA_SOURCE)
+        files = [file for file in fetched.files if file.suffix.lower() not in IMAGE_SUFFIXES or file == fetched.path]
         if not files:
             raise self._missing_error(DATA_SOURCE, path, text, "holds no data file")
         return files
 
     def folder(self, text: str, path: str, name: str) -> Path:
         """Fetch a folder with all that lies below it. Errors: NotFoundError BenchmarkNotFound (66); storage errors."""
-        fetched = self._fetch(text, path, self.work / "fetched" / name, BENCHMARK_SOURCE)
+        return self._fetch_folder(text, path, name, BENCHMARK_SOURCE)
+
+    def image_root(self, text: str, path: str, name: str) -> Path:
+        """Fetch the folder with the images of the rows. Errors: NotFoundError ImagesNotFound (66); storage errors."""
+        return self._fetch_folder(text, path, name, IMAGE_SOURCE)
+
+    def _fetch_folder(self, text: str, path: str, name: str, kind: SourceKind) -> Path:
+        fetched = self._fetch(text, path, self.work / "fetched" / name, kind)
         if not fetched.path.is_dir():
             raise NotFoundError(
-                "BenchmarkNotFound", f"{path} is {redact_source(text)}, which is a file, but a folder is needed",
+                f"{kind.code}NotFound", f"{path} is {redact_source(text)}, which is a file, but a folder is needed",
                 hint=f"set {path} to the folder that holds the file", failure_class=FailureClass.DATA,
             )  # fmt: skip
         return fetched.path
@@ -343,6 +355,13 @@ def fingerprint(folder: Path) -> str:
                 stream.seek(size - EDGE_BYTES)
                 digest.update(stream.read())
     return "sha256:" + digest.hexdigest()
+
+
+def sizes_digest(folder: Path) -> str:
+    """Return a sha256 over the names and sizes of all files of a folder. The contents of many images would take minutes to read."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    lines = (f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def combined_digest(files: list[Path], sha256: Callable[[Path], str]) -> str:

@@ -147,9 +147,10 @@ def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: Fil
         yield from _model_files(BASE_MODEL, inputs.model, digests)
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+    images = spec.dataset.images.root if spec.dataset.images else None
     others = (
         ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
-        ("trainer.dpo.referenceModel", reference, "reference model"),
+        ("trainer.dpo.referenceModel", reference, "reference model"), ("dataset.images.root", images, "images"),
     )  # fmt: skip
     others += tuple(
         (f"output.combineAdapters[{number}].source", item.source, adapter_name(number))

@@ -37,7 +37,7 @@ from finetune_trainer.supervisor.existing_model import (
     find_existing_model,
     require_same_base,
 )
-from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint
+from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint, sizes_digest
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.hub import require_token
 from finetune_trainer.supervisor.run_state import RunState
@@ -196,6 +196,7 @@ class Preparation:
             mixture=mixture,
             validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],
             test=fetcher.data(data.test, "dataset.test", "test") if data.test else [],
+            images=fetcher.image_root(data.images.root, "dataset.images.root", "images") if data.images and data.images.root else None,
             model_revision=model.hub_revision or fingerprint(model.path),
             dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], self._digests.of),
             output_dir=self._work / "output",
@@ -332,6 +333,8 @@ def other_inputs_of(inputs: Inputs, sha256: Callable[[Path], str]) -> dict[str, 
         "validation data": inputs.validation, "test data": inputs.test,
         "contents of ConfigMaps": _mounted_files(inputs.config_maps),
     }  # fmt: skip
+    if inputs.images is not None:
+        hashes["images"] = sizes_digest(inputs.images)
     return hashes | {name: combined_digest(paths, sha256) for name, paths in files.items() if paths}
 
 

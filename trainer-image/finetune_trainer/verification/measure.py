@@ -8,27 +8,37 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.verification.reference import ReferenceRow, counted_values
 
 POSITIONS_PER_CHUNK = 64
 """Positions whose log-probabilities are computed at the same time. The float32 copy of all logits would not fit into memory."""
 
 
-def row_values(model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None) -> list[list[float]]:
-    """Return the values of each row: the log-probabilities (nats) of its counted tokens, or its score. Each row is computed alone."""
-    return [batch_values(model, [row], head=head, pad_token_id=pad_token_id, device=device, autocast=autocast)[0] for row in rows]
+def row_values(
+    model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None,
+    vision: VisionProcessor | None = None,
+) -> list[list[float]]:  # fmt: skip
+    """Return the values of each row: the log-probabilities (nats) of its counted tokens, or its score. Each row is computed alone.
+
+    `vision`: the processor of a vision-language model.
+    """
+    options: Any = {"head": head, "pad_token_id": pad_token_id, "device": device, "autocast": autocast, "vision": vision}
+    return [batch_values(model, [row], **options)[0] for row in rows]
 
 
 @torch.no_grad()
 def batch_values(
-    model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None
-) -> list[list[float]]:
+    model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None,
+    vision: VisionProcessor | None = None,
+) -> list[list[float]]:  # fmt: skip
     """Return the values of each row. All rows are computed in one batch with padding on the right."""
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([[*row.ids, *[pad_token_id] * (longest - len(row.ids))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)
+    inputs = {} if vision is None else vision.inputs_of([row.decoded_images() for row in rows], ids.tolist())
     with _autocast(device, autocast):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}).logits
     if head == "reward":
         return [[float(score)] for score in logits[:, 0].float()]
     logits = logits[:, -longest:]  # without the virtual tokens of prompt tuning

@@ -6,6 +6,7 @@ here does not fail the run. The file then contains the reason instead of values.
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,9 @@ import torch
 from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of
 
+from finetune_trainer.data.images import content_of
 from finetune_trainer.data.tokenise import IGNORED_LABEL
+from finetune_trainer.data.vision import IMAGE_SOURCES, VisionProcessor, images_of_row
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.verification.measure import batch_values, row_values
 from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
@@ -25,6 +28,8 @@ MAX_ROWS = 8
 MAX_ROW_TOKENS = 256
 """Eight rows of 256 tokens need 0.6 GB for the logits of a vocabulary of 150 000 tokens in 16 bits."""
 MIN_ROW_TOKENS = 2
+MAX_IMAGE_BYTES = 4 * 2**20
+"""Size of all images together. They are stored with the reference values."""
 
 
 def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
@@ -32,12 +37,30 @@ def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
     dataset = next((dataset for dataset in datasets if dataset is not None and len(dataset)), None)
     if dataset is None:
         return []
+    if IMAGE_SOURCES in dataset.column_names:
+        return _choose_rows_with_images(dataset)
     rows: list[ReferenceRow] = []
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
         rows += _rows_of(dataset[number], tokenizer)
         if len(rows) >= MAX_ROWS:
             break
     return rows[:MAX_ROWS]
+
+
+def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
+    """The first rows that are short enough. A row is not cut, because its images need all of their tokens."""
+    rows: list[ReferenceRow] = []
+    longest = size = 0
+    for number in range(min(len(dataset), 4 * MAX_ROWS)):
+        columns = dataset[number]
+        ids, images = list(map(int, columns["input_ids"])), [content_of(image) for image in images_of_row(columns)]
+        counted = [label != IGNORED_LABEL for label in columns["labels"]]
+        size_with_row = size + sum(map(len, images))
+        fits = max(longest, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and size_with_row <= MAX_IMAGE_BYTES
+        if fits and any(counted[1:]) and len(rows) < MAX_ROWS:
+            rows.append(ReferenceRow(ids=ids, is_counted=counted, images=[base64.b64encode(image).decode() for image in images]))
+            longest, size = max(longest, len(ids)), size_with_row
+    return rows
 
 
 def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
@@ -69,8 +92,9 @@ def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
 
 
 def record_values(
-    trainer: Any, run: RunConfig, hardware: Hardware, rows: list[ReferenceRow], tokenizer: Any, *, head: str, is_sharded: bool
-) -> ReferenceValues:
+    trainer: Any, run: RunConfig, hardware: Hardware, rows: list[ReferenceRow], tokenizer: Any, *, head: str, is_sharded: bool,
+    vision: VisionProcessor | None = None,
+) -> ReferenceValues:  # fmt: skip
     """Return the reference values of the trained model. With sharded weights, every rank must call this function with the same rows."""
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     found = ReferenceValues(
@@ -78,22 +102,27 @@ def record_values(
         attention=hardware.attention, quantization=_quantization_of(base), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
         pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base).__name__,
         chat_template_sha256=text_sha256(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
-        adapter=_describe_adapter(trainer.model), rows=rows,
+        adapter=_describe_adapter(trainer.model), rows=rows, reads_images=vision is not None,
     )  # fmt: skip
+    if not rows and vision is not None:
+        limits = f"{MAX_ROWS * MAX_ROW_TOKENS} tokens and images of {MAX_IMAGE_BYTES // 2**20} MiB"
+        return found.model_copy(update={"reason": f"none of the first {4 * MAX_ROWS} rows has at most {limits}"})
     if not rows:
         return found.model_copy(update={"reason": "the data contains no row of at least two tokens"})
     try:
-        return _measure(trainer, run, hardware, found, is_sharded=is_sharded)
+        return _measure(trainer, run, hardware, found, is_sharded=is_sharded, vision=vision)
     except Exception as error:
         log.exception("the reference values of the final model could not be computed")
         return found.model_copy(update={"rows": [], "reason": f"the trainer could not compute reference values: {type(error).__name__}"})
 
 
-def _measure(trainer: Any, run: RunConfig, hardware: Hardware, found: ReferenceValues, *, is_sharded: bool) -> ReferenceValues:
+def _measure(
+    trainer: Any, run: RunConfig, hardware: Hardware, found: ReferenceValues, *, is_sharded: bool, vision: VisionProcessor | None
+) -> ReferenceValues:
     """Compute the values of the rows in two layouts, and whether the adapter changes them."""
     model = trainer.model_wrapped if is_sharded else trainer.model
     was_training = model.training
-    options: dict[str, Any] = {"head": found.head, "pad_token_id": found.pad_token_id, "device": hardware.device}
+    options: dict[str, Any] = {"head": found.head, "pad_token_id": found.pad_token_id, "device": hardware.device, "vision": vision}
     autocast = nullcontext() if trainer.is_deepspeed_enabled else trainer.accelerator.autocast()
     adapter = found.adapter
     model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from typing import Any
 
 from finetune_api.base import LenientModel
 from pydantic import Field
+
+from finetune_trainer.data.images import load_image
+from finetune_trainer.data.rows import ImageFile
 
 FILE_NAME = "reference-values.json"
 """Name of the file in the trainer's output folder."""
@@ -22,9 +26,15 @@ class ReferenceRow(LenientModel):
     """One row and its values."""
 
     ids: list[int] = Field(description="Token ids.")
+    images: list[str] = Field(default_factory=list, description="The files of the row's images, in base64.")
     is_counted: list[bool] = Field(description="Whether the token's probability counts. Empty for models with a score head.")
     values: list[float] = Field(default_factory=list, description="Log-probability (nats) of each counted token, or one score. The row was computed alone.")
     batched_values: list[float] = Field(default_factory=list, description="The same values, computed in one padded batch with the other rows.")
+
+
+    def decoded_images(self) -> list[Any]:
+        """The images of the row. Errors: RowError ImageUnreadable."""
+        return [load_image(ImageFile(content=base64.b64decode(image))) for image in self.images]
 
 
 class TrainedAdapter(LenientModel):
@@ -50,6 +60,7 @@ class ReferenceValues(LenientModel):
     tokenizer_length: int = Field(default=0, description="Number of tokens of the tokenizer, with added tokens.")
     chat_template_sha256: str | None = Field(default=None, description="sha256 of the tokenizer's chat template; None without a template.")
     architecture: str = Field(default="", description="Class of the base model.")
+    reads_images: bool = Field(default=False, description="Whether the model is a vision-language model.")
     adapter: TrainedAdapter | None = None
     rows: list[ReferenceRow] = Field(default_factory=list)
 

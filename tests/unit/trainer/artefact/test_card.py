@@ -42,6 +42,14 @@ def test_a_complete_model_of_another_source_has_no_base_model_for_the_hub(tmp_pa
     assert "transformers import AutoModelForCausalLM" in text
 
 
+@pytest.mark.parametrize("kind", list(OutputKind))
+def test_a_vision_language_model_is_loaded_for_images_and_text(kind: OutputKind, tmp_path: Path) -> None:
+    card = card_of(tmp_path, {"model": {"source": "org/base", "modality": "visionLanguage"}}, kind)
+    metadata, text = split_card(card)
+    assert metadata["pipeline_tag"] == "image-text-to-text" and "from transformers import AutoModelForImageTextToText\n" in text
+    assert "AutoModelForImageTextToText" in merged_card(card)
+
+
 def test_secrets_of_sources_are_not_shown(tmp_path: Path) -> None:
     signed = "https://host/jobs/model?signature=hidden"
     text = card_of(tmp_path, {"model": {"source": signed}, "dataset": {"train": "https://host/train.jsonl?token=hidden"}})

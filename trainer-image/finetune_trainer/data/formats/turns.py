@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_trainer.data.formats.base import ReadOptions
-from finetune_trainer.data.rows import Conversation, RowError, Turn
+from finetune_trainer.data.rows import Conversation, GivenImage, RowError, Turn
 
 ROLE_OF_NAME = {
     "system": "system", "developer": "system",
@@ -16,6 +16,10 @@ ROLE_OF_NAME = {
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 """Maps each accepted role name to the role that chat templates use."""
+IMAGE_PARTS = ("image", "image_url")
+"""Types of content parts that hold an image."""
+IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "bytes")
+"""Fields of a content part that may hold the image."""
 
 
 def parse_json_column(text: str) -> Any:
@@ -75,19 +79,39 @@ def _parse_turn(message: Any, number: int) -> Turn:
     content = next((message[key] for key in ("content", "value", "text") if key in message), None)
     if content is None and "tool_calls" not in extra:
         raise RowError("DatasetRowInvalid", f"message {number} ({role}) has no content", "write `content`")
-    return Turn(template_role, _parse_content(content, number), _parse_weight(message.get("weight"), number), extra)
+    parts = _parse_content(content, number)
+    has_images = any(isinstance(part, GivenImage) for part in parts)
+    text = "".join(part for part in parts if isinstance(part, str))
+    return Turn(template_role, text, _parse_weight(message.get("weight"), number), extra, parts if has_images else ())
 
 
-def _parse_content(content: Any, number: int) -> str:
+def _parse_content(content: Any, number: int) -> tuple[str | GivenImage, ...]:
+    """The texts and images of a message. Errors: RowError DatasetRowInvalid."""
     if content is None:
-        return ""
+        return ()
     if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
-    ):
-        return "".join(str(part.get("text", "")) for part in content)
-    raise RowError("DatasetRowInvalid", f"message {number}: content is neither text nor an array of text parts", "write a string")
+        return (content,)
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        return tuple(_parse_part(part, number) for part in content)
+    raise RowError(
+        "DatasetRowInvalid", f"message {number}: content is neither text nor an array of parts", "write a string, or an array of text and image parts"
+    )
+
+
+def _parse_part(part: Mapping[str, Any], number: int) -> str | GivenImage:
+    """One part of a message's content. Parquet files give every part the columns of all parts; absent values are null."""
+    kind = part.get("type") or "text"
+    if kind == "text":
+        return str(part.get("text") or "")
+    if kind not in IMAGE_PARTS:
+        raise RowError(
+            "DatasetRowInvalid", f"message {number}: content has a part of type {kind!r}", f"write parts of type text, {' or '.join(IMAGE_PARTS)}"
+        )
+    key = next((key for key in IMAGE_KEYS if part.get(key) is not None), None)
+    value = part[key] if key else None
+    if key == "image_url" and isinstance(value, Mapping):
+        value = value.get("url")
+    return GivenImage(f"data:image;base64,{value}" if key == "base64" and isinstance(value, str) else value)
 
 
 def _parse_weight(weight: Any, number: int) -> int:

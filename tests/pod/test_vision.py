@@ -1,0 +1,96 @@
+"""A pod that trains a vision-language model on images from S3, is killed, and resumes exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode
+from finetune_api.pod import ResumeConfig
+from finetune_api.status import VerificationOutcome
+from finetune_trainer.inputs import Inputs
+from pod_buckets import Bucket
+from pod_harness import Pod, merge, run_config, write_rows
+from recorded_run import traced_pod, weight_hashes
+
+from tests.support.vision import COLOURS, make_vision_model, png
+
+STEPS, CHECKPOINT_STEPS, KILLED_IN_STEP = 9, 4, 5
+"""An epoch has three steps: five rows, two micro-batches of one row in a step."""
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vision_model(tmp_path_factory.mktemp("models") / "vision", "qwen2_vl")
+
+
+def write_data(folder: Path, bucket: Bucket) -> Path:
+    """Write the rows, and the images to a local folder and to the bucket. The rows name the images by path and by address."""
+    (folder / "images").mkdir()
+    rows = []
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        content = png(colour, (40 + 8 * number, 32))
+        (folder / "images" / f"{name}.png").write_bytes(content)
+        bucket.put(f"{bucket.root}/images/{name}.png", content)
+        address = f"s3://{bucket.name}/{bucket.root}/images/" if number % 2 else ""
+        question = [{"type": "image", "url": f"{address}{name}.png"}, {"type": "text", "text": "question"}]
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}]})
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+def spec_of(model: Path, rows: Path, bucket: Bucket) -> dict[str, Any]:
+    return {
+        "model": {"source": f"file://{model}", "modality": "visionLanguage"},
+        "method": {"type": "lora", "lora": {"dropout": 0.1}, "vision": {"visionLayers": True}},
+        "dataset": {"train": f"file://{rows}", "images": {"root": f"s3://{bucket.name}/{bucket.root}/images"}},
+        "training": {"maxSteps": STEPS, "batchSizePerDevice": 1, "gradientAccumulationSteps": 2, "learningRate": 1e-2},
+        "checkpoint": {"steps": CHECKPOINT_STEPS, "keep": 0}, "tracking": {"loggingSteps": 1},
+    }  # fmt: skip
+
+
+def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Path, tmp_path: Path) -> None:
+    from tests.support.learning import train_here
+
+    rows = write_data(tmp_path, bucket)
+    spec = spec_of(vision_model, rows, bucket)
+    run = run_config(spec, bucket.target())
+    with traced_pod(run, tmp_path / "one", bucket, hold_point=f"accumulation:{KILLED_IN_STEP}") as first:
+        first.wait_until((first.folder / "work" / "held").exists)
+        first.wait_committed(CHECKPOINT_STEPS)
+        first.kill()
+        first.end()
+    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS))
+    with Pod(again, tmp_path / "two", bucket.env) as second:
+        assert second.end() == ExitCode.OK, second.text[-6000:]
+    message = second.termination_message()
+    assert (message.resumed_from_step, message.resolved and message.resolved.resume_exact) == (CHECKPOINT_STEPS, True)
+
+    inputs = Inputs(
+        model=vision_model, train=[rows], images=tmp_path / "images", model_revision="m", dataset_digest="d", output_dir=tmp_path / "out",
+        config_maps=tmp_path / "none",
+    )  # fmt: skip
+    uninterrupted = train_here(run, inputs)
+    assert uninterrupted.folder is not None
+    expected = hashlib.sha256((uninterrupted.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert weight_hashes(bucket, message) == {"adapter_model.safetensors": expected}
+
+
+@pytest.mark.faults
+def test_adapter_and_merged_model_are_verified_by_a_fresh_process(bucket: Bucket, vision_model: Path, tmp_path: Path) -> None:
+    """Two ranks train vision layers. Some micro-batches have no image, so that the vision layers get no gradient on one of the ranks."""
+    rows = write_data(tmp_path, bucket)
+    text_row = {"messages": [{"role": "user", "content": "question"}, {"role": "assistant", "content": "Paris"}]}
+    rows.write_text(rows.read_text() + 4 * (json.dumps(text_row) + "\n"))
+    spec = merge(spec_of(vision_model, rows, bucket), {"output": {"verify": True, "mergeAdapter": True}})
+    with Pod(run_config(spec, bucket.target(), processes=2), tmp_path / "pod", bucket.env) as pod:
+        assert pod.end() == ExitCode.OK, pod.text[-6000:]
+    output = pod.termination_message().output
+    assert output is not None and output.uri is not None and output.verification is not None
+    found = [(artefact.artefact, artefact.result, artefact.reason) for artefact in output.verification.artefacts]
+    assert found == [("adapter", VerificationOutcome.VERIFIED, None), ("merged", VerificationOutcome.VERIFIED, None)]
+    for uri in (output.uri, output.merged_uri or ""):
+        manifest = json.loads(bucket.read(uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
+        assert {"preprocessor_config.json", "chat_template.jinja", "tokenizer.json"} <= {item["path"] for item in manifest["files"]}

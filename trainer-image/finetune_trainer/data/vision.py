@@ -1,0 +1,163 @@
+"""Turns rows with images into token sequences, and batches of them into the inputs of a vision-language model.
+
+The chat template writes one placeholder for each image, and the model's processor replaces it by one token for each part of the image. The
+spans that are trained on are moved accordingly. Tokens of images are never trained on. The token sequences are cached; the pixels are computed
+again for each batch, because they need far more disk space than the image files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer.data.images import load_image
+from finetune_trainer.data.parallel import RejectedRow
+from finetune_trainer.data.rows import Conversation, Example, ImageFile, RowError
+from finetune_trainer.data.template import CharSpan, Rendered, RenderOptions, render
+from finetune_trainer.data.tokenise import IGNORED_LABEL, BoundaryTokens, EncodedRow, TokeniseOptions, labels_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SOURCES = "image_sources"
+"""Column of the token files with the images of a row. TRL would take a column `images` as rows that are not tokenised yet."""
+IMAGE_LABEL = -101
+"""Marks the tokens of images until the row is complete."""
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""Outputs of a processor that describe the text."""
+ROWS_PER_WORKER = 200
+"""Decoding images takes much longer than tokenising, so a worker process pays with fewer rows than for text."""
+
+
+@dataclass(frozen=True)
+class VisionProcessor:
+    """A processor of transformers for images and text, with the operations that training needs."""
+
+    processor: Any
+
+    @property
+    def identity(self) -> str:
+        """A text that is equal for processors that compute the same."""
+        processor = self.processor
+        settings = {name: value for name, value in vars(processor).items() if isinstance(value, str | int | float | bool)}
+        image_settings = processor.image_processor.to_dict()
+        return json.dumps([type(processor).__name__, settings, image_settings], sort_keys=True, default=str)
+
+    def encode(self, rendered: Rendered, images: Sequence[Image]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a text with placeholders. The label of an image's tokens is `IMAGE_LABEL`.
+
+        Errors: RowError ImagePlaceholders, ImageRefused.
+        """
+        count = rendered.text.count(self.processor.image_token)
+        if count != len(images):
+            raise RowError(
+                "ImagePlaceholders", f"the rendered row has {count} placeholders {self.processor.image_token} for {len(images)} images",
+                "use a chat template that writes one placeholder for each image, and do not write the placeholder in texts",
+            )  # fmt: skip
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        if not images:
+            encoded = self.processor.tokenizer([rendered.text], **options)
+            replaced: list[Mapping[str, Any]] = []
+        else:
+            try:
+                encoded = self.processor(text=[rendered.text], images=[list(images)], return_text_replacement_offsets=True, **options)
+            except ValueError as error:
+                message = str(error).split("\n")[0][:200]
+                raise RowError("ImageRefused", f"the model's image processor refuses an image: {message}", "write another image, or remove the row") from None
+            replaced = encoded["text_replacement_offsets"][0]
+        ids, offsets = list(encoded["input_ids"][0]), encoded["offset_mapping"][0]
+        labels = labels_of(ids, offsets, move_spans(rendered.spans, replaced))
+        is_image = labels_of([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replaced])
+        return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
+
+    def inputs_of(self, images: Sequence[Sequence[Image]], ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The additional inputs of the model for a batch: pixels, and the kind of each token. `ids`: token ids, all rows equally long."""
+        import torch
+
+        inputs: dict[str, Any] = {}
+        if any(images):
+            placeholders = [self.processor.image_token * len(of_row) for of_row in images]
+            output = self.processor(text=placeholders, images=[list(of_row) for of_row in images], padding=True, return_tensors="pt")
+            inputs = {name: value for name, value in output.items() if name not in TEXT_INPUTS}
+        names = set(self.processor.model_input_names)
+        kind_name = next((name for name in ("token_type_ids", "mm_token_type_ids") if name in names), None)
+        if kind_name is not None:
+            inputs[kind_name] = torch.tensor(self.processor.create_mm_token_type_ids([list(map(int, row)) for row in ids]))
+        return inputs
+
+
+def move_spans(spans: Sequence[CharSpan], replaced: Sequence[Mapping[str, Any]]) -> list[CharSpan]:
+    """Move spans of a text to the text whose placeholders were replaced. `replaced`: old and new span of each placeholder."""
+
+    def moved(position: int) -> int:
+        before = [item for item in replaced if item["span"][1] <= position]
+        return position + sum((item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0]) for item in before)
+
+    return [(moved(start), moved(end)) for start, end in spans]
+
+
+@dataclass(frozen=True)
+class VisionEncoder:
+    """Renders and tokenises rows with images, for supervised training."""
+
+    render_with: RenderOptions
+    options: TokeniseOptions
+    vision: VisionProcessor
+
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
+        """Render and tokenise the rows. Errors: ConfigError of `render` and `BoundaryTokens.of`."""
+        boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
+        return [self._encode(location, example, boundary) for location, example in rows]
+
+    def _encode(self, location: str, example: Example, boundary: BoundaryTokens) -> EncodedRow | RejectedRow:
+        images = [image for turn in example.turns for image in turn.images] if isinstance(example, Conversation) else []
+        try:
+            rendered = render(example, self.render_with)
+            ids, labels = self.vision.encode(rendered, [load_image(image) for image in images])
+        except RowError as error:
+            return RejectedRow(location, error.code, error.message, error.hint)
+        ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendered.is_templated)
+        image_end = next((index + 1 for index in range(len(labels) - 1, -1, -1) if labels[index] == IMAGE_LABEL), 0)
+        labels = [IGNORED_LABEL if label == IMAGE_LABEL else label for label in labels]
+        return EncodedRow(location, ids, labels, tuple(images), image_end)
+
+
+@dataclass(frozen=True)
+class VisionCollator:
+    """Pads rows on the right, and computes the pixels of their images."""
+
+    vision: VisionProcessor
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The inputs of the model for a batch, with labels. Padding has no label."""
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(column: str, value: int) -> Any:
+            return torch.tensor([[*map(int, row[column]), *[value] * (longest - len(row[column]))] for row in rows])
+
+        ids = padded("input_ids", self.pad_token_id)
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+        images = [[load_image(image) for image in images_of_row(row)] for row in rows]
+        return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED_LABEL)} | self.vision.inputs_of(images, ids.tolist())
+
+
+def images_of_row(row: Mapping[str, Any]) -> list[ImageFile]:
+    """The images of a row of the token files."""
+    return [ImageFile(Path(item["path"]) if item["path"] else None, item["bytes"]) for item in row[IMAGE_SOURCES]]
+
+
+def column_of_images(images: Sequence[Sequence[ImageFile]]) -> list[list[dict[str, Any]]]:
+    """The column of the token files for the images of each row."""
+    return [[{"path": str(image.path) if image.path else None, "bytes": image.content} for image in of_row] for of_row in images]
+
+
+def image_files_of(folders: Sequence[Path]) -> list[str]:
+    """Name and size of each file in the folders of images. They are part of the cache key: the number of an image's tokens depends on its size."""
+    files = sorted({file for folder in folders for file in folder.rglob("*") if file.is_file()})
+    return [f"{file.name} {file.stat().st_size}" for file in files]
