@@ -201,7 +201,6 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("FormatMismatch", "This trainer cannot learn from rows of this format.", "Give data in a format of the trainer, or choose another `trainer.type`."),
         ("FormatUnknown", "The columns match no known format.", "Write `dataset.format`, and `dataset.columns` if your columns have other names."),
         ("ImageCountDiffers", "The messages of the row have another number of places for images than the images column.", "Write one `<image>` or one image part for each image of the column."),
-        ("ImageCut", "`dataset.maxSequenceLength` would cut off an image of the row.", "Raise `dataset.maxSequenceLength`, or write smaller images."),
         ("ImageInAnswer", "An assistant message has an image, but the model generates only text.", "Move the image to a user message."),
         ("ImageInTextJob", "A row has images, but `model.modality` is text.", "Write `model.modality: visionLanguage`, or remove the images."),
         ("ImageMissing", "An image of the row does not exist in the folder of the images.", "Upload the image, or set `dataset.images.root` to its folder."),
