@@ -74,17 +74,22 @@ class ResumeConfig(WireModel):
     max_step: int | None = Field(
         default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets max_step to roll back after divergence."
     )
+    rolled_back_attempt: int | None = Field(
+        default=None, ge=1, description="The first attempt after the rollback. `max_step` does not apply to checkpoints of this attempt and later ones."
+    )
 
 
 _MARK_PREFIX = "#"
 _MIN_TRAINER_VERSION = "minTrainerVersion"
+_ROLLED_BACK_ATTEMPT = "rolledBackAttempt"
 
 
 class RunConfig(WireModel):
     """`run.json`: the configuration of all pods of an attempt, at most 64 KiB.
 
-    Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins` and
-    `min_trainer_version` as entries of this list, called marks: `#platform resources.cpu`, `#minTrainerVersion 0.2.0`.
+    Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins`,
+    `min_trainer_version` and `resume.rolled_back_attempt` as entries of this list, called marks: `#platform resources.cpu`,
+    `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`.
     """
 
     version: int = Field(default=CONTRACT_VERSION, description="Version of the format of `run.json`.")
@@ -128,6 +133,9 @@ class RunConfig(WireModel):
                 required_releases.add(release)
         mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in value.pop("origins").items()]
         mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_key)}")
+        rolled_back_attempt = value["resume"].pop("rolledBackAttempt", None)
+        if rolled_back_attempt is not None:
+            mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT} {rolled_back_attempt}")
         return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
@@ -146,7 +154,7 @@ class RunConfig(WireModel):
 
 
 def read_marks(data: dict[str, Any]) -> dict[str, Any]:
-    """Move the marks in the list `defaults` to the fields `origins` and `minTrainerVersion`, and return the new dict."""
+    """Move the marks in the list `defaults` to their fields, and return the new dict."""
     entries = data.get("defaults")
     mark_entries = [entry for entry in entries if str(entry).startswith(_MARK_PREFIX)] if isinstance(entries, list) else []
     if not mark_entries:
@@ -156,6 +164,8 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
         key, _, value = mark.removeprefix(_MARK_PREFIX).partition(" ")
         if key == _MIN_TRAINER_VERSION:
             result["minTrainerVersion"] = value
+        elif key == _ROLLED_BACK_ATTEMPT:
+            result["resume"] = {**(result.get("resume") or {}), "rolledBackAttempt": value}
         else:
             # Treat an unknown origin as `user`, so that the trainer does not ignore the field.
             result["origins"][value] = key if key in list(Origin) else Origin.USER

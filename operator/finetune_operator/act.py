@@ -151,7 +151,7 @@ def _build_job_of_attempt(facts: Facts, attempt: int, config: OperatorConfig) ->
     try:
         run: RunConfig = build_run_config(
             facts.job, facts.spec, attempt, defaults=accepted_spec.defaults,
-            committed_step=facts.newest_committed_step, max_step=facts.max_start_step,
+            committed_step=facts.newest_committed_step, max_step=facts.max_start_step, rolled_back_attempt=facts.rolled_back_attempt,
             before_adaptation=original_values(accepted_spec.spec, facts.job.status.adaptations),
         )  # fmt: skip
         return build_job(facts.job, run, accepted_spec.pool, config)

@@ -14,7 +14,7 @@ from finetune_api.status import Attempt, Checkpoint, Stage
 from finetune_api.status import Condition as StatusCondition
 
 from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
-from finetune_operator.policies.adaptations import apply_adaptations, max_start_step
+from finetune_operator.policies.adaptations import apply_adaptations, max_start_step, rolled_back_attempt
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.settings import OperatorConfig
@@ -317,6 +317,11 @@ class Facts:
     def max_start_step(self) -> int | None:
         """Newest step that the next attempt may start from after a rollback. None means no limit."""
         return max_start_step(self.job.status.adaptations, self.job.status.checkpoints)
+
+    @property
+    def rolled_back_attempt(self) -> int | None:
+        """The first attempt after the last rollback. None means that there was no rollback."""
+        return rolled_back_attempt(self.job.status.adaptations)
 
     @property
     def next_start_step(self) -> int:

@@ -31,12 +31,14 @@ The multiple includes a margin, because the store may have become slower."""
 
 def build_run_config(
     job: JobObject, spec: FineTuneJobSpec, attempt: int, *,
-    defaults: Mapping[str, Any], committed_step: int, max_step: int | None, before_adaptation: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any], committed_step: int, max_step: int | None, rolled_back_attempt: int | None = None,
+    before_adaptation: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
     `spec` is resolved, and all adaptations are applied. `committed_step` is the newest step that is known to be in storage, or 0.
-    `max_step` is the newest step that the attempt may start from; None means no limit. `before_adaptation` holds the original values
+    `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
+    `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
     of adapted fields, by path.
     """
     root = f"{(spec.storage.uri or '').rstrip('/')}"
@@ -55,7 +57,7 @@ def build_run_config(
         publish=publish_uri,
         model_store=_separate_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
         dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
-        resume=_build_resume(spec, attempt, committed_step, max_step),
+        resume=_build_resume(spec, attempt, committed_step, max_step, rolled_back_attempt),
         grace_seconds=_grace_seconds(job, spec, defaults),
     )
 
@@ -85,12 +87,12 @@ def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
     )
 
 
-def _build_resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> ResumeConfig:
+def _build_resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None, rolled_back_attempt: int | None) -> ResumeConfig:
     """Later attempts continue from the job's own checkpoints. If a rollback excludes all checkpoints, an attempt starts like the first one."""
     requested_mode = spec.checkpoint.resume or "auto"
     expected_step = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected_step or requested_mode == "never") else requested_mode
-    return ResumeConfig(mode=mode, expect_step=expected_step, max_step=max_step)
+    return ResumeConfig(mode=mode, expect_step=expected_step, max_step=max_step, rolled_back_attempt=rolled_back_attempt if max_step is not None else None)
 
 
 def _build_store_target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:

@@ -146,6 +146,12 @@ def adapt_to_divergence(
     return Adaptation(time=now, reason=Reason.DIVERGED, change=change_text, set=changed_values)
 
 
+def rolled_back_attempt(adaptations: Iterable[Adaptation]) -> int | None:
+    """Return the number of the first attempt after the last rollback, or None if there was no rollback."""
+    first_attempt = adapted_values(adaptations).get(FIRST_ATTEMPT_KEY)
+    return first_attempt if isinstance(first_attempt, int) else None
+
+
 def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
     """Return the newest step that the next attempt may start from, or None if there is no limit.
 

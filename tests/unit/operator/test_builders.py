@@ -160,6 +160,15 @@ def test_resume_settings_of_an_attempt(
     assert (run.resume.mode, run.resume.expect_step, run.resume.max_step) == (mode, expected, max_step)
 
 
+def test_the_attempt_after_a_rollback_is_a_mark_that_older_trainers_ignore() -> None:
+    run, _ = build_config_and_job(spec(), 4, committed_step=40, max_step=20, rolled_back_attempt=3)
+    assert run.resume.rolled_back_attempt == 3
+    assert "rolledBackAttempt" not in run.to_wire()["resume"] and "#rolledBackAttempt 3" in run.to_wire()["defaults"]
+    assert RunConfig.model_validate_json(run.to_bytes()) == run
+    unlimited, _ = build_config_and_job(spec(), 4, committed_step=40, max_step=None, rolled_back_attempt=3)
+    assert unlimited.resume.rolled_back_attempt is None
+
+
 def test_only_attempts_with_several_pods_use_dns_names() -> None:
     alone, body = build_config_and_job(spec())
     assert (alone.world.master_address, alone.world.master_port) == ("127.0.0.1", 0)

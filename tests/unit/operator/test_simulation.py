@@ -78,7 +78,7 @@ class JobEvents(RuleBasedStateMachine):
                 return plan
             if plan.create_attempt is not None:
                 self._check_new_attempt(facts)
-                result = ActionResult(created_job=world.create_job(plan.create_attempt, facts.max_start_step))
+                result = ActionResult(created_job=world.create_job(plan.create_attempt, facts.max_start_step, facts.rolled_back_attempt))
         if crash == "before write":
             return plan
         new = compute_status(facts, plan, result)
@@ -112,8 +112,9 @@ class JobEvents(RuleBasedStateMachine):
             assert facts.max_start_step is None
             return
         since = [step for step, attempt in self.world.reported_checkpoints if attempt >= rollbacks[-1][FIRST_ATTEMPT_KEY]]
-        wanted = max([rollbacks[-1][MAX_STEP_KEY], *since])
-        assert facts.max_start_step is None or facts.max_start_step >= wanted, (facts.max_start_step, wanted)
+        assert facts.max_start_step is None or facts.max_start_step >= rollbacks[-1][MAX_STEP_KEY]
+        start = self.world.allowed_start_step(facts.max_start_step, facts.rolled_back_attempt)
+        assert start >= max(since, default=0), (start, since)
         if facts.attempt == rollbacks[-1][FIRST_ATTEMPT_KEY]:
             assert facts.max_start_step == rollbacks[-1][MAX_STEP_KEY]
 

@@ -57,8 +57,8 @@ class SimulatedCluster:
     """uids of pods that ended because their Job was suspended. The Job controller does not count such pods as failed."""
     attempt_of_step: dict[int, int] = field(default_factory=dict)
     """The attempt that committed the checkpoint, by step."""
-    max_start_steps: dict[str, int | None] = field(default_factory=dict)
-    """Newest step from which an attempt may start, by the uid of its Job."""
+    start_limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    """Newest step from which an attempt may start, and the first attempt to whose checkpoints this limit does not apply, by the uid of its Job."""
     start_steps: dict[str, int] = field(default_factory=dict)
     """Step from which each pod started, by uid."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class SimulatedCluster:
         """Pods of a Job whose objects exist."""
         return [p for p in self.pods.values() if p.job_uid == job.uid and not p.is_deleted]
 
-    def create_job(self, attempt: int, max_step: int | None) -> JobView | None:
+    def create_job(self, attempt: int, max_step: int | None, rolled_back_attempt: int | None) -> JobView | None:
         """Create the Job as the API server does, and return it. If an object of another owner has the name, return None."""
         name = attempt_job_name("run", attempt)
         existing = next((job for job in self.jobs.values() if job.name == name), None)
@@ -107,7 +107,7 @@ class SimulatedCluster:
         start_fields = {"is_suspended": True, "queue": self.queue, "started_at": None} if self.queue else {"started_at": self.now}
         created_job = make_job(attempt, uid=f"job-{attempt}-{self.last_serial_number}", created_at=self.now, **start_fields)
         self.jobs[created_job.uid] = created_job
-        self.max_start_steps[created_job.uid] = max_step
+        self.start_limits[created_job.uid] = (max_step, rolled_back_attempt)
         self.created_attempts.append(attempt)
         return created_job
 
@@ -253,9 +253,14 @@ class SimulatedCluster:
 
     def _start(self, leader: PodView) -> int:
         """Return the start step of a rank 0 pod: the newest committed step that its run configuration allows."""
-        limit = self.max_start_steps[leader.job_uid]
-        self.start_steps[leader.uid] = max([step for step in self.attempt_of_step if limit is None or step <= limit], default=0)
+        self.start_steps[leader.uid] = self.allowed_start_step(*self.start_limits[leader.job_uid])
         return self.start_steps[leader.uid]
+
+    def allowed_start_step(self, limit: int | None, rolled_back_attempt: int | None) -> int:
+        """Return the newest committed step that a run configuration with these limits allows."""
+        exempt = rolled_back_attempt if limit is not None else None
+        steps = [step for step, attempt in self.attempt_of_step.items() if limit is None or step <= limit or (exempt and attempt >= exempt)]
+        return max(steps, default=0)
 
     def report_progress(self) -> None:
         """Let the operator scrape rank 0."""

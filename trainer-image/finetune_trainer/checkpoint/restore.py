@@ -76,8 +76,12 @@ def restore(
     if resume_config.max_step is None:
         candidates = own_checkpoints
     else:
-        # Checkpoints of this attempt remain candidates: another incarnation committed them after the rollback.
-        candidates = [one for one in own_checkpoints if (one.step or 0) <= resume_config.max_step or one.marker.attempt == attempt]
+        # Checkpoints of the attempts after the rollback remain candidates. Trainers before 0.2.0 know only that this attempt is one of them.
+        first_attempt = resume_config.rolled_back_attempt or attempt
+        candidates = [
+            one for one in own_checkpoints
+            if (one.step or 0) <= resume_config.max_step or (first_attempt is not None and one.marker.attempt >= first_attempt)
+        ]  # fmt: skip
         unreadable_steps = [step for step in unreadable_steps if step <= resume_config.max_step]
     result.damage_messages += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable_steps]
     if resume_config.mode not in ("auto", "never") and not candidates and not unreadable_steps:

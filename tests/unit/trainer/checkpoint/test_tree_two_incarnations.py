@@ -140,6 +140,8 @@ def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollbac
     found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)
     assert (found.step, [one.step for one in found.skipped_checkpoints]) == (20, [30])
     assert restore(tree, rolled_back, FACTS, tmp_path / "fourth", attempt=4).step == 10
+    with_known_attempt = rolled_back.model_copy(update={"rolled_back_attempt": 3})
+    assert restore(tree, with_known_attempt, FACTS, tmp_path / "fifth", attempt=4).step == 20, "also if the operator did not see this checkpoint"
 
 
 def test_an_attempt_is_fenced_before_training_if_a_later_one_has_begun(store: SlowStore) -> None:
