@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        code = _wait_for_trainer(process, port, termination_file)
+        with _termination_as_interrupt():
+            code = _wait_for_trainer(process, port, termination_file)
     return _print_result(code, termination_file, run)
 
 
@@ -255,11 +257,22 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C. Otherwise, they would end this program and leave the trainer running."""
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
     """Show progress until the process ends, and return its exit code.
 
     The last report comes from the termination message, because the process may end between two polls.
-    The first Ctrl-C makes the trainer save and stop; the second kills the trainer.
+    The first Ctrl-C or SIGTERM makes the trainer save and stop; the second kills the trainer.
     """
     show_report = progress_printer()
     interrupts = 0

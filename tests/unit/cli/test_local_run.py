@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from finetune_api import names
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.spec import FineTuneJobSpec
+from finetune_cli import local_run
 from finetune_cli.local_run import _link_config_maps, _write_run, last_report, last_started_attempt
 from finetune_cli.local_spec import LocalRunError
 
@@ -76,3 +81,16 @@ def test_the_trainer_finds_the_files_of_config_maps(tmp_path: Path) -> None:
     for _ in range(2):
         _link_config_maps(tmp_path / "maps", {"prompts": tmp_path / "mine"})
     assert (tmp_path / "maps" / "prompts" / "prompts.txt").read_text() == "Hello"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_command_stops_the_trainer(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); print('ready', flush=True); signal.pause()"
+    process = subprocess.Popen([sys.executable, "-c", trainer], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    polls = iter([lambda: os.kill(os.getpid(), number), process.wait])
+    monkeypatch.setattr(local_run, "_poll_trainer", lambda *_: next(polls)())
+    before = signal.getsignal(signal.SIGTERM)
+    with local_run._termination_as_interrupt():
+        assert local_run._wait_for_trainer(process, 0, tmp_path / "termination") == 75
+    assert signal.getsignal(signal.SIGTERM) is before
