@@ -98,7 +98,10 @@ def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report
 
 def _committed_model(storage: JobStorage) -> CommittedFolder:
     folders = {committed.folder: committed for committed in list_committed_folders(storage)}
-    committed = folders.get(Storage.MERGED) or folders.get(Storage.MODEL)
+    model, merged = folders.get(Storage.MODEL), folders.get(Storage.MERGED)
+    if model is not None and merged is not None and (read_manifest(storage, merged).get("extra") or {}).get("adapterSha256") != model.manifest_sha256:
+        merged = None  # made from an adapter that another attempt has replaced
+    committed = merged or model
     if committed is None:
         raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists what is there")
     return committed

@@ -289,6 +289,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("AdapterScaleDiffers", "The scale of the stored adapter differs from the scale in training.", "Do not serve the files. Report a bug."),
         ("ArtefactUnreadable", "transformers or PEFT cannot load the stored model.", "Do not serve the files. Report a bug with the message."),
         ("BaseWasQuantised", "The adapter was trained on a quantised base model and merged into unquantised weights. The values differ by the quantisation error.", "Compare the merged model with your own data before you serve it, or serve the adapter on the quantised base model."),
+        ("BaseModelUnreadable", "The base model cannot be loaded for the comparison, so the stored model was not verified.", "Read the log of the pod. The stored files themselves passed their checks."),
         ("ChatTemplateDiffers", "The stored chat template differs from the template in training.", "Do not serve the files. Report a bug."),
         ("ModelConfigMissing", "`config.json` is missing or is not JSON.", "Do not serve the files. Train again, and report a bug."),
         ("ModelFileDamaged", "A file of the model's weights is damaged.", "Do not serve the files. Check the store, then train again."),

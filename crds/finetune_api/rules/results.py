@@ -83,11 +83,17 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"{spec.output.project}, but project has no effect without output.dir and without trackers",
             "write output.dir, or remove project",
         )
+    if spec.output.verify and spec.phases.train is False and not spec.output.serving:
+        yield (
+            "output.verify",
+            "true, but the model of phases.from was verified by the job that trained it",
+            "remove verify",
+        )
     if exports_oci(spec) and spec.phases.train is False:
         yield (
             "output.export",
             "contains oci, but the model of phases.from belongs to another job",
-            "remove oci, and write the artefact with `finetune export` and the address of that model",
+            "remove oci, and run `finetune export` with the address in phases.from",
         )
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (

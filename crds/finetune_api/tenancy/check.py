@@ -79,7 +79,7 @@ class _Checker:
     def _patterns(self, rule: str) -> tuple[str, ...]:
         return tuple(self._rules.value_of(rule))
 
-    def _refused(self, rule: str, path: str, text: Text, *, subject: str = "") -> Iterator[PolicyProblem]:
+    def _refused(self, rule: str, path: str, text: Text, *, subject: str = "", example: str = "") -> Iterator[PolicyProblem]:
         patterns, platform = self._patterns(rule), self._platform
         if patterns == EVERYTHING:
             return
@@ -87,7 +87,8 @@ class _Checker:
             patterns, text.compared, compares_folders=rule in table.FOLDER_RULES, storage=platform.s3_root, namespace=platform.namespace
         ):
             message = f"{subject or repr(text.shown)} is refused by the platform's rule policy.{rule} for namespace {platform.namespace}"
-            yield PolicyProblem(path, rule, message, self._describe(patterns))
+            hint = self._describe(patterns)
+            yield PolicyProblem(path, rule, message, f"write for example `{example}`" if example else hint)
 
     def _describe(self, patterns: tuple[str, ...]) -> str:
         """Return a hint with the patterns, as they read in this namespace."""
@@ -119,7 +120,13 @@ class _Checker:
             return
         address = f"{table.without_end_slash(uri)}/{table.without_end_slash(folder)}"
         is_odd = re.search(table.ODD_FOLDERS, address) is not None
-        yield from self._refused("destinations", "output.dir", Text(address, None if is_odd else address))
+        namespace = self._platform.namespace
+        example = f"output.dir: {namespace}/{table.without_end_slash(folder)}"
+        patterns = self._patterns("destinations")
+        own = f"{table.without_end_slash(uri)}/{namespace}/{table.without_end_slash(folder)}"
+        if is_odd or not allows(patterns, own, compares_folders=True, storage=self._platform.s3_root, namespace=namespace):
+            example = ""
+        yield from self._refused("destinations", "output.dir", Text(address, None if is_odd else address), subject=f"{folder!r} ({address})", example=example)
 
     def check_code(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:
         """Check fields that run code of the user or of a model repository."""

@@ -76,7 +76,10 @@ class PolicyRules(WireModel):
     priority_classes: Patterns = ("*", "!system-*")
     tolerations: Patterns = ("*", "!node-role.kubernetes.io/*", "!node.cloudprovider.kubernetes.io/*", "!CriticalAddonsOnly")
     node_labels: Patterns = ("*", "!node-role.kubernetes.io/*")
-    environment: Patterns = ("*", "!LD_*", "!PYTHONPATH", "!PYTHONHOME", "!PYTHONSTARTUP", "!PYTHONUSERBASE")
+    environment: Patterns = (
+        "*", "!LD_*", "!PATH", "!PYTHONPATH", "!PYTHONHOME", "!PYTHONSTARTUP", "!PYTHONUSERBASE", "!BASH_ENV", "!CC", "!CXX", "!GCONV_PATH", "!NCCL_*PLUGIN*",
+        "!OPENSSL_*",
+    )  # fmt: skip
     labels: Patterns = ("*",)
     annotations: Patterns = ("*", "!k8s.v1.cni.cncf.io/*", "!container.apparmor.security.beta.kubernetes.io/*")
     mount_paths: Patterns = (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.errors import ConfigError
+from finetune_trainer.verification.artefact_checks import find_fault
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.learning import merge_mappings, run_training
@@ -121,6 +122,7 @@ def difference_after_loading(folder: Path, outcome: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("name", cases(FAMILIES))
 def test_an_adapter_learns_and_can_be_loaded(name: str, tmp_path: Path) -> None:
     family, outcome = FAMILIES[name], train(tmp_path, name, {"type": "lora"})
+    assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
     assert len(outcome.losses) == 4 and 5.5 < outcome.losses[0] < 7 and outcome.losses[-1] < outcome.losses[0]
     assert outcome.resolved["attention"] == ("sdpa" if family.has_sdpa else "eager")
     assert any(note.startswith("attention eager is used, because ") for note in outcome.notes) is not family.has_sdpa
@@ -150,12 +152,14 @@ def test_adapters_of_experts_can_be_loaded(name: str, tmp_path: Path) -> None:
     assert experts and not [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".gate." in key]
     after_loading, change = difference_after_loading(tmp_path, outcome)
     assert after_loading < 1e-5 < change
+    assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
 
 
 def test_one_parameter_of_the_experts_can_be_named(tmp_path: Path) -> None:
     outcome = train(tmp_path, "gpt_oss", {"type": "lora", "lora": {"targetParameters": ["experts.down_proj"], "rank": 4}})
     shapes = {tuple(value.shape) for key, value in outcome.model.named_parameters() if value.requires_grad and ".experts." in key}
     assert shapes == {(4 * 4, 128), (64, 4 * 4)}, "four experts with rank 4"
+    assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
 
 
 @pytest.mark.parametrize(

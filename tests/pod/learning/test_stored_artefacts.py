@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "eva": {"method": {"lora": {"init": "eva", "rank": 8}}},
     "bias": {"method": {"lora": {"bias": "all"}}, "model": {"source": "attention bias"}},
     "saved modules": {"method": {"lora": {"modulesToSave": ["lm_head"]}}},
+    "embeddings": {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}},
     "dora": {"method": {"type": "dora"}},
     "qlora": {"method": {"type": "qlora"}},
     "8 bits": {"model": {"quantization": {"bits": 8}}},
@@ -52,7 +53,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "reward full": ({"trainer": {"type": "reward"}, "method": {"type": "full", **NO_LORA}}, PREFERENCE_PAIRS),
     "grpo": ({"trainer": {"type": "grpo", "grpo": {"numGenerations": 2}, "maxCompletionLength": 8, "rewards": [LENGTH_REWARD]}}, PROMPTS),
 }  # fmt: skip
-IN_SLOW_SLICE = ("rslora", "olora", "eva", "bias", "8 bits", "loftq", "bf16 full", "new tokens full", "packed", "orpo", "reward full")
+IN_SLOW_SLICE = ("embeddings", "rslora", "olora", "eva", "bias", "8 bits", "loftq", "bf16 full", "new tokens full", "packed", "orpo", "reward full")
 
 
 def slices(names: Iterable[str]) -> list[Any]:

@@ -445,6 +445,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("OutputPathInvalid", {"output": {"dir": "a/../b"}}, "output.dir"),
     ("OutputPathInvalid", {"output": {"dir": "a", "project": ".."}}, "output.project"),
     ("OutputOptionWithoutEffect", {"output": {"export": ["oci"]}, "phases": {"train": False, "from": "s3://b/m", "infer": True}}, "output.export"),
+    ("OutputOptionWithoutEffect", {"output": {"verify": True}, "phases": {"train": False, "from": "s3://b/m", "infer": True}}, "output.verify"),
     ("AdaptersNotCombinable", {"output": {"adapterWeight": 0.5}}, "output.adapterWeight"),
     ("AdaptersNotCombinable", {"output": {"combineAdapters": [{"source": "s3://b/a"}]}}, "output.combineAdapters"),
     (

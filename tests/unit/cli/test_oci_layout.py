@@ -84,9 +84,18 @@ def test_an_image_has_the_files_below_models(storage: JobStorage, tmp_path: Path
 
 
 def test_the_merged_model_is_exported_if_there_is_one(storage: JobStorage, tmp_path: Path) -> None:
-    commit_folder(tmp_path / "job", "merged", {"model.safetensors": b"merged"}, manifest={"job": "team-a/bot/uid", "kind": "model"})
+    model = json.loads((tmp_path / "job/model/_COMMITTED").read_text())["manifestSha256"]
+    manifest = {"job": "team-a/bot/uid", "kind": "model", "extra": {"adapterSha256": model}}
+    commit_folder(tmp_path / "job", "merged", {"model.safetensors": b"merged"}, manifest=manifest)
     export(storage, tmp_path / "layout")
     assert [layer["annotations"]["org.cncf.model.filepath"] for layer in manifest_of(tmp_path / "layout")["layers"]] == ["model.safetensors"]
+
+
+def test_a_merged_model_of_another_adapter_is_not_exported(storage: JobStorage, tmp_path: Path) -> None:
+    manifest = {"job": "team-a/bot/uid", "kind": "model", "extra": {"adapterSha256": "0" * 64}}
+    commit_folder(tmp_path / "job", "merged", {"model.safetensors": b"merged"}, manifest=manifest)
+    export(storage, tmp_path / "layout")
+    assert len(manifest_of(tmp_path / "layout")["layers"]) == len(FILES)
 
 
 def test_a_damaged_file_leaves_no_layout(storage: JobStorage, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, l
     ]  # fmt: skip
     assert "--require-hashes" in text
     assert "USER 10001:10001" in text
-    assert f'ENTRYPOINT ["python", "-m", "{module}"]' in text
+    assert f'ENTRYPOINT ["/opt/venv/bin/python", "-m", "{module}"]' in text
     assert not re.search(r"https?://|PIP_INDEX|UV_INDEX", text)
     ignored = (root / ".dockerignore").read_text("utf-8").splitlines()
     assert "*" in ignored

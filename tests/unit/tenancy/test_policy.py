@@ -54,7 +54,8 @@ def messages(namespace: str, groups: dict[str, Any], config: OperatorConfig) -> 
     [
         ("plain", {"placement": {"env": [{"name": "A"}, {"name": "LD_PRELOAD"}]}},
          "spec.placement.env[1].name: 'LD_PRELOAD' is refused by the platform's rule policy.environment for namespace plain; write a value that the rule "
-         "allows: *, !LD_*, !PYTHONPATH, !PYTHONHOME, !PYTHONSTARTUP, !PYTHONUSERBASE; the last matching pattern decides, and ! refuses"),
+         "allows: *, !LD_*, !PATH, !PYTHONPATH, !PYTHONHOME, !PYTHONSTARTUP, "
+         "!PYTHONUSERBASE, !BASH_ENV, !CC, !CXX, !GCONV_PATH, !NCCL_*PLUGIN*, !OPENSSL_*; the last matching pattern decides, and ! refuses"),
         ("strict", {"placement": {"serviceAccountName": "admin"}},
          "spec.placement.serviceAccountName: 'admin' is refused by the platform's rule policy.serviceAccounts for namespace strict; write a value that the "
          "rule allows: trainer-strict"),
@@ -65,8 +66,8 @@ def messages(namespace: str, groups: dict[str, Any], config: OperatorConfig) -> 
          "spec.dataset.train: 's3://finetune/jobs/other/x' is refused by the platform's rule policy.sources for namespace plain; write a value that the rule "
          "allows: *, !s3://finetune/jobs/*, s3://finetune/jobs/plain/*; the last matching pattern decides, and ! refuses"),
         ("plain", {"output": {"dir": "results"}},
-         "spec.output.dir: 's3://finetune/jobs/results' is refused by the platform's rule policy.destinations for namespace plain; write a value that the rule "
-         "allows: *, !s3://finetune/jobs/*, s3://finetune/jobs/plain/*; the last matching pattern decides, and ! refuses"),
+         "spec.output.dir: 'results' (s3://finetune/jobs/results) is refused by the platform's rule policy.destinations for namespace plain; write for example "
+         "`output.dir: plain/results`"),
         ("plain", {"placement": {"tolerations": [{"operator": "Exists"}]}},
          "spec.placement.tolerations[0]: 'a toleration of every taint' is refused by the platform's rule policy.tolerations for namespace plain; write a value "
          "that the rule allows: *, !node-role.kubernetes.io/*, !node.cloudprovider.kubernetes.io/*, !CriticalAddonsOnly; the last matching pattern decides, "

@@ -177,10 +177,13 @@ class Verifier:
             self._base_values = measured.base_values
         if self._base_values is None and reference.head == "causal":
             self._channel.report_stage(Stage.VERIFYING, "loading the base model")
-            with _as_verification_errors("base model", self._inputs.model):
-                model = self._load(self._inputs.model, reference, quantizes=True)
-                self._fit_vocabulary(model, reference)
-                self._base_values = self._values(model, reference)
+            try:
+                with _as_verification_errors("base model", self._inputs.model):
+                    model = self._load(self._inputs.model, reference, quantizes=True)
+                    self._fit_vocabulary(model, reference)
+                    self._base_values = self._values(model, reference)
+            except UnfitArtefactError as error:  # says nothing about the artefact
+                raise NotComparableError("BaseModelUnreadable", str(error)) from error
             del model
             _release_memory()
         return self._base_values

@@ -111,9 +111,9 @@ def _check_lora(
     _check_known_names(tensors, config, LORA_PART)
     parts = _lora_parts(tensors)
     _check_pairs(parts)
-    _check_ranks(parts, config)
+    _check_ranks(parts, config, base)
     _check_base(parts, base)
-    _check_targets(parts, config, base)
+    _check_targets(parts, config, base, _adapted_embeddings(tensors))
     trained = reference.adapter if reference is not None else None
     if trained is not None:
         _check_scaling(parts, config, trained.scaling)
@@ -159,10 +159,18 @@ def _check_pairs(parts: Mapping[str, Mapping[str, StoredTensor]]) -> None:
             raise _FaultFound("TargetWeightsMissing", f"{module} has no matrix lora_{absent[0]}, so its adapter has no effect")
 
 
-def _check_ranks(parts: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any]) -> None:
+def _adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
+    """The embeddings with an adapter, by the name of the module in the base model."""
+    found = ((name, LORA_PART.search(name)) for name in tensors)
+    return {name[: match.start()].removeprefix(PREFIX) for name, match in found if match and "embedding" in match.group(1)}
+
+
+def _check_ranks(parts: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
+    """Compare the shapes with the rank. PEFT stores the matrices of all experts of a parameter as one matrix with rank x experts rows."""
     for module, matrices in parts.items():
         a, b, rank = matrices["A"].shape, matrices["B"].shape, _setting(config, module, "r", "rank_pattern")
-        if len(a) == 2 and (a[0] != b[1] or a[0] != rank):
+        may_be_experts = f"{module}.weight" not in base
+        if len(a) == 2 and (a[0] != b[1] or (a[0] % rank if may_be_experts else a[0] != rank)):
             raise _FaultFound("RankDiffers", f"{ADAPTER_CONFIG} says rank {rank:g} for {module}, but A has {a[0]} rows and B has {b[1]} columns")
 
 
@@ -182,12 +190,12 @@ def _check_base(parts: Mapping[str, Mapping[str, StoredTensor]], base: Mapping[s
 
 def _has_renamed_weights(parts: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> bool:
     """Whether the file of the base model uses other names than its modules: transformers renames the weights of some architectures."""
-    last_names = {module.rsplit(".", 1)[-1] for module in parts}
-    return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names for name in base)
+    last_names = {module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in parts}
+    return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names or ("experts" in last_names and ".experts." in name) for name in base)
 
 
-def _check_targets(parts: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
-    """Require an adapter on every module of the base model that the configuration targets."""
+def _check_targets(parts: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor], embeddings: set[str]) -> None:
+    """Require an adapter on every module of the base model that the configuration targets. `embeddings`: the embeddings with an adapter."""
     targets = config.get("target_modules")
     modules = [name.removesuffix(".weight") for name, tensor in base.items() if name.endswith(".weight") and len(tensor.shape) == 2]
     if not targets or targets == ALL_LINEAR or not set(parts) <= set(modules):
@@ -195,7 +203,7 @@ def _check_targets(parts: Mapping[str, Any], config: Mapping[str, Any], base: Ma
     layers = config.get("layers_to_transform")
     chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
     for module in modules:
-        if _is_targeted(module, targets) and not _is_excluded(module, config.get("exclude_modules")) and module not in parts:
+        if _is_targeted(module, targets) and not _is_excluded(module, config.get("exclude_modules")) and module not in parts and module not in embeddings:
             layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
             if chosen_layers is None or layer in chosen_layers:
                 raise _FaultFound("TargetWeightsMissing", f"{ADAPTER_CONFIG} targets {module}, but {ADAPTER_WEIGHTS} has no weights for it")

@@ -22,6 +22,9 @@ correctly merged models with 2 to 24 layers, because the sum of base weight and 
 SHARE_OF_CHANGE = 0.1
 """Other formats: share of the change from the base model that is accepted, up to `ROUNDED_TOLERANCE`. Training computes with autocast, with FSDP or
 with DeepSpeed, and a fresh model without them, so that both round differently: on an H200, correct models with 12 layers differed by 0.0057 to 0.0091."""
+SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
+"""A difference above this share of the change by training is not verified, even if it is within the tolerance: an artefact without a part of
+the change could differ as much. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits."""
 MERGED = "merged"
 """Name of the merged model in the status."""
 SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VERIFIED, VerificationOutcome.FAILED)
@@ -89,6 +92,13 @@ def judge(
     if difference > tolerance:
         text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
         return _failed(result, "ValuesDiffer", text)
+    trained_change = root_mean_square(reference.values(), base_values) if base_values is not None else None
+    if trained_change is not None and changed_in_training is not False and difference > max(SMALLEST_DOUBT, SHARE_OF_DOUBT * trained_change):
+        text = (
+            f"its log-probabilities differ by {difference:.3g} nats, but training changed them by only {trained_change:.3g} nats: "
+            "too little to tell rounding from a fault"
+        )
+        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
     if change == 0:
         note = "training did not change the values of the base model: check training.learningRate and the number of steps"
         return result.model_copy(update={"code": "TrainingHadNoEffect", "reason": note})
