@@ -118,11 +118,13 @@ def load_model(
     is_sharded: bool = False,
     kind: str = "causal",
     quantize: bool = True,
+    is_spread: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the base model and check that no weight is missing. Returns the model and notes for the status.
 
     `skip_quantization`: modules that stay unquantised. `is_sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
     `reward` for a head with one output. If `quantize` is False, the spec's quantisation is ignored.
+    `is_spread`: the layers are spread over all GPUs of the pod.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
@@ -140,6 +142,8 @@ def load_model(
         "trust_remote_code": bool(spec.trust_remote_code),
     }
     quantization = quantization_config(run, hardware, skipped_modules=skip_quantization, is_sharded=is_sharded) if quantize else None
+    if is_spread:
+        options["device_map"] = "auto"
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
     loader = AutoModelForImageTextToText if is_vision_language(run.spec) else AutoModelForCausalLM

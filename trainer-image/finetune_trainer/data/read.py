@@ -147,7 +147,7 @@ def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
             if len(line) > MAX_ROW_BYTES:
                 raise DataError(
                     "DatasetRowTooLarge", f"{file.name}, row {number}: the row has more than {MAX_ROW_BYTES} bytes",
-                    hint="split the row, or write one row per line",
+                    hint="write shorter rows; if the file is one JSON array, write one row per line (JSON Lines)",
                 )  # fmt: skip
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from finetune_api import rules
 from finetune_api.errors import NotFoundError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
@@ -13,6 +14,7 @@ from finetune_trainer import model as models
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.files import StageTask
+from finetune_trainer.stages.placement import free_gpu_bytes, must_be_spread
 
 ATTENTION = ("sdpa", "eager")
 """Attention implementations for padded batches."""
@@ -42,15 +44,25 @@ def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: 
 
 
 def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quantizes: bool = True) -> Any:
-    """Load a model on the device, in evaluation mode."""
+    """Load a model on the device, or on all GPUs of the pod if one is too small, in evaluation mode."""
     from finetune_trainer.attention import require_supported_attention
 
     padded = hardware.attention if hardware.attention in ATTENTION else "sdpa"
     attention, _ = require_supported_attention(run, models.load_config(run, inputs), padded)
-    model, _ = models.load_model(run, inputs, replace(hardware, attention=attention), quantize=quantizes)
+    is_quantized = quantizes and rules.base_bits(run.spec) is not None
+    is_spread = hardware.device.type == "cuda" and not is_quantized and must_be_spread(inputs.model, _bytes_per_value(hardware), free_gpu_bytes())
+    model, _ = models.load_model(run, inputs, replace(hardware, attention=attention), quantize=quantizes, is_spread=is_spread)
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(hardware.device)
     return model.eval()
+
+
+def _bytes_per_value(hardware: Hardware) -> int:
+    """Size of a weight in memory. `auto` keeps the format of the files, at most 32 bits."""
+    import torch
+
+    dtype = hardware.dtype if isinstance(hardware.dtype, torch.dtype) else getattr(torch, str(hardware.dtype), torch.float32)
+    return int(dtype.itemsize)
 
 
 def _without_new_tokens(run: RunConfig) -> RunConfig:

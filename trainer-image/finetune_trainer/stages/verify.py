@@ -30,15 +30,14 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.results.serving_files import ServedModel, serving_files
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
 from finetune_trainer.stages.heartbeats import heartbeats_while_computing
+from finetune_trainer.stages.placement import free_gpu_bytes, needed_bytes
 from finetune_trainer.verification import compare
 from finetune_trainer.verification.artefact_checks import find_fault
 from finetune_trainer.verification.compare import MERGED
 from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
-from finetune_trainer.verification.weight_files import DamagedFileError, read_folder, weight_bytes
+from finetune_trainer.verification.weight_files import read_folder
 
 log = logging.getLogger(__name__)
-MEMORY_FACTOR = 1.2
-"""Memory of a model divided by the size of its weights, for short rows."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 """Attention implementations of transformers itself. For all others, the stage uses sdpa."""
 
@@ -225,7 +224,7 @@ class Verifier:
             options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(reference.quantization or {}))
             options["device_map"] = {"": str(device)}
         elif device.type == "cuda":
-            options["device_map"] = choose_device_map(folder, torch.tensor([], dtype=options["dtype"]).element_size(), str(device), _gpu_memory())
+            options["device_map"] = choose_device_map(folder, torch.tensor([], dtype=options["dtype"]).element_size(), str(device), free_gpu_bytes())
         loader: Any = AutoModelForImageTextToText if reference.reads_images else AutoModelForCausalLM
         if reference.head == "reward":
             loader, options["num_labels"] = AutoModelForSequenceClassification, 1
@@ -242,30 +241,19 @@ def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_byte
 
     Errors: NotComparableError ModelTooLarge.
     """
-    try:
-        tensors = read_folder(folder)
-    except (DamagedFileError, OSError):
-        return {"": device}
-    values = sum(weight_bytes({name: tensor}) // {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}.get(tensor.dtype, 1) for name, tensor in tensors.items())
-    needed = int(values * bytes_per_value * MEMORY_FACTOR)
-    if needed <= free_bytes[0]:
+    needed = needed_bytes(folder, bytes_per_value)
+    if needed is None or needed <= free_bytes[0]:
         return {"": device}
     if needed <= sum(free_bytes):
         return "auto"
     raise NotComparableError(
-        "ModelTooLarge", f"the model needs {needed / 2**30:.1f} GiB, and the {len(free_bytes)} GPUs of the pod have {sum(free_bytes) / 2**30:.1f} GiB"
+        "ModelTooLarge", f"the model needs {needed / 2**30:.1f} GiB, but the pod's GPUs ({len(free_bytes)}) have only {sum(free_bytes) / 2**30:.1f} GiB free"
     )
 
 
 def has_16_bit_weights(folder: Path) -> bool:
     """Whether a model's weights are stored in 16 bits."""
     return any(tensor.dtype in ("F16", "BF16") for tensor in read_folder(folder).values())
-
-
-def _gpu_memory() -> list[int]:
-    import torch
-
-    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
 
 
 def _load_processor(folder: Path, model_folder: Path, tokenizer: Any) -> VisionProcessor:

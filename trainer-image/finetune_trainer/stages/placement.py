@@ -1,0 +1,34 @@
+"""How much memory a model needs on GPUs, and whether it must be spread over several of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_trainer.verification.weight_files import DamagedFileError, read_folder, weight_bytes
+
+MEMORY_FACTOR = 1.2
+"""Memory of a model divided by the size of its weights, for short rows."""
+_BYTES_PER_VALUE = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
+
+
+def needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
+    """Return the memory that a model needs with weights of this size. None if its files cannot be read."""
+    try:
+        tensors = read_folder(folder)
+    except (DamagedFileError, OSError):
+        return None
+    values = sum(weight_bytes({name: tensor}) // _BYTES_PER_VALUE.get(tensor.dtype, 1) for name, tensor in tensors.items())
+    return int(values * bytes_per_value * MEMORY_FACTOR)
+
+
+def must_be_spread(folder: Path, bytes_per_value: int, free_bytes: list[int]) -> bool:
+    """Whether the model does not fit on the first GPU, but on all GPUs together. `free_bytes`: free memory of each GPU."""
+    needed = needed_bytes(folder, bytes_per_value)
+    return needed is not None and free_bytes[0] < needed <= sum(free_bytes)
+
+
+def free_gpu_bytes() -> list[int]:
+    """Return the free memory of each GPU of the pod."""
+    import torch
+
+    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
