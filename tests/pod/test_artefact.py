@@ -124,6 +124,7 @@ def test_a_pod_that_is_stopped_while_merging_is_continued_by_the_next_attempt(mo
     assert [path.name for path in stored(tmp_path, "merged").iterdir() if path.is_dir()] == [str(resumed_output.merged_uri).rpartition("/")[2]]
 
 
+@pytest.mark.faults
 def test_a_refused_push_fails_with_the_credentials_and_keeps_the_model(model: Path, hub: Hub, tmp_path: Path) -> None:
     hub.failures = {"/commit/main": [(403, "forbidden")]}
     with make_pod(tmp_path, model, {"hub": HUB}, hub=hub) as refused:

@@ -122,6 +122,7 @@ def test_a_job_without_training_evaluates_the_model_of_another_job_and_leaves_it
     assert {path.name for path in stored(folder, "run/stages").iterdir()} == {"evaluating.json", "comparing.json", "uploading.json"}
 
 
+@pytest.mark.faults
 def test_a_job_without_training_evaluates_a_checkpoint(trained: tuple[Path, Output], model: Path) -> None:
     folder, _ = trained
     uri = f"file://{stored(folder, 'checkpoints/step-00000002', OTHER_JOB)}"

@@ -63,6 +63,7 @@ def test_a_pod_measures_a_model_without_adapter_and_writes_its_answers(model: Pa
     assert stored(tmp_path, "run/stages/evaluating.json").exists()
 
 
+@pytest.mark.faults
 def test_a_pod_that_is_stopped_during_the_evaluation_keeps_its_model_and_the_next_one_evaluates(model: Path, tmp_path: Path) -> None:
     with evaluating_pod(tmp_path, model, {}) as stopped:
         stopped.wait_until(lambda: (report := stopped.report()) is not None and report.output is not None and report.stage is Stage.EVALUATING)

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from finetune_api.names import ExitCode
 from finetune_api.pod import StoreTarget
 from pod_harness import UID, Pod, run_config, write_rows
@@ -13,6 +14,7 @@ from pod_harness import UID, Pod, run_config, write_rows
 from tests.support.tiny import make_tiny_model
 
 
+@pytest.mark.faults
 def test_a_copy_of_all_results_lies_below_the_output_folder(tmp_path: Path) -> None:
     model, rows = make_tiny_model(tmp_path / "tiny"), write_rows(tmp_path / "rows.jsonl")
     spec = {

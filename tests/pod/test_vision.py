@@ -51,6 +51,7 @@ def spec_of(model: Path, rows: Path, bucket: Bucket) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.faults
 def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Path, tmp_path: Path) -> None:
     from tests.support.learning import train_here
 

@@ -53,7 +53,8 @@ def expected_steps(name: str) -> int:
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
-@pytest.mark.parametrize("name", EXAMPLE_NAMES)
+# The demo's test runs the same manifest as `quickstart`.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "quickstart" else []) for name in EXAMPLE_NAMES])
 def test_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None
