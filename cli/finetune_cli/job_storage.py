@@ -256,9 +256,9 @@ def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dic
     return manifest
 
 
-def read_file_list(storage: JobStorage, committed_folder: CommittedFolder) -> list[dict[str, Any]]:
-    """Return the files listed in the manifest of a commit. Raises StorageError if a file lies outside the folder of the commit."""
-    files: list[dict[str, Any]] = read_manifest(storage, committed_folder)["files"]
+def checked_file_list(storage: JobStorage, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the files that a manifest lists. Raises StorageError if a file lies outside the folder of the commit."""
+    files: list[dict[str, Any]] = manifest["files"]
     for entry in files:
         name = str(entry["path"])
         if name.startswith("/") or ".." in name.split("/"):
@@ -269,7 +269,7 @@ def read_file_list(storage: JobStorage, committed_folder: CommittedFolder) -> li
 def verify_and_download(storage: JobStorage, committed_folder: CommittedFolder, target: Path | None) -> int:
     """Read every file of a commit and check its sha256. With a `target` folder, write the files there. Returns the bytes read."""
     total = 0
-    for manifest_entry in read_file_list(storage, committed_folder):
+    for manifest_entry in checked_file_list(storage, read_manifest(storage, committed_folder)):
         name = str(manifest_entry["path"])
         total += download_file(storage, committed_folder, manifest_entry, target / name if target else None)
     return total

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finetune_api.names import Storage
+from finetune_api.names import ADAPTER_SHA256, Storage
 from finetune_api.oci import (
     MANIFEST_TYPE,
     MODEL_TYPE,
@@ -33,9 +33,9 @@ from finetune_cli.job_storage import (
     CommittedFolder,
     JobStorage,
     StorageError,
+    checked_file_list,
     download_file,
     list_committed_folders,
-    read_file_list,
     read_manifest,
 )
 
@@ -78,14 +78,14 @@ def write_layout(storage: JobStorage, target: Path, form: LayoutForm, tag: str, 
 
 
 def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
-    committed = _committed_model(storage)
-    files = read_file_list(storage, committed)
+    committed, manifest = _committed_model(storage)
+    files = checked_file_list(storage, manifest)
     (target / BLOBS).mkdir(parents=True)
     for entry in files:
         report_file(str(entry["path"]), int(entry["size"]))
         download_file(storage, committed, entry, target / BLOBS / str(entry["sha256"]))
     entries = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in files]
-    artefact = _pack_image(target, entries) if form is LayoutForm.IMAGE else _modelpack(storage, committed, entries)
+    artefact = _pack_image(target, entries) if form is LayoutForm.IMAGE else _modelpack(manifest, entries)
     _write_blob(target, artefact.config)
     _write_blob(target, artefact.manifest)
     index = {**descriptor(MANIFEST_TYPE, artefact.manifest), "annotations": {"org.opencontainers.image.ref.name": tag}}
@@ -96,19 +96,21 @@ def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report
     return WrittenLayout(artefact.digest, sum(file.size for file in entries))
 
 
-def _committed_model(storage: JobStorage) -> CommittedFolder:
+def _committed_model(storage: JobStorage) -> tuple[CommittedFolder, dict[str, Any]]:
+    """Return the folder of the model to export, and its manifest."""
     folders = {committed.folder: committed for committed in list_committed_folders(storage)}
     model, merged = folders.get(Storage.MODEL), folders.get(Storage.MERGED)
-    if model is not None and merged is not None and (read_manifest(storage, merged).get("extra") or {}).get("adapterSha256") != model.manifest_sha256:
-        merged = None  # made from an adapter that another attempt has replaced
-    committed = merged or model
-    if committed is None:
+    if merged is not None:
+        manifest = read_manifest(storage, merged)
+        # A merged model is left out if it was made from an adapter that another attempt has replaced.
+        if model is None or (manifest.get("extra") or {}).get(ADAPTER_SHA256) == model.manifest_sha256:
+            return merged, manifest
+    if model is None:
         raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists what is there")
-    return committed
+    return model, read_manifest(storage, model)
 
 
-def _modelpack(storage: JobStorage, committed: CommittedFolder, files: list[ModelFile]) -> OciArtefact:
-    manifest = read_manifest(storage, committed)
+def _modelpack(manifest: dict[str, Any], files: list[ModelFile]) -> OciArtefact:
     name = str(manifest.get("job") or "").split("/")[1:2]
     kind = OutputKind(manifest.get("kind") or OutputKind.MODEL)
     return modelpack_artefact(name[0] if name else "model", kind, files)

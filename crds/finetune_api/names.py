@@ -467,6 +467,9 @@ class Storage(StrEnum):
     """Marker in the folder `model`, next to `_COMMITTED`. The trainer writes the marker if the final model passes every gate of `evaluation.gates`."""
 
 
+ADAPTER_SHA256 = "adapterSha256"
+"""Key in the `extra` of a merged model's manifest: sha256 (hex) of the manifest of the adapter that was merged."""
+
 REPORT_KEY = f"{Storage.REPORT}/index.html"
 """Path of the run's report below `<storage.uri>/<namespace>/<name>/<uid>/`: an HTML page that contains everything that it shows."""
 

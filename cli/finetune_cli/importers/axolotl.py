@@ -28,6 +28,7 @@ from finetune_cli.importers.converters import (
     to_mapping,
     to_number,
 )
+from finetune_cli.importers.data_parts import set_validation_split
 from finetune_cli.importers.deepspeed import is_deepspeed, read_deepspeed
 from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
 from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
@@ -300,7 +301,7 @@ def combine_options(draft: JobDraft) -> None:
     _set_tokens(draft)
     _set_method(draft)
     trainer = _set_trainer(draft)
-    _set_validation(draft)
+    set_validation_split(draft, "val_set_size", "test_datasets")
     if trainer is not None:
         set_test_data(draft, trainer)
         set_data(draft, trainer)
@@ -581,23 +582,6 @@ def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
         and not any(m.key.startswith("trl.reward") for m in draft.mistakes)
     ):
         draft.add_warning("grpo needs rewards: set trainer.rewards")
-
-
-def _set_validation(draft: JobDraft) -> None:
-    size = draft.get("val_set_size")
-    if size is None:
-        return
-    if size == 0:
-        draft.add_reason("val_set_size", "0 means that there is no validation set")
-    elif size >= 1:
-        draft.refuse_feature(
-            "val_set_size", "a number of validation rows", "write a fraction such as 0.05, or give --validation URI"
-        )
-    elif draft.get("test_datasets"):
-        draft.add_mistake(("val_set_size", "test_datasets"), "both name the validation data", "remove one of them")
-    else:
-        draft.assign("dataset.split.validation", size, "val_set_size")
-        draft.assign_default("dataset.split.seed", draft.get("seed", 42), "the seed of the file, or the tool's default")
 
 
 def _set_rows(draft: JobDraft, trainer: str) -> None:

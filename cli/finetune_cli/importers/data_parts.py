@@ -125,3 +125,21 @@ def _assign_fraction(draft: JobDraft, key: str, parts: list[DataPart]) -> None:
         draft.add_note(
             f"{key}: the job trains on {fraction:g} of the rows, drawn at random; the other rows are held out and not used"
         )
+
+
+def set_validation_split(draft: JobDraft, size_key: str, data_key: str) -> None:
+    """Set the part of the rows that validates. `data_key`: the option that names validation data instead."""
+    size = draft.get(size_key)
+    if size is None:
+        return
+    if size == 0:
+        draft.add_reason(size_key, "0 means that there is no validation set")
+    elif size >= 1:
+        draft.refuse_feature(
+            size_key, "a number of validation rows", "write a fraction such as 0.05, or give --validation URI"
+        )
+    elif draft.get(data_key):
+        draft.add_mistake((size_key, data_key), "both name the validation data", "remove one of them")
+    else:
+        draft.assign("dataset.split.validation", size, size_key)
+        draft.assign_default("dataset.split.seed", draft.get("seed", 42), "the seed of the file, or the tool's default")

@@ -11,6 +11,7 @@ from finetune_cli.importers.accelerate import is_accelerate, read_accelerate
 from finetune_cli.importers.chat_templates import assign_chat_template
 from finetune_cli.importers.command_lines import strip_launcher
 from finetune_cli.importers.converters import list_of, name_list, text, to_boolean, to_choice, to_integer, to_number
+from finetune_cli.importers.data_parts import set_validation_split
 from finetune_cli.importers.deepspeed import is_deepspeed
 from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
 from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
@@ -172,7 +173,7 @@ def combine_options(draft: JobDraft) -> None:
     _set_method(draft)
     trainer = _set_trainer(draft)
     if trainer is not None:
-        _set_validation(draft)
+        set_validation_split(draft, "val_size", "eval_dataset")
         set_data(
             draft,
             trainer,
@@ -310,23 +311,6 @@ def _set_trainer(draft: JobDraft) -> str | None:
         )
     assign_source_uri(draft, "ref_model", "trainer.dpo.referenceModel")
     return trainer
-
-
-def _set_validation(draft: JobDraft) -> None:
-    size = draft.get("val_size")
-    if size is None:
-        return
-    if size == 0:
-        draft.add_reason("val_size", "0 means that there is no validation set")
-    elif size >= 1:
-        draft.refuse_feature(
-            "val_size", "a number of validation rows", "write a fraction such as 0.05, or give --validation URI"
-        )
-    elif draft.get("eval_dataset"):
-        draft.add_mistake(("val_size", "eval_dataset"), "both name the validation data", "remove one of them")
-    else:
-        draft.assign("dataset.split.validation", size, "val_size")
-        draft.assign_default("dataset.split.seed", draft.get("seed", 42), "the seed of the file, or the tool's default")
 
 
 def _set_rows(draft: JobDraft, trainer: str) -> None:

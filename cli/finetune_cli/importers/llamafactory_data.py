@@ -263,36 +263,18 @@ def _checked(
 def _format(columns: Mapping[str, str], trainer: str, *, is_conversation: bool) -> tuple[str, dict[str, str]]:
     """Return format and columns of the rows of a description."""
     if is_conversation:
-        messages = columns.get("messages", "conversations")
-        if trainer == "kto":
-            return "unpairedPreference", {
-                "question": messages,
-                "answer": messages,
-                "label": columns.get("kto_tag", "label"),
-            }
-        if trainer in ("dpo", "orpo", "reward"):
-            return "preference", {
-                "question": messages,
-                "chosen": columns.get("chosen", "chosen"),
-                "rejected": columns.get("rejected", "rejected"),
-            }
-        return "messages", {"messages": messages}
-    question, answer = columns.get("prompt", "instruction"), columns.get("response", "output")
-    system = {"system": columns["system"]} if columns.get("system") else {}
+        question = answer = columns.get("messages", "conversations")
+    else:
+        question, answer = columns.get("prompt", "instruction"), columns.get("response", "output")
+    system = {"system": columns["system"]} if columns.get("system") and not is_conversation else {}
     if trainer == "kto":
-        return "unpairedPreference", {
-            "question": question,
-            "answer": answer,
-            "label": columns.get("kto_tag", "label"),
-            **system,
-        }
+        label = columns.get("kto_tag", "label")
+        return "unpairedPreference", {"question": question, "answer": answer, "label": label, **system}
     if trainer in ("dpo", "orpo", "reward"):
-        return "preference", {
-            "question": question,
-            "chosen": columns.get("chosen", "chosen"),
-            "rejected": columns.get("rejected", "rejected"),
-            **system,
-        }
+        chosen, rejected = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+        return "preference", {"question": question, "chosen": chosen, "rejected": rejected, **system}
+    if is_conversation:
+        return "messages", {"messages": question}
     named = {"question": question, "answer": answer, "input": columns.get("query", "input")}
     usual = {"question": "instruction", "answer": "output", "input": "input"}
     return "alpaca", {name: column for name, column in named.items() if column != usual[name]} | system

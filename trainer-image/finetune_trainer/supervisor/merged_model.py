@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.errors import NoCheckpointError
-from finetune_api.names import Storage
+from finetune_api.names import ADAPTER_SHA256, Storage
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Output
 
@@ -18,8 +18,6 @@ from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.base import ByteCounter, join
 
 log = logging.getLogger(__name__)
-ADAPTER_SHA256 = "adapterSha256"
-"""Key in the manifest's `extra`: sha256 (hex) of the manifest of the adapter that was merged."""
 
 
 def committed_merged_model(tree: CheckpointTree, output: Output) -> str | None:
