@@ -29,7 +29,7 @@ from finetune_cli.importers.converters import (
     to_number,
 )
 from finetune_cli.importers.data_parts import set_validation_split
-from finetune_cli.importers.deepspeed import is_deepspeed, read_deepspeed
+from finetune_cli.importers.deepspeed import is_deepspeed
 from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
 from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
 from finetune_cli.importers.guide import steps_or_none
@@ -46,7 +46,7 @@ from finetune_cli.importers.options import (
     to_steps_or_fraction,
 )
 from finetune_cli.importers.sources import assign_output_folder
-from finetune_cli.importers.training_arguments import flag_or_path, set_deepspeed
+from finetune_cli.importers.training_arguments import flag_or_path, has_validation, set_deepspeed
 from finetune_cli.mistakes import Mistake
 
 TRAINERS = {
@@ -750,10 +750,6 @@ def _set_distribution(draft: JobDraft) -> None:
             )
     if "ray_num_workers" in draft.given_options:
         draft.assign("resources.gpusPerNode", draft.get("ray_num_workers"), "ray_num_workers")
-    for document in draft.documents:
-        if is_deepspeed(document):
-            read_deepspeed(draft, document)
-            draft.assign_default("distributed.strategy", "deepspeed", "a DeepSpeed JSON is given")
     set_deepspeed(draft)
     _set_fsdp(draft)
 
@@ -814,8 +810,7 @@ def _set_state_dict(draft: JobDraft) -> None:
 def _set_intervals(draft: JobDraft) -> None:
     """Set when to save and when to evaluate."""
     _set_interval(draft, "checkpoint", ("save_strategy", "save_steps", "saves_per_epoch"))
-    has_validation = draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
-    if draft.value("evaluation.strategy") == "no" or not has_validation:
+    if not has_validation(draft):
         for key in ("eval_strategy", "eval_steps", "evals_per_epoch", "early_stopping_patience"):
             if key in draft.given_options:
                 draft.add_reason(key, "no effect: there is no validation set")

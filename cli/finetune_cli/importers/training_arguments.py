@@ -258,16 +258,16 @@ def set_distribution(draft: JobDraft) -> None:
         draft.assign("resources.gpusPerNode", 0, "use_cpu")
     elif "use_cpu" in draft.given_options:
         draft.add_reason("use_cpu", "no effect: the job uses GPUs")
-    for document in draft.documents:
-        if is_deepspeed(document):
-            read_deepspeed(draft, document)
-            draft.assign_default("distributed.strategy", "deepspeed", "a DeepSpeed JSON is given")
     set_deepspeed(draft)
     set_fsdp(draft)
 
 
 def set_deepspeed(draft: JobDraft) -> None:
-    """Set DeepSpeed from `deepspeed`: the name of a JSON, or its content."""
+    """Set DeepSpeed from the given DeepSpeed JSON, and from `deepspeed`: the name of a JSON, or its content."""
+    for document in draft.documents:
+        if is_deepspeed(document):
+            read_deepspeed(draft, document)
+            draft.assign_default("distributed.strategy", "deepspeed", "a DeepSpeed JSON is given")
     value = draft.get("deepspeed")
     if value is None:
         return
