@@ -120,12 +120,11 @@ class _Checker:
             return
         address = f"{table.without_end_slash(uri)}/{table.without_end_slash(folder)}"
         is_odd = re.search(table.ODD_FOLDERS, address) is not None
-        namespace = self._platform.namespace
-        example = f"output.dir: {namespace}/{table.without_end_slash(folder)}"
-        patterns = self._patterns("destinations")
-        own = f"{table.without_end_slash(uri)}/{namespace}/{table.without_end_slash(folder)}"
-        if is_odd or not allows(patterns, own, compares_folders=True, storage=self._platform.s3_root, namespace=namespace):
-            example = ""
+        root, namespace = self._platform.s3_root, self._platform.namespace
+        own_folder = f"{namespace}/{table.without_end_slash(folder)}"
+        own_address = f"{table.without_end_slash(uri)}/{own_folder}"
+        is_own_allowed = not is_odd and allows(self._patterns("destinations"), own_address, compares_folders=True, storage=root, namespace=namespace)
+        example = f"output.dir: {own_folder}" if is_own_allowed else ""
         yield from self._refused("destinations", "output.dir", Text(address, None if is_odd else address), subject=f"{folder!r} ({address})", example=example)
 
     def check_code(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:

@@ -108,16 +108,14 @@ class Verifier:
     def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, reference: ReferenceValues | None) -> None:
         self._run, self._channel, self._inputs, self._reference = run, channel, inputs, reference
         self._base_values: list[float] | None = None
-        self._adapter = Path()
         self._vision: VisionProcessor | None = None
         """Processor of a vision-language model, from the files of the artefact."""
 
     def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
         """Verify the artefacts in order. The first is the adapter or the model that was trained."""
-        self._adapter = artefacts[0].folder
-        return [self._verify_one(artefact) for artefact in artefacts]
+        return [self._verify_one(artefact, artefacts[0].folder) for artefact in artefacts]
 
-    def _verify_one(self, artefact: Artefact) -> ArtefactVerification:
+    def _verify_one(self, artefact: Artefact, trained: Path) -> ArtefactVerification:
         self._channel.report_stage(Stage.VERIFYING, f"checking the files of the {artefact.name}")
         reference, is_adapter = self._reference, artefact.kind is OutputKind.ADAPTER
         fault = find_fault(artefact.folder, self._inputs.model, reference, is_adapter=is_adapter)
@@ -130,7 +128,7 @@ class Verifier:
         try:
             measured = self._measure(artefact, reference)
             base_values = self._values_of_base(measured, reference)
-            expected = self._expected(artefact, reference)
+            expected = self._expected(artefact, trained, reference)
         except UnfitArtefactError as error:
             return compare.failed(artefact.name, error.code, str(error))
         except NotComparableError as error:
@@ -138,13 +136,13 @@ class Verifier:
         is_rounded = artefact.name == MERGED and has_16_bit_weights(artefact.folder)
         return compare.judge(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded)
 
-    def _expected(self, artefact: Artefact, reference: ReferenceValues) -> ReferenceValues:
+    def _expected(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
         """The values that the artefact must compute: those of the training, or for combined adapters those of the unmerged adapters."""
         if artefact.name != MERGED or not self._run.spec.output.combine_adapters:
             return reference
         self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
         with _as_verification_errors("combined adapters", self._inputs.model):
-            model = _add_adapter(self._load(self._inputs.model, reference, quantizes=False), self._adapter, reference)
+            model = _add_adapter(self._load(self._inputs.model, reference, quantizes=False), trained, reference)
             model.base_model.set_adapter(load_combined_adapters(model, self._run, self._inputs.combined_adapters))
             expected = compare.with_values(reference, self._values(model, reference))
         del model
